@@ -1,0 +1,107 @@
+"""The kernels' Python face: one function per op, on every device that has a kernel.
+
+The ops are `torch.ops.fastscore.*`: `torch.compile` and `torch.export` see each as one node. They are not
+differentiable: results never require grad, whatever the arguments do, so calling them records no graph.
+"""
+
+import torch
+from torch import Tensor
+
+from fastscore.ops import checks, library  # noqa: F401  (library loads the kernels)
+
+__all__ = ["channel_dot", "channel_powers", "channel_sums", "normalize_gradient", "random_gradient"]
+
+_channel_sums = torch.ops.fastscore.channel_sums.default
+_channel_dot = torch.ops.fastscore.channel_dot.default
+_channel_powers = torch.ops.fastscore.channel_powers.default
+_random_gradient = torch.ops.fastscore.random_gradient.default
+_normalize_gradient = torch.ops.fastscore.normalize_gradient.default
+
+
+def channel_sums(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """(Σ a·g, Σ a, Σ g) over every position of a channel, in one pass over the two tensors.
+
+    The first sum is the change of the output, to first order, when the channel's activation becomes zero
+    (arXiv 2310.20203, the Taylor criterion per sample); with the others it can be taken to any other constant.
+
+    Args:
+        a: activation [N, ..., C, ...], float32, bfloat16, float16 or float64, with any strides.
+        g: the gradient of `a`: same shape, dtype and device, with strides of its own.
+        channel_dim: where C is; never 0, which counts the samples.
+
+    Returns:
+        Three tensors [N, C], float64 for float64 and float32 for the rest.
+
+    Raises:
+        ValueError: shapes or devices differ, fewer than 2 dimensions, or `channel_dim` out of range.
+        TypeError: dtypes differ or are not floating.
+    """
+    checks.check_pair(a, g, channel_dim)
+    result: tuple[Tensor, Tensor, Tensor] = _channel_sums(a, g, channel_dim)
+    return result
+
+
+def channel_dot(a: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
+    """Σ a·g over every position of a channel, [N, C]: the first of `channel_sums`, which see."""
+    checks.check_pair(a, g, channel_dim)
+    result: Tensor = _channel_dot(a, g, channel_dim)
+    return result
+
+
+def channel_powers(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """(Σ |a·g|, Σ (a·g)²) over every position of a channel, each [N, C]: the elementwise criteria.
+
+    Arguments and errors are those of `channel_sums`. Squares of float32 and bfloat16 products overflow beyond 1e19.
+    """
+    checks.check_pair(a, g, channel_dim)
+    result: tuple[Tensor, Tensor] = _channel_powers(a, g, channel_dim)
+    return result
+
+
+def random_gradient(sample_ids: Tensor, classes: int, seed: int, probe: int = 0, distribution: str = "normal",
+                    normalize: bool = True) -> Tensor:
+    """A random output gradient per sample, a pure function of (seed, sample id, probe, class).
+
+    Sent backward in place of a loss gradient, it ranks channels without labels (arXiv 2310.20203). The bits are
+    Philox4x32-10, so a value depends on no batch size, device or earlier call.
+
+    Args:
+        sample_ids: int64 [N], on the device where the gradient is wanted.
+        classes: K, the width of the network's output.
+        seed: any int64.
+        probe: which of a sample's independent gradients, 0 to 2**32 - 1.
+        distribution: "normal", or "rademacher" for signs.
+        normalize: whether each sample's gradient is scaled to length 1.
+
+    Returns:
+        float32 [N, K].
+
+    Raises:
+        TypeError: `sample_ids` is not int64 [N].
+        ValueError: `classes`, `seed` or `probe` out of range, or an unknown `distribution`.
+    """
+    checks.check_random(sample_ids, classes, seed, probe, distribution)
+    result: Tensor = _random_gradient(sample_ids, classes, seed, probe, distribution, normalize)
+    return result
+
+
+def normalize_gradient(g: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(g / max(‖g‖, eps), ‖g‖) per sample, with ‖·‖ the L2 norm over all of a sample; length 0 stays 0.
+
+    Squares are summed in float64, so neither tiny nor huge gradients lose their length.
+
+    Args:
+        g: [N, ...], float32, bfloat16, float16 or float64, with any strides.
+        eps: the least length that is divided by.
+
+    Returns:
+        The scaled gradient, like `g` in shape and dtype, and the lengths [N], float64 for float64 and float32 for
+        the rest.
+
+    Raises:
+        TypeError: `g` is not floating.
+        ValueError: `g` has no dimension, or `eps` is negative.
+    """
+    checks.check_gradient(g, eps)
+    result: tuple[Tensor, Tensor] = _normalize_gradient(g, eps)
+    return result

@@ -1,0 +1,73 @@
+"""Loads the native kernels and tells PyTorch what each op returns without running it."""
+
+import importlib.metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastscore.ops import checks
+from fastscore.ops.reference import result_dtype
+
+
+def load() -> Path:
+    """Loads fastscore's native library into PyTorch and returns its path; ImportError says why it cannot."""
+    folder = Path(__file__).resolve().parent.parent
+    found = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
+    if not found:
+        raise ImportError(f"fastscore's native library (_C) is not in {folder}. Install the package from a wheel with "
+                          "`pip install torch-fastscore`, or build it in a source tree with "
+                          "`pip install --no-build-isolation -e .` (needs a C++17 compiler).")
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        version = importlib.metadata.version("torch-fastscore")
+        raise ImportError(f"fastscore's native library {found[0]} does not load into torch {torch.__version__}: "
+                          f"{error}. torch-fastscore {version} needs torch >= 2.13: upgrade torch, or rebuild in the "
+                          "source tree with `pip install --no-build-isolation --force-reinstall --no-deps .`"
+                          ) from error
+    return found[0]
+
+
+LIBRARY = load()
+
+# Scores are read, never differentiated: with the autograd key skipped, results don't require grad.
+_autograd = torch.library.Library("fastscore", "IMPL", "Autograd")
+
+
+def _channel_dot(a: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
+    checks.check_pair(a, g, channel_dim)
+    return a.new_empty((a.shape[0], a.shape[channel_dim]), dtype=result_dtype(a.dtype))
+
+
+def _channel_sums(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    dot = _channel_dot(a, g, channel_dim)
+    return dot, torch.empty_like(dot), torch.empty_like(dot)
+
+
+def _channel_powers(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, Tensor]:
+    absolute = _channel_dot(a, g, channel_dim)
+    return absolute, torch.empty_like(absolute)
+
+
+def _random_gradient(sample_ids: Tensor, classes: int, seed: int, probe: int = 0, distribution: str = "normal",
+                     normalize: bool = True) -> Tensor:
+    checks.check_random(sample_ids, classes, seed, probe, distribution)
+    return sample_ids.new_empty((sample_ids.shape[0], classes), dtype=torch.float32)
+
+
+def _normalize_gradient(g: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    checks.check_gradient(g, eps)
+    return torch.empty_like(g), g.new_empty((g.shape[0],), dtype=result_dtype(g.dtype))
+
+
+_FAKES = {
+    "channel_sums": _channel_sums,
+    "channel_dot": _channel_dot,
+    "channel_powers": _channel_powers,
+    "random_gradient": _random_gradient,
+    "normalize_gradient": _normalize_gradient,
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"fastscore::{_name}", _fake)
+    _autograd.impl(_name, torch.library.fallthrough_kernel)
