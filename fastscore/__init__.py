@@ -1,0 +1,9 @@
+"""fastscore: which channels of a trained network matter, without labels, and a smaller network without the rest."""
+
+from fastscore import ops
+from fastscore.engine import score
+from fastscore.prune import PruneReport, PruneResult, mask, prune
+from fastscore.scorer import Scorer
+from fastscore.scores import Scores
+
+__all__ = ["PruneReport", "PruneResult", "Scorer", "Scores", "mask", "ops", "prune", "score"]

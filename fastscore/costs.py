@@ -1,0 +1,133 @@
+"""What a network costs as a function of its widths: multiply-accumulates (MACs) and parameters.
+
+A dense layer's share grows with inputs x outputs, a depthwise or normalisation layer's with its channels; everything
+else is constant. The dense figures come from PyTorch's own counter (torch.utils.flop_counter; one MAC is two FLOPs).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastscore import batches
+from fastscore.groups import ChannelGroup
+
+Unit = Literal["channels", "params", "macs"]
+
+
+@dataclass
+class LayerCost:
+    """macs = macs_per_width x width, params = weights_per_width x width + params_per_output x outputs,
+    where width = inputs x outputs for a dense layer and outputs for a channelwise one."""
+
+    inputs: int
+    outputs: int
+    channelwise: bool
+    macs_per_width: float
+    weights_per_width: float
+    params_per_output: float
+
+    @property
+    def width(self) -> int:
+        """inputs x outputs, or outputs where each output has its own input."""
+        return self.outputs if self.channelwise else self.inputs * self.outputs
+
+    @property
+    def macs(self) -> float:
+        """MACs for one sample."""
+        return self.macs_per_width * self.width
+
+    @property
+    def params(self) -> float:
+        """Parameters."""
+        return self.weights_per_width * self.width + self.params_per_output * self.outputs
+
+
+def total_macs(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.forward) -> int:
+    """MACs of one sample: half the FLOPs that PyTorch counts for the example inputs, over their number."""
+    return _count(model, example_inputs, forward)[0]
+
+
+def _count(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward) -> tuple[int, dict[str, float]]:
+    """(MACs of the model, layer -> MACs), for one sample."""
+    samples = 1
+    tensor = batches.first_tensor(example_inputs)
+    if tensor is not None and tensor.dim():
+        samples = max(len(tensor), 1)
+    counter = FlopCounterMode(display=False, depth=None)
+    with torch.no_grad(), counter:
+        forward(model, example_inputs)
+    prefix = f"{type(model).__name__}."
+    layers = {name.removeprefix(prefix): sum(flops.values()) / 2 / samples
+              for name, flops in counter.get_flop_counts().items()}
+    return counter.get_total_flops() // 2 // samples, layers
+
+
+class Costs:
+    """The costs of a model whose groups lose channels one after another.
+
+    model must be in evaluation mode (a copy will do). Widths start whole; `remove` and `restore` keep the totals.
+    """
+
+    def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup], example_inputs: batches.Batch,
+                 forward: batches.Forward = batches.forward) -> None:
+        self.groups = {group.name: group for group in groups}
+        macs, per_layer = _count(model, example_inputs, forward)
+        self.layers: dict[str, LayerCost] = {}
+        # group -> channel -> [(layer, inputs lost, outputs lost)]
+        self._losses: dict[str, list[list[tuple[LayerCost, int, int]]]] = {}
+        for group in self.groups.values():
+            self._losses[group.name] = losses = [[] for _ in range(group.channels)]
+            for member in group.members:
+                cost = self.layers.setdefault(
+                    member.layer, _layer_cost(model.get_submodule(member.layer), per_layer.get(member.layer, 0.0)))
+                for channel, count in enumerate(torch.bincount(member.channel, minlength=group.channels).tolist()):
+                    if count:
+                        reads = member.role == "consumer"
+                        losses[channel].append((cost, count if reads else 0, 0 if reads else count))
+        self.totals: dict[Unit, float] = {
+            "channels": sum(group.channels for group in self.groups.values()),
+            "params": sum(parameter.numel() for parameter in model.parameters()),
+            "macs": macs,
+        }
+        self.dense: Mapping[Unit, float] = dict(self.totals)
+
+    def remove(self, group: str, channels: Iterable[int]) -> None:
+        """Take channels of a group away."""
+        self._change(group, channels, -1)
+
+    def restore(self, group: str, channels: Iterable[int]) -> None:
+        """Give channels of a group back."""
+        self._change(group, channels, 1)
+
+    def _change(self, group: str, channels: Iterable[int], sign: int) -> None:
+        for channel in channels:
+            self.totals["channels"] += sign
+            for cost, inputs, outputs in self._losses[group][channel]:
+                self.totals["macs"] -= cost.macs
+                self.totals["params"] -= cost.params
+                cost.inputs += sign * inputs
+                cost.outputs += sign * outputs
+                self.totals["macs"] += cost.macs
+                self.totals["params"] += cost.params
+
+
+def _layer_cost(layer: nn.Module, macs: float) -> LayerCost:
+    def numel(parameter: Tensor | None) -> int:
+        return 0 if parameter is None else parameter.numel()
+
+    if isinstance(layer, nn.Linear):
+        inputs, outputs, channelwise = layer.in_features, layer.out_features, False
+    elif isinstance(layer, nn.modules.conv._ConvNd):
+        inputs, outputs = layer.in_channels, layer.out_channels
+        channelwise = layer.groups == layer.out_channels and layer.groups > 1
+    else:  # a normalisation: weight and bias are both one for each channel
+        parameters = sum(parameter.numel() for parameter in layer.parameters())
+        outputs = next((parameter.numel() for parameter in layer.parameters()), 1)
+        return LayerCost(outputs, outputs, True, macs / outputs, 0.0, parameters / outputs)
+    width = outputs if channelwise else inputs * outputs
+    return LayerCost(inputs, outputs, channelwise, macs / width, numel(layer._parameters["weight"]) / width,
+                     numel(layer._parameters["bias"]) / outputs)

@@ -1,0 +1,83 @@
+"""Where the output gradient comes from: a loss, or a random draw that needs no label.
+
+Random gradients: arXiv 2310.20203, section 3: N(0, I) over the outputs, drawn anew for each sample, scaled to length 1.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastscore import batches, ops
+
+Loss: TypeAlias = Callable[[Tensor, Any], Tensor]
+
+# SplitMix64 (Steele, Lea, Flood, 2014), as signed 64-bit integers, which wrap the same.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser, element by element: int64 -> int64."""
+    for shift, multiplier in zip((30, 27), _MIX, strict=True):
+        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * multiplier
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def sample_ids(x: Tensor) -> Tensor:
+    """An id for each sample, made from what it holds: int64 [N] from [N, ...].
+
+    A sample has the same id in every batch, order, worker and memory layout, so its random gradient is the same too.
+    The hash is Σ word·weight(position) modulo 2⁶⁴; trailing zeros (padding) do not change it.
+    """
+    bits = x.detach().reshape(x.shape[0], math.prod(x.shape[1:])).contiguous()
+    if bits.dtype == torch.bool or bits.is_complex():
+        bits = bits.to(torch.uint8) if bits.dtype == torch.bool else torch.view_as_real(bits).flatten(1)
+    words = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
+    weights = _mix(torch.arange(1, words.shape[1] + 1, device=x.device) * _GOLDEN) | 1
+    # one sample at a time: a batch of products would hold eight bytes for each of its values at once
+    return _mix(torch.stack([(row * weights).sum() for row in words])) if len(words) else words.new_empty(0).long()
+
+
+def random_gradient(output: Tensor, ids: Tensor, seed: int, probe: int, distribution: str, normalize: bool) -> Tensor:
+    """A random gradient for `output` [N, ...], of its shape, dtype and device; all that follows N counts as classes."""
+    gradient = ops.random_gradient(ids.to(output.device), math.prod(output.shape[1:]), seed, probe, distribution,
+                                   normalize)
+    return gradient.reshape(output.shape).to(output.dtype)
+
+
+def loss_gradient(output: Tensor, batch: Any, loss: Loss | None, normalize: bool) -> Tensor:
+    """The loss's gradient at `output` [N, ...], scaled to length 1 for each sample when `normalize`.
+
+    Raises ValueError for a loss that is no finite scalar, or that does not depend on the output.
+    """
+    leaf = output.detach().requires_grad_()
+    with torch.enable_grad():
+        value = (loss or cross_entropy)(leaf, batch)
+    if not isinstance(value, Tensor) or value.dim() != 0 or not value.requires_grad:
+        raise ValueError("loss: it must return a scalar tensor computed from the output")
+    if not torch.isfinite(value):
+        raise ValueError(f"loss: it is {value.item()}; check the labels, and the model's output for NaN")
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return ops.normalize_gradient(gradient)[0] if normalize else gradient
+
+
+def cross_entropy(output: Tensor, batch: Any) -> Tensor:
+    """The loss that stands in when none is given: cross entropy with the labels of an (input, label) batch."""
+    labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else \
+        batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor):
+        raise ValueError('batches: gradient="loss" needs labels: give (input, label) batches, or loss=, or use '
+                         'gradient="random", which needs none')
+    return F.cross_entropy(output, labels)
+
+
+def first_input(inputs: Any) -> Tensor:
+    """The tensor that tells samples apart: the first in a batch, or among a forward call's (args, kwargs)."""
+    tensor = batches.first_tensor(inputs)
+    if tensor is None:
+        raise TypeError("batches: the model is called without a tensor, so its samples cannot be told apart")
+    return tensor

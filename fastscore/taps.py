@@ -1,0 +1,170 @@
+"""Taps: where activation meets gradient. The only file that knows hooks.
+
+A tap stands on the input of a layer that reads channels (a consumer). It hands the layer a view of its input through
+an identity whose second argument, the gate, is a leaf [N, C]; what autograd sends to the gate is the channel sum of
+activation x gradient *through that layer alone*. So a backward pass that asks for the gates computes no weight
+gradient, and an ordinary backward pass leaves the sums in `gate.grad`.
+"""
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+# (activation, gradient, channel_dim) -> [N, C]
+Measure: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
+
+
+class _Gate(torch.autograd.Function):
+    """(x, gate) -> x; backward: (g, measure(x, g))."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, taps: "Taps", channel_dim: int) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.taps, ctx.channel_dim = taps, channel_dim
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        measured = ctx.taps.measure(x, g, ctx.channel_dim) if ctx.taps.measuring else None
+        return g, measured, None, None
+
+
+class ForwardPass:
+    """One forward pass: the gates that its taps made, and the gradient that came back to its output."""
+
+    def __init__(self, inputs: tuple[Any, ...]) -> None:
+        self.inputs = inputs
+        self.gates: list[tuple[str, Tensor]] = []  # (layer, gate [N, C]); a layer called twice stands here twice
+        self.output_gradient: Tensor | None = None
+        self.probes = 0
+
+    def sums(self) -> list[tuple[str, Tensor]]:
+        """(layer, sums [N, C]) of every tap that an ordinary backward pass reached."""
+        return [(layer, gate.grad) for layer, gate in self.gates if gate.grad is not None]
+
+
+class Taps:
+    """Taps on the inputs of the layers `channel_dims` names; a context manager that leaves no hook behind.
+
+    channel_dims: layer -> dimension of its input that holds the channels. measure: what a gate receives.
+    on_pass: called with each ForwardPass whose output an ordinary backward pass reached, once a later forward pass
+    begins or `flush` is called; without it only `propagate` measures, and ordinary backward passes cost nothing.
+    """
+
+    def __init__(self, model: nn.Module, channel_dims: Mapping[str, int], measure: Measure,
+                 on_pass: Callable[[ForwardPass], None] | None = None) -> None:
+        self.model = model
+        self.channel_dims = channel_dims
+        self.measure = measure
+        self.current: ForwardPass | None = None
+        self._on_pass = on_pass
+        self._propagating = False
+        self._finished: list[ForwardPass] = []
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Set the hooks. Raises RuntimeError when they are set already."""
+        if self._handles:
+            raise RuntimeError("these taps are attached already: detach() first")
+        self._handles = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+                         self.model.register_forward_hook(self._end)]
+        for layer, channel_dim in self.channel_dims.items():
+            module = self.model.get_submodule(layer)
+            self._handles.append(module.register_forward_pre_hook(self._tap(module, layer, channel_dim)))
+
+    def detach(self) -> None:
+        """Remove the hooks and hand over what is finished. Harmless when nothing is attached."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.flush()
+        self.current = None
+
+    def __enter__(self) -> "Taps":
+        self.attach()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.detach()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Taps":
+        return self  # a copied model (an EMA, say) carries the hooks along; they know their own modules and stay quiet
+
+    @property
+    def measuring(self) -> bool:
+        """Whether a backward pass that runs now is to be measured."""
+        return self._propagating or self._on_pass is not None
+
+    def propagate(self, output: Tensor, gradient: Tensor) -> list[tuple[str, Tensor]]:
+        """Send `gradient` (of `output`'s shape) back from the latest forward pass, to the gates and no further.
+
+        Returns (layer, sums [N, C]) of every tap that `output` depends on. No `.grad` changes; the graph stays alive.
+        Raises RuntimeError when the output does not come from that pass, or its graph is gone.
+        """
+        gates = self.current.gates if self.current is not None else []
+        if not gates or not output.requires_grad:
+            raise RuntimeError("output: no tapped forward pass is behind it: run the model with gradients enabled "
+                               "while the taps are attached, then pass its output")
+        self._propagating = True
+        try:
+            sums = torch.autograd.grad(output, [gate for _, gate in gates], gradient, retain_graph=True,
+                                       allow_unused=True)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise RuntimeError("output: its graph is gone: send gradients back before loss.backward() frees it") from error
+        finally:
+            self._propagating = False
+        reached = [(layer, tensor) for (layer, _), tensor in zip(gates, sums, strict=True) if tensor is not None]
+        if not reached:
+            raise RuntimeError("output: it is not the output of the latest forward pass: send gradients back before "
+                               "the model runs again")
+        return reached
+
+    def flush(self) -> None:
+        """Hand over the passes whose gradients are in."""
+        finished, self._finished = self._finished, []
+        for done in finished:
+            assert self._on_pass is not None
+            self._on_pass(done)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is self.model and torch.is_grad_enabled():
+            self.flush()
+            self.current = ForwardPass((args, kwargs))
+
+    def _tap(self, own: nn.Module, layer: str, channel_dim: int) -> Callable[..., Any]:
+        def hand_over_view(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if module is not own or self.current is None or not torch.is_grad_enabled():
+                return None
+            if not args:
+                raise TypeError(f"{layer}: its input arrives as a keyword argument; call it by position, or ignore it")
+            x = args[0]
+            gate = torch.zeros(x.shape[0], x.shape[channel_dim], device=x.device, requires_grad=True,
+                               dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+            self.current.gates.append((layer, gate))
+            return _Gate.apply(x, gate, self, channel_dim), *args[1:]
+
+        return hand_over_view
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        done = self.current
+        if module is not self.model or done is None or not isinstance(output, Tensor) or not output.requires_grad:
+            return
+
+        def receive(gradient: Tensor) -> None:
+            if self._propagating or self._on_pass is None:
+                return
+            if done.output_gradient is None:
+                self._finished.append(done)
+                done.output_gradient = gradient.detach()
+            else:  # several losses, each sent back on its own: the gates add up, and so does the output's gradient
+                done.output_gradient = done.output_gradient + gradient.detach()
+
+        output.register_hook(receive)
