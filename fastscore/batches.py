@@ -1,5 +1,6 @@
 """How a batch reaches a model: tensors, (input, ...) tuples, or dicts of keyword arguments."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
@@ -21,7 +22,7 @@ def forward(model: nn.Module, batch: Batch) -> Any:
 
 
 def checked(run: Forward) -> Callable[[nn.Module, Batch], Tensor]:
-    """`run`, with its output checked to be what a gradient can be sent back from: one floating-point tensor [N, ...]."""
+    """`run`, with its output checked to be one floating-point tensor [N, ...], which a gradient can start from."""
 
     def run_and_check(model: nn.Module, batch: Batch) -> Tensor:
         output = run(model, batch)
@@ -57,8 +58,7 @@ def first_tensor(batch: Batch) -> Tensor | None:
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter or buffer; the CPU for a model without any."""
-    tensor = next(model.parameters(), None)
-    tensor = next(model.buffers(), None) if tensor is None else tensor
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
 
 

@@ -57,7 +57,7 @@ def _count(model: nn.Module, example_inputs: batches.Batch, forward: batches.For
     tensor = batches.first_tensor(example_inputs)
     if tensor is not None and tensor.dim():
         samples = max(len(tensor), 1)
-    counter = FlopCounterMode(display=False, depth=None)
+    counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         forward(model, example_inputs)
     prefix = f"{type(model).__name__}."
@@ -80,7 +80,8 @@ class Costs:
         # group -> channel -> [(layer, inputs lost, outputs lost)]
         self._losses: dict[str, list[list[tuple[LayerCost, int, int]]]] = {}
         for group in self.groups.values():
-            self._losses[group.name] = losses = [[] for _ in range(group.channels)]
+            losses: list[list[tuple[LayerCost, int, int]]] = [[] for _ in range(group.channels)]
+            self._losses[group.name] = losses
             for member in group.members:
                 cost = self.layers.setdefault(
                     member.layer, _layer_cost(model.get_submodule(member.layer), per_layer.get(member.layer, 0.0)))

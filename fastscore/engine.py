@@ -53,7 +53,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
     if example is None:
         raise ValueError("batches: there is none to score on")
     # One sample is enough to trace with, where it is known how to take it.
-    traced = map_tensors(lambda tensor: tensor[:1], example) if forward is call_model else example
+    traced = _first_samples(example, len(gradients.first_input(example)), 1) if forward is call_model else example
     if importance in WEIGHT_IMPORTANCES:
         return _score_weights(twin, traced, importance, seed, forward, ignore)
     with fork_rng(device_of(twin)), torch.inference_mode(False), torch.enable_grad():
@@ -100,13 +100,18 @@ def _on_device(batches: Iterable[Batch], device: torch.device, samples: int | No
     for batch in batches:
         batch = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
         if left is not None:
-            count = len(gradients.first_input((batch,)))
-            batch = map_tensors(lambda tensor, keep=min(left, count), count=count:
-                                tensor[:keep] if tensor.dim() and len(tensor) == count else tensor, batch)
+            count = len(gradients.first_input(batch))
+            if count > left:
+                batch = _first_samples(batch, count, left)
             left -= min(left, count)
         yield batch
         if left == 0:
             return
+
+
+def _first_samples(batch: Batch, count: int, keep: int) -> Batch:
+    """The first `keep` of a batch's `count` samples."""
+    return map_tensors(lambda tensor: tensor[:keep] if tensor.dim() and len(tensor) == count else tensor, batch)
 
 
 def _blame(model: nn.Module, batch: Batch, run: Forward, reached: str | None) -> str:
@@ -123,7 +128,7 @@ def _blame(model: nn.Module, batch: Batch, run: Forward, reached: str | None) ->
 
     handles = [look(name, module) for name, module in model.named_modules() if not any(module.children())]
     try:
-        if not all(torch.isfinite(tensor).all() for tensor in [gradients.first_input((batch,))]
+        if not all(torch.isfinite(tensor).all() for tensor in [gradients.first_input(batch)]
                    if tensor.is_floating_point()):
             return "batches: NaN or infinity in the input"
         with torch.no_grad():

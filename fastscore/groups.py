@@ -121,7 +121,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         try:
             graph.build_dependency(twin, example_inputs, forward_fn=run, verbose=False)
         except Exception as error:  # the tracer raises whatever its guesses run into
-            raise ValueError(f"{name}: Torch-Pruning cannot trace this model ({type(error).__name__}: {error})") from error
+            raise ValueError(f"{name}: Torch-Pruning cannot trace it ({type(error).__name__}: {error})") from error
     return _groups(twin, graph)
 
 

@@ -18,7 +18,7 @@ from fastscore.taps import Measure
 
 @dataclass(frozen=True)
 class GradientImportance:
-    """measure: what a tap sends, [N, C]. per_sample: its share of the running total. finish: total / samples -> importance.
+    """measure: what a tap sends, [N, C]. per_sample: its share of the running total. finish: mean -> importance.
 
     degree: the power of the output gradient's length in `measure`; dividing by it normalises.
     """
@@ -109,7 +109,7 @@ def _filters(layer: nn.Module) -> Tensor:
     if getattr(layer, "transposed", False):  # [in, out / groups, ...]
         groups = layer.groups
         assert isinstance(groups, int)
-        weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        weight = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
     return weight.flatten(1)
 
 

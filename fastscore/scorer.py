@@ -155,7 +155,7 @@ class Scorer:
         self._samples += len(gradient)
 
     def _add(self, sums: list[tuple[str, Tensor]], samples: int, length: Tensor | None) -> None:
-        """sums: (layer, [N, C]). length: of each sample's output gradient, float64 [N], where it is to be divided out."""
+        """sums: (layer, [N, C]). length: float64 [N], of each sample's output gradient, where it is to be divided out."""
         by_layer: dict[str, list[Tensor]] = {}
         for layer, tensor in sums:
             if len(tensor) != samples:
@@ -207,5 +207,6 @@ def scorable(model: nn.Module, graph: ChannelGraph, ignore: groups.Ignore) -> Ch
     graph = graph.without(model, ignore)
     if not graph.groups:
         reasons = "".join(f"\n  {layer}: {reason}" for layer, reason in graph.skipped.items())
-        raise ValueError(f"{type(model).__name__} has no channel that can be scored{reasons or ': it has no Conv or Linear'}")
+        raise ValueError(f"{type(model).__name__} has no channel that can be scored"
+                         f"{reasons or ': it has no Conv or Linear'}")
     return graph

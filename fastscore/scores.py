@@ -10,7 +10,6 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from fastscore import importance as importances
@@ -51,7 +50,7 @@ class Scores(Mapping[str, Tensor]):
     def __getitem__(self, layer: str) -> Tensor:
         if layer not in self.totals:
             reason = self.skipped.get(layer)
-            raise KeyError(f"{layer} has no score" + (f": {reason}" if reason else "; list(scores) names those that do"))
+            raise KeyError(f"{layer} has no score: {reason or 'list(scores) names the layers that do'}")
         mean = self.totals[layer] / self.passes
         row = importances.GRADIENT_IMPORTANCES.get((self.origin.importance, self.origin.reduction))
         return (mean if row is None else row.finish(mean)).float()
@@ -72,7 +71,8 @@ class Scores(Mapping[str, Tensor]):
         if self.origin != other.origin or list(self) != list(other):
             ours, theirs = asdict(self.origin), asdict(other.origin)
             differing = [f"{key} {ours[key]!r} and {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
-            raise ValueError(f"other: scores made differently cannot be merged: {'; '.join(differing) or 'other layers'}")
+            raise ValueError("other: scores made differently cannot be merged: "
+                             f"{'; '.join(differing) or 'they cover other layers'}")
         if self.origin.gradient == "none":
             return self
         totals = {layer: total + other.totals[layer] for layer, total in self.totals.items()}

@@ -29,8 +29,8 @@ def check_scores(graph: ChannelGraph, scores: Scores) -> None:
     widths = {group.name: group.channels for group in graph.groups}
     for layer in scores:
         if layer not in widths:
-            raise ValueError(f"scores: they belong to another model: it has a prunable layer {layer}, this one has not; "
-                             "score this model")
+            raise ValueError(f"scores: they belong to another model, which has a prunable layer {layer}; this one has "
+                             "none of that name: score this model")
         if len(scores[layer]) != widths[layer]:
             raise ValueError(f"scores: {layer} has {widths[layer]} channels and the scores know {len(scores[layer])}; "
                              "the model was changed since (pruned?): score it again")

@@ -22,13 +22,13 @@ class _Gate(torch.autograd.Function):
     """(x, gate) -> x; backward: (g, measure(x, g))."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, taps: "Taps", channel_dim: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, gate: Tensor, taps: "Taps", channel_dim: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.taps, ctx.channel_dim = taps, channel_dim
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
         measured = ctx.taps.measure(x, g, ctx.channel_dim) if ctx.taps.measuring else None
         return g, measured, None, None
@@ -118,7 +118,8 @@ class Taps:
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
-            raise RuntimeError("output: its graph is gone: send gradients back before loss.backward() frees it") from error
+            raise RuntimeError("output: its graph is gone: send gradients back before loss.backward() frees "
+                               "it") from error
         finally:
             self._propagating = False
         reached = [(layer, tensor) for (layer, _), tensor in zip(gates, sums, strict=True) if tensor is not None]
