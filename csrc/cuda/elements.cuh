@@ -1,0 +1,95 @@
+// Elements in memory: how they are loaded, widened to the type that sums are kept in, and rounded back.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace fastscore::cuda {
+
+inline constexpr int kThreads = 256;  // of every block
+inline constexpr int kWarp = 32;
+inline constexpr int kBlocksAtOnce = 3;  // on one multiprocessor: leaves 80 registers to a thread
+
+template <class T>
+using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ __forceinline__ T narrow(double x) {
+  if constexpr (std::is_same_v<T, __half>) return __float2half_rn(float(x));
+  else if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(float(x));
+  else return T(x);
+}
+
+template <class T>
+__device__ __forceinline__ Sum<T> load(const T* address) {
+  return widen(__ldg(address));
+}
+
+// What one 16-byte load brings.
+template <class T>
+struct Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T value[kSize];
+};
+
+template <class T>
+__device__ __forceinline__ Pack<T> load_pack(const T* address) {
+  const uint4 bits = __ldg(reinterpret_cast<const uint4*>(address));
+  Pack<T> pack;
+  memcpy(&pack, &bits, sizeof(bits));
+  return pack;
+}
+
+template <class T>
+__device__ __forceinline__ void store_pack(T* address, const Pack<T>& pack) {
+  uint4 bits;
+  memcpy(&bits, &pack, sizeof(bits));
+  *reinterpret_cast<uint4*>(address) = bits;
+}
+
+// Elements before the first 16-byte boundary that both runs of `length` share; all of them where they share none.
+template <class T, class U>
+__device__ __forceinline__ int64_t elements_to_boundary(const T* a, const U* g, int64_t length) {
+  const uint32_t past_a = uint32_t(reinterpret_cast<uintptr_t>(a)) % 16;
+  const uint32_t past_g = uint32_t(reinterpret_cast<uintptr_t>(g)) % 16;
+  const int64_t head = (16 - past_a) % 16 / sizeof(T);
+  return past_a == past_g && head < length ? head : length;
+}
+
+// Quotient of numbers that are not negative; int64 division is several times as slow as uint32, and rarely needed.
+__device__ __forceinline__ int64_t divide(int64_t number, int64_t divisor) {
+  return (number | divisor) >> 32 ? number / divisor : int64_t(uint32_t(number) / uint32_t(divisor));
+}
+
+// Replaces each value by its sum over `lanes` neighbouring threads (a power of two, one for the whole block), in an
+// order that depends on nothing else. Every thread of the block must call it, and at most once in a kernel.
+template <class S, int kCount>
+__device__ __forceinline__ void sum_over_lanes(S (&value)[kCount], int lanes) {
+  for (int step = (lanes < kWarp ? lanes : kWarp) / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) value[k] += __shfl_xor_sync(0xffffffffu, value[k], step);
+  }
+  if (lanes <= kWarp) return;
+  __shared__ S of_warp[kCount][kThreads / kWarp];
+  const int warp = threadIdx.x / kWarp, warps = lanes / kWarp, first = warp & -warps;
+  if (threadIdx.x % kWarp == 0) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) of_warp[k][warp] = value[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    value[k] = of_warp[k][first];
+    for (int i = 1; i < warps; ++i) value[k] += of_warp[k][first + i];
+  }
+}
+
+}  // namespace fastscore::cuda

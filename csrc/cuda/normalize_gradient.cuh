@@ -1,0 +1,183 @@
+// Every sample of a gradient divided by its L2 norm. A sample that fits into the registers of a block is read once; a
+// longer or strided one twice, since its norm must be known before the first quotient. Squares are summed in double.
+#pragma once
+
+#include "elements.cuh"
+#include "geometry.cuh"
+
+namespace fastscore::cuda {
+
+inline constexpr int kHeldPacks = 8;  // 16-byte loads that a thread keeps in registers
+
+struct NormalizePlan {
+  bool held;  // one pass
+  int64_t samples, length;
+  Strides sample;  // of g and of the result
+  int lanes;
+  Split split;
+  int64_t blocks;  // times split.splits
+  Walk walk;       // within a sample, over g and the result
+};
+
+// `g` and `unit` are the addresses of gradient and result, which have the same sizes.
+inline NormalizePlan plan_normalize_gradient(const void* g, const void* unit, int element_size, const int64_t* sizes,
+                                             const int64_t* strides_g, const int64_t* strides_unit, int dims,
+                                             int units) {
+  NormalizePlan it{};
+  it.samples = sizes[0];
+  it.sample = {strides_g[0], strides_unit[0]};
+  it.length = 1;
+  for (int d = 1; d < dims; ++d) {
+    it.length *= sizes[d];
+    add_dimension(it.walk, sizes[d], {strides_g[d], strides_unit[d]});
+  }
+  merge_neighbours(it.walk);
+  const int pack = 16 / element_size;
+  const int64_t packs = ceil_divide(it.length, pack), apart = it.samples > 1 ? it.sample.a - it.sample.g : 0;
+  const bool in_step = (reinterpret_cast<uintptr_t>(g) - reinterpret_cast<uintptr_t>(unit)) % 16 == 0 &&
+                       apart % pack == 0;
+  it.held = it.walk.contiguous() && in_step && packs <= kThreads * kHeldPacks;
+  it.lanes = it.held ? std::max(power_of_two_from(ceil_divide(packs, 4), kThreads), kWarp) : kThreads;
+  it.blocks = ceil_divide(it.samples, kThreads / it.lanes);
+  it.split = it.held ? Split{it.length, 1}
+                     : split_reduction(it.length, int64_t(kThreads) * pack, it.blocks, int64_t(units) * kBlocksPerUnit);
+  return it;
+}
+
+// 1 / max(norm, eps); 0 where that maximum is 0 or not a number, and so is then the quotient.
+__device__ __forceinline__ double inverse_length(double norm, double eps) {
+  const double divisor = norm < eps ? eps : norm;
+  return divisor > 0 ? 1 / divisor : 0;
+}
+
+template <class T>
+__device__ __forceinline__ double square(T x) {
+  const double wide = widen(x);
+  return wide * wide;
+}
+
+template <class T>
+__device__ __forceinline__ T scaled(T x, double factor) {
+  return narrow<T>(factor == 0 ? 0 : double(widen(x)) * factor);
+}
+
+template <class T>
+__device__ __forceinline__ Pack<T> scaled(Pack<T> pack, double factor) {
+#pragma unroll
+  for (int j = 0; j < Pack<T>::kSize; ++j) pack.value[j] = scaled(pack.value[j], factor);
+  return pack;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    normalize_held(const T* g, NormalizePlan it, double eps, T* unit, Sum<T>* norm) {
+  constexpr int kSize = Pack<T>::kSize;
+  const int lane = threadIdx.x & (it.lanes - 1);
+  const int64_t n = int64_t(blockIdx.x) * (kThreads / it.lanes) + threadIdx.x / it.lanes;
+  const bool inside = n < it.samples;
+  const T* from = g + n * it.sample.a;
+  T* to = unit + n * it.sample.g;
+  const int64_t head = elements_to_boundary(from, to, it.length), packs = inside ? (it.length - head) / kSize : 0;
+  // Elements before the first and after the last pack: fewer than lanes, so one each.
+  const int64_t edge_at = lane < head ? lane : lane + packs * kSize;
+  const bool has_edge = inside && edge_at < it.length;
+
+  double squares[1] = {0};
+  Pack<T> held[kHeldPacks];
+#pragma unroll
+  for (int i = 0; i < kHeldPacks; ++i) {
+    const int64_t at = lane + int64_t(i) * it.lanes;
+    if (at < packs) held[i] = load_pack(from + head + at * kSize);
+  }
+  T edge;
+  if (has_edge) {
+    edge = __ldg(from + edge_at);
+    squares[0] = square(edge);
+  }
+#pragma unroll
+  for (int i = 0; i < kHeldPacks; ++i) {
+    if (lane + int64_t(i) * it.lanes >= packs) continue;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) squares[0] += square(held[i].value[j]);
+  }
+  sum_over_lanes(squares, it.lanes);
+
+  const double length = sqrt(squares[0]), factor = inverse_length(length, eps);
+  if (inside && lane == 0) norm[n] = Sum<T>(length);
+#pragma unroll
+  for (int i = 0; i < kHeldPacks; ++i) {
+    const int64_t at = lane + int64_t(i) * it.lanes;
+    if (at < packs) store_pack(to + head + at * kSize, scaled(held[i], factor));
+  }
+  if (has_edge) to[edge_at] = scaled(edge, factor);
+}
+
+// Calls on_pack(from, to) or on_element(from, to) for this thread's share of the block's segment of sample n.
+template <class T, class OnPack, class OnElement>
+__device__ __forceinline__ void for_segment(const T* g, T* unit, const NormalizePlan& it, int64_t n, OnPack on_pack,
+                                            OnElement on_element) {
+  constexpr int kSize = Pack<T>::kSize;
+  const int64_t begin = blockIdx.y * it.split.segment, length = min(it.split.segment, it.length - begin);
+  const T* from = g + n * it.sample.a;
+  T* to = unit + n * it.sample.g;
+  if (!it.walk.contiguous()) {
+    for (int64_t i = threadIdx.x; i < length; i += kThreads) {
+      const Strides at = offset(it.walk, begin + i);
+      on_element(from + at.a, to + at.g);
+    }
+    return;
+  }
+  from += begin;
+  to += begin;
+  const int64_t head = elements_to_boundary(from, to, length), packed = head + (length - head) / kSize * kSize;
+  for (int64_t i = threadIdx.x; i < head; i += kThreads) on_element(from + i, to + i);
+#pragma unroll 2
+  for (int64_t i = head + int64_t(threadIdx.x) * kSize; i < packed; i += kThreads * kSize) on_pack(from + i, to + i);
+  for (int64_t i = packed + threadIdx.x; i < length; i += kThreads) on_element(from + i, to + i);
+}
+
+// partials: [N, splits]
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) sum_squares(const T* g, T* unit, NormalizePlan it, double* partials) {
+  double squares[1] = {0};
+  for_segment(
+      g, unit, it, blockIdx.x,
+      [&](const T* from, T*) {
+        const Pack<T> pack = load_pack(from);
+#pragma unroll
+        for (int j = 0; j < Pack<T>::kSize; ++j) squares[0] += square(pack.value[j]);
+      },
+      [&](const T* from, T*) { squares[0] += square(__ldg(from)); });
+  sum_over_lanes(squares, kThreads);
+  if (threadIdx.x == 0) partials[blockIdx.x * it.split.splits + blockIdx.y] = squares[0];
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    scale(const T* g, NormalizePlan it, double eps, const double* partials, T* unit, Sum<T>* norm) {
+  double squares[1] = {0};
+  for (int64_t i = threadIdx.x; i < it.split.splits; i += kThreads) {
+    squares[0] += partials[blockIdx.x * it.split.splits + i];
+  }
+  sum_over_lanes(squares, kThreads);
+  const double length = sqrt(squares[0]), factor = inverse_length(length, eps);
+  if (blockIdx.y == 0 && threadIdx.x == 0) norm[blockIdx.x] = Sum<T>(length);
+  for_segment(
+      g, unit, it, blockIdx.x, [&](const T* from, T* to) { store_pack(to, scaled(load_pack(from), factor)); },
+      [&](const T* from, T* to) { *to = scaled(__ldg(from), factor); });
+}
+
+// partials: N · splits elements unless the plan is held; launch as for launch_channel_sums.
+template <class T, class Launch>
+void launch_normalize_gradient(const NormalizePlan& it, const T* g, double eps, T* unit, Sum<T>* norm,
+                               double* partials, Launch launch) {
+  if (it.samples == 0) return;
+  if (it.held) {
+    launch(normalize_held<T>, it.blocks, it.split.splits, g, it, eps, unit, norm);
+    return;
+  }
+  launch(sum_squares<T>, it.blocks, it.split.splits, g, unit, it, partials);
+  launch(scale<T>, it.blocks, it.split.splits, g, it, eps, static_cast<const double*>(partials), unit, norm);
+}
+
+}  // namespace fastscore::cuda
