@@ -1,6 +1,5 @@
 """score(): batches in, a score for every channel out; the model comes back as it went in."""
 
-import copy
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Literal
@@ -11,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from fastscore import gradients, groups
-from fastscore.batches import Batch, Forward, checked, device_of, fork_rng, map_tensors
+from fastscore.batches import Batch, Forward, checked, device_of, evaluation_copy, fork_rng, map_tensors
 from fastscore.batches import forward as call_model
 from fastscore.importance import WEIGHT_IMPORTANCES
 from fastscore.scorer import Gradient, Scorer, scorable
@@ -47,7 +46,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
             raise ValueError(f"{name}: {value}; it must be 1 or more")
     if gradient == "loss" and probes != 1:
         raise ValueError(f'probes: {probes}, but a loss has one gradient; use gradient="random" for more')
-    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    twin = evaluation_copy(model)
     stream = _on_device(batches, device_of(twin), samples)
     example = next(stream, None)
     if example is None:

@@ -4,7 +4,6 @@ The graph comes from Torch-Pruning's tracing. What leaves this file is data with
 names and index tensors, so that a group found on one copy of a model holds on every other.
 """
 
-import copy
 import difflib
 import fnmatch
 import hashlib
@@ -107,21 +106,26 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
 
     Raises ValueError when the model cannot run on the example inputs, TypeError when it returns no tensor.
     """
-    twin = copy.deepcopy(model).eval()
+    twin = batches.evaluation_copy(model)
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # the tracer follows grad_fn
     graph = tp.DependencyGraph()
-    name = type(model).__name__
-    run = batches.checked(forward)
+    has_run = False
+
+    def run(model: nn.Module, batch: batches.Batch) -> Tensor:
+        nonlocal has_run
+        output = batches.checked(forward)(model, batch)
+        has_run = True
+        return output
+
     with torch.enable_grad(), batches.fork_rng(batches.device_of(model)):
         try:
-            run(twin, example_inputs)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"example_inputs: {name} cannot run on them: {error}") from error
-        try:
             graph.build_dependency(twin, example_inputs, forward_fn=run, verbose=False)
+        except TypeError:
+            raise
         except Exception as error:  # the tracer raises whatever its guesses run into
-            raise ValueError(f"{name}: Torch-Pruning cannot trace it ({type(error).__name__}: {error})") from error
+            blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
+            raise ValueError(f"{type(model).__name__}: {blame}: {type(error).__name__}: {error}") from error
     return _groups(twin, graph)
 
 
@@ -160,7 +164,7 @@ class _IndexTables:
         mappings = [mapping for mapping in dependency.index_mapping if mapping is not None]
         if not mappings:
             return places
-        needed = int(places[:, 0].max()) + 1
+        needed = 1 << int(places[:, 0].max()).bit_length()  # in powers of two, not to make a table anew for each width
         covered, table = self._tables.get(id(dependency), (0, np.empty((0, 2), dtype=np.int64)))
         if covered < needed:
             indices = [tp._helpers._HybridIndex(idx=i, root_idx=i) for i in range(needed)]

@@ -12,7 +12,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore import groups
-from fastscore.batches import Batch, Forward, checked, device_of, fork_rng
+from fastscore.batches import Batch, Forward, checked, device_of, evaluation_copy, fork_rng
 from fastscore.batches import forward as call_model
 from fastscore.costs import Costs, Unit, total_macs
 from fastscore.groups import ChannelGraph, ChannelGroup
@@ -85,7 +85,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     if scope not in ("global", "layer"):
         raise ValueError(f"scope: {scope!r} is neither 'global' nor 'layer'")
     graph = _graph(model, scores, example_inputs, forward, ignore)
-    twin = copy.deepcopy(model).eval()
+    twin = evaluation_copy(model)
     with fork_rng(device_of(twin)):
         before = checked(forward)(twin, example_inputs).shape
         costs = Costs(twin, graph.groups, example_inputs, forward)
@@ -119,7 +119,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction: {fraction}; it is the share of channels to mask, 0 <= fraction < 1")
     graph = _graph(model, scores, example_inputs, forward, ignore)
-    twin = copy.deepcopy(model).eval()
+    twin = evaluation_copy(model)
     with fork_rng(device_of(twin)):
         costs = Costs(twin, graph.groups, example_inputs, forward)
     removed = select(removal_order(graph.groups, scores, scope), costs, {"channels": 1 - fraction})

@@ -155,7 +155,7 @@ class Scorer:
         self._samples += len(gradient)
 
     def _add(self, sums: list[tuple[str, Tensor]], samples: int, length: Tensor | None) -> None:
-        """sums: (layer, [N, C]). length: float64 [N], of each sample's output gradient, where it is to be divided out."""
+        """sums: (layer, [N, C]). length: float64 [N], of each output gradient, where it is divided out."""
         by_layer: dict[str, list[Tensor]] = {}
         for layer, tensor in sums:
             if len(tensor) != samples:
