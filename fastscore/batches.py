@@ -1,6 +1,5 @@
 """How a batch reaches a model: tensors, (input, ...) tuples, or dicts of keyword arguments."""
 
-import copy
 import itertools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -55,13 +54,6 @@ def first_tensor(batch: Batch) -> Tensor | None:
         return batch
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
     return next((tensor for tensor in map(first_tensor, values) if tensor is not None), None)
-
-
-def evaluation_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` in evaluation mode with frozen parameters, which share their memory with the model's own."""
-    shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
-                              for parameter in model.parameters()}
-    return copy.deepcopy(model, shared).eval()
 
 
 def device_of(model: nn.Module) -> torch.device:

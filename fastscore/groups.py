@@ -8,7 +8,7 @@ import difflib
 import fnmatch
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore import batches
+from fastscore.evaluation import evaluation_copy
 
 Role = Literal["producer", "consumer", "channelwise"]
 Ignore = Iterable[str | type | nn.Module]
@@ -68,10 +69,15 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class ChannelGraph:
-    """The prunable groups of a model, and the layers that are left alone, each with the reason."""
+    """The prunable groups of a model.
+
+    skipped: layer -> why its channels are left alone. normalized_by: Conv or Linear -> the BatchNorm that alone reads
+    its output.
+    """
 
     groups: tuple[ChannelGroup, ...]
     skipped: Mapping[str, str]
+    normalized_by: Mapping[str, str]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -98,7 +104,7 @@ class ChannelGraph:
                 groups.append(group)
             else:
                 skipped[group.name] = "ignored" if hit == group.name else f"ignored with {hit}"
-        return ChannelGraph(tuple(groups), skipped)
+        return replace(self, groups=tuple(groups), skipped=skipped)
 
 
 def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.forward) -> ChannelGraph:
@@ -106,7 +112,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
 
     Raises ValueError when the model cannot run on the example inputs, TypeError when it returns no tensor.
     """
-    twin = batches.evaluation_copy(model)
+    twin = evaluation_copy(model)
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # the tracer follows grad_fn
     graph = tp.DependencyGraph()
@@ -150,7 +156,14 @@ def _groups(model: nn.Module, graph: Any) -> ChannelGraph:
             groups.append(ChannelGroup(name, channels, unit, tuple(_first_channel_of_each_index(members))))
         else:
             skipped[name] = reason
-    return ChannelGraph(tuple(groups), skipped)
+    return ChannelGraph(tuple(groups), skipped, _normalized_by(graph))
+
+
+def _normalized_by(graph: Any) -> dict[str, str]:
+    pairs = ((node, node.outputs[0]) for node in graph.module2node.values()
+             if node.type in _LAYERS | {_OPTYPE.DEPTHWISE_CONV} and len(node.outputs) == 1)
+    return {graph._module2name[layer.module]: graph._module2name[norm.module] for layer, norm in pairs
+            if norm.type == _OPTYPE.BN and norm.inputs == [layer]}
 
 
 class _IndexTables:

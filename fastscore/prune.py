@@ -4,7 +4,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore import groups
-from fastscore.batches import Batch, Forward, checked, device_of, evaluation_copy, fork_rng
+from fastscore.batches import Batch, Forward, checked, device_of, fork_rng
 from fastscore.batches import forward as call_model
 from fastscore.costs import Costs, Unit, total_macs
+from fastscore.evaluation import evaluation_copy
 from fastscore.groups import ChannelGraph, ChannelGroup
 from fastscore.scores import Scores
 from fastscore.selection import Scope, check_scores, removal_order, select
@@ -171,7 +172,7 @@ def _graph(model: nn.Module, scores: Scores, example_inputs: Batch, forward: For
     scored = tuple(group for group in graph.groups if group.name in scores)
     unscored = {group.name: scores.skipped.get(group.name, "no score") for group in graph.groups
                 if group.name not in scores}
-    return ChannelGraph(scored, {**graph.skipped, **unscored})
+    return replace(graph, groups=scored, skipped={**graph.skipped, **unscored})
 
 
 def _try(model: nn.Module, example_inputs: Batch, forward: Forward, expected: torch.Size) -> int:

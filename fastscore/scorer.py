@@ -22,7 +22,8 @@ class Scorer:
     with gradient="random" it reads `probe(output)` alone, and the loop's backward passes are not measured.
 
     model: any module; its hooks are set while the scorer is attached (`with scorer:`, or attach() and detach()).
-    example_inputs: a batch the model can run on, to trace its channel groups with (on a copy).
+    example_inputs: a batch the model can run on, to trace its channel groups with (on a copy), or the ChannelGraph
+    itself, where it is known.
     importance: "taylor", "taylor-abs", "taylor-sq". reduction: "sum" over a channel's positions before the absolute
     value or square, or "element". normalize: divide each sample's score by the length of its output gradient (by the
     square of it where the score is quadratic): what scaling the gradient to length 1 would give, since backward passes
@@ -34,14 +35,15 @@ class Scorer:
     Source: arXiv 2310.20203 (importances, random gradient, normalisation).
     """
 
-    def __init__(self, model: nn.Module, example_inputs: batches.Batch, *, importance: str = "taylor-sq",
+    def __init__(self, model: nn.Module, example_inputs: batches.Batch | ChannelGraph, *, importance: str = "taylor-sq",
                  gradient: Gradient = "loss", normalize: bool = True, reduction: str = "sum", seed: int = 0,
                  distribution: str = "normal", forward: batches.Forward = batches.forward,
                  ignore: groups.Ignore = ()) -> None:
         if gradient not in ("loss", "random"):
             raise ValueError(f"gradient: {gradient!r} is neither 'loss' nor 'random'")
         self._row = gradient_importance(importance, reduction)
-        graph = groups.trace(model, example_inputs, forward)
+        graph = example_inputs if isinstance(example_inputs, ChannelGraph) \
+            else groups.trace(model, example_inputs, forward)
         self._origin = Origin(importance, reduction, gradient, normalize, seed, graph.fingerprint)
         self._distribution = distribution
         self._graph = scorable(model, graph, ignore)
