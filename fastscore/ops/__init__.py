@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastscore.ops import checks, library  # noqa: F401  (library loads the kernels)
+from fastscore.ops.backends import use_backend
 
-__all__ = ["channel_dot", "channel_powers", "channel_sums", "normalize_gradient", "random_gradient"]
+__all__ = ["channel_dot", "channel_powers", "channel_sums", "normalize_gradient", "random_gradient", "use_backend"]
 
 _channel_sums = torch.ops.fastscore.channel_sums.default
 _channel_dot = torch.ops.fastscore.channel_dot.default

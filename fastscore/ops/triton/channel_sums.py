@@ -1,0 +1,120 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""channel_sums, channel_dot and channel_powers: sums over every position of a channel, by one kernel.
+
+The layout is no part of the kernel: a tile is BLOCK_C channels by BLOCK_P positions, and strides say where it lies.
+The compiler knows which stride is 1 and orders the threads of each load along it.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastscore.ops import checks
+from fastscore.ops.reference import result_dtype
+from fastscore.ops.triton.common import Call, multiprocessors, offsets, run
+from fastscore.ops.triton.launch import COMBINE_ROWS, COMBINE_SPLITS, ChannelLaunch, plan_channel_sums
+
+SUMS = {"dot": 1, "sums": 3, "powers": 2}
+
+
+@triton.jit
+def accumulate(totals, a, g, REDUCER: tl.constexpr):
+    """The reducer policy: how a tile enters the running totals."""
+    product = a * g
+    if REDUCER == "dot":
+        return (totals[0] + product,)
+    elif REDUCER == "sums":
+        return totals[0] + product, totals[1] + a, totals[2] + g
+    else:
+        return totals[0] + tl.abs(product), totals[1] + product * product
+
+
+@triton.jit
+def channel_sums_kernel(a, g, outs, channels, sizes, positions, a_strides, g_strides, rows, tiles,
+                        REDUCER: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+                        WIDE: tl.constexpr):
+    """a, g [N, C, *sizes] -> len(outs) times [splits, N·C]
+
+    Program (i, split) takes BLOCK_C channels of one sample, and `tiles` tiles of their positions.
+    """
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+    SUM: tl.constexpr = tl.float64 if a.dtype.element_ty == tl.float64 else tl.float32
+    blocks = tl.cdiv(channels, BLOCK_C)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    c = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # A multiple of ALIGN already: said in a way that lets the compiler merge the masks of a wide load.
+    c_mask = c < channels // ALIGN[0][0] * ALIGN[0][0]
+    end = positions // ALIGN[0][1] * ALIGN[0][1]
+
+    a += tl.multiple_of(n * a_strides[0], ALIGN[1][0])
+    g += tl.multiple_of(n * g_strides[0], ALIGN[2][0])
+    a_rows = a + tl.multiple_of(c * a_strides[1], ALIGN[1][1])[:, None]
+    g_rows = g + tl.multiple_of(c * g_strides[1], ALIGN[2][1])[:, None]
+
+    totals = (tl.zeros((BLOCK_C, BLOCK_P), SUM),) * len(outs)
+    start = tl.program_id(1).to(INDEX) * tiles * BLOCK_P
+    for first in range(start, tl.minimum(start + tiles * BLOCK_P, end), BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        mask = c_mask[:, None] & (p < end)[None, :]
+        a_tile = tl.load(a_rows + offsets(p, sizes, a_strides[2:], ALIGN[1][2])[None, :], mask, other=0.0)
+        g_tile = tl.load(g_rows + offsets(p, sizes, g_strides[2:], ALIGN[2][2])[None, :], mask, other=0.0)
+        totals = accumulate(totals, a_tile.to(SUM), g_tile.to(SUM), REDUCER)
+
+    row = tl.program_id(1).to(tl.int64) * rows + n * channels + c
+    for i in tl.static_range(len(outs)):
+        tl.store(outs[i] + row, tl.sum(totals[i], axis=1), c_mask)
+
+
+@triton.jit
+def combine_kernel(partials, outs, rows, splits, BLOCK_ROWS: tl.constexpr, BLOCK_SPLITS: tl.constexpr):
+    """Each of partials [splits, rows] -> outs [rows], always in the same order."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    for i in tl.static_range(len(outs)):
+        total = tl.zeros((BLOCK_SPLITS, BLOCK_ROWS), outs[i].dtype.element_ty)
+        for first in range(0, splits, BLOCK_SPLITS):
+            split = first + tl.arange(0, BLOCK_SPLITS)
+            mask = (split < splits)[:, None] & (row < rows)[None, :]
+            total += tl.load(partials[i] + (split.to(tl.int64) * rows)[:, None] + row[None, :], mask, other=0.0)
+        tl.store(outs[i] + row, tl.sum(total, axis=0), row < rows)
+
+
+def calls(plan: ChannelLaunch, reducer: str, a: Tensor, g: Tensor, outs: tuple[Tensor, ...]) -> list[Call]:
+    """The launches that fill `outs`; partial sums, where there are any, are theirs alone."""
+    sums = outs
+    if plan.splits > 1:
+        sums = a.new_empty((len(outs), plan.splits, plan.rows), dtype=outs[0].dtype).unbind()
+    constants = {"REDUCER": reducer, "ALIGN": plan.align, "BLOCK_C": plan.block_c, "BLOCK_P": plan.block_p,
+                 "WIDE": plan.wide, "num_warps": plan.warps}
+    result = [Call(channel_sums_kernel, plan.grid, (a, g, sums, plan.channels, plan.sizes, plan.positions,
+                                                    *plan.strides, plan.rows, plan.tiles), constants)]
+    if plan.splits > 1:
+        result.append(Call(combine_kernel, plan.combine_grid, (sums, outs, plan.rows, plan.splits),
+                           {"BLOCK_ROWS": COMBINE_ROWS, "BLOCK_SPLITS": COMBINE_SPLITS, "num_warps": 1}))
+    return result
+
+
+def _reduce(reducer: str, a: Tensor, g: Tensor, channel_dim: int) -> tuple[Tensor, ...]:
+    checks.check_pair(a, g, channel_dim)
+    shape = (a.shape[0], a.shape[channel_dim])
+    if a.numel() == 0:
+        return tuple(a.new_zeros(shape, dtype=result_dtype(a.dtype)) for _ in range(SUMS[reducer]))
+    outs = tuple(a.new_empty(shape, dtype=result_dtype(a.dtype)) for _ in range(SUMS[reducer]))
+    plan = plan_channel_sums(tuple(a.shape), a.stride(), g.stride(), channel_dim, a.element_size(),
+                             multiprocessors(a.device))
+    run(calls(plan, reducer, a, g, outs), a.device)
+    return outs
+
+
+def channel_sums(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, ...]:
+    """(Σ a·g, Σ a, Σ g), each [N, C]."""
+    return _reduce("sums", a, g, channel_dim)
+
+
+def channel_dot(a: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
+    """Σ a·g, [N, C]."""
+    return _reduce("dot", a, g, channel_dim)[0]
+
+
+def channel_powers(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, ...]:
+    """(Σ |a·g|, Σ (a·g)²), each [N, C]."""
+    return _reduce("powers", a, g, channel_dim)

@@ -1,0 +1,111 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""normalize_gradient: a gradient scaled to length 1 per sample, and the lengths.
+
+Squares are summed in float64, so neither tiny nor huge gradients lose their length. A sample that fits into registers
+is read once; a longer one is read twice, first for its length.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastscore.ops import checks
+from fastscore.ops.reference import result_dtype
+from fastscore.ops.triton.common import Call, multiprocessors, offsets, run
+from fastscore.ops.triton.launch import NormalizeLaunch, plan_normalize_gradient
+
+
+@triton.jit
+def load_part(g, sizes, g_strides, length, n, split, ALIGN: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Elements split·BLOCK to (split + 1)·BLOCK - 1 of sample n, their positions, and which of them exist."""
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+    p = split.to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    mask = p < length // ALIGN[0] * ALIGN[0]
+    g += tl.multiple_of(n * g_strides[0], ALIGN[1][0])
+    return tl.load(g + offsets(p, sizes, g_strides[1:], ALIGN[1][1]), mask, other=0.0), p, mask
+
+
+@triton.jit
+def widen(x):
+    """x in float64, where no square of a float32 overflows or vanishes."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32).to(tl.float64)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """Float64 x in DTYPE."""
+    return x if x.dtype == DTYPE else x.to(tl.float32).to(DTYPE)
+
+
+@triton.jit
+def square_length(part):
+    """Σ x² in float64."""
+    wide = widen(part)
+    return tl.sum(wide * wide)
+
+
+@triton.jit
+def lengths_kernel(g, partials, sizes, g_strides, length, splits, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+                   WIDE: tl.constexpr):
+    """g [N, *sizes] -> squared lengths of the parts of each sample, partials [N, splits]"""
+    n, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
+    part, _, _ = load_part(g, sizes, g_strides, length, n, split, ALIGN, BLOCK, WIDE)
+    tl.store(partials + n * splits + split, square_length(part))
+
+
+@triton.jit
+def normalize_gradient_kernel(g, partials, unit, lengths, sizes, g_strides, unit_strides, length, splits,
+                              eps: tl.float64, ALIGN: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+                              HELD: tl.constexpr, BLOCK_SPLITS: tl.constexpr):
+    """g [N, *sizes] -> unit [N, *sizes], lengths [N]
+
+    HELD: the program holds the whole sample, and its length with it; else the length is in `partials`.
+    """
+    n, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
+    part, p, mask = load_part(g, sizes, g_strides, length, n, split, ALIGN, BLOCK, WIDE)
+    if HELD:
+        squares = square_length(part)
+    else:
+        total = tl.zeros((BLOCK_SPLITS,), tl.float64)
+        for first in range(0, splits, BLOCK_SPLITS):
+            parts = first + tl.arange(0, BLOCK_SPLITS)
+            total += tl.load(partials + n * splits + parts, parts < splits, other=0.0)
+        squares = tl.sum(total)
+    norm = tl.sqrt(squares)
+    if split == 0:
+        tl.store(lengths + n, norm.to(lengths.dtype.element_ty))
+
+    # A length that is not a number compares with nothing, and its sample becomes 0.
+    divisor = tl.where(norm < eps, eps, norm)
+    usable = divisor > 0
+    inverse = 1.0 / tl.where(usable, divisor, 1.0)
+    scaled = tl.where(usable, widen(part) * inverse, 0.0)
+    unit += tl.multiple_of(n * unit_strides[0], ALIGN[2][0])
+    tl.store(unit + offsets(p, sizes, unit_strides[1:], ALIGN[2][1]), narrow(scaled, part.dtype), mask)
+
+
+def calls(plan: NormalizeLaunch, g: Tensor, eps: float, unit: Tensor, lengths: Tensor) -> list[Call]:
+    """The launches that fill `unit` and `lengths`."""
+    shape = (plan.sizes, plan.strides[0])
+    constants = {"ALIGN": plan.align, "BLOCK": plan.block, "WIDE": plan.wide, "num_warps": plan.warps}
+    partials, result = lengths, []
+    if plan.splits > 1:
+        partials = g.new_empty((plan.samples, plan.splits), dtype=torch.float64)
+        result.append(Call(lengths_kernel, plan.grid, (g, partials, *shape, plan.length, plan.splits), constants))
+    result.append(Call(normalize_gradient_kernel, plan.grid,
+                       (g, partials, unit, lengths, *shape, plan.strides[1], plan.length, plan.splits, eps),
+                       {**constants, "HELD": plan.splits == 1, "BLOCK_SPLITS": 128}))
+    return result
+
+
+def normalize_gradient(g: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(g / max(‖g‖, eps) per sample, ‖g‖ [N])"""
+    checks.check_gradient(g, eps)
+    unit = torch.empty_like(g)
+    lengths = g.new_zeros((g.shape[0],), dtype=result_dtype(g.dtype))
+    multiprocessors(g.device)
+    if g.numel():
+        plan = plan_normalize_gradient(tuple(g.shape), g.stride(), unit.stride(), g.element_size())
+        run(calls(plan, g, eps, unit, lengths), g.device)
+    return unit, lengths
