@@ -1,44 +1,51 @@
-// From stable-ABI tensors to what the kernels take: checks, pointers, outputs.
+// Between stable-ABI tensors and the torch-free kernels: checks, dtypes, outputs.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <array>
 #include <stdexcept>
-#include <string>
-#include <vector>
+#include <utility>
+
+#include "plan.h"
 
 namespace fastscore::cpu {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// The last line of defence for callers of torch.ops; the functions of fastscore.ops explain what is wrong.
 inline void require(bool ok, const char* message) {
   if (!ok) throw std::runtime_error(message);
 }
 
-inline Tensor new_output(std::vector<int64_t> sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (int i = int(sizes.size()) - 2; i >= 0; --i) strides[i] = strides[i + 1] * std::max<int64_t>(sizes[i + 1], 1);
+inline Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Double: return Dtype::float64;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: throw std::runtime_error("unsupported dtype: convert to float32, bfloat16, float16 or float64");
+  }
+}
+
+// A contiguous tensor for results of inputs of `dtype`: float64 for float64, else float32.
+inline Tensor new_output(const int64_t* sizes, int dims, Dtype dtype) {
+  const int64_t strides[] = {dims == 2 ? std::max<int64_t>(sizes[1], 1) : 1, 1};
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(),
-      dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+      dims, sizes, strides, dtype == Dtype::float64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
       aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
-// f(T{}) with the C++ type of a floating dtype.
-template <class F>
-void with_type(ScalarType dtype, F f) {
-  switch (dtype) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
-    case ScalarType::Half: return f(torch::headeronly::Half{});
-    default: throw std::runtime_error("unsupported dtype: use float32, float64, bfloat16 or float16");
-  }
+template <int Count>
+std::array<Tensor, Count> new_outputs(const int64_t* sizes, int dims, Dtype dtype) {
+  return [&]<std::size_t... I>(std::index_sequence<I...>) {
+    return std::array<Tensor, Count>{((void)I, new_output(sizes, dims, dtype))...};
+  }(std::make_index_sequence<Count>());
 }
 
 }  // namespace fastscore::cpu

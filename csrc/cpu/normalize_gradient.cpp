@@ -2,32 +2,31 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "arguments.h"
+#include "kernels.h"
 
 namespace fastscore::cpu {
 namespace {
 
-std::tuple<Tensor, Tensor> normalize_gradient(const Tensor& input, double eps) {
-  const Tensor g = torch::stable::contiguous(input);
-  Tensor unit = torch::stable::empty_like(g);
-  const int64_t samples = g.sizes()[0], width = samples ? g.numel() / samples : 0;
-  const bool wide = g.scalar_type() == ScalarType::Double;
-  Tensor norm = new_output({samples}, wide ? ScalarType::Double : ScalarType::Float);
-  with_type(g.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    const T* in = static_cast<const T*>(g.const_data_ptr());
-    T* out = static_cast<T*>(unit.data_ptr());
-    for (int64_t n = 0; n < samples; ++n) {
-      double squares = 0;
-      for (int64_t k = 0; k < width; ++k) squares += double(in[n * width + k]) * double(in[n * width + k]);
-      const double length = std::sqrt(squares), divisor = length < eps ? eps : length;
-      for (int64_t k = 0; k < width; ++k) {
-        const double x = double(in[n * width + k]);
-        out[n * width + k] = T(divisor > 0 ? x / divisor : 0.0);
-      }
-      if (wide) static_cast<double*>(norm.data_ptr())[n] = length;
-      else static_cast<float*>(norm.data_ptr())[n] = float(length);
-    }
-  });
+std::tuple<Tensor, Tensor> normalize_gradient(const Tensor& g, double eps) {
+  const auto sizes = g.sizes(), strides = g.strides();
+  require(sizes.size() >= 1 && sizes.size() <= kMaxDims, "g has to have 1 to 64 dimensions");
+  const Dtype dtype = dtype_of(g);
+  const Tensor unit = torch::stable::empty_like(g);
+  const auto unit_strides = unit.strides();
+  const Tensor norm = new_output(sizes.data(), 1, dtype);
+  if (sizes[0] == 0) return {unit, norm};
+  NormalizeGradient task;
+  task.sample = {sizes[0], strides[0], unit_strides[0]};
+  for (size_t d = 1; d < sizes.size(); ++d) task.elements.add({sizes[d], strides[d], unit_strides[d]});
+  task.elements.collapse();
+  task.eps = eps;
+  task.in = g.const_data_ptr();
+  task.out = unit.mutable_data_ptr();
+  task.norm = norm.mutable_data_ptr();
+  const auto kernel = kernels().normalize_gradient[int(dtype)];
+  constexpr int64_t kElementsPerThread = 16384;
+  const int64_t grain = kElementsPerThread / std::max<int64_t>(task.elements.count(), 1) + 1;
+  torch::stable::parallel_for(0, sizes[0], grain, [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
   return {unit, norm};
 }
 

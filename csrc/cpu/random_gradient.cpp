@@ -1,45 +1,29 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../math.h"
+#include <string>
+
 #include "arguments.h"
+#include "kernels.h"
 
 namespace fastscore::cpu {
 namespace {
 
 Tensor random_gradient(const Tensor& sample_ids, int64_t classes, int64_t seed, int64_t probe,
                        std::string distribution, bool normalize) {
-  require(sample_ids.dim() == 1 && sample_ids.scalar_type() == ScalarType::Long, "sample_ids must be int64 [N]");
-  require(classes >= 0, "classes must not be negative");
-  const int64_t samples = sample_ids.sizes()[0];
-  Tensor out = new_output({samples, classes}, ScalarType::Float);
-  const auto* ids = static_cast<const int64_t*>(sample_ids.const_data_ptr());
-  const int64_t stride = sample_ids.strides()[0];
-  const bool normal = distribution == "normal";
-  auto* values = static_cast<float*>(out.data_ptr());
-  torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      float* row = values + n * classes;
-      double squares = 0;
-      for (int64_t k = 0; k < classes; k += 4) {
-        const Words words = random_words(ids[n * stride], uint32_t(k / 4), uint32_t(probe), seed);
-        float lane[4];
-        for (int pair = 0; pair < 4; pair += 2) {
-          float cosine, sine;
-          box_muller_angle(words.lane[pair + 1], &cosine, &sine);
-          const float radius = box_muller_radius(words.lane[pair]);
-          lane[pair] = normal ? radius * cosine : rademacher(words.lane[pair]);
-          lane[pair + 1] = normal ? radius * sine : rademacher(words.lane[pair + 1]);
-        }
-        for (int i = 0; i < 4 && k + i < classes; ++i) {
-          row[k + i] = lane[i];
-          squares += double(lane[i]) * lane[i];
-        }
-      }
-      if (!normalize) continue;
-      const float scale = float(1 / std::sqrt(squares));
-      for (int64_t k = 0; k < classes; ++k) row[k] *= scale;
-    }
+  require(sample_ids.dim() == 1 && sample_ids.scalar_type() == ScalarType::Long, "sample_ids has to be int64 [N]");
+  require(classes >= 0 && classes <= int64_t{1} << 34, "classes is out of range");
+  require(probe >= 0 && probe < int64_t{1} << 32, "probe is out of range");
+  require(distribution == "normal" || distribution == "rademacher", "distribution has to be normal or rademacher");
+  const int64_t shape[] = {sample_ids.sizes()[0], classes};
+  const Tensor out = new_output(shape, 2, Dtype::float32);
+  if (shape[0] == 0 || classes == 0) return out;
+  const RandomGradient task{static_cast<const int64_t*>(sample_ids.const_data_ptr()), sample_ids.strides()[0], classes,
+                            seed, uint32_t(probe), distribution == "normal", normalize,
+                            static_cast<float*>(out.mutable_data_ptr())};
+  constexpr int64_t kValuesPerThread = 8192;
+  torch::stable::parallel_for(0, shape[0], kValuesPerThread / classes + 1, [&](int64_t begin, int64_t end) {
+    kernels().random_gradient(task, begin, end);
   });
   return out;
 }

@@ -1,0 +1,30 @@
+#include "kernels.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace fastscore::cpu {
+namespace {
+
+const Kernels& choose() {
+  const char* wanted = std::getenv("FASTSCORE_SIMD");
+  const std::string name = wanted ? wanted : "";
+#ifdef __x86_64__
+  const bool has_v3 = __builtin_cpu_supports("x86-64-v3"), has_v4 = __builtin_cpu_supports("x86-64-v4");
+  if (has_v4 && (name.empty() || name == v4::kernels.tier)) return v4::kernels;
+  if (has_v3 && (name.empty() || name == v3::kernels.tier)) return v3::kernels;
+#endif
+  if (name.empty() || name == baseline::kernels.tier) return baseline::kernels;
+  throw std::runtime_error("FASTSCORE_SIMD is " + name + ", which is not a tier that this processor has; unset it, or "
+                           "use baseline, x86-64-v3 or x86-64-v4");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace fastscore::cpu

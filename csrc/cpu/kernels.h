@@ -1,0 +1,44 @@
+// The kernels of one SIMD tier behind function pointers, and the tier for this machine.
+#pragma once
+
+#include "plan.h"
+
+namespace fastscore::cpu {
+
+enum Op { kDot, kSums, kPowers };
+
+struct RandomGradient {
+  const int64_t* sample_ids;
+  int64_t id_stride, classes, seed;
+  uint32_t probe;
+  bool normal, normalize;
+  float* out;  // [N, K]
+};
+
+struct NormalizeGradient {
+  Dim sample;     // strides: a of the input, g of the output
+  Dims elements;  // of one sample
+  double eps;
+  const void* in;
+  void* out;
+  void* norm;  // [N]
+};
+
+struct Kernels {
+  const char* tier;
+  void (*channel_sums[4][3])(const Plan& plan, int64_t begin, int64_t end);  // items; [Dtype][Op]
+  void (*random_gradient)(const RandomGradient& task, int64_t begin, int64_t end);     // samples
+  void (*normalize_gradient[4])(const NormalizeGradient& task, int64_t begin, int64_t end);  // samples; [Dtype]
+};
+
+namespace baseline { extern const Kernels kernels; }
+#ifdef __x86_64__
+namespace v3 { extern const Kernels kernels; }
+namespace v4 { extern const Kernels kernels; }
+#endif
+
+// The widest tier that the processor has, or the one that the environment variable FASTSCORE_SIMD names (baseline,
+// x86-64-v3, x86-64-v4); chosen once.
+const Kernels& kernels();
+
+}  // namespace fastscore::cpu

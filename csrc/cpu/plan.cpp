@@ -1,0 +1,72 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace fastscore::cpu {
+namespace {
+
+// Positions per chunk: long enough that a partial sum costs nothing, short enough to bound the rounding error and to
+// feed many threads from one sample.
+constexpr int64_t kRowChunk = 4096, kColumnChunk = 512;
+// Channels per tile: sums of a tile stay in the first-level cache (columns, packed); items of some size (rows).
+constexpr int64_t kColumnTile = 1024, kPackedTile = 16, kRowItem = 16384;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One walk over samples × channels where the strides allow it.
+void merge_samples(Plan& plan) {
+  Dim& n = plan.sample;
+  Dim& c = plan.channel;
+  if (n.size == 1 || n.a != c.size * c.a || n.g != c.size * c.g) return;
+  c.size *= n.size;
+  n = {1, 0, 0};
+}
+
+}  // namespace
+
+void Dims::collapse() {
+  Dim* end = std::remove_if(dim, dim + depth, [](const Dim& d) { return d.size == 1; });
+  std::stable_sort(dim, end, [](const Dim& x, const Dim& y) { return x.a != y.a ? x.a > y.a : x.g > y.g; });
+  int kept = 0;
+  for (Dim* d = dim; d != end; ++d) {
+    Dim* outer = kept ? dim + kept - 1 : nullptr;
+    if (outer && outer->a == d->a * d->size && outer->g == d->g * d->size) {
+      *outer = {outer->size * d->size, d->a, d->g};
+    } else {
+      dim[kept++] = *d;
+    }
+  }
+  if (!kept) dim[kept++] = {1, 1, 1};
+  depth = kept;
+}
+
+int64_t Dims::count() const {
+  int64_t product = 1;
+  for (int d = 0; d < depth; ++d) product *= dim[d].size;
+  return product;
+}
+
+void choose_path(Plan& plan) {
+  plan.positions.collapse();
+  const int64_t positions = plan.positions.count();
+  const Dim& inner = plan.positions.inner();
+  Dim& channel = plan.channel;
+  const bool columns = channel.a == 1 && channel.g == 1 && (channel.size >= 4 || positions == 1);
+  if (columns && (positions == 1 || inner.a != 1)) {
+    plan.path = Path::columns;
+  } else {
+    plan.path = inner.a == 1 && (inner.g == 1 || inner.g == 0) ? Path::rows : Path::packed;
+  }
+  if (plan.path == Path::rows || positions == 1) merge_samples(plan);
+  const int64_t longest = plan.path == Path::rows ? kRowChunk : kColumnChunk;
+  plan.chunks = std::max<int64_t>(ceil_div(positions, longest), 1);
+  plan.chunk = ceil_div(positions, plan.chunks);
+  const int64_t widest = plan.path == Path::columns ? kColumnTile
+                         : plan.path == Path::packed ? kPackedTile
+                         : plan.chunks > 1           ? 1
+                                                     : std::max<int64_t>(kRowItem / std::max<int64_t>(plan.chunk, 1), 1);
+  plan.tile = std::max<int64_t>(std::min(widest, channel.size), 1);
+  plan.tiles = ceil_div(channel.size, plan.tile);
+}
+
+}  // namespace fastscore::cpu

@@ -1,0 +1,73 @@
+// How a reduction over positions is walked: torch-free, made once per call from sizes and strides.
+#pragma once
+
+#include <cstdint>
+
+#include "half.h"
+
+namespace fastscore::cpu {
+
+// One dimension shared by two tensors; strides count elements.
+struct Dim {
+  int64_t size, a, g;
+};
+
+constexpr int kMaxDims = 64;
+
+// Dimensions from outermost to innermost. Neighbours that one stride can walk are merged, dimensions of size 1 dropped;
+// at least one remains.
+struct Dims {
+  int depth = 0;
+  Dim dim[kMaxDims];
+
+  void add(Dim d) { dim[depth++] = d; }
+  void collapse();
+  int64_t count() const;
+  const Dim& inner() const { return dim[depth - 1]; }
+
+  // f(offset in a, offset in g, length) for every stretch of the innermost dimension that covers [begin, end).
+  template <class F>
+  void runs(int64_t begin, int64_t end, F f) const {
+    const Dim& last = inner();
+    while (begin < end) {
+      int64_t rest = begin / last.size, first = begin % last.size;
+      int64_t offset_a = first * last.a, offset_g = first * last.g;
+      for (int d = depth - 2; d >= 0; --d) {
+        const int64_t index = rest % dim[d].size;
+        rest /= dim[d].size;
+        offset_a += index * dim[d].a;
+        offset_g += index * dim[d].g;
+      }
+      const int64_t left = last.size - first, length = left < end - begin ? left : end - begin;
+      f(offset_a, offset_g, length);
+      begin += length;
+    }
+  }
+};
+
+// rows: positions lie next to each other (g may repeat one value). columns: channels do. packed: anything else, copied
+// into rows a tile at a time.
+enum class Path { rows, columns, packed };
+
+// An item is (sample, chunk of positions, tile of channels); the split follows from the shape alone, so that the
+// result does not depend on the number of threads. Every item writes sums of its own; `partials` holds them where a
+// sample has several chunks.
+struct Plan {
+  Path path;
+  Dim sample, channel;
+  Dims positions;
+  int64_t chunk, chunks;  // positions per chunk; chunks per sample
+  int64_t tile, tiles;    // channels per tile; tiles per sample
+  const void* a;
+  const void* g;
+  void* sums[3];   // [N, C] each
+  void* partials;  // [N, chunks, sums, C]
+
+  int64_t items() const { return sample.size * chunks * tiles; }
+  int64_t elements_per_item() const { return chunk * tile; }
+};
+
+// Chooses path and split; `plan` comes with sample, channel and positions as the tensors have them.
+void choose_path(Plan& plan);
+
+}  // namespace fastscore::cpu

@@ -1,0 +1,132 @@
+// Vectors of one SIMD tier. Included once per tier, which defines FASTSCORE_TIER and FASTSCORE_VECTOR_BYTES.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#include "plan.h"
+
+#define FASTSCORE_INLINE inline __attribute__((always_inline))
+
+namespace fastscore::cpu::FASTSCORE_TIER {
+
+constexpr int kVectorBytes = FASTSCORE_VECTOR_BYTES;
+
+// What elements of type T are summed in: float64 for float64, else float32.
+template <class T> struct SumOf { using type = float; };
+template <> struct SumOf<double> { using type = double; };
+template <class T> using Sum = typename SumOf<T>::type;
+
+template <class S> struct VectorOf { typedef S type __attribute__((vector_size(kVectorBytes))); };
+template <class T> using Vector = typename VectorOf<Sum<T>>::type;
+template <class T> constexpr int kWidth = kVectorBytes / sizeof(Sum<T>);
+
+typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+
+FASTSCORE_INLINE Vector<float> widen(bf16, HalfBits x) {
+  return (Vector<float>)(__builtin_convertvector(x, Bits) << 16);
+}
+
+FASTSCORE_INLINE Vector<float> widen(fp16, HalfBits x) {
+#if FASTSCORE_VECTOR_BYTES == 64
+  return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)x);
+#elif FASTSCORE_VECTOR_BYTES == 32
+  return (Vector<float>)_mm256_cvtph_ps((__m128i)x);
+#else
+  // Moving the exponent field into place leaves a value 2¹¹² too small, subnormals included.
+  const Bits wide = __builtin_convertvector(x, Bits), magnitude = (wide & 0x7fff) << 13;
+  const Bits scaled = (Bits)((Vector<float>)magnitude * 0x1p112f);
+  const Bits not_finite = (Bits)(magnitude >= 0x0f800000u);
+  return (Vector<float>)(scaled | (not_finite & 0x7f800000) | ((wide & 0x8000) << 16));
+#endif
+}
+
+FASTSCORE_INLINE Vector<float> load(const float* p) {
+  Vector<float> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+FASTSCORE_INLINE Vector<double> load(const double* p) {
+  Vector<double> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+FASTSCORE_INLINE Vector<T> load(const T* p) {
+  HalfBits v;
+  memcpy(&v, p, sizeof v);
+  return widen(T{}, v);
+}
+
+// The first n elements, n below the width, and zeros; reads no other byte.
+#if FASTSCORE_VECTOR_BYTES == 64
+FASTSCORE_INLINE Vector<float> load(const float* p, int n) {
+  return (Vector<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+}
+
+FASTSCORE_INLINE Vector<double> load(const double* p, int n) {
+  return (Vector<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+}
+
+template <class T>
+FASTSCORE_INLINE Vector<T> load(const T* p, int n) {
+  return widen(T{}, (HalfBits)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+}
+#else
+template <class T>
+FASTSCORE_INLINE Vector<T> load(const T* p, int n) {
+  T copy[kWidth<T>] = {};
+  for (int i = 0; i < n; ++i) copy[i] = p[i];
+  return load(static_cast<const T*>(copy));
+}
+#endif
+
+template <class V, class S>
+FASTSCORE_INLINE void store(S* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+
+template <class V, class S>
+FASTSCORE_INLINE void store(S* p, V v, int n) {
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+
+FASTSCORE_INLINE Vector<float> absolute(Vector<float> x) { return (Vector<float>)((Bits)x & 0x7fffffffu); }
+
+FASTSCORE_INLINE Vector<double> absolute(Vector<double> x) {
+  typedef uint64_t Bits64 __attribute__((vector_size(kVectorBytes)));
+  return (Vector<double>)((Bits64)x & 0x7fffffffffffffffull);
+}
+
+// The sum over lanes, halves first.
+template <class S, int Bytes>
+FASTSCORE_INLINE S sum_lanes(const void* lanes) {
+  if constexpr (Bytes == sizeof(S)) {
+    S one;
+    memcpy(&one, lanes, sizeof one);
+    return one;
+  } else if constexpr (Bytes == 2 * sizeof(S)) {
+    S two[2];
+    memcpy(two, lanes, sizeof two);
+    return two[0] + two[1];
+  } else {
+    typedef S Half __attribute__((vector_size(Bytes / 2)));
+    Half half[2];
+    memcpy(half, lanes, sizeof half);
+    const Half sum = half[0] + half[1];
+    return sum_lanes<S, Bytes / 2>(&sum);
+  }
+}
+
+template <class S, class V>
+FASTSCORE_INLINE S sum_lanes(V v) {
+  return sum_lanes<S, kVectorBytes>(&v);
+}
+
+}  // namespace fastscore::cpu::FASTSCORE_TIER
