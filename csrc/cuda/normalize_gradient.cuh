@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t at = lane + int64_t(i) * it.lanes;
     if (at < packs) held[i] = load_pack(from + head + at * kSize);
   }
-  T edge;
+  T edge{};
   if (has_edge) {
     edge = __ldg(from + edge_at);
     squares[0] = square(edge);

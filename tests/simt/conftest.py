@@ -1,0 +1,11 @@
+from pathlib import Path
+
+import pytest
+import shim as shim_module
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> shim_module.Shim:
+    """The CUDA kernels, compiled for this machine's CPU."""
+    library: Path = tmp_path_factory.mktemp("simt") / "driver.so"
+    return shim_module.Shim(shim_module.compile_driver(library, "-shared", "-fPIC"))

@@ -1,0 +1,127 @@
+// What the tests call through ctypes: csrc/cuda's planners and launches, run by the shim on host memory.
+#include "simt.h"
+
+#include "channel_sums.cuh"
+#include "normalize_gradient.cuh"
+#include "random_gradient.cuh"
+
+namespace {
+
+using namespace fastscore::cuda;
+
+template <class F>
+void with_type(int dtype, F f) {
+  switch (dtype) {
+    case 0: return f(float{});
+    case 1: return f(double{});
+    case 2: return f(__half{});
+    case 3: return f(__nv_bfloat16{});
+  }
+}
+
+// A buffer of NaN, or of zeros where only some splits run, with a margin of NaN that nobody may write to.
+template <class S>
+struct Partials {
+  static constexpr int kMargin = 64;
+  std::vector<S> values;
+  explicit Partials(int64_t count) : values(count, simt::first_split ? S(0) : S(NAN)) {
+    values.resize(count + kMargin, NAN);
+  }
+  void check() const {
+    for (auto at = values.end() - kMargin; at != values.end(); ++at) simt::strays += *at == *at;
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+struct Pair {
+  const void *a, *g;
+  int32_t dtype, dims;
+  const int64_t *sizes, *strides_a, *strides_g;
+};
+
+void watch(const void* base, int64_t bytes) { simt::watch(base, bytes); }
+
+// How often every byte of a watched region was read; then forgets it all. Returns reads or writes outside.
+int64_t unwatch(int32_t region, uint16_t* reads) {
+  const simt::Region& it = simt::regions[region];
+  for (int64_t i = 0; i < it.bytes; ++i) reads[i] = it.reads[i];
+  return simt::strays;
+}
+
+void reset() {
+  simt::regions.clear();
+  simt::strays = simt::packed_bytes = simt::single_bytes = 0;
+}
+
+int64_t packed_bytes() { return simt::packed_bytes; }
+int64_t single_bytes() { return simt::single_bytes; }
+void start_at_split(int64_t split) { simt::first_split = split; }
+
+ChannelPlan plan_pair(const Pair* in, int32_t channel_dim, int32_t units) {
+  const int sizes[] = {4, 8, 2, 2};
+  return plan_channel_sums({in->a, in->g, sizes[in->dtype]}, in->sizes, in->strides_a, in->strides_g, in->dims,
+                           channel_dim, units);
+}
+
+void channel_geometry(const Pair* in, int32_t channel_dim, int32_t units, Geometry* out) {
+  *out = plan_pair(in, channel_dim, units).geometry;
+}
+
+void channel_sums(const Pair* in, int32_t channel_dim, int32_t units, int32_t count, void* const* out) {
+  const ChannelPlan plan = plan_pair(in, channel_dim, units);
+  const auto run = [&](auto reducer, auto type) {
+    using Reducer = decltype(reducer);
+    using T = decltype(type);
+    Sum<T>* sums[Reducer::kSums];
+    for (int k = 0; k < Reducer::kSums; ++k) sums[k] = static_cast<Sum<T>*>(out[k]);
+    const int64_t splits = plan.geometry.split.splits;
+    Partials<Sum<T>> partials(splits == 1 ? 0 : splits * Reducer::kSums * plan.geometry.samples *
+                                                    plan.geometry.channels);
+    launch_channel_sums<Reducer>(plan, static_cast<const T*>(in->a), static_cast<const T*>(in->g), sums,
+                                 partials.values.data(), simt::Launch{kThreads});
+    partials.check();
+  };
+  with_type(in->dtype, [&](auto type) {
+    if (count == Dot::kSums) run(Dot{}, type);
+    if (count == Sums::kSums) run(Sums{}, type);
+    if (count == Powers::kSums) run(Powers{}, type);
+  });
+}
+
+// in->a: the gradient; in->g: where the result goes. Returns the number of passes over the gradient.
+int32_t normalize_gradient(const Pair* in, int32_t units, double eps, void* norm) {
+  bool held = false;
+  with_type(in->dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto* g = static_cast<const T*>(in->a);
+    auto* unit = static_cast<T*>(const_cast<void*>(in->g));
+    const NormalizePlan plan = plan_normalize_gradient(g, unit, sizeof(T), in->sizes, in->strides_a, in->strides_g,
+                                                       in->dims, units);
+    held = plan.held;
+    Partials<double> partials(held ? 0 : plan.samples * plan.split.splits);
+    launch_normalize_gradient(plan, g, eps, unit, static_cast<Sum<T>*>(norm), partials.values.data(),
+                              simt::Launch{kThreads});
+    partials.check();
+  });
+  return held ? 1 : 2;
+}
+
+void random_gradient(const int64_t* ids, int64_t samples, int64_t id_stride, int64_t classes, int64_t seed,
+                     uint32_t probe, int32_t normal, int32_t normalize, float* out) {
+  launch_random_gradient(plan_random_gradient(samples, id_stride, classes), ids, seed, probe, normal, normalize, out,
+                         simt::Launch{kThreads});
+}
+
+void random_words(const int64_t* ids, int64_t samples, int64_t blocks, int64_t seed, uint32_t probe, uint32_t* out) {
+  for (int64_t n = 0; n < samples; ++n) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const fastscore::Words words = fastscore::random_words(ids[n], uint32_t(b), probe, seed);
+      std::copy(words.lane, words.lane + 4, out + (n * blocks + b) * 4);
+    }
+  }
+}
+
+}  // extern "C"
