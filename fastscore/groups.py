@@ -268,10 +268,10 @@ def _units(model: nn.Module, channels: int, members: list[Member]) -> Tensor:
         index, channel = member.index.tolist(), member.channel.tolist()
         # A grouped convolution (or norm) keeps its groups equally wide, so the same place in each goes at once.
         sections = getattr(layer, "num_groups", 1) if member.role == "channelwise" else getattr(layer, "groups", 1)
-        width = _width(layer, member.role) // sections
+        width = _width(layer, member.role) // sections if sections > 1 else 0
         first_at: dict[int, int] = {}
         for position, one in zip(index, channel, strict=True):
-            tie(first_at.setdefault(position % width if sections > 1 else position, one), one)
+            tie(first_at.setdefault(position % width if width else position, one), one)
     roots = [root(channel) for channel in range(channels)]
     number = {value: i for i, value in enumerate(sorted(set(roots)))}
     return torch.tensor([number[value] for value in roots], dtype=torch.int64)

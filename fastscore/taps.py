@@ -107,7 +107,8 @@ class Taps:
         Returns (layer, sums [N, C]) of every tap that `output` depends on. No `.grad` changes; the graph stays alive.
         Raises RuntimeError when the output does not come from that pass, or its graph is gone.
         """
-        gates = self.current.gates if self.current is not None else []
+        # a copy: activation checkpointing runs layers, and their taps, again during the backward pass
+        gates = list(self.current.gates) if self.current is not None else []
         if not gates or not output.requires_grad:
             raise RuntimeError("output: no tapped forward pass is behind it: run the model with gradients enabled "
                                "while the taps are attached, then pass its output")
