@@ -246,6 +246,8 @@ def _why_not(model: nn.Module, places: Iterable[tuple[Any, Any]], members: list[
             return f"the weight of {member.layer} is computed (a parametrization): remove it first"
         if any(owners[id(parameter)] > 1 for parameter in layer._parameters.values() if parameter is not None):
             return f"{member.layer} shares its weight with another layer"
+        if _sections(layer, member.role) > 1 and len(member.index) < _width(layer, member.role):
+            return f"{member.layer} is grouped and works on other channels too"
     return None
 
 
@@ -267,7 +269,7 @@ def _units(model: nn.Module, channels: int, members: list[Member]) -> Tensor:
         layer = model.get_submodule(member.layer)
         index, channel = member.index.tolist(), member.channel.tolist()
         # A grouped convolution (or norm) keeps its groups equally wide, so the same place in each goes at once.
-        sections = getattr(layer, "num_groups", 1) if member.role == "channelwise" else getattr(layer, "groups", 1)
+        sections = _sections(layer, member.role)
         width = _width(layer, member.role) // sections if sections > 1 else 0
         first_at: dict[int, int] = {}
         for position, one in zip(index, channel, strict=True):
@@ -275,6 +277,11 @@ def _units(model: nn.Module, channels: int, members: list[Member]) -> Tensor:
     roots = [root(channel) for channel in range(channels)]
     number = {value: i for i, value in enumerate(sorted(set(roots)))}
     return torch.tensor([number[value] for value in roots], dtype=torch.int64)
+
+
+def _sections(layer: nn.Module, role: Role) -> int:
+    """Into how many groups of equal width a grouped convolution or norm divides its channels; 1 for other layers."""
+    return int(getattr(layer, "num_groups" if role == "channelwise" else "groups", 1))
 
 
 def _width(layer: nn.Module, role: Role) -> int:
