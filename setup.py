@@ -1,13 +1,26 @@
-"""Builds fastscore/_C, the native kernels: one abi3 library for every Python >= 3.10 and torch >= 2.13."""
+"""Builds fastscore/_C, the native kernels: one abi3 library for every Python >= 3.10 and torch >= 2.13.
 
+CUDA kernels go into it where nvcc is found, in CUDA_HOME or on the PATH; no GPU is needed, nor a torch with CUDA.
+FASTSCORE_CUDA=0 leaves them out, FASTSCORE_CUDA=1 makes their absence an error. MAX_JOBS bounds what runs at once.
+"""
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 MACROS = [("TORCH_TARGET_VERSION", "0x020d000000000000")]  # torch 2.13
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno",
              "-fno-trapping-math", "-Wall", "-Wno-psabi", "-Wno-ignored-attributes"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "--compiler-options", "-fPIC,-fvisibility=hidden,-g0", "--threads", "2"]
+CUDA_TARGETS = (80, 90, 100)  # compute capabilities; PTX of the last is for what comes after
 
 
 def files(*patterns: str) -> list[str]:
@@ -15,10 +28,77 @@ def files(*patterns: str) -> list[str]:
     return sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
 
 
+def find_nvcc() -> Path | None:
+    """The CUDA compiler to use, or None where there is none or none is wanted."""
+    choice = os.environ.get("FASTSCORE_CUDA", "")
+    if choice not in ("", "0", "1"):
+        raise SystemExit(f"FASTSCORE_CUDA is {choice!r}: set it to 1 (with CUDA kernels), 0 (without) or not at all")
+    if choice == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which(Path(home, "bin", "nvcc")) if home else None
+    found = found or shutil.which("nvcc")
+    if found is None and choice == "1":
+        raise SystemExit("FASTSCORE_CUDA=1, but nvcc is neither in CUDA_HOME/bin nor on the PATH: install the CUDA "
+                         "toolkit and set CUDA_HOME, or unset FASTSCORE_CUDA to build for the CPU")
+    return Path(found) if found else None
+
+
+def output_of(*command: str | Path) -> str:
+    """What a command prints, errors included."""
+    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+
+
+class BuildKernels(BuildExtension):
+    """BuildExtension whose extensions may have .cu files in csrc/cuda.
+
+    They are compiled here: torch's own way asks that nvcc have the major version of torch's CUDA, which a library
+    that sees torch through its stable ABI alone does not need.
+    """
+
+    def build_extensions(self) -> None:
+        nvcc = find_nvcc()
+        print(f"CUDA kernels: compiled by {nvcc}" if nvcc else "CUDA kernels: left out, as no nvcc is found or wanted")
+        if nvcc:
+            for extension in self.extensions:
+                self.add_cuda(extension, nvcc)
+        super().build_extensions()
+
+    def add_cuda(self, extension: Extension, nvcc: Path) -> None:
+        """Compiles csrc/cuda and links the objects into the extension, with the CUDA runtime as a static library."""
+        supported = {int(number) for number in re.findall(r"compute_(\d+)", output_of(nvcc, "--list-gpu-arch"))}
+        targets = [target for target in CUDA_TARGETS if target in supported]
+        flags = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
+        flags.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
+        flags += [f"-D{name}={value}" for name, value in extension.define_macros]
+        # Objects outlive a build: torch's headers may come and go with it, as only its stable ABI is used.
+        folder = Path("build", "cuda", hashlib.sha256(repr([nvcc, *NVCC_FLAGS, *flags]).encode()).hexdigest()[:8])
+        flags += [f"-isystem={include}" for include in extension.include_dirs]
+        newest_header = max(Path(header).stat().st_mtime for header in [*files("**/*.h", "**/*.cuh"), __file__])
+
+        def compile_source(source: str) -> str:
+            output = folder / Path(source).with_suffix(".o").name
+            newest = max(Path(source).stat().st_mtime, newest_header)
+            if not output.exists() or output.stat().st_mtime < newest:
+                folder.mkdir(parents=True, exist_ok=True)
+                command = [str(nvcc), *NVCC_FLAGS, *flags, "-c", source, "-o", str(output)]
+                print(shlex.join(command), flush=True)
+                subprocess.run(command, check=True)
+            return str(output)
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+            extension.extra_objects += pool.map(compile_source, files("cuda/*.cu"))
+        folders = re.search(r"LIBRARIES=(.*)", output_of(nvcc, "--dryrun", "-x", "cu", os.devnull))
+        extension.library_dirs += [flag.removeprefix("-L") for flag in shlex.split(folders[1] if folders else "")]
+        extension.libraries += ["cudart_static", "dl", "pthread", "rt"]
+        # Its symbols must not meet those of the CUDA runtime that torch loads.
+        extension.extra_link_args.append("-Wl,--exclude-libs,libcudart_static.a")
+
+
 setup(
     ext_modules=[CppExtension("fastscore._C", files("*.cpp", "cpu/*.cpp"), depends=files("**/*.h"),
                               define_macros=MACROS, extra_compile_args={"cxx": CXX_FLAGS},
                               py_limited_api=True)],
-    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},
+    cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -21,8 +21,12 @@ using torch::stable::Tensor;
 
 inline constexpr int kOldestMajor = 8;  // compute capability of the oldest target, sm_80
 
+inline constexpr const char* kOldDriver =
+    "; update the NVIDIA driver, or use Triton's kernels with fastscore.ops.use_backend(\"triton\")";
+
 inline void check(cudaError_t status, const char* what) {
-  STD_TORCH_CHECK(status == cudaSuccess, "fastscore's CUDA kernels: ", what, " failed: ", cudaGetErrorString(status));
+  STD_TORCH_CHECK(status == cudaSuccess, "fastscore's CUDA kernels: ", what, " failed: ", cudaGetErrorString(status),
+                  status == cudaErrorInsufficientDriver ? kOldDriver : "");
 }
 
 inline int attribute(cudaDeviceAttr which, int device) {
@@ -44,7 +48,7 @@ class OnDevice {
     restore();
     STD_TORCH_CHECK(false, "cuda:", device_, " has compute capability ", major, ".", minor,
                     ", but fastscore's CUDA kernels need ", kOldestMajor,
-                    ".0 or newer; move the tensors to the CPU, as in a.cpu()");
+                    ".0 or newer; move the tensors to the CPU, or use fastscore.ops.use_backend(\"reference\")");
   }
   ~OnDevice() { restore(); }
   OnDevice(const OnDevice&) = delete;

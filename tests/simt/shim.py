@@ -19,8 +19,8 @@ MARGIN = 64  # elements before and after a tensor's own, a multiple of what one 
 
 def compile_driver(output: Path, *flags: str, source: str = "driver.cpp", kernels: Path = KERNELS) -> Path:
     """Compiles a shim source with the kernels of a folder; the compiler's words if it fails."""
-    command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-pthread",
-               *flags, f"-I{HERE}", f"-I{kernels}", str(HERE / source), "-o", str(output)]
+    command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas",
+               "-pthread", *flags, f"-I{HERE}", f"-I{kernels}", str(HERE / source), "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
     return output
