@@ -44,6 +44,9 @@ def sample_ids(x: Tensor) -> Tensor:
 
 def random_gradient(output: Tensor, ids: Tensor, seed: int, probe: int, distribution: str, normalize: bool) -> Tensor:
     """A random gradient for `output` [N, ...], of its shape, dtype and device; all that follows N counts as classes."""
+    if len(ids) != len(output):
+        raise ValueError(f"output: it has {len(output)} rows for {len(ids)} samples; pass a forward that returns "
+                         "one for each sample")
     gradient = ops.random_gradient(ids.to(output.device), math.prod(output.shape[1:]), seed, probe, distribution,
                                    normalize)
     return gradient.reshape(output.shape).to(output.dtype)

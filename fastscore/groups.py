@@ -7,7 +7,7 @@ names and index tensors, so that a group found on one copy of a model holds on e
 import difflib
 import fnmatch
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -17,20 +17,12 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore import batches
+from fastscore import batches, tracer, trial
 from fastscore.evaluation import evaluation_copy
+from fastscore.tracer import CHANNELWISE, LAYERS, OPTYPE, TRANSPARENT
 
 Role = Literal["producer", "consumer", "channelwise"]
 Ignore = Iterable[str | type | nn.Module]
-
-_OPTYPE = tp.ops.OPTYPE
-# What a group may pass through, and the part it plays there. A depthwise convolution and a normalisation work on each
-# channel alone: they lose the channel, but neither make it nor end it.
-_CHANNELWISE = {_OPTYPE.DEPTHWISE_CONV, _OPTYPE.BN, _OPTYPE.GN, _OPTYPE.IN, _OPTYPE.PRELU}
-_LAYERS = {_OPTYPE.CONV, _OPTYPE.LINEAR}
-_TRANSPARENT = {_OPTYPE.ELEMENTWISE, _OPTYPE.CONCAT, _OPTYPE.SPLIT, _OPTYPE.RESHAPE, _OPTYPE.UNBIND, _OPTYPE.EXPAND,
-                _OPTYPE.SLICE}
-
 
 @dataclass(frozen=True)
 class Member:
@@ -132,91 +124,45 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         except Exception as error:  # the tracer raises whatever its guesses run into
             blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
             raise ValueError(f"{type(model).__name__}: {blame}: {type(error).__name__}: {error}") from error
-    return _groups(twin, graph)
+        tracer.order_splits(graph)
+        found = _groups(twin, graph)
+        layers = [graph._module2name[node.module] for node in graph.module2node.values() if node.type in LAYERS]
+        strays = trial.strays(twin, found.groups, layers, lambda twin: run(twin, example_inputs))
+    reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
+               for group, where in strays.items()}
+    return replace(found, groups=tuple(group for group in found.groups if group.name not in strays),
+                   skipped={**found.skipped, **reasons})
 
 
 def _groups(model: nn.Module, graph: Any) -> ChannelGraph:
     groups: list[ChannelGroup] = []
     skipped: dict[str, str] = {}
     seen: set[str] = set()
-    tables = _IndexTables()
+    tables = tracer.IndexTables()
     for name, module in model.named_modules():
         node = graph.module2node.get(module)
-        if node is None or node.type not in _LAYERS or name in seen:
+        if node is None or node.type not in LAYERS or name in seen:
             continue
-        places = _places(node, graph.get_pruner_of_module(module), tables)
+        places = tracer.places_of(node, graph.get_pruner_of_module(module), tables)
         members = [member for key in places if (member := _member(graph, key, places[key])) is not None]
         seen.update(member.layer for member in members if member.role == "producer")
         reason = _why_not(model, places, members)
         channels = graph.get_out_channels(module)
-        unit = _units(model, channels, members)
+        unit = _units(model, channels, members, tracer.chunks(places))
         if reason is None and int(unit.max()) == 0:
             reason = "all its channels can only be removed together"
         if reason is None:
             groups.append(ChannelGroup(name, channels, unit, tuple(_first_channel_of_each_index(members))))
         else:
             skipped[name] = reason
-    return ChannelGraph(tuple(groups), skipped, _normalized_by(graph))
-
-
-def _normalized_by(graph: Any) -> dict[str, str]:
-    pairs = ((node, node.outputs[0]) for node in graph.module2node.values()
-             if node.type in _LAYERS | {_OPTYPE.DEPTHWISE_CONV} and len(node.outputs) == 1)
-    return {graph._module2name[layer.module]: graph._module2name[norm.module] for layer, norm in pairs
-            if norm.type == _OPTYPE.BN and norm.inputs == [layer]}
-
-
-class _IndexTables:
-    """A dependency's index mapping as an array of (position in the target, position in the source), made once."""
-
-    def __init__(self) -> None:
-        self._tables: dict[int, tuple[int, np.ndarray]] = {}  # id(dependency) -> (positions covered, table)
-
-    def apply(self, dependency: Any, places: np.ndarray) -> np.ndarray:
-        """[M, 2] (position in the source, channel) -> [M', 2] (position in the target, channel)."""
-        mappings = [mapping for mapping in dependency.index_mapping if mapping is not None]
-        if not mappings:
-            return places
-        needed = 1 << int(places[:, 0].max()).bit_length()  # in powers of two, not to make a table anew for each width
-        covered, table = self._tables.get(id(dependency), (0, np.empty((0, 2), dtype=np.int64)))
-        if covered < needed:
-            indices = [tp._helpers._HybridIndex(idx=i, root_idx=i) for i in range(needed)]
-            for mapping in mappings:
-                indices = mapping(indices)
-            table = np.array([(i.idx, i.root_idx) for i in indices], dtype=np.int64).reshape(-1, 2)
-            table = table[np.argsort(table[:, 1], kind="stable")]
-            self._tables[id(dependency)] = needed, table
-        begin = np.searchsorted(table[:, 1], places[:, 0], side="left")
-        count = np.searchsorted(table[:, 1], places[:, 0], side="right") - begin
-        row = np.repeat(begin, count) + np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        return np.stack([table[row, 0], np.repeat(places[:, 1], count)], axis=1)
-
-
-def _places(root: Any, pruner: Any, tables: _IndexTables) -> dict[tuple[Any, Any], np.ndarray]:
-    """(node, pruning function) -> [M, 2] (position, channel of the root), for everything the root's channels touch."""
-    channels = np.arange(pruner.get_out_channels(root.module))
-    places: dict[tuple[Any, Any], np.ndarray] = {}
-    work = [(root, pruner.prune_out_channels, np.stack([channels, channels], axis=1))]
-    while work:
-        node, function, arrived = work.pop()
-        known = places.get((node, function))
-        merged = np.unique(arrived if known is None else np.concatenate([known, arrived]), axis=0)
-        if known is not None and len(merged) == len(known):
-            continue
-        places[node, function] = merged
-        for dependency in node.dependencies:
-            if dependency.is_triggered_by(function):
-                onward = tables.apply(dependency, merged)
-                if len(onward):
-                    work.append((dependency.target, dependency.handler, onward))
-    return places
+    return ChannelGraph(tuple(groups), skipped, tracer.normalized_by(graph))
 
 
 def _member(graph: Any, key: tuple[Any, Any], places: np.ndarray) -> Member | None:
     node, function = key
-    if node.type in _CHANNELWISE:
+    if node.type in CHANNELWISE:
         role: Role = "channelwise"
-    elif node.type in _LAYERS:
+    elif node.type in LAYERS:
         role = "consumer" if function == graph.get_pruner_of_module(node.module).prune_in_channels else "producer"
     else:
         return None
@@ -228,12 +174,18 @@ def _why_not(model: nn.Module, places: Iterable[tuple[Any, Any]], members: list[
     """Why a group cannot be pruned; None where it can."""
     consumers = {member.layer for member in members if member.role == "consumer"}
     for node, function in places:
-        if node.type not in _LAYERS | _CHANNELWISE | _TRANSPARENT | {_OPTYPE.OUTPUT}:
+        if node.type not in LAYERS | CHANNELWISE | TRANSPARENT | {OPTYPE.OUTPUT}:
             return f"its channels pass through {node.name or type(node.module).__name__} " \
                    f"({type(node.module).__name__}), which cannot lose channels yet"
-        reads = node.type in _LAYERS and function.__name__ == "prune_in_channels"
-        if node.type == _OPTYPE.OUTPUT or not (node.outputs or reads):
+        reads = node.type in LAYERS and function.__name__ == "prune_in_channels"
+        if node.type == OPTYPE.OUTPUT or not (node.outputs or reads):
             return "its channels are the model's output"
+        if (node.type == OPTYPE.SLICE and node.module.dim == 1) or hasattr(node.grad_fn, "_saved_split_sizes"):
+            return f"its channels are cut at places that the model's code fixes ({node.grad_fn.name()})"
+        if node.type == OPTYPE.DEPTHWISE_CONV and node.module.in_channels != node.module.out_channels:
+            return f"{node.name} adds channels up in fixed sets"
+        if node.type == OPTYPE.CONV and node.module.transposed and node.module.groups > 1:
+            return f"{node.name} is a grouped transposed convolution, which cannot lose channels yet"
     if not consumers:
         return "no Conv or Linear reads its channels"
     owners: dict[int, int] = {}
@@ -242,16 +194,19 @@ def _why_not(model: nn.Module, places: Iterable[tuple[Any, Any]], members: list[
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for member in members:
         layer = model.get_submodule(member.layer)
+        width = _width(layer, member.role)
+        if width is not None and int(member.index.max()) >= width:
+            return f"their number changes on the way to {member.layer}"
         if nn.utils.parametrize.is_parametrized(layer) or "weight" in vars(layer):
             return f"the weight of {member.layer} is computed (a parametrization): remove it first"
         if any(owners[id(parameter)] > 1 for parameter in layer._parameters.values() if parameter is not None):
             return f"{member.layer} shares its weight with another layer"
-        if _sections(layer, member.role) > 1 and len(member.index) < _width(layer, member.role):
+        if width is not None and _sections(layer, member.role) > 1 and len(member.index) < width:
             return f"{member.layer} is grouped and works on other channels too"
     return None
 
 
-def _units(model: nn.Module, channels: int, members: list[Member]) -> Tensor:
+def _units(model: nn.Module, channels: int, members: list[Member], chunks: Iterable[tuple[int, np.ndarray]]) -> Tensor:
     """The unit of each channel, int64 [C], numbered from 0 in order of first channel: see ChannelGroup."""
     parent = list(range(channels))
 
@@ -265,15 +220,21 @@ def _units(model: nn.Module, channels: int, members: list[Member]) -> Tensor:
         low, high = sorted((root(one), root(other)))
         parent[high] = low
 
+    def same_place(period: int, places: Iterable[Sequence[int]]) -> None:
+        first_at: dict[int, int] = {}
+        for position, channel in places:
+            tie(first_at.setdefault(position % period if period else position, channel), channel)
+
     for member in members:
         layer = model.get_submodule(member.layer)
         index, channel = member.index.tolist(), member.channel.tolist()
         # A grouped convolution (or norm) keeps its groups equally wide, so the same place in each goes at once.
         sections = _sections(layer, member.role)
-        width = _width(layer, member.role) // sections if sections > 1 else 0
-        first_at: dict[int, int] = {}
-        for position, one in zip(index, channel, strict=True):
-            tie(first_at.setdefault(position % width if width else position, one), one)
+        width = _width(layer, member.role)
+        period = width // sections if width is not None and sections > 1 else 0
+        same_place(period, zip(index, channel, strict=True))
+    for width, places in chunks:  # chunk() takes equal parts of whatever is left
+        same_place(width, places.tolist())
     roots = [root(channel) for channel in range(channels)]
     number = {value: i for i, value in enumerate(sorted(set(roots)))}
     return torch.tensor([number[value] for value in roots], dtype=torch.int64)
@@ -284,9 +245,11 @@ def _sections(layer: nn.Module, role: Role) -> int:
     return int(getattr(layer, "num_groups" if role == "channelwise" else "groups", 1))
 
 
-def _width(layer: nn.Module, role: Role) -> int:
+def _width(layer: nn.Module, role: Role) -> int | None:
+    """Channels of the layer's output (its input, for a consumer); None for a PReLU with one slope for all."""
     pruner = tp.function.PrunerBox[tp.ops.module2type(layer)]
-    return int(pruner.get_in_channels(layer) if role == "consumer" else pruner.get_out_channels(layer))
+    width: int | None = pruner.get_in_channels(layer) if role == "consumer" else pruner.get_out_channels(layer)
+    return width
 
 
 def _first_channel_of_each_index(members: list[Member]) -> Iterator[Member]:

@@ -18,7 +18,7 @@ from fastscore import Scorer
 
 
 def gated(model: nn.Module, group: Group, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(gate [N, C], output): `model(x)` with the gate, all ones, multiplied onto the group's channels at each consumer."""
+    """(gate [N, C], output): `model(x)` with a gate of ones multiplied onto the group's channels at each consumer."""
     gate = torch.ones(len(x), group.channels, dtype=torch.float64, requires_grad=True)
 
     def multiply(positions: list[list[int]], channel_dim: int) -> Any:
@@ -166,7 +166,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def _bits(x: Tensor) -> Tensor:
     """A copy whose bits can be compared, NaN and all."""
-    return x.detach().clone().contiguous().view(torch.uint8) if x.dim() else x.detach().clone().reshape(1).view(torch.uint8)
+    return x.detach().clone().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _snapshot(model: nn.Module) -> dict[str, Any]:

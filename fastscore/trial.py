@@ -1,0 +1,115 @@
+"""Traced groups, tried on the model itself.
+
+The tracer takes every operation it does not know for elementwise. So some channels are changed where they are made,
+whatever else a Conv or Linear makes is held at what it was, and the change may show nowhere but at the positions that
+the groups claim for those channels.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fastscore.groups import ChannelGroup
+
+Positions = Mapping[str, Tensor]  # layer -> int64 positions of its input or output
+_PAIRS = 2  # of a random half of the channels and the other half: 4 passes, which miss one slip in 4, and 32 in 10^4
+OUTPUT = "the output"
+
+
+def strays(model: nn.Module, groups: Sequence[ChannelGroup], layers: Collection[str],
+           run: Callable[[nn.Module], Tensor]) -> dict[str, str]:
+    """Group -> where its channels show that it does not claim: a layer, or "the output".
+
+    model: an evaluation copy. layers: its Conv and Linear layers, but for depthwise convolutions.
+    """
+    recording = _Recording(model, layers, run)
+    where = _try(recording, groups)
+    if where is None:
+        return {}
+    found = {group.name: alone for group in groups if (alone := _try(recording, [group])) is not None}
+    return found or {group.name: where for group in groups}
+
+
+def _try(recording: _Recording, groups: Sequence[ChannelGroup]) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_PAIRS):
+        half = {group.name: torch.rand(len(group.unit), generator=generator)[group.unit] < 0.5 for group in groups}
+        for side in (half, {name: ~chosen for name, chosen in half.items()}):
+            made: dict[str, list[Tensor]] = defaultdict(list)
+            read: dict[str, list[Tensor]] = defaultdict(list)
+            for group in groups:
+                for member in group.members:
+                    if member.role != "channelwise":
+                        places = made if member.role == "producer" else read
+                        places[member.layer].append(member.index[side[group.name][member.channel]])
+            where = recording.stray({layer: torch.cat(index) for layer, index in made.items()},
+                                    {layer: torch.cat(index) for layer, index in read.items()})
+            if where is not None:
+                return where
+    return None
+
+
+class _Recording:
+    """What every layer took and gave in one pass, and passes that differ from it by what is asked for."""
+
+    def __init__(self, model: nn.Module, layers: Collection[str], run: Callable[[nn.Module], Tensor]) -> None:
+        self._model, self._layers, self._run_model = model, layers, run
+        self._calls: dict[str, list[tuple[Tensor | None, Tensor]]] = {layer: [] for layer in layers}
+
+        def record(layer: str, x: Tensor | None, output: Tensor) -> Tensor:
+            self._calls[layer].append((None if x is None else x.clone(), output.clone()))
+            return output
+
+        self._output = self._run(record)
+
+    def stray(self, made: Positions, read: Positions) -> str | None:
+        """Run with the outputs at `made` changed and all others held; where an input differs that is not in `read`."""
+        found: list[str] = []
+        calls = {layer: iter(recorded) for layer, recorded in self._calls.items()}
+
+        def replay(layer: str, x: Tensor | None, output: Tensor) -> Tensor:
+            x_before, before = next(calls[layer], (None, output))
+            dim = self._dim(layer)
+            if x is not None and x_before is not None:
+                differs = (x != x_before) & ~(x.isnan() & x_before.isnan())
+                differs = differs.movedim(dim, 0).flatten(1).any(1)
+                if layer in read:
+                    differs[read[layer].to(x.device)] = False
+                if differs.any():
+                    found.append(layer)
+            if layer not in made:
+                return before.clone()
+            index = made[layer].to(before.device)
+            return before.index_copy(dim, index, before.index_select(dim, index) * -1.5 + 1)
+
+        output = self._run(replay)
+        if not found and not torch.equal(output.nan_to_num(), self._output.nan_to_num()):
+            return OUTPUT
+        return found[0] if found else None
+
+    def _dim(self, layer: str) -> int:
+        return -1 if isinstance(self._model.get_submodule(layer), nn.Linear) else 1
+
+    @torch.no_grad()
+    def _run(self, see: Callable[[str, Tensor | None, Tensor], Tensor]) -> Tensor:
+        def hook(layer: str) -> Callable[..., Tensor]:
+            return lambda module, args, output: see(layer, args[0] if args else None, output)
+
+        def skip(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
+            return args[0]  # the statistics of a GroupNorm depend on all its channels, its positions do not
+
+        handles = [self._model.get_submodule(layer).register_forward_hook(hook(layer)) for layer in self._layers]
+        handles += [module.register_forward_hook(skip) for module in self._model.modules()
+                    if isinstance(module, nn.GroupNorm)]
+        torch.manual_seed(0)
+        try:
+            return self._run_model(self._model).clone()
+        finally:
+            for handle in handles:
+                handle.remove()
