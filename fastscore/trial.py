@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Positions = Mapping[str, Tensor]  # layer -> int64 positions of its input or output
 _PAIRS = 2  # of a random half of the channels and the other half: 4 passes, which miss one slip in 4, and 32 in 10^4
-OUTPUT = "the output"
 
 
 def strays(model: nn.Module, groups: Sequence[ChannelGroup], layers: Collection[str],
@@ -77,20 +76,20 @@ class _Recording:
             x_before, before = next(calls[layer], (None, output))
             dim = self._dim(layer)
             if x is not None and x_before is not None:
-                differs = (x != x_before) & ~(x.isnan() & x_before.isnan())
-                differs = differs.movedim(dim, 0).flatten(1).any(1)
+                differs = (~_close(x, x_before)).movedim(dim, 0).flatten(1).any(1)
                 if layer in read:
                     differs[read[layer].to(x.device)] = False
                 if differs.any():
                     found.append(layer)
-            if layer not in made:
-                return before.clone()
-            index = made[layer].to(before.device)
-            return before.index_copy(dim, index, before.index_select(dim, index) * -1.5 + 1)
+            held = before.clone()
+            if layer in made:
+                index = made[layer].to(held.device)
+                held.index_copy_(dim, index, held.index_select(dim, index) * -1.5 + 1)  # in place: keeps the strides
+            return held
 
         output = self._run(replay)
-        if not found and not torch.equal(output.nan_to_num(), self._output.nan_to_num()):
-            return OUTPUT
+        if not found and not _close(output, self._output).all():
+            return "the output"
         return found[0] if found else None
 
     def _dim(self, layer: str) -> int:
@@ -113,3 +112,9 @@ class _Recording:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _close(x: Tensor, before: Tensor) -> Tensor:
+    """Element by element, to the rounding of sums in another order; NaN is close to NaN."""
+    largest = float(before.abs().nan_to_num(0, 0, 0).max()) if before.numel() else 0.0
+    return torch.isclose(x, before, rtol=1e-3, atol=1e-5 * largest, equal_nan=True)
