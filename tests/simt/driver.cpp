@@ -115,6 +115,11 @@ void random_gradient(const int64_t* ids, int64_t samples, int64_t id_stride, int
                          simt::Launch{kThreads});
 }
 
+void philox(const uint32_t* counter, const uint32_t* key, uint32_t* out) {
+  const auto words = fastscore::philox(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
+  std::copy(words.lane, words.lane + 4, out);
+}
+
 void random_words(const int64_t* ids, int64_t samples, int64_t blocks, int64_t seed, uint32_t probe, uint32_t* out) {
   for (int64_t n = 0; n < samples; ++n) {
     for (int64_t b = 0; b < blocks; ++b) {

@@ -153,6 +153,13 @@ class Shim:
             ctypes.c_void_p(out.tensor.data_ptr()))
         return out.checked()
 
+    def philox(self, *counter_and_key: int) -> tuple[int, ...]:
+        """Four words from four counters and two keys."""
+        counter, key, words = ((ctypes.c_uint32 * 4)(*counter_and_key[:4]), (ctypes.c_uint32 * 2)(*counter_and_key[4:]),
+                               (ctypes.c_uint32 * 4)())
+        self.library.philox(counter, key, words)
+        return tuple(words)
+
     def random_words(self, ids: Tensor, blocks: int, seed: int, probe: int = 0) -> Tensor:
         """The words that the kernel turns into values: int64 [N, 4·blocks]."""
         words = torch.zeros(ids.shape[0], 4 * blocks, dtype=torch.uint32)
