@@ -1,0 +1,116 @@
+"""A folder of unlabelled images, as batches."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastscore.models import torchvision_models
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The shorter side becomes `resize`, the middle size x size is cut out, values in [0, 1] become (x - mean) / std.
+
+    mean, std: one number for each of 3 channels (RGB) or 1 (grey). interpolation: torchvision's name for it.
+    """
+
+    resize: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
+            raise ValueError(f"mean and std must have 3 numbers each (RGB) or 1 (grey); they have {len(self.mean)} and "
+                             f"{len(self.std)}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std: {self.std}; it is divided by, so it must be above 0")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what comes out."""
+        return len(self.mean), self.size, self.size
+
+    def __call__(self, path: Path) -> Tensor:
+        """Read one file: float32 [channels, size, size]. Raises ValueError, naming it, where it is no image."""
+        from torchvision.io import ImageReadMode, decode_image
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2 import functional as F
+
+        try:
+            image = decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        except RuntimeError as error:
+            raise ValueError(f"images: {path} cannot be decoded; remove or repair it ({str(error).splitlines()[0]})"
+                             ) from error
+        if image.dim() == 4:  # an animation: its first picture
+            image = image[0]
+        image = F.to_dtype(image, torch.uint8, scale=True)  # 16-bit PNG
+        if len(self.mean) == 1:
+            image = F.rgb_to_grayscale(image)
+        image = F.resize(image, [self.resize], InterpolationMode(self.interpolation), antialias=True)
+        image = F.center_crop(image, [self.size])
+        result: Tensor = F.normalize(F.to_dtype(image, torch.float32, scale=True), list(self.mean), list(self.std))
+        return result
+
+
+def preprocessing(spec: str, weights: str | None = None, size: int | None = None,
+                  mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Preprocessing:
+    """How the model `spec` (see fastscore.models.load) wants its images; size, mean and std replace what is known.
+
+    For torchvision models: the preprocessing of `weights`, or of the default weights (ImageNet). For others only the
+    size is asked for, and without mean and std values stay within [0, 1].
+    Raises ValueError where the size is not known.
+    """
+    if not spec.startswith("torchvision:"):
+        if size is None:
+            raise ValueError(f"size: {spec} does not say how large its images are; give --size")
+        channels = len(mean or std or (0, 0, 0))
+        return Preprocessing(size, size, tuple(mean or (0.0,) * channels), tuple(std or (1.0,) * channels))
+    known = torchvision_models().get_model_weights(spec.partition(":")[2])
+    preset: Any = getattr(known, weights or "DEFAULT").transforms()
+    if not hasattr(preset, "crop_size"):
+        raise ValueError(f"model: {spec} is not an image classifier")
+    crop, resize = preset.crop_size[0], preset.resize_size[0]
+    if size is not None:
+        crop, resize = size, round(size * resize / crop)
+    return Preprocessing(resize, crop, tuple(mean or preset.mean), tuple(std or preset.std), preset.interpolation.value)
+
+
+def find(folder: str | PathLike[str], samples: int | None = None, seed: int = 0) -> list[Path]:
+    """The images in `folder` and below, hidden files aside: all, sorted, or `samples` of them drawn with `seed`.
+
+    Raises ValueError where there is no image, or fewer than `samples`.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"images: {root} is not a folder")
+    paths = sorted(path for path in root.rglob("*")
+                   if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
+    if not paths:
+        raise ValueError(f"images: there is none in {root} (looked for {', '.join(SUFFIXES)})")
+    if samples is None:
+        return paths
+    if samples > len(paths):
+        raise ValueError(f"samples: {samples}, but {root} holds {len(paths)} images")
+    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))
+    return sorted(paths[i] for i in order[:samples].tolist())
+
+
+def batches(paths: Sequence[Path], prepare: Preprocessing, batch_size: int) -> Iterator[Tensor]:
+    """float32 [N, channels, size, size], N = batch_size but for the last; the next batch is decoded meanwhile."""
+    torchvision_models()  # without torchvision, say what to install
+    chunks = [paths[start:start + batch_size] for start in range(0, len(paths), batch_size)]
+    with ThreadPoolExecutor() as pool:  # decoding releases the GIL
+        ahead = [pool.submit(prepare, path) for path in chunks[0]]
+        for following in [*chunks[1:], ()]:
+            ready, ahead = ahead, [pool.submit(prepare, path) for path in following]
+            yield torch.stack([future.result() for future in ready])

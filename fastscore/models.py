@@ -1,0 +1,178 @@
+"""Models by name: a spec and a checkpoint in, a module out; and a smaller module out to a file."""
+
+import difflib
+import importlib
+import pickle
+import sys
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+# What training loops and wrappers put around a state dict, and in front of its keys.
+_ENVELOPES = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: str | None = None,
+         classes: int | None = None, seed: int = 0) -> nn.Module:
+    """The model that `spec` names, in evaluation mode.
+
+    spec: "torchvision:NAME", or "module:function" for a function (or class) that returns a module; the module is
+    imported from the current directory or the Python path, or given as a path that ends in .py. checkpoint:
+    safetensors, or what torch.load(weights_only=True) reads: a state dict, alone or under "state_dict",
+    "model_state_dict" or "model". weights: torchvision's own, by name ("DEFAULT"), downloaded when they are not cached.
+    classes: the outputs of a torchvision model. seed: of the weights when there is neither checkpoint nor `weights`.
+
+    Raises ValueError for an unknown name, or a checkpoint that cannot be read or does not fit the model; TypeError
+    where the function returns no module; ImportError for a module that is not there.
+    """
+    source, colon, name = spec.rpartition(":")
+    if not colon or not source or not name:
+        raise ValueError(f"model: {spec!r} is neither torchvision:NAME nor module:function")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        make = _torchvision if source == "torchvision" else _call
+        model = make(spec, weights, classes)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    return model.eval()
+
+
+def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Read `path` into `model`. Raises ValueError, naming the first layers, where the two do not fit."""
+    state = _unprefixed(read_checkpoint(path), model.state_dict().keys())
+    own = model.state_dict()
+    missing, unexpected = [key for key in own if key not in state], [key for key in state if key not in own]
+    resized = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in own
+               if key in state and state[key].shape != own[key].shape]
+    problems = [f"{what} {_some(keys)}" for what, keys in
+                (("it lacks", missing), ("the model lacks", unexpected), ("other shapes:", resized)) if keys]
+    if problems:
+        raise ValueError(f"checkpoint: {path} does not fit {type(model).__name__}: {'; '.join(problems)}")
+    model.load_state_dict(state)
+
+
+def read_checkpoint(path: str | PathLike[str]) -> dict[str, Tensor]:
+    """The state dict in a file; no code of the file's is run. Raises ValueError where there is none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint: there is no file {path}")
+    if Path(path).suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"checkpoint: {path} is not a readable safetensors file: {error}") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"checkpoint: {path} holds more than tensors, or is damaged; save model.state_dict() with "
+                         "torch.save, or write safetensors") from error
+    for envelope in _ENVELOPES:
+        if isinstance(state, Mapping) and isinstance(state.get(envelope), Mapping):
+            state = state[envelope]
+            break
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"checkpoint: {path} holds no state dict (name -> tensor), neither alone nor under "
+                         f"{', '.join(_ENVELOPES)}")
+    return dict(state)
+
+
+def save(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) -> None:
+    """Write `model` in evaluation mode: .pt2 (torch.export) and .onnx, which take any batch size, or .pt, the module.
+
+    example_inputs: [N, ...] with N >= 2, which tells the exporters that N is free. Raises ValueError for another
+    suffix, ImportError for ONNX without its packages.
+    """
+    suffix = check_suffix(path)
+    model = model.eval()
+    if suffix == ".pt":
+        torch.save(model, path)
+        return
+    free = ({0: torch.export.Dim("batch")},)
+    if suffix == ".pt2":
+        torch.export.save(torch.export.export(model, (example_inputs,), dynamic_shapes=free), path)
+        return
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError("writing .onnx needs two more packages: pip install 'torch-fastscore[onnx]'") from error
+    torch.onnx.export(model, (example_inputs,), path, dynamo=True, dynamic_shapes=free, external_data=False,
+                      input_names=["input"], output_names=["output"], verbose=False)
+
+
+def check_suffix(path: str | PathLike[str]) -> str:
+    """The suffix of a model file that `save` can write. Raises ValueError for any other."""
+    suffix = Path(path).suffix
+    if suffix not in (".pt2", ".onnx", ".pt"):
+        raise ValueError(f"out: {path}: its suffix must be .pt2 (torch.export), .onnx or .pt (the module itself)")
+    return suffix
+
+
+def torchvision_models() -> ModuleType:
+    """torchvision.models. Raises ImportError, saying what to install."""
+    try:
+        return importlib.import_module("torchvision.models")
+    except ImportError as error:
+        raise ImportError(f"torchvision cannot be imported ({error}): pip install 'torch-fastscore[vision]'") from error
+
+
+def _torchvision(spec: str, weights: str | None, classes: int | None) -> nn.Module:
+    name = spec.partition(":")[2]
+    library = torchvision_models()
+    known = library.list_models()
+    if name not in known:
+        near = difflib.get_close_matches(name, known)
+        raise ValueError(f"model: torchvision has no {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+    if weights is not None:
+        choices = [entry.name for entry in library.get_model_weights(name)] + ["DEFAULT"]
+        if weights not in choices:
+            raise ValueError(f"weights: torchvision has no {weights!r} for {name}; it has {', '.join(choices)}")
+        if classes is not None:
+            raise ValueError("classes: torchvision's weights come with their own; give one or the other")
+    model: nn.Module = library.get_model(name, weights=weights, **({} if classes is None else {"num_classes": classes}))
+    return model
+
+
+def _call(spec: str, weights: str | None, classes: int | None) -> nn.Module:
+    source, _, name = spec.rpartition(":")
+    for option, value in (("weights", weights), ("classes", classes)):
+        if value is not None:
+            raise ValueError(f"{option}: only torchvision:NAME has it; {spec} sets its own")
+    path = Path(source)
+    folder, module_name = (path.parent, path.stem) if path.suffix == ".py" else (Path(), source)
+    if str(folder.resolve()) not in sys.path:
+        sys.path.insert(0, str(folder.resolve()))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name.partition(".")[0] and error.name != module_name:
+            raise
+        raise ImportError(f"model: there is no module {module_name!r} in {folder.resolve()} or on the Python path"
+                          ) from error
+    make: Any = getattr(module, name, None)
+    if not callable(make):
+        raise ValueError(f"model: {source} has no function {name!r}")
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {spec} returns {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _unprefixed(state: dict[str, Tensor], expected: Any) -> dict[str, Tensor]:
+    """`state` without the prefix that a wrapper (DataParallel, torch.compile, Lightning) gave every key."""
+    for prefix in _PREFIXES:
+        wrapped = state and all(key.startswith(prefix) for key in state)
+        if wrapped and not any(key.startswith(prefix) for key in expected):
+            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    return state
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
