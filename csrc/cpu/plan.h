@@ -29,6 +29,10 @@ struct Dims {
   template <class F>
   void runs(int64_t begin, int64_t end, F f) const {
     const Dim& last = inner();
+    if (depth == 1) {
+      if (begin < end) f(begin * last.a, begin * last.g, end - begin);
+      return;
+    }
     while (begin < end) {
       int64_t rest = begin / last.size, first = begin % last.size;
       int64_t offset_a = first * last.a, offset_g = first * last.g;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -28,7 +29,14 @@ typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
 
 FASTSCORE_INLINE Vector<float> widen(bf16, HalfBits x) {
-  return (Vector<float>)(__builtin_convertvector(x, Bits) << 16);
+#if FASTSCORE_VECTOR_BYTES == 64
+  const Bits wide = (Bits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x);
+#elif FASTSCORE_VECTOR_BYTES == 32
+  const Bits wide = (Bits)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  const Bits wide = __builtin_convertvector(x, Bits);
+#endif
+  return (Vector<float>)(wide << 16);
 }
 
 FASTSCORE_INLINE Vector<float> widen(fp16, HalfBits x) {
@@ -92,8 +100,10 @@ FASTSCORE_INLINE void store(S* p, V v) {
   memcpy(p, &v, sizeof v);
 }
 
+// The first n lanes, n up to the width.
 template <class V, class S>
-FASTSCORE_INLINE void store(S* p, V v, int n) {
+FASTSCORE_INLINE void store_some(S* p, V v, int n) {
+  if (n == int(sizeof v / sizeof(S))) return store(p, v);
   for (int i = 0; i < n; ++i) p[i] = v[i];
 }
 
@@ -104,29 +114,24 @@ FASTSCORE_INLINE Vector<double> absolute(Vector<double> x) {
   return (Vector<double>)((Bits64)x & 0x7fffffffffffffffull);
 }
 
-// The sum over lanes, halves first.
-template <class S, int Bytes>
-FASTSCORE_INLINE S sum_lanes(const void* lanes) {
-  if constexpr (Bytes == sizeof(S)) {
-    S one;
-    memcpy(&one, lanes, sizeof one);
-    return one;
-  } else if constexpr (Bytes == 2 * sizeof(S)) {
-    S two[2];
-    memcpy(two, lanes, sizeof two);
-    return two[0] + two[1];
+template <class V, std::size_t... I>
+FASTSCORE_INLINE V add_neighbours(V x, V y, std::index_sequence<I...>) {
+  return __builtin_shufflevector(x, y, (2 * I)...) + __builtin_shufflevector(x, y, (2 * I + 1)...);
+}
+
+// Lane i of the result is the sum of lanes of v[i]; as many vectors as lanes.
+template <int Lanes, int Count = Lanes, class V>
+FASTSCORE_INLINE V sum_lanes(const V* v) {
+  if constexpr (Count == 1) {
+    return v[0];
   } else {
-    typedef S Half __attribute__((vector_size(Bytes / 2)));
-    Half half[2];
-    memcpy(half, lanes, sizeof half);
-    const Half sum = half[0] + half[1];
-    return sum_lanes<S, Bytes / 2>(&sum);
+    const V x = sum_lanes<Lanes, Count / 2>(v), y = sum_lanes<Lanes, Count / 2>(v + Count / 2);
+    return add_neighbours(x, y, std::make_index_sequence<Lanes>());
   }
 }
 
-template <class S, class V>
-FASTSCORE_INLINE S sum_lanes(V v) {
-  return sum_lanes<S, kVectorBytes>(&v);
+FASTSCORE_INLINE void prefetch(const void* p, int64_t bytes) {
+  __builtin_prefetch(static_cast<const char*>(p) + bytes);
 }
 
 }  // namespace fastscore::cpu::FASTSCORE_TIER

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 // Standard headers come first: an inline function of theirs compiled for this tier could be the one the linker keeps.
 #ifdef __clang__
