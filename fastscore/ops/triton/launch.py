@@ -4,7 +4,7 @@ A tile is what one program holds at a time: BLOCK_C channels by BLOCK_P position
 of each tensor. Its shape follows the layout, so that neighbouring threads read neighbouring addresses:
 
     rows      positions contiguous       tiles as long as the rows, several short rows to a tile
-    columns   channels contiguous        256 bytes of channels, the rest of the tile along the positions
+    columns   channels contiguous        128 bytes of channels, the rest of the tile along the positions
     mixed     one of each, or neither    32 channels, so that whole sectors of both tensors are read
 
 Where rows are few and long, they are split; the parts land in a buffer and are added in order by a second kernel.
@@ -21,7 +21,7 @@ Layout = Literal["rows", "columns", "mixed"]
 LOAD_BYTES = 16
 LOADS_PER_THREAD = 2
 WARPS = 4
-COLUMN_BYTES = 256
+COLUMN_BYTES = 128
 MIXED_CHANNELS = 32
 PROGRAMS_PER_SM = 4  # 16 warps on each multiprocessor keep enough bytes in flight
 TILES_PER_SPLIT = 4  # a shorter split costs more in its second kernel than it gains

@@ -37,7 +37,7 @@ def box_muller_radius(word):
     exponent = (bits - 0x3F3504F3) >> 23
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
     f_minus_1 = tl.where(exponent == 0, (m - (1 << 25)).to(tl.float32) * 2**-25, f - 1.0)
-    z = f_minus_1 / (f + 1.0)  # ln f = 2 artanh z, and |z| < 0.172
+    z = tl.div_rn(f_minus_1, f + 1.0)  # ln f = 2 artanh z, and |z| < 0.172
     log = exponent.to(tl.float32) * 0.6931471805599453 + z * polynomial(z * z, (2.0, 2 / 3, 2 / 5, 2 / 7, 2 / 9))
     return tl.sqrt_rn(-2.0 * log)
 
