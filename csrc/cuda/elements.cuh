@@ -52,7 +52,7 @@ template <class T>
 __device__ __forceinline__ void store_pack(T* address, const Pack<T>& pack) {
   uint4 bits;
   memcpy(&bits, &pack, sizeof(bits));
-  *reinterpret_cast<uint4*>(address) = bits;
+  __stcg(reinterpret_cast<uint4*>(address), bits);  // an assignment may be taken apart into four
 }
 
 // Elements before the first 16-byte boundary that both runs of `length` share; all of them where they share none.

@@ -132,3 +132,5 @@ T __ldg(const T* address) {
   simt::record(address, sizeof(T));
   return *address;
 }
+
+inline void __stcg(uint4* address, uint4 value) { *address = value; }
