@@ -8,4 +8,5 @@ STABLE_TORCH_LIBRARY(fastscore, m) {
   m.def("random_gradient(Tensor sample_ids, int classes, int seed, int probe=0, str distribution=\"normal\", "
         "bool normalize=True) -> Tensor");
   m.def("normalize_gradient(Tensor g, float eps=0.0) -> (Tensor, Tensor)");
+  m.def("simd_tier() -> str");
 }

@@ -1,5 +1,7 @@
 #include "kernels.h"
 
+#include <torch/csrc/stable/library.h>
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -20,11 +22,15 @@ const Kernels& choose() {
                            "use baseline, x86-64-v3 or x86-64-v4");
 }
 
+std::string simd_tier() { return kernels().tier; }
+
 }  // namespace
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
 }
+
+STABLE_TORCH_LIBRARY_IMPL(fastscore, CompositeExplicitAutograd, m) { m.impl("simd_tier", TORCH_BOX(&simd_tier)); }
 
 }  // namespace fastscore::cpu

@@ -1,6 +1,7 @@
 """Loads the native kernels and tells PyTorch what each op returns without running it."""
 
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,9 +11,8 @@ from fastscore.ops import checks
 from fastscore.ops.reference import result_dtype
 
 
-def load() -> Path:
-    """Loads fastscore's native library into PyTorch and returns its path; ImportError says why it cannot."""
-    folder = Path(__file__).resolve().parent.parent
+def load(folder: Path) -> Path:
+    """Loads the native library in `folder` into PyTorch and returns its path; ImportError says why it cannot."""
     found = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
     if not found:
         raise ImportError(f"fastscore's native library (_C) is not in {folder}. Install the package from a wheel with "
@@ -29,7 +29,18 @@ def load() -> Path:
     return found[0]
 
 
-LIBRARY = load()
+LIBRARY = load(Path(__file__).resolve().parent.parent)
+
+
+def simd_tier() -> str:
+    """The instruction set of the CPU kernels: "x86-64-v4" (AVX-512), "x86-64-v3" (AVX2) or "baseline".
+
+    The widest that the processor has, unless the environment variable FASTSCORE_SIMD named one when a kernel first
+    ran; RuntimeError if the processor lacks that one.
+    """
+    tier: str = torch.ops.fastscore.simd_tier()
+    return tier
+
 
 # Scores are read, never differentiated: with the autograd key skipped, results don't require grad.
 _autograd = torch.library.Library("fastscore", "IMPL", "Autograd")
@@ -61,7 +72,7 @@ def _normalize_gradient(g: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
     return torch.empty_like(g), g.new_empty((g.shape[0],), dtype=result_dtype(g.dtype))
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., object]] = {
     "channel_sums": _channel_sums,
     "channel_dot": _channel_dot,
     "channel_powers": _channel_powers,
