@@ -54,7 +54,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         raise ValueError("batches: there is none to score on")
     # One sample is enough to trace with, where it is known how to take it.
     traced = _first_samples(example, len(gradients.first_input(example)), 1) if forward is call_model else example
-    if importance in WEIGHT_IMPORTANCES:
+    if importance in WEIGHT_IMPORTANCES and reduction == "sum":
         return _score_weights(twin, traced, importance, seed, forward, ignore)
     with fork_rng(device_of(twin)), torch.inference_mode(False), torch.enable_grad():
         graph = groups.trace(twin, traced, forward)

@@ -54,7 +54,7 @@ def _filter_norm(p: int) -> WeightImportance:
         for member in group.members:
             layer = model.get_submodule(member.layer)
             if member.role != "consumer" and isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
-                total += _per_channel(member, _filters(layer).abs().pow(p).sum(1), group.channels)
+                total += _joint(group, member, _filters(layer).abs().pow(p).sum(1))
         return total.pow(1 / p)
 
     return importance
@@ -66,7 +66,8 @@ def _bn_scale(model: nn.Module, group: ChannelGroup, seed: int) -> Tensor | None
     for member in group.role("channelwise"):
         layer = model.get_submodule(member.layer)
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.affine:
-            scales.append(_per_channel(member, layer.weight.detach().double().abs().cpu(), group.channels))
+            scale = layer.weight.detach().double().abs().cpu()
+            scales.append(_joint(group, member, scale) / _joint(group, member, torch.ones_like(scale)))
     return torch.stack(scales).mean(0) if scales else None
 
 
@@ -97,6 +98,9 @@ def gradient_importance(importance: str, reduction: str) -> GradientImportance:
     if row is None:
         if importance not in NAMES:
             raise ValueError(f"importance: {importance!r} is none of {', '.join(NAMES)}")
+        if importance in WEIGHT_IMPORTANCES:
+            raise ValueError(f"importance: {importance!r} reads weights, no gradient and no positions to reduce: use "
+                             "fastscore.score() without gradient= and reduction=")
         if reduction not in ("sum", "element"):
             raise ValueError(f"reduction: {reduction!r} is neither 'sum' nor 'element'")
         raise ValueError(f"reduction: {importance!r} has no reduction {reduction!r}")
@@ -113,6 +117,7 @@ def _filters(layer: nn.Module) -> Tensor:
     return weight.flatten(1)
 
 
-def _per_channel(member: Member, values: Tensor, channels: int) -> Tensor:
-    """Values of a layer's positions -> their sum for each channel of the group, [C]."""
-    return torch.zeros(channels, dtype=values.dtype).index_add_(0, member.channel, values[member.index])
+def _joint(group: ChannelGroup, member: Member, values: Tensor) -> Tensor:
+    """Values of a layer's positions -> their sum for each channel of the group, tied channels as one, [C]."""
+    units = torch.zeros(group.channels, dtype=values.dtype)
+    return units.index_add_(0, group.unit[member.channel], values[member.index])[group.unit]

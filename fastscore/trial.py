@@ -117,4 +117,5 @@ class _Recording:
 def _close(x: Tensor, before: Tensor) -> Tensor:
     """Element by element, to the rounding of sums in another order; NaN is close to NaN."""
     largest = float(before.abs().nan_to_num(0, 0, 0).max()) if before.numel() else 0.0
-    return torch.isclose(x, before, rtol=1e-3, atol=1e-5 * largest, equal_nan=True)
+    rounding = 16 * torch.finfo(before.dtype).eps
+    return torch.isclose(x, before, rtol=rounding, atol=rounding * largest, equal_nan=True)
