@@ -49,7 +49,7 @@ struct Geometry {
   int64_t samples, channels, positions;
   Strides sample, channel, position;
   int lanes;          // threads of a block that share one reduction
-  int channel_lanes;  // columns: threads along the channels
+  int channel_lanes;  // columns: threads of a block along the channels
   Split split;
   int64_t blocks;  // times split.splits
 };
@@ -79,12 +79,16 @@ inline void plan_rows(Geometry& it, int pack, int64_t wanted) {
   it.split = split_reduction(it.positions, int64_t(it.lanes) * pack, it.blocks, wanted);
 }
 
+// A tile is as wide as a warp, or down to a cache line's 128 bytes where wider ones would leave the device idle.
 inline void plan_columns(Geometry& it, int pack, int64_t wanted) {
   const int64_t vectors = it.wide ? it.channels / pack : it.channels;
-  it.channel_lanes = power_of_two_from(vectors, kWarp);
-  it.lanes = power_of_two_from(ceil_divide(it.positions, 4), std::min(kThreads / it.channel_lanes, kWarp));
-  const int64_t samples_of_block = kThreads / it.channel_lanes / it.lanes;
-  it.blocks = ceil_divide(vectors, it.channel_lanes) * ceil_divide(it.samples, samples_of_block);
+  const int narrowest = it.wide ? 8 : kWarp;
+  for (it.channel_lanes = power_of_two_from(vectors, kWarp);; it.channel_lanes /= 2) {
+    it.lanes = power_of_two_from(ceil_divide(it.positions, 4), std::min(kThreads / it.channel_lanes, kWarp));
+    const int64_t samples_of_block = kThreads / it.channel_lanes / it.lanes;
+    it.blocks = ceil_divide(vectors, it.channel_lanes) * ceil_divide(it.samples, samples_of_block);
+    if (it.blocks >= wanted || it.channel_lanes <= narrowest) break;
+  }
   it.split = split_reduction(it.positions, it.lanes, it.blocks, wanted);
 }
 
@@ -120,7 +124,6 @@ inline ChannelPlan plan_channel_sums(Operands in, const int64_t* sizes, const in
   };
   it.wide = it.channels % pack == 0 && aligned(in.a, it.samples > 1 ? it.sample.a : 0, it.position.a) &&
             aligned(in.g, it.samples > 1 ? it.sample.g : 0, it.position.g);
-  it.channel_lanes = 1;
   const bool adjacent_channels = it.channels == 1 || (it.channel.a == 1 && it.channel.g == 1);
   const int64_t wanted = int64_t(units) * kBlocksPerUnit;
   if (plan.walk.dims == 1 && plan.walk.contiguous()) {

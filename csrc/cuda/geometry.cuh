@@ -12,6 +12,7 @@ namespace fastscore::cuda {
 inline constexpr int kMaxDims = 64;
 inline constexpr int kBlocksPerUnit = 4;     // blocks of 256 threads that keep one multiprocessor busy
 inline constexpr int kShortestChain = 4;     // additions per accumulator below which a split does not pay
+inline constexpr int kShortestSegment = 256;  // elements; the partial sums of shorter ones would add to the traffic
 inline constexpr int kLongestChain = 1024;   // additions per accumulator above which float32 would lose too much
 inline constexpr int64_t kMaxSplits = 65535;  // what a grid's second dimension may be
 
@@ -82,7 +83,8 @@ struct Split {
 
 // `step` elements are one addition for every accumulator; `blocks` would run without a split, `wanted` fill the device.
 inline Split split_reduction(int64_t length, int64_t step, int64_t blocks, int64_t wanted) {
-  const int64_t useful = std::min(wanted / std::max<int64_t>(blocks, 1), length / (step * kShortestChain));
+  const int64_t shortest = std::max<int64_t>(step * kShortestChain, kShortestSegment);
+  const int64_t useful = std::min(wanted / std::max<int64_t>(blocks, 1), length / shortest);
   const int64_t needed = ceil_divide(length, step * kLongestChain);
   const int64_t splits = std::clamp<int64_t>(std::max(useful, needed), 1, kMaxSplits);
   const int64_t segment = std::max<int64_t>(ceil_divide(ceil_divide(length, splits), step) * step, step);

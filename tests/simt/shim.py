@@ -43,6 +43,19 @@ class Geometry(ctypes.Structure):
                 ("blocks", ctypes.c_int64)]
 
 
+def modelled_reads(geometry: Geometry, element_size: int) -> int:
+    """Bytes that a launch reads from a and g, from its geometry alone."""
+    covered = sum(min(geometry.split.segment, geometry.positions - split * geometry.split.segment)
+                  for split in range(geometry.split.splits))
+    return 2 * element_size * geometry.samples * geometry.channels * covered
+
+
+def rows_of_block(geometry: Geometry, element_size: int) -> int:
+    """Sums that one block of 256 threads makes."""
+    channels_of_thread = 16 // element_size if LAYOUTS[geometry.layout] == "columns" and geometry.wide else 1
+    return 256 // geometry.lanes * channels_of_thread
+
+
 class Pair(ctypes.Structure):
     """Two tensors of one shape, as driver.cpp takes them."""
 

@@ -4,8 +4,8 @@ import mmap
 
 import pytest
 import torch
-from cases import CASES, CHANNELS_LAST, place
-from shim import DTYPES, LAYOUTS, SUMS_OF, Geometry, Shim
+from shim import DTYPES, LAYOUTS, SUMS_OF, Shim, modelled_reads
+from simt_cases import CASES, CHANNELS_LAST, place
 from torch import Tensor
 
 from fastscore.ops import reference
@@ -31,13 +31,6 @@ def assert_close(op: str, got: tuple[Tensor, ...], a: Tensor, g: Tensor, channel
         excess = (ours.double() - theirs).abs() - TOLERANCE[a.dtype] * scale
         assert not excess.isnan().any(), "an element was never written, or the margin was read"
         assert (excess <= 0).all(), f"off by {(ours - theirs).abs().max():.3g}"
-
-
-def modelled_reads(geometry: Geometry, element_size: int) -> int:
-    """Bytes that a launch reads from a and g, from its geometry alone."""
-    covered = sum(min(geometry.split.segment, geometry.positions - split * geometry.split.segment)
-                  for split in range(geometry.split.splits))
-    return 2 * element_size * geometry.samples * geometry.channels * covered
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

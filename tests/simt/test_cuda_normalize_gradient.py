@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import CHANNELS_LAST, place
 from shim import DTYPES, Shim
+from simt_cases import CHANNELS_LAST, place
 from torch import Tensor
 
 from fastscore.ops import reference
