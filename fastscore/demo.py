@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,9 +42,10 @@ class Residual(nn.Module):
 
 def network() -> nn.Sequential:
     """A ResNet of 3 blocks for grey 8x8 images: [N, 1, 8, 8] -> logits [N, 10]."""
-    return nn.Sequential(nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-                         Residual(32, 32, 1), Residual(32, 64, 2), Residual(64, 128, 2),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    return nn.Sequential(OrderedDict(
+        stem=nn.Conv2d(1, 32, 3, padding=1, bias=False), norm=nn.BatchNorm2d(32), relu=nn.ReLU(),
+        block1=Residual(32, 32, 1), block2=Residual(32, 64, 2), block3=Residual(64, 128, 2),
+        pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), head=nn.Linear(128, 10)))
 
 
 @dataclass(frozen=True)

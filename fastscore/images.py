@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastscore.models import torchvision_models
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,21 @@ class Preprocessing:
 
     def __call__(self, path: Path) -> Tensor:
         """Read one file: float32 [channels, size, size]. Raises ValueError, naming it, where it is no image."""
-        from torchvision.io import ImageReadMode, decode_image
+        from PIL import Image, ImageOps
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2 import functional as F
 
         try:
-            image = decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
-        except RuntimeError as error:
-            raise ValueError(f"images: {path} cannot be decoded; remove or repair it ({str(error).splitlines()[0]})"
-                             ) from error
-        if image.dim() == 4:  # an animation: its first picture
-            image = image[0]
-        image = F.to_dtype(image, torch.uint8, scale=True)  # 16-bit PNG
-        if len(self.mean) == 1:
-            image = F.rgb_to_grayscale(image)
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file)
+                if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
+                    image = image.point(lambda value: value / 256).convert("L")
+                image = image.convert("RGB" if len(self.mean) == 3 else "L")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of these from Pillow
+            raise ValueError(f"images: {path} cannot be decoded; remove or repair it ({error})") from error
         image = F.resize(image, [self.resize], InterpolationMode(self.interpolation), antialias=True)
-        image = F.center_crop(image, [self.size])
-        result: Tensor = F.normalize(F.to_dtype(image, torch.float32, scale=True), list(self.mean), list(self.std))
+        pixels = F.pil_to_tensor(F.center_crop(image, [self.size]))
+        result: Tensor = F.normalize(F.to_dtype(pixels, torch.float32, scale=True), list(self.mean), list(self.std))
         return result
 
 

@@ -4,7 +4,7 @@ import difflib
 import importlib
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
@@ -47,8 +47,8 @@ def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: s
 
 def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> None:
     """Read `path` into `model`. Raises ValueError, naming the first layers, where the two do not fit."""
-    state = _unprefixed(read_checkpoint(path), model.state_dict().keys())
     own = model.state_dict()
+    state = _unprefixed(read_checkpoint(path), own)
     missing, unexpected = [key for key in own if key not in state], [key for key in state if key not in own]
     resized = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in own
                if key in state and state[key].shape != own[key].shape]
@@ -165,13 +165,14 @@ def _call(spec: str, weights: str | None, classes: int | None) -> nn.Module:
     return model
 
 
-def _unprefixed(state: dict[str, Tensor], expected: Any) -> dict[str, Tensor]:
-    """`state` without the prefix that a wrapper (DataParallel, torch.compile, Lightning) gave every key."""
-    for prefix in _PREFIXES:
-        wrapped = state and all(key.startswith(prefix) for key in state)
-        if wrapped and not any(key.startswith(prefix) for key in expected):
-            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    return state
+def _unprefixed(state: dict[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
+    """`state` without the prefixes that wrappers (DataParallel, torch.compile, Lightning) gave every key."""
+    first = next(iter(expected), "")
+    while True:
+        prefix = next((prefix for prefix in _PREFIXES if state and all(key.startswith(prefix) for key in state)), None)
+        if prefix is None or first.startswith(prefix):
+            return state
+        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
 
 
 def _some(names: list[str]) -> str:

@@ -1,0 +1,51 @@
+"""Plots: what they show, read back from the SVG that matplotlib writes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import fastscore
+from fastscore import plots
+
+
+def drawn(scores, path):
+    """The text and the number of dots in the plot of `scores`."""
+    plots.importances(scores, path)
+    svg = Path(path).read_text()
+    texts = [line.split("<!-- ")[1].split(" -->")[0] for line in svg.splitlines() if "<!-- " in line]
+    return texts, svg.count("<use")
+
+
+def test_every_channel_is_drawn_and_zeros_are_counted(tmp_path):
+    scores = {"stem": torch.tensor([0.0, 0.0, 0.0, 1e-9]), "block.conv1": torch.rand(50) + 0.1, "one": torch.ones(1)}
+    texts, marks = drawn(scores, tmp_path / "s.svg")
+    assert set(scores) <= set(texts)
+    assert "3" in texts
+    assert any("red" in text for text in texts)
+    _, fewer = drawn({**scores, "block.conv1": torch.rand(20) + 0.1}, tmp_path / "t.svg")
+    assert marks - fewer == 30
+    assert not any("red" in text for text in drawn({"one": torch.ones(5)}, tmp_path / "u.svg")[0])
+
+
+def test_the_names_of_many_layers_give_way(tmp_path):
+    texts, _ = drawn({f"layer{i}": torch.rand(4) for i in range(200)}, tmp_path / "s.svg")
+    assert "layer7" not in texts
+    assert "200 layers, from input to output" in texts
+
+
+def test_scores_plot_themselves_even_when_all_are_zero(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3), torch.nn.Flatten())
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    scores = fastscore.score(model, [torch.rand(2, 1, 8, 8)], progress=False)
+    scores.plot(tmp_path / "s.png")
+    assert Image.open(tmp_path / "s.png").size == (960, 720)
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"torch-fastscore\[plot\]"):
+        plots.importances({"one": torch.ones(1)}, tmp_path / "s.png")
