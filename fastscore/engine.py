@@ -47,23 +47,25 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
             raise ValueError(f"{name}: {value}; it must be 1 or more")
     if gradient == "loss" and probes != 1:
         raise ValueError(f'probes: {probes}, but a loss has one gradient; use gradient="random" for more')
+    ignore = groups.matching_layers(model, ignore)
     twin = evaluation_copy(model)
-    stream = _on_device(batches, device_of(twin), samples)
-    example = next(stream, None)
-    if example is None:
-        raise ValueError("batches: there is none to score on")
-    # One sample is enough to trace with, where it is known how to take it.
-    traced = _first_samples(example, len(gradients.first_input(example)), 1) if forward is call_model else example
-    if importance in WEIGHT_IMPORTANCES and reduction == "sum":
-        return _score_weights(twin, traced, importance, seed, forward, ignore)
     with fork_rng(device_of(twin)), torch.inference_mode(False), torch.enable_grad():
+        stream = _on_device(batches, device_of(twin), samples)
+        example = next(stream, None)
+        if example is None:
+            raise ValueError("batches: there is none to score on")
+        # One sample is enough to trace with, where it is known how to take it.
+        traced = _first_samples(example, len(gradients.first_input(example)), 1) if forward is call_model else example
+        if importance in WEIGHT_IMPORTANCES and reduction == "sum":
+            return _score_weights(twin, traced, importance, seed, forward, ignore)
         graph = groups.trace(twin, traced, forward)
         scorer = Scorer(twin, graph, importance=importance, gradient=gradient, normalize=normalize,
                         reduction=reduction, seed=seed, distribution=distribution, ignore=ignore)
         run = checked(_fast(twin, graph, forward))
         with scorer, tqdm(total=samples, unit=" samples", desc="scoring", disable=not progress) as bar:
             for batch in itertools.chain([example], stream):
-                output = run(twin, batch)
+                with scorer.joined(batch):
+                    output = run(twin, batch)
                 if gradient == "loss":
                     scorer.propagate(output, gradients.loss_gradient(output, batch, loss, normalize))
                 else:
@@ -108,7 +110,7 @@ def _on_device(batches: Iterable[Batch], device: torch.device, samples: int | No
     """The batches on `device`, cut off after `samples` samples."""
     left = samples
     for batch in batches:
-        batch = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+        batch = map_tensors(lambda tensor: _usable(tensor).to(device, non_blocking=True), batch)
         if left is not None:
             count = len(gradients.first_input(batch))
             if count > left:
@@ -117,6 +119,10 @@ def _on_device(batches: Iterable[Batch], device: torch.device, samples: int | No
         yield batch
         if left == 0:
             return
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor  # autograd takes none made under inference_mode
 
 
 def _first_samples(batch: Batch, count: int, keep: int) -> Batch:

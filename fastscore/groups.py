@@ -87,7 +87,7 @@ class ChannelGraph:
         ignore: qualified names (a name stands for all below it; `*` and `?` are wildcards), module types, modules.
         Raises ValueError for an entry that matches no layer of `model`.
         """
-        ignored = _matching_layers(model, ignore)
+        ignored = matching_layers(model, ignore)
         skipped, groups = dict(self.skipped), []
         for group in self.groups:
             hit = next((member.layer for member in group.members
@@ -260,7 +260,8 @@ def _first_channel_of_each_index(members: list[Member]) -> Iterator[Member]:
         yield Member(member.layer, member.role, member.index[keep], member.channel[keep])
 
 
-def _matching_layers(model: nn.Module, ignore: Ignore) -> set[str]:
+def matching_layers(model: nn.Module, ignore: Ignore) -> set[str]:
+    """The names of all layers that `ignore` stands for: see ChannelGraph.without."""
     names = {name: module for name, module in model.named_modules() if name}
     matched: set[str] = set()
     for entry in (ignore,) if isinstance(ignore, (str, type, nn.Module)) else ignore:

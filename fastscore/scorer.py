@@ -1,6 +1,7 @@
 """Scorer: taps on a model, and running totals of what they measure."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -68,6 +69,10 @@ class Scorer:
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
+
+    def joined(self, inputs: Any) -> AbstractContextManager[None]:
+        """A block whose calls of the model count as one forward pass, when its output needs more than one."""
+        return self._taps.joined(inputs)
 
     def probe(self, output: Tensor) -> None:
         """Send one more random gradient back from the latest forward pass, to the taps alone: no `.grad` changes.

@@ -6,7 +6,8 @@ activation x gradient *through that layer alone*. So a backward pass that asks f
 gradient, and an ordinary backward pass leaves the sums in `gate.grad`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -37,8 +38,9 @@ class _Gate(torch.autograd.Function):
 class ForwardPass:
     """One forward pass: the gates that its taps made, and the gradient that came back to its output."""
 
-    def __init__(self, inputs: tuple[Any, ...]) -> None:
+    def __init__(self, inputs: Any) -> None:
         self.inputs = inputs
+        self.called = False
         self.gates: list[tuple[str, Tensor]] = []  # (layer, gate [N, C]); a layer called twice stands here twice
         self.output_gradient: Tensor | None = None
         self.probes = 0
@@ -63,7 +65,7 @@ class Taps:
         self.measure = measure
         self.current: ForwardPass | None = None
         self._on_pass = on_pass
-        self._propagating = False
+        self._propagating = self._joining = False
         self._finished: list[ForwardPass] = []
         self._handles: list[RemovableHandle] = []
 
@@ -129,6 +131,16 @@ class Taps:
                                "the model runs again")
         return reached
 
+    @contextmanager
+    def joined(self, inputs: Any) -> Iterator[None]:
+        """Whatever runs in the block is one pass, however often the model is called; `inputs` if it never is."""
+        self.flush()
+        self.current, self._joining = ForwardPass(inputs), True
+        try:
+            yield
+        finally:
+            self._joining = False
+
     def flush(self) -> None:
         """Hand over the passes whose gradients are in."""
         finished, self._finished = self._finished, []
@@ -137,9 +149,14 @@ class Taps:
             self._on_pass(done)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is self.model and torch.is_grad_enabled():
-            self.flush()
-            self.current = ForwardPass((args, kwargs))
+        if module is not self.model or not torch.is_grad_enabled():
+            return
+        if self._joining and self.current is not None:
+            if not self.current.called:
+                self.current.inputs, self.current.called = (args, kwargs), True
+            return
+        self.flush()
+        self.current = ForwardPass((args, kwargs))
 
     def _tap(self, own: nn.Module, layer: str, channel_dim: int) -> Callable[..., Any]:
         def hand_over_view(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
