@@ -152,7 +152,7 @@ def plan_channel_sums(shape: tuple[int, ...], a_strides: tuple[int, ...], g_stri
     block_c, block_p = _tile(layout, channels, positions, itemsize)
 
     tiles, programs = ceil_divide(positions, block_p), samples * ceil_divide(channels, block_c)
-    splits = max(1, min(ceil_divide(sms * PROGRAMS_PER_SM, programs), tiles // TILES_PER_SPLIT))
+    splits = max(1, min(sms * PROGRAMS_PER_SM // programs, tiles // TILES_PER_SPLIT))
     tiles_per_split = ceil_divide(tiles, splits)
 
     align = tuple((alignment(s[0], itemsize), alignment(s[1], itemsize),

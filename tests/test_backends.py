@@ -1,0 +1,159 @@
+"""Which backend serves an op: the choice, its scope, and what is said where there is none."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastscore import ops
+from fastscore.ops import backends, reference, use_backend
+
+A, G = torch.randn(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+IDS = torch.arange(3)
+ARGUMENTS = {
+    "channel_sums": (A, G),
+    "channel_dot": (A, G),
+    "channel_powers": (A, G),
+    "random_gradient": (IDS, 10, 5),
+    "normalize_gradient": (G,),
+}
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """Names of the reference functions that ran, in order."""
+    seen: list[str] = []
+
+    def record(name, function):
+        def run(*args, **kwargs):
+            seen.append(name)
+            return function(*args, **kwargs)
+        return run
+
+    for name in ARGUMENTS:
+        monkeypatch.setattr(reference, name, record(name, getattr(reference, name)))
+    return seen
+
+
+@pytest.fixture
+def all_available(monkeypatch) -> None:
+    monkeypatch.setattr(backends, "unavailable", lambda name: "")
+
+
+def dot() -> None:
+    ops.channel_dot(A, G)
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_reference_serves_cpu_tensors_inside_the_block_alone(op, calls):
+    native = getattr(ops, op)(*ARGUMENTS[op])
+    assert calls == []
+    with use_backend("reference"):
+        chosen = getattr(ops, op)(*ARGUMENTS[op])
+    assert op in calls
+    torch.testing.assert_close(chosen, native, rtol=1e-5, atol=1e-5)
+    before = len(calls)
+    getattr(ops, op)(*ARGUMENTS[op])
+    assert len(calls) == before
+
+
+@pytest.mark.parametrize("inner", ["reference", "triton", "cuda"])
+def test_choices_nest(inner, calls, all_available):
+    with use_backend("reference"):
+        dot()
+        with use_backend(inner):
+            dot()
+        dot()
+    dot()
+    assert calls.count("channel_dot") == (3 if inner == "reference" else 2)
+
+
+def test_an_exception_ends_the_choice(calls):
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    dot()
+    assert calls == []
+
+
+def test_every_op_has_a_kernel_for_gpus():
+    """Native or Triton, without a GPU here."""
+    for op in backends.FAMILIES:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastscore::{op}", "CUDA")
+    assert set(backends.FAMILIES) == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_kernels_for_gpus_refuse_other_devices(op):
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match=r"Triton kernels run on GPUs, but a tensor is on cpu"):
+        backends._lazy(op)(*ARGUMENTS[op])
+
+
+def test_a_partner_on_another_device():
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match=r"a is on cpu and g is on meta; move one of them"):
+        backends._lazy("channel_dot")(A, G.to("meta"))
+
+
+def test_a_device_older_than_the_targets(monkeypatch):
+    common = pytest.importorskip("fastscore.ops.triton.common")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(RuntimeError, match=r"Tesla T4 \(cuda:0\) has compute capability 7\.5, but .* need 8\.0"):
+        common.multiprocessors.__wrapped__(torch.device("cuda", 0))
+    assert "8.0 (Ampere) or newer" in backends.unavailable("triton")
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=r"name is 'cpu', but has to be one of \('cuda', 'triton', 'reference'\)"):
+        use_backend("cpu").__enter__()
+
+
+@pytest.mark.parametrize(("name", "patch", "reason"), [
+    ("cuda", (backends, "NATIVE_CUDA", False), "has no CUDA kernels: install a wheel that has"),
+    ("triton", (backends.importlib.util, "find_spec", lambda name: None), "pip install triton"),
+    ("triton", (torch.version, "cuda", None), "is built without CUDA: install a CUDA build of torch"),
+    ("triton", (torch.cuda, "is_available", lambda: False), "finds no CUDA device: check the driver"),
+])
+def test_reasons(name, patch, reason, monkeypatch):
+    if patch[1] == "is_available":
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(*patch)
+    with pytest.raises(RuntimeError, match=rf"name is '{name}', which cannot be used here: .*{reason}"), \
+            use_backend(name):
+        pass
+
+
+def test_rows_for_info():
+    rows = {row.name: row for row in backends.backends()}
+    assert list(rows) == ["cpu", "cuda", "triton", "reference"]
+    assert rows["cpu"].serves == "cpu"
+    assert all(row.unavailable == backends.unavailable(row.name) for row in rows.values())
+    with use_backend("reference"):
+        rows = {row.name: row for row in backends.backends()}
+    assert (rows["reference"].serves, rows["cpu"].serves) == ("cpu, cuda", "")
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_kernels_are_not_imported_before_they_are_called():
+    loaded = run("import sys, fastscore; print([name for name in sys.modules if name.startswith('fastscore.ops.triton')])")
+    assert loaded == "[]\n"
+
+
+def test_without_triton():
+    """Everything on the CPU works; a GPU op says what is missing."""
+    said = run("import sys; sys.modules['triton'] = None\n"
+               "import torch, fastscore\n"
+               "from fastscore.ops import backends\n"
+               "x = torch.ones(1, 2, 3)\n"
+               "print(fastscore.ops.channel_dot(x, x).tolist())\n"
+               "try: backends._lazy('channel_dot')(x, x)\n"
+               "except RuntimeError as error: print(error)\n")
+    assert said == ("[[3.0, 3.0]]\nfastscore::channel_dot on a GPU needs Triton or a native library with CUDA kernels: "
+                    "pip install triton, or install a wheel that has them\n")
