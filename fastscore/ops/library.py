@@ -1,6 +1,5 @@
 """Loads the native kernels and tells PyTorch what each op returns without running it."""
 
-import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,11 +20,9 @@ def load(folder: Path) -> Path:
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        version = importlib.metadata.version("torch-fastscore")
         raise ImportError(f"fastscore's native library {found[0]} does not load into torch {torch.__version__}: "
-                          f"{error}. torch-fastscore {version} needs torch >= 2.13: upgrade torch, or rebuild in the "
-                          "source tree with `pip install --no-build-isolation --force-reinstall --no-deps .`"
-                          ) from error
+                          f"{error.__cause__ or error}. It needs torch >= 2.13: upgrade torch, or rebuild in the source "
+                          "tree with `pip install --no-build-isolation --force-reinstall --no-deps .`") from error
     return found[0]
 
 

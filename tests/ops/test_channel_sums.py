@@ -4,7 +4,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import CHAIN, DTYPES, LAYOUTS, SHAPES, UNIT, expanded, expansions, integers, layout_pairs, normals, poisoned
+from samples import (
+    CHAIN,
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    UNIT,
+    expanded,
+    expansions,
+    integers,
+    layout_pairs,
+    normals,
+    poisoned,
+)
 from torch import Tensor
 
 from fastscore import ops
@@ -18,10 +30,14 @@ def results(op: str, a: Tensor, g: Tensor, channel_dim: int, module: object = op
     return out if isinstance(out, tuple) else (out,)
 
 
-def assert_equals_reference(a: Tensor, g: Tensor, channel_dim: int, context: object) -> None:
-    for op in OPS:
-        expected = results(op, a, g, channel_dim, reference)
-        for k, (got, want) in enumerate(zip(results(op, a, g, channel_dim), expected, strict=True)):
+def of_reference(a: Tensor, g: Tensor, channel_dim: int) -> dict[str, tuple[Tensor, ...]]:
+    return {op: results(op, a, g, channel_dim, reference) for op in OPS}
+
+
+def assert_equal(expected: dict[str, tuple[Tensor, ...]], a: Tensor, g: Tensor, channel_dim: int,
+                 context: object) -> None:
+    for op, wants in expected.items():
+        for k, (got, want) in enumerate(zip(results(op, a, g, channel_dim), wants, strict=True)):
             assert got.dtype == want.dtype, (op, k, context)
             assert got.is_contiguous(), (op, k, context)
             assert torch.equal(got, want), (op, k, context)
@@ -31,23 +47,25 @@ def assert_equals_reference(a: Tensor, g: Tensor, channel_dim: int, context: obj
 @pytest.mark.parametrize(("shape", "channel_dim"), SHAPES)
 def test_every_pair_of_layouts_reads_each_element_once(shape, channel_dim, dtype):
     a, g = integers(shape, dtype, 0), integers(shape, dtype, 1)
+    expected = of_reference(a, g, channel_dim)
     for layout_a, layout_g in layout_pairs():
-        assert_equals_reference(LAYOUTS[layout_a](a, channel_dim), LAYOUTS[layout_g](g, channel_dim), channel_dim,
-                                (layout_a, layout_g))
+        assert_equal(expected, LAYOUTS[layout_a](a, channel_dim), LAYOUTS[layout_g](g, channel_dim), channel_dim,
+                     (layout_a, layout_g))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "channel_dim"), SHAPES)
 def test_repeated_values(shape, channel_dim, dtype):
     a, g = integers(shape, dtype, 0), integers(shape, dtype, 1)
-    for layout in LAYOUTS:
-        dense = LAYOUTS[layout](a, channel_dim)
-        for dims in expansions(shape, channel_dim):
-            narrow = expanded(g, dims)
-            repeated = LAYOUTS[layout](narrow, channel_dim).expand(shape)
-            assert_equals_reference(dense, repeated, channel_dim, (layout, dims))
-            assert_equals_reference(repeated, dense, channel_dim, (layout, dims))
-            assert_equals_reference(repeated, repeated, channel_dim, (layout, dims))
+    for dims in expansions(shape, channel_dim):
+        narrow = expanded(g, dims)
+        one, other, both = (of_reference(x, y, channel_dim) for x, y in (
+            (a, narrow.expand(shape)), (narrow.expand(shape), a), (narrow.expand(shape), narrow.expand(shape))))
+        for layout in LAYOUTS:
+            dense, repeated = LAYOUTS[layout](a, channel_dim), LAYOUTS[layout](narrow, channel_dim).expand(shape)
+            assert_equal(one, dense, repeated, channel_dim, (layout, dims))
+            assert_equal(other, repeated, dense, channel_dim, (layout, dims))
+            assert_equal(both, repeated, repeated, channel_dim, (layout, dims))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,7 +105,7 @@ def layouts(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
 @given(layouts())
 def test_any_strides(case):
     a, g, channel_dim = case
-    assert_equals_reference(a, g, channel_dim, (a.shape, a.stride(), g.stride(), channel_dim, a.dtype))
+    assert_equal(of_reference(a, g, channel_dim), a, g, channel_dim, (a.shape, a.stride(), g.stride(), channel_dim, a.dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,16 +126,11 @@ def test_nan_and_infinity_stay_in_their_channel(layout_a, layout_g, dtype):
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
-def test_float16_converts_every_value():
-    values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    a = values[None, :]
-    torch.testing.assert_close(ops.channel_dot(a, torch.ones_like(a))[0], values.float(), rtol=0, atol=0, equal_nan=True)
-
-
-def test_bfloat16_converts_every_value():
-    values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    a = values[None, :]
-    torch.testing.assert_close(ops.channel_dot(a, torch.ones_like(a))[0], values.float(), rtol=0, atol=0, equal_nan=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_value_converts(dtype):
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)[None]
+    dot = ops.channel_dot(values, torch.ones_like(values))
+    torch.testing.assert_close(dot, values.float(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

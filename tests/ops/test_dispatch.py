@@ -1,0 +1,167 @@
+"""The ops as PyTorch sees them: schemas, fakes, compile, export, autograd, bad arguments, loading."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastscore import ops
+from fastscore.ops import library
+
+A = torch.randn(3, 6, 5, 4, generator=torch.Generator().manual_seed(0))
+IDS = torch.arange(5)
+CALLS = {
+    "channel_sums": (A, A.cos(), 1),
+    "channel_dot": (A, A.cos().to(memory_format=torch.channels_last), -3),
+    "channel_powers": (A.double(), A.double().cos(), 3),
+    "random_gradient": (IDS, 10, -7, 1, "rademacher", False),
+    "normalize_gradient": (A.to(memory_format=torch.channels_last), 1e-3),
+}
+
+
+def tensors(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(op, requires_grad):
+    args = [x.detach().clone().requires_grad_() if requires_grad and isinstance(x, Tensor) and x.is_floating_point()
+            else x for x in CALLS[op]]
+    torch.library.opcheck(getattr(torch.ops.fastscore, op).default, args)
+
+
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(op, dynamic):
+    torch._dynamo.reset()
+    eager = getattr(ops, op)
+    compiled = torch.compile(eager, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for got, want in zip(tensors(compiled(*CALLS[op])), tensors(eager(*CALLS[op])), strict=True):
+        assert torch.equal(got, want)
+        assert got.stride() == want.stride()
+
+
+def test_compiles_whole_with_inductor_for_any_batch_size():
+    torch._dynamo.reset()
+
+    def scores(a: Tensor, g: Tensor, ids: Tensor) -> Tensor:
+        random = ops.random_gradient(ids, g.shape[1], 0, normalize=False)
+        return ops.channel_dot(a.relu(), g).abs() + ops.normalize_gradient(random)[0]
+
+    compiled = torch.compile(scores, fullgraph=True, dynamic=True)
+    for batch in (3, 4, 9):
+        args = (torch.randn(batch, 6, 5, 4), torch.randn(batch, 6, 5, 4), torch.arange(batch))
+        torch.testing.assert_close(compiled(*args), scores(*args))
+
+
+def test_exports():
+    class Score(nn.Module):
+        def forward(self, a: Tensor, g: Tensor) -> Tensor:
+            return ops.channel_sums(a, g)[0]
+
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(Score(), (A, A.cos()), dynamic_shapes=({0: batch}, {0: batch}))
+    assert any(node.target is torch.ops.fastscore.channel_sums.default for node in program.graph.nodes)
+    a, g = torch.randn(7, 6, 5, 4), torch.randn(7, 6, 5, 4)
+    assert torch.equal(program.module()(a, g), ops.channel_dot(a, g))
+
+
+def test_results_never_require_grad():
+    a = A.clone().requires_grad_()
+    for out in (*ops.channel_sums(a, a * 2), *ops.channel_powers(a, a * 2), *ops.normalize_gradient(a)):
+        assert not out.requires_grad
+        assert out.grad_fn is None
+
+
+def test_runs_inside_a_backward_pass():
+    seen = []
+
+    class Tap(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, g):
+            seen.append(ops.channel_dot(ctx.saved_tensors[0], g))
+            return g
+
+    x = A.clone().requires_grad_()
+    Tap.apply(x).sum().backward()  # a gradient of stride 0 everywhere
+    torch.testing.assert_close(seen, [A.sum((2, 3))])
+
+
+ERRORS = {
+    "shapes": (lambda: ops.channel_dot(A, A[:2]), ValueError, r"a \[3, 6, 5, 4\] and g \[2, 6, 5, 4\] differ in shape"),
+    "dtypes": (lambda: ops.channel_sums(A, A.double()), TypeError, r"g\.to\(a\.dtype\)"),
+    "devices": (lambda: ops.channel_powers(A, A.to("meta")), ValueError, r"a is on cpu and g is on meta"),
+    "integers": (lambda: ops.channel_dot(A.int(), A.int()), TypeError, r"a has dtype torch.int32.*float32, bfloat16"),
+    "vector": (lambda: ops.channel_dot(A[0, 0, 0], A[0, 0, 0]), ValueError, r"a has 1 dimension.*unsqueeze"),
+    "samples": (lambda: ops.channel_dot(A, A, 0), ValueError, r"channel_dim is 0.*1 to 3 or -3 to -1"),
+    "samples from the end": (lambda: ops.channel_dot(A, A, -4), ValueError, r"channel_dim is -4"),
+    "dimension": (lambda: ops.channel_dot(A, A, 4), ValueError, r"channel_dim is 4"),
+    "ids": (lambda: ops.random_gradient(IDS.int(), 3, 0), TypeError, r"sample_ids.*int64 \[N\].*to\(torch.int64\)"),
+    "ids in 2-D": (lambda: ops.random_gradient(IDS[None], 3, 0), TypeError, r"sample_ids"),
+    "classes": (lambda: ops.random_gradient(IDS, -1, 0), ValueError, r"classes is -1"),
+    "seed": (lambda: ops.random_gradient(IDS, 3, 2**63), ValueError, r"seed is \d+.*int64"),
+    "probe": (lambda: ops.random_gradient(IDS, 3, 0, 2**32), ValueError, r"probe is \d+.*2\*\*32 - 1"),
+    "negative probe": (lambda: ops.random_gradient(IDS, 3, 0, -1), ValueError, r"probe is -1"),
+    "distribution": (lambda: ops.random_gradient(IDS, 3, 0, 0, "uniform"), ValueError, r"'uniform'.*'rademacher'"),
+    "gradient dtype": (lambda: ops.normalize_gradient(IDS), TypeError, r"g has dtype torch.int64"),
+    "scalar": (lambda: ops.normalize_gradient(A.sum()), ValueError, r"g\[None\]"),
+    "eps": (lambda: ops.normalize_gradient(A, -1.0), ValueError, r"eps is -1.0"),
+    "eps nan": (lambda: ops.normalize_gradient(A, float("nan")), ValueError, r"eps is nan"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_name_the_argument_and_the_way_out(name):
+    call, error, message = ERRORS[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+RAW = torch.ops.fastscore
+RAW_ERRORS = {
+    "shapes": lambda: RAW.channel_dot(A, A[:, :, 1:]),
+    "dtypes": lambda: RAW.channel_dot(A, A.double()),
+    "dimension": lambda: RAW.channel_dot(A, A, 0),
+    "integers": lambda: RAW.channel_dot(A.int(), A.int()),
+    "ids": lambda: RAW.random_gradient(IDS.int(), 3, 0),
+    "classes": lambda: RAW.random_gradient(IDS, -3, 0),
+    "probe": lambda: RAW.random_gradient(IDS, 3, 0, -1),
+    "distribution": lambda: RAW.random_gradient(IDS, 3, 0, 0, "uniform"),
+    "gradient": lambda: RAW.normalize_gradient(IDS),
+}
+
+
+@pytest.mark.parametrize("name", RAW_ERRORS)
+def test_the_native_ops_check_what_memory_safety_needs(name):
+    with pytest.raises(RuntimeError, match=r"has to|differ|out of range|unsupported"):
+        RAW_ERRORS[name]()
+
+
+def test_a_missing_library_says_how_to_get_one(tmp_path):
+    with pytest.raises(ImportError, match=r"_C.*is not in .*pip install"):
+        library.load(tmp_path)
+
+
+def test_a_broken_library_says_why(tmp_path):
+    (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
+    with pytest.raises(ImportError, match=r"does not load into torch .*: .*(ELF|header|file too short).*rebuild"):
+        library.load(tmp_path)
+
+
+def test_importing_without_the_library_fails(tmp_path):
+    package = Path(library.__file__).resolve().parents[1]
+    shutil.copytree(package, tmp_path / "fastscore", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    run = subprocess.run([sys.executable, "-c", "import fastscore.ops"], cwd=tmp_path, capture_output=True, text=True,
+                         check=False)
+    assert run.returncode == 1
+    assert "ImportError: fastscore's native library (_C) is not in" in run.stderr

@@ -1,0 +1,43 @@
+"""The kernels of every SIMD tier that this processor has: the same tests again, in a process of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastscore.ops import library
+
+HERE = Path(__file__).resolve().parent
+TIERS = {"DEFAULT": ["baseline"], "AVX2": ["baseline", "x86-64-v3"],
+         "AVX512": ["baseline", "x86-64-v3", "x86-64-v4"]}.get(torch.backends.cpu.get_cpu_capability(), ["baseline"])
+
+
+def python(*args: str, tier: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], env={**os.environ, "FASTSCORE_SIMD": tier}, cwd=HERE.parents[1],
+                          capture_output=True, text=True, check=False)
+
+
+def test_the_widest_tier_is_the_default():
+    if "FASTSCORE_SIMD" not in os.environ:
+        assert library.simd_tier() == TIERS[-1]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_tier(tier):
+    chosen = python("-c", "from fastscore.ops.library import simd_tier; print(simd_tier())", tier=tier)
+    assert chosen.stdout.strip() == tier, chosen.stderr
+    if tier == library.simd_tier():
+        return  # the tests of this very process
+    kernels = [str(HERE / f"test_{op}.py") for op in ("channel_sums", "random_gradient", "normalize_gradient")]
+    run = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *kernels, tier=tier)
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+def test_an_unknown_tier_is_an_error():
+    run = python("-c", "from fastscore.ops.library import simd_tier; simd_tier()", tier="avx9")
+    assert run.returncode == 1
+    assert "FASTSCORE_SIMD is avx9" in run.stderr
+    assert "use baseline, x86-64-v3 or x86-64-v4" in run.stderr
