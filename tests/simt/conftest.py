@@ -1,7 +1,10 @@
+import sys
 from pathlib import Path
 
 import pytest
 import shim as shim_module
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "ops"))  # samples.py, the inputs of the ops' own tests
 
 
 @pytest.fixture(scope="session")

@@ -42,12 +42,12 @@ struct Pair {
   const int64_t *sizes, *strides_a, *strides_g;
 };
 
-void watch(const void* base, int64_t bytes) { simt::watch(base, bytes); }
+void watch(const void* base, int64_t count, int64_t size) { simt::watch(base, count, size); }
 
-// How often every byte of a watched region was read; then forgets it all. Returns reads or writes outside.
-int64_t unwatch(int32_t region, uint16_t* reads) {
+// How often every element of a watched region was read. Returns the number of reads and writes outside.
+int64_t reads_of(int32_t region, uint16_t* reads) {
   const simt::Region& it = simt::regions[region];
-  for (int64_t i = 0; i < it.bytes; ++i) reads[i] = it.reads[i];
+  for (int64_t i = 0; i < it.count; ++i) reads[i] = it.reads[i];
   return simt::strays;
 }
 

@@ -99,26 +99,26 @@ class Shim:
 
     def __init__(self, library: Path):
         self.library = ctypes.CDLL(str(library))
-        self.library.unwatch.restype = ctypes.c_int64
+        self.library.reads_of.restype = ctypes.c_int64
         self.library.packed_bytes.restype = self.library.single_bytes.restype = ctypes.c_int64
         self.reads = Reads(0, 0)
 
     def _watch(self, tensors: tuple[Tensor, ...]) -> None:
         self.library.reset()
         for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self.library.watch(ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(storage.nbytes()))
+            storage, size = tensor.untyped_storage(), tensor.element_size()
+            self.library.watch(ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(storage.nbytes() // size),
+                               ctypes.c_int64(size))
 
     def _check_reads(self, tensors: tuple[Tensor, ...], times: int) -> None:
         for index, tensor in enumerate(tensors):
-            size = tensor.element_size()
-            reads = torch.zeros(tensor.untyped_storage().nbytes(), dtype=torch.uint16)
-            strays = self.library.unwatch(index, ctypes.c_void_p(reads.data_ptr()))
+            count = tensor.untyped_storage().nbytes() // tensor.element_size()
+            reads = torch.zeros(count, dtype=torch.int16)
+            strays = self.library.reads_of(index, ctypes.c_void_p(reads.data_ptr()))
             assert strays == 0, f"{strays} reads outside the tensors or writes outside the partial sums"
-            elements = torch.arange(reads.numel() // size).as_strided(tensor.shape, tensor.stride(),
-                                                                      tensor.storage_offset())
-            expected = times * torch.bincount(elements.flatten(), minlength=reads.numel() // size)
-            assert torch.equal(reads.int(), expected.repeat_interleave(size).int()), "elements read too often or never"
+            elements = torch.arange(count).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            expected = times * torch.bincount(elements.flatten(), minlength=count)
+            assert torch.equal(reads.to(expected.dtype), expected), "elements read too often or never"
         self.reads = Reads(self.library.packed_bytes(), self.library.single_bytes())
         self.library.reset()
 

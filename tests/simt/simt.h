@@ -57,17 +57,17 @@ struct Block {
 inline Block* block = nullptr;
 inline thread_local int shuffles = 0;
 
-// The bytes that a kernel may read through __ldg, and how often it read each.
+// The elements that a kernel may read through __ldg, and how often it read each.
 struct Region {
   const char* base;
-  int64_t bytes;
+  int64_t count, size;
   std::unique_ptr<std::atomic<uint16_t>[]> reads;
 };
 inline std::vector<Region> regions;  // none: reads are not recorded
 inline std::atomic<int64_t> strays{0}, packed_bytes{0}, single_bytes{0};
 
-inline void watch(const void* base, int64_t bytes) {
-  regions.push_back({static_cast<const char*>(base), bytes, std::make_unique<std::atomic<uint16_t>[]>(bytes)});
+inline void watch(const void* base, int64_t count, int64_t size) {
+  regions.push_back({static_cast<const char*>(base), count, size, std::make_unique<std::atomic<uint16_t>[]>(count)});
 }
 
 inline void record(const void* address, int64_t bytes) {
@@ -76,8 +76,8 @@ inline void record(const void* address, int64_t bytes) {
   if (regions.empty()) return;
   for (Region& region : regions) {
     const int64_t at = static_cast<const char*>(address) - region.base;
-    if (at < 0 || at + bytes > region.bytes) continue;
-    for (int64_t i = at; i < at + bytes; ++i) region.reads[i].fetch_add(1, relaxed);
+    if (at < 0 || at + bytes > region.count * region.size) continue;
+    for (int64_t i = 0; i < bytes / region.size; ++i) region.reads[at / region.size + i].fetch_add(1, relaxed);
     return;
   }
   strays.fetch_add(1, relaxed);

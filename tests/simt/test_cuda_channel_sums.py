@@ -1,9 +1,12 @@
 """csrc/cuda/channel_sums.cuh against the reference, element by element and byte by byte."""
 
+import itertools
 import mmap
 
 import pytest
 import torch
+from samples import LAYOUTS as SAMPLE_LAYOUTS
+from samples import SHAPES, expanded, expansions, integers, layout_pairs
 from shim import DTYPES, LAYOUTS, SUMS_OF, Shim, modelled_reads
 from simt_cases import CASES, CHANNELS_LAST, place
 from torch import Tensor
@@ -45,6 +48,28 @@ def test_every_layout_against_the_reference(shim: Shim, name: str, dtype: torch.
     for op in SUMS_OF:
         assert_close(op, shim.channel(op, a, g, case.channel_dim, case.units), a, g, case.channel_dim)
         assert shim.reads.packed_bytes + shim.reads.single_bytes == modelled_reads(geometry, a.element_size())
+
+
+@pytest.mark.parametrize(("shape", "channel_dim"), SHAPES, ids=str)
+def test_the_samples_of_the_ops(shim: Shim, shape: tuple[int, ...], channel_dim: int) -> None:
+    """Every pair of layouts, one dtype after the other, with sums that are exact."""
+    for (layout_a, layout_g), dtype in zip(layout_pairs(), itertools.cycle(DTYPES)):
+        a = SAMPLE_LAYOUTS[layout_a](integers(shape, dtype, 0), channel_dim)
+        g = SAMPLE_LAYOUTS[layout_g](integers(shape, dtype, 1), channel_dim)
+        got = shim.channel("channel_sums", a, g, channel_dim)
+        for ours, theirs in zip(got, reference.channel_sums(a, g, channel_dim), strict=True):
+            assert torch.equal(ours, theirs), (layout_a, layout_g, dtype)
+
+
+@pytest.mark.parametrize(("shape", "channel_dim"), SHAPES, ids=str)
+def test_repeated_values(shim: Shim, shape: tuple[int, ...], channel_dim: int) -> None:
+    for dims, (layout, dtype) in itertools.product(expansions(shape, channel_dim),
+                                                   zip(SAMPLE_LAYOUTS, itertools.cycle(DTYPES))):
+        a = SAMPLE_LAYOUTS[layout](integers(shape, dtype, 0), channel_dim)
+        g = SAMPLE_LAYOUTS[layout](expanded(integers(shape, dtype, 1), dims), channel_dim).expand(shape)
+        for ours, theirs in zip(shim.channel("channel_powers", a, g, channel_dim),
+                                reference.channel_powers(a, g, channel_dim), strict=True):
+            assert torch.equal(ours, theirs), (layout, dims, dtype)
 
 
 @pytest.mark.parametrize("units", [1, 3, 16])
