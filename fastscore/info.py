@@ -27,6 +27,7 @@ def facts() -> dict[str, dict[str, str]]:
     }
     rows = {row.name: f"unavailable: {row.unavailable}" if row.unavailable
             else f"serves {row.serves}" if row.serves else "available, not in use" for row in backends()}
+    rows["cpu"] += f" (SIMD: {library.simd_tier()})"
     return {"versions": versions, "machine": machine, "backends": rows}
 
 
