@@ -105,7 +105,8 @@ def layouts(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
 @given(layouts())
 def test_any_strides(case):
     a, g, channel_dim = case
-    assert_equal(of_reference(a, g, channel_dim), a, g, channel_dim, (a.shape, a.stride(), g.stride(), channel_dim, a.dtype))
+    context = (a.shape, a.stride(), g.stride(), channel_dim, a.dtype)
+    assert_equal(of_reference(a, g, channel_dim), a, g, channel_dim, context)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
