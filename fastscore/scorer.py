@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -106,8 +107,9 @@ class Scorer:
         self._taps.flush()
         if not self._passes:
             raise RuntimeError("no backward pass has been measured: inside `with scorer:`, run the model and call "
-                               "loss.backward() (or scorer.probe(output) with gradient='random'). Hooks set on a "
-                               "model that torch.compile has already run are not seen: attach the scorer first")
+                               "loss.backward() (or scorer.probe(output) with gradient='random', which a model that "
+                               "returns no tensor needs). Hooks set on a model that torch.compile has already run are "
+                               "not seen: attach the scorer first")
         layer = self.nonfinite_layer()
         if layer is not None:
             raise FloatingPointError(f"{layer}: NaN or infinity in its activations or gradients")
@@ -129,12 +131,12 @@ class Scorer:
         self._taps.flush()
         totals = {group.name: total for group, total in zip(self._graph.groups, self._totals, strict=True)
                   if total is not None}
-        return {"origin": self._origin, "passes": self._passes, "samples": self._samples, "totals": totals}
+        return {"origin": asdict(self._origin), "passes": self._passes, "samples": self._samples, "totals": totals}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`. Raises ValueError for the state of another model or another way of scoring."""
-        if state["origin"] != self._origin:
-            raise ValueError(f"state: it was made as {state['origin']}, this scorer is {self._origin}")
+        if state["origin"] != asdict(self._origin):
+            raise ValueError(f"state: it was made as {state['origin']}, this scorer is {asdict(self._origin)}")
         self._passes, self._samples = state["passes"], state["samples"]
         self._totals = [state["totals"].get(group.name) for group in self._graph.groups]
 
@@ -145,7 +147,7 @@ class Scorer:
         for i, joint in enumerate(self._joints):
             total = self._totals[i]
             self._totals[i] = total = torch.zeros(joint.channels, dtype=torch.float64, device=device) \
-                if total is None else total
+                if total is None else total.clone()
             distributed.all_reduce(total, group=group)
         counts = torch.tensor([self._passes, self._samples], device=device)
         distributed.all_reduce(counts, group=group)

@@ -45,6 +45,10 @@ class ForwardPass:
         self.output_gradient: Tensor | None = None
         self.probes = 0
 
+    def marks(self) -> list[tuple[int, int] | None]:
+        """Something that differs once an ordinary backward pass has reached a gate."""
+        return [None if gate.grad is None else (id(gate.grad), gate.grad._version) for _, gate in self.gates]
+
     def sums(self) -> list[tuple[str, Tensor]]:
         """(layer, sums [N, C]) of every tap that an ordinary backward pass reached."""
         return [(layer, gate.grad) for layer, gate in self.gates if gate.grad is not None]
@@ -180,10 +184,18 @@ class Taps:
         def receive(gradient: Tensor) -> None:
             if self._propagating or self._on_pass is None:
                 return
-            if done.output_gradient is None:
-                self._finished.append(done)
-                done.output_gradient = gradient.detach()
-            else:  # several losses, each sent back on its own: the gates add up, and so does the output's gradient
-                done.output_gradient = done.output_gradient + gradient.detach()
+            before = done.marks()
+
+            def finish() -> None:
+                if done.marks() == before:
+                    return  # of torch.autograd.grad, which is no training step: it leaves nothing at the gates
+                if done.output_gradient is None:
+                    self._finished.append(done)
+                    done.output_gradient = gradient.detach()
+                else:  # several losses, each sent back on its own: the gates add up, and so does the output's gradient
+                    done.output_gradient = done.output_gradient + gradient.detach()
+
+            # called when this backward pass is over, unless an exception ends it
+            torch.autograd.Variable._execution_engine.queue_callback(finish)
 
         output.register_hook(receive)

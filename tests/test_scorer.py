@@ -1,0 +1,387 @@
+"""Scorer: drop-in totals, and what they can be added to."""
+
+import copy
+import io
+import math
+from pathlib import Path
+
+import oracles
+import pytest
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from networks import NETWORKS, Residual, randomize
+from oracles import untouched
+from torch import Tensor, nn
+
+import fastscore
+from fastscore import Scorer, Scores
+
+RESIDUAL = NETWORKS["residual"]
+
+
+def assert_same(one: Scores, other: Scores, tolerance: float = 1e-6) -> None:
+    assert list(one) == list(other)
+    for layer in one:
+        assert float((one[layer] - other[layer]).abs().max()) <= tolerance * float(other[layer].max()), layer
+
+
+def labels(samples: int) -> Tensor:
+    return torch.arange(samples) % 4
+
+
+@pytest.mark.parametrize(("importance", "reduction"), [
+    ("taylor", "sum"), ("taylor-abs", "sum"), ("taylor-sq", "sum"), ("taylor-abs", "element"),
+    ("taylor-sq", "element")])
+@pytest.mark.parametrize("name", ["residual", "flattening", "unet", "tokens"])
+def test_dividing_by_the_length_is_sending_back_the_unit_gradient(name: str, importance: str, reduction: str) -> None:
+    network = NETWORKS[name]
+    model, x = network.model(), network.inputs(6)
+    divided = Scorer(model, x, importance=importance, reduction=reduction)
+    sent = Scorer(model, x, importance=importance, reduction=reduction, gradient="random")
+    with divided:
+        output = model(x)
+        (1000 * output.pow(3).sum() / len(x)).backward()
+    v = output.detach().square()
+    with sent:
+        sent.propagate(model(x), v / v.flatten(1).norm(dim=1).reshape(-1, *[1] * (v.dim() - 1)))
+    for group in network.groups:
+        torch.testing.assert_close(divided.state_dict()["totals"][group], sent.state_dict()["totals"][group],
+                                   rtol=1e-10, atol=0)
+
+
+def test_a_sample_without_a_gradient_counts_and_adds_nothing() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(6)
+    some, whole = Scorer(model, x, importance="taylor-sq"), Scorer(model, x[:4], importance="taylor-sq")
+    with some:
+        model(x)[:4].square().sum().backward()
+    with whole:
+        model(x[:4]).square().sum().backward()
+    assert some.scores().samples == 6
+    for layer in whole.scores():
+        torch.testing.assert_close(some.scores()[layer], whole.scores()[layer] * 4 / 6)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_drop_in_is_score_with_the_loss_gradient(normalize: bool) -> None:
+    model, x, y = RESIDUAL.model(), RESIDUAL.inputs(12), labels(12)
+    scorer = Scorer(model, x, importance="taylor-sq", normalize=normalize)
+    with scorer:
+        for images, classes in zip(x.split(4), y.split(4), strict=True):
+            F.cross_entropy(model(images), classes).backward()
+    whole = fastscore.score(model, zip(x.split(4), y.split(4), strict=True), gradient="loss", normalize=normalize,
+                            progress=False)
+    assert_same(scorer.scores(), whole)
+
+
+def test_drop_in_probes_are_score_with_random_gradients() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(12)
+    scorer = Scorer(model, x, gradient="random", seed=3)
+    with scorer:
+        for images in x.split(5):
+            output = model(images)
+            scorer.probe(output)
+            scorer.probe(output)
+            output.sum().backward()  # of the loop's own, not measured
+    scores = scorer.scores()
+    assert (scores.samples, scores.passes) == (12, 24)
+    assert_same(scores, fastscore.score(model, [x], probes=2, seed=3, progress=False))
+
+
+def test_loss_scale_and_accumulation_cancel() -> None:
+    """Of AMP's loss scale and of gradients accumulated over steps, a normalised score knows nothing."""
+    model, x, y = RESIDUAL.model(), RESIDUAL.inputs(8), labels(8)
+    plain, scaled = Scorer(model, x), Scorer(model, x)
+    with plain:
+        F.cross_entropy(model(x), y).backward()
+    with scaled:
+        for images, classes in zip(x.split(2), y.split(2), strict=True):
+            (65536.0 * F.cross_entropy(model(images), classes) / 4).backward()
+    assert_same(scaled.scores(), plain.scores())
+
+
+def test_autocast() -> None:
+    torch.manual_seed(0)
+    model = randomize(Residual()).eval()
+    x, y = RESIDUAL.inputs(16).float(), labels(16)
+    found = []
+    for enabled in (False, True):
+        scorer = Scorer(model, x)
+        with scorer, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = F.cross_entropy(model(x).float(), y)
+        with scorer:
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = F.cross_entropy(model(x).float(), y)
+            loss.backward()
+        found.append(scorer.scores())
+    assert found[1].samples == 16
+    assert_same(found[1], found[0], 0.1)
+
+
+def test_scores_can_be_read_in_the_middle_and_go_on() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(8)
+    scorer = Scorer(model, x)
+    with scorer:
+        model(x[:4]).square().sum().backward()
+        early = scorer.scores()
+        model(x[4:]).square().sum().backward()
+        whole = scorer.scores()
+    assert (early.samples, whole.samples) == (4, 8)
+    once = Scorer(model, x)
+    with once:
+        model(x).square().sum().backward()
+    assert_same(whole, once.scores())
+    half = Scorer(model, x)
+    with half:
+        model(x[:4]).square().sum().backward()
+    assert_same(early, half.scores())  # and did not change as the scorer went on
+
+
+@pytest.mark.parametrize("gradient", ["loss", "random"])
+def test_state_dict_goes_on_where_it_stopped(gradient: str) -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(8)
+
+    def run(scorer: Scorer, images: Tensor) -> None:
+        with scorer:
+            output = model(images)
+            scorer.probe(output) if gradient == "random" else output.square().sum().backward()
+
+    whole, first, second = (Scorer(model, x, gradient=gradient) for _ in range(3))
+    for part in x.split(4):
+        run(whole, part)
+    run(first, x[:4])
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    run(second, x[4:])
+    assert_same(second.scores(), whole.scores(), 0)
+    assert second.scores().samples == 8
+
+
+def test_state_of_another_scorer_is_refused() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    state = Scorer(model, x).state_dict()
+    for other in (Scorer(model, x, seed=1), Scorer(model, x, importance="taylor"), Scorer(model, x, normalize=False),
+                  Scorer(NETWORKS["plain"].model(), NETWORKS["plain"].inputs())):
+        with pytest.raises(ValueError, match=r"^state: "):
+            other.load_state_dict(state)
+
+
+def test_merging_halves_is_the_whole() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(9)
+    for importance in ("taylor", "taylor-abs", "taylor-sq"):
+        one, other, whole = (fastscore.score(model, [part], importance=importance, gradient="loss", progress=False,
+                                             loss=lambda output, batch: output.square().sum())
+                             for part in (x[:3], x[3:], x))
+        merged = one.merge(other)
+        assert (merged.samples, merged.passes) == (9, 9)
+        assert_same(merged, whole)
+        assert_same(other.merge(one), whole)
+
+
+def test_all_reduce_adds_processes_up(tmp_path: Path) -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(4)
+    scorer = Scorer(model, x)
+    with scorer:
+        model(x).square().sum().backward()
+    before = scorer.scores()
+    state = scorer.state_dict()
+    kept = copy.deepcopy(state)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        scorer.all_reduce()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_same(scorer.scores(), before, 0)
+    assert scorer.scores().samples == 4
+    assert all(torch.equal(state["totals"][group], kept["totals"][group]) for group in kept["totals"])
+
+
+def test_used_wrongly() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    with untouched(model):
+        scorer = Scorer(model, x, gradient="random")
+        with pytest.raises(RuntimeError, match="no backward pass has been measured"):
+            scorer.scores()
+        output = model(x)
+        with pytest.raises(RuntimeError, match="no forward pass has been seen"):
+            scorer.probe(output)
+        with scorer, pytest.raises(RuntimeError, match="attached already"):
+            scorer.attach()
+        with scorer:
+            with pytest.raises(RuntimeError, match="no forward pass has been seen"):
+                scorer.probe(output)
+            first = model(x)
+            model(x)
+            with pytest.raises(RuntimeError, match="not the output of the latest forward pass"):
+                scorer.probe(first)
+            with torch.no_grad(), pytest.raises(RuntimeError, match="gradients enabled"):
+                scorer.probe(model(x))
+            output = model(x)
+            torch.autograd.grad(output.sum(), list(model.parameters()))
+            with pytest.raises(RuntimeError, match=r"its graph is gone: .*before loss\.backward"):
+                scorer.probe(output)
+            with pytest.raises(RuntimeError, match=r"^output: "):
+                scorer.probe(model(x).detach())
+            with pytest.raises(ValueError, match=r"^output: it has 3 rows for 4 samples"):
+                scorer.probe(model(x)[:3])
+        with pytest.raises(RuntimeError, match="no backward pass has been measured"):
+            scorer.scores()
+        reading = Scorer(model, x, gradient="loss")
+        with reading, pytest.raises(RuntimeError, match='gradient="random"'):
+            reading.probe(model(x))
+        with pytest.raises(ValueError, match=r"^gradient: 'lose'"):
+            Scorer(model, x, gradient="lose")  # type: ignore[arg-type]
+        other = Scorer(model, x, gradient="random", distribution="uniform")
+        with other, pytest.raises(ValueError, match="distribution is 'uniform'"):
+            other.probe(model(x))
+
+
+def test_gradients_taken_with_autograd_grad_alone_are_not_counted() -> None:
+    """torch.autograd.grad(loss, parameters) fills no gate: nothing measured, rather than zeros."""
+    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    scorer = Scorer(model, x)
+    with scorer:
+        torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    with pytest.raises(RuntimeError, match="no backward pass has been measured"):
+        scorer.scores()
+
+
+def test_hooks_on_a_model_that_was_compiled_before_are_missed_aloud() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x).sum().backward()
+    scorer = Scorer(model, x)
+    with scorer:
+        compiled(x).sum().backward()
+    with pytest.raises(RuntimeError, match=r"torch\.compile"):
+        scorer.scores()
+
+
+def test_nan_in_a_loop_is_named() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    scorer = Scorer(model, x)
+    with scorer:
+        (model(x).sum() * math.nan).backward()
+    with pytest.raises(FloatingPointError, match=r"^stem\.0: NaN or infinity"):
+        scorer.scores()
+
+
+def broken_loop(scorer: Scorer, model: nn.Module, x: Tensor, error: BaseException) -> None:
+    with scorer:
+        model(x).square().sum().backward()
+        model.zero_grad(set_to_none=True)
+        model(x)
+        raise error
+
+
+def test_an_exception_in_the_loop_removes_the_hooks_and_keeps_what_was_measured() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    once = Scorer(model, x)
+    with once:
+        model(x).square().sum().backward()
+    model.zero_grad(set_to_none=True)
+    for error in (RuntimeError("mine"), KeyboardInterrupt()):
+        scorer = Scorer(model, x)
+        with untouched(model):
+            with pytest.raises(type(error)) as caught:
+                broken_loop(scorer, model, x, error)
+            assert caught.value is error
+        assert_same(scorer.scores(), once.scores(), 0)
+
+
+def test_an_exception_in_the_backward_pass_leaves_no_half_measured_pass() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    scorer = Scorer(model, x)
+
+    def fail(gradient: Tensor) -> None:
+        raise ZeroDivisionError("in a hook of the user's")
+
+    def break_stem(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        output.register_hook(fail)
+
+    handle = model.block1.register_forward_hook(break_stem)
+    with pytest.raises(ZeroDivisionError), scorer:
+        model(x).square().sum().backward()
+    handle.remove()
+    with pytest.raises(RuntimeError, match="no backward pass has been measured"):
+        scorer.scores()
+
+
+def test_per_sample_sums_of_two_scorers_at_once() -> None:
+    """Two scorers on one model do not disturb one another."""
+    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    one, other = Scorer(model, x, importance="taylor"), Scorer(model, x, gradient="random")
+    with one, other:
+        output = model(x)
+        other.probe(output)
+        output.square().sum().backward()
+    alone, probed = Scorer(model, x, importance="taylor"), Scorer(model, x, gradient="random")
+    with alone:
+        model(x).square().sum().backward()
+    with probed:
+        probed.probe(model(x))
+    assert_same(one.scores(), alone.scores(), 1e-12)
+    assert_same(other.scores(), probed.scores(), 1e-12)
+
+
+class Wrapped(nn.Module):
+    """Returns a dict, as the models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = RESIDUAL.model()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.net(x)}
+
+
+def test_a_model_that_returns_no_tensor_is_scored_by_probes() -> None:
+    model, x = Wrapped(), RESIDUAL.inputs()
+    probed, plain = Scorer(model, x, forward=logits, gradient="random"), Scorer(model.net, x, gradient="random")
+    with probed, plain:
+        probed.probe(model(x)["logits"])
+        plain.probe(model.net(x))
+    for layer in plain.scores():
+        torch.testing.assert_close(probed.scores()[f"net.{layer}"], plain.scores()[layer])
+    reading = Scorer(model, x, forward=logits)
+    with reading:
+        model(x)["logits"].sum().backward()
+    with pytest.raises(RuntimeError, match="returns no tensor"):
+        reading.scores()
+
+
+def logits(model: nn.Module, batch: Tensor) -> Tensor:
+    output: Tensor = model(batch)["logits"]
+    return output
+
+
+def test_gradients_of_the_users_own_in_between_change_nothing() -> None:
+    """A gradient penalty, an adversarial step: autograd.grad before backward() must not count for the length."""
+    model, x = RESIDUAL.model(), RESIDUAL.inputs().requires_grad_()
+    scorer, plain = (Scorer(model, x.detach(), importance="taylor-abs") for _ in range(2))
+    with scorer:
+        loss = model(x).square().sum()
+        (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+        torch.autograd.grad(slope.square().sum(), x, retain_graph=True)
+        loss.backward()
+    with plain:
+        model(x).square().sum().backward()
+    assert_same(scorer.scores(), plain.scores(), 1e-12)
+
+
+def test_the_oracle_on_a_scorer_that_has_seen_more() -> None:
+    """Totals are Σ over samples and probes, nothing else."""
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(5)
+    scorer = Scorer(model, x, importance="taylor", gradient="random")
+    v = [torch.randn(5, 4, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(3)]
+    with scorer:
+        output = model(x)
+        for gradient in v:
+            scorer.propagate(output, gradient)
+    for group, spec in RESIDUAL.groups.items():
+        exact = sum(oracles.sums(model, spec, x, gradient).sum(0) for gradient in v)
+        torch.testing.assert_close(scorer.state_dict()["totals"][group], exact, rtol=1e-10, atol=1e-12)
+    assert (scorer.state_dict()["samples"], scorer.state_dict()["passes"]) == (5, 15)
