@@ -89,7 +89,7 @@ def _fast(twin: nn.Module, graph: groups.ChannelGraph, forward: Forward) -> Forw
 def _score_weights(model: nn.Module, example: Batch, importance: str, seed: int, forward: Forward,
                    ignore: groups.Ignore) -> Scores:
     graph = groups.trace(model, example, forward)
-    origin = Origin(importance, "sum", "none", False, seed, graph.fingerprint)
+    origin = Origin(importance, "sum", "none", False, seed, "none", graph.fingerprint)
     graph = scorable(model, graph, ignore)
     totals: dict[str, Tensor] = {}
     skipped = dict(graph.skipped)

@@ -46,8 +46,7 @@ class Scorer:
         self._row = gradient_importance(importance, reduction)
         graph = example_inputs if isinstance(example_inputs, ChannelGraph) \
             else groups.trace(model, example_inputs, forward)
-        self._origin = Origin(importance, reduction, gradient, normalize, seed, graph.fingerprint)
-        self._distribution = distribution
+        self._origin = Origin(importance, reduction, gradient, normalize, seed, distribution, graph.fingerprint)
         self._graph = scorable(model, graph, ignore)
         self._joints = [_Joint(group) for group in self._graph.groups]
         self._totals: list[Tensor | None] = [None] * len(self._joints)
@@ -87,7 +86,7 @@ class Scorer:
         if current is None:
             raise RuntimeError("probe: no forward pass has been seen; attach the scorer before the model runs")
         ids = gradients.sample_ids(gradients.first_input(current.inputs))
-        gradient = gradients.random_gradient(output, ids, origin.seed, current.probes, self._distribution,
+        gradient = gradients.random_gradient(output, ids, origin.seed, current.probes, origin.distribution,
                                              origin.normalize)
         self.propagate(output, gradient)
 

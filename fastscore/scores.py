@@ -30,6 +30,7 @@ class Origin:
     gradient: str
     normalize: bool
     seed: int
+    distribution: str
     fingerprint: str
 
 
@@ -84,6 +85,8 @@ class Scores(Mapping[str, Tensor]):
         header = {"origin": asdict(self.origin), "passes": self.passes, "samples": self.samples,
                   "skipped": dict(self.skipped), "layers": list(totals)}
         text = json.dumps(header)
+        if not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"{path}: there is no folder {Path(path).parent}; make it first")
         metadata = {"format": _FORMAT, "header": text, "sha256": _checksum(text, totals)}
         safetensors.torch.save_file(totals, str(path), metadata)
 
