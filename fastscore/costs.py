@@ -125,6 +125,8 @@ def _layer_cost(layer: nn.Module, macs: float) -> LayerCost:
     elif isinstance(layer, nn.modules.conv._ConvNd):
         inputs, outputs = layer.in_channels, layer.out_channels
         channelwise = layer.groups == layer.out_channels and layer.groups > 1
+    elif isinstance(layer, nn.PReLU) and layer.num_parameters == 1:  # one slope for all, however many they are
+        return LayerCost(1, 1, True, 0.0, 0.0, 0.0)
     else:  # a normalisation: weight and bias are both one for each channel
         parameters = sum(parameter.numel() for parameter in layer.parameters())
         outputs = next((parameter.numel() for parameter in layer.parameters()), 1)

@@ -1,5 +1,6 @@
 """Which channels go: scores and a budget in, channels to keep out. No model is touched here."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def _group_steps(group: ChannelGroup, values: Tensor, scope: Scope, round_to: in
     for channel, unit in enumerate(group.unit.tolist()):
         units[unit].append(channel)
     order = sorted(units.values(), key=lambda channels: float(values[channels].mean()))
-    least = max(1, floor * group.channels)
+    least = max(1, math.ceil(floor * group.channels - 1e-9))
     steps: list[Step] = []
     pending: list[int] = []
     kept, removed_before = group.channels, 0
