@@ -23,8 +23,10 @@ FASTSCORE_INLINE void add_squares(const T* x, int64_t stride, int64_t length, do
 template <class T>
 FASTSCORE_INLINE void divide(const T* x, int64_t x_stride, T* out, int64_t out_stride, int64_t length, double divisor) {
   const bool divides = divisor > 0;
+  const double factor = 1 / divisor;  // exact enough for what is rounded to 24 bits or fewer
   for (int64_t i = 0; i < length; ++i) {
-    from_double(divides ? to_double(x[i * x_stride]) / divisor : 0.0, &out[i * out_stride]);
+    const double value = to_double(x[i * x_stride]);
+    from_double(!divides ? 0.0 : sizeof(T) < 8 ? value * factor : value / divisor, &out[i * out_stride]);
   }
 }
 
