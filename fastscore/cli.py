@@ -154,7 +154,8 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _score(arguments: argparse.Namespace) -> None:
     _check_folder(arguments.out, arguments.plot)
-    scores = _scored(_model(arguments), arguments, _preprocessing(arguments))
+    prepare = _preprocessing(arguments)
+    scores = _scored(_model(arguments), arguments, prepare)
     print(json.dumps({"origin": asdict(scores.origin), "samples": scores.samples, "skipped": dict(scores.skipped),
                       "scores": {layer: values.tolist() for layer, values in scores.items()}})
           if arguments.json else scores)
@@ -168,7 +169,8 @@ def _score(arguments: argparse.Namespace) -> None:
 def _prune(arguments: argparse.Namespace) -> None:
     _check_folder(arguments.out)
     models.check_suffix(arguments.out)
-    model, prepare = _model(arguments), _preprocessing(arguments)
+    prepare = _preprocessing(arguments)
+    model = _model(arguments)
     scores = Scores.load(arguments.scores) if arguments.scores is not None else _scored(model, arguments, prepare)
     example = _example(arguments, prepare)
     result = fastscore.prune(model, scores, example, channels=arguments.channels, params=arguments.params,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastscore.models import torchvision_models
+from fastscore.models import parse, torchvision_models, torchvision_weights
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -68,13 +68,12 @@ def preprocessing(spec: str, weights: str | None = None, size: int | None = None
     size is asked for, and without mean and std values stay within [0, 1].
     Raises ValueError where the size is not known.
     """
-    if not spec.startswith("torchvision:"):
+    if parse(spec)[0] != "torchvision":
         if size is None:
             raise ValueError(f"size: {spec} does not say how large its images are; give --size")
         channels = len(mean or std or (0, 0, 0))
         return Preprocessing(size, size, tuple(mean or (0.0,) * channels), tuple(std or (1.0,) * channels))
-    known = torchvision_models().get_model_weights(spec.partition(":")[2])
-    preset: Any = getattr(known, weights or "DEFAULT").transforms()
+    preset: Any = torchvision_weights(spec, weights or "DEFAULT").transforms()
     if not hasattr(preset, "crop_size"):
         raise ValueError(f"model: {spec} is not an image classifier")
     crop, resize = preset.crop_size[0], preset.resize_size[0]

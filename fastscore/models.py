@@ -33,16 +33,21 @@ def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: s
     Raises ValueError for an unknown name, or a checkpoint that cannot be read or does not fit the model; TypeError
     where the function returns no module; ImportError for a module that is not there.
     """
-    source, colon, name = spec.rpartition(":")
-    if not colon or not source or not name:
-        raise ValueError(f"model: {spec!r} is neither torchvision:NAME nor module:function")
+    make = _torchvision if parse(spec)[0] == "torchvision" else _call
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        make = _torchvision if source == "torchvision" else _call
         model = make(spec, weights, classes)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model.eval()
+
+
+def parse(spec: str) -> tuple[str, str]:
+    """("torchvision" or a module, the name in it). Raises ValueError for what is no spec."""
+    source, _, name = spec.rpartition(":")
+    if not source or not name:
+        raise ValueError(f"model: {spec!r} is neither torchvision:NAME nor module:function")
+    return source, name
 
 
 def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -123,25 +128,36 @@ def torchvision_models() -> ModuleType:
         raise ImportError(f"torchvision cannot be imported ({error}): pip install 'torch-fastscore[vision]'") from error
 
 
-def _torchvision(spec: str, weights: str | None, classes: int | None) -> nn.Module:
-    name = spec.partition(":")[2]
-    library = torchvision_models()
+def torchvision_weights(spec: str, name: str = "DEFAULT") -> Any:
+    """torchvision's entry for weights of the model "torchvision:NAME"; nothing is downloaded.
+
+    Raises ValueError, naming what there is, for a model or weights that torchvision does not have.
+    """
+    library, model = torchvision_models(), parse(spec)[1]
     known = library.list_models()
-    if name not in known:
-        near = difflib.get_close_matches(name, known)
-        raise ValueError(f"model: torchvision has no {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
-    if weights is not None:
-        choices = [entry.name for entry in library.get_model_weights(name)] + ["DEFAULT"]
-        if weights not in choices:
-            raise ValueError(f"weights: torchvision has no {weights!r} for {name}; it has {', '.join(choices)}")
-        if classes is not None:
-            raise ValueError("classes: torchvision's weights come with their own; give one or the other")
-    model: nn.Module = library.get_model(name, weights=weights, **({} if classes is None else {"num_classes": classes}))
+    if model not in known:
+        near = difflib.get_close_matches(model, known)
+        raise ValueError(f"model: torchvision has no {model!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+    entries = library.get_model_weights(model)
+    if name not in entries.__members__:
+        raise ValueError(f"weights: torchvision has no {name!r} for {model}; it has {', '.join(entries.__members__)}")
+    return entries[name]
+
+
+def _torchvision(spec: str, weights: str | None, classes: int | None) -> nn.Module:
+    if weights is not None and classes is not None:
+        raise ValueError("classes: torchvision's weights come with their own; give one or the other")
+    entry = torchvision_weights(spec, weights or "DEFAULT")
+    own: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    try:
+        model: nn.Module = torchvision_models().get_model(parse(spec)[1], weights=weights and entry, **own)
+    except OSError as error:
+        raise ValueError(f"weights: {entry.url} cannot be fetched ({error}); give a checkpoint instead") from error
     return model
 
 
 def _call(spec: str, weights: str | None, classes: int | None) -> nn.Module:
-    source, _, name = spec.rpartition(":")
+    source, name = parse(spec)
     for option, value in (("weights", weights), ("classes", classes)):
         if value is not None:
             raise ValueError(f"{option}: only torchvision:NAME has it; {spec} sets its own")

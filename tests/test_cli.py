@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy
 import onnxruntime
@@ -181,6 +182,7 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     (("score", "resnet18"), "neither torchvision:NAME nor module:function"),
     (("score", "torchvision:resnet81", "--images", "photos"), "near it: resnet"),
     (("score", "torchvision:resnet18", "--weights", "BEST", "--images", "photos"), "IMAGENET1K_V1"),
+    (("score", "torchvision:fcn_resnet50", "--images", "photos"), "not an image classifier"),
     (("score", "elsewhere:build", "--size", "48", "--images", "photos"), "no module 'elsewhere'"),
     (("score", "nets:built", "--size", "48", "--images", "photos"), "no function 'built'"),
     (("score", "nets:number", "--size", "48", "--images", "photos"), "returns int"),
@@ -232,6 +234,15 @@ def test_scores_of_another_model_are_refused(folder, capsys):
     main(["score", "nets:grey", "--images", "photos", "--size", "32", "--mean", "0", "--out", "g.safetensors"])
     assert main([*PRUNE, "--scores", "g.safetensors", "--macs", "0.5"]) == 2
     assert "scores: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_weights_that_cannot_be_fetched(folder, capsys, monkeypatch):
+    def unreachable(*arguments, **options):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", unreachable)
+    assert main(["score", "torchvision:resnet18", "--weights", "DEFAULT", "--images", "photos"]) == 2
+    assert "give a checkpoint" in capsys.readouterr().err
 
 
 def test_an_error_in_the_users_own_code_keeps_its_traceback(folder):
