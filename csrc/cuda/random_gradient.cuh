@@ -63,13 +63,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int64_t quad = lane; quad < quads; quad += it.lanes) {
     random_values<kNormal>(random_words(id, uint32_t(quad), probe, seed), value);
     float* to = out + n * it.classes + 4 * quad;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value[i] *= factor;
     if (it.classes % 4 == 0) {
-      *reinterpret_cast<float4*>(to) =
-          make_float4(value[0] * factor, value[1] * factor, value[2] * factor, value[3] * factor);
+      store_pack(to, Pack<float>{{value[0], value[1], value[2], value[3]}});
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (4 * quad + i < it.classes) to[i] = value[i] * factor;
+        if (4 * quad + i < it.classes) to[i] = value[i];
       }
     }
   }

@@ -44,11 +44,10 @@ struct Pair {
 
 void watch(const void* base, int64_t count, int64_t size) { simt::watch(base, count, size); }
 
-// How often every element of a watched region was read. Returns the number of reads and writes outside.
-int64_t reads_of(int32_t region, uint16_t* reads) {
+// How often every element of a watched region was read.
+void reads_of(int32_t region, uint16_t* reads) {
   const simt::Region& it = simt::regions[region];
   for (int64_t i = 0; i < it.count; ++i) reads[i] = it.reads[i];
-  return simt::strays;
 }
 
 void reset() {
@@ -56,6 +55,7 @@ void reset() {
   simt::strays = simt::packed_bytes = simt::single_bytes = 0;
 }
 
+int64_t strays() { return simt::strays; }
 int64_t packed_bytes() { return simt::packed_bytes; }
 int64_t single_bytes() { return simt::single_bytes; }
 void start_at_split(int64_t split) { simt::first_split = split; }

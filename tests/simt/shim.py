@@ -95,27 +95,28 @@ class Reads:
 
 
 class Shim:
-    """The driver, with every call watched: reads stay inside the tensors and touch each element as often as told."""
+    """The driver, every call watched: accesses stay aligned and inside, and read each element as often as told."""
 
     def __init__(self, library: Path):
         self.library = ctypes.CDLL(str(library))
-        self.library.reads_of.restype = ctypes.c_int64
+        self.library.strays.restype = ctypes.c_int64
         self.library.packed_bytes.restype = self.library.single_bytes.restype = ctypes.c_int64
         self.reads = Reads(0, 0)
 
-    def _watch(self, tensors: tuple[Tensor, ...]) -> None:
+    def _watch(self, *tensors: Tensor) -> None:
         self.library.reset()
         for tensor in tensors:
             storage, size = tensor.untyped_storage(), tensor.element_size()
             self.library.watch(ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(storage.nbytes() // size),
                                ctypes.c_int64(size))
 
-    def _check_reads(self, tensors: tuple[Tensor, ...], times: int) -> None:
+    def _check(self, *tensors: Tensor, times: int = 1) -> None:
+        strays = self.library.strays()
+        assert strays == 0, f"{strays} accesses out of bounds or out of alignment"
         for index, tensor in enumerate(tensors):
             count = tensor.untyped_storage().nbytes() // tensor.element_size()
             reads = torch.zeros(count, dtype=torch.int16)
-            strays = self.library.reads_of(index, ctypes.c_void_p(reads.data_ptr()))
-            assert strays == 0, f"{strays} reads outside the tensors or writes outside the partial sums"
+            self.library.reads_of(index, ctypes.c_void_p(reads.data_ptr()))
             elements = torch.arange(count).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
             expected = times * torch.bincount(elements.flatten(), minlength=count)
             assert torch.equal(reads.to(expected.dtype), expected), "elements read too often or never"
@@ -135,12 +136,11 @@ class Shim:
         dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
         sums = [Padded((a.shape[0], a.shape[channel_dim]), dtype) for _ in range(SUMS_OF[op])]
         pointers = (ctypes.c_void_p * len(sums))(*(sum_.tensor.data_ptr() for sum_ in sums))
-        if watched:
-            self._watch((a, g))
+        tensors = (a, g) if watched else ()
+        self._watch(*tensors)
         self.library.start_at_split(ctypes.c_int64(first_split))
         self.library.channel_sums(ctypes.byref(Pair.of(a, g)), channel_dim, units, len(sums), pointers)
-        if watched:
-            self._check_reads((a, g), 1)
+        self._check(*tensors)
         return tuple(sum_.checked() for sum_ in sums)
 
     def normalize_gradient(self, g: Tensor, eps: float = 0.0, units: int = 1) -> tuple[Tensor, Tensor, int]:
@@ -149,10 +149,10 @@ class Shim:
         like = torch.empty_like(g)  # its strides are those of the op's result
         unit = whole.tensor.as_strided(like.shape, like.stride(), whole.tensor.storage_offset())
         norm = Padded((g.shape[0],), torch.float64 if g.dtype == torch.float64 else torch.float32)
-        self._watch((g,))
+        self._watch(g)
         passes = self.library.normalize_gradient(ctypes.byref(Pair.of(g, unit)), units, ctypes.c_double(eps),
                                                  ctypes.c_void_p(norm.tensor.data_ptr()))
-        self._check_reads((g,), passes)
+        self._check(g, times=passes)
         whole.checked()
         return unit, norm.checked(), passes
 
@@ -160,10 +160,12 @@ class Shim:
                         normalize: bool = True) -> Tensor:
         """float32 [N, K]."""
         out = Padded((ids.shape[0], classes), torch.float32)
+        self._watch()
         self.library.random_gradient(
             ctypes.c_void_p(ids.data_ptr()), ctypes.c_int64(ids.shape[0]), ctypes.c_int64(ids.stride(0)),
             ctypes.c_int64(classes), ctypes.c_int64(seed), ctypes.c_uint32(probe), distribution == "normal", normalize,
             ctypes.c_void_p(out.tensor.data_ptr()))
+        self._check()
         return out.checked()
 
     def philox(self, *counter_and_key: int) -> tuple[int, ...]:

@@ -26,10 +26,6 @@ struct dim3 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 using std::min;
 
 inline thread_local dim3 threadIdx, blockIdx;
@@ -70,8 +66,14 @@ inline void watch(const void* base, int64_t count, int64_t size) {
   regions.push_back({static_cast<const char*>(base), count, size, std::make_unique<std::atomic<uint16_t>[]>(count)});
 }
 
+// A device refuses accesses that are not aligned to their size.
+inline void check_alignment(const void* address, int64_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) strays.fetch_add(1, std::memory_order_relaxed);
+}
+
 inline void record(const void* address, int64_t bytes) {
   constexpr auto relaxed = std::memory_order_relaxed;
+  check_alignment(address, bytes);
   (bytes == 16 ? packed_bytes : single_bytes).fetch_add(bytes, relaxed);
   if (regions.empty()) return;
   for (Region& region : regions) {
@@ -133,4 +135,7 @@ T __ldg(const T* address) {
   return *address;
 }
 
-inline void __stcg(uint4* address, uint4 value) { *address = value; }
+inline void __stcg(uint4* address, uint4 value) {
+  simt::check_alignment(address, sizeof(value));
+  *address = value;
+}
