@@ -12,7 +12,7 @@ from fastscore.ops import reference
 from fastscore.ops.triton import channel_sums as kernels
 from fastscore.ops.triton import traffic
 from fastscore.ops.triton.common import run
-from fastscore.ops.triton.launch import plan_channel_sums
+from fastscore.ops.triton.launch import ChannelLaunch, plan_channel_sums
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROUNDINGS = 8  # of a term on its way into a sum, at most: tiles in a row, then a tree
@@ -27,8 +27,8 @@ def terms(a: Tensor, g: Tensor, reducer: str, channel_dim: int) -> tuple[tuple[T
     return sums(a, g, channel_dim), sums(a.abs(), g.abs(), channel_dim)
 
 
-def check(a: Tensor, g: Tensor, reducer: str, channel_dim: int = 1) -> None:
-    plan = plan_channel_sums(tuple(a.shape), a.stride(), g.stride(), channel_dim, a.element_size(), SMS)
+def check(a: Tensor, g: Tensor, reducer: str, channel_dim: int = 1, sms: int = SMS) -> ChannelLaunch:
+    plan = plan_channel_sums(tuple(a.shape), a.stride(), g.stride(), channel_dim, a.element_size(), sms)
     dtype = reference.result_dtype(a.dtype)
     outs, buffers = zip(*(output(plan.rows, dtype) for _ in range(kernels.SUMS[reducer])), strict=True)
     run(kernels.calls(plan, reducer, a, g, outs), CPU)
@@ -37,6 +37,7 @@ def check(a: Tensor, g: Tensor, reducer: str, channel_dim: int = 1) -> None:
         error = (out.double() - want.flatten()).abs()
         assert (error <= ROUNDINGS * torch.finfo(dtype).eps * size.flatten()).all(), (plan, error.max())
     assert all(untouched(buffer) for buffer in buffers)
+    return plan
 
 
 def pair(case: Case, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
@@ -72,6 +73,13 @@ def test_the_cases_are_all_that_the_heuristic_can_produce(itemsize):
         sms = (1, 16, 132)[int(torch.randint(3, (), generator=generator))]
         for a, g in strides(shape).values():
             assert kind(plan_channel_sums(shape, a, g, 1, itemsize, sms)) in covered, (shape, a, g, sms)
+
+
+@pytest.mark.parametrize(("channels", "splits"), [(32, 32), (32, 33), (32, 64), (33, 32)])
+def test_more_splits_and_rows_than_one_load_of_partial_sums(channels, splits, poisoned_memory):
+    a, g = torch.randn(2, 1, channels, 128 * splits, generator=torch.Generator().manual_seed(splits))
+    plan = check(a.mT.contiguous().mT, g.mT.contiguous().mT, "sums", sms=16)
+    assert (plan.layout, plan.splits) == ("columns", splits)
 
 
 VIEWS = {
@@ -118,7 +126,7 @@ def test_addresses_beyond_32_bits(view):
 
 
 def test_same_bits_every_time():
-    a, g = torch.randn(2, 1, 3, 96, 96, generator=torch.Generator().manual_seed(2))
+    a, g = torch.randn(2, 1, 1, 96, 96, generator=torch.Generator().manual_seed(2))
     first, second = kernels.channel_sums(a, g), kernels.channel_sums(a, g)
     assert plan_channel_sums(tuple(a.shape), a.stride(), g.stride(), 1, 4, SMS).splits > 1
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
