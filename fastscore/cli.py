@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastscore
-from fastscore import images, models
+from fastscore import images, models, plots
 from fastscore.importance import NAMES, WEIGHT_IMPORTANCES
 from fastscore.scores import Scores
 
@@ -142,10 +142,10 @@ def _add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsCont
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from fastscore import demo, plots
+    from fastscore import demo
 
     _check_folder(arguments.out)
-    plots.figure()  # without matplotlib, say so before the work
+    plots.check(arguments.out)
     result = demo.run(arguments.networks, arguments.seed)
     print(result)
     plots.demo(result, arguments.out)
@@ -154,6 +154,8 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _score(arguments: argparse.Namespace) -> None:
     _check_folder(arguments.out, arguments.plot)
+    if arguments.plot is not None:
+        plots.check(arguments.plot)
     prepare = _preprocessing(arguments)
     scores = _scored(_model(arguments), arguments, prepare)
     print(json.dumps({"origin": asdict(scores.origin), "samples": scores.samples, "skipped": dict(scores.skipped),

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,13 +25,20 @@ def figure(width: float = 6.4, height: float = 4.8) -> Any:
     return Figure((width, height), layout="constrained")
 
 
+def check(path: str | PathLike[str]) -> None:
+    """Raise before any work is done for a plot: ImportError without matplotlib, ValueError for an unknown suffix."""
+    suffix, known = Path(path).suffix.removeprefix("."), figure().canvas.get_supported_filetypes()
+    if suffix not in known:
+        raise ValueError(f"{path}: a plot's suffix is one of {', '.join(known)}")
+
+
 def importances(scores: Mapping[str, Tensor], path: str | PathLike[str]) -> None:
     """Draw each layer's importances, layers from input to output: a dot a channel, a bar at the median.
 
     scores: layer -> importance [C]. Zeros have no place on the logarithmic axis; they are counted below it.
     """
     layers = list(scores)
-    drawing = figure(min(max(6.4, 2 + 0.3 * len(layers)), 24), 4.8)
+    drawing = figure(min(max(6.4, 2 + 0.3 * len(layers)), 18), 4.8)
     axes = drawing.subplots()
     for position, layer in enumerate(layers):
         values = scores[layer].double()

@@ -201,6 +201,7 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     ((*SCORE, "--images", "photos", "--mean", "0.5", "0.5"), "mean and std"),
     ((*SCORE, "--images", "photos", "--ignore", "nothing"), "nothing"),
     ((*SCORE, "--images", "photos", "--out", "nowhere/s.safetensors"), "no folder nowhere"),
+    ((*SCORE, "--images", "photos", "--plot", "s.plot"), "suffix is one of"),
     ((*SCORE, "--images", "damaged"), "damaged/half.jpg cannot be decoded"),
     ((*PRUNE, "--images", "photos"), "name a budget"),
     ((*PRUNE, "--images", "photos", "--macs", "1.5"), "macs: 1.5"),
