@@ -163,6 +163,16 @@ def test_loads_of_a_view_that_starts_anywhere_are_narrow(architecture, tmp_path)
 
 @ON_SM_90
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_another_shape_is_not_compiled_anew(layout, architecture):
+    hashes = set()
+    for shape in ((64, 256, 56 * 56), (96, 320, 48 * 48), (1, 2048, 112 * 112)):
+        call = channel_calls("dot", torch.bfloat16, shape, *LAYOUTS[layout])[1][0]
+        hashes.add(call.kernel.warmup(*call.args, grid=call.grid, **call.options).hash)
+    assert len(hashes) == 1
+
+
+@ON_SM_90
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_more_than_2_to_the_31_elements(layout, architecture, tmp_path):
     """One sample of 64 channels and 2³³ positions: 64-bit strides and positions, and loads as wide as ever."""
     _, calls = channel_calls("sums", torch.bfloat16, (1, 64, 2**33), *LAYOUTS[layout])

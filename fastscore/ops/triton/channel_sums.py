@@ -29,7 +29,7 @@ def accumulate(totals, a, g, REDUCER: tl.constexpr):
         return totals[0] + tl.abs(product), totals[1] + product * product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "positions", "rows", "tiles"])
 def channel_sums_kernel(a, g, outs, channels, sizes, positions, a_strides, g_strides, rows, tiles,
                         REDUCER: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
                         WIDE: tl.constexpr):
@@ -65,7 +65,7 @@ def channel_sums_kernel(a, g, outs, channels, sizes, positions, a_strides, g_str
         tl.store(outs[i] + row, tl.sum(totals[i], axis=1), c_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine_kernel(partials, outs, rows, splits, BLOCK_ROWS: tl.constexpr, BLOCK_SPLITS: tl.constexpr):
     """Each of partials [splits, rows] -> outs [rows], always in the same order."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

@@ -45,7 +45,7 @@ def square_length(part):
     return tl.sum(wide * wide)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "splits"])
 def lengths_kernel(g, partials, sizes, g_strides, length, splits, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
                    WIDE: tl.constexpr):
     """g [N, *sizes] -> squared lengths of the parts of each sample, partials [N, splits]"""
@@ -54,7 +54,7 @@ def lengths_kernel(g, partials, sizes, g_strides, length, splits, ALIGN: tl.cons
     tl.store(partials + n * splits + split, square_length(part))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "splits"])
 def normalize_gradient_kernel(g, partials, unit, lengths, sizes, g_strides, unit_strides, length, splits,
                               eps: tl.float64, ALIGN: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
                               HELD: tl.constexpr, BLOCK_SPLITS: tl.constexpr):

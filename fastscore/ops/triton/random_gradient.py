@@ -85,7 +85,7 @@ def random_values(ids, first, classes, seed, probe, NORMAL: tl.constexpr, QUADS:
     return tl.where(4 * first + tl.arange(0, 4 * QUADS) < classes, values, 0.0)
 
 
-@triton.jit(do_not_specialize=["seed", "probe"])
+@triton.jit(do_not_specialize=["id_stride", "classes", "splits", "seed", "probe"])
 def random_lengths_kernel(ids, id_stride, partials, classes, splits, seed: tl.int64, probe: tl.int64,
                           QUADS: tl.constexpr):
     """ids [N] -> squared lengths of the parts of each normal gradient, partials [N, splits]"""
@@ -94,7 +94,7 @@ def random_lengths_kernel(ids, id_stride, partials, classes, splits, seed: tl.in
     tl.store(partials + n * splits + split, tl.sum(values * values))
 
 
-@triton.jit(do_not_specialize=["seed", "probe"])
+@triton.jit(do_not_specialize=["id_stride", "classes", "splits", "seed", "probe"])
 def random_gradient_kernel(ids, id_stride, partials, out, classes, splits, scale, seed: tl.int64, probe: tl.int64,
                            NORMAL: tl.constexpr, LENGTH: tl.constexpr, ALIGN: tl.constexpr, QUADS: tl.constexpr,
                            BLOCK_SPLITS: tl.constexpr):
