@@ -19,6 +19,7 @@ from fastscore.evaluation import evaluation_copy
 from fastscore.groups import ChannelGraph, ChannelGroup
 from fastscore.scores import Scores
 from fastscore.selection import Scope, check_scores, removal_order, select
+from fastscore.taps import remove_copied_hooks
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         dense = _group_costs(costs)
         removed = select(removal_order(graph.groups, scores, scope, round_to, floor), costs, budgets)
         pruned = remove_channels(copy.deepcopy(model), graph.groups, removed)
+        remove_copied_hooks(pruned)
         modes = {name: module.training for name, module in pruned.named_modules()}
         after = _try(pruned.eval(), example_inputs, forward, before)
         for name, module in pruned.named_modules():
@@ -113,7 +115,8 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
          ignore: groups.Ignore = (), forward: Forward = call_model) -> Iterator[Mapping[str, Tensor]]:
     """Within the block, the `fraction` of channels with the lowest scores reads as zero in every consumer.
 
-    The model computes what it would compute without those channels; no parameter changes, and the hooks go on leaving.
+    The model computes what it would compute without those channels (but for a GroupNorm, whose statistics are those of
+    all channels until surgery); no parameter changes, and the hooks go on leaving.
     Yields layer -> removed channels, int64, ascending. Raises ValueError for a fraction outside [0, 1) or out of reach,
     and for scores of another model.
     """

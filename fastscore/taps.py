@@ -174,6 +174,7 @@ class Taps:
             self.current.gates.append((layer, gate))
             return _Gate.apply(x, gate, self, channel_dim), *args[1:]
 
+        hand_over_view.taps = self  # type: ignore[attr-defined]
         return hand_over_view
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -199,3 +200,13 @@ class Taps:
             torch.autograd.Variable._execution_engine.queue_callback(finish)
 
         output.register_hook(receive)
+
+
+def remove_copied_hooks(model: nn.Module) -> None:
+    """Take off a copy of a tapped model the hooks that came along with it."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", getattr(hook, "taps", None)), Taps):
+                    del hooks[number]
+                    module._forward_pre_hooks_with_kwargs.pop(number, None)
