@@ -114,13 +114,14 @@ def test_any_dimension_can_hold_the_channels(shape):
         check(a, g.transpose(-1, -2).contiguous().transpose(-1, -2), "sums", dim)
 
 
-@pytest.mark.parametrize("view", ["rows", "columns", "positions"])
-def test_addresses_beyond_32_bits(view):
-    # Virtual memory only: the pages in between are never touched.
-    far = 2**31 + 16
-    buffer = torch.empty(2 * far + 64, dtype=torch.float16)
-    strides = {"rows": (2 * far, far, 1), "columns": (2 * far, 1, far), "positions": (32, 16, 2 * far)}[view]
-    a = buffer.as_strided((2, 2, 2) if view == "positions" else (1, 2, 2), strides)
+@pytest.mark.parametrize(("step", "size"), [(2**30, 4), (2**31 + 16, 2)])
+@pytest.mark.parametrize("axis", range(3), ids=["samples", "channels", "positions"])
+def test_addresses_beyond_32_bits(axis, step, size):
+    """Steps that 32 bits hold and whose multiples they do not, and steps that they do not hold."""
+    buffer = torch.empty(step * (size - 1) + 64, dtype=torch.float16)  # virtual: pages in between are never touched
+    shape, strides = [2, 2, 2], [4, 2, 1]
+    shape[axis], strides[axis] = size, step
+    a = buffer.as_strided(shape, strides)
     a.copy_(torch.arange(1.0, 1.0 + a.numel()).view_as(a))
     check(a, a, "sums")
 
