@@ -74,7 +74,8 @@ class BuildKernels(BuildExtension):
         # Objects outlive a build: torch's headers may come and go with it, as only its stable ABI is used.
         folder = Path("build", "cuda", hashlib.sha256(repr([nvcc, *NVCC_FLAGS, *flags]).encode()).hexdigest()[:8])
         flags += [f"-isystem={include}" for include in extension.include_dirs]
-        newest_header = max(Path(header).stat().st_mtime for header in [*files("*.h", "cuda/*.h", "cuda/*.cuh"), __file__])
+        headers = [*files("*.h", "cuda/*.h", "cuda/*.cuh"), __file__]
+        newest_header = max(Path(header).stat().st_mtime for header in headers)
 
         def compile_source(source: str) -> str:
             output = folder / Path(source).with_suffix(".o").name
