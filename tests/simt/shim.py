@@ -35,7 +35,7 @@ class Split(ctypes.Structure):
 
 
 class Geometry(ctypes.Structure):
-    """csrc/cuda/channel_sums.cuh, struct Geometry."""
+    """csrc/cuda/plan_channel_sums.cuh, struct Geometry."""
 
     _fields_ = [("layout", ctypes.c_int), ("wide", ctypes.c_bool), ("samples", ctypes.c_int64),
                 ("channels", ctypes.c_int64), ("positions", ctypes.c_int64), ("sample", Strides), ("channel", Strides),
