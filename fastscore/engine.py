@@ -1,12 +1,11 @@
 """score(): batches in, a score for every channel out; the model comes back as it went in."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from fastscore import gradients, groups
@@ -45,6 +44,9 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
     for name, value in (("probes", probes), ("samples", samples)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: {value}; it must be 1 or more")
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        shown = "one tensor" if isinstance(batches, Tensor) else type(batches).__name__
+        raise TypeError(f"batches: {shown}, where an iterable of batches is meant; for a single one: [batch]")
     if gradient == "loss" and probes != 1:
         raise ValueError(f'probes: {probes}, but a loss has one gradient; use gradient="random" for more')
     ignore = groups.matching_layers(model, ignore)
@@ -66,13 +68,16 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
             for batch in itertools.chain([example], stream):
                 with scorer.joined(batch):
                     output = run(twin, batch)
+                if not torch.isfinite(output).all() and (culprit := _blame(model, batch, forward)) is not None:
+                    raise FloatingPointError(culprit)
                 if gradient == "loss":
                     scorer.propagate(output, gradients.loss_gradient(output, batch, loss, normalize))
                 else:
                     for _ in range(probes):
                         scorer.probe(output)
-                if scorer.nonfinite_layer() is not None:
-                    raise FloatingPointError(_blame(twin, batch, run, scorer.nonfinite_layer()))
+                if (layer := scorer.nonfinite_layer()) is not None:
+                    raise FloatingPointError(_blame(model, batch, forward) or
+                                             f"{layer}: NaN or infinity in the gradient that reaches its channels")
                 bar.update(len(output))
         return scorer.scores()
 
@@ -130,26 +135,25 @@ def _first_samples(batch: Batch, count: int, keep: int) -> Batch:
     return map_tensors(lambda tensor: tensor[:keep] if tensor.dim() and len(tensor) == count else tensor, batch)
 
 
-def _blame(model: nn.Module, batch: Batch, run: Forward, reached: str | None) -> str:
-    """The first layer, in the order they run, that turns finite input into NaN or infinity."""
+def _blame(model: nn.Module, batch: Batch, forward: Forward) -> str | None:
+    """The first layer, in the order they run, that turns finite input into NaN or infinity; None if none does."""
     found: list[str] = []
+    model = evaluation_copy(model)
 
-    def look(name: str, module: nn.Module) -> RemovableHandle:
+    def look(name: str, module: nn.Module) -> None:
         def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
             if isinstance(output, Tensor) and not torch.isfinite(output).all():
                 weights = any(not torch.isfinite(parameter).all() for parameter in module.parameters())
                 found.append(f"{name}: NaN or infinity in its {'weights' if weights else 'output'}")
 
-        return module.register_forward_hook(hook)
+        module.register_forward_hook(hook)
 
-    handles = [look(name, module) for name, module in model.named_modules() if not any(module.children())]
-    try:
-        if not all(torch.isfinite(tensor).all() for tensor in [gradients.first_input(batch)]
-                   if tensor.is_floating_point()):
-            return "batches: NaN or infinity in the input"
-        with torch.no_grad():
-            run(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else f"{reached}: NaN or infinity in the gradient that reaches its channels"
+    tensor = gradients.first_input(batch)
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        return "batches: NaN or infinity in the input"
+    for name, module in model.named_modules():
+        if not any(module.children()):
+            look(name, module)
+    with torch.no_grad():
+        forward(model, batch)
+    return found[0] if found else None

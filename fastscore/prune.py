@@ -218,6 +218,8 @@ def _zero(index: Tensor, layer: str, model: nn.Module) -> Callable[..., Any]:
     dim = -1 if isinstance(model.get_submodule(layer), nn.Linear) else 1
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not args:
+            raise TypeError(f"{layer}: its input arrives as a keyword argument; call it by position, or ignore it")
         return args[0].index_fill(dim, index.to(args[0].device), 0), *args[1:]
 
     return hook

@@ -1,0 +1,348 @@
+"""What is wrong is named, before anything changes; and whatever the user's code raises, the model is as it was."""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import NETWORKS, Head
+from oracles import untouched
+from torch import Tensor, nn
+
+import fastscore
+from fastscore import Scorer
+
+RESIDUAL = NETWORKS["residual"]
+X = RESIDUAL.inputs(4)
+
+
+def score(model: nn.Module, batches: Any = (X,), **options: Any) -> fastscore.Scores:
+    return fastscore.score(model, batches, progress=False, **options)
+
+
+def trained(name: str = "residual") -> nn.Module:
+    """In training mode, half frozen, with gradients: as a model is in the middle of something."""
+    network = NETWORKS[name]
+    model = network.model()
+    model(network.inputs(4)).square().sum().backward()
+    model.train()
+    next(model.children()).requires_grad_(False)
+    return model
+
+
+def refused(error: type[BaseException], message: str, model: nn.Module, act: Callable[[], Any]) -> None:
+    with untouched(model), pytest.raises(error, match=message):
+        act()
+
+
+# Models
+
+class NoTensor(nn.Module):
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.wrap = RESIDUAL.model(), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.net(x))
+
+
+@pytest.mark.parametrize(("wrap", "shown"), [
+    (lambda z: {"logits": z}, "dict"), (lambda z: (z, z), "tuple"), (lambda z: None, "NoneType"),
+    (lambda z: 3.0, "float"),
+    (lambda z: z.argmax(1), r"torch\.int64 tensor of shape \(\d,\)"), (lambda z: z.sum(), r"shape \(\)")])
+def test_a_model_that_returns_no_tensor(wrap: Callable[[Tensor], Any], shown: str) -> None:
+    model = NoTensor(wrap)
+    scores = score(RESIDUAL.model())
+    for act in (lambda: score(model), lambda: score(model, importance="magnitude-l2"), lambda: Scorer(model, X),
+                lambda: fastscore.prune(model, scores, X, macs=0.5),
+                lambda: fastscore.mask(model, scores, 0.3, X).__enter__()):
+        refused(TypeError, f"^NoTensor returns .*{shown}.*forward=", model, act)
+
+
+@pytest.mark.parametrize(("model", "x", "reason"), [
+    (nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), X, "1: its channels are the model's output"),
+    (nn.Sequential(nn.ReLU()), X, "it has no Conv or Linear"),
+    (nn.Sequential(nn.BatchNorm2d(3)), X, "it has no Conv or Linear"),
+    (nn.Sequential(nn.Conv2d(3, 1, 3), nn.Conv2d(1, 4, 3)), X, "0: all its channels can only be removed together"),
+    (nn.Sequential(nn.Conv2d(3, 6, 3), nn.LayerNorm([6, 6, 6]), nn.Conv2d(6, 4, 3)), X, "0: its channels pass .*Norm"),
+])
+def test_no_channel_that_can_be_scored(model: nn.Module, x: Tensor, reason: str) -> None:
+    model = model.double()
+    for act in (lambda: score(model, [x]), lambda: score(model, [x], importance="magnitude-l2"),
+                lambda: Scorer(model, x)):
+        with untouched(model), pytest.raises(ValueError, match=r"^Sequential has no channel that can") as caught:
+            act()
+        assert re.search(reason, str(caught.value))
+
+
+def test_everything_ignored() -> None:
+    model = trained()
+    refused(ValueError, r"no channel that can be scored\n(.|\n)*stem\.0: ignored", model,
+            lambda: score(model, ignore=[nn.Conv2d]))
+    refused(ValueError, r"^ignore: 'stem\.1x' matches no layer.*did you mean stem\.1", model,
+            lambda: score(model, ignore="stem.1x"))
+
+
+def test_a_layer_called_by_keyword() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3), Head(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.two(input=self.one(x)))
+
+    model = Keyword().double()
+    refused(TypeError, "^two: its input arrives as a keyword", model, lambda: score(model))
+    scores = score(model, importance="magnitude-l2")
+
+    def run_masked() -> None:
+        with fastscore.mask(model, scores, 0.3, X):
+            model(X)
+
+    refused(TypeError, "^two: its input arrives as a keyword", model, run_masked)
+
+
+# Numbers
+
+def test_nan_and_infinity_name_the_layer() -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        for layer in ("stem.0", "block1.conv2", "block2.shortcut.0", "head.fc"):
+            model = trained()
+            model.get_submodule(layer).weight.data.view(-1)[3] = value
+            refused(FloatingPointError, f"^{layer}: NaN or infinity in its weights", model, lambda: score(model))  # noqa: B023
+    for norm, buffer in (("block1.bn1", "running_mean"), ("stem.1", "running_var")):
+        model = trained()
+        getattr(model.get_submodule(norm), buffer)[1] = math.nan
+        refused(FloatingPointError, rf"^{norm}: NaN or infinity in its output", model, lambda: score(model))  # noqa: B023
+
+
+def test_nan_in_the_last_bias_or_in_an_operation() -> None:
+    model = trained()
+    model.head.fc.bias.data[0] = math.nan
+    refused(FloatingPointError, r"^head\.fc: NaN or infinity in its weights", model, lambda: score(model))
+    model = trained()
+    model.block1.register_forward_hook(lambda module, args, output: output / 0)
+    refused(FloatingPointError, r"NaN or infinity", model, lambda: score(model))
+
+
+def test_nan_in_the_input() -> None:
+    model, x = trained(), X.clone()
+    x[2, 1] = math.nan
+    refused(FloatingPointError, "^batches: NaN or infinity in the input", model, lambda: score(model, [X, x]))
+
+
+def test_nan_in_weights_that_are_ranked() -> None:
+    model = trained()
+    model.block1.conv2.weight.data[0, 0] = math.nan
+    refused(FloatingPointError, r"^stem\.0: NaN or infinity in the weights", model,
+            lambda: score(model, importance="magnitude-l1"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite(value: float) -> None:
+    model = trained()
+    refused(ValueError, f"^loss: it is -?{value}", model,
+            lambda: score(model, gradient="loss", loss=lambda output, batch: output.sum() * value))
+
+
+@pytest.mark.parametrize("loss", [lambda output, batch: 3.0, lambda output, batch: output, lambda output, batch: None,
+                                  lambda output, batch: torch.tensor(1.0), lambda output, batch: output.detach().sum()])
+def test_a_loss_that_is_no_scalar_of_the_output(loss: Callable[..., Any]) -> None:
+    model = trained()
+    refused(ValueError, "^loss: it must return a scalar tensor computed from the output", model,
+            lambda: score(model, gradient="loss", loss=loss))
+
+
+# Batches
+
+def test_labels_missing() -> None:
+    model = trained()
+    for batches in ([X], [(X,)], [{"x": X}], [(X, None)], [(X, [0, 1, 2, 3])]):
+        refused(ValueError, r"^batches: .*needs labels.*loss=.*gradient=\"random\"", model,
+                lambda batches=batches: score(model, batches, gradient="loss"))
+
+
+def test_batches_that_are_none() -> None:
+    model = trained()
+    refused(ValueError, "^batches: there is none", model, lambda: score(model, []))
+    refused(TypeError, r"^batches: .*one tensor.*\[batch\]", model, lambda: score(model, X))
+    refused(TypeError, r"^batches: .*\[batch\]", model, lambda: score(model, {"x": X}))
+    refused(TypeError, "^batches: .*int", model, lambda: score(model, 3))
+    refused(TypeError, "^batches: .*without a tensor", model, lambda: score(model, ["a", "b"]))
+
+
+@pytest.mark.parametrize("x", [torch.randn(2, 5, 8, 8).double(), torch.randn(2, 3).double(),
+                               torch.randn(2, 3, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.int64)])
+def test_a_batch_the_model_cannot_take(x: Tensor) -> None:
+    model = trained()
+    scores = score(RESIDUAL.model())
+    for act in (lambda: score(model, [x]), lambda: Scorer(model, x),
+                lambda: fastscore.prune(model, scores, x, macs=0.5)):
+        refused(ValueError, "example_inputs", model, act)
+
+
+def test_a_later_batch_of_another_shape() -> None:
+    """Flattened, the positions of another image size do not fit; the loop ends with PyTorch's own error."""
+    network = NETWORKS["flattening"]
+    model, x = network.model(), torch.randn(2, 3, 10, 10).double()
+    refused(RuntimeError, "shapes cannot be multiplied", model, lambda: score(model, [network.inputs(2), x]))
+
+
+def test_scores_of_image_sizes_that_the_graph_takes() -> None:
+    """A fully convolutional network takes any size."""
+    small = score(RESIDUAL.model(), [X])
+    both = score(RESIDUAL.model(), [X, torch.randn(2, 3, 12, 10).double()])
+    assert small.samples + 2 == both.samples
+    assert small.origin == both.origin
+
+
+def test_rows_that_are_not_samples() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = RESIDUAL.model()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+
+    model, x = Views(), torch.randn(2, 3, 3, 8, 8).double()
+    refused(ValueError, r"^net\.\S+: its input has 6 rows where the output has 2 samples.*ignore=", model,
+            lambda: score(model, [x]))
+
+
+# Arguments
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"importance": "taylr"}, "^importance: 'taylr' is none of"), ({"gradient": "none"}, "^gradient: 'none'"),
+    ({"reduction": "max"}, "^reduction: 'max'"), ({"probes": 0}, "^probes: 0"), ({"samples": 0}, "^samples: 0"),
+    ({"gradient": "loss", "probes": 2}, "^probes: 2"), ({"distribution": "cauchy"}, "distribution is 'cauchy'"),
+    ({"seed": 2**64}, "seed is")])
+def test_arguments_of_score(options: dict[str, Any], message: str) -> None:
+    model = trained()
+    refused(ValueError, message, model, lambda: score(model, **options))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({}, "^prune: name a budget"), ({"macs": 0.0}, r"^macs: 0.0 is outside \(0, 1\]"), ({"macs": 1.5}, "^macs: 1.5"),
+    ({"params": -0.5}, "^params: -0.5"), ({"channels": math.nan}, "^channels: nan"),
+    ({"macs": 0.5, "round_to": 0}, "round_to"),
+    ({"macs": 0.5, "floor": 1.5}, "floor"), ({"macs": 0.5, "floor": math.nan}, "floor"),
+    ({"macs": 0.5, "scope": "local"}, "^scope: 'local'"), ({"macs": 0.001}, "^macs: 0.001 cannot be reached"),
+    ({"params": 0.3, "floor": 0.9}, "^params: 0.3 cannot be reached"),
+    ({"channels": 0.5, "round_to": 64}, "^channels: 0.5 cannot be reached")])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_arguments_of_prune(options: dict[str, Any], message: str, inplace: bool) -> None:
+    model = trained()
+    scores = score(model)
+    refused(ValueError, message, model, lambda: fastscore.prune(model, scores, X, inplace=inplace, **options))
+
+
+def test_scores_of_another_model() -> None:
+    model = trained()
+    other = {
+        "another network": (score(NETWORKS["dense"].model()), "another model, .*conv0"),
+        "wider": (score(nn.Sequential(nn.Conv2d(3, 9, 3), nn.Conv2d(9, 4, 3)).double(), [X]), "another model"),
+        "before it was pruned": (score(fastscore.prune(RESIDUAL.model(), score(RESIDUAL.model()), X, macs=0.5).model),
+                                 r"has \d channels and the scores know \d.*pruned\?"),
+        "connected differently": (score(NETWORKS["inplace"].model(), ignore=["block2"]), ""),
+    }
+    rewired = RESIDUAL.model()
+    rewired.block1.shortcut = nn.Conv2d(6, 6, 1).double()
+    other["rewired"] = (score(rewired), "another model|connected differently")
+    for name, (scores, message) in other.items():
+        if name == "connected differently":  # the same channels in the same places, computed in place: the same model
+            assert fastscore.prune(model, scores, X, macs=0.9).report.macs[1] > 0
+            continue
+        for act in (lambda scores=scores: fastscore.prune(model, scores, X, macs=0.5),
+                    lambda scores=scores: fastscore.prune(model, scores, X, macs=0.5, inplace=True),
+                    lambda scores=scores: fastscore.mask(model, scores, 0.3, X).__enter__()):
+            refused(ValueError, f"^scores: .*({message})", model, act)
+
+
+# Exceptions of the user's own
+
+class Mine(Exception):
+    """Raised by the user's code."""
+
+
+def failing(*args: Any, **kwargs: Any) -> Any:
+    raise Mine
+
+
+def interrupted(*args: Any, **kwargs: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("fail", [failing, interrupted])
+def test_the_users_code_raises(fail: Callable[..., Any]) -> None:
+    error = Mine if fail is failing else KeyboardInterrupt
+    model = trained()
+    y = torch.zeros(4, dtype=torch.int64)
+
+    def loader() -> Iterator[Tensor]:
+        yield X
+        torch.rand(3)
+        fail()
+
+    calls = 0
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 8:  # past tracing
+            fail()
+        return model(batch)
+
+    refused(error, "", model, lambda: score(model, loader()))
+    refused(error, "", model, lambda: score(model, [(X, y)], gradient="loss", loss=fail))
+    refused(error, "", model, lambda: score(model, [X] * 20, forward=forward))
+    assert calls > 8
+
+    def loop(scorer: Scorer) -> None:
+        with scorer:
+            F.cross_entropy(model.eval()(X), y)
+            model.train()
+            fail()
+
+    for gradient in ("loss", "random"):
+        scorer = Scorer(model, X, gradient=gradient)  # type: ignore[arg-type]
+        model.train()
+        running = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        refused(error, "", model, lambda: loop(scorer))  # noqa: B023
+        assert all(torch.equal(buffer, running[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("fail", [failing, interrupted])
+@pytest.mark.parametrize("register", [lambda m, hook: m.register_forward_hook(hook),
+                                      lambda m, hook: m.register_forward_pre_hook(hook)])
+def test_the_users_hook_raises(register: Callable[..., Any], fail: Callable[..., Any]) -> None:
+    model = trained()
+    scores = score(model)
+    register(model.block2.conv1, fail)
+    error = (Mine, ValueError) if fail is failing else KeyboardInterrupt
+    for act in (lambda: score(model), lambda: Scorer(model, X), lambda: fastscore.prune(model, scores, X, macs=0.5),
+                lambda: fastscore.prune(model, scores, X, macs=0.5, inplace=True),
+                lambda: fastscore.mask(model, scores, 0.3, X).__enter__()):
+        with untouched(model), pytest.raises(error) as caught:  # type: ignore[arg-type]
+            act()
+        chain = [caught.value, caught.value.__cause__]
+        assert any(isinstance(link, (Mine, KeyboardInterrupt)) for link in chain)
+
+
+def test_the_users_hook_raises_in_a_later_batch() -> None:
+    model = trained()
+    calls = 0
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if len(output) == 2:
+            raise Mine
+
+    model.block2.conv1.register_forward_hook(hook)
+    refused(Mine, "", model, lambda: score(model, [X, X[:2]]))
+    assert calls > 1
