@@ -52,11 +52,7 @@ struct Repeated {
   Sum<T> value;
   explicit Repeated(const T* p) : value(load(p, 1)[0]) {}
   FASTSCORE_INLINE Vector<T> at(int64_t) const { return Vector<T>{} + value; }
-  FASTSCORE_INLINE Vector<T> at(int64_t, int n) const {
-    Vector<T> v{};
-    for (int i = 0; i < kWidth<T>; ++i) v[i] = i < n ? value : 0;
-    return v;
-  }
+  FASTSCORE_INLINE Vector<T> at(int64_t, int n) const { return repeat_some<Vector<T>>(value, n); }
   FASTSCORE_INLINE void prefetch_from(int64_t) const {}
 };
 
@@ -122,7 +118,7 @@ struct Item {
 };
 
 template <class T, class Reducer, template <class> class G, int Chains>
-void rows(const Plan& plan, const Item<T, Reducer>& item) {
+void rows_in_chains(const Plan& plan, const Item<T, Reducer>& item) {
   constexpr int kW = kWidth<T>;
   for (int64_t first = 0; first < item.channels; first += kW) {
     const int count = first + kW < item.channels ? kW : int(item.channels - first);
@@ -140,6 +136,15 @@ void rows(const Plan& plan, const Item<T, Reducer>& item) {
       for (int c = count; c < kW; ++c) lanes[k][c] = Vector<T>{};
       store_some(item.sums[k] + first, sum_lanes<kW>(lanes[k]), count);
     }
+  }
+}
+
+template <class T, class Reducer, template <class> class G>
+void rows(const Plan& plan, const Item<T, Reducer>& item) {
+  if (plan.chunk < 8 * kWidth<T>) {
+    rows_in_chains<T, Reducer, G, 1>(plan, item);  // short rows overlap one another
+  } else {
+    rows_in_chains<T, Reducer, G, 4>(plan, item);
   }
 }
 
@@ -191,14 +196,21 @@ FASTSCORE_INLINE void add_positions(const T* a, const T* g, const Dim& stride, i
 template <class T, class Reducer>
 void columns(const Plan& plan, const Item<T, Reducer>& item) {
   constexpr int kPositions = 8;
-  const Dim stride = plan.positions.inner();
+  Dim stride = plan.positions.inner();
+  const T* channels_g = item.g;
+  T copy[kMaxColumnTile];
+  if (plan.channel.g != 1) {
+    for (int64_t c = 0; c < item.channels; ++c) copy[c] = item.g[c * plan.channel.g];
+    channels_g = copy;
+    stride.g = 0;
+  }
   bool first = true;
   if (item.begin == item.end) {
     for (int k = 0; k < Reducer::kSums; ++k) memset(item.sums[k], 0, item.channels * sizeof(Sum<T>));
   }
   plan.positions.runs(item.begin, item.end, [&](int64_t offset_a, int64_t offset_g, int64_t length) {
     const T* a = item.a + offset_a;
-    const T* g = item.g + offset_g;
+    const T* g = channels_g + offset_g;
     for (; length >= 2 * kPositions; length -= kPositions) {
       add_positions<T, Reducer>(a, g, stride, kPositions, first, item.channels, item.sums);
       a += kPositions * stride.a;
@@ -210,47 +222,57 @@ void columns(const Plan& plan, const Item<T, Reducer>& item) {
   });
 }
 
-constexpr int64_t kPackedChannels = 16, kPackedPositions = 128;
-
-// Copies positions [begin, end) of up to kPackedChannels channels into rows of kPackedPositions.
-template <class T, class Offset>
-void pack(const Plan& plan, const T* source, int64_t channel_stride, int64_t position_stride, int64_t begin,
-          int64_t end, int64_t channels, T* rows, Offset choose) {
-  T* column = rows;
-  plan.positions.runs(begin, end, [&](int64_t offset_a, int64_t offset_g, int64_t length) {
-    const T* from = source + choose(offset_a, offset_g);
-    for (int64_t p = 0; p < length; ++p, ++column) {
-      for (int64_t c = 0; c < channels; ++c) {
-        column[c * kPackedPositions] = from[p * position_stride + c * channel_stride];
-      }
+// Channels by positions: vector c holds channel c, and zeros stand beyond the edges.
+template <class T>
+FASTSCORE_INLINE void load_square(const T* p, int64_t channel_stride, int64_t position_stride, int channels,
+                                  int positions, Vector<T>* square) {
+  constexpr int kW = kWidth<T>;
+  const auto load_line = [&](const T* line, int n) { return n == kW ? load(line) : load(line, n); };
+  if (channel_stride == 1) {
+    for (int i = 0; i < kW; ++i) {
+      square[i] = i < positions ? load_line(p + i * position_stride, channels) : Vector<T>{};
     }
-  });
+    transpose<kW>(square);
+    return;
+  }
+  for (int c = 0; c < kW; ++c) {
+    const T* line = p + c * channel_stride;
+    if (c >= channels) {
+      square[c] = Vector<T>{};
+    } else if (position_stride == 1) {
+      square[c] = load_line(line, positions);
+    } else {
+      T copy[kW] = {};
+      for (int i = 0; i < positions; ++i) copy[i] = line[i * position_stride];
+      square[c] = load(static_cast<const T*>(copy));
+    }
+  }
 }
 
 template <class T, class Reducer>
-void packed(const Plan& plan, const Item<T, Reducer>& item) {
+void squares(const Plan& plan, const Item<T, Reducer>& item) {
   constexpr int kW = kWidth<T>;
-  T rows_a[kPackedChannels * kPackedPositions] = {}, rows_g[kPackedChannels * kPackedPositions] = {};
-  Vector<T> sums[Reducer::kSums][kPackedChannels / kW] = {};
-  const Dim& inner = plan.positions.inner();
-  for (int64_t begin = item.begin; begin < item.end; begin += kPackedPositions) {
-    const int64_t end = begin + kPackedPositions < item.end ? begin + kPackedPositions : item.end;
-    pack(plan, item.a, plan.channel.a, inner.a, begin, end, item.channels, rows_a,
-         [](int64_t offset, int64_t) { return offset; });
-    pack(plan, item.g, plan.channel.g, inner.g, begin, end, item.channels, rows_g,
-         [](int64_t, int64_t offset) { return offset; });
-    for (int block = 0; block < kPackedChannels / kW; ++block) {
-      Vector<T> lanes[Reducer::kSums][kW];
-      for (int c = 0; c < kW; ++c) {
-        const int64_t start = (block * kW + c) * kPackedPositions;
-        Row<T, Reducer, 4> row;
-        row.add(Dense<T>{rows_a + start}, Dense<T>{rows_g + start}, end - begin);
-        for (int k = 0; k < Reducer::kSums; ++k) lanes[k][c] = row.lanes(k);
+  const Dim &channel = plan.channel, &inner = plan.positions.inner();
+  for (int64_t first = 0; first < item.channels; first += kW) {
+    const int channels = first + kW < item.channels ? kW : int(item.channels - first);
+    Vector<T> lanes[kW][Reducer::kSums] = {};
+    plan.positions.runs(item.begin, item.end, [&](int64_t offset_a, int64_t offset_g, int64_t length) {
+      const T* a = item.a + first * channel.a + offset_a;
+      const T* g = item.g + first * channel.g + offset_g;
+      for (int64_t p = 0; p < length; p += kW) {
+        const int positions = p + kW < length ? kW : int(length - p);
+        Vector<T> square_a[kW], square_g[kW];
+        load_square(a + p * inner.a, channel.a, inner.a, channels, positions, square_a);
+        load_square(g + p * inner.g, channel.g, inner.g, channels, positions, square_g);
+        for (int c = 0; c < kW; ++c) Reducer::add(lanes[c], square_a[c], square_g[c]);
       }
-      for (int k = 0; k < Reducer::kSums; ++k) sums[k][block] += sum_lanes<kW>(lanes[k]);
+    });
+    for (int k = 0; k < Reducer::kSums; ++k) {
+      Vector<T> of_sum[kW];
+      for (int c = 0; c < kW; ++c) of_sum[c] = lanes[c][k];
+      store_some(item.sums[k] + first, sum_lanes<kW>(of_sum), channels);
     }
   }
-  for (int k = 0; k < Reducer::kSums; ++k) memcpy(item.sums[k], sums[k], item.channels * sizeof(Sum<T>));
 }
 
 // Items [begin, end) of a plan.
@@ -260,14 +282,12 @@ void channel_sums(const Plan& plan, int64_t begin, int64_t end) {
     const Item<T, Reducer> item(plan, i);
     if (plan.path == Path::columns) {
       columns(plan, item);
-    } else if (plan.path == Path::packed) {
-      packed(plan, item);
+    } else if (plan.path == Path::squares) {
+      squares(plan, item);
     } else if (plan.positions.inner().g == 0) {
-      rows<T, Reducer, Repeated, 4>(plan, item);
-    } else if (plan.chunk < 8 * kWidth<T>) {
-      rows<T, Reducer, Dense, 1>(plan, item);  // short rows overlap one another
+      rows<T, Reducer, Repeated>(plan, item);
     } else {
-      rows<T, Reducer, Dense, 4>(plan, item);
+      rows<T, Reducer, Dense>(plan, item);
     }
   }
 }

@@ -8,8 +8,9 @@ namespace {
 // Positions per chunk: long enough that a partial sum costs nothing, short enough to bound the rounding error and to
 // feed many threads from one sample.
 constexpr int64_t kRowChunk = 4096, kColumnChunk = 512;
-// Channels per tile: sums of a tile stay in the first-level cache (columns, packed); items of some size (rows).
-constexpr int64_t kColumnTile = 1024, kPackedTile = 16, kRowItem = 16384;
+// Channels per tile: a tile's sums stay in the first-level cache (columns), whole cache lines of channels are read
+// (squares), items are of some size (rows).
+constexpr int64_t kColumnTile = kMaxColumnTile, kSquareTile = 32, kRowItem = 16384;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -46,23 +47,28 @@ int64_t Dims::count() const {
   return product;
 }
 
+bool Dims::repeats_g() const {
+  return std::all_of(dim, dim + depth, [](const Dim& d) { return d.g == 0; });
+}
+
 void choose_path(Plan& plan) {
   plan.positions.collapse();
   const int64_t positions = plan.positions.count();
   const Dim& inner = plan.positions.inner();
   Dim& channel = plan.channel;
-  const bool columns = channel.a == 1 && channel.g == 1 && (channel.size >= 4 || positions == 1);
+  const bool columns = channel.a == 1 && (channel.g == 1 || plan.positions.repeats_g()) &&
+                       (channel.size >= 4 || positions == 1);
   if (columns && (positions == 1 || inner.a != 1)) {
     plan.path = Path::columns;
   } else {
-    plan.path = inner.a == 1 && (inner.g == 1 || inner.g == 0) ? Path::rows : Path::packed;
+    plan.path = inner.a == 1 && (inner.g == 1 || inner.g == 0) ? Path::rows : Path::squares;
   }
   if (plan.path == Path::rows || positions == 1) merge_samples(plan);
   const int64_t longest = plan.path == Path::rows ? kRowChunk : kColumnChunk;
   plan.chunks = std::max<int64_t>(ceil_div(positions, longest), 1);
   plan.chunk = ceil_div(positions, plan.chunks);
   const int64_t widest = plan.path == Path::columns ? kColumnTile
-                         : plan.path == Path::packed ? kPackedTile
+                         : plan.path == Path::squares ? kSquareTile
                          : plan.chunks > 1           ? 1
                                                      : std::max<int64_t>(kRowItem / std::max<int64_t>(plan.chunk, 1), 1);
   plan.tile = std::max<int64_t>(std::min(widest, channel.size), 1);

@@ -13,6 +13,7 @@ struct Dim {
 };
 
 constexpr int kMaxDims = 64;
+constexpr int kMaxColumnTile = 1024;  // channels of an item that walks columns
 
 // Dimensions from outermost to innermost. Neighbours that one stride can walk are merged, dimensions of size 1 dropped;
 // at least one remains.
@@ -23,6 +24,7 @@ struct Dims {
   void add(Dim d) { dim[depth++] = d; }
   void collapse();
   int64_t count() const;
+  bool repeats_g() const;  // stride 0 throughout
   const Dim& inner() const { return dim[depth - 1]; }
 
   // f(offset in a, offset in g, length) for every stretch of the innermost dimension that covers [begin, end).
@@ -49,9 +51,9 @@ struct Dims {
   }
 };
 
-// rows: positions lie next to each other (g may repeat one value). columns: channels do. packed: anything else, copied
-// into rows a tile at a time.
-enum class Path { rows, columns, packed };
+// rows: positions lie next to each other (g may repeat one value). columns: channels do (g may repeat its channels'
+// values at every position). squares: anything else, by squares of channels and positions that are turned in registers.
+enum class Path { rows, columns, squares };
 
 // An item is (sample, chunk of positions, tile of channels); the split follows from the shape alone, so that the
 // result does not depend on the number of threads. Every item writes sums of its own; `partials` holds them where a

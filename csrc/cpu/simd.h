@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -114,6 +115,16 @@ FASTSCORE_INLINE Vector<double> absolute(Vector<double> x) {
   return (Vector<double>)((Bits64)x & 0x7fffffffffffffffull);
 }
 
+// value in the first n lanes, 0 in the rest.
+template <class V, class S>
+FASTSCORE_INLINE V repeat_some(S value, int n) {
+  using Int = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;
+  typedef Int Ints __attribute__((vector_size(kVectorBytes)));
+  Ints index;
+  for (int i = 0; i < int(sizeof(V) / sizeof(S)); ++i) index[i] = i;
+  return (V)((Ints)(V{} + value) & (Ints)(index < Int(n)));
+}
+
 template <class V, std::size_t... I>
 FASTSCORE_INLINE V add_neighbours(V x, V y, std::index_sequence<I...>) {
   return __builtin_shufflevector(x, y, (2 * I)...) + __builtin_shufflevector(x, y, (2 * I + 1)...);
@@ -127,6 +138,26 @@ FASTSCORE_INLINE V sum_lanes(const V* v) {
   } else {
     const V x = sum_lanes<Lanes, Count / 2>(v), y = sum_lanes<Lanes, Count / 2>(v + Count / 2);
     return add_neighbours(x, y, std::make_index_sequence<Lanes>());
+  }
+}
+
+template <int Half, class V, std::size_t... I>
+FASTSCORE_INLINE V interleave(V x, V y, std::index_sequence<I...>) {
+  constexpr int kLanes = sizeof...(I);
+  return __builtin_shufflevector(x, y, (Half * kLanes / 2 + I / 2 + I % 2 * kLanes)...);
+}
+
+// Lane i of v[j] and lane j of v[i] change places; as many vectors as lanes.
+template <int Lanes, class V>
+FASTSCORE_INLINE void transpose(V* v) {
+  constexpr auto kLane = std::make_index_sequence<Lanes>();
+  for (int stage = 1; stage < Lanes; stage *= 2) {
+    V mixed[Lanes];
+    for (int i = 0; i < Lanes / 2; ++i) {
+      mixed[2 * i] = interleave<0>(v[i], v[i + Lanes / 2], kLane);
+      mixed[2 * i + 1] = interleave<1>(v[i], v[i + Lanes / 2], kLane);
+    }
+    for (int i = 0; i < Lanes; ++i) v[i] = mixed[i];
   }
 }
 

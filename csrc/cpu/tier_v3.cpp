@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 // Standard headers come first: an inline function of theirs compiled for this tier could be the one the linker keeps.
