@@ -48,7 +48,7 @@ def pair(case: Case, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
     return a, g
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["rows", "columns", "mixed"])
 def test_every_kind_of_launch_is_right_and_moves_the_bytes_of_the_model(dtype, layout, loads, poisoned_memory):
     chosen = {kind: case for kind, case in cases(dtype.itemsize).items() if kind.layout == layout}
@@ -63,7 +63,7 @@ def test_every_kind_of_launch_is_right_and_moves_the_bytes_of_the_model(dtype, l
     assert len(chosen) > 100
 
 
-@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("itemsize", [2, 4])
 def test_the_cases_are_all_that_the_heuristic_can_produce(itemsize):
     generator = torch.Generator().manual_seed(itemsize)
     covered = set(cases(itemsize))
