@@ -90,29 +90,26 @@ struct Row {
   }
 };
 
-// One item of a plan, and where it reads and writes.
+// One item of a plan: the positions [begin, end) of some channels, and where the first of them is read and written.
 template <class T, class Reducer>
 struct Item {
-  int64_t begin, end;      // positions
-  int64_t first, channels;  // channels
-  const T* a;               // of the first channel
+  int64_t begin, end, channels;
+  const T* a;
   const T* g;
-  Sum<T>* sums[Reducer::kSums];  // of the first channel
+  Sum<T>* sums[Reducer::kSums];
 
   Item(const Plan& plan, int64_t item) {
     const int64_t tile = item % plan.tiles, chunk = item / plan.tiles % plan.chunks;
-    const int64_t sample = item / plan.tiles / plan.chunks, width = plan.channel.size;
-    const int64_t positions = plan.positions.count();
+    const int64_t sample = item / plan.tiles / plan.chunks;
+    const int64_t positions = plan.positions.count(), width = plan.channel.size, first = tile * plan.tile;
     begin = chunk * plan.chunk;
     end = begin + plan.chunk < positions ? begin + plan.chunk : positions;
-    first = tile * plan.tile;
     channels = first + plan.tile < width ? plan.tile : width - first;
     a = static_cast<const T*>(plan.a) + sample * plan.sample.a + first * plan.channel.a;
     g = static_cast<const T*>(plan.g) + sample * plan.sample.g + first * plan.channel.g;
     for (int k = 0; k < Reducer::kSums; ++k) {
-      sums[k] = plan.chunks == 1
-                    ? static_cast<Sum<T>*>(plan.sums[k]) + sample * width + first
-                    : static_cast<Sum<T>*>(plan.partials) + ((sample * plan.chunks + chunk) * Reducer::kSums + k) * width + first;
+      const int64_t row = plan.chunks == 1 ? sample : (sample * plan.chunks + chunk) * Reducer::kSums + k;
+      sums[k] = static_cast<Sum<T>*>(plan.chunks == 1 ? plan.sums[k] : plan.partials) + row * width + first;
     }
   }
 };

@@ -5,9 +5,9 @@
 namespace fastscore::cpu {
 namespace {
 
-// Positions per chunk: long enough that a partial sum costs nothing, short enough to bound the rounding error and to
-// feed many threads from one sample.
-constexpr int64_t kRowChunk = 4096, kColumnChunk = 512;
+// Positions per chunk: long enough that a partial sum costs nothing, short enough to feed many threads from one sample
+// and to bound the rounding error. Rows in one stretch spread a chunk over many sums; all else adds it to few.
+constexpr int64_t kStretchChunk = 4096, kChunk = 512;
 // Channels per tile: a tile's sums stay in the first-level cache (columns), whole cache lines of channels are read
 // (squares), items are of some size (rows).
 constexpr int64_t kColumnTile = kMaxColumnTile, kSquareTile = 32, kRowItem = 16384;
@@ -64,7 +64,7 @@ void choose_path(Plan& plan) {
     plan.path = inner.a == 1 && (inner.g == 1 || inner.g == 0) ? Path::rows : Path::squares;
   }
   if (plan.path == Path::rows || positions == 1) merge_samples(plan);
-  const int64_t longest = plan.path == Path::rows ? kRowChunk : kColumnChunk;
+  const int64_t longest = plan.path == Path::rows && plan.positions.depth == 1 ? kStretchChunk : kChunk;
   plan.chunks = std::max<int64_t>(ceil_div(positions, longest), 1);
   plan.chunk = ceil_div(positions, plan.chunks);
   const int64_t widest = plan.path == Path::columns ? kColumnTile

@@ -8,8 +8,9 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Each kernel adds at most this many terms one after the other (baseline tier: 4096 positions over 16 sums), each
-# addition and each product off by one unit of rounding: |error| <= CHAIN · unit · Σ |terms|.
+# Each kernel adds at most this many terms one after the other (the worst: 4096 positions over the baseline tier's 16
+# sums, 512 positions in stretches of 2), each addition and each product off by one unit of rounding:
+# |error| <= CHAIN · unit · Σ |terms|.
 CHAIN = 260
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-24, torch.float16: 2.0**-24, torch.float64: 2.0**-53}
 

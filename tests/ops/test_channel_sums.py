@@ -69,8 +69,8 @@ def test_repeated_values(shape, channel_dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every_other"])
-@pytest.mark.parametrize("shape", [(2, 40, 33), (2, 24, 14, 14), (1, 3, 120, 120)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cropped", "every_other"])
+@pytest.mark.parametrize("shape", [(2, 40, 33), (2, 24, 14, 14), (1, 3, 120, 120), (1, 5, 6000, 2)])
 def test_rounding_stays_within_the_bound(shape, layout, dtype):
     a = LAYOUTS[layout](normals(shape, dtype, 2), 1)
     g = LAYOUTS[layout](normals(shape, dtype, 3), 1)

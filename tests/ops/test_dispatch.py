@@ -78,6 +78,12 @@ def test_results_never_require_grad():
         assert out.grad_fn is None
 
 
+def test_a_lazily_negated_tensor_is_read_with_its_sign():
+    x = torch.complex(A, -A).conj().imag
+    assert x.is_neg()
+    assert torch.equal(ops.channel_sums(x, A)[1], ops.channel_sums(x.resolve_neg(), A)[1])
+
+
 def test_runs_inside_a_backward_pass():
     seen = []
 
