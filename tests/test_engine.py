@@ -70,7 +70,7 @@ def test_samples_is_where_it_stops() -> None:
     model, x = network.model(), network.inputs(12)
     drawn = []
 
-    def loader():  # noqa: ANN202
+    def loader():
         for part in x.split(5):
             drawn.append(len(part))
             yield part, torch.zeros(len(part))

@@ -258,8 +258,14 @@ def test_pruning_by_score_hurts_less_than_pruning_at_random() -> None:
                                   "efficientnet_b0"])
 def test_torchvision(name: str) -> None:
     torch.manual_seed(0)
-    options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
-    model = randomize(getattr(torchvision.models, name)(num_classes=10, **options)).eval()
+    options: dict[str, bool] = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    model = randomize(getattr(torchvision.models, name)(num_classes=10, **options)).train()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+        model(torch.randn(8, 3, 32, 32))  # the statistics of a batch keep the signal alive down to the last layer
+    model.eval()
     x = torch.randn(2, 3, 32, 32)
     with untouched(model):
         scores = fastscore.score(model, [x], progress=False)
