@@ -21,7 +21,7 @@ import torchvision
 from torch import Tensor, nn
 
 import fastscore
-from fastscore import groups
+from fastscore.tracing import trace
 
 BASELINE = "Torch-Pruning Taylor"
 
@@ -59,7 +59,7 @@ def torch_pruning_hessian(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[]
 
 def plain_hooks(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
     """The same per-sample score as most people write it: tensor hooks on the consumers' inputs, (a*g).sum."""
-    graph = groups.trace(model, x[:1])
+    graph = trace(model, x[:1])
     layers = sorted({edge.layer for group in graph.groups for edge in group.role("consumer")})
     totals: dict[str, Tensor] = {}
 

@@ -142,13 +142,13 @@ def _add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsCont
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from fastscore import demo
+    from fastscore import demo, demo_plot
 
     _check_folder(arguments.out)
     plots.check(arguments.out)
     result = demo.run(arguments.networks, arguments.seed)
     print(result)
-    plots.demo(result, arguments.out)
+    demo_plot.draw(result, arguments.out)
     _wrote(arguments.out)
 
 

@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastscore import batches
 from fastscore.groups import ChannelGroup
@@ -53,6 +52,8 @@ def total_macs(model: nn.Module, example_inputs: batches.Batch, forward: batches
 
 def _count(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward) -> tuple[int, dict[str, float]]:
     """(MACs of the model, layer -> MACs), for one sample."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which few need
+
     samples = 1
     tensor = batches.first_tensor(example_inputs)
     if tensor is not None and tensor.dim():

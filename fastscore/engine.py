@@ -8,19 +8,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastscore import gradients, groups
+from fastscore import gradients
 from fastscore.batches import Batch, Forward, checked, device_of, fork_rng, map_tensors
 from fastscore.batches import forward as call_model
 from fastscore.evaluation import evaluation_copy, fold_batchnorms, to_channels_last
+from fastscore.groups import ChannelGraph, Ignore, matching_layers
 from fastscore.importance import WEIGHT_IMPORTANCES
 from fastscore.scorer import Gradient, Scorer, scorable
 from fastscore.scores import Origin, Scores
+from fastscore.tracing import trace
 
 
 def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "taylor-sq",
           gradient: Gradient = "random", normalize: bool = True, reduction: Literal["sum", "element"] = "sum",
           probes: int = 1, samples: int | None = None, seed: int = 0, distribution: str = "normal",
-          loss: gradients.Loss | None = None, forward: Forward = call_model, ignore: groups.Ignore = (),
+          loss: gradients.Loss | None = None, forward: Forward = call_model, ignore: Ignore = (),
           progress: bool = True) -> Scores:
     """Score every channel of `model` on `batches`, without labels unless gradient="loss".
 
@@ -49,7 +51,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         raise TypeError(f"batches: {shown}, where an iterable of batches is meant; for a single one: [batch]")
     if gradient == "loss" and probes != 1:
         raise ValueError(f'probes: {probes}, but a loss has one gradient; use gradient="random" for more')
-    ignore = groups.matching_layers(model, ignore)
+    ignore = matching_layers(model, ignore)
     twin = evaluation_copy(model)
     with fork_rng(device_of(twin)), torch.inference_mode(False), torch.enable_grad():
         stream = _on_device(batches, device_of(twin), samples)
@@ -60,7 +62,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         traced = _first_samples(example, len(gradients.first_input(example)), 1) if forward is call_model else example
         if importance in WEIGHT_IMPORTANCES and reduction == "sum":
             return _score_weights(twin, traced, importance, seed, forward, ignore)
-        graph = groups.trace(twin, traced, forward)
+        graph = trace(twin, traced, forward)
         scorer = Scorer(twin, graph, importance=importance, gradient=gradient, normalize=normalize,
                         reduction=reduction, seed=seed, distribution=distribution, ignore=ignore)
         run = checked(_fast(twin, graph, forward))
@@ -79,10 +81,11 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
                     raise FloatingPointError(_blame(model, batch, forward) or
                                              f"{layer}: NaN or infinity in the gradient that reaches its channels")
                 bar.update(len(output))
+                del output  # and its graph, which would otherwise live on beside the next one
         return scorer.scores()
 
 
-def _fast(twin: nn.Module, graph: groups.ChannelGraph, forward: Forward) -> Forward:
+def _fast(twin: nn.Module, graph: ChannelGraph, forward: Forward) -> Forward:
     """Make the evaluation copy fast, in place; the `forward` to call it with."""
     fold_batchnorms(twin, graph.normalized_by)
     if not any(isinstance(module, nn.Conv2d) for module in twin.modules()):
@@ -92,8 +95,8 @@ def _fast(twin: nn.Module, graph: groups.ChannelGraph, forward: Forward) -> Forw
 
 
 def _score_weights(model: nn.Module, example: Batch, importance: str, seed: int, forward: Forward,
-                   ignore: groups.Ignore) -> Scores:
-    graph = groups.trace(model, example, forward)
+                   ignore: Ignore) -> Scores:
+    graph = trace(model, example, forward)
     origin = Origin(importance, "sum", "none", False, seed, "none", graph.fingerprint)
     graph = scorable(model, graph, ignore)
     totals: dict[str, Tensor] = {}

@@ -1,18 +1,14 @@
-"""Pictures: the distribution of scores by layer, and what the demo found. Needs matplotlib (the extra `plot`)."""
+"""Pictures of scores. Needs matplotlib (the extra `plot`)."""
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fastscore.demo import Result
-
-_COLOURS = {"fastscore": "#0b6e99", "magnitude": "#d9730d", "random": "#7f7f7f"}
+COLOUR = "#0b6e99"
 _LABELLED_LAYERS = 60  # more names than this do not fit under an axis
 
 
@@ -45,7 +41,7 @@ def importances(scores: Mapping[str, Tensor], path: str | PathLike[str]) -> None
         positive = values[values > 0]
         spread = torch.linspace(-0.3, 0.3, len(positive))[torch.randperm(
             len(positive), generator=torch.Generator().manual_seed(0))]
-        axes.plot(position + spread.numpy(), positive.numpy(), ".", color=_COLOURS["fastscore"], alpha=0.35,
+        axes.plot(position + spread.numpy(), positive.numpy(), ".", color=COLOUR, alpha=0.35,
                   markersize=4, markeredgewidth=0)
         if values.median() > 0:
             axes.hlines(values.median().item(), position - 0.4, position + 0.4, color="black", linewidth=1.2)
@@ -62,53 +58,11 @@ def importances(scores: Mapping[str, Tensor], path: str | PathLike[str]) -> None
     zeros = any((scores[layer] == 0).any() for layer in layers)
     axes.set_title("a dot for each channel, a bar at the median" + ("; red: how many are zero" if zeros else ""),
                    fontsize=9)
-    _plain(axes)
+    plain(axes)
     drawing.savefig(path, dpi=150)
 
 
-def demo(result: "Result", path: str | PathLike[str]) -> None:
-    """Draw accuracy against what remains of the MACs, and the widths of the layers at half of them."""
-    from fastscore.demo import IMPORTANCES, SHARES, TARGET
-
-    drawing = figure(11, 4.2)
-    curves, widths = drawing.subplots(1, 2)
-    dense = statistics.mean(outcome.before for outcome in result.outcomes["dense"])
-    for order, name in enumerate(IMPORTANCES):
-        outcomes = result.outcomes[name]
-        colour = _COLOURS[name]
-        mean, deviation = _moments([(dense, *outcome.curve) for outcome in outcomes])
-        remains = torch.tensor([1.0, *SHARES]).numpy()
-        curves.plot(remains, mean, "o-", color=colour, markersize=4, label=name)
-        curves.fill_between(remains, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
-        tuned = statistics.mean(outcome.after for outcome in outcomes)
-        curves.plot(TARGET, tuned, "*", color=colour, markersize=11, alpha=0.8)
-        layers = list(outcomes[0].widths)
-        share, _ = _moments([list(outcome.widths.values()) for outcome in outcomes])
-        widths.bar(torch.arange(len(layers)).numpy() + 0.27 * (order - 1), share, 0.25, color=colour, label=name)
-    curves.plot([], [], "*", color="#444444", markersize=11, label="fine-tuned")
-    curves.set(xlabel="MACs that remain", ylabel="test accuracy without fine-tuning", ylim=(0, 1.03))
-    curves.invert_xaxis()
-    networks = len(result.outcomes["dense"])
-    curves.set_title(f"digits, {networks} networks: mean, band of one standard deviation" if networks > 1
-                     else "digits, one network", fontsize=10)
-    widths.set(ylabel="channels that remain", ylim=(0, 1.03))
-    widths.set_xticks(range(len(layers)), layers, rotation=30, ha="right")
-    widths.set_title(f"at {TARGET:.0%} of the MACs, by layer from input to output", fontsize=10)
-    for axes in (curves, widths):
-        axes.yaxis.set_major_formatter("{x:.0%}")
-        _plain(axes)
-    curves.xaxis.set_major_formatter("{x:.0%}")
-    curves.legend(frameon=False, loc="lower left")
-    drawing.savefig(path, dpi=150)
-
-
-def _moments(rows: Sequence[Sequence[float]]) -> tuple[Any, Any]:
-    """(mean, standard deviation, 0 for a single row) of each column, as arrays."""
-    table = torch.tensor(rows, dtype=torch.float64)
-    deviation = table.std(0) if len(rows) > 1 else torch.zeros(table.shape[1])
-    return table.mean(0).numpy(), deviation.numpy()
-
-
-def _plain(axes: Any) -> None:
+def plain(axes: Any) -> None:
+    """No frame but the axes, and faint lines to read heights by."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)

@@ -11,15 +11,15 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore import groups
 from fastscore.batches import Batch, Forward, checked, device_of, fork_rng
 from fastscore.batches import forward as call_model
 from fastscore.costs import Costs, Unit, total_macs
 from fastscore.evaluation import evaluation_copy
-from fastscore.groups import ChannelGraph, ChannelGroup
+from fastscore.groups import ChannelGraph, ChannelGroup, Ignore
 from fastscore.scores import Scores
 from fastscore.selection import Scope, check_scores, removal_order, select
 from fastscore.taps import remove_copied_hooks
+from fastscore.tracing import trace
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class PruneResult:
 
 def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: float | None = None,
           params: float | None = None, macs: float | None = None, scope: Scope = "global", round_to: int = 1,
-          floor: float = 0.0, ignore: groups.Ignore = (), forward: Forward = call_model,
+          floor: float = 0.0, ignore: Ignore = (), forward: Forward = call_model,
           inplace: bool = False) -> PruneResult:
     """Remove the least important channels of `model` until a budget holds; returns a new model unless inplace.
 
@@ -112,7 +112,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
 
 @contextmanager
 def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batch, *, scope: Scope = "global",
-         ignore: groups.Ignore = (), forward: Forward = call_model) -> Iterator[Mapping[str, Tensor]]:
+         ignore: Ignore = (), forward: Forward = call_model) -> Iterator[Mapping[str, Tensor]]:
     """Within the block, the `fraction` of channels with the lowest scores reads as zero in every consumer.
 
     The model computes what it would compute without those channels (but for a GroupNorm, whose statistics are those of
@@ -167,9 +167,9 @@ def _budgets(shares: Mapping[Unit, float | None]) -> dict[Unit, float]:
 
 
 def _graph(model: nn.Module, scores: Scores, example_inputs: Batch, forward: Forward,
-           ignore: groups.Ignore) -> ChannelGraph:
+           ignore: Ignore) -> ChannelGraph:
     """The groups that have scores and are not ignored."""
-    whole = groups.trace(model, example_inputs, forward)
+    whole = trace(model, example_inputs, forward)
     check_scores(whole, scores)
     graph = whole.without(model, ignore)
     scored = tuple(group for group in graph.groups if group.name in scores)

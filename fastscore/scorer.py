@@ -8,11 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed, nn
 
-from fastscore import batches, gradients, groups
-from fastscore.groups import ChannelGraph, ChannelGroup
+from fastscore import batches, gradients
+from fastscore.groups import ChannelGraph, ChannelGroup, Ignore
 from fastscore.importance import gradient_importance
 from fastscore.scores import Origin, Scores
 from fastscore.taps import ForwardPass, Taps
+from fastscore.tracing import trace
 
 Gradient = Literal["loss", "random"]
 
@@ -40,12 +41,12 @@ class Scorer:
     def __init__(self, model: nn.Module, example_inputs: batches.Batch | ChannelGraph, *, importance: str = "taylor-sq",
                  gradient: Gradient = "loss", normalize: bool = True, reduction: str = "sum", seed: int = 0,
                  distribution: str = "normal", forward: batches.Forward = batches.forward,
-                 ignore: groups.Ignore = ()) -> None:
+                 ignore: Ignore = ()) -> None:
         if gradient not in ("loss", "random"):
             raise ValueError(f"gradient: {gradient!r} is neither 'loss' nor 'random'")
         self._row = gradient_importance(importance, reduction)
         graph = example_inputs if isinstance(example_inputs, ChannelGraph) \
-            else groups.trace(model, example_inputs, forward)
+            else trace(model, example_inputs, forward)
         self._origin = Origin(importance, reduction, gradient, normalize, seed, distribution, graph.fingerprint)
         self._graph = scorable(model, graph, ignore)
         self._joints = [_Joint(group) for group in self._graph.groups]
@@ -210,7 +211,7 @@ class _Joint:
         return torch.zeros_like(s).index_add_(1, unit, s)[:, unit]
 
 
-def scorable(model: nn.Module, graph: ChannelGraph, ignore: groups.Ignore) -> ChannelGraph:
+def scorable(model: nn.Module, graph: ChannelGraph, ignore: Ignore) -> ChannelGraph:
     """`graph` without what is ignored. Raises ValueError, with the reasons, when nothing is left."""
     graph = graph.without(model, ignore)
     if not graph.groups:

@@ -5,17 +5,14 @@ whatever else a Conv or Linear makes is held at what it was, and the change may 
 the groups claim for those channels.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from fastscore.groups import ChannelGroup
+from fastscore.groups import ChannelGroup
 
 Positions = Mapping[str, Tensor]  # layer -> int64 positions of its input or output
 _PAIRS = 2  # of a random half of the channels and the other half: 4 passes, which miss one slip in 4, and 32 in 10^4
@@ -35,7 +32,7 @@ def strays(model: nn.Module, groups: Sequence[ChannelGroup], layers: Collection[
     return found or {group.name: where for group in groups}
 
 
-def _try(recording: _Recording, groups: Sequence[ChannelGroup]) -> str | None:
+def _try(recording: "_Recording", groups: Sequence[ChannelGroup]) -> str | None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(_PAIRS):
         half = {group.name: torch.rand(len(group.unit), generator=generator)[group.unit] < 0.5 for group in groups}

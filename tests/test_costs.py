@@ -6,9 +6,9 @@ from networks import NETWORKS, Network
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastscore import groups
 from fastscore.costs import Costs, total_macs
 from fastscore.prune import remove_channels
+from fastscore.tracing import trace
 
 
 def counted(model: nn.Module, network: Network, samples: int = 1) -> int:
@@ -25,7 +25,7 @@ def test_by_hand() -> None:
     """conv 3→5 (3x3) on 8x8, pool, conv 5→7 (3x3) on 4x4, Linear 7→4; then the same with 3 and 6 channels."""
     network = NETWORKS["plain"]
     model, x = network.model(), network.inputs(6)
-    graph = groups.trace(model, x)
+    graph = trace(model, x)
     costs = Costs(model, graph.groups, x)
     assert costs.totals == {"channels": 12, "macs": 3 * 5 * 9 * 64 + 5 * 7 * 9 * 16 + 7 * 4,
                             "params": 3 * 5 * 9 + 5 + 5 * 7 * 9 + 7 + 2 * 7 + 7 * 4 + 4}
@@ -43,7 +43,7 @@ def test_predicted_costs_are_those_of_the_pruned_model(name: str) -> None:
     network = NETWORKS[name]
     for seed in range(3):
         model, x = network.model(), network.inputs(2)
-        graph = groups.trace(model, x)
+        graph = trace(model, x)
         costs = Costs(model, graph.groups, x)
         assert costs.totals["macs"] == counted(model, network) == total_macs(model, x) == total_macs(model, x[:1])
         assert costs.totals["params"] == params(model)

@@ -10,7 +10,8 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
-from fastscore import groups
+from fastscore.groups import Ignore
+from fastscore.tracing import trace
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
@@ -18,7 +19,7 @@ def test_groups_are_those_written_by_hand(name: str) -> None:
     network = NETWORKS[name]
     model = network.model().train()
     with untouched(model):
-        graph = groups.trace(model, network.inputs())
+        graph = trace(model, network.inputs())
     assert {group.name for group in graph.groups} == set(network.groups)
     for group in graph.groups:
         spec = network.groups[group.name]
@@ -80,7 +81,7 @@ def test_channels_that_cannot_be_followed_are_left_alone(name: str) -> None:
     """The tracer takes most of these for elementwise; removing channels then would compute something else."""
     model = Between(*MIXING[name]).eval()
     x = torch.randn(2, 3, 8, 8)
-    graph = groups.trace(model, x)
+    graph = trace(model, x)
     assert "first" in graph.skipped
     assert [group.name for group in graph.groups] == ["second"]
     with pytest.raises(KeyError, match="first has no score: "):
@@ -103,7 +104,7 @@ FOLLOWED: dict[str, tuple[Callable[[Tensor], Tensor], list[list[int]]]] = {
 def test_channels_are_followed_through(name: str) -> None:
     function, places = FOLLOWED[name]
     model = Between(function, 1 + max(p for place in places for p in place)).eval()
-    (group,) = (group for group in groups.trace(model, torch.randn(2, 3, 8, 8)).groups if group.name == "first")
+    (group,) = (group for group in trace(model, torch.randn(2, 3, 8, 8)).groups if group.name == "first")
     (edge,) = group.role("consumer")
     assert [edge.index[edge.channel == c].tolist() for c in range(8)] == places
 
@@ -119,7 +120,7 @@ LAYERS: dict[str, tuple[nn.Module, int, str]] = {
 @pytest.mark.parametrize("name", list(LAYERS))
 def test_layers_that_cannot_lose_channels_are_named(name: str) -> None:
     layer, width, reason = LAYERS[name]
-    graph = groups.trace(Between(torch.relu, width, layer).eval(), torch.randn(2, 3, 8, 8))
+    graph = trace(Between(torch.relu, width, layer).eval(), torch.randn(2, 3, 8, 8))
     assert reason in graph.skipped["first"]
 
 
@@ -137,7 +138,7 @@ def test_every_layer_without_a_group_says_why() -> None:
             x = self.tied(torch.relu(self.one(x)))
             return self.head(self.late(self.normed(torch.relu(x))) * self.scale)
 
-    graph = groups.trace(Network(), torch.randn(2, 5))
+    graph = trace(Network(), torch.randn(2, 5))
     assert not graph.groups
     assert "shares its weight" in graph.skipped["one"]
     assert "parametrization" in graph.skipped["normed"]
@@ -148,9 +149,9 @@ def test_every_layer_without_a_group_says_why() -> None:
 def test_ignore() -> None:
     network = NETWORKS["residual"]
     model = network.model()
-    graph = groups.trace(model, network.inputs())
+    graph = trace(model, network.inputs())
 
-    def left(ignore: groups.Ignore) -> set[str]:
+    def left(ignore: Ignore) -> set[str]:
         return {group.name for group in graph.without(model, ignore).groups}
 
     everything = set(network.groups)
@@ -171,24 +172,24 @@ def test_an_entry_of_ignore_that_matches_nothing_is_an_error(entry: object, near
     network = NETWORKS["residual"]
     model = network.model()
     with pytest.raises(ValueError, match=f"^ignore: .* matches no layer.*{near}"):
-        groups.trace(model, network.inputs()).without(model, [entry])  # type: ignore[list-item]
+        trace(model, network.inputs()).without(model, [entry])  # type: ignore[list-item]
 
 
 def test_fingerprint_depends_on_the_channels_and_nothing_else() -> None:
     network = NETWORKS["flattening"]
-    fingerprint = groups.trace(network.model(0), network.inputs(2)).fingerprint
-    assert groups.trace(network.model(1).float(), network.inputs(5).float()).fingerprint == fingerprint
+    fingerprint = trace(network.model(0), network.inputs(2)).fingerprint
+    assert trace(network.model(1).float(), network.inputs(5).float()).fingerprint == fingerprint
     wider = network.model()
     wider[4], wider[6] = nn.Linear(64, 7).double(), nn.Linear(7, 4).double()
-    assert groups.trace(wider, network.inputs()).fingerprint != fingerprint
+    assert trace(wider, network.inputs()).fingerprint != fingerprint
     deeper = nn.Sequential(*list(network.model())[:-1], nn.Linear(6, 4), nn.Linear(4, 4)).double()
-    assert groups.trace(deeper, network.inputs()).fingerprint != fingerprint
+    assert trace(deeper, network.inputs()).fingerprint != fingerprint
 
 
 def test_inputs_by_keyword_and_by_a_forward_of_ones_own() -> None:
     network = NETWORKS["residual"]
     model, x = network.model(), network.inputs()
-    plain = groups.trace(model, x).fingerprint
-    assert groups.trace(model, (x, torch.zeros(4))).fingerprint == plain
-    assert groups.trace(model, {"x": x}).fingerprint == plain
-    assert groups.trace(model, {"images": x}, lambda model, batch: model(batch["images"])).fingerprint == plain
+    plain = trace(model, x).fingerprint
+    assert trace(model, (x, torch.zeros(4))).fingerprint == plain
+    assert trace(model, {"x": x}).fingerprint == plain
+    assert trace(model, {"images": x}, lambda model, batch: model(batch["images"])).fingerprint == plain

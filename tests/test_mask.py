@@ -8,8 +8,8 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
-from fastscore import groups
 from fastscore.prune import remove_channels
+from fastscore.tracing import trace
 
 
 def magnitudes(model: nn.Module, x: Tensor) -> fastscore.Scores:
@@ -43,7 +43,7 @@ def test_a_constant_leaks_where_a_channel_is_zeroed_before_its_bias(name: str) -
     model, x = network.model(), network.inputs(5)
     gone = {group: [0] for group in network.groups}
     exact = oracles.masked(network, model, gone, x)
-    pruned = remove_channels(network.model(), groups.trace(model, x).groups,
+    pruned = remove_channels(network.model(), trace(model, x).groups,
                              {group: torch.tensor(index) for group, index in gone.items()})
     torch.testing.assert_close(pruned(x), exact, rtol=1e-10, atol=1e-12)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_group_norm_is_pruned_with_the_statistics_of_what_remains() -> None:
     model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 5, 3), nn.ReLU(),
                                     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3))).double()
     x = NETWORKS["plain"].inputs(5)
-    group = groups.trace(model, x).groups[0]
+    group = trace(model, x).groups[0]
     assert group.unit.tolist() == [0, 1, 2, 3] * 2  # the groups of the norm stay equally wide
     with torch.no_grad():
         kept = [c for c in range(8) if c not in (1, 5)]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastscore
-from fastscore import groups
 from fastscore.prune import _consumer_places, _zero
+from fastscore.tracing import trace
 
 RESIDUAL = NETWORKS["residual"]
 
@@ -272,7 +272,7 @@ def test_torchvision(name: str) -> None:
         result = fastscore.prune(model, scores, x[:1], macs=0.5)
     assert 0.45 < result.report.macs[1] / result.report.macs[0] <= 0.5
     # consumers of the larger model that read the removed channels as zero compute what the smaller one does
-    graph = groups.trace(model, x[:1])
+    graph = trace(model, x[:1])
     handles = [model.get_submodule(layer).register_forward_pre_hook(_zero(index, layer, model))
                for layer, index in _consumer_places(graph.groups, result.removed).items()]
     with torch.no_grad():

@@ -9,8 +9,8 @@
 namespace fastscore::cpu {
 namespace {
 
-// Below this many elements a second thread costs more than it saves.
-constexpr int64_t kElementsPerThread = 32768;
+// Below this many elements, or partial sums, a second thread costs more than it saves.
+constexpr int64_t kElementsPerThread = 32768, kPartialsPerThread = 262144;
 
 // Adds up the chunks of samples [begin, end), in order and in float64.
 template <class S>
@@ -40,7 +40,7 @@ void run(Plan& plan, Dtype dtype, Op op, int count) {
   torch::stable::parallel_for(0, plan.items(), grain, [&](int64_t begin, int64_t end) { kernel(plan, begin, end); });
   if (plan.chunks == 1) return;
   const auto add = wide ? combine<double> : combine<float>;
-  torch::stable::parallel_for(0, plan.sample.size, kElementsPerThread / (plan.chunks * count * plan.channel.size) + 1,
+  torch::stable::parallel_for(0, plan.sample.size, kPartialsPerThread / (plan.chunks * count * plan.channel.size) + 1,
                               [&](int64_t begin, int64_t end) { add(plan, count, begin, end); });
 }
 

@@ -1,0 +1,176 @@
+"""Finding the channel groups of a model, through Torch-Pruning's dependency graph, and trying them on the model."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from fastscore import batches, dependencies, trial
+from fastscore.dependencies import CHANNELWISE, LAYERS, OPTYPE, TRANSPARENT
+from fastscore.evaluation import evaluation_copy
+from fastscore.groups import ChannelGraph, ChannelGroup, Member, Role
+
+
+def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.forward) -> ChannelGraph:
+    """Find the channel groups of `model` by running `forward(model, example_inputs)` on a copy of it.
+
+    Raises ValueError when the model cannot run on the example inputs, TypeError when it returns no tensor.
+    """
+    twin = evaluation_copy(model)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # the tracer follows grad_fn
+    graph = tp.DependencyGraph()
+    has_run = False
+
+    def run(model: nn.Module, batch: batches.Batch) -> Tensor:
+        nonlocal has_run
+        output = batches.checked(forward)(model, batch)
+        has_run = True
+        return output
+
+    with torch.enable_grad(), batches.fork_rng(batches.device_of(model)):
+        try:
+            graph.build_dependency(twin, example_inputs, forward_fn=run, verbose=False)
+        except TypeError:
+            raise
+        except Exception as error:  # the tracer raises whatever its guesses run into
+            blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
+            raise ValueError(f"{type(model).__name__}: {blame}: {type(error).__name__}: {error}") from error
+        dependencies.order_splits(graph)
+        found = _groups(twin, graph)
+        layers = [graph._module2name[node.module] for node in graph.module2node.values() if node.type in LAYERS]
+        strays = trial.strays(twin, found.groups, layers, lambda twin: run(twin, example_inputs))
+    reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
+               for group, where in strays.items()}
+    return replace(found, groups=tuple(group for group in found.groups if group.name not in strays),
+                   skipped={**found.skipped, **reasons})
+
+
+def _groups(model: nn.Module, graph: Any) -> ChannelGraph:
+    groups: list[ChannelGroup] = []
+    skipped: dict[str, str] = {}
+    seen: set[str] = set()
+    tables = dependencies.IndexTables()
+    for name, module in model.named_modules():
+        node = graph.module2node.get(module)
+        if node is None or node.type not in LAYERS or name in seen:
+            continue
+        places = dependencies.places_of(node, graph.get_pruner_of_module(module), tables)
+        members = [member for key in places if (member := _member(graph, key, places[key])) is not None]
+        seen.update(member.layer for member in members if member.role == "producer")
+        reason = _why_not(model, places, members)
+        channels = graph.get_out_channels(module)
+        unit = _units(model, channels, members, dependencies.chunks(places))
+        if reason is None and int(unit.max()) == 0:
+            reason = "all its channels can only be removed together"
+        if reason is None:
+            groups.append(ChannelGroup(name, channels, unit, tuple(_first_channel_of_each_index(members))))
+        else:
+            skipped[name] = reason
+    return ChannelGraph(tuple(groups), skipped, dependencies.normalized_by(graph))
+
+
+def _member(graph: Any, key: tuple[Any, Any], places: np.ndarray) -> Member | None:
+    node, function = key
+    if node.type in CHANNELWISE:
+        role: Role = "channelwise"
+    elif node.type in LAYERS:
+        role = "consumer" if function == graph.get_pruner_of_module(node.module).prune_in_channels else "producer"
+    else:
+        return None
+    index, channel = torch.from_numpy(places).unbind(1)
+    return Member(graph._module2name[node.module], role, index.contiguous(), channel.contiguous())
+
+
+def _why_not(model: nn.Module, places: Iterable[tuple[Any, Any]], members: list[Member]) -> str | None:
+    """Why a group cannot be pruned; None where it can."""
+    consumers = {member.layer for member in members if member.role == "consumer"}
+    for node, function in places:
+        if node.type not in LAYERS | CHANNELWISE | TRANSPARENT | {OPTYPE.OUTPUT}:
+            return f"its channels pass through {node.name or type(node.module).__name__} " \
+                   f"({type(node.module).__name__}), which cannot lose channels yet"
+        reads = node.type in LAYERS and function.__name__ == "prune_in_channels"
+        if node.type == OPTYPE.OUTPUT or not (node.outputs or reads):
+            return "its channels are the model's output"
+        if (node.type == OPTYPE.SLICE and node.module.dim == 1) or hasattr(node.grad_fn, "_saved_split_sizes"):
+            return f"its channels are cut at places that the model's code fixes ({node.grad_fn.name()})"
+        if node.type == OPTYPE.DEPTHWISE_CONV and node.module.in_channels != node.module.out_channels:
+            return f"{node.name} adds channels up in fixed sets"
+        if node.type == OPTYPE.CONV and node.module.transposed and node.module.groups > 1:
+            return f"{node.name} is a grouped transposed convolution, which cannot lose channels yet"
+    if not consumers:
+        return "no Conv or Linear reads its channels"
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for member in members:
+        layer = model.get_submodule(member.layer)
+        width = _width(layer, member.role)
+        if width is not None and int(member.index.max()) >= width:
+            return f"their number changes on the way to {member.layer}"
+        if nn.utils.parametrize.is_parametrized(layer) or "weight" in vars(layer):
+            return f"the weight of {member.layer} is computed (a parametrization): remove it first"
+        if any(owners[id(parameter)] > 1 for parameter in layer._parameters.values() if parameter is not None):
+            return f"{member.layer} shares its weight with another layer"
+        if width is not None and _sections(layer, member.role) > 1 and len(member.index) < width:
+            return f"{member.layer} is grouped and works on other channels too"
+    return None
+
+
+def _units(model: nn.Module, channels: int, members: list[Member], chunks: Iterable[tuple[int, np.ndarray]]) -> Tensor:
+    """The unit of each channel, int64 [C], numbered from 0 in order of first channel: see ChannelGroup."""
+    parent = list(range(channels))
+
+    def root(channel: int) -> int:
+        while parent[channel] != channel:
+            parent[channel] = parent[parent[channel]]
+            channel = parent[channel]
+        return channel
+
+    def tie(one: int, other: int) -> None:
+        low, high = sorted((root(one), root(other)))
+        parent[high] = low
+
+    def same_place(period: int, places: Iterable[Sequence[int]]) -> None:
+        first_at: dict[int, int] = {}
+        for position, channel in places:
+            tie(first_at.setdefault(position % period if period else position, channel), channel)
+
+    for member in members:
+        layer = model.get_submodule(member.layer)
+        index, channel = member.index.tolist(), member.channel.tolist()
+        # A grouped convolution (or norm) keeps its groups equally wide, so the same place in each goes at once.
+        sections = _sections(layer, member.role)
+        width = _width(layer, member.role)
+        period = width // sections if width is not None and sections > 1 else 0
+        same_place(period, zip(index, channel, strict=True))
+    for width, places in chunks:  # chunk() takes equal parts of whatever is left
+        same_place(width, places.tolist())
+    roots = [root(channel) for channel in range(channels)]
+    number = {value: i for i, value in enumerate(sorted(set(roots)))}
+    return torch.tensor([number[value] for value in roots], dtype=torch.int64)
+
+
+def _sections(layer: nn.Module, role: Role) -> int:
+    """Into how many groups of equal width a grouped convolution or norm divides its channels; 1 for other layers."""
+    return int(getattr(layer, "num_groups" if role == "channelwise" else "groups", 1))
+
+
+def _width(layer: nn.Module, role: Role) -> int | None:
+    """Channels of the layer's output (its input, for a consumer); None for a PReLU with one slope for all."""
+    pruner = tp.function.PrunerBox[tp.ops.module2type(layer)]
+    width: int | None = pruner.get_in_channels(layer) if role == "consumer" else pruner.get_out_channels(layer)
+    return width
+
+
+def _first_channel_of_each_index(members: list[Member]) -> Iterator[Member]:
+    """Members with each position named once: where tied channels meet, the lowest stands for them."""
+    for member in members:
+        keep = torch.ones_like(member.index, dtype=torch.bool)
+        keep[1:] = member.index[1:] != member.index[:-1]  # places are sorted by (index, channel)
+        yield Member(member.layer, member.role, member.index[keep], member.channel[keep])
