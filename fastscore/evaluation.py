@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fastscore.batches import Batch, map_tensors
 
@@ -37,12 +37,9 @@ def fold_batchnorms(model: nn.Module, normalized_by: Mapping[str, str]) -> list[
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None or _watched(layer, norm):
             continue
-        if type(layer) in _CONVOLUTIONS:
-            fused: nn.Module = fuse_conv_bn_eval(layer, norm, _CONVOLUTIONS[type(layer)])  # type: ignore[type-var]
-        elif type(layer) is nn.Linear:
-            fused = fuse_linear_bn_eval(layer, norm)
-        else:
+        if type(layer) not in _CONVOLUTIONS:  # behind a Linear, a BatchNorm may normalise another dimension
             continue
+        fused: nn.Module = fuse_conv_bn_eval(layer, norm, _CONVOLUTIONS[type(layer)])  # type: ignore[type-var]
         model.set_submodule(layer_name, fused.requires_grad_(False))
         model.set_submodule(norm_name, nn.Identity())
         folded.append(layer_name)

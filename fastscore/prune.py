@@ -18,7 +18,7 @@ from fastscore.evaluation import evaluation_copy
 from fastscore.groups import ChannelGraph, ChannelGroup, Ignore
 from fastscore.scores import Scores
 from fastscore.selection import Scope, check_scores, removal_order, select
-from fastscore.taps import remove_copied_hooks
+from fastscore.taps import OwnHook, remove_copied_hooks
 from fastscore.tracing import trace
 
 
@@ -222,4 +222,4 @@ def _zero(index: Tensor, layer: str, model: nn.Module) -> Callable[..., Any]:
             raise TypeError(f"{layer}: its input arrives as a keyword argument; call it by position, or ignore it")
         return args[0].index_fill(dim, index.to(args[0].device), 0), *args[1:]
 
-    return hook
+    return OwnHook(hook)

@@ -1,4 +1,4 @@
-"""Taps: where activation meets gradient. The only file that knows hooks.
+"""Taps: where activation meets gradient.
 
 A tap stands on the input of a layer that reads channels (a consumer). It hands the layer a view of its input through
 an identity whose second argument, the gate, is a leaf [N, C]; what autograd sends to the gate is the channel sum of
@@ -17,6 +17,19 @@ from torch.utils.hooks import RemovableHandle
 
 # (activation, gradient, channel_dim) -> [N, C]
 Measure: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
+
+
+class OwnHook:
+    """A hook that can be told from the user's, and that a copy of the model shares with it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OwnHook":
+        return self  # a copied model (an EMA, say) carries the hooks along; they know their own modules and stay quiet
 
 
 class _Gate(torch.autograd.Function):
@@ -77,8 +90,8 @@ class Taps:
         """Set the hooks. Raises RuntimeError when they are set already."""
         if self._handles:
             raise RuntimeError("these taps are attached already: detach() first")
-        self._handles = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-                         self.model.register_forward_hook(self._end)]
+        self._handles = [self.model.register_forward_pre_hook(OwnHook(self._begin), with_kwargs=True),
+                         self.model.register_forward_hook(OwnHook(self._end))]
         for layer, channel_dim in self.channel_dims.items():
             module = self.model.get_submodule(layer)
             self._handles.append(module.register_forward_pre_hook(self._tap(module, layer, channel_dim)))
@@ -98,9 +111,6 @@ class Taps:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         self.detach()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Taps":
-        return self  # a copied model (an EMA, say) carries the hooks along; they know their own modules and stay quiet
 
     @property
     def measuring(self) -> bool:
@@ -174,8 +184,7 @@ class Taps:
             self.current.gates.append((layer, gate))
             return _Gate.apply(x, gate, self, channel_dim), *args[1:]
 
-        hand_over_view.taps = self  # type: ignore[attr-defined]
-        return hand_over_view
+        return OwnHook(hand_over_view)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         done = self.current
@@ -203,10 +212,10 @@ class Taps:
 
 
 def remove_copied_hooks(model: nn.Module) -> None:
-    """Take off a copy of a tapped model the hooks that came along with it."""
+    """Take off a copy of a tapped or masked model the hooks that came along with it."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for number, hook in list(hooks.items()):
-                if isinstance(getattr(hook, "__self__", getattr(hook, "taps", None)), Taps):
+                if isinstance(hook, OwnHook):
                     del hooks[number]
                     module._forward_pre_hooks_with_kwargs.pop(number, None)

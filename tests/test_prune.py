@@ -189,6 +189,15 @@ def test_pruning_inside_a_scorers_block_gives_an_ordinary_model() -> None:
     assert torch.equal(pickle.loads(pickle.dumps(result.model))(x), result.model(x))
 
 
+def test_pruning_inside_a_mask_leaves_the_mask_behind() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    scores = fastscore.score(model, [x], progress=False)
+    with fastscore.mask(model, scores, 0.3, x):
+        result = fastscore.prune(model, scores, x, channels=0.9)
+    assert not any(module._forward_pre_hooks for module in result.model.modules())
+    assert torch.equal(result.model(x), fastscore.prune(model, scores, x, channels=0.9).model(x))
+
+
 def test_saved_copied_and_pickled(pruned: tuple[nn.Module, Tensor], tmp_path: Path) -> None:
     model, x = pruned
     with torch.no_grad():
@@ -216,7 +225,7 @@ def test_trains(pruned: tuple[nn.Module, Tensor]) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
 
