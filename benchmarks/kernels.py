@@ -76,8 +76,8 @@ def candidates(a: Tensor, g: Tensor) -> dict[str, Callable[[], object]]:
 
 
 def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int, seconds: float = 0.02,
-                clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
-    """Median seconds per call: in each of `repeats` rounds every function runs for about `seconds`, one by one."""
+                clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
+    """Seconds per call of each round: in each of `repeats` rounds every function runs for about `seconds`, in turn."""
     calls = {}
     for name, function in functions.items():
         function()  # compiles, allocates
@@ -91,4 +91,9 @@ def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int, sec
             for _ in range(calls[name]):
                 function()
             times[name].append((clock() - start) / calls[name])
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def times_as_fast(slow: list[float], fast: list[float]) -> float:
+    """How many times as fast `fast` is: the median of the ratios of each round, which share what else went on."""
+    return statistics.median(s / f for s, f in zip(slow, fast, strict=True))

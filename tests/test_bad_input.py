@@ -33,7 +33,7 @@ def trained(name: str = "residual") -> nn.Module:
     return model
 
 
-def refused(error: type[BaseException], message: str, model: nn.Module, act: Callable[[], Any]) -> None:
+def refused(error: type[BaseException], message: str | None, model: nn.Module, act: Callable[[], Any]) -> None:
     with untouched(model), pytest.raises(error, match=message):
         act()
 
@@ -297,9 +297,9 @@ def test_the_users_code_raises(fail: Callable[..., Any]) -> None:
             fail()
         return model(batch)
 
-    refused(error, "", model, lambda: score(model, loader()))
-    refused(error, "", model, lambda: score(model, [(X, y)], gradient="loss", loss=fail))
-    refused(error, "", model, lambda: score(model, [X] * 20, forward=forward))
+    refused(error, None, model, lambda: score(model, loader()))
+    refused(error, None, model, lambda: score(model, [(X, y)], gradient="loss", loss=fail))
+    refused(error, None, model, lambda: score(model, [X] * 20, forward=forward))
     assert calls > 8
 
     def loop(scorer: Scorer) -> None:
@@ -312,7 +312,7 @@ def test_the_users_code_raises(fail: Callable[..., Any]) -> None:
         scorer = Scorer(model, X, gradient=gradient)  # type: ignore[arg-type]
         model.train()
         running = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        refused(error, "", model, lambda: loop(scorer))  # noqa: B023
+        refused(error, None, model, lambda: loop(scorer))  # noqa: B023
         assert all(torch.equal(buffer, running[name]) for name, buffer in model.named_buffers())
 
 
@@ -344,5 +344,5 @@ def test_the_users_hook_raises_in_a_later_batch() -> None:
             raise Mine
 
     model.block2.conv1.register_forward_hook(hook)
-    refused(Mine, "", model, lambda: score(model, [X, X[:2]]))
+    refused(Mine, None, model, lambda: score(model, [X, X[:2]]))
     assert calls > 1
