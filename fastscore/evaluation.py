@@ -24,15 +24,14 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared).eval()
 
 
-def fold_batchnorms(model: nn.Module, normalized_by: Mapping[str, str]) -> list[str]:
-    """Fold BatchNorms into the weights of the layers before them; returns the layers it changed.
+def fold_batchnorms(model: nn.Module, normalized_by: Mapping[str, str]) -> None:
+    """Fold BatchNorms into the weights of the convolutions before them, in place.
 
     model: an evaluation copy. normalized_by: layer -> the BatchNorm that alone reads its output.
 
     In evaluation mode BatchNorm is affine for each channel, so folding is exact. Layers with hooks,
     subclasses, and BatchNorms without running statistics stay as they are.
     """
-    folded = []
     for layer_name, norm_name in normalized_by.items():
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None or _watched(layer, norm):
@@ -42,8 +41,6 @@ def fold_batchnorms(model: nn.Module, normalized_by: Mapping[str, str]) -> list[
         fused: nn.Module = fuse_conv_bn_eval(layer, norm, _CONVOLUTIONS[type(layer)])  # type: ignore[type-var]
         model.set_submodule(layer_name, fused.requires_grad_(False))
         model.set_submodule(norm_name, nn.Identity())
-        folded.append(layer_name)
-    return folded
 
 
 def _watched(*modules: nn.Module) -> bool:
