@@ -12,77 +12,115 @@ from fastscore import gradients
 from fastscore.batches import Batch, Forward, checked, device_of, fork_rng, map_tensors
 from fastscore.batches import forward as call_model
 from fastscore.evaluation import evaluation_copy, fold_batchnorms, to_channels_last
-from fastscore.groups import ChannelGraph, Ignore, matching_layers
+from fastscore.groups import ChannelGraph, Ignore, Units, matching_layers
 from fastscore.importance import WEIGHT_IMPORTANCES
-from fastscore.scorer import Gradient, Scorer, scorable
+from fastscore.scorer import Gradient
 from fastscore.scores import Origin, Scores
+from fastscore.totals import Totals, scored
 from fastscore.tracing import trace
+
+# samples="auto": at least so many, until the halves agree on this share of the fraction that each would prune
+AUTO_LEAST, AUTO_FRACTION, AUTO_OVERLAP = 32, 0.3, 0.95
 
 
 def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "taylor-sq",
-          gradient: Gradient = "random", normalize: bool = True, reduction: Literal["sum", "element"] = "sum",
-          probes: int = 1, samples: int | None = None, seed: int = 0, distribution: str = "normal",
-          loss: gradients.Loss | None = None, forward: Forward = call_model, ignore: Ignore = (),
+          gradient: Gradient = "random", normalize: bool = True, units: Units = "groups", reduction: str = "sum",
+          ablation: str = "zero", layerwise: str = "none", probes: int | Literal["exact"] = 1,
+          samples: int | Literal["auto"] | None = None, seed: int = 0, distribution: str = "normal",
+          center: bool = False, loss: gradients.Loss | None = None, forward: Forward = call_model, ignore: Ignore = (),
           progress: bool = True) -> Scores:
     """Score every channel of `model` on `batches`, without labels unless gradient="loss".
 
     The work is done on a copy of the model, in evaluation mode with frozen weights.
 
     batches: tensors [N, ...], tuples (the first element is the input) or dicts (keyword arguments); moved to the
-    model's device. importance: "taylor", "taylor-abs" or "taylor-sq" (activation x gradient), or "magnitude-l1",
-    "magnitude-l2", "bn-scale", "random", which read only the weights. gradient: "random" (no labels) or "loss".
-    normalize: scale each sample's output gradient to length 1. reduction: "sum" over a channel's positions before the
-    absolute value or square, or "element". probes: random gradients for each sample. samples: stop after so many.
-    seed: of the random gradients, which depend on it, the sample's content and the probe alone, so that scores do not
-    depend on batch size or order. distribution: "normal" or "rademacher". loss(output, batch) -> scalar (default:
-    cross entropy with the labels of (input, label) batches); its gradient is taken as it stands when normalize=False.
-    forward(model, batch) -> output [N, ...], for models that are called otherwise. ignore: layer names (with `*`),
-    types or modules to leave out. progress: show a bar.
+    model's device.
+    importance: "taylor", "taylor-abs" or "taylor-sq" (activation x gradient); "molchanov-bn" or "molchanov-group", from
+    the gradients of whole batches; or "magnitude-l1", "magnitude-l2", "bn-scale", "random", which read only weights.
+    gradient: "random" (no labels) or "loss". normalize: scale each sample's output gradient to length 1.
+    units: "groups", channels that live and die together and can be pruned, or "norms", a gate at the output of each
+    BatchNorm, as in the paper, which can be masked. reduction: "sum" over a channel's positions before the absolute
+    value or square, or "element". ablation: what a channel's absence is compared with: "zero", or "mean" (taylor-sq),
+    the channel at its mean activation. layerwise: divide each layer's importances by their "l2" norm or "mean", or
+    not ("none").
+    probes: random gradients for each sample; or "exact": one for each output, in turn, whose mean for taylor-sq is the
+    value that random gradients approach. samples: stop after so many; "auto": as soon as the even and the odd samples
+    agree on 95 % of the 30 % of channels that each would prune (see Scores.overlap). seed: of the random gradients,
+    which depend on it, the sample's content and the probe alone, so that scores do not depend on batch size or order.
+    distribution: "normal", "rademacher", or "orthogonal" (the probes of a sample are orthogonal to each other).
+    center: take the all-ones direction out of the random gradients, which a softmax does not see.
+    loss(output, batch) -> scalar (default: cross entropy with the labels of (input, label) batches); its gradient is
+    taken as it stands when normalize=False. forward(model, batch) -> output [N, ...], for models that are called
+    otherwise. ignore: layer names (with `*`), types or modules to leave out. progress: show a bar.
 
     Raises ValueError (no channel to score, no labels for a loss gradient, a loss that is not finite, a batch the model
     cannot take), TypeError (a model that returns no tensor), FloatingPointError (NaN or infinity, naming the layer).
-    Source: arXiv 2310.20203.
+    Source: arXiv 2310.20203; molchanov-*: arXiv 1906.10771.
     """
-    for name, value in (("probes", probes), ("samples", samples)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: {value}; it must be 1 or more")
-    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
-        shown = "one tensor" if isinstance(batches, Tensor) else type(batches).__name__
-        raise TypeError(f"batches: {shown}, where an iterable of batches is meant; for a single one: [batch]")
-    if gradient == "loss" and probes != 1:
-        raise ValueError(f'probes: {probes}, but a loss has one gradient; use gradient="random" for more')
+    reads_weights = importance in WEIGHT_IMPORTANCES and (reduction, ablation) == ("sum", "zero")
+    distribution = "none" if reads_weights else "basis" if probes == "exact" else distribution
+    origin = Origin(importance, reduction, "none" if reads_weights else gradient, normalize and not reads_weights,
+                    seed, distribution, "", units, ablation, layerwise, center)
+    _check(batches, origin, probes, samples)
     ignore = matching_layers(model, ignore)
     twin = evaluation_copy(model)
     with fork_rng(device_of(twin)), torch.inference_mode(False), torch.enable_grad():
-        stream = _on_device(batches, device_of(twin), samples)
+        stream = _on_device(batches, device_of(twin), samples if isinstance(samples, int) else None)
         example = next(stream, None)
         if example is None:
             raise ValueError("batches: there is none to score on")
         # One sample is enough to trace with, where it is known how to take it.
         traced = _first_samples(example, len(gradients.first_input(example)), 1) if forward is call_model else example
-        if importance in WEIGHT_IMPORTANCES and reduction == "sum":
-            return _score_weights(twin, traced, importance, seed, forward, ignore)
         graph = trace(twin, traced, forward)
-        scorer = Scorer(twin, graph, importance=importance, gradient=gradient, normalize=normalize,
-                        reduction=reduction, seed=seed, distribution=distribution, ignore=ignore)
-        run = checked(_fast(twin, graph, forward))
-        with scorer, tqdm(total=samples, unit=" samples", desc="scoring", disable=not progress) as bar:
+        if reads_weights:
+            return _score_weights(twin, graph, origin, ignore)
+        totals = Totals(twin, graph, origin, ignore)
+        taps = totals.taps()
+        for weight in taps.weights.values():
+            weight.requires_grad_()
+        # Folding leaves a filter's w·∂w as it is, but gives it a bias.
+        run = checked(forward if taps.weights else _fast(twin, graph, forward))
+        total = samples if isinstance(samples, int) else None
+        with taps, tqdm(total=total, unit=" samples", desc="scoring", disable=not progress) as bar:
             for batch in itertools.chain([example], stream):
-                with scorer.joined(batch):
+                with taps.joined(batch):
                     output = run(twin, batch)
                 if not torch.isfinite(output).all() and (culprit := _blame(model, batch, forward)) is not None:
                     raise FloatingPointError(culprit)
                 if gradient == "loss":
-                    scorer.propagate(output, gradients.loss_gradient(output, batch, loss, normalize))
+                    sent = gradients.loss_gradient(output, batch, loss, normalize)
+                    totals.propagate(taps, output, sent / len(sent) if totals.row.minibatch and normalize else sent)
                 else:
-                    for _ in range(probes):
-                        scorer.probe(output)
-                if (layer := scorer.nonfinite_layer()) is not None:
+                    for _ in range(probes if isinstance(probes, int) else gradients.classes_of(output)):
+                        totals.probe(taps, output)
+                if (layer := totals.nonfinite_layer()) is not None:
                     raise FloatingPointError(_blame(model, batch, forward) or
                                              f"{layer}: NaN or infinity in the gradient that reaches its channels")
                 bar.update(len(output))
                 del output  # and its graph, which would otherwise live on beside the next one
-        return scorer.scores()
+                if samples == "auto" and _settled(totals):
+                    break
+        return totals.scores()
+
+
+def _check(batches: object, origin: Origin, probes: object, samples: object) -> None:
+    for name, value, word in (("probes", probes, "exact"), ("samples", samples, "auto")):
+        if (value != word) if isinstance(value, str) else (isinstance(value, int) and value < 1):
+            raise ValueError(f"{name}: {value!r}; it must be {word!r}, or 1 or more")
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        shown = "one tensor" if isinstance(batches, Tensor) else type(batches).__name__
+        raise TypeError(f"batches: {shown}, where an iterable of batches is meant; for a single one: [batch]")
+    if origin.gradient == "loss" and probes != 1:
+        raise ValueError(f'probes: {probes}, but a loss has one gradient; use gradient="random" for more')
+    if probes == "exact" and origin.importance != "taylor-sq":
+        raise ValueError(f'probes: "exact" is the mean square over all outputs, and {origin.importance} is no mean '
+                         'square: use importance="taylor-sq", or a number of probes')
+
+
+def _settled(totals: Totals) -> bool:
+    """Whether two halves of the samples would prune the same channels, but for a few."""
+    enough = totals.samples >= AUTO_LEAST
+    return enough and totals.scores().overlap(AUTO_FRACTION) >= AUTO_OVERLAP
 
 
 def _fast(twin: nn.Module, graph: ChannelGraph, forward: Forward) -> Forward:
@@ -94,15 +132,13 @@ def _fast(twin: nn.Module, graph: ChannelGraph, forward: Forward) -> Forward:
     return lambda model, batch: forward(model, to_channels_last(batch))
 
 
-def _score_weights(model: nn.Module, example: Batch, importance: str, seed: int, forward: Forward,
-                   ignore: Ignore) -> Scores:
-    graph = trace(model, example, forward)
-    origin = Origin(importance, "sum", "none", False, seed, "none", graph.fingerprint)
-    graph = scorable(model, graph, ignore)
+def _score_weights(model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore) -> Scores:
+    graph, origin = scored(model, graph, origin, ignore)
+    importance = origin.importance
     totals: dict[str, Tensor] = {}
     skipped = dict(graph.skipped)
     for group in graph.groups:
-        values = WEIGHT_IMPORTANCES[importance](model, group, seed)
+        values = WEIGHT_IMPORTANCES[importance](model, group, origin.seed)
         if values is None:
             skipped[group.name] = f"{importance} says nothing about it"
         elif not torch.isfinite(values).all():

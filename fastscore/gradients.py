@@ -15,6 +15,8 @@ from fastscore import batches, ops
 
 Loss: TypeAlias = Callable[[Tensor, Any], Tensor]
 
+DISTRIBUTIONS = ("normal", "rademacher", "orthogonal", "basis")
+
 # SplitMix64 (Steele, Lea, Flood, 2014), as signed 64-bit integers, which wrap the same.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
@@ -42,14 +44,48 @@ def sample_ids(x: Tensor) -> Tensor:
     return _mix(torch.stack([(row * weights).sum() for row in words])) if len(words) else words.new_empty(0).long()
 
 
-def random_gradient(output: Tensor, ids: Tensor, seed: int, probe: int, distribution: str, normalize: bool) -> Tensor:
-    """A random gradient for `output` [N, ...], of its shape, dtype and device; all that follows N counts as classes."""
+def random_gradient(output: Tensor, ids: Tensor, seed: int, probe: int, distribution: str, normalize: bool,
+                    center: bool = False) -> Tensor:
+    """A random gradient for `output` [N, ...], of its shape, dtype and device; all that follows N counts as classes.
+
+    distribution: "normal", "rademacher"; "orthogonal", whose probes are orthogonal to the earlier ones of the same
+    sample, until there is no direction left and a new set begins; or "basis", where probe k is the unit vector of class
+    k. normalize: of length 1; otherwise of the length that a normal draw has (√K for the basis, on which the mean
+    square over its K probes is the same as the expectation over normal draws). center: without its part along
+    (1, ..., 1), which a softmax does not see; of a basis, what is left keeps its length.
+    """
     if len(ids) != len(output):
         raise ValueError(f"output: it has {len(output)} rows for {len(ids)} samples; pass a forward that returns "
                          "one for each sample")
-    gradient = ops.random_gradient(ids.to(output.device), math.prod(output.shape[1:]), seed, probe, distribution,
-                                   normalize)
+    classes = classes_of(output)
+    if center and classes < 2:
+        raise ValueError("center: the output has a single value for each sample, of which nothing is left without its "
+                         "mean; use center=False")
+    ids = ids.to(output.device)
+
+    def drawn(probe: int, kind: str) -> Tensor:
+        gradient = ops.random_gradient(ids, classes, seed, probe, kind, normalize and not center)
+        return gradient - gradient.mean(1, keepdim=True) if center else gradient
+
+    if distribution == "basis":
+        gradient = torch.zeros(len(ids), classes, device=output.device)
+        gradient[:, probe] = 1 if normalize else math.sqrt(classes)
+        gradient = gradient - gradient.mean(1, keepdim=True) if center else gradient
+    elif distribution == "orthogonal":
+        first = probe - probe % (classes - center)
+        draws = torch.stack([drawn(earlier, "normal").double() for earlier in range(first, probe + 1)], 2)
+        length = 1 if normalize else draws[:, :, -1].norm(dim=1, keepdim=True)
+        gradient = torch.linalg.qr(draws)[0][:, :, -1] * length
+    else:
+        gradient = drawn(probe, distribution)
+        if normalize and center:
+            gradient = ops.normalize_gradient(gradient)[0]
     return gradient.reshape(output.shape).to(output.dtype)
+
+
+def classes_of(output: Tensor) -> int:
+    """Values of `output` [N, ...] for each sample."""
+    return math.prod(output.shape[1:])
 
 
 def loss_gradient(output: Tensor, batch: Any, loss: Loss | None, normalize: bool) -> Tensor:

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
-Role = Literal["producer", "consumer", "channelwise"]
+Role = Literal["producer", "consumer", "channelwise", "gate"]
+Units = Literal["groups", "norms"]
 Ignore = Iterable[str | type | nn.Module]
 
 
@@ -23,9 +25,9 @@ class Member:
     """Where a group's channels lie in one layer.
 
     layer: qualified module name. role: `producer` (a Conv or Linear that makes the channels), `consumer` (a Conv or
-    Linear that reads them) or `channelwise` (a normalisation, PReLU or depthwise convolution between them).
-    index, channel: int64 [M]; position `index[m]` of the layer's output (its input, for a consumer) carries the group's
-    channel `channel[m]`.
+    Linear that reads them), `channelwise` (a normalisation, PReLU or depthwise convolution between them) or `gate` (a
+    BatchNorm whose output is the channels: see norm_gates). index, channel: int64 [M]; position `index[m]` of the
+    layer's output (its input, for a consumer) carries the group's channel `channel[m]`.
     """
 
     layer: str
@@ -48,9 +50,14 @@ class ChannelGroup:
     unit: Tensor
     members: tuple[Member, ...]
 
-    def role(self, role: Role) -> Iterator[Member]:
-        """The members that play `role`."""
-        return (member for member in self.members if member.role == role)
+    def role(self, *roles: Role) -> Iterator[Member]:
+        """The members that play one of `roles`."""
+        return (member for member in self.members if member.role in roles)
+
+    @property
+    def edges(self) -> Iterator[Member]:
+        """The members where the channels end, and where activation meets gradient."""
+        return self.role("consumer", "gate")
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,24 @@ class ChannelGraph:
             else:
                 skipped[group.name] = "ignored" if hit == group.name else f"ignored with {hit}"
         return replace(self, groups=tuple(groups), skipped=skipped)
+
+
+def norm_gates(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
+    """One group for each BatchNorm of `model`, whose channels end at its output: the paper's units.
+
+    The convolution that a BatchNorm alone reads is the producer of its group. Such channels can be scored and masked;
+    surgery needs the groups of `graph`. Source: arXiv 2310.20203.
+    """
+    producers = {norm: layer for layer, norm in graph.normalized_by.items()}
+    groups = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            every = torch.arange(module.num_features)
+            members = [Member(name, "gate", every, every)]
+            if name in producers:
+                members.append(Member(producers[name], "producer", every, every))
+            groups.append(ChannelGroup(name, module.num_features, every, tuple(members)))
+    return replace(graph, groups=tuple(groups), skipped={})
 
 
 def matching_layers(model: nn.Module, ignore: Ignore) -> set[str]:

@@ -5,7 +5,7 @@ channel goes (Molchanov et al., arXiv 1611.06440; random v: arXiv 2310.20203).
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,30 +16,66 @@ from fastscore.groups import ChannelGroup, Member
 from fastscore.taps import Measure
 
 
+def _sums(a: Tensor, g: Tensor, channel_dim: int) -> Tensor:
+    dot, total, gradient = ops.channel_sums(a, g, channel_dim)
+    return torch.stack([dot, total / max(a.numel() // max(total.numel(), 1), 1), gradient])
+
+
+def _powers(a: Tensor, g: Tensor, channel_dim: int) -> Tensor:
+    return torch.stack(ops.channel_powers(a, g, channel_dim))
+
+
+SUMS = Measure(3, _sums)  # Σ a·g, the mean of a, Σ g
+POWERS = Measure(2, _powers)  # Σ |a·g|, Σ (a·g)²
+DEGREES = {SUMS: (1, 0, 1), POWERS: (1, 2)}  # the power of the output gradient's length in each part
+MEAN = 1  # the part of SUMS that holds activations
+
+
 @dataclass(frozen=True)
 class GradientImportance:
-    """measure: what a tap sends, [N, C]. per_sample: its share of the running total. finish: mean -> importance.
+    """How s becomes an importance: sums of it are taken over samples, and the mean over samples is finished.
 
-    degree: the power of the output gradient's length in `measure`; dividing by it normalises.
+    accumulate: float64 [V, N, U] -> [..., U], the share of N samples; V is 1, or, where `edges`, 1 + 2E: s, then Σ g
+    and the mean activation of each of E edges. finish: its mean [..., C] -> importance [C].
+    measure, part: what the taps send, and which part of it is s. minibatch: N samples count as one, as a step of
+    training would see them. filters: s is not read; the share of a minibatch comes from its weight gradients.
     """
 
-    measure: Measure
-    per_sample: Callable[[Tensor], Tensor]
-    finish: Callable[[Tensor], Tensor]
-    degree: int = 1
+    accumulate: Callable[[Tensor], Tensor]
+    finish: Callable[[Tensor], Tensor] = lambda mean: mean
+    measure: Measure = SUMS
+    part: int = 0
+    edges: bool = False
+    minibatch: bool = False
+    filters: bool = False
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
+def _gram(values: Tensor) -> Tensor:
+    """[1 + 2E, N, U] -> [2 + E, 1 + E, U]: products of (s, Σ g of each edge) among each other; then (0, the means)."""
+    edges = len(values) // 2
+    terms = values[:1 + edges]
+    means = torch.cat([torch.zeros_like(values[:1]), values[1 + edges:]]).sum(1)
+    return torch.cat([torch.einsum("anu,bnu->abu", terms, terms), means[None]])
 
 
-GRADIENT_IMPORTANCES: dict[tuple[str, str], GradientImportance] = {
-    # (importance, reduction)
-    ("taylor", "sum"): GradientImportance(ops.channel_dot, _same, torch.abs),
-    ("taylor-abs", "sum"): GradientImportance(ops.channel_dot, torch.abs, _same),
-    ("taylor-sq", "sum"): GradientImportance(ops.channel_dot, torch.square, _same),
-    ("taylor-abs", "element"): GradientImportance(lambda a, g, dim: ops.channel_powers(a, g, dim)[0], _same, _same),
-    ("taylor-sq", "element"): GradientImportance(lambda a, g, dim: ops.channel_powers(a, g, dim)[1], _same, _same, 2),
+def _ablated_to_mean(mean: Tensor) -> Tensor:
+    """The mean of (s - Σ_e μ_e·Σ g_e)², from what `_gram` has summed: exact for the means μ known only at the end."""
+    weights = torch.cat([torch.ones_like(mean[-1, :1]), -mean[-1, 1:]])
+    # never negative but for rounding
+    return torch.einsum("au,abu,bu->u", weights, mean[:-1], weights).clamp(min=0)
+
+
+GRADIENT_IMPORTANCES: dict[tuple[str, str, str], GradientImportance] = {
+    # (importance, reduction, ablation)
+    ("taylor", "sum", "zero"): GradientImportance(lambda v: v[0].sum(0), torch.abs),
+    ("taylor-abs", "sum", "zero"): GradientImportance(lambda v: v[0].abs().sum(0)),
+    ("taylor-sq", "sum", "zero"): GradientImportance(lambda v: v[0].square().sum(0)),
+    ("taylor-sq", "sum", "mean"): GradientImportance(_gram, _ablated_to_mean, edges=True),
+    ("taylor-abs", "element", "zero"): GradientImportance(lambda v: v[0].sum(0), measure=POWERS),
+    ("taylor-sq", "element", "zero"): GradientImportance(lambda v: v[0].sum(0), measure=POWERS, part=1),
+    # Molchanov et al., arXiv 1906.10771: γ·∂γ + β·∂β = Σ a·g at the output of the BatchNorm
+    ("molchanov-bn", "sum", "zero"): GradientImportance(lambda v: v[0].sum(0).square(), minibatch=True),
+    ("molchanov-group", "sum", "zero"): GradientImportance(lambda v: v[0].sum(0), minibatch=True, filters=True),
 }
 
 # (model, group, seed) -> [C]; None where the criterion says nothing about the group
@@ -54,7 +90,8 @@ def _filter_norm(p: int) -> WeightImportance:
         for member in group.members:
             layer = model.get_submodule(member.layer)
             if member.role != "consumer" and isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
-                total += _joint(group, member, _filters(layer).abs().pow(p).sum(1))
+                weight = layer.get_parameter("weight").detach().double().cpu()
+                total += _joint(group, member, _by_output(layer, weight).abs().pow(p).sum(1))
         return total.pow(1 / p)
 
     return importance
@@ -63,7 +100,7 @@ def _filter_norm(p: int) -> WeightImportance:
 def _bn_scale(model: nn.Module, group: ChannelGroup, seed: int) -> Tensor | None:
     """The mean |γ| of the BatchNorms that the group's channels pass (Liu et al., arXiv 1708.06519)."""
     scales = []
-    for member in group.role("channelwise"):
+    for member in group.role("channelwise", "gate"):
         layer = model.get_submodule(member.layer)
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.affine:
             scale = layer.weight.detach().double().abs().cpu()
@@ -89,27 +126,60 @@ WEIGHT_IMPORTANCES: dict[str, WeightImportance] = {
     "random": _random,
 }
 
-NAMES = tuple(dict.fromkeys([name for name, _ in GRADIENT_IMPORTANCES] + list(WEIGHT_IMPORTANCES)))
+LAYERWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    # [C] -> [C], so that layers compare
+    "none": lambda values: values,
+    "l2": lambda values: values / values.norm().clamp(min=torch.finfo(values.dtype).tiny),
+    "mean": lambda values: values / values.mean().clamp(min=torch.finfo(values.dtype).tiny),
+}
+
+NAMES = tuple(dict.fromkeys([name for name, _, _ in GRADIENT_IMPORTANCES] + list(WEIGHT_IMPORTANCES)))
 
 
-def gradient_importance(importance: str, reduction: str) -> GradientImportance:
-    """The row for (importance, reduction). Raises ValueError for a pair that is not in the table."""
-    row = GRADIENT_IMPORTANCES.get((importance, reduction))
-    if row is None:
-        if importance not in NAMES:
-            raise ValueError(f"importance: {importance!r} is none of {', '.join(NAMES)}")
-        if importance in WEIGHT_IMPORTANCES:
-            raise ValueError(f"importance: {importance!r} reads weights, no gradient and no positions to reduce: use "
-                             "fastscore.score() without gradient= and reduction=")
-        if reduction not in ("sum", "element"):
-            raise ValueError(f"reduction: {reduction!r} is neither 'sum' nor 'element'")
-        raise ValueError(f"reduction: {importance!r} has no reduction {reduction!r}")
-    return row
+def gradient_importance(importance: str, reduction: str = "sum", ablation: str = "zero") -> GradientImportance:
+    """The row for (importance, reduction, ablation). Raises ValueError for one that is not in the table."""
+    row = GRADIENT_IMPORTANCES.get((importance, reduction, ablation))
+    if row is not None:
+        return row
+    if importance not in NAMES:
+        raise ValueError(f"importance: {importance!r} is none of {', '.join(NAMES)}")
+    if importance in WEIGHT_IMPORTANCES:
+        raise ValueError(f"importance: {importance!r} reads weights, no gradient and no positions to reduce: use "
+                         "fastscore.score() without gradient=, reduction= and ablation=")
+    for name, value, known in (("reduction", reduction, ("sum", "element")), ("ablation", ablation, ("zero", "mean"))):
+        if value not in known:
+            raise ValueError(f"{name}: {value!r} is neither {known[0]!r} nor {known[1]!r}")
+    choices = " and ".join(f"reduction={r!r}, ablation={a!r}" for n, r, a in GRADIENT_IMPORTANCES if n == importance)
+    raise ValueError(f"reduction, ablation: {importance!r} has no {reduction!r} with {ablation!r}; it has {choices}")
 
 
-def _filters(layer: nn.Module) -> Tensor:
-    """The weights of each output channel: float64 [C, everything else], on the CPU."""
-    weight = layer.get_parameter("weight").detach().double().cpu()
+def filter_products(model: nn.Module, group: ChannelGroup, gradients: Mapping[str, Tensor]) -> Tensor:
+    """Σ (w·∂w)² over the weights of the filters that make each channel, and (b·∂b)²: float64 [C].
+
+    gradients: qualified name of a parameter -> its gradient. Source: Molchanov et al., arXiv 1906.10771.
+    """
+    total = torch.zeros(group.channels, dtype=torch.float64)
+    for member, name in filter_parameters(model, group):
+        if name in gradients:
+            product = model.get_parameter(name).detach().double() * gradients[name]
+            rows = _by_output(model.get_submodule(member.layer), product.cpu()) if product.dim() > 1 \
+                else product.cpu()[:, None]
+            total += _joint(group, member, rows.square().sum(1))
+    return total
+
+
+def filter_parameters(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[Member, str]]:
+    """(layer, qualified name of its weight or bias) of every Conv and Linear that makes the group's channels."""
+    for member in group.role("producer", "channelwise"):
+        layer = model.get_submodule(member.layer)
+        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+            for name, parameter in layer.named_parameters(recurse=False):
+                if name in ("weight", "bias") and parameter is not None:
+                    yield member, f"{member.layer}.{name}"
+
+
+def _by_output(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A weight of `layer`, or something of its shape, with a row for each output channel: [C, everything else]."""
     if getattr(layer, "transposed", False):  # [in, out / groups, ...]
         groups = layer.groups
         assert isinstance(groups, int)

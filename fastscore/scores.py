@@ -10,19 +10,23 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from fastscore import importance as importances
+from fastscore.gradients import DISTRIBUTIONS
+from fastscore.groups import Units
 
-_FORMAT = "fastscore-scores-1"
+_FORMAT = "fastscore-scores-2"
+_TENSORS = ("totals", "means", "half_totals")  # the fields that a file holds as tensors
 
 
 @dataclass(frozen=True)
 class Origin:
-    """How scores were made; scores are comparable, and can be merged, only where this is equal.
+    """How scores were made; scores are comparable, and can be merged, only where this is equal. See fastscore.score.
 
-    gradient: "loss", "random", or "none" for a criterion that reads weights alone. fingerprint: of the model's channel
-    graph (see fastscore.groups.ChannelGraph).
+    gradient: "loss", "random", or "none" for a criterion that reads weights alone. distribution: of random gradients;
+    "basis" for probes="exact". fingerprint: of the model's channel graph (see fastscore.groups.ChannelGraph).
     """
 
     importance: str
@@ -32,14 +36,31 @@ class Origin:
     seed: int
     distribution: str
     fingerprint: str
+    units: Units = "groups"
+    ablation: str = "zero"
+    layerwise: str = "none"
+    center: bool = False
+
+    def __post_init__(self) -> None:
+        choices: dict[str, tuple[str, ...]] = {"gradient": ("random", "loss", "none"), "units": ("groups", "norms"),
+                                               "distribution": (*DISTRIBUTIONS, "none"),
+                                               "layerwise": tuple(importances.LAYERWISE)}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
+        if self.gradient != "none":
+            importances.gradient_importance(self.importance, self.reduction, self.ablation)
 
 
 @dataclass(frozen=True, eq=False)
 class Scores(Mapping[str, Tensor]):
     """A mapping from a layer's qualified name to the importance of its output channels, float32 [C].
 
-    totals: layer -> float64 [C], the running sums the importances are made from. passes: samples x probes in them.
-    samples: samples seen. skipped: layer -> why it has no score.
+    totals: layer -> float64 [..., C], the running sums the importances are made from. passes: samples x probes in them
+    (minibatches x probes for the molchanov criteria). samples: samples seen. skipped: layer -> why it has no score.
+    means: layer that reads channels (a BatchNorm, with units="norms") -> float64 [C_in], the mean of its input's
+    (output's) channels over samples and positions; empty for criteria that measure none.
+    half_totals, half_passes: of every other sample; see `overlap`.
     """
 
     totals: Mapping[str, Tensor]
@@ -47,14 +68,21 @@ class Scores(Mapping[str, Tensor]):
     passes: int = 1
     samples: int = 0
     skipped: Mapping[str, str] = field(default_factory=dict)
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+    half_totals: Mapping[str, Tensor] = field(default_factory=dict)
+    half_passes: int = 0
 
     def __getitem__(self, layer: str) -> Tensor:
         if layer not in self.totals:
             reason = self.skipped.get(layer)
             raise KeyError(f"{layer} has no score: {reason or 'list(scores) names the layers that do'}")
-        mean = self.totals[layer] / self.passes
-        row = importances.GRADIENT_IMPORTANCES.get((self.origin.importance, self.origin.reduction))
-        return (mean if row is None else row.finish(mean)).float()
+        return self._finished(self.totals[layer] / self.passes).float()
+
+    def _finished(self, mean: Tensor) -> Tensor:
+        """The importances that a mean over samples stands for, float64 [C]."""
+        origin = self.origin
+        row = importances.GRADIENT_IMPORTANCES.get((origin.importance, origin.reduction, origin.ablation))
+        return importances.LAYERWISE[origin.layerwise](mean if row is None else row.finish(mean))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.totals)
@@ -67,6 +95,24 @@ class Scores(Mapping[str, Tensor]):
         rows = [(layer, channel, value) for layer in self for channel, value in enumerate(self[layer].tolist())]
         return sorted(rows, key=lambda row: row[2])
 
+    def overlap(self, fraction: float = 0.3) -> float:
+        """The share of channels that the even and the odd samples agree on, among the `fraction` each would prune.
+
+        1 is full agreement; independent rankings would agree on `fraction`. Raises ValueError for a fraction outside
+        (0, 1), and for scores that were not measured on at least two samples.
+        """
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction: {fraction}; it is the share of channels that would go, 0 < fraction < 1")
+        if not 0 < self.half_passes < self.passes:
+            raise ValueError(f"overlap: it takes two samples or more that were measured; these are {self.half_passes} "
+                             f"and {self.passes - self.half_passes} passes")
+        halves = [torch.cat([self._finished(total / self.half_passes) for total in self.half_totals.values()]),
+                  torch.cat([self._finished((self.totals[layer] - total) / (self.passes - self.half_passes))
+                             for layer, total in self.half_totals.items()])]
+        count = max(1, round(fraction * len(halves[0])))
+        pruned = [set(half.argsort(stable=True)[:count].tolist()) for half in halves]
+        return len(pruned[0] & pruned[1]) / count
+
     def merge(self, other: "Scores") -> "Scores":
         """The scores of both sets of samples together. Raises ValueError where the two were not made the same way."""
         if self.origin != other.origin or list(self) != list(other):
@@ -76,19 +122,24 @@ class Scores(Mapping[str, Tensor]):
                              f"{'; '.join(differing) or 'they cover other layers'}")
         if self.origin.gradient == "none":
             return self
-        totals = {layer: total + other.totals[layer] for layer, total in self.totals.items()}
-        return replace(self, totals=totals, passes=self.passes + other.passes, samples=self.samples + other.samples)
+        samples = self.samples + other.samples
+        means = {layer: (mean * self.samples + other.means[layer] * other.samples) / samples
+                 for layer, mean in self.means.items() if layer in other.means}
+        return replace(self, totals=_added(self.totals, other.totals), passes=self.passes + other.passes,
+                       samples=samples, means=means, half_totals=_added(self.half_totals, other.half_totals),
+                       half_passes=self.half_passes + other.half_passes)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file: the totals, and a JSON header with origin, counts and a checksum."""
-        totals = {layer: total.contiguous() for layer, total in self.totals.items()}
-        header = {"origin": asdict(self.origin), "passes": self.passes, "samples": self.samples,
-                  "skipped": dict(self.skipped), "layers": list(totals)}
+        tensors = {f"{kind}:{layer}": tensor.contiguous() for kind in _TENSORS
+                   for layer, tensor in getattr(self, kind).items()}
+        header = {"origin": asdict(self.origin), "passes": self.passes, "half_passes": self.half_passes,
+                  "samples": self.samples, "skipped": dict(self.skipped), "tensors": list(tensors)}
         text = json.dumps(header)
         if not Path(path).parent.is_dir():
             raise FileNotFoundError(f"{path}: there is no folder {Path(path).parent}; make it first")
-        metadata = {"format": _FORMAT, "header": text, "sha256": _checksum(text, totals)}
-        safetensors.torch.save_file(totals, str(path), metadata)
+        metadata = {"format": _FORMAT, "header": text, "sha256": _checksum(text, tensors)}
+        safetensors.torch.save_file(tensors, str(path), metadata)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Scores":
@@ -107,8 +158,10 @@ class Scores(Mapping[str, Tensor]):
         if _checksum(text, tensors) != metadata.get("sha256"):
             raise ValueError(f"{path}: its contents do not match its checksum; copy it or score the model again")
         header: dict[str, Any] = json.loads(text)
-        return cls({layer: tensors[layer] for layer in header["layers"]}, Origin(**header["origin"]), header["passes"],
-                   header["samples"], header["skipped"])
+        named = {kind: {key.removeprefix(f"{kind}:"): tensors[key] for key in header["tensors"]
+                        if key.startswith(f"{kind}:")} for kind in _TENSORS}
+        return cls(origin=Origin(**header["origin"]), passes=header["passes"], half_passes=header["half_passes"],
+                   samples=header["samples"], skipped=header["skipped"], **named)
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw each layer's distribution of importances, layers from input to output, to an image file.
@@ -134,6 +187,10 @@ class Scores(Mapping[str, Tensor]):
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _added(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {layer: total + theirs[layer] for layer, total in ours.items()}
 
 
 def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:

@@ -1,22 +1,36 @@
 """Taps: where activation meets gradient.
 
-A tap stands on the input of a layer that reads channels (a consumer). It hands the layer a view of its input through
-an identity whose second argument, the gate, is a leaf [N, C]; what autograd sends to the gate is the channel sum of
-activation x gradient *through that layer alone*. So a backward pass that asks for the gates computes no weight
-gradient, and an ordinary backward pass leaves the sums in `gate.grad`.
+A tap stands on the input of a layer that reads channels (a consumer), or on the output of one (a BatchNorm). It hands
+the tensor on through an identity whose second argument, the gate, is a leaf [P, N, C]; what autograd sends to the gate
+is what is measured of activation and gradient *on that edge alone*. So a backward pass that asks for the gates computes
+no weight gradient, and an ordinary backward pass leaves the sums in `gate.grad`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-# (activation, gradient, channel_dim) -> [N, C]
-Measure: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured at a tap: `compute(activation, gradient, channel_dim)` -> [P, N, C], for P `parts`."""
+
+    parts: int
+    compute: Callable[[Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tap stands: the dimension that holds the channels, of the layer's input or of its output."""
+
+    channel_dim: int
+    output: bool = False
 
 
 class OwnHook:
@@ -36,15 +50,16 @@ class _Gate(torch.autograd.Function):
     """(x, gate) -> x; backward: (g, measure(x, g))."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, taps: "Taps", channel_dim: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor, taps: "Taps", place: Place) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.taps, ctx.channel_dim = taps, channel_dim
-        return x.view_as(x)
+        ctx.taps, ctx.place = taps, place
+        # a Conv or Linear never writes to its input; whoever takes a BatchNorm's output may (`out += identity`)
+        return x.clone() if place.output else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
-        measured = ctx.taps.measure(x, g, ctx.channel_dim) if ctx.taps.measuring else None
+        measured = ctx.taps.measure.compute(x, g, ctx.place.channel_dim) if ctx.taps.measuring else None
         return g, measured, None, None
 
 
@@ -54,8 +69,9 @@ class ForwardPass:
     def __init__(self, inputs: Any) -> None:
         self.inputs = inputs
         self.called = False
-        self.gates: list[tuple[str, Tensor]] = []  # (layer, gate [N, C]); a layer called twice stands here twice
+        self.gates: list[tuple[str, Tensor]] = []  # (layer, gate [P, N, C]); a layer called twice stands here twice
         self.output_gradient: Tensor | None = None
+        self.weight_gradients: dict[str, Tensor] = {}
         self.probes = 0
 
     def marks(self) -> list[tuple[int, int] | None]:
@@ -63,23 +79,26 @@ class ForwardPass:
         return [None if gate.grad is None else (id(gate.grad), gate.grad._version) for _, gate in self.gates]
 
     def sums(self) -> list[tuple[str, Tensor]]:
-        """(layer, sums [N, C]) of every tap that an ordinary backward pass reached."""
+        """(layer, sums [P, N, C]) of every tap that an ordinary backward pass reached."""
         return [(layer, gate.grad) for layer, gate in self.gates if gate.grad is not None]
 
 
 class Taps:
-    """Taps on the inputs of the layers `channel_dims` names; a context manager that leaves no hook behind.
+    """Taps on the layers that `places` names; a context manager that leaves no hook behind.
 
-    channel_dims: layer -> dimension of its input that holds the channels. measure: what a gate receives.
-    on_pass: called with each ForwardPass whose output an ordinary backward pass reached, once a later forward pass
-    begins or `flush` is called; without it only `propagate` measures, and ordinary backward passes cost nothing.
+    places: layer -> where its tap stands. measure: what a gate receives. on_pass: called with each
+    ForwardPass whose output an ordinary backward pass reached, once a later forward pass begins or `flush` is called;
+    without it only `propagate` measures, and ordinary backward passes cost nothing. weights: parameters whose gradients
+    are measured too, by name; those of an ordinary backward pass count for the latest forward pass.
     """
 
-    def __init__(self, model: nn.Module, channel_dims: Mapping[str, int], measure: Measure,
-                 on_pass: Callable[[ForwardPass], None] | None = None) -> None:
+    def __init__(self, model: nn.Module, places: Mapping[str, Place], measure: Measure,
+                 on_pass: Callable[[ForwardPass], None] | None = None,
+                 weights: Mapping[str, Tensor] | None = None) -> None:
         self.model = model
-        self.channel_dims = channel_dims
+        self.places = places
         self.measure = measure
+        self.weights = dict(weights or {})
         self.current: ForwardPass | None = None
         self._on_pass = on_pass
         self._propagating = self._joining = False
@@ -92,9 +111,13 @@ class Taps:
             raise RuntimeError("these taps are attached already: detach() first")
         self._handles = [self.model.register_forward_pre_hook(OwnHook(self._begin), with_kwargs=True),
                          self.model.register_forward_hook(OwnHook(self._end))]
-        for layer, channel_dim in self.channel_dims.items():
+        for layer, place in self.places.items():
             module = self.model.get_submodule(layer)
-            self._handles.append(module.register_forward_pre_hook(self._tap(module, layer, channel_dim)))
+            self._handles.append(
+                module.register_forward_hook(self._tap_output(module, layer, place)) if place.output
+                else module.register_forward_pre_hook(self._tap_input(module, layer, place)))
+        if self._on_pass is not None:
+            self._handles += [weight.register_hook(self._receive_weight(name)) for name, weight in self.weights.items()]
 
     def detach(self) -> None:
         """Remove the hooks and hand over what is finished. Harmless when nothing is attached."""
@@ -117,10 +140,11 @@ class Taps:
         """Whether a backward pass that runs now is to be measured."""
         return self._propagating or self._on_pass is not None
 
-    def propagate(self, output: Tensor, gradient: Tensor) -> list[tuple[str, Tensor]]:
-        """Send `gradient` (of `output`'s shape) back from the latest forward pass, to the gates and no further.
+    def propagate(self, output: Tensor, gradient: Tensor) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor]]:
+        """Send `gradient` (of `output`'s shape) back from the latest forward pass, to the gates and weights alone.
 
-        Returns (layer, sums [N, C]) of every tap that `output` depends on. No `.grad` changes; the graph stays alive.
+        Returns (layer, sums [P, N, C]) of every tap that `output` depends on, and the gradients of the weights that it
+        depends on. No `.grad` changes; the graph stays alive.
         Raises RuntimeError when the output does not come from that pass, or its graph is gone.
         """
         # a copy: activation checkpointing runs layers, and their taps, again during the backward pass
@@ -130,8 +154,8 @@ class Taps:
                                "while the taps are attached, then pass its output")
         self._propagating = True
         try:
-            sums = torch.autograd.grad(output, [gate for _, gate in gates], gradient, retain_graph=True,
-                                       allow_unused=True)
+            found = torch.autograd.grad(output, [*(gate for _, gate in gates), *self.weights.values()], gradient,
+                                        retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
@@ -139,11 +163,12 @@ class Taps:
                                "it") from error
         finally:
             self._propagating = False
-        reached = [(layer, tensor) for (layer, _), tensor in zip(gates, sums, strict=True) if tensor is not None]
+        reached = [(layer, tensor) for (layer, _), tensor in zip(gates, found, strict=False) if tensor is not None]
         if not reached:
             raise RuntimeError("output: it is not the output of the latest forward pass: send gradients back before "
                                "the model runs again")
-        return reached
+        return reached, {name: tensor for name, tensor in zip(self.weights, found[len(gates):], strict=True)
+                         if tensor is not None}
 
     @contextmanager
     def joined(self, inputs: Any) -> Iterator[None]:
@@ -172,19 +197,39 @@ class Taps:
         self.flush()
         self.current = ForwardPass((args, kwargs))
 
-    def _tap(self, own: nn.Module, layer: str, channel_dim: int) -> Callable[..., Any]:
+    def _tap_input(self, own: nn.Module, layer: str, place: Place) -> OwnHook:
         def hand_over_view(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if module is not own or self.current is None or not torch.is_grad_enabled():
                 return None
             if not args:
                 raise TypeError(f"{layer}: its input arrives as a keyword argument; call it by position, or ignore it")
-            x = args[0]
-            gate = torch.zeros(x.shape[0], x.shape[channel_dim], device=x.device, requires_grad=True,
-                               dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-            self.current.gates.append((layer, gate))
-            return _Gate.apply(x, gate, self, channel_dim), *args[1:]
+            return self._gated(args[0], layer, place), *args[1:]
 
         return OwnHook(hand_over_view)
+
+    def _tap_output(self, own: nn.Module, layer: str, place: Place) -> OwnHook:
+        def hand_over_copy(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if module is not own or self.current is None or not torch.is_grad_enabled():
+                return None
+            return self._gated(output, layer, place)
+
+        return OwnHook(hand_over_copy)
+
+    def _gated(self, x: Tensor, layer: str, place: Place) -> Tensor:
+        assert self.current is not None
+        gate = torch.zeros(self.measure.parts, x.shape[0], x.shape[place.channel_dim], device=x.device,
+                           dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, requires_grad=True)
+        self.current.gates.append((layer, gate))
+        gated: Tensor = _Gate.apply(x, gate, self, place)
+        return gated
+
+    def _receive_weight(self, name: str) -> Callable[[Tensor], None]:
+        def receive(gradient: Tensor) -> None:
+            if self.current is not None and not self._propagating:
+                known = self.current.weight_gradients.get(name)
+                self.current.weight_gradients[name] = gradient if known is None else known + gradient
+
+        return receive
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         done = self.current

@@ -134,7 +134,7 @@ def sums_of_each_sample(scorer: Scorer, model: nn.Module, x: Tensor, v: Tensor) 
             scorer.load_state_dict(empty)
             scorer.propagate(output, alone)
             rows.append(scorer.state_dict()["totals"])
-    return {group: torch.stack([row[group] for row in rows]) for group in rows[0]}
+    return {group: torch.stack([row[group].sum(0) for row in rows]) for group in rows[0]}
 
 
 def masked(network: Network, model: nn.Module, removed: dict[str, list[int]], x: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ def test_twins_have_twin_scores() -> None:
 
 @pytest.mark.parametrize(("importance", "reduction", "message"), [
     ("tailor", "sum", "^importance: 'tailor' is none of taylor, "),
-    ("taylor", "element", "^reduction: 'taylor' has no"),
+    ("taylor", "element", "^reduction, ablation: 'taylor' has no"),
     ("taylor-sq", "mean", "^reduction: 'mean' is neither"),
     ("magnitude-l2", "element", "^importance: 'magnitude-l2' reads weights")])
 def test_what_is_not_in_the_table(importance: str, reduction: str, message: str) -> None:

@@ -11,8 +11,9 @@ from oracles import untouched
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastscore import Scorer, ops
-from fastscore.taps import Taps
+from fastscore import Scorer
+from fastscore.importance import SUMS
+from fastscore.taps import Place, Taps
 
 EVERY_NETWORK = pytest.mark.parametrize("name", list(NETWORKS))
 
@@ -82,8 +83,9 @@ def test_a_gate_sees_its_own_consumer_alone() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 2, bias=False), "b": nn.Linear(3, 2, bias=False)}).double()
     model.forward = lambda x: model["a"](x) + 2 * model["b"](x)  # type: ignore[method-assign]
     x, v = torch.randn(4, 3).double(), torch.randn(4, 2).double()
-    with Taps(model, {"a": -1, "b": -1}, ops.channel_dot) as taps:
-        found = dict(taps.propagate(model(x), v))
+    with Taps(model, {"a": Place(-1), "b": Place(-1)}, SUMS) as taps:
+        sums, _ = taps.propagate(model(x), v)
+    found = {layer: tensor[0] for layer, tensor in sums}
     torch.testing.assert_close(found["a"], x * (v @ model["a"].weight.detach()))
     torch.testing.assert_close(found["b"], 2 * x * (v @ model["b"].weight.detach()))
 

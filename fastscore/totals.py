@@ -1,0 +1,241 @@
+"""Totals: what the taps measure in each pass, summed over samples, until it is asked for as Scores."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, distributed, nn
+
+from fastscore import gradients
+from fastscore.groups import ChannelGraph, ChannelGroup, Ignore, Member, norm_gates
+from fastscore.importance import DEGREES, MEAN, SUMS, filter_parameters, filter_products, gradient_importance
+from fastscore.scores import Origin, Scores
+from fastscore.taps import ForwardPass, Place, Taps
+
+_MAX_PRODUCTS = 2**26  # float64 numbers for one group: half a gibibyte
+
+
+class Totals:
+    """Running sums for every group of a graph, for one way of scoring.
+
+    model: the one that is measured, for its layers' types and, where the importance reads them, its weights. graph: its
+    channel groups. origin: the way of scoring; its fingerprint is filled in here. ignore: layers to leave out. Every
+    other sample goes to one half, so that the scores can tell how far two halves of the samples agree.
+    Raises ValueError, with the reasons, when no channel is left.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore = ()) -> None:
+        self.row = gradient_importance(origin.importance, origin.reduction, origin.ablation)
+        self._graph, self.origin = scored(model, graph, origin, ignore)
+        self._model = model
+        self._sums = [_GroupSums(group) for group in self._graph.groups]
+        self._totals: dict[str, Tensor] = {}  # group -> float64 [2, ..., C]; first the even samples, then the odd ones
+        self._means: dict[str, Tensor] = {}  # layer -> float64 [C_in]
+        self._counts = {"even": 0, "odd": 0, "samples": 0}
+
+    @property
+    def samples(self) -> int:
+        """Samples seen; further probes of the same ones do not count."""
+        return self._counts["samples"]
+
+    def taps(self, on_pass: Callable[[ForwardPass], None] | None = None) -> Taps:
+        """Taps that measure what these totals need."""
+        places = {edge.layer: Place(-1 if isinstance(self._model.get_submodule(edge.layer), nn.Linear) else 1,
+                                    edge.role == "gate") for group in self._graph.groups for edge in group.edges}
+        names = {name for group in self._graph.groups for _, name in filter_parameters(self._model, group)}
+        weights = {name: self._model.get_parameter(name) for name in sorted(names)} if self.row.filters else {}
+        return Taps(self._model, places, self.row.measure, on_pass, weights)
+
+    def propagate(self, taps: Taps, output: Tensor, gradient: Tensor) -> None:
+        """Send `gradient`, of `output`'s shape [N, ...], back to the taps as it stands, and add what they measure."""
+        sums, weight_gradients = taps.propagate(output, gradient)
+        assert taps.current is not None
+        self.add(sums, len(output), fresh=taps.current.probes == 0, weight_gradients=weight_gradients)
+        taps.current.probes += 1
+
+    def probe(self, taps: Taps, output: Tensor) -> None:
+        """Send one more random gradient back from the latest forward pass; its samples' ids come from its inputs."""
+        assert taps.current is not None
+        ids = gradients.sample_ids(gradients.first_input(taps.current.inputs))
+        how = self.origin
+        gradient = gradients.random_gradient(output, ids, how.seed, taps.current.probes, how.distribution,
+                                             how.normalize, how.center)
+        self.propagate(taps, output, gradient / len(output) if self.row.minibatch else gradient)
+
+    def add(self, sums: Sequence[tuple[str, Tensor]], samples: int, length: Tensor | None = None, *,
+            fresh: bool = True, weight_gradients: Mapping[str, Tensor] | None = None) -> None:
+        """Add one backward pass of N samples.
+
+        sums: (layer, [P, N, C_in]) from the taps. length: float64 [N], of each sample's output gradient, where it is
+        to be divided out. fresh: whether these samples are seen for the first time. weight_gradients: of the
+        taps' weights.
+        Raises ValueError, naming the layer, for sums of another number of samples.
+        """
+        by_layer: dict[str, list[Tensor]] = {}
+        for layer, tensor in sums:
+            if tensor.shape[1] != samples:
+                raise ValueError(f"{layer}: its input has {tensor.shape[1]} rows where the output has {samples} "
+                                 "samples; leave it out with ignore=")
+            by_layer.setdefault(layer, []).append(self._scaled(tensor.detach().double(), length))
+        if fresh and self.row.measure is SUMS:
+            for layer, tensors in by_layer.items():
+                mean = torch.stack([tensor[MEAN].sum(0) for tensor in tensors]).mean(0)
+                self._means[layer] = mean if layer not in self._means else self._means[layer] + mean
+        halves = self._halves(1 if self.row.minibatch else samples)
+        for group, group_sums in zip(self._graph.groups, self._sums, strict=True):
+            if self.row.filters:
+                share = filter_products(self._model, group, weight_gradients or {})
+                parts = [share if len(half) else torch.zeros_like(share) for half in halves]
+            else:
+                values = group_sums(by_layer, self.row.part, self.row.edges)
+                if values is None:
+                    continue
+                every = torch.arange(samples)
+                parts = [self.row.accumulate(values[:, (every if self.row.minibatch and len(half) else half)
+                                             .to(values.device)]) for half in halves]
+                parts = [group_sums.expanded(part) for part in parts]
+            known = self._totals.get(group.name)
+            self._totals[group.name] = torch.stack(parts) if known is None else known + torch.stack(parts)
+        self._counts["even"] += len(halves[0])
+        self._counts["odd"] += len(halves[1])
+        if fresh:
+            self._counts["samples"] += samples
+
+    def _scaled(self, tensor: Tensor, length: Tensor | None) -> Tensor:
+        """[P, N, C_in] as if the output gradient had been of length 1; over N too, where a minibatch counts as one."""
+        if length is None:
+            return tensor
+        scale = torch.where(length > 0, length, torch.inf)
+        if self.row.minibatch:
+            scale = scale * len(length)
+        return tensor * torch.stack([scale.pow(-degree) for degree in DEGREES[self.row.measure]])[:, :, None]
+
+    def _halves(self, count: int) -> tuple[Tensor, Tensor]:
+        """Which of the next `count` samples (or minibatches) go to which half."""
+        turn = (torch.arange(count) + self._counts["even"] + self._counts["odd"]) % 2
+        return (turn == 0).nonzero()[:, 0], (turn == 1).nonzero()[:, 0]
+
+    def scores(self) -> Scores:
+        """What has been measured. Raises FloatingPointError, naming the layer, for NaN or infinite totals."""
+        layer = self.nonfinite_layer()
+        if layer is not None:
+            raise FloatingPointError(f"{layer}: NaN or infinity in its activations or gradients")
+        totals = {group.name: self._totals[group.name].cpu() if group.name in self._totals
+                  else torch.zeros(2, group.channels, dtype=torch.float64) for group in self._graph.groups}
+        means = {layer: (total / self._counts["samples"]).cpu() for layer, total in self._means.items()}
+        even, odd = self._counts["even"], self._counts["odd"]
+        return Scores({name: total.sum(0) for name, total in totals.items()}, self.origin, even + odd,
+                      self.samples, self._graph.skipped, means,
+                      {name: total[0] for name, total in totals.items()}, even)
+
+    def nonfinite_layer(self) -> str | None:
+        """The first layer whose total is NaN or infinite; None when all are finite."""
+        if not self._totals:
+            return None
+        finite = torch.stack([torch.isfinite(total).all() for total in self._totals.values()])  # one look at the device
+        return None if finite.all() else list(self._totals)[int(finite.int().argmin())]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums and counts, to go on from."""
+        return {"origin": asdict(self.origin), "counts": dict(self._counts), "totals": dict(self._totals),
+                "means": dict(self._means)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`. Raises ValueError for the state of another model or another way of scoring."""
+        if state["origin"] != asdict(self.origin):
+            raise ValueError(f"state: it was made as {state['origin']}, these totals are {asdict(self.origin)}")
+        self._counts, self._totals, self._means = dict(state["counts"]), dict(state["totals"]), dict(state["means"])
+
+    def all_reduce(self, device: torch.device, group: distributed.ProcessGroup | None = None) -> None:
+        """Add up over the processes of `group` (all by default), so that every one has the sum.
+
+        A process that has measured nothing takes part with zeros.
+        """
+        shapes: list[dict[str, torch.Size]] = [{} for _ in range(distributed.get_world_size(group))]
+        own = {f"{kind} {name}": value.shape for kind, values in (("totals", self._totals), ("means", self._means))
+               for name, value in values.items()}
+        distributed.all_gather_object(shapes, own, group=group)
+        known = {key: shape for others in shapes for key, shape in others.items()}
+        for key in sorted(known):
+            kind, name = key.split(" ", 1)
+            values = self._totals if kind == "totals" else self._means
+            value = values[name].clone() if name in values else torch.zeros(known[key], dtype=torch.float64,
+                                                                            device=device)
+            distributed.all_reduce(value, group=group)
+            values[name] = value
+        counts = torch.tensor(list(self._counts.values()), device=device)
+        distributed.all_reduce(counts, group=group)
+        self._counts = dict(zip(self._counts, counts.tolist(), strict=True))
+
+
+class _GroupSums:
+    """Adds up a group's edges: layer -> sums [P, N, C_in] becomes s [1, N, U], channels of a unit as one."""
+
+    def __init__(self, group: ChannelGroup) -> None:
+        self.group = group
+        self.units = int(group.unit.max()) + 1
+        self.tied = self.units < group.channels
+        self.edges = [(edge.layer, _where(group, edge)) for edge in group.edges]
+
+    def __call__(self, by_layer: Mapping[str, list[Tensor]], part: int, edges: bool) -> Tensor | None:
+        """s [1, N, U]; followed, where `edges`, by Σ g and then the mean activation of every edge, [1 + 2E, N, U].
+
+        None where no tap of the group was reached.
+        """
+        reached = [(sums, where) for layer, where in self.edges for sums in by_layer.get(layer, ())]
+        if not reached:
+            return None
+        s = torch.stack([self._spread(sums[part], where).sum(0) for sums, where in reached]).sum(0)
+        if not edges:
+            return s[None]
+        gradients, means = (torch.cat([self._spread(sums[which], where) for sums, where in reached])
+                            for which in (2, MEAN))
+        if (1 + len(means)) ** 2 * self.units > _MAX_PRODUCTS:
+            raise ValueError(f'{self.group.name}: ablation="mean" needs the products of its {len(means)} places in '
+                             'consumers with each other, which are too many; use ablation="zero", or leave it out with '
+                             "ignore=")
+        return torch.cat([s[None], gradients, means])
+
+    def _spread(self, values: Tensor, where: "_Where") -> Tensor:
+        """[N, C_in] -> [E, N, U]: what several positions of the input hold for the same unit, one after another."""
+        if isinstance(where, slice):
+            return values[None, :, where]
+        index, unit, place = (part.to(values.device) for part in where)
+        spread = values.new_zeros(int(place.max()) + 1, self.units, len(values))
+        spread[place, unit] = values.t()[index]
+        return spread.transpose(1, 2)
+
+    def expanded(self, total: Tensor) -> Tensor:
+        """[..., U] -> [..., C]: every channel of a unit gets the unit's."""
+        return total[..., self.group.unit.to(total.device)] if self.tied else total
+
+
+# A run of positions, one for each unit in order; or, for each position that counts: its index, its unit, and how many
+# positions of that unit come before it.
+_Where: TypeAlias = slice | tuple[Tensor, Tensor, Tensor]
+
+
+def _where(group: ChannelGroup, edge: Member) -> _Where:
+    unit = group.unit[edge.channel]
+    start = int(edge.index[0])
+    run = torch.arange(len(unit))
+    if torch.equal(unit, run) and len(unit) == int(group.unit.max()) + 1 and torch.equal(edge.index, start + run):
+        return slice(start, start + len(unit))
+    order = unit.argsort(stable=True)
+    place = torch.empty_like(unit)
+    place[order] = run - torch.searchsorted(unit[order], unit[order])
+    return edge.index, unit, place
+
+
+def scored(model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore) -> tuple[ChannelGraph, Origin]:
+    """The groups to score, and how, of which model. Raises ValueError, with the reasons, when nothing is left."""
+    if origin.units == "norms":
+        graph = norm_gates(model, graph)
+    origin = replace(origin, fingerprint=graph.fingerprint)
+    graph = graph.without(model, ignore)
+    if not graph.groups:
+        reasons = "".join(f"\n  {layer}: {reason}" for layer, reason in graph.skipped.items())
+        nothing = "it has no BatchNorm" if origin.units == "norms" else "it has no Conv or Linear"
+        raise ValueError(f"{type(model).__name__} has no channel that can be scored{reasons or ': ' + nothing}")
+    return graph, origin
