@@ -112,6 +112,8 @@ def _check(batches: object, origin: Origin, probes: object, samples: object) -> 
         raise TypeError(f"batches: {shown}, where an iterable of batches is meant; for a single one: [batch]")
     if origin.gradient == "loss" and probes != 1:
         raise ValueError(f'probes: {probes}, but a loss has one gradient; use gradient="random" for more')
+    if origin.distribution == "basis" and probes != "exact":
+        raise ValueError('distribution: "basis" takes one probe for each output: use probes="exact"')
     if probes == "exact" and origin.importance != "taylor-sq":
         raise ValueError(f'probes: "exact" is the mean square over all outputs, and {origin.importance} is no mean '
                          'square: use importance="taylor-sq", or a number of probes')

@@ -61,6 +61,8 @@ def random_gradient(output: Tensor, ids: Tensor, seed: int, probe: int, distribu
     if center and classes < 2:
         raise ValueError("center: the output has a single value for each sample, of which nothing is left without its "
                          "mean; use center=False")
+    if distribution == "basis" and probe >= classes:
+        raise ValueError(f"probe: {probe}, but a basis of {classes} outputs has no more than {classes} directions")
     ids = ids.to(output.device)
 
     def drawn(probe: int, kind: str) -> Tensor:

@@ -42,14 +42,15 @@ class Origin:
     center: bool = False
 
     def __post_init__(self) -> None:
-        choices: dict[str, tuple[str, ...]] = {"gradient": ("random", "loss", "none"), "units": ("groups", "norms"),
-                                               "distribution": (*DISTRIBUTIONS, "none"),
-                                               "layerwise": tuple(importances.LAYERWISE)}
+        weights = self.importance in importances.WEIGHT_IMPORTANCES and (self.reduction, self.ablation) == ("sum", "zero")
+        if not weights:
+            importances.gradient_importance(self.importance, self.reduction, self.ablation)
+        choices: dict[str, tuple[str, ...]] = {
+            "gradient": ("none",) if weights else ("random", "loss"), "units": ("groups", "norms"),
+            "distribution": ("none",) if weights else DISTRIBUTIONS, "layerwise": tuple(importances.LAYERWISE)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
-        if self.gradient != "none":
-            importances.gradient_importance(self.importance, self.reduction, self.ablation)
 
 
 @dataclass(frozen=True, eq=False)

@@ -219,7 +219,7 @@ def test_rows_that_are_not_samples() -> None:
 @pytest.mark.parametrize(("options", "message"), [
     ({"importance": "taylr"}, "^importance: 'taylr' is none of"), ({"gradient": "none"}, "^gradient: 'none'"),
     ({"reduction": "max"}, "^reduction: 'max'"), ({"probes": 0}, "^probes: 0"), ({"samples": 0}, "^samples: 0"),
-    ({"gradient": "loss", "probes": 2}, "^probes: 2"), ({"distribution": "cauchy"}, "distribution is 'cauchy'"),
+    ({"gradient": "loss", "probes": 2}, "^probes: 2"), ({"distribution": "cauchy"}, "^distribution: 'cauchy' is none"),
     ({"seed": 2**64}, "seed is")])
 def test_arguments_of_score(options: dict[str, Any], message: str) -> None:
     model = trained()

@@ -48,7 +48,7 @@ def test_used_wrongly() -> None:
             reading.probe(model(x))
         with pytest.raises(ValueError, match=r"^gradient: 'lose'"):
             Scorer(model, x, gradient="lose")  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="^distribution: 'uniform' is none of normal"):
+        with pytest.raises(ValueError, match=r"^distribution: 'uniform' is none of"):
             Scorer(model, x, gradient="random", distribution="uniform")
 
 
