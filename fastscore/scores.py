@@ -42,7 +42,8 @@ class Origin:
     center: bool = False
 
     def __post_init__(self) -> None:
-        weights = self.importance in importances.WEIGHT_IMPORTANCES and (self.reduction, self.ablation) == ("sum", "zero")
+        plain = (self.reduction, self.ablation) == ("sum", "zero")
+        weights = plain and self.importance in importances.WEIGHT_IMPORTANCES
         if not weights:
             importances.gradient_importance(self.importance, self.reduction, self.ablation)
         choices: dict[str, tuple[str, ...]] = {
