@@ -48,41 +48,67 @@ def random_gradient(output: Tensor, ids: Tensor, seed: int, probe: int, distribu
                     center: bool = False) -> Tensor:
     """A random gradient for `output` [N, ...], of its shape, dtype and device; all that follows N counts as classes.
 
-    distribution: "normal", "rademacher"; "orthogonal", whose probes are orthogonal to the earlier ones of the same
-    sample, until there is no direction left and a new set begins; or "basis", where probe k is the unit vector of class
-    k. normalize: of length 1; otherwise of the length that a normal draw has (√K for the basis, on which the mean
-    square over its K probes is the same as the expectation over normal draws). center: without its part along
-    (1, ..., 1), which a softmax does not see; of a basis, what is left keeps its length.
+    A pure function of seed, sample id (ids: int64 [N]), probe and class.
+
+    distribution: "normal"; "rademacher" (signs); "orthogonal", normal, made orthogonal to the earlier probes of the
+    same sample, in sets of as many probes as there are directions (K classes, or K - 1 when centred); or "basis",
+    where probe k is the unit vector of class k. Over a whole set, or the basis, the mean of (v·u)² is exact.
+    normalize: of length 1; otherwise of the length that a normal draw has (√K for the basis, whose mean of (v·u)² is
+    then the expectation over normal draws). center: without its part along (1, ..., 1), which a softmax does not see;
+    what is left of a basis keeps its length, the rest is scaled afterwards. Signs that are all alike, one draw in
+    2**(K - 1), leave zero.
+
+    Raises ValueError for an unknown distribution, for rows that differ in number from `ids`, for an output without a
+    direction, and for a probe that the basis does not have.
     """
+    classes = classes_of(output)
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution: {distribution!r} is none of {', '.join(DISTRIBUTIONS)}")
     if len(ids) != len(output):
         raise ValueError(f"output: it has {len(output)} rows for {len(ids)} samples; pass a forward that returns "
                          "one for each sample")
-    classes = classes_of(output)
-    if center and classes < 2:
+    if classes == 0:
+        raise ValueError(f"output: {list(output.shape)} holds no value for a gradient to start from")
+    if center and classes == 1:
         raise ValueError("center: the output has a single value for each sample, of which nothing is left without its "
                          "mean; use center=False")
-    if distribution == "basis" and probe >= classes:
-        raise ValueError(f"probe: {probe}, but a basis of {classes} outputs has no more than {classes} directions")
+    if distribution == "basis" and not 0 <= probe < classes:
+        raise ValueError(f"probe: {probe}, but a basis of {classes} outputs has directions 0 to {classes - 1} alone")
     ids = ids.to(output.device)
-
-    def drawn(probe: int, kind: str) -> Tensor:
-        gradient = ops.random_gradient(ids, classes, seed, probe, kind, normalize and not center)
-        return gradient - gradient.mean(1, keepdim=True) if center else gradient
-
     if distribution == "basis":
-        gradient = torch.zeros(len(ids), classes, device=output.device)
+        gradient = output.new_zeros(len(ids), classes, dtype=torch.float64)
         gradient[:, probe] = 1 if normalize else math.sqrt(classes)
-        gradient = gradient - gradient.mean(1, keepdim=True) if center else gradient
+        gradient = _centred(gradient) if center else gradient
     elif distribution == "orthogonal":
         first = probe - probe % (classes - center)
-        draws = torch.stack([drawn(earlier, "normal").double() for earlier in range(first, probe + 1)], 2)
-        length = 1 if normalize else draws[:, :, -1].norm(dim=1, keepdim=True)
-        gradient = torch.linalg.qr(draws)[0][:, :, -1] * length
+        draws = [ops.random_gradient(ids, classes, seed, each, "normal", False) for each in range(first, probe + 1)]
+        gradient = _last_direction(torch.stack(draws, 2).double(), normalize, center)
     else:
-        gradient = drawn(probe, distribution)
-        if normalize and center:
-            gradient = ops.normalize_gradient(gradient)[0]
+        gradient = ops.random_gradient(ids, classes, seed, probe, distribution, normalize and not center)
+        if center:
+            gradient = _centred(gradient.double())
+            gradient = ops.normalize_gradient(gradient)[0] if normalize else gradient
     return gradient.reshape(output.shape).to(output.dtype)
+
+
+def _centred(gradient: Tensor) -> Tensor:
+    """[N, K] without its mean over the classes."""
+    return gradient - gradient.mean(1, keepdim=True)
+
+
+def _last_direction(draws: Tensor, normalize: bool, center: bool) -> Tensor:
+    """The last of `draws`, float64 [N, K, J], made orthogonal to those before it by Gram and Schmidt, [N, K].
+
+    normalize: of length 1; otherwise as long as the draw was. center: orthogonal to (1, ..., 1) too, off which the
+    draw's length is then taken.
+    """
+    columns = torch.cat([torch.ones_like(draws[:, :, :1]), draws], 2) if center else draws
+    q: Tensor
+    r: Tensor
+    q, r = torch.linalg.qr(columns)
+    # Householder's reflections leave the sign to the first entries of the draw; Gram and Schmidt keep the draw's own.
+    direction = torch.where(r[:, -1, -1:] < 0, -q[:, :, -1], q[:, :, -1])
+    return direction if normalize else direction * r[:, int(center):, -1].norm(dim=1, keepdim=True)
 
 
 def classes_of(output: Tensor) -> int:
