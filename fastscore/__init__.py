@@ -2,7 +2,8 @@
 
 from fastscore import ops
 from fastscore.engine import score
-from fastscore.prune import PruneReport, PruneResult, mask, prune
+from fastscore.masking import mask
+from fastscore.prune import PruneReport, PruneResult, prune
 from fastscore.scorer import Scorer
 from fastscore.scores import Scores
 

@@ -20,7 +20,9 @@ Unit = Literal["channels", "params", "macs"]
 @dataclass
 class LayerCost:
     """macs = macs_per_width x width, params = weights_per_width x width + params_per_output x outputs,
-    where width = inputs x outputs for a dense layer and outputs for a channelwise one."""
+    where width = inputs x outputs for a dense layer and outputs for a channelwise one.
+
+    bias_below: with fewer inputs than this, the layer has a bias that it had not: compensation for those that went."""
 
     inputs: int
     outputs: int
@@ -28,6 +30,7 @@ class LayerCost:
     macs_per_width: float
     weights_per_width: float
     params_per_output: float
+    bias_below: int = 0
 
     @property
     def width(self) -> int:
@@ -42,7 +45,8 @@ class LayerCost:
     @property
     def params(self) -> float:
         """Parameters."""
-        return self.weights_per_width * self.width + self.params_per_output * self.outputs
+        new_bias = self.inputs < self.bias_below
+        return self.weights_per_width * self.width + (self.params_per_output + new_bias) * self.outputs
 
 
 def total_macs(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.forward) -> int:
@@ -71,10 +75,11 @@ class Costs:
     """The costs of a model whose groups lose channels one after another.
 
     model must be in evaluation mode (a copy will do). Widths start whole; `remove` and `restore` keep the totals.
+    compensate: count the biases that consumers without one get once channels are gone (see fastscore.compensation).
     """
 
     def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup], example_inputs: batches.Batch,
-                 forward: batches.Forward = batches.forward) -> None:
+                 forward: batches.Forward = batches.forward, compensate: bool = False) -> None:
         self.groups = {group.name: group for group in groups}
         macs, per_layer = _count(model, example_inputs, forward)
         self.layers: dict[str, LayerCost] = {}
@@ -86,6 +91,8 @@ class Costs:
             for member in group.members:
                 cost = self.layers.setdefault(
                     member.layer, _layer_cost(model.get_submodule(member.layer), per_layer.get(member.layer, 0.0)))
+                if compensate and member.role == "consumer" and model.get_submodule(member.layer).bias is None:
+                    cost.bias_below = cost.inputs
                 for channel, count in enumerate(torch.bincount(member.channel, minlength=group.channels).tolist()):
                     if count:
                         reads = member.role == "consumer"

@@ -1,11 +1,9 @@
-"""prune(): a smaller network from scores and a budget; mask(): the same channels read as zero, without surgery."""
+"""prune(): a smaller network from scores and a budget."""
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch_pruning as tp
@@ -13,12 +11,13 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward, checked, device_of, fork_rng
 from fastscore.batches import forward as call_model
+from fastscore.compensation import add_to_biases, check_means, contributions, removed_means, removed_positions
 from fastscore.costs import Costs, Unit, total_macs
 from fastscore.evaluation import evaluation_copy
-from fastscore.groups import ChannelGraph, ChannelGroup, Ignore
+from fastscore.groups import ChannelGraph, ChannelGroup, Ignore, norm_gates
 from fastscore.scores import Scores
 from fastscore.selection import Scope, check_scores, removal_order, select
-from fastscore.taps import OwnHook, remove_copied_hooks
+from fastscore.taps import remove_copied_hooks
 from fastscore.tracing import trace
 
 
@@ -68,39 +67,56 @@ class PruneResult:
 
 def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: float | None = None,
           params: float | None = None, macs: float | None = None, scope: Scope = "global", round_to: int = 1,
-          floor: float = 0.0, ignore: Ignore = (), forward: Forward = call_model,
+          floor: float = 0.0, compensate: bool = False, ignore: Ignore = (), forward: Forward = call_model,
           inplace: bool = False) -> PruneResult:
     """Remove the least important channels of `model` until a budget holds; returns a new model unless inplace.
 
     channels, params, macs: one or more budgets, each what REMAINS as a share of the original, 0 < share <= 1; met
     exactly or from below, by less than any one removed step. scope: "global" (compare across layers) or "layer" (all
     layers shrink alike). round_to: remaining widths are multiples of it. floor: the share of each group's channels
-    that stays in any case (at least one always does). ignore: layers (names with `*`, types, modules) to leave alone.
-    example_inputs: a batch that `forward(model, batch)` takes, for tracing and counting MACs.
+    that stays in any case (at least one always does). compensate: add what the channels gave to their consumers on
+    average to the consumers' biases (see fastscore.compensation); consumers without a bias get one, which counts
+    towards params. It takes scores with means: those of a taylor importance, or with means lent by such scores,
+    dataclasses.replace(scores, means=other.means). ignore: layers (names with `*`, types, modules) to leave alone.
+    example_inputs: a batch that `forward(model, batch)` takes, for tracing and counting MACs; convolutions that pad
+    with zeros are compensated at its height and width.
 
-    Parameters of the result are new objects: make a new optimizer for it. Raises ValueError before anything is changed:
-    a budget outside (0, 1] or out of reach, scores of another model, a model that cannot be traced.
+    Parameters of the result are new objects: make a new optimizer for it. Raises, before anything is changed,
+    ValueError: a budget outside (0, 1] or out of reach, scores of another model, of units="norms", or without the means
+    to compensate with, a model that cannot be traced; FloatingPointError: means that are NaN or infinite.
     """
     budgets = _budgets({"channels": channels, "params": params, "macs": macs})
     if round_to < 1 or not 0 <= floor <= 1:
         raise ValueError(f"round_to must be 1 or more and floor within [0, 1]; they are {round_to} and {floor}")
     if scope not in ("global", "layer"):
         raise ValueError(f"scope: {scope!r} is neither 'global' nor 'layer'")
-    graph = _graph(model, scores, example_inputs, forward, ignore)
+    if scores.origin.units != "groups":
+        raise ValueError('scores: they are of single BatchNorms (units="norms"), whose channels can be masked but not '
+                         'removed: to prune, score with units="groups"')
+    if compensate:
+        check_means(scores)
+    graph = scored_graph(model, scores, example_inputs, forward, ignore)
     twin = evaluation_copy(model)
     with fork_rng(device_of(twin)):
         before = checked(forward)(twin, example_inputs).shape
-        costs = Costs(twin, graph.groups, example_inputs, forward)
+        costs = Costs(twin, graph.groups, example_inputs, forward, compensate)
         dense = _group_costs(costs)
         removed = select(removal_order(graph.groups, scores, scope, round_to, floor), costs, budgets)
-        pruned = remove_channels(copy.deepcopy(model), graph.groups, removed)
+        means = removed_means(model, scores, removed_positions(graph.groups, removed)) if compensate else {}
+        added = contributions(twin, means, example_inputs, forward) if means else {}
+
+        def shrink(whole: nn.Module) -> nn.Module:
+            add_to_biases(whole, added)
+            return remove_channels(whole, graph.groups, removed)
+
+        pruned = shrink(copy.deepcopy(model))
         remove_copied_hooks(pruned)
         modes = {name: module.training for name, module in pruned.named_modules()}
         after = _try(pruned.eval(), example_inputs, forward, before)
         for name, module in pruned.named_modules():
             module.training = modes[name]
     if inplace:
-        pruned = remove_channels(model, graph.groups, removed)
+        pruned = shrink(model)
     rows = tuple(GroupReport(group.name, (group.channels, group.channels - len(removed.get(group.name, ()))),
                              (round(was[0]), round(now[0])), (round(was[1]), round(now[1])))
                  for group, was, now in zip(graph.groups, dense, _group_costs(costs), strict=True))
@@ -108,32 +124,6 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         rows, (int(costs.dense["channels"]), int(costs.totals["channels"])), (int(costs.dense["macs"]), after),
         (int(costs.dense["params"]), sum(parameter.numel() for parameter in pruned.parameters())), graph.skipped)
     return PruneResult(pruned, report, removed)
-
-
-@contextmanager
-def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batch, *, scope: Scope = "global",
-         ignore: Ignore = (), forward: Forward = call_model) -> Iterator[Mapping[str, Tensor]]:
-    """Within the block, the `fraction` of channels with the lowest scores reads as zero in every consumer.
-
-    The model computes what it would compute without those channels (but for a GroupNorm, whose statistics are those of
-    all channels until surgery); no parameter changes, and the hooks go on leaving.
-    Yields layer -> removed channels, int64, ascending. Raises ValueError for a fraction outside [0, 1) or out of reach,
-    and for scores of another model.
-    """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"fraction: {fraction}; it is the share of channels to mask, 0 <= fraction < 1")
-    graph = _graph(model, scores, example_inputs, forward, ignore)
-    twin = evaluation_copy(model)
-    with fork_rng(device_of(twin)):
-        costs = Costs(twin, graph.groups, example_inputs, forward)
-    removed = select(removal_order(graph.groups, scores, scope), costs, {"channels": 1 - fraction})
-    handles = [model.get_submodule(layer).register_forward_pre_hook(_zero(index, layer, model))
-               for layer, index in _consumer_places(graph.groups, removed).items()]
-    try:
-        yield removed
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def remove_channels(model: nn.Module, channel_groups: tuple[ChannelGroup, ...],
@@ -156,6 +146,20 @@ def remove_channels(model: nn.Module, channel_groups: tuple[ChannelGroup, ...],
     return model
 
 
+def scored_graph(model: nn.Module, scores: Scores, example_inputs: Batch, forward: Forward,
+                 ignore: Ignore) -> ChannelGraph:
+    """The groups of `model` that have scores and are not ignored. Raises ValueError for scores of another model."""
+    whole = trace(model, example_inputs, forward)
+    if scores.origin.units == "norms":
+        whole = norm_gates(model, whole)
+    check_scores(whole, scores)
+    graph = whole.without(model, ignore)
+    scored = tuple(group for group in graph.groups if group.name in scores)
+    unscored = {group.name: scores.skipped.get(group.name, "no score") for group in graph.groups
+                if group.name not in scores}
+    return replace(graph, groups=scored, skipped={**graph.skipped, **unscored})
+
+
 def _budgets(shares: Mapping[Unit, float | None]) -> dict[Unit, float]:
     budgets = {unit: share for unit, share in shares.items() if share is not None}
     if not budgets:
@@ -164,18 +168,6 @@ def _budgets(shares: Mapping[Unit, float | None]) -> dict[Unit, float]:
         if not 0 < share <= 1:
             raise ValueError(f"{unit}: {share} is outside (0, 1]; it is the share that remains")
     return budgets
-
-
-def _graph(model: nn.Module, scores: Scores, example_inputs: Batch, forward: Forward,
-           ignore: Ignore) -> ChannelGraph:
-    """The groups that have scores and are not ignored."""
-    whole = trace(model, example_inputs, forward)
-    check_scores(whole, scores)
-    graph = whole.without(model, ignore)
-    scored = tuple(group for group in graph.groups if group.name in scores)
-    unscored = {group.name: scores.skipped.get(group.name, "no score") for group in graph.groups
-                if group.name not in scores}
-    return replace(graph, groups=scored, skipped={**graph.skipped, **unscored})
 
 
 def _try(model: nn.Module, example_inputs: Batch, forward: Forward, expected: torch.Size) -> int:
@@ -201,25 +193,3 @@ def _group_costs(costs: Costs) -> list[tuple[float, float]]:
         counted.update(own)
         rows.append((sum(costs.layers[layer].macs for layer in own), sum(costs.layers[layer].params for layer in own)))
     return rows
-
-
-def _consumer_places(channel_groups: tuple[ChannelGroup, ...], removed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Consumer -> the positions of its input that are gone."""
-    places: dict[str, list[Tensor]] = defaultdict(list)
-    for group in channel_groups:
-        if group.name in removed:
-            gone = torch.isin(torch.arange(group.channels), removed[group.name])
-            for edge in group.role("consumer"):
-                places[edge.layer].append(edge.index[gone[edge.channel]])
-    return {layer: torch.cat(index) for layer, index in places.items()}
-
-
-def _zero(index: Tensor, layer: str, model: nn.Module) -> Callable[..., Any]:
-    dim = -1 if isinstance(model.get_submodule(layer), nn.Linear) else 1
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not args:
-            raise TypeError(f"{layer}: its input arrives as a keyword argument; call it by position, or ignore it")
-        return args[0].index_fill(dim, index.to(args[0].device), 0), *args[1:]
-
-    return OwnHook(hook)

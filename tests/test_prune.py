@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastscore
-from fastscore.prune import _consumer_places, _zero
+from fastscore.compensation import removed_positions
+from fastscore.masking import at_consumers
 from fastscore.tracing import trace
 
 RESIDUAL = NETWORKS["residual"]
@@ -282,8 +283,7 @@ def test_torchvision(name: str) -> None:
     assert 0.45 < result.report.macs[1] / result.report.macs[0] <= 0.5
     # consumers of the larger model that read the removed channels as zero compute what the smaller one does
     graph = trace(model, x[:1])
-    handles = [model.get_submodule(layer).register_forward_pre_hook(_zero(index, layer, model))
-               for layer, index in _consumer_places(graph.groups, result.removed).items()]
+    handles = list(at_consumers(model, removed_positions(graph.groups, result.removed), {}))
     with torch.no_grad():
         masked = model(x)
         torch.testing.assert_close(result.model(x), masked, rtol=1e-3, atol=1e-4 * float(masked.abs().max()))
