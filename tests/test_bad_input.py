@@ -100,7 +100,7 @@ def test_a_layer_called_by_keyword() -> None:
     scores = score(model, importance="magnitude-l2")
 
     def run_masked() -> None:
-        with fastscore.mask(model, scores, 0.3, X):
+        with fastscore.mask(model, scores, 0.6, X):
             model(X)
 
     refused(TypeError, "^two: its input arrives as a keyword", model, run_masked)
