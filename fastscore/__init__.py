@@ -4,7 +4,8 @@ from fastscore import ops
 from fastscore.engine import score
 from fastscore.masking import mask
 from fastscore.prune import PruneReport, PruneResult, prune
+from fastscore.random_backward import random_backward
 from fastscore.scorer import Scorer
 from fastscore.scores import Scores
 
-__all__ = ["PruneReport", "PruneResult", "Scorer", "Scores", "mask", "ops", "prune", "score"]
+__all__ = ["PruneReport", "PruneResult", "Scorer", "Scores", "mask", "ops", "prune", "random_backward", "score"]
