@@ -57,33 +57,37 @@ class _Recording:
     def __init__(self, model: nn.Module, layers: Collection[str], run: Callable[[nn.Module], Tensor]) -> None:
         self._model, self._layers, self._run_model = model, layers, run
         self._calls: dict[str, list[tuple[Tensor | None, Tensor]]] = {layer: [] for layer in layers}
-        handles = [model.get_submodule(layer).register_forward_hook(self._record(layer)) for layer in layers]
-        try:
-            self._output = self._run()
-        finally:
-            for handle in handles:
-                handle.remove()
+        self._output = self._run_with({layer: self._record(layer) for layer in layers})
 
     def stray(self, made: Positions, read: Positions) -> str | None:
         """Run with the outputs at `made` changed and all others held; where an input differs that is not in `read`."""
         found: list[str] = []
-        for layer in self._layers:  # no layer computes anything: it only says what it said before
-            replay = self._replay(layer, made.get(layer), read.get(layer), found)
-            vars(self._model.get_submodule(layer))["forward"] = replay
-        try:
-            output = self._run()
-        finally:
-            for layer in self._layers:
-                del vars(self._model.get_submodule(layer))["forward"]
+        # no layer computes anything: it only says what it said before
+        output = self._run_with({layer: self._replay(layer, made.get(layer), read.get(layer), found)
+                                 for layer in self._layers})
         if not found and not _close(output, self._output).all():
             return "the output"
         return found[0] if found else None
 
-    def _record(self, layer: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self._calls[layer].append((args[0].clone() if args else None, output.clone()))
+    def _run_with(self, forwards: Mapping[str, Callable[..., Tensor]]) -> Tensor:
+        """Run with the layers' own forwards replaced; whatever hooks they have run as they would."""
+        for layer, forward in forwards.items():
+            vars(self._model.get_submodule(layer))["forward"] = forward
+        try:
+            return self._run()
+        finally:
+            for layer in forwards:
+                del vars(self._model.get_submodule(layer))["forward"]
 
-        return hook
+    def _record(self, layer: str) -> Callable[..., Tensor]:
+        module = self._model.get_submodule(layer)
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            output: Tensor = type(module).forward(module, *args, **kwargs)
+            self._calls[layer].append((args[0].clone() if args else None, output.clone()))
+            return output
+
+        return forward
 
     def _replay(self, layer: str, made: Tensor | None, read: Tensor | None, found: list[str]) -> Callable[..., Tensor]:
         calls = iter(self._calls[layer])

@@ -146,3 +146,97 @@ def test_ignore_scope_and_forward() -> None:
         assert set(removed) == set(network.groups) - {"stem.0"}
         for group, index in removed.items():
             assert abs(len(index) / network.groups[group].channels - 0.4) < 0.2
+
+
+# The outputs of BatchNorms
+
+NORMALIZED = ["plain", "residual", "inplace", "dense", "mobile", "grouped", "squeeze-excite", "mlp"]
+
+
+class Set(nn.Module):
+    """A BatchNorm some of whose output channels are set to a value."""
+
+    def __init__(self, norm: nn.Module, index: Tensor, value: Tensor) -> None:
+        super().__init__()
+        self.norm, self.index, self.value = norm, index, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x).clone()
+        for c, value in zip(self.index.tolist(), self.value.tolist(), strict=True):
+            y[:, c] = value
+        return y
+
+
+def norm_outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """BatchNorm -> [C], the mean of its output over samples and positions."""
+    means: dict[str, Tensor] = {}
+    handles = [module.register_forward_hook(
+        lambda module, args, output, name=name: means.update({name: output.transpose(0, 1).flatten(1).mean(1)}))
+        for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return means
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+@pytest.mark.parametrize("fraction", [0.3, 0.7])
+@pytest.mark.parametrize("name", NORMALIZED)
+def test_norm_gates_are_set_to_zero_or_to_their_means(name: str, fraction: float, compensate: bool) -> None:
+    network = NETWORKS[name]
+    model, x = network.model(), network.inputs(5)
+    means = norm_outputs(model, x)
+    scores = fastscore.score(model, [x], units="norms", progress=False)
+    assert set(scores) == set(means)
+    with untouched(model), torch.no_grad(), \
+            fastscore.mask(model, scores, fraction, x, compensate=compensate) as removed:
+        masked = model(x)
+    total = sum(map(len, means.values()))
+    assert sum(map(len, removed.values())) == -int(-fraction * total // 1)
+    for norm, index in removed.items():
+        lowest = scores[norm].argsort(stable=True)[:len(index)]
+        assert sorted(lowest.tolist()) == index.tolist()
+    dense = model(x)
+    for norm, index in removed.items():
+        value = means[norm][index] if compensate else torch.zeros(len(index))
+        model.set_submodule(norm, Set(model.get_submodule(norm), index, value))
+    torch.testing.assert_close(masked, model(x), rtol=1e-12, atol=1e-12)
+    assert (masked - dense).abs().max() > 1e-6
+
+
+def test_norm_gates_pass_no_gradient() -> None:
+    model, x = NETWORKS["inplace"].model(), NETWORKS["inplace"].inputs(5)
+    scores = fastscore.score(model, [x], units="norms", progress=False)
+    with fastscore.mask(model, scores, 0.4, x, compensate=True) as removed:
+        model(x).square().sum().backward()
+    for norm, index in removed.items():
+        layer = model.get_submodule(norm)
+        assert not layer.weight.grad[index].any()
+        assert not layer.bias.grad[index].any()
+    assert any(module.weight.grad.any() for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+def test_norm_gates_are_ignored_by_name() -> None:
+    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(5)
+    scores = fastscore.score(model, [x], units="norms", progress=False)
+    with fastscore.mask(model, scores, 0.4, x, ignore=["block1", "stem.0"]) as removed:
+        assert set(removed) == {"block2.bn1", "block2.bn2", "block2.shortcut.1"}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_norm_gates_are_masked_and_not_pruned(inplace: bool) -> None:
+    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(5)
+    scores = fastscore.score(model, [x], units="norms", progress=False)
+    with untouched(model), pytest.raises(ValueError, match=r'^scores: .*units="norms".*units="groups"'):
+        fastscore.prune(model, scores, x, channels=0.5, inplace=inplace)
+
+
+def test_norm_gates_without_means_are_not_compensated() -> None:
+    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(5)
+    scores = fastscore.score(model, [x], units="norms", importance="bn-scale", progress=False)
+    with untouched(model), pytest.raises(ValueError, match=r"^compensate: .*'bn-scale'"), \
+            fastscore.mask(model, scores, 0.3, x, compensate=True):
+        pass
+    with torch.no_grad(), fastscore.mask(model, scores, 0.3, x) as removed:
+        assert sum(map(len, removed.values())) == -int(-0.3 * sum(map(len, scores.values())) // 1)
