@@ -1,0 +1,98 @@
+"""The paper's protocol, from training to accuracy curves: arXiv 2310.20203, section 4.
+
+    python -m benchmarks.paper --dataset fashion-mnist --data DATA --epochs 3 --samples 10 100 1000 --jobs 2
+    python -m benchmarks.paper --dataset cifar100 --data DATA --download --device cuda
+    python -m benchmarks.paper --dataset stl10 --data DATA --download --device cuda
+
+Trains the networks, scores each once on D training images with every variant, removes P of N units in 31 steps and
+writes the test accuracies to OUT/DATASET.csv. What is there already is not done again: the same command goes on after
+an interruption. `python -m benchmarks.paper.figures` draws.
+"""
+
+import argparse
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.multiprocessing as multiprocessing
+from tqdm import tqdm
+
+from benchmarks.paper import data, training
+from benchmarks.paper.evaluation import POINTS
+from benchmarks.paper.protocol import EXPERIMENTS, FIELDS, KEY, Work, curves
+from benchmarks.paper.variants import Variant
+
+# data set -> networks, D, epochs (the paper's; Fashion-MNIST is not in it)
+DEFAULTS = {
+    "cifar100": (["resnet20", "resnet56", "vgg19"], ["2", "10", "103", "all"], 200),
+    "stl10": (["resnet18"], ["2", "71", "595", "all"], 200),
+    "fashion-mnist": (["resnet20", "vgg6"], ["10", "100", "1000", "all"], 5),
+}
+
+
+def jobs(options: argparse.Namespace, done: set[tuple[str, ...]]) -> Iterator[tuple[Work, list[tuple[Variant, bool]]]]:
+    """The work that is left."""
+    for samples in options.samples:
+        for experiment in options.experiments:
+            for scoring_seed in options.scoring_seeds:
+                for training_seed in options.training_seeds:
+                    for network in options.networks:
+                        work = Work(options, experiment, samples, scoring_seed, training_seed, network)
+                        _, variants, kinds = EXPERIMENTS[experiment]
+                        wanted = [(variant, compensated) for variant in variants for compensated in kinds
+                                  if work.key(variant, compensated) not in done]
+                        if wanted:
+                            yield work, wanted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=list(DEFAULTS), default="fashion-mnist")
+    parser.add_argument("--data", required=True, help="folder of the data set's files, as torchvision lays them out")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch them")
+    parser.add_argument("--networks", nargs="+")
+    parser.add_argument("--samples", nargs="+", help="D: how many training images to score on, or all")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--experiments", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
+    parser.add_argument("--training-seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--scoring-seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--stride", type=int, default=1, help="test each point of a curve on every STRIDEth test image "
+                        "only, from its own first one on: with 31 a curve sees each image once (default: all images)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--networks-folder", default="networks", help="where trained networks are kept")
+    parser.add_argument("--out", default="benchmarks/results/paper")
+    options = parser.parse_args()
+    networks, samples, epochs = DEFAULTS[options.dataset]
+    options.networks, options.samples = options.networks or networks, options.samples or samples
+    options.epochs = options.epochs or epochs
+
+    images = data.load(options.dataset, options.data, options.download, options.device)
+    for seed in options.training_seeds:
+        for network in options.networks:
+            training.trained(network, images, seed, options.epochs, Path(options.networks_folder))
+    path = Path(options.out) / f"{options.dataset}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    left = list(jobs(options, {tuple(row[field] for field in KEY) for row in read(path)}))
+    if not path.exists():
+        path.write_text(",".join(FIELDS) + "\n")
+    with path.open("a", newline="") as file, multiprocessing.get_context("spawn").Pool(options.jobs) as pool, \
+            tqdm(total=sum(len(wanted) for _, wanted in left), unit=" curves") as bar:
+        writer = csv.DictWriter(file, FIELDS)
+        for rows in pool.imap_unordered(curves, left):
+            writer.writerows(rows)
+            file.flush()
+            bar.update(len(rows) // POINTS)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV that are whole; an interruption may have torn the last one."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row[FIELDS[-1]]]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Many variants from shared passes: one forward pass, and one backward pass for each kind of output gradient."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.paper.data import Images
+from benchmarks.paper.variants import Variant
+from fastscore import Scores, gradients
+from fastscore.evaluation import evaluation_copy
+from fastscore.groups import Units
+from fastscore.importance import WEIGHT_IMPORTANCES, Measure
+from fastscore.scores import Origin
+from fastscore.totals import Totals, scored
+from fastscore.tracing import trace
+
+BATCH = 32  # the paper's, for the molchanov criteria
+
+
+def score_variants(model: nn.Module, images: Images, variants: Iterable[Variant], units: Units,
+                   seed: int = 0) -> dict[str, Scores]:
+    """Variant's name -> scores of `model` on all of `images`, as fastscore.score gives them on batches of 32."""
+    twin = evaluation_copy(model).to(memory_format=torch.channels_last)
+    graph = trace(twin, images.images[:1])
+    families: dict[Measure, dict[Variant, Totals]] = {}
+    found: dict[str, Scores] = {}
+    for variant in variants:
+        if variant.importance in WEIGHT_IMPORTANCES:
+            origin = Origin(variant.importance, "sum", "none", False, seed, "none", "", units)
+            groups, origin = scored(twin, graph, origin, ())
+            values = {group.name: WEIGHT_IMPORTANCES[variant.importance](twin, group, seed) for group in groups.groups}
+            found[variant.name] = Scores({name: value for name, value in values.items() if value is not None}, origin)
+        else:
+            origin = Origin(variant.importance, variant.reduction, variant.gradient, variant.normalize, seed, "normal",
+                            "", units, variant.ablation)
+            totals = Totals(twin, graph, origin)
+            families.setdefault(totals.row.measure, {})[variant] = totals
+    for family in families.values():
+        _measure(twin, images, family, seed)
+        found |= {variant.name: totals.scores() for variant, totals in family.items()}
+    means = next((scores.means for scores in found.values() if scores.means), {})
+    return {name: scores if scores.means else replace(scores, means=means) for name, scores in found.items()}
+
+
+def _measure(model: nn.Module, images: Images, family: Mapping[Variant, Totals], seed: int) -> None:
+    """Fill the totals, which all read the same measure."""
+    taps = max((totals.taps() for totals in family.values()), key=lambda taps: len(taps.weights))
+    for weight in taps.weights.values():
+        weight.requires_grad_()
+    with taps, torch.enable_grad():
+        for x, labels in zip(images.images.split(BATCH), images.labels.split(BATCH), strict=True):
+            output = model(x.contiguous(memory_format=torch.channels_last))
+            for kind in ("loss", "random"):
+                if any(variant.gradient == kind for variant in family):
+                    v = gradients.loss_gradient(output, (x, labels), None, False) if kind == "loss" else \
+                        gradients.random_gradient(output, gradients.sample_ids(x), seed, 0, "normal", False)
+                    _send(taps.propagate, output, v, {variant: totals for variant, totals in family.items()
+                                                      if variant.gradient == kind})
+
+
+def _send(propagate: object, output: Tensor, v: Tensor, family: Mapping[Variant, Totals]) -> None:
+    """One backward pass for all; a second, of normalised gradients, for criteria that read filters."""
+    assert callable(propagate)
+    samples = len(output)
+    sums, weights = propagate(output, v)
+    length = v.double().norm(dim=1)
+    normalized = [totals for variant, totals in family.items() if totals.row.filters and variant.normalize]
+    for variant, totals in family.items():
+        if totals not in normalized:
+            totals.add(sums, samples, length if variant.normalize else None, weight_gradients=weights)
+    if normalized:
+        sums, weights = propagate(output, v / length[:, None] / samples)
+        for totals in normalized:
+            totals.add(sums, samples, weight_gradients=weights)
