@@ -62,8 +62,8 @@ class Evaluator:
             positions = removed_positions(self.groups, removed)
             added = contributions(self.model, removed_means(self.model, scores, positions), self.example,
                                   lambda model, x: model(x)) if compensate and removed else {}
+            add_to_biases(model, added)  # first: a layer that reads removed channels may lose some of its own
             remove_channels(model, self.groups, removed)
-            add_to_biases(model, added)
             return model.to(memory_format=torch.channels_last)
         for norm, channels in removed.items():
             layer = model.get_submodule(self.producers[norm])
