@@ -93,7 +93,6 @@ def _add(value: Tensor) -> Callable[..., Any]:
 def _set(index: Tensor, value: Tensor) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         rows = _along_channels(value, module, output).expand_as(output.narrow(channel_dim(module), 0, len(index)))
-        # a new tensor: whoever takes a BatchNorm's output may write to it (`out += identity`)
         return output.index_copy(channel_dim(module), index.to(output.device), rows)
 
     return OwnHook(hook)

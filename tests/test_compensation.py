@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.batches import forward
-from fastscore.compensation import add_to_biases, contributions
+from fastscore.compensation import add_to_biases, contributions, removed_positions
 from fastscore.costs import Costs
+from fastscore.groups import ChannelGroup, Member
 from fastscore.prune import remove_channels
 from fastscore.tracing import trace
 
@@ -289,6 +290,15 @@ def test_a_layer_called_on_two_sizes_is_compensated_for_the_average_of_both() ->
         one = exact(mean.reshape(1, 4, 1, 1).expand(1, 4, 5, 5), output_size=(12, 12)).mean((0, 2, 3))
         other = exact(mean.reshape(1, 4, 1, 1).expand(1, 4, 3, 3)).mean((0, 2, 3))
     torch.testing.assert_close(found, (one + other) / 2, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_that_lose_nothing_have_no_place() -> None:
+    every = torch.arange(4)
+    group = ChannelGroup("a", 4, every, (Member("a", "producer", every, every), Member("b", "consumer", every + 2, every),
+                                         Member("c", "consumer", every[:2], every[2:]),
+                                         Member("n", "channelwise", every, every)))
+    positions = removed_positions((group, replace(group, name="kept")), {"a": torch.tensor([0, 1])})
+    assert {layer: index.tolist() for layer, index in positions.items()} == {"b": [2, 3]}
 
 
 # Costs
