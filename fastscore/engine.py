@@ -47,7 +47,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
     value that random gradients approach. samples: stop after so many; "auto": as soon as the even and the odd samples
     agree on 95 % of the 30 % of channels that each would prune (see Scores.overlap). seed: of the random gradients,
     which depend on it, the sample's content and the probe alone, so that scores do not depend on batch size or order.
-    distribution: "normal", "rademacher", or "orthogonal" (the probes of a sample are orthogonal to each other).
+    distribution: "normal", "rademacher", or "orthogonal" (as many probes of a sample as it has outputs are orthogonal).
     center: take the all-ones direction out of the random gradients, which a softmax does not see.
     loss(output, batch) -> scalar (default: cross entropy with the labels of (input, label) batches); its gradient is
     taken as it stands when normalize=False. forward(model, batch) -> output [N, ...], for models that are called
