@@ -11,6 +11,8 @@ an interruption. `python -m benchmarks.paper.figures` draws.
 
 import argparse
 import csv
+import signal
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,24 +76,34 @@ def main() -> None:
             training.trained(network, images, seed, options.epochs, Path(options.networks_folder))
     path = Path(options.out) / f"{options.dataset}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    left = list(jobs(options, {tuple(row[field] for field in KEY) for row in read(path)}))
+    left = list(jobs(options, complete(path)))
     if not path.exists():
         path.write_text(",".join(FIELDS) + "\n")
-    with path.open("a", newline="") as file, multiprocessing.get_context("spawn").Pool(options.jobs) as pool, \
+    deaf = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # workers leave Ctrl-C to this process, which ends them
+    with path.open("a", newline="") as file, multiprocessing.get_context("spawn").Pool(options.jobs, *deaf) as pool, \
             tqdm(total=sum(len(wanted) for _, wanted in left), unit=" curves") as bar:
         writer = csv.DictWriter(file, FIELDS)
-        for rows in pool.imap_unordered(curves, left):
-            writer.writerows(rows)
-            file.flush()
-            bar.update(len(rows) // POINTS)
+        try:
+            for rows in pool.imap_unordered(curves, left):
+                writer.writerows(rows)
+                file.flush()
+                bar.update(len(rows) // POINTS)
+        except KeyboardInterrupt:
+            raise SystemExit(f"interrupted; what is done is in {path}, and the same command goes on") from None
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV that are whole; an interruption may have torn the last one."""
+def complete(path: Path) -> set[tuple[str, ...]]:
+    """The keys of the curves that a CSV holds whole; a last line that an interruption has torn is cut off."""
     if not path.exists():
-        return []
+        return set()
+    written = path.read_bytes()
+    if not written.endswith(b"\n"):
+        path.write_bytes(written[:written.rfind(b"\n") + 1])
+    points: dict[tuple[str, ...], set[str]] = defaultdict(set)
     with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row[FIELDS[-1]]]
+        for row in csv.DictReader(file):
+            points[tuple(row[field] for field in KEY)].add(row["removed"])
+    return {key for key, removed in points.items() if len(removed) == POINTS}
 
 
 if __name__ == "__main__":

@@ -48,9 +48,9 @@ def curves(job: tuple[Work, list[tuple[Variant, bool]]]) -> list[dict[str, objec
     order = torch.randperm(len(images.train.labels), generator=torch.Generator().manual_seed(work.scoring_seed))
     chosen = order if work.samples == "all" else order[:int(work.samples)]
     chosen = chosen.to(images.train.images.device)
-    units = EXPERIMENTS[work.experiment][0]
+    units, variants, _ = EXPERIMENTS[work.experiment]
     scores = scoring.score_variants(model, data.Images(images.train.images[chosen], images.train.labels[chosen]),
-                                    dict.fromkeys(variant for variant, _ in wanted), units, work.scoring_seed)
+                                    variants, units, work.scoring_seed)  # all: some lend their means to others
     evaluator = Evaluator(model, images.test, units)
     return [dict(zip(KEY, work.key(variant, compensated), strict=True), **row) for variant, compensated in wanted
             for row in evaluator.curve(scores[variant.name], compensated, options.stride)]

@@ -5,13 +5,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 POINTS = 31
-IMAGES = {"cifar100": 50000, "stl10": 5000, "fashion-mnist": 60000}  # of the training set: what samples "all" stands for
+IMAGES = {"cifar100": 50000, "stl10": 5000, "fashion-mnist": 60000}  # in the training set: "all" samples
 PUBLISHED = Path(__file__).parent / "published.csv"
 WORDS = {"taylorfo": "taylor", "taylorfo_abs": "taylor-abs", "taylorfo_sq": "taylor-sq", "Molchanov_BN": "molchanov-bn",
          "Molchanov_group": "molchanov-group", "rand": "random", "norm": "norm"}  # the paper's -> ours
@@ -36,15 +36,14 @@ class Results:
     runs: Mapping[Key, Tensor]
     removed: Mapping[tuple[str, str], tuple[int, ...]]
 
-    def values(self, field: str, **fixed: object) -> list[str]:
-        """The values of a field of Key among the keys that have the values `fixed`: numbers ascending, names as read."""
-        found = dict.fromkeys(getattr(key, field) for key in self.runs
-                              if all(getattr(key, name) == value for name, value in fixed.items()))
-        return sorted(found) if field == "samples" else list(found)
+    def values(self, field: str, **fixed: object) -> list[Any]:
+        """The values of a field among the keys with the values `fixed`: ascending."""
+        return sorted({getattr(key, field) for key in self.runs
+                       if all(getattr(key, name) == value for name, value in fixed.items())})
 
 
 def read(path: Path) -> Results:
-    """The complete curves of a CSV; of curves that were written twice, the later. Raises ValueError if there is none."""
+    """The complete curves of a CSV; of one that is there twice, the later. Raises ValueError where there is none."""
     curves: dict[tuple[Key, str, str], dict[int, float]] = defaultdict(dict)
     dataset = ""
     for row in whole_rows(path):
@@ -97,9 +96,9 @@ def table(results: Results, network: str, units: str) -> str:
     between them; below it, in italics, the paper's where it has one."""
     samples = results.values("samples", network=network, units=units)
     paper = published(results.dataset, network) if units == "norms" else None
-    lines = ["| | " + " | ".join(f"D = {count:,}" for count in samples) + " |", "|---" * (len(samples) + 1) + "|"]
-    rows = dict.fromkeys((key.variant, key.compensated) for key in results.runs if (key.network, key.units) == (network, units))
-    for variant, compensated in rows:
+    lines = ["| | " + " | ".join(f"D = {count:,}" for count in samples) + " |", "|---" + "|---:" * len(samples) + "|"]
+    rows = {(key.variant, key.compensated) for key in results.runs if (key.network, key.units) == (network, units)}
+    for variant, compensated in sorted(rows):
         cells = []
         for count in samples:
             key = Key(network, count, units, variant, compensated)
