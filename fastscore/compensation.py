@@ -102,7 +102,8 @@ def contributions(model: nn.Module, means: Mapping[str, Tensor], example_inputs:
 def add_to_biases(model: nn.Module, added: Mapping[str, Tensor]) -> None:
     """Add float64 [C_out] to the bias of each layer, in place; a layer without one gets one, trained if its weight is.
 
-    The biases are new parameters, rounded once to the dtype of the old ones (of the weight).
+    model: before surgery, which then takes from the biases what belongs to outputs that go. The biases are new
+    parameters, rounded once to the dtype of the old ones (of the weight).
     """
     for name, value in added.items():
         layer = model.get_submodule(name)
