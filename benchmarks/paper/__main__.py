@@ -28,7 +28,7 @@ from benchmarks.paper.variants import Variant
 DEFAULTS = {
     "cifar100": (["resnet20", "resnet56", "vgg19"], ["2", "10", "103", "all"], 200),
     "stl10": (["resnet18"], ["2", "71", "595", "all"], 200),
-    "fashion-mnist": (["resnet20", "vgg6"], ["10", "100", "1000", "all"], 5),
+    "fashion-mnist": (["resnet20", "vgg6"], ["10", "100", "1000", "all"], 3),
 }
 
 
@@ -63,7 +63,8 @@ def main() -> None:
                         "only, from its own first one on: with 31 a curve sees each image once (default: all images)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--networks-folder", default="networks", help="where trained networks are kept")
+    parser.add_argument("--networks-folder", default="benchmarks/results/paper/networks",
+                        help="where trained networks are kept")
     parser.add_argument("--out", default="benchmarks/results/paper")
     options = parser.parse_args()
     networks, samples, epochs = DEFAULTS[options.dataset]

@@ -28,8 +28,9 @@ def trained(network: str, data: DataSet, seed: int, epochs: int, folder: Path, b
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
+        if state["epoch"] < epochs:
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
     for epoch in range(state["epoch"], epochs):
         draw = torch.Generator().manual_seed(1000 * seed + epoch)
         model.train()
@@ -42,8 +43,8 @@ def trained(network: str, data: DataSet, seed: int, epochs: int, folder: Path, b
             F.cross_entropy(model(images), data.train.labels[index]).backward()
             optimizer.step()
             schedule.step()
-        save({"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-              "schedule": schedule.state_dict()}, path)
+        rest = {} if epoch + 1 == epochs else {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        save({"epoch": epoch + 1, "model": model.state_dict(), **rest}, path)
     return model.eval()
 
 
