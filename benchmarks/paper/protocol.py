@@ -15,8 +15,7 @@ FIELDS = ("dataset", "network", "training_seed", "scoring_seed", "samples", "uni
 KEY = FIELDS[:8]
 # what is compared -> (units, variants, with and without compensation)
 EXPERIMENTS: dict[str, tuple[str, tuple[Variant, ...], tuple[bool, ...]]] = {
-    "paper": ("norms", PAPER, (False,)),
-    "element": ("norms", ELEMENT, (False,)),
+    "paper": ("norms", (*PAPER, *ELEMENT), (False,)),
     "compensation": ("groups", (*ABLATION, *BASELINES), (False, True)),
 }
 

@@ -1,0 +1,1 @@
+"""fastscore beside what people use today: see `python -m benchmarks.peers --help`."""
