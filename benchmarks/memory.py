@@ -85,8 +85,9 @@ def main() -> None:
         print(json.dumps(growth(CONTESTANTS[arguments.child], task)))
         return
     kinds = ("RSS", "tensors") if arguments.device == "cpu" else ("tensors",)
+    head = "".join(kind.rjust(8) + 7 * " " for kind in kinds).rstrip()
     print(f"{machine.describe(arguments.device)}\n"
-          f"batches of {arguments.batch}, {arguments.size}²; MiB, and over those of {PLAIN}\n\n{'':<47}{''.join(kind.rjust(8) + 7 * ' ' for kind in kinds)}".rstrip())
+          f"batches of {arguments.batch}, {arguments.size}²; MiB, and over those of {PLAIN}\n\n{'':<47}{head}")
     for model in arguments.models:
         plain: dict[str, int] = {}
         for contestant in dict.fromkeys([PLAIN, *arguments.contestants]):

@@ -84,8 +84,10 @@ def test_gates_need_a_norm():
 def weight_products(task: Task, power: int) -> dict[str, torch.Tensor]:
     """Layer -> |w·∂w|**power of its weight, [outputs, inputs, everything else]."""
     task.loss(task.model).backward()
-    return {name.removesuffix(".weight"): (p * p.grad).abs().pow(power).reshape(len(p), p.shape[1] if p.dim() > 1 else 1, -1)
-            for name, p in task.model.named_parameters() if name.endswith(".weight")}
+    weights = {name.removesuffix(".weight"): parameter for name, parameter in task.model.named_parameters()
+               if name.endswith(".weight")}
+    return {name: (weight * weight.grad).abs().pow(power).reshape(len(weight), *weight.shape[1:2] or [1], -1)
+            for name, weight in weights.items()}
 
 
 @pytest.mark.parametrize(("contestant", "samples", "power", "norms"), [
