@@ -19,10 +19,10 @@ FASTSCORE_INLINE void add_squares(const T* x, int64_t stride, int64_t length, do
   for (; i < length; ++i) squares[0] += to_double(x[i * stride]) * to_double(x[i * stride]);
 }
 
-// A divisor of 0 or NaN gives 0.
+// A divisor of 0, or so small that its inverse is infinite, gives 0; NaN gives NaN.
 template <class T>
 FASTSCORE_INLINE void divide(const T* x, int64_t x_stride, T* out, int64_t out_stride, int64_t length, double divisor) {
-  const bool divides = divisor > 0;
+  const bool divides = !(divisor < 0x1p-1022);
   const double factor = 1 / divisor;  // exact enough for what is rounded to 24 bits or fewer
   for (int64_t i = 0; i < length; ++i) {
     const double value = to_double(x[i * x_stride]);

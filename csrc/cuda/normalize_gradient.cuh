@@ -44,10 +44,10 @@ inline NormalizePlan plan_normalize_gradient(const void* g, const void* unit, in
   return it;
 }
 
-// 1 / max(norm, eps); 0 where that maximum is 0 or not a number, and so is then the quotient.
+// 1 / max(norm, eps); 0 where that maximum is 0, or so small that its inverse is infinite. NaN stays NaN.
 __device__ __forceinline__ double inverse_length(double norm, double eps) {
   const double divisor = norm < eps ? eps : norm;
-  return divisor > 0 ? 1 / divisor : 0;
+  return divisor < 0x1p-1022 ? 0 : 1 / divisor;
 }
 
 template <class T>
@@ -58,7 +58,7 @@ __device__ __forceinline__ double square(T x) {
 
 template <class T>
 __device__ __forceinline__ T scaled(T x, double factor) {
-  return narrow<T>(factor == 0 ? 0 : double(widen(x)) * factor);
+  return narrow<T>(double(widen(x)) * factor);
 }
 
 template <class T>

@@ -89,7 +89,8 @@ def random_gradient(sample_ids: Tensor, classes: int, seed: int, probe: int = 0,
 def normalize_gradient(g: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
     """(g / max(‖g‖, eps), ‖g‖) per sample, with ‖·‖ the L2 norm over all of a sample; length 0 stays 0.
 
-    Squares are summed in float64, so neither tiny nor huge gradients lose their length.
+    Squares are summed in float64, so neither tiny nor huge gradients lose their length (but for float64 ones below
+    1e-162, whose length is 0, and beyond 1e154, whose length is infinite). A sample that holds NaN becomes NaN.
 
     Args:
         g: [N, ...], float32, bfloat16, float16 or float64, with any strides.

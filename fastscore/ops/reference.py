@@ -94,9 +94,14 @@ def random_gradient(sample_ids: Tensor, classes: int, seed: int, probe: int = 0,
 
 
 def normalize_gradient(g: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(g / max(‖g‖, eps) per sample, ‖g‖ [N]): L2 norm over all of a sample; a gradient of length 0 stays 0."""
+    """(g / max(‖g‖, eps) per sample, ‖g‖ [N]): L2 norm over all of a sample; a gradient of length 0 stays 0.
+
+    A divisor below the least normal float64, whose inverse is infinite, counts as 0. NaN comes through: a sample that
+    holds one is NaN throughout.
+    """
     norm = g.double().reshape(g.shape[0], math.prod(g.shape[1:])).square().sum(1).sqrt()
     divisor = norm.clamp(min=eps)
     per_sample = divisor.reshape(-1, *[1] * (g.dim() - 1))
-    unit = torch.where(per_sample > 0, g.double() / per_sample, torch.zeros((), dtype=torch.float64, device=g.device))
+    tiny = per_sample < torch.finfo(torch.float64).tiny
+    unit = torch.where(tiny, torch.zeros((), dtype=torch.float64, device=g.device), g.double() / per_sample)
     return unit.to(g.dtype), norm.to(result_dtype(g.dtype))

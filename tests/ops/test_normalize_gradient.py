@@ -80,8 +80,20 @@ def test_eps_is_the_least_divisor():
 def test_nan_and_infinity_stay_in_their_sample(dtype):
     g = normals((4, 30), dtype, 5)
     g[1, 3], g[2, 4] = torch.nan, torch.inf
-    _, norm = assert_close(g)
+    unit, norm = assert_close(g)
     assert norm.isfinite().tolist() == [True, False, False, True]
+    assert unit[1].isnan().all()  # NaN is not taken for a gradient of length 0
+    assert unit[2].isnan().tolist() == [column == 4 for column in range(30)]  # ∞ / ∞
+    assert unit[[0, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("eps", [5e-324, 1e-310, 2.0**-1022, 1e300, float("inf")])
+def test_a_floor_at_the_ends_of_float64(eps, dtype):
+    g = normals((3, 20), dtype, 4)
+    g[1] = 0
+    unit, _ = assert_close(g, eps)
+    assert torch.equal(unit[1], torch.zeros(20, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

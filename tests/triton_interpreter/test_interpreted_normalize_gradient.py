@@ -80,9 +80,9 @@ def test_lengths_whose_square_is_no_float32(scale):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.parametrize("eps", [0.0, 1.0])
+@pytest.mark.parametrize("eps", [0.0, 5e-324, 1.0])
 def test_what_is_not_finite(eps):
-    check(torch.tensor([[1.0, torch.nan], [1.0, torch.inf], [1.0, 2.0]]), eps)
+    check(torch.tensor([[1.0, torch.nan], [1.0, torch.inf], [1.0, 2.0], [0.0, 0.0]]), eps)
 
 
 @pytest.mark.parametrize("length", [1000, NORMALIZE_BLOCK, 2 * NORMALIZE_BLOCK + 1])

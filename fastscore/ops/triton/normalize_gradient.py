@@ -76,11 +76,10 @@ def normalize_gradient_kernel(g, partials, unit, lengths, sizes, g_strides, unit
     if split == 0:
         tl.store(lengths + n, norm.to(lengths.dtype.element_ty))
 
-    # A length that is not a number compares with nothing, and its sample becomes 0.
+    # A divisor of 0, or so small that its inverse is infinite, gives 0; NaN, which compares with nothing, stays NaN.
     divisor = tl.where(norm < eps, eps, norm)
-    usable = divisor > 0
-    inverse = 1.0 / tl.where(usable, divisor, 1.0)
-    scaled = tl.where(usable, widen(part) * inverse, 0.0)
+    tiny = divisor < 2.0**-1022
+    scaled = tl.where(tiny, 0.0, widen(part) * (1.0 / tl.where(tiny, 1.0, divisor)))
     unit += tl.multiple_of(n * unit_strides[0], ALIGN[2][0])
     tl.store(unit + offsets(p, sizes, unit_strides[1:], ALIGN[2][1]), narrow(scaled, part.dtype), mask)
 
