@@ -1,5 +1,6 @@
 """Pictures of scores. Needs matplotlib (the extra `plot`)."""
 
+import math
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COLOUR = "#0b6e99"
+COLOUR, REMOVED = "#0b6e99", "#d9730d"
 _LABELLED_LAYERS = 60  # more names than this do not fit under an axis
 
 
@@ -28,12 +29,13 @@ def check(path: str | PathLike[str]) -> None:
         raise ValueError(f"{path}: a plot's suffix is one of {', '.join(known)}")
 
 
-def importances(scores: Mapping[str, Tensor], path: str | PathLike[str]) -> None:
+def importances(scores: Mapping[str, Tensor], path: str | PathLike[str], fraction: float = 0.0) -> None:
     """Draw each layer's importances, layers from input to output: a dot a channel, a bar at the median.
 
-    scores: layer -> importance [C]. Zeros have no place on the logarithmic axis; they are counted below it.
+    scores: layer -> importance [C]. Zeros have no place on the logarithmic axis; they are counted below it. fraction:
+    the lowest share of all channels, drawn in another colour (see `lowest`).
     """
-    layers = list(scores)
+    layers, below = list(scores), lowest(scores, fraction)
     drawing = figure(min(max(6.4, 2 + 0.3 * len(layers)), 18), 4.8)
     axes = drawing.subplots()
     for position, layer in enumerate(layers):
@@ -41,8 +43,10 @@ def importances(scores: Mapping[str, Tensor], path: str | PathLike[str]) -> None
         positive = values[values > 0]
         spread = torch.linspace(-0.3, 0.3, len(positive))[torch.randperm(
             len(positive), generator=torch.Generator().manual_seed(0))]
-        axes.plot(position + spread.numpy(), positive.numpy(), ".", color=COLOUR, alpha=0.35,
-                  markersize=4, markeredgewidth=0)
+        goes = below[layer][values > 0]
+        for chosen, colour in ((~goes, COLOUR), (goes, REMOVED)):
+            axes.plot(position + spread[chosen].numpy(), positive[chosen].numpy(), ".", color=colour, alpha=0.35,
+                      markersize=4, markeredgewidth=0)
         if values.median() > 0:
             axes.hlines(values.median().item(), position - 0.4, position + 0.4, color="black", linewidth=1.2)
         if len(positive) < len(values):
@@ -56,10 +60,29 @@ def importances(scores: Mapping[str, Tensor], path: str | PathLike[str]) -> None
     else:
         axes.set_xlabel(f"{len(layers)} layers, from input to output")
     zeros = any((scores[layer] == 0).any() for layer in layers)
-    axes.set_title("a dot for each channel, a bar at the median" + ("; red: how many are zero" if zeros else ""),
-                   fontsize=9)
+    count = sum(int(goes.sum()) for goes in below.values())
+    axes.set_title("a dot for each channel, a bar at the median" + ("; red: how many are zero" if zeros else "")
+                   + (f"; orange: the {count:,} lowest, {fraction:.0%} of all" if count else ""), fontsize=9)
     plain(axes)
     drawing.savefig(path, dpi=150)
+
+
+def lowest(scores: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
+    """Layer -> bool [C]: the lowest `fraction` of all channels, but for the last one of each layer.
+
+    Ties go in order of layer and channel. Raises ValueError for a fraction outside [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction: {fraction}; it is the share of channels that would go, 0 <= fraction < 1")
+    goes = {layer: torch.zeros(len(values), dtype=torch.bool) for layer, values in scores.items()}
+    left = math.ceil(fraction * sum(map(len, goes.values())) - 1e-9)
+    every = [(layer, channel) for layer, marks in goes.items() for channel in range(len(marks))]
+    for place in torch.cat(list(scores.values())).argsort(stable=True).tolist():
+        layer, channel = every[place]
+        if left and int(goes[layer].sum()) < len(goes[layer]) - 1:
+            goes[layer][channel] = True
+            left -= 1
+    return goes
 
 
 def plain(axes: Any) -> None:

@@ -165,14 +165,16 @@ class Scores(Mapping[str, Tensor]):
         return cls(origin=Origin(**header["origin"]), passes=header["passes"], half_passes=header["half_passes"],
                    samples=header["samples"], skipped=header["skipped"], **named)
 
-    def plot(self, path: str | PathLike[str]) -> None:
+    def plot(self, path: str | PathLike[str], fraction: float = 0.0) -> None:
         """Draw each layer's distribution of importances, layers from input to output, to an image file.
 
-        Raises ImportError without matplotlib (pip install 'torch-fastscore[plot]').
+        fraction: the lowest share of all channels is drawn in another colour, one of each layer aside: the cut at that
+        budget. Raises ValueError for a fraction outside [0, 1), ImportError without matplotlib (pip install
+        'torch-fastscore[plot]').
         """
         from fastscore import plots
 
-        plots.importances(self, path)
+        plots.importances(self, path, fraction)
 
     def __str__(self) -> str:
         origin = self.origin

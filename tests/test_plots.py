@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import NETWORKS
 from PIL import Image
 
 import fastscore
@@ -49,3 +50,20 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"torch-fastscore\[plot\]"):
         plots.importances({"one": torch.ones(1)}, tmp_path / "s.png")
+
+
+def test_the_cut_is_the_one_that_a_mask_makes(tmp_path):
+    network = NETWORKS["residual"]
+    model, x = network.model(), network.inputs(8)
+    scores = fastscore.score(model, [x], progress=False)
+    for fraction in (0.0, 0.3, 0.8):
+        with fastscore.mask(model, scores, fraction, x) as removed:
+            below = plots.lowest(scores, fraction)
+        assert {layer: goes.nonzero()[:, 0].tolist() for layer, goes in below.items() if goes.any()} == \
+            {layer: channels.tolist() for layer, channels in removed.items()}
+    scores.plot(tmp_path / "s.svg", fraction=0.3)
+    assert f"orange: the {-(-3 * sum(map(len, scores.values())) // 10)} lowest, 30% of all" in \
+        (tmp_path / "s.svg").read_text()
+    with pytest.raises(ValueError, match=r"fraction: 1\.5"):
+        scores.plot(tmp_path / "t.svg", fraction=1.5)
+    assert not (tmp_path / "t.svg").exists()
