@@ -1,23 +1,18 @@
 """Scores: one importance per channel, and what one does with them."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
-from pathlib import Path
-from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from fastscore import files
 from fastscore import importance as importances
 from fastscore.gradients import DISTRIBUTIONS
 from fastscore.groups import Units
 
-_FORMAT = "fastscore-scores-2"
+_FORMAT = "fastscore-scores-3"
 _TENSORS = ("totals", "means", "half_totals")  # the fields that a file holds as tensors
 
 
@@ -137,29 +132,12 @@ class Scores(Mapping[str, Tensor]):
                    for layer, tensor in getattr(self, kind).items()}
         header = {"origin": asdict(self.origin), "passes": self.passes, "half_passes": self.half_passes,
                   "samples": self.samples, "skipped": dict(self.skipped), "tensors": list(tensors)}
-        text = json.dumps(header)
-        if not Path(path).parent.is_dir():
-            raise FileNotFoundError(f"{path}: there is no folder {Path(path).parent}; make it first")
-        metadata = {"format": _FORMAT, "header": text, "sha256": _checksum(text, tensors)}
-        safetensors.torch.save_file(tensors, str(path), metadata)
+        files.write(path, _FORMAT, header, tensors)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Scores":
         """Read what `save` wrote. Raises ValueError for a file that is foreign, truncated or altered."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: there is no such score file")
-        try:
-            with safetensors.safe_open(str(path), "pt") as file:
-                metadata: dict[str, str] = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error}); score the model again") from error
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{path}: not a fastscore score file; write one with scores.save()")
-        text = metadata.get("header", "")
-        if _checksum(text, tensors) != metadata.get("sha256"):
-            raise ValueError(f"{path}: its contents do not match its checksum; copy it or score the model again")
-        header: dict[str, Any] = json.loads(text)
+        header, tensors = files.read(path, _FORMAT, "score file", "score the model again")
         named = {kind: {key.removeprefix(f"{kind}:"): tensors[key] for key in header["tensors"]
                         if key.startswith(f"{kind}:")} for kind in _TENSORS}
         return cls(origin=Origin(**header["origin"]), passes=header["passes"], half_passes=header["half_passes"],
@@ -195,10 +173,3 @@ class Scores(Mapping[str, Tensor]):
 
 def _added(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {layer: total + theirs[layer] for layer, total in ours.items()}
-
-
-def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(header.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode() + b"\0" + tensors[name].numpy().tobytes())
-    return digest.hexdigest()

@@ -1,0 +1,67 @@
+"""One file for tensors and what is said about them: safetensors, a JSON header, a checksum over both. No pickle."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+
+def write(path: str | PathLike[str], form: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write `tensors` (on any device) and `header` (what JSON can hold) to `path`, whole or not at all.
+
+    form: what kind of file it is, with its version; `read` asks for the same. The file is written beside its place,
+    as PATH.part, and then moved there, so that whoever is killed meanwhile leaves the old one as it was.
+    Raises FileNotFoundError where there is no folder for it.
+    """
+    place = Path(path)
+    if not place.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {place.parent}; make it first")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(header)
+    part = place.with_name(place.name + ".part")
+    contents = safetensors.torch.save(tensors, {"format": form, "header": text, "sha256": _checksum(text, tensors)})
+    with open(part, "wb") as file:
+        file.write(contents)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, place)
+
+
+def read(path: str | PathLike[str], form: str, what: str, otherwise: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(header, tensors on the CPU) of a file that `write` made.
+
+    what: what such a file is called, "score file". otherwise: what to do when it cannot be used, "score again".
+    Raises FileNotFoundError, or ValueError for a file that is foreign, truncated or altered; nothing of it is used.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such {what}")
+    try:
+        with safetensors.safe_open(str(path), "pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); {otherwise}") from error
+    if metadata.get("format") != form:
+        raise ValueError(f"{path}: not a fastscore {what} of this version ({form}); {otherwise}")
+    text = metadata.get("header", "")
+    if _checksum(text, tensors) != metadata.get("sha256"):
+        raise ValueError(f"{path}: its contents do not match its checksum; copy it again, or {otherwise}")
+    header: dict[str, Any] = json.loads(text)
+    return header, tensors
+
+
+def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
