@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,8 +82,10 @@ def preprocessing(spec: str, weights: str | None = None, size: int | None = None
     return Preprocessing(resize, crop, tuple(mean or preset.mean), tuple(std or preset.std), preset.interpolation.value)
 
 
-def find(folder: str | PathLike[str], samples: int | None = None, seed: int = 0) -> list[Path]:
+def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = None, seed: int = 0) -> list[Path]:
     """The images in `folder` and below, hidden files aside: all, sorted, or `samples` of them drawn with `seed`.
+
+    "auto": all, in an order drawn with `seed`, so that the first few stand for all.
 
     Raises ValueError where there is no image, or fewer than `samples`.
     """
@@ -96,9 +98,11 @@ def find(folder: str | PathLike[str], samples: int | None = None, seed: int = 0)
         raise ValueError(f"images: there is none in {root} (looked for {', '.join(SUFFIXES)})")
     if samples is None:
         return paths
-    if samples > len(paths):
+    if samples != "auto" and samples > len(paths):
         raise ValueError(f"samples: {samples}, but {root} holds {len(paths)} images")
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))
+    if samples == "auto":
+        return [paths[i] for i in order.tolist()]
     return sorted(paths[i] for i in order[:samples].tolist())
 
 

@@ -1,0 +1,60 @@
+"""The command line: a file for each command, and the options that they share."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastscore.cli import demo, info, prune, report, score
+from fastscore.cli.options import Parser
+
+EXAMPLES = """examples:
+  fastscore demo
+  fastscore score torchvision:mobilenet_v2 --weights DEFAULT --images photos --out scores.safetensors
+  fastscore report scores.safetensors --out scores.html
+  fastscore prune torchvision:mobilenet_v2 --weights DEFAULT --scores scores.safetensors --macs 0.7 --out small.pt2
+  fastscore COMMAND --help has more of each
+
+exit codes: 0 done, 1 an error in the model or in fastscore (with a traceback), 2 input that cannot be used,
+130 interrupted
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0; 2 for input that cannot be used (one line on stderr); 130 after ^C.
+
+    What fastscore did not raise itself (an error inside the user's model, say) keeps its traceback; Python's own exit
+    code is then 1.
+    """
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, TypeError, FloatingPointError, ImportError, OSError) as error:
+        if not _raised_here(error):
+            raise
+        text = "; ".join(line.strip() for line in str(error).splitlines())
+        print(f"fastscore: error: {text}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"\nfastscore: interrupted{': ' if stop.args else ''}{stop}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether the error comes from a line of fastscore's own."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parents[1])
+
+
+def parser() -> Parser:
+    """Every command and option."""
+    top = Parser("fastscore", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES,
+                 description="Which channels of a trained network matter, without labels, and a smaller network "
+                 "without the rest.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for command in (demo, score, prune, report, info):
+        command.add(commands)
+    return top

@@ -1,0 +1,168 @@
+"""Options that several commands have, and what becomes of them: a model, its images, its scores."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+import fastscore
+from fastscore import images, models
+from fastscore.gradients import DISTRIBUTIONS
+from fastscore.importance import LAYERWISE, NAMES, WEIGHT_IMPORTANCES
+from fastscore.scores import Scores
+
+# A random gradient has mean zero, and with it the signed `taylor`: only noise would remain.
+IMPORTANCES = [name for name in NAMES if name != "taylor"]
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others here."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and leave with exit code 2."""
+        self.exit(2, f"fastscore: error: {message} (see {self.prog} --help)\n")
+
+
+def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str, description: str,
+                examples: str) -> Parser:
+    """A command of `fastscore`: run is called with its arguments. text: of one line; examples: a command a line."""
+    lines = "".join(f"\n  {line}" for line in examples.strip().splitlines())
+    command: Parser = commands.add_parser(name, help=text, description=description, epilog=f"examples:{lines}",
+                                          formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.set_defaults(run=run)
+    return command
+
+
+def add_json(command: argparse.ArgumentParser, what: str) -> None:
+    """--json."""
+    command.add_argument("--json", action="store_true", help=f"print {what} as JSON instead of a table")
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """Which model, which weights, which device."""
+    model = command.add_argument_group("model")
+    model.add_argument("model", metavar="MODEL", help="torchvision:NAME, or module:function for a function that "
+                       "returns a torch.nn.Module (the module is a name on the Python path or a .py file)")
+    weights = model.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", metavar="FILE", help="state dict: safetensors, or torch.save")
+    weights.add_argument("--weights", metavar="NAME", help="torchvision's weights, e.g. DEFAULT (downloaded)")
+    model.add_argument("--classes", type=positive, metavar="N",
+                       help="outputs of a torchvision model (default: its own)")
+    model.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+
+
+def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsContainer) -> None:
+    """How to score, and on which images; `folder` gets --images."""
+    folder.add_argument("--images", metavar="FOLDER", help="unlabelled images, subfolders included")
+    scoring = command.add_argument_group("scoring")
+    scoring.add_argument("--importance", choices=IMPORTANCES, default="taylor-sq", help="default: %(default)s")
+    scoring.add_argument("--reduction", choices=("sum", "element"), default="sum",
+                         help="over a channel's positions before the square or absolute value (default: %(default)s)")
+    scoring.add_argument("--ablation", choices=("zero", "mean"), default="zero",
+                         help="what a channel's absence is compared with (default: %(default)s)")
+    scoring.add_argument("--layerwise", choices=tuple(LAYERWISE), default="none",
+                         help="divide each layer's scores by their norm or mean (default: %(default)s)")
+    scoring.add_argument("--probes", type=positive_or("exact"), default=1, metavar="N",
+                         help="random gradients for each image, or exact: one for each output (default: %(default)s)")
+    scoring.add_argument("--distribution", choices=[name for name in DISTRIBUTIONS if name != "basis"],
+                         default="normal", help="of the random gradients (default: %(default)s)")
+    scoring.add_argument("--center", action="store_true",
+                         help="take the direction that a softmax does not see out of the random gradients")
+    scoring.add_argument("--no-normalize", action="store_false", dest="normalize",
+                         help="leave the gradients' lengths as drawn, instead of 1")
+    scoring.add_argument("--samples", type=positive_or("auto"), metavar="N",
+                         help="draw N of the images, or auto: as many as it takes (default: all)")
+    scoring.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: %(default)s")
+    scoring.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
+    scoring.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="LAYER",
+                         help="layers to leave alone, by name; * and ? are wildcards")
+    pixels = command.add_argument_group("preprocessing (default: that of torchvision's weights)")
+    pixels.add_argument("--size", type=positive, metavar="PIXELS", help="of the square that the model sees")
+    pixels.add_argument("--mean", type=float, nargs="+", metavar="X", help="3 numbers, or 1 for grey images")
+    pixels.add_argument("--std", type=float, nargs="+", metavar="X")
+
+
+def model(arguments: argparse.Namespace) -> nn.Module:
+    """The model that the arguments name, on its device."""
+    if arguments.checkpoint is None and arguments.weights is None and arguments.model.startswith("torchvision:"):
+        print("note: random weights; give --checkpoint or --weights for trained ones", file=sys.stderr)
+    made = models.load(arguments.model, checkpoint=arguments.checkpoint, weights=arguments.weights,
+                       classes=arguments.classes, seed=arguments.seed)
+    return made.to(device(arguments))
+
+
+def device(arguments: argparse.Namespace) -> torch.device:
+    """--device, or the GPU where there is one. Raises ValueError for one that cannot be used."""
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {name} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def preprocessing(arguments: argparse.Namespace) -> images.Preprocessing:
+    """How the model wants its images."""
+    return images.preprocessing(arguments.model, arguments.weights, arguments.size, arguments.mean, arguments.std)
+
+
+def scored(model: nn.Module, arguments: argparse.Namespace, prepare: images.Preprocessing, **how: Any) -> Scores:
+    """Scores from the folder of images; from the weights alone where the importance asks for no more.
+
+    how: more arguments for fastscore.score.
+    """
+    if arguments.importance in WEIGHT_IMPORTANCES:
+        return fastscore.score(model, [example(arguments, prepare)], importance=arguments.importance,
+                               seed=arguments.seed, layerwise=arguments.layerwise, ignore=arguments.ignore)
+    if arguments.images is None:
+        raise ValueError(f"images: {arguments.importance} needs a folder of them; give --images FOLDER")
+    paths = images.find(arguments.images, arguments.samples, arguments.seed)
+    samples: int | Literal["auto"] = "auto" if arguments.samples == "auto" else len(paths)
+    return fastscore.score(model, images.batches(paths, prepare, arguments.batch_size), samples=samples,
+                           **{name: getattr(arguments, name) for name in
+                              ("importance", "reduction", "ablation", "layerwise", "probes", "distribution", "center",
+                               "normalize", "seed", "ignore")}, **how)
+
+
+def example(arguments: argparse.Namespace, prepare: images.Preprocessing) -> Tensor:
+    """A batch of two black images."""
+    return torch.zeros(2, *prepare.shape, device=device(arguments))
+
+
+def check_folder(*paths: str | None) -> None:
+    """Raise ValueError, before any work, for a file to write in a folder that is not there."""
+    for path in paths:
+        if path is not None and not Path(path).parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {Path(path).parent} to write it in")
+
+
+def wrote(*paths: str | None) -> None:
+    """Say what was written."""
+    for path in paths:
+        if path is not None:
+            print(f"wrote {path} ({Path(path).stat().st_size / 1e6:.2f} MB)", file=sys.stderr)
+
+
+def positive(text: str) -> int:
+    """An integer of 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: it must be 1 or more")
+    return value
+
+
+def positive_or(word: str) -> Callable[[str], int | str]:
+    """An integer of 1 or more, or `word`."""
+    def convert(text: str) -> int | str:
+        if text == word:
+            return word
+        if not text.lstrip("-").isdigit():
+            raise argparse.ArgumentTypeError(f"{text}: it must be {word}, or 1 or more")
+        return positive(text)
+
+    return convert

@@ -1,0 +1,59 @@
+"""fastscore prune."""
+
+import argparse
+import json
+from dataclasses import asdict
+
+import fastscore
+from fastscore import models
+from fastscore.cli import options
+from fastscore.cli.options import Commands, add_command, positive
+from fastscore.scores import Scores
+
+
+def add(commands: Commands) -> None:
+    """The command and its options."""
+    command = add_command(
+        commands, "prune", run, "write a smaller model",
+        "Remove the least important channels until a budget holds, and write what remains.",
+        "fastscore prune torchvision:mobilenet_v2 --weights DEFAULT --scores scores.safetensors --macs 0.7 "
+        "--out small.pt2\n"
+        "fastscore prune nets.py:build --checkpoint net.safetensors --images photos --size 64 --params 0.5 "
+        "--compensate --out small.onnx\n"
+        "fastscore prune torchvision:resnet50 --checkpoint resnet.pth --importance magnitude-l2 --channels 0.8 "
+        "--out small.pt")
+    options.add_model(command)
+    budget = command.add_argument_group("budget (one or more: the share that REMAINS, above 0 and up to 1)")
+    for unit, text in (("macs", "multiply-accumulates"), ("params", "parameters"), ("channels", "channels")):
+        budget.add_argument(f"--{unit}", type=float, metavar="SHARE", help=f"share of the {text}")
+    source = command.add_mutually_exclusive_group()
+    source.add_argument("--scores", metavar="FILE", help="scores from `fastscore score --out`; otherwise scored now")
+    options.add_scoring(command, source)
+    command.add_argument("--scope", choices=("global", "layer"), default="global",
+                         help="compare channels of all layers, or shrink all layers alike (default: %(default)s)")
+    command.add_argument("--round-to", type=positive, default=1, metavar="N",
+                         help="remaining widths are multiples of N")
+    command.add_argument("--floor", type=float, default=0.0, metavar="SHARE",
+                         help="share of each layer's channels that stays")
+    command.add_argument("--compensate", action="store_true",
+                         help="add what removed channels gave on average to the biases of the layers that read them")
+    command.add_argument("--out", metavar="FILE", required=True,
+                         help="the smaller model: .pt2 (torch.export), .onnx, or .pt (the module itself, to fine-tune)")
+    options.add_json(command, "the report")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Score where there are no scores yet, prune, print, write."""
+    options.check_folder(arguments.out)
+    models.check_suffix(arguments.out)
+    prepare = options.preprocessing(arguments)
+    model = options.model(arguments)
+    scores = Scores.load(arguments.scores) if arguments.scores is not None else \
+        options.scored(model, arguments, prepare)
+    example = options.example(arguments, prepare)
+    result = fastscore.prune(model, scores, example,
+                             **{name: getattr(arguments, name) for name in
+                                ("channels", "params", "macs", "scope", "round_to", "floor", "compensate", "ignore")})
+    models.save(result.model, example, arguments.out)
+    print(json.dumps(asdict(result.report)) if arguments.json else result.report)
+    options.wrote(arguments.out)
