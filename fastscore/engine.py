@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastscore import gradients
-from fastscore.batches import Batch, Forward, checked, device_of, fork_rng, map_tensors
+from fastscore.batches import Batch, Forward, checked, device_of, first_tensor, fork_rng, map_tensors
 from fastscore.batches import forward as call_model
 from fastscore.evaluation import evaluation_copy, fold_batchnorms, to_channels_last
 from fastscore.groups import ChannelGraph, Ignore, Units, matching_layers
@@ -68,7 +68,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         stream = _on_device(batches, device_of(twin), samples if isinstance(samples, int) else None)
         example = next(stream, None)
         if example is None:
-            raise ValueError("batches: there is none to score on")
+            raise ValueError("batches: there is none to score on, or none that holds a sample")
         # One sample is enough to trace with, where it is known how to take it.
         traced = _first_samples(example, len(gradients.first_input(example)), 1) if forward is call_model else example
         graph = trace(twin, traced, forward)
@@ -156,6 +156,9 @@ def _on_device(batches: Iterable[Batch], device: torch.device, samples: int | No
     """The batches on `device`, cut off after `samples` samples."""
     left = samples
     for batch in batches:
+        tensor = first_tensor(batch)
+        if tensor is not None and tensor.dim() and not len(tensor):
+            continue  # a loss over no sample is NaN
         batch = map_tensors(lambda tensor: _usable(tensor).to(device, non_blocking=True), batch)
         if left is not None:
             count = len(gradients.first_input(batch))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastscore import batches
+from fastscore.gradients import classes_of
 from fastscore.groups import ChannelGraph, Ignore, Units
 from fastscore.importance import gradient_importance
 from fastscore.scores import Origin, Scores
@@ -120,5 +121,6 @@ class Scorer:
         assert gradient is not None
         length = None
         if self._totals.origin.normalize:
-            length = torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), dim=1, dtype=torch.float64)
+            rows = gradient.reshape(len(gradient), classes_of(gradient))
+            length = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         self._totals.add(done.sums(), len(gradient), length, weight_gradients=done.weight_gradients)

@@ -57,7 +57,8 @@ class Scores(Mapping[str, Tensor]):
     (minibatches x probes for the molchanov criteria). samples: samples seen. skipped: layer -> why it has no score.
     means: layer that reads channels (a BatchNorm, with units="norms") -> float64 [C_in], the mean of its input's
     (output's) channels over samples and positions; empty for criteria that measure none.
-    half_totals, half_passes: of every other sample; see `overlap`.
+    half_totals, half_passes: of every other sample; see `overlap`. zero_gradients: samples x probes whose output
+    gradient was zero throughout, which no scaling makes as long as the others (normalize=True); they count, with s = 0.
     """
 
     totals: Mapping[str, Tensor]
@@ -68,6 +69,7 @@ class Scores(Mapping[str, Tensor]):
     means: Mapping[str, Tensor] = field(default_factory=dict)
     half_totals: Mapping[str, Tensor] = field(default_factory=dict)
     half_passes: int = 0
+    zero_gradients: int = 0
 
     def __getitem__(self, layer: str) -> Tensor:
         if layer not in self.totals:
@@ -124,14 +126,16 @@ class Scores(Mapping[str, Tensor]):
                  for layer, mean in self.means.items() if layer in other.means}
         return replace(self, totals=_added(self.totals, other.totals), passes=self.passes + other.passes,
                        samples=samples, means=means, half_totals=_added(self.half_totals, other.half_totals),
-                       half_passes=self.half_passes + other.half_passes)
+                       half_passes=self.half_passes + other.half_passes,
+                       zero_gradients=self.zero_gradients + other.zero_gradients)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file: the totals, and a JSON header with origin, counts and a checksum."""
         tensors = {f"{kind}:{layer}": tensor.contiguous() for kind in _TENSORS
                    for layer, tensor in getattr(self, kind).items()}
         header = {"origin": asdict(self.origin), "passes": self.passes, "half_passes": self.half_passes,
-                  "samples": self.samples, "skipped": dict(self.skipped), "tensors": list(tensors)}
+                  "samples": self.samples, "zero_gradients": self.zero_gradients, "skipped": dict(self.skipped),
+                  "tensors": list(tensors)}
         files.write(path, _FORMAT, header, tensors)
 
     @classmethod
@@ -141,7 +145,8 @@ class Scores(Mapping[str, Tensor]):
         named = {kind: {key.removeprefix(f"{kind}:"): tensors[key] for key in header["tensors"]
                         if key.startswith(f"{kind}:")} for kind in _TENSORS}
         return cls(origin=Origin(**header["origin"]), passes=header["passes"], half_passes=header["half_passes"],
-                   samples=header["samples"], skipped=header["skipped"], **named)
+                   samples=header["samples"], zero_gradients=header["zero_gradients"], skipped=header["skipped"],
+                   **named)
 
     def plot(self, path: str | PathLike[str], fraction: float = 0.0) -> None:
         """Draw each layer's distribution of importances, layers from input to output, to an image file.
@@ -166,6 +171,8 @@ class Scores(Mapping[str, Tensor]):
             lines.append(f"{layer:<{width}} {len(values):>8} {values.min():>10.3g} {values.median():>10.3g} "
                          f"{values.max():>10.3g} {int((values == 0).sum()):>5}")
         lines += [f"{layer}: no score: {reason}" for layer, reason in self.skipped.items()]
+        if self.zero_gradients:
+            lines.append(f"{self.zero_gradients} output gradients were zero throughout and say nothing of any channel")
         return "\n".join(lines)
 
     __repr__ = __str__
