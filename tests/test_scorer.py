@@ -271,4 +271,4 @@ def test_the_oracle_on_a_scorer_that_has_seen_more() -> None:
     for group, spec in RESIDUAL.groups.items():
         exact = sum(oracles.sums(model, spec, x, gradient).sum(0) for gradient in v)
         torch.testing.assert_close(scorer.state_dict()["totals"][group].sum(0), exact, rtol=1e-10, atol=1e-12)
-    assert scorer.state_dict()["counts"] == {"even": 8, "odd": 7, "samples": 5}
+    assert scorer.state_dict()["counts"] == {"even": 8, "odd": 7, "samples": 5, "zero_gradients": 0}
