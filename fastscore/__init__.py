@@ -3,7 +3,8 @@
 from fastscore import ops
 from fastscore.engine import score
 from fastscore.masking import mask
-from fastscore.prune import PruneReport, PruneResult, prune
+from fastscore.prune import PruneResult, prune
+from fastscore.prune_report import PruneReport
 from fastscore.random_backward import random_backward
 from fastscore.scorer import Scorer
 from fastscore.scores import Scores

@@ -16,7 +16,7 @@ from fastscore.evaluation import evaluation_copy
 from fastscore.groups import Ignore
 from fastscore.prune import scored_graph
 from fastscore.scores import Scores
-from fastscore.selection import Scope, removal_order, select
+from fastscore.selection import Scope, layer_kinds, removal_order, select
 from fastscore.taps import OwnHook
 
 
@@ -43,7 +43,8 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
     twin = evaluation_copy(model)
     with fork_rng(device_of(twin)):
         costs = Costs(twin, graph.groups, example_inputs, forward)
-        removed = select(removal_order(graph.groups, scores, scope), costs, {"channels": 1 - fraction})
+        kinds = layer_kinds(model, graph.groups) if scope == "isomorphic" else None
+        removed = select(removal_order(graph.groups, scores, scope, kinds=kinds), costs, {"channels": 1 - fraction})
         positions = removed_positions(graph.groups, removed)
         means = removed_means(model, scores, positions) if compensate else {}
         if scores.origin.units == "norms":

@@ -1,12 +1,11 @@
 """prune(): a smaller network from scores and a budget."""
 
 import copy
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward, checked, device_of, fork_rng
@@ -14,46 +13,14 @@ from fastscore.batches import forward as call_model
 from fastscore.compensation import add_to_biases, check_means, contributions, removed_means, removed_positions
 from fastscore.costs import Costs, Unit, total_macs
 from fastscore.evaluation import evaluation_copy
-from fastscore.groups import ChannelGraph, ChannelGroup, Ignore, norm_gates
+from fastscore.groups import ChannelGraph, Ignore, norm_gates
+from fastscore.hardware import channel_multiple
+from fastscore.prune_report import GroupReport, PruneReport
 from fastscore.scores import Scores
-from fastscore.selection import Scope, check_scores, removal_order, select
+from fastscore.selection import Scope, channel_prices, check_scores, layer_kinds, removal_order, select
+from fastscore.surgery import remove_places, removed_places
 from fastscore.taps import remove_copied_hooks
 from fastscore.tracing import trace
-
-
-@dataclass(frozen=True)
-class GroupReport:
-    """One group before and after: its channels, and the MACs (of one sample) and parameters of the layers that make
-    its channels or work on each of them."""
-
-    layer: str
-    channels: tuple[int, int]
-    macs: tuple[int, int]
-    params: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """What prune() did. Pairs are (before, after); MACs are those of one sample."""
-
-    groups: tuple[GroupReport, ...]
-    channels: tuple[int, int]
-    macs: tuple[int, int]
-    params: tuple[int, int]
-    skipped: Mapping[str, str]
-
-    def __str__(self) -> str:
-        width = max([len("layer"), *(len(row.layer) for row in self.groups)])
-        lines = [f"{'layer':<{width}} {'channels':>14} {'MACs':>25} {'parameters':>23}"]
-        rows = [(row.layer, row.channels, row.macs, row.params) for row in self.groups]
-        for layer, channels, macs, params in [*rows, ("model", self.channels, self.macs, self.params)]:
-            lines.append(f"{layer:<{width}} {channels[0]:>6} → {channels[1]:<5} {macs[0]:>11,} → {macs[1]:<11,} "
-                         f"{params[0]:>10,} → {params[1]:<10,}")
-        remains = ", ".join(f"{after / max(before, 1):.1%} of the {unit}" for unit, (before, after)
-                            in (("channels", self.channels), ("MACs", self.macs), ("parameters", self.params)))
-        lines.append(f"remains: {remains}")
-        lines += [f"{layer}: left alone: {reason}" for layer, reason in self.skipped.items()]
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -66,30 +33,31 @@ class PruneResult:
 
 
 def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: float | None = None,
-          params: float | None = None, macs: float | None = None, scope: Scope = "global", round_to: int = 1,
-          floor: float = 0.0, compensate: bool = False, ignore: Ignore = (), forward: Forward = call_model,
-          inplace: bool = False) -> PruneResult:
+          params: float | None = None, macs: float | None = None, scope: Scope = "global", cost_aware: bool = False,
+          round_to: int | Literal["auto"] = 1, floor: float = 0.0, compensate: bool = False, ignore: Ignore = (),
+          forward: Forward = call_model, inplace: bool = False) -> PruneResult:
     """Remove the least important channels of `model` until a budget holds; returns a new model unless inplace.
 
     channels, params, macs: one or more budgets, each what REMAINS as a share of the original, 0 < share <= 1; met
-    exactly or from below, by less than any one removed step. scope: "global" (compare across layers) or "layer" (all
-    layers shrink alike). round_to: remaining widths are multiples of it. floor: the share of each group's channels
-    that stays in any case (at least one always does). compensate: add what the channels gave to their consumers on
-    average to the consumers' biases (see fastscore.compensation); consumers without a bias get one, which counts
-    towards params. It takes scores with means: those of a taylor importance, or with means lent by such scores,
-    dataclasses.replace(scores, means=other.means). ignore: layers (names with `*`, types, modules) to leave alone.
-    example_inputs: a batch that `forward(model, batch)` takes, for tracing and counting MACs; convolutions that pad
-    with zeros are compensated at its height and width.
+    exactly or from below, by less than any one removed step.
+    scope: "global" (compare across layers), "layer" (all layers shrink alike) or "isomorphic" (compare within each
+    class of groups that are made, passed and read by the same kinds of layers; all classes shrink alike). cost_aware:
+    rank by importance per MAC that a channel costs in the dense model, per parameter where params is the only budget.
+    round_to: remaining widths are multiples of it; "auto": of 8, 16 or 32, by device and dtype (fastscore.hardware).
+    floor: the share of each group's channels that stays in any case (at least one always does).
+    compensate: add what the channels gave to their consumers on average to the consumers' biases (see
+    fastscore.compensation); consumers without a bias get one, which counts towards params. It takes scores with means:
+    those of a taylor importance, or with means lent by such scores, dataclasses.replace(scores, means=other.means).
+    ignore: layers (names with `*`, types, modules) to leave alone. example_inputs: a batch that
+    `forward(model, batch)` takes, for tracing and counting MACs; convolutions that pad with zeros are compensated at
+    its height and width.
 
     Parameters of the result are new objects: make a new optimizer for it. Raises, before anything is changed,
     ValueError: a budget outside (0, 1] or out of reach, scores of another model, of units="norms", or without the means
     to compensate with, a model that cannot be traced; FloatingPointError: means that are NaN or infinite.
     """
     budgets = _budgets({"channels": channels, "params": params, "macs": macs})
-    if round_to < 1 or not 0 <= floor <= 1:
-        raise ValueError(f"round_to must be 1 or more and floor within [0, 1]; they are {round_to} and {floor}")
-    if scope not in ("global", "layer"):
-        raise ValueError(f"scope: {scope!r} is neither 'global' nor 'layer'")
+    _check_ranking(scope, cost_aware, round_to, floor)
     if scores.origin.units != "groups":
         raise ValueError('scores: they are of single BatchNorms (units="norms"), whose channels can be masked but not '
                          'removed: to prune, score with units="groups"')
@@ -101,13 +69,19 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         before = checked(forward)(twin, example_inputs).shape
         costs = Costs(twin, graph.groups, example_inputs, forward, compensate)
         dense = _group_costs(costs)
-        removed = select(removal_order(graph.groups, scores, scope, round_to, floor), costs, budgets)
+        kinds = layer_kinds(model, graph.groups) if scope == "isomorphic" else None
+        prices = channel_prices(costs, "params" if set(budgets) == {"params"} else "macs") if cost_aware else None
+        if round_to == "auto":
+            round_to = channel_multiple(twin)
+        order = removal_order(graph.groups, scores, scope, round_to, floor, kinds, prices)
+        removed = select(order, costs, budgets)
+        places = removed_places(graph.groups, removed)
         means = removed_means(model, scores, removed_positions(graph.groups, removed)) if compensate else {}
         added = contributions(twin, means, example_inputs, forward) if means else {}
 
         def shrink(whole: nn.Module) -> nn.Module:
             add_to_biases(whole, added)
-            return remove_channels(whole, graph.groups, removed)
+            return remove_places(whole, places)
 
         pruned = shrink(copy.deepcopy(model))
         remove_copied_hooks(pruned)
@@ -126,26 +100,6 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     return PruneResult(pruned, report, removed)
 
 
-def remove_channels(model: nn.Module, channel_groups: tuple[ChannelGroup, ...],
-                    removed: Mapping[str, Tensor]) -> nn.Module:
-    """Take the channels of `removed` (group -> int64 [R]) out of every layer of `model`, in place; returns it."""
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    places: dict[tuple[str, bool], set[int]] = defaultdict(set)
-    for group in channel_groups:
-        gone = torch.zeros(group.channels, dtype=torch.bool)
-        gone[removed.get(group.name, torch.empty(0, dtype=torch.int64))] = True
-        for member in group.members:
-            places[member.layer, member.role == "consumer"].update(member.index[gone[member.channel]].tolist())
-    for (name, reads), index in places.items():
-        if index:
-            layer = model.get_submodule(name)
-            surgeon = tp.function.PrunerBox[tp.ops.module2type(layer)]
-            (surgeon.prune_in_channels if reads else surgeon.prune_out_channels)(layer, sorted(index))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable[name])
-    return model
-
-
 def scored_graph(model: nn.Module, scores: Scores, example_inputs: Batch, forward: Forward,
                  ignore: Ignore) -> ChannelGraph:
     """The groups of `model` that have scores and are not ignored. Raises ValueError for scores of another model."""
@@ -158,6 +112,15 @@ def scored_graph(model: nn.Module, scores: Scores, example_inputs: Batch, forwar
     unscored = {group.name: scores.skipped.get(group.name, "no score") for group in graph.groups
                 if group.name not in scores}
     return replace(graph, groups=scored, skipped={**graph.skipped, **unscored})
+
+
+def _check_ranking(scope: Scope, cost_aware: bool, round_to: int | str, floor: float) -> None:
+    if cost_aware and scope == "layer":
+        raise ValueError('cost_aware: scope="layer" compares no layer with another: use "global" or "isomorphic"')
+    if (round_to != "auto") if isinstance(round_to, str) else (round_to < 1):
+        raise ValueError(f"round_to: {round_to!r}; it must be 'auto', or 1 or more")
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor: {floor} is outside [0, 1]; it is the share of each group's channels that stays")
 
 
 def _budgets(shares: Mapping[Unit, float | None]) -> dict[Unit, float]:

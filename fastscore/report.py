@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastscore.scores import Scores
 
 if TYPE_CHECKING:
-    from fastscore.prune import PruneReport
+    from fastscore.prune_report import PruneReport
 
 _GRADIENTS = {"random": "random, no labels", "loss": "of the loss", "none": "none: it reads weights"}
 

@@ -1,19 +1,20 @@
 """Which channels go: scores and a budget in, channels to keep out. No model is touched here."""
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastscore.costs import Costs, Unit
 from fastscore.groups import ChannelGraph, ChannelGroup
 from fastscore.scores import Scores
 
-Scope = Literal["global", "layer"]
+Scope = Literal["global", "layer", "isomorphic"]
 
 
 @dataclass(frozen=True)
@@ -40,37 +41,99 @@ def check_scores(graph: ChannelGraph, scores: Scores) -> None:
 
 
 def removal_order(groups: tuple[ChannelGroup, ...], scores: Scores, scope: Scope = "global", round_to: int = 1,
-                  floor: float = 0.0) -> list[Step]:
+                  floor: float = 0.0, kinds: Mapping[str, str] | None = None,
+                  prices: Mapping[str, Tensor] | None = None) -> list[Step]:
     """The steps in which channels go, least important first; ties in order of group and channel.
 
-    scope: "global" compares importances across groups, "layer" their rank within each group, so that all groups shrink
-    alike. round_to: widths that remain are multiples of it (where a group is wide enough). floor: the share of each
-    group's channels that stays whatever the budget; at least one channel stays always.
+    scope: "global" compares importances across groups; "layer" their rank within each group, so that all groups shrink
+    alike; "isomorphic" their rank among the groups whose channels the same kinds of layers make, pass and read, so that
+    all such classes shrink alike (Fang et al., arXiv 2407.04616). round_to: widths that remain are multiples of it
+    (where a group is wide enough). floor: the share of each group's channels that stays whatever the budget; at least
+    one channel stays always. kinds: layer -> its kind, for "isomorphic"; see layer_kinds. prices: group -> float64 [C],
+    what each channel costs: importances count per price (1 for every channel without it).
     """
-    steps = [step for group in groups if group.name in scores
-             for step in _group_steps(group, scores[group.name].double(), scope, round_to, floor)]
-    return sorted(steps, key=lambda step: step.value)  # stable: ties keep the order of groups and channels
+    if scope not in get_args(Scope):
+        raise ValueError(f"scope: {scope!r} is none of {', '.join(get_args(Scope))}")
+    classes: dict[object, list[ChannelGroup]] = defaultdict(list)
+    for group in groups:
+        if group.name in scores:
+            classes[_class_of(group, scope, kinds or {})].append(group)
+    order: list[Step] = []
+    for members in classes.values():
+        steps = [step for group in members
+                 for step in _group_steps(group, scores[group.name].double(),
+                                          torch.ones(group.channels) if prices is None else prices[group.name],
+                                          round_to, floor)]
+        steps.sort(key=lambda step: step.value)  # stable: ties keep the order of groups and channels
+        order += steps if scope == "global" else _by_rank(steps, sum(group.channels for group in members))
+    return sorted(order, key=lambda step: step.value)
 
 
-def _group_steps(group: ChannelGroup, values: Tensor, scope: Scope, round_to: int, floor: float) -> list[Step]:
+def layer_kinds(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, str]:
+    """Layer of a group -> its type; of a convolution its kernel too, and whether it is depthwise."""
+    kinds = {}
+    for name in {member.layer for group in groups for member in group.members}:
+        layer = model.get_submodule(name)
+        kinds[name] = type(layer).__name__
+        if isinstance(layer, nn.modules.conv._ConvNd):
+            kinds[name] += f" {layer.kernel_size}{' depthwise' if 1 < layer.groups == layer.out_channels else ''}"
+    return kinds
+
+
+def channel_prices(costs: Costs, unit: Unit) -> dict[str, Tensor]:
+    """Group -> float64 [C]: how much of `unit` the dense model saves when a channel of it goes alone."""
+    whole, biases = dict(costs.totals), {name: layer.bias_below for name, layer in costs.layers.items()}
+    for layer in costs.layers.values():
+        layer.bias_below = 0  # the bias that a consumer gets with the first channel is not that channel's
+    prices: dict[str, Tensor] = {}
+    for name, group in costs.groups.items():
+        row = []
+        for channel in range(group.channels):
+            costs.remove(name, [channel])
+            row.append(whole[unit] - costs.totals[unit])
+            costs.restore(name, [channel])
+            costs.totals.update(whole)
+        prices[name] = torch.tensor(row, dtype=torch.float64)
+    for name, below in biases.items():
+        costs.layers[name].bias_below = below
+    return prices
+
+
+def _class_of(group: ChannelGroup, scope: Scope, kinds: Mapping[str, str]) -> object:
+    """Groups of one class are compared with each other."""
+    if scope == "isomorphic":
+        return frozenset((member.role, kinds[member.layer]) for member in group.members)
+    return group.name if scope == "layer" else None
+
+
+def _by_rank(steps: list[Step], channels: int) -> list[Step]:
+    """Steps, in their order, with the share of all `channels` that went before each as its value."""
+    before = itertools.accumulate((len(step.channels) for step in steps), initial=0)
+    return [replace(step, value=count / channels) for step, count in zip(steps, before, strict=False)]
+
+
+def _group_steps(group: ChannelGroup, values: Tensor, prices: Tensor, round_to: int, floor: float) -> list[Step]:
     units = defaultdict(list)
     for channel, unit in enumerate(group.unit.tolist()):
         units[unit].append(channel)
-    order = sorted(units.values(), key=lambda channels: float(values[channels].mean()))
+
+    def worth(channels: list[int]) -> float:
+        price = float(prices[channels].sum())
+        return float(values[channels].sum()) / price if price > 0 else math.inf
+
+    order = sorted(units.values(), key=worth)
     least = max(1, math.ceil(floor * group.channels - 1e-9))
     steps: list[Step] = []
     pending: list[int] = []
-    kept, removed_before = group.channels, 0
+    kept = group.channels
     for channels in order:
         pending += channels
         kept -= len(channels)
         if kept < least:
             break
         if kept % round_to == 0:
-            value = removed_before / group.channels if scope == "layer" else float(values[pending].mean())
             # a step cannot go before the one below it in its own group
-            steps.append(Step(group.name, tuple(pending), max(value, steps[-1].value) if steps else value))
-            removed_before += len(pending)
+            steps.append(Step(group.name, tuple(pending), max([worth(pending), *(step.value for step in steps[-1:])])))
             pending = []
     return steps
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.compensation import add_to_biases
 from fastscore.costs import Costs
-from fastscore.prune import remove_channels
+from fastscore.surgery import remove_channels
 from fastscore.tracing import trace
 
 RESIDUAL = NETWORKS["residual"]

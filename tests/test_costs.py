@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastscore.costs import Costs, total_macs
-from fastscore.prune import remove_channels
+from fastscore.surgery import remove_channels
 from fastscore.tracing import trace
 
 

@@ -8,7 +8,7 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.prune import remove_channels
+from fastscore.surgery import remove_channels
 from fastscore.tracing import trace
 
 

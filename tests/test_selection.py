@@ -1,19 +1,26 @@
 """Budgets, on channels and costs made up for the purpose, and on small random networks."""
 
+import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS
+from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.groups import ChannelGroup
+from fastscore.costs import Costs, total_macs
+from fastscore.groups import ChannelGroup, Member
+from fastscore.hardware import channel_multiple
 from fastscore.scores import Origin, Scores
-from fastscore.selection import Step, removal_order, select
+from fastscore.selection import Step, channel_prices, layer_kinds, removal_order, select
+from fastscore.surgery import remove_places, removed_places
+from fastscore.tracing import trace
 
 ORIGIN = Origin("taylor-sq", "sum", "random", True, 0, "normal", "made up")
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -39,6 +46,10 @@ class Prices:
 
 def group(name: str, channels: int, unit: Sequence[int] | None = None) -> ChannelGroup:
     return ChannelGroup(name, channels, torch.tensor(unit or range(channels)), ())
+
+
+def params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def made_up(**values: Sequence[float]) -> Scores:
@@ -74,6 +85,118 @@ def test_layers_shrink_alike_within_the_layer() -> None:
     assert gone == {"a": list(range(5)), "b": list(range(10))}
     gone = removed(removal_order(groups, scores, "global"), Prices(a=(10, 1), b=(20, 1)), channels=0.5)
     assert gone == {"b": list(range(15))}
+
+
+def test_costs_weigh_by_hand() -> None:
+    """a's channels cost 1 and 4, b's cost 2: per unit of cost they are worth 5, 1/4, 7, 2/4 and 3/2, 9/2, 1.5/2."""
+    prices = {"a": torch.tensor([1, 4, 1, 4.]), "b": torch.tensor([2, 2, 2.])}
+    steps = removal_order((group("a", 4), group("b", 3)), made_up(a=[5, 1, 7, 2], b=[3, 9, 1.5]), prices=prices)
+    assert [(step.group, step.channels, step.value) for step in steps] == \
+        [("a", (1,), 0.25), ("a", (3,), 0.5), ("b", (2,), 0.75), ("b", (0,), 1.5), ("a", (0,), 5.0)]
+
+
+def test_a_channel_that_costs_nothing_goes_last() -> None:
+    prices = {"a": torch.tensor([1, 0, 1.]), "b": torch.tensor([2, 2, 2.])}
+    steps = removal_order((group("a", 3), group("b", 3)), made_up(a=[5, 0, 7], b=[3, 9, 1.5]), prices=prices)
+    assert [step.channels for step in steps if step.group == "a"] == [(0,), (2,)]
+
+
+def test_classes_shrink_alike_and_compare_within() -> None:
+    """a and b are of one class, and the lowest of its channels are all b's; c is another, which loses as much."""
+    members = {"a": "conv", "b": "conv", "c": "linear"}
+    nothing = torch.empty(0, dtype=torch.int64)
+    groups = tuple(replace(group(name, 5 if name == "b" else 3), members=(Member(name, "producer", nothing, nothing),))
+                   for name in members)
+    scores = made_up(a=[6, 7, 8], b=[1, 2, 3, 4, 5], c=[100, 300, 200])
+    costs = Prices(a=(3, 1), b=(5, 1), c=(3, 1))
+    steps = removal_order(groups, scores, "isomorphic", kinds=members)
+    assert [(step.group, step.channels[0]) for step in steps] == \
+        [("b", 0), ("c", 0), ("b", 1), ("b", 2), ("c", 2), ("b", 3), ("a", 0), ("a", 1)]
+    assert removed(steps, costs, channels=6 / 11) == {"b": [0, 1, 2], "c": [0, 2]}
+
+
+def test_the_kinds_of_real_layers() -> None:
+    model, x = NETWORKS["mobile"].model(), NETWORKS["mobile"].inputs()
+    groups = trace(model, x).groups
+    assert layer_kinds(model, groups) == {
+        "stem.0": "Conv2d (3, 3)", "expand.0": "Conv2d (1, 1)", "depthwise.0": "Conv2d (3, 3) depthwise",
+        "project.0": "Conv2d (1, 1)", "last.0": "Conv2d (1, 1)", "head.fc": "Linear",
+        **dict.fromkeys(("stem.1", "expand.1", "depthwise.1", "project.1", "last.1"), "BatchNorm2d")}
+
+
+def test_isomorphic_blocks_of_a_network_are_one_class() -> None:
+    """Both blocks' inner channels are made and read by 3x3 convolutions: the block whose scores are lowest shrinks."""
+    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs()
+    scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
+    low = replace(scores, totals={**scores.totals, "block2.conv1": scores.totals["block2.conv1"] * 1e-6})
+    widths = {row.layer: row.channels for row in
+              fastscore.prune(model, low, x, channels=0.6, scope="isomorphic").report.groups}
+    assert widths["block1.conv1"] == (5, 5)
+    assert widths["block2.conv1"][1] <= 3
+    assert widths["block2.conv2"][1] < 7  # another class (it is read by a Linear), which shrinks as well
+    with fastscore.mask(model, low, 0.4, x, scope="isomorphic") as masked:
+        assert "block1.conv1" not in masked
+
+
+@pytest.mark.parametrize("name", ["residual", "dense", "mobile", "grouped", "unet", "chunked", "flattening"])
+@pytest.mark.parametrize("compensate", [False, True])
+def test_the_price_of_a_channel_is_what_its_surgery_saves(name: str, compensate: bool) -> None:
+    network = NETWORKS[name]
+    model, x = network.model(), network.inputs(2)
+    groups = trace(model, x).groups
+    costs = Costs(model, groups, x, compensate=compensate)
+    for unit, count in (("macs", lambda m: total_macs(m, x)), ("params", params)):
+        prices = channel_prices(costs, unit)  # type: ignore[arg-type]
+        assert costs.totals == costs.dense
+        for each in groups:
+            first = each.unit == each.unit[0]
+            small = remove_places(copy.deepcopy(model), removed_places(groups, {each.name: first.nonzero()[:, 0]}))
+            assert float(prices[each.name][first].sum()) == pytest.approx(count(model) - count(small), rel=1e-9)
+    assert any(layer.bias_below for layer in costs.layers.values()) == \
+        (compensate and name not in ("flattening", "unet"))
+
+
+def test_cost_aware_pruning_keeps_more_channels_within_the_same_budget() -> None:
+    """All channels are as important but for a trace, by which those that cost least go first without costs."""
+    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs()
+    scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
+    for unit in ("macs", "params"):
+        prices = channel_prices(Costs(model, trace(model, x).groups, x), unit)  # type: ignore[arg-type]
+        equal = replace(scores, totals={layer: 1 + 1e-9 * price for layer, price in prices.items()})
+        plain, aware = (fastscore.prune(model, equal, x, cost_aware=aware, **{unit: 0.5}).report  # type: ignore[arg-type]
+                        for aware in (False, True))
+        assert aware.channels[1] > plain.channels[1]
+        assert getattr(aware, unit)[1] <= 0.5 * getattr(aware, unit)[0]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "multiple"), [
+    ("AVX512", torch.float32, 16), ("AVX512", torch.bfloat16, 32), ("AVX512", torch.float64, 8),
+    ("AVX2", torch.float32, 8), ("AVX2", torch.bfloat16, 16), ("DEFAULT", torch.float32, 8)])
+def test_widths_that_the_hardware_likes(capability: str, dtype: torch.dtype, multiple: int,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model = nn.Sequential(nn.Linear(4, 70), nn.ReLU(), nn.Linear(70, 3)).to(dtype)
+    x = torch.randn(2, 4, dtype=dtype)
+    assert channel_multiple(model) == multiple
+    assert channel_multiple(nn.Linear(2, 2, device="meta", dtype=torch.float16)) == 16
+    scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
+    assert fastscore.prune(model, scores, x, channels=0.75, round_to="auto").report.channels[1] == \
+        int(0.75 * 70) // multiple * multiple
+
+
+@pytest.mark.parametrize(("bad", "message"), [
+    ({"round_to": 0}, "round_to: 0"), ({"round_to": "8"}, "round_to: '8'"), ({"floor": 1.5}, "floor: 1.5"),
+    ({"scope": "group"}, "scope: 'group' is none of global, layer, isomorphic"),
+    ({"scope": "layer", "cost_aware": True}, "cost_aware: ")])
+def test_rankings_that_make_no_sense(bad: dict[str, object], message: str) -> None:
+    model, x = NETWORKS["plain"].model(), NETWORKS["plain"].inputs()
+    scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
+    with untouched(model), pytest.raises(ValueError, match=f"^{message}"):
+        fastscore.prune(model, scores, x, channels=0.5, **bad)  # type: ignore[arg-type]
+    if set(bad) == {"scope"}:
+        with untouched(model), pytest.raises(ValueError, match=f"^{message}"), \
+                fastscore.mask(model, scores, 0.5, x, **bad):  # type: ignore[arg-type]
+            pass
 
 
 def test_units_go_whole() -> None:
@@ -126,7 +249,7 @@ ROWS = st.lists(st.lists(VALUES, min_size=1, max_size=12), min_size=1, max_size=
 
 
 @QUICK
-@given(ROWS, st.integers(1, 100), st.sampled_from(["global", "layer"]), st.integers(1, 4),
+@given(ROWS, st.integers(1, 100), st.sampled_from(["global", "layer", "isomorphic"]), st.integers(1, 4),
        st.sampled_from([0.0, 0.25, 0.5]), st.lists(st.integers(1, 9), min_size=4, max_size=4),
        st.sampled_from(["channels", "params", "macs"]))
 def test_any_budget_is_met_from_below_by_less_than_a_step(rows: list[list[float]], percent: int, scope: str,
@@ -135,7 +258,7 @@ def test_any_budget_is_met_from_below_by_less_than_a_step(rows: list[list[float]
     names = "abcd"[:len(rows)]
     groups = tuple(group(name, len(row)) for name, row in zip(names, rows, strict=True))
     costs = Prices(**{name: (len(row), price) for name, row, price in zip(names, rows, prices, strict=False)})
-    steps = removal_order(groups, made_up(**dict(zip(names, rows, strict=True))), scope, round_to, floor)  # type: ignore[arg-type]
+    steps = removal_order(groups, made_up(**dict(zip(names, rows, strict=True))), scope, round_to, floor, {})  # type: ignore[arg-type]
     share = percent / 100
     try:
         gone = removed(steps, costs, **{unit: share})

@@ -12,7 +12,7 @@ from fastscore import Scores
 from fastscore.compensation import add_to_biases, contributions, removed_means, removed_positions
 from fastscore.evaluation import evaluation_copy, fold_batchnorms
 from fastscore.groups import ChannelGroup, norm_gates
-from fastscore.prune import remove_channels
+from fastscore.surgery import remove_channels
 from fastscore.tracing import trace
 
 POINTS = 31

@@ -1,0 +1,44 @@
+"""Surgery: channels go out of every layer that makes, passes or reads them. Nothing here chooses them."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Literal, TypeAlias
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from fastscore.groups import ChannelGroup
+
+Side = Literal["inputs", "outputs"]
+# (layer, its inputs or its outputs) -> positions that go, int64, ascending: a surgery whole, for any copy of the model
+Places: TypeAlias = Mapping[tuple[str, Side], Tensor]
+
+
+def removed_places(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]) -> Places:
+    """Where the channels of `removed` (group -> int64 [R]) lie in each layer."""
+    places: dict[tuple[str, Side], set[int]] = defaultdict(set)
+    for group in groups:
+        gone = torch.zeros(group.channels, dtype=torch.bool)
+        gone[removed.get(group.name, torch.empty(0, dtype=torch.int64))] = True
+        for member in group.members:
+            side: Side = "inputs" if member.role == "consumer" else "outputs"
+            places[member.layer, side].update(member.index[gone[member.channel]].tolist())
+    return {place: torch.tensor(sorted(index)) for place, index in places.items() if index}
+
+
+def remove_places(model: nn.Module, places: Places) -> nn.Module:
+    """Take `places` out of the layers of `model`, in place; returns it. Its parameters are new objects afterwards."""
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for (name, side), index in places.items():
+        layer = model.get_submodule(name)
+        surgeon = tp.function.PrunerBox[tp.ops.module2type(layer)]
+        (surgeon.prune_in_channels if side == "inputs" else surgeon.prune_out_channels)(layer, index.tolist())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable[name])
+    return model
+
+
+def remove_channels(model: nn.Module, groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]) -> nn.Module:
+    """Take the channels of `removed` (group -> int64 [R]) out of every layer of `model`, in place; returns it."""
+    return remove_places(model, removed_places(groups, removed))
