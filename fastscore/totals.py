@@ -1,19 +1,18 @@
 """Totals: what the taps measure in each pass, summed over samples, until it is asked for as Scores."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from fastscore import gradients
-from fastscore.groups import ChannelGraph, ChannelGroup, Ignore, Member, norm_gates
+from fastscore.group_sums import ByLayer, EdgeSums, JointSums
+from fastscore.groups import ChannelGraph, Ignore, norm_gates
 from fastscore.importance import DEGREES, MEAN, SUMS, filter_parameters, filter_products, gradient_importance
 from fastscore.scores import Origin, Scores
 from fastscore.taps import ForwardPass, Place, Taps
-
-_MAX_PRODUCTS = 2**26  # float64 numbers for one group: half a gibibyte
 
 
 class Totals:
@@ -31,7 +30,8 @@ class Totals:
         self.row = gradient_importance(origin.importance, origin.reduction, origin.ablation)
         self._graph, self.origin = scored(model, graph, origin, ignore)
         self._model = model
-        self._sums = [_GroupSums(group) for group in self._graph.groups]
+        self._sums = JointSums(self._graph.groups)
+        self._edge_sums = [EdgeSums(group) for group in self._graph.groups] if self.row.edges else []
         self._totals: dict[str, Tensor] = {}  # group -> float64 [2, ..., C]; first the even samples, then the odd ones
         self._means: dict[str, Tensor] = {}  # layer -> float64 [C_in]
         self._counts = {"even": 0, "odd": 0, "samples": 0, "zero_gradients": 0}
@@ -82,46 +82,64 @@ class Totals:
             if tensor.shape[1] != samples:
                 raise ValueError(f"{layer}: its input has {tensor.shape[1]} rows where the output has {samples} "
                                  "samples; leave it out with ignore=")
-            by_layer.setdefault(layer, []).append(self._scaled(tensor.detach().double(), length))
+            by_layer.setdefault(layer, []).append(tensor.detach())
         if fresh and self.row.measure is SUMS:
-            for layer, tensors in by_layer.items():
-                mean = torch.stack([tensor[MEAN].sum(0) for tensor in tensors]).mean(0)
-                self._means[layer] = mean if layer not in self._means else self._means[layer] + mean
+            self._add_means(by_layer)
         if length is not None:
             self._counts["zero_gradients"] += int((length == 0).sum())
         halves = self._halves(1 if self.row.minibatch else samples)
-        for group, group_sums in zip(self._graph.groups, self._sums, strict=True):
-            if self.row.filters:
-                share = filter_products(self._model, group, weight_gradients or {})
-                parts = [share if len(half) else torch.zeros_like(share) for half in halves]
-            else:
-                values = group_sums(by_layer, self.row.part, self.row.edges)
-                if values is None:
-                    continue
-                every = torch.arange(samples)
-                parts = [self.row.accumulate(values[:, (every if self.row.minibatch and len(half) else half)
-                                             .to(values.device)]) for half in halves]
-                parts = [group_sums.expanded(part) for part in parts]
-            known = self._totals.get(group.name)
-            self._totals[group.name] = torch.stack(parts) if known is None else known + torch.stack(parts)
+        for name, parts in self._shares(by_layer, self._scale(length), halves, weight_gradients or {}):
+            known = self._totals.get(name)
+            self._totals[name] = parts if known is None else known + parts
         self._counts["even"] += len(halves[0])
         self._counts["odd"] += len(halves[1])
         if fresh:
             self._counts["samples"] += samples
 
-    def _scaled(self, tensor: Tensor, length: Tensor | None) -> Tensor:
-        """[P, N, C_in] as if the output gradient had been of length 1; over N too, where a minibatch counts as one."""
+    def _shares(self, by_layer: ByLayer, scale: Tensor | None, halves: tuple[range, range],
+                weight_gradients: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(group, what one backward pass adds to its total, float64 [2, ..., C])."""
+
+        def of_halves(values: Tensor) -> Tensor:  # [V, N, U] -> [2, ..., U]
+            taken = [slice(None if half else 0) if self.row.minibatch else slice(half.start, None, 2)
+                     for half in halves]
+            return torch.stack([self.row.accumulate(values[:, each]) for each in taken])
+
+        names = [group.name for group in self._graph.groups]
+        if self.row.filters:
+            for group in self._graph.groups:
+                share = filter_products(self._model, group, weight_gradients)
+                yield group.name, torch.stack([share if half else torch.zeros_like(share) for half in halves])
+        elif self.row.edges:
+            for name, edge_sums in zip(names, self._edge_sums, strict=True):
+                values = edge_sums(by_layer, scale)
+                if values is not None:
+                    yield name, edge_sums.of_channels(of_halves(values))
+        elif by_layer:
+            values = self._sums(by_layer, self.row.part, None if scale is None else scale[self.row.part])
+            yield from zip(names, self._sums.of_channels(of_halves(values)), strict=True)
+
+    def _add_means(self, by_layer: ByLayer) -> None:
+        for layer, tensors in by_layer.items():
+            mean = tensors[0][MEAN].sum(0, dtype=torch.float64) if len(tensors) == 1 else \
+                torch.stack([tensor[MEAN].sum(0, dtype=torch.float64) for tensor in tensors]).mean(0)
+            known = self._means.get(layer)
+            self._means[layer] = mean if known is None else known + mean
+
+    def _scale(self, length: Tensor | None) -> Tensor | None:
+        """[P, N]: what makes each part that of an output gradient of length 1; over N too, where a minibatch counts as
+        one."""
         if length is None:
-            return tensor
+            return None
         scale = torch.where(length == 0, torch.inf, length)
         if self.row.minibatch:
             scale = scale * len(length)
-        return tensor * torch.stack([scale.pow(-degree) for degree in DEGREES[self.row.measure]])[:, :, None]
+        return torch.stack([scale.pow(-degree) for degree in DEGREES[self.row.measure]])
 
-    def _halves(self, count: int) -> tuple[Tensor, Tensor]:
+    def _halves(self, count: int) -> tuple[range, range]:
         """Which of the next `count` samples (or minibatches) go to which half."""
-        turn = (torch.arange(count) + self._counts["even"] + self._counts["odd"]) % 2
-        return (turn == 0).nonzero()[:, 0], (turn == 1).nonzero()[:, 0]
+        first = (self._counts["even"] + self._counts["odd"]) % 2
+        return range(first, count, 2), range(1 - first, count, 2)
 
     def scores(self) -> Scores:
         """What has been measured. Raises FloatingPointError, naming the layer, for NaN or infinity."""
@@ -179,65 +197,6 @@ class Totals:
         counts = torch.tensor(list(self._counts.values()), device=device)
         distributed.all_reduce(counts, group=group)
         self._counts = dict(zip(self._counts, counts.tolist(), strict=True))
-
-
-class _GroupSums:
-    """Adds up a group's edges: layer -> sums [P, N, C_in] becomes s [1, N, U], channels of a unit as one."""
-
-    def __init__(self, group: ChannelGroup) -> None:
-        self.group = group
-        self.units = int(group.unit.max()) + 1
-        self.tied = self.units < group.channels
-        self.edges = [(edge.layer, _where(group, edge)) for edge in group.edges]
-
-    def __call__(self, by_layer: Mapping[str, list[Tensor]], part: int, edges: bool) -> Tensor | None:
-        """s [1, N, U]; followed, where `edges`, by Σ g and then the mean activation of every edge, [1 + 2E, N, U].
-
-        None where no tap of the group was reached.
-        """
-        reached = [(sums, where) for layer, where in self.edges for sums in by_layer.get(layer, ())]
-        if not reached:
-            return None
-        s = torch.stack([self._spread(sums[part], where).sum(0) for sums, where in reached]).sum(0)
-        if not edges:
-            return s[None]
-        gradients, means = (torch.cat([self._spread(sums[which], where) for sums, where in reached])
-                            for which in (2, MEAN))
-        if (1 + len(means)) ** 2 * self.units > _MAX_PRODUCTS:
-            raise ValueError(f'{self.group.name}: ablation="mean" needs the products of its {len(means)} places in '
-                             'consumers with each other, which are too many; use ablation="zero", or leave it out with '
-                             "ignore=")
-        return torch.cat([s[None], gradients, means])
-
-    def _spread(self, values: Tensor, where: "_Where") -> Tensor:
-        """[N, C_in] -> [E, N, U]: what several positions of the input hold for the same unit, one after another."""
-        if isinstance(where, slice):
-            return values[None, :, where]
-        index, unit, place = (part.to(values.device) for part in where)
-        spread = values.new_zeros(int(place.max()) + 1, self.units, len(values))
-        spread[place, unit] = values.t()[index]
-        return spread.transpose(1, 2)
-
-    def expanded(self, total: Tensor) -> Tensor:
-        """[..., U] -> [..., C]: every channel of a unit gets the unit's."""
-        return total[..., self.group.unit.to(total.device)] if self.tied else total
-
-
-# A run of positions, one for each unit in order; or, for each position that counts: its index, its unit, and how many
-# positions of that unit come before it.
-_Where: TypeAlias = slice | tuple[Tensor, Tensor, Tensor]
-
-
-def _where(group: ChannelGroup, edge: Member) -> _Where:
-    unit = group.unit[edge.channel]
-    start = int(edge.index[0])
-    run = torch.arange(len(unit))
-    if torch.equal(unit, run) and len(unit) == int(group.unit.max()) + 1 and torch.equal(edge.index, start + run):
-        return slice(start, start + len(unit))
-    order = unit.argsort(stable=True)
-    place = torch.empty_like(unit)
-    place[order] = run - torch.searchsorted(unit[order], unit[order])
-    return edge.index, unit, place
 
 
 def scored(model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore) -> tuple[ChannelGraph, Origin]:
