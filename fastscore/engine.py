@@ -89,10 +89,12 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
                     raise FloatingPointError(culprit)
                 if gradient == "loss":
                     sent = gradients.loss_gradient(output, batch, loss, normalize)
-                    totals.propagate(taps, output, sent / len(sent) if totals.row.minibatch and normalize else sent)
+                    sent = sent / len(sent) if totals.row.minibatch and normalize else sent
+                    totals.propagate(taps, output, sent, last=True)
                 else:
-                    for _ in range(probes if isinstance(probes, int) else gradients.classes_of(output)):
-                        totals.probe(taps, output)
+                    count = probes if isinstance(probes, int) else gradients.classes_of(output)
+                    for probe in range(count):
+                        totals.probe(taps, output, last=probe == count - 1)
                 if (layer := totals.nonfinite_layer()) is not None:
                     raise FloatingPointError(_blame(model, batch, forward) or
                                              f"{layer}: NaN or infinity in the gradient that reaches its channels")

@@ -3,6 +3,7 @@
 Random gradients: arXiv 2310.20203, section 3: N(0, I) over the outputs, drawn anew for each sample, scaled to length 1.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -29,6 +30,15 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
+def _weights(count: int, device: torch.device) -> Tensor:
+    """Odd int64 [count], one for each position of a sample."""
+    return _mix(torch.arange(1, count + 1, device=device) * _GOLDEN) | 1
+
+
+_KEPT = 2**21  # words of a sample whose weights are kept for the next batch: 16 MiB, an image of 836 x 836
+_kept_weights = functools.lru_cache(maxsize=1)(_weights)
+
+
 def sample_ids(x: Tensor) -> Tensor:
     """An id for each sample, made from what it holds: int64 [N] from [N, ...].
 
@@ -39,7 +49,8 @@ def sample_ids(x: Tensor) -> Tensor:
     if bits.dtype == torch.bool or bits.is_complex():
         bits = bits.to(torch.uint8) if bits.dtype == torch.bool else torch.view_as_real(bits).flatten(1)
     words = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
-    weights = _mix(torch.arange(1, words.shape[1] + 1, device=x.device) * _GOLDEN) | 1
+    count = words.shape[1]
+    weights = _kept_weights(count, x.device) if count <= _KEPT else _weights(count, x.device)
     # one sample at a time: a batch of products would hold eight bytes for each of its values at once
     return _mix(torch.stack([(row * weights).sum() for row in words])) if len(words) else words.new_empty(0).long()
 

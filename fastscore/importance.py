@@ -18,7 +18,7 @@ from fastscore.taps import Measure
 
 def _sums(a: Tensor, g: Tensor, channel_dim: int) -> Tensor:
     dot, total, gradient = ops.channel_sums(a, g, channel_dim)
-    return torch.stack([dot, total / max(a.numel() // max(total.numel(), 1), 1), gradient])
+    return torch.stack([dot, total.div_(max(a.numel() // max(total.numel(), 1), 1)), gradient])
 
 
 def _powers(a: Tensor, g: Tensor, channel_dim: int) -> Tensor:

@@ -68,6 +68,7 @@ class ForwardPass:
 
     def __init__(self, inputs: Any) -> None:
         self.inputs = inputs
+        self.ids: Tensor | None = None  # of its samples, once they have been asked for
         self.called = False
         self.gates: list[tuple[str, Tensor]] = []  # (layer, gate [P, N, C]); a layer called twice stands here twice
         self.output_gradient: Tensor | None = None
@@ -140,11 +141,12 @@ class Taps:
         """Whether a backward pass that runs now is to be measured."""
         return self._propagating or self._on_pass is not None
 
-    def propagate(self, output: Tensor, gradient: Tensor) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor]]:
+    def propagate(self, output: Tensor, gradient: Tensor, last: bool = False
+                  ) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor]]:
         """Send `gradient` (of `output`'s shape) back from the latest forward pass, to the gates and weights alone.
 
         Returns (layer, sums [P, N, C]) of every tap that `output` depends on, and the gradients of the weights that it
-        depends on. No `.grad` changes; the graph stays alive.
+        depends on. No `.grad` changes; the graph stays alive unless this is the last.
         Raises RuntimeError when the output does not come from that pass, or its graph is gone.
         """
         # a copy: activation checkpointing runs layers, and their taps, again during the backward pass
@@ -155,7 +157,7 @@ class Taps:
         self._propagating = True
         try:
             found = torch.autograd.grad(output, [*(gate for _, gate in gates), *self.weights.values()], gradient,
-                                        retain_graph=True, allow_unused=True)
+                                        retain_graph=not last, allow_unused=True)
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
@@ -217,7 +219,8 @@ class Taps:
 
     def _gated(self, x: Tensor, layer: str, place: Place) -> Tensor:
         assert self.current is not None
-        gate = torch.zeros(self.measure.parts, x.shape[0], x.shape[place.channel_dim], device=x.device,
+        # never read: only what comes back to it counts
+        gate = torch.empty(self.measure.parts, x.shape[0], x.shape[place.channel_dim], device=x.device,
                            dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, requires_grad=True)
         self.current.gates.append((layer, gate))
         gated: Tensor = _Gate.apply(x, gate, self, place)

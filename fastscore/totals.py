@@ -49,9 +49,12 @@ class Totals:
         weights = {name: self._model.get_parameter(name) for name in sorted(names)} if self.row.filters else {}
         return Taps(self._model, places, self.row.measure, on_pass, weights)
 
-    def propagate(self, taps: Taps, output: Tensor, gradient: Tensor) -> None:
-        """Send `gradient`, of `output`'s shape [N, ...], back to the taps as it stands, and add what they measure."""
-        sums, weight_gradients = taps.propagate(output, gradient)
+    def propagate(self, taps: Taps, output: Tensor, gradient: Tensor, last: bool = False) -> None:
+        """Send `gradient`, of `output`'s shape [N, ...], back to the taps as it stands, and add what they measure.
+
+        last: no other follows from this output, whose graph is freed on the way.
+        """
+        sums, weight_gradients = taps.propagate(output, gradient, last)
         assert taps.current is not None
         self.add(sums, len(output), fresh=taps.current.probes == 0, weight_gradients=weight_gradients)
         taps.current.probes += 1
@@ -59,14 +62,16 @@ class Totals:
             rows = gradient.reshape(len(gradient), gradients.classes_of(gradient))
             self._counts["zero_gradients"] += int((rows == 0).all(1).sum())
 
-    def probe(self, taps: Taps, output: Tensor) -> None:
+    def probe(self, taps: Taps, output: Tensor, last: bool = False) -> None:
         """Send one more random gradient back from the latest forward pass; its samples' ids come from its inputs."""
         assert taps.current is not None
-        ids = gradients.sample_ids(gradients.first_input(taps.current.inputs))
+        if taps.current.ids is None:
+            taps.current.ids = gradients.sample_ids(gradients.first_input(taps.current.inputs))
+        ids = taps.current.ids
         how = self.origin
         gradient = gradients.random_gradient(output, ids, how.seed, taps.current.probes, how.distribution,
                                              how.normalize, how.center)
-        self.propagate(taps, output, gradient / len(output) if self.row.minibatch else gradient)
+        self.propagate(taps, output, gradient / len(output) if self.row.minibatch else gradient, last)
 
     def add(self, sums: Sequence[tuple[str, Tensor]], samples: int, length: Tensor | None = None, *,
             fresh: bool = True, weight_gradients: Mapping[str, Tensor] | None = None) -> None:
