@@ -1,7 +1,7 @@
 """How a batch reaches a model: tensors, (input, ...) tuples, or dicts of keyword arguments."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 Batch: TypeAlias = Any
 Forward: TypeAlias = Callable[[nn.Module, Batch], Any]
+Output: TypeAlias = Callable[[Any], Any]  # what a model returns -> a tensor of it, or several
+Outputs: TypeAlias = Callable[[Any, str], Sequence[Tensor]]  # (what a model returns, its name) -> its output
 
 
 def forward(model: nn.Module, batch: Batch) -> Any:
@@ -21,17 +23,63 @@ def forward(model: nn.Module, batch: Batch) -> Any:
     return model(batch)
 
 
-def checked(run: Forward) -> Callable[[nn.Module, Batch], Tensor]:
-    """`run`, with its output checked to be one floating-point tensor [N, ...], which a gradient can start from."""
+def output_tensors(returned: Any, model: str) -> list[Tensor]:
+    """The tensor that the output gradient of `model` (its name) starts from: what it returned, or the only one in that.
+
+    Integers and scalars, such as a loss, do not count. Raises TypeError, naming them, where there is another number of
+    tensors than one.
+    """
+    found = dict(_named_tensors(returned, ""))
+    if len(found) != 1:
+        shown = type(returned).__name__ if not isinstance(returned, Tensor) else \
+            f"a {returned.dtype} tensor of shape {tuple(returned.shape)}"
+        held = ", ".join(f"{name or 'it'} {list(tensor.shape)}" for name, tensor in found.items())
+        raise TypeError(f"{model} returns {shown}{f' with {held}' if held else ''}; scores need one floating-point "
+                        "tensor [N, ...]: pass forward=lambda model, batch: <the tensor> (to a Scorer: "
+                        "output=lambda returned: <the tensor, or a list of them>)")
+    return list(found.values())
+
+
+def _named_tensors(returned: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(returned, Tensor):
+        if returned.is_floating_point() and returned.dim() > 0:
+            yield name, returned
+    elif isinstance(returned, Mapping):
+        for key, value in returned.items():
+            yield from _named_tensors(value, f"{name}[{key!r}]")
+    elif isinstance(returned, (tuple, list)):
+        for place, value in enumerate(returned):
+            yield from _named_tensors(value, f"{name}[{place}]")
+
+
+def chosen(output: Output | None) -> Outputs:
+    """What finds the tensors in what a model returned: `output`, where the model does not return a tensor as it is."""
+
+    def outputs(returned: Any, model: str) -> list[Tensor]:
+        if output is None or isinstance(returned, Tensor):
+            return output_tensors(returned, model)
+        found = output(returned)
+        return [tensor for each in (found if isinstance(found, (tuple, list)) else [found])
+                for tensor in output_tensors(each, model)]
+
+    return outputs
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors [N, ...] as one, [N, K] where there are several: K values in all for each sample."""
+    if len(tensors) == 1:
+        return tensors[0]
+    if len({len(tensor) for tensor in tensors}) != 1:
+        raise ValueError(f"output: its tensors have {', '.join(str(len(tensor)) for tensor in tensors)} rows, not one "
+                         "for each sample in all of them")
+    return torch.cat([tensor.flatten(1) for tensor in tensors], 1)
+
+
+def checked(run: Forward, outputs: Outputs = output_tensors) -> Callable[[nn.Module, Batch], Tensor]:
+    """`run`, with its output found and checked to be floating-point, [N, ...]: what a gradient can start from."""
 
     def run_and_check(model: nn.Module, batch: Batch) -> Tensor:
-        output = run(model, batch)
-        if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() == 0:
-            shown = f"a {output.dtype} tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) \
-                else type(output).__name__
-            raise TypeError(f"{type(model).__name__} returns {shown}; scores need one floating-point tensor [N, ...]: "
-                            "pass forward=lambda model, batch: <the tensor>")
-        return output
+        return joined(outputs(run(model, batch), type(model).__name__))
 
     return run_and_check
 

@@ -95,7 +95,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
                     count = probes if isinstance(probes, int) else gradients.classes_of(output)
                     for probe in range(count):
                         totals.probe(taps, output, last=probe == count - 1)
-                if (layer := totals.nonfinite_layer()) is not None:
+                if (layer := totals.nonfinite) is not None:
                     raise FloatingPointError(_blame(model, batch, forward) or
                                              f"{layer}: NaN or infinity in the gradient that reaches its channels")
                 bar.update(len(output))

@@ -14,10 +14,10 @@ from fastscore.compensation import channel_dim, check_means, contributions, remo
 from fastscore.costs import Costs
 from fastscore.evaluation import evaluation_copy
 from fastscore.groups import Ignore
+from fastscore.hooks import OwnHook
 from fastscore.prune import scored_graph
 from fastscore.scores import Scores
 from fastscore.selection import Scope, layer_kinds, removal_order, select
-from fastscore.taps import OwnHook
 
 
 @contextmanager

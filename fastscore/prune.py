@@ -15,11 +15,11 @@ from fastscore.costs import Costs, Unit, total_macs
 from fastscore.evaluation import evaluation_copy
 from fastscore.groups import ChannelGraph, Ignore, norm_gates
 from fastscore.hardware import channel_multiple
+from fastscore.hooks import remove_copied_hooks
 from fastscore.prune_report import GroupReport, PruneReport
 from fastscore.scores import Scores
 from fastscore.selection import Scope, channel_prices, check_scores, layer_kinds, removal_order, select
 from fastscore.surgery import remove_places, removed_places
-from fastscore.taps import remove_copied_hooks
 from fastscore.tracing import trace
 
 

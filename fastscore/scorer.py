@@ -1,5 +1,6 @@
 """Scorer: taps on a model of your own, in a loop of your own."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,8 +11,8 @@ from fastscore import batches
 from fastscore.gradients import classes_of
 from fastscore.groups import ChannelGraph, Ignore, Units
 from fastscore.importance import gradient_importance
+from fastscore.passes import ForwardPass
 from fastscore.scores import Origin, Scores
-from fastscore.taps import ForwardPass
 from fastscore.totals import Totals
 from fastscore.tracing import trace
 
@@ -34,15 +35,24 @@ class Scorer:
     samples of a batch, and the division is approximate. "molchanov-group" reads the weight gradients of a whole batch,
     which cannot be divided: it takes normalize=False with gradient="loss".
     seed, distribution: of the random gradients. ignore: layer names (with `*`), types or modules to leave out.
+    output: what the model returns -> the floating-point tensor [N, ...] whose gradient is the output gradient, or
+    several, taken as one long output. It can be left out where the model returns a tensor, or a dict, tuple or object
+    with one such tensor beside integers and scalars. A tensor that another one is computed from, such as a hidden
+    state beside the logits, must not be among them. forward(model, batch): calls the model on example_inputs.
 
-    Raises ValueError where no channel can be scored, TypeError where the model returns no tensor.
+    A backward pass that brings NaN or infinity, such as one that a GradScaler will skip, is left out and counted in
+    `left_out`. A group with an edge that no backward pass came to (frozen under no_grad, or a branch without a loss)
+    has no score, and `scores.skipped` says so.
+
+    Raises ValueError where no channel can be scored, TypeError where the output is not found.
     Source: arXiv 2310.20203 (importances, random gradient, normalisation).
     """
 
     def __init__(self, model: nn.Module, example_inputs: batches.Batch | ChannelGraph, *, importance: str = "taylor-sq",
                  gradient: Gradient = "loss", normalize: bool = True, units: Units = "groups", reduction: str = "sum",
                  ablation: str = "zero", layerwise: str = "none", seed: int = 0, distribution: str = "normal",
-                 center: bool = False, forward: batches.Forward = batches.forward, ignore: Ignore = ()) -> None:
+                 center: bool = False, output: batches.Output | None = None,
+                 forward: batches.Forward = batches.forward, ignore: Ignore = ()) -> None:
         if gradient not in ("loss", "random"):
             raise ValueError(f"gradient: {gradient!r} is neither 'loss' nor 'random'")
         row = gradient_importance(importance, reduction, ablation)
@@ -52,9 +62,11 @@ class Scorer:
                              "gradient itself")
         origin = Origin(importance, reduction, gradient, normalize, seed, distribution, "", units, ablation, layerwise,
                         center)
-        graph = example_inputs if isinstance(example_inputs, ChannelGraph) else trace(model, example_inputs, forward)
+        self._outputs = batches.chosen(output)
+        graph = example_inputs if isinstance(example_inputs, ChannelGraph) else \
+            trace(model, example_inputs, batches.checked(forward, self._outputs))
         self._totals = Totals(model, graph, origin, ignore)
-        self._taps = self._totals.taps(self._read if gradient == "loss" else None)
+        self._taps = self._totals.taps(self._read if gradient == "loss" else None, self._outputs)
 
     def attach(self) -> None:
         """Set the taps. Raises RuntimeError when they are set already."""
@@ -71,35 +83,47 @@ class Scorer:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def probe(self, output: Tensor) -> None:
+    @property
+    def left_out(self) -> int:
+        """Backward passes that were left out, because they brought NaN or infinity."""
+        return self._totals.left_out
+
+    def probe(self, output: Any) -> None:
         """Send one more random gradient back from the latest forward pass, to the taps alone: no `.grad` changes.
 
-        output: what the model returned, [N, ...]. Call it before loss.backward(), as often as you like: each call
-        draws a new gradient. Raises RuntimeError for an output of another pass, or one whose graph is gone.
+        output: what the model returned, or a tensor of it, [N, ...]. Call it before loss.backward(), as often as you
+        like: each call draws a new gradient. Raises RuntimeError for an output of another pass, or one whose graph is
+        gone.
         """
         origin, current = self._totals.origin, self._taps.current
         if origin.gradient != "random":
             raise RuntimeError('probe: this scorer reads the loop\'s own gradients; make it with gradient="random"')
         if current is None:
             raise RuntimeError("probe: no forward pass has been seen; attach the scorer before the model runs")
-        self._totals.probe(self._taps, output)
+        self._totals.probe(self._taps, batches.joined(self._outputs(output, type(self._taps.model).__name__)))
 
     def propagate(self, output: Tensor, gradient: Tensor) -> None:
         """Send `gradient`, of `output`'s shape [N, ...], back to the taps as it stands, and add what they measure."""
         self._totals.propagate(self._taps, output, gradient)
 
     def scores(self) -> Scores:
-        """What has been measured up to now.
+        """What has been measured up to now; a warning tells of passes that were left out.
 
-        Raises RuntimeError when nothing was, FloatingPointError (naming the layer) for NaN or infinite totals.
+        Raises RuntimeError when nothing was, FloatingPointError (naming the layer) where all that was is NaN or
+        infinite.
         """
         self._taps.flush()
-        if not self._totals.samples:
+        if not self._totals.samples and not self.left_out:
             raise RuntimeError("no backward pass has been measured: inside `with scorer:`, run the model and call "
-                               "loss.backward() (or scorer.probe(output) with gradient='random', which a model that "
-                               "returns no tensor needs). Hooks set on a model that torch.compile has already run are "
-                               "not seen: attach the scorer first")
-        return self._totals.scores()
+                               "loss.backward() with a loss of its output (or scorer.probe(output) with "
+                               "gradient='random'). Hooks set on a model that torch.compile has already run are not "
+                               "seen: attach the scorer first")
+        scores = self._totals.scores()
+        if self.left_out:
+            warnings.warn(f"{self.left_out} of {scores.passes + self.left_out} backward passes "
+                          f"brought NaN or infinity and are left out; the last at {self._totals.nonfinite}",
+                          stacklevel=2)
+        return scores
 
     def state_dict(self) -> dict[str, Any]:
         """Totals and counts, to go on from later: see load_state_dict."""
@@ -117,10 +141,13 @@ class Scorer:
 
     def _read(self, done: ForwardPass) -> None:
         """Add what an ordinary backward pass left at the gates."""
-        gradient = done.output_gradient
-        assert gradient is not None
+        parts = [part.reshape(len(part), classes_of(part)) for part in done.output_gradients.values()]
+        samples = len(parts[0])
         length = None
         if self._totals.origin.normalize:
-            rows = gradient.reshape(len(gradient), classes_of(gradient))
-            length = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        self._totals.add(done.sums(), len(gradient), length, weight_gradients=done.weight_gradients)
+            if any(len(part) != samples for part in parts):
+                raise ValueError(f"output: its tensors have {', '.join(str(len(part)) for part in parts)} rows, not "
+                                 "one for each sample in all of them")
+            lengths = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts]
+            length = torch.linalg.vector_norm(torch.stack(lengths), dim=0)
+        self._totals.add(done.sums(), samples, length, weight_gradients=done.weight_gradients)

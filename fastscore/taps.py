@@ -16,6 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastscore.batches import Outputs, output_tensors
+from fastscore.hooks import OwnHook
+from fastscore.passes import BackwardPasses, ForwardPass
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -31,19 +35,6 @@ class Place:
 
     channel_dim: int
     output: bool = False
-
-
-class OwnHook:
-    """A hook that can be told from the user's, and that a copy of the model shares with it."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "OwnHook":
-        return self  # a copied model (an EMA, say) carries the hooks along; they know their own modules and stay quiet
 
 
 class _Gate(torch.autograd.Function):
@@ -63,55 +54,40 @@ class _Gate(torch.autograd.Function):
         return g, measured, None, None
 
 
-class ForwardPass:
-    """One forward pass: the gates that its taps made, and the gradient that came back to its output."""
-
-    def __init__(self, inputs: Any) -> None:
-        self.inputs = inputs
-        self.ids: Tensor | None = None  # of its samples, once they have been asked for
-        self.called = False
-        self.gates: list[tuple[str, Tensor]] = []  # (layer, gate [P, N, C]); a layer called twice stands here twice
-        self.output_gradient: Tensor | None = None
-        self.weight_gradients: dict[str, Tensor] = {}
-        self.probes = 0
-
-    def marks(self) -> list[tuple[int, int] | None]:
-        """Something that differs once an ordinary backward pass has reached a gate."""
-        return [None if gate.grad is None else (id(gate.grad), gate.grad._version) for _, gate in self.gates]
-
-    def sums(self) -> list[tuple[str, Tensor]]:
-        """(layer, sums [P, N, C]) of every tap that an ordinary backward pass reached."""
-        return [(layer, gate.grad) for layer, gate in self.gates if gate.grad is not None]
-
-
 class Taps:
     """Taps on the layers that `places` names; a context manager that leaves no hook behind.
 
     places: layer -> where its tap stands. measure: what a gate receives. on_pass: called with each
     ForwardPass whose output an ordinary backward pass reached, once a later forward pass begins or `flush` is called;
     without it only `propagate` measures, and ordinary backward passes cost nothing. weights: parameters whose gradients
-    are measured too, by name; those of an ordinary backward pass count for the latest forward pass.
+    are measured too, by name; those of an ordinary backward pass count for the latest forward pass. outputs: what the
+    model returns -> the tensors whose gradients are the pass's output gradient. traceable: whether torch.compile is to
+    follow the hooks, rather than compile what stands between them.
     """
 
     def __init__(self, model: nn.Module, places: Mapping[str, Place], measure: Measure,
                  on_pass: Callable[[ForwardPass], None] | None = None,
-                 weights: Mapping[str, Tensor] | None = None) -> None:
+                 weights: Mapping[str, Tensor] | None = None, outputs: Outputs = output_tensors,
+                 traceable: bool = False) -> None:
         self.model = model
         self.places = places
         self.measure = measure
         self.weights = dict(weights or {})
         self.current: ForwardPass | None = None
         self._on_pass = on_pass
+        self._outputs = outputs
+        self._traceable = traceable
         self._propagating = self._joining = False
-        self._finished: list[ForwardPass] = []
+        self._backward = BackwardPasses()
+        self._seen: set[str] = set()  # layers whose taps have run
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
         """Set the hooks. Raises RuntimeError when they are set already."""
         if self._handles:
             raise RuntimeError("these taps are attached already: detach() first")
-        self._handles = [self.model.register_forward_pre_hook(OwnHook(self._begin), with_kwargs=True),
-                         self.model.register_forward_hook(OwnHook(self._end))]
+        self._handles = [self.model.register_forward_pre_hook(self._hook(self._begin), with_kwargs=True),
+                         self.model.register_forward_hook(self._hook(self._end))]
         for layer, place in self.places.items():
             module = self.model.get_submodule(layer)
             self._handles.append(
@@ -119,6 +95,9 @@ class Taps:
                 else module.register_forward_pre_hook(self._tap_input(module, layer, place)))
         if self._on_pass is not None:
             self._handles += [weight.register_hook(self._receive_weight(name)) for name, weight in self.weights.items()]
+            self._handles += [weight.register_hook(self._check_seen(layer)) for layer in self.places
+                              if isinstance(weight := getattr(self.model.get_submodule(layer), "weight", None),
+                                            nn.Parameter) and weight.requires_grad]
 
     def detach(self) -> None:
         """Remove the hooks and hand over what is finished. Harmless when nothing is attached."""
@@ -127,6 +106,7 @@ class Taps:
         self._handles.clear()
         self.flush()
         self.current = None
+        self._seen.clear()
 
     def __enter__(self) -> "Taps":
         self.attach()
@@ -159,6 +139,13 @@ class Taps:
             found = torch.autograd.grad(output, [*(gate for _, gate in gates), *self.weights.values()], gradient,
                                         retain_graph=not last, allow_unused=True)
         except RuntimeError as error:
+            if "Checkpointing is not compatible" in str(error):
+                raise RuntimeError("output: a part of the model is checkpointed in a way that takes backward() alone: "
+                                   "use checkpoint(..., use_reentrant=False)") from error
+            if "donated buffers" in str(error):
+                raise RuntimeError("output: torch.compile has let go of what another backward pass would need: set "
+                                   "torch._functorch.config.donated_buffer = False before the model first runs, or "
+                                   'use gradient="loss"') from error
             if "second time" not in str(error):
                 raise
             raise RuntimeError("output: its graph is gone: send gradients back before loss.backward() frees "
@@ -184,7 +171,7 @@ class Taps:
 
     def flush(self) -> None:
         """Hand over the passes whose gradients are in."""
-        finished, self._finished = self._finished, []
+        finished, self._backward.finished = self._backward.finished, []
         for done in finished:
             assert self._on_pass is not None
             self._on_pass(done)
@@ -197,34 +184,71 @@ class Taps:
                 self.current.inputs, self.current.called = (args, kwargs), True
             return
         self.flush()
+        self._backward.running.clear()
         self.current = ForwardPass((args, kwargs))
+
+    def _hook(self, function: Callable[..., Any]) -> OwnHook:
+        return OwnHook(function if self._traceable else torch.compiler.disable(function))
 
     def _tap_input(self, own: nn.Module, layer: str, place: Place) -> OwnHook:
         def hand_over_view(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if module is not own or self.current is None or not torch.is_grad_enabled():
+            if module is not own or not self._listening(layer):
                 return None
             if not args:
                 raise TypeError(f"{layer}: its input arrives as a keyword argument; call it by position, or ignore it")
             return self._gated(args[0], layer, place), *args[1:]
 
-        return OwnHook(hand_over_view)
+        return self._hook(hand_over_view)
 
     def _tap_output(self, own: nn.Module, layer: str, place: Place) -> OwnHook:
         def hand_over_copy(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if module is not own or self.current is None or not torch.is_grad_enabled():
-                return None
-            return self._gated(output, layer, place)
+            return self._gated(output, layer, place) if module is own and self._listening(layer) else None
 
-        return OwnHook(hand_over_copy)
+        return self._hook(hand_over_copy)
+
+    def _listening(self, layer: str) -> bool:
+        """Whether a layer that runs now is tapped."""
+        if self.current is None:
+            return False
+        if not torch.is_grad_enabled() and not self.current.returned:
+            self.current.put_off.add(layer)
+        return torch.is_grad_enabled()
 
     def _gated(self, x: Tensor, layer: str, place: Place) -> Tensor:
-        assert self.current is not None
         # never read: only what comes back to it counts
         gate = torch.empty(self.measure.parts, x.shape[0], x.shape[place.channel_dim], device=x.device,
                            dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, requires_grad=True)
-        self.current.gates.append((layer, gate))
+        owner = self._owner(layer)
+        if owner is not None:
+            owner.gates.append((layer, gate))
+        self._seen.add(layer)
         gated: Tensor = _Gate.apply(x, gate, self, place)
         return gated
+
+    def _owner(self, layer: str) -> ForwardPass | None:
+        """The pass that a layer which runs now belongs to; None where it runs again what has a gate already.
+
+        Activation checkpointing runs layers again in the middle of a backward pass. Where it is reentrant, they ran
+        without gradients before, and their gates are made only now.
+        """
+        if torch._C._current_graph_task_id() == -1:
+            return self.current
+        owners = [each for each in self._backward.running if layer in each.put_off]
+        if len(owners) > 1:
+            raise RuntimeError(f"{layer}: it runs again for a backward pass that covers {len(owners)} forward passes, "
+                               "and which of them it belongs to cannot be told: use checkpoint(..., "
+                               "use_reentrant=False), or a backward pass for each forward pass")
+        return owners[0] if owners else None
+
+    def _check_seen(self, layer: str) -> Callable[[Tensor], None]:
+        def check(gradient: Tensor) -> None:
+            if layer not in self._seen:
+                raise RuntimeError(f"{layer}: a backward pass reached its weight, but the forward pass went past its "
+                                   "tap. Attach the scorer before the forward pass, and to a model that torch.compile "
+                                   "has made before that first runs (afterwards, torch.compiler.reset() makes it look "
+                                   "for hooks again); and call the model itself, not its parts")
+
+        return check
 
     def _receive_weight(self, name: str) -> Callable[[Tensor], None]:
         def receive(gradient: Tensor) -> None:
@@ -234,36 +258,10 @@ class Taps:
 
         return receive
 
-    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _end(self, module: nn.Module, args: tuple[Any, ...], returned: Any) -> None:
         done = self.current
-        if module is not self.model or done is None or not isinstance(output, Tensor) or not output.requires_grad:
+        if module is not self.model or done is None or not torch.is_grad_enabled():
             return
-
-        def receive(gradient: Tensor) -> None:
-            if self._propagating or self._on_pass is None:
-                return
-            before = done.marks()
-
-            def finish() -> None:
-                if done.marks() == before:
-                    return  # of torch.autograd.grad, which is no training step: it leaves nothing at the gates
-                if done.output_gradient is None:
-                    self._finished.append(done)
-                    done.output_gradient = gradient.detach()
-                else:  # several losses, each sent back on its own: the gates add up, and so does the output's gradient
-                    done.output_gradient = done.output_gradient + gradient.detach()
-
-            # called when this backward pass is over, unless an exception ends it
-            torch.autograd.Variable._execution_engine.queue_callback(finish)
-
-        output.register_hook(receive)
-
-
-def remove_copied_hooks(model: nn.Module) -> None:
-    """Take off a copy of a tapped or masked model the hooks that came along with it."""
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for number, hook in list(hooks.items()):
-                if isinstance(hook, OwnHook):
-                    del hooks[number]
-                    module._forward_pre_hooks_with_kwargs.pop(number, None)
+        done.returned = True
+        if self._on_pass is not None:
+            self._backward.listen(done, self._outputs(returned, type(module).__name__), lambda: self._propagating)

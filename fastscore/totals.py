@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from fastscore import gradients
+from fastscore import batches, gradients
 from fastscore.group_sums import ByLayer, EdgeSums, JointSums
 from fastscore.groups import ChannelGraph, Ignore, norm_gates
 from fastscore.importance import DEGREES, MEAN, SUMS, filter_parameters, filter_products, gradient_importance
+from fastscore.passes import ForwardPass
 from fastscore.scores import Origin, Scores
-from fastscore.taps import ForwardPass, Place, Taps
+from fastscore.taps import Place, Taps
 
 
 class Totals:
@@ -22,7 +23,8 @@ class Totals:
 
     model: the one that is measured, for its layers' types and, where the importance reads them, its weights. graph: its
     channel groups. origin: the way of scoring; its fingerprint is filled in here. ignore: layers to leave out. Every
-    other sample goes to one half, so that the scores can tell how far two halves of the samples agree.
+    other sample goes to one half, so that the scores can tell how far two halves of the samples agree. A pass with NaN
+    or infinity is left out, whole, and counted.
     Raises ValueError, with the reasons, when no channel is left.
     """
 
@@ -34,20 +36,28 @@ class Totals:
         self._edge_sums = [EdgeSums(group) for group in self._graph.groups] if self.row.edges else []
         self._totals: dict[str, Tensor] = {}  # group -> float64 [2, ..., C]; first the even samples, then the odd ones
         self._means: dict[str, Tensor] = {}  # layer -> float64 [C_in]
-        self._counts = {"even": 0, "odd": 0, "samples": 0, "zero_gradients": 0}
+        self._reached: set[str] = set()  # layers with a tap that a backward pass has come to
+        self._counts = {"even": 0, "odd": 0, "samples": 0, "zero_gradients": 0, "left_out": 0}
+        self.nonfinite: str | None = None  # where the latest pass that was left out had NaN or infinity
 
     @property
     def samples(self) -> int:
         """Samples seen; further probes of the same ones do not count."""
         return self._counts["samples"]
 
-    def taps(self, on_pass: Callable[[ForwardPass], None] | None = None) -> Taps:
+    @property
+    def left_out(self) -> int:
+        """Backward passes left out for NaN or infinity."""
+        return self._counts["left_out"]
+
+    def taps(self, on_pass: Callable[[ForwardPass], None] | None = None,
+             outputs: batches.Outputs = batches.output_tensors) -> Taps:
         """Taps that measure what these totals need."""
         places = {edge.layer: Place(-1 if isinstance(self._model.get_submodule(edge.layer), nn.Linear) else 1,
                                     edge.role == "gate") for group in self._graph.groups for edge in group.edges}
         names = {name for group in self._graph.groups for _, name in filter_parameters(self._model, group)}
         weights = {name: self._model.get_parameter(name) for name in sorted(names)} if self.row.filters else {}
-        return Taps(self._model, places, self.row.measure, on_pass, weights)
+        return Taps(self._model, places, self.row.measure, on_pass, weights, outputs)
 
     def propagate(self, taps: Taps, output: Tensor, gradient: Tensor, last: bool = False) -> None:
         """Send `gradient`, of `output`'s shape [N, ...], back to the taps as it stands, and add what they measure.
@@ -56,9 +66,10 @@ class Totals:
         """
         sums, weight_gradients = taps.propagate(output, gradient, last)
         assert taps.current is not None
-        self.add(sums, len(output), fresh=taps.current.probes == 0, weight_gradients=weight_gradients)
         taps.current.probes += 1
-        if self.origin.normalize:
+        counts = self.add(sums, len(output), fresh=not taps.current.counted, weight_gradients=weight_gradients)
+        taps.current.counted |= counts
+        if counts and self.origin.normalize:
             rows = gradient.reshape(len(gradient), gradients.classes_of(gradient))
             self._counts["zero_gradients"] += int((rows == 0).all(1).sum())
 
@@ -74,8 +85,8 @@ class Totals:
         self.propagate(taps, output, gradient / len(output) if self.row.minibatch else gradient, last)
 
     def add(self, sums: Sequence[tuple[str, Tensor]], samples: int, length: Tensor | None = None, *,
-            fresh: bool = True, weight_gradients: Mapping[str, Tensor] | None = None) -> None:
-        """Add one backward pass of N samples.
+            fresh: bool = True, weight_gradients: Mapping[str, Tensor] | None = None) -> bool:
+        """Add one backward pass of N samples; whether it counts: NaN or infinity leave it out.
 
         sums: (layer, [P, N, C_in]) from the taps. length: float64 [N], of each sample's output gradient, where it is
         to be divided out. fresh: whether these samples are seen for the first time. weight_gradients: of the
@@ -88,18 +99,27 @@ class Totals:
                 raise ValueError(f"{layer}: its input has {tensor.shape[1]} rows where the output has {samples} "
                                  "samples; leave it out with ignore=")
             by_layer.setdefault(layer, []).append(tensor.detach())
+        halves = self._halves(1 if self.row.minibatch else samples)
+        shares = dict(self._shares(by_layer, self._scale(length), halves, weight_gradients or {}))
+        lengths = {} if length is None else {"the output": length}
+        if not _finite([*lengths.values(), *shares.values()]):
+            measured = [*lengths.items(), *sums, *(weight_gradients or {}).items(), *shares.items()]
+            self.nonfinite = next(name for name, tensor in measured if not torch.isfinite(tensor).all())
+            self._counts["left_out"] += 1
+            return False
         if fresh and self.row.measure is SUMS:
             self._add_means(by_layer)
+        self._reached.update(by_layer)
         if length is not None:
             self._counts["zero_gradients"] += int((length == 0).sum())
-        halves = self._halves(1 if self.row.minibatch else samples)
-        for name, parts in self._shares(by_layer, self._scale(length), halves, weight_gradients or {}):
+        for name, parts in shares.items():
             known = self._totals.get(name)
             self._totals[name] = parts if known is None else known + parts
         self._counts["even"] += len(halves[0])
         self._counts["odd"] += len(halves[1])
         if fresh:
             self._counts["samples"] += samples
+        return True
 
     def _shares(self, by_layer: ByLayer, scale: Tensor | None, halves: tuple[range, range],
                 weight_gradients: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -147,16 +167,24 @@ class Totals:
         return range(first, count, 2), range(1 - first, count, 2)
 
     def scores(self) -> Scores:
-        """What has been measured. Raises FloatingPointError, naming the layer, for NaN or infinity."""
-        layer = self.nonfinite_layer()
+        """What has been measured; groups with an edge that no backward pass came to have no score.
+
+        Raises FloatingPointError, naming the layer, where all passes were left out for NaN or infinity, or a total
+        overflowed; RuntimeError where no group was measured.
+        """
+        layer = self.nonfinite if not self.samples else self.nonfinite_layer()
         if layer is not None:
             raise FloatingPointError(f"{layer}: NaN or infinity in its activations or gradients")
-        totals = {group.name: self._totals[group.name].cpu() if group.name in self._totals
-                  else torch.zeros(2, group.channels, dtype=torch.float64) for group in self._graph.groups}
+        missed = {group.name: f"no backward pass came to {layer}, which reads its channels" for group
+                  in self._graph.groups for layer in sorted({edge.layer for edge in group.edges} - self._reached)[:1]}
+        totals = {name: total.cpu() for name, total in self._totals.items() if name not in missed}
+        if not totals:
+            raise RuntimeError("nothing was measured whole: " + "; ".join(
+                f"{name}: {reason}" for name, reason in missed.items()))
         means = {layer: (total / self._counts["samples"]).cpu() for layer, total in self._means.items()}
         even, odd = self._counts["even"], self._counts["odd"]
         scores = Scores({name: total.sum(0) for name, total in totals.items()}, self.origin, even + odd,
-                        self.samples, self._graph.skipped, means,
+                        self.samples, {**self._graph.skipped, **missed}, means,
                         {name: total[0] for name, total in totals.items()}, even, self._counts["zero_gradients"])
         layer = next((name for name in scores if not torch.isfinite(scores[name]).all()), None)
         if layer is not None:
@@ -174,13 +202,14 @@ class Totals:
     def state_dict(self) -> dict[str, Any]:
         """Sums and counts, to go on from."""
         return {"origin": asdict(self.origin), "counts": dict(self._counts), "totals": dict(self._totals),
-                "means": dict(self._means)}
+                "means": dict(self._means), "reached": sorted(self._reached)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`. Raises ValueError for the state of another model or another way of scoring."""
         if state["origin"] != asdict(self.origin):
             raise ValueError(f"state: it was made as {state['origin']}, these totals are {asdict(self.origin)}")
         self._counts, self._totals, self._means = dict(state["counts"]), dict(state["totals"]), dict(state["means"])
+        self._reached = set(state["reached"])
 
     def all_reduce(self, device: torch.device, group: distributed.ProcessGroup | None = None) -> None:
         """Add up over the processes of `group` (all by default), so that every one has the sum.
@@ -190,10 +219,14 @@ class Totals:
         shapes: list[dict[str, torch.Size]] = [{} for _ in range(distributed.get_world_size(group))]
         own = {f"{kind} {name}": value.shape for kind, values in (("totals", self._totals), ("means", self._means))
                for name, value in values.items()}
+        own.update({f"reached {layer}": torch.Size() for layer in self._reached})
         distributed.all_gather_object(shapes, own, group=group)
         known = {key: shape for others in shapes for key, shape in others.items()}
         for key in sorted(known):
             kind, name = key.split(" ", 1)
+            if kind == "reached":
+                self._reached.add(name)
+                continue
             values = self._totals if kind == "totals" else self._means
             value = values[name].clone() if name in values else torch.zeros(known[key], dtype=torch.float64,
                                                                             device=device)
@@ -202,6 +235,12 @@ class Totals:
         counts = torch.tensor(list(self._counts.values()), device=device)
         distributed.all_reduce(counts, group=group)
         self._counts = dict(zip(self._counts, counts.tolist(), strict=True))
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether some tensors hold no NaN and no infinity: one look at the device."""
+    return not tensors or bool(torch.isfinite(torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors]))
+                               .all())
 
 
 def scored(model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore) -> tuple[ChannelGraph, Origin]:

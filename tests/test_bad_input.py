@@ -50,8 +50,8 @@ class NoTensor(nn.Module):
 
 
 @pytest.mark.parametrize(("wrap", "shown"), [
-    (lambda z: {"logits": z}, "dict"), (lambda z: (z, z), "tuple"), (lambda z: None, "NoneType"),
-    (lambda z: 3.0, "float"),
+    (lambda z: {"main": z, "aux": z}, "dict with .*main.*aux"), (lambda z: (z, z), "tuple"),
+    (lambda z: None, "NoneType"), (lambda z: 3.0, "float"),
     (lambda z: z.argmax(1), r"torch\.int64 tensor of shape \(\d,\)"), (lambda z: z.sum(), r"shape \(\)")])
 def test_a_model_that_returns_no_tensor(wrap: Callable[[Tensor], Any], shown: str) -> None:
     model = NoTensor(wrap)

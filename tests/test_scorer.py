@@ -222,27 +222,23 @@ class Wrapped(nn.Module):
         self.net = RESIDUAL.model()
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.net(x)}
+        logits = self.net(x)
+        return {"loss": logits.mean(), "logits": logits, "classes": logits.argmax(1)}
 
 
-def test_a_model_that_returns_no_tensor_is_scored_by_probes() -> None:
+def test_the_only_tensor_in_what_a_model_returns_is_its_output() -> None:
     model, x = Wrapped(), RESIDUAL.inputs()
-    probed, plain = Scorer(model, x, forward=logits, gradient="random"), Scorer(model.net, x, gradient="random")
-    with probed, plain:
-        probed.probe(model(x)["logits"])
-        plain.probe(model.net(x))
-    for layer in plain.scores():
-        torch.testing.assert_close(probed.scores()[f"net.{layer}"], plain.scores()[layer])
-    reading = Scorer(model, x, forward=logits)
-    with reading:
-        model(x)["logits"].sum().backward()
-    with pytest.raises(RuntimeError, match="returns no tensor"):
-        reading.scores()
-
-
-def logits(model: nn.Module, batch: Tensor) -> Tensor:
-    output: Tensor = model(batch)["logits"]
-    return output
+    for gradient in ("random", "loss"):
+        wrapped, plain = Scorer(model, x, gradient=gradient), Scorer(model.net, x, gradient=gradient)
+        with wrapped, plain:
+            returned = model(x)
+            if gradient == "random":
+                wrapped.probe(returned)
+                plain.probe(model.net(x))
+            else:
+                returned["logits"].square().sum().backward()
+        for layer in plain.scores():
+            torch.testing.assert_close(wrapped.scores()[f"net.{layer}"], plain.scores()[layer])
 
 
 def test_gradients_of_the_users_own_in_between_change_nothing() -> None:
@@ -271,4 +267,4 @@ def test_the_oracle_on_a_scorer_that_has_seen_more() -> None:
     for group, spec in RESIDUAL.groups.items():
         exact = sum(oracles.sums(model, spec, x, gradient).sum(0) for gradient in v)
         torch.testing.assert_close(scorer.state_dict()["totals"][group].sum(0), exact, rtol=1e-10, atol=1e-12)
-    assert scorer.state_dict()["counts"] == {"even": 8, "odd": 7, "samples": 5, "zero_gradients": 0}
+    assert scorer.state_dict()["counts"] == {"even": 8, "odd": 7, "samples": 5, "zero_gradients": 0, "left_out": 0}

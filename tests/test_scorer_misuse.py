@@ -67,10 +67,8 @@ def test_hooks_on_a_model_that_was_compiled_before_are_missed_aloud() -> None:
     compiled = torch.compile(model, backend="eager")
     compiled(x).sum().backward()
     scorer = Scorer(model, x)
-    with scorer:
+    with scorer, pytest.raises(RuntimeError, match=r"^2: a backward pass reached its weight, .*torch\.compile"):
         compiled(x).sum().backward()
-    with pytest.raises(RuntimeError, match=r"torch\.compile"):
-        scorer.scores()
 
 
 def test_nan_in_a_loop_is_named() -> None:
@@ -78,7 +76,7 @@ def test_nan_in_a_loop_is_named() -> None:
     scorer = Scorer(model, x)
     with scorer:
         (model(x).sum() * math.nan).backward()
-    with pytest.raises(FloatingPointError, match=r"^stem\.0: NaN or infinity"):
+    with pytest.raises(FloatingPointError, match=r"^the output: NaN or infinity"):
         scorer.scores()
 
 

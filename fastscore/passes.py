@@ -1,0 +1,82 @@
+"""Forward passes, and which of them a backward pass went through."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ForwardPass:
+    """One forward pass: the gates that its taps made, and the gradient that came back to its output."""
+
+    def __init__(self, inputs: Any) -> None:
+        self.inputs = inputs
+        self.ids: Tensor | None = None  # of its samples, once they have been asked for
+        self.called = False
+        self.returned = False
+        self.gates: list[tuple[str, Tensor]] = []  # (layer, gate [P, N, C]); a layer called twice stands here twice
+        self.put_off: set[str] = set()  # layers that ran without gradients: checkpointing may run them again
+        self.output_gradients: dict[int, Tensor] = {}  # which output -> the gradient that came back to it
+        self.weight_gradients: dict[str, Tensor] = {}
+        self.probes = 0
+        self.counted = False  # among the samples seen
+
+    def marks(self) -> list[tuple[int, int] | None]:
+        """Something that differs once an ordinary backward pass has reached a gate."""
+        return [None if gate.grad is None else (id(gate.grad), gate.grad._version) for _, gate in self.gates]
+
+    def sums(self) -> list[tuple[str, Tensor]]:
+        """(layer, sums [P, N, C]) of every tap that an ordinary backward pass reached."""
+        return [(layer, gate.grad) for layer, gate in self.gates if gate.grad is not None]
+
+
+class BackwardPasses:
+    """Hears the gradients that ordinary backward passes bring to the outputs of forward passes."""
+
+    def __init__(self) -> None:
+        self.finished: list[ForwardPass] = []  # whose gradients are in
+        self.running: list[ForwardPass] = []  # that a backward pass which runs now has begun with
+
+    def listen(self, done: ForwardPass, outputs: Sequence[Tensor], deaf: Callable[[], bool]) -> None:
+        """Hear what comes back to `outputs` of the pass `done`, but for backward passes during which `deaf()` holds."""
+        for number, output in enumerate(outputs):
+            if output.requires_grad:
+                node, place = _origin(output)
+                node.register_prehook(self._receive(done, number, place, deaf))
+
+    def _receive(self, done: ForwardPass, number: int, place: int,
+                 deaf: Callable[[], bool]) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def receive(gradients: tuple[Tensor | None, ...]) -> None:
+            gradient = gradients[place]
+            if deaf() or gradient is None:
+                return
+            before = done.marks()
+            self.running.append(done)
+
+            def finish() -> None:
+                self.running = [each for each in self.running if each is not done]
+                if done.marks() == before:
+                    return  # of torch.autograd.grad, which is no training step: it leaves nothing at the gates
+                if not done.output_gradients:
+                    self.finished.append(done)
+                # several losses, each sent back on its own: the gates add up, and so does the output's gradient
+                known = done.output_gradients.get(number)
+                done.output_gradients[number] = gradient.detach() if known is None else known + gradient.detach()
+
+            # called when this backward pass is over, unless an exception ends it
+            torch.autograd.Variable._execution_engine.queue_callback(finish)
+
+        return receive
+
+
+def _origin(output: Tensor) -> tuple[Any, int]:
+    """The autograd node that made `output`, and as which of its results; before a mere change of dtype.
+
+    Wrappers for mixed precision hand out a float32 copy of an output that the model's own loss was computed from.
+    """
+    node: Any = output.grad_fn
+    place = output.output_nr
+    while node.name() == "ToCopyBackward0":
+        node, place = node.next_functions[0]
+    return node, place
