@@ -3,10 +3,13 @@
 from fastscore import ops
 from fastscore.engine import score
 from fastscore.masking import mask
+from fastscore.optimizers import rebuild_optimizer
 from fastscore.prune import PruneResult, prune
 from fastscore.prune_report import PruneReport
+from fastscore.pruned_files import load_pruned, save_pruned
 from fastscore.random_backward import random_backward
 from fastscore.scorer import Scorer
 from fastscore.scores import Scores
 
-__all__ = ["PruneReport", "PruneResult", "Scorer", "Scores", "mask", "ops", "prune", "random_backward", "score"]
+__all__ = ["PruneReport", "PruneResult", "Scorer", "Scores", "load_pruned", "mask", "ops", "prune", "random_backward",
+           "rebuild_optimizer", "save_pruned", "score"]

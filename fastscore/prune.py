@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastscore import recipes
 from fastscore.batches import Batch, Forward, checked, device_of, fork_rng
 from fastscore.batches import forward as call_model
 from fastscore.compensation import add_to_biases, check_means, contributions, removed_means, removed_positions
@@ -19,17 +20,23 @@ from fastscore.hooks import remove_copied_hooks
 from fastscore.prune_report import GroupReport, PruneReport
 from fastscore.scores import Scores
 from fastscore.selection import Scope, channel_prices, check_scores, layer_kinds, removal_order, select
-from fastscore.surgery import remove_places, removed_places
+from fastscore.surgery import Places, remove_places, removed_places
 from fastscore.tracing import trace
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """model: the smaller network, an ordinary module. report: what was done. removed: layer -> removed channels."""
+    """model: the smaller network, an ordinary module. report: what was done. removed: layer -> removed channels.
+
+    places: (layer, its inputs or outputs) -> positions that went. biased: layers that got a bias. Both are what
+    fastscore.rebuild_optimizer and fastscore.save_pruned go by.
+    """
 
     model: nn.Module
     report: PruneReport
     removed: Mapping[str, Tensor]
+    places: Places
+    biased: tuple[str, ...]
 
 
 def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: float | None = None,
@@ -52,9 +59,10 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     `forward(model, batch)` takes, for tracing and counting MACs; convolutions that pad with zeros are compensated at
     its height and width.
 
-    Parameters of the result are new objects: make a new optimizer for it. Raises, before anything is changed,
-    ValueError: a budget outside (0, 1] or out of reach, scores of another model, of units="norms", or without the means
-    to compensate with, a model that cannot be traced; FloatingPointError: means that are NaN or infinite.
+    Parameters of the result are new objects: make a new optimizer, or fastscore.rebuild_optimizer.
+    Raises, before anything is changed, ValueError: a budget outside (0, 1] or out of reach, scores of another model, of
+    units="norms", or without the means to compensate with, a model that cannot be traced; FloatingPointError: means
+    that are NaN or infinite.
     """
     budgets = _budgets({"channels": channels, "params": params, "macs": macs})
     _check_ranking(scope, cost_aware, round_to, floor)
@@ -78,9 +86,12 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         places = removed_places(graph.groups, removed)
         means = removed_means(model, scores, removed_positions(graph.groups, removed)) if compensate else {}
         added = contributions(twin, means, example_inputs, forward) if means else {}
+        biased = tuple(name for name in added if model.get_submodule(name).bias is None)
+        recipe = recipes.extended(model, places, biased)
 
         def shrink(whole: nn.Module) -> nn.Module:
             add_to_biases(whole, added)
+            recipes.attach(whole, recipe)
             return remove_places(whole, places)
 
         pruned = shrink(copy.deepcopy(model))
@@ -97,7 +108,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     report = PruneReport(
         rows, (int(costs.dense["channels"]), int(costs.totals["channels"])), (int(costs.dense["macs"]), after),
         (int(costs.dense["params"]), sum(parameter.numel() for parameter in pruned.parameters())), graph.skipped)
-    return PruneResult(pruned, report, removed)
+    return PruneResult(pruned, report, removed, places, biased)
 
 
 def scored_graph(model: nn.Module, scores: Scores, example_inputs: Batch, forward: Forward,

@@ -30,15 +30,24 @@ def removed_places(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]
 def remove_places(model: nn.Module, places: Places) -> nn.Module:
     """Take `places` out of the layers of `model`, in place; returns it. Its parameters are new objects afterwards."""
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
     for (name, side), index in places.items():
         layer = model.get_submodule(name)
         surgeon = tp.function.PrunerBox[tp.ops.module2type(layer)]
         (surgeon.prune_in_channels if side == "inputs" else surgeon.prune_out_channels)(layer, index.tolist())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable[name])
+        parameter.data = parameter.data.contiguous(memory_format=formats[name])
     return model
 
 
 def remove_channels(model: nn.Module, groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]) -> nn.Module:
     """Take the channels of `removed` (group -> int64 [R]) out of every layer of `model`, in place; returns it."""
     return remove_places(model, removed_places(groups, removed))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """That of a tensor, so that surgery can keep it."""
+    lasts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = lasts.get(x.dim())
+    return last if last and not x.is_contiguous() and x.is_contiguous(memory_format=last) else torch.contiguous_format
