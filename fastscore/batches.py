@@ -96,12 +96,17 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     return batch
 
 
+def tensors_of(batch: Batch) -> Iterator[Tensor]:
+    """The tensors of a batch, depth first."""
+    if isinstance(batch, Tensor):
+        yield batch
+    for value in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ():
+        yield from tensors_of(value)
+
+
 def first_tensor(batch: Batch) -> Tensor | None:
     """The first tensor of a batch, depth first; None where there is none."""
-    if isinstance(batch, Tensor):
-        return batch
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    return next((tensor for tensor in map(first_tensor, values) if tensor is not None), None)
+    return next(tensors_of(batch), None)
 
 
 def device_of(model: nn.Module) -> torch.device:

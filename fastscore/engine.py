@@ -1,19 +1,23 @@
 """score(): batches in, a score for every channel out; the model comes back as it went in."""
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from os import PathLike
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 from fastscore import gradients
 from fastscore.batches import Batch, Forward, checked, device_of, first_tensor, fork_rng, map_tensors
 from fastscore.batches import forward as call_model
 from fastscore.evaluation import evaluation_copy, fold_batchnorms, to_channels_last
+from fastscore.fingerprints import identity
 from fastscore.groups import ChannelGraph, Ignore, Units, matching_layers
 from fastscore.importance import WEIGHT_IMPORTANCES
+from fastscore.runs import Checkpoint, Run, Skippable, check
 from fastscore.scorer import Gradient
 from fastscore.scores import Origin, Scores
 from fastscore.totals import Totals, scored
@@ -28,7 +32,8 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
           ablation: str = "zero", layerwise: str = "none", probes: int | Literal["exact"] = 1,
           samples: int | Literal["auto"] | None = None, seed: int = 0, distribution: str = "normal",
           center: bool = False, loss: gradients.Loss | None = None, forward: Forward = call_model, ignore: Ignore = (),
-          progress: bool = True) -> Scores:
+          checkpoint: str | PathLike[str] | Checkpoint | None = None, group: distributed.ProcessGroup | None = None,
+          fixed_order: bool = False, progress: bool = True) -> Scores:
     """Score every channel of `model` on `batches`, without labels unless gradient="loss".
 
     The work is done on a copy of the model, in evaluation mode with frozen weights.
@@ -52,9 +57,16 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
     loss(output, batch) -> scalar (default: cross entropy with the labels of (input, label) batches); its gradient is
     taken as it stands when normalize=False. forward(model, batch) -> output [N, ...], for models that are called
     otherwise. ignore: layer names (with `*`), types or modules to leave out. progress: show a bar.
+    checkpoint: a file that keeps the run, written now and then. Stopped at any moment and called again with the same
+    arguments, score goes on from there, and ends with the scores, bit for bit on a CPU, that it would have given.
+    Batches that are done are read again, and compared, but for a folder of images. The file stays.
+    group: processes that share the work: each calls score with the same arguments (batches included), takes every
+    size-th batch, and returns the scores of all. fixed_order: add up in an order that does not depend on the number of
+    processes (at most 64), so that any number gives the same bits; it takes the memory of 64 totals.
 
     Raises ValueError (no channel to score, no labels for a loss gradient, a loss that is not finite, a batch the model
-    cannot take), TypeError (a model that returns no tensor), FloatingPointError (NaN or infinity, naming the layer).
+    cannot take, a checkpoint that is damaged or of another run), TypeError (a model that returns no tensor),
+    FloatingPointError (NaN or infinity, naming the layer).
     Source: arXiv 2310.20203; molchanov-*: arXiv 1906.10771.
     """
     reads_weights = importance in WEIGHT_IMPORTANCES and (reduction, ablation) == ("sum", "zero")
@@ -62,10 +74,14 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
     origin = Origin(importance, reduction, "none" if reads_weights else gradient, normalize and not reads_weights,
                     seed, distribution, "", units, ablation, layerwise, center)
     _check(batches, origin, probes, samples)
+    check(origin, samples, checkpoint=checkpoint, group=group, fixed_order=fixed_order)
+    if isinstance(samples, int) and isinstance(batches, Skippable):
+        batches = batches.first(samples)
     ignore = matching_layers(model, ignore)
     twin = evaluation_copy(model)
     with fork_rng(device_of(twin)), torch.inference_mode(False), torch.enable_grad():
-        stream = _on_device(batches, device_of(twin), samples if isinstance(samples, int) else None)
+        on_device = partial(_on_device, device=device_of(twin), samples=samples if isinstance(samples, int) else None)
+        stream = on_device(batches[:1] if isinstance(batches, Skippable) else batches)
         example = next(stream, None)
         if example is None:
             raise ValueError("batches: there is none to score on, or none that holds a sample")
@@ -80,9 +96,18 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
             weight.requires_grad_()
         # Folding leaves a filter's w·∂w as it is, but gives it a bias.
         run = checked(forward if taps.weights else _fast(twin, graph, forward))
-        total = samples if isinstance(samples, int) else None
-        with taps, tqdm(total=total, unit=" samples", desc="scoring", disable=not progress) as bar:
-            for batch in itertools.chain([example], stream):
+        if isinstance(checkpoint, (str, PathLike)):
+            checkpoint = Checkpoint(checkpoint)
+        known = identity(model, asdict(totals.origin), probes=probes, ignored=sorted(ignore), loss=loss,
+                         forward=forward) if checkpoint is not None or group is not None else {}
+        work = Run(totals, known, example, batches if isinstance(batches, Skippable) else stream, on_device, checkpoint,
+                  group, fixed_order)
+        total = samples // work.size if isinstance(samples, int) else None
+        with taps, work, tqdm(total=total, initial=work.samples, unit=" samples", desc="scoring",
+                             disable=not progress or work.rank > 0) as bar:
+            for totals, batch in work:
+                if samples == "auto" and _settled(totals):
+                    break
                 with taps.joined(batch):
                     output = run(twin, batch)
                 if not torch.isfinite(output).all() and (culprit := _blame(model, batch, forward)) is not None:
@@ -100,9 +125,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
                                              f"{layer}: NaN or infinity in the gradient that reaches its channels")
                 bar.update(len(output))
                 del output  # and its graph, which would otherwise live on beside the next one
-                if samples == "auto" and _settled(totals):
-                    break
-        return totals.scores()
+        return work.totals().scores()
 
 
 def _check(batches: object, origin: Origin, probes: object, samples: object) -> None:

@@ -13,6 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+_TENSOR = "__tensor__"
+
 
 def write(path: str | PathLike[str], form: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write `tensors` (on any device) and `header` (what JSON can hold) to `path`, whole or not at all.
@@ -24,7 +26,9 @@ def write(path: str | PathLike[str], form: str, header: Mapping[str, Any], tenso
     place = Path(path)
     if not place.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {place.parent}; make it first")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # clones, since safetensors takes no tensors that share their memory
+    tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+               for name, tensor in tensors.items()}
     text = json.dumps(header)
     part = place.with_name(place.name + ".part")
     contents = safetensors.torch.save(tensors, {"format": form, "header": text, "sha256": _checksum(text, tensors)})
@@ -58,10 +62,50 @@ def read(path: str | PathLike[str], form: str, what: str, otherwise: str) -> tup
     return header, tensors
 
 
+def write_state(path: str | PathLike[str], form: str, state: Mapping[str, Any]) -> None:
+    """Write what a state_dict holds: tensors, and what JSON can hold, in dicts (with text as keys) and lists."""
+    tensors: dict[str, Tensor] = {}
+    write(path, form, {"state": _without_tensors(state, tensors)}, tensors)
+
+
+def read_state(path: str | PathLike[str], form: str, what: str, otherwise: str,
+               device: torch.device | None = None) -> dict[str, Any]:
+    """What `write_state` wrote; tensors that were not on the CPU go to `device`. Raises as `read` does."""
+    header, tensors = read(path, form, what, otherwise)
+    state: dict[str, Any] = _with_tensors(header["state"], tensors, device)
+    return state
+
+
+def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """`value` with its tensors, which go into `tensors`, as {_TENSOR: name, "cpu": whether it is there}."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value
+        return {_TENSOR: name, "cpu": value.device.type == "cpu"}
+    if isinstance(value, Mapping):
+        return {key: _without_tensors(each, tensors) for key, each in value.items()}
+    return [_without_tensors(each, tensors) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _with_tensors(value: Any, tensors: Mapping[str, Tensor], device: torch.device | None) -> Any:
+    if isinstance(value, list):
+        return [_with_tensors(each, tensors, device) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return tensors[value[_TENSOR]] if value["cpu"] else tensors[value[_TENSOR]].to(device)
+    return {key: _with_tensors(each, tensors, device) for key, each in value.items()}
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """The bytes of a tensor, in the order of its elements, for a digest."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
 def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()

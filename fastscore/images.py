@@ -1,8 +1,11 @@
 """A folder of unlabelled images, as batches."""
 
+import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -106,12 +109,45 @@ def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = No
     return sorted(paths[i] for i in order[:samples].tolist())
 
 
-def batches(paths: Sequence[Path], prepare: Preprocessing, batch_size: int) -> Iterator[Tensor]:
-    """float32 [N, channels, size, size], N = batch_size but for the last; the next batch is decoded meanwhile."""
-    torchvision_models()  # without torchvision, say what to install
-    chunks = [paths[start:start + batch_size] for start in range(0, len(paths), batch_size)]
-    with ThreadPoolExecutor() as pool:  # decoding releases the GIL
-        ahead = [pool.submit(prepare, path) for path in chunks[0]]
-        for following in [*chunks[1:], ()]:
-            ready, ahead = ahead, [pool.submit(prepare, path) for path in following]
-            yield torch.stack([future.result() for future in ready])
+class ImageBatches:
+    """Batches float32 [N, channels, size, size] of image files, N = batch_size but for the last.
+
+    A slice of them is a share of the batches, and reads nothing. Iterating decodes the next batch ahead.
+    """
+
+    def __init__(self, chunks: Sequence[Sequence[Path]], prepare: Preprocessing) -> None:
+        self.chunks, self.prepare = chunks, prepare
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of names, sizes and order of the files, of where batches begin, and of the preprocessing."""
+        digest = hashlib.sha256(repr(self.prepare).encode())
+        for chunk in self.chunks:
+            digest.update(repr([(str(path), path.stat().st_size) for path in chunk]).encode())
+        return digest.hexdigest()
+
+    def first(self, samples: int) -> "ImageBatches":
+        """The first `samples` images."""
+        starts = itertools.accumulate(map(len, self.chunks), initial=0)
+        return ImageBatches([chunk[:samples - start] for start, chunk in zip(starts, self.chunks, strict=False)
+                             if start < samples], self.prepare)
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, part: slice) -> "ImageBatches":
+        return ImageBatches(self.chunks[part], self.prepare)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        with ThreadPoolExecutor() as pool:  # decoding releases the GIL
+            ahead: list[Future[Tensor]] = []
+            for chunk in [*self.chunks, ()]:
+                ready, ahead = ahead, [pool.submit(self.prepare, path) for path in chunk]
+                if ready:
+                    yield torch.stack([future.result() for future in ready])
+
+
+def batches(paths: Sequence[Path], prepare: Preprocessing, batch_size: int) -> ImageBatches:
+    """The images in batches of `batch_size`. Raises ImportError, saying what to install, without torchvision."""
+    torchvision_models()
+    return ImageBatches([paths[start:start + batch_size] for start in range(0, len(paths), batch_size)], prepare)

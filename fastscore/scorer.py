@@ -2,12 +2,13 @@
 
 import warnings
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
 
-from fastscore import batches
+from fastscore import batches, files
 from fastscore.gradients import classes_of
 from fastscore.groups import ChannelGraph, Ignore, Units
 from fastscore.importance import gradient_importance
@@ -17,6 +18,8 @@ from fastscore.totals import Totals
 from fastscore.tracing import trace
 
 Gradient = Literal["loss", "random"]
+
+_FORM = "fastscore-scorer-1"
 
 
 class Scorer:
@@ -133,6 +136,17 @@ class Scorer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`. Raises ValueError for the state of another model or another way of scoring."""
         self._totals.load_state_dict(state)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write state_dict() to a safetensors file, whole or not at all."""
+        files.write_state(path, _FORM, self.state_dict())
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Go on from what `save` wrote. Raises ValueError, before anything is changed, for a file that is foreign,
+        truncated or altered, or of another model or way of scoring.
+        """
+        self.load_state_dict(files.read_state(path, _FORM, "scorer state", "start over",
+                                              batches.device_of(self._taps.model)))
 
     def all_reduce(self, group: distributed.ProcessGroup | None = None) -> None:
         """Add up totals and counts over the processes of `group` (all by default), so that every one has the sum."""

@@ -1,5 +1,6 @@
 """Totals: what the taps measure in each pass, summed over samples, until it is asked for as Scores."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -31,7 +32,7 @@ class Totals:
     def __init__(self, model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore = ()) -> None:
         self.row = gradient_importance(origin.importance, origin.reduction, origin.ablation)
         self._graph, self.origin = scored(model, graph, origin, ignore)
-        self._model = model
+        self.model = model
         self._sums = JointSums(self._graph.groups)
         self._edge_sums = [EdgeSums(group) for group in self._graph.groups] if self.row.edges else []
         self._totals: dict[str, Tensor] = {}  # group -> float64 [2, ..., C]; first the even samples, then the odd ones
@@ -39,6 +40,21 @@ class Totals:
         self._reached: set[str] = set()  # layers with a tap that a backward pass has come to
         self._counts = {"even": 0, "odd": 0, "samples": 0, "zero_gradients": 0, "left_out": 0}
         self.nonfinite: str | None = None  # where the latest pass that was left out had NaN or infinity
+
+    def empty(self) -> "Totals":
+        """Totals of the same groups and the same way of scoring, with nothing in them."""
+        other = copy.copy(self)
+        other._totals, other._means, other._reached, other.nonfinite = {}, {}, set(), None
+        other._counts = dict.fromkeys(self._counts, 0)
+        return other
+
+    def absorb(self, other: "Totals") -> None:
+        """Add what `other`, made by `empty`, holds."""
+        for own, more in ((self._totals, other._totals), (self._means, other._means)):
+            for name, value in more.items():
+                own[name] = own.get(name, 0.0) + value  # the first time too: with 0.0 added there is no -0.0
+        self._reached |= other._reached
+        self._counts = {name: count + other._counts[name] for name, count in self._counts.items()}
 
     @property
     def samples(self) -> int:
@@ -53,11 +69,11 @@ class Totals:
     def taps(self, on_pass: Callable[[ForwardPass], None] | None = None,
              outputs: batches.Outputs = batches.output_tensors) -> Taps:
         """Taps that measure what these totals need."""
-        places = {edge.layer: Place(-1 if isinstance(self._model.get_submodule(edge.layer), nn.Linear) else 1,
+        places = {edge.layer: Place(-1 if isinstance(self.model.get_submodule(edge.layer), nn.Linear) else 1,
                                     edge.role == "gate") for group in self._graph.groups for edge in group.edges}
-        names = {name for group in self._graph.groups for _, name in filter_parameters(self._model, group)}
-        weights = {name: self._model.get_parameter(name) for name in sorted(names)} if self.row.filters else {}
-        return Taps(self._model, places, self.row.measure, on_pass, weights, outputs)
+        names = {name for group in self._graph.groups for _, name in filter_parameters(self.model, group)}
+        weights = {name: self.model.get_parameter(name) for name in sorted(names)} if self.row.filters else {}
+        return Taps(self.model, places, self.row.measure, on_pass, weights, outputs)
 
     def propagate(self, taps: Taps, output: Tensor, gradient: Tensor, last: bool = False) -> None:
         """Send `gradient`, of `output`'s shape [N, ...], back to the taps as it stands, and add what they measure.
@@ -133,7 +149,7 @@ class Totals:
         names = [group.name for group in self._graph.groups]
         if self.row.filters:
             for group in self._graph.groups:
-                share = filter_products(self._model, group, weight_gradients)
+                share = filter_products(self.model, group, weight_gradients)
                 yield group.name, torch.stack([share if half else torch.zeros_like(share) for half in halves])
         elif self.row.edges:
             for name, edge_sums in zip(names, self._edge_sums, strict=True):
@@ -216,22 +232,22 @@ class Totals:
 
         A process that has measured nothing takes part with zeros.
         """
-        shapes: list[dict[str, torch.Size]] = [{} for _ in range(distributed.get_world_size(group))]
-        own = {f"{kind} {name}": value.shape for kind, values in (("totals", self._totals), ("means", self._means))
+        own = {(kind, name): value for kind, values in (("totals", self._totals), ("means", self._means))
                for name, value in values.items()}
-        own.update({f"reached {layer}": torch.Size() for layer in self._reached})
-        distributed.all_gather_object(shapes, own, group=group)
-        known = {key: shape for others in shapes for key, shape in others.items()}
-        for key in sorted(known):
-            kind, name = key.split(" ", 1)
-            if kind == "reached":
-                self._reached.add(name)
-                continue
-            values = self._totals if kind == "totals" else self._means
-            value = values[name].clone() if name in values else torch.zeros(known[key], dtype=torch.float64,
-                                                                            device=device)
-            distributed.all_reduce(value, group=group)
-            values[name] = value
+        parts: list[Any] = [None] * distributed.get_world_size(group)
+        distributed.all_gather_object(parts, ({key: value.shape for key, value in own.items()}, self._reached),
+                                      group=group)
+        known: dict[tuple[str, str], torch.Size] = {}
+        for shapes, reached in parts:
+            known.update(shapes)
+            self._reached |= reached
+        values = [own[key].to(device) if key in own else torch.zeros(known[key], dtype=torch.float64, device=device)
+                  for key in sorted(known)]
+        if values:
+            whole = torch.cat([value.flatten() for value in values])
+            distributed.all_reduce(whole, group=group)
+            for (kind, name), part in zip(sorted(known), whole.split([value.numel() for value in values]), strict=True):
+                (self._totals if kind == "totals" else self._means)[name] = part.reshape(known[kind, name]).clone()
         counts = torch.tensor(list(self._counts.values()), device=device)
         distributed.all_reduce(counts, group=group)
         self._counts = dict(zip(self._counts, counts.tolist(), strict=True))
