@@ -107,11 +107,12 @@ def test_an_interrupt_between_two_probes_of_a_batch(tmp_path: Path, monkeypatch:
     original = fastscore.totals.Totals.add
     passes = []
 
-    def add(self: Any, *arguments: Any, **options: Any) -> None:
-        original(self, *arguments, **options)
+    def add(self: Any, *arguments: Any, **options: Any) -> Any:
+        returned = original(self, *arguments, **options)
         passes.append(self)
         if len(passes) == 5:
             raise KeyboardInterrupt
+        return returned
 
     with monkeypatch.context() as patch:
         patch.setattr(fastscore.totals.Totals, "add", add)
