@@ -1,6 +1,7 @@
 """Finding the channel groups of a model, through Torch-Pruning's dependency graph, and trying them on the model."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
     twin = evaluation_copy(model)
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # the tracer follows grad_fn
-    graph = tp.DependencyGraph()
+    graph = dependencies.Graph()
     has_run = False
 
     def run(model: nn.Module, batch: batches.Batch) -> Tensor:
@@ -32,9 +33,11 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         has_run = True
         return output
 
+    recording = trial.Recording(twin, lambda twin: run(twin, example_inputs))
     with torch.enable_grad(), batches.fork_rng(batches.device_of(model)):
         try:
-            graph.build_dependency(twin, example_inputs, forward_fn=run, verbose=False)
+            with recording.record():
+                graph.build_dependency(twin, example_inputs, forward_fn=run, verbose=False)
         except TypeError:
             raise
         except Exception as error:  # the tracer raises whatever its guesses run into
@@ -42,8 +45,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
             raise ValueError(f"{type(model).__name__}: {blame}: {type(error).__name__}: {error}") from error
         dependencies.order_splits(graph)
         found = _groups(twin, graph)
-        layers = [graph._module2name[node.module] for node in graph.module2node.values() if node.type in LAYERS]
-        strays = trial.strays(twin, found.groups, layers, lambda twin: run(twin, example_inputs))
+        strays = trial.strays(recording, found.groups)
     reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
                for group, where in strays.items()}
     return replace(found, groups=tuple(group for group in found.groups if group.name not in strays),
@@ -54,15 +56,15 @@ def _groups(model: nn.Module, graph: Any) -> ChannelGraph:
     groups: list[ChannelGroup] = []
     skipped: dict[str, str] = {}
     seen: set[str] = set()
-    tables = dependencies.IndexTables()
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     for name, module in model.named_modules():
         node = graph.module2node.get(module)
         if node is None or node.type not in LAYERS or name in seen:
             continue
-        places = dependencies.places_of(node, graph.get_pruner_of_module(module), tables)
+        places = dependencies.places_of(node, graph.get_pruner_of_module(module))
         members = [member for key in places if (member := _member(graph, key, places[key])) is not None]
         seen.update(member.layer for member in members if member.role == "producer")
-        reason = _why_not(model, places, members)
+        reason = _why_not(model, places, members, owners)
         channels = graph.get_out_channels(module)
         unit = _units(model, channels, members, dependencies.chunks(places))
         if reason is None and int(unit.max()) == 0:
@@ -86,8 +88,9 @@ def _member(graph: Any, key: tuple[Any, Any], places: np.ndarray) -> Member | No
     return Member(graph._module2name[node.module], role, index.contiguous(), channel.contiguous())
 
 
-def _why_not(model: nn.Module, places: Iterable[tuple[Any, Any]], members: list[Member]) -> str | None:
-    """Why a group cannot be pruned; None where it can."""
+def _why_not(model: nn.Module, places: Iterable[tuple[Any, Any]], members: list[Member],
+             owners: Mapping[int, int]) -> str | None:
+    """Why a group cannot be pruned; None where it can. owners: id of a parameter -> modules that hold it."""
     consumers = {member.layer for member in members if member.role == "consumer"}
     for node, function in places:
         if node.type not in LAYERS | CHANNELWISE | TRANSPARENT | {OPTYPE.OUTPUT}:
@@ -104,10 +107,6 @@ def _why_not(model: nn.Module, places: Iterable[tuple[Any, Any]], members: list[
             return f"{node.name} is a grouped transposed convolution, which cannot lose channels yet"
     if not consumers:
         return "no Conv or Linear reads its channels"
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for member in members:
         layer = model.get_submodule(member.layer)
         width = _width(layer, member.role)

@@ -6,25 +6,23 @@ the groups claim for those channels.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 
+from fastscore.dependencies import LAYERS
 from fastscore.groups import ChannelGroup
 
 Positions = Mapping[str, Tensor]  # layer -> int64 positions of its input or output
 _PAIRS = 2  # of a random half of the channels and the other half: 4 passes, which miss one slip in 4, and 32 in 10^4
 
 
-def strays(model: nn.Module, groups: Sequence[ChannelGroup], layers: Collection[str],
-           run: Callable[[nn.Module], Tensor]) -> dict[str, str]:
-    """Group -> where its channels show that it does not claim: a layer, or "the output".
-
-    model: an evaluation copy. layers: its Conv and Linear layers, but for depthwise convolutions.
-    """
-    recording = _Recording(model, layers, run)
+def strays(recording: "Recording", groups: Sequence[ChannelGroup]) -> dict[str, str]:
+    """Group -> where its channels show that it does not claim: a layer, or "the output"."""
     where = _try(recording, groups)
     if where is None:
         return {}
@@ -32,7 +30,7 @@ def strays(model: nn.Module, groups: Sequence[ChannelGroup], layers: Collection[
     return found or {group.name: where for group in groups}
 
 
-def _try(recording: "_Recording", groups: Sequence[ChannelGroup]) -> str | None:
+def _try(recording: "Recording", groups: Sequence[ChannelGroup]) -> str | None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(_PAIRS):
         half = {group.name: torch.rand(len(group.unit), generator=generator)[group.unit] < 0.5 for group in groups}
@@ -51,70 +49,80 @@ def _try(recording: "_Recording", groups: Sequence[ChannelGroup]) -> str | None:
     return None
 
 
-class _Recording:
-    """What every layer took and gave in one pass, and passes that differ from it by what is asked for."""
+class Recording:
+    """What every Conv and Linear gave in one run, and runs that differ from it by what is asked for.
 
-    def __init__(self, model: nn.Module, layers: Collection[str], run: Callable[[nn.Module], Tensor]) -> None:
-        self._model, self._layers, self._run_model = model, layers, run
-        self._calls: dict[str, list[tuple[Tensor | None, Tensor]]] = {layer: [] for layer in layers}
-        self._output = self._run_with({layer: self._record(layer) for layer in layers})
+    model: an evaluation copy. run(model): its output.
+    """
+
+    def __init__(self, model: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
+        self._model, self._run_model = model, run
+        self._outputs: dict[str, list[Tensor]] = {name: [] for name, module in model.named_modules()
+                                                  if tp.ops.module2type(module) in LAYERS}
+        self._inputs: dict[str, list[Tensor | None]] | None = None
+        self._output = torch.empty(0)
+
+    def record(self) -> AbstractContextManager[None]:
+        """The model is run once in the block, by whoever it may be, and its layers' outputs are kept."""
+        for outputs in self._outputs.values():
+            outputs.clear()
+        return self._replaced({layer: self._record(layer) for layer in self._outputs})
 
     def stray(self, made: Positions, read: Positions) -> str | None:
         """Run with the outputs at `made` changed and all others held; where an input differs that is not in `read`."""
-        found: list[str] = []
-        # no layer computes anything: it only says what it said before
-        output = self._run_with({layer: self._replay(layer, made.get(layer), read.get(layer), found)
-                                 for layer in self._layers})
+        if self._inputs is None:
+            inputs: dict[str, list[Tensor | None]] = {layer: [] for layer in self._outputs}
+            self._output = self._replay({}, lambda layer, call, x: inputs[layer].append(
+                None if x is None else x.clone()))
+            self._inputs = inputs
+        before, found = self._inputs, list[str]()
+
+        def compare(layer: str, call: int, x: Tensor | None) -> None:
+            known = before[layer][call]
+            dim = -1 if isinstance(self._model.get_submodule(layer), nn.Linear) else 1
+            if known is not None and x is not None and _differ(x, known, dim, read.get(layer)):
+                found.append(layer)
+
+        output = self._replay(made, compare)
         if not found and not _close(output, self._output).all():
             return "the output"
         return found[0] if found else None
-
-    def _run_with(self, forwards: Mapping[str, Callable[..., Tensor]]) -> Tensor:
-        """Run with the layers' own forwards replaced; whatever hooks they have run as they would."""
-        for layer, forward in forwards.items():
-            vars(self._model.get_submodule(layer))["forward"] = forward
-        try:
-            return self._run()
-        finally:
-            for layer in forwards:
-                del vars(self._model.get_submodule(layer))["forward"]
 
     def _record(self, layer: str) -> Callable[..., Tensor]:
         module = self._model.get_submodule(layer)
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             output: Tensor = type(module).forward(module, *args, **kwargs)
-            self._calls[layer].append((args[0].clone() if args else None, output.clone()))
+            self._outputs[layer].append(output.detach().clone())
             return output
 
         return forward
 
-    def _replay(self, layer: str, made: Tensor | None, read: Tensor | None, found: list[str]) -> Callable[..., Tensor]:
-        calls = iter(self._calls[layer])
-        module = self._model.get_submodule(layer)
-        dim = -1 if isinstance(module, nn.Linear) else 1
-
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            x, output = next(calls, (None, None))
-            if output is None:  # one call more than before
-                computed: Tensor = type(module).forward(module, *args, **kwargs)
-                return computed
-            if x is not None:
-                differs = (~_close(args[0], x)).movedim(dim, 0).flatten(1).any(1)
-                if read is not None:
-                    differs[read.to(differs.device)] = False
-                if differs.any():
-                    found.append(layer)
-            held = output.clone()
-            if made is not None:
-                index = made.to(held.device)
-                held.index_copy_(dim, index, held.index_select(dim, index) * -1.5 + 1)  # in place: keeps the strides
-            return held
-
-        return forward
-
     @torch.no_grad()
-    def _run(self) -> Tensor:
+    def _replay(self, made: Positions, see: Callable[[str, int, Tensor | None], None]) -> Tensor:
+        """The output of a run in which no layer computes anything: it only says what it said before.
+
+        see(layer, call, input) is called for each call of a layer."""
+
+        def forward_of(layer: str) -> Callable[..., Tensor]:
+            calls = enumerate(self._outputs[layer])
+            module = self._model.get_submodule(layer)
+            dim = -1 if isinstance(module, nn.Linear) else 1
+
+            def forward(*args: Any, **kwargs: Any) -> Tensor:
+                call, output = next(calls, (-1, None))
+                if output is None:  # one call more than before
+                    computed: Tensor = type(module).forward(module, *args, **kwargs)
+                    return computed
+                see(layer, call, args[0] if args else None)
+                held = output.clone()
+                if layer in made:
+                    index = made[layer].to(held.device)
+                    held.index_copy_(dim, index, held.index_select(dim, index) * -1.5 + 1)  # in place: keeps the strides
+                return held
+
+            return forward
+
         def skip(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
             return args[0]  # the statistics of a GroupNorm depend on all its channels, its positions do not
 
@@ -122,14 +130,37 @@ class _Recording:
                    if isinstance(module, nn.GroupNorm)]
         torch.manual_seed(0)
         try:
-            return self._run_model(self._model).clone()
+            with self._replaced({layer: forward_of(layer) for layer in self._outputs}):
+                return self._run_model(self._model).clone()
         finally:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def _replaced(self, forwards: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
+        """The layers' own forwards replaced in the block; whatever hooks they have run as they would."""
+        for layer, forward in forwards.items():
+            vars(self._model.get_submodule(layer))["forward"] = forward
+        try:
+            yield
+        finally:
+            for layer in forwards:
+                del vars(self._model.get_submodule(layer))["forward"]
 
-def _close(x: Tensor, before: Tensor) -> Tensor:
-    """Element by element, to the rounding of sums in another order; NaN is close to NaN."""
-    largest = float(before.abs().nan_to_num(0, 0, 0).max()) if before.numel() else 0.0
+
+def _differ(x: Tensor, before: Tensor, dim: int, excused: Tensor | None) -> bool:
+    """Whether x differs from what it was at a position of `dim` that is not excused."""
+    unequal = (x != before).movedim(dim, 0).flatten(1).any(1)  # bit for bit, as most of it is: one pass
+    if excused is not None:
+        unequal[excused.to(unequal.device)] = False
+    index = unequal.nonzero().flatten()
+    return len(index) > 0 and not _close(x.index_select(dim, index), before.index_select(dim, index), before).all()
+
+
+def _close(x: Tensor, before: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Element by element, to the rounding of sums in another order at the scale of `scale` (`before`); NaN is close to
+    NaN."""
+    scale = before if scale is None else scale
+    largest = float(scale.abs().nan_to_num(0, 0, 0).max()) if scale.numel() else 0.0
     rounding = 16 * torch.finfo(before.dtype).eps
     return torch.isclose(x, before, rtol=rounding, atol=rounding * largest, equal_nan=True)
