@@ -1,11 +1,14 @@
 """What Torch-Pruning's tracer knows about a model: which node follows which, and where channels lie in each."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch_pruning as tp
-from torch_pruning.dependency import index_mapping
+from torch import Tensor, nn
+
+from fastscore import moves
 
 OPTYPE = tp.ops.OPTYPE
 # What a group may pass through, and the part it plays there. A depthwise convolution and a normalisation work on each
@@ -20,124 +23,176 @@ Places: TypeAlias = Mapping[tuple[Any, Any], np.ndarray]
 
 
 class Graph(tp.DependencyGraph):  # type: ignore[misc]
-    """Torch-Pruning's graph, where a view that deals channels out (ShuffleNet's) is no plain reshape.
+    """Torch-Pruning's graph of a model, whose dependencies know how channels move along them.
 
-    What follows such a view, up to the next layer, is none either: the tracer, which infers widths from the neighbours,
-    would infer wrong ones, or divide by zero.
+    Torch-Pruning guesses widths from the neighbours, wrongly or for hours where much is rearranged; autograd knows the
+    shape of every tensor. A dependency's index_mapping holds the moves from its source to its target.
     """
 
-    def _build_dependency(self, module2node: Mapping[Any, Any]) -> None:
-        super()._build_dependency(module2node)
-        work = [node for node in module2node.values() if node.type == OPTYPE.RESHAPE and _splits_channels(node)]
+    def build(self, model: nn.Module, run: Callable[[nn.Module, Any], Tensor]) -> None:
+        """Trace one call of run(model, None), whose gradients must be enabled."""
+        self.model, self.verbose, self.ignored_params = model, False, list[nn.Parameter]()
+        self._module2name = {module: name for name, module in model.named_modules()}
+        self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
+        self.module2node = self._trace(model, None, run, output_transform=None)
+        self._close_instance_norms()
+        self._dims: dict[Any, int] = {}
+        self._find_dims()
+        for node in self.module2node.values():
+            if node.type == OPTYPE.PARAMETER:
+                node._name = self._param_to_name[node.module]
+            self._connect(node)
+
+    def places_of(self, root: Any) -> tuple[Places, str | None]:
+        """Where the channels that `root` makes lie, everywhere; or as far as what keeps them from being removed, and
+        what that is."""
+        pruner = self.get_pruner_of_module(root.module)
+        channels = np.arange(pruner.get_out_channels(root.module))
+        places: dict[tuple[Any, Any], np.ndarray] = {}
+        work = [(root, pruner.prune_out_channels, channels << 32 | channels)]
+        obstacle = None
+        while work and obstacle is None:
+            node, function, arrived = work.pop()
+            known = places.get((node, function))
+            if known is None:
+                new = places[node, function] = arrived
+                obstacle = self._obstacle(node, function)
+            else:
+                new = np.setdiff1d(arrived, known, assume_unique=True)
+                if not len(new):
+                    continue
+                places[node, function] = np.union1d(known, new)
+            for dependency in node.dependencies:
+                if dependency.is_triggered_by(function):
+                    onward = new
+                    for move in dependency.index_mapping:
+                        onward = move(onward)
+                    if len(onward):
+                        work.append((dependency.target, dependency.handler, onward))
+        return {key: np.stack([both >> 32, both & moves.CHANNEL], axis=1) for key, both in places.items()}, obstacle
+
+    def chunks(self, places: Places) -> Iterator[tuple[int, np.ndarray]]:
+        """(width of a part, places) for each split of the channels into equal parts."""
+        return ((node.grad_fn._saved_split_size, at) for (node, _), at in places.items()
+                if node.type == OPTYPE.SPLIT and hasattr(node.grad_fn, "_saved_split_size") and self._cuts(node))
+
+    @property
+    def normalized_by(self) -> dict[str, str]:
+        """Conv or Linear -> the BatchNorm that alone reads its output."""
+        pairs = ((node, node.outputs[0]) for node in self.module2node.values()
+                 if node.type in LAYERS | {OPTYPE.DEPTHWISE_CONV} and len(node.outputs) == 1)
+        return {self._module2name[layer.module]: self._module2name[norm.module] for layer, norm in pairs
+                if norm.type == OPTYPE.BN and norm.inputs == [layer]}
+
+    def _obstacle(self, node: Any, function: Any) -> str | None:
+        """Why channels that come to a node cannot be removed; None where they can."""
+        if node.type == OPTYPE.CUSTOMIZED:
+            return f"a view divides its channels over several dimensions ({node.grad_fn.name()})"
+        if node.type not in LAYERS | CHANNELWISE | TRANSPARENT | {OPTYPE.OUTPUT}:
+            return f"its channels pass through {node.name or type(node.module).__name__} " \
+                   f"({type(node.module).__name__}), which cannot lose channels yet"
+        reads = node.type in LAYERS and function.__name__ == "prune_in_channels"
+        if node.type == OPTYPE.OUTPUT or not (node.outputs or reads):
+            return "its channels are the model's output"
+        if (node.type == OPTYPE.SLICE or hasattr(node.grad_fn, "_saved_split_sizes")) and self._cuts(node):
+            return f"its channels are cut at places that the model's code fixes ({node.grad_fn.name()})"
+        if node.type == OPTYPE.DEPTHWISE_CONV and node.module.in_channels != node.module.out_channels:
+            return f"{node.name} adds channels up in fixed sets"
+        if node.type == OPTYPE.CONV and node.module.transposed and node.module.groups > 1:
+            return f"{node.name} is a grouped transposed convolution, which cannot lose channels yet"
+        return None
+
+    def _cuts(self, node: Any) -> bool:
+        """Whether a split or slice is along the dimension that holds the channels."""
+        return node in self._dims and _saved_dim(node) == self._dims[node]
+
+    def _close_instance_norms(self) -> None:
+        """An InstanceNorm views samples and channels as one, and back: its inner operations are of no concern."""
+        work = [(node, _shape(node)) for node in self.module2node.values() if node.type == OPTYPE.IN]
+        while work:
+            node, shape = work.pop()
+            for inner in node.inputs:
+                if inner.type in (OPTYPE.RESHAPE, OPTYPE.ELEMENTWISE) and _shape(inner) != shape:
+                    inner.type = OPTYPE.ELEMENTWISE
+                    work.append((inner, shape))
+
+    def _find_dims(self) -> None:
+        """The dimension that holds the channels, in the output of every layer and of what comes after it."""
+        work = [node for node in self.module2node.values() if node.type in LAYERS | CHANNELWISE]
+        for node in work:
+            self._dims[node] = len(_shape(node)) - 1 if node.type == OPTYPE.LINEAR else 1
         while work:
             node = work.pop()
-            if node.type == OPTYPE.RESHAPE or node.type == OPTYPE.ELEMENTWISE and "Transpose" in str(node.module):
-                node.type = OPTYPE.CUSTOMIZED
-                work += node.outputs
+            for onward in node.outputs:
+                if onward not in self._dims:
+                    self._dims[onward] = self._dim_after(node, onward)
+                    work.append(onward)
+
+    def _dim_after(self, node: Any, onward: Any) -> int:
+        dim, before, after = self._dims[node], _shape(node), _shape(onward)
+        if onward.type != OPTYPE.RESHAPE:
+            return moves.channel_dim(onward.grad_fn, dim, before, after)
+        found = moves.view(dim, before, after) if dim < len(before) else None
+        if found is None:
+            onward.type = OPTYPE.CUSTOMIZED  # its channels lie along more than one dimension from here on
+        return dim if found is None else found[0]
+
+    def _connect(self, node: Any) -> None:
+        """The dependencies between a node and its inputs, there and back, with their moves."""
+        pruner, begin = self.get_pruner_of_module(node.module), 0
+        edges = [edge for edge in getattr(node.grad_fn, "next_functions", ()) if self._is_traced(edge[0])]
+        # a module that is called twice has the inputs of all its calls, and the function of one
+        for source, edge in itertools.zip_longest(node.inputs, edges[:len(node.inputs)]):
+            there = tp.dependency.Dependency(self.get_pruner_of_module(source.module).prune_out_channels,
+                                             pruner.prune_in_channels, source, node)
+            back = tp.dependency.Dependency(there.handler, there.trigger, node, source)
+            passed: list[tuple[moves.Move, moves.Move]] = []
+            if source.type == OPTYPE.SPLIT and self._cuts(source):
+                passed.append(_LOST if edge is None else _both(self._part(source, edge[1])))
+            if node.type == OPTYPE.CONCAT and self._cuts(node):
+                end = begin + moves.shape_of(*edge)[self._dims[node]]
+                passed.append(_both(moves.Stretch(begin, end))[::-1])
+                begin = end
+            elif node.type == OPTYPE.SLICE and self._cuts(node):
+                passed.append(_both(_slice(node.grad_fn, _shape(source)[self._dims[node]])))
+            elif node.type == OPTYPE.RESHAPE and source in self._dims:
+                found = moves.view(self._dims[source], _shape(source), _shape(node))
+                passed += [(found[1].there, found[1].back)] if found is not None and found[1] else []
+            there.index_mapping = [forth for forth, _ in passed]
+            back.index_mapping = [home for _, home in reversed(passed)]
+            source.dependencies.append(there)
+            node.dependencies.append(back)
+
+    def _part(self, split: Any, number: int) -> moves.Stretch:
+        sizes = [moves.shape_of(split.grad_fn, part)[self._dims[split]] for part in range(number + 1)]
+        return moves.Stretch(sum(sizes[:-1]), sum(sizes))
+
+    def _is_traced(self, function: Any) -> bool:
+        return function is not None and ("AccumulateGrad" not in function.name() or any(
+            function.variable is parameter for parameter, _ in self.unwrapped_parameters))
 
 
-def _splits_channels(node: Any) -> bool:
-    """Whether a view makes [N, A, B, H, W] of [N, A x B, H, W]."""
-    before = list(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
-    after = list(node.grad_fn._input_metadata[0].shape)  # the backward's input is what the view gave
-    return len(before) == 4 and len(after) == 5 and before[2:] == after[3:] and before[1] == after[1] * after[2]
+def _shape(node: Any) -> tuple[int, ...]:
+    return moves.shape_of(node.grad_fn)
 
 
-def order_splits(graph: Any) -> None:
-    """Torch-Pruning numbers the parts of a split in the order it meets them; autograd knows which is which."""
-    for node in graph.module2node.values():
-        if node.type != OPTYPE.SPLIT or not hasattr(node.grad_fn, "_saved_split_size"):
-            continue
-        size = node.grad_fn._saved_split_size
-        for target in set(node.outputs):
-            parts = [part for function, part in target.grad_fn.next_functions if function is node.grad_fn]
-            there = [dependency for dependency in node.dependencies if dependency.target is target]
-            back = [dependency for dependency in target.dependencies if dependency.target is node]
-            for reverse, dependencies in ((False, there), (True, back)):
-                for part, dependency in zip(parts, dependencies, strict=False):
-                    if dependency.index_mapping[0] is not None:  # None: not split along the channels
-                        dependency.index_mapping[0] = index_mapping._SplitIndexMapping(
-                            offset=[part * size, (part + 1) * size], reverse=reverse)
+def _saved_dim(node: Any) -> int | None:
+    dims = moves.saved_dims(node.grad_fn, "_saved_dim", len(_shape(node)))
+    return dims[0] if len(dims) == 1 else None
 
 
-def normalized_by(graph: Any) -> dict[str, str]:
-    pairs = ((node, node.outputs[0]) for node in graph.module2node.values()
-             if node.type in LAYERS | {OPTYPE.DEPTHWISE_CONV} and len(node.outputs) == 1)
-    return {graph._module2name[layer.module]: graph._module2name[norm.module] for layer, norm in pairs
-            if norm.type == OPTYPE.BN and norm.inputs == [layer]}
+def _slice(function: Any, size: int) -> moves.Stretch:
+    begin, end = (bound + size if bound < 0 else min(bound, size) for bound in
+                  (function._saved_start, function._saved_end))
+    return moves.Stretch(begin, end, function._saved_step)
 
 
-def places_of(root: Any, pruner: Any) -> Places:
-    """(node, pruning function) -> [M, 2] (position, channel of the root), for everything the root's channels touch."""
-    channels = np.arange(pruner.get_out_channels(root.module))
-    places: dict[tuple[Any, Any], np.ndarray] = {}
-    work = [(root, pruner.prune_out_channels, channels << 32 | channels)]
-    while work:
-        node, function, arrived = work.pop()
-        known = places.get((node, function))
-        if known is None:
-            new = places[node, function] = arrived
-        else:
-            new = np.setdiff1d(arrived, known, assume_unique=True)
-            if not len(new):
-                continue
-            places[node, function] = np.union1d(known, new)
-        for dependency in node.dependencies:
-            if dependency.is_triggered_by(function):
-                onward = _follow(dependency, new)
-                if len(onward):
-                    work.append((dependency.target, dependency.handler, onward))
-    return {key: np.stack([both >> 32, both & 0xFFFFFFFF], axis=1) for key, both in places.items()}
+def _both(stretch: moves.Stretch) -> tuple[moves.Move, moves.Move]:
+    return stretch.cut, stretch.put
 
 
-def _follow(dependency: Any, places: np.ndarray) -> np.ndarray:
-    """Places, one integer each (position << 32 | channel), distinct and ascending, on the far side of a dependency."""
-    for mapping in dependency.index_mapping:
-        if mapping is not None:
-            move = _MOVES.get((type(mapping), mapping.reverse))
-            places = places[:0] if move is None else move(mapping, places)  # where they get lost, the trial says so
-    return places
+def _lose(places: np.ndarray) -> np.ndarray:
+    return places[:0]
 
 
-def _repeat(mapping: Any, places: np.ndarray) -> np.ndarray:
-    position, channel = places >> 32, places & 0xFFFFFFFF
-    every = position[:, None] * mapping._stride + np.arange(mapping._stride)
-    return np.unique(every << 32 | channel[:, None])
-
-
-def _merge(mapping: Any, places: np.ndarray) -> np.ndarray:
-    return np.unique((places >> 32) // mapping._stride << 32 | places & 0xFFFFFFFF)
-
-
-def _cut(mapping: Any, places: np.ndarray) -> np.ndarray:
-    begin, end = mapping.offset
-    return places[(places >= begin << 32) & (places < end << 32)] - (begin << 32)
-
-
-def _shift(mapping: Any, places: np.ndarray) -> np.ndarray:
-    return places + (mapping.offset[0] << 32)
-
-
-def _pick(mapping: Any, places: np.ndarray) -> np.ndarray:
-    position = places >> 32
-    inside = (position >= mapping.start) & (position < mapping.end) & ((position - mapping.start) % mapping.step == 0)
-    return ((position - mapping.start) // mapping.step << 32 | places & 0xFFFFFFFF)[inside]
-
-
-def _spread(mapping: Any, places: np.ndarray) -> np.ndarray:
-    return (places >> 32) * mapping.step + mapping.start << 32 | places & 0xFFFFFFFF
-
-
-# (Torch-Pruning's index mapping, reverse?) -> the same on arrays
-_MOVES: dict[tuple[type, bool], Callable[[Any, np.ndarray], np.ndarray]] = {
-    (index_mapping._FlattenIndexMapping, False): _repeat, (index_mapping._FlattenIndexMapping, True): _merge,
-    (index_mapping._ConcatIndexMapping, False): _shift, (index_mapping._ConcatIndexMapping, True): _cut,
-    (index_mapping._SplitIndexMapping, False): _cut, (index_mapping._SplitIndexMapping, True): _shift,
-    (index_mapping._SliceIndexMapping, False): _pick, (index_mapping._SliceIndexMapping, True): _spread,
-}
-
-
-def chunks(places: Places) -> Iterator[tuple[int, np.ndarray]]:
-    """(width of a part, places) for each split into equal parts."""
-    return ((node.grad_fn._saved_split_size, at) for (node, _), at in places.items()
-            if node.type == OPTYPE.SPLIT and hasattr(node.grad_fn, "_saved_split_size"))
+_LOST = (_lose, _lose)  # nobody knows where they went; the trial will see where they show

@@ -11,7 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore import batches, dependencies, trial
-from fastscore.dependencies import CHANNELWISE, LAYERS, OPTYPE, TRANSPARENT
+from fastscore.dependencies import CHANNELWISE, LAYERS
 from fastscore.evaluation import evaluation_copy
 from fastscore.groups import ChannelGraph, ChannelGroup, Member, Role
 
@@ -37,13 +37,12 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
     with torch.enable_grad(), batches.fork_rng(batches.device_of(model)):
         try:
             with recording.record():
-                graph.build_dependency(twin, example_inputs, forward_fn=run, verbose=False)
+                graph.build(twin, lambda twin, _: run(twin, example_inputs))
         except TypeError:
             raise
         except Exception as error:  # the tracer raises whatever its guesses run into
             blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
             raise ValueError(f"{type(model).__name__}: {blame}: {type(error).__name__}: {error}") from error
-        dependencies.order_splits(graph)
         found = _groups(twin, graph)
         strays = trial.strays(recording, found.groups)
     reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
@@ -52,7 +51,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
                    skipped={**found.skipped, **reasons})
 
 
-def _groups(model: nn.Module, graph: Any) -> ChannelGraph:
+def _groups(model: nn.Module, graph: dependencies.Graph) -> ChannelGraph:
     groups: list[ChannelGroup] = []
     skipped: dict[str, str] = {}
     seen: set[str] = set()
@@ -61,19 +60,19 @@ def _groups(model: nn.Module, graph: Any) -> ChannelGraph:
         node = graph.module2node.get(module)
         if node is None or node.type not in LAYERS or name in seen:
             continue
-        places = dependencies.places_of(node, graph.get_pruner_of_module(module))
+        places, reason = graph.places_of(node)
         members = [member for key in places if (member := _member(graph, key, places[key])) is not None]
         seen.update(member.layer for member in members if member.role == "producer")
-        reason = _why_not(model, places, members, owners)
-        channels = graph.get_out_channels(module)
-        unit = _units(model, channels, members, dependencies.chunks(places))
-        if reason is None and int(unit.max()) == 0:
-            reason = "all its channels can only be removed together"
+        reason = reason or _why_not(model, members, owners)
         if reason is None:
-            groups.append(ChannelGroup(name, channels, unit, tuple(_first_channel_of_each_index(members))))
-        else:
-            skipped[name] = reason
-    return ChannelGraph(tuple(groups), skipped, dependencies.normalized_by(graph))
+            channels = graph.get_out_channels(module)
+            unit = _units(model, channels, members, graph.chunks(places))
+            if int(unit.max()) > 0:
+                groups.append(ChannelGroup(name, channels, unit, tuple(_first_channel_of_each_index(members))))
+                continue
+            reason = "all its channels can only be removed together"
+        skipped[name] = reason
+    return ChannelGraph(tuple(groups), skipped, graph.normalized_by)
 
 
 def _member(graph: Any, key: tuple[Any, Any], places: np.ndarray) -> Member | None:
@@ -88,23 +87,9 @@ def _member(graph: Any, key: tuple[Any, Any], places: np.ndarray) -> Member | No
     return Member(graph._module2name[node.module], role, index.contiguous(), channel.contiguous())
 
 
-def _why_not(model: nn.Module, places: Iterable[tuple[Any, Any]], members: list[Member],
-             owners: Mapping[int, int]) -> str | None:
-    """Why a group cannot be pruned; None where it can. owners: id of a parameter -> modules that hold it."""
+def _why_not(model: nn.Module, members: list[Member], owners: Mapping[int, int]) -> str | None:
+    """Why the layers of a group cannot be pruned; None where they can. owners: id of a parameter -> modules with it."""
     consumers = {member.layer for member in members if member.role == "consumer"}
-    for node, function in places:
-        if node.type not in LAYERS | CHANNELWISE | TRANSPARENT | {OPTYPE.OUTPUT}:
-            return f"its channels pass through {node.name or type(node.module).__name__} " \
-                   f"({type(node.module).__name__}), which cannot lose channels yet"
-        reads = node.type in LAYERS and function.__name__ == "prune_in_channels"
-        if node.type == OPTYPE.OUTPUT or not (node.outputs or reads):
-            return "its channels are the model's output"
-        if (node.type == OPTYPE.SLICE and node.module.dim == 1) or hasattr(node.grad_fn, "_saved_split_sizes"):
-            return f"its channels are cut at places that the model's code fixes ({node.grad_fn.name()})"
-        if node.type == OPTYPE.DEPTHWISE_CONV and node.module.in_channels != node.module.out_channels:
-            return f"{node.name} adds channels up in fixed sets"
-        if node.type == OPTYPE.CONV and node.module.transposed and node.module.groups > 1:
-            return f"{node.name} is a grouped transposed convolution, which cannot lose channels yet"
     if not consumers:
         return "no Conv or Linear reads its channels"
     for member in members:

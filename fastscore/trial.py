@@ -118,7 +118,7 @@ class Recording:
                 held = output.clone()
                 if layer in made:
                     index = made[layer].to(held.device)
-                    held.index_copy_(dim, index, held.index_select(dim, index) * -1.5 + 1)  # in place: keeps the strides
+                    held.index_copy_(dim, index, held.index_select(dim, index) * -1.5 + 1)  # in place: strides stay
                 return held
 
             return forward

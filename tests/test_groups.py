@@ -69,7 +69,6 @@ MIXING: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "strided slice": (lambda x: x[:, ::2], 4),
     "select": (lambda x: x[:, 1:2] * x[:, 5:6], 1),
     "split": (lambda x: torch.split(x, [3, 5], 1)[1], 5),
-    "swapped halves": (lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), 8),
     "einsum": (lambda x: torch.einsum("nchw,cd->ndhw", x, torch.ones(8, 8) / 8), 8),
     "spatial attention": (lambda x: (x.flatten(2) @ torch.softmax(x.flatten(2).mT @ x.flatten(2), -1)
                                      ).unflatten(2, (8, 8)), 8),
@@ -96,6 +95,11 @@ FOLLOWED: dict[str, tuple[Callable[[Tensor], Tensor], list[list[int]]]] = {
     "interleaved": (lambda x: torch.stack([x, x], 2).flatten(1, 2), [[2 * c, 2 * c + 1] for c in range(8)]),
     "apart and together": (lambda x: torch.stack(x.unbind(1), 1), straight(8)),
     "halves added": (lambda x: x.chunk(2, 1)[0] + x.chunk(2, 1)[1], straight(4) + [[]] * 4),
+    "halves swapped": (lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), [[(c + 4) % 8] for c in range(8)]),
+    "channels last and flat": (lambda x: x.movedim(1, -1).flatten(1, 2).mT.unflatten(2, (8, 8)), straight(8)),
+    "squeezed and back": (lambda x: x.flatten(2).unsqueeze(1).squeeze(1).unflatten(2, (8, 8)), straight(8)),
+    "side by side, last": (lambda x: torch.cat([x.movedim(1, -1), x.movedim(1, -1)], -1).movedim(-1, 1),
+                           [[c, c + 8] for c in range(8)]),
     "where": (lambda x: torch.where(x > 0.1, x, 0.5 * x), straight(8)),
 }
 

@@ -1,0 +1,104 @@
+"""How channels move from one operation to the next: read off the shapes and arguments that autograd keeps.
+
+A place is one integer, position << 32 | channel: the channel of a group's root, and its position along the dimension
+that holds channels. Moves take arrays of distinct places in ascending order to the like.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Move: TypeAlias = Callable[[np.ndarray], np.ndarray]
+CHANNEL = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Position p becomes outer x inner positions: repeat x (channels x inner) + p x inner + j for j < inner."""
+
+    channels: int
+    inner: int
+    outer: int
+
+    def __bool__(self) -> bool:
+        return (self.inner, self.outer) != (1, 1)
+
+    def there(self, places: np.ndarray) -> np.ndarray:
+        """From the input's dimension to the output's."""
+        first = (places >> 32) * self.inner
+        step = np.arange(self.outer)[:, None] * self.channels * self.inner + np.arange(self.inner)
+        return np.unique(first[:, None] + step.reshape(1, -1) << 32 | (places & CHANNEL)[:, None])
+
+    def back(self, places: np.ndarray) -> np.ndarray:
+        """From the output's dimension to the input's."""
+        return np.unique((places >> 32) // self.inner % self.channels << 32 | places & CHANNEL)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Positions begin, begin + step, ... < end of the whole are 0, 1, ... of the part."""
+
+    begin: int
+    end: int
+    step: int = 1
+
+    def cut(self, places: np.ndarray) -> np.ndarray:
+        """From the whole to the part."""
+        position = (places >> 32) - self.begin
+        inside = (position >= 0) & (position < self.end - self.begin) & (position % self.step == 0)
+        moved: np.ndarray = position[inside] // self.step << 32 | places[inside] & CHANNEL
+        return moved
+
+    def put(self, places: np.ndarray) -> np.ndarray:
+        """From the part to the whole."""
+        return (places >> 32) * self.step + self.begin << 32 | places & CHANNEL
+
+
+def shape_of(function: Any, output: int = 0) -> tuple[int, ...]:
+    """The shape of the tensor that an autograd node stands for; () where autograd does not know."""
+    metadata = getattr(function, "_input_metadata", None)
+    if metadata is None or output >= len(metadata):
+        return ()
+    return tuple(metadata[output].shape)
+
+
+def saved_dims(function: Any, name: str, dims: int) -> list[int]:
+    """The dimensions that an autograd node keeps under `name`, counted from 0; [] where it keeps none."""
+    saved = getattr(function, name, ())
+    wrapped = ((dim - (1 << 64) if dim >= 1 << 63 else dim) for dim in (saved if isinstance(saved, tuple) else [saved]))
+    return [dim + dims if dim < 0 else dim for dim in wrapped if dim is not None]
+
+
+def view(dim: int, before: Sequence[int], after: Sequence[int]) -> tuple[int, Steps] | None:
+    """(the dimension that holds the channels of `dim` after a view, their move); None where more than one does."""
+    channels, inner = before[dim], math.prod(before[dim + 1:])
+    for there, size in enumerate(after):
+        inside = math.prod(after[there + 1:])
+        if inside and inner % inside == 0 and size * inside % max(channels * inner, 1) == 0:
+            return there, Steps(channels, inner // inside, size * inside // max(channels * inner, 1))
+    return None
+
+
+def channel_dim(function: Any, dim: int, before: Sequence[int], after: Sequence[int]) -> int:
+    """Where the channels that lie along `dim` of the input lie in the output of an operation that is no view."""
+    name: str = function.name() if hasattr(function, "name") else ""
+    more = len(after) - len(before)
+    if name.startswith("Transpose"):
+        one, other = (saved_dims(function, f"_saved_dim{i}", len(before))[0] for i in (0, 1))
+        return {one: other, other: one}.get(dim, dim)
+    if name.startswith("Permute"):
+        order = saved_dims(function, "_saved_dims", len(before))
+        return order.index(dim) if dim in order else dim
+    if name.startswith("TBackward"):
+        return len(after) - 1 - dim
+    if name.startswith("Squeeze"):
+        gone = saved_dims(function, "_saved_dim", len(before)) or [i for i, size in enumerate(before) if size == 1]
+        return dim - sum(one < dim for one in gone) if more < 0 else dim
+    if name.startswith(("Unsqueeze", "Stack")) and more:
+        return dim + sum(one <= dim for one in saved_dims(function, "_saved_dim", len(after)))
+    if name.startswith(("Select", "Unbind", "Mean", "Sum", "Amax", "Max")) and more < 0:
+        return dim - sum(one < dim for one in saved_dims(function, "_saved_dim", len(before)))
+    return max(dim + more, 0)  # broadcasting aligns the last dimensions
