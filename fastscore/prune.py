@@ -17,7 +17,8 @@ from fastscore.evaluation import evaluation_copy
 from fastscore.groups import ChannelGraph, Ignore, norm_gates
 from fastscore.hardware import channel_multiple
 from fastscore.hooks import remove_copied_hooks
-from fastscore.prune_report import GroupReport, PruneReport
+from fastscore.latency import choose
+from fastscore.prune_report import Candidate, GroupReport, PruneReport
 from fastscore.scores import Scores
 from fastscore.selection import Scope, channel_prices, check_scores, layer_kinds, removal_order, select
 from fastscore.surgery import Places, remove_places, removed_places
@@ -40,13 +41,17 @@ class PruneResult:
 
 
 def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: float | None = None,
-          params: float | None = None, macs: float | None = None, scope: Scope = "global", cost_aware: bool = False,
-          round_to: int | Literal["auto"] = 1, floor: float = 0.0, compensate: bool = False, ignore: Ignore = (),
-          forward: Forward = call_model, inplace: bool = False) -> PruneResult:
+          params: float | None = None, macs: float | None = None, latency: float | None = None,
+          scope: Scope = "global", cost_aware: bool = False, round_to: int | Literal["auto"] = 1, floor: float = 0.0,
+          compensate: bool = False, ignore: Ignore = (), forward: Forward = call_model,
+          inplace: bool = False) -> PruneResult:
     """Remove the least important channels of `model` until a budget holds; returns a new model unless inplace.
 
     channels, params, macs: one or more budgets, each what REMAINS as a share of the original, 0 < share <= 1; met
-    exactly or from below, by less than any one removed step.
+    exactly or from below, by less than any one removed step. latency: what remains of the time that one call takes on
+    the example inputs, measured on the present device, beside the dense model, in medians; candidates along the removal
+    order are built and timed until one is below the budget by at most 0.02, twice, or its neighbour is over it (see
+    fastscore.latency). report.candidates is the curve.
     scope: "global" (compare across layers), "layer" (all layers shrink alike) or "isomorphic" (compare within each
     class of groups that are made, passed and read by the same kinds of layers; all classes shrink alike). cost_aware:
     rank by importance per MAC that a channel costs in the dense model, per parameter where params is the only budget.
@@ -64,7 +69,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     units="norms", or without the means to compensate with, a model that cannot be traced; FloatingPointError: means
     that are NaN or infinite.
     """
-    budgets = _budgets({"channels": channels, "params": params, "macs": macs})
+    budgets = _budgets({"channels": channels, "params": params, "macs": macs}, latency)
     _check_ranking(scope, cost_aware, round_to, floor)
     if scores.origin.units != "groups":
         raise ValueError('scores: they are of single BatchNorms (units="norms"), whose channels can be masked but not '
@@ -82,33 +87,54 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         if round_to == "auto":
             round_to = channel_multiple(twin)
         order = removal_order(graph.groups, scores, scope, round_to, floor, kinds, prices)
-        removed = select(order, costs, budgets)
-        places = removed_places(graph.groups, removed)
-        means = removed_means(model, scores, removed_positions(graph.groups, removed)) if compensate else {}
-        added = contributions(twin, means, example_inputs, forward) if means else {}
-        biased = tuple(name for name in added if model.get_submodule(name).bias is None)
-        recipe = recipes.extended(model, places, biased)
 
-        def shrink(whole: nn.Module) -> nn.Module:
-            add_to_biases(whole, added)
-            recipes.attach(whole, recipe)
-            return remove_places(whole, places)
+        def surgery(removed: Mapping[str, Tensor]) -> _Surgery:
+            positions = removed_positions(graph.groups, removed)
+            means = removed_means(model, scores, positions) if compensate else {}
+            added = contributions(twin, means, example_inputs, forward) if means else {}
+            return _Surgery(model, removed_places(graph.groups, removed), added)
 
-        pruned = shrink(copy.deepcopy(model))
-        remove_copied_hooks(pruned)
+        candidates: tuple[Candidate, ...] = ()
+        if latency is None:
+            removed = select(order, costs, budgets)
+        else:
+            removed, candidates = choose(order, costs, budgets, latency, lambda gone: surgery(gone).copy().eval(),
+                                         twin, example_inputs, forward)
+        chosen = surgery(removed)
+        pruned = chosen.copy()
         modes = {name: module.training for name, module in pruned.named_modules()}
         after = _try(pruned.eval(), example_inputs, forward, before)
         for name, module in pruned.named_modules():
             module.training = modes[name]
     if inplace:
-        pruned = shrink(model)
+        pruned = chosen.on(model)
     rows = tuple(GroupReport(group.name, (group.channels, group.channels - len(removed.get(group.name, ()))),
                              (round(was[0]), round(now[0])), (round(was[1]), round(now[1])))
                  for group, was, now in zip(graph.groups, dense, _group_costs(costs), strict=True))
     report = PruneReport(
         rows, (int(costs.dense["channels"]), int(costs.totals["channels"])), (int(costs.dense["macs"]), after),
-        (int(costs.dense["params"]), sum(parameter.numel() for parameter in pruned.parameters())), graph.skipped)
-    return PruneResult(pruned, report, removed, places, biased)
+        (int(costs.dense["params"]), sum(parameter.numel() for parameter in pruned.parameters())), graph.skipped,
+        candidates)
+    return PruneResult(pruned, report, removed, chosen.places, chosen.biased)
+
+
+class _Surgery:
+    """What is done to a model, on copies or on itself: biases grow by `added`, then `places` go."""
+
+    def __init__(self, model: nn.Module, places: Places, added: Mapping[str, Tensor]) -> None:
+        self._model, self.places, self._added = model, places, added
+        self.biased = tuple(name for name in added if model.get_submodule(name).bias is None)
+        self._recipe = recipes.extended(model, places, self.biased)
+
+    def copy(self) -> nn.Module:
+        pruned = self.on(copy.deepcopy(self._model))
+        remove_copied_hooks(pruned)
+        return pruned
+
+    def on(self, model: nn.Module) -> nn.Module:
+        add_to_biases(model, self._added)
+        recipes.attach(model, self._recipe)
+        return remove_places(model, self.places)
 
 
 def scored_graph(model: nn.Module, scores: Scores, example_inputs: Batch, forward: Forward,
@@ -134,13 +160,13 @@ def _check_ranking(scope: Scope, cost_aware: bool, round_to: int | str, floor: f
         raise ValueError(f"floor: {floor} is outside [0, 1]; it is the share of each group's channels that stays")
 
 
-def _budgets(shares: Mapping[Unit, float | None]) -> dict[Unit, float]:
+def _budgets(shares: Mapping[Unit, float | None], latency: float | None) -> dict[Unit, float]:
+    for name, share in (*shares.items(), ("latency", latency)):
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f"{name}: {share} is outside (0, 1]; it is the share that remains")
     budgets = {unit: share for unit, share in shares.items() if share is not None}
-    if not budgets:
-        raise ValueError("prune: name a budget: channels=, params= or macs=, what remains of the original")
-    for unit, share in budgets.items():
-        if not 0 < share <= 1:
-            raise ValueError(f"{unit}: {share} is outside (0, 1]; it is the share that remains")
+    if not budgets and latency is None:
+        raise ValueError("prune: name a budget: channels=, params=, macs= or latency=, what remains of the original")
     return budgets
 
 

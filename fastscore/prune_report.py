@@ -16,14 +16,48 @@ class GroupReport:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """Medians of the seconds that one call of the dense and of the smaller model took, side by side.
+
+    spread: half the interquartile range of the share, over rounds.
+    """
+
+    seconds: tuple[float, float]
+    spread: float
+
+    @property
+    def share(self) -> float:
+        """What remains of the dense model's time."""
+        return self.seconds[1] / self.seconds[0]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that a search in measured time tried: shares of channels, parameters and MACs that remain, and its time.
+
+    chosen: whether it is the one that prune() returned.
+    """
+
+    channels: float
+    params: float
+    macs: float
+    timing: Timing
+    chosen: bool
+
+
+@dataclass(frozen=True)
 class PruneReport:
-    """What prune() did. Pairs are (before, after); MACs are those of one sample."""
+    """What prune() did. Pairs are (before, after); MACs are those of one sample.
+
+    candidates: with a latency budget, what was measured, from the largest to the smallest.
+    """
 
     groups: tuple[GroupReport, ...]
     channels: tuple[int, int]
     macs: tuple[int, int]
     params: tuple[int, int]
     skipped: Mapping[str, str]
+    candidates: tuple[Candidate, ...] = ()
 
     def __str__(self) -> str:
         width = max([len("layer"), *(len(row.layer) for row in self.groups)])
@@ -35,5 +69,11 @@ class PruneReport:
         remains = ", ".join(f"{after / max(before, 1):.1%} of the {unit}" for unit, (before, after)
                             in (("channels", self.channels), ("MACs", self.macs), ("parameters", self.params)))
         lines.append(f"remains: {remains}")
+        for tried in self.candidates:
+            dense, small = (1e3 * seconds for seconds in tried.timing.seconds)
+            lines.append(f"{'chosen' if tried.chosen else 'tried'}: {tried.timing.share:.1%} "
+                         f"(± {tried.timing.spread:.1%}) of the time, {dense:.3g} → {small:.3g} ms, "
+                         f"with {tried.channels:.1%} of the channels, "
+                         f"{tried.macs:.1%} of the MACs")
         lines += [f"{layer}: left alone: {reason}" for layer, reason in self.skipped.items()]
         return "\n".join(lines)

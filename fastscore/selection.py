@@ -138,36 +138,43 @@ def _group_steps(group: ChannelGroup, values: Tensor, prices: Tensor, round_to: 
     return steps
 
 
+def take(steps: list[Step], costs: Costs, budgets: Mapping[Unit, float]) -> int:
+    """How many of `steps`, in order, must go for every budget to hold; they are gone from `costs` afterwards.
+
+    budgets: what may remain, as a share of the dense cost. Raises ValueError, naming what can be reached, when all of
+    them are not enough.
+    """
+    count = 0
+    while over := _over(costs, budgets):
+        if count == len(steps):
+            unit = over[0]
+            raise ValueError(f"{unit}: {budgets[unit]:g} cannot be reached: with every removable channel gone, "
+                             f"{costs.totals[unit] / costs.dense[unit]:.4g} of the {unit} remain; ask for more, lower "
+                             "the floor, or ignore fewer layers")
+        costs.remove(steps[count].group, steps[count].channels)
+        count += 1
+    return count
+
+
 def select(steps: list[Step], costs: Costs, budgets: Mapping[Unit, float]) -> dict[str, Tensor]:
     """Channels to remove so that every budget holds: group -> int64 [R], ascending.
 
-    budgets: what may remain, as a share of the dense cost. Steps go in order until it holds; then the most important of
-    the removed come back as long as it still does, so what remains is below the budget by less than any one of them.
-    Raises ValueError, naming what can be reached, when removing every step is not enough.
+    Steps go in order until it holds (see take); then the most important of the removed come back as long as it still
+    does, so what remains is below the budget by less than any one of them.
     """
-    allowed = {unit: share * costs.dense[unit] * (1 + 1e-12) for unit, share in budgets.items()}
-
-    def over() -> list[Unit]:
-        return [unit for unit, limit in allowed.items() if costs.totals[unit] > limit]
-
-    taken: list[Step] = []
-    for step in steps:
-        if not over():
-            break
-        costs.remove(step.group, step.channels)
-        taken.append(step)
-    for unit in over():
-        raise ValueError(f"{unit}: {budgets[unit]:g} cannot be reached: with every removable channel gone, "
-                         f"{costs.totals[unit] / costs.dense[unit]:.4g} of the {unit} remain; ask for more, lower the "
-                         "floor, or ignore fewer layers")
+    taken = steps[:take(steps, costs, budgets)]
     stuck: set[str] = set()  # groups whose last step does not fit: those before it are not to come back out of order
     removed: dict[str, list[int]] = defaultdict(list)
     for step in reversed(taken):
         if step.group not in stuck:
             costs.restore(step.group, step.channels)
-            if not over():
+            if not _over(costs, budgets):
                 continue
             costs.remove(step.group, step.channels)
             stuck.add(step.group)
         removed[step.group] += step.channels
     return {group: torch.tensor(sorted(channels)) for group, channels in removed.items()}
+
+
+def _over(costs: Costs, budgets: Mapping[Unit, float]) -> list[Unit]:
+    return [unit for unit, share in budgets.items() if costs.totals[unit] > share * costs.dense[unit] * (1 + 1e-12)]
