@@ -1,0 +1,58 @@
+"""Scores gathered while the Trainer of Hugging Face's transformers trains."""
+
+from os import PathLike
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastscore.batches import Batch, device_of, fork_rng, map_tensors
+from fastscore.scorer import Scorer
+from fastscore.scores import Scores
+
+
+class ScoreCallback(TrainerCallback):  # type: ignore[misc]
+    """Scores every channel from the backward passes of trainer.train(), whose gradients stay what they were.
+
+        callback = ScoreCallback("scores.safetensors")
+        Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+        callback.scores
+
+    path: where the scores are saved when training ends; None: nowhere. example_inputs: see fastscore.Scorer; by default
+    a batch of the trainer's (give one where batches can be taken once only, from a stream). options: of
+    fastscore.Scorer. The scores are of the samples of this call of train(), those of all processes together. While
+    training runs, `callback.scorer` has what was measured; after an exception, callback.scorer.detach() removes the
+    taps.
+    """
+
+    def __init__(self, path: str | PathLike[str] | None = None, *, example_inputs: Batch = None,
+                 **options: Any) -> None:
+        if options.get("gradient", "loss") != "loss":
+            raise ValueError(f"gradient: {options['gradient']!r}, where the training step's own backward passes are "
+                             'read: use gradient="loss"')
+        self.path, self.example_inputs, self.options = path, example_inputs, options
+        self.scorer: Scorer | None = None
+        self.scores: Scores | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                       **others: Any) -> None:
+        """Set the taps."""
+        model: nn.Module = others["model"]
+        device = device_of(model)
+        example = self.example_inputs
+        if example is None:
+            with fork_rng(device):  # the order of the samples stays what it was
+                example = next(iter(others["train_dataloader"]))
+        self.scorer = Scorer(model, map_tensors(lambda tensor: tensor.to(device), example), **self.options)
+        self.scorer.attach()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                     **others: Any) -> None:
+        """Remove the taps; add up over processes; save."""
+        assert self.scorer is not None
+        self.scorer.detach()
+        if args.world_size > 1:
+            self.scorer.all_reduce()
+        self.scores = self.scorer.scores()
+        if self.path is not None and state.is_world_process_zero:
+            self.scores.save(self.path)
