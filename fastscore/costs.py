@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastscore import batches
-from fastscore.groups import ChannelGroup
+from fastscore import batches, heads
+from fastscore.groups import ChannelGroup, Member
 
 Unit = Literal["channels", "params", "macs"]
 
@@ -89,8 +89,11 @@ class Costs:
             losses: list[list[tuple[LayerCost, int, int]]] = [[] for _ in range(group.channels)]
             self._losses[group.name] = losses
             for member in group.members:
-                cost = self.layers.setdefault(
-                    member.layer, _layer_cost(model.get_submodule(member.layer), per_layer.get(member.layer, 0.0)))
+                if member.layer not in self.layers:
+                    layer, own = model.get_submodule(member.layer), per_layer.get(member.layer, 0.0)
+                    self.layers[member.layer] = _heads_cost(member, layer, per_layer) if member.role == "heads" \
+                        else _layer_cost(layer, own)
+                cost = self.layers[member.layer]
                 if compensate and member.role == "consumer" and model.get_submodule(member.layer).bias is None:
                     cost.bias_below = cost.inputs
                 for channel, count in enumerate(torch.bincount(member.channel, minlength=group.channels).tolist()):
@@ -122,6 +125,16 @@ class Costs:
                 cost.outputs += sign * outputs
                 self.totals["macs"] += cost.macs
                 self.totals["params"] += cost.params
+
+
+def _heads_cost(member: Member, module: nn.Module, macs: Mapping[str, float]) -> LayerCost:
+    """Of an attention module, for each head: what it computes beside its layers, and what it holds itself."""
+    count = len(member.index)
+    below = sum(macs.get(f"{member.layer}.{name}", 0.0) for name, layer in module.named_modules()
+                if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)))
+    own = sum(parameter.numel() for name in heads.tensors(module)
+              if (parameter := module._parameters.get(name)) is not None)
+    return LayerCost(count, count, True, (macs.get(member.layer, 0.0) - below) / count, 0.0, own / count)
 
 
 def _layer_cost(layer: nn.Module, macs: float) -> LayerCost:

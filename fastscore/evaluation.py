@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fastscore import multihead
 from fastscore.batches import Batch, map_tensors
 
 _CONVOLUTIONS = {nn.Conv1d: False, nn.Conv2d: False, nn.Conv3d: False,  # type -> is it transposed?
@@ -21,7 +22,10 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` in evaluation mode with frozen parameters, which share their memory with the model's own."""
     shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
                               for parameter in model.parameters()}
-    return copy.deepcopy(model, shared).eval()
+    twin = copy.deepcopy(model, shared).eval()
+    for handle in multihead.stand_in(twin):
+        handle.keep()
+    return twin
 
 
 def fold_batchnorms(model: nn.Module, normalized_by: Mapping[str, str]) -> None:

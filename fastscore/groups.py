@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Role = Literal["producer", "consumer", "channelwise", "gate"]
+Role = Literal["producer", "consumer", "channelwise", "heads", "gate"]
 Units = Literal["groups", "norms"]
 Ignore = Iterable[str | type | nn.Module]
 
@@ -25,9 +25,11 @@ class Member:
     """Where a group's channels lie in one layer.
 
     layer: qualified module name. role: `producer` (a Conv or Linear that makes the channels), `consumer` (a Conv or
-    Linear that reads them), `channelwise` (a normalisation, PReLU or depthwise convolution between them) or `gate` (a
-    BatchNorm whose output is the channels: see norm_gates). index, channel: int64 [M]; position `index[m]` of the
-    layer's output (its input, for a consumer) carries the group's channel `channel[m]`.
+    Linear that reads them), `channelwise` (a normalisation, PReLU or depthwise convolution between them), `heads` (an
+    attention module, for what it has once for each head) or `gate` (a BatchNorm whose output is the channels: see
+    norm_gates). index, channel: int64 [M]; position `index[m]` of the layer's output (its input, for a consumer)
+    carries the group's channel `channel[m]`; in the projections of queries and keys, the rows that go with it. For
+    `heads`, head `index[m]` begins at channel `channel[m]`.
     """
 
     layer: str

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastscore import ops
+from fastscore import heads, ops
 from fastscore.groups import ChannelGroup, Member
 from fastscore.taps import Measure
 
@@ -87,11 +87,10 @@ def _filter_norm(p: int) -> WeightImportance:
 
     def importance(model: nn.Module, group: ChannelGroup, seed: int) -> Tensor | None:
         total = torch.zeros(group.channels, dtype=torch.float64)
-        for member in group.members:
-            layer = model.get_submodule(member.layer)
-            if member.role != "consumer" and isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
-                weight = layer.get_parameter("weight").detach().double().cpu()
-                total += _joint(group, member, _by_output(layer, weight).abs().pow(p).sum(1))
+        for member, name in filter_parameters(model, group):
+            if not name.endswith("bias"):
+                weight = model.get_parameter(name).detach().double().cpu()
+                total += _joint(group, member, _by_position(model, member, name, weight).abs().pow(p).sum(1))
         return total.pow(1 / p)
 
     return importance
@@ -162,20 +161,27 @@ def filter_products(model: nn.Module, group: ChannelGroup, gradients: Mapping[st
     for member, name in filter_parameters(model, group):
         if name in gradients:
             product = model.get_parameter(name).detach().double() * gradients[name]
-            rows = _by_output(model.get_submodule(member.layer), product.cpu()) if product.dim() > 1 \
-                else product.cpu()[:, None]
-            total += _joint(group, member, rows.square().sum(1))
+            total += _joint(group, member, _by_position(model, member, name, product.cpu()).square().sum(1))
     return total
 
 
 def filter_parameters(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[Member, str]]:
-    """(layer, qualified name of its weight or bias) of every Conv and Linear that makes the group's channels."""
-    for member in group.role("producer", "channelwise"):
+    """(layer, qualified name of a weight or bias) of everything that makes the group's channels: Conv, Linear, and the
+    projections that an attention module holds itself."""
+    for member in group.role("producer", "channelwise", "heads"):
         layer = model.get_submodule(member.layer)
-        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
-            for name, parameter in layer.named_parameters(recurse=False):
-                if name in ("weight", "bias") and parameter is not None:
-                    yield member, f"{member.layer}.{name}"
+        own = heads.PROJECTIONS if member.role == "heads" else \
+            ("weight", "bias") if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) else ()
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name in own and parameter is not None:
+                yield member, f"{member.layer}.{name}"
+
+
+def _by_position(model: nn.Module, member: Member, name: str, values: Tensor) -> Tensor:
+    """Values of the shape of the parameter called `name` -> a row for each position (or head) of the member."""
+    if member.role == "heads":
+        return heads.by_head(name.rpartition(".")[2], values, len(member.index))
+    return _by_output(model.get_submodule(member.layer), values) if values.dim() > 1 else values[:, None]
 
 
 def _by_output(layer: nn.Module, weight: Tensor) -> Tensor:

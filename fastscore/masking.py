@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastscore import multihead
 from fastscore.batches import Batch, Forward, device_of, fork_rng
 from fastscore.batches import forward as call_model
 from fastscore.compensation import channel_dim, check_means, contributions, removed_means, removed_positions
@@ -47,6 +48,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
         removed = select(removal_order(graph.groups, scores, scope, kinds=kinds), costs, {"channels": 1 - fraction})
         positions = removed_positions(graph.groups, removed)
         means = removed_means(model, scores, positions) if compensate else {}
+        handles: Iterator[RemovableHandle | multihead.Handle]
         if scores.origin.units == "norms":
             handles = at_gates(model, positions, means)
         else:
@@ -59,8 +61,9 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
 
 
 def at_consumers(model: nn.Module, positions: Mapping[str, Tensor],
-                 added: Mapping[str, Tensor]) -> Iterator[RemovableHandle]:
+                 added: Mapping[str, Tensor]) -> Iterator[RemovableHandle | multihead.Handle]:
     """Hooks by which layers read zero at `positions` of their inputs, and add float64 [C_out] to their outputs."""
+    yield from multihead.stand_in(model, positions)
     for name, index in positions.items():
         yield model.get_submodule(name).register_forward_pre_hook(_zero(name, index))
     for name, value in added.items():  # before the hooks that the layer has: it is part of the layer, as its bias is

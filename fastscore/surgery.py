@@ -8,10 +8,14 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.groups import ChannelGroup
+from fastscore import heads, multihead
+from fastscore.groups import ChannelGroup, Role
 
-Side = Literal["inputs", "outputs"]
-# (layer, its inputs or its outputs) -> positions that go, int64, ascending: a surgery whole, for any copy of the model
+Side = Literal["inputs", "outputs", "heads"]
+_SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "gate": "outputs", "consumer": "inputs",
+                               "heads": "heads"}
+# (layer, its inputs or its outputs; or an attention module, its heads) -> positions that go, int64, ascending: a
+# surgery whole, for any copy of the model
 Places: TypeAlias = Mapping[tuple[str, Side], Tensor]
 
 
@@ -22,8 +26,7 @@ def removed_places(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]
         gone = torch.zeros(group.channels, dtype=torch.bool)
         gone[removed.get(group.name, torch.empty(0, dtype=torch.int64))] = True
         for member in group.members:
-            side: Side = "inputs" if member.role == "consumer" else "outputs"
-            places[member.layer, side].update(member.index[gone[member.channel]].tolist())
+            places[member.layer, _SIDES[member.role]].update(member.index[gone[member.channel]].tolist())
     return {place: torch.tensor(sorted(index)) for place, index in places.items() if index}
 
 
@@ -33,6 +36,11 @@ def remove_places(model: nn.Module, places: Places) -> nn.Module:
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
     for (name, side), index in places.items():
         layer = model.get_submodule(name)
+        if side == "heads":
+            heads.remove(layer, index)
+            for handle in multihead.stand_in(model, called=()):
+                handle.keep()
+            continue
         surgeon = tp.function.PrunerBox[tp.ops.module2type(layer)]
         (surgeon.prune_in_channels if side == "inputs" else surgeon.prune_out_channels)(layer, index.tolist())
     for name, parameter in model.named_parameters():

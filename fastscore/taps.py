@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastscore import multihead
 from fastscore.batches import Outputs, output_tensors
 from fastscore.hooks import OwnHook
 from fastscore.passes import BackwardPasses, ForwardPass
@@ -80,7 +81,7 @@ class Taps:
         self._propagating = self._joining = False
         self._backward = BackwardPasses()
         self._seen: set[str] = set()  # layers whose taps have run
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | multihead.Handle] = []
 
     def attach(self) -> None:
         """Set the hooks. Raises RuntimeError when they are set already."""
@@ -88,6 +89,7 @@ class Taps:
             raise RuntimeError("these taps are attached already: detach() first")
         self._handles = [self.model.register_forward_pre_hook(self._hook(self._begin), with_kwargs=True),
                          self.model.register_forward_hook(self._hook(self._end))]
+        self._handles += multihead.stand_in(self.model, self.places)
         for layer, place in self.places.items():
             module = self.model.get_submodule(layer)
             self._handles.append(

@@ -10,7 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore import batches, dependencies, trial
+from fastscore import attention, batches, dependencies, trial
 from fastscore.dependencies import CHANNELWISE, LAYERS
 from fastscore.evaluation import evaluation_copy
 from fastscore.groups import ChannelGraph, ChannelGroup, Member, Role
@@ -43,18 +43,26 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         except Exception as error:  # the tracer raises whatever its guesses run into
             blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
             raise ValueError(f"{type(model).__name__}: {blame}: {type(error).__name__}: {error}") from error
-        found = _groups(twin, graph)
+        heads, left = attention.find(twin, lambda twin: run(twin, example_inputs))
+        found = _with_heads(twin, _groups(twin, graph, attention.layers(heads)), heads)
         strays = trial.strays(recording, found.groups)
     reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
                for group, where in strays.items()}
     return replace(found, groups=tuple(group for group in found.groups if group.name not in strays),
-                   skipped={**found.skipped, **reasons})
+                   skipped={**found.skipped, **reasons, **left})
 
 
-def _groups(model: nn.Module, graph: dependencies.Graph) -> ChannelGraph:
+def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGroup]) -> ChannelGraph:
+    """The graph with groups of heads, in order of their layers."""
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    return replace(graph, groups=tuple(sorted([*graph.groups, *heads], key=lambda group: order[group.name])))
+
+
+def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set[str]]) -> ChannelGraph:
+    """taken: role -> layers that play it in groups of heads, and in no other."""
     groups: list[ChannelGroup] = []
     skipped: dict[str, str] = {}
-    seen: set[str] = set()
+    seen = set(taken["producer"])
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     for name, module in model.named_modules():
         node = graph.module2node.get(module)
@@ -63,7 +71,9 @@ def _groups(model: nn.Module, graph: dependencies.Graph) -> ChannelGraph:
         places, reason = graph.places_of(node)
         members = [member for key in places if (member := _member(graph, key, places[key])) is not None]
         seen.update(member.layer for member in members if member.role == "producer")
-        reason = reason or _why_not(model, members, owners)
+        reason = reason or _why_not(model, members, owners) or next(
+            (f"its channels run into the heads of {member.layer}" for member in members
+             if member.layer in taken.get(member.role, ())), None)
         if reason is None:
             channels = graph.get_out_channels(module)
             unit = _units(model, channels, members, graph.chunks(places))

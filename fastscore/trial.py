@@ -39,7 +39,7 @@ def _try(recording: "Recording", groups: Sequence[ChannelGroup]) -> str | None:
             read: dict[str, list[Tensor]] = defaultdict(list)
             for group in groups:
                 for member in group.members:
-                    if member.role != "channelwise":
+                    if member.role in ("producer", "consumer"):
                         places = made if member.role == "producer" else read
                         places[member.layer].append(member.index[side[group.name][member.channel]])
             where = recording.stray({layer: torch.cat(index) for layer, index in made.items()},
