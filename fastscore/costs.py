@@ -5,13 +5,14 @@ else is constant. The dense figures come from PyTorch's own counter (torch.utils
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastscore import batches, heads
+from fastscore import batches, heads, multihead
 from fastscore.groups import ChannelGroup, Member
 
 Unit = Literal["channels", "params", "macs"]
@@ -56,15 +57,21 @@ def total_macs(model: nn.Module, example_inputs: batches.Batch, forward: batches
 
 def _count(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward) -> tuple[int, dict[str, float]]:
     """(MACs of the model, layer -> MACs), for one sample."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which few need
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # imports Triton, which few need
 
     samples = 1
     tensor = batches.first_tensor(example_inputs)
     if tensor is not None and tensor.dim():
         samples = max(len(tensor), 1)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        forward(model, example_inputs)
+    # PyTorch counts the attention of every device but the CPU, and no module that is one fused kernel
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs:
+                 sdpa_flop_count(q, k, v)}
+    counter = FlopCounterMode(display=False, custom_mapping=attention)
+    with torch.no_grad(), ExitStack() as standing_in:
+        for handle in multihead.stand_in(model):
+            standing_in.enter_context(handle)
+        with counter:
+            forward(model, example_inputs)
     prefix = f"{type(model).__name__}."
     layers = {name.removeprefix(prefix): sum(flops.values()) / 2 / samples
               for name, flops in counter.get_flop_counts().items()}

@@ -17,8 +17,8 @@ _ATTRIBUTE = "_fastscore_recipe"
 
 
 class Recipe(TypedDict):
-    """structure: of the dense model, see `structure`. removed: layer -> "inputs" or "outputs" -> positions, ascending.
-    biases: layers that have a bias which they had not."""
+    """structure: of the dense model, see `structure`. removed: layer -> "inputs", "outputs" or "heads" -> positions,
+    ascending. biases: layers that have a bias which they had not."""
 
     structure: dict[str, str]
     removed: dict[str, dict[Side, list[int]]]

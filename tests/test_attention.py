@@ -2,8 +2,10 @@
 
 import copy
 import itertools
+import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore import Scorer, multihead
+from fastscore.costs import total_macs
 from fastscore.tracing import trace
 
 EMBED, HEADS, WIDTH, TOKENS = 10, 4, 3, 5  # heads x width differs from the embedding
@@ -427,3 +430,46 @@ def test_an_encoder_without_heads_runs_with_padding_and_as_a_fused_kernel_would(
     for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with context():
             torch.testing.assert_close(forward(result.model, x), masked, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["multihead", "apart"])
+def test_multiply_accumulates_of_attention_count(kind: str) -> None:
+    """With the definition in plain products as the oracle: fused kernels count the same."""
+    model, x = _network(KINDS[kind][0]), _inputs(2)
+    fused = copy.deepcopy(model)
+    for module in fused.modules():
+        if isinstance(module, Apart):
+            module.__class__ = ApartFused
+    assert total_macs(fused, x) == total_macs(_called(model), x)
+
+
+class ApartFused(Apart):
+    """The same through PyTorch's kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(2, (-1, WIDTH)).transpose(1, 2)
+                   for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_pruned_twice_saved_and_trained_on(tmp_path: Path) -> None:
+    model, x = _network(Multihead), _inputs()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    F.cross_entropy(model(x), torch.tensor([0, 1, 2])).backward()
+    optimizer.step()
+    result = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=0.8)
+    gone = result.removed["attention.inner"]
+    rebuilt = fastscore.rebuild_optimizer(optimizer, model, result)
+    rows = torch.tensor([r for r in range(3 * EMBED) if r % EMBED not in gone.tolist()])
+    old, new = model.attention.inner.in_proj_weight, result.model.attention.inner.in_proj_weight
+    assert torch.equal(new, old[rows])
+    assert torch.equal(rebuilt.state[new]["momentum_buffer"], optimizer.state[old]["momentum_buffer"][rows])
+    F.cross_entropy(result.model(x), torch.tensor([0, 1, 2])).backward()
+    rebuilt.step()
+    again = fastscore.prune(result.model, fastscore.score(result.model, [x], progress=False), x, channels=0.5)
+    assert again.model.attention.inner.num_heads == 2
+    fastscore.save_pruned(again, tmp_path / "small.safetensors")
+    loaded = fastscore.load_pruned(_network(Multihead, seed=5), tmp_path / "small.safetensors")
+    with torch.no_grad():
+        assert torch.equal(loaded(x), again.model(x))
+        assert torch.equal(pickle.loads(pickle.dumps(again.model))(x), again.model(x))
