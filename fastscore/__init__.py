@@ -2,6 +2,7 @@
 
 from fastscore import ops
 from fastscore.engine import score
+from fastscore.iterative import IterativeResult, prune_iteratively
 from fastscore.masking import mask
 from fastscore.optimizers import rebuild_optimizer
 from fastscore.prune import PruneResult, prune
@@ -11,5 +12,5 @@ from fastscore.random_backward import random_backward
 from fastscore.scorer import Scorer
 from fastscore.scores import Scores
 
-__all__ = ["PruneReport", "PruneResult", "Scorer", "Scores", "load_pruned", "mask", "ops", "prune", "random_backward",
-           "rebuild_optimizer", "save_pruned", "score"]
+__all__ = ["IterativeResult", "PruneReport", "PruneResult", "Scorer", "Scores", "load_pruned", "mask", "ops", "prune",
+           "prune_iteratively", "random_backward", "rebuild_optimizer", "save_pruned", "score"]

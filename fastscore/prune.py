@@ -42,9 +42,9 @@ class PruneResult:
 
 def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: float | None = None,
           params: float | None = None, macs: float | None = None, latency: float | None = None,
-          scope: Scope = "global", cost_aware: bool = False, round_to: int | Literal["auto"] = 1, floor: float = 0.0,
-          compensate: bool = False, ignore: Ignore = (), forward: Forward = call_model,
-          inplace: bool = False) -> PruneResult:
+          scope: Scope = "global", cost_aware: bool = False, round_to: int | Literal["auto"] = 1,
+          floor: float | Mapping[str, float] = 0.0, compensate: bool = False, ignore: Ignore = (),
+          forward: Forward = call_model, inplace: bool = False) -> PruneResult:
     """Remove the least important channels of `model` until a budget holds; returns a new model unless inplace.
 
     channels, params, macs: one or more budgets, each what REMAINS as a share of the original, 0 < share <= 1; met
@@ -56,7 +56,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     class of groups that are made, passed and read by the same kinds of layers; all classes shrink alike). cost_aware:
     rank by importance per MAC that a channel costs in the dense model, per parameter where params is the only budget.
     round_to: remaining widths are multiples of it; "auto": of 8, 16 or 32, by device and dtype (fastscore.hardware).
-    floor: the share of each group's channels that stays in any case (at least one always does).
+    floor: the share of each group's channels that stays in any case, or layer -> share (at least one always does).
     compensate: add what the channels gave to their consumers on average to the consumers' biases (see
     fastscore.compensation); consumers without a bias get one, which counts towards params. It takes scores with means:
     those of a taylor importance, or with means lent by such scores, dataclasses.replace(scores, means=other.means).
@@ -151,13 +151,15 @@ def scored_graph(model: nn.Module, scores: Scores, example_inputs: Batch, forwar
     return replace(graph, groups=scored, skipped={**graph.skipped, **unscored})
 
 
-def _check_ranking(scope: Scope, cost_aware: bool, round_to: int | str, floor: float) -> None:
+def _check_ranking(scope: Scope, cost_aware: bool, round_to: int | str,
+                   floor: float | Mapping[str, float]) -> None:
     if cost_aware and scope == "layer":
         raise ValueError('cost_aware: scope="layer" compares no layer with another: use "global" or "isomorphic"')
     if (round_to != "auto") if isinstance(round_to, str) else (round_to < 1):
         raise ValueError(f"round_to: {round_to!r}; it must be 'auto', or 1 or more")
-    if not 0 <= floor <= 1:
-        raise ValueError(f"floor: {floor} is outside [0, 1]; it is the share of each group's channels that stays")
+    for share in floor.values() if isinstance(floor, Mapping) else (floor,):
+        if not 0 <= share <= 1:
+            raise ValueError(f"floor: {share} is outside [0, 1]; it is the share of each group's channels that stays")
 
 
 def _budgets(shares: Mapping[Unit, float | None], latency: float | None) -> dict[Unit, float]:

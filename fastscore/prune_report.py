@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,16 @@ class PruneReport:
     skipped: Mapping[str, str]
     candidates: tuple[Candidate, ...] = ()
 
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "PruneReport":
+        """The report of which dataclasses.asdict and JSON made `data`."""
+        groups = (GroupReport(row["layer"], *(_pair(row[unit]) for unit in ("channels", "macs", "params")))
+                  for row in data["groups"])
+        candidates = (Candidate(**{**row, "timing": Timing(_pair(row["timing"]["seconds"]), row["timing"]["spread"])})
+                      for row in data["candidates"])
+        return cls(tuple(groups), _pair(data["channels"]), _pair(data["macs"]), _pair(data["params"]), data["skipped"],
+                   tuple(candidates))
+
     def __str__(self) -> str:
         width = max([len("layer"), *(len(row.layer) for row in self.groups)])
         lines = [f"{'layer':<{width}} {'channels':>14} {'MACs':>25} {'parameters':>23}"]
@@ -77,3 +88,8 @@ class PruneReport:
                          f"{tried.macs:.1%} of the MACs")
         lines += [f"{layer}: left alone: {reason}" for layer, reason in self.skipped.items()]
         return "\n".join(lines)
+
+
+def _pair(values: Any) -> tuple[Any, Any]:
+    before, after = values
+    return before, after

@@ -37,7 +37,7 @@ def load_pruned(model: nn.Module | Callable[[], nn.Module], path: str | PathLike
     header, state = files.read(path, _FORM, "pruned model", "save it again with fastscore.save_pruned")
     dense = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
     try:
-        return rebuilt(dense, header["recipe"], state)
+        return load_state(recipes.follow(dense, header["recipe"]), state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -53,13 +53,11 @@ def recipe_and_state(model: nn.Module) -> tuple[recipes.Recipe, dict[str, Tensor
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name}: {type(value).__name__} in the state dict; only tensors can be saved")
-    # memory of its own for each, which the format asks for: two names may stand for one parameter
-    return recipe, {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+    return recipe, state
 
 
-def rebuilt(dense: nn.Module, recipe: recipes.Recipe, state: dict[str, Tensor]) -> nn.Module:
-    """The pruned model, made of `dense` in place. Raises ValueError where recipe, state and model do not fit."""
-    model = recipes.follow(dense, recipe)
+def load_state(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """`model`, with the values and dtypes of `state` in its tensors. Raises ValueError where the shapes differ."""
     own = model.state_dict(keep_vars=True)
     for name in {**own, **state}:
         if name not in own or name not in state or own[name].shape != state[name].shape:

@@ -4,8 +4,8 @@ A pruned model carries its recipe as an attribute of plain data, so that copies 
 pruned model again adds to it.
 """
 
-from collections.abc import Iterable
-from typing import TypedDict
+from collections.abc import Hashable, Iterable, Mapping
+from typing import TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastscore.compensation import add_to_biases
 from fastscore.surgery import Places, Side, remove_places
 
+K = TypeVar("K", bound=Hashable)
 _ATTRIBUTE = "_fastscore_recipe"
 
 
@@ -38,12 +39,33 @@ def structure(model: nn.Module) -> dict[str, str]:
 
 def extended(model: nn.Module, places: Places, biased: Iterable[str]) -> Recipe:
     """The recipe of what `model` (pruned before or not) becomes without `places`, and with new biases in `biased`."""
-    before = find(model) or Recipe(structure=structure(model), removed={}, biases=[])
-    removed = {layer: dict(sides) for layer, sides in before["removed"].items()}
+    before = find(model) or made(model, {}, ())
+    return {**made(model, composed(places_of(before), places), [*before["biases"], *biased]),
+            "structure": before["structure"]}
+
+
+def made(model: nn.Module, places: Places, biased: Iterable[str]) -> Recipe:
+    """The recipe of what `model`, taken for a dense one, becomes."""
+    removed: dict[str, dict[Side, list[int]]] = {}
     for (layer, side), index in places.items():
-        gone = removed.setdefault(layer, {}).get(side, [])
-        removed[layer][side] = sorted([*gone, *_in_dense(index, gone).tolist()])
-    return Recipe(structure=before["structure"], removed=removed, biases=[*before["biases"], *biased])
+        removed.setdefault(layer, {})[side] = index.tolist()
+    return Recipe(structure=structure(model), removed=removed, biases=list(biased))
+
+
+def places_of(recipe: Recipe) -> Places:
+    """What the recipe removes, as surgery takes it."""
+    return {(layer, side): torch.tensor(index) for layer, sides in recipe["removed"].items()
+            for side, index in sides.items()}
+
+
+def composed(first: Mapping[K, Tensor], then: Mapping[K, Tensor]) -> dict[K, Tensor]:
+    """Positions that are gone once those of `first` went, and of what was left those of `then`; int64, ascending."""
+    every = dict(first)
+    for key, index in then.items():
+        gone = first.get(key, index[:0])
+        numbers = torch.arange(int(index.max()) + len(gone) + 1)
+        every[key] = torch.cat([gone, numbers[~torch.isin(numbers, gone)][index]]).sort().values
+    return every
 
 
 def find(model: nn.Module) -> Recipe | None:
@@ -69,8 +91,7 @@ def follow(model: nn.Module, recipe: Recipe) -> nn.Module:
                              f"{there.get(layer, 'not there')} and is {here.get(layer, 'not there')}; build the dense "
                              "model as it was before it was pruned")
     add_biases(model, recipe["biases"])
-    remove_places(model, {(layer, side): torch.tensor(index) for layer, sides in recipe["removed"].items()
-                          for side, index in sides.items()})
+    remove_places(model, places_of(recipe))
     attach(model, recipe)
     return model
 
@@ -82,9 +103,3 @@ def add_biases(model: nn.Module, layers: Iterable[str]) -> None:
         outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         assert isinstance(outputs, int)
         add_to_biases(model, {name: torch.zeros(outputs)})
-
-
-def _in_dense(index: Tensor, gone: list[int]) -> Tensor:
-    """Positions among those that are left -> the same positions among all, of which `gone` went before."""
-    every = torch.arange(int(index.max()) + len(gone) + 1)
-    return every[~torch.isin(every, torch.tensor(gone, dtype=torch.int64))][index]

@@ -41,16 +41,17 @@ def check_scores(graph: ChannelGraph, scores: Scores) -> None:
 
 
 def removal_order(groups: tuple[ChannelGroup, ...], scores: Scores, scope: Scope = "global", round_to: int = 1,
-                  floor: float = 0.0, kinds: Mapping[str, str] | None = None,
+                  floor: float | Mapping[str, float] = 0.0, kinds: Mapping[str, str] | None = None,
                   prices: Mapping[str, Tensor] | None = None) -> list[Step]:
     """The steps in which channels go, least important first; ties in order of group and channel.
 
     scope: "global" compares importances across groups; "layer" their rank within each group, so that all groups shrink
     alike; "isomorphic" their rank among the groups whose channels the same kinds of layers make, pass and read, so that
     all such classes shrink alike (Fang et al., arXiv 2407.04616). round_to: widths that remain are multiples of it
-    (where a group is wide enough). floor: the share of each group's channels that stays whatever the budget; at least
-    one channel stays always. kinds: layer -> its kind, for "isomorphic"; see layer_kinds. prices: group -> float64 [C],
-    what each channel costs: importances count per price (1 for every channel without it).
+    (where a group is wide enough). floor: the share of each group's channels that stays whatever the budget, or group
+    -> share; at least one channel stays always. kinds: layer -> its kind, for "isomorphic"; see layer_kinds. prices:
+    group -> float64 [C], what each channel costs: importances count per price (1 for every channel without it).
+    Raises ValueError for a scope or a group that there is not.
     """
     if scope not in get_args(Scope):
         raise ValueError(f"scope: {scope!r} is none of {', '.join(get_args(Scope))}")
@@ -58,12 +59,15 @@ def removal_order(groups: tuple[ChannelGroup, ...], scores: Scores, scope: Scope
     for group in groups:
         if group.name in scores:
             classes[_class_of(group, scope, kinds or {})].append(group)
+    floors = floor if isinstance(floor, Mapping) else {group.name: floor for group in groups}
+    for name in set(floors) - {group.name for group in groups}:
+        raise ValueError(f"floor: {name!r} makes no channels that can go; list(scores) names the layers that do")
     order: list[Step] = []
     for members in classes.values():
         steps = [step for group in members
                  for step in _group_steps(group, scores[group.name].double(),
                                           torch.ones(group.channels) if prices is None else prices[group.name],
-                                          round_to, floor)]
+                                          round_to, floors.get(group.name, 0.0))]
         steps.sort(key=lambda step: step.value)  # stable: ties keep the order of groups and channels
         order += steps if scope == "global" else _by_rank(steps, sum(group.channels for group in members))
     return sorted(order, key=lambda step: step.value)
