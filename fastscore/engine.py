@@ -1,7 +1,7 @@
 """score(): batches in, a score for every channel out; the model comes back as it went in."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from os import PathLike
 from typing import Literal
@@ -11,12 +11,14 @@ from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 from fastscore import gradients
-from fastscore.batches import Batch, Forward, checked, device_of, first_tensor, fork_rng, map_tensors
+from fastscore.batches import Batch, Forward, device_of, first_tensor, fork_rng, map_tensors
 from fastscore.batches import forward as call_model
-from fastscore.evaluation import evaluation_copy, fold_batchnorms, to_channels_last
+from fastscore.evaluation import evaluation_copy
 from fastscore.fingerprints import identity
 from fastscore.groups import ChannelGraph, Ignore, Units, matching_layers
 from fastscore.importance import WEIGHT_IMPORTANCES
+from fastscore.plan import prepare
+from fastscore.precision import PRECISIONS
 from fastscore.runs import Checkpoint, Run, Skippable, check
 from fastscore.scorer import Gradient
 from fastscore.scores import Origin, Scores
@@ -33,7 +35,8 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
           samples: int | Literal["auto"] | None = None, seed: int = 0, distribution: str = "normal",
           center: bool = False, loss: gradients.Loss | None = None, forward: Forward = call_model, ignore: Ignore = (),
           checkpoint: str | PathLike[str] | Checkpoint | None = None, group: distributed.ProcessGroup | None = None,
-          fixed_order: bool = False, progress: bool = True) -> Scores:
+          fixed_order: bool = False, precision: Literal["float32", "bfloat16"] | None = None, compile: bool = False,
+          progress: bool = True) -> Scores:
     """Score every channel of `model` on `batches`, without labels unless gradient="loss".
 
     The work is done on a copy of the model, in evaluation mode with frozen weights.
@@ -56,13 +59,18 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
     center: take the all-ones direction out of the random gradients, which a softmax does not see.
     loss(output, batch) -> scalar (default: cross entropy with the labels of (input, label) batches); its gradient is
     taken as it stands when normalize=False. forward(model, batch) -> output [N, ...], for models that are called
-    otherwise. ignore: layer names (with `*`), types or modules to leave out. progress: show a bar.
+    otherwise. ignore: layer names (with `*`), types or modules to leave out.
     checkpoint: a file that keeps the run, written now and then. Stopped at any moment and called again with the same
     arguments, score goes on from there, and ends with the scores, bit for bit on a CPU, that it would have given.
     Batches that are done are read again, and compared, but for a folder of images. The file stays.
     group: processes that share the work: each calls score with the same arguments (batches included), takes every
     size-th batch, and returns the scores of all. fixed_order: add up in an order that does not depend on the number of
     processes (at most 64), so that any number gives the same bits; it takes the memory of 64 totals.
+    precision: of the passes: "float32", "bfloat16" (parameters, activations and their gradients; sums over positions
+    and samples stay float32 and wider, and so does the output; twice as fast where the processor has arithmetic for
+    it, slower where it has none), or as the model is (None). compile: through torch.compile, taps included: the same
+    scores, for batches of the size of the first; it takes a while to start, and was slower than not on CPUs.
+    progress: show a bar. The result's `plan` tells what was done.
 
     Raises ValueError (no channel to score, no labels for a loss gradient, a loss that is not finite, a batch the model
     cannot take, a checkpoint that is damaged or of another run), TypeError (a model that returns no tensor),
@@ -73,13 +81,13 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
     distribution = "none" if reads_weights else "basis" if probes == "exact" else distribution
     origin = Origin(importance, reduction, "none" if reads_weights else gradient, normalize and not reads_weights,
                     seed, distribution, "", units, ablation, layerwise, center)
-    _check(batches, origin, probes, samples)
+    _check(batches, origin, probes, samples, precision)
     check(origin, samples, checkpoint=checkpoint, group=group, fixed_order=fixed_order)
     if isinstance(samples, int) and isinstance(batches, Skippable):
         batches = batches.first(samples)
     ignore = matching_layers(model, ignore)
-    twin = evaluation_copy(model)
-    with fork_rng(device_of(twin)), torch.inference_mode(False), torch.enable_grad():
+    with fork_rng(device_of(model)), torch.inference_mode(False), torch.enable_grad():
+        twin = evaluation_copy(model)
         on_device = partial(_on_device, device=device_of(twin), samples=samples if isinstance(samples, int) else None)
         stream = on_device(batches[:1] if isinstance(batches, Skippable) else batches)
         example = next(stream, None)
@@ -91,15 +99,15 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         if reads_weights:
             return _score_weights(twin, graph, origin, ignore)
         totals = Totals(twin, graph, origin, ignore)
-        taps = totals.taps()
+        taps = totals.taps(traceable=True)
         for weight in taps.weights.values():
             weight.requires_grad_()
-        # Folding leaves a filter's w·∂w as it is, but gives it a bias.
-        run = checked(forward if taps.weights else _fast(twin, graph, forward))
+        plan, run = prepare(twin, taps, graph.normalized_by, traced, forward, precision, compile)
         if isinstance(checkpoint, (str, PathLike)):
             checkpoint = Checkpoint(checkpoint)
         known = identity(model, asdict(totals.origin), probes=probes, ignored=sorted(ignore), loss=loss,
-                         forward=forward) if checkpoint is not None or group is not None else {}
+                         forward=forward, precision=precision, compile=compile) \
+            if checkpoint is not None or group is not None else {}
         work = Run(totals, known, example, batches if isinstance(batches, Skippable) else stream, on_device, checkpoint,
                   group, fixed_order)
         total = samples // work.size if isinstance(samples, int) else None
@@ -125,16 +133,18 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
                                              f"{layer}: NaN or infinity in the gradient that reaches its channels")
                 bar.update(len(output))
                 del output  # and its graph, which would otherwise live on beside the next one
-        return work.totals().scores()
+        return replace(work.totals().scores(), plan=plan)
 
 
-def _check(batches: object, origin: Origin, probes: object, samples: object) -> None:
+def _check(batches: object, origin: Origin, probes: object, samples: object, precision: object) -> None:
     for name, value, word in (("probes", probes, "exact"), ("samples", samples, "auto")):
         if (value != word) if isinstance(value, str) else (isinstance(value, int) and value < 1):
             raise ValueError(f"{name}: {value!r}; it must be {word!r}, or 1 or more")
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         shown = "one tensor" if isinstance(batches, Tensor) else type(batches).__name__
         raise TypeError(f"batches: {shown}, where an iterable of batches is meant; for a single one: [batch]")
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision: {precision!r} is neither None nor {' nor '.join(map(repr, PRECISIONS))}")
     if origin.gradient == "loss" and probes != 1:
         raise ValueError(f'probes: {probes}, but a loss has one gradient; use gradient="random" for more')
     if origin.distribution == "basis" and probes != "exact":
@@ -148,15 +158,6 @@ def _settled(totals: Totals) -> bool:
     """Whether two halves of the samples would prune the same channels, but for a few."""
     enough = totals.samples >= AUTO_LEAST
     return enough and totals.scores().overlap(AUTO_FRACTION) >= AUTO_OVERLAP
-
-
-def _fast(twin: nn.Module, graph: ChannelGraph, forward: Forward) -> Forward:
-    """Make the evaluation copy fast, in place; the `forward` to call it with."""
-    fold_batchnorms(twin, graph.normalized_by)
-    if not any(isinstance(module, nn.Conv2d) for module in twin.modules()):
-        return forward
-    twin.to(memory_format=torch.channels_last)
-    return lambda model, batch: forward(model, to_channels_last(batch))
 
 
 def _score_weights(model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore) -> Scores:

@@ -11,6 +11,7 @@ from fastscore import files
 from fastscore import importance as importances
 from fastscore.gradients import DISTRIBUTIONS
 from fastscore.groups import Units
+from fastscore.plan import Plan
 
 _FORMAT = "fastscore-scores-3"
 _TENSORS = ("totals", "means", "half_totals")  # the fields that a file holds as tensors
@@ -56,9 +57,10 @@ class Scores(Mapping[str, Tensor]):
     totals: layer -> float64 [..., C], the running sums the importances are made from. passes: samples x probes in them
     (minibatches x probes for the molchanov criteria). samples: samples seen. skipped: layer -> why it has no score.
     means: layer that reads channels (a BatchNorm, with units="norms") -> float64 [C_in], the mean of its input's
-    (output's) channels over samples and positions; empty for criteria that measure none.
+    (output's) channels over samples and the positions that it reads; empty for criteria that measure none.
     half_totals, half_passes: of every other sample; see `overlap`. zero_gradients: samples x probes whose output
     gradient was zero throughout, which no scaling makes as long as the others (normalize=True); they count, with s = 0.
+    plan: how the model was run, where fastscore.score did so; not saved.
     """
 
     totals: Mapping[str, Tensor]
@@ -70,6 +72,7 @@ class Scores(Mapping[str, Tensor]):
     half_totals: Mapping[str, Tensor] = field(default_factory=dict)
     half_passes: int = 0
     zero_gradients: int = 0
+    plan: Plan | None = None
 
     def __getitem__(self, layer: str) -> Tensor:
         if layer not in self.totals:
@@ -146,7 +149,7 @@ class Scores(Mapping[str, Tensor]):
                         if key.startswith(f"{kind}:")} for kind in _TENSORS}
         return cls(origin=Origin(**header["origin"]), passes=header["passes"], half_passes=header["half_passes"],
                    samples=header["samples"], zero_gradients=header["zero_gradients"], skipped=header["skipped"],
-                   **named)
+                   totals=named["totals"], means=named["means"], half_totals=named["half_totals"])
 
     def plot(self, path: str | PathLike[str], fraction: float = 0.0) -> None:
         """Draw each layer's distribution of importances, layers from input to output, to an image file.

@@ -32,10 +32,16 @@ class Measure:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tap stands: the dimension that holds the channels, of the layer's input or of its output."""
+    """Where a tap stands: the dimension that holds the channels, of the layer's input or of its output.
+
+    window: what the layer reads of its input, where that is not all; no gradient comes back to the rest. module: the
+    module at whose input the tap stands, where it is not the layer itself but one before it.
+    """
 
     channel_dim: int
     output: bool = False
+    window: tuple[slice, ...] = ()
+    module: str = ""
 
 
 class _Gate(torch.autograd.Function):
@@ -51,7 +57,10 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
-        measured = ctx.taps.measure.compute(x, g, ctx.place.channel_dim) if ctx.taps.measuring else None
+        place, measured = ctx.place, None
+        if ctx.taps.measuring:
+            x, h = (x[place.window], g[place.window]) if place.window else (x, g)
+            measured = ctx.taps.measure.compute(x, h, place.channel_dim)
         return g, measured, None, None
 
 
@@ -71,10 +80,11 @@ class Taps:
                  weights: Mapping[str, Tensor] | None = None, outputs: Outputs = output_tensors,
                  traceable: bool = False) -> None:
         self.model = model
-        self.places = places
+        self.places = dict(places)
         self.measure = measure
         self.weights = dict(weights or {})
         self.current: ForwardPass | None = None
+        self._given: Mapping[str, Tensor] = {}
         self._on_pass = on_pass
         self._outputs = outputs
         self._traceable = traceable
@@ -91,7 +101,7 @@ class Taps:
                          self.model.register_forward_hook(self._hook(self._end))]
         self._handles += multihead.stand_in(self.model, self.places)
         for layer, place in self.places.items():
-            module = self.model.get_submodule(layer)
+            module = self.model.get_submodule(place.module or layer)
             self._handles.append(
                 module.register_forward_hook(self._tap_output(module, layer, place)) if place.output
                 else module.register_forward_pre_hook(self._tap_input(module, layer, place)))
@@ -121,7 +131,7 @@ class Taps:
     @property
     def measuring(self) -> bool:
         """Whether a backward pass that runs now is to be measured."""
-        return self._propagating or self._on_pass is not None
+        return self._propagating or self._on_pass is not None or bool(self._given)
 
     def propagate(self, output: Tensor, gradient: Tensor, last: bool = False
                   ) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor]]:
@@ -217,15 +227,31 @@ class Taps:
         return torch.is_grad_enabled()
 
     def _gated(self, x: Tensor, layer: str, place: Place) -> Tensor:
-        # never read: only what comes back to it counts
-        gate = torch.empty(self.measure.parts, x.shape[0], x.shape[place.channel_dim], device=x.device,
-                           dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, requires_grad=True)
-        owner = self._owner(layer)
-        if owner is not None:
-            owner.gates.append((layer, gate))
-        self._seen.add(layer)
+        gate = self._given.get(layer)
+        if gate is None:
+            gate = self.gate(x.shape[0], x.shape[place.channel_dim], x)
+            owner = self._owner(layer)
+            if owner is not None:
+                owner.gates.append((layer, gate))
+            self._seen.add(layer)
         gated: Tensor = _Gate.apply(x, gate, self, place)
         return gated
+
+    def gate(self, samples: int, channels: int, like: Tensor) -> Tensor:
+        """A leaf [P, N, C] for a tensor such as `like`. It is never read: only what comes back to it counts."""
+        return torch.empty(self.measure.parts, samples, channels, device=like.device, requires_grad=True,
+                           dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+    @contextmanager
+    def given(self, gates: Mapping[str, Tensor]) -> Iterator[None]:
+        """Layers that run in the block take these gates: torch.compile cannot make any on its way."""
+        assert self.current is not None
+        self.current.gates += gates.items()
+        self._given = gates
+        try:
+            yield
+        finally:
+            self._given = {}
 
     def _owner(self, layer: str) -> ForwardPass | None:
         """The pass that a layer which runs now belongs to; None where it runs again what has a gate already.

@@ -67,13 +67,14 @@ class Totals:
         return self._counts["left_out"]
 
     def taps(self, on_pass: Callable[[ForwardPass], None] | None = None,
-             outputs: batches.Outputs = batches.output_tensors) -> Taps:
+             outputs: batches.Outputs = batches.output_tensors, traceable: bool = False) -> Taps:
         """Taps that measure what these totals need."""
-        places = {edge.layer: Place(-1 if isinstance(self.model.get_submodule(edge.layer), nn.Linear) else 1,
-                                    edge.role == "gate") for group in self._graph.groups for edge in group.edges}
+        # compared with its mean, a channel has one mean wherever it is read: that of the whole tensor
+        places = {edge.layer: _place(self.model.get_submodule(edge.layer), edge.role == "gate", not self.row.edges)
+                  for group in self._graph.groups for edge in group.edges}
         names = {name for group in self._graph.groups for _, name in filter_parameters(self.model, group)}
         weights = {name: self.model.get_parameter(name) for name in sorted(names)} if self.row.filters else {}
-        return Taps(self.model, places, self.row.measure, on_pass, weights, outputs)
+        return Taps(self.model, places, self.row.measure, on_pass, weights, outputs, traceable)
 
     def propagate(self, taps: Taps, output: Tensor, gradient: Tensor, last: bool = False) -> None:
         """Send `gradient`, of `output`'s shape [N, ...], back to the taps as it stands, and add what they measure.
@@ -257,6 +258,15 @@ def _finite(tensors: Sequence[Tensor]) -> bool:
     """Whether some tensors hold no NaN and no infinity: one look at the device."""
     return not tensors or bool(torch.isfinite(torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors]))
                                .all())
+
+
+def _place(layer: nn.Module, gate: bool, windowed: bool) -> Place:
+    if gate or not isinstance(layer, nn.modules.conv._ConvNd):
+        return Place(-1 if isinstance(layer, nn.Linear) else 1, gate)
+    # a convolution of one position with stride, as in a ResNet's shortcuts, reads no other positions
+    alone = not layer.transposed and all(size == 1 for size in layer.kernel_size) and set(layer.padding) <= {0}
+    steps = layer.stride if windowed and alone and any(step > 1 for step in layer.stride) else ()
+    return Place(1, window=(slice(None), slice(None), *(slice(None, None, step) for step in steps)) if steps else ())
 
 
 def scored(model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore) -> tuple[ChannelGraph, Origin]:

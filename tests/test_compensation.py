@@ -35,12 +35,15 @@ def rows(value: Tensor, layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def brute_force_means(model: nn.Module, network: Network, x: Tensor) -> dict[str, Tensor]:
-    """Consumer -> [C_in], over samples, positions and calls."""
+    """Consumer -> [C_in], over samples, the positions that it reads and calls."""
     seen: dict[str, list[Tensor]] = {}
 
     def record(layer: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.setdefault(layer, []).append(args[0].movedim(dim_of(module), 0).flatten(1).mean(1))
+            (x,) = args
+            if getattr(module, "kernel_size", None) == (1, 1):
+                x = x[:, :, ::module.stride[0], ::module.stride[1]]
+            seen.setdefault(layer, []).append(x.movedim(dim_of(module), 0).flatten(1).mean(1))
         return hook
 
     layers = {layer for group in network.groups.values() for layer in group.edges}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from benchmarks.paper.data import Images
 from fastscore import Scores
 from fastscore.compensation import add_to_biases, contributions, removed_means, removed_positions
-from fastscore.evaluation import evaluation_copy, fold_batchnorms
+from fastscore.evaluation import Folding, evaluation_copy
 from fastscore.groups import ChannelGroup, norm_gates
 from fastscore.surgery import remove_channels
 from fastscore.tracing import trace
@@ -32,8 +32,8 @@ class Evaluator:
         self.model = evaluation_copy(model)
         self.gates = norm_gates(model, self.graph)
         self.producers = {norm: layer for layer, norm in self.graph.normalized_by.items()}
-        fold_batchnorms(self.model, self.graph.normalized_by)
-        left = {name for name, module in self.model.named_modules() if not isinstance(module, nn.Identity)}
+        folded = Folding(self.model, self.graph.normalized_by, ()).folded
+        left = {name for name, _ in self.model.named_modules() if name not in folded}
         self.graph = replace(self.graph, groups=tuple(
             replace(group, members=tuple(member for member in group.members if member.layer in left))
             for group in self.graph.groups))
