@@ -19,7 +19,7 @@ from fastscore.evaluation import Folding, evaluation_copy
 def plain_pass(model: nn.Module, x: Tensor) -> Scores:
     """The scores of score(), from hooks on the model as it is."""
     model.eval()
-    scorer = Scorer(model, x, gradient="random")
+    scorer = Scorer(model, x[:1], gradient="random")
     with scorer:
         scorer.probe(model(x))
     return scorer.scores()
