@@ -296,6 +296,15 @@ class FixedWidth(Fused):
         return self.proj(_attend(q, k, v).reshape(len(x), TOKENS, HEADS * WIDTH))
 
 
+class NotCalled(Apart):
+    """Whose output projection is no layer that runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(2, (-1, WIDTH)).transpose(1, 2)
+                   for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return _attend(q, k, v) @ self.o_proj.weight.t()
+
+
 def _parametrized() -> nn.Module:
     attention = Apart()
     nn.utils.parametrizations.weight_norm(attention.k_proj)
@@ -317,6 +326,7 @@ LEFT_ALONE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "one head of keys": (lambda: Apart(HEADS), "one for all keys"),
     "computed weights": (_parametrized, "parametrization"),
     "shared weights": (_sharing, "shares its weight"),
+    "an output that is not called": (NotCalled, "does not call"),
     "values read elsewhere": (ValuesElsewhere, "something else|cannot follow"),
 }
 
