@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastscore import moves
 
@@ -34,7 +36,9 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         self.model, self.verbose, self.ignored_params = model, False, list[nn.Parameter]()
         self._module2name = {module: name for name, module in model.named_modules()}
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
-        self.module2node = self._trace(model, None, run, output_transform=None)
+        with _FixedSplits() as splits:
+            self.module2node = self._trace(model, None, run, output_transform=None)
+        self._fixed_splits = splits.functions
         self._close_instance_norms()
         self._dims: dict[Any, int] = {}
         self._find_dims()
@@ -76,6 +80,12 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         return ((node.grad_fn._saved_split_size, at) for (node, _), at in places.items()
                 if node.type == OPTYPE.SPLIT and hasattr(node.grad_fn, "_saved_split_size") and self._cuts(node))
 
+    def chunks_others(self, places: Places) -> bool:
+        """Whether channels that are not among `places` are split into equal parts together with those that are."""
+        return any(len(np.unique(at[:, 0])) < node.grad_fn._saved_self_sym_sizes[self._dims[node]]
+                   for (node, _), at in places.items()
+                   if node.type == OPTYPE.SPLIT and hasattr(node.grad_fn, "_saved_split_size") and self._cuts(node))
+
     @property
     def normalized_by(self) -> dict[str, str]:
         """Conv or Linear -> the BatchNorm that alone reads its output."""
@@ -94,7 +104,9 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         reads = node.type in LAYERS and function.__name__ == "prune_in_channels"
         if node.type == OPTYPE.OUTPUT or not (node.outputs or reads):
             return "its channels are the model's output"
-        if (node.type == OPTYPE.SLICE or hasattr(node.grad_fn, "_saved_split_sizes")) and self._cuts(node):
+        fixed = node.type == OPTYPE.SLICE or hasattr(node.grad_fn, "_saved_split_sizes") or (
+            node.type == OPTYPE.SPLIT and any(node.grad_fn is function for function in self._fixed_splits))
+        if fixed and self._cuts(node):
             return f"its channels are cut at places that the model's code fixes ({node.grad_fn.name()})"
         if node.type == OPTYPE.DEPTHWISE_CONV and node.module.in_channels != node.module.out_channels:
             return f"{node.name} adds channels up in fixed sets"
@@ -170,6 +182,20 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
     def _is_traced(self, function: Any) -> bool:
         return function is not None and ("AccumulateGrad" not in function.name() or any(
             function.variable is parameter for parameter, _ in self.unwrapped_parameters))
+
+
+class _FixedSplits(TorchFunctionMode):
+    """Notes the splits into parts of a given width: autograd keeps no difference between them and those of chunk()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in (torch.split, Tensor.split) and output and output[0].grad_fn is not None:
+            self.functions.append(output[0].grad_fn)
+        return output
 
 
 def _shape(node: Any) -> tuple[int, ...]:

@@ -34,6 +34,9 @@ def remove_places(model: nn.Module, places: Places) -> nn.Module:
     """Take `places` out of the layers of `model`, in place; returns it. Its parameters are new objects afterwards."""
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
+    # chosen beforehand: a grouped convolution that has lost inputs can look like a depthwise one
+    surgeons = {name: tp.function.PrunerBox[tp.ops.module2type(model.get_submodule(name))]
+                for name, side in places if side != "heads"}
     for (name, side), index in places.items():
         layer = model.get_submodule(name)
         if side == "heads":
@@ -41,7 +44,7 @@ def remove_places(model: nn.Module, places: Places) -> nn.Module:
             for handle in multihead.stand_in(model, called=()):
                 handle.keep()
             continue
-        surgeon = tp.function.PrunerBox[tp.ops.module2type(layer)]
+        surgeon = surgeons[name]
         (surgeon.prune_in_channels if side == "inputs" else surgeon.prune_out_channels)(layer, index.tolist())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable[name])

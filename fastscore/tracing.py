@@ -1,7 +1,7 @@
 """Finding the channel groups of a model, through Torch-Pruning's dependency graph, and trying them on the model."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +44,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
             blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
             raise ValueError(f"{type(model).__name__}: {blame}: {type(error).__name__}: {error}") from error
         heads, left = attention.find(twin, lambda twin: run(twin, example_inputs))
-        found = _with_heads(twin, _groups(twin, graph, attention.layers(heads)), heads)
+        found = _with_heads(twin, _groups(twin, graph, attention.layers(heads), recording.first_layers), heads)
         strays = trial.strays(recording, found.groups)
     reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
                for group, where in strays.items()}
@@ -58,20 +58,28 @@ def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGr
     return replace(graph, groups=tuple(sorted([*graph.groups, *heads], key=lambda group: order[group.name])))
 
 
-def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set[str]]) -> ChannelGraph:
-    """taken: role -> layers that play it in groups of heads, and in no other."""
+def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set[str]],
+            first_layers: Collection[str]) -> ChannelGraph:
+    """taken: role -> layers that play it in groups of heads, and in no other. first_layers: see _why_not."""
     groups: list[ChannelGroup] = []
     skipped: dict[str, str] = {}
     seen = set(taken["producer"])
+    called_otherwise = set[str]().union(*taken.values())  # by an attention's own function
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     for name, module in model.named_modules():
         node = graph.module2node.get(module)
+        if node is None and tp.ops.module2type(module) in LAYERS and name not in called_otherwise:
+            skipped[name] = "the output does not depend on it"
         if node is None or node.type not in LAYERS or name in seen:
             continue
         places, reason = graph.places_of(node)
         members = [member for key in places if (member := _member(graph, key, places[key])) is not None]
-        seen.update(member.layer for member in members if member.role == "producer")
-        reason = reason or _why_not(model, members, owners) or next(
+        producers = [member.layer for member in members if member.role == "producer"]
+        if reason is None and graph.chunks_others(places):
+            skipped[name] = "its channels are cut into equal parts together with others (SplitBackward0)"
+            continue  # the layer that makes all of them may come yet
+        seen.update(producers)
+        reason = reason or _why_not(model, members, owners, first_layers) or next(
             (f"its channels run into the heads of {member.layer}" for member in members
              if member.layer in taken.get(member.role, ())), None)
         if reason is None:
@@ -79,6 +87,8 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
             unit = _units(model, channels, members, graph.chunks(places))
             if int(unit.max()) > 0:
                 groups.append(ChannelGroup(name, channels, unit, tuple(_first_channel_of_each_index(members))))
+                for layer in producers:
+                    skipped.pop(layer, None)
                 continue
             reason = "all its channels can only be removed together"
         skipped[name] = reason
@@ -97,11 +107,17 @@ def _member(graph: Any, key: tuple[Any, Any], places: np.ndarray) -> Member | No
     return Member(graph._module2name[node.module], role, index.contiguous(), channel.contiguous())
 
 
-def _why_not(model: nn.Module, members: list[Member], owners: Mapping[int, int]) -> str | None:
-    """Why the layers of a group cannot be pruned; None where they can. owners: id of a parameter -> modules with it."""
+def _why_not(model: nn.Module, members: list[Member], owners: Mapping[int, int],
+             first_layers: Collection[str]) -> str | None:
+    """Why the layers of a group cannot be pruned; None where they can.
+
+    owners: id of a parameter -> modules with it. first_layers: those that read what no layer has made.
+    """
     consumers = {member.layer for member in members if member.role == "consumer"}
     if not consumers:
         return "no Conv or Linear reads its channels"
+    for layer_name in sorted(consumers.intersection(first_layers)):
+        return f"{layer_name} is called on the model's input as well"
     for member in members:
         layer = model.get_submodule(member.layer)
         width = _width(layer, member.role)

@@ -5,6 +5,7 @@ whatever else a Conv or Linear makes is held at what it was, and the change may 
 the groups claim for those channels.
 """
 
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -31,9 +32,11 @@ def strays(recording: "Recording", groups: Sequence[ChannelGroup]) -> dict[str, 
 
 
 def _try(recording: "Recording", groups: Sequence[ChannelGroup]) -> str | None:
-    generator = torch.Generator().manual_seed(0)
+    # a generator for each group: what shows among the others shows alone
+    generators = {group.name: torch.Generator().manual_seed(zlib.crc32(group.name.encode())) for group in groups}
     for _ in range(_PAIRS):
-        half = {group.name: torch.rand(len(group.unit), generator=generator)[group.unit] < 0.5 for group in groups}
+        half = {group.name: torch.rand(len(group.unit), generator=generators[group.name])[group.unit] < 0.5
+                for group in groups}
         for side in (half, {name: ~chosen for name, chosen in half.items()}):
             made: dict[str, list[Tensor]] = defaultdict(list)
             read: dict[str, list[Tensor]] = defaultdict(list)
@@ -61,6 +64,7 @@ class Recording:
                                                   if tp.ops.module2type(module) in LAYERS}
         self._inputs: dict[str, list[Tensor | None]] | None = None
         self._output = torch.empty(0)
+        self.first_layers = set[str]()  # those that read what no layer has made, in one call at least
 
     def record(self) -> AbstractContextManager[None]:
         """The model is run once in the block, by whoever it may be, and its layers' outputs are kept."""
@@ -94,6 +98,8 @@ class Recording:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             output: Tensor = type(module).forward(module, *args, **kwargs)
             self._outputs[layer].append(output.detach().clone())
+            if args and not args[0].requires_grad:
+                self.first_layers.add(layer)
             return output
 
         return forward

@@ -80,6 +80,16 @@ class RandomNetwork:
         """Units that some layer reads."""
         return {unit for of_layer in self.consumers.values() for unit in of_layer}
 
+    def near(self, layer: str) -> set[int]:
+        """Units that are made or read by one layer with a unit that `layer` makes, or with one of those, and so on."""
+        found, before = set(self.producers[layer]), 0
+        while before != len(found):
+            before = len(found)
+            for of_layer in [*self.producers.values(), *self.consumers.values()]:
+                if found & set(of_layer):
+                    found |= set(of_layer)
+        return found
+
     def inputs(self, samples: int = 3) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + 1)
         return torch.randn(samples, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
@@ -412,14 +422,14 @@ class _Generator:
         producers: dict[str, list[int]] = {}
         consumers: dict[str, list[int]] = {}
         for step in self.steps:
-            for ties in step.ties:
+            for ties in step.ties if not any(step is other for other in dead) else []:
                 self.tie(*ties)
             for known, labels in ((consumers, step.reads), (producers, step.makes)):
                 if labels is not None:
                     self.tie(known.setdefault(f"layers.{step.layer}", labels), labels)
         fixed = [label for step in self.steps for label in step.fixes]
         if self.seed % 5 == 0:  # what runs to no end
-            fixed += [label for step in dead for label in [*(step.reads or []), *(step.makes or [])]]
+            fixed += [label for step in dead for source in step.sources for label in self.values[source].labels]
 
         def units(labels: list[int]) -> list[int]:
             return [self.unit(label) for label in labels]

@@ -35,7 +35,7 @@ def check_groups(network: RandomNetwork, graph: ChannelGraph) -> None:
         assert not set(units) & network.bound, f"{group.name}: holds channels of the input or the output"
         same = {(group.unit[c].item(), units[c]) for c in range(group.channels)}
         assert len(same) == len(set(units)) == int(group.unit.max()) + 1, f"{group.name}: units differ"
-        claimed: dict[str, dict[int, int]] = {}
+        claimed: dict[str, set[int]] = {}
         for member in group.members:
             if member.role == "channelwise":
                 continue
@@ -43,27 +43,22 @@ def check_groups(network: RandomNetwork, graph: ChannelGraph) -> None:
             for position, channel in zip(member.index.tolist(), member.channel.tolist(), strict=True):
                 assert of_layer[position] == units[channel], f"{group.name}: {member.layer} at {position}"
             if member.role == "consumer":
-                claimed[member.layer] = dict.fromkeys(member.index.tolist(), 1)
+                claimed[member.layer] = set(member.index.tolist())
             else:
                 layers.add(member.layer)
         for layer, of_layer in network.consumers.items():
             for position, unit in enumerate(of_layer):
-                assert unit not in units or position in claimed.get(layer, {}), f"{group.name}: forgets {layer}"
-    assert layers == set(network.producers), "a layer is neither scored nor said to be left alone"
+                known = unit not in units or unit in network.fixed or position in claimed.get(layer, ())
+                assert known, f"{group.name}: forgets {layer}"
+    near_skipped = {unit for layer in graph.skipped for unit in network.near(layer)}
+    for layer, of_layer in network.producers.items():
+        assert layer in layers or near_skipped & set(of_layer), f"{layer} is neither scored nor said to be left alone"
 
 
 def check_left_alone(network: RandomNetwork, graph: ChannelGraph) -> None:
     """What is left alone touches the input, the output or a cut, or has but one unit; or shares a layer with such."""
-    together: list[set[int]] = []
-    for of_layer in [*network.producers.values(), *network.consumers.values()]:
-        linked = set(of_layer)
-        for other in [known for known in together if known & linked]:
-            together.remove(other)
-            linked |= other
-        together.append(linked)
     for layer, reason in graph.skipped.items():
-        units = set(network.producers[layer])
-        near = next(linked for linked in together if units <= linked)
+        units, near = set(network.producers[layer]), network.near(layer)
         hostile = near & (network.fixed | network.bound) or len(units) == 1 or not units & network.read
         assert hostile or "grouped and works on other channels" in reason, f"{layer}: {reason}"
 
@@ -81,13 +76,13 @@ def check_scores(network: RandomNetwork, graph: ChannelGraph, x: Tensor) -> fast
     with scorer:
         (model(x) * v).sum().backward()
     model.zero_grad(set_to_none=True)
+    most = max(float(s.square().max()) for s in exact.values())
     assert list(scores) == list(scorer.scores()) == [group.name for group in graph.groups]
     for group in graph.groups:
         s = torch.stack([exact[unit] if unit in exact else torch.zeros(len(x), dtype=torch.float64)
                          for unit in units_of(network, group)], 1)
         for found, want in ((scores, s.square()), (scorer.scores(), s.abs())):
-            largest = float(want.mean(0).max())
-            torch.testing.assert_close(found[group.name].double(), want.mean(0), rtol=1e-6, atol=1e-9 * largest + 1e-37,
+            torch.testing.assert_close(found[group.name].double(), want.mean(0), rtol=1e-6, atol=1e-9 * most + 1e-37,
                                        msg=lambda text, name=group.name: f"{name}: {text}")
     return scores
 
@@ -136,4 +131,22 @@ def check(network: RandomNetwork) -> None:
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
 def test_network(seed):
+    check(generate(seed))
+
+
+# Each of these was wrong once.
+FAILURES = {
+    39: "split(4) looks like chunk(2) to autograd, but goes on cutting fours from fewer channels",
+    40: "a PReLU with one slope in a concatenation",
+    70: "a chunk in a loop of concatenations, which places went around for ever",
+    169: "an InstanceNorm whose scores are rounding",
+    183: "a grouped convolution that has lost half its inputs looks like a depthwise one",
+    192: "the first layer of a group makes but one of a chunk's halves",
+    203: "channels that move to where others of their half were, which only some halves show",
+    221: "a convolution that is called on the input and on its own output",
+}
+
+
+@pytest.mark.parametrize("seed", FAILURES)
+def test_failures_of_old(seed):
     check(generate(seed))
