@@ -1,7 +1,7 @@
 """Accuracy of a network without its lowest-scored units, for one set of removed units after another."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,14 @@ from fastscore.surgery import remove_channels
 from fastscore.tracing import trace
 
 POINTS = 31
+
+
+def by_group(units: Iterable[tuple[str, int]]) -> dict[str, Tensor]:
+    """(group, channel) pairs -> group -> int64 [R], ascending."""
+    gone: dict[str, list[int]] = {}
+    for name, channel in units:
+        gone.setdefault(name, []).append(channel)
+    return {name: torch.tensor(sorted(channels)) for name, channels in gone.items()}
 
 
 class Evaluator:
@@ -44,7 +52,7 @@ class Evaluator:
         """The units' groups."""
         return (self.gates if self.units == "norms" else self.graph).groups
 
-    def order(self, scores: Scores) -> list[tuple[str, int]]:
+    def order(self, scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
         """(group, channel) of every unit, least important first; the last channel of a structural group stays."""
         rows = [(group.name, scores[group.name]) for group in self.groups if group.name in scores]
         every = torch.cat([values for _, values in rows]).argsort(stable=True).tolist()
@@ -55,9 +63,10 @@ class Evaluator:
         last = {name: channel for name, channel in ordered}
         return [(name, channel) for name, channel in ordered if last[name] != channel]
 
-    def without(self, removed: Mapping[str, Tensor], scores: Scores, compensate: bool) -> nn.Module:
-        """The network without the channels of `removed` (group -> int64 [R])."""
+    def without(self, removed: Mapping[str, Tensor], scores: Mapping[str, Tensor], compensate: bool) -> nn.Module:
+        """The network without the channels of `removed` (group -> int64 [R]); compensate takes fastscore's Scores."""
         model = copy.deepcopy(self.model)
+        assert isinstance(scores, Scores) or not compensate
         if self.units == "groups":
             positions = removed_positions(self.groups, removed)
             added = contributions(self.model, removed_means(self.model, scores, positions), self.example,
@@ -81,7 +90,7 @@ class Evaluator:
                     for x, y in zip(images.split(128), labels.split(128), strict=True))
         return right, len(labels)
 
-    def curve(self, scores: Scores, compensate: bool = False, stride: int = 1) -> list[dict[str, int]]:
+    def curve(self, scores: Mapping[str, Tensor], compensate: bool = False, stride: int = 1) -> list[dict[str, int]]:
         """The paper's curve: P = floor(linspace(0, N/2, 31)) units removed; `right` of `images` at each.
 
         stride: each point is measured on every `stride`th image, from its own first one on: with 31, the points see
@@ -91,11 +100,7 @@ class Evaluator:
         total = sum(group.channels for group in self.groups)
         rows = []
         for point, removed in enumerate(torch.linspace(0, total / 2, POINTS).long().tolist()):
-            gone: dict[str, list[int]] = {}
-            for name, channel in order[:removed]:
-                gone.setdefault(name, []).append(channel)
-            model = self.without({name: torch.tensor(sorted(channels)) for name, channels in gone.items()}, scores,
-                                 compensate)
+            model = self.without(by_group(order[:removed]), scores, compensate)
             right, images = self.right(model, point % stride, stride)
             rows.append({"removed": removed, "total": total, "right": right, "images": images})
         return rows

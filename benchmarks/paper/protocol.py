@@ -8,15 +8,16 @@ import torch
 
 from benchmarks.paper import data, scoring, training
 from benchmarks.paper.evaluation import Evaluator
-from benchmarks.paper.variants import ABLATION, BASELINES, ELEMENT, PAPER, Variant
+from benchmarks.paper.variants import ABLATION, BASELINES, ELEMENT, HELPED, LAYERWISE, PAPER, Variant
 
 FIELDS = ("dataset", "network", "training_seed", "scoring_seed", "samples", "units", "variant", "compensated",
           "removed", "total", "right", "images")
 KEY = FIELDS[:8]
 # what is compared -> (units, variants, with and without compensation)
 EXPERIMENTS: dict[str, tuple[str, tuple[Variant, ...], tuple[bool, ...]]] = {
-    "paper": ("norms", (*PAPER, *ELEMENT), (False,)),
-    "compensation": ("groups", (*ABLATION, *BASELINES), (False, True)),
+    "paper": ("norms", (*PAPER, *ELEMENT, *LAYERWISE), (False,)),
+    "compensation": ("groups", (*ABLATION, *BASELINES, *ELEMENT[1::2], *LAYERWISE), (False, True)),
+    "helped": ("groups", HELPED, (False,)),
 }
 
 
@@ -48,8 +49,9 @@ def curves(job: tuple[Work, list[tuple[Variant, bool]]]) -> list[dict[str, objec
     chosen = order if work.samples == "all" else order[:int(work.samples)]
     chosen = chosen.to(images.train.images.device)
     units, variants, _ = EXPERIMENTS[work.experiment]
+    needed = {variants[0], *(variant for variant, _ in wanted)}  # the first lends its means to those that measure none
     scores = scoring.score_variants(model, data.Images(images.train.images[chosen], images.train.labels[chosen]),
-                                    variants, units, work.scoring_seed)  # all: some lend their means to others
+                                    [variant for variant in variants if variant in needed], units, work.scoring_seed)
     evaluator = Evaluator(model, images.test, units)
     return [dict(zip(KEY, work.key(variant, compensated), strict=True), **row) for variant, compensated in wanted
             for row in evaluator.curve(scores[variant.name], compensated, options.stride)]

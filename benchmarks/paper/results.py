@@ -2,7 +2,7 @@
 
 import csv
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +30,12 @@ class Key(NamedTuple):
 @dataclass(frozen=True)
 class Results:
     """runs: key -> float64 [R, 31], a curve of test accuracies in [0, 1] for each training and scoring seed.
+    seeds: key -> which (training, scoring) seeds these are, ascending.
     removed: (network, units) -> how many units each point is without."""
 
     dataset: str
     runs: Mapping[Key, Tensor]
+    seeds: Mapping[Key, tuple[tuple[str, str], ...]]
     removed: Mapping[tuple[str, str], tuple[int, ...]]
 
     def values(self, field: str, **fixed: object) -> list[Any]:
@@ -55,7 +57,7 @@ def read(path: Path) -> Results:
     complete = {run: points for run, points in curves.items() if len(points) == POINTS}
     if not complete:
         raise ValueError(f"{path}: no curve of {POINTS} points in it; run python -m benchmarks.paper first")
-    return _results(dataset, [(key, points) for (key, _, _), points in complete.items()])
+    return _results(dataset, [(key, seeds, points) for (key, *seeds), points in sorted(complete.items())])
 
 
 def whole_rows(path: Path) -> Iterator[dict[str, str]]:
@@ -77,18 +79,21 @@ def published(dataset: str, network: str) -> Results | None:
     curves: dict[Key, dict[int, float]] = defaultdict(dict)
     for key, removed, accuracy in found:
         curves[key][removed] = accuracy
-    return _results(dataset, list(curves.items())) if found else None
+    return _results(dataset, [(key, ("", ""), points) for key, points in curves.items()]) if found else None
 
 
-def _results(dataset: str, curves: list[tuple[Key, dict[int, float]]]) -> Results:
+def _results(dataset: str, curves: Iterable[tuple[Key, Sequence[str], dict[int, float]]]) -> Results:
     runs: dict[Key, list[list[float]]] = defaultdict(list)
+    seeds: dict[Key, list[tuple[str, str]]] = defaultdict(list)
     removed: dict[tuple[str, str], tuple[int, ...]] = {}
-    for key, points in curves:
+    for key, (training, scoring), points in curves:
         counts = tuple(sorted(points))
         if removed.setdefault((key.network, key.units), counts) != counts:
             raise ValueError(f"{key.network}: curves over different numbers of removed units cannot be averaged")
         runs[key].append([points[count] for count in counts])
-    return Results(dataset, {key: torch.tensor(rows, dtype=torch.float64) for key, rows in runs.items()}, removed)
+        seeds[key].append((training, scoring))
+    return Results(dataset, {key: torch.tensor(rows, dtype=torch.float64) for key, rows in runs.items()},
+                   {key: tuple(rows) for key, rows in seeds.items()}, removed)
 
 
 def table(results: Results, network: str, units: str) -> str:

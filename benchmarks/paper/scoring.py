@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.paper.data import Images
-from benchmarks.paper.variants import Variant
+from benchmarks.paper.helped import torch_pruning_taylor
+from benchmarks.paper.variants import HELPED, Variant
 from fastscore import Scores, gradients
 from fastscore.evaluation import evaluation_copy
 from fastscore.groups import Units
@@ -20,8 +21,18 @@ BATCH = 32  # the paper's, for the molchanov criteria
 
 
 def score_variants(model: nn.Module, images: Images, variants: Iterable[Variant], units: Units,
-                   seed: int = 0) -> dict[str, Scores]:
-    """Variant's name -> scores of `model` on all of `images`, as fastscore.score gives them on batches of 32."""
+                   seed: int = 0) -> dict[str, Mapping[str, Tensor]]:
+    """Variant's name -> importances of `model`'s units on all of `images`, as fastscore.score gives them on batches of
+    32 (Scores), or as Torch-Pruning does (a dict)."""
+    variants = list(variants)
+    helped: dict[str, Mapping[str, Tensor]] = {}
+    for variant in (variant for variant in variants if variant in HELPED):
+        labels = images.labels if variant.gradient == "loss" else None
+        helped[variant.name] = torch_pruning_taylor(model, images.images, labels, BATCH, seed)
+    return helped | _own(model, images, [variant for variant in variants if variant not in HELPED], units, seed)
+
+
+def _own(model: nn.Module, images: Images, variants: Iterable[Variant], units: Units, seed: int) -> dict[str, Scores]:
     twin = evaluation_copy(model).to(memory_format=torch.channels_last)
     graph = trace(twin, images.images[:1])
     families: dict[Measure, dict[Variant, Totals]] = {}
@@ -34,7 +45,7 @@ def score_variants(model: nn.Module, images: Images, variants: Iterable[Variant]
             found[variant.name] = Scores({name: value for name, value in values.items() if value is not None}, origin)
         else:
             origin = Origin(variant.importance, variant.reduction, variant.gradient, variant.normalize, seed, "normal",
-                            "", units, variant.ablation)
+                            "", units, variant.ablation, variant.layerwise)
             totals = Totals(twin, graph, origin)
             families.setdefault(totals.row.measure, {})[variant] = totals
     for family in families.values():
