@@ -39,12 +39,13 @@ def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping
     return {layer: index for layer, parts in positions.items() if len(index := torch.cat(parts))}
 
 
-def check_means(scores: Scores) -> None:
-    """Raise ValueError for scores that have no means to compensate with."""
-    if not scores.means:
+def compensates(compensate: bool | None, scores: Scores) -> bool:
+    """Whether to compensate; None: where the scores hold means. Raises ValueError for True without them."""
+    if compensate and not scores.means:
         raise ValueError(f"compensate: scores by {scores.origin.importance!r} (reduction={scores.origin.reduction!r}) "
                          "hold no mean activations: score with a taylor importance and reduction=\"sum\", or lend them "
                          "those of such scores: dataclasses.replace(scores, means=other.means)")
+    return bool(scores.means) if compensate is None else compensate
 
 
 def removed_means(model: nn.Module, scores: Scores, positions: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from fastscore import multihead
 from fastscore.batches import Batch, Forward, device_of, fork_rng
 from fastscore.batches import forward as call_model
-from fastscore.compensation import channel_dim, check_means, contributions, removed_means, removed_positions
+from fastscore.compensation import channel_dim, compensates, contributions, removed_means, removed_positions
 from fastscore.costs import Costs
 from fastscore.evaluation import evaluation_copy
 from fastscore.groups import Ignore
@@ -23,7 +23,7 @@ from fastscore.selection import Scope, layer_kinds, removal_order, select
 
 @contextmanager
 def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batch, *, scope: Scope = "global",
-         compensate: bool = False, ignore: Ignore = (),
+         compensate: bool | None = None, ignore: Ignore = (),
          forward: Forward = call_model) -> Iterator[Mapping[str, Tensor]]:
     """Within the block, the `fraction` of channels with the lowest scores reads as zero in every consumer.
 
@@ -31,15 +31,14 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
     all channels until surgery); no parameter changes, and the hooks go on leaving. With scores of units="norms" the
     outputs of BatchNorms are set instead, in a copy.
     compensate: add to each consumer's output what the channels gave it on average, as prune(compensate=True) does to
-    its bias; with units="norms", set channels to their means. It takes scores with means: see fastscore.prune.
+    its bias; with units="norms", set channels to their means. None: where the scores hold means; see fastscore.prune.
 
     Yields layer -> removed channels, int64, ascending. Raises ValueError for a fraction outside [0, 1) or out of reach,
     for scores of another model, and for compensate without means.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction: {fraction}; it is the share of channels to mask, 0 <= fraction < 1")
-    if compensate:
-        check_means(scores)
+    compensate = compensates(compensate, scores)
     graph = scored_graph(model, scores, example_inputs, forward, ignore)
     twin = evaluation_copy(model)
     with fork_rng(device_of(twin)):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastscore import recipes
 from fastscore.batches import Batch, Forward, checked, device_of, fork_rng
 from fastscore.batches import forward as call_model
-from fastscore.compensation import add_to_biases, check_means, contributions, removed_means, removed_positions
+from fastscore.compensation import add_to_biases, compensates, contributions, removed_means, removed_positions
 from fastscore.costs import Costs, Unit, total_macs
 from fastscore.evaluation import evaluation_copy
 from fastscore.groups import ChannelGraph, Ignore, norm_gates
@@ -43,7 +43,7 @@ class PruneResult:
 def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: float | None = None,
           params: float | None = None, macs: float | None = None, latency: float | None = None,
           scope: Scope = "global", cost_aware: bool = False, round_to: int | Literal["auto"] = 1,
-          floor: float | Mapping[str, float] = 0.0, compensate: bool = False, ignore: Ignore = (),
+          floor: float | Mapping[str, float] = 0.0, compensate: bool | None = None, ignore: Ignore = (),
           forward: Forward = call_model, inplace: bool = False) -> PruneResult:
     """Remove the least important channels of `model` until a budget holds; returns a new model unless inplace.
 
@@ -59,7 +59,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     floor: the share of each group's channels that stays in any case, or layer -> share (at least one always does).
     compensate: add what the channels gave to their consumers on average to the consumers' biases (see
     fastscore.compensation); consumers without a bias get one, which counts towards params. It takes scores with means:
-    those of a taylor importance, or with means lent by such scores, dataclasses.replace(scores, means=other.means).
+    those of a criterion that reads gradients, or with means lent by such scores, dataclasses.replace(scores,
+    means=other.means). None: where the scores hold means. False: the paper's way, removed channels read as zero.
     ignore: layers (names with `*`, types, modules) to leave alone. example_inputs: a batch that
     `forward(model, batch)` takes, for tracing and counting MACs; convolutions that pad with zeros are compensated at
     its height and width.
@@ -74,8 +75,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     if scores.origin.units != "groups":
         raise ValueError('scores: they are of single BatchNorms (units="norms"), whose channels can be masked but not '
                          'removed: to prune, score with units="groups"')
-    if compensate:
-        check_means(scores)
+    compensate = compensates(compensate, scores)
     graph = scored_graph(model, scores, example_inputs, forward, ignore)
     twin = evaluation_copy(model)
     with fork_rng(device_of(twin)):

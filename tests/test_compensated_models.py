@@ -158,6 +158,24 @@ def test_nothing_removed_is_nothing_changed() -> None:
     assert torch.equal(result.model(x), model(x))
 
 
+# When nobody says whether to
+
+@pytest.mark.parametrize(("options", "holds"), [
+    ({}, True), ({"importance": "molchanov-group"}, True), ({"importance": "magnitude-l2"}, False),
+    ({"importance": "taylor-abs", "reduction": "element"}, False)])
+def test_scores_that_hold_means_compensate(options: dict[str, Any], holds: bool) -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    scores = fastscore.score(model, [x], progress=False, **options)
+    found, said = (fastscore.prune(model, scores, x, channels=0.6, **how) for how in ({}, {"compensate": holds}))
+    assert torch.equal(found.model(x), said.model(x))
+    assert found.report == said.report
+    with torch.no_grad(), fastscore.mask(model, scores, 0.4, x):
+        masked = model(x)
+    torch.testing.assert_close(masked, found.model(x), rtol=1e-10, atol=1e-12)
+    plain = fastscore.prune(model, scores, x, channels=0.6, compensate=False)
+    assert torch.equal(plain.model(x), found.model(x)) != holds
+
+
 # Without the means
 
 def damaged(scores: fastscore.Scores, layer: str, mean: Tensor | None) -> fastscore.Scores:
@@ -184,4 +202,4 @@ def test_means_that_are_missing_or_wrong(change: Callable[..., fastscore.Scores]
                 lambda: fastscore.mask(model, scores, 0.6, x, scope="layer", compensate=True).__enter__()):
         with untouched(model), pytest.raises(error, match=message):
             act()
-    assert fastscore.prune(model, scores, x, channels=0.4).report.channels[1] <= 0.4 * 26  # without compensation
+    assert fastscore.prune(model, scores, x, channels=0.4, compensate=False).report.channels[1] <= 0.4 * 26

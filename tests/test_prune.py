@@ -279,7 +279,7 @@ def test_torchvision(name: str) -> None:
     x = torch.randn(2, 3, 32, 32)
     with untouched(model):
         scores = fastscore.score(model, [x], progress=False)
-        result = fastscore.prune(model, scores, x[:1], macs=0.5)
+        result = fastscore.prune(model, scores, x[:1], macs=0.5, compensate=False)
     assert 0.45 < result.report.macs[1] / result.report.macs[0] <= 0.5
     # consumers of the larger model that read the removed channels as zero compute what the smaller one does
     graph = trace(model, x[:1])

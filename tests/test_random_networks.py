@@ -92,16 +92,16 @@ def check_surgery(network: RandomNetwork, graph: ChannelGraph, scores: fastscore
     budget = {rng.choice(["channels", "macs", "params"]): rng.uniform(0.3, 0.9)}
     with oracles.untouched(network.model):
         try:
-            result = fastscore.prune(network.model, scores, x[:1], **budget)
+            result = fastscore.prune(network.model, scores, x[:1], compensate=False, **budget)
         except ValueError as error:
             if "cannot be reached" not in str(error):
                 raise
-            result = fastscore.prune(network.model, scores, x[:1], channels=1.0)
+            result = fastscore.prune(network.model, scores, x[:1], channels=1.0, compensate=False)
         except RuntimeError as error:
             held = any(set(units_of(network, group)) & network.fixed for group in graph.groups)
             if "its forward depends on a width" not in str(error) or not held:
                 raise
-            result = fastscore.prune(network.model, scores, x[:1], channels=1.0)
+            result = fastscore.prune(network.model, scores, x[:1], channels=1.0, compensate=False)
     gone = {units_of(network, group)[channel] for group in graph.groups if group.name in result.removed
             for channel in result.removed[group.name].tolist()}
     with torch.no_grad():
@@ -111,7 +111,7 @@ def check_surgery(network: RandomNetwork, graph: ChannelGraph, scores: fastscore
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * scale)
     fraction = 1 - result.report.channels[1] / result.report.channels[0]
     with oracles.untouched(network.model), torch.no_grad(), \
-            fastscore.mask(network.model, scores, fraction, x[:1]) as removed:
+            fastscore.mask(network.model, scores, fraction, x[:1], compensate=False) as removed:
         gone = {units_of(network, group)[channel] for group in graph.groups if group.name in removed
                 for channel in removed[group.name].tolist()}
         masked = network.model(x)

@@ -2,9 +2,10 @@
 
     python -m benchmarks.paper.claims benchmarks/results/paper/fashion-mnist.csv
 
-Writes DATASET-claims.md beside what `python -m benchmarks.paper` wrote. A difference is between two curves of the same trained network and the same
-samples, each averaged over its 31 points: mean ± standard deviation over networks trained (and samples drawn) apart,
-in percentage points. Where a claim is about a criterion whatever its gradient, the difference is averaged over these.
+Writes DATASET-claims.md beside what `python -m benchmarks.paper` wrote. A difference is between two curves of the same
+trained network and the same samples, each averaged over its 31 points: mean ± standard deviation over networks trained
+(and samples drawn) apart, in percentage points. Where a claim is about a criterion whatever its gradient, the
+difference is averaged over these.
 """
 
 import argparse

@@ -105,13 +105,13 @@ def whole_torch_pruning(job: Job) -> Callable[[Stopwatch], nn.Module]:
 
 
 def whole_fastscore(job: Job) -> Callable[[Stopwatch], nn.Module]:
-    """fastscore.score and fastscore.prune."""
+    """fastscore.score and fastscore.prune; without compensation, which Torch-Pruning does not have."""
     task = job.task
 
     def run(clock: Stopwatch) -> nn.Module:
         with clock:
             scores = fastscore.score(task.model, task.images.split(job.batch), ignore=task.ignored, progress=False)
-            return fastscore.prune(task.model, scores, task.images[:1], macs=job.macs).model
+            return fastscore.prune(task.model, scores, task.images[:1], macs=job.macs, compensate=False).model
 
     return run
 
@@ -141,7 +141,7 @@ def surgery_fastscore(job: Job) -> Callable[[Stopwatch], nn.Module]:
 
     def run(clock: Stopwatch) -> nn.Module:
         with clock:
-            return fastscore.prune(task.model, scores, task.images[:1], macs=job.macs).model
+            return fastscore.prune(task.model, scores, task.images[:1], macs=job.macs, compensate=False).model
 
     return run
 

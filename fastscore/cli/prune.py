@@ -19,7 +19,7 @@ def add(commands: Commands) -> None:
         "fastscore prune torchvision:mobilenet_v2 --weights DEFAULT --scores scores.safetensors --macs 0.7 "
         "--out small.pt2\n"
         "fastscore prune nets.py:build --checkpoint net.safetensors --images photos --size 64 --params 0.5 "
-        "--compensate --out small.onnx\n"
+        "--out small.onnx\n"
         "fastscore prune torchvision:resnet50 --checkpoint resnet.pth --importance magnitude-l2 --channels 0.8 "
         "--out small.pt")
     options.add_model(command)
@@ -35,8 +35,9 @@ def add(commands: Commands) -> None:
                          help="remaining widths are multiples of N")
     command.add_argument("--floor", type=float, default=0.0, metavar="SHARE",
                          help="share of each layer's channels that stays")
-    command.add_argument("--compensate", action="store_true",
-                         help="add what removed channels gave on average to the biases of the layers that read them")
+    command.add_argument("--compensate", action=argparse.BooleanOptionalAction,
+                         help="add what removed channels gave on average to the biases of the layers that read them "
+                         "(default: where the scores hold that average)")
     command.add_argument("--out", metavar="FILE", required=True,
                          help="the smaller model: .pt2 (torch.export), .onnx, or .pt (the module itself, to fine-tune)")
     options.add_json(command, "the report")
