@@ -172,6 +172,11 @@ def test_heads_are_found(kind: str) -> None:
     assert torch.equal(edge.index, edge.channel)
 
 
+def test_the_embedding_is_left_alone_with_the_reason() -> None:
+    """A LayerNorm over it has other statistics once some of it is gone."""
+    assert "LayerNorm" in trace(_network(Apart), _inputs()).skipped["embed"]
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_scores_are_those_of_a_gate_on_each_head(kind: str) -> None:
     model, x = _network(KINDS[kind][0]), _inputs()
