@@ -18,6 +18,7 @@ from fastscore.selection import Step, take
 # whose neighbour in the removal order is over it.
 TOLERANCE = 0.02
 _ROUNDS, _SECONDS = 9, 0.4  # the least of each for one measurement
+_MOST = 5  # times as many seconds, while the share is not known to within TOLERANCE
 _LEAST = 2e-3  # seconds of a single reading, which repeats short calls
 
 
@@ -25,8 +26,8 @@ def side_by_side(dense: nn.Module, other: nn.Module, example_inputs: Batch, forw
                  patience: int = 1) -> Timing:
     """The time of one call of each of two models, which take turns, on their device as it is now.
 
-    Both run as they are (in evaluation mode, say), without autograd. patience: multiplies the least number of rounds
-    (9) and of seconds (0.4) that are measured.
+    Both run as they are (in evaluation mode, say), without autograd. They go on for at least 9 rounds and 0.4 seconds,
+    then until the share is known to within 0.02, or for 2 seconds. patience: multiplies all of these numbers but 0.02.
     """
     device = device_of(dense)
 
@@ -45,14 +46,19 @@ def side_by_side(dense: nn.Module, other: nn.Module, example_inputs: Batch, forw
         calls = [max(1, round(_LEAST / max(reading(model, 1), 1e-7))) for model in models]
         rows: list[tuple[float, float]] = []
         start = time.perf_counter()
-        while len(rows) < _ROUNDS * patience or time.perf_counter() - start < _SECONDS * patience:
+        while True:
             pair = [0.0, 0.0]
             for which in ((0, 1), (1, 0))[len(rows) % 2]:  # neither always comes first
                 pair[which] = reading(models[which], calls[which])
             rows.append((pair[0], pair[1]))
-    medians = statistics.median(row[0] for row in rows), statistics.median(row[1] for row in rows)
-    low, _, high = statistics.quantiles([row[1] / row[0] for row in rows], n=4)
-    return Timing(medians, (high - low) / 2)
+            seconds = (time.perf_counter() - start) / patience
+            if len(rows) < _ROUNDS * patience or seconds < _SECONDS:
+                continue
+            low, _, high = statistics.quantiles([row[1] / row[0] for row in rows], n=4)
+            uncertainty = 1.57 * (high - low) / len(rows) ** 0.5  # of a median, 95 %: McGill et al. 1978
+            if uncertainty <= TOLERANCE or seconds > _MOST * _SECONDS:
+                break
+    return Timing((statistics.median(row[0] for row in rows), statistics.median(row[1] for row in rows)), uncertainty)
 
 
 def search(macs: list[float], start: int, share: float, measure: Callable[[int, int], float]) -> int:

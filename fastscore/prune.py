@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import Literal
 
 import torch
@@ -38,6 +39,16 @@ class PruneResult:
     removed: Mapping[str, Tensor]
     places: Places
     biased: tuple[str, ...]
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw the channels and MACs of each layer before and after, to an image file.
+
+        Raises ImportError without matplotlib (pip install 'torch-fastscore[plot]'), ValueError for an unknown suffix.
+        """
+        from fastscore import plots
+
+        plots.check(path)
+        plots.pruning(self.report, path)
 
 
 def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: float | None = None,

@@ -20,11 +20,11 @@ class GroupReport:
 class Timing:
     """Medians of the seconds that one call of the dense and of the smaller model took, side by side.
 
-    spread: half the interquartile range of the share, over rounds.
+    uncertainty: of the share, for 95 % of such measurements.
     """
 
     seconds: tuple[float, float]
-    spread: float
+    uncertainty: float
 
     @property
     def share(self) -> float:
@@ -65,8 +65,9 @@ class PruneReport:
         """The report of which dataclasses.asdict and JSON made `data`."""
         groups = (GroupReport(row["layer"], *(_pair(row[unit]) for unit in ("channels", "macs", "params")))
                   for row in data["groups"])
-        candidates = (Candidate(**{**row, "timing": Timing(_pair(row["timing"]["seconds"]), row["timing"]["spread"])})
-                      for row in data["candidates"])
+        timings = (Timing(_pair(row["timing"]["seconds"]), row["timing"]["uncertainty"]) for row in data["candidates"])
+        candidates = (Candidate(**{**row, "timing": timing})
+                      for row, timing in zip(data["candidates"], timings, strict=True))
         return cls(tuple(groups), _pair(data["channels"]), _pair(data["macs"]), _pair(data["params"]), data["skipped"],
                    tuple(candidates))
 
@@ -83,7 +84,7 @@ class PruneReport:
         for tried in self.candidates:
             dense, small = (1e3 * seconds for seconds in tried.timing.seconds)
             lines.append(f"{'chosen' if tried.chosen else 'tried'}: {tried.timing.share:.1%} "
-                         f"(± {tried.timing.spread:.1%}) of the time, {dense:.3g} → {small:.3g} ms, "
+                         f"(± {tried.timing.uncertainty:.1%}) of the time, {dense:.3g} → {small:.3g} ms, "
                          f"with {tried.channels:.1%} of the channels, "
                          f"{tried.macs:.1%} of the MACs")
         lines += [f"{layer}: left alone: {reason}" for layer, reason in self.skipped.items()]

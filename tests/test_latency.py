@@ -179,5 +179,21 @@ def test_by_a_real_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     (chosen,) = (tried for tried in result.report.candidates if tried.chosen)
     assert 0 < chosen.timing.share <= 0.7
     assert 0 < chosen.timing.seconds[1] < chosen.timing.seconds[0]
-    assert chosen.timing.spread >= 0
+    assert chosen.timing.uncertainty >= 0
     assert result.report.channels[1] < result.report.channels[0]
+
+
+def test_a_noisy_machine_is_measured_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two clocks, steady and with noise of 30 %; the second is read until the median is known, or patience ends."""
+    for noise, least, most in ((0.0, 0.4, 0.45), (0.3, 0.45, 2.1)):
+        now, generator = [0.0], random.Random(1)
+
+        def forward(model: nn.Module, x: Tensor, now: list[float] = now, generator: random.Random = generator,
+                    noise: float = noise) -> None:
+            now[0] += 0.005 * generator.uniform(1 - noise, 1 + noise)
+
+        monkeypatch.setattr(latency.time, "perf_counter", lambda now=now: now[0])
+        timing = latency.side_by_side(nn.Identity(), nn.Identity(), torch.ones(1), forward)
+        assert least <= now[0] - 0.03 <= most
+        assert timing.uncertainty < 2 * TOLERANCE + noise / 3
+        assert timing.share == pytest.approx(1, abs=noise / 3 + 1e-9)

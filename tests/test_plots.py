@@ -1,6 +1,7 @@
 """Plots: what they show, read back from the SVG that matplotlib writes."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 import fastscore
 from fastscore import plots
+from fastscore.prune_report import Candidate, Timing
 
 
 def drawn(scores, path):
@@ -67,3 +69,33 @@ def test_the_cut_is_the_one_that_a_mask_makes(tmp_path):
     with pytest.raises(ValueError, match=r"fraction: 1\.5"):
         scores.plot(tmp_path / "t.svg", fraction=1.5)
     assert not (tmp_path / "t.svg").exists()
+
+
+def test_a_pruned_model_plots_its_layers_and_its_curve(tmp_path):
+    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(2)
+    result = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, macs=0.5)
+    result.plot(tmp_path / "p.png")
+    size = Image.open(tmp_path / "p.png").size
+    result.plot(tmp_path / "p.svg")
+    svg = (tmp_path / "p.svg").read_text()
+    report = result.report
+    for text in (*(row.layer for row in report.groups), "before", "after",
+                 f"channels: {report.channels[1]:,} of 26 remain", f"of {report.macs[0]:,} remain"):
+        assert text in svg
+    tried = Candidate(0.5, 0.5, 0.5, Timing((2e-3, 1e-3), 0.1), True)
+    plots.pruning(replace(report, candidates=(replace(tried, macs=0.9, chosen=False), tried)), tmp_path / "c.png")
+    assert Image.open(tmp_path / "c.png").size[1] > size[1]
+    with pytest.raises(ValueError, match=r"a plot's suffix is one of"):
+        result.plot(tmp_path / "p.txt")
+
+
+def test_bars_are_as_high_as_layers_are_wide(tmp_path, monkeypatch):
+    """Read back from what matplotlib is asked to draw."""
+    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(2)
+    result = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=0.5)
+    drawing = plots.figure()
+    monkeypatch.setattr(plots, "figure", lambda *size: drawing)
+    result.plot(tmp_path / "p.png")
+    for axes, unit in zip(drawing.axes, ("channels", "macs"), strict=True):
+        heights = [bar.get_height() for bar in axes.patches]
+        assert heights == [getattr(row, unit)[side] for side in (0, 1) for row in result.report.groups]
