@@ -29,16 +29,20 @@ def observe(twin: nn.Module, taps: Taps, example: Batch, run: Forward) -> Seen:
     dims: dict[str, set[int]] = {}
     upsampled: dict[str, list[tuple[Tensor, Tensor]]] = {}  # up-sampling -> its (input, output) in each call
     reads: dict[str, list[Tensor]] = {}
+    repeating = {name for name, module in twin.named_modules() if _repeats(module)}
 
-    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if name in taps.places:
                 x = output if taps.places[name].output else args[0]
                 shapes.setdefault(name, []).append(tuple(x.shape))
             if isinstance(module, nn.Linear):
                 dims.setdefault(name, set()).add(output.dim())
-            if _repeats(module):
+            if name in repeating:
+                if not output.requires_grad:  # before the first tap: autograd is to count its readers
+                    output = output.detach().requires_grad_().clone()
                 upsampled.setdefault(name, []).append((args[0], output))
+            return output
 
         return hook
 
@@ -46,7 +50,7 @@ def observe(twin: nn.Module, taps: Taps, example: Batch, run: Forward) -> Seen:
         return lambda module, args: reads.setdefault(name, []).extend(args[:1])
 
     handles = [module.register_forward_hook(look(name)) for name, module in twin.named_modules()]
-    if any(_repeats(module) for module in twin.modules()):
+    if repeating:
         handles += [twin.get_submodule(layer).register_forward_pre_hook(note(layer)) for layer in taps.places]
     try:
         with taps, taps.joined(example):
@@ -72,7 +76,7 @@ def _repeats(module: nn.Module) -> bool:
 
 
 def _readers(output: Tensor, x: Tensor) -> int:
-    """How many operations behind `output` read `x`; 0 where autograd does not know."""
+    """How many operations behind `output` read `x`."""
     count, work, seen = 0, [output.grad_fn], {output.grad_fn}
     while work:
         node = work.pop()

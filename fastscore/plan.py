@@ -67,6 +67,10 @@ def prepare(twin: nn.Module, taps: Taps, normalized_by: Mapping[str, str], examp
     """
     run = checked(forward)
     seen = observe(twin, taps, example, run)
+    dtype = PRECISIONS[precision] if precision else seen.output.dtype
+    widened = torch.finfo(dtype).bits > torch.finfo(seen.output.dtype).bits
+    if precision and widened:  # folded weights are rounded once, to the finer of the two
+        cast(twin, dtype)
     # a filter's own gradient is read from filters as they are: folding changes them
     folding = Folding(twin, {} if taps.weights else normalized_by, seen.flat)
     channels_last = any(isinstance(module, nn.Conv2d) for module in twin.modules())
@@ -79,11 +83,11 @@ def prepare(twin: nn.Module, taps: Taps, normalized_by: Mapping[str, str], examp
         torch.manual_seed(0)  # whatever is drawn, is drawn again
         with torch.no_grad():
             output = run(twin, arrange(example))
-        if not _close(output, seen.output):
+        if not _close(output.to(seen.output.dtype), seen.output):
             folding.undo("the model's output was another one afterwards")
-    dtype = PRECISIONS[precision] if precision else seen.output.dtype
-    if precision:
+    if precision and not widened:
         cast(twin, dtype)
+    if precision:
         check_runs(twin, arrange(example), run, precision)
     if compiled:
         compile_tapped(twin, taps, seen.shapes, dtype)
