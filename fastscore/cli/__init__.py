@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastscore.cli import demo, info, prune, report, score
 from fastscore.cli.options import Parser
+from fastscore.distributed import LostError
 
 EXAMPLES = """examples:
   fastscore demo
@@ -15,13 +16,14 @@ EXAMPLES = """examples:
   fastscore prune torchvision:mobilenet_v2 --weights DEFAULT --scores scores.safetensors --macs 0.7 --out small.pt2
   fastscore COMMAND --help has more of each
 
-exit codes: 0 done, 1 an error in the model or in fastscore (with a traceback), 2 input that cannot be used,
-130 interrupted
+exit codes: 0 done, 1 an error in the model or in fastscore (with a traceback) or in another process, 2 input that
+cannot be used, 130 interrupted
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0; 2 for input that cannot be used (one line on stderr); 130 after ^C.
+    """Run one command and return its exit code: 0; 2 for input that cannot be used, 1 where another process was lost
+    (one line on stderr); 130 when interrupted.
 
     What fastscore did not raise itself (an error inside the user's model, say) keeps its traceback; Python's own exit
     code is then 1.
@@ -29,14 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, TypeError, FloatingPointError, ImportError, OSError) as error:
+    except (ValueError, TypeError, FloatingPointError, ImportError, OSError, LostError) as error:
         if not _raised_here(error):
             raise
         text = "; ".join(line.strip() for line in str(error).splitlines())
         print(f"fastscore: error: {text}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"\nfastscore: interrupted{': ' if stop.args else ''}{stop}", file=sys.stderr)
+        return 1 if isinstance(error, LostError) else 2
+    except KeyboardInterrupt:
+        print("fastscore: interrupted", file=sys.stderr)
         return 130
     return 0
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastscore
-from fastscore import images, models
+from fastscore import distributed, images, models
 from fastscore.gradients import DISTRIBUTIONS
 from fastscore.importance import LAYERWISE, NAMES, WEIGHT_IMPORTANCES
 from fastscore.scores import Scores
@@ -101,7 +101,7 @@ def device(arguments: argparse.Namespace) -> torch.device:
     """--device, or the GPU where there is one. Raises ValueError for one that cannot be used."""
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=distributed.own_device(torch.device(name))).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {name} cannot be used: {str(error).splitlines()[0]}") from error
 
@@ -118,7 +118,7 @@ def scored(model: nn.Module, arguments: argparse.Namespace, prepare: images.Prep
     """
     if arguments.importance in WEIGHT_IMPORTANCES:
         return fastscore.score(model, [example(arguments, prepare)], importance=arguments.importance,
-                               seed=arguments.seed, layerwise=arguments.layerwise, ignore=arguments.ignore)
+                               seed=arguments.seed, layerwise=arguments.layerwise, ignore=arguments.ignore, **how)
     if arguments.images is None:
         raise ValueError(f"images: {arguments.importance} needs a folder of them; give --images FOLDER")
     paths = images.find(arguments.images, arguments.samples, arguments.seed)

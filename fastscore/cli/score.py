@@ -1,12 +1,21 @@
 """fastscore score."""
 
 import argparse
+import glob
+import itertools
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
 
-from fastscore import plots
+from fastscore import distributed, plots
 from fastscore.cli import options
 from fastscore.cli.options import Commands, add_command
+from fastscore.importance import WEIGHT_IMPORTANCES
+from fastscore.runs import Checkpoint
 
 
 def add(commands: Commands) -> None:
@@ -17,22 +26,36 @@ def add(commands: Commands) -> None:
         "fastscore score torchvision:mobilenet_v2 --weights DEFAULT --images photos --out scores.safetensors\n"
         "fastscore score nets.py:build --checkpoint net.safetensors --images photos --size 64 --plot scores.png\n"
         "fastscore score torchvision:resnet50 --checkpoint resnet.pth --images photos --samples auto --json\n"
-        "fastscore score torchvision:resnet50 --checkpoint resnet.pth --images photos --probes 4 "
-        "--distribution orthogonal")
+        "fastscore score torchvision:resnet50 --checkpoint resnet.pth --images photos --resume run.ckpt --out s\n"
+        "torchrun --nproc-per-node 4 -m fastscore score torchvision:resnet50 --checkpoint resnet.pth --images photos "
+        "--out s")
     options.add_model(command)
     options.add_scoring(command, command)
+    long = command.add_argument_group("long runs")
+    long.add_argument("--resume", metavar="FILE", help="keep the run in FILE; the same command goes on from there, "
+                      "after whatever stopped it, to the same scores")
+    long.add_argument("--fixed-order", action="store_true",
+                      help="add up in an order that does not depend on the number of processes (64 at most)")
+    long.add_argument("--timeout", type=options.positive, default=30, metavar="MINUTES",
+                      help="that one process waits for another (default: %(default)s)")
     command.add_argument("--out", metavar="FILE", help="write the scores: a safetensors file, for prune --scores")
     command.add_argument("--plot", metavar="PNG", help="draw each layer's scores")
     options.add_json(command, "the scores")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Score, print, write."""
-    options.check_folder(arguments.out, arguments.plot)
+    """Score, print, write; of several processes, the first prints and writes."""
+    options.check_folder(arguments.out, arguments.plot, arguments.resume)
     if arguments.plot is not None:
         plots.check(arguments.plot)
     prepare = options.preprocessing(arguments)
-    scores = options.scored(options.model(arguments), arguments, prepare)
+    rank, _ = distributed.place()
+    with distributed.group(options.device(arguments), timedelta(minutes=arguments.timeout)) as group, \
+            _kept(arguments) as checkpoint:
+        scores = options.scored(options.model(arguments), arguments, prepare, checkpoint=checkpoint, group=group,
+                                fixed_order=arguments.fixed_order)
+    if rank > 0:
+        return
     print(json.dumps({"origin": asdict(scores.origin), "samples": scores.samples, "skipped": dict(scores.skipped),
                       "scores": {layer: values.tolist() for layer, values in scores.items()}})
           if arguments.json else scores)
@@ -41,3 +64,29 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         scores.plot(arguments.plot)
     options.wrote(arguments.out, arguments.plot)
+
+
+@contextmanager
+def _kept(arguments: argparse.Namespace) -> Iterator[Checkpoint | None]:
+    """Where the run is kept; a run that is not, is kept when it is stopped. Says how to go on from there."""
+    if arguments.importance in WEIGHT_IMPORTANCES:
+        yield None if arguments.resume is None else Checkpoint(arguments.resume)
+        return
+    stem = arguments.out or "fastscore"
+    free = next(name for number in itertools.count(1)
+                if not Path(name := f"{stem}{f'-{number}' if number > 1 else ''}.ckpt").exists())
+    checkpoint = Checkpoint(free, only_when_stopped=True) if arguments.resume is None else Checkpoint(arguments.resume)
+
+    def written() -> dict[Path, int]:  # one file, or one for each process
+        place = Path(checkpoint.path)
+        return {path: path.stat().st_mtime_ns for path in place.parent.glob(f"{glob.escape(place.name)}*")}
+
+    before = written()
+    try:
+        yield checkpoint
+    except BaseException:
+        if written() != before:
+            again = "the same command" + (f" with --resume {checkpoint.path}" if arguments.resume is None else "")
+            print(f"fastscore: what was scored is kept in {checkpoint.path}; {again} goes on from there",
+                  file=sys.stderr)
+        raise
