@@ -52,16 +52,18 @@ def group(device: torch.device, timeout: timedelta) -> Iterator[distributed.Proc
     place()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    lost = False
     try:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
         yield distributed.group.WORLD
     except RuntimeError as error:  # of gloo or NCCL, which have no class of their own in common
-        if not _lost(error):
+        lost = _lost(error)
+        if not lost:
             raise
         raise LostError(f"another process has ended, or has not answered within {timeout}; what it said is the reason "
                         f"({str(error).splitlines()[0]})") from error
     finally:
-        if distributed.is_initialized():
+        if not lost and distributed.is_initialized():  # with a process lost, gloo would abort this one, too
             distributed.destroy_process_group()
 
 

@@ -24,6 +24,7 @@ from fastscore.scorer import Gradient
 from fastscore.scores import Origin, Scores
 from fastscore.totals import Totals, scored
 from fastscore.tracing import trace
+from fastscore.wrappers import unwrapped
 
 # samples="auto": at least so many, until the halves agree on this share of the fraction that each would prune
 AUTO_LEAST, AUTO_FRACTION, AUTO_OVERLAP = 32, 0.3, 0.95
@@ -39,7 +40,8 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
           progress: bool = True) -> Scores:
     """Score every channel of `model` on `batches`, without labels unless gradient="loss".
 
-    The work is done on a copy of the model, in evaluation mode with frozen weights.
+    The work is done on a copy of the model, in evaluation mode with frozen weights; of one in DistributedDataParallel,
+    on the model inside.
 
     batches: tensors [N, ...], tuples (the first element is the input) or dicts (keyword arguments); moved to the
     model's device.
@@ -85,6 +87,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
     check(origin, samples, checkpoint=checkpoint, group=group, fixed_order=fixed_order)
     if isinstance(samples, int) and isinstance(batches, Skippable):
         batches = batches.first(samples)
+    model = unwrapped(model)
     ignore = matching_layers(model, ignore)
     with fork_rng(device_of(model)), torch.inference_mode(False), torch.enable_grad():
         twin = evaluation_copy(model)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastscore import multihead
 from fastscore.batches import Batch, map_tensors
+from fastscore.wrappers import check_whole
 
 # exact types: a subclass may do anything
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -19,7 +20,11 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def evaluation_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` in evaluation mode with frozen parameters, which share their memory with the model's own."""
+    """A copy of `model` in evaluation mode with frozen parameters, which share their memory with the model's own.
+
+    Raises ValueError for a model whose parameters are sharded.
+    """
+    check_whole(model)
     shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
                               for parameter in model.parameters()}
     for module in model.modules():  # weight_norm keeps the weight that it computes anew in each pass

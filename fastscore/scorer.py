@@ -16,6 +16,7 @@ from fastscore.passes import ForwardPass
 from fastscore.scores import Origin, Scores
 from fastscore.totals import Totals
 from fastscore.tracing import trace
+from fastscore.wrappers import unwrapped
 
 Gradient = Literal["loss", "random"]
 
@@ -28,7 +29,8 @@ class Scorer:
     With gradient="loss" it reads the backward passes of the loop, whose own gradients stay bit for bit what they were;
     with gradient="random" it reads `probe(output)` alone, and the loop's backward passes are not measured.
 
-    model: any module; its hooks are set while the scorer is attached (`with scorer:`, or attach() and detach()).
+    model: any module (of DistributedDataParallel, the one inside); its hooks are set while the scorer is attached
+    (`with scorer:`, or attach() and detach()).
     example_inputs: a batch the model can run on, to trace its channel groups with (on a copy), or the ChannelGraph
     itself, where it is known.
     importance: "taylor", "taylor-abs", "taylor-sq", "molchanov-bn", "molchanov-group". units, reduction, ablation,
@@ -65,6 +67,7 @@ class Scorer:
                              "gradient itself")
         origin = Origin(importance, reduction, gradient, normalize, seed, distribution, "", units, ablation, layerwise,
                         center)
+        model = unwrapped(model)
         self._outputs = batches.chosen(output)
         graph = example_inputs if isinstance(example_inputs, ChannelGraph) else \
             trace(model, example_inputs, batches.checked(forward, self._outputs))
