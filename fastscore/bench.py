@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,21 +27,21 @@ def kernels(device: torch.device, seconds: float = 3.0, clock: Clock = time.perf
     torch.dot reads as many bytes of the same dtype in one piece: what the memory gives. Medians of interleaved rounds,
     as many as fit into `seconds` for all rows together, three at least.
     """
-    def flat(x: Tensor) -> Tensor:  # as it lies in memory
-        return x.as_strided((x.numel(),), (1,))
-
     rows = []
     for dtype in DTYPES:
         for layout, memory_format in LAYOUTS.items():
             a, g = (torch.randn(SHAPE, device=device).to(dtype, memory_format=memory_format) for _ in range(2))
-            took = _medians({"fastscore": lambda a=a, g=g: ops.channel_dot(a, g),
-                             "eager": lambda a=a, g=g: (a * g).sum((2, 3)),
-                             "dot": lambda a=flat(a), g=flat(g): torch.dot(a, g)},
-                            device, seconds / (len(DTYPES) * len(LAYOUTS)), clock)
+            calls = {"fastscore": partial(ops.channel_dot, a, g), "eager": partial(_eager, a, g),
+                     "dot": partial(torch.dot, *(x.as_strided((x.numel(),), (1,)) for x in (a, g)))}
+            took = _medians(calls, device, seconds / (len(DTYPES) * len(LAYOUTS)), clock)
             read = 2 * a.numel() * a.element_size() / 1e9
             rows.append({"dtype": str(dtype).removeprefix("torch."), "layout": layout,
                          **{name: read / each for name, each in took.items()}})
     return rows
+
+
+def _eager(a: Tensor, g: Tensor) -> Tensor:
+    return (a * g).sum((2, 3))
 
 
 def passes(model: nn.Module, batch: Tensor, clock: Clock = time.perf_counter) -> dict[str, float]:

@@ -15,6 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fastscore.pruned_files import save_pruned
+
 # What training loops and wrappers put around a state dict, and in front of its keys.
 _ENVELOPES = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -89,7 +91,8 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Tensor]:
 
 
 def save(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) -> None:
-    """Write `model` in evaluation mode: .pt2 (torch.export) and .onnx, which take any batch size, or .pt, the module.
+    """Write `model` in evaluation mode: .safetensors, for fastscore.load_pruned, where prune() has made it; .pt2
+    (torch.export) and .onnx, which take any batch size; or .pt, the module itself, as a pickle.
 
     example_inputs: [N, ...] with N >= 2, which tells the exporters that N is free. Raises ValueError for another
     suffix, ImportError for ONNX without its packages.
@@ -98,6 +101,9 @@ def save(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) ->
     model = model.eval()
     if suffix == ".pt":
         torch.save(model, path)
+        return
+    if suffix == ".safetensors":
+        save_pruned(model, path)
         return
     free = ({0: torch.export.Dim("batch")},)
     if suffix == ".pt2":
@@ -115,8 +121,9 @@ def save(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) ->
 def check_suffix(path: str | PathLike[str]) -> str:
     """The suffix of a model file that `save` can write. Raises ValueError for any other."""
     suffix = Path(path).suffix
-    if suffix not in (".pt2", ".onnx", ".pt"):
-        raise ValueError(f"out: {path}: its suffix must be .pt2 (torch.export), .onnx or .pt (the module itself)")
+    if suffix not in (".safetensors", ".pt2", ".onnx", ".pt"):
+        raise ValueError(f"out: {path}: its suffix must be .safetensors (weights and a recipe), .pt2 (torch.export), "
+                         ".onnx or .pt (the module itself, as a pickle)")
     return suffix
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastscore.cli import demo, info, prune, report, score
+from fastscore.cli import bench, demo, info, prune, report, score
 from fastscore.cli.options import Parser
 from fastscore.distributed import LostError
 
@@ -57,6 +57,6 @@ def parser() -> Parser:
                  description="Which channels of a trained network matter, without labels, and a smaller network "
                  "without the rest.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, score, prune, report, info):
+    for command in (demo, score, prune, report, bench, info):
         command.add(commands)
     return top

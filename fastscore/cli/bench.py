@@ -13,8 +13,8 @@ def add(commands: Commands) -> None:
     """The command and its options."""
     command = add_command(
         commands, "bench", run, "how fast this machine is: the kernels, and the scoring of a model",
-        "Measure how many bytes the kernels read in a second here, beside what the memory gives; and, for a model, what\n"
-        "scoring a batch costs beside training on it.",
+        "Measure how many bytes the kernels read in a second here, beside what the memory gives;\n"
+        "for a model, also what scoring a batch costs beside training on it.",
         "fastscore bench\n"
         "fastscore bench torchvision:resnet50 --batch-size 8\n"
         "fastscore bench nets.py:build --size 64 --device cpu --json")

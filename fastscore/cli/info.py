@@ -3,20 +3,32 @@
 import argparse
 import json
 
-from fastscore.cli.options import Commands, add_command, add_json
+import fastscore
+from fastscore.cli import options
+from fastscore.cli.options import Commands, add_command
 
 
 def add(commands: Commands) -> None:
     """The command and its options."""
-    command = add_command(commands, "info", run, "versions, and the backends of the kernels on this machine",
-                          "Versions, and which kernels serve which device on this machine, or why they do not.",
-                          "fastscore info\nfastscore info --json")
-    add_json(command, "the facts")
+    command = add_command(
+        commands, "info", run, "what is installed here, and what scoring a model will do",
+        "Versions, and which kernels serve which device on this machine, or why they do not.\n"
+        "For a model: what is made of it to score it, layer by layer.",
+        "fastscore info\nfastscore info --json\nfastscore info torchvision:resnet18")
+    options.add_model(command, optional=True)
+    options.add_pixels(command)
+    command.set_defaults(seed=0)
+    options.add_json(command, "the facts")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print what is installed."""
+    """Print what is installed, or a model's plan."""
     from fastscore import info
 
-    facts = info.facts()
-    print(json.dumps(facts) if arguments.json else info.table(facts))
+    if arguments.model is None:
+        facts = info.facts()
+        print(json.dumps(facts) if arguments.json else info.table(facts))
+        return
+    prepare = options.preprocessing(arguments)
+    scores = fastscore.score(options.model(arguments), [options.example(arguments, prepare)], progress=False)
+    print(json.dumps({"plan": str(scores.plan), "skipped": dict(scores.skipped)}) if arguments.json else scores.plan)

@@ -13,6 +13,7 @@ import fastscore
 from fastscore import distributed, images, models
 from fastscore.gradients import DISTRIBUTIONS
 from fastscore.importance import LAYERWISE, NAMES, WEIGHT_IMPORTANCES
+from fastscore.precision import PRECISIONS
 from fastscore.scores import Scores
 
 # A random gradient has mean zero, and with it the signed `taylor`: only noise would remain.
@@ -44,11 +45,12 @@ def add_json(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("--json", action="store_true", help=f"print {what} as JSON instead of a table")
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
+def add_model(command: argparse.ArgumentParser, optional: bool = False) -> None:
     """Which model, which weights, which device."""
     model = command.add_argument_group("model")
-    model.add_argument("model", metavar="MODEL", help="torchvision:NAME, or module:function for a function that "
-                       "returns a torch.nn.Module (the module is a name on the Python path or a .py file)")
+    model.add_argument("model", metavar="MODEL", nargs="?" if optional else None,
+                       help="torchvision:NAME, or module:function for a function that returns a torch.nn.Module (the "
+                       "module is a name on the Python path or a .py file)")
     weights = model.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", metavar="FILE", help="state dict: safetensors, or torch.save")
     weights.add_argument("--weights", metavar="NAME", help="torchvision's weights, e.g. DEFAULT (downloaded)")
@@ -82,6 +84,13 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
     scoring.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
     scoring.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="LAYER",
                          help="layers to leave alone, by name; * and ? are wildcards")
+    scoring.add_argument("--precision", choices=PRECISIONS, help="that the passes run in (default: the model's)")
+    scoring.add_argument("--compile", action="store_true", help="run the passes through torch.compile")
+    add_pixels(command)
+
+
+def add_pixels(command: argparse.ArgumentParser) -> None:
+    """What becomes of an image before the model sees it."""
     pixels = command.add_argument_group("preprocessing (default: that of torchvision's weights)")
     pixels.add_argument("--size", type=positive, metavar="PIXELS", help="of the square that the model sees")
     pixels.add_argument("--mean", type=float, nargs="+", metavar="X", help="3 numbers, or 1 for grey images")
@@ -126,7 +135,7 @@ def scored(model: nn.Module, arguments: argparse.Namespace, prepare: images.Prep
     return fastscore.score(model, images.batches(paths, prepare, arguments.batch_size), samples=samples,
                            **{name: getattr(arguments, name) for name in
                               ("importance", "reduction", "ablation", "layerwise", "probes", "distribution", "center",
-                               "normalize", "seed", "ignore")}, **how)
+                               "normalize", "seed", "ignore", "precision", "compile")}, **how)
 
 
 def example(arguments: argparse.Namespace, prepare: images.Preprocessing) -> Tensor:
