@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 from fastscore import gradients
+from fastscore.activation_checkpoints import without_checkpoints
 from fastscore.batches import Batch, Forward, device_of, first_tensor, fork_rng, map_tensors
 from fastscore.batches import forward as call_model
 from fastscore.evaluation import evaluation_copy
@@ -89,7 +90,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         batches = batches.first(samples)
     model = unwrapped(model)
     ignore = matching_layers(model, ignore)
-    with fork_rng(device_of(model)), torch.inference_mode(False), torch.enable_grad():
+    with fork_rng(device_of(model)), torch.inference_mode(False), torch.enable_grad(), without_checkpoints():
         twin = evaluation_copy(model)
         on_device = partial(_on_device, device=device_of(twin), samples=samples if isinstance(samples, int) else None)
         stream = on_device(batches[:1] if isinstance(batches, Skippable) else batches)

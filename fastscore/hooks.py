@@ -7,7 +7,7 @@ from torch import nn
 
 
 class OwnHook:
-    """A hook that can be told from the user's, and that a copy of the model shares with it."""
+    """A hook that can be told from the user's, that a copy of the model shares, and that a pickled one does without."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -17,6 +17,13 @@ class OwnHook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OwnHook":
         return self  # a copied model (an EMA, say) carries the hooks along; they know their own modules and stay quiet
+
+    def __reduce__(self) -> tuple[type["OwnHook"], tuple[Callable[..., None]]]:
+        return OwnHook, (_nothing,)
+
+
+def _nothing(*args: Any) -> None:
+    """What hooks do in a model that was pickled."""
 
 
 def remove_copied_hooks(model: nn.Module) -> None:

@@ -151,9 +151,6 @@ class Taps:
             found = torch.autograd.grad(output, [*(gate for _, gate in gates), *self.weights.values()], gradient,
                                         retain_graph=not last, allow_unused=True)
         except RuntimeError as error:
-            if "Checkpointing is not compatible" in str(error):
-                raise RuntimeError("output: a part of the model is checkpointed in a way that takes backward() alone: "
-                                   "use checkpoint(..., use_reentrant=False)") from error
             if "donated buffers" in str(error):
                 raise RuntimeError("output: torch.compile has let go of what another backward pass would need: set "
                                    "torch._functorch.config.donated_buffer = False before the model first runs, or "

@@ -192,7 +192,8 @@ class Totals:
         layer = self.nonfinite if not self.samples else self.nonfinite_layer()
         if layer is not None:
             raise FloatingPointError(f"{layer}: NaN or infinity in its activations or gradients")
-        missed = {group.name: f"no backward pass came to {layer}, which reads its channels" for group
+        missed = {group.name: f"no backward pass came to {layer}, which reads its channels: it runs under no_grad, "
+                  "in a checkpoint(use_reentrant=True) that probes cannot pass, or without a loss" for group
                   in self._graph.groups for layer in sorted({edge.layer for edge in group.edges} - self._reached)[:1]}
         totals = {name: total.cpu() for name, total in self._totals.items() if name not in missed}
         if not totals:

@@ -11,6 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore import attention, batches, dependencies, trial
+from fastscore.activation_checkpoints import without_checkpoints
 from fastscore.dependencies import CHANNELWISE, LAYERS
 from fastscore.evaluation import evaluation_copy
 from fastscore.groups import ChannelGraph, ChannelGroup, Member, Role
@@ -34,7 +35,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         return output
 
     recording = trial.Recording(twin, lambda twin: run(twin, example_inputs))
-    with torch.enable_grad(), batches.fork_rng(batches.device_of(model)):
+    with torch.enable_grad(), without_checkpoints(), batches.fork_rng(batches.device_of(model)):
         try:
             with recording.record():
                 graph.build(twin, lambda twin, _: run(twin, example_inputs))
