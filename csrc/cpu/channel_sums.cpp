@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cstring>
 #include <memory>
 
 #include "arguments.h"
@@ -65,6 +66,11 @@ std::array<Tensor, Count> reduce(const Tensor& a, const Tensor& g, int64_t chann
   const int64_t shape[] = {plan.sample.size, plan.channel.size};
   std::array<Tensor, Count> sums = new_outputs<Count>(shape, 2, dtype);
   if (shape[0] == 0 || shape[1] == 0) return sums;
+  if (plan.positions.count() == 0) {  // and perhaps no memory behind the operands
+    const size_t bytes = shape[0] * shape[1] * (dtype == Dtype::float64 ? 8 : 4);
+    for (Tensor& sum : sums) memset(sum.mutable_data_ptr(), 0, bytes);
+    return sums;
+  }
   plan.a = a.const_data_ptr();
   plan.g = g.const_data_ptr();
   for (int k = 0; k < Count; ++k) plan.sums[k] = sums[k].mutable_data_ptr();

@@ -202,9 +202,6 @@ void columns(const Plan& plan, const Item<T, Reducer>& item) {
     stride.g = 0;
   }
   bool first = true;
-  if (item.begin == item.end) {
-    for (int k = 0; k < Reducer::kSums; ++k) memset(item.sums[k], 0, item.channels * sizeof(Sum<T>));
-  }
   plan.positions.runs(item.begin, item.end, [&](int64_t offset_a, int64_t offset_g, int64_t length) {
     const T* a = item.a + offset_a;
     const T* g = channels_g + offset_g;

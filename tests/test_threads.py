@@ -1,0 +1,101 @@
+"""Scoring from several Python threads at once."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import oracles
+import torch
+from networks import NETWORKS
+
+import fastscore
+from fastscore import Scorer, ops
+from fastscore.ops import reference
+
+THREADS = 4
+
+
+def at_once(jobs: list[Callable[[], object]]) -> list[object]:
+    """What the jobs return, begun at the same moment, each in a thread of its own."""
+    start = threading.Barrier(len(jobs))
+
+    def run(job: Callable[[], object]) -> object:
+        start.wait()
+        return job()
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return list(pool.map(run, jobs))
+
+
+def test_ops():
+    generator = torch.Generator().manual_seed(0)
+    operands = [[torch.randn(8, 16, 14, 14, generator=generator) for _ in range(2)] for _ in range(THREADS)]
+    want = [ops.channel_sums(*pair) for pair in operands]
+    for _ in range(20):
+        found = at_once([lambda pair=pair: ops.channel_sums(*pair) for pair in operands])
+        assert all(torch.equal(x, y) for one, other in zip(found, want, strict=True)
+                   for x, y in zip(one, other, strict=True))
+    gradients = at_once([lambda seed=seed: ops.random_gradient(torch.arange(50), 77, seed) for seed in range(THREADS)])
+    for seed, gradient in enumerate(gradients):
+        torch.testing.assert_close(gradient, reference.random_gradient(torch.arange(50), 77, seed))
+
+
+def equal(found: fastscore.Scores, want: fastscore.Scores) -> bool:
+    return list(found) == list(want) and all(torch.equal(found.totals[layer], want.totals[layer]) for layer in want)
+
+
+def test_scores_of_different_models():
+    networks = [NETWORKS[name] for name in ("plain", "residual", "dense", "mobile")]
+    models = [network.model() for network in networks]
+
+    def score(i: int) -> fastscore.Scores:
+        return fastscore.score(models[i], networks[i].inputs(6).split(2), progress=False)
+
+    want = [score(i) for i in range(len(models))]
+    for _ in range(3):
+        found = at_once([lambda i=i: score(i) for i in range(len(models))])
+        assert all(equal(one, other) for one, other in zip(found, want, strict=True))
+
+
+def test_scores_of_one_model():
+    """score() works on a copy of its own, so threads may share a model; dropout draws nothing in evaluation mode."""
+    network = NETWORKS["inplace"]
+    model = network.model().train()
+    want = {probes: fastscore.score(model, [network.inputs()], probes=probes, progress=False) for probes in (1, 2)}
+    with oracles.untouched(model):
+        found = at_once([lambda probes=probes: fastscore.score(model, [network.inputs()], probes=probes, progress=False)
+                         for probes in (1, 2, 1, 2)])
+    assert all(equal(scores, want[probes]) for scores, probes in zip(found, (1, 2, 1, 2), strict=True))
+
+
+def test_scorers_on_models_of_their_own():
+    network = NETWORKS["residual"]
+
+    def train(seed: int) -> fastscore.Scores:
+        model, x = network.model(seed), network.inputs(4, seed)
+        scorer = Scorer(model, x)
+        with scorer:
+            for part in x.split(2):
+                model(part).square().sum().backward()
+        return scorer.scores()
+
+    want = [train(seed) for seed in range(THREADS)]
+    for _ in range(3):
+        found = at_once([lambda seed=seed: train(seed) for seed in range(THREADS)])
+        assert all(equal(one, other) for one, other in zip(found, want, strict=True))
+
+
+def test_prune_and_mask_beside_each_other():
+    network = NETWORKS["mobile"]
+    x = network.inputs(2)
+    models = [network.model(seed) for seed in range(THREADS)]
+    scores = [fastscore.score(model, [x], progress=False) for model in models]
+
+    def shrink(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        result = fastscore.prune(models[i], scores[i], x, channels=0.6)
+        fraction = 1 - result.report.channels[1] / result.report.channels[0]
+        with torch.no_grad(), fastscore.mask(models[i], scores[i], fraction, x):
+            return result.model(x), models[i](x)
+
+    for pruned, masked in at_once([lambda i=i: shrink(i) for i in range(THREADS)]):
+        torch.testing.assert_close(pruned, masked)
