@@ -10,6 +10,7 @@ from networks import NETWORKS
 
 import fastscore
 from fastscore import Scorer, ops
+from fastscore.batches import fork_rng
 from fastscore.ops import reference
 
 THREADS = 4
@@ -83,6 +84,19 @@ def test_scorers_on_models_of_their_own():
     for _ in range(3):
         found = at_once([lambda seed=seed: train(seed) for seed in range(THREADS)])
         assert all(equal(one, other) for one, other in zip(found, want, strict=True))
+
+
+def test_random_number_states_come_back_whichever_thread_ends_last():
+    before = torch.get_rng_state()
+    one, other = fork_rng(torch.device("cpu")), fork_rng(torch.device("cpu"))
+    one.__enter__()
+    torch.manual_seed(0)
+    other.__enter__()  # of another thread, say
+    torch.rand(3)
+    one.__exit__(None, None, None)
+    torch.rand(3)
+    other.__exit__(None, None, None)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_prune_and_mask_beside_each_other():
