@@ -112,7 +112,10 @@ class _Run:
         self.biased: tuple[str, ...] = ()
 
     def step(self, batches: Iterable[Batch], targets: Mapping[str, float], last: bool) -> None:
-        """One step down to `targets`, shares of the dense model."""
+        """One step down to `targets`, shares of the dense model; none where they hold already."""
+        if self.reports and self._hold(targets):
+            self.reports.append(_unchanged(self.reports[-1]))
+            return
         scores = score(self.current, batches, **self._scoring)
         budgets: dict[str, Any] = {
             name: self._of_current(name, share, scores) for name, share in targets.items()
@@ -127,6 +130,13 @@ class _Run:
         self.removed = composed(self.removed, result.removed)
         self.places = composed(self.places, result.places)
         self.biased += result.biased
+
+    def _hold(self, targets: Mapping[str, float]) -> bool:
+        first, last = self.reports[0], self.reports[-1]
+        left = {"macs": last.macs[1] / first.macs[0], "params": last.params[1] / first.params[0],
+                "channels": 1 - sum(map(len, self.removed.values())) / first.channels[0]}
+        return all((self._time_of(self.current) if name == "latency" else left[name]) <= share
+                   for name, share in targets.items())
 
     def _of_current(self, unit: str, share: float, scores: Scores) -> float:
         """A share of the dense model's `unit` as one of the current model's (of the channels that can still go)."""
@@ -207,6 +217,16 @@ class _Run:
                          macs=(first.macs[0], last.macs[1]), params=(first.params[0], last.params[1]),
                          skipped=first.skipped)
         return IterativeResult(self.current, report, self.removed, self.places, self.biased, tuple(self.reports))
+
+
+def _unchanged(report: PruneReport) -> PruneReport:
+    """The report of a step after that of `report`, in which nothing went."""
+    def still(pair: tuple[int, int]) -> tuple[int, int]:
+        return pair[1], pair[1]
+
+    groups = tuple(GroupReport(row.layer, still(row.channels), still(row.macs), still(row.params))
+                   for row in report.groups)
+    return PruneReport(groups, still(report.channels), still(report.macs), still(report.params), report.skipped)
 
 
 def _check(batches: Iterable[Batch], steps: int, schedule: str, shares: Mapping[str, float],

@@ -287,3 +287,20 @@ def test_bad_input() -> None:
     for given, options, error, message in cases:
         with untouched(model), pytest.raises(error, match=message):
             fastscore.prune_iteratively(model, given, **{"steps": 2, "macs": 0.5, "progress": False, **options})  # type: ignore[arg-type]
+
+
+def test_a_step_whose_budget_holds_already_scores_nothing() -> None:
+    model, x = NETWORKS["mlp"].model(), NETWORKS["mlp"].inputs(5)
+    read, tuned = [], []
+
+    class Counted(list[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            read.append(1)
+            return super().__iter__()
+
+    result = fastscore.prune_iteratively(model, Counted([x]), steps=4, channels=0.5, round_to=4, ignore=["3"],
+                                         finetune=tuned.append, progress=False)
+    assert [report.channels for report in result.steps] == [(8, 4), (4, 4), (4, 4), (4, 4)]
+    assert result.report.channels == (8, 4)
+    assert len(read) == 2  # an example, and the first step
+    assert len(tuned) == 4

@@ -98,6 +98,21 @@ def test_training_goes_on_as_on_the_dense_model_with_a_mask(name: str, optimizer
         assert (forgetful(x) - model(x)).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_state_lies_where_its_parameters_lie(name: str) -> None:
+    """State that holds a parameter's own values holds those of the smaller one afterwards, whatever surgery did."""
+    model, x = NETWORKS[name].model(), NETWORKS[name].inputs(3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for share in (0.8, 0.7):
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = parameter.detach().clone()
+        result = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=share,
+                                 compensate=False)
+        optimizer, model = fastscore.rebuild_optimizer(optimizer, model, result), result.model
+        assert len(optimizer.state) == len(list(model.parameters()))
+        assert all(torch.equal(optimizer.state[p]["momentum_buffer"], p) for p in model.parameters())
+
+
 def test_groups_settings_and_other_parameters_stay() -> None:
     model, x = NETWORKS["plain"].model(), NETWORKS["plain"].inputs(3)
     other = nn.Parameter(torch.ones(3, dtype=torch.float64))
