@@ -14,6 +14,8 @@ Forward: TypeAlias = Callable[[nn.Module, Batch], Any]
 Output: TypeAlias = Callable[[Any], Any]  # what a model returns -> a tensor of it, or several
 Outputs: TypeAlias = Callable[[Any, str], Sequence[Tensor]]  # (what a model returns, its name) -> its output
 
+MASK = "attention_mask"  # by this name a model is told which tokens are padding
+
 
 def forward(model: nn.Module, batch: Batch) -> Any:
     """Call `model` on a batch: a tensor as it is, the first element of a tuple or list, a dict as keyword arguments."""
@@ -103,6 +105,24 @@ def tensors_of(batch: Batch) -> Iterator[Tensor]:
         yield batch
     for value in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ():
         yield from tensors_of(value)
+
+
+def mappings(batch: Batch) -> Iterator[Mapping[str, Any]]:
+    """The dicts in a batch, or among a call's (args, kwargs)."""
+    if isinstance(batch, Mapping):
+        yield batch
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            yield from mappings(value)
+
+
+def real_tokens(batch: Batch) -> Tensor | None:
+    """bool [N, T]: the tokens that are no padding, as an attention_mask [N, T] among a batch's keywords, or a call's,
+    has it; None where there is none, or no padding."""
+    masks = (value for keywords in mappings(batch) for key, value in keywords.items()
+             if key == MASK and isinstance(value, Tensor) and value.dim() == 2)
+    mask = next(masks, None)
+    return None if mask is None or bool((mask != 0).all()) else mask != 0
 
 
 def first_tensor(batch: Batch) -> Tensor | None:

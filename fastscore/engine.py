@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-from fastscore import gradients
+from fastscore import gradients, tokens
 from fastscore.activation_checkpoints import without_checkpoints
 from fastscore.batches import Batch, Forward, device_of, first_tensor, fork_rng, map_tensors
 from fastscore.batches import forward as call_model
@@ -35,7 +35,8 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
           gradient: Gradient = "random", normalize: bool = True, units: Units = "groups", reduction: str = "sum",
           ablation: str = "zero", layerwise: str = "none", probes: int | Literal["exact"] = 1,
           samples: int | Literal["auto"] | None = None, seed: int = 0, distribution: str = "normal",
-          center: bool = False, loss: gradients.Loss | None = None, forward: Forward = call_model, ignore: Ignore = (),
+          center: bool = False, sample_dims: int = 1, loss: gradients.Loss | None = None,
+          forward: Forward = call_model, ignore: Ignore = (),
           checkpoint: str | PathLike[str] | Checkpoint | None = None, group: distributed.ProcessGroup | None = None,
           fixed_order: bool = False, precision: Literal["float32", "bfloat16"] | None = None, compile: bool = False,
           progress: bool = True) -> Scores:
@@ -61,8 +62,12 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
     distribution: "normal", "rademacher", or "orthogonal" (as many probes of a sample as it has outputs are orthogonal).
     center: take the all-ones direction out of the random gradients, which a softmax does not see.
     loss(output, batch) -> scalar (default: cross entropy with the labels of (input, label) batches); its gradient is
-    taken as it stands when normalize=False. forward(model, batch) -> output [N, ...], for models that are called
-    otherwise. ignore: layer names (with `*`), types or modules to leave out.
+    taken as it stands when normalize=False. sample_dims: 2 where each token of an output [N, T, ...] is a sample, with
+    a gradient and a length of its own, scored by what the channels do at that token; 1: a sample is one example of the
+    batch. Tokens that an attention_mask [N, T], given to the model by that name, has at 0 are padding: they have no
+    gradient and do not count. `samples` counts examples either way.
+    forward(model, batch) -> output [N, ...], for models that are called otherwise. ignore: layer names (with `*`),
+    types or modules to leave out.
     checkpoint: a file that keeps the run, written now and then. Stopped at any moment and called again with the same
     arguments, score goes on from there, and ends with the scores, bit for bit on a CPU, that it would have given.
     Batches that are done are read again, and compared, but for a folder of images. The file stays.
@@ -83,7 +88,8 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
     reads_weights = importance in WEIGHT_IMPORTANCES and (reduction, ablation) == ("sum", "zero")
     distribution = "none" if reads_weights else "basis" if probes == "exact" else distribution
     origin = Origin(importance, reduction, "none" if reads_weights else gradient, normalize and not reads_weights,
-                    seed, distribution, "", units, ablation, layerwise, center)
+                    seed, distribution, "", units, ablation, layerwise, center, sample_dims)
+    tokens.check(sample_dims, probes, compile)
     _check(batches, origin, probes, samples, precision)
     check(origin, samples, checkpoint=checkpoint, group=group, fixed_order=fixed_order)
     if isinstance(samples, int) and isinstance(batches, Skippable):
@@ -122,10 +128,15 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
                     break
                 with taps.joined(batch):
                     output = run(twin, batch)
+                assert taps.current is not None
+                real = taps.current.real
+                if compile and real is not None:
+                    raise ValueError("compile: the batch has padding, which compiled taps do not know of; use "
+                                     "compile=False")
                 if not torch.isfinite(output).all() and (culprit := _blame(model, batch, forward)) is not None:
                     raise FloatingPointError(culprit)
                 if gradient == "loss":
-                    sent = gradients.loss_gradient(output, batch, loss, normalize)
+                    sent = tokens.loss_gradient(output, batch, loss, totals.origin, real)
                     sent = sent / len(sent) if totals.row.minibatch and normalize else sent
                     totals.propagate(taps, output, sent, last=True)
                 else:

@@ -55,6 +55,12 @@ def sample_ids(x: Tensor) -> Tensor:
     return _mix(torch.stack([(row * weights).sum() for row in words])) if len(words) else words.new_empty(0).long()
 
 
+def token_ids(ids: Tensor, tokens: int) -> Tensor:
+    """An id for each token, by its sample's (int64 [N]) and its place: int64 [N·T]."""
+    places = torch.arange(1, tokens + 1, device=ids.device) * _GOLDEN
+    return _mix(ids[:, None] + _mix(places)).flatten()
+
+
 def random_gradient(output: Tensor, ids: Tensor, seed: int, probe: int, distribution: str, normalize: bool,
                     center: bool = False) -> Tensor:
     """A random gradient for `output` [N, ...], of its shape, dtype and device; all that follows N counts as classes.

@@ -25,7 +25,7 @@ def _powers(a: Tensor, g: Tensor, channel_dim: int) -> Tensor:
     return torch.stack(ops.channel_powers(a, g, channel_dim))
 
 
-SUMS = Measure(3, _sums)  # Σ a·g, the mean of a, Σ g
+SUMS = Measure(3, _sums, mean=1)  # Σ a·g, the mean of a, Σ g
 POWERS = Measure(2, _powers)  # Σ |a·g|, Σ (a·g)²
 DEGREES = {SUMS: (1, 0, 1), POWERS: (1, 2)}  # the power of the output gradient's length in each part
 MEAN = 1  # the part of SUMS that holds activations

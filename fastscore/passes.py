@@ -1,10 +1,13 @@
 """Forward passes, and which of them a backward pass went through."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastscore.batches import real_tokens
 
 
 class ForwardPass:
@@ -21,6 +24,11 @@ class ForwardPass:
         self.weight_gradients: dict[str, Tensor] = {}
         self.probes = 0
         self.counted = False  # among the samples seen
+
+    @cached_property
+    def real(self) -> Tensor | None:
+        """Its tokens that are no padding, bool [N, T]; None where all count, or nothing tells."""
+        return real_tokens(self.inputs)
 
     def marks(self) -> list[tuple[int, int] | None]:
         """Something that differs once an ordinary backward pass has reached a gate."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed, nn
 
-from fastscore import batches, files
+from fastscore import batches, files, tokens
 from fastscore.gradients import classes_of
 from fastscore.groups import ChannelGraph, Ignore, Units
 from fastscore.importance import gradient_importance
@@ -39,7 +39,8 @@ class Scorer:
     passes are linear. This also cancels the 1/N of a mean loss and a loss scale. In training mode BatchNorm mixes the
     samples of a batch, and the division is approximate. "molchanov-group" reads the weight gradients of a whole batch,
     which cannot be divided: it takes normalize=False with gradient="loss".
-    seed, distribution: of the random gradients. ignore: layer names (with `*`), types or modules to leave out.
+    seed, distribution: of the random gradients. sample_dims: 2 where each token of an output [N, T, ...] is a sample:
+    see fastscore.score. ignore: layer names (with `*`), types or modules to leave out.
     output: what the model returns -> the floating-point tensor [N, ...] whose gradient is the output gradient, or
     several, taken as one long output. It can be left out where the model returns a tensor, or a dict, tuple or object
     with one such tensor beside integers and scalars. A tensor that another one is computed from, such as a hidden
@@ -56,7 +57,7 @@ class Scorer:
     def __init__(self, model: nn.Module, example_inputs: batches.Batch | ChannelGraph, *, importance: str = "taylor-sq",
                  gradient: Gradient = "loss", normalize: bool = True, units: Units = "groups", reduction: str = "sum",
                  ablation: str = "zero", layerwise: str = "none", seed: int = 0, distribution: str = "normal",
-                 center: bool = False, output: batches.Output | None = None,
+                 center: bool = False, sample_dims: int = 1, output: batches.Output | None = None,
                  forward: batches.Forward = batches.forward, ignore: Ignore = ()) -> None:
         if gradient not in ("loss", "random"):
             raise ValueError(f"gradient: {gradient!r} is neither 'loss' nor 'random'")
@@ -65,8 +66,13 @@ class Scorer:
             raise ValueError(f"normalize: {importance!r} reads the weight gradients of whole batches, where samples "
                              "cannot be told apart: use normalize=False, or fastscore.score, which scales the loss's "
                              "gradient itself")
+        tokens.check(sample_dims)
+        if sample_dims > 1 and gradient == "loss" and normalize:
+            raise ValueError(f"normalize: with sample_dims={sample_dims} what reaches one token comes from all of "
+                             "them, and cannot be divided by the length of one's gradient: use normalize=False, or "
+                             "fastscore.score, which scales the loss's gradient itself")
         origin = Origin(importance, reduction, gradient, normalize, seed, distribution, "", units, ablation, layerwise,
-                        center)
+                        center, sample_dims)
         model = unwrapped(model)
         self._outputs = batches.chosen(output)
         graph = example_inputs if isinstance(example_inputs, ChannelGraph) else \
@@ -159,7 +165,8 @@ class Scorer:
     def _read(self, done: ForwardPass) -> None:
         """Add what an ordinary backward pass left at the gates."""
         parts = [part.reshape(len(part), classes_of(part)) for part in done.output_gradients.values()]
-        samples = len(parts[0])
+        samples, real = tokens.rows(next(iter(done.output_gradients.values())), self._totals.origin.sample_dims,
+                                    done.real)
         length = None
         if self._totals.origin.normalize:
             if any(len(part) != samples for part in parts):
@@ -167,4 +174,5 @@ class Scorer:
                                  "one for each sample in all of them")
             lengths = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts]
             length = torch.linalg.vector_norm(torch.stack(lengths), dim=0)
-        self._totals.add(done.sums(), samples, length, weight_gradients=done.weight_gradients)
+        self._totals.add(done.sums(), samples, length, weight_gradients=done.weight_gradients,
+                         real=real)

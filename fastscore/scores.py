@@ -22,7 +22,8 @@ class Origin:
     """How scores were made; scores are comparable, and can be merged, only where this is equal. See fastscore.score.
 
     gradient: "loss", "random", or "none" for a criterion that reads weights alone. distribution: of random gradients;
-    "basis" for probes="exact". fingerprint: of the model's channel graph (see fastscore.groups.ChannelGraph).
+    "basis" for probes="exact". sample_dims: what a sample is, an example (1) or a
+    token (2). fingerprint: of the model's channel graph (see fastscore.groups.ChannelGraph).
     """
 
     importance: str
@@ -36,6 +37,7 @@ class Origin:
     ablation: str = "zero"
     layerwise: str = "none"
     center: bool = False
+    sample_dims: int = 1
 
     def __post_init__(self) -> None:
         plain = (self.reduction, self.ablation) == ("sum", "zero")

@@ -6,6 +6,7 @@ is what is measured of activation and gradient *on that edge alone*. So a backwa
 no weight gradient, and an ordinary backward pass leaves the sums in `gate.grad`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Measure:
 
     parts: int
     compute: Callable[[Tensor, Tensor, int], Tensor]
+    mean: int | None = None  # the part that is a mean over positions, if any
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,20 @@ class _Gate(torch.autograd.Function):
     """(x, gate) -> x; backward: (g, measure(x, g))."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, taps: "Taps", place: Place) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor, taps: "Taps", place: Place, real: Tensor | None) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.taps, ctx.place = taps, place
+        ctx.taps, ctx.place, ctx.real = taps, place, real
         # a Conv or Linear never writes to its input; whoever takes a BatchNorm's output may (`out += identity`)
         return x.clone() if place.output else x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         (x,) = ctx.saved_tensors
         place, measured = ctx.place, None
         if ctx.taps.measuring:
             x, h = (x[place.window], g[place.window]) if place.window else (x, g)
-            measured = ctx.taps.measure.compute(x, h, place.channel_dim)
-        return g, measured, None, None
+            measured = ctx.taps.measured(x, h, place.channel_dim, ctx.real)
+        return g, measured, None, None, None
 
 
 class Taps:
@@ -72,13 +74,14 @@ class Taps:
     without it only `propagate` measures, and ordinary backward passes cost nothing. weights: parameters whose gradients
     are measured too, by name; those of an ordinary backward pass count for the latest forward pass. outputs: what the
     model returns -> the tensors whose gradients are the pass's output gradient. traceable: whether torch.compile is to
-    follow the hooks, rather than compile what stands between them.
+    follow the hooks, rather than compile what stands between them. sample_dims: how many dimensions of a layer's input
+    tell samples apart; with 2, the second is that of tokens.
     """
 
     def __init__(self, model: nn.Module, places: Mapping[str, Place], measure: Measure,
                  on_pass: Callable[[ForwardPass], None] | None = None,
                  weights: Mapping[str, Tensor] | None = None, outputs: Outputs = output_tensors,
-                 traceable: bool = False) -> None:
+                 traceable: bool = False, sample_dims: int = 1) -> None:
         self.model = model
         self.places = dict(places)
         self.measure = measure
@@ -88,6 +91,7 @@ class Taps:
         self._on_pass = on_pass
         self._outputs = outputs
         self._traceable = traceable
+        self._sample_dims = sample_dims
         self._propagating = self._joining = False
         self._backward = BackwardPasses()
         self._seen: set[str] = set()  # layers whose taps have run
@@ -132,6 +136,18 @@ class Taps:
     def measuring(self) -> bool:
         """Whether a backward pass that runs now is to be measured."""
         return self._propagating or self._on_pass is not None or bool(self._given)
+
+    def measured(self, x: Tensor, g: Tensor, channel_dim: int, real: Tensor | None) -> Tensor:
+        """[P, N, C] of activation and gradient; where `real` (bool [N, T]) tells padding, without it."""
+        if self._sample_dims > 1:
+            return self.measure.compute(x.flatten(0, 1), g.flatten(0, 1), channel_dim)
+        if real is None:
+            return self.measure.compute(x, g, channel_dim)
+        real = real.to(x.device)
+        measured = self.measure.compute(x.masked_fill(~real[..., None], 0), g, channel_dim)
+        if self.measure.mean is not None:
+            measured[self.measure.mean] *= (real.shape[1] / real.sum(1).clamp(min=1))[:, None]
+        return measured
 
     def propagate(self, output: Tensor, gradient: Tensor, last: bool = False
                   ) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor]]:
@@ -224,15 +240,24 @@ class Taps:
         return torch.is_grad_enabled()
 
     def _gated(self, x: Tensor, layer: str, place: Place) -> Tensor:
-        gate = self._given.get(layer)
+        gate, real = self._given.get(layer), None
         if gate is None:
-            gate = self.gate(x.shape[0], x.shape[place.channel_dim], x)
+            gate = self.gate(self._samples(x, layer, place), x.shape[place.channel_dim], x)
             owner = self._owner(layer)
             if owner is not None:
                 owner.gates.append((layer, gate))
+                if place.channel_dim == -1 and owner.real is not None and x.shape[:-1] == owner.real.shape:
+                    real = owner.real
             self._seen.add(layer)
-        gated: Tensor = _Gate.apply(x, gate, self, place)
+        gated: Tensor = _Gate.apply(x, gate, self, place, real)
         return gated
+
+    def _samples(self, x: Tensor, layer: str, place: Place) -> int:
+        """How many samples a layer's input holds."""
+        if self._sample_dims > 1 and (place.channel_dim != -1 or x.dim() < 3):
+            raise ValueError(f"{layer}: its input {list(x.shape)} has no dimension of tokens, [N, T, C], to tell "
+                             f"samples apart by (sample_dims={self._sample_dims}): leave out what makes it")
+        return math.prod(x.shape[:self._sample_dims])
 
     def gate(self, samples: int, channels: int, like: Tensor) -> Tensor:
         """A leaf [P, N, C] for a tensor such as `like`. It is never read: only what comes back to it counts."""

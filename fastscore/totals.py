@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from fastscore import batches, gradients
+from fastscore import batches, tokens
 from fastscore.group_sums import ByLayer, EdgeSums, JointSums
 from fastscore.groups import ChannelGraph, Ignore, norm_gates
 from fastscore.importance import DEGREES, MEAN, SUMS, filter_parameters, filter_products, gradient_importance
@@ -74,7 +74,8 @@ class Totals:
                   for group in self._graph.groups for edge in group.edges}
         names = {name for group in self._graph.groups for _, name in filter_parameters(self.model, group)}
         weights = {name: self.model.get_parameter(name) for name in sorted(names)} if self.row.filters else {}
-        return Taps(self.model, places, self.row.measure, on_pass, weights, outputs, traceable)
+        return Taps(self.model, places, self.row.measure, on_pass, weights, outputs, traceable,
+                    self.origin.sample_dims)
 
     def propagate(self, taps: Taps, output: Tensor, gradient: Tensor, last: bool = False) -> None:
         """Send `gradient`, of `output`'s shape [N, ...], back to the taps as it stands, and add what they measure.
@@ -84,30 +85,29 @@ class Totals:
         sums, weight_gradients = taps.propagate(output, gradient, last)
         assert taps.current is not None
         taps.current.probes += 1
-        counts = self.add(sums, len(output), fresh=not taps.current.counted, weight_gradients=weight_gradients)
+        samples, real = tokens.rows(output, self.origin.sample_dims, taps.current.real)
+        counts = self.add(sums, samples, fresh=not taps.current.counted, weight_gradients=weight_gradients, real=real)
         taps.current.counted |= counts
         if counts and self.origin.normalize:
-            rows = gradient.reshape(len(gradient), gradients.classes_of(gradient))
-            self._counts["zero_gradients"] += int((rows == 0).all(1).sum())
+            rows = gradient.reshape(samples, gradient.numel() // max(samples, 1))
+            self._counts["zero_gradients"] += int(((rows if real is None else rows[real]) == 0).all(1).sum())
 
     def probe(self, taps: Taps, output: Tensor, last: bool = False) -> None:
         """Send one more random gradient back from the latest forward pass; its samples' ids come from its inputs."""
         assert taps.current is not None
         if taps.current.ids is None:
-            taps.current.ids = gradients.sample_ids(gradients.first_input(taps.current.inputs))
-        ids = taps.current.ids
-        how = self.origin
-        gradient = gradients.random_gradient(output, ids, how.seed, taps.current.probes, how.distribution,
-                                             how.normalize, how.center)
+            taps.current.ids = tokens.sample_ids(taps.current.inputs, taps.current.real)
+        gradient = tokens.random_gradient(output, taps.current.ids, taps.current.probes, self.origin, taps.current.real)
         self.propagate(taps, output, gradient / len(output) if self.row.minibatch else gradient, last)
 
     def add(self, sums: Sequence[tuple[str, Tensor]], samples: int, length: Tensor | None = None, *,
-            fresh: bool = True, weight_gradients: Mapping[str, Tensor] | None = None) -> bool:
+            fresh: bool = True, weight_gradients: Mapping[str, Tensor] | None = None,
+            real: Tensor | None = None) -> bool:
         """Add one backward pass of N samples; whether it counts: NaN or infinity leave it out.
 
         sums: (layer, [P, N, C_in]) from the taps. length: float64 [N], of each sample's output gradient, where it is
         to be divided out. fresh: whether these samples are seen for the first time. weight_gradients: of the
-        taps' weights.
+        taps' weights. real: bool [N], which of them are no padding.
         Raises ValueError, naming the layer, for sums of another number of samples.
         """
         by_layer: dict[str, list[Tensor]] = {}
@@ -115,7 +115,8 @@ class Totals:
             if tensor.shape[1] != samples:
                 raise ValueError(f"{layer}: its input has {tensor.shape[1]} rows where the output has {samples} "
                                  "samples; leave it out with ignore=")
-            by_layer.setdefault(layer, []).append(tensor.detach())
+            by_layer.setdefault(layer, []).append(tensor.detach() if real is None else tensor.detach()[:, real])
+        samples = samples if real is None else int(real.sum())
         halves = self._halves(1 if self.row.minibatch else samples)
         shares = dict(self._shares(by_layer, self._scale(length), halves, weight_gradients or {}))
         lengths = {} if length is None else {"the output": length}

@@ -1,14 +1,31 @@
-"""Scores gathered while the Trainer of Hugging Face's transformers trains."""
+"""Hugging Face's transformers: their batches and outputs, and scores gathered while their Trainer trains."""
 
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastscore.batches import Batch, device_of, fork_rng, map_tensors
 from fastscore.scorer import Scorer
 from fastscore.scores import Scores
+
+
+def forward(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """What a model makes of a tokenizer's batch: its logits, or else its last hidden states.
+
+    For fastscore.score and its kin, as forward=. Without labels and caches, which scores have no use for; padding is
+    told by attention_mask, see sample_dims of fastscore.score. Raises TypeError for a model that returns neither.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    caches = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", False) else {}
+    output = model(**inputs, **caches)
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(found := getattr(output, name, None), Tensor):
+            return found
+    raise TypeError(f"{type(model).__name__} returns {type(output).__name__}, which has neither logits nor "
+                    "last_hidden_state: pass forward=lambda model, batch: <the tensor>")
 
 
 class ScoreCallback(TrainerCallback):  # type: ignore[misc]
