@@ -2,9 +2,11 @@
 
 import difflib
 import importlib
+import importlib.util
 import pickle
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
@@ -169,23 +171,67 @@ def _call(spec: str, weights: str | None, classes: int | None) -> nn.Module:
         if value is not None:
             raise ValueError(f"{option}: only torchvision:NAME has it; {spec} sets its own")
     path = Path(source)
-    folder, module_name = (path.parent, path.stem) if path.suffix == ".py" else (Path(), source)
-    if str(folder.resolve()) not in sys.path:
-        sys.path.insert(0, str(folder.resolve()))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name != module_name.partition(".")[0] and error.name != module_name:
-            raise
-        raise ImportError(f"model: there is no module {module_name!r} in {folder.resolve()} or on the Python path"
-                          ) from error
-    make: Any = getattr(module, name, None)
-    if not callable(make):
-        raise ValueError(f"model: {source} has no function {name!r}")
-    model = make()
+    with _importable(path.parent if path.suffix == ".py" else Path()):
+        module = _of_file(path) if path.suffix == ".py" else _of_name(source)
+        make: Any = getattr(module, name, None)
+        if not callable(make):
+            raise ValueError(f"model: {source} has no function {name!r}")
+        model = make()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {spec} returns {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """`folder` comes first on the Python path while the user's code is loaded, and last from then on.
+
+    So its modules find each other at any time, and a file in it that is called like a package which fastscore imports
+    later is not taken for that package.
+    """
+    place = str(folder.resolve())
+    if place in sys.path:
+        yield
+        return
+    sys.path.insert(0, place)
+    try:
+        yield
+    finally:
+        sys.path.remove(place)
+        sys.path.append(place)
+
+
+def _of_name(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0] and error.name != name:
+            raise
+        raise ImportError(f"model: there is no module {name!r} in {Path().resolve()} or on the Python path") from error
+
+
+def _of_file(path: Path) -> ModuleType:
+    """The module in this very file, whatever else has its name."""
+    if not path.is_file():
+        raise ImportError(f"model: there is no file {path}")
+    own, name = path.resolve(), path.stem
+    known = sys.modules.get(name) or importlib.util.find_spec(name)
+    origin = getattr(known, "__file__", None) or getattr(known, "origin", None)
+    if known is not None and (origin is None or Path(origin).resolve() != own):
+        name = f"{name} of {own.parent}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, own)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _unprefixed(state: dict[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
