@@ -213,3 +213,46 @@ def test_groups_without_a_score_are_left_alone() -> None:
     graph, groups = groups_of(model, x[:1])
     found = {root_of(graph, group): Importance(scores)(group) for group in groups}
     assert [root for root, values in found.items() if values is None] == ["head.fc", "block1.conv1"]
+
+
+class Attention(nn.Module):
+    """Four heads of two channels; a residual stream around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 4, 2
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+                   for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return x + self.o_proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attention, self.head = nn.Linear(6, 8), Attention(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(self.embed(x)).mean(1))
+
+
+def test_attention_heads_go_by_their_scores() -> None:
+    """Torch-Pruning roots their group at the input of the output projection."""
+    torch.manual_seed(0)
+    model, x = Encoder().eval(), torch.randn(6, 5, 6)
+    scores = scored(model, x)
+    lowest = scores["attention.q_proj"].reshape(4, 2)[:, 0].argsort()[:2]
+    attention = model.attention
+    before = {name: getattr(attention, name).weight.detach().clone() for name in ("q_proj", "k_proj", "v_proj")}
+    pruner = tp.pruner.BasePruner(
+        model, x, Importance(scores), pruning_ratio=0.5, head_pruning_ratio=0.5, prune_num_heads=True,
+        prune_head_dims=False, ignored_layers=[model.embed, model.head],
+        num_heads={attention.q_proj: 4, attention.k_proj: 4, attention.v_proj: 4})
+    pruner.step()
+    kept = torch.tensor([row for row in range(8) if row // 2 not in lowest])
+    for name, weight in before.items():
+        assert torch.equal(getattr(attention, name).weight, weight[kept]), name
+    assert attention.o_proj.in_features == 4
+    assert torch.isfinite(model(x)).all()
