@@ -1,6 +1,10 @@
 """fastscore beside what people use today, on the same models, images, channel groups and machine.
 
     python -m benchmarks.peers [--models resnet18 ...] [--out benchmarks/results/peers-cpu]
+    python -m benchmarks.peers --models resnet18 --batch 16 --parts pass --contestants Torch-Pruning fastscore
+
+The second compares scores of each sample: Torch-Pruning's Hessian takes a backward pass for each, and that of taylor-sq
+one for the batch.
 
 Three tables for each model. pass: one batch is scored; graphs are traced beforehand. whole: from images to a network of
 half the MACs, tracing included. prune: the surgery alone, on densenet121 unless told otherwise. With --growth: how the

@@ -210,4 +210,8 @@ CONTESTANTS: dict[str, Prepare] = {
     "fastscore, loss": fastscore_pass(gradient="loss"),
     "fastscore, random": fastscore_pass(),
     "fastscore, 2 probes": fastscore_pass(probes=2),
+    "fastscore, bfloat16": fastscore_pass(precision="bfloat16"),
+    "fastscore, bfloat16, 2 probes": fastscore_pass(precision="bfloat16", probes=2),
+    "fastscore, compiled": fastscore_pass(compile=True),
+    "fastscore, bfloat16, compiled": fastscore_pass(precision="bfloat16", compile=True),
 }
