@@ -46,7 +46,7 @@ def drop_in(model: nn.Module, x: Tensor, graph: Any = None, **options: Any) -> f
 
 def work(rank: int, folder: str) -> None:
     """Everything that needs four processes, so that they start but once; the results go into files."""
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=600))
 
     def save(scores: fastscore.Scores, name: str) -> None:
         scores.save(f"{folder}/{name} {rank}")
