@@ -5,7 +5,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -118,7 +117,6 @@ class ImageBatches:
     def __init__(self, chunks: Sequence[Sequence[Path]], prepare: Preprocessing) -> None:
         self.chunks, self.prepare = chunks, prepare
 
-    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of names, sizes and order of the files, of where batches begin, and of the preprocessing."""
         digest = hashlib.sha256(repr(self.prepare).encode())

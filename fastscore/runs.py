@@ -30,10 +30,9 @@ _SHARE = 0.02  # of the time, at most, goes into saving
 class Skippable(Protocol):
     """Batches of which some can be left out without being read.
 
-    fingerprint: equal for equal data, in the same batches.
+    fingerprint(): equal for equal data, in the same batches.
     """
 
-    @property
     def fingerprint(self) -> str: ...
     def first(self, samples: int) -> "Skippable": ...
     def __len__(self) -> int: ...
@@ -81,7 +80,8 @@ class Run:
         self._totals, self._group = totals, group
         self._first, self._batches, self._on_device = first, batches, on_device
         self._skips = isinstance(batches, Skippable)
-        data = batches.fingerprint if isinstance(batches, Skippable) else None
+        known = checkpoint is not None or group is not None
+        data = batches.fingerprint() if known and isinstance(batches, Skippable) else None
         identity = {**identity, "data": data, "fixed_order": fixed_order}
         if group is not None:
             _check_alike(identity, group)

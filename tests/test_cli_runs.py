@@ -212,6 +212,15 @@ def test_help_has_examples_that_are_understood(name: str) -> None:
     assert max(map(len, text.splitlines())) <= 160
 
 
+def test_commands_on_the_page_are_understood() -> None:
+    text = (Path(__file__).parent.parent / "docs/scaling.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith(("fastscore ", "torchrun "))]
+    assert len(lines) == 2
+    for line in lines:
+        words = shlex.split(line)
+        assert callable(cli.parser().parse_args(words[words.index("fastscore") + 1:]).run)
+
+
 def test_signals_are_as_they_were() -> None:
     before = signal.getsignal(signal.SIGINT)
     assert run(*SCORE, stop=2) == 130
