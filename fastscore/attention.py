@@ -38,6 +38,7 @@ _LAYERS = (
     ("q", "k", "v", "o"),
 )
 _TOLERANCE = 0.05  # of a channel's length; bfloat16 rounds to 0.004 of each value
+_POSITIONS = ("cpb_mlp.2",)  # layers that make a bias for each head, of the places of tokens
 _OUTPUT_ALONE = "out_proj"  # of a module that holds the other projections itself, as nn.MultiheadAttention does
 
 
@@ -101,8 +102,10 @@ def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
             shared, rest = divmod(q.out_features - out.in_features, 2 * width)
             if rest or shared < 1 or count % shared:
                 continue
-            yield _Guess(name, _group(query, {query: _rows_of_blocks(count, shared, width)}, output, count, shared,
-                                      width))
+            rows = {query: _rows_of_blocks(count, shared, width)}
+            rows |= {position: torch.arange(count) * width for position in _POSITIONS
+                     if (layer := _linear(module, position)) is not None and layer.out_features == count}
+            yield _Guess(name, _group(query, rows, output, count, shared, width))
             if shared == count:
                 yield _Guess(name, _group(query, {query: _rows_of_heads(count, width)}, output, count, shared, width))
         elif q.out_features == out.in_features and k.out_features == v.out_features:

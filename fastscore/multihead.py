@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fastscore import windows
+
 
 class SequenceFirstLinear(nn.Linear):
     """A Linear on [N, L, C] that multiplies rows in the order [L, N], as nn.MultiheadAttention does: to the bit."""
@@ -126,13 +128,17 @@ def stand_in(model: nn.Module, called: Iterable[str] | None = None) -> Iterator[
     """Put MultiheadAttention in the place of each nn.MultiheadAttention of `model`, whose parameters stay, and have
     each nn.TransformerEncoder call its layers on plain tensors; handles that undo it.
 
-    called: names of layers; only modules whose out_proj is among them are changed. Subclasses, and modules whose
+    called: names of layers; only modules whose out_proj is among them are changed. The same for the modules that
+    fastscore.windows knows. Subclasses, and modules whose
     out_proj is no plain Linear, stay as they are.
     """
     wanted = None if called is None else {id(model.get_submodule(name)) for name in called}
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
             yield Handle([(module, "use_nested_tensor", False)])  # only its layers' fused path takes nested ones
+        kind, output = windows.STAND_INS.get(f"{type(module).__module__}.{type(module).__qualname__}", (None, ""))
+        if kind is not None and (wanted is None or id(module.get_submodule(output)) in wanted):
+            yield Handle([(module, "__class__", kind)])
         if type(module) is not nn.MultiheadAttention or (wanted is not None and id(module.out_proj) not in wanted):
             continue
         if type(module.out_proj) in (NonDynamicallyQuantizableLinear, nn.Linear):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
+from fastscore import multihead
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50,
         "max_position_embeddings": 16, "use_cache": False}
@@ -170,3 +172,51 @@ def test_heads_whose_code_fixes_their_width_are_left_alone_and_the_rest_is_not()
     assert "EvaAttention does not run with fewer heads" in scores.skipped["blocks.0.attn.qkv"]
     small = fastscore.prune(model, scores, _images(2), params=0.8).model
     assert small(_images(2)).shape == (2, 5)
+
+
+def _swin(version: int) -> nn.Module:
+    swin = torchvision.models.swin_transformer
+    blocks = {1: (swin.SwinTransformerBlock, swin.PatchMerging), 2: (swin.SwinTransformerBlockV2, swin.PatchMergingV2)}
+    block, merging = blocks[version]
+    return torchvision.models.SwinTransformer([2, 2], 8, [2, 2], [2, 4], [4, 2], num_classes=5, block=block,
+                                              downsample_layer=merging, stochastic_depth_prob=0.0, mlp_ratio=2)
+
+
+WINDOWED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "Swin": (lambda: _swin(1), "features.3.1.attn.qkv"),
+    "Swin V2": (lambda: _swin(2), "features.3.1.attn.qkv"),
+    "MaxViT": (lambda: torchvision.models.MaxVit((16, 16), 8, 2, [8], [1], 4, 0.0, num_classes=5),
+               "blocks.0.layers.0.layers.grid_attention.attn_layer.1.to_qkv"),
+}
+
+
+@pytest.mark.parametrize("name", list(WINDOWED))
+def test_windowed_attention_loses_heads_with_their_position_biases(name: str) -> None:
+    build, heads = WINDOWED[name]
+    torch.manual_seed(0)
+    model, batch = build().double().eval(), _images(2).double()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    with torch.no_grad():
+        expected = model(batch)
+        with ExitStack() as standing_in:
+            for handle in multihead.stand_in(model):
+                standing_in.enter_context(handle)
+            assert type(model.get_submodule(heads.rpartition(".")[0])).__module__ == "fastscore.windows"
+            torch.testing.assert_close(model(batch), expected, rtol=1e-12, atol=1e-12)
+    with untouched(model):
+        scores = fastscore.score(model, [batch], progress=False)
+        ignore = _only(scores, heads)
+        result = fastscore.prune(model, scores, batch, channels=0.5, ignore=ignore, compensate=False)
+        with torch.no_grad(), fastscore.mask(model, scores, 0.5, batch, ignore=ignore, compensate=False):
+            masked = model(batch)
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(batch), masked, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(masked, expected)
+    assert len(result.removed[heads]) * 2 == len(scores[heads])
+    layer = heads.rpartition(".")[0]
+    wide, narrow = ({key: value.numel() for key, value in each.named_parameters() if key.startswith(layer)}
+                    for each in (model, result.model))
+    tables = [key for key in wide if "bias_table" in key or "logit_scale" in key or "cpb_mlp.2" in key]
+    assert tables
+    assert all(2 * narrow[key] == wide[key] for key in tables)
