@@ -9,12 +9,16 @@ from typing import TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastscore.compensation import add_to_biases
+from fastscore.multihead import SequenceFirstLinear
 from fastscore.surgery import Places, Side, remove_places
 
 K = TypeVar("K", bound=Hashable)
 _ATTRIBUTE = "_fastscore_recipe"
+# The output projection of an attention has another type while the model is tapped: see fastscore.multihead.
+_SAME: Mapping[type, type] = {NonDynamicallyQuantizableLinear: nn.Linear, SequenceFirstLinear: nn.Linear}
 
 
 class Recipe(TypedDict):
@@ -30,10 +34,12 @@ def structure(model: nn.Module) -> dict[str, str]:
     """Module -> its type, its settings where it is torch's own, and the shapes of its parameters and buffers."""
     lines = {}
     for name, module in model.named_modules():
-        settings = module.extra_repr() if type(module).__module__.startswith("torch.nn") else ""
+        own_kind: type = type(module)
+        kind = _SAME.get(own_kind, own_kind)
+        settings = module.extra_repr() if kind.__module__.startswith("torch.nn") else ""
         own = {**module._parameters, **module._buffers}
         shapes = [f"{key} {list(tensor.shape)}" for key, tensor in own.items() if tensor is not None]
-        lines[name] = " ".join([f"{type(module).__name__}({settings})", *shapes])
+        lines[name] = " ".join([f"{kind.__name__}({settings})", *shapes])
     return lines
 
 

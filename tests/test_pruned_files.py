@@ -205,3 +205,25 @@ def test_a_real_network(tmp_path: Path) -> None:
     fastscore.save_pruned(model, tmp_path / "p")
     assert_same(fastscore.load_pruned(torchvision.models.mobilenet_v3_small(num_classes=10).eval(), tmp_path / "p"),
                 model, x)
+
+
+def test_attention_pruned_while_it_is_tapped(tmp_path: Path) -> None:
+    """PyTorch's attention has a stand-in as long as a scorer is attached; the file knows the model as it is without."""
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(12, 4, batch_first=True), nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.attention(x, x, x, need_weights=False)[0].tanh().mean(1))
+
+    model, x = Attending().eval(), torch.randn(2, 5, 12)
+    scorer = fastscore.Scorer(model, x)
+    with scorer:
+        model(x).square().sum().backward()
+        result = fastscore.prune(model, scorer.scores(), x, channels=0.5)
+    fastscore.save_pruned(result, tmp_path / "p")
+    loaded = fastscore.load_pruned(lambda: Attending().eval(), tmp_path / "p")
+    with torch.no_grad():
+        assert torch.equal(loaded(x), result.model(x))
