@@ -132,9 +132,9 @@ class Scorer:
                                "seen: attach the scorer first")
         scores = self._totals.scores()
         if self.left_out:
-            warnings.warn(f"{self.left_out} of {scores.passes + self.left_out} backward passes "
-                          f"brought NaN or infinity and are left out; the last at {self._totals.nonfinite}",
-                          stacklevel=2)
+            where = f", the last at {self._totals.nonfinite}" if self._totals.nonfinite else ""
+            passes = f"{self.left_out} backward pass{'' if self.left_out == 1 else 'es'}"
+            warnings.warn(f"{passes} brought NaN or infinity; left out, with the samples{where}", stacklevel=2)
         return scores
 
     def state_dict(self) -> dict[str, Any]:

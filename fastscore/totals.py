@@ -190,7 +190,9 @@ class Totals:
         Raises FloatingPointError, naming the layer, where all passes were left out for NaN or infinity, or a total
         overflowed; RuntimeError where no group was measured.
         """
-        layer = self.nonfinite if not self.samples else self.nonfinite_layer()
+        layer = self.nonfinite_layer()
+        if self.left_out and not self.samples:
+            layer = self.nonfinite or "every backward pass"
         if layer is not None:
             raise FloatingPointError(f"{layer}: NaN or infinity in its activations or gradients")
         missed = {group.name: f"no backward pass came to {layer}, which reads its channels: it runs under no_grad, "

@@ -108,6 +108,15 @@ def test_a_checkpoint_takes_the_totals_along(tmp_path: Path) -> None:
         torch.testing.assert_close(resumed[layer], once[layer], rtol=1e-4, atol=1e-9)
 
 
+def test_processes_are_added_up(tmp_path: Path) -> None:
+    callback, module = ScoreCallback(tmp_path / "scores.safetensors", network="net"), Module(lr=0)
+    fit(module, callback, strategy="ddp_fork", devices=2)
+    whole, saved = with_loss(module.net), fastscore.Scores.load(tmp_path / "scores.safetensors")
+    assert saved.samples == 20
+    for layer in whole:
+        torch.testing.assert_close(saved[layer], whole[layer], rtol=1e-4, atol=1e-9)
+
+
 def test_an_exception_in_training_removes_the_taps_and_leaves_what_was_measured() -> None:
     callback, module = ScoreCallback(network="net"), Module(fail_at=2)
     with pytest.raises(ZeroDivisionError):

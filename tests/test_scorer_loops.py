@@ -74,13 +74,27 @@ def test_a_pass_that_brings_infinity_is_left_out_and_counted() -> None:
         model(x[8:]).square().sum().backward()
     handle.remove()
     assert scorer.left_out == 2
-    with pytest.warns(UserWarning, match=r"^2 of \d+ backward passes brought NaN or infinity and are left out"):
+    with pytest.warns(UserWarning, match=r"^2 backward passes brought NaN or infinity.*, the last at block1"):
         scores = scorer.scores()
     assert scores.samples == 8
     assert_same(scores, measured(model, x[:4], x[8:]), 0)
     again = Scorer(model, x[:4])
     again.load_state_dict(scorer.state_dict())
     assert again.left_out == 2
+    with pytest.warns(UserWarning, match=r"^2 backward passes"):
+        assert_same(again.scores(), scores, 0)
+
+
+def test_where_every_pass_brings_infinity_there_are_no_scores() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    scorer, again = Scorer(model, x), Scorer(model, x)
+    with scorer:
+        (model(x).sum() * torch.inf).backward()
+    with pytest.raises(FloatingPointError, match=r"^the output: NaN or infinity"):
+        scorer.scores()
+    again.load_state_dict(scorer.state_dict())
+    with pytest.raises(FloatingPointError, match=r"^every backward pass: NaN or infinity"):
+        again.scores()
 
 
 def test_a_probe_that_brings_infinity_is_left_out_and_the_next_one_counts() -> None:
@@ -91,13 +105,13 @@ def test_a_probe_that_brings_infinity_is_left_out_and_the_next_one_counts() -> N
         scorer.propagate(output, torch.full_like(output, torch.nan))
         scorer.propagate(output, output.detach())
         plain.propagate(output, output.detach())
-    with pytest.warns(UserWarning, match="^1 of"):
+    with pytest.warns(UserWarning, match=r"^1 backward pass"):
         scores = scorer.scores()
     assert scores.samples == 4
     assert_same(scores, plain.scores(), 0)
 
 
-@pytest.mark.filterwarnings("ignore:.*backward passes brought NaN")
+@pytest.mark.filterwarnings("ignore:.*brought NaN or infinity")
 def test_gradient_scaler_skips_steps_and_scores_do_not_count_them() -> None:
     torch.manual_seed(0)
     model = randomize(Residual()).eval()
