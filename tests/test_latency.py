@@ -14,6 +14,7 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
+from benchmarks import latency as benchmark
 from fastscore import latency
 from fastscore.costs import total_macs
 from fastscore.latency import TOLERANCE, search
@@ -197,3 +198,18 @@ def test_a_noisy_machine_is_measured_for_longer(monkeypatch: pytest.MonkeyPatch)
         assert least <= now[0] - 0.03 <= most
         assert timing.uncertainty < 2 * TOLERANCE + noise / 3
         assert timing.share == pytest.approx(1, abs=noise / 3 + 1e-9)
+
+
+def test_the_benchmark_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_macs(monkeypatch)
+    monkeypatch.delitem(benchmark.RANKINGS, "round_to auto")  # narrower networks than any hardware likes
+    monkeypatch.delitem(benchmark.RANKINGS, "isomorphic, auto")
+    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(1)
+    lines = list(benchmark.rows("residual", model, x, (0.6, 0.001)))
+    assert len(lines) == 2 * len(benchmark.RANKINGS)
+    for reached, refused in zip(lines[::2], lines[1::2], strict=True):
+        figures = [float(word.rstrip("%")) for word in reached.split()[-7:]]
+        assert figures[0] == 60
+        assert figures[1] == figures[3] <= 60  # time is MACs
+        assert figures[5] >= 2
+        assert "latency: 0.001 cannot be reached" in refused
