@@ -102,8 +102,14 @@ def test_distributed_data_parallel(results: Path) -> None:
 def test_fully_sharded(results: Path) -> None:
     """In the training loop as ever; what needs a copy says how to have one."""
     whole = drop_in(RESIDUAL.model(), IMAGES[:8]).scores()
+    probed = fastscore.Scorer(model := RESIDUAL.model(), IMAGES, gradient="random", seed=3)
+    with probed:
+        output = model(IMAGES[:8])
+        probed.probe(output)
+        probed.probe(output)
     for rank in range(WORKERS):
         assert_close(fastscore.Scores.load(results / f"FSDP2 {rank}"), whole)
+        assert_close(fastscore.Scores.load(results / f"FSDP2, probes {rank}"), probed.scores())
         for name in ("score", "Scorer"):
             said = (results / f"FSDP2, {name} {rank}").read_text()
             assert said.startswith("model: the parameters of ")

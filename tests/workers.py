@@ -99,6 +99,14 @@ def work(rank: int, folder: str) -> None:
     scorer = drop_in(model, IMAGES[rank:8:WORKERS], graph)
     scorer.all_reduce()
     save(scorer.scores(), "FSDP2")
+    scorer = fastscore.Scorer(model, graph, gradient="random", seed=3)
+    with scorer:
+        output = model(IMAGES[rank:8:WORKERS])
+        scorer.probe(output)
+        scorer.probe(output)
+        output.square().sum().backward()
+    scorer.all_reduce()
+    save(scorer.scores(), "FSDP2, probes")
     distributed.destroy_process_group()
 
 
