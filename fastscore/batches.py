@@ -43,6 +43,11 @@ def output_tensors(returned: Any, model: str) -> list[Tensor]:
     return list(found.values())
 
 
+def floating_tensors(returned: Any) -> list[Tensor]:
+    """All floating-point tensors but scalars in what a model returned."""
+    return [tensor for _, tensor in _named_tensors(returned, "")]
+
+
 def _named_tensors(returned: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(returned, Tensor):
         if returned.is_floating_point() and returned.dim() > 0:

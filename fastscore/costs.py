@@ -4,10 +4,11 @@ A dense layer's share grows with inputs x outputs, a depthwise or normalisation 
 else is constant. The dense figures come from PyTorch's own counter (torch.utils.flop_counter; one MAC is two FLOPs).
 """
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +53,12 @@ class LayerCost:
 
 def total_macs(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.forward) -> int:
     """MACs of one sample: half the FLOPs that PyTorch counts for the example inputs, over their number."""
-    return _count(model, example_inputs, forward)[0]
+    return count(model, example_inputs, forward)[0]
 
 
-def _count(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward) -> tuple[int, dict[str, float]]:
-    """(MACs of the model, layer -> MACs), for one sample."""
+def count(model: nn.Module, example_inputs: batches.Batch,
+          forward: batches.Forward) -> tuple[int, dict[str, float], Any]:
+    """(MACs of the model, layer -> MACs, both for one sample; what the model returned)."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # imports Triton, which few need
 
     samples = 1
@@ -67,15 +69,23 @@ def _count(model: nn.Module, example_inputs: batches.Batch, forward: batches.For
     attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs:
                  sdpa_flop_count(q, k, v)}
     counter = FlopCounterMode(display=False, custom_mapping=attention)
-    with torch.no_grad(), ExitStack() as standing_in:
+    layers: dict[str, float] = defaultdict(float)
+
+    def count_from(sign: int, name: str) -> Callable[..., None]:
+        def hook(*args: object) -> None:
+            layers[name] += sign * counter.get_total_flops() / 2 / samples
+
+        return hook
+
+    with torch.no_grad(), ExitStack() as attached:
         for handle in multihead.stand_in(model):
-            standing_in.enter_context(handle)
+            attached.enter_context(handle)
+        for name, module in model.named_modules():  # the counter knows names below the whole model's own call alone
+            attached.enter_context(module.register_forward_pre_hook(count_from(-1, name)))
+            attached.enter_context(module.register_forward_hook(count_from(1, name)))
         with counter:
-            forward(model, example_inputs)
-    prefix = f"{type(model).__name__}."
-    layers = {name.removeprefix(prefix): sum(flops.values()) / 2 / samples
-              for name, flops in counter.get_flop_counts().items()}
-    return counter.get_total_flops() // 2 // samples, layers
+            returned = forward(model, example_inputs)
+    return counter.get_total_flops() // 2 // samples, layers, returned
 
 
 class Costs:
@@ -83,18 +93,18 @@ class Costs:
 
     model must be in evaluation mode (a copy will do). Widths start whole; `remove` and `restore` keep the totals.
     compensate: count the biases that consumers without one get once channels are gone (see fastscore.compensation).
+    returned: what the model returned when its MACs were counted.
     """
 
     def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup], example_inputs: batches.Batch,
                  forward: batches.Forward = batches.forward, compensate: bool = False) -> None:
         self.groups = {group.name: group for group in groups}
-        macs, per_layer = _count(model, example_inputs, forward)
+        macs, per_layer, self.returned = count(model, example_inputs, forward)
         self.layers: dict[str, LayerCost] = {}
-        # group -> channel -> [(layer, inputs lost, outputs lost)]
-        self._losses: dict[str, list[list[tuple[LayerCost, int, int]]]] = {}
+        # group -> [(layer, is it inputs that go?, positions of each channel)]
+        self._losses: dict[str, list[tuple[LayerCost, bool, list[int]]]] = {}
         for group in self.groups.values():
-            losses: list[list[tuple[LayerCost, int, int]]] = [[] for _ in range(group.channels)]
-            self._losses[group.name] = losses
+            losses = self._losses[group.name] = []
             for member in group.members:
                 if member.layer not in self.layers:
                     layer, own = model.get_submodule(member.layer), per_layer.get(member.layer, 0.0)
@@ -103,10 +113,8 @@ class Costs:
                 cost = self.layers[member.layer]
                 if compensate and member.role == "consumer" and model.get_submodule(member.layer).bias is None:
                     cost.bias_below = cost.inputs
-                for channel, count in enumerate(torch.bincount(member.channel, minlength=group.channels).tolist()):
-                    if count:
-                        reads = member.role == "consumer"
-                        losses[channel].append((cost, count if reads else 0, 0 if reads else count))
+                positions = torch.bincount(member.channel, minlength=group.channels).tolist()
+                losses.append((cost, member.role == "consumer", positions))
         self.totals: dict[Unit, float] = {
             "channels": sum(group.channels for group in self.groups.values()),
             "params": sum(parameter.numel() for parameter in model.parameters()),
@@ -123,13 +131,17 @@ class Costs:
         self._change(group, channels, 1)
 
     def _change(self, group: str, channels: Iterable[int], sign: int) -> None:
-        for channel in channels:
-            self.totals["channels"] += sign
-            for cost, inputs, outputs in self._losses[group][channel]:
+        channels = list(channels)
+        self.totals["channels"] += sign * len(channels)
+        for cost, reads, positions in self._losses[group]:
+            gone = sum([positions[channel] for channel in channels])
+            if gone:
                 self.totals["macs"] -= cost.macs
                 self.totals["params"] -= cost.params
-                cost.inputs += sign * inputs
-                cost.outputs += sign * outputs
+                if reads:
+                    cost.inputs += sign * gone
+                else:
+                    cost.outputs += sign * gone
                 self.totals["macs"] += cost.macs
                 self.totals["params"] += cost.params
 

@@ -31,8 +31,8 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
     shape of every tensor. A dependency's index_mapping holds the moves from its source to its target.
     """
 
-    def build(self, model: nn.Module, run: Callable[[nn.Module, Any], Tensor]) -> None:
-        """Trace one call of run(model, None), whose gradients must be enabled."""
+    def build(self, model: nn.Module, run: Callable[[nn.Module, Any], list[Tensor]]) -> None:
+        """Trace one call of run(model, None) -> outputs, whose gradients must be enabled."""
         self.model, self.verbose, self.ignored_params = model, False, list[nn.Parameter]()
         self._module2name = {module: name for name, module in model.named_modules()}
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)

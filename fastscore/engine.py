@@ -106,7 +106,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
             raise ValueError("batches: there is none to score on, or none that holds a sample")
         # One sample is enough to trace with, where it is known how to take it.
         traced = _first_samples(example, len(gradients.first_input(example)), 1) if forward is call_model else example
-        graph = trace(twin, traced, forward)
+        graph = trace(model, traced, forward)
         if reads_weights:
             return _score_weights(twin, graph, origin, ignore)
         totals = Totals(twin, graph, origin, ignore)

@@ -28,16 +28,17 @@ def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: s
          classes: int | None = None, seed: int = 0) -> nn.Module:
     """The model that `spec` names, in evaluation mode.
 
-    spec: "torchvision:NAME", or "module:function" for a function (or class) that returns a module; the module is
-    imported from the current directory or the Python path, or given as a path that ends in .py. checkpoint:
+    spec: "torchvision:NAME", "timm:NAME", or "module:function" for a function (or class) that returns a module; the
+    module is imported from the current directory or the Python path, or given as a path that ends in .py. checkpoint:
     safetensors, or what torch.load(weights_only=True) reads: a state dict, alone or under "state_dict",
-    "model_state_dict" or "model". weights: torchvision's own, by name ("DEFAULT"), downloaded when they are not cached.
-    classes: the outputs of a torchvision model. seed: of the weights when there is neither checkpoint nor `weights`.
+    "model_state_dict" or "model". weights: torchvision's or timm's own, by name or "DEFAULT", downloaded when they are
+    not cached. classes: the outputs of a torchvision or timm model. seed: of the weights when there is neither
+    checkpoint nor `weights`.
 
     Raises ValueError for an unknown name, or a checkpoint that cannot be read or does not fit the model; TypeError
     where the function returns no module; ImportError for a module that is not there.
     """
-    make = _torchvision if parse(spec)[0] == "torchvision" else _call
+    make = {"torchvision": _torchvision, "timm": _timm}.get(parse(spec)[0], _call)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make(spec, weights, classes)
@@ -47,10 +48,10 @@ def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: s
 
 
 def parse(spec: str) -> tuple[str, str]:
-    """("torchvision" or a module, the name in it). Raises ValueError for what is no spec."""
+    """("torchvision", "timm" or a module, the name in it). Raises ValueError for what is no spec."""
     source, _, name = spec.rpartition(":")
     if not source or not name:
-        raise ValueError(f"model: {spec!r} is neither torchvision:NAME nor module:function")
+        raise ValueError(f"model: {spec!r} is none of torchvision:NAME, timm:NAME and module:function")
     return source, name
 
 
@@ -165,11 +166,32 @@ def _torchvision(spec: str, weights: str | None, classes: int | None) -> nn.Modu
     return model
 
 
+def _timm(spec: str, weights: str | None, classes: int | None) -> nn.Module:
+    try:
+        timm: Any = importlib.import_module("timm")
+    except ImportError as error:
+        raise ImportError(f"timm cannot be imported ({error}): pip install 'torch-fastscore[timm]'") from error
+    name = parse(spec)[1]
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models())
+        raise ValueError(f"model: timm has no {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+    known = [tag.partition(".")[2] for tag in timm.list_pretrained(f"{name}.*")]
+    if weights is not None and weights != "DEFAULT" and weights not in known:
+        raise ValueError(f"weights: timm has no {weights!r} for {name}; it has {', '.join(['DEFAULT', *known])}")
+    own: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    tagged = name if weights in (None, "DEFAULT") else f"{name}.{weights}"
+    try:
+        model: nn.Module = timm.create_model(tagged, pretrained=weights is not None, **own)
+    except OSError as error:
+        raise ValueError(f"weights: {tagged} cannot be fetched ({error}); give a checkpoint instead") from error
+    return model
+
+
 def _call(spec: str, weights: str | None, classes: int | None) -> nn.Module:
     source, name = parse(spec)
     for option, value in (("weights", weights), ("classes", classes)):
         if value is not None:
-            raise ValueError(f"{option}: only torchvision:NAME has it; {spec} sets its own")
+            raise ValueError(f"{option}: only torchvision:NAME and timm:NAME have it; {spec} sets its own")
     path = Path(source)
     with _importable(path.parent if path.suffix == ".py" else Path()):
         module = _of_file(path) if path.suffix == ".py" else _of_name(source)

@@ -13,7 +13,7 @@ from fastscore import recipes
 from fastscore.batches import Batch, Forward, checked, device_of, fork_rng
 from fastscore.batches import forward as call_model
 from fastscore.compensation import add_to_biases, compensates, contributions, removed_means, removed_positions
-from fastscore.costs import Costs, Unit, total_macs
+from fastscore.costs import Costs, Unit, count
 from fastscore.evaluation import evaluation_copy
 from fastscore.groups import ChannelGraph, Ignore, norm_gates
 from fastscore.hardware import channel_multiple
@@ -90,8 +90,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     graph = scored_graph(model, scores, example_inputs, forward, ignore)
     twin = evaluation_copy(model)
     with fork_rng(device_of(twin)):
-        before = checked(forward)(twin, example_inputs).shape
-        costs = Costs(twin, graph.groups, example_inputs, forward, compensate)
+        costs = Costs(twin, graph.groups, example_inputs, checked(forward), compensate)
+        before = costs.returned.shape
         dense = _group_costs(costs)
         kinds = layer_kinds(model, graph.groups) if scope == "isomorphic" else None
         prices = channel_prices(costs, "params" if set(budgets) == {"params"} else "macs") if cost_aware else None
@@ -186,15 +186,14 @@ def _budgets(shares: Mapping[Unit, float | None], latency: float | None) -> dict
 def _try(model: nn.Module, example_inputs: Batch, forward: Forward, expected: torch.Size) -> int:
     """Run the pruned model; its MACs. Raises RuntimeError where it no longer fits together."""
     try:
-        with torch.no_grad():
-            shape = checked(forward)(model, example_inputs).shape
+        macs, _, output = count(model, example_inputs, checked(forward))
     except Exception as error:
         raise RuntimeError(f"the pruned model does not run ({error}): its forward depends on a width that changed; "
                            "ignore the layers it names") from error
-    if shape != expected:
-        raise RuntimeError(f"the pruned model returns {tuple(shape)} instead of {tuple(expected)}: ignore the layers "
-                           "that make its output")
-    return total_macs(model, example_inputs, forward)
+    if output.shape != expected:
+        raise RuntimeError(f"the pruned model returns {tuple(output.shape)} instead of {tuple(expected)}: ignore the "
+                           "layers that make its output")
+    return macs
 
 
 def _group_costs(costs: Costs) -> list[tuple[float, float]]:

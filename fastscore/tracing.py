@@ -1,7 +1,7 @@
 """Finding the channel groups of a model, through Torch-Pruning's dependency graph, and trying them on the model."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore import attention, batches, dependencies, trial
+from fastscore import attention, auxiliary, batches, dependencies, known_graphs, trial
 from fastscore.activation_checkpoints import without_checkpoints
 from fastscore.dependencies import CHANNELWISE, LAYERS
 from fastscore.evaluation import evaluation_copy
@@ -20,37 +20,69 @@ from fastscore.groups import ChannelGraph, ChannelGroup, Member, Role
 def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.forward) -> ChannelGraph:
     """Find the channel groups of `model` by running `forward(model, example_inputs)` on a copy of it.
 
+    A model that was traced before, and is what it was, is not traced again: see fastscore.known_graphs.
     Raises ValueError when the model cannot run on the example inputs, TypeError when it returns no tensor.
     """
+    known = known_graphs.recall(model, example_inputs, forward)
+    if known is not None:
+        return known
     twin = evaluation_copy(model)
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # the tracer follows grad_fn
+
+    def run(model: nn.Module) -> list[Tensor]:
+        return [batches.checked(forward)(model, example_inputs)]
+
+    def run_as_in_training(model: nn.Module) -> list[Tensor]:
+        with auxiliary.as_in_training(model):
+            return [output for output in batches.floating_tensors(forward(model, example_inputs))
+                    if output.requires_grad or not torch.is_grad_enabled()]
+
+    with torch.enable_grad(), without_checkpoints(), batches.fork_rng(batches.device_of(model)):
+        found, ran = _traced(twin, run)
+        idle = auxiliary.layers(twin) - ran
+        if idle:
+            try:
+                more, ran_in_training = _traced(twin, run_as_in_training)
+            except (ValueError, TypeError):
+                ran_in_training = set()
+            if ran <= ran_in_training:
+                found, idle = auxiliary.without(more, idle), idle - ran_in_training
+    graph = auxiliary.named(found, idle)
+    known_graphs.remember(model, example_inputs, forward, graph)
+    return graph
+
+
+def _traced(twin: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> tuple[ChannelGraph, set[str]]:
+    """(the groups of one way of running an evaluation copy, the layers that ran)."""
     graph = dependencies.Graph()
     has_run = False
 
-    def run(model: nn.Module, batch: batches.Batch) -> Tensor:
+    def first_run(model: nn.Module, batch: object) -> list[Tensor]:
         nonlocal has_run
-        output = batches.checked(forward)(model, batch)
+        outputs = run(model)
         has_run = True
-        return output
+        return outputs
 
-    recording = trial.Recording(twin, lambda twin: run(twin, example_inputs))
-    with torch.enable_grad(), without_checkpoints(), batches.fork_rng(batches.device_of(model)):
-        try:
-            with recording.record():
-                graph.build(twin, lambda twin, _: run(twin, example_inputs))
-        except TypeError:
-            raise
-        except Exception as error:  # the tracer raises whatever its guesses run into
-            blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
-            raise ValueError(f"{type(model).__name__}: {blame}: {type(error).__name__}: {error}") from error
-        heads, left = attention.find(twin, lambda twin: run(twin, example_inputs))
-        found = _with_heads(twin, _groups(twin, graph, attention.layers(heads), recording.first_layers), heads)
-        strays = trial.strays(recording, found.groups)
+    def whole(twin: nn.Module) -> Tensor:
+        return torch.cat([output.flatten() for output in run(twin)])
+
+    recording = trial.Recording(twin, whole)
+    try:
+        with recording.record():
+            graph.build(twin, first_run)
+    except TypeError:
+        raise
+    except Exception as error:  # the tracer raises whatever its guesses run into
+        blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
+        raise ValueError(f"{type(twin).__name__}: {blame}: {type(error).__name__}: {error}") from error
+    heads, left = attention.find(twin, whole)
+    found = _with_heads(twin, _groups(twin, graph, attention.layers(heads), recording.first_layers), heads)
+    strays = trial.strays(recording, found.groups)
     reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
                for group, where in strays.items()}
     return replace(found, groups=tuple(group for group in found.groups if group.name not in strays),
-                   skipped={**found.skipped, **reasons, **left})
+                   skipped={**found.skipped, **reasons, **left}), recording.layers_that_ran
 
 
 def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGroup]) -> ChannelGraph:

@@ -66,6 +66,11 @@ class Recording:
         self._output = torch.empty(0)
         self.first_layers = set[str]()  # those that read what no layer has made, in one call at least
 
+    @property
+    def layers_that_ran(self) -> set[str]:
+        """The layers that were called in the recorded run."""
+        return {layer for layer, outputs in self._outputs.items() if outputs}
+
     def record(self) -> AbstractContextManager[None]:
         """The model is run once in the block, by whoever it may be, and its layers' outputs are kept."""
         for outputs in self._outputs.values():

@@ -179,7 +179,7 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
 
 
 @pytest.mark.parametrize(("arguments", "named"), [
-    (("score", "resnet18"), "neither torchvision:NAME nor module:function"),
+    (("score", "resnet18"), "none of torchvision:NAME, timm:NAME and module:function"),
     (("score", "torchvision:resnet81", "--images", "photos"), "near it: resnet"),
     (("score", "torchvision:resnet18", "--weights", "BEST", "--images", "photos"), "IMAGENET1K_V1"),
     (("score", "torchvision:fcn_resnet50", "--images", "photos"), "not an image classifier"),

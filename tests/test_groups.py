@@ -1,6 +1,10 @@
 """Channel groups against the ones written down by hand, and what must not be taken for a group."""
 
+import contextlib
+import gc
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
+from fastscore import dependencies
 from fastscore.groups import Ignore
 from fastscore.tracing import trace
 
@@ -69,6 +74,7 @@ MIXING: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "strided slice": (lambda x: x[:, ::2], 4),
     "select": (lambda x: x[:, 1:2] * x[:, 5:6], 1),
     "split": (lambda x: torch.split(x, [3, 5], 1)[1], 5),
+    "split into equal parts": (lambda x: torch.add(*x.split(4, 1)), 4),
     "einsum": (lambda x: torch.einsum("nchw,cd->ndhw", x, torch.ones(8, 8) / 8), 8),
     "spatial attention": (lambda x: (x.flatten(2) @ torch.softmax(x.flatten(2).mT @ x.flatten(2), -1)
                                      ).unflatten(2, (8, 8)), 8),
@@ -126,6 +132,34 @@ def test_layers_that_cannot_lose_channels_are_named(name: str) -> None:
     layer, width, reason = LAYERS[name]
     graph = trace(Between(torch.relu, width, layer).eval(), torch.randn(2, 3, 8, 8))
     assert reason in graph.skipped["first"]
+
+
+def test_layers_that_run_in_training_alone_are_followed_too() -> None:
+    class Network(nn.Module):
+        def __init__(self, aside: int) -> None:
+            super().__init__()
+            self.one, self.two, self.norm = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(8)
+            self.head, self.auxiliary, self.between = nn.Linear(6, 4), nn.Linear(aside, 5), nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            x = self.norm(self.one(x))
+            logits = self.head(self.two(F.relu(x)).mean((2, 3)))
+            return (logits, self.between(self.auxiliary(x.mean((2, 3))))) if self.training else logits
+
+    x = torch.randn(1, 3, 8, 8)  # a single sample, which a BatchNorm in training mode would refuse after the mean
+    model = Network(8)
+    with untouched(model):
+        graph = trace(model, x)
+    (first, _) = graph.groups
+    assert [member.layer for member in first.role("consumer")] == ["auxiliary", "two"]
+    assert graph.skipped == {"auxiliary": "it is read by layers that run in training alone",
+                             "head": "its channels are the model's output",
+                             "between": "its channels are the model's output"}
+    model = Network(7)  # an auxiliary head that does not fit
+    with untouched(model):
+        graph = trace(model, x)
+    assert [group.name for group in graph.groups] == ["one", "two"]
+    assert all("does not run on example_inputs" in graph.skipped[layer] for layer in ("auxiliary", "between"))
 
 
 def test_every_layer_without_a_group_says_why() -> None:
@@ -197,3 +231,55 @@ def test_inputs_by_keyword_and_by_a_forward_of_ones_own() -> None:
     assert trace(model, (x, torch.zeros(4))).fingerprint == plain
     assert trace(model, {"x": x}).fingerprint == plain
     assert trace(model, {"images": x}, lambda model, batch: model(batch["images"])).fingerprint == plain
+
+
+def test_a_model_is_traced_once_until_something_of_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = 0
+
+    class Counted(dependencies.Graph):
+        def build(self, *args: Any) -> None:
+            nonlocal traces
+            traces += 1
+            super().build(*args)
+
+    monkeypatch.setattr(dependencies, "Graph", Counted)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    x = torch.randn(8, 4)
+    scores = fastscore.score(model, [x], progress=False)
+    with fastscore.mask(model, scores, 0.3, x), torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)  # weights may go on
+    fastscore.prune(model.train(), scores, x, channels=0.8)
+    assert traces == 1
+
+    def called(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch)
+
+    changes: list[Callable[[], object]] = [
+        lambda: model.__setitem__(1, nn.Tanh()), lambda: setattr(model[3], "inplace", True),
+        lambda: setattr(model[1], "forward", torch.sin), lambda: setattr(model[2], "bias", None),
+        lambda: setattr(model, "widths", [1, 2]), lambda: model.widths.append(3),
+        lambda: model[0].register_forward_hook(lambda *args: None), lambda: model.append(nn.ReLU()),
+        lambda: fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=0.8, inplace=True)]
+    for change in changes:
+        change()
+        before = traces
+        assert trace(model, x).groups
+        assert traces == before + 1
+        trace(model, x)
+        assert traces == before + 1
+    for batch, forward in ((x.double(), None), ((x,), None), (x, called)):
+        before = traces
+        with contextlib.suppress(ValueError):  # the weights are single
+            trace(model, batch, forward) if forward else trace(model, batch)
+        assert traces == before + 1
+
+
+def test_a_traced_model_can_be_forgotten() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    alive = weakref.ref(model)
+    trace(model, torch.randn(2, 4), lambda model, batch, own=model: own(batch) * model(batch))  # type: ignore[misc]
+    trace(model, torch.randn(2, 4))
+    del model
+    gc.collect()
+    assert alive() is None

@@ -49,8 +49,8 @@ def add_model(command: argparse.ArgumentParser, optional: bool = False) -> None:
     """Which model, which weights, which device."""
     model = command.add_argument_group("model")
     model.add_argument("model", metavar="MODEL", nargs="?" if optional else None,
-                       help="torchvision:NAME, or module:function for a function that returns a torch.nn.Module (the "
-                       "module is a name on the Python path or a .py file)")
+                       help="torchvision:NAME, timm:NAME, or module:function for a function that returns a "
+                       "torch.nn.Module (the module is a name on the Python path or a .py file)")
     weights = model.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", metavar="FILE", help="state dict: safetensors, or torch.save")
     weights.add_argument("--weights", metavar="NAME", help="torchvision's weights, e.g. DEFAULT (downloaded)")
