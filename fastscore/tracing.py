@@ -158,6 +158,9 @@ def _why_not(model: nn.Module, members: list[Member], owners: Mapping[int, int],
             return f"their number changes on the way to {member.layer}"
         if nn.utils.parametrize.is_parametrized(layer) or "weight" in vars(layer):
             return f"the weight of {member.layer} is computed (a parametrization): remove it first"
+        own = [name for name in layer._parameters if name not in ("weight", "bias")]
+        if own:
+            return f"{member.layer} has a parameter {own[0]} besides weight and bias, which cannot lose channels yet"
         if any(owners[id(parameter)] > 1 for parameter in layer._parameters.values() if parameter is not None):
             return f"{member.layer} shares its weight with another layer"
         if width is not None and _sections(layer, member.role) > 1 and len(member.index) < width:
