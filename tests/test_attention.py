@@ -347,6 +347,27 @@ def test_heads_that_cannot_go_are_left_alone_with_a_reason(name: str) -> None:
         dict(graph.skipped)
 
 
+class HandedOn(nn.Module):
+    """Two attentions, of which the second takes its bias for each head from the first; then one that takes none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (Apart() for _ in range(3))
+        self.one.num_heads = HEADS
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = x.new_ones(self.one.num_heads, 1, TOKENS) * torch.arange(TOKENS)
+        q, k, v = (layer(x).unflatten(2, (-1, WIDTH)).transpose(1, 2)
+                   for layer in (self.two.q_proj, self.two.k_proj, self.two.v_proj))
+        return self.three(self.one(x) + self.two.o_proj(_attend(q, k, v, bias)))
+
+
+def test_heads_that_others_count_on_are_left_alone() -> None:
+    graph = trace(_network(HandedOn), _inputs())
+    assert [group.name for group in graph.groups if "q_proj" in group.name] == ["attention.three.q_proj"]
+    assert "the model does not run with fewer heads there" in graph.skipped["attention.one.q_proj"]
+
+
 OPTIONS = [dict(zip(("batch_first", "bias", "add_bias_kv", "add_zero_attn", "kdim"), values, strict=True))
            for values in itertools.product((True, False), (True, False), (True, False), (True, False), (None, 6))]
 

@@ -109,6 +109,20 @@ def test_padding_changes_nothing(dims: int, gradient: Any) -> None:
         torch.testing.assert_close(wider.means[layer], mean, rtol=1e-9, atol=1e-12)
 
 
+def test_padding_does_not_count_in_one_output_for_an_example() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = transformers.BertConfig(**TEXT, num_labels=3)
+        model = transformers.BertForSequenceClassification(config).double().eval()
+    together = fastscore.score(model, [_batch(padded=9, padding=7)], forward=forward, progress=False)
+    apart = fastscore.score(model, [{name: value[n:n + 1, :length] for name, value in _batch().items()}
+                                    for n, length in enumerate((6, 4, 3))], forward=forward, progress=False)
+    for group in apart:
+        torch.testing.assert_close(together[group], apart[group], rtol=1e-5, atol=0)
+    for layer, mean in apart.means.items():
+        torch.testing.assert_close(together.means[layer], mean, rtol=1e-9, atol=1e-12)
+
+
 def test_tokens_in_expectation_are_the_length_of_what_changes() -> None:
     """The mean square over random gradients is the squared length of all outputs' change, here K times their mean."""
     model, batch = _model("BERT"), _batch((4, 4), 4)
