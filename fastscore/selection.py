@@ -121,9 +121,11 @@ def _group_steps(group: ChannelGroup, values: Tensor, prices: Tensor, round_to: 
     for channel, unit in enumerate(group.unit.tolist()):
         units[unit].append(channel)
 
+    value_of, price_of = values.tolist(), prices.tolist()  # a tensor for each would take most time
+
     def worth(channels: list[int]) -> float:
-        price = float(prices[channels].sum())
-        return float(values[channels].sum()) / price if price > 0 else math.inf
+        price = math.fsum(price_of[channel] for channel in channels)
+        return math.fsum(value_of[channel] for channel in channels) / price if price > 0 else math.inf
 
     order = sorted(units.values(), key=worth)
     least = max(1, math.ceil(floor * group.channels - 1e-9))
