@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from os import PathLike
 from typing import Any, Literal
 
@@ -78,7 +79,7 @@ class Scorer:
         graph = example_inputs if isinstance(example_inputs, ChannelGraph) else \
             trace(model, example_inputs, batches.checked(forward, self._outputs))
         self._totals = Totals(model, graph, origin, ignore)
-        self._taps = self._totals.taps(self._read if gradient == "loss" else None, self._outputs)
+        self._taps = self._totals.taps(partial(_read, self._totals) if gradient == "loss" else None, self._outputs)
 
     def attach(self) -> None:
         """Set the taps. Raises RuntimeError when they are set already."""
@@ -162,17 +163,18 @@ class Scorer:
         self._taps.flush()
         self._totals.all_reduce(batches.device_of(self._taps.model), group)
 
-    def _read(self, done: ForwardPass) -> None:
-        """Add what an ordinary backward pass left at the gates."""
-        parts = [part.reshape(len(part), classes_of(part)) for part in done.output_gradients.values()]
-        samples, real = tokens.rows(next(iter(done.output_gradients.values())), self._totals.origin.sample_dims,
-                                    done.real)
-        length = None
-        if self._totals.origin.normalize:
-            if any(len(part) != samples for part in parts):
-                raise ValueError(f"output: its tensors have {', '.join(str(len(part)) for part in parts)} rows, not "
-                                 "one for each sample in all of them")
-            lengths = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts]
-            length = torch.linalg.vector_norm(torch.stack(lengths), dim=0)
-        self._totals.add(done.sums(), samples, length, weight_gradients=done.weight_gradients,
-                         real=real)
+
+def _read(totals: Totals, done: ForwardPass) -> None:
+    """Add what an ordinary backward pass left at the gates."""
+    parts = [part.reshape(len(part), classes_of(part)) for part in done.output_gradients.values()]
+    samples, real = tokens.rows(next(iter(done.output_gradients.values())), totals.origin.sample_dims,
+                                done.real)
+    length = None
+    if totals.origin.normalize:
+        if any(len(part) != samples for part in parts):
+            raise ValueError(f"output: its tensors have {', '.join(str(len(part)) for part in parts)} rows, not "
+                             "one for each sample in all of them")
+        lengths = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts]
+        length = torch.linalg.vector_norm(torch.stack(lengths), dim=0)
+    totals.add(done.sums(), samples, length, weight_gradients=done.weight_gradients,
+                     real=real)
