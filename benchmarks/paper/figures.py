@@ -7,6 +7,7 @@ Writes into the folder of the CSV, for what was measured:
     DATASET-samples.png       mean accuracy over the curve against the number of samples
     DATASET-compensation.png  structural channels, with and without compensation
     DATASET-element.png       a channel's positions summed before the square, or one by one
+    DATASET-helped.png        Torch-Pruning's Taylor importance with labels and without
     DATASET.md                mean accuracies as tables
 Lines are means over training and scoring seeds; bands and error bars one standard deviation between these.
 """
@@ -65,6 +66,9 @@ COMPARISONS = {
         "taylor-abs:norm": "#3f8f4f", "taylor-abs:random:norm": "#93cda0", "taylor-sq:norm": "#0b5fa5",
         "taylor-sq:random:norm": "#86b9e6"},
         {"a channel's positions summed first": ("", False, "-"), "one by one": (":element", False, DOTTED)}),
+    "helped": Comparison("groups", {"torch-pruning": "#0b5fa5"}, {
+        "gradients of the loss, with labels": ("", False, DOTTED),
+        "fastscore.random_backward, without": (":random:norm", False, "-")}),
 }
 
 

@@ -189,7 +189,8 @@ def draw(path: Path) -> Iterator[Path]:
                           linewidth=1.3, elinewidth=0.7)
         axes.set_ylabel(label, fontsize=9)
         axes.set_xlabel("removed channels", fontsize=9)
-        axes.xaxis.set_major_formatter("{x:.0%}")
+        shares = sorted({share for points in runs.values() for share in points})
+        axes.set_xticks(shares, [f"{share:.0%}" for share in shares])
         axes.tick_params(labelsize=8)
         plain(axes)
     drawing.legend([*(Line2D([], [], color=colour) for colour in colours.values()),

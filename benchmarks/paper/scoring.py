@@ -57,7 +57,8 @@ def _own(model: nn.Module, images: Images, variants: Iterable[Variant], units: U
 
 def _measure(model: nn.Module, images: Images, family: Mapping[Variant, Totals], seed: int) -> None:
     """Fill the totals, which all read the same measure."""
-    taps = max((totals.taps() for totals in family.values()), key=lambda taps: len(taps.weights))
+    # those that measure most: weight gradients, or a channel's whole input where a convolution strides over part of it
+    taps = max(family.values(), key=lambda totals: (totals.row.filters, totals.row.edges)).taps()
     for weight in taps.weights.values():
         weight.requires_grad_()
     with taps, torch.enable_grad():
@@ -72,16 +73,18 @@ def _measure(model: nn.Module, images: Images, family: Mapping[Variant, Totals],
 
 
 def _send(propagate: object, output: Tensor, v: Tensor, family: Mapping[Variant, Totals]) -> None:
-    """One backward pass for all; a second, of normalised gradients, for criteria that read filters."""
+    """One backward pass for all; further ones, of other gradients, for criteria that read filters."""
     assert callable(propagate)
-    samples = len(output)
+    samples, length = len(output), v.double().norm(dim=1)
     sums, weights = propagate(output, v)
-    length = v.double().norm(dim=1)
-    normalized = [totals for variant, totals in family.items() if totals.row.filters and variant.normalize]
+    scaled: dict[bool, dict[str, Tensor]] = {}  # normalised? -> weight gradients of the minibatch's mean
     for variant, totals in family.items():
-        if totals not in normalized:
+        if totals.row.filters and (variant.normalize or variant.gradient == "random"):
+            if variant.normalize not in scaled:
+                mean = v / samples / (length[:, None] if variant.normalize else 1)
+                scaled[variant.normalize] = propagate(output, mean.to(v))[1]
+            totals.add(sums, samples, weight_gradients=scaled[variant.normalize])
+        elif totals.row.minibatch and variant.gradient == "random" and not variant.normalize:
+            totals.add(sums, samples, torch.ones_like(length), weight_gradients=weights)  # the mean of the minibatch
+        else:
             totals.add(sums, samples, length if variant.normalize else None, weight_gradients=weights)
-    if normalized:
-        sums, weights = propagate(output, v / length[:, None] / samples)
-        for totals in normalized:
-            totals.add(sums, samples, weight_gradients=weights)

@@ -34,12 +34,13 @@ HALVES, PROBES, REPEATS = (10, 100, 1000), (1, 2, 5, 10), 5
 RANDOM = ("normal", "rademacher", "orthogonal")
 CURVES = {("normal", 1), ("rademacher", 1), ("basis", 10)}  # (distribution, probes) whose accuracy is measured,
 CURVE_SAMPLES = 100  # on so many
+MARKERS = "osD"  # of HALVES
 FIELDS = ("network", "training_seed", "repeat", "distribution", "center", "samples", "probes", "passes", "spearman",
           "overlap", "accuracy")
 
 
 def output_changes(model: nn.Module, x: Tensor, batch: int = 50) -> dict[str, Tensor]:
-    """u = ∂z/∂gate of every channel group of `model`: group -> float32 [N, K, C]."""
+    """u = ∂z/∂gate of every channel group of `model`: group -> [N, K, C]."""
     twin = evaluation_copy(model)
     groups = trace(twin, x[:1]).groups
     gates: dict[str, Tensor] = {}
@@ -62,7 +63,7 @@ def output_changes(model: nn.Module, x: Tensor, batch: int = 50) -> dict[str, Te
         twin.get_submodule(layer).register_forward_pre_hook(gate(read))
     parts: dict[str, list[Tensor]] = {group.name: [] for group in groups}
     for images in x.split(batch):
-        gates |= {group.name: torch.ones(len(images), group.channels, requires_grad=True) for group in groups}
+        gates |= {group.name: images.new_ones(len(images), group.channels).requires_grad_() for group in groups}
         output = twin(images)
         rows = [torch.autograd.grad(output[:, k].sum(), list(gates.values()), retain_graph=True)
                 for k in range(output.shape[1])]
@@ -73,7 +74,7 @@ def output_changes(model: nn.Module, x: Tensor, batch: int = 50) -> dict[str, Te
 
 def importance(u: Tensor, ids: Tensor, distribution: str, center: bool, probes: int, seed: int = 0) -> Tensor:
     """taylor-sq of normalised random gradients: u [N, K, C], sample ids [N] -> float64 [C]."""
-    total = torch.zeros(u.shape[2], dtype=torch.float64)
+    total = u.new_zeros(u.shape[2], dtype=torch.float64)
     for probe in range(probes):
         v = gradients.random_gradient(u[:, :, 0], ids, seed, probe, distribution, True, center)
         total += torch.einsum("nk,nkc->nc", v, u).double().square().sum(0)
@@ -111,13 +112,44 @@ def measure(model: nn.Module, train: Images, test: Images, halves: tuple[int, ..
                 yield row
 
 
-def draw(path: Path) -> Path:
-    """Overlap against backward passes, from the CSV: a panel for each network and for centred gradients or not."""
+def table(rows: list[dict[str, str]], center: str) -> str:
+    """Markdown: overlap (%) of two halves, mean ± standard deviation over networks and repeats; center: "0" or "1"."""
+    columns = sorted({(int(row["samples"]), int(row["probes"])) for row in rows if row["probes"] != "5"})
+    lines = ["| | " + " | ".join(f"{samples:,} × {probes}" for samples, probes in columns) + " |",
+             "|---" + "|---:" * len(columns) + "|"]
+    for network in sorted({row["network"] for row in rows}):
+        found = grouped([row for row in rows if row["network"] == network])
+        for distribution in (*RANDOM, "basis"):
+            cells = [found[distribution, center, str(samples)].get(samples * probes) for samples, probes in columns]
+            words = "exact" if distribution == "basis" else distribution
+            lines.append(f"| {network}, {words} | " + " | ".join(
+                "" if values is None else f"{100 * values.mean():.1f} ± {100 * values.std():.1f}" for values in cells)
+                + " |")
+    return "\n".join(lines)
+
+
+def accuracies(rows: list[dict[str, str]]) -> str:
+    """Markdown: mean accuracy (%) over the 31 points, on CURVE_SAMPLES samples, ± standard deviation over networks."""
+    kinds = [(distribution, center, probes) for distribution, probes in sorted(CURVES) for center in "01"]
+    lines = ["| | " + " | ".join(("exact" if name == "basis" else name) + (", centred" if center == "1" else "")
+                                 for name, center, _ in kinds) + " |", "|---" + "|---:" * len(kinds) + "|"]
+    for network in sorted({row["network"] for row in rows}):
+        found = grouped([row for row in rows if row["network"] == network], "accuracy")
+        cells = [100 * found[name, center, str(CURVE_SAMPLES)][CURVE_SAMPLES * probes]
+                 for name, center, probes in kinds]
+        lines.append(f"| {network} | " + " | ".join(
+            f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "") for values in cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(path: Path) -> Iterator[Path]:
+    """From the CSV: overlap against backward passes, a panel for each network and for centred gradients or not; tables.
+    """
     from matplotlib.lines import Line2D
 
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    networks = sorted({row["network"] for row in rows})
+    networks, sizes = sorted({row["network"] for row in rows}), sorted({row["samples"] for row in rows}, key=int)
     colours = dict(zip((*RANDOM, "basis"), ("#0b5fa5", "#c9a227", "#3f8f4f", "#b00020"), strict=True))
     drawing = figure(10.5, 3.2 * len(networks) + 0.5)
     panels = drawing.subplots(len(networks), 2, squeeze=False, sharex=True, sharey="row")
@@ -128,7 +160,7 @@ def draw(path: Path) -> Path:
                 passes = sorted(points)
                 axes.errorbar(passes, [points[count].mean() for count in passes],
                               [points[count].std() for count in passes], color=colours[distribution], linewidth=1.2,
-                              marker={"10": "o", "100": "s", "1000": "D"}[samples], markersize=4, elinewidth=0.7)
+                              marker=MARKERS[sizes.index(samples)], markersize=4, elinewidth=0.7)
             axes.set_xscale("log")
             axes.set_title(f"{network}{', centred' if center == '1' else ''}", fontsize=9)
             axes.tick_params(labelsize=8)
@@ -137,11 +169,17 @@ def draw(path: Path) -> Path:
     for axes in panels[-1]:
         axes.set_xlabel("backward passes of a sample, in all", fontsize=9)
     drawing.legend([*(Line2D([], [], color=colour) for colour in colours.values()),
-                    *(Line2D([], [], color="black", marker=marker, linestyle="") for marker in "osD")],
-                   [*RANDOM, "exact", *(f"{samples:,} samples" for samples in HALVES)], loc="outside lower center",
+                    *(Line2D([], [], color="black", marker=marker, linestyle="") for marker in MARKERS[:len(sizes)])],
+                   [*RANDOM, "exact", *(f"{int(samples):,} samples" for samples in sizes)], loc="outside lower center",
                    ncols=7, frameon=False, fontsize=9)
     drawing.savefig(path.with_suffix(".png"), dpi=150)
-    return path.with_suffix(".png")
+    yield path.with_suffix(".png")
+    path.with_suffix(".md").write_text(
+        f"### Overlap of halves\n\nOf the {FRACTION:.0%} of channels that each half of samples × probes would prune, "
+        "%, mean ± standard deviation over networks and repeats.\n\n" + table(rows, "0")
+        + "\n\n### Overlap of halves, centred\n\n" + table(rows, "1") + "\n\n### Accuracy\n\nMean test accuracy (%) "
+        f"over the 31 points, scored on {CURVE_SAMPLES} samples, with one probe each or all.\n\n{accuracies(rows)}\n")
+    yield path.with_suffix(".md")
 
 
 def grouped(rows: list[dict[str, str]], field: str = "overlap") -> dict[tuple[str, str, str], dict[int, Tensor]]:
@@ -178,8 +216,8 @@ def main() -> None:
             for row in measure(model, train, images.test):
                 writer.writerow({"network": network, "training_seed": seed, **row})
             file.flush()
-    print(path)
-    print(draw(path))
+    for written in (path, *draw(path)):
+        print(written)
 
 
 if __name__ == "__main__":
