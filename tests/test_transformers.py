@@ -206,6 +206,7 @@ def test_windowed_attention_loses_heads_with_their_position_biases(name: str) ->
             torch.testing.assert_close(model(batch), expected, rtol=1e-12, atol=1e-12)
     with untouched(model):
         scores = fastscore.score(model, [batch], progress=False)
+        assert not set(scores) & set(scores.skipped)
         ignore = _only(scores, heads)
         result = fastscore.prune(model, scores, batch, channels=0.5, ignore=ignore, compensate=False)
         with torch.no_grad(), fastscore.mask(model, scores, 0.5, batch, ignore=ignore, compensate=False):
