@@ -1,9 +1,20 @@
-"""Nothing is kept alive by scoring: no tensor, no model, no reference cycle."""
+"""Whatever is done with a model, and in whatever order: afterwards it is as it was, and nothing is kept alive."""
 
+import copy
 import gc
+import io
+import pickle
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from networks import NETWORKS
+from random_networks import generate
 from torch import Tensor, nn
 
 import fastscore
@@ -12,7 +23,152 @@ from fastscore import Scorer
 PLAIN = NETWORKS["plain"]
 
 
-def batches_of_training(model: nn.Module, x: Tensor, count: int) -> None:
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """oracles.untouched, and the states of the process that scoring might turn."""
+    def states() -> dict[str, object]:
+        return {"threads": torch.get_num_threads(), "autocast": torch.is_autocast_enabled("cpu"),
+                "autocast dtype": torch.get_autocast_dtype("cpu"), "autocast cache": torch.is_autocast_cache_enabled(),
+                "inference": torch.is_inference_mode_enabled(), "default dtype": torch.get_default_dtype(),
+                "deterministic": torch.are_deterministic_algorithms_enabled(), "anomalies": torch.is_anomaly_enabled()}
+
+    before = states()
+    with oracles.untouched(model):
+        yield
+    assert states() == before
+
+
+class Trouble(Exception):
+    pass
+
+
+def raising(at: int) -> Callable[[nn.Module, Tensor], Tensor]:
+    """A forward that fails the `at`-th time."""
+    calls = iter(range(at))
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        output: Tensor = model(batch)
+        if next(calls, None) is None:
+            raise Trouble
+        return output
+
+    return forward
+
+
+def score(model: nn.Module, x: Tensor) -> None:
+    fastscore.score(model, [x, x[:1]], progress=False)
+
+
+def score_and_fail(model: nn.Module, x: Tensor, at: int) -> None:
+    with pytest.raises((Trouble, ValueError), match="Trouble" if at == 0 else None):  # the first call is the tracer's
+        fastscore.score(model, [x] * 9, forward=raising(at), progress=False)
+
+
+def score_under_autocast(model: nn.Module, x: Tensor) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fastscore.score(model, [x], progress=False)
+
+
+def attach_and_detach(model: nn.Module, x: Tensor) -> None:
+    scorer = Scorer(model, x)
+    scorer.attach()
+    with pytest.raises(RuntimeError, match="attached already"):
+        scorer.attach()
+    scorer.detach()
+    scorer.detach()
+
+
+def probe(model: nn.Module, x: Tensor) -> None:
+    scorer = Scorer(model, x, gradient="random")
+    with scorer:
+        output = model(x)
+        scorer.probe(output)
+        scorer.probe(output)
+    scorer.scores()
+
+
+def fail_inside(model: nn.Module, x: Tensor) -> None:
+    def fail(batch: Tensor) -> None:
+        with Scorer(model, x):
+            model(batch)
+            raise Trouble
+
+    with pytest.raises(Trouble):
+        fail(x)
+
+
+def nest(model: nn.Module, x: Tensor) -> None:
+    """Scorers within one another, taken off in the wrong order, and a score in between."""
+    one, other = Scorer(model, x, gradient="random"), Scorer(model, x, importance="taylor-abs", gradient="random")
+    one.attach()
+    other.attach()
+    output = model(x)
+    one.probe(output)
+    other.probe(output)
+    score(model, x)
+    one.detach()
+    other.probe(model(x))
+    other.detach()
+    one.scores(), other.scores()
+
+
+def copy_inside(model: nn.Module, x: Tensor) -> None:
+    with Scorer(model, x, gradient="random"):
+        twin = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(twin(x), model(x))
+
+
+def pickle_afterwards(model: nn.Module, x: Tensor) -> None:
+    """A module that can be pickled still can; random networks, which hold functions, never could."""
+    probe(model, x)
+    if model.__class__.__module__.startswith("torch.nn"):
+        twin = pickle.loads(pickle.dumps(model))
+        assert torch.equal(twin(x), model(x))
+    torch.save(model.state_dict(), io.BytesIO())
+
+
+def mask_and_prune(model: nn.Module, x: Tensor) -> None:
+    scores = fastscore.score(model, [x], progress=False)
+    with torch.no_grad(), fastscore.mask(model, scores, 0.2, x):
+        model(x)
+    fastscore.prune(model, scores, x, channels=0.9)
+
+
+def mask_and_fail(model: nn.Module, x: Tensor) -> None:
+    scores = fastscore.score(model, [x], progress=False)
+    with pytest.raises(Trouble), fastscore.mask(model, scores, 0.2, x):
+        raise Trouble
+
+
+ACTIONS: list[Callable[[nn.Module, Tensor], None]] = [
+    score, score_under_autocast, attach_and_detach, probe, fail_inside, nest, copy_inside, pickle_afterwards,
+    mask_and_prune, mask_and_fail, *(lambda model, x, at=at: score_and_fail(model, x, at) for at in (0, 2, 5))]
+MODELS: list[Callable[[], tuple[nn.Module, Tensor]]] = [
+    *(lambda name=name: (NETWORKS[name].model(), NETWORKS[name].inputs(2)) for name in
+      ("plain", "residual", "inplace", "mobile", "unet", "mlp", "recurrent")),
+    *(lambda seed=seed: (generate(seed).model, generate(seed).inputs(2)) for seed in (6, 11, 17, 28))]
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@given(st.sampled_from(MODELS), st.lists(st.sampled_from(ACTIONS), min_size=1, max_size=4), st.data())
+def test_any_sequence(make, actions, data):
+    model, x = make()
+    training = data.draw(st.lists(st.booleans(), min_size=3, max_size=3))
+    for i, module in enumerate(model.modules()):
+        if isinstance(module, nn.Dropout):
+            module.train(training[i % 3])
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(training[i % 3])
+        if i % 2 and parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, i)
+    next(model.parameters()).requires_grad_()  # or nothing would have a gradient to send
+    with untouched(model):
+        for action in actions:
+            action(model, x)
+
+
+def batches_of_training(model: nn.Module, scorer: Scorer, x: Tensor, count: int) -> None:
     for _ in range(count):
         model(x).square().sum().backward()
         model.zero_grad(set_to_none=True)
@@ -27,9 +183,9 @@ def test_a_thousand_batches_leave_no_tensor_behind():
     model, x = PLAIN.model(), PLAIN.inputs(1)
     scorer = Scorer(model, x)
     with scorer:
-        batches_of_training(model, x, 10)
+        batches_of_training(model, scorer, x, 10)
         before = bytes_of_tensors()
-        batches_of_training(model, x, 1000)
+        batches_of_training(model, scorer, x, 1000)
         assert bytes_of_tensors() <= before
     scorer.scores()
 
