@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import heads, ops
+from fastscore.gates import Measure
 from fastscore.groups import ChannelGroup, Member
-from fastscore.taps import Measure
 
 
 def _sums(a: Tensor, g: Tensor, channel_dim: int) -> Tensor:

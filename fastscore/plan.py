@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from fastscore.batches import Batch, Forward, checked
 from fastscore.compiled import compile_tapped
 from fastscore.evaluation import Folding, clamp_without_copies, to_channels_last
+from fastscore.gates import Place
 from fastscore.observation import observe
 from fastscore.precision import PRECISIONS, cast, check_runs, described
-from fastscore.taps import Place, Taps
+from fastscore.taps import Taps
 
 
 @dataclass(frozen=True)

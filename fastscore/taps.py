@@ -9,7 +9,6 @@ no weight gradient, and an ordinary backward pass leaves the sums in `gate.grad`
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -19,51 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from fastscore import multihead
 from fastscore.batches import Outputs, output_tensors
+from fastscore.gates import Gate, Measure, Place
 from fastscore.hooks import OwnHook
 from fastscore.passes import BackwardPasses, ForwardPass
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What is measured at a tap: `compute(activation, gradient, channel_dim)` -> [P, N, C], for P `parts`."""
-
-    parts: int
-    compute: Callable[[Tensor, Tensor, int], Tensor]
-    mean: int | None = None  # the part that is a mean over positions, if any
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tap stands: the dimension that holds the channels, of the layer's input or of its output.
-
-    window: what the layer reads of its input, where that is not all; no gradient comes back to the rest. module: the
-    module at whose input the tap stands, where it is not the layer itself but one before it.
-    """
-
-    channel_dim: int
-    output: bool = False
-    window: tuple[slice, ...] = ()
-    module: str = ""
-
-
-class _Gate(torch.autograd.Function):
-    """(x, gate) -> x; backward: (g, measure(x, g))."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, taps: "Taps", place: Place, real: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.taps, ctx.place, ctx.real = taps, place, real
-        # a Conv or Linear never writes to its input; whoever takes a BatchNorm's output may (`out += identity`)
-        return x.clone() if place.output else x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        (x,) = ctx.saved_tensors
-        place, measured = ctx.place, None
-        if ctx.taps.measuring:
-            x, h = (x[place.window], g[place.window]) if place.window else (x, g)
-            measured = ctx.taps.measured(x, h, place.channel_dim, ctx.real)
-        return g, measured, None, None, None
 
 
 class Taps:
@@ -249,7 +206,7 @@ class Taps:
                 if place.channel_dim == -1 and owner.real is not None and x.shape[:-1] == owner.real.shape:
                     real = owner.real
             self._seen.add(layer)
-        gated: Tensor = _Gate.apply(x, gate, self, place, real)
+        gated: Tensor = Gate.apply(x, gate, self, place, real)
         return gated
 
     def _samples(self, x: Tensor, layer: str, place: Place) -> int:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastscore import batches, tokens
+from fastscore.gates import Place
 from fastscore.group_sums import ByLayer, EdgeSums, JointSums
 from fastscore.groups import ChannelGraph, Ignore, norm_gates
 from fastscore.importance import DEGREES, MEAN, SUMS, filter_parameters, filter_products, gradient_importance
 from fastscore.passes import ForwardPass
 from fastscore.scores import Origin, Scores
-from fastscore.taps import Place, Taps
+from fastscore.taps import Taps
 
 
 class Totals:

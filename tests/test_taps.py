@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastscore import Scorer
+from fastscore.gates import Place
 from fastscore.importance import SUMS
-from fastscore.taps import Place, Taps
+from fastscore.taps import Taps
 
 EVERY_NETWORK = pytest.mark.parametrize("name", list(NETWORKS))
 

@@ -1,0 +1,62 @@
+"""Gates: the identity at which autograd hands over what is measured of activation and gradient."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured at a tap: `compute(activation, gradient, channel_dim)` -> [P, N, C], for P `parts`."""
+
+    parts: int
+    compute: Callable[[Tensor, Tensor, int], Tensor]
+    mean: int | None = None  # the part that is a mean over positions, if any
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tap stands: the dimension that holds the channels, of the layer's input or of its output.
+
+    window: what the layer reads of its input, where that is not all; no gradient comes back to the rest. module: the
+    module at whose input the tap stands, where it is not the layer itself but one before it.
+    """
+
+    channel_dim: int
+    output: bool = False
+    window: tuple[slice, ...] = ()
+    module: str = ""
+
+
+class Measuring(Protocol):
+    """Who a gate asks in a backward pass: see fastscore.taps.Taps."""
+
+    @property
+    def measuring(self) -> bool:
+        """Whether a backward pass that runs now is to be measured."""
+
+    def measured(self, x: Tensor, g: Tensor, channel_dim: int, real: Tensor | None) -> Tensor:
+        """[P, N, C] of activation and gradient."""
+
+
+class Gate(torch.autograd.Function):
+    """(x, gate) -> x; backward: (g, measure(x, g))."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, taps: "Measuring", place: Place, real: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.taps, ctx.place, ctx.real = taps, place, real
+        # a Conv or Linear never writes to its input; whoever takes a BatchNorm's output may (`out += identity`)
+        return x.clone() if place.output else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        (x,) = ctx.saved_tensors
+        place, measured = ctx.place, None
+        if ctx.taps.measuring:
+            x, h = (x[place.window], g[place.window]) if place.window else (x, g)
+            measured = ctx.taps.measured(x, h, place.channel_dim, ctx.real)
+        return g, measured, None, None, None
