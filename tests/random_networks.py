@@ -421,15 +421,18 @@ class _Generator:
             randomize(model).double().eval()
         producers: dict[str, list[int]] = {}
         consumers: dict[str, list[int]] = {}
-        for step in self.steps:
-            for ties in step.ties if not any(step is other for other in dead) else []:
-                self.tie(*ties)
+        in_vain = [step for step in self.steps if any(step is other for other in dead)]
+        for step in [*(step for step in self.steps if not any(step is other for other in dead)), *in_vain]:
             for known, labels in ((consumers, step.reads), (producers, step.makes)):
                 if labels is not None:
-                    self.tie(known.setdefault(f"layers.{step.layer}", labels), labels)
+                    first = known.setdefault(f"layers.{step.layer}", labels)
+                    step.ties.append((first, labels))
+            for ties in step.ties if not any(step is other for other in in_vain) else []:
+                self.tie(*ties)
         fixed = [label for step in self.steps for label in step.fixes]
         if self.seed % 5 == 0:  # what runs to no end
             fixed += [label for step in dead for source in step.sources for label in self.values[source].labels]
+            fixed += [label for step in dead for label in consumers.get(f"layers.{step.layer}", [])]
 
         def units(labels: list[int]) -> list[int]:
             return [self.unit(label) for label in labels]
