@@ -1,5 +1,6 @@
 """Scoring from several Python threads at once."""
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -71,9 +72,10 @@ def test_scores_of_one_model():
 
 def test_scorers_on_models_of_their_own():
     network = NETWORKS["residual"]
+    models = [network.model(seed) for seed in range(THREADS)]  # here, as threads share their random numbers
 
     def train(seed: int) -> fastscore.Scores:
-        model, x = network.model(seed), network.inputs(4, seed)
+        model, x = copy.deepcopy(models[seed]), network.inputs(4, seed)
         scorer = Scorer(model, x)
         with scorer:
             for part in x.split(2):
