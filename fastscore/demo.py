@@ -163,12 +163,12 @@ def _prune(model: nn.Module, importance: str, digits: Digits, seed: int, done: C
     images, labels = digits.train
     start = time.perf_counter()
     scores = score(model, images.split(256), importance=importance, seed=seed, progress=False)
-    result = prune(model, scores, images[:1], macs=TARGET, compensate=False)
+    result = prune(model, scores, images[:1], macs=TARGET)
     seconds = time.perf_counter() - start
     before = accuracy(result.model, *digits.test)
     curve = []
     for share in SHARES:
-        smaller = prune(model, scores, images[:1], macs=share, compensate=False).model
+        smaller = prune(model, scores, images[:1], macs=share).model
         curve.append(accuracy(smaller, *digits.test))
         done()
     train(result.model, images, labels, FINE_TUNING_EPOCHS, 0.02, done)

@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,16 +40,19 @@ SCORE = ["score", "nets.py:build", "--images", "photos", "--size", "12", "--batc
 
 
 @pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A working directory with nets.py, whose model is interrupted in batch $STOP, and 17 images."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(runs, "_SHARE", float("inf"))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     Path("nets.py").write_text(NETS)
     Path("photos").mkdir()
     pixels = torch.randint(256, (17, 12, 12, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
     for number, image in enumerate(pixels):
         Image.fromarray(image).save(f"photos/{number:02}.png")
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 def run(*arguments: str, stop: int = 0) -> int:

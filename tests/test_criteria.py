@@ -275,13 +275,17 @@ def test_auto_stops_when_the_halves_agree() -> None:
     assert 32 <= found.samples == 8 * len(seen) < 1600
     before = fastscore.score(model, batches[:len(seen) - 1], probes="exact", progress=False)
     assert before.samples < 32 or before.overlap(0.3) < 0.95, "it would have stopped earlier"
+    stricter = fastscore.score(model, batches, samples="auto", agreement=(0.5, 1.0), progress=False)
+    assert stricter.overlap(0.5) == 1 or stricter.samples == 1600
+    assert stricter.samples > found.samples
 
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"units": "layers"}, "^units: 'layers'"), ({"ablation": "median"}, "^ablation: 'median'"),
     ({"ablation": "mean", "importance": "taylor-abs"}, "^reduction, ablation: 'taylor-abs' has no"),
     ({"layerwise": "max"}, "^layerwise: 'max'"), ({"probes": "all"}, "^probes: 'all'"),
-    ({"samples": "some"}, "^samples: 'some'"), ({"distribution": "basis"}, "^distribution: \"basis\" takes one probe"),
+    ({"samples": "some"}, "^samples: 'some'"), ({"agreement": (0, 1)}, "^agreement: "),
+    ({"distribution": "basis"}, "^distribution: \"basis\" takes one probe"),
     ({"probes": "exact", "importance": "taylor-abs"}, "^probes: \"exact\" is the mean square"),
     ({"probes": "exact", "gradient": "loss"}, "^probes: exact, but a loss has one gradient")])
 def test_arguments(options: dict[str, Any], message: str) -> None:

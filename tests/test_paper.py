@@ -15,7 +15,7 @@ from benchmarks.paper import __main__ as command
 from benchmarks.paper import data, evaluation, figures, results, training
 from benchmarks.paper.data import Images
 from benchmarks.paper.networks import NETWORKS
-from benchmarks.paper.protocol import EXPERIMENTS, FIELDS
+from benchmarks.paper.protocol import EXPERIMENTS, FIELDS, KEY
 
 SIZES = {"resnet20": (1, 28), "vgg6": (1, 28), "resnet18": (3, 64), "vgg19": (3, 32)}  # channels, width and height
 
@@ -163,8 +163,9 @@ def test_only_whole_curves_count_as_done_and_a_torn_line_is_cut_off(tmp_path: Pa
     whole = path.read_bytes()
     every = command.complete(path)
     assert len(every) == 2 * sum(len(variants) * len(kinds) for _, variants, kinds in EXPERIMENTS.values())
+    last = tuple(whole.decode().splitlines()[-1].split(",")[:len(KEY)])
     path.write_bytes(whole[:-5])
-    assert command.complete(path) == every - {("fashion-mnist", "vgg6", "0", "0", "all", "groups", "random", "1")}
+    assert command.complete(path) == every - {last}
     assert whole.startswith(path.read_bytes())
     assert path.read_bytes().endswith(b"\n")
 

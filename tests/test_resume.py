@@ -136,19 +136,18 @@ def test_more_batches_than_before(tmp_path: Path) -> None:
 
 def test_as_many_samples_as_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastscore.engine, "AUTO_LEAST", 4)
-    monkeypatch.setattr(fastscore.engine, "AUTO_OVERLAP", 0.5)
     batches = RESIDUAL.inputs(64).split(2)
-    whole = score(batches, samples="auto")
+    whole = score(batches, samples="auto", agreement=(0.3, 0.5))
     assert 4 <= whole.samples < 64
 
     def some() -> Iterator[Tensor]:
-        yield from batches[:2]
+        yield from batches[:1]
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        score(some(), samples="auto", checkpoint=tmp_path / "s.ckpt")
+        score(some(), samples="auto", agreement=(0.3, 0.5), checkpoint=tmp_path / "s.ckpt")
     for _ in range(2):
-        assert_same_bits(score(batches, samples="auto", checkpoint=tmp_path / "s.ckpt"), whole)
+        assert_same_bits(score(batches, samples="auto", agreement=(0.3, 0.5), checkpoint=tmp_path / "s.ckpt"), whole)
 
 
 def test_only_when_stopped(tmp_path: Path) -> None:

@@ -22,10 +22,11 @@ from benchmarks.paper.agreement import flat, overlap
 from benchmarks.paper.data import Images
 from benchmarks.paper.evaluation import Evaluator
 from fastscore import Scores
-from fastscore.engine import AUTO_FRACTION, AUTO_LEAST, AUTO_OVERLAP
+from fastscore.engine import AGREEMENT, AUTO_LEAST
 from fastscore.plots import figure, plain
 
 BATCH = 32
+FRACTION, SHARE = AGREEMENT
 FIELDS = ("network", "training_seed", "scoring_seed", "kind", "samples", "overlap_of_halves", "overlap_with_all",
           "accuracy")
 
@@ -51,8 +52,8 @@ def measure(model: nn.Module, train: Images, test: Images, seeds: list[int], str
 
     def row(seed: int, kind: str, scores: Scores) -> dict[str, object]:
         return {"scoring_seed": seed, "kind": kind, "samples": scores.samples,
-                "overlap_of_halves": f"{scores.overlap(AUTO_FRACTION):.4f}",
-                "overlap_with_all": f"{overlap(flat(scores), flat(whole), AUTO_FRACTION):.4f}",
+                "overlap_of_halves": f"{scores.overlap(FRACTION):.4f}",
+                "overlap_with_all": f"{overlap(flat(scores), flat(whole), FRACTION):.4f}",
                 "accuracy": "" if kind == "way" else accuracy(scores)}
 
     orders = [torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -113,18 +114,18 @@ def draw(path: Path) -> Iterator[Path]:
         stops = [row for row in rows if row["kind"] == "auto"]
         axes.plot([int(row["samples"]) for row in stops], [float(row["overlap_with_all"]) for row in stops], "x",
                   color="#b00020", label='where "auto" stopped')
-        axes.axhline(AUTO_OVERLAP, color="black", linewidth=0.6, linestyle=(0, (4, 3)))
+        axes.axhline(SHARE, color="black", linewidth=0.6, linestyle=(0, (4, 3)))
         axes.set_xscale("log")
         axes.set_title(network, fontsize=9)
         axes.set_xlabel("samples", fontsize=9)
-        axes.set_ylabel(f"overlap of the {AUTO_FRACTION:.0%} to prune", fontsize=9)
+        axes.set_ylabel(f"overlap of the {FRACTION:.0%} to prune", fontsize=9)
         axes.tick_params(labelsize=8)
         axes.legend(frameon=False, fontsize=8, loc="lower right")
         plain(axes)
     drawing.savefig(path.with_suffix(".png"), dpi=150)
     yield path.with_suffix(".png")
     path.with_suffix(".md").write_text(
-        f'samples="auto" (halves that agree on {AUTO_OVERLAP:.0%} of the {AUTO_FRACTION:.0%} to prune) against the '
+        f'samples="auto" (halves that agree on {SHARE:.0%} of the {FRACTION:.0%} to prune) against the '
         "whole training set; %, mean ± standard deviation.\n\n" + table(results) + "\n")
     yield path.with_suffix(".md")
 
