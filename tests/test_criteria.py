@@ -275,9 +275,9 @@ def test_auto_stops_when_the_halves_agree() -> None:
     assert 32 <= found.samples == 8 * len(seen) < 1600
     before = fastscore.score(model, batches[:len(seen) - 1], probes="exact", progress=False)
     assert before.samples < 32 or before.overlap(0.3) < 0.95, "it would have stopped earlier"
-    stricter = fastscore.score(model, batches, samples="auto", agreement=(0.5, 1.0), progress=False)
-    assert stricter.overlap(0.5) == 1 or stricter.samples == 1600
-    assert stricter.samples > found.samples
+    for agreement in ((0.5, 0.6), (0.3, 1.0)):
+        other = fastscore.score(model, batches, samples="auto", agreement=agreement, progress=False)
+        assert other.overlap(agreement[0]) >= agreement[1] or other.samples == 1600
 
 
 @pytest.mark.parametrize(("options", "message"), [

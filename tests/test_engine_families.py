@@ -54,7 +54,9 @@ THIN: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 
 def assert_fast_is_plain(model: nn.Module, x: Tensor) -> None:
-    """1e-4 of each channel's score, in float32, and of what the layer's largest is rounded by; the order with it."""
+    """1e-6 of each channel's score, and the order with it. In float64: in float32 they agree to 1e-4, but for a ReLU or
+    a maximum that rounding tips over now and then."""
+    model, x = model.double(), x.double()
     scorer = Scorer(model, x[:1], gradient="random")
     with scorer:
         scorer.probe(model(x))
@@ -62,7 +64,7 @@ def assert_fast_is_plain(model: nn.Module, x: Tensor) -> None:
     fast = fastscore.score(model, [x], progress=False)
     assert list(fast) == list(plain)
     for layer in plain:
-        rounding = 1e-4 * plain[layer] + 1e-5 * plain[layer].max()
+        rounding = 1e-6 * plain[layer] + 1e-9 * plain[layer].max()
         assert bool(((fast[layer] - plain[layer]).abs() <= rounding).all()), layer
         order = plain[layer].argsort()
         assert bool((fast[layer][order].diff() >= -2 * rounding[order][1:]).all()), layer
