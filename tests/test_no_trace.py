@@ -216,3 +216,25 @@ def test_score_keeps_nothing():
     del model, x
     assert [ref() is None for ref in kept] == [True, True]
     assert len(scores) == 2
+
+
+@pytest.mark.parametrize("name", ["residual", "inplace", "mobile"])
+def test_compiled_models_are_left_as_they_were(name: str) -> None:
+    network = NETWORKS[name]
+    model, x = network.model(), network.inputs(4)
+    # what torch.compile itself puts on a module that has run is there before
+    torch.compile(model, backend="eager")(x)
+    torch.compiler.reset()
+    scorer = Scorer(model, x[:1])
+    with untouched(model):
+        with scorer:
+            compiled = torch.compile(model, backend="eager")
+            compiled(x).square().sum().backward()
+        model.zero_grad()
+        with pytest.raises(RuntimeError, match=r"shape|size|channels"), scorer:
+            compiled(x[:, :1])
+        scores = fastscore.score(model, [x], progress=False)
+        with fastscore.mask(model, scores, 0.2, x):
+            compiled(x)
+    assert scorer.scores().samples == 4
+    torch.testing.assert_close(compiled(x), model(x))

@@ -49,11 +49,13 @@ def draw(rows: Sequence[Row], facts: Mapping[str, str | int], path: Path) -> Non
     width = 0.85 / max(len(contestants), 1)
     figure, axes = pyplot.subplots(figsize=(2 + 1.6 * len(models), 4.5))
     shades = pyplot.get_cmap("Greys")
-    peers = [name for name in contestants if not name.startswith("fastscore")]
+    ours = [name for name in contestants if name.startswith("fastscore")]
+    peers = [name for name in contestants if name not in ours]
+    contestants = [*peers, *ours]
     for place, name in enumerate(contestants):
         own = {row.model: row for row in passes if row.contestant == name and row.times_as_fast is not None}
         color = shades(0.25 + 0.6 * peers.index(name) / max(len(peers), 1)) if name in peers else \
-            f"C{place - len(peers)}"
+            f"C{ours.index(name)}"
         at = [models.index(model) + (place - (len(contestants) - 1) / 2) * width for model in own]
         heights = [row.times_as_fast for row in own.values()]
         spread = [[row.times_as_fast - row.least for row in own.values()],
@@ -65,7 +67,7 @@ def draw(rows: Sequence[Row], facts: Mapping[str, str | int], path: Path) -> Non
     axes.set_title("\n".join(f"{name} {value}" for name, value in facts.items() if name in ("processor", "allocator")),
                    fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
