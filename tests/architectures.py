@@ -121,6 +121,8 @@ def prepared(case: Case) -> tuple[nn.Module, Tensor]:
     for name, parameter in randomize(model).named_parameters():
         if name.endswith(("layer_scale", "gamma")):  # which start near zero, and so would all that is behind them
             nn.init.uniform_(parameter, 0.5, 1.5)
+        if not parameter.any():  # a head that starts at zero says nothing of what is before it
+            nn.init.normal_(parameter, 0, 0.1)
         if name.endswith("bias"):  # or ReLUs at the output are dead
             nn.init.uniform_(parameter, 0.0, 0.1)
     batchnorms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
