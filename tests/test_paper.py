@@ -145,7 +145,7 @@ def test_curves_are_read_back_and_drawn(tmp_path: Path) -> None:
     assert "| taylor | 43.5 ± 1.0 | 43.5 ± 1.0 |" in results.table(found, "vgg6", "norms")
     files = list(figures.draw(path))
     assert {file.name for file in files} == {f"fashion-mnist{ending}" for ending in (
-        "-curves.png", "-samples.png", "-compensation.png", "-element.png", ".md")}
+        "-curves.png", "-samples.png", "-compensation.png", "-element.png", "-helped.png", ".md")}
     assert all(file.stat().st_size > 1000 for file in files)
 
 
