@@ -94,7 +94,8 @@ _SIZES = {"inception_v3": 299, "vit_b_16": 224, "vit_b_32": 224, "swin_t": 64, "
 _TIMM = ["resnet50d", "resnet50", "resnetv2_50", "efficientnet_lite0", "tf_efficientnetv2_b0", "mobilenetv3_large_100",
          "mobilenetv4_conv_small", "regnetx_002", "convnext_atto", "repvgg_a0", "ghostnet_100", "hrnet_w18_small",
          "cspresnet50", "dla34", "res2net50_26w_4s", "resnest14d", "seresnet50", "mixnet_s", "hardcorenas_a",
-         "vgg11_bn", "densenet121", "xception41", "nfnet_f0", "fbnetc_100"]
+         "vgg11_bn", "densenet121", "xception41", "nfnet_f0", "fbnetc_100",
+         "vit_tiny_patch16_224", "deit_tiny_patch16_224", "beit_base_patch16_224"]
 
 CASES = [
     *(Case(name, functools.partial(torchvision_model, name, num_classes=10), _SIZES.get(name, 64), small=name in _SMALL)
@@ -109,8 +110,8 @@ CASES = [
     Case("fasterrcnn_mobilenet_v3_large_fpn", functools.partial(
         torchvision_model, "fasterrcnn_mobilenet_v3_large_fpn", num_classes=5, weights_backbone=None), 64, faster_rcnn),
     Case("U-Net with transposed convolutions", UNet, 32, small=True),
-    *(Case(f"timm:{name}", functools.partial(models.load, f"timm:{name}", classes=10), small=name == "ghostnet_100")
-      for name in _TIMM),
+    *(Case(f"timm:{name}", functools.partial(models.load, f"timm:{name}", classes=10), 224 if "_224" in name else 64,
+           small=name == "ghostnet_100") for name in _TIMM),
 ]
 
 
