@@ -104,16 +104,22 @@ def whole_torch_pruning(job: Job) -> Callable[[Stopwatch], nn.Module]:
     return run
 
 
-def whole_fastscore(job: Job) -> Callable[[Stopwatch], nn.Module]:
-    """fastscore.score and fastscore.prune; without compensation, which Torch-Pruning does not have."""
-    task = job.task
+def whole_fastscore(precision: str | None = None) -> Prepare:
+    """fastscore.score, its passes in `precision`, and fastscore.prune; without compensation, which Torch-Pruning does
+    not have."""
 
-    def run(clock: Stopwatch) -> nn.Module:
-        with clock:
-            scores = fastscore.score(task.model, task.images.split(job.batch), ignore=task.ignored, progress=False)
-            return fastscore.prune(task.model, scores, task.images[:1], macs=job.macs, compensate=False).model
+    def prepare(job: Job) -> Callable[[Stopwatch], nn.Module]:
+        task = job.task
 
-    return run
+        def run(clock: Stopwatch) -> nn.Module:
+            with clock:
+                scores = fastscore.score(task.model, task.images.split(job.batch), ignore=task.ignored,
+                                         precision=precision, progress=False)
+                return fastscore.prune(task.model, scores, task.images[:1], macs=job.macs, compensate=False).model
+
+        return run
+
+    return prepare
 
 
 def surgery_torch_pruning(traced: bool) -> Prepare:
@@ -148,7 +154,8 @@ def surgery_fastscore(job: Job) -> Callable[[Stopwatch], nn.Module]:
 
 # part -> its contestants, the baseline first
 PARTS: dict[str, dict[str, Prepare]] = {
-    "whole": {"Torch-Pruning, whole call": whole_torch_pruning, "fastscore, whole call": whole_fastscore},
+    "whole": {"Torch-Pruning, whole call": whole_torch_pruning, "fastscore, whole call": whole_fastscore(),
+              "fastscore, bfloat16, whole call": whole_fastscore("bfloat16")},
     "prune": {"Torch-Pruning, step() alone": surgery_torch_pruning(traced=True),
               "Torch-Pruning, pruner and step()": surgery_torch_pruning(traced=False),
               "fastscore, prune() alone": surgery_fastscore},
