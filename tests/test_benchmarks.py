@@ -18,7 +18,7 @@ from benchmarks import machine, memory, step
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import chart, growth, whole
 from benchmarks.peers.contestants import BASELINE, CONTESTANTS, captum, fastscore_pass, gates, plain_hooks
-from benchmarks.peers.measure import CannotRun, Row, Stopwatch, compare, peak_bytes
+from benchmarks.peers.measure import CannotRun, PeakBytes, Row, Stopwatch, compare
 from benchmarks.peers.task import Task
 
 SAME_NUMBER = {"plain hooks": plain_hooks(), "plain hooks, frozen": plain_hooks(frozen=True), "captum": captum,
@@ -121,16 +121,26 @@ def test_every_contestant_scores_again_and_leaves_no_gradient():
 
 
 def test_peak_counts_what_lives_at_once():
-    def run():
+    kept = torch.empty(10**6)
+    with PeakBytes() as peak:
         a, b = torch.empty(1000), torch.empty(2000)
         del a
         c = torch.empty(500)
         del b, c
-        return torch.empty(2900)
+        d = torch.empty(2900)
+    assert peak.bytes == 4 * 3000
+    assert len(kept) + len(d) == 10**6 + 2900
 
-    kept = torch.empty(10**6)
-    assert peak_bytes(run) == 4 * 3000
-    assert kept.numel() == 10**6
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+def test_peak_counts_weights_laid_out_for_onednn():
+    weight = torch.randn(64, 64, 3, 3)
+    with PeakBytes() as peak:
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, [1, 1], [1, 1], [1, 1], 1, [2, 64, 8, 8])
+        del packed
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, [1, 1], [1, 1], [1, 1], 1, [2, 64, 8, 8])
+    assert packed.is_mkldnn
+    assert 4 * weight.numel() <= peak.bytes <= 2.1 * 4 * weight.numel()
 
 
 def test_compare_takes_ratios_within_rounds_and_says_who_cannot_run():
@@ -244,11 +254,25 @@ def test_settle_starts_again_with_the_settings():
     assert "ARENA" not in done.stdout
 
 
-def test_memory_of_a_pass():
+def test_memory_of_a_pass_and_of_a_call():
     task = wide(64)
-    found = memory.growth(CONTESTANTS[memory.PLAIN], task)
+    plain = memory.growth(CONTESTANTS[memory.PLAIN], task)
     activations = sum(6 * 64 * side**2 * 4 for side in (10, 10, 8, 8, 6, 6))
-    assert activations < found["tensors"] < 10 * activations
+    assert activations < plain["pass alone"]["tensors"] < 10 * activations
+    assert plain["pass alone"]["tensors"] == pytest.approx(plain["whole call"]["tensors"], rel=0.01)
+    ours = memory.growth(CONTESTANTS["fastscore, random"], task)
+    folded = 4 * (task.model[0].weight.numel() + task.model[3].weight.numel())  # the copy's own weights
+    assert activations / 4 < ours["pass alone"]["tensors"] < ours["whole call"]["tensors"] - folded
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_resident_memory_is_that_of_the_block():
+    kept = torch.ones(2**24)
+    with memory.PeakResident() as peak:
+        block = torch.ones(2**25)
+        del block
+    assert peak.bytes == pytest.approx(2**27, rel=0.1)
+    assert len(kept) == 2**24
 
 
 def test_steps_with_and_without_a_scorer():

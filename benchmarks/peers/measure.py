@@ -34,27 +34,39 @@ class Stopwatch:
             torch.cuda.synchronize()
 
 
-def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
-    """The most bytes of tensors that live at once while `run` runs, above those that live before it.
+class PeakBytes(Stopwatch):
+    """Used as a Stopwatch is; `bytes`: the most bytes of tensors that live at once in the latest block, above those
+    that live before it.
 
-    On a CPU from PyTorch's record of what its allocator gives and takes back, kernels' own work space included, so that
-    it does not depend on malloc; on a GPU from the caching allocator's counter.
+    On a CPU from PyTorch's record of what its allocator gives and takes back, kernels' own work space and weights laid
+    out for oneDNN included, so that it does not depend on malloc; on a GPU from the caching allocator's counter.
     """
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    now = peak = 0
-    for event in sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU:
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
+
+    bytes = 0
+
+    def __enter__(self) -> "PeakBytes":
+        self._wait()
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            self._record = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self._record.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._wait()
+        if self.device == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated() - self._before
+            return
+        self._record.__exit__(kind, error, trace)
+        now = self.bytes = 0
+        for event in sorted(self._record.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+            if event.name() == "[memory]" and event.device_type() == DeviceType.CPU:
+                now += event.nbytes()
+                self.bytes = max(self.bytes, now)
+        del self._record
 
 
 @dataclass(frozen=True)
@@ -97,15 +109,15 @@ def compare(contestants: Mapping[str, Starter], baseline: str, repeats: int, dev
     found: dict[str, dict[str, Any]] = {}
     runs: dict[str, Callable[[Stopwatch], Any]] = {}
     for name, prepare in contestants.items():
-        results: list[Any] = []
         try:
             run = prepare()
-            peak = peak_bytes(lambda run=run, results=results: results.append(run(Stopwatch(device))), device)
+            with PeakBytes(device) as peak:
+                result = run(Stopwatch(device))
         except Exception as error:
             reason = str(error) if isinstance(error, CannotRun) else f"{type(error).__name__}: {error}"
             found[name] = {"note": reason.strip().split("\n")[0]}
         else:
-            runs[name], found[name] = run, {"peak_mib": peak / 2**20, "note": note(results[0])}
+            runs[name], found[name] = run, {"peak_mib": peak.bytes / 2**20, "note": note(result)}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     for _ in range(repeats):
