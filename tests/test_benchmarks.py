@@ -196,7 +196,7 @@ def test_whole_call_without_a_ratio_says_so():
         whole.PARTS["whole"]["Torch-Pruning, whole call"](job)
 
 
-def test_growth_varies_one_factor_at_a_time(monkeypatch):
+def test_growth_varies_one_factor_at_a_time(monkeypatch, tmp_path):
     monkeypatch.setattr(growth, "BATCHES", (1, 2))
     monkeypatch.setattr(growth, "DEPTHS", ("a",))
     made = []
@@ -208,21 +208,51 @@ def test_growth_varies_one_factor_at_a_time(monkeypatch):
     rows = [row for _, table in growth.tables(make, 1, "cpu") for row in table]
     assert not [row.note for row in rows if row.note]
     assert [row.model for row in rows if row.part == "taps"] == ["1", "1", "1", "1", "1", "1", "2", "2"]
-    assert {row.part for row in rows} == {"batch", "size", "depth", "probes", "taps"}
+    assert {row.part for row in rows} == set(growth.FACTORS)
+    chart.draw(rows, {"processor": "x"}, tmp_path / "t.csv")
+    assert (tmp_path / "t-growth.png").stat().st_size > 1000
+    assert not (tmp_path / "t.png").exists()  # it is for passes
     assert made[:2] == [("resnet18", 1, 224), ("resnet18", 2, 224)]
     assert ("a", 8, 224) in made
 
 
 def test_command_writes_table_and_chart(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine, "settle", lambda arguments: None)
-    peers.main(["--models", "resnet18", "--contestants", "fastscore, random", "--parts", "pass", "--batch", "1",
-                "--size", "32", "--repeats", "1", "--out", str(tmp_path / "peers")])
-    rows, facts = chart.read_csv(tmp_path / "peers.csv")
-    assert [row.contestant for row in rows] == [BASELINE, "fastscore, random"]
+
+    def command(part, *models):
+        peers.main(["--models", *models, "--contestants", "fastscore, random", "--parts", part, "--batch", "1",
+                    "--size", "32", "--repeats", "1", "--out", str(tmp_path / "peers")])
+        return chart.read_csv(tmp_path / "peers.csv")
+
+    rows, facts = command("pass", "resnet18", "mobilenet_v2")
+    assert [(row.model, row.contestant) for row in rows] == [
+        (model, contestant) for model in ("resnet18", "mobilenet_v2") for contestant in (BASELINE, "fastscore, random")]
     assert all(row.seconds > 0 and row.peak_mib > 0 for row in rows)
     assert facts["allocator"] == machine.malloc()
     assert machine.malloc() in capsys.readouterr().out
     assert (tmp_path / "peers.png").stat().st_size > 1000
+    kept, _ = command("per-sample", "resnet18")
+    assert kept[:4] == rows
+    assert [(row.part, row.contestant) for row in kept[4:]] == [
+        ("per-sample", name) for name in ("Torch-Pruning, Hessian", "fastscore, random")]
+    assert kept[4].times_as_fast == 1
+
+
+def test_a_table_takes_the_place_of_the_one_before(tmp_path):
+    def row(model, contestant, seconds, images=8):
+        return Row("pass", model, contestant, images, 224, seconds, 1.0, 1.0, 1.0, 1.0)
+
+    path = tmp_path / "t.csv"
+    file = chart.File(path, {"threads": 2})
+    file.add([row("a", BASELINE, 3.0), row("a", "gates", 4.0)])
+    file.add([row("b", BASELINE, 5.0)])
+    again = chart.File(path, {"threads": 2})
+    again.add([row("a", BASELINE, 2.0, images=16)])
+    again.add([row("a", BASELINE, 2.0)])
+    assert chart.read_csv(path) == ([row("a", BASELINE, 2.0), row("b", BASELINE, 5.0),
+                                     row("a", BASELINE, 2.0, images=16)], {"threads": "2"})
+    with pytest.raises(SystemExit, match="threads"):
+        chart.File(path, {"threads": 1})
 
 
 def test_table_keeps_those_who_could_not_run(tmp_path):
@@ -231,7 +261,7 @@ def test_table_keeps_those_who_could_not_run(tmp_path):
             Row("pass", "a", "fastscore, random", 8, 224, 1.0, 1.0, 2.0, 1.5, 2.5)]
     chart.write_csv(rows, {"threads": 2}, tmp_path / "t.csv")
     assert chart.read_csv(tmp_path / "t.csv") == (rows, {"threads": "2"})
-    chart.draw(rows[::-1], {"processor": "x"}, tmp_path / "t.png")  # in any order
+    chart.draw(rows[::-1], {"processor": "x"}, tmp_path / "t.csv")  # in any order
     assert (tmp_path / "t.png").stat().st_size > 1000
     assert "no" in peers.line(rows[1])
 

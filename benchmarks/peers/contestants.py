@@ -215,3 +215,6 @@ CONTESTANTS: dict[str, Prepare] = {
     "fastscore, compiled": fastscore_pass(compile=True),
     "fastscore, bfloat16, compiled": fastscore_pass(precision="bfloat16", compile=True),
 }
+# what has a number for each sample, the baseline first
+PER_SAMPLE = ("Torch-Pruning, Hessian", "captum", "plain hooks", "fastscore, loss", "fastscore, random",
+              "fastscore, bfloat16")

@@ -9,6 +9,8 @@ from benchmarks.peers.task import Prepare, Task
 
 OURS = "fastscore, random"
 PAIR: Mapping[str, Prepare] = {name: CONTESTANTS[name] for name in (BASELINE, OURS)}
+FACTORS = {"batch": "images at a time", "size": "size of an image", "depth": "network", "probes": "probes",
+           "taps": "layers tapped"}
 MODEL, BATCH, SIZE = "resnet18", 8, 224
 BATCHES = (1, 2, 4, 8, 16, 32)
 SIZES = (64, 96, 128, 160, 224, 288)
