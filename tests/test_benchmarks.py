@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from networks import NETWORKS
 from torch import nn
+from torchvision.models import VisionTransformer
 
 import fastscore
 from benchmarks import machine, memory, step
@@ -49,6 +50,22 @@ def test_contestants_compute_the_same_number(network, contestant):
     for name, importance in wanted.items():
         tolerance = {"rtol": 1e-6, "atol": 0} if contestant == "fastscore" else {}  # scores are float32
         torch.testing.assert_close(found[name].double(), importance, **tolerance)
+
+
+@pytest.mark.parametrize("contestant", SAME_NUMBER.keys() - {"fastscore"})
+def test_contestants_reach_attention_heads(contestant):
+    torch.manual_seed(0)
+    model = VisionTransformer(image_size=16, patch_size=8, num_layers=1, num_heads=4, hidden_dim=16, mlp_dim=32,
+                              num_classes=5).eval()
+    nn.init.normal_(model.heads.head.weight)  # zeros as it comes
+    task = Task.of(model.double(), torch.randn(3, 3, 16, 16, dtype=torch.float64), torch.arange(3))
+    wanted = SAME_NUMBER["fastscore"](task)(Stopwatch())
+    with oracles.untouched(task.model):
+        found = SAME_NUMBER[contestant](task)(Stopwatch())
+    assert [name for name in found if name.endswith("self_attention")]
+    for name, importance in found.items():
+        torch.testing.assert_close(wanted[name].double(), importance, rtol=1e-6, atol=0)
+        assert importance.min() > 0
 
 
 @pytest.mark.parametrize("frozen", [False, True])

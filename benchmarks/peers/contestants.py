@@ -26,7 +26,7 @@ def plain_hooks(frozen: bool = False, compiled: bool = False) -> Prepare:
     """
 
     def prepare(task: Task) -> Run:
-        model, readout = task.twin(frozen), squares(task.graph, task.images.device)
+        model, readout = task.twin(frozen, hookable=True), squares(task.graph, task.images.device)
         leaf = task.images.new_zeros(()).requires_grad_()
         totals: dict[str, Tensor] = {}
 
@@ -89,7 +89,7 @@ class _Edge(nn.Module):
 
 def captum(task: Task) -> Run:
     """captum's LayerGradientXActivation of the loss of each sample, at the input of every layer that reads channels."""
-    model, readout, edges = task.twin(), squares(task.graph, task.images.device), {}
+    model, readout, edges = task.twin(hookable=True), squares(task.graph, task.images.device), {}
     for name in task.layers:
         edges[name] = _Edge()
         model.set_submodule(name, nn.Sequential(edges[name], model.get_submodule(name)))
