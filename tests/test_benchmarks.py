@@ -52,13 +52,17 @@ def test_contestants_compute_the_same_number(network, contestant):
         torch.testing.assert_close(found[name].double(), importance, **tolerance)
 
 
-@pytest.mark.parametrize("contestant", SAME_NUMBER.keys() - {"fastscore"})
-def test_contestants_reach_attention_heads(contestant):
+def small_vit() -> nn.Module:
     torch.manual_seed(0)
     model = VisionTransformer(image_size=16, patch_size=8, num_layers=1, num_heads=4, hidden_dim=16, mlp_dim=32,
                               num_classes=5).eval()
     nn.init.normal_(model.heads.head.weight)  # zeros as it comes
-    task = Task.of(model.double(), torch.randn(3, 3, 16, 16, dtype=torch.float64), torch.arange(3))
+    return model
+
+
+@pytest.mark.parametrize("contestant", SAME_NUMBER.keys() - {"fastscore"})
+def test_contestants_reach_attention_heads(contestant):
+    task = Task.of(small_vit().double(), torch.randn(3, 3, 16, 16, dtype=torch.float64), torch.arange(3))
     wanted = SAME_NUMBER["fastscore"](task)(Stopwatch())
     with oracles.untouched(task.model):
         found = SAME_NUMBER[contestant](task)(Stopwatch())
@@ -205,6 +209,13 @@ def test_whole_calls_leave_the_same_macs(part):
         assert clock.seconds > 0
         assert job.share(model) == pytest.approx(0.5, abs=0.02), name
         assert model(job.task.images).shape == (6, 5)
+
+
+def test_attention_counts():
+    tokens, width = 5, 16
+    attention = tokens * width * 3 * width + 2 * tokens * tokens * width + tokens * width * width
+    rest = 4 * width * 3 * 8 * 8 + 2 * tokens * width * 32 + width * 5
+    assert whole.macs(small_vit(), torch.randn(1, 3, 16, 16)) == attention + rest
 
 
 def test_whole_call_without_a_ratio_says_so():
