@@ -64,6 +64,8 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[tuple[Chann
     run(model) runs it on example inputs.
     """
     guesses = {name: found for name, module in model.named_modules() if (found := list(_guesses(name, module)))}
+    if not guesses:
+        return (), {}
     calls = _calls(model, guesses, run)
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     groups, skipped = [], {}
@@ -81,7 +83,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[tuple[Chann
             reasons.append(reason)
         else:
             skipped[found[0].whole().name] = reasons[0]
-    reason = _refusal(model, groups, run)
+    reason = _refusal(model, groups, run) if groups else None
     if reason is not None:
         alone = {group.name: why for group in groups if (why := _refusal(model, [group], run)) is not None}
         skipped |= alone or dict.fromkeys((group.name for group in groups), reason)
@@ -104,6 +106,8 @@ def _refusal(model: nn.Module, groups: Sequence[ChannelGroup], run: Callable[[nn
 
 def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
     """What the names and widths of an attention module's layers suggest, likeliest first."""
+    if not module._modules:
+        return
     for query, key, value, output in _LAYERS:
         layers = [_linear(module, layer) for layer in (query, key, value, output)]
         if any(layer is None for layer in layers):

@@ -20,7 +20,8 @@ LAYERS = {OPTYPE.CONV, OPTYPE.LINEAR}
 TRANSPARENT = {OPTYPE.ELEMENTWISE, OPTYPE.CONCAT, OPTYPE.SPLIT, OPTYPE.RESHAPE, OPTYPE.UNBIND, OPTYPE.EXPAND,
                OPTYPE.SLICE}
 
-# (node, pruning function) -> int64 [M, 2]: (position in the node's output or input, channel of the root)
+# (node, pruning function) -> int64 [M], ascending: where channels of the root lie in the node's output or input, as
+# fastscore.moves has it
 Places: TypeAlias = Mapping[tuple[Any, Any], np.ndarray]
 
 
@@ -47,6 +48,12 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
                 node._name = self._param_to_name[node.module]
             self._connect(node)
 
+    def release(self) -> None:
+        """Forget the nodes, which refer to each other and to all that autograd kept, so that it is gone at once."""
+        for node in self.module2node.values():
+            vars(node).clear()
+        self.module2node.clear()
+
     def places_of(self, root: Any) -> tuple[Places, str | None]:
         """Where the channels that `root` makes lie, everywhere; or as far as what keeps them from being removed, and
         what that is."""
@@ -62,6 +69,8 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
                 new = places[node, function] = arrived
                 obstacle = self._obstacle(node, function)
             else:
+                if len(arrived) == len(known) and (arrived == known).all():
+                    continue  # as most that comes back is: no need to sort
                 new = np.setdiff1d(arrived, known, assume_unique=True)
                 if not len(new):
                     continue
@@ -73,7 +82,7 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
                         onward = move(onward)
                     if len(onward):
                         work.append((dependency.target, dependency.handler, onward))
-        return {key: np.stack([both >> 32, both & moves.CHANNEL], axis=1) for key, both in places.items()}, obstacle
+        return places, obstacle
 
     def chunks(self, places: Places) -> Iterator[tuple[int, np.ndarray]]:
         """(width of a part, places) for each split of the channels into equal parts."""
@@ -82,7 +91,7 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
 
     def chunks_others(self, places: Places) -> bool:
         """Whether channels that are not among `places` are split into equal parts together with those that are."""
-        return any(len(np.unique(at[:, 0])) < node.grad_fn._saved_self_sym_sizes[self._dims[node]]
+        return any(len(np.unique(at >> 32)) < node.grad_fn._saved_self_sym_sizes[self._dims[node]]
                    for (node, _), at in places.items()
                    if node.type == OPTYPE.SPLIT and hasattr(node.grad_fn, "_saved_split_size") and self._cuts(node))
 

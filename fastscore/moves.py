@@ -47,6 +47,8 @@ class Stretch:
 
     def cut(self, places: np.ndarray) -> np.ndarray:
         """From the whole to the part."""
+        if not len(places) or places[0] >> 32 >= self.end or places[-1] >> 32 < self.begin:
+            return places[:0]  # of all parts but one, mostly
         position = (places >> 32) - self.begin
         inside = (position >= 0) & (position < self.end - self.begin) & (position % self.step == 0)
         moved: np.ndarray = position[inside] // self.step << 32 | places[inside] & CHANNEL

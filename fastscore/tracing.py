@@ -10,7 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore import attention, auxiliary, batches, dependencies, known_graphs, trial
+from fastscore import attention, auxiliary, batches, dependencies, known_graphs, moves, trial
 from fastscore.activation_checkpoints import without_checkpoints
 from fastscore.dependencies import CHANNELWISE, LAYERS
 from fastscore.evaluation import evaluation_copy
@@ -78,6 +78,7 @@ def _traced(twin: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> tuple[
         raise ValueError(f"{type(twin).__name__}: {blame}: {type(error).__name__}: {error}") from error
     heads, left = attention.find(twin, whole)
     found = _with_heads(twin, _groups(twin, graph, attention.layers(heads), recording.first_layers), heads)
+    graph.release()
     strays = trial.strays(recording, found.groups)
     reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
                for group, where in strays.items()}
@@ -98,8 +99,9 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
     skipped: dict[str, str] = {}
     seen = set(taken["producer"])
     called_otherwise = set[str]().union(*taken.values())  # by an attention's own function
-    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    for name, module in model.named_modules():
+    layers = dict(model.named_modules())
+    owners = Counter(id(parameter) for module in layers.values() for parameter in module._parameters.values())
+    for name, module in layers.items():
         node = graph.module2node.get(module)
         if node is None and tp.ops.module2type(module) in LAYERS and name not in called_otherwise:
             skipped[name] = "the output does not depend on it"
@@ -112,16 +114,16 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
             skipped[name] = "its channels are cut into equal parts together with others (SplitBackward0)"
             continue  # the layer that makes all of them may come yet
         seen.update(producers)
-        reason = reason or _why_not(model, members, owners, first_layers) or next(
+        reason = reason or _why_not(layers, members, owners, first_layers) or next(
             (f"its channels run into the heads of {member.layer}" for member in members
              if member.layer in taken.get(member.role, ())), None)
         if reason is None:
             channels = graph.get_out_channels(module)
-            unit = _units(model, channels, members, graph.chunks(places))
+            unit = _units(layers, channels, members, graph.chunks(places))
             if int(unit.max()) > 0:
                 groups.append(ChannelGroup(name, channels, unit, tuple(_first_channel_of_each_index(members))))
-                for layer in producers:
-                    skipped.pop(layer, None)
+                for producer in producers:
+                    skipped.pop(producer, None)
                 continue
             reason = "all its channels can only be removed together"
         skipped[name] = reason
@@ -136,11 +138,11 @@ def _member(graph: Any, key: tuple[Any, Any], places: np.ndarray) -> Member | No
         role = "consumer" if function == graph.get_pruner_of_module(node.module).prune_in_channels else "producer"
     else:
         return None
-    index, channel = torch.from_numpy(places).unbind(1)
-    return Member(graph._module2name[node.module], role, index.contiguous(), channel.contiguous())
+    index, channel = torch.from_numpy(places >> 32), torch.from_numpy(places & moves.CHANNEL)
+    return Member(graph._module2name[node.module], role, index, channel)
 
 
-def _why_not(model: nn.Module, members: list[Member], owners: Mapping[int, int],
+def _why_not(layers: Mapping[str, nn.Module], members: list[Member], owners: Mapping[int, int],
              first_layers: Collection[str]) -> str | None:
     """Why the layers of a group cannot be pruned; None where they can.
 
@@ -152,7 +154,7 @@ def _why_not(model: nn.Module, members: list[Member], owners: Mapping[int, int],
     for layer_name in sorted(consumers.intersection(first_layers)):
         return f"{layer_name} is called on the model's input as well"
     for member in members:
-        layer = model.get_submodule(member.layer)
+        layer = layers[member.layer]
         width = _width(layer, member.role)
         if width is not None and int(member.index.max()) >= width:
             return f"their number changes on the way to {member.layer}"
@@ -168,7 +170,8 @@ def _why_not(model: nn.Module, members: list[Member], owners: Mapping[int, int],
     return None
 
 
-def _units(model: nn.Module, channels: int, members: list[Member], chunks: Iterable[tuple[int, np.ndarray]]) -> Tensor:
+def _units(layers: Mapping[str, nn.Module], channels: int, members: list[Member],
+           chunks: Iterable[tuple[int, np.ndarray]]) -> Tensor:
     """The unit of each channel, int64 [C], numbered from 0 in order of first channel: see ChannelGroup."""
     parent = list(range(channels))
 
@@ -188,7 +191,7 @@ def _units(model: nn.Module, channels: int, members: list[Member], chunks: Itera
             tie(first_at.setdefault(position % period if period else position, channel), channel)
 
     for member in members:
-        layer = model.get_submodule(member.layer)
+        layer = layers[member.layer]
         # A grouped convolution (or norm) keeps its groups equally wide, so the same place in each goes at once.
         sections = _sections(layer, member.role)
         width = _width(layer, member.role)
@@ -196,7 +199,7 @@ def _units(model: nn.Module, channels: int, members: list[Member], chunks: Itera
         if period or (member.index[1:] == member.index[:-1]).any():  # sorted: equal positions are neighbours
             same_place(period, zip(member.index.tolist(), member.channel.tolist(), strict=True))
     for width, places in chunks:  # chunk() takes equal parts of whatever is left
-        same_place(width, places.tolist())
+        same_place(width, zip((places >> 32).tolist(), (places & moves.CHANNEL).tolist(), strict=True))
     roots = [root(channel) for channel in range(channels)]
     number = {value: i for i, value in enumerate(sorted(set(roots)))}
     return torch.tensor([number[value] for value in roots], dtype=torch.int64)
@@ -217,6 +220,9 @@ def _width(layer: nn.Module, role: Role) -> int | None:
 def _first_channel_of_each_index(members: list[Member]) -> Iterator[Member]:
     """Members with each position named once: where tied channels meet, the lowest stands for them."""
     for member in members:
-        keep = torch.ones_like(member.index, dtype=torch.bool)
-        keep[1:] = member.index[1:] != member.index[:-1]  # places are sorted by (index, channel)
+        first = member.index[1:] != member.index[:-1]  # places are sorted by (index, channel)
+        if first.all():
+            yield member
+            continue
+        keep = torch.cat([torch.tensor([True]), first])
         yield Member(member.layer, member.role, member.index[keep], member.channel[keep])

@@ -16,7 +16,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.dependencies import LAYERS
-from fastscore.groups import ChannelGroup
+from fastscore.groups import ChannelGroup, Role
 
 Positions = Mapping[str, Tensor]  # layer -> int64 positions of its input or output
 _PAIRS = 2  # of a random half of the channels and the other half: 4 passes, which miss one slip in 4, and 32 in 10^4
@@ -24,7 +24,7 @@ _PAIRS = 2  # of a random half of the channels and the other half: 4 passes, whi
 
 def strays(recording: "Recording", groups: Sequence[ChannelGroup]) -> dict[str, str]:
     """Group -> where its channels show that it does not claim: a layer, or "the output"."""
-    where = _try(recording, groups)
+    where = _try(recording, groups) if groups else None
     if where is None:
         return {}
     found = {group.name: alone for group in groups if (alone := _try(recording, [group])) is not None}
@@ -33,23 +33,29 @@ def strays(recording: "Recording", groups: Sequence[ChannelGroup]) -> dict[str, 
 
 def _try(recording: "Recording", groups: Sequence[ChannelGroup]) -> str | None:
     # a generator for each group: what shows among the others shows alone
-    generators = {group.name: torch.Generator().manual_seed(zlib.crc32(group.name.encode())) for group in groups}
+    generators = [torch.Generator().manual_seed(zlib.crc32(group.name.encode())) for group in groups]
+    made, read = _channels_at(groups, "producer"), _channels_at(groups, "consumer")
     for _ in range(_PAIRS):
-        half = {group.name: torch.rand(len(group.unit), generator=generators[group.name])[group.unit] < 0.5
-                for group in groups}
-        for side in (half, {name: ~chosen for name, chosen in half.items()}):
-            made: dict[str, list[Tensor]] = defaultdict(list)
-            read: dict[str, list[Tensor]] = defaultdict(list)
-            for group in groups:
-                for member in group.members:
-                    if member.role in ("producer", "consumer"):
-                        places = made if member.role == "producer" else read
-                        places[member.layer].append(member.index[side[group.name][member.channel]])
-            where = recording.stray({layer: torch.cat(index) for layer, index in made.items()},
-                                    {layer: torch.cat(index) for layer, index in read.items()})
+        half = torch.cat([torch.rand(len(group.unit), generator=generator)[group.unit] < 0.5
+                          for group, generator in zip(groups, generators, strict=True)])
+        for side in (half, ~half):
+            where = recording.stray({layer: index[side[channel]] for layer, (index, channel) in made.items()},
+                                    {layer: index[side[channel]] for layer, (index, channel) in read.items()})
             if where is not None:
                 return where
     return None
+
+
+def _channels_at(groups: Sequence[ChannelGroup], role: Role) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> (its positions, the channel at each, counted through all groups), int64."""
+    found: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    begin = 0
+    for group in groups:
+        for member in group.role(role):
+            found[member.layer].append((member.index, member.channel + begin))
+        begin += len(group.unit)
+    return {layer: (torch.cat(index), torch.cat(channel))
+            for layer, pairs in found.items() for index, channel in [zip(*pairs, strict=True)]}
 
 
 class Recording:
@@ -60,8 +66,9 @@ class Recording:
 
     def __init__(self, model: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
         self._model, self._run_model = model, run
-        self._outputs: dict[str, list[Tensor]] = {name: [] for name, module in model.named_modules()
-                                                  if tp.ops.module2type(module) in LAYERS}
+        self._layers = {name: module for name, module in model.named_modules() if tp.ops.module2type(module) in LAYERS}
+        self._dims = {name: -1 if isinstance(layer, nn.Linear) else 1 for name, layer in self._layers.items()}
+        self._outputs: dict[str, list[Tensor]] = {layer: [] for layer in self._layers}
         self._inputs: dict[str, list[Tensor | None]] | None = None
         self._output = torch.empty(0)
         self.first_layers = set[str]()  # those that read what no layer has made, in one call at least
@@ -88,8 +95,7 @@ class Recording:
 
         def compare(layer: str, call: int, x: Tensor | None) -> None:
             known = before[layer][call]
-            dim = -1 if isinstance(self._model.get_submodule(layer), nn.Linear) else 1
-            if known is not None and x is not None and _differ(x, known, dim, read.get(layer)):
+            if known is not None and x is not None and _differ(x, known, self._dims[layer], read.get(layer)):
                 found.append(layer)
 
         output = self._replay(made, compare)
@@ -98,7 +104,7 @@ class Recording:
         return found[0] if found else None
 
     def _record(self, layer: str) -> Callable[..., Tensor]:
-        module = self._model.get_submodule(layer)
+        module = self._layers[layer]
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             output: Tensor = type(module).forward(module, *args, **kwargs)
@@ -117,8 +123,7 @@ class Recording:
 
         def forward_of(layer: str) -> Callable[..., Tensor]:
             calls = enumerate(self._outputs[layer])
-            module = self._model.get_submodule(layer)
-            dim = -1 if isinstance(module, nn.Linear) else 1
+            module = self._layers[layer]
 
             def forward(*args: Any, **kwargs: Any) -> Tensor:
                 call, output = next(calls, (-1, None))
@@ -126,11 +131,7 @@ class Recording:
                     computed: Tensor = type(module).forward(module, *args, **kwargs)
                     return computed
                 see(layer, call, args[0] if args else None)
-                held = output.clone()
-                if layer in made:
-                    index = made[layer].to(held.device)
-                    held.index_copy_(dim, index, held.index_select(dim, index) * -1.5 + 1)  # in place: strides stay
-                return held
+                return _changed(output, self._dims[layer], made[layer]) if layer in made else output.clone()
 
             return forward
 
@@ -151,17 +152,30 @@ class Recording:
     def _replaced(self, forwards: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
         """The layers' own forwards replaced in the block; whatever hooks they have run as they would."""
         for layer, forward in forwards.items():
-            vars(self._model.get_submodule(layer))["forward"] = forward
+            vars(self._layers[layer])["forward"] = forward
         try:
             yield
         finally:
             for layer in forwards:
-                del vars(self._model.get_submodule(layer))["forward"]
+                del vars(self._layers[layer])["forward"]
+
+
+def _changed(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """A copy of x, strides and all, that differs from it at `index` of `dim`, and nowhere else by a bit."""
+    scale, shift = x.new_ones(x.shape[dim]), x.new_full((x.shape[dim],), -0.0)
+    index = index.to(x.device)
+    sizes = [-1 if at == dim % x.dim() else 1 for at in range(x.dim())]
+    scale, shift = (per_channel.index_fill_(0, index, value).view(sizes) for per_channel, value in
+                    ((scale, -1.5), (shift, 1.0)))
+    return torch.mul(x, scale, out=torch.empty_like(x)).add_(shift)
 
 
 def _differ(x: Tensor, before: Tensor, dim: int, excused: Tensor | None) -> bool:
     """Whether x differs from what it was at a position of `dim` that is not excused."""
-    unequal = (x != before).movedim(dim, 0).flatten(1).any(1)  # bit for bit, as most of it is: one pass
+    if not x.numel():
+        return False
+    difference = (x - before).abs() if x.is_floating_point() else (x != before).byte()
+    unequal = difference.movedim(dim, 0).flatten(1).amax(1) != 0  # not the least bit, as most of it is; NaN is not 0
     if excused is not None:
         unequal[excused.to(unequal.device)] = False
     index = unequal.nonzero().flatten()

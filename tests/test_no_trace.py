@@ -218,6 +218,25 @@ def test_score_keeps_nothing():
     assert len(scores) == 2
 
 
+@pytest.mark.parametrize("name", ["residual", "dense"])
+def test_copies_of_a_model_are_gone_as_soon_as_the_call_is_over(name):
+    """Without the garbage collector: tracing, scoring and pruning work on copies, and autograd keeps what those saw."""
+    def modules() -> int:
+        return sum(issubclass(type(thing), nn.Module) for thing in gc.get_objects())
+
+    model, x = NETWORKS[name].model(), NETWORKS[name].inputs(2)
+    gc.collect()
+    gc.disable()
+    try:
+        before = modules()
+        scores = fastscore.score(model, [x], progress=False)
+        assert modules() == before
+        result = fastscore.prune(model, scores, x, macs=0.7)
+        assert modules() == before + len(list(result.model.modules()))
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("name", ["residual", "inplace", "mobile"])
 def test_compiled_models_are_left_as_they_were(name: str) -> None:
     network = NETWORKS[name]
