@@ -1,5 +1,6 @@
 """What the benchmarks compare computes what it says; no timing is asserted."""
 
+import argparse
 import itertools
 import os
 import subprocess
@@ -264,6 +265,17 @@ def test_command_writes_table_and_chart(tmp_path, monkeypatch, capsys):
     assert [(row.part, row.contestant) for row in kept[4:]] == [
         ("per-sample", name) for name in ("Torch-Pruning, Hessian", "fastscore, random")]
     assert kept[4].times_as_fast == 1
+
+
+def test_as_many_models_are_compiled_as_there_are(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(Task, "random", lambda name, *how: task_of(name))
+    arguments = argparse.Namespace(batch=None, size=8, device="cpu", layout="contiguous", repeats=1,
+                                   contestants=["plain hooks, compiled"])
+    for name in ("plain", "inplace", "dense"):
+        rows = list(peers.passes("pass", name, arguments))
+        assert [(row.contestant, row.note) for row in rows] == [(BASELINE, ""), ("plain hooks, compiled", "")]
 
 
 def test_a_table_takes_the_place_of_the_one_before(tmp_path):

@@ -21,6 +21,8 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from benchmarks import machine
 from benchmarks.peers import chart, growth
 from benchmarks.peers.contestants import CONTESTANTS, PER_SAMPLE
@@ -36,6 +38,7 @@ DEFAULTS = {"pass": (MODELS, 8), "per-sample": (("resnet18",), 16), "whole": (MO
 
 def passes(part: str, name: str, arguments: argparse.Namespace) -> Iterator[Row]:
     """A row for each contestant: one batch scored."""
+    torch.compiler.reset()  # it compiles one piece of code for eight models at most
     batch = arguments.batch or DEFAULTS[part][1]
     task = Task.random(name, batch, arguments.size, arguments.device, arguments.layout)
     baseline, *others = PASSES[part]
