@@ -95,8 +95,7 @@ def _why_not(layer: nn.Module, norm: nn.Module, flat: bool) -> str | None:
     """Why `norm` cannot be folded into `layer`; None where it can."""
     kind = type(norm).__name__
     checks = (
-        (nn.utils.parametrize.is_parametrized(layer) or nn.utils.parametrize.is_parametrized(norm)
-         or "weight" in vars(layer), "a weight is computed (a parametrization)"),
+        (parametrized(layer) or parametrized(norm), "a weight is computed (a parametrization)"),
         (type(norm) not in _NORMS, f"{kind} may do more than a BatchNorm"),
         (getattr(norm, "running_mean", None) is None, "it keeps no running statistics"),
         (norm.training, "it stays in training mode"),
@@ -107,36 +106,15 @@ def _why_not(layer: nn.Module, norm: nn.Module, flat: bool) -> str | None:
     return next((reason for holds, reason in checks if holds), None)
 
 
+def parametrized(module: nn.Module) -> bool:
+    """Whether something computes the module's weight anew in each pass."""
+    return nn.utils.parametrize.is_parametrized(module) or "weight" in vars(module)
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether the module has forward or backward hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
                 or module._backward_pre_hooks)
-
-
-class _Clamp(torch.autograd.Function):
-    """x, clamped in place. Backward reads the result, of which nothing but the ends tells where the gradient stops."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
-        x.clamp_(low, high)
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(x)
-        ctx.ends = low, high
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        (result,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(g, result, *ctx.ends), None, None
-
-
-def clamp_without_copies(model: nn.Module) -> int:
-    """Let ReLU6 and Hardtanh that work in place do so: PyTorch's copy the input for backward. How many there are."""
-    found = [module for module in model.modules() if type(module) in (nn.ReLU6, nn.Hardtanh) and module.inplace]
-    for module in found:
-        low, high = module.min_val, module.max_val
-        vars(module)["forward"] = lambda x, low=low, high=high: _Clamp.apply(x, low, high)
-    return len(found)
 
 
 def to_channels_last(batch: Batch) -> Batch:

@@ -10,11 +10,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured at a tap: `compute(activation, gradient, channel_dim)` -> [P, N, C], for P `parts`."""
+    """What is measured at a tap: `compute(activation, gradient, channel_dim)` -> [P, N, C], for P `parts`.
+
+    fused: (y, gradient, rest, low, high) -> `compute` of y and gradient, with channels in dimension 1, and the way
+    of gradient + rest back through the clamp that made y, in one pass over them on a CPU, where there is such an
+    operation. It may write to the gradient.
+    """
 
     parts: int
     compute: Callable[[Tensor, Tensor, int], Tensor]
     mean: int | None = None  # the part that is a mean over positions, if any
+    fused: Callable[[Tensor, Tensor, Tensor | None, float, float], tuple[Tensor, Tensor]] | None = None
+
+    def clamped(self, y: Tensor, g: Tensor, rest: Tensor | None, ends: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        """(gradient of the input of the clamp that made y, `compute` of y and g); `g` may be written to."""
+        if self.fused is not None and y.is_cpu:
+            return self.fused(y, g, rest, *ends)
+        measured = self.compute(y, g, 1)
+        return torch.ops.aten.hardtanh_backward(g if rest is None else g + rest, y, *ends), measured
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,10 @@ class Place:
     output: bool = False
     window: tuple[slice, ...] = ()
     module: str = ""
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether all of `x`, [N, C, ...], is what is measured here."""
+        return self.channel_dim % x.dim() == 1 and not self.window
 
 
 class Measuring(Protocol):

@@ -17,7 +17,15 @@ from fastscore.groups import ChannelGroup, Member
 
 
 def _sums(a: Tensor, g: Tensor, channel_dim: int) -> Tensor:
-    dot, total, gradient = ops.channel_sums(a, g, channel_dim)
+    return _with_mean(a, *ops.channel_sums(a, g, channel_dim))
+
+
+def _clamped_sums(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: float) -> tuple[Tensor, Tensor]:
+    gradient, *sums = ops.clamp_backward(y, g, rest, low, high, overwrite=True)
+    return gradient, _with_mean(y, *sums)
+
+
+def _with_mean(a: Tensor, dot: Tensor, total: Tensor, gradient: Tensor) -> Tensor:
     return torch.stack([dot, total.div_(max(a.numel() // max(total.numel(), 1), 1)), gradient])
 
 
@@ -25,7 +33,7 @@ def _powers(a: Tensor, g: Tensor, channel_dim: int) -> Tensor:
     return torch.stack(ops.channel_powers(a, g, channel_dim))
 
 
-SUMS = Measure(3, _sums, mean=1)  # Σ a·g, the mean of a, Σ g
+SUMS = Measure(3, _sums, mean=1, fused=_clamped_sums)  # Σ a·g, the mean of a, Σ g
 POWERS = Measure(2, _powers)  # Σ |a·g|, Σ (a·g)²
 DEGREES = {SUMS: (1, 0, 1), POWERS: (1, 2)}  # the power of the output gradient's length in each part
 MEAN = 1  # the part of SUMS that holds activations

@@ -96,12 +96,17 @@ class MultiheadAttention(nn.Module):
             return output.squeeze(1), None if weights is None else weights.squeeze(0)
         return output.transpose(0, 1) if self.batch_first else output, weights
 
+    def in_proj(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of [L, N, E], side by side: [L, N, 3·H·D]."""
+        assert self.in_proj_weight is not None
+        return F.linear(x, self.in_proj_weight, self.in_proj_bias)
+
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[L, N, E] each -> [L, N, H·D] each."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if weight is not None and query is key and key is value:
             # contiguous parts of one product, as PyTorch makes them
-            q, k, v = F.linear(query, weight, bias).unflatten(-1, (3, -1)).unsqueeze(0).transpose(0, -2) \
+            q, k, v = self.in_proj(query).unflatten(-1, (3, -1)).unsqueeze(0).transpose(0, -2) \
                 .squeeze(-2).contiguous()
             return q, k, v
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.chunk(3)

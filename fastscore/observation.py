@@ -1,5 +1,6 @@
 """What one pass of a model shows: the shapes that taps read, and up-samplings that a tap may stand before."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,18 +10,25 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward
 from fastscore.evaluation import hooked
+from fastscore.fused import CLAMPS, ends_of
 from fastscore.importance import SUMS
+from fastscore.packed import Ends
 from fastscore.taps import Taps
+
+_BEFORE_CLAMPS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 @dataclass
 class Seen:
     """What one pass shows. shapes: tapped layer -> shape [N, ...] of its input (output), in each call. flat:
-    Linear layers that put out [N, C]."""
+    Linear layers that put out [N, C]. sizes: Conv2d -> [H, W] of its input. clamps: layer or BatchNorm -> the ends
+    of the clamp that alone reads its output."""
 
     output: Tensor
     shapes: dict[str, list[tuple[int, ...]]]
     flat: set[str]
+    sizes: dict[str, tuple[int, ...]]
+    clamps: dict[str, Ends]
 
 
 def observe(twin: nn.Module, taps: Taps, example: Batch, run: Forward) -> Seen:
@@ -29,7 +37,11 @@ def observe(twin: nn.Module, taps: Taps, example: Batch, run: Forward) -> Seen:
     dims: dict[str, set[int]] = {}
     upsampled: dict[str, list[tuple[Tensor, Tensor]]] = {}  # up-sampling -> its (input, output) in each call
     reads: dict[str, list[Tensor]] = {}
+    bare = {name for name, module in twin.named_modules() if not hooked(module)}  # before hooks are set here
     repeating = {name for name, module in twin.named_modules() if _repeats(module)}
+    sizes: dict[str, tuple[int, ...]] = {}
+    made: dict[str, list[Any]] = {}  # layer or BatchNorm -> the autograd node of its output, in each call
+    clamped: dict[Any, Ends] = {}  # autograd node of a clamp -> its ends
 
     def look(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -38,9 +50,16 @@ def observe(twin: nn.Module, taps: Taps, example: Batch, run: Forward) -> Seen:
                 shapes.setdefault(name, []).append(tuple(x.shape))
             if isinstance(module, nn.Linear):
                 dims.setdefault(name, set()).add(output.dim())
+            if type(module) is nn.Conv2d:
+                sizes[name] = tuple(args[0].shape[2:])
+            before = isinstance(module, _BEFORE_CLAMPS)
+            if (before or name in repeating) and not output.requires_grad and output.is_floating_point():
+                output = output.detach().requires_grad_().clone()  # before the first tap: autograd is to count readers
+            if before and name in bare:
+                made.setdefault(name, []).append(output.grad_fn)
+            if type(module) in CLAMPS and name in bare:
+                clamped[output.grad_fn] = ends_of(module)
             if name in repeating:
-                if not output.requires_grad:  # before the first tap: autograd is to count its readers
-                    output = output.detach().requires_grad_().clone()
                 upsampled.setdefault(name, []).append((args[0], output))
             return output
 
@@ -59,15 +78,19 @@ def observe(twin: nn.Module, taps: Taps, example: Batch, run: Forward) -> Seen:
     finally:
         for handle in handles:
             handle.remove()
+    readers = _readers(output)
     if taps.measure is SUMS:  # Σ a·g, Σ g and the mean of a are what they were; powers of a·g are not
         for layer, tensors in reads.items():
             for module, ((small, large), *more) in upsampled.items():
                 if tensors[0] is large and not more and len(tensors) == 1 and not taps.places[layer].output \
                         and all(b % a == 0 for a, b in zip(small.shape, large.shape, strict=True)) \
-                        and _readers(output, large) == 1:
+                        and len(readers[large.grad_fn]) == 1:
                     taps.places[layer] = replace(taps.places[layer], window=(), module=module)
                     shapes[layer] = [tuple(small.shape)]
-    return Seen(output.detach(), shapes, {name for name, found in dims.items() if found == {2}})
+    clamps = {name: clamped[reader] for name, (node, *more) in made.items() if not more and node is not None
+              for reader in readers[node] if reader in clamped and len(readers[node]) == 1}
+    return Seen(output.detach(), shapes, {name for name, found in dims.items() if found == {2}},
+                sizes, clamps)
 
 
 def _repeats(module: nn.Module) -> bool:
@@ -75,14 +98,16 @@ def _repeats(module: nn.Module) -> bool:
     return type(module) is nn.Upsample and module.mode == "nearest" and not hooked(module)
 
 
-def _readers(output: Tensor, x: Tensor) -> int:
-    """How many operations behind `output` read `x`."""
-    count, work, seen = 0, [output.grad_fn], {output.grad_fn}
+def _readers(output: Tensor) -> dict[Any, list[Any]]:
+    """Autograd node behind `output` -> those that read what it makes, one for each time."""
+    readers: dict[Any, list[Any]] = {output.grad_fn: []}
+    work = [output.grad_fn]
     while work:
         node = work.pop()
         for source, _ in node.next_functions if node is not None else ():
-            count += source is not None and source is x.grad_fn
-            if source is not None and source not in seen:
-                seen.add(source)
+            if source is not None and source not in readers:
+                readers[source] = []
                 work.append(source)
-    return count
+            if source is not None:
+                readers[source].append(node)
+    return defaultdict(list, readers)

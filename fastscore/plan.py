@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward, checked
 from fastscore.compiled import compile_tapped
-from fastscore.evaluation import Folding, clamp_without_copies, to_channels_last
+from fastscore.evaluation import Folding, to_channels_last
+from fastscore.fused import FastLayers
 from fastscore.gates import Place
 from fastscore.observation import observe
+from fastscore.packed import Ends
 from fastscore.precision import PRECISIONS, cast, check_runs, described
 from fastscore.taps import Taps
 
@@ -32,6 +34,8 @@ class Plan:
     """How a model is scored; str() is a table.
 
     sites: the taps. folded: BatchNorm -> the layer that it was folded into. kept: BatchNorm -> why it was not.
+    packed: layers whose weights were laid out once, for both directions -> the ends of the clamp (ReLU, ...) that they
+    end in, or None. unpacked: Conv2d and Linear that run as they are -> why.
     precision: of the forward and backward pass; sums are float32 or wider. layout: memory format of the activations.
     compiled: whether torch.compile has made the forward and backward pass.
     """
@@ -39,6 +43,8 @@ class Plan:
     sites: tuple[Site, ...]
     folded: Mapping[str, str] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
+    packed: Mapping[str, Ends | None] = field(default_factory=dict)
+    unpacked: Mapping[str, str] = field(default_factory=dict)
     precision: str = "float32"
     layout: str = "contiguous"
     compiled: bool = False
@@ -50,8 +56,10 @@ class Plan:
                   for site in self.sites)]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = [f"{self.precision}, {self.layout}{', compiled' if self.compiled else ''}; {len(self.sites)} taps read "
-                 f"{every / 2**20:.2f} MiB for each sample; {len(self.folded)} BatchNorms folded"]
+                 f"{every / 2**20:.2f} MiB for each sample; {len(self.folded)} BatchNorms folded; {len(self.packed)} "
+                 f"layers packed, {sum(ends is not None for ends in self.packed.values())} of them with a clamp"]
         lines += [f"{name}: not folded: {reason}" for name, reason in self.kept.items()]
+        lines += [f"{name}: not packed: {reason}" for name, reason in self.unpacked.items()]
         lines += [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip()
                   for row in rows]
         return "\n".join(lines)
@@ -69,31 +77,45 @@ def prepare(twin: nn.Module, taps: Taps, normalized_by: Mapping[str, str], examp
     run = checked(forward)
     seen = observe(twin, taps, example, run)
     dtype = PRECISIONS[precision] if precision else seen.output.dtype
-    widened = torch.finfo(dtype).bits > torch.finfo(seen.output.dtype).bits
-    if precision and widened:  # folded weights are rounded once, to the finer of the two
+    before = {name: (layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+              for name, layer in twin.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
+    wider = torch.finfo(dtype).bits > torch.finfo(seen.output.dtype).bits
+    if precision and wider:  # folded weights are rounded once, to the finer of the two
         cast(twin, dtype)
     # a filter's own gradient is read from filters as they are: folding changes them
     folding = Folding(twin, {} if taps.weights else normalized_by, seen.flat)
     channels_last = any(isinstance(module, nn.Conv2d) for module in twin.modules())
     if channels_last:
         twin.to(memory_format=torch.channels_last)
-    if not compiled:
-        clamp_without_copies(twin)
     arrange = to_channels_last if channels_last else _as_it_is
-    if folding.folded:
+    narrower = torch.finfo(dtype).bits < torch.finfo(seen.output.dtype).bits
+
+    def pack() -> FastLayers | None:
+        return None if compiled or taps.weights else \
+            FastLayers(twin, taps, seen.clamps, folding.folded, seen.sizes)
+
+    layers = None if narrower else pack()
+    if folding.folded or layers is not None:
         torch.manual_seed(0)  # whatever is drawn, is drawn again
         with torch.no_grad():
             output = run(twin, arrange(example))
         if not _close(output.to(seen.output.dtype), seen.output):
-            folding.undo("the model's output was another one afterwards")
-    if precision and not widened:
+            reason = "the model's output was another one afterwards"
+            if layers is not None:
+                layers.undo(reason)
+            folding.undo(reason)
+    if precision and not wider:
         cast(twin, dtype)
+    layers = pack() if narrower else layers
+    if layers is not None:
+        layers.release(twin, before)
     if precision:
         check_runs(twin, arrange(example), run, precision)
     if compiled:
         compile_tapped(twin, taps, seen.shapes, dtype)
     sites = tuple(_site(layer, taps.places[layer], shapes[0][1:], dtype) for layer, shapes in seen.shapes.items())
-    plan = Plan(sites, folding.folded, folding.kept, described(dtype, seen.output.device),
+    plan = Plan(sites, folding.folded, folding.kept, {} if layers is None else layers.packed,
+                {} if layers is None else layers.kept, described(dtype, seen.output.device),
                 "channels_last" if channels_last else "contiguous", compiled)
     wide = torch.promote_types(dtype, torch.float32) if precision else dtype
     return plan, lambda model, batch: run(model, arrange(batch)).to(wide)

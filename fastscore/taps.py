@@ -7,10 +7,10 @@ no weight gradient, and an ordinary backward pass leaves the sums in `gate.grad`
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,16 @@ from fastscore.batches import Outputs, output_tensors
 from fastscore.gates import Gate, Measure, Place
 from fastscore.hooks import OwnHook
 from fastscore.passes import BackwardPasses, ForwardPass
+
+
+class Offer(NamedTuple):
+    """A tap on `y`, [N, C, ...]: `tapped` is the same for one reader alone, and what is measured of it comes back to
+    `gate`. readers: layers that may take it."""
+
+    y: Tensor
+    tapped: Tensor
+    gate: Tensor
+    readers: Container[str]
 
 
 class Taps:
@@ -45,6 +55,7 @@ class Taps:
         self.weights = dict(weights or {})
         self.current: ForwardPass | None = None
         self._given: Mapping[str, Tensor] = {}
+        self._offer: Offer | None = None
         self._on_pass = on_pass
         self._outputs = outputs
         self._traceable = traceable
@@ -196,7 +207,27 @@ class Taps:
             self.current.put_off.add(layer)
         return torch.is_grad_enabled()
 
+    def offer(self, offer: Offer) -> None:
+        """Hold a tap ready for the first layer that reads its tensor; the next offer takes its place."""
+        self._offer = offer if self._sample_dims == 1 else None
+
+    def taken(self, x: Tensor) -> Tensor:
+        """What a reader of `x` that no tap stands before is to read in its place: it sends back a gradient that
+        nothing else holds."""
+        offer = self._offer
+        if offer is None or offer.y is not x:
+            return x
+        self._offer = None
+        return offer.tapped
+
     def _gated(self, x: Tensor, layer: str, place: Place) -> Tensor:
+        offer = self._offer
+        if offer is not None and offer.y is x and layer in offer.readers and place.fits(x):
+            assert self.current is not None
+            self._offer = None
+            self.current.gates.append((layer, offer.gate))
+            self._seen.add(layer)
+            return offer.tapped
         gate, real = self._given.get(layer), None
         if gate is None:
             gate = self.gate(self._samples(x, layer, place), x.shape[place.channel_dim], x)
@@ -266,7 +297,7 @@ class Taps:
         return receive
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], returned: Any) -> None:
-        done = self.current
+        done, self._offer = self.current, None
         if module is not self.model or done is None or not torch.is_grad_enabled():
             return
         done.returned = True

@@ -108,6 +108,40 @@ FASTSCORE_INLINE void store_some(S* p, V v, int n) {
   for (int i = 0; i < n; ++i) p[i] = v[i];
 }
 
+// Rounded to nearest, ties to even.
+FASTSCORE_INLINE HalfBits narrow(bf16, Vector<float> x) {
+  const Bits bits = (Bits)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Bits nan = (Bits)((bits & 0x7fffffff) > 0x7f800000);
+  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), HalfBits);
+}
+
+FASTSCORE_INLINE HalfBits narrow(fp16, Vector<float> x) {
+#if FASTSCORE_VECTOR_BYTES == 64
+  return (HalfBits)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif FASTSCORE_VECTOR_BYTES == 32
+  return (HalfBits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  HalfBits narrow;
+  for (int i = 0; i < kWidth<fp16>; ++i) {
+    fp16 value;
+    from_double(x[i], &value);
+    narrow[i] = value.bits;
+  }
+  return narrow;
+#endif
+}
+
+// The first n lanes, n up to the width, as elements of type T.
+template <class T>
+FASTSCORE_INLINE void store_elements(T* p, Vector<T> v, int n) {
+  if constexpr (sizeof(T) == 2) {
+    const HalfBits elements = narrow(T{}, v);
+    store_some(&p->bits, elements, n);
+  } else {
+    store_some(p, v, n);
+  }
+}
+
 FASTSCORE_INLINE Vector<float> absolute(Vector<float> x) { return (Vector<float>)((Bits)x & 0x7fffffffu); }
 
 FASTSCORE_INLINE Vector<double> absolute(Vector<double> x) {

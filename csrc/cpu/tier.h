@@ -1,5 +1,6 @@
 // The table of one tier's kernels; a tier's source sets the target, then includes this.
 #include "channel_sums.h"
+#include "clamp_backward.h"
 #include "kernels.h"
 #include "normalize_gradient.h"
 #include "random_gradient.h"
@@ -13,6 +14,7 @@ const Kernels kernels = {
     {FASTSCORE_OPS(float), FASTSCORE_OPS(double), FASTSCORE_OPS(bf16), FASTSCORE_OPS(fp16)},
     random_gradient,
     {normalize_gradient<float>, normalize_gradient<double>, normalize_gradient<bf16>, normalize_gradient<fp16>},
+    {clamp_backward<float>, clamp_backward<double>, clamp_backward<bf16>, clamp_backward<fp16>},
 };
 
 }  // namespace fastscore::cpu::FASTSCORE_TIER

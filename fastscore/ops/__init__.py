@@ -10,11 +10,13 @@ from torch import Tensor
 from fastscore.ops import checks, library  # noqa: F401  (library loads the kernels)
 from fastscore.ops.backends import use_backend
 
-__all__ = ["channel_dot", "channel_powers", "channel_sums", "normalize_gradient", "random_gradient", "use_backend"]
+__all__ = ["channel_dot", "channel_powers", "channel_sums", "clamp_backward", "normalize_gradient", "random_gradient",
+           "use_backend"]
 
 _channel_sums = torch.ops.fastscore.channel_sums.default
 _channel_dot = torch.ops.fastscore.channel_dot.default
 _channel_powers = torch.ops.fastscore.channel_powers.default
+_clamp_backward_ = torch.ops.fastscore.clamp_backward_.default
 _random_gradient = torch.ops.fastscore.random_gradient.default
 _normalize_gradient = torch.ops.fastscore.normalize_gradient.default
 
@@ -57,6 +59,37 @@ def channel_powers(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, 
     checks.check_pair(a, g, channel_dim)
     result: tuple[Tensor, Tensor] = _channel_powers(a, g, channel_dim)
     return result
+
+
+def clamp_backward(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: float, overwrite: bool = False
+                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The way back through a clamp (ReLU, ReLU6, Hardtanh) and the channel sums of its result, in one pass over them.
+
+    Args:
+        y: what the clamp made, [N, C, ...], float32, bfloat16, float16 or float64, on a CPU.
+        g: the gradient that came from one of its readers: same shape, dtype and device.
+        rest: the sum of those from its other readers, or None.
+        low, high: the clamp's ends; (0, inf) for a ReLU.
+        overwrite: whether the result may take the memory of `g`.
+
+    Returns:
+        The gradient of the clamp's input, g + rest where low < y < high and 0 elsewhere, laid out as `y`; and
+        (Σ y·g, Σ y, Σ g) over every position of a channel, as `channel_sums` has them. What is neither contiguous nor
+        channels last, or is laid out otherwise than `y`, is copied first.
+
+    Raises:
+        ValueError: shapes or devices differ, another device than a CPU, or fewer than 2 dimensions.
+        TypeError: dtypes differ or are not floating.
+    """
+    checks.check_clamp(y, g, rest)
+    if not (y.is_contiguous() or (y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last))):
+        y = y.contiguous()
+    if not overwrite or g.stride() != y.stride():
+        g = torch.empty_like(y).copy_(g)
+    if rest is not None and rest.stride() != y.stride():
+        rest = torch.empty_like(y).copy_(rest)
+    sums: tuple[Tensor, Tensor, Tensor] = _clamp_backward_(y, g, rest, low, high)
+    return g, *sums
 
 
 def random_gradient(sample_ids: Tensor, classes: int, seed: int, probe: int = 0, distribution: str = "normal",

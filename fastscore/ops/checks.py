@@ -31,6 +31,26 @@ def check_pair(a: Tensor, g: Tensor, channel_dim: int) -> None:
                          f"{dims} dimensions (dimension 0 counts the samples)")
 
 
+def check_clamp(y: Tensor, g: Tensor, rest: Tensor | None) -> None:
+    """Raises unless `y` is what a clamp made and `g` and `rest` are gradients of it."""
+    for name, x in (("g", g), ("rest", rest)):
+        if x is None:
+            continue
+        if x.shape != y.shape:
+            raise ValueError(f"y {list(y.shape)} and {name} {list(x.shape)} differ in shape; {name} is a gradient of "
+                             "y, element by element")
+        if x.dtype != y.dtype:
+            raise TypeError(f"y is {y.dtype} and {name} is {x.dtype}; convert one of them, as in {name}.to(y.dtype)")
+        if x.device != y.device:
+            raise ValueError(f"y is on {y.device} and {name} is on {x.device}; move one of them")
+    if y.device.type not in ("cpu", "meta"):
+        raise ValueError(f"y is on {y.device}, where the op has no kernel; use channel_sums and PyTorch's own "
+                         "hardtanh_backward")
+    _floating("y", y)
+    if y.dim() < 2:
+        raise ValueError(f"y has {y.dim()} dimension(s), but needs samples and channels; unsqueeze the missing one")
+
+
 def check_random(sample_ids: Tensor, classes: int, seed: int, probe: int, distribution: str) -> None:
     """Raises unless the arguments name a random gradient."""
     if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1:

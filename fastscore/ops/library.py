@@ -59,6 +59,12 @@ def _channel_powers(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor,
     return absolute, torch.empty_like(absolute)
 
 
+def _clamp_backward_(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: float
+                     ) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_clamp(y, g, rest)
+    return _channel_sums(y, g)
+
+
 def _random_gradient(sample_ids: Tensor, classes: int, seed: int, probe: int = 0, distribution: str = "normal",
                      normalize: bool = True) -> Tensor:
     checks.check_random(sample_ids, classes, seed, probe, distribution)
@@ -74,6 +80,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "channel_sums": _channel_sums,
     "channel_dot": _channel_dot,
     "channel_powers": _channel_powers,
+    "clamp_backward_": _clamp_backward_,
     "random_gradient": _random_gradient,
     "normalize_gradient": _normalize_gradient,
 }

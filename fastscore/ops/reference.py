@@ -47,6 +47,14 @@ def channel_powers(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, 
     return product.abs().sum(2).to(dtype), product.square().sum(2).to(dtype)
 
 
+def clamp_backward(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: float
+                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(g + rest where low < y < high, else 0, in y's dtype; Σ y·g, Σ y, Σ g over every position, each [N, C])."""
+    total = g.double() if rest is None else g.double() + rest.double()
+    outside = (y <= low) | (y >= high)
+    return total.masked_fill(outside, 0).to(y.dtype), *channel_sums(y, g)
+
+
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
     """Philox4x32-10 on int64 tensors that hold uint32 values: four counters in, four random words out."""
     c0, c1, c2, c3 = counter

@@ -1,0 +1,96 @@
+// The backward pass of a clamp, together with the channel sums of what one reader sent back. Compiled once per tier.
+#pragma once
+
+#include "channel_sums.h"
+#include "kernels.h"
+
+namespace fastscore::cpu::FASTSCORE_TIER {
+
+// One item of a task, and where its first element is in every operand, which all have the same strides.
+template <class T>
+struct ClampItem : Item<T, Sums> {
+  const T* rest;
+  T* out;
+  Sum<T> low, high;
+
+  ClampItem(const ClampBackward& task, int64_t item)
+      : Item<T, Sums>(task.plan, item), low(Sum<T>(task.low)), high(Sum<T>(task.high)) {
+    const int64_t offset = this->a - static_cast<const T*>(task.plan.a);
+    rest = static_cast<const T*>(task.rest) + (task.rest ? offset : 0);
+    out = static_cast<T*>(task.out) + offset;
+  }
+
+  // n elements from `at`, n up to the width: adds to the three sums, and writes the gradient of the clamp's input.
+  template <bool Rest>
+  FASTSCORE_INLINE void pass(int64_t at, int n, Vector<T>* sums) const {
+    const auto some = [n](const T* p) { return n == kWidth<T> ? load(p) : load(p, n); };
+    prefetch(this->a + at, kPrefetchBytes);
+    if constexpr (Rest) prefetch(rest + at, kPrefetchBytes);
+    __builtin_prefetch(reinterpret_cast<const char*>(out + at) + kPrefetchBytes, 1);  // and so g, which is there too
+    const Vector<T> y = some(this->a + at);
+    Vector<T> gradient = some(this->g + at);
+    Sums::add(sums, y, gradient);
+    if constexpr (Rest) gradient += some(rest + at);
+    store_elements(out + at, (y <= low) | (y >= high) ? Vector<T>{} : gradient, n);
+  }
+};
+
+template <class T, bool Rest>
+void clamp_rows(const ClampItem<T>& item, const Plan& plan) {
+  constexpr int kW = kWidth<T>, kChains = 2;
+  for (int64_t c = 0; c < item.channels; ++c) {
+    const int64_t row = c * plan.channel.a;
+    Vector<T> sums[kChains][3] = {};
+    int64_t p = item.begin;
+    for (; p + kChains * kW <= item.end; p += kChains * kW) {
+      for (int chain = 0; chain < kChains; ++chain) item.template pass<Rest>(row + p + chain * kW, kW, sums[chain]);
+    }
+    for (; p < item.end; p += kW) {
+      item.template pass<Rest>(row + p, p + kW < item.end ? kW : int(item.end - p), sums[0]);
+    }
+    for (int k = 0; k < 3; ++k) {
+      Sum<T> sum = 0;
+      for (int lane = 0; lane < kW; ++lane) sum += sums[0][k][lane] + sums[1][k][lane];
+      item.sums[k][c] = sum;
+    }
+  }
+}
+
+// Two positions at a time, from end to end: few stretches of memory are walked at once, and the sums stay in the
+// first-level cache.
+template <class T, bool Rest>
+void clamp_columns(const ClampItem<T>& item, const Plan& plan) {
+  constexpr int kW = kWidth<T>, kPositions = 2;
+  const int64_t stride = plan.positions.inner().a;
+  for (int k = 0; k < 3; ++k) memset(item.sums[k], 0, item.channels * sizeof(Sum<T>));
+  for (int64_t first = item.begin; first < item.end; first += kPositions) {
+    const int positions = first + kPositions < item.end ? kPositions : int(item.end - first);
+    const auto add = [&](int64_t c, int n) {
+      Vector<T> sums[3] = {};
+      for (int p = 0; p < positions; ++p) item.template pass<Rest>((first + p) * stride + c, n, sums);
+      for (int k = 0; k < 3; ++k) {
+        Sum<T>* total = item.sums[k] + c;
+        store_some(total, sums[k] + (n == kW ? load(total) : load(total, n)), n);
+      }
+    };
+    int64_t c = 0;
+    for (; c + kW <= item.channels; c += kW) add(c, kW);
+    if (c < item.channels) add(c, int(item.channels - c));
+  }
+}
+
+template <class T, bool Rest>
+void clamp_items(const ClampBackward& task, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const ClampItem<T> item(task, i);
+    task.plan.path == Path::columns ? clamp_columns<T, Rest>(item, task.plan) : clamp_rows<T, Rest>(item, task.plan);
+  }
+}
+
+// Items [begin, end) of the task's plan.
+template <class T>
+void clamp_backward(const ClampBackward& task, int64_t begin, int64_t end) {
+  task.rest ? clamp_items<T, true>(task, begin, end) : clamp_items<T, false>(task, begin, end);
+}
+
+}  // namespace fastscore::cpu::FASTSCORE_TIER
