@@ -10,8 +10,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.module_tracker import ModuleTracker
 
 from fastscore import batches, heads, multihead
 from fastscore.groups import ChannelGroup, Member
@@ -50,6 +52,18 @@ class LayerCost:
         new_bias = self.inputs < self.bias_below
         return self.weights_per_width * self.width + (self.params_per_output + new_bias) * self.outputs
 
+    def grow(self, more: int, inputs: bool) -> tuple[float, float]:
+        """Have `more` inputs, or outputs; (MACs, parameters) that this adds."""
+        had_bias = self.inputs < self.bias_below
+        if inputs:
+            self.inputs += more
+            width = 0 if self.channelwise else more * self.outputs
+            biases = ((self.inputs < self.bias_below) - had_bias) * self.outputs
+            return self.macs_per_width * width, self.weights_per_width * width + biases
+        self.outputs += more
+        width = more if self.channelwise else more * self.inputs
+        return self.macs_per_width * width, self.weights_per_width * width + (self.params_per_output + had_bias) * more
+
 
 def total_macs(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.forward) -> int:
     """MACs of one sample: half the FLOPs that PyTorch counts for the example inputs, over their number."""
@@ -69,6 +83,7 @@ def count(model: nn.Module, example_inputs: batches.Batch,
     attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs:
                  sdpa_flop_count(q, k, v)}
     counter = FlopCounterMode(display=False, custom_mapping=attention)
+    counter.mod_tracker = _Everywhere()  # the hooks below know where
     layers: dict[str, float] = defaultdict(float)
 
     def count_from(sign: int, name: str) -> Callable[..., None]:
@@ -88,6 +103,17 @@ def count(model: nn.Module, example_inputs: batches.Batch,
     return counter.get_total_flops() // 2 // samples, layers, returned
 
 
+class _Everywhere(ModuleTracker):
+    """In the place of the counter's own tracker of modules: its hooks cost time and end in cycles."""
+
+    def __enter__(self) -> "_Everywhere":
+        self.parents = {"Global"}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
 class Costs:
     """The costs of a model whose groups lose channels one after another.
 
@@ -101,10 +127,10 @@ class Costs:
         self.groups = {group.name: group for group in groups}
         macs, per_layer, self.returned = count(model, example_inputs, forward)
         self.layers: dict[str, LayerCost] = {}
-        # group -> [(layer, is it inputs that go?, positions of each channel)]
-        self._losses: dict[str, list[tuple[LayerCost, bool, list[int]]]] = {}
+        # group -> positions of each channel in a layer -> [(layer, is it inputs that go?)]
+        self._losses: dict[str, dict[tuple[int, ...], list[tuple[LayerCost, bool]]]] = {}
         for group in self.groups.values():
-            losses = self._losses[group.name] = []
+            losses = self._losses[group.name] = defaultdict(list)
             for member in group.members:
                 if member.layer not in self.layers:
                     layer, own = model.get_submodule(member.layer), per_layer.get(member.layer, 0.0)
@@ -113,8 +139,8 @@ class Costs:
                 cost = self.layers[member.layer]
                 if compensate and member.role == "consumer" and model.get_submodule(member.layer).bias is None:
                     cost.bias_below = cost.inputs
-                positions = torch.bincount(member.channel, minlength=group.channels).tolist()
-                losses.append((cost, member.role == "consumer", positions))
+                positions = np.bincount(member.channel.numpy(), minlength=group.channels).tolist()
+                losses[tuple(positions)].append((cost, member.role == "consumer"))
         self.totals: dict[Unit, float] = {
             "channels": sum(group.channels for group in self.groups.values()),
             "params": sum(parameter.numel() for parameter in model.parameters()),
@@ -131,19 +157,18 @@ class Costs:
         self._change(group, channels, 1)
 
     def _change(self, group: str, channels: Iterable[int], sign: int) -> None:
-        channels = list(channels)
+        channels = tuple(channels)
+        macs = params = 0.0
+        for positions, losses in self._losses[group].items():
+            more = sign * (positions[channels[0]] if len(channels) == 1 else sum([positions[i] for i in channels]))
+            if more:
+                for cost, reads in losses:
+                    more_macs, more_params = cost.grow(more, reads)
+                    macs += more_macs
+                    params += more_params
         self.totals["channels"] += sign * len(channels)
-        for cost, reads, positions in self._losses[group]:
-            gone = sum([positions[channel] for channel in channels])
-            if gone:
-                self.totals["macs"] -= cost.macs
-                self.totals["params"] -= cost.params
-                if reads:
-                    cost.inputs += sign * gone
-                else:
-                    cost.outputs += sign * gone
-                self.totals["macs"] += cost.macs
-                self.totals["params"] += cost.params
+        self.totals["macs"] += macs
+        self.totals["params"] += params
 
 
 def _heads_cost(member: Member, module: nn.Module, macs: Mapping[str, float]) -> LayerCost:

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -100,8 +100,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         order = removal_order(graph.groups, scores, scope, round_to, floor, kinds, prices)
 
         def surgery(removed: Mapping[str, Tensor]) -> _Surgery:
-            positions = removed_positions(graph.groups, removed)
-            means = removed_means(model, scores, positions) if compensate else {}
+            means = removed_means(model, scores, removed_positions(graph.groups, removed)) if compensate else {}
             added = contributions(twin, means, example_inputs, forward) if means else {}
             return _Surgery(model, removed_places(graph.groups, removed), added)
 
@@ -138,7 +137,14 @@ class _Surgery:
         self._recipe = recipes.extended(model, places, self.biased)
 
     def copy(self) -> nn.Module:
-        pruned = self.on(copy.deepcopy(self._model))
+        # surgery makes new weights of most: those that are still the model's own afterwards are copied then
+        shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
+                                  for parameter in self._model.parameters() if type(parameter) is nn.Parameter}
+        pruned = self.on(copy.deepcopy(self._model, shared))
+        own = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}
+        for parameter in pruned.parameters():
+            if parameter.untyped_storage().data_ptr() in own:
+                parameter.data = parameter.data.clone()
         remove_copied_hooks(pruned)
         return pruned
 

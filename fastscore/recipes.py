@@ -45,7 +45,9 @@ def structure(model: nn.Module) -> dict[str, str]:
 
 def extended(model: nn.Module, places: Places, biased: Iterable[str]) -> Recipe:
     """The recipe of what `model` (pruned before or not) becomes without `places`, and with new biases in `biased`."""
-    before = find(model) or made(model, {}, ())
+    before = find(model)
+    if before is None:
+        return made(model, places, biased)
     return {**made(model, composed(places_of(before), places), [*before["biases"], *biased]),
             "structure": before["structure"]}
 

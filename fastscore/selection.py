@@ -17,7 +17,7 @@ from fastscore.scores import Scores
 Scope = Literal["global", "layer", "isomorphic"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """Channels of one group that go at once, and the value by which steps are ordered."""
 
@@ -117,30 +117,34 @@ def _by_rank(steps: list[Step], channels: int) -> list[Step]:
 
 
 def _group_steps(group: ChannelGroup, values: Tensor, prices: Tensor, round_to: int, floor: float) -> list[Step]:
-    units = defaultdict(list)
+    units: dict[int, tuple[int, ...]] = {}
     for channel, unit in enumerate(group.unit.tolist()):
-        units[unit].append(channel)
+        units[unit] = (*units.get(unit, ()), channel)
 
     value_of, price_of = values.tolist(), prices.tolist()  # a tensor for each would take most time
 
-    def worth(channels: list[int]) -> float:
-        price = math.fsum(price_of[channel] for channel in channels)
-        return math.fsum(value_of[channel] for channel in channels) / price if price > 0 else math.inf
+    def worth(channels: tuple[int, ...]) -> float:
+        if len(channels) == 1:
+            price, value = price_of[channels[0]], value_of[channels[0]]
+        else:
+            price, value = (math.fsum([of[channel] for channel in channels]) for of in (price_of, value_of))
+        return value / price if price > 0 else math.inf
 
-    order = sorted(units.values(), key=worth)
     least = max(1, math.ceil(floor * group.channels - 1e-9))
     steps: list[Step] = []
-    pending: list[int] = []
-    kept = group.channels
-    for channels in order:
+    pending: tuple[int, ...] = ()
+    kept, below = group.channels, -math.inf
+    worths = ((worth(channels), channels) for channels in units.values())
+    for alone, channels in sorted(worths, key=lambda pair: pair[0]):
         pending += channels
         kept -= len(channels)
         if kept < least:
             break
         if kept % round_to == 0:
             # a step cannot go before the one below it in its own group
-            steps.append(Step(group.name, tuple(pending), max([worth(pending), *(step.value for step in steps[-1:])])))
-            pending = []
+            below = max(alone if len(pending) == len(channels) else worth(pending), below)
+            steps.append(Step(group.name, pending, below))
+            pending = ()
     return steps
 
 

@@ -21,13 +21,14 @@ Places: TypeAlias = Mapping[tuple[str, Side], Tensor]
 
 def removed_places(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]) -> Places:
     """Where the channels of `removed` (group -> int64 [R]) lie in each layer."""
-    places: dict[tuple[str, Side], set[int]] = defaultdict(set)
+    places: dict[tuple[str, Side], list[Tensor]] = defaultdict(list)
     for group in groups:
-        gone = torch.zeros(group.channels, dtype=torch.bool)
-        gone[removed.get(group.name, torch.empty(0, dtype=torch.int64))] = True
-        for member in group.members:
-            places[member.layer, _SIDES[member.role]].update(member.index[gone[member.channel]].tolist())
-    return {place: torch.tensor(sorted(index)) for place, index in places.items() if index}
+        if len(channels := removed.get(group.name, ())):
+            gone = torch.zeros(group.channels, dtype=torch.bool)
+            gone[channels] = True
+            for member in group.members:
+                places[member.layer, _SIDES[member.role]].append(member.index[gone[member.channel]])
+    return {place: index for place, parts in places.items() if len(index := torch.cat(parts).unique())}
 
 
 def remove_places(model: nn.Module, places: Places) -> nn.Module:
