@@ -58,6 +58,19 @@ def test_products_of_a_pass_are_made_again(precision):
     assert [func for func, _, _ in again.calls] == [func for func, _, _ in called.calls]
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+def test_laid_out_weights_are_no_product_but_what_they_multiply_is():
+    x, weight = torch.randn(1, 4, 5, 5), torch.randn(6, 4, 3, 3)
+    with limits.Calls(limits.PRODUCT) as called:
+        laid_out = torch.ops.mkldnn._reorder_convolution_weight(weight, [0, 0], [1, 1], [1, 1], 1, [1, 4, 5, 5])
+        torch.ops.mkldnn._convolution_pointwise(x, laid_out, None, [0, 0], [1, 1], [1, 1], 1, "relu", [], "")
+        torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear")
+        torch.baddbmm(x[0], x[0], x[0])
+    assert [func.name().split(".")[0] for func, _, _ in called.calls] == ["mkldnn::_convolution_pointwise",
+                                                                          "aten::baddbmm"]
+    called.again()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rates_are_of_so_many_flops(dtype):
     for flops, product in limits.products(dtype, side=8, channels=4, size=6).values():
