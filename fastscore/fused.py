@@ -14,7 +14,7 @@ from fastscore.multihead import MultiheadAttention, SequenceFirstLinear
 from fastscore.packed import Ends
 from fastscore.taps import Offer, Taps
 
-LAYERS = (nn.Conv2d, nn.Linear, SequenceFirstLinear)  # exact types
+LAYERS = (nn.Conv2d, nn.Linear, SequenceFirstLinear)  # exact types, as the others
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CLAMPS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 
@@ -74,7 +74,7 @@ class FastLayers:
         self._rectified: Callable[[], Tensor | None] = lambda: None  # what a layer has clamped already, last
         ends = {layer: clamps[norm] for norm, layer in folded.items() if norm in clamps} | dict(clamps)
         for name, module in model.named_modules():
-            if type(module) in LAYERS:
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
                 reason = _why_not(module, sizes.get(name))
                 if reason is not None:
                     self.kept[name] = reason
@@ -168,6 +168,7 @@ def _why_not(layer: Any, size: tuple[int, ...] | None) -> str | None:
     """Why `layer` cannot be packed; None where it can. size: height and width of a Conv2d's input, as far as seen."""
     checks = (
         (parametrized(layer), "its weight is computed (a parametrization)"),
+        (type(layer) not in LAYERS, f"{type(layer).__name__} may do more than its base class"),
         ("forward" in vars(layer), "its forward() is the model's own"),
         (not packed.available(layer.weight), f"there is no oneDNN for {layer.weight.dtype} on {layer.weight.device}"),
         (type(layer) is nn.Conv2d and (size is None or len(size) != 2), "it has not run on [N, C, H, W]"),

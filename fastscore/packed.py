@@ -47,16 +47,16 @@ def _epilogue(clamp: Ends | None) -> tuple[str, list[float], str]:
 
 class _Weight:
     """A convolution's weight, laid out for inputs of one height and width, on which the best layout depends; anew for
-    others when they come."""
+    others when they come, unless `final`."""
 
     def __init__(self, weight: Tensor, lay_out: Callable[[Tensor, list[int]], Tensor], width: int,
-                 size: Sequence[int]) -> None:
-        self._lay_out, self._width = lay_out, width
+                 size: Sequence[int], final: bool = False) -> None:
+        self._lay_out, self._width, self._final = lay_out, width, final
         self._fit(weight, size)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The weight as `x`, [N, C, H, W], asks for it."""
-        if x.shape[2:] != self._size:
+        if x.shape[2:] != self._size and not self._final:
             self._fit(self._weight.to_dense(), x.shape[2:])
         return self._weight
 
@@ -92,7 +92,7 @@ class Convolution:
         size_back = self._unstrided(size) if self.spread_first and not self.transposed else \
             [(each - 1) // s + 1 for each, s in zip(self._unstrided(size), self.stride, strict=True)]
         self.weight = _Weight(weight, self._for_forward, layer.in_channels, size)
-        self.weight_back = _Weight(turned, self._for_backward, layer.out_channels, size_back)
+        self.weight_back = _Weight(turned, self._for_backward, layer.out_channels, size_back, self.transposed)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, C_out, H', W']."""

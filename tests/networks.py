@@ -43,8 +43,11 @@ class Network:
 
 
 def randomize(model: nn.Module) -> nn.Module:
-    """Give every normalisation a scale, a shift and statistics of its own, as training would."""
+    """Give every normalisation a scale, a shift and statistics of its own, as training would; and a last layer that
+    starts from nothing, as a ViT's, weights."""
     for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.normal_(module.weight, 0, 0.3)
         if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) and module.weight is not None:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.3)
