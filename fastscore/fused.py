@@ -112,19 +112,24 @@ class FastLayers:
 
     def _run(self, module: nn.Module, layer: packed.Layer, clamp: Ends | None = None, function: str = "forward"
              ) -> None:
-        """Run `layer` in the module's place. The module of a clamp that it ends in has nothing left to do."""
+        self._replace(module, function, self._through(layer) if clamp is None else self._ending(layer, clamp))
 
+    def _through(self, layer: packed.Layer) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
             y: Tensor = _Packed.apply(self._taps.taken(x), layer) if _in_graph(x) else layer.forward(x)
             return y
 
-        def run_clamped(x: Tensor) -> Tensor:
-            y = self._offered(self._taps.taken(x), layer, ends)
+        return run
+
+    def _ending(self, layer: packed.Layer, clamp: Ends) -> Callable[[Tensor], Tensor]:
+        """The module of the clamp, behind this one, has nothing left to do."""
+
+        def run(x: Tensor) -> Tensor:
+            y = self._offered(self._taps.taken(x), layer, clamp)
             self._rectified = weakref.ref(y)
             return y
 
-        ends = clamp or (0.0, 0.0)
-        self._replace(module, function, run if clamp is None else run_clamped)
+        return run
 
     def _clamp(self, module: Any, ends: Ends) -> None:
         layer = packed.Clamp(ends, bool(module.inplace))
