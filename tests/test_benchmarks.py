@@ -22,6 +22,7 @@ from benchmarks.peers import chart, growth, whole
 from benchmarks.peers.contestants import BASELINE, CONTESTANTS, captum, fastscore_pass, gates, plain_hooks
 from benchmarks.peers.measure import CannotRun, PeakBytes, Row, Stopwatch, compare
 from benchmarks.peers.task import Task
+from fastscore import tracing
 
 SAME_NUMBER = {"plain hooks": plain_hooks(), "plain hooks, frozen": plain_hooks(frozen=True), "captum": captum,
                "fastscore": fastscore_pass(gradient="loss", normalize=False)}
@@ -210,6 +211,19 @@ def test_whole_calls_leave_the_same_macs(part):
         assert clock.seconds > 0
         assert job.share(model) == pytest.approx(0.5, abs=0.02), name
         assert model(job.task.images).shape == (6, 5)
+
+
+@pytest.mark.parametrize(("part", "name", "times"), [("whole", "fastscore, whole call", 1),
+                                                     ("prune", "fastscore, prune() alone", 0),
+                                                     ("prune", "fastscore, tracing and prune()", 1)])
+def test_every_turn_traces_the_model_or_none_does(part, name, times, monkeypatch):
+    run = whole.PARTS[part][name](whole.Job(wide(), batch=4))
+    traced = []
+    trace = tracing._traced
+    monkeypatch.setattr(tracing, "_traced", lambda *args: traced.append(args) or trace(*args))
+    run(Stopwatch())
+    run(Stopwatch())
+    assert len(traced) == 2 * times
 
 
 def test_attention_counts():

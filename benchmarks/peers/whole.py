@@ -108,16 +108,17 @@ def whole_torch_pruning(job: Job) -> Callable[[Stopwatch], nn.Module]:
 
 def whole_fastscore(precision: str | None = None) -> Prepare:
     """fastscore.score, its passes in `precision`, and fastscore.prune; without compensation, which Torch-Pruning does
-    not have."""
+    not have. Copying the model, of which nothing is known then, is not counted."""
 
     def prepare(job: Job) -> Callable[[Stopwatch], nn.Module]:
         task = job.task
 
         def run(clock: Stopwatch) -> nn.Module:
+            model = copy.deepcopy(task.model)
             with clock:
-                scores = fastscore.score(task.model, task.images.split(job.batch), ignore=task.ignored,
+                scores = fastscore.score(model, task.images.split(job.batch), ignore=task.ignored,
                                          precision=precision, progress=False)
-                return fastscore.prune(task.model, scores, task.images[:1], macs=job.macs, compensate=False).model
+                return fastscore.prune(model, scores, task.images[:1], macs=job.macs, compensate=False).model
 
         return run
 
@@ -142,16 +143,21 @@ def surgery_torch_pruning(traced: bool) -> Prepare:
     return prepare
 
 
-def surgery_fastscore(job: Job) -> Callable[[Stopwatch], nn.Module]:
-    """fastscore.prune with the scores there; it traces, tries and copies the model."""
-    task = job.task
-    scores = fastscore.score(task.model, task.images.split(job.batch), ignore=task.ignored, progress=False)
+def surgery_fastscore(traced: bool) -> Prepare:
+    """fastscore.prune with the scores there; it tries and copies the model, and traces it where not `traced`."""
 
-    def run(clock: Stopwatch) -> nn.Module:
-        with clock:
-            return fastscore.prune(task.model, scores, task.images[:1], macs=job.macs, compensate=False).model
+    def prepare(job: Job) -> Callable[[Stopwatch], nn.Module]:
+        task = job.task
+        scores = fastscore.score(task.model, task.images.split(job.batch), ignore=task.ignored, progress=False)
 
-    return run
+        def run(clock: Stopwatch) -> nn.Module:
+            model = task.model if traced else copy.deepcopy(task.model)
+            with clock:
+                return fastscore.prune(model, scores, task.images[:1], macs=job.macs, compensate=False).model
+
+        return run
+
+    return prepare
 
 
 # part -> its contestants, the baseline first
@@ -160,5 +166,6 @@ PARTS: dict[str, dict[str, Prepare]] = {
               "fastscore, bfloat16, whole call": whole_fastscore("bfloat16")},
     "prune": {"Torch-Pruning, step() alone": surgery_torch_pruning(traced=True),
               "Torch-Pruning, pruner and step()": surgery_torch_pruning(traced=False),
-              "fastscore, prune() alone": surgery_fastscore},
+              "fastscore, prune() alone": surgery_fastscore(traced=True),
+              "fastscore, tracing and prune()": surgery_fastscore(traced=False)},
 }
