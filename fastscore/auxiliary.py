@@ -42,10 +42,9 @@ def without(graph: ChannelGraph, idle: set[str]) -> ChannelGraph:
 
 
 def named(graph: ChannelGraph, idle: Iterable[str]) -> ChannelGraph:
-    """The graph, with a word on each layer that never ran, but for those that an attention reads without calling them
-    and says why."""
+    """The graph, with a word on each layer that never ran, but for those whose heads an attention reads without calling
+    them."""
     known = {member.layer for group in graph.groups if any(group.role("heads")) for member in group.members}
-    known |= {layer for layer, reason in graph.skipped.items() if "fewer heads" in reason}
     return replace(graph, skipped={**graph.skipped, **{
         layer: "it does not run on example_inputs: if it reads channels that are removed, it will not fit them"
         for layer in sorted(set(idle) - known)}})

@@ -39,22 +39,23 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
                     if output.requires_grad or not torch.is_grad_enabled()]
 
     with torch.enable_grad(), without_checkpoints(), batches.fork_rng(batches.device_of(model)):
-        found, ran = _traced(twin, run)
+        found, ran, explained = _traced(twin, run)
         idle = auxiliary.layers(twin) - ran
         if idle:
             try:
-                more, ran_in_training = _traced(twin, run_as_in_training)
+                more, ran_in_training, explained_then = _traced(twin, run_as_in_training)
             except (ValueError, TypeError):
                 ran_in_training = set()
             if ran <= ran_in_training:
-                found, idle = auxiliary.without(more, idle), idle - ran_in_training
-    graph = auxiliary.named(found, idle)
+                found, idle, explained = auxiliary.without(more, idle), idle - ran_in_training, explained_then
+    graph = auxiliary.named(found, idle - explained)
     known_graphs.remember(model, example_inputs, forward, graph)
     return graph
 
 
-def _traced(twin: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> tuple[ChannelGraph, set[str]]:
-    """(the groups of one way of running an evaluation copy, the layers that ran)."""
+def _traced(twin: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> tuple[ChannelGraph, set[str], set[str]]:
+    """(the groups of one way of running an evaluation copy, the layers that ran, those whose heads are left alone with
+    a reason)."""
     graph = dependencies.Graph()
     has_run = False
 
@@ -83,7 +84,7 @@ def _traced(twin: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> tuple[
     reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
                for group, where in strays.items()}
     return replace(found, groups=tuple(group for group in found.groups if group.name not in strays),
-                   skipped={**found.skipped, **reasons, **left}), recording.layers_that_ran
+                   skipped={**found.skipped, **reasons, **left}), recording.layers_that_ran, set(left)
 
 
 def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGroup]) -> ChannelGraph:

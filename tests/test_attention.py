@@ -310,6 +310,15 @@ class NotCalled(Apart):
         return _attend(q, k, v) @ self.o_proj.weight.t()
 
 
+class NoneCalled(Apart):
+    """Whose projections are no layers that run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (F.linear(x, layer.weight, layer.bias).unflatten(2, (-1, WIDTH)).transpose(1, 2)
+                   for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return F.linear(_attend(q, k, v), self.o_proj.weight)
+
+
 def _parametrized() -> nn.Module:
     attention = Apart()
     nn.utils.parametrizations.weight_norm(attention.k_proj)
@@ -332,6 +341,7 @@ LEFT_ALONE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "computed weights": (_parametrized, "parametrization"),
     "shared weights": (_sharing, "shares its weight"),
     "an output that is not called": (NotCalled, "does not call"),
+    "no projection that is called": (NoneCalled, "does not call"),
     "values read elsewhere": (ValuesElsewhere, "something else|cannot follow"),
 }
 
