@@ -61,12 +61,12 @@ class FastLayers:
     """The forward passes of an evaluation copy's layers, as packed layers run them; `undo` brings back their own.
 
     taps: on the copy; a clamp offers them a tap on its output. clamps: module -> the ends of the clamp that alone reads
-    its output. folded: BatchNorm -> the layer that it went into. sizes: Conv2d -> height and width of its input.
+    its output. folded: BatchNorm -> the layer that it went into. inputs: Conv2d or Linear -> shape of its input.
     packed: Conv2d and Linear -> the clamp that they end in, or None. kept: those that run as they are -> why.
     """
 
     def __init__(self, model: nn.Module, taps: Taps, clamps: Mapping[str, Ends], folded: Mapping[str, str],
-                 sizes: Mapping[str, tuple[int, ...]]) -> None:
+                 inputs: Mapping[str, tuple[int, ...]]) -> None:
         self.packed: dict[str, Ends | None] = {}
         self.kept: dict[str, str] = {}
         self._taps = taps
@@ -75,17 +75,17 @@ class FastLayers:
         ends = {layer: clamps[norm] for norm, layer in folded.items() if norm in clamps} | dict(clamps)
         for name, module in model.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                reason = _why_not(module, sizes.get(name))
+                reason = _why_not(module, inputs.get(name))
                 if reason is not None:
                     self.kept[name] = reason
                     continue
-                self.packed[name] = ends.get(name)
-                self._run(module, packed.Convolution(module, sizes[name], ends.get(name)) if type(module) is nn.Conv2d
-                          else packed.Linear(module.weight, module.bias, ends.get(name)), ends.get(name))
+                self.packed[name] = clamp = ends.get(name)
+                self._run(module, packed.Convolution(module, inputs[name][2:], clamp) if type(module) is nn.Conv2d
+                          else packed.Linear(module.weight, module.bias, clamp), clamp)
             elif type(module) in NORMS and name not in folded and _plain(module):
                 self._run(module, packed.BatchNorm(module, ends.get(name)), ends.get(name))
             elif type(module) is MultiheadAttention and module.in_proj_weight is not None \
-                    and packed.available(module.in_proj_weight):
+                    and f"{name}.out_proj".lstrip(".") in inputs and packed.available(module.in_proj_weight):
                 self._run(module, packed.Linear(module.in_proj_weight, module.in_proj_bias), function="in_proj")
             elif type(module) in CLAMPS and "forward" not in vars(module):
                 self._clamp(module, ends_of(module))
@@ -169,14 +169,15 @@ def _plain(norm: Any) -> bool:
         and "forward" not in vars(norm)
 
 
-def _why_not(layer: Any, size: tuple[int, ...] | None) -> str | None:
-    """Why `layer` cannot be packed; None where it can. size: height and width of a Conv2d's input, as far as seen."""
+def _why_not(layer: Any, shape: tuple[int, ...] | None) -> str | None:
+    """Why `layer` cannot be packed; None where it can. shape: of its input, if it has run."""
     checks = (
         (parametrized(layer), "its weight is computed (a parametrization)"),
         (type(layer) not in LAYERS, f"{type(layer).__name__} may do more than its base class"),
         ("forward" in vars(layer), "its forward() is the model's own"),
         (not packed.available(layer.weight), f"there is no oneDNN for {layer.weight.dtype} on {layer.weight.device}"),
-        (type(layer) is nn.Conv2d and (size is None or len(size) != 2), "it has not run on [N, C, H, W]"),
+        (shape is None, "it has not run in its weight's own dtype"),
+        (type(layer) is nn.Conv2d and len(shape or ()) != 4, "it does not run on [N, C, H, W]"),
         (getattr(layer, "padding_mode", "zeros") != "zeros", "its padding is not of zeros"),
         (isinstance(getattr(layer, "padding", ()), str), "its padding is given by a word"),
     )

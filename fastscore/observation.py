@@ -21,13 +21,13 @@ _BEFORE_CLAMPS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
 @dataclass
 class Seen:
     """What one pass shows. shapes: tapped layer -> shape [N, ...] of its input (output), in each call. flat:
-    Linear layers that put out [N, C]. sizes: Conv2d -> [H, W] of its input. clamps: layer or BatchNorm -> the ends
-    of the clamp that alone reads its output."""
+    Linear layers that put out [N, C]. inputs: layer -> shape of its input, but for those under autocast. clamps: layer
+    or BatchNorm -> the ends of the clamp that alone reads its output."""
 
     output: Tensor
     shapes: dict[str, list[tuple[int, ...]]]
     flat: set[str]
-    sizes: dict[str, tuple[int, ...]]
+    inputs: dict[str, tuple[int, ...]]
     clamps: dict[str, Ends]
 
 
@@ -39,7 +39,7 @@ def observe(twin: nn.Module, taps: Taps, example: Batch, run: Forward) -> Seen:
     reads: dict[str, list[Tensor]] = {}
     bare = {name for name, module in twin.named_modules() if not hooked(module)}  # before hooks are set here
     repeating = {name for name, module in twin.named_modules() if _repeats(module)}
-    sizes: dict[str, tuple[int, ...]] = {}
+    inputs: dict[str, tuple[int, ...]] = {}
     made: dict[str, list[Any]] = {}  # layer or BatchNorm -> the autograd node of its output, in each call
     clamped: dict[Any, Ends] = {}  # autograd node of a clamp -> its ends
 
@@ -50,9 +50,12 @@ def observe(twin: nn.Module, taps: Taps, example: Batch, run: Forward) -> Seen:
                 shapes.setdefault(name, []).append(tuple(x.shape))
             if isinstance(module, nn.Linear):
                 dims.setdefault(name, set()).add(output.dim())
-            if type(module) is nn.Conv2d:
-                sizes[name] = tuple(args[0].shape[2:])
+            if not isinstance(output, Tensor):
+                return output
             before = isinstance(module, _BEFORE_CLAMPS)
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and args \
+                    and args[0].dtype == module.weight.dtype == output.dtype:
+                inputs[name] = tuple(args[0].shape)
             if (before or name in repeating) and not output.requires_grad and output.is_floating_point():
                 output = output.detach().requires_grad_().clone()  # before the first tap: autograd is to count readers
             if before and name in bare:
@@ -90,7 +93,7 @@ def observe(twin: nn.Module, taps: Taps, example: Batch, run: Forward) -> Seen:
     clamps = {name: clamped[reader] for name, (node, *more) in made.items() if not more and node is not None
               for reader in readers[node] if reader in clamped and len(readers[node]) == 1}
     return Seen(output.detach(), shapes, {name for name, found in dims.items() if found == {2}},
-                sizes, clamps)
+                inputs, clamps)
 
 
 def _repeats(module: nn.Module) -> bool:

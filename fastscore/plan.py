@@ -92,7 +92,7 @@ def prepare(twin: nn.Module, taps: Taps, normalized_by: Mapping[str, str], examp
 
     def pack() -> FastLayers | None:
         return None if compiled or taps.weights else \
-            FastLayers(twin, taps, seen.clamps, folding.folded, seen.sizes)
+            FastLayers(twin, taps, seen.clamps, folding.folded, seen.inputs)
 
     layers = None if narrower else pack()
     if folding.folded or layers is not None:

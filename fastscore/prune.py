@@ -138,7 +138,8 @@ class _Surgery:
 
     def copy(self) -> nn.Module:
         # surgery makes new weights of most: those that are still the model's own afterwards are copied then
-        shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
+        # .data: detach() would share autograd's count of changes with the model's own, for good
+        shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.data, parameter.requires_grad)
                                   for parameter in self._model.parameters() if type(parameter) is nn.Parameter}
         pruned = self.on(copy.deepcopy(self._model, shared))
         own = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}

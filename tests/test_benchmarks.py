@@ -281,8 +281,8 @@ def test_command_writes_table_and_chart(tmp_path, monkeypatch, capsys):
     assert kept[4].times_as_fast == 1
 
 
+@torch._dynamo.config.patch(recompile_limit=1)
 def test_as_many_models_are_compiled_as_there_are(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(Task, "random", lambda name, *how: task_of(name))
     arguments = argparse.Namespace(batch=None, size=8, device="cpu", layout="contiguous", repeats=1,

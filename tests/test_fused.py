@@ -209,6 +209,18 @@ def test_batches_of_other_sizes_and_shapes() -> None:
         torch.testing.assert_close(together[layer], plain, rtol=1e-4, atol=1e-5 * float(plain.max()))
 
 
+def test_layers_under_autocast_run_as_they_are() -> None:
+    class Cast(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x).float()
+
+    scores = assert_scored_as_by_hooks(Cast(), images(), 3e-2)
+    assert not scores.plan.packed
+    assert "own dtype" in scores.plan.unpacked["two"]
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
 def test_what_is_not_packed_is_in_the_plan() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU(),
                           nn.Conv2d(4, 4, 3, padding="same"), nn.ReLU(),

@@ -45,6 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> clamp_backward_(const Tensor& y, Tensor g, co
   task.low = low;
   task.high = high;
   choose_path(plan);
+  if (plan.path == Path::squares && plan.channel.a == 1) plan.path = Path::columns;  // few channels, all the same
   require(plan.path != Path::squares && plan.positions.depth == 1, "y is neither contiguous nor channels last");
   const auto kernel = kernels().clamp_backward[int(dtype)];
   run_plan(plan, dtype, 3, [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
