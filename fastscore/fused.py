@@ -43,7 +43,8 @@ class _Clamped(torch.autograd.Function):
             ctx.mark_dirty(x)
         ctx.save_for_backward(y)
         ctx.set_materialize_grads(False)
-        ctx.layer, ctx.shape, ctx.ends, ctx.taps = layer, x.shape, ends, taps
+        ctx.layer, ctx.shape, ctx.taps = layer, x.shape, taps
+        ctx.ends = torch.tensor(ends, dtype=y.dtype).tolist()  # as y holds them
         return y, y.detach()
 
     @staticmethod

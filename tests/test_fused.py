@@ -179,6 +179,30 @@ def test_every_clamp(clamp: nn.Module) -> None:
     assert all(scores.plan.packed[name] is not None for name in ("0", "3", "5", "8"))
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_a_clamp_of_few_channels(channels: int) -> None:
+    """channels_last, as the pass is: fewer than 4 channels are walked otherwise by channel_sums."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, channels, 3), nn.ReLU(),
+                          nn.Conv2d(channels, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4))
+    for parameter in model.parameters():
+        parameter.data.abs_()  # no channel is dead
+    assert_scored_as_by_hooks(model, images())
+
+
+@pytest.mark.parametrize("reduction", ["sum", "element"])
+def test_ends_that_bfloat16_rounds(reduction: str) -> None:
+    """0.35 is 0.3496 in bfloat16: what the clamp cut off is there below its end, yet lets no gradient through."""
+    torch.manual_seed(0)
+    clamp = nn.Hardtanh(-0.35, 0.35)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), clamp, nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), clamp,
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval()
+    wide, narrow = (fastscore.score(model, [images()], reduction=reduction, precision=precision, progress=False)
+                    for precision in ("float32", "bfloat16"))
+    for layer in wide:
+        assert float((narrow[layer] - wide[layer]).abs().max()) <= 0.05 * float(wide[layer].max()), layer
+
+
 @pytest.mark.parametrize("family", list(THIN))
 def test_the_packed_pass_of_every_family(family: str) -> None:
     """Within 2e-3 of a layer's largest score: in float32 rounding tips a ReLU or a maximum over now and then."""

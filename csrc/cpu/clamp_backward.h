@@ -6,6 +6,14 @@
 
 namespace fastscore::cpu::FASTSCORE_TIER {
 
+// An end as the clamp had it, in the dtype of its result.
+template <class T>
+Sum<T> held(double end) {
+  T element;
+  from_double(end, &element);
+  return Sum<T>(to_double(element));
+}
+
 // One item of a task, and where its first element is in every operand, which all have the same strides.
 template <class T>
 struct ClampItem : Item<T, Sums> {
@@ -14,7 +22,7 @@ struct ClampItem : Item<T, Sums> {
   Sum<T> low, high;
 
   ClampItem(const ClampBackward& task, int64_t item)
-      : Item<T, Sums>(task.plan, item), low(Sum<T>(task.low)), high(Sum<T>(task.high)) {
+      : Item<T, Sums>(task.plan, item), low(held<T>(task.low)), high(held<T>(task.high)) {
     const int64_t offset = this->a - static_cast<const T*>(task.plan.a);
     rest = static_cast<const T*>(task.rest) + (task.rest ? offset : 0);
     out = static_cast<T*>(task.out) + offset;

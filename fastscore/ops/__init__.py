@@ -69,7 +69,7 @@ def clamp_backward(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: 
         y: what the clamp made, [N, C, ...], float32, bfloat16, float16 or float64, on a CPU.
         g: the gradient that came from one of its readers: same shape, dtype and device.
         rest: the sum of those from its other readers, or None.
-        low, high: the clamp's ends; (0, inf) for a ReLU.
+        low, high: the clamp's ends, which are rounded to the dtype as the clamp did; (0, inf) for a ReLU.
         overwrite: whether the result may take the memory of `g`.
 
     Returns:
