@@ -70,7 +70,7 @@ class FastLayers:
                  inputs: Mapping[str, tuple[int, ...]]) -> None:
         self.packed: dict[str, Ends | None] = {}
         self.kept: dict[str, str] = {}
-        self._taps = taps
+        self._taps: Taps = weakref.proxy(taps)  # which hold the model, whose layers hold what is made here
         self._changed: list[tuple[nn.Module, str]] = []
         self._rectified: Callable[[], Tensor | None] = lambda: None  # what a layer has clamped already, last
         ends = {layer: clamps[norm] for norm, layer in folded.items() if norm in clamps} | dict(clamps)
@@ -92,7 +92,8 @@ class FastLayers:
                 self._clamp(module, ends_of(module))
 
     def release(self, model: nn.Module, before: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
-        """Let the packed layers hold the weights that they had, which take no memory of their own."""
+        """Let the packed layers hold the weights that they had, which take no memory of their own; for good."""
+        self._changed.clear()
         for name in self.packed:
             layer: Any = model.get_submodule(name)
             weight, bias = before[name]

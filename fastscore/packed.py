@@ -172,14 +172,14 @@ class BatchNorm:
     """A BatchNorm by its running statistics, on [N, C, ...]: affine for each channel."""
 
     def __init__(self, norm: Any, clamp: Ends | None = None) -> None:
-        self.norm, self.clamp = norm, None if clamp is None else Clamp(clamp, in_place=True)
+        self.affine = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        self.eps, self.clamp = norm.eps, None if clamp is None else Clamp(clamp, in_place=True)
         scale = (norm.running_var.double() + norm.eps).rsqrt()
         self.scale = (scale if norm.weight is None else scale * norm.weight).to(norm.running_var.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, ...] -> the same."""
-        y = F.batch_norm(x, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias,
-                         eps=self.norm.eps)
+        y = F.batch_norm(x, *self.affine, eps=self.eps)
         return y if self.clamp is None else self.clamp.forward(y)
 
     def backward(self, g: Tensor, shape: torch.Size) -> Tensor:

@@ -1,5 +1,6 @@
 """The precision of an evaluation copy's passes."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,8 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def cast(twin: nn.Module, dtype: torch.dtype) -> None:
     """Parameters, buffers and inputs in `dtype`; hooks on the model still see the inputs as they come."""
-    forward = twin.to(dtype).forward
+    own, model = type(twin.to(dtype)).forward, weakref.ref(twin)  # no cycle: the copy goes as soon as it is let go of
+    forward = vars(twin).get("forward", lambda *args, **kwargs: own(model(), *args, **kwargs))
     vars(twin)["forward"] = lambda *args, **kwargs: forward(*to_dtype(args, dtype), **to_dtype(kwargs, dtype))
 
 

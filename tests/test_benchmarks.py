@@ -286,7 +286,7 @@ def test_as_many_models_are_compiled_as_there_are(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(Task, "random", lambda name, *how: task_of(name))
     arguments = argparse.Namespace(batch=None, size=8, device="cpu", layout="contiguous", repeats=1,
-                                   contestants=["plain hooks, compiled"])
+                                   contestants=["plain hooks, compiled"], without=[])
     for name in ("plain", "inplace", "dense"):
         rows = list(peers.passes("pass", name, arguments))
         assert [(row.contestant, row.note) for row in rows] == [(BASELINE, ""), ("plain hooks, compiled", "")]

@@ -220,16 +220,19 @@ def test_score_keeps_nothing():
 
 @pytest.mark.parametrize("name", ["residual", "dense"])
 def test_copies_of_a_model_are_gone_as_soon_as_the_call_is_over(name):
-    """Without the garbage collector: tracing and pruning work on copies, and autograd keeps what those saw."""
+    """Without the garbage collector: tracing, scoring and pruning work on copies, and autograd keeps what those saw."""
     def modules() -> int:
         return sum(issubclass(type(thing), nn.Module) for thing in gc.get_objects())
 
-    model, x = NETWORKS[name].model(), NETWORKS[name].inputs(2)
-    scores = fastscore.score(copy.deepcopy(model), [x], progress=False)
+    model, x = NETWORKS[name].model().float(), NETWORKS[name].inputs(2).float()
+    fastscore.score(copy.deepcopy(model), [x], progress=False)
     gc.collect()
     gc.disable()
     try:
         before = modules()
+        for precision in (None, "bfloat16"):
+            scores = fastscore.score(model, [x], precision=precision, progress=False)
+            assert modules() == before, precision
         result = fastscore.prune(model, scores, x, macs=0.7)
         assert modules() == before + len(list(result.model.modules()))
     finally:

@@ -43,7 +43,8 @@ def passes(part: str, name: str, arguments: argparse.Namespace) -> Iterator[Row]
     task = Task.random(name, batch, arguments.size, arguments.device, arguments.layout)
     baseline, *others = PASSES[part]
     chosen = {contestant: partial(CONTESTANTS[contestant], task) for contestant in (baseline, *others)
-              if contestant == baseline or any(contestant.startswith(start) for start in arguments.contestants)}
+              if contestant == baseline or (any(contestant.startswith(start) for start in arguments.contestants)
+                                            and not any(word in contestant for word in arguments.without))}
     for contestant, figures in compare(chosen, baseline, arguments.repeats, arguments.device).items():
         yield Row(part, name, contestant, batch, arguments.size, **figures)
 
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         + "; ".join(f"{part}: {' '.join(models)}" for part, (models, _) in DEFAULTS.items()) + ")")
     parser.add_argument("--contestants", nargs="+", default=[""],
                         help="of pass and per-sample: those whose names begin so (default: all)")
+    parser.add_argument("--without", nargs="+", default=[], help="those whose names hold such a word: compiled, say")
     parser.add_argument("--parts", nargs="+", default=list(DEFAULTS), choices=tuple(DEFAULTS))
     parser.add_argument("--growth", action="store_true", help="how a pass's cost grows, instead of the comparison")
     parser.add_argument("--batch", type=int, help="images at a time (default: "
