@@ -37,6 +37,11 @@ def test_ops():
         found = at_once([lambda pair=pair: ops.channel_sums(*pair) for pair in operands])
         assert all(torch.equal(x, y) for one, other in zip(found, want, strict=True)
                    for x, y in zip(one, other, strict=True))
+    want = [ops.clamp_backward(y, g, y, -0.5, 0.5) for y, g in operands]
+    for _ in range(20):
+        found = at_once([lambda y=y, g=g: ops.clamp_backward(y, g, y, -0.5, 0.5) for y, g in operands])
+        assert all(torch.equal(x, y) for one, other in zip(found, want, strict=True)
+                   for x, y in zip(one, other, strict=True))
     gradients = at_once([lambda seed=seed: ops.random_gradient(torch.arange(50), 77, seed) for seed in range(THREADS)])
     for seed, gradient in enumerate(gradients):
         torch.testing.assert_close(gradient, reference.random_gradient(torch.arange(50), 77, seed))

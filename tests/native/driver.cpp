@@ -64,9 +64,34 @@ int64_t extent(const Layout& l, bool g) {
          (l.positions - 1) * (g ? l.g_position : l.position) + 1;
 }
 
-void sums(const Kernels& kernels, const Layout& l, int dtype) {
+// Runs a plan that takes `count` sums of ones.
+void reduce(Plan& plan, int count, const char* name, const char* tier, int dtype,
+            const std::function<void(int64_t, int64_t)>& kernel) {
   const bool wide = dtype == int(Dtype::float64);
-  const int64_t rows = l.samples * l.channels, width = wide ? 8 : 4;
+  const int64_t rows = plan.sample.size * plan.channel.size, width = wide ? 8 : 4;
+  std::vector<std::unique_ptr<char[]>> out;
+  for (int k = 0; k < count; ++k) {
+    out.emplace_back(new char[rows * width]);
+    plan.sums[k] = out[k].get();
+  }
+  std::unique_ptr<char[]> partials(new char[rows * plan.chunks * count * width]);
+  plan.partials = partials.get();
+  in_parallel(plan.items(), kernel);
+  for (int k = 0; k < count; ++k) {
+    for (int64_t row = 0; row < rows; ++row) {
+      double sum = 0;
+      const int64_t n = row / plan.channel.size, c = row % plan.channel.size;
+      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+        sum += plan.chunks == 1 ? read(plan.sums[k], row, wide)
+                                : read(plan.partials, ((n * plan.chunks + chunk) * count + k) * plan.channel.size + c,
+                                       wide);
+      }
+      require(sum == double(plan.positions.count()), name, tier, dtype);
+    }
+  }
+}
+
+void sums(const Kernels& kernels, const Layout& l, int dtype) {
   const auto a = ones(extent(l, false), dtype), g = ones(extent(l, true), dtype);
   for (int op = 0; op < 3; ++op) {
     const int count = op == kDot ? 1 : op == kSums ? 3 : 2;
@@ -77,26 +102,37 @@ void sums(const Kernels& kernels, const Layout& l, int dtype) {
     plan.channel = {l.channels, l.channel, l.g_channel};
     plan.positions.add({l.positions, l.position, l.g_position});
     choose_path(plan);
-    std::vector<std::unique_ptr<char[]>> out;
-    for (int k = 0; k < count; ++k) {
-      out.emplace_back(new char[rows * width]);
-      plan.sums[k] = out[k].get();
-    }
-    std::unique_ptr<char[]> partials(new char[rows * plan.chunks * count * width]);
-    plan.partials = partials.get();
-    in_parallel(plan.items(), [&](int64_t begin, int64_t end) { kernels.channel_sums[dtype][op](plan, begin, end); });
-    for (int k = 0; k < count; ++k) {
-      for (int64_t row = 0; row < rows; ++row) {
-        double sum = 0;
-        const int64_t n = row / plan.channel.size, c = row % plan.channel.size;
-        for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-          sum += plan.chunks == 1 ? read(plan.sums[k], row, wide)
-                                  : read(plan.partials,
-                                         ((n * plan.chunks + chunk) * count + k) * plan.channel.size + c, wide);
-        }
-        require(sum == double(l.positions), l.name, kernels.tier, dtype);
-      }
-    }
+    reduce(plan, count, l.name, kernels.tier, dtype,
+           [&](int64_t begin, int64_t end) { kernels.channel_sums[dtype][op](plan, begin, end); });
+  }
+}
+
+double element(const void* memory, int64_t i, int dtype) {
+  switch (Dtype(dtype)) {
+    case Dtype::float32: return static_cast<const float*>(memory)[i];
+    case Dtype::float64: return static_cast<const double*>(memory)[i];
+    case Dtype::bfloat16: return to_double(static_cast<const bf16*>(memory)[i]);
+    default: return to_double(static_cast<const fp16*>(memory)[i]);
+  }
+}
+
+// Of ones between 0 and `high`, with and without the gradients of other readers.
+void clamp(const Kernels& kernels, const Layout& l, int dtype, bool more, double high) {
+  const int64_t count = extent(l, false);
+  const auto y = ones(count, dtype), g = ones(count, dtype), rest = ones(count, dtype);
+  ClampBackward task{{}, more ? rest.get() : nullptr, g.get(), 0, high};
+  Plan& plan = task.plan;
+  plan.a = y.get();
+  plan.g = g.get();
+  plan.sample = {l.samples, l.sample, l.sample};
+  plan.channel = {l.channels, l.channel, l.channel};
+  plan.positions.add({l.positions, l.position, l.position});
+  choose_path(plan);
+  if (plan.path == Path::squares) plan.path = Path::columns;
+  reduce(plan, 3, l.name, kernels.tier, dtype,
+         [&](int64_t begin, int64_t end) { kernels.clamp_backward[dtype](task, begin, end); });
+  for (int64_t i = 0; i < count; ++i) {
+    require(element(g.get(), i, dtype) == (high > 1 ? 1 + more : 0), "clamp", kernels.tier, dtype);
   }
 }
 
@@ -154,7 +190,14 @@ int main() {
   layouts.push_back({"wide", 2, 1030, 3, 3090, 1, 1030, 3090, 1, 1030});
   for (const Kernels* kernels : tiers) {
     for (int dtype = 0; dtype < 4; ++dtype) {
-      for (const Layout& layout : layouts) sums(*kernels, layout, dtype);
+      for (const Layout& layout : layouts) {
+        sums(*kernels, layout, dtype);
+        if (!strcmp(layout.name, "rows") || !strcmp(layout.name, "columns") || !strcmp(layout.name, "wide")) {
+          for (const double high : {1., 2.}) {
+            for (const bool more : {false, true}) clamp(*kernels, layout, dtype, more, high);
+          }
+        }
+      }
       for (const int64_t length : {1, 3, 8, 1001}) {
         normalize(*kernels, 5, length, 1, dtype);
         normalize(*kernels, 5, length, 3, dtype);

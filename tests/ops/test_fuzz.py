@@ -31,6 +31,7 @@ DTYPES = FLOATING * 4 + [torch.int64, torch.int32, torch.uint8, torch.bool, torc
                          torch.uint16]
 INTEGERS = [0, 1, -1, 2, 3, -2, 63, 64, 65, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**34, 2**34 + 1, -2**31, 2**62,
             2**63 - 1, -2**63]
+ENDS = [0.0, 6.0, -1.0, 1.0, float("inf"), -float("inf"), float("nan"), 5e-324, 1e308]
 RAW = torch.ops.fastscore
 
 
@@ -70,7 +71,8 @@ def tensor(shape=None, dtype=None):
 
 
 def call():
-    op = rng.choice(["channel_sums", "channel_dot", "channel_powers", "random_gradient", "normalize_gradient"])
+    op = rng.choice(["channel_sums", "channel_dot", "channel_powers", "random_gradient", "normalize_gradient",
+                     "clamp_backward_"])
     if op.startswith("channel"):
         a = tensor()
         g = rng.choice([a, a.clone() if a.layout == torch.strided and a.numel() < 10**6 else a, tensor(),
@@ -80,12 +82,18 @@ def call():
         args = [rng.choice([torch.arange(3), tensor(), torch.arange(6)[::2], torch.zeros(1).long().expand(4)]),
                 rng.choice([0, 1, 5, 130, -1, -2**63, 2**34 + 1]), rng.choice(INTEGERS), rng.choice(INTEGERS),
                 rng.choice(["normal", "rademacher", "", "uniform", "x" * 10**5, chr(0)]), rng.choice([True, False])]
+    elif op == "clamp_backward_":
+        y = tensor()
+        others = lambda: rng.choice([y, y.clone() if y.layout == torch.strided and y.numel() < 10**6 else y, tensor(),
+                                     tensor(list(y.shape), y.dtype)])
+        args = [y, others(), rng.choice([None, others()]), *rng.sample(ENDS, 2)]
     else:
         args = [tensor(), rng.choice([0.0, 1.0, -1.0, float("nan"), float("inf"), -float("inf"), 5e-324, 1e308])]
     if rng.random() < 0.05:
         args[rng.randrange(len(args))] = rng.choice([None, "1", 1.5, [1], torch.zeros(2), 2**70])
     try:
-        out = getattr(rng.choice([RAW, RAW, ops]), op)(*args)
+        space = rng.choice([RAW, RAW, ops])
+        out = getattr(space, op if space is RAW else op.rstrip("_"))(*args)
     except Exception as error:
         assert str(error), op
         return "refused"

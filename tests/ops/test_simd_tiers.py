@@ -31,7 +31,8 @@ def test_tier(tier):
     assert chosen.stdout.strip() == tier, chosen.stderr
     if tier == library.simd_tier():
         return  # the tests of this very process
-    kernels = [str(HERE / f"test_{op}.py") for op in ("channel_sums", "random_gradient", "normalize_gradient")]
+    kernels = [str(HERE / f"test_{op}.py") for op in ("channel_sums", "random_gradient", "normalize_gradient",
+                                                     "clamp_backward")]
     run = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *kernels, tier=tier)
     assert run.returncode == 0, run.stdout[-3000:]
 
