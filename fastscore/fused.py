@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastscore import packed
 from fastscore.evaluation import parametrized
+from fastscore.gates import unclamped
 from fastscore.multihead import MultiheadAttention, SequenceFirstLinear
 from fastscore.packed import Ends
 from fastscore.taps import Offer, Taps
@@ -52,7 +53,7 @@ class _Clamped(torch.autograd.Function):
                  ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (y,) = ctx.saved_tensors
         if tapped is None:
-            g, measured = None if rest is None else torch.ops.aten.hardtanh_backward(rest, y, *ctx.ends), None
+            g, measured = None if rest is None else unclamped(rest, y, ctx.ends), None
         else:
             g, measured = ctx.taps.measure.clamped(y, tapped, rest, ctx.ends)
         return None if g is None else ctx.layer.backward(g, ctx.shape), measured, None, None, None

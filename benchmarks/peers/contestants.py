@@ -182,7 +182,7 @@ def fastscore_pass(**options: Any) -> Prepare:
         def run(clock: Stopwatch) -> Importances:
             def batches() -> Iterator[tuple[Tensor, Tensor]]:
                 yield batch  # traces and sets up
-                yield batch  # warms up
+                yield from [batch] * 3  # warms up: the others' models have run in earlier rounds, too
                 with clock:
                     yield batch
 

@@ -1,5 +1,6 @@
 """Contestants in turn: seconds, their ratios within each round, and the peak of live tensor bytes."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -46,6 +47,7 @@ class PeakBytes(Stopwatch):
 
     def __enter__(self) -> "PeakBytes":
         self._wait()
+        gc.collect()  # what others left must not go, and be taken off, while this runs
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
