@@ -76,10 +76,10 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
     size-th batch, and returns the scores of all. fixed_order: add up in an order that does not depend on the number of
     processes (at most 64), so that any number gives the same bits; it takes the memory of 64 totals.
     precision: of the passes: "float32", "bfloat16" (parameters, activations and their gradients; sums over positions
-    and samples stay float32 and wider, and so does the output; faster where the processor has arithmetic for it,
-    least so in depthwise convolutions, and slower where it has none), or as the model is (None).
+    and samples stay float32 and wider, and so does the output; faster where the processor has arithmetic for it, and
+    slower where it has none), or as the model is (None).
     compile: through torch.compile, taps included: the same scores, for batches of the size of the first, others run as
-    they are; it takes a while to start, and made a ResNet-50 1.04 to 1.08 times as fast on a CPU.
+    they are. It takes a while to start, and on a CPU it was at best as fast as without (see docs/speed.md).
     progress: show a bar. The result's `plan` tells what was done.
 
     Raises ValueError (no channel to score, no labels for a loss gradient, a loss that is not finite, a batch the model

@@ -70,7 +70,8 @@ class Folding:
         weight = layer.weight
         groups = layer.groups if getattr(layer, "transposed", False) else None  # then [in, out / groups, ...]
         rows = weight.flatten(1) if groups is None else weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-        rows = (rows.double() * scale.reshape(-1, *[1] * (rows.dim() - 1))).to(weight.dtype)
+        # computed in float64 and rounded once, without a copy of the weight that is twice as large
+        rows = torch.mul(rows, scale.reshape(-1, *[1] * (rows.dim() - 1)), out=torch.empty_like(rows))
         new = rows.reshape(weight.shape) if groups is None else \
             rows.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
         layer.weight = nn.Parameter(new, requires_grad=False)

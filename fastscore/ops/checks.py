@@ -44,8 +44,8 @@ def check_clamp(y: Tensor, g: Tensor, rest: Tensor | None) -> None:
         if x.device != y.device:
             raise ValueError(f"y is on {y.device} and {name} is on {x.device}; move one of them")
     if y.device.type not in ("cpu", "meta"):
-        raise ValueError(f"y is on {y.device}, where the op has no kernel; use channel_sums and PyTorch's own "
-                         "hardtanh_backward")
+        raise ValueError(f"y is on {y.device}, where the op has no kernel; use channel_sums and PyTorch's "
+                         "masked_fill")
     _floating("y", y)
     if y.dim() < 2:
         raise ValueError(f"y has {y.dim()} dimension(s), but needs samples and channels; unsqueeze the missing one")
