@@ -297,7 +297,7 @@ ERRORS = {
     "dtype of rest": (lambda: clamp(Y, Y.cos(), Y.half()), TypeError, r"rest is .*float16.*rest\.to\(y\.dtype\)"),
     "devices": (lambda: clamp(Y, Y.to("meta")), ValueError, r"y is on cpu and g is on meta; move"),
     "device of rest": (lambda: clamp(Y, Y.cos(), Y.to("meta")), ValueError, r"y is on cpu and rest is on meta"),
-    "gpu": (on_a_gpu, ValueError, r"y is on cuda:0, where the op has no kernel; use channel_sums and .*hardtanh_back"),
+    "gpu": (on_a_gpu, ValueError, r"y is on cuda:0, where the op has no kernel; use channel_sums and .*masked_fill"),
     "integers": (lambda: clamp(Y.int(), Y.int()), TypeError, r"y has dtype torch.int32.*convert it to float32"),
     "vector": (lambda: clamp(Y[0, 0, 0], Y[0, 0, 1]), ValueError, r"y has 1 dimension.*unsqueeze"),
 }
