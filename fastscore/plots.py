@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fastscore.prune_report import PruneReport
+    from fastscore.pruning.report import PruneReport
 
 COLOUR, REMOVED = "#0b6e99", "#d9730d"
 _LABELLED_LAYERS = 60  # more names than this do not fit under an axis

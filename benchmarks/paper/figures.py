@@ -68,7 +68,7 @@ COMPARISONS = {
         {"a channel's positions summed first": ("", False, "-"), "one by one": (":element", False, DOTTED)}),
     "helped": Comparison("groups", {"torch-pruning": "#0b5fa5"}, {
         "gradients of the loss, with labels": ("", False, DOTTED),
-        "fastscore.random_backward, without": (":random:norm", False, "-")}),
+        "fastscore.scoring.random_backward, without": (":random:norm", False, "-")}),
 }
 
 

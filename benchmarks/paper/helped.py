@@ -7,7 +7,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.tracing import trace
+from fastscore.graph.tracing import trace
 
 
 def torch_pruning_taylor(model: nn.Module, images: Tensor, labels: Tensor | None, batch: int, seed: int = 0
@@ -16,8 +16,8 @@ def torch_pruning_taylor(model: nn.Module, images: Tensor, labels: Tensor | None
 
     images: [N, C, H, W]. labels: int64 [N], for gradients of the cross entropy; None for random ones (of `seed`),
     sent back by fastscore.random_backward. batch: how many samples are sent through at once; gradients are summed over
-    all of them. Returns name -> float32 [channels], for the groups that fastscore.tracing.trace finds, in its order of
-    channels; Torch-Pruning scales each group to mean 1.
+    all of them. Returns name -> float32 [channels], for the groups that fastscore.graph.tracing.trace finds, in its
+    order of channels; Torch-Pruning scales each group to mean 1.
     """
     groups = trace(model, images[:1]).groups
     twin = copy.deepcopy(model).eval().requires_grad_()

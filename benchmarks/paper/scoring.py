@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from benchmarks.paper.data import Images
 from benchmarks.paper.helped import torch_pruning_taylor
 from benchmarks.paper.variants import HELPED, Variant
-from fastscore import Scores, gradients
-from fastscore.evaluation import evaluation_copy
-from fastscore.groups import Units
-from fastscore.importance import WEIGHT_IMPORTANCES, Measure
-from fastscore.scores import Origin
-from fastscore.totals import Totals, scored
-from fastscore.tracing import trace
+from fastscore import Scores
+from fastscore.graph.groups import Units
+from fastscore.graph.tracing import trace
+from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.scoring import gradients
+from fastscore.scoring.criteria import WEIGHT_IMPORTANCES, Measure
+from fastscore.scoring.scores import Origin
+from fastscore.scoring.totals import Totals, scored
 
 BATCH = 32  # the paper's, for the molchanov criteria
 

@@ -22,8 +22,8 @@ from benchmarks.paper.agreement import flat, overlap
 from benchmarks.paper.data import Images
 from benchmarks.paper.evaluation import Evaluator
 from fastscore import Scores
-from fastscore.engine import AGREEMENT, AUTO_LEAST
 from fastscore.plots import figure, plain
+from fastscore.scoring.engine import AGREEMENT, AUTO_LEAST
 
 BATCH = 32
 FRACTION, SHARE = AGREEMENT

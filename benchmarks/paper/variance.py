@@ -24,10 +24,10 @@ from benchmarks.paper import data, training
 from benchmarks.paper.agreement import overlap, spearman
 from benchmarks.paper.data import Images
 from benchmarks.paper.evaluation import Evaluator
-from fastscore import gradients
-from fastscore.evaluation import evaluation_copy
+from fastscore.graph.tracing import trace
+from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.plots import figure, plain
-from fastscore.tracing import trace
+from fastscore.scoring import gradients
 
 FRACTION = 0.3  # of the channels that would be pruned
 HALVES, PROBES, REPEATS = (10, 100, 1000), (1, 2, 5, 10), 5

@@ -11,9 +11,9 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks.peers.measure import Stopwatch
-from fastscore import multihead
-from fastscore.groups import ChannelGraph
-from fastscore.tracing import trace
+from fastscore.graph.groups import ChannelGraph
+from fastscore.graph.tracing import trace
+from fastscore.modules import multihead_attention
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Task:
         shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=not frozen)
                                   for p in self.model.parameters()}
         twin = copy.deepcopy(self.model, shared)
-        for handle in multihead.stand_in(twin) if hookable else ():
+        for handle in multihead_attention.stand_in(twin) if hookable else ():
             handle.keep()
         return twin
 

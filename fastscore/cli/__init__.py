@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastscore.cli import bench, demo, info, prune, report, score
 from fastscore.cli.options import Parser
-from fastscore.distributed import LostError
+from fastscore.cli.processes import LostError
 
 EXAMPLES = """examples:
   fastscore demo

@@ -29,12 +29,12 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print."""
-    from fastscore import bench
+    from fastscore.cli import kernel_bench
 
     passed = None
     if arguments.model is not None:
         shape = options.preprocessing(arguments).shape
         batch = torch.randn(arguments.batch_size, *shape, generator=torch.Generator().manual_seed(arguments.seed))
-        passed = bench.passes(options.model(arguments), batch.to(options.device(arguments)))
-    rows = bench.kernels(options.device(arguments), arguments.seconds)
-    print(json.dumps({"kernels": rows, "passes": passed}) if arguments.json else bench.table(rows, passed))
+        passed = kernel_bench.passes(options.model(arguments), batch.to(options.device(arguments)))
+    rows = kernel_bench.kernels(options.device(arguments), arguments.seconds)
+    print(json.dumps({"kernels": rows, "passes": passed}) if arguments.json else kernel_bench.table(rows, passed))

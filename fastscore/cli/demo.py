@@ -24,11 +24,11 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, score, prune, compare."""
-    from fastscore import demo, demo_plot
+    from fastscore.cli import digits, digits_plot
 
     check_folder(arguments.out)
     plots.check(arguments.out)
-    result = demo.run(arguments.networks, arguments.seed)
+    result = digits.run(arguments.networks, arguments.seed)
     print(json.dumps(asdict(result)) if arguments.json else result)
-    demo_plot.draw(result, arguments.out)
+    digits_plot.draw(result, arguments.out)
     wrote(arguments.out)

@@ -23,11 +23,11 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print what is installed, or a model's plan."""
-    from fastscore import info
+    from fastscore.cli import environment
 
     if arguments.model is None:
-        facts = info.facts()
-        print(json.dumps(facts) if arguments.json else info.table(facts))
+        facts = environment.facts()
+        print(json.dumps(facts) if arguments.json else environment.table(facts))
         return
     prepare = options.preprocessing(arguments)
     scores = fastscore.score(options.model(arguments), [options.example(arguments, prepare)], progress=False)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import fastscore
-from fastscore import distributed, images, models
-from fastscore.gradients import DISTRIBUTIONS
-from fastscore.importance import LAYERWISE, NAMES, WEIGHT_IMPORTANCES
-from fastscore.precision import PRECISIONS
-from fastscore.scores import Scores
+from fastscore.cli import images, models, processes
+from fastscore.fastpath.precision import PRECISIONS
+from fastscore.scoring.criteria import LAYERWISE, NAMES, WEIGHT_IMPORTANCES
+from fastscore.scoring.gradients import DISTRIBUTIONS
+from fastscore.scoring.scores import Scores
 
 # A random gradient has mean zero, and with it the signed `taylor`: only noise would remain.
 IMPORTANCES = [name for name in NAMES if name != "taylor"]
@@ -110,7 +110,7 @@ def device(arguments: argparse.Namespace) -> torch.device:
     """--device, or the GPU where there is one. Raises ValueError for one that cannot be used."""
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=distributed.own_device(torch.device(name))).device
+        return torch.empty(0, device=processes.own_device(torch.device(name))).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {name} cannot be used: {str(error).splitlines()[0]}") from error
 

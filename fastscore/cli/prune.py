@@ -5,10 +5,9 @@ import json
 from dataclasses import asdict
 
 import fastscore
-from fastscore import models
-from fastscore.cli import options
+from fastscore.cli import models, options
 from fastscore.cli.options import Commands, add_command, positive_or
-from fastscore.scores import Scores
+from fastscore.scoring.scores import Scores
 
 
 def add(commands: Commands) -> None:

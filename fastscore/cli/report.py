@@ -2,9 +2,9 @@
 
 import argparse
 
-from fastscore import report
+from fastscore.cli import html_report
 from fastscore.cli.options import Commands, add_command, check_folder, wrote
-from fastscore.scores import Scores
+from fastscore.scoring.scores import Scores
 
 
 def add(commands: Commands) -> None:
@@ -25,5 +25,5 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Read scores, write the page."""
     check_folder(arguments.out)
-    report.write(Scores.load(arguments.scores), arguments.out, title=arguments.title, fraction=arguments.fraction)
+    html_report.write(Scores.load(arguments.scores), arguments.out, title=arguments.title, fraction=arguments.fraction)
     wrote(arguments.out)

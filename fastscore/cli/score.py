@@ -11,11 +11,11 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
-from fastscore import distributed, plots
-from fastscore.cli import options
+from fastscore import plots
+from fastscore.cli import options, processes
 from fastscore.cli.options import Commands, add_command
-from fastscore.importance import WEIGHT_IMPORTANCES
-from fastscore.runs import Checkpoint
+from fastscore.scoring.criteria import WEIGHT_IMPORTANCES
+from fastscore.scoring.runs import Checkpoint
 
 
 def add(commands: Commands) -> None:
@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         plots.check(arguments.plot)
     prepare = options.preprocessing(arguments)
-    rank, _ = distributed.place()
-    with distributed.group(options.device(arguments), timedelta(minutes=arguments.timeout)) as group, \
+    rank, _ = processes.place()
+    with processes.group(options.device(arguments), timedelta(minutes=arguments.timeout)) as group, \
             _kept(arguments) as checkpoint:
         scores = options.scored(options.model(arguments), arguments, prepare, checkpoint=checkpoint, group=group,
                                 fixed_order=arguments.fixed_order)

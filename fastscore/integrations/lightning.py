@@ -6,8 +6,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fastscore.batches import Batch
-from fastscore.scorer import Scorer
-from fastscore.scores import Scores
+from fastscore.scoring.scorer import Scorer
+from fastscore.scoring.scores import Scores
 
 
 class ScoreCallback(Callback):  # type: ignore[misc]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.scores import Scores
+from fastscore.scoring.scores import Scores
 
 
 class Importance:

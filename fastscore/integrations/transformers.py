@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastscore.batches import Batch, device_of, fork_rng, map_tensors
-from fastscore.scorer import Scorer
-from fastscore.scores import Scores
+from fastscore.scoring.scorer import Scorer
+from fastscore.scoring.scores import Scores
 
 
 def forward(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

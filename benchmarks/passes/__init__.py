@@ -1,0 +1,1 @@
+"""A scoring pass, a training step, a run."""

@@ -1,0 +1,63 @@
+"""`python -m benchmarks.passes.latency`: what a budget in measured time costs in channels and MACs, and how
+long the search takes.
+
+A row per network, budget and ranking: the share that was measured, with its uncertainty; the shares of MACs and
+channels that remain; the models that were built and timed; the seconds that all of it took.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import fastscore
+from benchmarks import machine
+
+NETWORKS = ("resnet18", "resnet50", "mobilenet_v2")
+SHARES = (0.8, 0.6, 0.4)
+RANKINGS: dict[str, dict[str, Any]] = {
+    "global": {}, "round_to auto": {"round_to": "auto"}, "cost-aware": {"cost_aware": True},
+    "isomorphic": {"scope": "isomorphic"}, "isomorphic, auto": {"scope": "isomorphic", "round_to": "auto"}}
+HEAD = f"{'network':<14}{'ranking':<18}{'asked':>7}{'measured':>10}{'±':>7}{'MACs':>8}{'channels':>10}{'tried':>7}" \
+       f"{'seconds':>9}"
+
+
+def rows(name: str, model: nn.Module, x: Tensor, shares: tuple[float, ...] = SHARES) -> Iterator[str]:
+    """The rows of one network, by the magnitude of its weights; a budget out of reach says so in its row."""
+    scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
+    for ranking, options in RANKINGS.items():
+        for share in shares:
+            start = time.perf_counter()
+            try:
+                report = fastscore.prune(model, scores, x, latency=share, **options).report
+            except ValueError as error:
+                yield f"{name:<14}{ranking:<18}{share:>7.0%}  {error}"
+                continue
+            (chosen,) = (tried for tried in report.candidates if tried.chosen)
+            yield (f"{name:<14}{ranking:<18}{share:>7.0%}{chosen.timing.share:>10.1%}{chosen.timing.uncertainty:>7.1%}"
+                   f"{chosen.macs:>8.1%}{chosen.channels:>10.1%}{len(report.candidates):>7}"
+                   f"{time.perf_counter() - start:>9.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", type=int, default=224, help="of the square images (default: %(default)s)")
+    machine.add_arguments(parser)
+    arguments = parser.parse_args()
+    machine.settle(arguments)
+    print(f"{machine.describe(arguments.device)}; one image of {arguments.size}x{arguments.size}\n{HEAD}")
+    for name in NETWORKS:
+        torch.manual_seed(0)
+        layout = getattr(torch, arguments.layout.replace("contiguous", "contiguous_format"))
+        model = getattr(torchvision.models, name)().eval().to(arguments.device, memory_format=layout)
+        x = torch.randn(1, 3, arguments.size, arguments.size, device=arguments.device)
+        for row in rows(name, model, x.contiguous(memory_format=layout)):
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

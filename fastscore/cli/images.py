@@ -1,0 +1,151 @@
+"""A folder of unlabelled images, as batches."""
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastscore.cli.models import parse, torchvision_models, torchvision_weights
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The shorter side becomes `resize`, the middle size x size is cut out, values in [0, 1] become (x - mean) / std.
+
+    mean, std: one number for each of 3 channels (RGB) or 1 (grey). interpolation: torchvision's name for it.
+    """
+
+    resize: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
+            raise ValueError(f"mean and std must have 3 numbers each (RGB) or 1 (grey); they have {len(self.mean)} and "
+                             f"{len(self.std)}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std: {self.std}; it is divided by, so it must be above 0")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what comes out."""
+        return len(self.mean), self.size, self.size
+
+    def __call__(self, path: Path) -> Tensor:
+        """Read one file: float32 [channels, size, size]. Raises ValueError, naming it, where it is no image."""
+        from PIL import Image, ImageOps
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2 import functional as F
+
+        try:
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file)
+                if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
+                    image = image.point(lambda value: value / 256).convert("L")
+                image = image.convert("RGB" if len(self.mean) == 3 else "L")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of these from Pillow
+            raise ValueError(f"images: {path} cannot be decoded; remove or repair it ({error})") from error
+        image = F.resize(image, [self.resize], InterpolationMode(self.interpolation), antialias=True)
+        pixels = F.pil_to_tensor(F.center_crop(image, [self.size]))
+        result: Tensor = F.normalize(F.to_dtype(pixels, torch.float32, scale=True), list(self.mean), list(self.std))
+        return result
+
+
+def preprocessing(spec: str, weights: str | None = None, size: int | None = None,
+                  mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Preprocessing:
+    """How the model `spec` (see fastscore.cli.models.load) wants its images; size, mean and std replace what is known.
+
+    For torchvision models: the preprocessing of `weights`, or of the default weights (ImageNet). For others only the
+    size is asked for, and without mean and std values stay within [0, 1].
+    Raises ValueError where the size is not known.
+    """
+    if parse(spec)[0] != "torchvision":
+        if size is None:
+            raise ValueError(f"size: {spec} does not say how large its images are; give --size")
+        channels = len(mean or std or (0, 0, 0))
+        return Preprocessing(size, size, tuple(mean or (0.0,) * channels), tuple(std or (1.0,) * channels))
+    preset: Any = torchvision_weights(spec, weights or "DEFAULT").transforms()
+    if not hasattr(preset, "crop_size"):
+        raise ValueError(f"model: {spec} is not an image classifier")
+    crop, resize = preset.crop_size[0], preset.resize_size[0]
+    if size is not None:
+        crop, resize = size, round(size * resize / crop)
+    return Preprocessing(resize, crop, tuple(mean or preset.mean), tuple(std or preset.std), preset.interpolation.value)
+
+
+def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = None, seed: int = 0) -> list[Path]:
+    """The images in `folder` and below, hidden files aside: all, sorted, or `samples` of them drawn with `seed`.
+
+    "auto": all, in an order drawn with `seed`, so that the first few stand for all.
+
+    Raises ValueError where there is no image, or fewer than `samples`.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"images: {root} is not a folder")
+    paths = sorted(path for path in root.rglob("*")
+                   if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
+    if not paths:
+        raise ValueError(f"images: there is none in {root} (looked for {', '.join(SUFFIXES)})")
+    if samples is None:
+        return paths
+    if samples != "auto" and samples > len(paths):
+        raise ValueError(f"samples: {samples}, but {root} holds {len(paths)} images")
+    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))
+    if samples == "auto":
+        return [paths[i] for i in order.tolist()]
+    return sorted(paths[i] for i in order[:samples].tolist())
+
+
+class ImageBatches:
+    """Batches float32 [N, channels, size, size] of image files, N = batch_size but for the last.
+
+    A slice of them is a share of the batches, and reads nothing. Iterating decodes the next batch ahead.
+    """
+
+    def __init__(self, chunks: Sequence[Sequence[Path]], prepare: Preprocessing) -> None:
+        self.chunks, self.prepare = chunks, prepare
+
+    def fingerprint(self) -> str:
+        """SHA-256 of names, sizes and order of the files, of where batches begin, and of the preprocessing."""
+        digest = hashlib.sha256(repr(self.prepare).encode())
+        for chunk in self.chunks:
+            digest.update(repr([(str(path), path.stat().st_size) for path in chunk]).encode())
+        return digest.hexdigest()
+
+    def first(self, samples: int) -> "ImageBatches":
+        """The first `samples` images."""
+        starts = itertools.accumulate(map(len, self.chunks), initial=0)
+        return ImageBatches([chunk[:samples - start] for start, chunk in zip(starts, self.chunks, strict=False)
+                             if start < samples], self.prepare)
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, part: slice) -> "ImageBatches":
+        return ImageBatches(self.chunks[part], self.prepare)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        with ThreadPoolExecutor() as pool:  # decoding releases the GIL
+            ahead: list[Future[Tensor]] = []
+            for chunk in [*self.chunks, ()]:
+                ready, ahead = ahead, [pool.submit(self.prepare, path) for path in chunk]
+                if ready:
+                    yield torch.stack([future.result() for future in ready])
+
+
+def batches(paths: Sequence[Path], prepare: Preprocessing, batch_size: int) -> ImageBatches:
+    """The images in batches of `batch_size`. Raises ImportError, saying what to install, without torchvision."""
+    torchvision_models()
+    return ImageBatches([paths[start:start + batch_size] for start in range(0, len(paths), batch_size)], prepare)

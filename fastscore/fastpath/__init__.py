@@ -1,0 +1,1 @@
+"""What is changed in a copy of a model so that a scoring pass is fast."""

@@ -1,0 +1,211 @@
+"""Convolutions and Linear layers whose frozen weights are laid out once, for both directions, as oneDNN wants them.
+
+PyTorch's layers have oneDNN lay out the weight anew in every pass, and compute a Linear with the BLAS at hand; here
+both directions are oneDNN's forward kernels, which may clamp on their way. The operations are those that torch.compile
+uses on a CPU; they know nothing of autograd (see fastscore.fastpath.fusion).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Ends: TypeAlias = tuple[float, float]  # low, high: of a clamp
+DTYPES = (torch.float32, torch.bfloat16)
+_SAMPLES = 16  # in a batch that weights are laid out for: a single one asks for another layout, more do not
+
+_ops = torch.ops.mkldnn
+
+
+class Layer(Protocol):
+    """A layer's forward pass, and the way of a gradient back through it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer makes of `x`, clamped if it was made so."""
+
+    def backward(self, g: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of an input of `shape`, from that of the output before it is clamped."""
+
+    def channels(self, x: Tensor) -> int:
+        """How many channels, in dimension 1, the output for `x` has; or as many as there are."""
+
+
+def available(weight: Tensor) -> bool:
+    """Whether a layer with that weight can be packed."""
+    return (weight.device.type == "cpu" and weight.dtype in DTYPES and torch.backends.mkldnn.is_available()
+            and bool(torch.backends.mkldnn.enabled))
+
+
+def _epilogue(clamp: Ends | None) -> tuple[str, list[float], str]:
+    if clamp is None:
+        return "none", [], ""
+    return ("relu", [], "") if clamp == (0.0, math.inf) else ("hardtanh", list(clamp), "")
+
+
+class _Weight:
+    """A convolution's weight, laid out for inputs of one height and width, on which the best layout depends; anew for
+    others when they come, unless `final`."""
+
+    def __init__(self, weight: Tensor, lay_out: Callable[[Tensor, list[int]], Tensor], width: int,
+                 size: Sequence[int], final: bool = False) -> None:
+        self._lay_out, self._width, self._final = lay_out, width, final
+        self._fit(weight, size)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The weight as `x`, [N, C, H, W], asks for it."""
+        if x.shape[2:] != self._size and not self._final:
+            self._fit(self._weight.to_dense(), x.shape[2:])
+        return self._weight
+
+    def _fit(self, weight: Tensor, size: Sequence[int]) -> None:
+        self._size = torch.Size(size)
+        self._weight = self._lay_out(weight.contiguous(memory_format=torch.channels_last),
+                                     [_SAMPLES, self._width, *size])
+
+
+class Convolution:
+    """A Conv2d with zeros for padding, on [N, C, H, W].
+
+    The way back is a forward convolution with the weight turned round. Where a stride of one that reads single
+    positions is to be undone, zeros between the positions of the result do that. Any other strided one is a transposed
+    convolution; but a depthwise one in bfloat16, for which oneDNN has none that is fast, has zeros between the
+    positions of the gradient.
+    """
+
+    def __init__(self, layer: nn.Conv2d, size: Sequence[int], clamp: Ends | None = None) -> None:
+        self.bias, self.epilogue, self.width = layer.bias, _epilogue(clamp), layer.out_channels
+        self.stride, self.dilation, self.groups = list(layer.stride), list(layer.dilation), layer.groups
+        self.padding = [int(pad) for pad in layer.padding]
+        self.reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        self.padding_back = [r - p for r, p in zip(self.reach, self.padding, strict=True)]
+        single = layer.kernel_size == (1, 1) and self.padding == [0, 0]
+        strided = self.stride != [1, 1]
+        self.spread_first = strided and not single
+        weight = layer.weight.detach()
+        slow = layer.groups == layer.in_channels and weight.dtype == torch.bfloat16
+        self.transposed = min(self.padding_back) < 0 or (self.spread_first and not slow)
+        turned = weight if self.transposed else \
+            weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
+        size_back = self._unstrided(size) if self.spread_first and not self.transposed else \
+            [(each - 1) // s + 1 for each, s in zip(self._unstrided(size), self.stride, strict=True)]
+        self.weight = _Weight(weight, self._for_forward, layer.in_channels, size)
+        self.weight_back = _Weight(turned, self._for_backward, layer.out_channels, size_back, self.transposed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C_in, H, W] -> [N, C_out, H', W']."""
+        y: Tensor = _ops._convolution_pointwise(x, self.weight(x), self.bias, self.padding, self.stride, self.dilation,
+                                                self.groups, *self.epilogue)
+        return y
+
+    def backward(self, g: Tensor, shape: torch.Size) -> Tensor:
+        """[N, C_out, H', W'] -> `shape`, [N, C_in, H, W]."""
+        if self.transposed:
+            left = [(each - 1) % s for each, s in zip(self._unstrided(shape[2:]), self.stride, strict=True)]
+            x: Tensor = _ops._convolution_transpose_pointwise(g, self.weight_back(g), None, self.padding, left,
+                                                              self.stride, self.dilation, self.groups, *_epilogue(None))
+            return x
+        if self.spread_first:
+            g = self._spread(g, self._unstrided(shape[2:]))
+        x = _ops._convolution_pointwise(g, self.weight_back(g), None, self.padding_back, [1, 1], self.dilation,
+                                        self.groups, *_epilogue(None))
+        return x if x.shape == shape else self._spread(x, shape[2:])
+
+    def channels(self, x: Tensor) -> int:
+        """C_out."""
+        return self.width
+
+    def _unstrided(self, size: Sequence[int]) -> list[int]:
+        """Height and width of the output if the stride were 1."""
+        return [each + 2 * p - r for each, p, r in zip(size, self.padding, self.reach, strict=True)]
+
+    def _for_forward(self, weight: Tensor, shape: list[int]) -> Tensor:
+        laid_out: Tensor = _ops._reorder_convolution_weight(weight, self.padding, self.stride, self.dilation,
+                                                            self.groups, shape)
+        return laid_out
+
+    def _for_backward(self, weight: Tensor, shape: list[int]) -> Tensor:
+        laid_out: Tensor = _ops._reorder_convolution_transpose_weight(
+            weight, self.padding, [0, 0], self.stride, self.dilation, self.groups, shape) if self.transposed else \
+            _ops._reorder_convolution_weight(weight, self.padding_back, [1, 1], self.dilation, self.groups, shape)
+        return laid_out
+
+    def _spread(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """`x` at every stride-th position of a tensor of that height and width, and zeros between."""
+        wide = torch.empty((*x.shape[:2], *size), dtype=x.dtype, memory_format=torch.channels_last).zero_()
+        wide[:, :, ::self.stride[0], ::self.stride[1]] = x
+        return wide
+
+
+class Linear:
+    """A Linear on [..., C]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, clamp: Ends | None = None) -> None:
+        weight = weight.detach()
+        self.bias, self.epilogue, self.width = bias, _epilogue(clamp), len(weight)
+        self.weight = _ops._reorder_linear_weight(weight.contiguous(), _SAMPLES)
+        self.weight_back = _ops._reorder_linear_weight(weight.t().contiguous(), _SAMPLES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C_in] -> [..., C_out]."""
+        y: Tensor = _ops._linear_pointwise(x.reshape(-1, x.shape[-1]), self.weight, self.bias, *self.epilogue)
+        return _reshaped(y, [*x.shape[:-1], y.shape[-1]])
+
+    def backward(self, g: Tensor, shape: torch.Size) -> Tensor:
+        """[..., C_out] -> `shape`, [..., C_in]."""
+        x: Tensor = _ops._linear_pointwise(g.reshape(-1, g.shape[-1]), self.weight_back, None, *_epilogue(None))
+        return _reshaped(x, shape)
+
+    def channels(self, x: Tensor) -> int:
+        """C_out for [N, C_in]; for more dimensions, the size of the second."""
+        return self.width if x.dim() == 2 else x.shape[1]
+
+
+def _reshaped(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """As view, but that autograd lets the result be changed in place."""
+    return x if x.shape == shape else torch.ops.aten._unsafe_view(x, shape)
+
+
+class BatchNorm:
+    """A BatchNorm by its running statistics, on [N, C, ...]: affine for each channel."""
+
+    def __init__(self, norm: Any, clamp: Ends | None = None) -> None:
+        self.affine = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        self.eps, self.clamp = norm.eps, None if clamp is None else Clamp(clamp, in_place=True)
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        self.scale = (scale if norm.weight is None else scale * norm.weight).to(norm.running_var.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, ...] -> the same."""
+        y = F.batch_norm(x, *self.affine, eps=self.eps)
+        return y if self.clamp is None else self.clamp.forward(y)
+
+    def backward(self, g: Tensor, shape: torch.Size) -> Tensor:
+        """[N, C, ...] -> the same."""
+        return g.mul(self.scale.view(-1, *[1] * (g.dim() - 2)))
+
+    def channels(self, x: Tensor) -> int:
+        """C."""
+        return len(self.scale)
+
+
+class Clamp:
+    """A clamp by itself: ReLU, ReLU6, Hardtanh. in_place: as the module it stands for."""
+
+    def __init__(self, clamp: Ends, in_place: bool) -> None:
+        self.ends, self.in_place = clamp, in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` between the ends."""
+        return F.hardtanh(x, *self.ends, inplace=self.in_place) if self.ends[1] < math.inf else \
+            F.relu(x, inplace=self.in_place)
+
+    def backward(self, g: Tensor, shape: torch.Size) -> Tensor:
+        """`g` as it is: it has come back through the clamp already."""
+        return g
+
+    def channels(self, x: Tensor) -> int:
+        """C."""
+        return x.shape[1] if x.dim() > 1 else 1

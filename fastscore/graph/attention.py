@@ -1,0 +1,275 @@
+"""Attention heads as channel groups.
+
+The channels of a group are what the output projection reads; a head is a unit of them, or, where several heads share
+keys and values, all heads that do. Rows of the query, key and value projections go with their heads. Where these layers
+are is known by name; every guess is tried: the module, with random weights, must read the same without some heads.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.graph import heads, surgery
+from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.modules.evaluation_copy import evaluation_copy
+
+_Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
+# where an attention module has its projections: query, key, value (one name where they are one layer), output
+_LAYERS = (
+    ("qkv", "qkv", "qkv", "proj"),
+    ("to_qkv", "to_qkv", "to_qkv", "merge"),
+    ("to_qkv", "to_qkv", "to_qkv", "to_out"),
+    ("qkv_proj", "qkv_proj", "qkv_proj", "o_proj"),
+    ("query_key_value", "query_key_value", "query_key_value", "dense"),
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("q_proj", "k_proj", "v_proj", "out_proj"),
+    ("q_lin", "k_lin", "v_lin", "out_lin"),
+    ("self.query", "self.key", "self.value", "output.dense"),
+    ("attention.query", "attention.key", "attention.value", "output.dense"),
+    ("query", "key", "value", "dense"),
+    ("to_q", "to_k", "to_v", "to_out.0"),
+    ("q", "k", "v", "proj"),
+    ("q", "k", "v", "o"),
+)
+_TOLERANCE = 0.05  # of a channel's length; bfloat16 rounds to 0.004 of each value
+_POSITIONS = ("cpb_mlp.2",)  # layers that make a bias for each head, of the places of tokens
+_OUTPUT_ALONE = "out_proj"  # of a module that holds the other projections itself, as nn.MultiheadAttention does
+
+
+@dataclass(frozen=True)
+class _Guess:
+    """module: qualified name of the attention module. group: with layers named from there, as if it were a model."""
+
+    module: str
+    group: ChannelGroup
+
+    def whole(self) -> ChannelGroup:
+        """The group, with the qualified names that the model has."""
+        def qualified(name: str) -> str:
+            return ".".join(filter(None, (self.module, name)))
+
+        members = tuple(replace(member, layer=qualified(member.layer)) for member in self.group.members)
+        return replace(self.group, name=qualified(self.group.name), members=members)
+
+
+def find(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
+    """The groups of heads in `model`, an evaluation copy, and module -> why its heads are left alone.
+
+    run(model) runs it on example inputs.
+    """
+    guesses = {name: found for name, module in model.named_modules() if (found := list(_guesses(name, module)))}
+    if not guesses:
+        return (), {}
+    calls = _calls(model, guesses, run)
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    groups, skipped = [], {}
+    for name, found in guesses.items():
+        if name not in calls:
+            continue
+        module = model.get_submodule(name)
+        computed = _computed(module, found[0].group, owners)
+        reasons = [computed] if computed else []
+        for guess in () if computed else found:
+            reason = _difference(module, guess.group, calls[name])
+            if reason is None:
+                groups.append(guess.whole())
+                break
+            reasons.append(reason)
+        else:
+            skipped[found[0].whole().name] = reasons[0]
+    reason = _refusal(model, groups, run) if groups else None
+    if reason is not None:
+        alone = {group.name: why for group in groups if (why := _refusal(model, [group], run)) is not None}
+        skipped |= alone or dict.fromkeys((group.name for group in groups), reason)
+    return tuple(group for group in groups if group.name not in skipped), skipped
+
+
+def _refusal(model: nn.Module, groups: Sequence[ChannelGroup], run: Callable[[nn.Module], Any]) -> str | None:
+    """Why the model does not run without the last unit of each group; None where it does.
+
+    A module by itself may, whose number of heads another one takes for its own.
+    """
+    gone = {group.name: (group.unit == group.unit.max()).nonzero()[:, 0] for group in groups}
+    try:
+        with torch.no_grad():
+            run(surgery.remove_channels(evaluation_copy(model), groups, gone))
+    except Exception as error:  # whatever the model's code does with a width that it does not expect
+        return f"the model does not run with fewer heads there ({type(error).__name__}: {error})"
+    return None
+
+
+def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
+    """What the names and widths of an attention module's layers suggest, likeliest first."""
+    if not module._modules:
+        return
+    for query, key, value, output in _LAYERS:
+        layers = [_linear(module, layer) for layer in (query, key, value, output)]
+        if any(layer is None for layer in layers):
+            continue
+        q, k, v, out = (layer for layer in layers if layer is not None)
+        total = heads.count(module)
+        width = heads.width(module) or (out.in_features // total if total else 0)
+        if not width or out.in_features % width:
+            continue
+        count = out.in_features // width
+        if total not in (None, count):
+            continue
+        if q is k is v:
+            shared, rest = divmod(q.out_features - out.in_features, 2 * width)
+            if rest or shared < 1 or count % shared:
+                continue
+            rows = {query: _rows_of_blocks(count, shared, width)}
+            rows |= {position: torch.arange(count) * width for position in _POSITIONS
+                     if (layer := _linear(module, position)) is not None and layer.out_features == count}
+            yield _Guess(name, _group(query, rows, output, count, shared, width))
+            if shared == count:
+                yield _Guess(name, _group(query, {query: _rows_of_heads(count, width)}, output, count, shared, width))
+        elif q.out_features == out.in_features and k.out_features == v.out_features:
+            shared, rest = divmod(k.out_features, width)
+            if rest or shared < 1 or count % shared:
+                continue
+            once = _rows(shared, width, count // shared)
+            yield _Guess(name, _group(query, {query: torch.arange(count * width), key: once, value: once}, output,
+                                      count, shared, width))
+    total, alone = heads.count(module), _linear(module, _OUTPUT_ALONE)
+    held = [tensor for tensor in heads.tensors(module) if tensor in heads.PROJECTIONS]
+    if name and total and alone is not None and held and alone.in_features % total == 0:
+        yield _Guess(name, _group("", {}, _OUTPUT_ALONE, total, total, alone.in_features // total))
+
+
+def _group(name: str, rows: dict[str, Tensor], output: str, count: int, shared: int, width: int) -> ChannelGroup:
+    """rows: layer -> the channel of each of its outputs, int64. count: heads; shared: heads of keys and values."""
+    channels = torch.arange(count * width)
+    members = [Member(layer, "producer", torch.arange(len(channel)), channel) for layer, channel in rows.items()]
+    every = torch.arange(count)
+    members += [Member("", "heads", every, every * width), Member(output, "consumer", channels, channels)]
+    return ChannelGroup(name, count * width, channels // (width * (count // shared)), tuple(members))
+
+
+def _rows(shared: int, width: int, repeats: int) -> Tensor:
+    """The channel of each row of a key or value projection: that of the first head that reads it."""
+    return (torch.arange(shared)[:, None] * repeats * width + torch.arange(width)).flatten()
+
+
+def _rows_of_blocks(count: int, shared: int, width: int) -> Tensor:
+    """The channel of each row of one projection that makes all queries, then all keys, then all values."""
+    once = _rows(shared, width, count // shared)
+    return torch.cat([torch.arange(count * width), once, once])
+
+
+def _rows_of_heads(count: int, width: int) -> Tensor:
+    """The same, where each head's query, key and value follow one another."""
+    return torch.arange(count * width).reshape(count, 1, width).expand(-1, 3, -1).flatten()
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear | None:
+    for part in name.split("."):
+        child = module._modules.get(part)
+        if child is None:
+            return None
+        module = child
+    return module if isinstance(module, nn.Linear) else None
+
+
+def _calls(model: nn.Module, names: Iterable[str], run: Callable[[nn.Module], Any]) -> dict[str, _Call]:
+    """The arguments of the first call of each module, copied: a cache of keys and values would grow."""
+    calls: dict[str, _Call] = {}
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name not in calls:
+                calls[name] = copy.deepcopy((args, kwargs))
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(record(name), with_kwargs=True) for name in names]
+    try:
+        with torch.no_grad():
+            run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _computed(module: nn.Module, group: ChannelGroup, owners: Mapping[int, int]) -> str | None:
+    """Why the weights of an attention module cannot lose rows; None where they can."""
+    for member in group.members:
+        layer = module.get_submodule(member.layer)
+        shown = member.layer or type(module).__name__
+        if nn.utils.parametrize.is_parametrized(layer) or "weight" in vars(layer):
+            return f"the weight of {shown} is computed (a parametrization): remove it first"
+        if any(owners[id(parameter)] > 1 for parameter in layer._parameters.values() if parameter is not None):
+            return f"{shown} shares its weight with another layer"
+    return None
+
+
+def _difference(module: nn.Module, group: ChannelGroup, call: _Call) -> str | None:
+    """How the input of the output projection differs where some heads are gone, at those that are not; None if not."""
+    output = next(group.role("consumer")).layer
+    units = int(group.unit.max()) + 1
+    if units == 1:
+        return "it has one head, or one for all keys and values"
+    dense = _randomized(evaluation_copy(module))
+    before = _input(dense, output, call)
+    if before is None:
+        return f"{type(module).__name__} does not call {output}: it reads its weights elsewhere"
+    for bit in range((units - 1).bit_length()):  # any two heads part at some bit
+        gone = (group.unit >> bit) % 2 == 1
+        try:
+            small = surgery.remove_channels(evaluation_copy(dense), [group], {group.name: gone.nonzero()[:, 0]})
+            after = _input(small, output, call)
+            assert after is not None
+        except Exception as error:  # whatever the module's code does with a width that it does not expect
+            return f"{type(module).__name__} does not run with fewer heads ({type(error).__name__}: " \
+                   f"{str(error).splitlines()[0] if str(error) else ''})"
+        expected = before[..., ~gone.to(before.device)]
+        if after.shape != expected.shape or not _close(after, expected):
+            return f"{type(module).__name__} computes something else with fewer heads"
+    return None
+
+
+def _randomized(module: nn.Module) -> nn.Module:
+    """With random weights: trained ones may be zero, or all alike, and hide which row belongs to which head."""
+    generator = torch.Generator().manual_seed(0)
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
+                values = torch.randn(parameter.shape, generator=generator) / fan_in ** 0.5
+                owner._parameters[name] = nn.Parameter(values.to(parameter), requires_grad=False)
+    return module
+
+
+def _input(module: nn.Module, layer: str, call: _Call) -> Tensor | None:
+    """What `layer` reads in a call of `module`; None where it is not called."""
+    seen: list[Tensor] = []
+    handle = module.get_submodule(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    args, kwargs = copy.deepcopy(call)
+    try:
+        with torch.no_grad():
+            module(*args, **kwargs)
+    finally:
+        handle.remove()
+    return seen[0] if seen else None
+
+
+def _close(x: Tensor, expected: Tensor) -> bool:
+    """Channel by channel, to rounding in any dtype: a wrong head, of random weights, differs by its own size."""
+    x, expected = x.flatten(0, -2).double(), expected.flatten(0, -2).double()
+    return bool(((x - expected).norm(dim=0) <= _TOLERANCE * expected.norm(dim=0)).all())
+
+
+def layers(groups: Sequence[ChannelGroup]) -> dict[str, set[str]]:
+    """Role -> the layers that play it in `groups`."""
+    found: dict[str, set[str]] = {"producer": set(), "consumer": set()}
+    for group in groups:
+        for member in group.members:
+            found.setdefault(member.role, set()).add(member.layer)
+    return found

@@ -1,0 +1,70 @@
+"""Graphs that have been traced, by model: who scores, masks and prunes a model traces it once.
+
+A graph is handed out again only while the model is the same object, holds the same modules, parameters and settings,
+and is called in the same way on inputs of the same shape. It is forgotten with the model.
+"""
+
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.batches import Batch, Forward, map_tensors
+from fastscore.graph.groups import ChannelGraph
+from fastscore.modules.hooks import OwnHook
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+_known: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, weakref.ref[Any], ChannelGraph]]" = \
+    weakref.WeakKeyDictionary()
+
+
+def recall(model: nn.Module, example_inputs: Batch, forward: Forward) -> ChannelGraph | None:
+    """The graph of a model that was traced before and is what it was; None for any other."""
+    mark, called, graph = _known.get(model, (None, None, None))
+    if called is None or called() is not forward or mark != _mark(model, example_inputs):
+        return None
+    return graph
+
+
+def remember(model: nn.Module, example_inputs: Batch, forward: Forward, graph: ChannelGraph) -> None:
+    """Keep the graph for as long as the model lives; neither it nor `forward` is kept alive by this."""
+    with suppress(TypeError):  # what cannot be referred to weakly is traced anew each time
+        _known[model] = _mark(model, example_inputs), weakref.ref(forward), graph
+
+
+def _mark(model: nn.Module, example_inputs: Batch) -> Any:
+    """Equal for a model, and a batch of any number of samples, between which the graph cannot have changed."""
+    shapes: list[Any] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        shapes.append((tensor.shape[1:], tensor.dtype))
+        return tensor
+
+    map_tensors(note, example_inputs)
+    shapes.append(sorted(example_inputs) if isinstance(example_inputs, Mapping) else type(example_inputs))
+    return shapes, [(name, id(module), type(module), *_settings(module)) for name, module in model.named_modules()]
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    held = [(name, id(tensor), None if tensor is None else tensor.shape)
+            for tensors in (module._parameters, module._buffers) for name, tensor in tensors.items()]
+    hooks = [id(hook) for hooks in (module._forward_pre_hooks, module._forward_hooks) for hook in hooks.values()
+             if not isinstance(hook, OwnHook)]
+    # Whatever else a forward may read: settings by value, lists of them too, all else by what object it is.
+    own = [(name, _value(value)) for name, value in vars(module).items()
+           if name != "training" and not (name.startswith("_") and name in _OF_EVERY_MODULE)]
+    return held, hooks, own, id(type(module).forward)
+
+
+_OF_EVERY_MODULE = set(vars(nn.Module()))
+
+
+def _value(value: object) -> Any:
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (tuple, list)):
+        return [_value(each) for each in value]
+    return id(value)

@@ -1,0 +1,233 @@
+"""What Torch-Pruning's tracer knows about a model: which node follows which, and where channels lie in each."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastscore.graph import index_maps
+
+OPTYPE = tp.ops.OPTYPE
+# What a group may pass through, and the part it plays there. A depthwise convolution and a normalisation work on each
+# channel alone: they lose the channel, but neither make it nor end it.
+CHANNELWISE = {OPTYPE.DEPTHWISE_CONV, OPTYPE.BN, OPTYPE.GN, OPTYPE.IN, OPTYPE.PRELU}
+LAYERS = {OPTYPE.CONV, OPTYPE.LINEAR}
+TRANSPARENT = {OPTYPE.ELEMENTWISE, OPTYPE.CONCAT, OPTYPE.SPLIT, OPTYPE.RESHAPE, OPTYPE.UNBIND, OPTYPE.EXPAND,
+               OPTYPE.SLICE}
+
+# (node, pruning function) -> int64 [M], ascending: where channels of the root lie in the node's output or input, as
+# fastscore.graph.index_maps has it
+Places: TypeAlias = Mapping[tuple[Any, Any], np.ndarray]
+
+
+class Graph(tp.DependencyGraph):  # type: ignore[misc]
+    """Torch-Pruning's graph of a model, whose dependencies know how channels move along them.
+
+    Torch-Pruning guesses widths from the neighbours, wrongly or for hours where much is rearranged; autograd knows the
+    shape of every tensor. A dependency's index_mapping holds the moves from its source to its target.
+    """
+
+    def build(self, model: nn.Module, run: Callable[[nn.Module, Any], list[Tensor]]) -> None:
+        """Trace one call of run(model, None) -> outputs, whose gradients must be enabled."""
+        self.model, self.verbose, self.ignored_params = model, False, list[nn.Parameter]()
+        self._module2name = {module: name for name, module in model.named_modules()}
+        self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
+        with _FixedSplits() as splits:
+            self.module2node = self._trace(model, None, run, output_transform=None)
+        self._fixed_splits = splits.functions
+        self._close_instance_norms()
+        self._dims: dict[Any, int] = {}
+        self._find_dims()
+        for node in self.module2node.values():
+            if node.type == OPTYPE.PARAMETER:
+                node._name = self._param_to_name[node.module]
+            self._connect(node)
+
+    def release(self) -> None:
+        """Forget the nodes, which refer to each other and to all that autograd kept, so that it is gone at once."""
+        for node in self.module2node.values():
+            vars(node).clear()
+        self.module2node.clear()
+
+    def places_of(self, root: Any) -> tuple[Places, str | None]:
+        """Where the channels that `root` makes lie, everywhere; or as far as what keeps them from being removed, and
+        what that is."""
+        pruner = self.get_pruner_of_module(root.module)
+        channels = np.arange(pruner.get_out_channels(root.module))
+        places: dict[tuple[Any, Any], np.ndarray] = {}
+        work = [(root, pruner.prune_out_channels, channels << 32 | channels)]
+        obstacle = None
+        while work and obstacle is None:
+            node, function, arrived = work.pop()
+            known = places.get((node, function))
+            if known is None:
+                new = places[node, function] = arrived
+                obstacle = self._obstacle(node, function)
+            else:
+                if len(arrived) == len(known) and (arrived == known).all():
+                    continue  # as most that comes back is: no need to sort
+                new = np.setdiff1d(arrived, known, assume_unique=True)
+                if not len(new):
+                    continue
+                places[node, function] = np.union1d(known, new)
+            for dependency in node.dependencies:
+                if dependency.is_triggered_by(function):
+                    onward = new
+                    for move in dependency.index_mapping:
+                        onward = move(onward)
+                    if len(onward):
+                        work.append((dependency.target, dependency.handler, onward))
+        return places, obstacle
+
+    def chunks(self, places: Places) -> Iterator[tuple[int, np.ndarray]]:
+        """(width of a part, places) for each split of the channels into equal parts."""
+        return ((node.grad_fn._saved_split_size, at) for (node, _), at in places.items()
+                if node.type == OPTYPE.SPLIT and hasattr(node.grad_fn, "_saved_split_size") and self._cuts(node))
+
+    def chunks_others(self, places: Places) -> bool:
+        """Whether channels that are not among `places` are split into equal parts together with those that are."""
+        return any(len(np.unique(at >> 32)) < node.grad_fn._saved_self_sym_sizes[self._dims[node]]
+                   for (node, _), at in places.items()
+                   if node.type == OPTYPE.SPLIT and hasattr(node.grad_fn, "_saved_split_size") and self._cuts(node))
+
+    @property
+    def normalized_by(self) -> dict[str, str]:
+        """Conv or Linear -> the BatchNorm that alone reads its output."""
+        pairs = ((node, node.outputs[0]) for node in self.module2node.values()
+                 if node.type in LAYERS | {OPTYPE.DEPTHWISE_CONV} and len(node.outputs) == 1)
+        return {self._module2name[layer.module]: self._module2name[norm.module] for layer, norm in pairs
+                if norm.type == OPTYPE.BN and norm.inputs == [layer]}
+
+    def _obstacle(self, node: Any, function: Any) -> str | None:
+        """Why channels that come to a node cannot be removed; None where they can."""
+        if node.type == OPTYPE.CUSTOMIZED:
+            return f"a view divides its channels over several dimensions ({node.grad_fn.name()})"
+        if node.type not in LAYERS | CHANNELWISE | TRANSPARENT | {OPTYPE.OUTPUT}:
+            return f"its channels pass through {node.name or type(node.module).__name__} " \
+                   f"({type(node.module).__name__}), which cannot lose channels yet"
+        reads = node.type in LAYERS and function.__name__ == "prune_in_channels"
+        if node.type == OPTYPE.OUTPUT or not (node.outputs or reads):
+            return "its channels are the model's output"
+        fixed = node.type == OPTYPE.SLICE or hasattr(node.grad_fn, "_saved_split_sizes") or (
+            node.type == OPTYPE.SPLIT and any(node.grad_fn is function for function in self._fixed_splits))
+        if fixed and self._cuts(node):
+            return f"its channels are cut at places that the model's code fixes ({node.grad_fn.name()})"
+        if node.type == OPTYPE.DEPTHWISE_CONV and node.module.in_channels != node.module.out_channels:
+            return f"{node.name} adds channels up in fixed sets"
+        if node.type == OPTYPE.CONV and node.module.transposed and node.module.groups > 1:
+            return f"{node.name} is a grouped transposed convolution, which cannot lose channels yet"
+        return None
+
+    def _cuts(self, node: Any) -> bool:
+        """Whether a split or slice is along the dimension that holds the channels."""
+        return node in self._dims and _saved_dim(node) == self._dims[node]
+
+    def _close_instance_norms(self) -> None:
+        """An InstanceNorm views samples and channels as one, and back: its inner operations are of no concern."""
+        work = [(node, _shape(node)) for node in self.module2node.values() if node.type == OPTYPE.IN]
+        while work:
+            node, shape = work.pop()
+            for inner in node.inputs:
+                if inner.type in (OPTYPE.RESHAPE, OPTYPE.ELEMENTWISE) and _shape(inner) != shape:
+                    inner.type = OPTYPE.ELEMENTWISE
+                    work.append((inner, shape))
+
+    def _find_dims(self) -> None:
+        """The dimension that holds the channels, in the output of every layer and of what comes after it."""
+        work = [node for node in self.module2node.values() if node.type in LAYERS | CHANNELWISE]
+        for node in work:
+            self._dims[node] = len(_shape(node)) - 1 if node.type == OPTYPE.LINEAR else 1
+        while work:
+            node = work.pop()
+            for onward in node.outputs:
+                if onward not in self._dims:
+                    self._dims[onward] = self._dim_after(node, onward)
+                    work.append(onward)
+
+    def _dim_after(self, node: Any, onward: Any) -> int:
+        dim, before, after = self._dims[node], _shape(node), _shape(onward)
+        if onward.type != OPTYPE.RESHAPE:
+            return index_maps.channel_dim(onward.grad_fn, dim, before, after)
+        found = index_maps.view(dim, before, after) if dim < len(before) else None
+        if found is None:
+            onward.type = OPTYPE.CUSTOMIZED  # its channels lie along more than one dimension from here on
+        return dim if found is None else found[0]
+
+    def _connect(self, node: Any) -> None:
+        """The dependencies between a node and its inputs, there and back, with their moves."""
+        pruner, begin = self.get_pruner_of_module(node.module), 0
+        edges = [edge for edge in getattr(node.grad_fn, "next_functions", ()) if self._is_traced(edge[0])]
+        # a module that is called twice has the inputs of all its calls, and the function of one
+        for source, edge in itertools.zip_longest(node.inputs, edges[:len(node.inputs)]):
+            there = tp.dependency.Dependency(self.get_pruner_of_module(source.module).prune_out_channels,
+                                             pruner.prune_in_channels, source, node)
+            back = tp.dependency.Dependency(there.handler, there.trigger, node, source)
+            passed: list[tuple[index_maps.Move, index_maps.Move]] = []
+            if source.type == OPTYPE.SPLIT and self._cuts(source):
+                passed.append(_LOST if edge is None else _both(self._part(source, edge[1])))
+            if node.type == OPTYPE.CONCAT and self._cuts(node):
+                end = begin + index_maps.shape_of(*edge)[self._dims[node]]
+                passed.append(_both(index_maps.Stretch(begin, end))[::-1])
+                begin = end
+            elif node.type == OPTYPE.SLICE and self._cuts(node):
+                passed.append(_both(_slice(node.grad_fn, _shape(source)[self._dims[node]])))
+            elif node.type == OPTYPE.RESHAPE and source in self._dims:
+                found = index_maps.view(self._dims[source], _shape(source), _shape(node))
+                passed += [(found[1].there, found[1].back)] if found is not None and found[1] else []
+            there.index_mapping = [forth for forth, _ in passed]
+            back.index_mapping = [home for _, home in reversed(passed)]
+            source.dependencies.append(there)
+            node.dependencies.append(back)
+
+    def _part(self, split: Any, number: int) -> index_maps.Stretch:
+        sizes = [index_maps.shape_of(split.grad_fn, part)[self._dims[split]] for part in range(number + 1)]
+        return index_maps.Stretch(sum(sizes[:-1]), sum(sizes))
+
+    def _is_traced(self, function: Any) -> bool:
+        return function is not None and ("AccumulateGrad" not in function.name() or any(
+            function.variable is parameter for parameter, _ in self.unwrapped_parameters))
+
+
+class _FixedSplits(TorchFunctionMode):
+    """Notes the splits into parts of a given width: autograd keeps no difference between them and those of chunk()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in (torch.split, Tensor.split) and output and output[0].grad_fn is not None:
+            self.functions.append(output[0].grad_fn)
+        return output
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    return index_maps.shape_of(node.grad_fn)
+
+
+def _saved_dim(node: Any) -> int | None:
+    dims = index_maps.saved_dims(node.grad_fn, "_saved_dim", len(_shape(node)))
+    return dims[0] if len(dims) == 1 else None
+
+
+def _slice(function: Any, size: int) -> index_maps.Stretch:
+    begin, end = (bound + size if bound < 0 else min(bound, size) for bound in
+                  (function._saved_start, function._saved_end))
+    return index_maps.Stretch(begin, end, function._saved_step)
+
+
+def _both(stretch: index_maps.Stretch) -> tuple[index_maps.Move, index_maps.Move]:
+    return stretch.cut, stretch.put
+
+
+def _lose(places: np.ndarray) -> np.ndarray:
+    return places[:0]
+
+
+_LOST = (_lose, _lose)  # nobody knows where they went; the trial will see where they show

@@ -1,0 +1,139 @@
+"""Channel groups: which channels live and die together, and which layers read them.
+
+Data without a reference to the model: layer names and index tensors, so that a group found on one copy of a model holds
+on every other. Groups are found in fastscore.graph.tracing.
+"""
+
+import difflib
+import fnmatch
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Role = Literal["producer", "consumer", "channelwise", "heads", "gate"]
+Units = Literal["groups", "norms"]
+Ignore = Iterable[str | type | nn.Module]
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a group's channels lie in one layer.
+
+    layer: qualified module name. role: `producer` (a Conv or Linear that makes the channels), `consumer` (a Conv or
+    Linear that reads them), `channelwise` (a normalisation, PReLU or depthwise convolution between them), `heads` (an
+    attention module, for what it has once for each head) or `gate` (a BatchNorm whose output is the channels: see
+    norm_gates). index, channel: int64 [M]; position `index[m]` of the layer's output (its input, for a consumer)
+    carries the group's channel `channel[m]`; in the projections of queries and keys, the rows that go with it. For
+    `heads`, head `index[m]` begins at channel `channel[m]`.
+    """
+
+    layer: str
+    role: Role
+    index: Tensor
+    channel: Tensor
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that go together.
+
+    name: the first layer that produces them; channels are numbered in its order. unit: int64 [C]; channels with the
+    same unit can only be removed together (the same place in every group of a grouped convolution, or channels that
+    are added to each other).
+    """
+
+    name: str
+    channels: int
+    unit: Tensor
+    members: tuple[Member, ...]
+
+    def role(self, *roles: Role) -> Iterator[Member]:
+        """The members that play one of `roles`."""
+        return (member for member in self.members if member.role in roles)
+
+    @property
+    def edges(self) -> Iterator[Member]:
+        """The members where the channels end, and where activation meets gradient."""
+        return self.role("consumer", "gate")
+
+
+@dataclass(frozen=True)
+class ChannelGraph:
+    """The prunable groups of a model.
+
+    skipped: layer -> why its channels are left alone. normalized_by: Conv or Linear -> the BatchNorm that alone reads
+    its output.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    skipped: Mapping[str, str]
+    normalized_by: Mapping[str, str]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of names, widths and index maps: equal for models with the same channels in the same places."""
+        digest = hashlib.sha256()
+        for group in self.groups:
+            for member in group.members:
+                digest.update(f"{group.name}\0{group.channels}\0{member.layer}\0{member.role}\0".encode())
+                digest.update(member.index.numpy().tobytes() + member.channel.numpy().tobytes())
+        return digest.hexdigest()
+
+    def without(self, model: nn.Module, ignore: Ignore) -> "ChannelGraph":
+        """This graph less the groups that a layer matched by `ignore` produces.
+
+        ignore: qualified names (a name stands for all below it; `*` and `?` are wildcards), module types, modules.
+        Raises ValueError for an entry that matches no layer of `model`.
+        """
+        ignored = matching_layers(model, ignore)
+        skipped, groups = dict(self.skipped), []
+        for group in self.groups:
+            hit = next((member.layer for member in group.members
+                        if member.role != "consumer" and member.layer in ignored), None)
+            if hit is None:
+                groups.append(group)
+            else:
+                skipped[group.name] = "ignored" if hit == group.name else f"ignored with {hit}"
+        return replace(self, groups=tuple(groups), skipped=skipped)
+
+
+def norm_gates(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
+    """One group for each BatchNorm of `model`, whose channels end at its output: the paper's units.
+
+    The convolution that a BatchNorm alone reads is the producer of its group. Such channels can be scored and masked;
+    surgery needs the groups of `graph`. Source: arXiv 2310.20203.
+    """
+    producers = {norm: layer for layer, norm in graph.normalized_by.items()}
+    groups = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            every = torch.arange(module.num_features)
+            members = [Member(name, "gate", every, every)]
+            if name in producers:
+                members.append(Member(producers[name], "producer", every, every))
+            groups.append(ChannelGroup(name, module.num_features, every, tuple(members)))
+    return replace(graph, groups=tuple(groups), skipped={})
+
+
+def matching_layers(model: nn.Module, ignore: Ignore) -> set[str]:
+    """The names of all layers that `ignore` stands for: see ChannelGraph.without."""
+    names = {name: module for name, module in model.named_modules() if name}
+    matched: set[str] = set()
+    for entry in (ignore,) if isinstance(ignore, (str, type, nn.Module)) else ignore:
+        if isinstance(entry, str):
+            hits = {name for name in names if fnmatch.fnmatchcase(name, entry)}
+        elif isinstance(entry, type):
+            hits = {name for name, module in names.items() if isinstance(module, entry)}
+        else:
+            hits = {name for name, module in names.items() if module is entry}
+        if not hits:
+            close = difflib.get_close_matches(str(entry), names, n=3)
+            raise ValueError(f"ignore: {entry!r} matches no layer of {type(model).__name__}"
+                             + (f"; did you mean {', '.join(close)}?" if close else ""))
+        matched |= {name for name in names if any(name == hit or name.startswith(f"{hit}.") for hit in hits)}
+    return matched

@@ -1,0 +1,68 @@
+"""What an attention module has once for each head, beside the layers that make and read its heads."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.modules import multihead_attention
+
+# attribute -> what it counts; of the module or of a child
+_COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")
+_KEY_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+_WIDTHS = ("attn_dim", "all_head_size", "inner_dim", "all_head_dim")
+_HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head", "d_kv")
+# parameter or buffer of the module -> (dimension that holds heads, times that it holds them all)
+_TENSORS = {"in_proj_weight": (0, 3), "in_proj_bias": (0, 3), "q_proj_weight": (0, 1), "k_proj_weight": (0, 1),
+            "v_proj_weight": (0, 1), "bias_k": (2, 1), "bias_v": (2, 1), "q_bias": (0, 1), "k_bias": (0, 1),
+            "v_bias": (0, 1), "relative_position_bias_table": (1, 1), "logit_scale": (0, 1)}
+PROJECTIONS = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def count(module: nn.Module) -> int | None:
+    """How many (query) heads an attention module says that it has; None where it says nothing."""
+    return _first(module, _COUNTS)
+
+
+def width(module: nn.Module) -> int | None:
+    """Channels of one head, as an attention module has them written down; None where it has not."""
+    return _first(module, _HEAD_WIDTHS)
+
+
+def tensors(module: nn.Module) -> Iterator[str]:
+    """Names of the module's own parameters and buffers that hold heads in one dimension."""
+    return (name for name in _TENSORS if isinstance(module._parameters.get(name, module._buffers.get(name)), Tensor))
+
+
+def by_head(name: str, values: Tensor, heads: int) -> Tensor:
+    """Values of the shape of the tensor called `name` -> [heads, everything else]."""
+    dim, times = _TENSORS[name]
+    return values.movedim(dim, 0).reshape(times, heads, -1).transpose(0, 1).flatten(1)
+
+
+def remove(module: nn.Module, index: Tensor) -> None:
+    """Take heads `index` (int64) out of what the module itself holds, in place: its tensors and its counts.
+
+    Parameters are new objects afterwards. The layers below it lose their channels elsewhere.
+    """
+    for handle in multihead_attention.stand_in(module):  # PyTorch's own cannot be narrower than its embedding
+        handle.keep()
+    total = count(module)
+    if total is None:
+        return  # it takes as many heads as its layers make
+    kept = torch.ones(total, dtype=torch.bool).index_fill(0, index.cpu(), False).nonzero()[:, 0]
+    for name in tensors(module):
+        dim, times = _TENSORS[name]
+        old = getattr(module, name)
+        rows = torch.arange(old.shape[dim]).reshape(times, total, -1)[:, kept].flatten()
+        new = old.detach().index_select(dim, rows.to(old.device))
+        setattr(module, name, nn.Parameter(new, old.requires_grad) if name in module._parameters else new)
+    for owner in (module, *module.children()):
+        for name, value in list(vars(owner).items()):
+            if name in (*_COUNTS, *_KEY_COUNTS, *_WIDTHS) and isinstance(value, int):
+                setattr(owner, name, value * len(kept) // total)
+
+
+def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    return next((value for owner in (module, *module.children()) for name in names
+                 if isinstance(value := vars(owner).get(name), int) and not isinstance(value, bool)), None)

@@ -1,0 +1,66 @@
+"""Surgery: channels go out of every layer that makes, passes or reads them. Nothing here chooses them."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Literal, TypeAlias
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from fastscore.graph import heads
+from fastscore.graph.groups import ChannelGroup, Role
+from fastscore.modules import multihead_attention
+
+Side = Literal["inputs", "outputs", "heads"]
+_SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "gate": "outputs", "consumer": "inputs",
+                               "heads": "heads"}
+# (layer, its inputs or its outputs; or an attention module, its heads) -> positions that go, int64, ascending: a
+# surgery whole, for any copy of the model
+Places: TypeAlias = Mapping[tuple[str, Side], Tensor]
+
+
+def removed_places(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]) -> Places:
+    """Where the channels of `removed` (group -> int64 [R]) lie in each layer."""
+    places: dict[tuple[str, Side], list[Tensor]] = defaultdict(list)
+    for group in groups:
+        if len(channels := removed.get(group.name, ())):
+            gone = torch.zeros(group.channels, dtype=torch.bool)
+            gone[channels] = True
+            for member in group.members:
+                places[member.layer, _SIDES[member.role]].append(member.index[gone[member.channel]])
+    return {place: index for place, parts in places.items() if len(index := torch.cat(parts).unique())}
+
+
+def remove_places(model: nn.Module, places: Places) -> nn.Module:
+    """Take `places` out of the layers of `model`, in place; returns it. Its parameters are new objects afterwards."""
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
+    # chosen beforehand: a grouped convolution that has lost inputs can look like a depthwise one
+    surgeons = {name: tp.function.PrunerBox[tp.ops.module2type(model.get_submodule(name))]
+                for name, side in places if side != "heads"}
+    for (name, side), index in places.items():
+        layer = model.get_submodule(name)
+        if side == "heads":
+            heads.remove(layer, index)
+            for handle in multihead_attention.stand_in(model, called=()):
+                handle.keep()
+            continue
+        surgeon = surgeons[name]
+        (surgeon.prune_in_channels if side == "inputs" else surgeon.prune_out_channels)(layer, index.tolist())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable[name])
+        parameter.data = parameter.data.contiguous(memory_format=formats[name])
+    return model
+
+
+def remove_channels(model: nn.Module, groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]) -> nn.Module:
+    """Take the channels of `removed` (group -> int64 [R]) out of every layer of `model`, in place; returns it."""
+    return remove_places(model, removed_places(groups, removed))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """That of a tensor, so that surgery can keep it."""
+    lasts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = lasts.get(x.dim())
+    return last if last and not x.is_contiguous() and x.is_contiguous(memory_format=last) else torch.contiguous_format

@@ -1,0 +1,230 @@
+"""Finding the channel groups of a model, through Torch-Pruning's dependency graph, and trying them on the model."""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from fastscore import batches
+from fastscore.graph import attention, cache, dependencies, index_maps, training_only, verification
+from fastscore.graph.dependencies import CHANNELWISE, LAYERS
+from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member, Role
+from fastscore.modules.activation_checkpoints import without_checkpoints
+from fastscore.modules.evaluation_copy import evaluation_copy
+
+
+def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.forward) -> ChannelGraph:
+    """Find the channel groups of `model` by running `forward(model, example_inputs)` on a copy of it.
+
+    A model that was traced before, and is what it was, is not traced again: see fastscore.graph.cache.
+    Raises ValueError when the model cannot run on the example inputs, TypeError when it returns no tensor.
+    """
+    known = cache.recall(model, example_inputs, forward)
+    if known is not None:
+        return known
+    twin = evaluation_copy(model)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # the tracer follows grad_fn
+
+    def run(model: nn.Module) -> list[Tensor]:
+        return [batches.checked(forward)(model, example_inputs)]
+
+    def run_as_in_training(model: nn.Module) -> list[Tensor]:
+        with training_only.as_in_training(model):
+            return [output for output in batches.floating_tensors(forward(model, example_inputs))
+                    if output.requires_grad or not torch.is_grad_enabled()]
+
+    with torch.enable_grad(), without_checkpoints(), batches.fork_rng(batches.device_of(model)):
+        found, ran, explained = _traced(twin, run)
+        idle = training_only.layers(twin) - ran
+        if idle:
+            try:
+                more, ran_in_training, explained_then = _traced(twin, run_as_in_training)
+            except (ValueError, TypeError):
+                ran_in_training = set()
+            if ran <= ran_in_training:
+                found, idle, explained = training_only.without(more, idle), idle - ran_in_training, explained_then
+    graph = training_only.named(found, idle - explained)
+    cache.remember(model, example_inputs, forward, graph)
+    return graph
+
+
+def _traced(twin: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> tuple[ChannelGraph, set[str], set[str]]:
+    """(the groups of one way of running an evaluation copy, the layers that ran, those whose heads are left alone with
+    a reason)."""
+    graph = dependencies.Graph()
+    has_run = False
+
+    def first_run(model: nn.Module, batch: object) -> list[Tensor]:
+        nonlocal has_run
+        outputs = run(model)
+        has_run = True
+        return outputs
+
+    def whole(twin: nn.Module) -> Tensor:
+        return torch.cat([output.flatten() for output in run(twin)])
+
+    recording = verification.Recording(twin, whole)
+    try:
+        with recording.record():
+            graph.build(twin, first_run)
+    except TypeError:
+        raise
+    except Exception as error:  # the tracer raises whatever its guesses run into
+        blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
+        raise ValueError(f"{type(twin).__name__}: {blame}: {type(error).__name__}: {error}") from error
+    heads, left = attention.find(twin, whole)
+    found = _with_heads(twin, _groups(twin, graph, attention.layers(heads), recording.first_layers), heads)
+    graph.release()
+    strays = verification.strays(recording, found.groups)
+    reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
+               for group, where in strays.items()}
+    return replace(found, groups=tuple(group for group in found.groups if group.name not in strays),
+                   skipped={**found.skipped, **reasons, **left}), recording.layers_that_ran, set(left)
+
+
+def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGroup]) -> ChannelGraph:
+    """The graph with groups of heads, in order of their layers."""
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    return replace(graph, groups=tuple(sorted([*graph.groups, *heads], key=lambda group: order[group.name])))
+
+
+def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set[str]],
+            first_layers: Collection[str]) -> ChannelGraph:
+    """taken: role -> layers that play it in groups of heads, and in no other. first_layers: see _why_not."""
+    groups: list[ChannelGroup] = []
+    skipped: dict[str, str] = {}
+    seen = set(taken["producer"])
+    called_otherwise = set[str]().union(*taken.values())  # by an attention's own function
+    layers = dict(model.named_modules())
+    owners = Counter(id(parameter) for module in layers.values() for parameter in module._parameters.values())
+    for name, module in layers.items():
+        node = graph.module2node.get(module)
+        if node is None and tp.ops.module2type(module) in LAYERS and name not in called_otherwise:
+            skipped[name] = "the output does not depend on it"
+        if node is None or node.type not in LAYERS or name in seen:
+            continue
+        places, reason = graph.places_of(node)
+        members = [member for key in places if (member := _member(graph, key, places[key])) is not None]
+        producers = [member.layer for member in members if member.role == "producer"]
+        if reason is None and graph.chunks_others(places):
+            skipped[name] = "its channels are cut into equal parts together with others (SplitBackward0)"
+            continue  # the layer that makes all of them may come yet
+        seen.update(producers)
+        reason = reason or _why_not(layers, members, owners, first_layers) or next(
+            (f"its channels run into the heads of {member.layer}" for member in members
+             if member.layer in taken.get(member.role, ())), None)
+        if reason is None:
+            channels = graph.get_out_channels(module)
+            unit = _units(layers, channels, members, graph.chunks(places))
+            if int(unit.max()) > 0:
+                groups.append(ChannelGroup(name, channels, unit, tuple(_first_channel_of_each_index(members))))
+                for producer in producers:
+                    skipped.pop(producer, None)
+                continue
+            reason = "all its channels can only be removed together"
+        skipped[name] = reason
+    return ChannelGraph(tuple(groups), skipped, graph.normalized_by)
+
+
+def _member(graph: Any, key: tuple[Any, Any], places: np.ndarray) -> Member | None:
+    node, function = key
+    if node.type in CHANNELWISE:
+        role: Role = "channelwise"
+    elif node.type in LAYERS:
+        role = "consumer" if function == graph.get_pruner_of_module(node.module).prune_in_channels else "producer"
+    else:
+        return None
+    index, channel = torch.from_numpy(places >> 32), torch.from_numpy(places & index_maps.CHANNEL)
+    return Member(graph._module2name[node.module], role, index, channel)
+
+
+def _why_not(layers: Mapping[str, nn.Module], members: list[Member], owners: Mapping[int, int],
+             first_layers: Collection[str]) -> str | None:
+    """Why the layers of a group cannot be pruned; None where they can.
+
+    owners: id of a parameter -> modules with it. first_layers: those that read what no layer has made.
+    """
+    consumers = {member.layer for member in members if member.role == "consumer"}
+    if not consumers:
+        return "no Conv or Linear reads its channels"
+    for layer_name in sorted(consumers.intersection(first_layers)):
+        return f"{layer_name} is called on the model's input as well"
+    for member in members:
+        layer = layers[member.layer]
+        width = _width(layer, member.role)
+        if width is not None and int(member.index.max()) >= width:
+            return f"their number changes on the way to {member.layer}"
+        if nn.utils.parametrize.is_parametrized(layer) or "weight" in vars(layer):
+            return f"the weight of {member.layer} is computed (a parametrization): remove it first"
+        own = [name for name in layer._parameters if name not in ("weight", "bias")]
+        if own:
+            return f"{member.layer} has a parameter {own[0]} besides weight and bias, which cannot lose channels yet"
+        if any(owners[id(parameter)] > 1 for parameter in layer._parameters.values() if parameter is not None):
+            return f"{member.layer} shares its weight with another layer"
+        if width is not None and _sections(layer, member.role) > 1 and len(member.index) < width:
+            return f"{member.layer} is grouped and works on other channels too"
+    return None
+
+
+def _units(layers: Mapping[str, nn.Module], channels: int, members: list[Member],
+           chunks: Iterable[tuple[int, np.ndarray]]) -> Tensor:
+    """The unit of each channel, int64 [C], numbered from 0 in order of first channel: see ChannelGroup."""
+    parent = list(range(channels))
+
+    def root(channel: int) -> int:
+        while parent[channel] != channel:
+            parent[channel] = parent[parent[channel]]
+            channel = parent[channel]
+        return channel
+
+    def tie(one: int, other: int) -> None:
+        low, high = sorted((root(one), root(other)))
+        parent[high] = low
+
+    def same_place(period: int, places: Iterable[Sequence[int]]) -> None:
+        first_at: dict[int, int] = {}
+        for position, channel in places:
+            tie(first_at.setdefault(position % period if period else position, channel), channel)
+
+    for member in members:
+        layer = layers[member.layer]
+        # A grouped convolution (or norm) keeps its groups equally wide, so the same place in each goes at once.
+        sections = _sections(layer, member.role)
+        width = _width(layer, member.role)
+        period = width // sections if width is not None and sections > 1 else 0
+        if period or (member.index[1:] == member.index[:-1]).any():  # sorted: equal positions are neighbours
+            same_place(period, zip(member.index.tolist(), member.channel.tolist(), strict=True))
+    for width, places in chunks:  # chunk() takes equal parts of whatever is left
+        same_place(width, zip((places >> 32).tolist(), (places & index_maps.CHANNEL).tolist(), strict=True))
+    roots = [root(channel) for channel in range(channels)]
+    number = {value: i for i, value in enumerate(sorted(set(roots)))}
+    return torch.tensor([number[value] for value in roots], dtype=torch.int64)
+
+
+def _sections(layer: nn.Module, role: Role) -> int:
+    """Into how many groups of equal width a grouped convolution or norm divides its channels; 1 for other layers."""
+    return int(getattr(layer, "num_groups" if role == "channelwise" else "groups", 1))
+
+
+def _width(layer: nn.Module, role: Role) -> int | None:
+    """Channels of the layer's output (its input, for a consumer); None for a PReLU with one slope for all."""
+    pruner = tp.function.PrunerBox[tp.ops.module2type(layer)]
+    width: int | None = pruner.get_in_channels(layer) if role == "consumer" else pruner.get_out_channels(layer)
+    return width
+
+
+def _first_channel_of_each_index(members: list[Member]) -> Iterator[Member]:
+    """Members with each position named once: where tied channels meet, the lowest stands for them."""
+    for member in members:
+        first = member.index[1:] != member.index[:-1]  # places are sorted by (index, channel)
+        if first.all():
+            yield member
+            continue
+        keep = torch.cat([torch.tensor([True]), first])
+        yield Member(member.layer, member.role, member.index[keep], member.channel[keep])

@@ -1,0 +1,191 @@
+"""Traced groups, tried on the model itself.
+
+The tracer takes every operation it does not know for elementwise. So some channels are changed where they are made,
+whatever else a Conv or Linear makes is held at what it was, and the change may show nowhere but at the positions that
+the groups claim for those channels.
+"""
+
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from fastscore.graph.dependencies import LAYERS
+from fastscore.graph.groups import ChannelGroup, Role
+
+Positions = Mapping[str, Tensor]  # layer -> int64 positions of its input or output
+_PAIRS = 2  # of a random half of the channels and the other half: 4 passes, which miss one slip in 4, and 32 in 10^4
+
+
+def strays(recording: "Recording", groups: Sequence[ChannelGroup]) -> dict[str, str]:
+    """Group -> where its channels show that it does not claim: a layer, or "the output"."""
+    where = _try(recording, groups) if groups else None
+    if where is None:
+        return {}
+    found = {group.name: alone for group in groups if (alone := _try(recording, [group])) is not None}
+    return found or {group.name: where for group in groups}
+
+
+def _try(recording: "Recording", groups: Sequence[ChannelGroup]) -> str | None:
+    # a generator for each group: what shows among the others shows alone
+    generators = [torch.Generator().manual_seed(zlib.crc32(group.name.encode())) for group in groups]
+    made, read = _channels_at(groups, "producer"), _channels_at(groups, "consumer")
+    for _ in range(_PAIRS):
+        half = torch.cat([torch.rand(len(group.unit), generator=generator)[group.unit] < 0.5
+                          for group, generator in zip(groups, generators, strict=True)])
+        for side in (half, ~half):
+            where = recording.stray({layer: index[side[channel]] for layer, (index, channel) in made.items()},
+                                    {layer: index[side[channel]] for layer, (index, channel) in read.items()})
+            if where is not None:
+                return where
+    return None
+
+
+def _channels_at(groups: Sequence[ChannelGroup], role: Role) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> (its positions, the channel at each, counted through all groups), int64."""
+    found: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    begin = 0
+    for group in groups:
+        for member in group.role(role):
+            found[member.layer].append((member.index, member.channel + begin))
+        begin += len(group.unit)
+    return {layer: (torch.cat(index), torch.cat(channel))
+            for layer, pairs in found.items() for index, channel in [zip(*pairs, strict=True)]}
+
+
+class Recording:
+    """What every Conv and Linear gave in one run, and runs that differ from it by what is asked for.
+
+    model: an evaluation copy. run(model): its output.
+    """
+
+    def __init__(self, model: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
+        self._model, self._run_model = model, run
+        self._layers = {name: module for name, module in model.named_modules() if tp.ops.module2type(module) in LAYERS}
+        self._dims = {name: -1 if isinstance(layer, nn.Linear) else 1 for name, layer in self._layers.items()}
+        self._outputs: dict[str, list[Tensor]] = {layer: [] for layer in self._layers}
+        self._inputs: dict[str, list[Tensor | None]] | None = None
+        self._output = torch.empty(0)
+        self.first_layers = set[str]()  # those that read what no layer has made, in one call at least
+
+    @property
+    def layers_that_ran(self) -> set[str]:
+        """The layers that were called in the recorded run."""
+        return {layer for layer, outputs in self._outputs.items() if outputs}
+
+    def record(self) -> AbstractContextManager[None]:
+        """The model is run once in the block, by whoever it may be, and its layers' outputs are kept."""
+        for outputs in self._outputs.values():
+            outputs.clear()
+        return self._replaced({layer: self._record(layer) for layer in self._outputs})
+
+    def stray(self, made: Positions, read: Positions) -> str | None:
+        """Run with the outputs at `made` changed and all others held; where an input differs that is not in `read`."""
+        if self._inputs is None:
+            inputs: dict[str, list[Tensor | None]] = {layer: [] for layer in self._outputs}
+            self._output = self._replay({}, lambda layer, call, x: inputs[layer].append(
+                None if x is None else x.clone()))
+            self._inputs = inputs
+        before, found = self._inputs, list[str]()
+
+        def compare(layer: str, call: int, x: Tensor | None) -> None:
+            known = before[layer][call]
+            if known is not None and x is not None and _differ(x, known, self._dims[layer], read.get(layer)):
+                found.append(layer)
+
+        output = self._replay(made, compare)
+        if not found and not _close(output, self._output).all():
+            return "the output"
+        return found[0] if found else None
+
+    def _record(self, layer: str) -> Callable[..., Tensor]:
+        module = self._layers[layer]
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            output: Tensor = type(module).forward(module, *args, **kwargs)
+            self._outputs[layer].append(output.detach().clone())
+            if args and not args[0].requires_grad:
+                self.first_layers.add(layer)
+            return output
+
+        return forward
+
+    @torch.no_grad()
+    def _replay(self, made: Positions, see: Callable[[str, int, Tensor | None], None]) -> Tensor:
+        """The output of a run in which no layer computes anything: it only says what it said before.
+
+        see(layer, call, input) is called for each call of a layer."""
+
+        def forward_of(layer: str) -> Callable[..., Tensor]:
+            calls = enumerate(self._outputs[layer])
+            module = self._layers[layer]
+
+            def forward(*args: Any, **kwargs: Any) -> Tensor:
+                call, output = next(calls, (-1, None))
+                if output is None:  # one call more than before
+                    computed: Tensor = type(module).forward(module, *args, **kwargs)
+                    return computed
+                see(layer, call, args[0] if args else None)
+                return _changed(output, self._dims[layer], made[layer]) if layer in made else output.clone()
+
+            return forward
+
+        def skip(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
+            return args[0]  # the statistics of a GroupNorm depend on all its channels, its positions do not
+
+        handles = [module.register_forward_hook(skip) for module in self._model.modules()
+                   if isinstance(module, nn.GroupNorm)]
+        torch.manual_seed(0)
+        try:
+            with self._replaced({layer: forward_of(layer) for layer in self._outputs}):
+                return self._run_model(self._model).clone()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _replaced(self, forwards: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
+        """The layers' own forwards replaced in the block; whatever hooks they have run as they would."""
+        for layer, forward in forwards.items():
+            vars(self._layers[layer])["forward"] = forward
+        try:
+            yield
+        finally:
+            for layer in forwards:
+                del vars(self._layers[layer])["forward"]
+
+
+def _changed(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """A copy of x, strides and all, that differs from it at `index` of `dim`, and nowhere else by a bit."""
+    scale, shift = x.new_ones(x.shape[dim]), x.new_full((x.shape[dim],), -0.0)
+    index = index.to(x.device)
+    sizes = [-1 if at == dim % x.dim() else 1 for at in range(x.dim())]
+    scale, shift = (per_channel.index_fill_(0, index, value).view(sizes) for per_channel, value in
+                    ((scale, -1.5), (shift, 1.0)))
+    return torch.mul(x, scale, out=torch.empty_like(x)).add_(shift)
+
+
+def _differ(x: Tensor, before: Tensor, dim: int, excused: Tensor | None) -> bool:
+    """Whether x differs from what it was at a position of `dim` that is not excused."""
+    if not x.numel():
+        return False
+    difference = (x - before).abs() if x.is_floating_point() else (x != before).byte()
+    unequal = difference.movedim(dim, 0).flatten(1).amax(1) != 0  # not the least bit, as most of it is; NaN is not 0
+    if excused is not None:
+        unequal[excused.to(unequal.device)] = False
+    index = unequal.nonzero().flatten()
+    return len(index) > 0 and not _close(x.index_select(dim, index), before.index_select(dim, index), before).all()
+
+
+def _close(x: Tensor, before: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Element by element, to the rounding of sums in another order at the scale of `scale` (`before`); NaN is close to
+    NaN."""
+    scale = before if scale is None else scale
+    largest = float(scale.abs().nan_to_num(0, 0, 0).max()) if scale.numel() else 0.0
+    rounding = 16 * torch.finfo(before.dtype).eps
+    return torch.isclose(x, before, rtol=rounding, atol=rounding * largest, equal_nan=True)

@@ -1,0 +1,189 @@
+"""nn.MultiheadAttention with a width of its own, and an output projection that runs as a layer.
+
+PyTorch's module computes its output projection from the weights of `out_proj` without calling it, so nothing can be
+tapped there, and takes heads x head_dim for the embedding's width, so no head can go. The class here computes the same
+from the same parameters, under the same names, and takes the place of PyTorch's: in evaluation copies, on a user's
+model as long as it is tapped or masked, and for good where heads were removed.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from fastscore.modules import windowed_attention
+
+
+class SequenceFirstLinear(nn.Linear):
+    """A Linear on [N, L, C] that multiplies rows in the order [L, N], as nn.MultiheadAttention does: to the bit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, L, C_in] -> [N, L, C_out]."""
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
+class MultiheadAttention(nn.Module):
+    """What nn.MultiheadAttention computes, with num_heads x head_dim of any width; made by `stand_in` alone.
+
+    Parameters as there: in_proj_weight [3·H·D, E], or q_proj_weight [H·D, E], k_proj_weight and v_proj_weight; out_proj
+    from H·D to E; bias_k, bias_v [1, 1, H·D].
+    """
+
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+    dropout: float
+    batch_first: bool
+    add_zero_attn: bool
+    in_proj_weight: Tensor | None
+    in_proj_bias: Tensor | None
+    q_proj_weight: Tensor
+    k_proj_weight: Tensor
+    v_proj_weight: Tensor
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+    out_proj: nn.Module
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        return False  # keeps nn.TransformerEncoderLayer from its fused path, which takes E for the width
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+                need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
+                is_causal: bool = False) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention.forward: output, and the attention weights where `need_weights`."""
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif self.batch_first:
+            query, key, value = _sequence_first(query, key, value)
+        length, samples, _ = query.shape
+        q, k, v = self._project(query, key, value)
+        if self.bias_k is not None and self.bias_v is not None:
+            k = torch.cat([k, self.bias_k.repeat(1, samples, 1)])
+            v = torch.cat([v, self.bias_v.repeat(1, samples, 1)])
+        q, k, v = (x.view(len(x), samples * self.num_heads, self.head_dim).transpose(0, 1) for x in (q, k, v))
+        if self.add_zero_attn:
+            k, v = (torch.cat([x, x.new_zeros(len(x), 1, self.head_dim)], 1) for x in (k, v))
+        source = k.shape[1]
+        causal = is_causal and key_padding_mask is None and not need_weights
+        mask = None if causal else self._mask(attn_mask, key_padding_mask, source, samples, query.dtype)
+        if is_causal and attn_mask is None:
+            raise RuntimeError("attn_mask: the is_causal hint needs it, as in nn.MultiheadAttention")
+        dropout = self.dropout if self.training else 0.0
+        weights: Tensor | None = None
+        if need_weights:
+            q = q * (1.0 / self.head_dim) ** 0.5
+            weights = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
+            weights = weights.softmax(-1)
+            if dropout > 0:
+                weights = F.dropout(weights, dropout)
+            read = torch.bmm(weights, v).transpose(0, 1)
+            weights = weights.view(samples, self.num_heads, length, source)
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            if mask is not None:
+                mask = mask.unsqueeze(0) if len(mask) == 1 else mask.view(samples, self.num_heads, -1, source)
+            q, k, v = (x.view(samples, self.num_heads, -1, self.head_dim) for x in (q, k, v))
+            read = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).permute(2, 0, 1, 3)
+        read = read.reshape(length, samples, self.num_heads * self.head_dim)
+        output: Tensor = self.out_proj(read.transpose(0, 1)).transpose(0, 1)
+        if not batched:
+            return output.squeeze(1), None if weights is None else weights.squeeze(0)
+        return output.transpose(0, 1) if self.batch_first else output, weights
+
+    def in_proj(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of [L, N, E], side by side: [L, N, 3·H·D]."""
+        assert self.in_proj_weight is not None
+        return F.linear(x, self.in_proj_weight, self.in_proj_bias)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[L, N, E] each -> [L, N, H·D] each."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if weight is not None and query is key and key is value:
+            # contiguous parts of one product, as PyTorch makes them
+            q, k, v = self.in_proj(query).unflatten(-1, (3, -1)).unsqueeze(0).transpose(0, -2) \
+                .squeeze(-2).contiguous()
+            return q, k, v
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.chunk(3)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        return tuple(F.linear(x, w, b) for x, w, b in  # type: ignore[return-value]
+                     zip((query, key, value), weights, biases, strict=True))
+
+    def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, source: int, samples: int,
+              dtype: torch.dtype) -> Tensor | None:
+        """What is added to the products of queries and keys, broadcasting over [N·H, L, S]; None for nothing."""
+        mask = None
+        if attn_mask is not None:
+            mask = _additive(attn_mask, dtype)
+            mask = mask.unsqueeze(0) if mask.dim() == 2 else mask
+            mask = F.pad(mask, (0, source - mask.shape[-1]))  # keys that the module itself adds are open to all
+        if padding is not None:
+            padding = F.pad(_additive(padding, dtype), (0, source - padding.shape[-1]))
+            padding = padding.view(samples, 1, 1, source).expand(-1, self.num_heads, -1, -1).reshape(-1, 1, source)
+            mask = padding if mask is None else mask + padding
+        return mask
+
+
+def stand_in(model: nn.Module, called: Iterable[str] | None = None) -> Iterator["Handle"]:
+    """Put MultiheadAttention in the place of each nn.MultiheadAttention of `model`, whose parameters stay, and have
+    each nn.TransformerEncoder call its layers on plain tensors; handles that undo it.
+
+    called: names of layers; only modules whose out_proj is among them are changed. The same for the modules that
+    fastscore.modules.windowed_attention knows. Subclasses, and modules whose
+    out_proj is no plain Linear, stay as they are.
+    """
+    wanted = None if called is None else {id(model.get_submodule(name)) for name in called}
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
+            yield Handle([(module, "use_nested_tensor", False)])  # only its layers' fused path takes nested ones
+        qualified = f"{type(module).__module__}.{type(module).__qualname__}"
+        kind, output = windowed_attention.STAND_INS.get(qualified, (None, ""))
+        if kind is not None and (wanted is None or id(module.get_submodule(output)) in wanted):
+            yield Handle([(module, "__class__", kind)])
+        if type(module) is not nn.MultiheadAttention or (wanted is not None and id(module.out_proj) not in wanted):
+            continue
+        if type(module.out_proj) in (NonDynamicallyQuantizableLinear, nn.Linear):
+            yield Handle([(module, "__class__", MultiheadAttention),
+                          (module.out_proj, "__class__", SequenceFirstLinear)])
+
+
+class Handle:
+    """Attributes of modules that have other values until `remove`."""
+
+    def __init__(self, changes: Iterable[tuple[nn.Module, str, Any]]) -> None:
+        self._before: list[tuple[nn.Module, str, Any]] = []
+        for module, name, value in changes:
+            self._before.append((module, name, getattr(module, name)))
+            setattr(module, name, value)
+
+    def remove(self) -> None:
+        """Give the modules back what they had."""
+        for module, name, value in self._before:
+            setattr(module, name, value)
+        self._before.clear()
+
+    def keep(self) -> None:
+        """Let the modules be what they are now for good."""
+        self._before.clear()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.remove()
+
+
+def _sequence_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, L, E] -> [L, N, E]; what was one tensor stays one."""
+    turned = {id(x): x.transpose(0, 1) for x in (query, key, value)}
+    return turned[id(query)], turned[id(key)], turned[id(value)]
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to add: a boolean one, where True stands for what is not read, becomes 0 and minus infinity."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf) if mask.dtype == torch.bool else mask

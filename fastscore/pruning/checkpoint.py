@@ -1,0 +1,70 @@
+"""Pruned models in files: the weights, and the recipe that makes room for them in a freshly built dense model."""
+
+import copy
+from collections.abc import Callable
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+
+from fastscore import files
+from fastscore.pruning import recipes
+from fastscore.pruning.prune import PruneResult
+
+_FORM = "fastscore-pruned-1"
+
+
+def save_pruned(pruned: nn.Module | PruneResult, path: str | PathLike[str]) -> None:
+    """Write what prune() made, fine-tuned since or not, to a safetensors file, whole or not at all.
+
+    The file holds the model's state dict and a JSON header: the recipe (what was removed from which layer, once or
+    several times, in the dense model's numbering), the dense model's structure, and a checksum over everything.
+    Raises ValueError for a model that prune() did not make, FileNotFoundError for a folder that is not there.
+    """
+    model = pruned.model if isinstance(pruned, PruneResult) else pruned
+    recipe, state = recipe_and_state(model)
+    files.write(path, _FORM, {"recipe": recipe}, state)
+
+
+def load_pruned(model: nn.Module | Callable[[], nn.Module], path: str | PathLike[str]) -> nn.Module:
+    """The pruned model in a file.
+
+    model: the dense model, with whatever weights, which is left as it is, or a function that builds it. The result has
+    the modes, flags and device of the one built, and the weights, buffers and dtypes of the one saved.
+
+    Raises FileNotFoundError, or ValueError for a file that is foreign, truncated or altered, or a dense model that is
+    not built as the one that was pruned.
+    """
+    header, state = files.read(path, _FORM, "pruned model", "save it again with fastscore.save_pruned")
+    dense = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+    try:
+        return load_state(recipes.follow(dense, header["recipe"]), state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def recipe_and_state(model: nn.Module) -> tuple[recipes.Recipe, dict[str, Tensor]]:
+    """What a file keeps of a pruned model. Raises ValueError for a model that prune() did not make."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    recipe = recipes.find(model)
+    if recipe is None:
+        raise ValueError(f"{type(model).__name__} has no recipe: save what fastscore.prune returned, a copy of it, or "
+                         "the module within a wrapper; for models not pruned, torch.save(model.state_dict())")
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: {type(value).__name__} in the state dict; only tensors can be saved")
+    return recipe, state
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """`model`, with the values and dtypes of `state` in its tensors. Raises ValueError where the shapes differ."""
+    own = model.state_dict(keep_vars=True)
+    for name in {**own, **state}:
+        if name not in own or name not in state or own[name].shape != state[name].shape:
+            shapes = [list(tensors[name].shape) if name in tensors else "missing" for tensors in (state, own)]
+            raise ValueError(f"{name} is {shapes[0]} in the file and {shapes[1]} in the model, which was changed after "
+                             "pruning; save its state dict, and load that into a model changed alike")
+    for name, tensor in state.items():
+        own[name].data = torch.empty_like(own[name], dtype=tensor.dtype).copy_(tensor)
+    return model

@@ -1,0 +1,204 @@
+"""What a network costs as a function of its widths: multiply-accumulates (MACs) and parameters.
+
+A dense layer's share grows with inputs x outputs, a depthwise or normalisation layer's with its channels; everything
+else is constant. The dense figures come from PyTorch's own counter (torch.utils.flop_counter; one MAC is two FLOPs).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.module_tracker import ModuleTracker
+
+from fastscore import batches
+from fastscore.graph import heads
+from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.modules import multihead_attention
+
+Unit = Literal["channels", "params", "macs"]
+
+
+@dataclass
+class LayerCost:
+    """macs = macs_per_width x width, params = weights_per_width x width + params_per_output x outputs,
+    where width = inputs x outputs for a dense layer and outputs for a channelwise one.
+
+    bias_below: with fewer inputs than this, the layer has a bias that it had not: compensation for those that went."""
+
+    inputs: int
+    outputs: int
+    channelwise: bool
+    macs_per_width: float
+    weights_per_width: float
+    params_per_output: float
+    bias_below: int = 0
+
+    @property
+    def width(self) -> int:
+        """inputs x outputs, or outputs where each output has its own input."""
+        return self.outputs if self.channelwise else self.inputs * self.outputs
+
+    @property
+    def macs(self) -> float:
+        """MACs for one sample."""
+        return self.macs_per_width * self.width
+
+    @property
+    def params(self) -> float:
+        """Parameters."""
+        new_bias = self.inputs < self.bias_below
+        return self.weights_per_width * self.width + (self.params_per_output + new_bias) * self.outputs
+
+    def grow(self, more: int, inputs: bool) -> tuple[float, float]:
+        """Have `more` inputs, or outputs; (MACs, parameters) that this adds."""
+        had_bias = self.inputs < self.bias_below
+        if inputs:
+            self.inputs += more
+            width = 0 if self.channelwise else more * self.outputs
+            biases = ((self.inputs < self.bias_below) - had_bias) * self.outputs
+            return self.macs_per_width * width, self.weights_per_width * width + biases
+        self.outputs += more
+        width = more if self.channelwise else more * self.inputs
+        return self.macs_per_width * width, self.weights_per_width * width + (self.params_per_output + had_bias) * more
+
+
+def total_macs(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.forward) -> int:
+    """MACs of one sample: half the FLOPs that PyTorch counts for the example inputs, over their number."""
+    return count(model, example_inputs, forward)[0]
+
+
+def count(model: nn.Module, example_inputs: batches.Batch,
+          forward: batches.Forward) -> tuple[int, dict[str, float], Any]:
+    """(MACs of the model, layer -> MACs, both for one sample; what the model returned)."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # imports Triton, which few need
+
+    samples = 1
+    tensor = batches.first_tensor(example_inputs)
+    if tensor is not None and tensor.dim():
+        samples = max(len(tensor), 1)
+    # PyTorch counts the attention of every device but the CPU, and no module that is one fused kernel
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs:
+                 sdpa_flop_count(q, k, v)}
+    counter = FlopCounterMode(display=False, custom_mapping=attention)
+    counter.mod_tracker = _Everywhere()  # the hooks below know where
+    layers: dict[str, float] = defaultdict(float)
+
+    def count_from(sign: int, name: str) -> Callable[..., None]:
+        def hook(*args: object) -> None:
+            layers[name] += sign * counter.get_total_flops() / 2 / samples
+
+        return hook
+
+    with torch.no_grad(), ExitStack() as attached:
+        for handle in multihead_attention.stand_in(model):
+            attached.enter_context(handle)
+        for name, module in model.named_modules():  # the counter knows names below the whole model's own call alone
+            attached.enter_context(module.register_forward_pre_hook(count_from(-1, name)))
+            attached.enter_context(module.register_forward_hook(count_from(1, name)))
+        with counter:
+            returned = forward(model, example_inputs)
+    return counter.get_total_flops() // 2 // samples, layers, returned
+
+
+class _Everywhere(ModuleTracker):
+    """In the place of the counter's own tracker of modules: its hooks cost time and end in cycles."""
+
+    def __enter__(self) -> "_Everywhere":
+        self.parents = {"Global"}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+class Costs:
+    """The costs of a model whose groups lose channels one after another.
+
+    model must be in evaluation mode (a copy will do). Widths start whole; `remove` and `restore` keep the totals.
+    compensate: count the biases that consumers without one get once channels are gone (see
+    fastscore.recovery.compensation).
+    returned: what the model returned when its MACs were counted.
+    """
+
+    def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup], example_inputs: batches.Batch,
+                 forward: batches.Forward = batches.forward, compensate: bool = False) -> None:
+        self.groups = {group.name: group for group in groups}
+        macs, per_layer, self.returned = count(model, example_inputs, forward)
+        self.layers: dict[str, LayerCost] = {}
+        # group -> positions of each channel in a layer -> [(layer, is it inputs that go?)]
+        self._losses: dict[str, dict[tuple[int, ...], list[tuple[LayerCost, bool]]]] = {}
+        for group in self.groups.values():
+            losses = self._losses[group.name] = defaultdict(list)
+            for member in group.members:
+                if member.layer not in self.layers:
+                    layer, own = model.get_submodule(member.layer), per_layer.get(member.layer, 0.0)
+                    self.layers[member.layer] = _heads_cost(member, layer, per_layer) if member.role == "heads" \
+                        else _layer_cost(layer, own)
+                cost = self.layers[member.layer]
+                if compensate and member.role == "consumer" and model.get_submodule(member.layer).bias is None:
+                    cost.bias_below = cost.inputs
+                positions = np.bincount(member.channel.numpy(), minlength=group.channels).tolist()
+                losses[tuple(positions)].append((cost, member.role == "consumer"))
+        self.totals: dict[Unit, float] = {
+            "channels": sum(group.channels for group in self.groups.values()),
+            "params": sum(parameter.numel() for parameter in model.parameters()),
+            "macs": macs,
+        }
+        self.dense: Mapping[Unit, float] = dict(self.totals)
+
+    def remove(self, group: str, channels: Iterable[int]) -> None:
+        """Take channels of a group away."""
+        self._change(group, channels, -1)
+
+    def restore(self, group: str, channels: Iterable[int]) -> None:
+        """Give channels of a group back."""
+        self._change(group, channels, 1)
+
+    def _change(self, group: str, channels: Iterable[int], sign: int) -> None:
+        channels = tuple(channels)
+        macs = params = 0.0
+        for positions, losses in self._losses[group].items():
+            more = sign * (positions[channels[0]] if len(channels) == 1 else sum([positions[i] for i in channels]))
+            if more:
+                for cost, reads in losses:
+                    more_macs, more_params = cost.grow(more, reads)
+                    macs += more_macs
+                    params += more_params
+        self.totals["channels"] += sign * len(channels)
+        self.totals["macs"] += macs
+        self.totals["params"] += params
+
+
+def _heads_cost(member: Member, module: nn.Module, macs: Mapping[str, float]) -> LayerCost:
+    """Of an attention module, for each head: what it computes beside its layers, and what it holds itself."""
+    count = len(member.index)
+    below = sum(macs.get(f"{member.layer}.{name}", 0.0) for name, layer in module.named_modules()
+                if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)))
+    own = sum(parameter.numel() for name in heads.tensors(module)
+              if (parameter := module._parameters.get(name)) is not None)
+    return LayerCost(count, count, True, (macs.get(member.layer, 0.0) - below) / count, 0.0, own / count)
+
+
+def _layer_cost(layer: nn.Module, macs: float) -> LayerCost:
+    def numel(parameter: Tensor | None) -> int:
+        return 0 if parameter is None else parameter.numel()
+
+    if isinstance(layer, nn.Linear):
+        inputs, outputs, channelwise = layer.in_features, layer.out_features, False
+    elif isinstance(layer, nn.modules.conv._ConvNd):
+        inputs, outputs = layer.in_channels, layer.out_channels
+        channelwise = layer.groups == layer.out_channels and layer.groups > 1
+    elif isinstance(layer, nn.PReLU) and layer.num_parameters == 1:  # one slope for all, however many they are
+        return LayerCost(1, 1, True, 0.0, 0.0, 0.0)
+    else:  # a normalisation: weight and bias are both one for each channel
+        parameters = sum(parameter.numel() for parameter in layer.parameters())
+        outputs = next((parameter.numel() for parameter in layer.parameters()), 1)
+        return LayerCost(outputs, outputs, True, macs / outputs, 0.0, parameters / outputs)
+    width = outputs if channelwise else inputs * outputs
+    return LayerCost(inputs, outputs, channelwise, macs / width, numel(layer._parameters["weight"]) / width,
+                     numel(layer._parameters["bias"]) / outputs)

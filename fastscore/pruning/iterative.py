@@ -1,0 +1,261 @@
+"""prune_iteratively(): to a budget in steps, each scored anew, with the user's fine-tuning in between."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastscore import files
+from fastscore.batches import Batch, device_of, first_tensor, fork_rng, map_tensors
+from fastscore.batches import forward as call_model
+from fastscore.graph.groups import matching_layers
+from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.pruning import latency, recipes
+from fastscore.pruning.checkpoint import load_state
+from fastscore.pruning.prune import PruneResult, prune
+from fastscore.pruning.recipes import composed
+from fastscore.pruning.report import GroupReport, PruneReport
+from fastscore.scoring.engine import score
+from fastscore.scoring.fingerprints import identity
+from fastscore.scoring.scores import Scores
+
+Schedule = Literal["geometric", "linear"]
+Finetune = Callable[[nn.Module], None]
+# (what remains at the end, how much of the way is gone) -> what remains there
+SCHEDULES: Mapping[str, Callable[[float, float], float]] = {
+    "geometric": lambda share, way: share ** way,  # every step takes the same share of what is left
+    "linear": lambda share, way: 1 - (1 - share) * way,  # every step takes as much
+}
+_FORM = "fastscore-iterative-1"
+_OURS = {"model", "scores", "example_inputs", "batches", "channels", "params", "macs", "latency", "inplace",
+         "checkpoint"}
+_SCORING = set(inspect.signature(score).parameters) - _OURS
+_PRUNING = set(inspect.signature(prune).parameters) - _OURS
+_TRIES = 4  # at a latency that is measured anew
+
+
+@dataclass(frozen=True)
+class IterativeResult(PruneResult):
+    """A PruneResult from the model given to the last one, and the report of each step, from the model before it."""
+
+    steps: tuple[PruneReport, ...]
+
+
+def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs: Batch = None, *, steps: int,
+                      channels: float | None = None, params: float | None = None, macs: float | None = None,
+                      latency: float | None = None, finetune: Finetune | None = None,
+                      schedule: Schedule = "geometric", checkpoint: str | PathLike[str] | None = None,
+                      **options: Any) -> IterativeResult:
+    """Score, prune a little and fine-tune, `steps` times, until the budgets of the last step hold; `model` stays.
+
+    batches: what fastscore.score takes, read anew in every step: a list or a DataLoader, no generator.
+    example_inputs: for prune (default: the first sample of the first batch).
+    channels, params, macs, latency: one or more budgets, each what REMAINS of `model` at the end; every step is given
+    budgets on the way there. schedule: "geometric" (each step takes the same share of what is left) or "linear" (each
+    takes as much). A latency is measured against `model` again after the last step, and must hold there.
+    finetune(model): trains the smaller model in place, after every step; it is in the mode that `model` is in.
+    checkpoint: a file written after every step. Where it is there already, the steps in it are not done again: killed
+    and called again with the same arguments, the result is the one of an uninterrupted run, as far as `finetune` is a
+    function of the model, the data and torch's random numbers; in step i these start from seed + i, and the caller's
+    come back as they were.
+    options: those of fastscore.score (importance, samples, seed, ...) and fastscore.prune (scope, round_to, compensate,
+    ...); floor counts in channels of `model`; ignore and forward go to both.
+
+    Raises TypeError for an option that neither has, batches that can be read only once; ValueError for a checkpoint of
+    another model or other arguments, a budget that a step cannot reach, and whatever score and prune raise.
+    """
+    shares = {name: share for name, share in (("channels", channels), ("params", params), ("macs", macs),
+                                              ("latency", latency)) if share is not None}
+    _check(batches, steps, schedule, shares, options)
+    device, seed = device_of(model), options.get("seed", 0)
+    with fork_rng(device):
+        torch.manual_seed(seed)
+        example = example_inputs if example_inputs is not None else \
+            _first_sample(batches, options.get("forward", call_model))
+    example = map_tensors(lambda tensor: tensor.to(device), example)
+    options["ignore"] = sorted(matching_layers(model, options.get("ignore", ())))  # names, which hold for every step
+    same = identity(model, {}, steps=steps, schedule=schedule, shares=shares, **options)
+    run = _Run(model, example, options)
+    if checkpoint is not None and Path(checkpoint).exists():
+        run.load(checkpoint, same)
+    for step in range(len(run.reports) + 1, steps + 1):
+        with fork_rng(device):
+            torch.manual_seed(seed + step)
+            targets = {name: SCHEDULES[schedule](share, step / steps) for name, share in shares.items()}
+            try:
+                run.step(batches, targets, last=step == steps)
+            except ValueError as error:
+                wanted = ", ".join(f"{name} {share:.4g} of the original" for name, share in targets.items())
+                raise ValueError(f"step {step} of {steps} ({wanted}): {error}") from error
+            if finetune is not None:
+                finetune(run.current)
+        if checkpoint is not None:
+            run.save(checkpoint, same)
+    return run.result()
+
+
+class _Run:
+    """A model on its way from `dense` down."""
+
+    def __init__(self, dense: nn.Module, example: Batch, options: Mapping[str, Any]) -> None:
+        self.dense, self.current, self._example = dense, dense, example
+        self._scoring = {name: value for name, value in options.items() if name in _SCORING}
+        self._pruning = {name: value for name, value in options.items() if name in _PRUNING}
+        self.reports: list[PruneReport] = []
+        self.removed: dict[str, Tensor] = {}
+        self.places: dict[Any, Tensor] = {}
+        self.biased: tuple[str, ...] = ()
+
+    def step(self, batches: Iterable[Batch], targets: Mapping[str, float], last: bool) -> None:
+        """One step down to `targets`, shares of the dense model; none where they hold already."""
+        if self.reports and self._hold(targets):
+            self.reports.append(_unchanged(self.reports[-1]))
+            return
+        scores = score(self.current, batches, **self._scoring)
+        budgets: dict[str, Any] = {
+            name: self._of_current(name, share, scores) for name, share in targets.items()
+            if name != "latency"}
+        pruning = {**self._pruning, "floor": self._floors(scores)}
+        if "latency" in targets:
+            result = self._to_latency(scores, budgets, targets["latency"], last, pruning)
+        else:
+            result = prune(self.current, scores, self._example, **budgets, **pruning)
+        self.current = result.model
+        self.reports.append(result.report)
+        self.removed = composed(self.removed, result.removed)
+        self.places = composed(self.places, result.places)
+        self.biased += result.biased
+
+    def _hold(self, targets: Mapping[str, float]) -> bool:
+        first, last = self.reports[0], self.reports[-1]
+        left = {"macs": last.macs[1] / first.macs[0], "params": last.params[1] / first.params[0],
+                "channels": 1 - sum(map(len, self.removed.values())) / first.channels[0]}
+        return all((self._time_of(self.current) if name == "latency" else left[name]) <= share
+                   for name, share in targets.items())
+
+    def _of_current(self, unit: str, share: float, scores: Scores) -> float:
+        """A share of the dense model's `unit` as one of the current model's (of the channels that can still go)."""
+        if not self.reports:
+            return share
+        before: int = getattr(self.reports[0], unit)[0]
+        after: int = getattr(self.reports[-1], unit)[1]
+        if unit == "channels":
+            left = before - sum(map(len, self.removed.values()))
+            after = sum(map(len, scores.values()))
+            return max(min(1.0, (share * before - (left - after)) / after), 1e-9)
+        return min(1.0, share * before / after)
+
+    def _floors(self, scores: Scores) -> float | Mapping[str, float]:
+        """The floors of the dense model as shares of the current model's channels."""
+        floor: float | Mapping[str, float] = self._pruning.get("floor", 0.0)
+        if not self.reports:
+            return floor
+        floors = {}
+        for layer, values in scores.items():
+            share = floor.get(layer, 0.0) if isinstance(floor, Mapping) else floor
+            floors[layer] = min(1.0, share * (len(values) + len(self.removed.get(layer, ()))) / len(values))
+        return floors
+
+    def _to_latency(self, scores: Scores, budgets: Mapping[str, Any], target: float, last: bool,
+                    pruning: Mapping[str, Any]) -> PruneResult:
+        share = target / self._time_of(self.current)
+        for _ in range(_TRIES):
+            result = prune(self.current, scores, self._example, latency=min(1.0, share), **budgets, **pruning)
+            reached = self._time_of(result.model) if last else 0.0
+            if reached <= target:
+                return result
+            share *= 0.99 * target / reached
+        raise ValueError(f"latency: {target:g} of the dense model's time was asked for, and {reached:.4g} is what the "
+                         f"last of {_TRIES} tries measured; ask for more, or measure on a machine with less to do")
+
+    def _time_of(self, model: nn.Module) -> float:
+        """What remains of the dense model's time."""
+        if model is self.dense:
+            return 1.0
+        dense, model = evaluation_copy(self.dense), evaluation_copy(model)
+        return latency.side_by_side(dense, model, self._example, self._pruning.get("forward", call_model), 2).share
+
+    def save(self, path: str | PathLike[str], same: Mapping[str, Any]) -> None:
+        recipe = recipes.made(self.dense, self.places, self.biased)
+        header = {"same": same, "recipe": recipe, "reports": [asdict(report) for report in self.reports],
+                  "training": [name for name, module in self.current.named_modules() if module.training],
+                  "removed": {layer: index.tolist() for layer, index in self.removed.items()}}
+        files.write(path, _FORM, header, self.current.state_dict())
+
+    def load(self, path: str | PathLike[str], same: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint. Raises ValueError for one that is damaged, or of another run."""
+        header, state = files.read(path, _FORM, "checkpoint of prune_iteratively", "delete it to start again")
+        differing = [name for name in same if header["same"].get(name) != same[name]]
+        if differing:
+            raise ValueError(f"checkpoint: {path} is of another run, with another {', another '.join(differing)}; give "
+                             "the same model and arguments, or delete it to start again")
+        self.reports = [PruneReport.of(report) for report in header["reports"]]
+        self.removed = {layer: torch.tensor(index) for layer, index in header["removed"].items()}
+        self.places = dict(recipes.places_of(header["recipe"]))
+        self.biased = tuple(header["recipe"]["biases"])
+        model = recipes.follow(copy.deepcopy(self.dense), header["recipe"])
+        recipes.attach(model, recipes.extended(self.dense, self.places, self.biased))
+        self.current = load_state(model, state)
+        for name, module in self.current.named_modules():
+            module.training = name in header["training"]
+
+    def result(self) -> IterativeResult:
+        first, last = self.reports[0], self.reports[-1]
+        rows = {row.layer: row for row in first.groups}
+        for report in self.reports[1:]:
+            for row in report.groups:
+                rows[row.layer] = GroupReport(row.layer, (rows[row.layer].channels[0], row.channels[1]),
+                                              (rows[row.layer].macs[0], row.macs[1]),
+                                              (rows[row.layer].params[0], row.params[1]))
+        channels = first.channels[0] - sum(map(len, self.removed.values()))
+        report = replace(last, groups=tuple(rows.values()), channels=(first.channels[0], channels),
+                         macs=(first.macs[0], last.macs[1]), params=(first.params[0], last.params[1]),
+                         skipped=first.skipped)
+        return IterativeResult(self.current, report, self.removed, self.places, self.biased, tuple(self.reports))
+
+
+def _unchanged(report: PruneReport) -> PruneReport:
+    """The report of a step after that of `report`, in which nothing went."""
+    def still(pair: tuple[int, int]) -> tuple[int, int]:
+        return pair[1], pair[1]
+
+    groups = tuple(GroupReport(row.layer, still(row.channels), still(row.macs), still(row.params))
+                   for row in report.groups)
+    return PruneReport(groups, still(report.channels), still(report.macs), still(report.params), report.skipped)
+
+
+def _check(batches: Iterable[Batch], steps: int, schedule: str, shares: Mapping[str, float],
+           options: Mapping[str, Any]) -> None:
+    for name in options:
+        if name not in _SCORING | _PRUNING:
+            raise TypeError(f"prune_iteratively: {name!r} is an option of neither fastscore.score nor fastscore.prune")
+    if isinstance(batches, Iterator):
+        raise TypeError("batches: an iterator, which can be read only once, and every step scores anew; pass a list or "
+                        "a DataLoader")
+    if steps < 1:
+        raise ValueError(f"steps: {steps}; it must be 1 or more")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule: {schedule!r} is none of {', '.join(SCHEDULES)}")
+    if not shares:
+        raise ValueError("prune_iteratively: name a budget: channels=, params=, macs= or latency=, what remains of the "
+                         "original")
+    for name, share in shares.items():
+        if not 0 < share <= 1:
+            raise ValueError(f"{name}: {share} is outside (0, 1]; it is the share that remains")
+
+
+def _first_sample(batches: Iterable[Batch], forward: object) -> Batch:
+    """The first sample of the first batch; the whole batch where only the user's `forward` knows what a sample is."""
+    batch = next(iter(batches), None)
+    tensor = first_tensor(batch)
+    if tensor is None:
+        raise ValueError("batches: there is none to score on")
+    if forward is not call_model or not tensor.dim():
+        return batch
+    return map_tensors(lambda each: each[:1] if each.dim() and len(each) == len(tensor) else each, batch)

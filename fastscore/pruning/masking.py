@@ -1,0 +1,108 @@
+"""mask(): the channels that prune() would remove, read as zero (or as their means), without surgery."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fastscore.batches import Batch, Forward, device_of, fork_rng
+from fastscore.batches import forward as call_model
+from fastscore.graph.groups import Ignore
+from fastscore.modules import multihead_attention
+from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.hooks import OwnHook
+from fastscore.pruning.costs import Costs
+from fastscore.pruning.prune import scored_graph
+from fastscore.pruning.selection import Scope, layer_kinds, removal_order, select
+from fastscore.recovery.compensation import channel_dim, compensates, contributions, removed_means, removed_positions
+from fastscore.scoring.scores import Scores
+
+
+@contextmanager
+def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batch, *, scope: Scope = "global",
+         compensate: bool | None = None, ignore: Ignore = (),
+         forward: Forward = call_model) -> Iterator[Mapping[str, Tensor]]:
+    """Within the block, the `fraction` of channels with the lowest scores reads as zero in every consumer.
+
+    The model computes what it would compute without those channels (but for a GroupNorm, whose statistics are those of
+    all channels until surgery); no parameter changes, and the hooks go on leaving. With scores of units="norms" the
+    outputs of BatchNorms are set instead, in a copy.
+    compensate: add to each consumer's output what the channels gave it on average, as prune(compensate=True) does to
+    its bias; with units="norms", set channels to their means. None: where the scores hold means; see fastscore.prune.
+
+    Yields layer -> removed channels, int64, ascending. Raises ValueError for a fraction outside [0, 1) or out of reach,
+    for scores of another model, and for compensate without means.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction: {fraction}; it is the share of channels to mask, 0 <= fraction < 1")
+    compensate = compensates(compensate, scores)
+    graph = scored_graph(model, scores, example_inputs, forward, ignore)
+    twin = evaluation_copy(model)
+    with fork_rng(device_of(twin)):
+        costs = Costs(twin, graph.groups, example_inputs, forward)
+        kinds = layer_kinds(model, graph.groups) if scope == "isomorphic" else None
+        removed = select(removal_order(graph.groups, scores, scope, kinds=kinds), costs, {"channels": 1 - fraction})
+        positions = removed_positions(graph.groups, removed)
+        means = removed_means(model, scores, positions) if compensate else {}
+        handles: Iterator[RemovableHandle | multihead_attention.Handle]
+        if scores.origin.units == "norms":
+            handles = at_gates(model, positions, means)
+        else:
+            added = contributions(twin, means, example_inputs, forward) if means else {}
+            handles = at_consumers(model, positions, added)
+    with ExitStack() as attached:
+        for handle in handles:
+            attached.enter_context(handle)
+        yield removed
+
+
+def at_consumers(model: nn.Module, positions: Mapping[str, Tensor],
+                 added: Mapping[str, Tensor]) -> Iterator[RemovableHandle | multihead_attention.Handle]:
+    """Hooks by which layers read zero at `positions` of their inputs, and add float64 [C_out] to their outputs."""
+    yield from multihead_attention.stand_in(model, positions)
+    for name, index in positions.items():
+        yield model.get_submodule(name).register_forward_pre_hook(_zero(name, index))
+    for name, value in added.items():  # before the hooks that the layer has: it is part of the layer, as its bias is
+        yield model.get_submodule(name).register_forward_hook(_add(value), prepend=True)
+
+
+def at_gates(model: nn.Module, positions: Mapping[str, Tensor],
+             means: Mapping[str, Tensor]) -> Iterator[RemovableHandle]:
+    """Hooks that set the outputs of BatchNorms at `positions` to their means (float64 [C]), or to zero without any."""
+    for name, index in positions.items():
+        value = means[name][index] if means else torch.zeros(len(index))
+        yield model.get_submodule(name).register_forward_hook(_set(index, value))
+
+
+def _zero(name: str, index: Tensor) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not args:
+            raise TypeError(f"{name}: its input arrives as a keyword argument; call it by position, or ignore it")
+        return args[0].index_fill(channel_dim(module), index.to(args[0].device), 0), *args[1:]
+
+    return OwnHook(hook)
+
+
+def _add(value: Tensor) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + _along_channels(value, module, output)
+
+    return OwnHook(hook)
+
+
+def _set(index: Tensor, value: Tensor) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        rows = _along_channels(value, module, output).expand_as(output.narrow(channel_dim(module), 0, len(index)))
+        return output.index_copy(channel_dim(module), index.to(output.device), rows)
+
+    return OwnHook(hook)
+
+
+def _along_channels(value: Tensor, layer: nn.Module, output: Tensor) -> Tensor:
+    """[C] in a shape that broadcasts over the layer's output, with its device and dtype."""
+    shape = [1] * output.dim()
+    shape[channel_dim(layer)] = -1
+    return value.to(output.device, output.dtype).reshape(shape)

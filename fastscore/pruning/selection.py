@@ -1,0 +1,190 @@
+"""Which channels go: scores and a budget in, channels to keep out. No model is touched here."""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.graph.groups import ChannelGraph, ChannelGroup
+from fastscore.pruning.costs import Costs, Unit
+from fastscore.scoring.scores import Scores
+
+Scope = Literal["global", "layer", "isomorphic"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Channels of one group that go at once, and the value by which steps are ordered."""
+
+    group: str
+    channels: tuple[int, ...]
+    value: float
+
+
+def check_scores(graph: ChannelGraph, scores: Scores) -> None:
+    """Raise ValueError, naming the layer, where `scores` are not those of the model that `graph` was traced from."""
+    widths = {group.name: group.channels for group in graph.groups}
+    for layer in scores:
+        if layer not in widths:
+            raise ValueError(f"scores: they belong to another model, which has a prunable layer {layer}; this one has "
+                             "none of that name: score this model")
+        if len(scores[layer]) != widths[layer]:
+            raise ValueError(f"scores: {layer} has {widths[layer]} channels and the scores know {len(scores[layer])}; "
+                             "the model was changed since (pruned?): score it again")
+    if scores.origin.fingerprint != graph.fingerprint:
+        raise ValueError("scores: they belong to a model whose layers are connected differently; score this model")
+
+
+def removal_order(groups: tuple[ChannelGroup, ...], scores: Scores, scope: Scope = "global", round_to: int = 1,
+                  floor: float | Mapping[str, float] = 0.0, kinds: Mapping[str, str] | None = None,
+                  prices: Mapping[str, Tensor] | None = None) -> list[Step]:
+    """The steps in which channels go, least important first; ties in order of group and channel.
+
+    scope: "global" compares importances across groups; "layer" their rank within each group, so that all groups shrink
+    alike; "isomorphic" their rank among the groups whose channels the same kinds of layers make, pass and read, so that
+    all such classes shrink alike (Fang et al., arXiv 2407.04616). round_to: widths that remain are multiples of it
+    (where a group is wide enough). floor: the share of each group's channels that stays whatever the budget, or group
+    -> share; at least one channel stays always. kinds: layer -> its kind, for "isomorphic"; see layer_kinds. prices:
+    group -> float64 [C], what each channel costs: importances count per price (1 for every channel without it).
+    Raises ValueError for a scope or a group that there is not.
+    """
+    if scope not in get_args(Scope):
+        raise ValueError(f"scope: {scope!r} is none of {', '.join(get_args(Scope))}")
+    classes: dict[object, list[ChannelGroup]] = defaultdict(list)
+    for group in groups:
+        if group.name in scores:
+            classes[_class_of(group, scope, kinds or {})].append(group)
+    floors = floor if isinstance(floor, Mapping) else {group.name: floor for group in groups}
+    for name in set(floors) - {group.name for group in groups}:
+        raise ValueError(f"floor: {name!r} makes no channels that can go; list(scores) names the layers that do")
+    order: list[Step] = []
+    for members in classes.values():
+        steps = [step for group in members
+                 for step in _group_steps(group, scores[group.name].double(),
+                                          torch.ones(group.channels) if prices is None else prices[group.name],
+                                          round_to, floors.get(group.name, 0.0))]
+        steps.sort(key=lambda step: step.value)  # stable: ties keep the order of groups and channels
+        order += steps if scope == "global" else _by_rank(steps, sum(group.channels for group in members))
+    return sorted(order, key=lambda step: step.value)
+
+
+def layer_kinds(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, str]:
+    """Layer of a group -> its type; of a convolution its kernel too, and whether it is depthwise."""
+    kinds = {}
+    for name in {member.layer for group in groups for member in group.members}:
+        layer = model.get_submodule(name)
+        kinds[name] = type(layer).__name__
+        if isinstance(layer, nn.modules.conv._ConvNd):
+            kinds[name] += f" {layer.kernel_size}{' depthwise' if 1 < layer.groups == layer.out_channels else ''}"
+    return kinds
+
+
+def channel_prices(costs: Costs, unit: Unit) -> dict[str, Tensor]:
+    """Group -> float64 [C]: how much of `unit` the dense model saves when a channel of it goes alone."""
+    whole, biases = dict(costs.totals), {name: layer.bias_below for name, layer in costs.layers.items()}
+    for layer in costs.layers.values():
+        layer.bias_below = 0  # the bias that a consumer gets with the first channel is not that channel's
+    prices: dict[str, Tensor] = {}
+    for name, group in costs.groups.items():
+        row = []
+        for channel in range(group.channels):
+            costs.remove(name, [channel])
+            row.append(whole[unit] - costs.totals[unit])
+            costs.restore(name, [channel])
+            costs.totals.update(whole)
+        prices[name] = torch.tensor(row, dtype=torch.float64)
+    for name, below in biases.items():
+        costs.layers[name].bias_below = below
+    return prices
+
+
+def _class_of(group: ChannelGroup, scope: Scope, kinds: Mapping[str, str]) -> object:
+    """Groups of one class are compared with each other."""
+    if scope == "isomorphic":
+        return frozenset((member.role, kinds[member.layer]) for member in group.members)
+    return group.name if scope == "layer" else None
+
+
+def _by_rank(steps: list[Step], channels: int) -> list[Step]:
+    """Steps, in their order, with the share of all `channels` that went before each as its value."""
+    before = itertools.accumulate((len(step.channels) for step in steps), initial=0)
+    return [replace(step, value=count / channels) for step, count in zip(steps, before, strict=False)]
+
+
+def _group_steps(group: ChannelGroup, values: Tensor, prices: Tensor, round_to: int, floor: float) -> list[Step]:
+    units: dict[int, tuple[int, ...]] = {}
+    for channel, unit in enumerate(group.unit.tolist()):
+        units[unit] = (*units.get(unit, ()), channel)
+
+    value_of, price_of = values.tolist(), prices.tolist()  # a tensor for each would take most time
+
+    def worth(channels: tuple[int, ...]) -> float:
+        if len(channels) == 1:
+            price, value = price_of[channels[0]], value_of[channels[0]]
+        else:
+            price, value = (math.fsum([of[channel] for channel in channels]) for of in (price_of, value_of))
+        return value / price if price > 0 else math.inf
+
+    least = max(1, math.ceil(floor * group.channels - 1e-9))
+    steps: list[Step] = []
+    pending: tuple[int, ...] = ()
+    kept, below = group.channels, -math.inf
+    worths = ((worth(channels), channels) for channels in units.values())
+    for alone, channels in sorted(worths, key=lambda pair: pair[0]):
+        pending += channels
+        kept -= len(channels)
+        if kept < least:
+            break
+        if kept % round_to == 0:
+            # a step cannot go before the one below it in its own group
+            below = max(alone if len(pending) == len(channels) else worth(pending), below)
+            steps.append(Step(group.name, pending, below))
+            pending = ()
+    return steps
+
+
+def take(steps: list[Step], costs: Costs, budgets: Mapping[Unit, float]) -> int:
+    """How many of `steps`, in order, must go for every budget to hold; they are gone from `costs` afterwards.
+
+    budgets: what may remain, as a share of the dense cost. Raises ValueError, naming what can be reached, when all of
+    them are not enough.
+    """
+    count = 0
+    while over := _over(costs, budgets):
+        if count == len(steps):
+            unit = over[0]
+            raise ValueError(f"{unit}: {budgets[unit]:g} cannot be reached: with every removable channel gone, "
+                             f"{costs.totals[unit] / costs.dense[unit]:.4g} of the {unit} remain; ask for more, lower "
+                             "the floor, or ignore fewer layers")
+        costs.remove(steps[count].group, steps[count].channels)
+        count += 1
+    return count
+
+
+def select(steps: list[Step], costs: Costs, budgets: Mapping[Unit, float]) -> dict[str, Tensor]:
+    """Channels to remove so that every budget holds: group -> int64 [R], ascending.
+
+    Steps go in order until it holds (see take); then the most important of the removed come back as long as it still
+    does, so what remains is below the budget by less than any one of them.
+    """
+    taken = steps[:take(steps, costs, budgets)]
+    stuck: set[str] = set()  # groups whose last step does not fit: those before it are not to come back out of order
+    removed: dict[str, list[int]] = defaultdict(list)
+    for step in reversed(taken):
+        if step.group not in stuck:
+            costs.restore(step.group, step.channels)
+            if not _over(costs, budgets):
+                continue
+            costs.remove(step.group, step.channels)
+            stuck.add(step.group)
+        removed[step.group] += step.channels
+    return {group: torch.tensor(sorted(channels)) for group, channels in removed.items()}
+
+
+def _over(costs: Costs, budgets: Mapping[Unit, float]) -> list[Unit]:
+    return [unit for unit, share in budgets.items() if costs.totals[unit] > share * costs.dense[unit] * (1 + 1e-12)]

@@ -1,0 +1,1 @@
+"""What the smaller network is given back, without labels."""

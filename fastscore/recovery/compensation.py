@@ -1,0 +1,114 @@
+"""Compensation: what removed channels gave to their consumers on average goes into the consumers' biases.
+
+A consumer that read x at position i now reads nothing there. With mu_i the mean of x at that position, its bias grows
+by what the layer makes of a constant input, mu_i where channels are gone and 0 elsewhere: W[:, i] mu_i for a Linear
+layer. A convolution that pads with zeros makes less of it at the borders than inside, and a transposed one with stride
+repeats a pattern; a bias is one number, and the average over output positions is the one with the least squared error.
+The layer itself is run to find it, so that stride, padding mode, dilation and groups need no formula.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.batches import Batch, Forward
+from fastscore.graph.groups import ChannelGroup
+from fastscore.scoring.scores import Scores
+
+
+def channel_dim(layer: nn.Module) -> int:
+    """The dimension of a layer's input and output that holds the channels."""
+    return -1 if isinstance(layer, nn.Linear) else 1
+
+
+def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Layer where channels end -> the positions of its input (its output, for a gate) that are gone, int64.
+
+    removed: group -> int64 [R].
+    """
+    positions: dict[str, list[Tensor]] = defaultdict(list)
+    for group in channel_groups:
+        if group.name in removed:
+            gone = torch.isin(torch.arange(group.channels), removed[group.name])
+            for edge in group.edges:
+                positions[edge.layer].append(edge.index[gone[edge.channel]])
+    return {layer: index for layer, parts in positions.items() if len(index := torch.cat(parts))}
+
+
+def compensates(compensate: bool | None, scores: Scores) -> bool:
+    """Whether to compensate; None: where the scores hold means. Raises ValueError for True without them."""
+    if compensate and not scores.means:
+        raise ValueError(f"compensate: scores by {scores.origin.importance!r} (reduction={scores.origin.reduction!r}) "
+                         "hold no mean activations: score with a taylor importance and reduction=\"sum\", or lend them "
+                         "those of such scores: dataclasses.replace(scores, means=other.means)")
+    return bool(scores.means) if compensate is None else compensate
+
+
+def removed_means(model: nn.Module, scores: Scores, positions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Layer -> float64 [C]: the mean at each of the layer's `positions`, 0 elsewhere.
+
+    Raises ValueError where the scores have no mean of a layer, or one of another width; FloatingPointError for NaN or
+    infinity.
+    """
+    found = {}
+    for name, index in positions.items():
+        layer = model.get_submodule(name)
+        width = next(getattr(layer, width) for width in ("in_features", "in_channels", "num_features")
+                     if hasattr(layer, width))
+        mean = scores.means.get(name)
+        if mean is None or mean.shape != (width,):
+            known = "no mean activations" if mean is None else f"means of shape {tuple(mean.shape)}"
+            raise ValueError(f"{name}: the scores hold {known} for its {width} channels: score this model with a "
+                             "taylor importance, or leave the layers out that make them, with ignore=")
+        if not torch.isfinite(mean).all():
+            raise FloatingPointError(f"{name}: NaN or infinity in its mean activations (scores.means)")
+        mean = mean.double().cpu()
+        found[name] = torch.zeros_like(mean).index_copy(0, index, mean[index])
+    return found
+
+
+def contributions(model: nn.Module, means: Mapping[str, Tensor], example_inputs: Batch,
+                  forward: Forward) -> dict[str, Tensor]:
+    """Layer -> float64 [C_out]: what a constant input adds to its output, averaged over output positions and calls.
+
+    model: an evaluation copy, which runs once on `example_inputs` to show the shape of each layer's input; layers that
+    it does not call are left out. means: layer -> float64 [C_in], the constant input at each channel.
+    """
+    found: dict[str, list[Tensor]] = defaultdict(list)
+
+    def contribution_of(name: str, mean: Tensor) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            dim, x = channel_dim(module), args[0]
+            constant = torch.zeros(2, *x.shape[1:], dtype=torch.float64, device=x.device)  # the second gives the bias
+            constant[0].movedim(dim if dim < 0 else dim - 1, -1).copy_(mean)
+            exact = copy.deepcopy(module).double()
+            y = type(exact).forward(exact, constant, *args[1:], **kwargs)  # past the hooks
+            found[name].append((y[:1] - y[1:]).movedim(dim, 0).flatten(1).mean(1))
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(contribution_of(name, mean), with_kwargs=True)
+               for name, mean in means.items()]
+    with torch.no_grad():
+        forward(model, example_inputs)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.stack(calls).mean(0) for name, calls in found.items()}
+
+
+def add_to_biases(model: nn.Module, added: Mapping[str, Tensor]) -> None:
+    """Add float64 [C_out] to the bias of each layer, in place; a layer without one gets one, trained if its weight is.
+
+    model: before surgery, which then takes from the biases what belongs to outputs that go. The biases are new
+    parameters, rounded once to the dtype of the old ones (of the weight).
+    """
+    for name, value in added.items():
+        layer = model.get_submodule(name)
+        old: Tensor | None = layer.bias  # type: ignore[assignment]
+        like: Tensor = layer.weight if old is None else old  # type: ignore[assignment]
+        value = value if old is None else old.detach().double() + value.to(old.device)
+        layer.bias = nn.Parameter(value.to(like.device, like.dtype), like.requires_grad)

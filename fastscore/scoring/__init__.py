@@ -1,0 +1,1 @@
+"""From batches to a score for every channel."""

@@ -1,0 +1,124 @@
+"""From what taps measure at layers to what the groups sum over: the columns of layers, added up by unit."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.scoring.criteria import MEAN
+
+_MAX_PRODUCTS = 2**26  # float64 numbers for one group: half a gibibyte
+
+ByLayer: TypeAlias = Mapping[str, Sequence[Tensor]]  # layer -> sums [P, N, C_in], one for each call of it
+
+
+class _Rows(NamedTuple):
+    """take: int64 [M], columns of the layers side by side, in order of unit. lengths: int64 [U], how many each has."""
+
+    take: Tensor
+    lengths: Tensor
+
+
+class JointSums:
+    """s of every group at once: a pass over a model of many layers costs a few operations, not a few for each."""
+
+    def __init__(self, groups: Sequence[ChannelGroup]) -> None:
+        self.channels = [group.channels for group in groups]
+        widths = [int(group.unit.max()) + 1 for group in groups]
+        starts = torch.tensor([0, *widths]).cumsum(0)
+        self.units = int(starts[-1])
+        self.unit = torch.cat([group.unit + start for group, start in zip(groups, starts, strict=False)])
+        self._edges: dict[str, list[tuple[Tensor, Tensor]]] = {}  # layer -> (positions, units) of each group in it
+        for group, start in zip(groups, starts, strict=False):
+            for edge in group.edges:
+                self._edges.setdefault(edge.layer, []).append((edge.index, group.unit[edge.channel] + start))
+        self._rows: dict[tuple[object, ...], _Rows] = {}
+
+    def __call__(self, by_layer: ByLayer, part: int, scale: Tensor | None) -> Tensor:
+        """float64 [1, N, ΣU] of `part`, the units of all groups one after another; 0 for those that no tap reached.
+
+        scale: float64 [N], what each sample's are multiplied by.
+        """
+        by_layer = {layer: sums for layer, sums in by_layer.items() if layer in self._edges}
+        columns = [sums[0][part] if len(sums) == 1 else torch.stack([each[part] for each in sums]).double().sum(0)
+                   for sums in by_layer.values()]
+        side_by_side = torch.cat([column.to(columns[0].device) for column in columns], 1)
+        take, lengths = self._rows_of(tuple(by_layer), [column.shape[1] for column in columns], side_by_side.device)
+        rows = side_by_side.t()[take].double()
+        s = torch.segment_reduce(rows, "sum", lengths=lengths, axis=0, unsafe=True)
+        return (s if scale is None else s * scale).t()[None]
+
+    def of_channels(self, values: Tensor) -> Sequence[Tensor]:
+        """[..., ΣU] -> [..., C] for each group: every channel of a unit gets the unit's."""
+        if self.units < len(self.unit):
+            values = values[..., self.unit.to(values.device)]
+        of_groups: Sequence[Tensor] = values.split(self.channels, -1)
+        return of_groups
+
+    def _rows_of(self, layers: tuple[str, ...], widths: list[int], device: torch.device) -> _Rows:
+        key = (device, *layers)
+        if key not in self._rows:
+            starts = torch.tensor([0, *widths]).cumsum(0)
+            edges = [(index + start, unit) for layer, start in zip(layers, starts, strict=False)
+                     for index, unit in self._edges[layer]]
+            take, unit = (torch.cat(parts) for parts in zip(*edges, strict=True))
+            order = unit.argsort(stable=True)
+            self._rows[key] = _Rows(take[order].to(device), torch.bincount(unit, minlength=self.units).to(device))
+        return self._rows[key]
+
+
+class EdgeSums:
+    """s of one group, and Σ g and the mean activation of each of its edges by itself."""
+
+    def __init__(self, group: ChannelGroup) -> None:
+        self.group = group
+        self.units = int(group.unit.max()) + 1
+        self._edges = [(edge.layer, _where(group, edge)) for edge in group.edges]
+
+    def __call__(self, by_layer: ByLayer, scale: Tensor | None) -> Tensor | None:
+        """s, then Σ g, then the mean activation of every edge: float64 [1 + 2E, N, U]; scale: float64 [P, N].
+
+        None where no tap of the group was reached. Raises ValueError for edges whose products would not fit.
+        """
+        reached = [(sums.double() if scale is None else sums * scale[:, :, None], where)
+                   for layer, where in self._edges for sums in by_layer.get(layer, ())]
+        if not reached:
+            return None
+        if (1 + sum(where.places for _, where in reached)) ** 2 * self.units > _MAX_PRODUCTS:
+            raise ValueError(f'{self.group.name}: ablation="mean" needs the products of its '
+                             f'{sum(where.places for _, where in reached)} places in consumers with each other, which '
+                             'are too many; use ablation="zero", or leave it out with ignore=')
+        s, means, gradients = (torch.cat([self._spread(sums[part], where) for sums, where in reached])
+                               for part in (0, MEAN, 2))
+        return torch.cat([s.sum(0, keepdim=True), gradients, means])
+
+    def _spread(self, values: Tensor, where: "_Where") -> Tensor:
+        """[N, C_in] -> [E, N, U]: what several positions of the input hold for the same unit, one after another."""
+        index, unit, place = (part.to(values.device) for part in where[:3])
+        spread = values.new_zeros(where.places, self.units, len(values))
+        spread[place, unit] = values.t()[index]
+        return spread.transpose(1, 2)
+
+    def of_channels(self, values: Tensor) -> Tensor:
+        """[..., U] -> [..., C]: every channel of a unit gets the unit's."""
+        return values[..., self.group.unit.to(values.device)]
+
+
+class _Where(NamedTuple):
+    """For each position that counts: where it is, its unit, and how many positions of that unit come before it; and the
+    most that a unit has."""
+
+    position: Tensor
+    unit: Tensor
+    place: Tensor
+    places: int
+
+
+def _where(group: ChannelGroup, edge: Member) -> _Where:
+    unit = group.unit[edge.channel]
+    order = unit.argsort(stable=True)
+    place = torch.empty_like(unit)
+    place[order] = torch.arange(len(unit)) - torch.searchsorted(unit[order], unit[order])
+    return _Where(edge.index, unit, place, int(place.max()) + 1)

@@ -1,0 +1,51 @@
+"""Label-free gradients for any criterion that reads `.grad`."""
+
+from torch import Tensor
+
+from fastscore.batches import Batch
+from fastscore.scoring import gradients
+
+
+def random_backward(output: Tensor, inputs: Batch = None, *, seed: int = 0, probe: int = 0,
+                    distribution: str = "normal", normalize: bool = True, center: bool = False,
+                    retain_graph: bool = False) -> None:
+    """In place of loss.backward(): send a random gradient back from `output`, adding to `.grad` as backward() does.
+
+    No label is needed, and what reads `.grad` afterwards, Torch-Pruning's Taylor importance for one, needs no change:
+
+        for images in batches:
+            fastscore.random_backward(model(images), images)
+
+    Gradients of parameters are sums over samples, here of one random draw each. Every sum of w·∂w is then a draw as
+    well, of mean zero, whose square has the sum of the samples' squares for expectation; `fastscore.score` takes the
+    square or absolute value of each sample's own, and is less noisy.
+
+    output: floating, [N, ...]; all that follows N counts as classes. inputs: the batch, or a tensor [N, ...], by whose
+    first tensor samples are told apart: the same content has the same gradient, that of fastscore.score, in every
+    batch, order and epoch (so change `probe` or `seed` where a new one is wanted). None: told apart by the output
+    itself, whose bits differ with the weights, with the device, and, by rounding, with the batch size; the gradients
+    then do so too. seed, probe: which gradient. distribution: "normal", "rademacher", "orthogonal" (probes 0, 1, ...
+    of a sample are orthogonal) or "basis" (probe k is the unit vector of class k). normalize: of length 1 for each
+    sample. center: without the all-ones direction, which a softmax does not see. retain_graph: for another probe from
+    the same output.
+
+    Raises TypeError for an output that is no floating-point tensor, or inputs without a tensor; ValueError for an
+    output without dimensions, inputs of another number of samples, or a gradient that cannot be drawn; RuntimeError for
+    an output that does not require grad. No `.grad` has changed then.
+    Source: arXiv 2310.20203, section 3.
+    """
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        shown = f"a {output.dtype} tensor" if isinstance(output, Tensor) else type(output).__name__
+        raise TypeError(f"output: {shown}; a gradient starts from a floating-point tensor [N, ...], such as the logits")
+    if output.dim() == 0:
+        raise ValueError("output: it has no dimension, as a loss has; pass what the model returns, [N, ...]")
+    if not output.requires_grad:
+        raise RuntimeError("output: it does not require grad; run the model with gradients enabled and with parameters "
+                           "that require them")
+    told_apart = output if inputs is None else gradients.first_input(inputs)
+    if told_apart.dim() == 0 or len(told_apart) != len(output):
+        raise ValueError(f"inputs: the first tensor has shape {list(told_apart.shape)} where the output has "
+                         f"{len(output)} rows; pass the tensor that holds the samples, or None")
+    gradient = gradients.random_gradient(output, gradients.sample_ids(told_apart), seed, probe, distribution, normalize,
+                                         center)
+    output.backward(gradient, retain_graph=retain_graph)

@@ -1,0 +1,181 @@
+"""Scorer: taps on a model of your own, in a loop of your own."""
+
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, distributed, nn
+
+from fastscore import batches, files
+from fastscore.graph.groups import ChannelGraph, Ignore, Units
+from fastscore.graph.tracing import trace
+from fastscore.modules.wrappers import unwrapped
+from fastscore.scoring import tokens
+from fastscore.scoring.criteria import gradient_importance
+from fastscore.scoring.gradients import classes_of
+from fastscore.scoring.scores import Origin, Scores
+from fastscore.scoring.totals import Totals
+from fastscore.taps.passes import ForwardPass
+
+Gradient = Literal["loss", "random"]
+
+_FORM = "fastscore-scorer-1"
+
+
+class Scorer:
+    """Drop-in scores from a loop of your own; a context manager that leaves the model as it found it.
+
+    With gradient="loss" it reads the backward passes of the loop, whose own gradients stay bit for bit what they were;
+    with gradient="random" it reads `probe(output)` alone, and the loop's backward passes are not measured.
+
+    model: any module (of DistributedDataParallel, the one inside); its hooks are set while the scorer is attached
+    (`with scorer:`, or attach() and detach()).
+    example_inputs: a batch the model can run on, to trace its channel groups with (on a copy), or the ChannelGraph
+    itself, where it is known.
+    importance: "taylor", "taylor-abs", "taylor-sq", "molchanov-bn", "molchanov-group". units, reduction, ablation,
+    layerwise, center: see fastscore.score. normalize: divide each sample's score by the length of its output gradient
+    (by the square of it where the score is quadratic): what scaling the gradient to length 1 would give, since backward
+    passes are linear. This also cancels the 1/N of a mean loss and a loss scale. In training mode BatchNorm mixes the
+    samples of a batch, and the division is approximate. "molchanov-group" reads the weight gradients of a whole batch,
+    which cannot be divided: it takes normalize=False with gradient="loss".
+    seed, distribution: of the random gradients. sample_dims: 2 where each token of an output [N, T, ...] is a sample:
+    see fastscore.score. ignore: layer names (with `*`), types or modules to leave out.
+    output: what the model returns -> the floating-point tensor [N, ...] whose gradient is the output gradient, or
+    several, taken as one long output. It can be left out where the model returns a tensor, or a dict, tuple or object
+    with one such tensor beside integers and scalars. A tensor that another one is computed from, such as a hidden
+    state beside the logits, must not be among them. forward(model, batch): calls the model on example_inputs.
+
+    A backward pass that brings NaN or infinity, such as one that a GradScaler will skip, is left out and counted in
+    `left_out`. A group with an edge that no backward pass came to (frozen under no_grad, or a branch without a loss)
+    has no score, and `scores.skipped` says so.
+
+    Raises ValueError where no channel can be scored, TypeError where the output is not found.
+    Source: arXiv 2310.20203 (importances, random gradient, normalisation).
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: batches.Batch | ChannelGraph, *, importance: str = "taylor-sq",
+                 gradient: Gradient = "loss", normalize: bool = True, units: Units = "groups", reduction: str = "sum",
+                 ablation: str = "zero", layerwise: str = "none", seed: int = 0, distribution: str = "normal",
+                 center: bool = False, sample_dims: int = 1, output: batches.Output | None = None,
+                 forward: batches.Forward = batches.forward, ignore: Ignore = ()) -> None:
+        if gradient not in ("loss", "random"):
+            raise ValueError(f"gradient: {gradient!r} is neither 'loss' nor 'random'")
+        row = gradient_importance(importance, reduction, ablation)
+        if row.filters and gradient == "loss" and normalize:
+            raise ValueError(f"normalize: {importance!r} reads the weight gradients of whole batches, where samples "
+                             "cannot be told apart: use normalize=False, or fastscore.score, which scales the loss's "
+                             "gradient itself")
+        tokens.check(sample_dims)
+        if sample_dims > 1 and gradient == "loss" and normalize:
+            raise ValueError(f"normalize: with sample_dims={sample_dims} what reaches one token comes from all of "
+                             "them, and cannot be divided by the length of one's gradient: use normalize=False, or "
+                             "fastscore.score, which scales the loss's gradient itself")
+        origin = Origin(importance, reduction, gradient, normalize, seed, distribution, "", units, ablation, layerwise,
+                        center, sample_dims)
+        model = unwrapped(model)
+        self._outputs = batches.chosen(output)
+        graph = example_inputs if isinstance(example_inputs, ChannelGraph) else \
+            trace(model, example_inputs, batches.checked(forward, self._outputs))
+        self._totals = Totals(model, graph, origin, ignore)
+        self._taps = self._totals.taps(partial(_read, self._totals) if gradient == "loss" else None, self._outputs)
+
+    def attach(self) -> None:
+        """Set the taps. Raises RuntimeError when they are set already."""
+        self._taps.attach()
+
+    def detach(self) -> None:
+        """Remove the taps; what they have measured stays."""
+        self._taps.detach()
+
+    def __enter__(self) -> "Scorer":
+        self.attach()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    @property
+    def left_out(self) -> int:
+        """Backward passes that were left out, because they brought NaN or infinity."""
+        return self._totals.left_out
+
+    def probe(self, output: Any) -> None:
+        """Send one more random gradient back from the latest forward pass, to the taps alone: no `.grad` changes.
+
+        output: what the model returned, or a tensor of it, [N, ...]. Call it before loss.backward(), as often as you
+        like: each call draws a new gradient. Raises RuntimeError for an output of another pass, or one whose graph is
+        gone.
+        """
+        origin, current = self._totals.origin, self._taps.current
+        if origin.gradient != "random":
+            raise RuntimeError('probe: this scorer reads the loop\'s own gradients; make it with gradient="random"')
+        if current is None:
+            raise RuntimeError("probe: no forward pass has been seen; attach the scorer before the model runs")
+        self._totals.probe(self._taps, batches.joined(self._outputs(output, type(self._taps.model).__name__)))
+
+    def propagate(self, output: Tensor, gradient: Tensor) -> None:
+        """Send `gradient`, of `output`'s shape [N, ...], back to the taps as it stands, and add what they measure."""
+        self._totals.propagate(self._taps, output, gradient)
+
+    def scores(self) -> Scores:
+        """What has been measured up to now; a warning tells of passes that were left out.
+
+        Raises RuntimeError when nothing was, FloatingPointError (naming the layer) where all that was is NaN or
+        infinite.
+        """
+        self._taps.flush()
+        if not self._totals.samples and not self.left_out:
+            raise RuntimeError("no backward pass has been measured: inside `with scorer:`, run the model and call "
+                               "loss.backward() with a loss of its output (or scorer.probe(output) with "
+                               "gradient='random'). Hooks set on a model that torch.compile has already run are not "
+                               "seen: attach the scorer first")
+        scores = self._totals.scores()
+        if self.left_out:
+            where = f", the last at {self._totals.nonfinite}" if self._totals.nonfinite else ""
+            passes = f"{self.left_out} backward pass{'' if self.left_out == 1 else 'es'}"
+            warnings.warn(f"{passes} brought NaN or infinity; left out, with the samples{where}", stacklevel=2)
+        return scores
+
+    def state_dict(self) -> dict[str, Any]:
+        """Totals and counts, to go on from later: see load_state_dict."""
+        self._taps.flush()
+        return self._totals.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`. Raises ValueError for the state of another model or another way of scoring."""
+        self._totals.load_state_dict(state)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write state_dict() to a safetensors file, whole or not at all."""
+        files.write_state(path, _FORM, self.state_dict())
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Go on from what `save` wrote. Raises ValueError, before anything is changed, for a file that is foreign,
+        truncated or altered, or of another model or way of scoring.
+        """
+        self.load_state_dict(files.read_state(path, _FORM, "scorer state", "start over",
+                                              batches.device_of(self._taps.model)))
+
+    def all_reduce(self, group: distributed.ProcessGroup | None = None) -> None:
+        """Add up totals and counts over the processes of `group` (all by default), so that every one has the sum."""
+        self._taps.flush()
+        self._totals.all_reduce(batches.device_of(self._taps.model), group)
+
+
+def _read(totals: Totals, done: ForwardPass) -> None:
+    """Add what an ordinary backward pass left at the gates."""
+    parts = [part.reshape(len(part), classes_of(part)) for part in done.output_gradients.values()]
+    samples, real = tokens.rows(next(iter(done.output_gradients.values())), totals.origin.sample_dims,
+                                done.real)
+    length = None
+    if totals.origin.normalize:
+        if any(len(part) != samples for part in parts):
+            raise ValueError(f"output: its tensors have {', '.join(str(len(part)) for part in parts)} rows, not "
+                             "one for each sample in all of them")
+        lengths = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts]
+        length = torch.linalg.vector_norm(torch.stack(lengths), dim=0)
+    totals.add(done.sums(), samples, length, weight_gradients=done.weight_gradients,
+                     real=real)

@@ -1,0 +1,187 @@
+"""Scores: one importance per channel, and what one does with them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
+
+import torch
+from torch import Tensor
+
+from fastscore import files
+from fastscore.fastpath.prepare import Plan
+from fastscore.graph.groups import Units
+from fastscore.scoring import criteria as importances
+from fastscore.scoring.gradients import DISTRIBUTIONS
+
+_FORMAT = "fastscore-scores-3"
+_TENSORS = ("totals", "means", "half_totals")  # the fields that a file holds as tensors
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How scores were made; scores are comparable, and can be merged, only where this is equal. See fastscore.score.
+
+    gradient: "loss", "random", or "none" for a criterion that reads weights alone. distribution: of random gradients;
+    "basis" for probes="exact". sample_dims: what a sample is, an example (1) or a
+    token (2). fingerprint: of the model's channel graph (see fastscore.graph.groups.ChannelGraph).
+    """
+
+    importance: str
+    reduction: str
+    gradient: str
+    normalize: bool
+    seed: int
+    distribution: str
+    fingerprint: str
+    units: Units = "groups"
+    ablation: str = "zero"
+    layerwise: str = "none"
+    center: bool = False
+    sample_dims: int = 1
+
+    def __post_init__(self) -> None:
+        plain = (self.reduction, self.ablation) == ("sum", "zero")
+        weights = plain and self.importance in importances.WEIGHT_IMPORTANCES
+        if not weights:
+            importances.gradient_importance(self.importance, self.reduction, self.ablation)
+        choices: dict[str, tuple[str, ...]] = {
+            "gradient": ("none",) if weights else ("random", "loss"), "units": ("groups", "norms"),
+            "distribution": ("none",) if weights else DISTRIBUTIONS, "layerwise": tuple(importances.LAYERWISE)}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Scores(Mapping[str, Tensor]):
+    """A mapping from a layer's qualified name to the importance of its output channels, float32 [C].
+
+    totals: layer -> float64 [..., C], the running sums the importances are made from. passes: samples x probes in them
+    (minibatches x probes for the molchanov criteria). samples: samples seen. skipped: layer -> why it has no score.
+    means: layer that reads channels (a BatchNorm, with units="norms") -> float64 [C_in], the mean of its input's
+    (output's) channels over samples and the positions that it reads; empty for criteria that measure none.
+    half_totals, half_passes: of every other sample; see `overlap`. zero_gradients: samples x probes whose output
+    gradient was zero throughout, which no scaling makes as long as the others (normalize=True); they count, with s = 0.
+    plan: how the model was run, where fastscore.score did so; not saved.
+    """
+
+    totals: Mapping[str, Tensor]
+    origin: Origin
+    passes: int = 1
+    samples: int = 0
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+    half_totals: Mapping[str, Tensor] = field(default_factory=dict)
+    half_passes: int = 0
+    zero_gradients: int = 0
+    plan: Plan | None = None
+
+    def __getitem__(self, layer: str) -> Tensor:
+        if layer not in self.totals:
+            reason = self.skipped.get(layer)
+            raise KeyError(f"{layer} has no score: {reason or 'list(scores) names the layers that do'}")
+        return self._finished(self.totals[layer] / self.passes).float()
+
+    def _finished(self, mean: Tensor) -> Tensor:
+        """The importances that a mean over samples stands for, float64 [C]."""
+        origin = self.origin
+        row = importances.GRADIENT_IMPORTANCES.get((origin.importance, origin.reduction, origin.ablation))
+        return importances.LAYERWISE[origin.layerwise](mean if row is None else row.finish(mean))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.totals)
+
+    def __len__(self) -> int:
+        return len(self.totals)
+
+    def ranking(self) -> list[tuple[str, int, float]]:
+        """(layer, channel, importance) of every channel, least important first; ties in order of layer and channel."""
+        rows = [(layer, channel, value) for layer in self for channel, value in enumerate(self[layer].tolist())]
+        return sorted(rows, key=lambda row: row[2])
+
+    def overlap(self, fraction: float = 0.3) -> float:
+        """The share of channels that the even and the odd samples agree on, among the `fraction` each would prune.
+
+        1 is full agreement; independent rankings would agree on `fraction`. Raises ValueError for a fraction outside
+        (0, 1), and for scores that were not measured on at least two samples.
+        """
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction: {fraction}; it is the share of channels that would go, 0 < fraction < 1")
+        if not 0 < self.half_passes < self.passes:
+            raise ValueError(f"overlap: it takes two samples or more that were measured; these are {self.half_passes} "
+                             f"and {self.passes - self.half_passes} passes")
+        halves = [torch.cat([self._finished(total / self.half_passes) for total in self.half_totals.values()]),
+                  torch.cat([self._finished((self.totals[layer] - total) / (self.passes - self.half_passes))
+                             for layer, total in self.half_totals.items()])]
+        count = max(1, round(fraction * len(halves[0])))
+        pruned = [set(half.argsort(stable=True)[:count].tolist()) for half in halves]
+        return len(pruned[0] & pruned[1]) / count
+
+    def merge(self, other: "Scores") -> "Scores":
+        """The scores of both sets of samples together. Raises ValueError where the two were not made the same way."""
+        if self.origin != other.origin or list(self) != list(other):
+            ours, theirs = asdict(self.origin), asdict(other.origin)
+            differing = [f"{key} {ours[key]!r} and {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
+            raise ValueError("other: scores made differently cannot be merged: "
+                             f"{'; '.join(differing) or 'they cover other layers'}")
+        if self.origin.gradient == "none":
+            return self
+        samples = self.samples + other.samples
+        means = {layer: (mean * self.samples + other.means[layer] * other.samples) / samples
+                 for layer, mean in self.means.items() if layer in other.means}
+        return replace(self, totals=_added(self.totals, other.totals), passes=self.passes + other.passes,
+                       samples=samples, means=means, half_totals=_added(self.half_totals, other.half_totals),
+                       half_passes=self.half_passes + other.half_passes,
+                       zero_gradients=self.zero_gradients + other.zero_gradients)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a safetensors file: the totals, and a JSON header with origin, counts and a checksum."""
+        tensors = {f"{kind}:{layer}": tensor.contiguous() for kind in _TENSORS
+                   for layer, tensor in getattr(self, kind).items()}
+        header = {"origin": asdict(self.origin), "passes": self.passes, "half_passes": self.half_passes,
+                  "samples": self.samples, "zero_gradients": self.zero_gradients, "skipped": dict(self.skipped),
+                  "tensors": list(tensors)}
+        files.write(path, _FORMAT, header, tensors)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Scores":
+        """Read what `save` wrote. Raises ValueError for a file that is foreign, truncated or altered."""
+        header, tensors = files.read(path, _FORMAT, "score file", "score the model again")
+        named = {kind: {key.removeprefix(f"{kind}:"): tensors[key] for key in header["tensors"]
+                        if key.startswith(f"{kind}:")} for kind in _TENSORS}
+        return cls(origin=Origin(**header["origin"]), passes=header["passes"], half_passes=header["half_passes"],
+                   samples=header["samples"], zero_gradients=header["zero_gradients"], skipped=header["skipped"],
+                   totals=named["totals"], means=named["means"], half_totals=named["half_totals"])
+
+    def plot(self, path: str | PathLike[str], fraction: float = 0.0) -> None:
+        """Draw each layer's distribution of importances, layers from input to output, to an image file.
+
+        fraction: the lowest share of all channels is drawn in another colour, one of each layer aside: the cut at that
+        budget. Raises ValueError for a fraction outside [0, 1), ImportError without matplotlib (pip install
+        'torch-fastscore[plot]').
+        """
+        from fastscore import plots
+
+        plots.importances(self, path, fraction)
+
+    def __str__(self) -> str:
+        origin = self.origin
+        gradient = "" if origin.gradient == "none" else \
+            f", {origin.gradient} gradient{', normalized' if origin.normalize else ''}, {self.samples} samples"
+        width = max([len("layer"), *map(len, self.totals)])
+        lines = [f"{origin.importance} ({origin.reduction}){gradient}",
+                 f"{'layer':<{width}} {'channels':>8} {'min':>10} {'median':>10} {'max':>10} {'zero':>5}"]
+        for layer in self:
+            values = self[layer]
+            lines.append(f"{layer:<{width}} {len(values):>8} {values.min():>10.3g} {values.median():>10.3g} "
+                         f"{values.max():>10.3g} {int((values == 0).sum()):>5}")
+        lines += [f"{layer}: no score: {reason}" for layer, reason in self.skipped.items()]
+        if self.zero_gradients:
+            lines.append(f"{self.zero_gradients} output gradients were zero throughout and say nothing of any channel")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _added(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {layer: total + theirs[layer] for layer, total in ours.items()}

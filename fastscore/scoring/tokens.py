@@ -1,0 +1,100 @@
+"""Sequences: which tokens of a batch are no padding, and tokens as samples of their own.
+
+With sample_dims=2 a sample is one token: the output [N, T, ...] has a gradient of its own at each, and activation x
+gradient is summed at each token of a layer's input [N, T, C]. With independent random gradients, the mean square of
+that sum is the squared length of the change of all outputs when a channel goes at that one token. Padding, where an
+attention_mask tells it, has no gradient and is no sample, so that scores do not depend on how far a batch is padded.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from fastscore import ops
+from fastscore.batches import MASK, mappings
+from fastscore.scoring import gradients
+from fastscore.scoring.scores import Origin
+
+
+def sample_ids(inputs: Any, real: Tensor | None) -> Tensor:
+    """int64 [N], see gradients.sample_ids: of what a batch, or a call, holds but for its mask and its padding."""
+    found = next((tensor for mapping in mappings(inputs) for key, tensor in mapping.items()
+                  if key != MASK and isinstance(tensor, Tensor)), None) if _first_is_mask(inputs) else None
+    x = gradients.first_input(inputs) if found is None else found
+    if real is not None and x.shape[:2] == real.shape:
+        x = x.masked_fill(~_along(real, x), 0)
+    return gradients.sample_ids(x)
+
+
+def of_output(real: Tensor | None, output: Tensor) -> Tensor | None:
+    """`real` where the output has a value for each of those tokens, [N, T, ...]; else None."""
+    return None if real is None or output.shape[:2] != real.shape else real.to(output.device)
+
+
+def rows(output: Tensor, sample_dims: int, real: Tensor | None) -> tuple[int, Tensor | None]:
+    """How many samples and paddings an output has, and which are samples: bool, or None for all.
+
+    Raises ValueError for an output without tokens where they are to be the samples.
+    """
+    if sample_dims == 1:
+        return len(output), None
+    if output.dim() < 3:
+        raise ValueError(f"sample_dims: {sample_dims}, but the output {list(output.shape)} has no dimension of tokens, "
+                         "[N, T, ...]: use sample_dims=1, or a forward that returns a value for each token")
+    real = of_output(real, output)
+    return output.shape[0] * output.shape[1], None if real is None else real.flatten()
+
+
+def random_gradient(output: Tensor, ids: Tensor, probe: int, how: Origin, real: Tensor | None) -> Tensor:
+    """gradients.random_gradient for what counts as a sample: see Origin.sample_dims. Zero at padding."""
+    draw = (how.seed, probe, how.distribution)
+    real = of_output(real, output)
+    if how.sample_dims > 1:
+        rows(output, how.sample_dims, real)
+        each = output.flatten(0, 1)
+        gradient = gradients.random_gradient(each, gradients.token_ids(ids, output.shape[1]), *draw, how.normalize,
+                                             how.center).reshape(output.shape)
+        return gradient if real is None else gradient * _along(real, output)
+    if real is None:
+        return gradients.random_gradient(output, ids, *draw, how.normalize, how.center)
+    if how.center or how.distribution not in ("normal", "rademacher"):
+        raise ValueError(f"distribution: {how.distribution!r}{' with center=True' if how.center else ''} counts the "
+                         "padding of a batch among its directions; use normal or rademacher, or sample_dims=2")
+    gradient = gradients.random_gradient(output, ids, *draw, False) * _along(real, output)
+    return ops.normalize_gradient(gradient)[0] if how.normalize else gradient
+
+
+def loss_gradient(output: Tensor, batch: Any, loss: gradients.Loss | None, how: Origin, real: Tensor | None) -> Tensor:
+    """gradients.loss_gradient for what counts as a sample. Zero at padding."""
+    real = of_output(real, output)
+    if how.sample_dims == 1 and real is None:
+        return gradients.loss_gradient(output, batch, loss, how.normalize)
+    rows(output, how.sample_dims, real)
+    gradient = gradients.loss_gradient(output, batch, loss, False)
+    if real is not None:
+        gradient = gradient * _along(real, output)
+    if not how.normalize:
+        return gradient
+    return ops.normalize_gradient(gradient.flatten(0, how.sample_dims - 1))[0].reshape(output.shape)
+
+
+def check(sample_dims: object, probes: object = 1, compile: bool = False) -> None:
+    """Raise ValueError for what cannot be told apart by token."""
+    if sample_dims not in (1, 2):
+        raise ValueError(f"sample_dims: {sample_dims!r}; it is 1 (each example is a sample) or 2 (each token is)")
+    if sample_dims == 2 and probes == "exact":
+        raise ValueError('probes: "exact" sends the same gradient from all tokens at once, which then cannot be told '
+                         "apart; use a number of probes")
+    if sample_dims == 2 and compile:
+        raise ValueError("compile: it makes room for a batch's examples, not for their tokens (sample_dims=2); use "
+                         "compile=False")
+
+
+def _along(real: Tensor, x: Tensor) -> Tensor:
+    """bool [N, T] in a shape that broadcasts over x [N, T, ...]."""
+    return real.to(x.device).reshape(*real.shape, *[1] * (x.dim() - 2))
+
+
+def _first_is_mask(inputs: Any) -> bool:
+    mask = next((mapping[MASK] for mapping in mappings(inputs) if MASK in mapping), None)
+    return mask is not None and gradients.first_input(inputs) is mask

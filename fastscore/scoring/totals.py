@@ -1,0 +1,288 @@
+"""Totals: what the taps measure in each pass, summed over samples, until it is asked for as Scores."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from fastscore import batches
+from fastscore.graph.groups import ChannelGraph, Ignore, norm_gates
+from fastscore.scoring import tokens
+from fastscore.scoring.criteria import DEGREES, MEAN, SUMS, filter_parameters, filter_products, gradient_importance
+from fastscore.scoring.group_sums import ByLayer, EdgeSums, JointSums
+from fastscore.scoring.scores import Origin, Scores
+from fastscore.taps.gates import Place
+from fastscore.taps.passes import ForwardPass
+from fastscore.taps.taps import Taps
+
+
+class Totals:
+    """Running sums for every group of a graph, for one way of scoring.
+
+    They are float64: n terms have an error of at most n · 2**-53 of the sum of their sizes, 1e-8 for 10**8 samples.
+
+    model: the one that is measured, for its layers' types and, where the importance reads them, its weights. graph: its
+    channel groups. origin: the way of scoring; its fingerprint is filled in here. ignore: layers to leave out. Every
+    other sample goes to one half, so that the scores can tell how far two halves of the samples agree. A pass with NaN
+    or infinity is left out, whole, and counted.
+    Raises ValueError, with the reasons, when no channel is left.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore = ()) -> None:
+        self.row = gradient_importance(origin.importance, origin.reduction, origin.ablation)
+        self._graph, self.origin = scored(model, graph, origin, ignore)
+        self.model = model
+        self._sums = JointSums(self._graph.groups)
+        self._edge_sums = [EdgeSums(group) for group in self._graph.groups] if self.row.edges else []
+        self._totals: dict[str, Tensor] = {}  # group -> float64 [2, ..., C]; first the even samples, then the odd ones
+        self._means: dict[str, Tensor] = {}  # layer -> float64 [C_in]
+        self._reached: set[str] = set()  # layers with a tap that a backward pass has come to
+        self._counts = {"even": 0, "odd": 0, "samples": 0, "zero_gradients": 0, "left_out": 0}
+        self.nonfinite: str | None = None  # where the latest pass that was left out had NaN or infinity
+
+    def empty(self) -> "Totals":
+        """Totals of the same groups and the same way of scoring, with nothing in them."""
+        other = copy.copy(self)
+        other._totals, other._means, other._reached, other.nonfinite = {}, {}, set(), None
+        other._counts = dict.fromkeys(self._counts, 0)
+        return other
+
+    def absorb(self, other: "Totals") -> None:
+        """Add what `other`, made by `empty`, holds."""
+        for own, more in ((self._totals, other._totals), (self._means, other._means)):
+            for name, value in more.items():
+                own[name] = own.get(name, 0.0) + value  # the first time too: with 0.0 added there is no -0.0
+        self._reached |= other._reached
+        self._counts = {name: count + other._counts[name] for name, count in self._counts.items()}
+
+    @property
+    def samples(self) -> int:
+        """Samples seen; further probes of the same ones do not count."""
+        return self._counts["samples"]
+
+    @property
+    def left_out(self) -> int:
+        """Backward passes left out for NaN or infinity."""
+        return self._counts["left_out"]
+
+    def taps(self, on_pass: Callable[[ForwardPass], None] | None = None,
+             outputs: batches.Outputs = batches.output_tensors, traceable: bool = False) -> Taps:
+        """Taps that measure what these totals need."""
+        # compared with its mean, a channel has one mean wherever it is read: that of the whole tensor
+        places = {edge.layer: _place(self.model.get_submodule(edge.layer), edge.role == "gate", not self.row.edges)
+                  for group in self._graph.groups for edge in group.edges}
+        names = {name for group in self._graph.groups for _, name in filter_parameters(self.model, group)}
+        weights = {name: self.model.get_parameter(name) for name in sorted(names)} if self.row.filters else {}
+        return Taps(self.model, places, self.row.measure, on_pass, weights, outputs, traceable,
+                    self.origin.sample_dims)
+
+    def propagate(self, taps: Taps, output: Tensor, gradient: Tensor, last: bool = False) -> None:
+        """Send `gradient`, of `output`'s shape [N, ...], back to the taps as it stands, and add what they measure.
+
+        last: no other follows from this output, whose graph is freed on the way.
+        """
+        sums, weight_gradients = taps.propagate(output, gradient, last)
+        assert taps.current is not None
+        taps.current.probes += 1
+        samples, real = tokens.rows(output, self.origin.sample_dims, taps.current.real)
+        counts = self.add(sums, samples, fresh=not taps.current.counted, weight_gradients=weight_gradients, real=real)
+        taps.current.counted |= counts
+        if counts and self.origin.normalize:
+            rows = gradient.reshape(samples, gradient.numel() // max(samples, 1))
+            self._counts["zero_gradients"] += int(((rows if real is None else rows[real]) == 0).all(1).sum())
+
+    def probe(self, taps: Taps, output: Tensor, last: bool = False) -> None:
+        """Send one more random gradient back from the latest forward pass; its samples' ids come from its inputs."""
+        assert taps.current is not None
+        if taps.current.ids is None:
+            taps.current.ids = tokens.sample_ids(taps.current.inputs, taps.current.real)
+        gradient = tokens.random_gradient(output, taps.current.ids, taps.current.probes, self.origin, taps.current.real)
+        self.propagate(taps, output, gradient / len(output) if self.row.minibatch else gradient, last)
+
+    def add(self, sums: Sequence[tuple[str, Tensor]], samples: int, length: Tensor | None = None, *,
+            fresh: bool = True, weight_gradients: Mapping[str, Tensor] | None = None,
+            real: Tensor | None = None) -> bool:
+        """Add one backward pass of N samples; whether it counts: NaN or infinity leave it out.
+
+        sums: (layer, [P, N, C_in]) from the taps. length: float64 [N], of each sample's output gradient, where it is
+        to be divided out. fresh: whether these samples are seen for the first time. weight_gradients: of the
+        taps' weights. real: bool [N], which of them are no padding.
+        Raises ValueError, naming the layer, for sums of another number of samples.
+        """
+        by_layer: dict[str, list[Tensor]] = {}
+        for layer, tensor in sums:
+            if tensor.shape[1] != samples:
+                raise ValueError(f"{layer}: its input has {tensor.shape[1]} rows where the output has {samples} "
+                                 "samples; leave it out with ignore=")
+            by_layer.setdefault(layer, []).append(tensor.detach() if real is None else tensor.detach()[:, real])
+        samples = samples if real is None else int(real.sum())
+        halves = self._halves(1 if self.row.minibatch else samples)
+        shares = dict(self._shares(by_layer, self._scale(length), halves, weight_gradients or {}))
+        lengths = {} if length is None else {"the output": length}
+        if not _finite([*lengths.values(), *shares.values()]):
+            measured = [*lengths.items(), *sums, *(weight_gradients or {}).items(), *shares.items()]
+            self.nonfinite = next(name for name, tensor in measured if not torch.isfinite(tensor).all())
+            self._counts["left_out"] += 1
+            return False
+        if fresh and self.row.measure is SUMS:
+            self._add_means(by_layer)
+        self._reached.update(by_layer)
+        if length is not None:
+            self._counts["zero_gradients"] += int((length == 0).sum())
+        for name, parts in shares.items():
+            known = self._totals.get(name)
+            self._totals[name] = parts if known is None else known + parts
+        self._counts["even"] += len(halves[0])
+        self._counts["odd"] += len(halves[1])
+        if fresh:
+            self._counts["samples"] += samples
+        return True
+
+    def _shares(self, by_layer: ByLayer, scale: Tensor | None, halves: tuple[range, range],
+                weight_gradients: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(group, what one backward pass adds to its total, float64 [2, ..., C])."""
+
+        def of_halves(values: Tensor) -> Tensor:  # [V, N, U] -> [2, ..., U]
+            taken = [slice(None if half else 0) if self.row.minibatch else slice(half.start, None, 2)
+                     for half in halves]
+            return torch.stack([self.row.accumulate(values[:, each]) for each in taken])
+
+        names = [group.name for group in self._graph.groups]
+        if self.row.filters:
+            for group in self._graph.groups:
+                share = filter_products(self.model, group, weight_gradients)
+                yield group.name, torch.stack([share if half else torch.zeros_like(share) for half in halves])
+        elif self.row.edges:
+            for name, edge_sums in zip(names, self._edge_sums, strict=True):
+                values = edge_sums(by_layer, scale)
+                if values is not None:
+                    yield name, edge_sums.of_channels(of_halves(values))
+        elif by_layer:
+            values = self._sums(by_layer, self.row.part, None if scale is None else scale[self.row.part])
+            yield from zip(names, self._sums.of_channels(of_halves(values)), strict=True)
+
+    def _add_means(self, by_layer: ByLayer) -> None:
+        for layer, tensors in by_layer.items():
+            mean = tensors[0][MEAN].sum(0, dtype=torch.float64) if len(tensors) == 1 else \
+                torch.stack([tensor[MEAN].sum(0, dtype=torch.float64) for tensor in tensors]).mean(0)
+            known = self._means.get(layer)
+            self._means[layer] = mean if known is None else known + mean
+
+    def _scale(self, length: Tensor | None) -> Tensor | None:
+        """[P, N]: what makes each part that of an output gradient of length 1; over N too, where a minibatch counts as
+        one."""
+        if length is None:
+            return None
+        scale = torch.where(length == 0, torch.inf, length)
+        if self.row.minibatch:
+            scale = scale * len(length)
+        return torch.stack([scale.pow(-degree) for degree in DEGREES[self.row.measure]])
+
+    def _halves(self, count: int) -> tuple[range, range]:
+        """Which of the next `count` samples (or minibatches) go to which half."""
+        first = (self._counts["even"] + self._counts["odd"]) % 2
+        return range(first, count, 2), range(1 - first, count, 2)
+
+    def scores(self) -> Scores:
+        """What has been measured; groups with an edge that no backward pass came to have no score.
+
+        Raises FloatingPointError, naming the layer, where all passes were left out for NaN or infinity, or a total
+        overflowed; RuntimeError where no group was measured.
+        """
+        layer = self.nonfinite_layer()
+        if self.left_out and not self.samples:
+            layer = self.nonfinite or "every backward pass"
+        if layer is not None:
+            raise FloatingPointError(f"{layer}: NaN or infinity in its activations or gradients")
+        missed = {group.name: f"no backward pass came to {layer}, which reads its channels: it runs under no_grad, "
+                  "in a checkpoint(use_reentrant=True) that probes cannot pass, or without a loss" for group
+                  in self._graph.groups for layer in sorted({edge.layer for edge in group.edges} - self._reached)[:1]}
+        totals = {name: total.cpu() for name, total in self._totals.items() if name not in missed}
+        if not totals:
+            raise RuntimeError("nothing was measured whole: " + "; ".join(
+                f"{name}: {reason}" for name, reason in missed.items()))
+        means = {layer: (total / self._counts["samples"]).cpu() for layer, total in self._means.items()}
+        even, odd = self._counts["even"], self._counts["odd"]
+        scores = Scores({name: total.sum(0) for name, total in totals.items()}, self.origin, even + odd,
+                        self.samples, {**self._graph.skipped, **missed}, means,
+                        {name: total[0] for name, total in totals.items()}, even, self._counts["zero_gradients"])
+        layer = next((name for name in scores if not torch.isfinite(scores[name]).all()), None)
+        if layer is not None:
+            raise FloatingPointError(f"{layer}: its importances are beyond float32: use normalize=True, a smaller loss "
+                                     'scale, or importance="taylor-abs", which squares nothing')
+        return scores
+
+    def nonfinite_layer(self) -> str | None:
+        """The first layer whose total is NaN or infinite; None when all are finite."""
+        if not self._totals:
+            return None
+        finite = torch.stack([torch.isfinite(total).all() for total in self._totals.values()])  # one look at the device
+        return None if finite.all() else list(self._totals)[int(finite.int().argmin())]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums and counts, to go on from."""
+        return {"origin": asdict(self.origin), "counts": dict(self._counts), "totals": dict(self._totals),
+                "means": dict(self._means), "reached": sorted(self._reached)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`. Raises ValueError for the state of another model or another way of scoring."""
+        if state["origin"] != asdict(self.origin):
+            raise ValueError(f"state: it was made as {state['origin']}, these totals are {asdict(self.origin)}")
+        self._counts, self._totals, self._means = dict(state["counts"]), dict(state["totals"]), dict(state["means"])
+        self._reached = set(state["reached"])
+
+    def all_reduce(self, device: torch.device, group: distributed.ProcessGroup | None = None) -> None:
+        """Add up over the processes of `group` (all by default), so that every one has the sum.
+
+        A process that has measured nothing takes part with zeros.
+        """
+        own = {(kind, name): value for kind, values in (("totals", self._totals), ("means", self._means))
+               for name, value in values.items()}
+        parts: list[Any] = [None] * distributed.get_world_size(group)
+        distributed.all_gather_object(parts, ({key: value.shape for key, value in own.items()}, self._reached),
+                                      group=group)
+        known: dict[tuple[str, str], torch.Size] = {}
+        for shapes, reached in parts:
+            known.update(shapes)
+            self._reached |= reached
+        values = [own[key].to(device) if key in own else torch.zeros(known[key], dtype=torch.float64, device=device)
+                  for key in sorted(known)]
+        if values:
+            whole = torch.cat([value.flatten() for value in values])
+            distributed.all_reduce(whole, group=group)
+            for (kind, name), part in zip(sorted(known), whole.split([value.numel() for value in values]), strict=True):
+                (self._totals if kind == "totals" else self._means)[name] = part.reshape(known[kind, name]).clone()
+        counts = torch.tensor(list(self._counts.values()), device=device)
+        distributed.all_reduce(counts, group=group)
+        self._counts = dict(zip(self._counts, counts.tolist(), strict=True))
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether some tensors hold no NaN and no infinity: one look at the device."""
+    return not tensors or bool(torch.isfinite(torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors]))
+                               .all())
+
+
+def _place(layer: nn.Module, gate: bool, windowed: bool) -> Place:
+    if gate or not isinstance(layer, nn.modules.conv._ConvNd):
+        return Place(-1 if isinstance(layer, nn.Linear) else 1, gate)
+    # a convolution of one position with stride, as in a ResNet's shortcuts, reads no other positions
+    alone = not layer.transposed and all(size == 1 for size in layer.kernel_size) and set(layer.padding) <= {0}
+    steps = layer.stride if windowed and alone and any(step > 1 for step in layer.stride) else ()
+    return Place(1, window=(slice(None), slice(None), *(slice(None, None, step) for step in steps)) if steps else ())
+
+
+def scored(model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore) -> tuple[ChannelGraph, Origin]:
+    """The groups to score, and how, of which model. Raises ValueError, with the reasons, when nothing is left."""
+    if origin.units == "norms":
+        graph = norm_gates(model, graph)
+    origin = replace(origin, fingerprint=graph.fingerprint)
+    graph = graph.without(model, ignore)
+    if not graph.groups:
+        reasons = "".join(f"\n  {layer}: {reason}" for layer, reason in graph.skipped.items())
+        nothing = "it has no BatchNorm" if origin.units == "norms" else "it has no Conv or Linear"
+        raise ValueError(f"{type(model).__name__} has no channel that can be scored{reasons or ': ' + nothing}")
+    return graph, origin

@@ -1,0 +1,1 @@
+"""Where activation meets gradient."""

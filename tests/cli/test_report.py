@@ -1,0 +1,143 @@
+"""The HTML report, as a file and as a browser shows it (Chromium, headless, without a network)."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from networks import NETWORKS
+from PIL import Image
+
+import fastscore
+from fastscore import Scores
+from fastscore.cli import html_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the PATH (Debian: chromium)")
+RESIDUAL = NETWORKS["residual"]
+ACT = """<script>{
+for (const press of PRESSES) document.querySelectorAll("#scores th button")[press].click();
+const slider = document.getElementById("fraction");
+if (FRACTION !== null) { slider.value = FRACTION; slider.dispatchEvent(new Event("input")); }
+}</script></html>"""
+
+
+@pytest.fixture(scope="module")
+def scores() -> Scores:
+    return fastscore.score(RESIDUAL.model(), [RESIDUAL.inputs(8)], progress=False)
+
+
+def data(path: Path) -> dict:
+    """What the page holds."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.S)[1])
+
+
+def browse(*arguments: str) -> str:
+    """Run the browser; what it prints."""
+    return subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *arguments], capture_output=True,
+                          text=True, check=True, timeout=120).stdout
+
+
+def shown(path: Path, presses: list[int] = (), fraction: int | None = None) -> str:
+    """The page as the browser has made it, after clicks on headings and a move of the slider."""
+    acted = path.with_suffix(".acted.html")
+    acted.write_text(path.read_text().replace("</html>", ACT.replace("PRESSES", json.dumps(list(presses)))
+                                              .replace("FRACTION", json.dumps(fraction))))
+    return browse("--dump-dom", f"file://{acted}")
+
+
+def rows(page: str, table: str) -> list[list[str]]:
+    """The text of each cell of a table's body."""
+    body = re.search(rf'<table id="{table}".*?<tbody>(.*?)</tbody>', page, re.S)[1]
+    return [[html.unescape(re.sub("<.*?>", "", cell)) for cell in re.findall(r"<td>(.*?)</td>", row, re.S)]
+            for row in re.findall(r"<tr>(.*?)</tr>", body, re.S)]
+
+
+def test_the_file_holds_every_score_and_asks_nobody_for_anything(scores: Scores, tmp_path: Path) -> None:
+    path = tmp_path / "r.html"
+    html_report.write(scores, path, title="mine", fraction=0.25)
+    held = data(path)
+    assert [layer["name"] for layer in held["layers"]] == list(scores)
+    for layer in held["layers"]:
+        assert torch.equal(torch.tensor(layer["values"]), scores[layer["name"]])
+    assert (held["title"], held["fraction"], held["pruned"]) == ("mine", 0.25, None)
+    assert dict(held["facts"])["samples"] == "8"
+    text = path.read_text()
+    assert "default-src 'none'" in text
+    assert not re.findall(r"""(?:src|href)=|url\(|@import|fetch\(""", text.replace("default-src", ""))
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "").replace("http://www.w3.org/1999/xhtml", "") \
+        .replace("http-equiv", "")
+
+
+def test_bad_input(scores: Scores, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="fraction: 1"):
+        html_report.write(scores, tmp_path / "r.html", fraction=1)
+    with pytest.raises(FileNotFoundError, match="make it first"):
+        html_report.write(scores, tmp_path / "nowhere" / "r.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_browser
+def test_the_browser_shows_what_a_mask_would_remove(scores: Scores, tmp_path: Path) -> None:
+    path = tmp_path / "r.html"
+    html_report.write(scores, path, fraction=0.25)
+    x = RESIDUAL.inputs(2)
+    for fraction in (0.25, 0.6):
+        with fastscore.mask(RESIDUAL.model(), scores, fraction, x) as removed:
+            expected = {layer: len(removed.get(layer, ())) for layer in scores}
+        page = shown(path, fraction=None if fraction == 0.25 else round(100 * fraction))
+        table = rows(page, "scores")
+        assert [row[0] for row in table] == list(scores)
+        assert {row[0]: int(row[2].split(" ")[0]) for row in table} == expected
+        assert f"{sum(expected.values())} channels, with importances" in page
+    for row in table:
+        values = scores[row[0]].sort().values
+        middle = len(values) // 2
+        median = values[middle] if len(values) % 2 else values[middle - 1:middle + 1].mean()
+        assert [int(row[1]), *map(float, row[3:6])] == pytest.approx(
+            [len(values), *(float(v) for v in (values[0], median, values[-1]))], rel=6e-3)
+
+
+@needs_browser
+def test_headings_sort(scores: Scores, tmp_path: Path) -> None:
+    path = tmp_path / "r.html"
+    html_report.write(scores, path)
+    for presses, reverse in (([5], True), ([5, 5], False)):
+        page = shown(path, presses)
+        most = [float(row[5]) for row in rows(page, "scores")]
+        assert most == sorted(most, reverse=reverse)
+        assert ("descending" if reverse else "ascending") in page
+    names = [row[0] for row in rows(shown(path, [0]), "scores")]
+    assert names == sorted(names)
+
+
+@needs_browser
+def test_names_are_text_whatever_they_hold(tmp_path: Path) -> None:
+    name = """</script><script>document.title="taken"</script><img src=x onerror=alert(1)>&quot;"""
+    whole = fastscore.score(RESIDUAL.model(), [RESIDUAL.inputs(2)], progress=False)
+    evil = Scores({name: torch.arange(1.0, 6.0, dtype=torch.float64)}, whole.origin, skipped={name: "<b>bold</b>"})
+    path = tmp_path / "r.html"
+    html_report.write(evil, path, title=name)
+    page = shown(path)
+    assert rows(page, "scores")[0][0] == name
+    assert rows(page, "reasons")[0] == [name, "<b>bold</b>"]
+    assert "<img" not in page
+    assert f"<title>{html.escape(name, quote=False)}</title>" in page
+
+
+@needs_browser
+def test_before_and_after_and_a_picture(scores: Scores, tmp_path: Path) -> None:
+    path, x = tmp_path / "r.html", RESIDUAL.inputs(2)
+    pruned = fastscore.prune(RESIDUAL.model(), scores, x, macs=0.5).report
+    html_report.write(scores, path, pruned=pruned)
+    table = rows(shown(path), "report")
+    assert [row[1] for row in table] == [f"{group.channels[0]} → {group.channels[1]}" for group in pruned.groups]
+    assert [row[2] for row in table] == [f"{group.macs[0]:,} → {group.macs[1]:,}" for group in pruned.groups]
+    browse("--window-size=900,900", f"--screenshot={tmp_path / 'r.png'}", f"file://{path}")
+    with Image.open(tmp_path / "r.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24)}
+    assert {(0x0b, 0x6e, 0x99), (0xd9, 0x73, 0x0d)} <= colours  # what stays, and what goes

@@ -1,0 +1,38 @@
+"""docs/integrations.md does what it shows."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+import fastscore
+
+PAGE = (Path(__file__).parents[2] / "docs/integrations.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    found: list[fastscore.Scores] = []
+    widths = []
+    for block in BLOCKS:
+        AcceleratorState._reset_state(reset_partial_state=True)  # a reader runs them in processes of their own
+        exec(compile(block, "integrations.md", "exec"), names)
+        for name in ("callback", "scorer"):
+            scores = getattr(names.get(name), "scores", None)
+            found.append(scores() if callable(scores) else scores)
+        widths.append([module.out_channels for module in names["model"].modules() if isinstance(module, nn.Conv2d)]
+                      if "model" in names else None)
+    assert widths[1] == [4, 8]  # by Torch-Pruning, in two steps
+    measured = [scores for scores in found if isinstance(scores, fastscore.Scores)]
+    assert {scores.samples for scores in measured} == {16}
+    assert {"0", "4"} < {layer for scores in measured for layer in scores}
+    for file in ("scores.safetensors", "bert.safetensors"):
+        assert fastscore.Scores.load(file).samples == 16

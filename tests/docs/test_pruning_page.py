@@ -1,0 +1,28 @@
+"""What docs/pruning.md shows is what happens, by a clock that counts MACs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastscore.pruning import latency
+from fastscore.pruning.costs import total_macs
+from fastscore.pruning.report import Timing
+
+PAGE = Path(__file__).parents[2] / "docs" / "pruning.md"
+
+
+def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def clock(dense: nn.Module, other: nn.Module, x: Tensor, forward: object, patience: int = 1) -> Timing:
+        return Timing((1e-3, 1e-3 * total_macs(other, x) / total_macs(dense, x)), 0.0)
+
+    monkeypatch.setattr(latency, "side_by_side", clock)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL):
+        exec(compile(block, PAGE.name, "exec"), names)
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned.png", "steps.safetensors", "small.safetensors"}
+    assert names["result"].report.macs[1] <= 0.7 * names["result"].report.macs[0]  # type: ignore[attr-defined]

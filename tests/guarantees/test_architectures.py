@@ -1,0 +1,55 @@
+"""Models that people use, end to end, and the page that says so.
+
+One small member of each family; FASTSCORE_NIGHTLY=1 checks every line of docs/models.md.
+"""
+
+import os
+
+import architectures
+import pytest
+import torch
+from architectures import CASES, PAGE, Case, row
+from oracles import untouched
+
+import fastscore
+from fastscore.cli import models
+
+LINES = [line for line in PAGE.read_text().splitlines()[1:] if line.startswith("| ") and "| model |" not in line]
+ON_PAGE = {line.split(" | ")[0].removeprefix("| "): line for line in LINES}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in ON_PAGE
+                                  and (case.small or os.environ.get("FASTSCORE_NIGHTLY"))], ids=lambda case: case.name)
+def test_the_page_is_true(case: Case) -> None:
+    assert ON_PAGE[case.name] == str(row(case))
+
+
+def test_the_page_has_a_line_for_a_member_of_each_family() -> None:
+    assert {case.name for case in CASES if case.small} <= ON_PAGE.keys() <= {case.name for case in CASES}
+    assert len(LINES) == len(ON_PAGE)
+
+
+@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn"])
+def test_pruned_detectors_detect_and_train(name: str) -> None:
+    """As torchvision calls them: with lists of images, and targets in training."""
+    (case,) = (case for case in CASES if case.name == name)
+    model, x = architectures.prepared(case)
+    with untouched(model):
+        scores = fastscore.score(model, [x], forward=case.forward, progress=False)
+        pruned = fastscore.prune(model, scores, x[:1], macs=0.7, forward=case.forward).model
+    images = [torch.rand(3, 48, 64), torch.rand(3, 64, 48)]
+    for detector in (model, pruned):
+        detector.transform.min_size, detector.transform.max_size = (64,), 64
+    with torch.no_grad():
+        assert [set(found) for found in pruned(images)] == [{"boxes", "labels", "scores"}] * 2
+    targets = [{"boxes": torch.tensor([[4.0, 4.0, 30.0, 30.0]]), "labels": torch.tensor([1])} for _ in images]
+    sum(pruned.train()(images, targets).values()).backward()
+    assert sum(parameter.grad is not None for parameter in pruned.parameters()) > 50
+
+
+def test_timm_by_name() -> None:
+    assert models.load("timm:resnet18", classes=7).fc.out_features == 7
+    with pytest.raises(ValueError, match=r"^model: timm has no 'resnet18q'; near it: resnet18"):
+        models.load("timm:resnet18q")
+    with pytest.raises(ValueError, match=r"^weights: timm has no 'my_own' for resnet18; it has DEFAULT, "):
+        models.load("timm:resnet18", weights="my_own")

@@ -1,0 +1,146 @@
+"""A scoring run that is killed over and over: python -m killed FOLDER KILLS SEED, with tests/helpers on the path.
+
+Prints JSON: how many batches the checkpoint held after each kill and in the end, and whether the scores are those of a
+run that nobody killed. Each start is a fork of this process, which has imported torch but run nothing in parallel.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from networks import NETWORKS
+from torch import Tensor
+
+import fastscore
+from fastscore import files
+from fastscore.scoring import runs
+
+BATCHES, SECONDS = 150, 0.01  # each
+
+
+def batches() -> Iterator[Tensor]:
+    """Float32 images, uneven in number."""
+    yield from NETWORKS["residual"].inputs(2 * BATCHES + 1).float().split([3, *[2] * (BATCHES - 1)])
+
+
+def run(folder: Path, checkpoint: Path | None) -> None:
+    """Score slowly, and write the scores; folder/log gets a byte for each call of the model."""
+    def forward(model: torch.nn.Module, batch: Tensor) -> Tensor:
+        with (folder / "log").open("ab") as file:
+            file.write(b".")
+        time.sleep(SECONDS)
+        output: Tensor = model(batch)
+        return output
+
+    scores = fastscore.score(NETWORKS["residual"].model().float(), batches(), probes=2, checkpoint=checkpoint,
+                             forward=forward, progress=False)
+    scores.save(folder / ("resumed" if checkpoint else "whole"))
+
+
+def die_while_writing(moment: str) -> None:
+    """From now on the process kills itself before the new file is written, in the middle, or before it is moved."""
+    def die(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    original = open
+
+    class Half:
+        def __init__(self, path: str) -> None:
+            self.file = original(path, "wb")
+
+        def __enter__(self) -> "Half":
+            return self
+
+        def __exit__(self, *exception: object) -> None:
+            self.file.close()
+
+        def write(self, contents: bytes) -> None:
+            self.file.write(contents[:len(contents) // 2])
+            self.file.flush()
+            die()
+
+    if moment == "before":
+        files.open = die  # type: ignore[attr-defined]
+    elif moment == "half":
+        files.open = lambda path, mode: Half(path)  # type: ignore[attr-defined]
+    else:
+        os.replace = die
+
+
+def fork(function: object, *arguments: object) -> int:
+    """The id of a child that calls `function` and ends."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function(*arguments)  # type: ignore[operator]
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+    return child
+
+
+def start(folder: Path, moment: str | None) -> None:
+    """A start of the run that is to be killed."""
+    if moment is not None:
+        die_while_writing(moment)
+    run(folder, folder / "s.ckpt")
+
+
+def done(folder: Path) -> int:
+    """Batches in the checkpoint."""
+    path = folder / "s.ckpt"
+    return int(files.read_state(path, "fastscore-checkpoint-1", "checkpoint", "")["done"]) if path.exists() else 0
+
+
+def calls(folder: Path) -> int:
+    """How often the model has been called."""
+    return (folder / "log").stat().st_size if (folder / "log").exists() else 0
+
+
+def same(folder: Path) -> bool:
+    """Whether both runs ended with the same scores, bit for bit."""
+    whole, resumed = (fastscore.Scores.load(folder / name) for name in ("whole", "resumed"))
+    facts = [(s.origin, s.passes, s.half_passes, s.samples, s.zero_gradients) for s in (whole, resumed)]
+    pairs = [(getattr(whole, kind), getattr(resumed, kind)) for kind in ("totals", "means", "half_totals")]
+    return facts[0] == facts[1] and all(ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key])
+                                                                            for key in ours) for ours, theirs in pairs)
+
+
+def main(folder: Path, kills: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    runs._SHARE = 0.5  # saved after nearly every batch, so that many a kill comes in the middle of it
+    chance = random.Random(seed)
+    assert os.waitpid(fork(run, folder, None), 0)[1] == 0
+    moments = [None] * (kills - 6) + ["before", "half", "after"] * 2
+    chance.shuffle(moments)
+    stood_at: list[int] = []
+    while len(stood_at) < kills:
+        moment, seen = moments[len(stood_at)], calls(folder)
+        child, ended = fork(start, folder, moment), (0, 0)
+        if moment is None:
+            until = seen + chance.randrange(20)  # tracing calls it, too
+            while calls(folder) < until and ended[0] == 0:
+                time.sleep(0.001)
+                ended = os.waitpid(child, os.WNOHANG)
+            time.sleep(chance.uniform(0, 2 * SECONDS))
+            if ended[0] == 0:
+                os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0) if ended[0] == 0 else ended
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            stood_at.append(done(folder))
+        else:  # it was too quick: from the start again
+            assert status == 0
+            (folder / "s.ckpt").unlink()
+    assert os.waitpid(fork(start, folder, None), 0)[1] == 0
+    print(json.dumps({"stood at": stood_at, "ended at": done(folder), "same": same(folder)}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

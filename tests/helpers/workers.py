@@ -1,0 +1,160 @@
+"""Processes that share work: python -m workers FOLDER SIZE JOB..., with tests/helpers on the path.
+
+Each is a fork of this one, which has imported torch already and run nothing in parallel, and has its place in the
+environment, as a launcher would give it; but there is none to end the others when one dies. What a process prints goes
+into FOLDER/out RANK and FOLDER/err RANK. Prints their exit codes, in the order of ranks; negative ones are signals.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from networks import NETWORKS
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fastscore
+from fastscore.cli import main as cli
+from fastscore.cli.processes import LostError, group
+from fastscore.graph.tracing import trace
+
+RESIDUAL = NETWORKS["residual"]
+IMAGES = RESIDUAL.inputs(11)
+WORKERS = 4
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {}, "orthogonal": {"probes": 2, "distribution": "orthogonal"}, "to the mean": {"ablation": "mean"},
+    "taylor": {"importance": "taylor"}, "minibatches": {"importance": "molchanov-group"}}
+
+
+
+
+def drop_in(model: nn.Module, x: Tensor, graph: Any = None, **options: Any) -> fastscore.Scorer:
+    """A scorer that has read a loop of plain backward passes, two samples at a time."""
+    scorer = fastscore.Scorer(model, IMAGES if graph is None else graph, **options)
+    with scorer:
+        for batch in x.split(2):
+            model(batch).square().sum().backward()
+    return scorer
+
+
+def work(rank: int, folder: str) -> None:
+    """Everything that needs four processes, so that they start but once; the results go into files."""
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=600))
+
+    def save(scores: fastscore.Scores, name: str) -> None:
+        scores.save(f"{folder}/{name} {rank}")
+
+    def expect(error: type[Exception], name: str, function: Any, *arguments: Any, **options: Any) -> None:
+        try:
+            function(*arguments, **options)
+        except error as found:
+            Path(f"{folder}/{name} {rank}").write_text(str(found))
+
+    for size in (1, 2, 4):
+        some = distributed.new_group(list(range(size)))
+        if rank < size:
+            for way, options in WAYS.items():
+                for fixed in (False, True):
+                    save(fastscore.score(RESIDUAL.model(), IMAGES.split(3), group=some, fixed_order=fixed,
+                                         progress=False, **options), f"{way} {size} {fixed}")
+            checkpoint = f"{folder}/{size}.ckpt"
+            save(fastscore.score(RESIDUAL.model(), IMAGES.split(3)[:3], group=some, fixed_order=True, progress=False,
+                                 checkpoint=checkpoint), f"three batches {size}")
+            save(fastscore.score(RESIDUAL.model(), IMAGES.split(3), group=some, fixed_order=True, progress=False,
+                                 checkpoint=checkpoint), f"gone on {size}")
+    everyone = distributed.group.WORLD
+    expect(ValueError, "another seed", fastscore.score, RESIDUAL.model(), IMAGES.split(3), group=everyone,
+           seed=int(rank == 2), progress=False)
+    expect(ValueError, "other weights", fastscore.score, RESIDUAL.model(int(rank == 1)), IMAGES.split(3),
+           group=everyone, progress=False)
+
+    scorer = fastscore.Scorer(RESIDUAL.model(), IMAGES, gradient="random", seed=3)
+    model = scorer._taps.model
+    with scorer:
+        for batch in IMAGES[rank:9:WORKERS].split(2) if rank != 3 else ():  # 3, 2, 2 and no samples
+            scorer.probe(model(batch))
+    scorer.all_reduce()
+    save(scorer.scores(), "all_reduce")
+
+    wrapped = DistributedDataParallel(RESIDUAL.model())
+    scorer = drop_in(wrapped, IMAGES[rank:8:WORKERS])  # as many steps in each, which gradients in common ask for
+    scorer.all_reduce()
+    save(scorer.scores(), "DDP")
+    save(fastscore.score(wrapped, IMAGES.split(3), group=everyone, progress=False), "DDP, score")
+
+    from torch.distributed.fsdp import fully_shard  # slow to import
+    model = RESIDUAL.model()
+    graph = trace(model, IMAGES[:1])
+    for part in (model.block1, model.block2, model):
+        fully_shard(part)
+    expect(ValueError, "FSDP2, score", fastscore.score, model, IMAGES.split(3), progress=False)
+    expect(ValueError, "FSDP2, Scorer", fastscore.Scorer, model, IMAGES)
+    scorer = drop_in(model, IMAGES[rank:8:WORKERS], graph)
+    scorer.all_reduce()
+    save(scorer.scores(), "FSDP2")
+    scorer = fastscore.Scorer(model, graph, gradient="random", seed=3)
+    with scorer:
+        output = model(IMAGES[rank:8:WORKERS])
+        scorer.probe(output)
+        scorer.probe(output)
+        output.square().sum().backward()
+    scorer.all_reduce()
+    save(scorer.scores(), "FSDP2, probes")
+    distributed.destroy_process_group()
+
+
+def silent(rank: int) -> int:
+    """The second process does not answer."""
+    try:
+        with group(torch.device("cpu"), timedelta(seconds=3)) as both:
+            distributed.all_reduce(torch.ones(1), group=both)
+            if rank == 1:
+                time.sleep(20)
+                return 0
+            distributed.all_reduce(torch.ones(1), group=both)
+    except LostError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def start(folder: Path, rank: int, function: Callable[[], int | None]) -> int:
+    """The id of a child with a place of its own."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(folder / f"{name} {rank}", os.O_WRONLY | os.O_CREAT), number)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        code = function() or 0
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(folder: Path, size: int, job: str, *arguments: str) -> None:
+    torch.set_num_threads(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ.update(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    jobs: dict[str, Callable[[int], int | None]] = {
+        "work": lambda rank: work(rank, str(folder)), "silent": silent, "fastscore": lambda rank: cli(arguments)}
+    children = [start(folder, rank, lambda rank=rank: jobs[job](rank)) for rank in range(size)]
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

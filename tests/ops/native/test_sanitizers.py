@@ -1,0 +1,47 @@
+"""The C++ kernels for the CPU, without PyTorch, under the compiler's sanitizers.
+
+AddressSanitizer in a normal run. With FASTSCORE_NIGHTLY=1 the other sanitizers too, whose builds take a minute, and the
+whole native library under the tests of the ops: `python tests/ops/native/sanitized.py`.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[2] / "csrc"
+SOURCES = [HERE / "driver.cpp", CSRC / "cpu" / "plan.cpp", *sorted(CSRC.glob("cpu/tier_*.cpp"))]
+NIGHTLY = "FASTSCORE_NIGHTLY" in os.environ
+FLAGS = ["-std=c++20", "-O1", "-g1", "-ffp-contract=fast", "-Wno-psabi", "-Wno-ignored-attributes", f"-I{CSRC}"]
+
+
+def build(target: Path, sanitizers: str, *more: str) -> Path:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        raise RuntimeError("these tests compile csrc/cpu: install a C++ compiler (c++) and put it on the PATH")
+    subprocess.run([compiler, *FLAGS, f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", *more,
+                    *map(str, SOURCES), "-o", str(target), "-lpthread"], check=True)
+    return target
+
+
+def run(program: Path) -> subprocess.CompletedProcess[str]:
+    # where addresses are too random for ThreadSanitizer, it starts itself anew without, unless that is forbidden
+    return subprocess.run([str(program)], capture_output=True, text=True, check=False,
+                          env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"})
+
+
+@pytest.mark.parametrize("sanitizers", ["address", *(["address,undefined", "thread"] if NIGHTLY else [])])
+def test_kernels(sanitizers, tmp_path):
+    result = run(build(tmp_path / "driver", sanitizers))
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert "baseline: 161 layouts" in result.stdout
+
+
+@pytest.mark.skipif(not NIGHTLY, reason="minutes: a build of its own, then all op tests")
+def test_the_whole_library():
+    result = subprocess.run([sys.executable, str(HERE / "sanitized.py")], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]

@@ -1,0 +1,69 @@
+"""Pruned models leave Python: torch.export, ONNX and torch.compile, at batch sizes that were not shown to them.
+
+One network here; FASTSCORE_NIGHTLY=1 takes four, and compiles with inductor in place of its front end alone (minutes).
+"""
+
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from networks import NETWORKS
+from torch import Tensor, nn
+
+import fastscore
+from fastscore.cli import models
+
+BATCHES = (2, 1, 7)
+NIGHTLY = bool(os.environ.get("FASTSCORE_NIGHTLY"))
+SHOWN = ["mobile", "residual", "grouped", "unet"][:4 if NIGHTLY else 1]
+BACKEND = "inductor" if NIGHTLY else "aot_eager"
+
+
+@pytest.fixture(scope="module", params=SHOWN)
+def small(request: pytest.FixtureRequest) -> tuple[nn.Module, list[Tensor]]:
+    """A network pruned twice, with new biases, in float32, and inputs of several batch sizes."""
+    network = NETWORKS[request.param]
+    model, x = network.model().float(), network.inputs(3).float()
+    for share in (0.8, 0.7):
+        model = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, macs=share,
+                                compensate=True).model
+    return model, [network.inputs(count, seed=count).float() for count in BATCHES]
+
+
+def check(run: object, model: nn.Module, inputs: list[Tensor]) -> None:
+    with torch.no_grad():
+        for x in inputs:
+            torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)  # type: ignore[operator]
+
+
+def test_torch_export(small: tuple[nn.Module, list[Tensor]], tmp_path: Path) -> None:
+    model, inputs = small
+    models.save(model, inputs[0], tmp_path / "m.pt2")
+    check(torch.export.load(tmp_path / "m.pt2").module(), model, inputs)
+
+
+def test_onnx(small: tuple[nn.Module, list[Tensor]], tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, inputs = small
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        models.save(model, inputs[0], tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    check(lambda x: torch.from_numpy(session.run(None, {"input": x.numpy()})[0]), model, inputs)
+
+
+def test_torch_compile(small: tuple[nn.Module, list[Tensor]]) -> None:
+    """Whole, forward and backward."""
+    model, inputs = small
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=BACKEND)
+    check(compiled, model, inputs)
+    compiled(inputs[0]).square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model(inputs[0]).square().sum().backward()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-4)
+    model.zero_grad()

@@ -1,0 +1,215 @@
+"""A budget in measured time, by clocks that are made up, and once by a real one (whose figures are not judged)."""
+
+import copy
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import NETWORKS
+from oracles import untouched
+from torch import Tensor, nn
+
+import fastscore
+from benchmarks.passes import latency as benchmark
+from fastscore.pruning import latency
+from fastscore.pruning.costs import total_macs
+from fastscore.pruning.latency import TOLERANCE, search
+from fastscore.pruning.report import Timing
+
+QUICK = settings(max_examples=150, deadline=None, derandomize=True)
+SHARES = st.integers(1, 99).map(lambda percent: percent / 100)
+
+
+def descending(drops: list[int]) -> list[float]:
+    """MACs that remain after each step."""
+    return [sum(drops[step:]) + 10.0 for step in range(len(drops) + 1)]
+
+
+@QUICK
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=300), SHARES, st.integers(0, 50), st.integers(1, 60))
+def test_on_an_exact_clock_the_fewest_steps_within_the_tolerance(drops: list[int], share: float, start: int,
+                                                                 grain: int) -> None:
+    """The clock moves in grains, as kernels do; the oracle looks at every candidate."""
+    macs, start, tried = descending(drops), min(start, len(drops)), []
+
+    def clock(steps: int) -> float:
+        return 0.1 + 0.9 * math.ceil(macs[steps] / grain) * grain / macs[0] if steps else 1.0
+
+    def measure(steps: int, patience: int) -> float:
+        tried.append((steps, patience))
+        return clock(steps)
+
+    first = next((steps for steps in range(start, len(macs)) if clock(steps) <= share), None)
+    if first is None:
+        with pytest.raises(ValueError, match=f"^latency: {share:g} cannot be .* {clock(len(drops)):.4g} of the"):
+            search(macs, start, share, measure)
+        return
+    found = search(macs, start, share, measure)
+    assert found >= start
+    assert clock(found) <= share
+    assert found == first or clock(found) >= share - TOLERANCE
+    assert tried[-1] == (found, 2)
+    assert len(tried) <= 5 + 2 * math.log2(len(macs))
+
+
+@QUICK
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), SHARES, st.integers(0, 10), st.integers(0, 99),
+       st.sampled_from([0.01, 0.1, 0.5]))
+def test_on_a_noisy_clock_the_budget_holds_where_it_was_measured_last(drops: list[int], share: float, start: int,
+                                                                      seed: int, noise: float) -> None:
+    macs, start, last = descending(drops), min(start, len(drops)), {}
+    generator = random.Random(seed)
+
+    def measure(steps: int, patience: int) -> float:
+        last[steps] = macs[steps] / macs[0] * generator.uniform(1 - noise, 1 + noise), patience
+        return last[steps][0]
+
+    try:
+        found = search(macs, start, share, measure)
+    except ValueError as error:
+        assert f"{last[len(drops)][0]:.4g} of the dense" in str(error)  # noqa: PT017
+        assert last[len(drops)][0] > share
+        return
+    assert last[found][0] <= share
+    assert last[found][1] == 2
+
+
+def in_macs(monkeypatch: pytest.MonkeyPatch, factor: Callable[[], float] = lambda: 1.0) -> None:
+    """Time is MACs from now on, for all who ask."""
+    def clock(dense: nn.Module, other: nn.Module, x: Tensor, forward: object, patience: int = 1) -> Timing:
+        assert not dense.training
+        assert not other.training
+        return Timing((1e-3, 1e-3 * total_macs(other, x) / total_macs(dense, x) * factor()), 0.0)
+
+    monkeypatch.setattr(latency, "side_by_side", clock)
+
+
+@pytest.mark.parametrize("options", [{}, {"scope": "layer"}, {"compensate": True}, {"round_to": 2},
+                                     {"cost_aware": True}, {"inplace": True}])
+def test_pruned_to_a_share_of_the_time(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    in_macs(monkeypatch)
+    network = NETWORKS["residual"]
+    model, x = network.model().train(), network.inputs(3)
+    scores = fastscore.score(model, [x], progress=False)
+    given = copy.deepcopy(model)
+    result = fastscore.prune(model, scores, x, latency=0.6, **options)  # type: ignore[arg-type]
+    if not options.get("inplace"):
+        assert list(map(id, model.parameters())) == [id(p) for p in model.parameters()]
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), given.parameters(), strict=True))
+    assert result.model.training
+    (chosen,) = (tried for tried in result.report.candidates if tried.chosen)
+    assert chosen.timing.share <= 0.6
+    assert chosen.timing.share == pytest.approx(result.report.macs[1] / result.report.macs[0])
+    assert chosen.macs == pytest.approx(chosen.timing.share, abs=1e-6)
+    assert chosen.channels == pytest.approx(result.report.channels[1] / result.report.channels[0])
+    assert chosen.params == pytest.approx(result.report.params[1] / result.report.params[0])
+    curve = [(tried.channels, tried.macs, tried.timing.share) for tried in result.report.candidates]
+    assert curve == sorted(curve, reverse=True)
+    assert f"chosen: {chosen.timing.share:.1%} (± 0.0%) of the time, 1 →" in str(result.report)
+    # not below what the same order gives by MACs, but for the tolerance or one step
+    by_macs = fastscore.prune(given, scores, x, macs=0.6, **{**options, "inplace": False})  # type: ignore[arg-type]
+    assert result.report.channels[1] >= by_macs.report.channels[1] - 4
+
+
+def test_other_budgets_hold_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_macs(monkeypatch)
+    model, x = NETWORKS["mobile"].model(), NETWORKS["mobile"].inputs(2)
+    scores = fastscore.score(model, [x], progress=False)
+    tight = fastscore.prune(model, scores, x, latency=0.9, params=0.5)
+    assert tight.report.params[1] <= 0.5 * tight.report.params[0]
+    loose = fastscore.prune(model, scores, x, latency=0.5, params=0.95)
+    assert loose.report.macs[1] <= 0.5 * loose.report.macs[0]
+    assert not fastscore.prune(model, scores, x, latency=1.0).removed
+    with untouched(model), pytest.raises(ValueError, match=r"^latency: 0.01 cannot be reached: .*0\.\d+ of the dense"):
+        fastscore.prune(model, scores, x, latency=0.01)
+    with untouched(model), pytest.raises(ValueError, match=r"^latency: 1.5 is outside \(0, 1\]"):
+        fastscore.prune(model, scores, x, latency=1.5)
+    with untouched(model), pytest.raises(ValueError, match=r"^prune: name a budget: .*latency="):
+        fastscore.prune(model, scores, x)
+
+
+def test_by_a_noisy_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = random.Random(0)
+    in_macs(monkeypatch, lambda: generator.uniform(0.9, 1.1))
+    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(2)
+    scores = fastscore.score(model, [x], progress=False)
+    for percent in range(30, 100, 10):
+        report = fastscore.prune(model, scores, x, latency=percent / 100).report
+        (chosen,) = (tried for tried in report.candidates if tried.chosen)
+        assert chosen.timing.share <= percent / 100
+
+
+def test_models_take_turns_and_medians_are_of_single_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that each model moves by its own time, 5 ms and 0.5 ms, with a hiccup now and then."""
+    now, ran = [0.0], []
+
+    class Sleeper(nn.Module):
+        def __init__(self, seconds: float) -> None:
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert not torch.is_grad_enabled()
+            ran.append(self.seconds)
+            now[0] += self.seconds * (10 if len(ran) % 17 == 0 else 1)
+            return x
+
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    timing = latency.side_by_side(Sleeper(5e-3), Sleeper(5e-4), torch.ones(1), lambda model, x: model(x))
+    assert timing.seconds == pytest.approx((5e-3, 5e-4))
+    assert timing.share == pytest.approx(0.1)
+    assert ran.count(5e-4) == pytest.approx(4 * ran.count(5e-3), rel=0.1)  # short calls are read 4 at a time
+    turns = [seconds for seconds, before in zip(ran[20:], ran[19:], strict=False) if seconds != before]
+    assert len(turns) > 9
+
+
+def test_by_a_real_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it measures, it says; a budget that anything meets is met."""
+    monkeypatch.setattr(latency, "_SECONDS", 0.03)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4)).eval()
+    x = torch.randn(2, 3, 24, 24)
+    scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
+    with untouched(model):
+        result = fastscore.prune(model, scores, x, latency=0.7)
+    (chosen,) = (tried for tried in result.report.candidates if tried.chosen)
+    assert 0 < chosen.timing.share <= 0.7
+    assert 0 < chosen.timing.seconds[1] < chosen.timing.seconds[0]
+    assert chosen.timing.uncertainty >= 0
+    assert result.report.channels[1] < result.report.channels[0]
+
+
+def test_a_noisy_machine_is_measured_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two clocks, steady and with noise of 30 %; the second is read until the median is known, or patience ends."""
+    for noise, least, most in ((0.0, 0.4, 0.45), (0.3, 0.45, 2.1)):
+        now, generator = [0.0], random.Random(1)
+
+        def forward(model: nn.Module, x: Tensor, now: list[float] = now, generator: random.Random = generator,
+                    noise: float = noise) -> None:
+            now[0] += 0.005 * generator.uniform(1 - noise, 1 + noise)
+
+        monkeypatch.setattr(latency.time, "perf_counter", lambda now=now: now[0])
+        timing = latency.side_by_side(nn.Identity(), nn.Identity(), torch.ones(1), forward)
+        assert least <= now[0] - 0.03 <= most
+        assert timing.uncertainty < 2 * TOLERANCE + noise / 3
+        assert timing.share == pytest.approx(1, abs=noise / 3 + 1e-9)
+
+
+def test_the_benchmark_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_macs(monkeypatch)
+    monkeypatch.delitem(benchmark.RANKINGS, "round_to auto")  # narrower networks than any hardware likes
+    monkeypatch.delitem(benchmark.RANKINGS, "isomorphic, auto")
+    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(1)
+    lines = list(benchmark.rows("residual", model, x, (0.6, 0.001)))
+    assert len(lines) == 2 * len(benchmark.RANKINGS)
+    for reached, refused in zip(lines[::2], lines[1::2], strict=True):
+        figures = [float(word.rstrip("%")) for word in reached.split()[-7:]]
+        assert figures[0] == 60
+        assert figures[1] == figures[3] <= 60  # time is MACs
+        assert figures[5] >= 2
+        assert "latency: 0.001 cannot be reached" in refused

@@ -1,0 +1,295 @@
+"""prune(): budgets on real graphs, a report that is the truth, a model that is ordinary."""
+
+import copy
+import io
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from networks import NETWORKS, Residual, randomize
+from oracles import untouched
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastscore
+from fastscore.graph.tracing import trace
+from fastscore.pruning.masking import at_consumers
+from fastscore.recovery.compensation import removed_positions
+
+RESIDUAL = NETWORKS["residual"]
+
+
+def counted_macs(model: nn.Module, x: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x[:1])
+    return counter.get_total_flops() // 2
+
+
+def params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def width(model: nn.Module, layer: str) -> int:
+    module = model.get_submodule(layer)
+    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
+
+
+@pytest.fixture(scope="module")
+def pruned() -> tuple[nn.Module, Tensor]:
+    """In float32 and evaluation mode, with half its MACs."""
+    model, x = RESIDUAL.model().float(), RESIDUAL.inputs(4).float()
+    return fastscore.prune(model, fastscore.score(model, [x], progress=False), x, macs=0.5).model, x
+
+
+@pytest.mark.parametrize("budget", [{"channels": 0.5}, {"params": 0.4}, {"macs": 0.5}, {"macs": 0.7, "params": 0.6},
+                                    {"macs": 0.5, "scope": "layer"}, {"channels": 0.6, "round_to": 2},
+                                    {"macs": 0.6, "floor": 0.5}])
+@pytest.mark.parametrize("name", ["residual", "dense", "mobile", "grouped", "flattening", "unet"])
+def test_the_report_is_the_truth_and_the_budget_holds(name: str, budget: dict[str, float]) -> None:
+    network = NETWORKS[name]
+    model, x = network.model(), network.inputs(3)
+    scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
+    with untouched(model):
+        result = fastscore.prune(model, scores, x, **budget)
+    report = result.report
+    assert report.macs == (counted_macs(model, x), counted_macs(result.model, x))
+    assert report.params == (params(model), params(result.model))
+    assert report.channels == tuple(sum(width(m, group) for group in network.groups) for m in (model, result.model))
+    for unit in ("channels", "params", "macs"):
+        if unit in budget:
+            before, after = getattr(report, unit)
+            assert after <= budget[unit] * before * (1 + 1e-9)
+    for row in report.groups:
+        assert row.channels == (width(model, row.layer), width(result.model, row.layer))
+        gone = result.removed.get(row.layer, torch.empty(0))
+        assert row.channels[0] - row.channels[1] == len(gone) == len(set(gone.tolist()))
+        assert row.channels[1] >= max(1, budget.get("floor", 0) * row.channels[0])
+        if row.channels[1] != row.channels[0]:
+            assert row.channels[1] % budget.get("round_to", 1) == 0
+    assert result.model(x).shape == model(x).shape
+    text = str(report)
+    assert f"{report.macs[1]:,}" in text
+    assert all(row.layer in text for row in report.groups)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.35, 0.5, 0.77, 0.95, 1.0])
+def test_channels_are_met_exactly_where_they_go_one_by_one(share: float) -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    report = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=share).report
+    assert report.channels == (26, int(26 * share + 1e-9))
+
+
+def test_many_zeros_are_not_over_pruned() -> None:
+    """Most filters are dead, so most scores tie at zero; 30 % were to go, and 30 % go."""
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    for norm in ("stem.1", "block1.bn1", "block1.bn2", "block2.bn1", "block2.bn2", "block2.shortcut.1"):
+        layer = model.get_submodule(norm)
+        nn.init.zeros_(layer.weight[: int(0.8 * len(layer.weight) + 1)])
+        nn.init.zeros_(layer.bias[: int(0.8 * len(layer.weight) + 1)])
+    scores = fastscore.score(model, [x], progress=False)
+    assert sum(int((values == 0).sum()) for values in scores.values()) >= 0.8 * 26
+    for scope in ("global", "layer"):
+        report = fastscore.prune(model, scores, x, channels=0.7, scope=scope).report  # type: ignore[arg-type]
+        assert report.channels == (26, 18)
+        assert all(row.channels[1] >= 1 for row in report.groups)
+
+
+def test_an_impossible_budget_still_leaves_one_channel_each() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    scores = fastscore.score(model, [x], progress=False)
+    result = fastscore.prune(model, scores, x, channels=4 / 26)
+    assert [row.channels[1] for row in result.report.groups] == [1] * 4
+    assert result.model(x).isfinite().all()
+    with untouched(model), pytest.raises(ValueError, match=r"^channels: 0.1 cannot be reached"):
+        fastscore.prune(model, scores, x, channels=0.1)
+
+
+def test_ignored_layers_keep_their_width() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    scores = fastscore.score(model, [x], progress=False)
+    for ignore in (["stem.0"], "stem*", [model.stem[0]], [model.stem]):
+        result = fastscore.prune(model, scores, x, params=0.5, ignore=ignore)
+        assert width(result.model, "stem.0") == 6
+        assert "stem.0" not in result.removed
+        assert "ignored" in result.report.skipped["stem.0"]
+    with untouched(model), pytest.raises(ValueError, match=r"^ignore: 'stem\.7' matches no layer.*stem\.0"):
+        fastscore.prune(model, scores, x, params=0.5, ignore=["stem.7"])
+
+
+def test_layers_without_a_score_are_left_alone() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    scores = fastscore.score(model, [x], ignore=["block2.conv1"], progress=False)
+    result = fastscore.prune(model, scores, x, channels=0.5)
+    assert width(result.model, "block2.conv1") == 8
+    assert "block2.conv1" in result.report.skipped
+
+
+def test_in_place() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    scores = fastscore.score(model, [x], progress=False)
+    apart = fastscore.prune(model, scores, x, macs=0.5)
+    result = fastscore.prune(model, scores, x, macs=0.5, inplace=True)
+    assert result.model is model
+    assert torch.equal(model(x), apart.model(x))
+    assert result.report == apart.report
+
+
+def test_what_cannot_be_done_is_not_half_done_in_place() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv2(self.conv1(x) * torch.ones(8, 1, 1)).mean((2, 3))
+
+    model, x = Fixed(), torch.randn(2, 3, 8, 8)
+    scores = fastscore.score(model, [x], progress=False)
+    with untouched(model), pytest.raises(RuntimeError, match="its forward depends on a width"):
+        fastscore.prune(model, scores, x, channels=0.5, inplace=True)
+
+
+def test_modes_flags_dtype_and_memory_are_kept() -> None:
+    model, x = RESIDUAL.model().to(torch.bfloat16), RESIDUAL.inputs(3).to(torch.bfloat16)
+    model.train()
+    model.block1.bn1.eval()
+    model.block1.requires_grad_(False)
+    model.block2.conv2.weight.requires_grad_(False)
+    scores = fastscore.score(model, [x], importance="magnitude-l1", progress=False)
+    result = fastscore.prune(model, scores, x, channels=0.6).model
+    assert {name: module.training for name, module in result.named_modules()} == \
+        {name: module.training for name, module in model.named_modules()}
+    assert {name: p.requires_grad for name, p in result.named_parameters()} == \
+        {name: p.requires_grad for name, p in model.named_parameters()}
+    assert {tensor.dtype for tensor in result.state_dict().values()} == {torch.bfloat16, torch.int64}
+    addresses = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    assert addresses.isdisjoint(tensor.data_ptr() for tensor in result.state_dict().values())
+    assert all(type(a) is type(b) for a, b in zip(model.modules(), result.modules(), strict=True))
+    with untouched(model), torch.no_grad():
+        for parameter in result.parameters():
+            parameter.zero_()
+
+
+def test_prune_again_needs_new_scores_and_goes_on() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    scores = fastscore.score(model, [x], progress=False)
+    once = fastscore.prune(model, scores, x, macs=0.7).model
+    with untouched(once), pytest.raises(ValueError, match=r"^scores: .*pruned\?"):
+        fastscore.prune(once, scores, x, macs=0.7)
+    twice = fastscore.prune(once, fastscore.score(once, [x], progress=False), x, macs=0.7)
+    assert twice.report.macs[1] <= 0.49 * counted_macs(model, x)
+
+
+def test_pruning_inside_a_scorers_block_gives_an_ordinary_model() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    scorer = fastscore.Scorer(model, x)
+    with scorer:
+        model(x).square().sum().backward()
+        result = fastscore.prune(model, scorer.scores(), x, macs=0.5)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in result.model.modules())
+    assert torch.equal(pickle.loads(pickle.dumps(result.model))(x), result.model(x))
+
+
+def test_pruning_inside_a_mask_leaves_the_mask_behind() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    scores = fastscore.score(model, [x], progress=False)
+    with fastscore.mask(model, scores, 0.3, x):
+        result = fastscore.prune(model, scores, x, channels=0.9)
+    assert not any(module._forward_pre_hooks for module in result.model.modules())
+    assert torch.equal(result.model(x), fastscore.prune(model, scores, x, channels=0.9).model(x))
+
+
+def test_saved_copied_and_pickled(pruned: tuple[nn.Module, Tensor], tmp_path: Path) -> None:
+    model, x = pruned
+    with torch.no_grad():
+        expected = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        nn.init.zeros_(parameter)
+    twin.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
+    assert torch.equal(twin(x), expected)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), expected)
+
+
+def test_trains(pruned: tuple[nn.Module, Tensor]) -> None:
+    model, x = copy.deepcopy(pruned[0]).train(), pruned[1]
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    losses = []
+    for _ in range(5):
+        loss = nn.functional.cross_entropy(model(x), torch.arange(4))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+
+
+def test_exported(pruned: tuple[nn.Module, Tensor]) -> None:
+    model, x = pruned
+    exported = torch.export.export(model, (x,))
+    torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_in_onnx(pruned: tuple[nn.Module, Tensor], tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = pruned
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), str(tmp_path / "m.onnx"), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_pruning_by_score_hurts_less_than_pruning_at_random() -> None:
+    """Not proof of quality, but a sign that low means unimportant: the output changes less."""
+    torch.manual_seed(0)
+    model = randomize(Residual()).eval()
+    x = RESIDUAL.inputs(64).float()
+    with torch.no_grad():
+        dense = model(x)
+        errors = {}
+        for importance in ("taylor-sq", "random"):
+            scores = fastscore.score(model, [x], importance=importance, probes=8 if importance == "taylor-sq" else 1,
+                                     progress=False)
+            with fastscore.mask(model, scores, 0.3, x):
+                errors[importance] = float((model(x) - dense).square().mean())
+    assert errors["taylor-sq"] < errors["random"]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "mobilenet_v2", "densenet121", "resnext50_32x4d", "googlenet",
+                                  "efficientnet_b0"])
+def test_torchvision(name: str) -> None:
+    torch.manual_seed(0)
+    options: dict[str, bool] = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    model = randomize(getattr(torchvision.models, name)(num_classes=10, **options)).train()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+        model(torch.randn(8, 3, 32, 32))  # the statistics of a batch keep the signal alive down to the last layer
+    model.eval()
+    x = torch.randn(2, 3, 32, 32)
+    with untouched(model):
+        scores = fastscore.score(model, [x], progress=False)
+        result = fastscore.prune(model, scores, x[:1], macs=0.5, compensate=False)
+    assert 0.45 < result.report.macs[1] / result.report.macs[0] <= 0.5
+    # consumers of the larger model that read the removed channels as zero compute what the smaller one does
+    graph = trace(model, x[:1])
+    handles = list(at_consumers(model, removed_positions(graph.groups, result.removed), {}))
+    with torch.no_grad():
+        masked = model(x)
+        torch.testing.assert_close(result.model(x), masked, rtol=1e-3, atol=1e-4 * float(masked.abs().max()))
+        for handle in handles:
+            handle.remove()
+        assert (model(x) - masked).abs().max() > 1e-3 * masked.abs().max()
