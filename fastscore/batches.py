@@ -17,7 +17,7 @@ Outputs: TypeAlias = Callable[[Any, str], Sequence[Tensor]]  # (what a model ret
 MASK = "attention_mask"  # by this name a model is told which tokens are padding
 
 
-def forward(model: nn.Module, batch: Batch) -> Any:
+def call_model(model: nn.Module, batch: Batch) -> Any:
     """Call `model` on a batch: a tensor as it is, the first element of a tuple or list, a dict as keyword arguments."""
     if isinstance(batch, Mapping):
         return model(**batch)
@@ -60,7 +60,7 @@ def _named_tensors(returned: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _named_tensors(value, f"{name}[{place}]")
 
 
-def chosen(output: Output | None) -> Outputs:
+def output_selector(output: Output | None) -> Outputs:
     """What finds the tensors in what a model returned: `output`, where the model does not return a tensor as it is."""
 
     def outputs(returned: Any, model: str) -> list[Tensor]:
@@ -73,7 +73,7 @@ def chosen(output: Output | None) -> Outputs:
     return outputs
 
 
-def joined(tensors: Sequence[Tensor]) -> Tensor:
+def concat_outputs(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors [N, ...] as one, [N, K] where there are several: K values in all for each sample."""
     if len(tensors) == 1:
         return tensors[0]
@@ -83,11 +83,11 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten(1) for tensor in tensors], 1)
 
 
-def checked(run: Forward, outputs: Outputs = output_tensors) -> Callable[[nn.Module, Batch], Tensor]:
+def checked_forward(run: Forward, outputs: Outputs = output_tensors) -> Callable[[nn.Module, Batch], Tensor]:
     """`run`, with its output found and checked to be floating-point, [N, ...]: what a gradient can start from."""
 
     def run_and_check(model: nn.Module, batch: Batch) -> Tensor:
-        return joined(outputs(run(model, batch), type(model).__name__))
+        return concat_outputs(outputs(run(model, batch), type(model).__name__))
 
     return run_and_check
 
@@ -121,7 +121,7 @@ def mappings(batch: Batch) -> Iterator[Mapping[str, Any]]:
             yield from mappings(value)
 
 
-def real_tokens(batch: Batch) -> Tensor | None:
+def valid_tokens(batch: Batch) -> Tensor | None:
     """bool [N, T]: the tokens that are no padding, as an attention_mask [N, T] among a batch's keywords, or a call's,
     has it; None where there is none, or no padding."""
     masks = (value for keywords in mappings(batch) for key, value in keywords.items()

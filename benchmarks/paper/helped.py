@@ -20,11 +20,11 @@ def torch_pruning_taylor(model: nn.Module, images: Tensor, labels: Tensor | None
     order of channels; Torch-Pruning scales each group to mean 1.
     """
     groups = trace(model, images[:1]).groups
-    twin = copy.deepcopy(model).eval().requires_grad_()
-    twin.zero_grad()
-    graph = tp.DependencyGraph().build_dependency(twin, images[:1])
+    copied = copy.deepcopy(model).eval().requires_grad_()
+    copied.zero_grad()
+    graph = tp.DependencyGraph().build_dependency(copied, images[:1])
     for start in range(0, len(images), batch):
-        output = twin(images[start:start + batch])
+        output = copied(images[start:start + batch])
         if labels is None:
             fastscore.random_backward(output, images[start:start + batch], seed=seed)
         else:
@@ -32,7 +32,7 @@ def torch_pruning_taylor(model: nn.Module, images: Tensor, labels: Tensor | None
     importance = tp.importance.GroupTaylorImportance()
     found: dict[str, Tensor] = {}
     for group in groups:
-        layer = twin.get_submodule(group.name)
+        layer = copied.get_submodule(group.name)
         members = graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels,
                                           list(range(group.channels)))
         if members[0].dep.target.module is not layer:

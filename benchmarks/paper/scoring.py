@@ -34,23 +34,24 @@ def score_variants(model: nn.Module, images: Images, variants: Iterable[Variant]
 
 
 def _own(model: nn.Module, images: Images, variants: Iterable[Variant], units: Units, seed: int) -> dict[str, Scores]:
-    twin = evaluation_copy(model).to(memory_format=torch.channels_last)
-    graph = trace(twin, images.images[:1])
+    eval_model = evaluation_copy(model).to(memory_format=torch.channels_last)
+    graph = trace(eval_model, images.images[:1])
     families: dict[Measure, dict[Variant, Totals]] = {}
     found: dict[str, Scores] = {}
     for variant in variants:
         if variant.importance in WEIGHT_IMPORTANCES:
             origin = Origin(variant.importance, "sum", "none", False, seed, "none", "", units)
-            groups, origin = scored(twin, graph, origin, ())
-            values = {group.name: WEIGHT_IMPORTANCES[variant.importance](twin, group, seed) for group in groups.groups}
+            groups, origin = scored(eval_model, graph, origin, ())
+            values = {group.name: WEIGHT_IMPORTANCES[variant.importance](eval_model, group, seed)
+                      for group in groups.groups}
             found[variant.name] = Scores({name: value for name, value in values.items() if value is not None}, origin)
         else:
             origin = Origin(variant.importance, variant.reduction, variant.gradient, variant.normalize, seed, "normal",
                             "", units, variant.ablation, variant.layerwise)
-            totals = Totals(twin, graph, origin)
+            totals = Totals(eval_model, graph, origin)
             families.setdefault(totals.row.measure, {})[variant] = totals
     for family in families.values():
-        _measure(twin, images, family, seed)
+        _measure(eval_model, images, family, seed)
         found |= {variant.name: totals.scores() for variant, totals in family.items()}
     means = next((scores.means for scores in found.values() if scores.means), {})
     return {name: scores if scores.means else replace(scores, means=means) for name, scores in found.items()}

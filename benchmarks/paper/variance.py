@@ -41,8 +41,8 @@ FIELDS = ("network", "training_seed", "repeat", "distribution", "center", "sampl
 
 def output_changes(model: nn.Module, x: Tensor, batch: int = 50) -> dict[str, Tensor]:
     """u = ∂z/∂gate of every channel group of `model`: group -> [N, K, C]."""
-    twin = evaluation_copy(model)
-    groups = trace(twin, x[:1]).groups
+    eval_model = evaluation_copy(model)
+    groups = trace(eval_model, x[:1]).groups
     gates: dict[str, Tensor] = {}
 
     def gate(edges: list[tuple[str, Any]]) -> Callable[..., tuple[Tensor]]:
@@ -60,11 +60,11 @@ def output_changes(model: nn.Module, x: Tensor, batch: int = 50) -> dict[str, Te
         for edge in group.edges:
             edges.setdefault(edge.layer, []).append((group.name, edge))
     for layer, read in edges.items():
-        twin.get_submodule(layer).register_forward_pre_hook(gate(read))
+        eval_model.get_submodule(layer).register_forward_pre_hook(gate(read))
     parts: dict[str, list[Tensor]] = {group.name: [] for group in groups}
     for images in x.split(batch):
         gates |= {group.name: images.new_ones(len(images), group.channels).requires_grad_() for group in groups}
-        output = twin(images)
+        output = eval_model(images)
         rows = [torch.autograd.grad(output[:, k].sum(), list(gates.values()), retain_graph=True)
                 for k in range(output.shape[1])]
         for name, columns in zip(gates, zip(*rows, strict=True), strict=True):

@@ -77,7 +77,7 @@ def work(task: Task) -> Work:
     """Counted on a plain pass with frozen weights, whose graph begins at the first taps."""
     model, samples = evaluation_copy(task.model), len(task.images)
     plan = fastscore.score(task.model, [task.images[:1]], ignore=task.ignored, progress=False).plan
-    read = {site.layer: samples * torch.Size(site.reads).numel() for site in plan.sites}
+    read = {tap.layer: samples * torch.Size(tap.reads).numel() for tap in plan.taps}
     tapped: dict[tuple[int, torch.Size], list[Any]] = {}  # tensor -> itself, whether its gradient goes on, reads
 
     def look(layer: str) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:

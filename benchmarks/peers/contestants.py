@@ -26,7 +26,7 @@ def plain_hooks(frozen: bool = False, compiled: bool = False) -> Prepare:
     """
 
     def prepare(task: Task) -> Run:
-        model, readout = task.twin(frozen, hookable=True), squares(task.graph, task.images.device)
+        model, readout = task.own_copy(frozen, hookable=True), squares(task.graph, task.images.device)
         leaf = task.images.new_zeros(()).requires_grad_()
         totals: dict[str, Tensor] = {}
 
@@ -69,7 +69,7 @@ def plain_hooks(frozen: bool = False, compiled: bool = False) -> Prepare:
 
 def forward_backward(task: Task) -> Run:
     """Forward and loss.backward() alone, without any score."""
-    model = task.twin()
+    model = task.own_copy()
 
     def run(clock: Stopwatch) -> Importances:
         with clock:
@@ -89,7 +89,7 @@ class _Edge(nn.Module):
 
 def captum(task: Task) -> Run:
     """captum's LayerGradientXActivation of the loss of each sample, at the input of every layer that reads channels."""
-    model, readout, edges = task.twin(hookable=True), squares(task.graph, task.images.device), {}
+    model, readout, edges = task.own_copy(hookable=True), squares(task.graph, task.images.device), {}
     for name in task.layers:
         edges[name] = _Edge()
         model.set_submodule(name, nn.Sequential(edges[name], model.get_submodule(name)))
@@ -120,7 +120,7 @@ class _Gate(nn.Module):
 
 def gates(task: Task) -> Run:
     """Gates of ones behind every BatchNorm; (∂L/∂gate)² of the batch. Molchanov et al., arXiv 1906.10771, section 3."""
-    model = task.twin()
+    model = task.own_copy()
     norms = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         raise CannotRun("it has no BatchNorm to put gates behind")
@@ -145,7 +145,7 @@ def torch_pruning(importance: Any, per_sample: bool) -> Prepare:
     for each group."""
 
     def prepare(task: Task) -> Run:
-        model, score = task.twin(), importance()
+        model, score = task.own_copy(), importance()
         dependencies = tp.DependencyGraph().build_dependency(model, task.images[:1], verbose=False)
         groups = {}
         for group in task.graph.groups:

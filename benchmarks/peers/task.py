@@ -49,17 +49,17 @@ class Task:
         """The layers that read the channels."""
         return tuple(dict.fromkeys(edge.layer for group in self.graph.groups for edge in group.role("consumer")))
 
-    def twin(self, frozen: bool = False, hookable: bool = False) -> nn.Module:
+    def own_copy(self, frozen: bool = False, hookable: bool = False) -> nn.Module:
         """A copy of the model, with parameters of its own over the same memory.
 
         hookable: where attention calls its output projection, as nn.MultiheadAttention does not.
         """
         shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=not frozen)
                                   for p in self.model.parameters()}
-        twin = copy.deepcopy(self.model, shared)
-        for handle in multihead_attention.stand_in(twin) if hookable else ():
+        model = copy.deepcopy(self.model, shared)
+        for handle in multihead_attention.stand_in(model) if hookable else ():
             handle.keep()
-        return twin
+        return model
 
     def loss(self, model: nn.Module, reduction: str = "mean") -> Tensor:
         """Cross entropy of `model` on the batch."""

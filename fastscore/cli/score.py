@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     rank, _ = processes.place()
     with processes.group(options.device(arguments), timedelta(minutes=arguments.timeout)) as group, \
             _kept(arguments) as checkpoint:
-        scores = options.scored(options.model(arguments), arguments, prepare, checkpoint=checkpoint, group=group,
+        scores = options.scored(options.model(arguments), arguments, prepare, resume=checkpoint, process_group=group,
                                 fixed_order=arguments.fixed_order)
     if rank > 0:
         return

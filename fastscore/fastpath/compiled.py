@@ -10,19 +10,20 @@ from fastscore.scoring import gradients
 from fastscore.taps.taps import Taps
 
 
-def compile_tapped(twin: nn.Module, taps: Taps, shapes: Mapping[str, list[tuple[int, ...]]],
+def compile_tapped(eval_model: nn.Module, taps: Taps, shapes: Mapping[str, list[tuple[int, ...]]],
                    dtype: torch.dtype) -> None:
     """Let torch.compile make the pass, taps included, for batches of the size of the first; others run as they are.
 
-    twin: an evaluation copy. shapes: tapped layer -> the shape of what its tap reads, in each call. dtype: of that.
-    Gates are made outside, since a compiled pass can make none. Raises ValueError for a layer that is called twice.
+    eval_model: an evaluation copy. shapes: tapped layer -> the shape of what its tap reads, in each call. dtype: of
+    that. Gates are made outside, since a compiled pass can make none. Raises ValueError for a layer that is called
+    twice.
     """
     for layer, calls in shapes.items():
         if len(calls) > 1:
             raise ValueError(f"compile: {layer} runs {len(calls)} times in a pass, which taps in a compiled one cannot "
                              "tell apart: use compile=False")
-    widths = {layer: shape[taps.places[layer].channel_dim] for layer, (shape,) in shapes.items()}
-    plain = twin.forward
+    widths = {layer: shape[taps.points[layer].channel_dim] for layer, (shape,) in shapes.items()}
+    plain = eval_model.forward
     fast = torch.compile(plain, dynamic=False)
     size: int | None = None
 
@@ -33,7 +34,7 @@ def compile_tapped(twin: nn.Module, taps: Taps, shapes: Mapping[str, list[tuple[
             return plain(*args, **kwargs)
         size = len(tensor)
         like = tensor.new_empty((), dtype=dtype)
-        with taps.given({layer: taps.gate(size, width, like) for layer, width in widths.items()}):
+        with taps.preallocated_gates({layer: taps.gate(size, width, like) for layer, width in widths.items()}):
             return fast(*args, **kwargs)
 
-    vars(twin)["forward"] = forward
+    vars(eval_model)["forward"] = forward

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.fastpath import packed_layers
-from fastscore.fastpath.packed_layers import Ends
+from fastscore.fastpath.packed_layers import ClampBounds
 from fastscore.modules.evaluation_copy import parametrized
 from fastscore.modules.multihead_attention import MultiheadAttention, SequenceFirstLinear
 from fastscore.taps.gates import unclamped
-from fastscore.taps.taps import Offer, Taps
+from fastscore.taps.taps import FusedTap, Taps
 
 LAYERS = (nn.Conv2d, nn.Linear, SequenceFirstLinear)  # exact types, as the others
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -37,7 +37,7 @@ class _Clamped(torch.autograd.Function):
     """(x, gate) -> layer(x), which ends in a clamp, twice: for the other readers, and for a tap."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, layer: packed_layers.Layer, ends: Ends, taps: Taps
+    def forward(ctx: Any, x: Tensor, gate: Tensor, layer: packed_layers.Layer, bounds: ClampBounds, taps: Taps
                 ) -> tuple[Tensor, Tensor]:
         y = layer.forward(x)
         if y is x:
@@ -45,7 +45,7 @@ class _Clamped(torch.autograd.Function):
         ctx.save_for_backward(y)
         ctx.set_materialize_grads(False)
         ctx.layer, ctx.shape, ctx.taps = layer, x.shape, taps
-        ctx.ends = torch.tensor(ends, dtype=y.dtype).tolist()  # as y holds them
+        ctx.bounds = torch.tensor(bounds, dtype=y.dtype).tolist()  # as y holds them
         return y, y.detach()
 
     @staticmethod
@@ -53,45 +53,45 @@ class _Clamped(torch.autograd.Function):
                  ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (y,) = ctx.saved_tensors
         if tapped is None:
-            g, measured = None if rest is None else unclamped(rest, y, ctx.ends), None
+            g, measured = None if rest is None else unclamped(rest, y, ctx.bounds), None
         else:
-            g, measured = ctx.taps.measure.clamped(y, tapped, rest, ctx.ends)
+            g, measured = ctx.taps.measure.clamped(y, tapped, rest, ctx.bounds)
         return None if g is None else ctx.layer.backward(g, ctx.shape), measured, None, None, None
 
 
-class FastLayers:
+class FusedLayers:
     """The forward passes of an evaluation copy's layers, as packed layers run them; `undo` brings back their own.
 
-    taps: on the copy; a clamp offers them a tap on its output. clamps: module -> the ends of the clamp that alone reads
+    taps: on the copy; a clamp publishes a tap on its output. clamps: module -> the bounds of the clamp that alone reads
     its output. folded: BatchNorm -> the layer that it went into. inputs: Conv2d or Linear -> shape of its input.
-    packed: Conv2d and Linear -> the clamp that they end in, or None. kept: those that run as they are -> why.
+    packed: Conv2d and Linear -> the clamp that they end in, or None. not_packed: those that run as they are -> why.
     """
 
-    def __init__(self, model: nn.Module, taps: Taps, clamps: Mapping[str, Ends], folded: Mapping[str, str],
+    def __init__(self, model: nn.Module, taps: Taps, clamps: Mapping[str, ClampBounds], folded: Mapping[str, str],
                  inputs: Mapping[str, tuple[int, ...]]) -> None:
-        self.packed: dict[str, Ends | None] = {}
-        self.kept: dict[str, str] = {}
+        self.packed: dict[str, ClampBounds | None] = {}
+        self.not_packed: dict[str, str] = {}
         self._taps: Taps = weakref.proxy(taps)  # which hold the model, whose layers hold what is made here
         self._changed: list[tuple[nn.Module, str]] = []
         self._rectified: Callable[[], Tensor | None] = lambda: None  # what a layer has clamped already, last
-        ends = {layer: clamps[norm] for norm, layer in folded.items() if norm in clamps} | dict(clamps)
+        bounds = {layer: clamps[norm] for norm, layer in folded.items() if norm in clamps} | dict(clamps)
         for name, module in model.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 reason = _why_not(module, inputs.get(name))
                 if reason is not None:
-                    self.kept[name] = reason
+                    self.not_packed[name] = reason
                     continue
-                self.packed[name] = clamp = ends.get(name)
+                self.packed[name] = clamp = bounds.get(name)
                 packed = packed_layers.Convolution(module, inputs[name][2:], clamp) if type(module) is nn.Conv2d \
                     else packed_layers.Linear(module.weight, module.bias, clamp)
                 self._run(module, packed, clamp)
             elif type(module) in NORMS and name not in folded and _plain(module):
-                self._run(module, packed_layers.BatchNorm(module, ends.get(name)), ends.get(name))
+                self._run(module, packed_layers.BatchNorm(module, bounds.get(name)), bounds.get(name))
             elif type(module) is MultiheadAttention and module.in_proj_weight is not None \
                     and f"{name}.out_proj".lstrip(".") in inputs and packed_layers.available(module.in_proj_weight):
                 self._run(module, packed_layers.Linear(module.in_proj_weight, module.in_proj_bias), function="in_proj")
             elif type(module) in CLAMPS and "forward" not in vars(module):
-                self._clamp(module, ends_of(module))
+                self._clamp(module, clamp_bounds(module))
 
     def release(self, model: nn.Module, before: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
         """Let the packed layers hold the weights that they had, which take no memory of their own; for good."""
@@ -107,53 +107,54 @@ class FastLayers:
         for module, name in self._changed:
             del vars(module)[name]
         self._changed.clear()
-        self.kept |= dict.fromkeys(self.packed, reason)
+        self.not_packed |= dict.fromkeys(self.packed, reason)
         self.packed.clear()
 
     def _replace(self, module: nn.Module, name: str, function: Callable[[Tensor], Tensor]) -> None:
         self._changed.append((module, name))
         vars(module)[name] = function
 
-    def _run(self, module: nn.Module, layer: packed_layers.Layer, clamp: Ends | None = None, function: str = "forward"
-             ) -> None:
-        self._replace(module, function, self._through(layer) if clamp is None else self._ending(layer, clamp))
+    def _run(self, module: nn.Module, layer: packed_layers.Layer, clamp: ClampBounds | None = None,
+             function: str = "forward") -> None:
+        self._replace(module, function, self._packed_forward(layer) if clamp is None
+                      else self._packed_clamped_forward(layer, clamp))
 
-    def _through(self, layer: packed_layers.Layer) -> Callable[[Tensor], Tensor]:
+    def _packed_forward(self, layer: packed_layers.Layer) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
-            y: Tensor = _Packed.apply(self._taps.taken(x), layer) if _in_graph(x) else layer.forward(x)
+            y: Tensor = _Packed.apply(self._taps.claim(x), layer) if _in_graph(x) else layer.forward(x)
             return y
 
         return run
 
-    def _ending(self, layer: packed_layers.Layer, clamp: Ends) -> Callable[[Tensor], Tensor]:
+    def _packed_clamped_forward(self, layer: packed_layers.Layer, clamp: ClampBounds) -> Callable[[Tensor], Tensor]:
         """The module of the clamp, behind this one, has nothing left to do."""
 
         def run(x: Tensor) -> Tensor:
-            y = self._offered(self._taps.taken(x), layer, clamp)
+            y = self._with_tap(self._taps.claim(x), layer, clamp)
             self._rectified = weakref.ref(y)
             return y
 
         return run
 
-    def _clamp(self, module: Any, ends: Ends) -> None:
-        layer = packed_layers.Clamp(ends, bool(module.inplace))
+    def _clamp(self, module: Any, bounds: ClampBounds) -> None:
+        layer = packed_layers.Clamp(bounds, bool(module.inplace))
 
         def run(x: Tensor) -> Tensor:
             if x is self._rectified():
                 return x
             if layer.in_place and x._is_view():  # which autograd lets no function change that returns two tensors
                 return layer.forward(x)
-            return self._offered(x, layer, ends)
+            return self._with_tap(x, layer, bounds)
 
         self._replace(module, "forward", run)
 
-    def _offered(self, x: Tensor, layer: packed_layers.Layer, ends: Ends) -> Tensor:
+    def _with_tap(self, x: Tensor, layer: packed_layers.Layer, bounds: ClampBounds) -> Tensor:
         if not _in_graph(x):
             return layer.forward(x)
         gate = self._taps.gate(len(x), layer.channels(x), x)
-        y, tapped = _Clamped.apply(x, gate, layer, ends, self._taps)
+        y, tapped = _Clamped.apply(x, gate, layer, bounds, self._taps)
         # a packed layer sends back a gradient that nothing else holds: it may be written to
-        self._taps.offer(Offer(y, tapped, gate, self.packed))
+        self._taps.publish(FusedTap(y, tapped, gate, self.packed))
         rest: Tensor = y
         return rest
 
@@ -162,7 +163,7 @@ def _in_graph(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
-def ends_of(module: Any) -> Ends:
+def clamp_bounds(module: Any) -> ClampBounds:
     """Of a module whose type is in CLAMPS."""
     return (0.0, float("inf")) if type(module) is nn.ReLU else (float(module.min_val), float(module.max_val))
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward
-from fastscore.fastpath.fusion import CLAMPS, ends_of
-from fastscore.fastpath.packed_layers import Ends
+from fastscore.fastpath.fusion import CLAMPS, clamp_bounds
+from fastscore.fastpath.packed_layers import ClampBounds
 from fastscore.modules.evaluation_copy import hooked
 from fastscore.scoring.criteria import SUMS
 from fastscore.taps.taps import Taps
@@ -19,34 +19,34 @@ _BEFORE_CLAMPS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 @dataclass
-class Seen:
+class Observation:
     """What one pass shows. shapes: tapped layer -> shape [N, ...] of its input (output), in each call. flat:
     Linear layers that put out [N, C]. inputs: layer -> shape of its input, but for those under autocast. clamps: layer
-    or BatchNorm -> the ends of the clamp that alone reads its output."""
+    or BatchNorm -> the bounds of the clamp that alone reads its output."""
 
     output: Tensor
     shapes: dict[str, list[tuple[int, ...]]]
     flat: set[str]
     inputs: dict[str, tuple[int, ...]]
-    clamps: dict[str, Ends]
+    clamps: dict[str, ClampBounds]
 
 
-def observe(twin: nn.Module, taps: Taps, example: Batch, run: Forward) -> Seen:
+def observe(eval_model: nn.Module, taps: Taps, example: Batch, run: Forward) -> Observation:
     """Run the copy as it is, and stand taps before up-samplings where that measures the same."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     dims: dict[str, set[int]] = {}
     upsampled: dict[str, list[tuple[Tensor, Tensor]]] = {}  # up-sampling -> its (input, output) in each call
     reads: dict[str, list[Tensor]] = {}
-    bare = {name for name, module in twin.named_modules() if not hooked(module)}  # before hooks are set here
-    repeating = {name for name, module in twin.named_modules() if _repeats(module)}
+    bare = {name for name, module in eval_model.named_modules() if not hooked(module)}  # before hooks are set here
+    repeating = {name for name, module in eval_model.named_modules() if _is_nearest_upsample(module)}
     inputs: dict[str, tuple[int, ...]] = {}
     made: dict[str, list[Any]] = {}  # layer or BatchNorm -> the autograd node of its output, in each call
-    clamped: dict[Any, Ends] = {}  # autograd node of a clamp -> its ends
+    clamped: dict[Any, ClampBounds] = {}  # autograd node of a clamp -> its bounds
 
     def look(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if name in taps.places:
-                x = output if taps.places[name].output else args[0]
+            if name in taps.points:
+                x = output if taps.points[name].output else args[0]
                 shapes.setdefault(name, []).append(tuple(x.shape))
             if isinstance(module, nn.Linear):
                 dims.setdefault(name, set()).add(output.dim())
@@ -61,7 +61,7 @@ def observe(twin: nn.Module, taps: Taps, example: Batch, run: Forward) -> Seen:
             if before and name in bare:
                 made.setdefault(name, []).append(output.grad_fn)
             if type(module) in CLAMPS and name in bare:
-                clamped[output.grad_fn] = ends_of(module)
+                clamped[output.grad_fn] = clamp_bounds(module)
             if name in repeating:
                 upsampled.setdefault(name, []).append((args[0], output))
             return output
@@ -71,13 +71,13 @@ def observe(twin: nn.Module, taps: Taps, example: Batch, run: Forward) -> Seen:
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda module, args: reads.setdefault(name, []).extend(args[:1])
 
-    handles = [module.register_forward_hook(look(name)) for name, module in twin.named_modules()]
+    handles = [module.register_forward_hook(look(name)) for name, module in eval_model.named_modules()]
     if repeating:
-        handles += [twin.get_submodule(layer).register_forward_pre_hook(note(layer)) for layer in taps.places]
+        handles += [eval_model.get_submodule(layer).register_forward_pre_hook(note(layer)) for layer in taps.points]
     try:
-        with taps, taps.joined(example):
+        with taps, taps.one_pass(example):
             torch.manual_seed(0)
-            output: Tensor = run(twin, example)
+            output: Tensor = run(eval_model, example)
     finally:
         for handle in handles:
             handle.remove()
@@ -85,18 +85,18 @@ def observe(twin: nn.Module, taps: Taps, example: Batch, run: Forward) -> Seen:
     if taps.measure is SUMS:  # Σ a·g, Σ g and the mean of a are what they were; powers of a·g are not
         for layer, tensors in reads.items():
             for module, ((small, large), *more) in upsampled.items():
-                if tensors[0] is large and not more and len(tensors) == 1 and not taps.places[layer].output \
+                if tensors[0] is large and not more and len(tensors) == 1 and not taps.points[layer].output \
                         and all(b % a == 0 for a, b in zip(small.shape, large.shape, strict=True)) \
                         and len(readers[large.grad_fn]) == 1:
-                    taps.places[layer] = replace(taps.places[layer], window=(), module=module)
+                    taps.points[layer] = replace(taps.points[layer], window=(), module=module)
                     shapes[layer] = [tuple(small.shape)]
     clamps = {name: clamped[reader] for name, (node, *more) in made.items() if not more and node is not None
               for reader in readers[node] if reader in clamped and len(readers[node]) == 1}
-    return Seen(output.detach(), shapes, {name for name, found in dims.items() if found == {2}},
+    return Observation(output.detach(), shapes, {name for name, found in dims.items() if found == {2}},
                 inputs, clamps)
 
 
-def _repeats(module: nn.Module) -> bool:
+def _is_nearest_upsample(module: nn.Module) -> bool:
     """Whether it is an up-sampling that repeats each value: as often, if all sizes are multiples."""
     return type(module) is nn.Upsample and module.mode == "nearest" and not hooked(module)
 

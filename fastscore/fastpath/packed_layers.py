@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Ends: TypeAlias = tuple[float, float]  # low, high: of a clamp
+ClampBounds: TypeAlias = tuple[float, float]  # low, high: of a clamp
 DTYPES = (torch.float32, torch.bfloat16)
 _SAMPLES = 16  # in a batch that weights are laid out for: a single one asks for another layout, more do not
 
@@ -39,7 +39,7 @@ def available(weight: Tensor) -> bool:
             and bool(torch.backends.mkldnn.enabled))
 
 
-def _epilogue(clamp: Ends | None) -> tuple[str, list[float], str]:
+def _epilogue(clamp: ClampBounds | None) -> tuple[str, list[float], str]:
     if clamp is None:
         return "none", [], ""
     return ("relu", [], "") if clamp == (0.0, math.inf) else ("hardtanh", list(clamp), "")
@@ -75,24 +75,24 @@ class Convolution:
     positions of the gradient.
     """
 
-    def __init__(self, layer: nn.Conv2d, size: Sequence[int], clamp: Ends | None = None) -> None:
+    def __init__(self, layer: nn.Conv2d, size: Sequence[int], clamp: ClampBounds | None = None) -> None:
         self.bias, self.epilogue, self.width = layer.bias, _epilogue(clamp), layer.out_channels
         self.stride, self.dilation, self.groups = list(layer.stride), list(layer.dilation), layer.groups
         self.padding = [int(pad) for pad in layer.padding]
-        self.reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        self.padding_back = [r - p for r, p in zip(self.reach, self.padding, strict=True)]
+        self.kernel_extent = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        self.padding_back = [r - p for r, p in zip(self.kernel_extent, self.padding, strict=True)]
         single = layer.kernel_size == (1, 1) and self.padding == [0, 0]
         strided = self.stride != [1, 1]
         self.spread_first = strided and not single
         weight = layer.weight.detach()
         slow = layer.groups == layer.in_channels and weight.dtype == torch.bfloat16
         self.transposed = min(self.padding_back) < 0 or (self.spread_first and not slow)
-        turned = weight if self.transposed else \
+        flipped = weight if self.transposed else \
             weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
         size_back = self._unstrided(size) if self.spread_first and not self.transposed else \
             [(each - 1) // s + 1 for each, s in zip(self._unstrided(size), self.stride, strict=True)]
         self.weight = _Weight(weight, self._for_forward, layer.in_channels, size)
-        self.weight_back = _Weight(turned, self._for_backward, layer.out_channels, size_back, self.transposed)
+        self.weight_back = _Weight(flipped, self._for_backward, layer.out_channels, size_back, self.transposed)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, C_out, H', W']."""
@@ -119,18 +119,18 @@ class Convolution:
 
     def _unstrided(self, size: Sequence[int]) -> list[int]:
         """Height and width of the output if the stride were 1."""
-        return [each + 2 * p - r for each, p, r in zip(size, self.padding, self.reach, strict=True)]
+        return [each + 2 * p - r for each, p, r in zip(size, self.padding, self.kernel_extent, strict=True)]
 
     def _for_forward(self, weight: Tensor, shape: list[int]) -> Tensor:
-        laid_out: Tensor = _ops._reorder_convolution_weight(weight, self.padding, self.stride, self.dilation,
+        prepacked: Tensor = _ops._reorder_convolution_weight(weight, self.padding, self.stride, self.dilation,
                                                             self.groups, shape)
-        return laid_out
+        return prepacked
 
     def _for_backward(self, weight: Tensor, shape: list[int]) -> Tensor:
-        laid_out: Tensor = _ops._reorder_convolution_transpose_weight(
+        prepacked: Tensor = _ops._reorder_convolution_transpose_weight(
             weight, self.padding, [0, 0], self.stride, self.dilation, self.groups, shape) if self.transposed else \
             _ops._reorder_convolution_weight(weight, self.padding_back, [1, 1], self.dilation, self.groups, shape)
-        return laid_out
+        return prepacked
 
     def _spread(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """`x` at every stride-th position of a tensor of that height and width, and zeros between."""
@@ -142,7 +142,7 @@ class Convolution:
 class Linear:
     """A Linear on [..., C]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, clamp: Ends | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, clamp: ClampBounds | None = None) -> None:
         weight = weight.detach()
         self.bias, self.epilogue, self.width = bias, _epilogue(clamp), len(weight)
         self.weight = _ops._reorder_linear_weight(weight.contiguous(), _SAMPLES)
@@ -171,7 +171,7 @@ def _reshaped(x: Tensor, shape: Sequence[int]) -> Tensor:
 class BatchNorm:
     """A BatchNorm by its running statistics, on [N, C, ...]: affine for each channel."""
 
-    def __init__(self, norm: Any, clamp: Ends | None = None) -> None:
+    def __init__(self, norm: Any, clamp: ClampBounds | None = None) -> None:
         self.affine = norm.running_mean, norm.running_var, norm.weight, norm.bias
         self.eps, self.clamp = norm.eps, None if clamp is None else Clamp(clamp, in_place=True)
         scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -194,12 +194,12 @@ class BatchNorm:
 class Clamp:
     """A clamp by itself: ReLU, ReLU6, Hardtanh. in_place: as the module it stands for."""
 
-    def __init__(self, clamp: Ends, in_place: bool) -> None:
-        self.ends, self.in_place = clamp, in_place
+    def __init__(self, clamp: ClampBounds, in_place: bool) -> None:
+        self.bounds, self.in_place = clamp, in_place
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` between the ends."""
-        return F.hardtanh(x, *self.ends, inplace=self.in_place) if self.ends[1] < math.inf else \
+        """`x` between the bounds."""
+        return F.hardtanh(x, *self.bounds, inplace=self.in_place) if self.bounds[1] < math.inf else \
             F.relu(x, inplace=self.in_place)
 
     def backward(self, g: Tensor, shape: torch.Size) -> Tensor:

@@ -13,26 +13,27 @@ from fastscore.modules.evaluation_copy import to_dtype
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def cast(twin: nn.Module, dtype: torch.dtype) -> None:
+def cast(eval_model: nn.Module, dtype: torch.dtype) -> None:
     """Parameters, buffers and inputs in `dtype`; hooks on the model still see the inputs as they come."""
-    own, model = type(twin.to(dtype)).forward, weakref.ref(twin)  # no cycle: the copy goes as soon as it is let go of
-    forward = vars(twin).get("forward", lambda *args, **kwargs: own(model(), *args, **kwargs))
-    vars(twin)["forward"] = lambda *args, **kwargs: forward(*to_dtype(args, dtype), **to_dtype(kwargs, dtype))
+    # no cycle: the copy goes as soon as it is let go of
+    own, model = type(eval_model.to(dtype)).forward, weakref.ref(eval_model)
+    forward = vars(eval_model).get("forward", lambda *args, **kwargs: own(model(), *args, **kwargs))
+    vars(eval_model)["forward"] = lambda *args, **kwargs: forward(*to_dtype(args, dtype), **to_dtype(kwargs, dtype))
 
 
-def check_runs(twin: nn.Module, batch: Batch, run: Forward, precision: str) -> None:
+def check_runs(eval_model: nn.Module, batch: Batch, run: Forward, precision: str) -> None:
     """Raise ValueError, naming the layer, where the copy does not run on `batch` as it was cast."""
     running: list[str] = []
     handles = []
-    for name, module in twin.named_modules():
+    for name, module in eval_model.named_modules():
         handles += [module.register_forward_pre_hook(lambda module, args, name=name: running.append(name)),
                     module.register_forward_hook(_pop(running))]
     try:
         with torch.no_grad():
-            run(twin, batch)
+            run(eval_model, batch)
     except (RuntimeError, TypeError) as error:
         name = running[-1] if running else ""
-        where = f"{name} ({type(twin.get_submodule(name)).__name__})" if name else type(twin).__name__
+        where = f"{name} ({type(eval_model.get_submodule(name)).__name__})" if name else type(eval_model).__name__
         raise ValueError(f"precision: {where} does not run in {precision}: {error}; use precision=None") from error
     finally:
         for handle in handles:

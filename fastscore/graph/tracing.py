@@ -18,7 +18,8 @@ from fastscore.modules.activation_checkpoints import without_checkpoints
 from fastscore.modules.evaluation_copy import evaluation_copy
 
 
-def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.forward) -> ChannelGraph:
+def trace(model: nn.Module, example_inputs: batches.Batch,
+          forward: batches.Forward = batches.call_model) -> ChannelGraph:
     """Find the channel groups of `model` by running `forward(model, example_inputs)` on a copy of it.
 
     A model that was traced before, and is what it was, is not traced again: see fastscore.graph.cache.
@@ -27,12 +28,12 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
     known = cache.recall(model, example_inputs, forward)
     if known is not None:
         return known
-    twin = evaluation_copy(model)
-    for parameter in twin.parameters():
+    eval_model = evaluation_copy(model)
+    for parameter in eval_model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # the tracer follows grad_fn
 
     def run(model: nn.Module) -> list[Tensor]:
-        return [batches.checked(forward)(model, example_inputs)]
+        return [batches.checked_forward(forward)(model, example_inputs)]
 
     def run_as_in_training(model: nn.Module) -> list[Tensor]:
         with training_only.as_in_training(model):
@@ -40,11 +41,11 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
                     if output.requires_grad or not torch.is_grad_enabled()]
 
     with torch.enable_grad(), without_checkpoints(), batches.fork_rng(batches.device_of(model)):
-        found, ran, explained = _traced(twin, run)
-        idle = training_only.layers(twin) - ran
+        found, ran, explained = _traced(eval_model, run)
+        idle = training_only.layers(eval_model) - ran
         if idle:
             try:
-                more, ran_in_training, explained_then = _traced(twin, run_as_in_training)
+                more, ran_in_training, explained_then = _traced(eval_model, run_as_in_training)
             except (ValueError, TypeError):
                 ran_in_training = set()
             if ran <= ran_in_training:
@@ -54,7 +55,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
     return graph
 
 
-def _traced(twin: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> tuple[ChannelGraph, set[str], set[str]]:
+def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> tuple[ChannelGraph, set[str], set[str]]:
     """(the groups of one way of running an evaluation copy, the layers that ran, those whose heads are left alone with
     a reason)."""
     graph = dependencies.Graph()
@@ -66,20 +67,20 @@ def _traced(twin: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> tuple[
         has_run = True
         return outputs
 
-    def whole(twin: nn.Module) -> Tensor:
-        return torch.cat([output.flatten() for output in run(twin)])
+    def whole(eval_model: nn.Module) -> Tensor:
+        return torch.cat([output.flatten() for output in run(eval_model)])
 
-    recording = verification.Recording(twin, whole)
+    recording = verification.Recording(eval_model, whole)
     try:
         with recording.record():
-            graph.build(twin, first_run)
+            graph.build(eval_model, first_run)
     except TypeError:
         raise
     except Exception as error:  # the tracer raises whatever its guesses run into
         blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
-        raise ValueError(f"{type(twin).__name__}: {blame}: {type(error).__name__}: {error}") from error
-    heads, left = attention.find(twin, whole)
-    found = _with_heads(twin, _groups(twin, graph, attention.layers(heads), recording.first_layers), heads)
+        raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}") from error
+    heads, left = attention.find(eval_model, whole)
+    found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording.first_layers), heads)
     graph.release()
     strays = verification.strays(recording, found.groups)
     reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"

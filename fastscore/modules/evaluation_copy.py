@@ -30,10 +30,10 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():  # weight_norm keeps the weight that it computes anew in each pass
         shared |= {id(value): value.detach() for value in vars(module).values()
                    if isinstance(value, Tensor) and not value.is_leaf}
-    twin = copy.deepcopy(model, shared).eval()
-    for handle in multihead_attention.stand_in(twin):
+    eval_model = copy.deepcopy(model, shared).eval()
+    for handle in multihead_attention.stand_in(eval_model):
         handle.keep()
-    return twin
+    return eval_model
 
 
 class Folding:
@@ -41,7 +41,7 @@ class Folding:
 
     model: an evaluation copy. normalized_by: layer -> the BatchNorm that alone reads its output. flat: Linear layers
     whose output is [N, C]; behind others a BatchNorm normalises another dimension.
-    folded: BatchNorm -> the layer that it went into. kept: BatchNorm -> why it stays.
+    folded: BatchNorm -> the layer that it went into. not_folded: BatchNorm -> why it stays.
 
     In evaluation mode BatchNorm is affine for each channel, so folding is exact. The modules stay the same objects,
     whatever other names or lists the model has them in.
@@ -49,8 +49,9 @@ class Folding:
 
     def __init__(self, model: nn.Module, normalized_by: Mapping[str, str], flat: Collection[str]) -> None:
         self.folded: dict[str, str] = {}
-        self.kept = {name: "no layer that it alone reads comes before it" for name, module in model.named_modules()
-                     if isinstance(module, nn.modules.batchnorm._BatchNorm) and name not in normalized_by.values()}
+        self.not_folded = {
+            name: "no layer that it alone reads comes before it" for name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and name not in normalized_by.values()}
         self._before: list[tuple[nn.Module, nn.Module, Tensor, nn.Parameter | None]] = []
         for layer_name, norm_name in normalized_by.items():
             layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
@@ -59,7 +60,7 @@ class Folding:
                 self.folded[norm_name] = layer_name
                 self._fold(layer, norm)
             elif isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                self.kept[norm_name] = reason
+                self.not_folded[norm_name] = reason
 
     def _fold(self, layer: Any, norm: Any) -> None:
         self._before.append((layer, norm, layer.weight, layer.bias))
@@ -76,19 +77,19 @@ class Folding:
             rows.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
         layer.weight = nn.Parameter(new, requires_grad=False)
         layer.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
-        vars(norm)["forward"] = _hand_on
+        vars(norm)["forward"] = _identity
 
     def undo(self, reason: str) -> None:
         """Everything as it was before; `reason` becomes why."""
         for layer, norm, weight, bias in self._before:
             layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
             del vars(norm)["forward"]
-        self.kept |= dict.fromkeys(self.folded, reason)
+        self.not_folded |= dict.fromkeys(self.folded, reason)
         self.folded.clear()
         self._before.clear()
 
 
-def _hand_on(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 

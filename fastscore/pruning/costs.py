@@ -67,7 +67,7 @@ class LayerCost:
         return self.macs_per_width * width, self.weights_per_width * width + (self.params_per_output + had_bias) * more
 
 
-def total_macs(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.forward) -> int:
+def total_macs(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.call_model) -> int:
     """MACs of one sample: half the FLOPs that PyTorch counts for the example inputs, over their number."""
     return count(model, example_inputs, forward)[0]
 
@@ -126,7 +126,7 @@ class Costs:
     """
 
     def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup], example_inputs: batches.Batch,
-                 forward: batches.Forward = batches.forward, compensate: bool = False) -> None:
+                 forward: batches.Forward = batches.call_model, compensate: bool = False) -> None:
         self.groups = {group.name: group for group in groups}
         macs, per_layer, self.returned = count(model, example_inputs, forward)
         self.layers: dict[str, LayerCost] = {}

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import files
-from fastscore.batches import Batch, device_of, first_tensor, fork_rng, map_tensors
-from fastscore.batches import forward as call_model
+from fastscore.batches import Batch, call_model, device_of, first_tensor, fork_rng, map_tensors
 from fastscore.graph.groups import matching_layers
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.pruning import latency, recipes
@@ -22,7 +21,7 @@ from fastscore.pruning.prune import PruneResult, prune
 from fastscore.pruning.recipes import composed
 from fastscore.pruning.report import GroupReport, PruneReport
 from fastscore.scoring.engine import score
-from fastscore.scoring.fingerprints import identity
+from fastscore.scoring.fingerprints import run_fingerprint
 from fastscore.scoring.scores import Scores
 
 Schedule = Literal["geometric", "linear"]
@@ -34,7 +33,7 @@ SCHEDULES: Mapping[str, Callable[[float, float], float]] = {
 }
 _FORM = "fastscore-iterative-1"
 _OURS = {"model", "scores", "example_inputs", "batches", "channels", "params", "macs", "latency", "inplace",
-         "checkpoint"}
+         "resume"}
 _SCORING = set(inspect.signature(score).parameters) - _OURS
 _PRUNING = set(inspect.signature(prune).parameters) - _OURS
 _TRIES = 4  # at a latency that is measured anew
@@ -50,7 +49,7 @@ class IterativeResult(PruneResult):
 def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs: Batch = None, *, steps: int,
                       channels: float | None = None, params: float | None = None, macs: float | None = None,
                       latency: float | None = None, finetune: Finetune | None = None,
-                      schedule: Schedule = "geometric", checkpoint: str | PathLike[str] | None = None,
+                      schedule: Schedule = "geometric", resume: str | PathLike[str] | None = None,
                       **options: Any) -> IterativeResult:
     """Score, prune a little and fine-tune, `steps` times, until the budgets of the last step hold; `model` stays.
 
@@ -60,7 +59,7 @@ def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs
     budgets on the way there. schedule: "geometric" (each step takes the same share of what is left) or "linear" (each
     takes as much). A latency is measured against `model` again after the last step, and must hold there.
     finetune(model): trains the smaller model in place, after every step; it is in the mode that `model` is in.
-    checkpoint: a file written after every step. Where it is there already, the steps in it are not done again: killed
+    resume: a file written after every step. Where it is there already, the steps in it are not done again: killed
     and called again with the same arguments, the result is the one of an uninterrupted run, as far as `finetune` is a
     function of the model, the data and torch's random numbers; in step i these start from seed + i, and the caller's
     come back as they were.
@@ -80,10 +79,10 @@ def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs
             _first_sample(batches, options.get("forward", call_model))
     example = map_tensors(lambda tensor: tensor.to(device), example)
     options["ignore"] = sorted(matching_layers(model, options.get("ignore", ())))  # names, which hold for every step
-    same = identity(model, {}, steps=steps, schedule=schedule, shares=shares, **options)
+    same = run_fingerprint(model, {}, steps=steps, schedule=schedule, shares=shares, **options)
     run = _Run(model, example, options)
-    if checkpoint is not None and Path(checkpoint).exists():
-        run.load(checkpoint, same)
+    if resume is not None and Path(resume).exists():
+        run.load(resume, same)
     for step in range(len(run.reports) + 1, steps + 1):
         with fork_rng(device):
             torch.manual_seed(seed + step)
@@ -95,8 +94,8 @@ def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs
                 raise ValueError(f"step {step} of {steps} ({wanted}): {error}") from error
             if finetune is not None:
                 finetune(run.current)
-        if checkpoint is not None:
-            run.save(checkpoint, same)
+        if resume is not None:
+            run.save(resume, same)
     return run.result()
 
 
@@ -193,7 +192,7 @@ class _Run:
         header, state = files.read(path, _FORM, "checkpoint of prune_iteratively", "delete it to start again")
         differing = [name for name in same if header["same"].get(name) != same[name]]
         if differing:
-            raise ValueError(f"checkpoint: {path} is of another run, with another {', another '.join(differing)}; give "
+            raise ValueError(f"resume: {path} is of another run, with another {', another '.join(differing)}; give "
                              "the same model and arguments, or delete it to start again")
         self.reports = [PruneReport.of(report) for report in header["reports"]]
         self.removed = {layer: torch.tensor(index) for layer, index in header["removed"].items()}

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastscore.batches import Batch, Forward, device_of, fork_rng
-from fastscore.batches import forward as call_model
+from fastscore.batches import Batch, Forward, call_model, device_of, fork_rng
 from fastscore.graph.groups import Ignore
 from fastscore.modules import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -40,9 +39,9 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
         raise ValueError(f"fraction: {fraction}; it is the share of channels to mask, 0 <= fraction < 1")
     compensate = compensates(compensate, scores)
     graph = scored_graph(model, scores, example_inputs, forward, ignore)
-    twin = evaluation_copy(model)
-    with fork_rng(device_of(twin)):
-        costs = Costs(twin, graph.groups, example_inputs, forward)
+    eval_model = evaluation_copy(model)
+    with fork_rng(device_of(eval_model)):
+        costs = Costs(eval_model, graph.groups, example_inputs, forward)
         kinds = layer_kinds(model, graph.groups) if scope == "isomorphic" else None
         removed = select(removal_order(graph.groups, scores, scope, kinds=kinds), costs, {"channels": 1 - fraction})
         positions = removed_positions(graph.groups, removed)
@@ -51,7 +50,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
         if scores.origin.units == "norms":
             handles = at_gates(model, positions, means)
         else:
-            added = contributions(twin, means, example_inputs, forward) if means else {}
+            added = contributions(eval_model, means, example_inputs, forward) if means else {}
             handles = at_consumers(model, positions, added)
     with ExitStack() as attached:
         for handle in handles:

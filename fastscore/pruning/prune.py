@@ -9,8 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward, checked, device_of, fork_rng
-from fastscore.batches import forward as call_model
+from fastscore.batches import Batch, Forward, call_model, checked_forward, device_of, fork_rng
 from fastscore.graph.groups import ChannelGraph, Ignore, norm_gates
 from fastscore.graph.surgery import Places, remove_places, removed_places
 from fastscore.graph.tracing import trace
@@ -90,20 +89,20 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
                          'removed: to prune, score with units="groups"')
     compensate = compensates(compensate, scores)
     graph = scored_graph(model, scores, example_inputs, forward, ignore)
-    twin = evaluation_copy(model)
-    with fork_rng(device_of(twin)):
-        costs = Costs(twin, graph.groups, example_inputs, checked(forward), compensate)
+    eval_model = evaluation_copy(model)
+    with fork_rng(device_of(eval_model)):
+        costs = Costs(eval_model, graph.groups, example_inputs, checked_forward(forward), compensate)
         before = costs.returned.shape
         dense = _group_costs(costs)
         kinds = layer_kinds(model, graph.groups) if scope == "isomorphic" else None
         prices = channel_prices(costs, "params" if set(budgets) == {"params"} else "macs") if cost_aware else None
         if round_to == "auto":
-            round_to = channel_multiple(twin)
+            round_to = channel_multiple(eval_model)
         order = removal_order(graph.groups, scores, scope, round_to, floor, kinds, prices)
 
         def surgery(removed: Mapping[str, Tensor]) -> _Surgery:
             means = removed_means(model, scores, removed_positions(graph.groups, removed)) if compensate else {}
-            added = contributions(twin, means, example_inputs, forward) if means else {}
+            added = contributions(eval_model, means, example_inputs, forward) if means else {}
             return _Surgery(model, removed_places(graph.groups, removed), added)
 
         candidates: tuple[Candidate, ...] = ()
@@ -111,7 +110,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             removed = select(order, costs, budgets)
         else:
             removed, candidates = choose(order, costs, budgets, latency, lambda gone: surgery(gone).copy().eval(),
-                                         twin, example_inputs, forward)
+                                         eval_model, example_inputs, forward)
         chosen = surgery(removed)
         pruned = chosen.copy()
         modes = {name: module.training for name, module in pruned.named_modules()}
@@ -195,7 +194,7 @@ def _budgets(shares: Mapping[Unit, float | None], latency: float | None) -> dict
 def _try(model: nn.Module, example_inputs: Batch, forward: Forward, expected: torch.Size) -> int:
     """Run the pruned model; its MACs. Raises RuntimeError where it no longer fits together."""
     try:
-        macs, _, output = count(model, example_inputs, checked(forward))
+        macs, _, output = count(model, example_inputs, checked_forward(forward))
     except Exception as error:
         raise RuntimeError(f"the pruned model does not run ({error}): its forward depends on a width that changed; "
                            "ignore the layers it names") from error

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-from fastscore.batches import Batch, Forward, device_of, first_tensor, fork_rng, map_tensors
-from fastscore.batches import forward as call_model
+from fastscore.batches import Batch, Forward, call_model, device_of, first_tensor, fork_rng, map_tensors
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.fastpath.prepare import prepare
 from fastscore.graph.groups import ChannelGraph, Ignore, Units, matching_layers
@@ -21,8 +20,8 @@ from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.wrappers import unwrapped
 from fastscore.scoring import gradients, tokens
 from fastscore.scoring.criteria import WEIGHT_IMPORTANCES
-from fastscore.scoring.fingerprints import identity
-from fastscore.scoring.runs import Checkpoint, Run, Skippable, check
+from fastscore.scoring.fingerprints import run_fingerprint
+from fastscore.scoring.runs import Checkpoint, Run, SliceableBatches, check
 from fastscore.scoring.scorer import Gradient
 from fastscore.scoring.scores import Origin, Scores
 from fastscore.scoring.totals import Totals, scored
@@ -37,7 +36,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
           samples: int | Literal["auto"] | None = None, agreement: tuple[float, float] = AGREEMENT, seed: int = 0,
           distribution: str = "normal", center: bool = False, sample_dims: int = 1, loss: gradients.Loss | None = None,
           forward: Forward = call_model, ignore: Ignore = (),
-          checkpoint: str | PathLike[str] | Checkpoint | None = None, group: distributed.ProcessGroup | None = None,
+          resume: str | PathLike[str] | Checkpoint | None = None, process_group: distributed.ProcessGroup | None = None,
           fixed_order: bool = False, precision: Literal["float32", "bfloat16"] | None = None, compile: bool = False,
           progress: bool = True) -> Scores:
     """Score every channel of `model` on `batches`, without labels unless gradient="loss".
@@ -69,12 +68,12 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
     gradient and do not count. `samples` counts examples either way.
     forward(model, batch) -> output [N, ...], for models that are called otherwise. ignore: layer names (with `*`),
     types or modules to leave out.
-    checkpoint: a file that keeps the run, written now and then. Stopped at any moment and called again with the same
+    resume: a file that keeps the run, written now and then. Stopped at any moment and called again with the same
     arguments, score goes on from there, and ends with the scores, bit for bit on a CPU, that it would have given.
     Batches that are done are read again, and compared, but for a folder of images. The file stays.
-    group: processes that share the work: each calls score with the same arguments (batches included), takes every
-    size-th batch, and returns the scores of all. fixed_order: add up in an order that does not depend on the number of
-    processes (at most 64), so that any number gives the same bits; it takes the memory of 64 totals.
+    process_group: processes that share the work: each calls score with the same arguments (batches included), takes
+    every size-th batch, and returns the scores of all. fixed_order: add up in an order that does not depend on the
+    number of processes (at most 64), so that any number gives the same bits; it takes the memory of 64 totals.
     precision: of the passes: "float32", "bfloat16" (parameters, activations and their gradients; sums over positions
     and samples stay float32 and wider, and so does the output; faster where the processor has arithmetic for it, and
     slower where it has none), or as the model is (None).
@@ -93,15 +92,16 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
                     seed, distribution, "", units, ablation, layerwise, center, sample_dims)
     tokens.check(sample_dims, probes, compile)
     _check(batches, origin, probes, samples, agreement, precision)
-    check(origin, samples, checkpoint=checkpoint, group=group, fixed_order=fixed_order)
-    if isinstance(samples, int) and isinstance(batches, Skippable):
+    check(origin, samples, resume=resume, process_group=process_group, fixed_order=fixed_order)
+    if isinstance(samples, int) and isinstance(batches, SliceableBatches):
         batches = batches.first(samples)
     model = unwrapped(model)
     ignore = matching_layers(model, ignore)
     with fork_rng(device_of(model)), torch.inference_mode(False), torch.enable_grad(), without_checkpoints():
-        twin = evaluation_copy(model)
-        on_device = partial(_on_device, device=device_of(twin), samples=samples if isinstance(samples, int) else None)
-        stream = on_device(batches[:1] if isinstance(batches, Skippable) else batches)
+        eval_model = evaluation_copy(model)
+        on_device = partial(_on_device, device=device_of(eval_model),
+                            samples=samples if isinstance(samples, int) else None)
+        stream = on_device(batches[:1] if isinstance(batches, SliceableBatches) else batches)
         example = next(stream, None)
         if example is None:
             raise ValueError("batches: there is none to score on, or none that holds a sample")
@@ -109,35 +109,35 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         traced = _first_samples(example, len(gradients.first_input(example)), 1) if forward is call_model else example
         graph = trace(model, traced, forward)
         if reads_weights:
-            return _score_weights(twin, graph, origin, ignore)
-        totals = Totals(twin, graph, origin, ignore)
+            return _score_weights(eval_model, graph, origin, ignore)
+        totals = Totals(eval_model, graph, origin, ignore)
         taps = totals.taps(traceable=True)
         for weight in taps.weights.values():
             weight.requires_grad_()
-        plan, run = prepare(twin, taps, graph.normalized_by, traced, forward, precision, compile)
-        if isinstance(checkpoint, (str, PathLike)):
-            checkpoint = Checkpoint(checkpoint)
-        known = identity(model, asdict(totals.origin), probes=probes, ignored=sorted(ignore), loss=loss,
+        plan, run = prepare(eval_model, taps, graph.normalized_by, traced, forward, precision, compile)
+        if isinstance(resume, (str, PathLike)):
+            resume = Checkpoint(resume)
+        known = run_fingerprint(model, asdict(totals.origin), probes=probes, ignored=sorted(ignore), loss=loss,
                          forward=forward, precision=precision, compile=compile) \
-            if checkpoint is not None or group is not None else {}
-        work = Run(totals, known, example, batches if isinstance(batches, Skippable) else stream, on_device, checkpoint,
-                  group, fixed_order)
+            if resume is not None or process_group is not None else {}
+        work = Run(totals, known, example, batches if isinstance(batches, SliceableBatches) else stream, on_device,
+                   resume, process_group, fixed_order)
         total = samples // work.size if isinstance(samples, int) else None
         with taps, work, tqdm(total=total, initial=work.samples, unit=" samples", desc="scoring",
                              disable=not progress or work.rank > 0) as bar:
             for totals, batch in work:
-                with taps.joined(batch):
-                    output = run(twin, batch)
+                with taps.one_pass(batch):
+                    output = run(eval_model, batch)
                 assert taps.current is not None
-                real = taps.current.real
-                if compile and real is not None:
+                valid = taps.current.valid
+                if compile and valid is not None:
                     raise ValueError("compile: the batch has padding, which compiled taps do not know of; use "
                                      "compile=False")
                 if not torch.isfinite(output).all() and (culprit := _blame(model, batch, forward)) is not None:
                     raise FloatingPointError(culprit)
                 if gradient == "loss":
-                    sent = tokens.loss_gradient(output, batch, loss, totals.origin, real)
-                    sent = sent / len(sent) if totals.row.minibatch and normalize else sent
+                    sent = tokens.loss_gradient(output, batch, loss, totals.origin, valid)
+                    sent = sent / len(sent) if totals.criterion.minibatch and normalize else sent
                     totals.propagate(taps, output, sent, last=True)
                 else:
                     count = probes if isinstance(probes, int) else gradients.classes_of(output)

@@ -13,7 +13,7 @@ from fastscore.batches import Batch, tensors_of
 from fastscore.scoring.gradients import sample_ids
 
 
-def identity(model: nn.Module, origin: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+def run_fingerprint(model: nn.Module, origin: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     """What makes two runs the same one: fingerprints of the model and of its weights, and the way of scoring.
 
     Functions among the options count by name.

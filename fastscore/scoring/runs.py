@@ -22,21 +22,21 @@ from fastscore.scoring.scores import Origin
 from fastscore.scoring.totals import Totals
 
 _FORM = "fastscore-checkpoint-1"
-LANES = 64  # fixed_order: as many processes may share the work
+REDUCTION_SLOTS = 64  # fixed_order: as many processes may share the work
 _SHARE = 0.02  # of the time, at most, goes into saving
 
 
 @runtime_checkable
-class Skippable(Protocol):
+class SliceableBatches(Protocol):
     """Batches of which some can be left out without being read.
 
     fingerprint(): equal for equal data, in the same batches.
     """
 
     def fingerprint(self) -> str: ...
-    def first(self, samples: int) -> "Skippable": ...
+    def first(self, samples: int) -> "SliceableBatches": ...
     def __len__(self) -> int: ...
-    def __getitem__(self, part: slice) -> "Skippable": ...
+    def __getitem__(self, part: slice) -> "SliceableBatches": ...
     def __iter__(self) -> Iterator[Batch]: ...
 
 
@@ -54,7 +54,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Progress:
-    """Batches that are in the totals, a digest of what they held, and the totals' states, one for each lane."""
+    """Batches that are in the totals, a digest of what they held, and the totals' states, one for each slot."""
 
     done: int
     digest: str
@@ -65,70 +65,71 @@ class Run:
     """Iterating gives (totals to add to, batch) for every batch to do here; a context manager that saves when stopped.
 
     totals: with nothing in them. identity: what makes a run the same one (see fastscore.scoring.fingerprints). first:
-    the first batch. batches: the others, or all of them where they are Skippable; on_device makes of these what the
-    model takes.
-    group: processes that all have the same batches, and take turns at them. fixed_order: add up in an order that does
-    not depend on how many processes there are (up to LANES).
+    the first batch. batches: the others, or all of them where they are SliceableBatches; on_device makes of these what
+    the model takes.
+    process_group: processes that all have the same batches, and take turns at them. fixed_order: add up in an order
+    that does not depend on how many processes there are (up to REDUCTION_SLOTS).
     """
 
     def __init__(self, totals: Totals, identity: Mapping[str, Any], first: Batch, batches: Iterable[Batch],
-                 on_device: Callable[[Iterable[Batch]], Iterator[Batch]], checkpoint: Checkpoint | None = None,
-                 group: distributed.ProcessGroup | None = None, fixed_order: bool = False) -> None:
-        self.rank, self.size = (0, 1) if group is None else (distributed.get_rank(group), group.size())
-        if fixed_order and self.size > LANES:
-            raise ValueError(f"fixed_order: it is for up to {LANES} processes, and these are {self.size}")
-        self.lanes = [totals.empty() for _ in range(LANES if fixed_order else 1)]
-        self._totals, self._group = totals, group
+                 on_device: Callable[[Iterable[Batch]], Iterator[Batch]], resume: Checkpoint | None = None,
+                 process_group: distributed.ProcessGroup | None = None, fixed_order: bool = False) -> None:
+        self.rank, self.size = (0, 1) if process_group is None else \
+            (distributed.get_rank(process_group), process_group.size())
+        if fixed_order and self.size > REDUCTION_SLOTS:
+            raise ValueError(f"fixed_order: it is for up to {REDUCTION_SLOTS} processes, and these are {self.size}")
+        self.slots = [totals.new_empty() for _ in range(REDUCTION_SLOTS if fixed_order else 1)]
+        self._totals, self._process_group = totals, process_group
         self._first, self._batches, self._on_device = first, batches, on_device
-        self._skips = isinstance(batches, Skippable)
-        known = checkpoint is not None or group is not None
-        data = batches.fingerprint() if known and isinstance(batches, Skippable) else None
+        self._skips = isinstance(batches, SliceableBatches)
+        known = resume is not None or process_group is not None
+        data = batches.fingerprint() if known and isinstance(batches, SliceableBatches) else None
         identity = {**identity, "data": data, "fixed_order": fixed_order}
-        if group is not None:
-            _check_alike(identity, group)
+        if process_group is not None:
+            _check_alike(identity, process_group)
         self._identity = {**identity, "process": [self.rank, self.size]}
-        self._progress = _Progress(0, "", tuple(lane.state_dict() for lane in self.lanes))
-        self._checkpoint = checkpoint
+        self._progress = _Progress(0, "", tuple(slot.state_dict() for slot in self.slots))
+        self._resume = resume
         self._saved, self._next_save = 0, 0.0
-        if checkpoint is not None and not checkpoint.only_when_stopped:
+        if resume is not None and not resume.only_when_stopped:
             self._load()
 
     @property
     def samples(self) -> int:
         """Samples seen here."""
-        return sum(lane.samples for lane in self.lanes)
+        return sum(slot.samples for slot in self.slots)
 
     def __iter__(self) -> Iterator[tuple[Totals, Batch]]:
         for number, batch in self._to_do():
-            lane = number % len(self.lanes)
-            counts = self._checkpoint is not None
+            slot = number % len(self.slots)
+            counts = self._resume is not None
             content = digest_of(self._progress.digest, batch) if counts and not self._skips else ""
-            yield self.lanes[lane], batch
+            yield self.slots[slot], batch
             if counts:
-                self._count(lane, content)
+                self._count(slot, content)
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        if self._checkpoint is not None and self._progress.done > self._saved \
-                and (error is not None or not self._checkpoint.only_when_stopped):
+        if self._resume is not None and self._progress.done > self._saved \
+                and (error is not None or not self._resume.only_when_stopped):
             self._save()
 
     def totals(self) -> Totals:
         """What all processes have measured together."""
-        if self._group is not None:
-            for lane in self.lanes:
-                lane.all_reduce(device_of(self._totals.model), self._group)
-        for lane in self.lanes:
-            self._totals.absorb(lane)
+        if self._process_group is not None:
+            for slot in self.slots:
+                slot.all_reduce(device_of(self._totals.model), self._process_group)
+        for slot in self.slots:
+            self._totals.merge(slot)
         return self._totals
 
     def _to_do(self) -> Iterator[tuple[int, Batch]]:
         """(number among all batches, batch) of what is left of this process's share."""
         before = self._progress
-        if isinstance(self._batches, Skippable):
+        if isinstance(self._batches, SliceableBatches):
             numbers = range(len(self._batches))[self.rank::self.size][before.done:]
             if numbers and numbers[0] == 0:
                 yield 0, self._first
@@ -151,20 +152,20 @@ class Run:
             raise ValueError(f"batches: {self._path} has seen {before.done}, and there are {done}; give the "
                              "same again, or remove the file")
 
-    def _count(self, lane: int, digest: str) -> None:
-        """One more batch is in the lane's totals."""
+    def _count(self, slot: int, digest: str) -> None:
+        """One more batch is in the slot's totals."""
         states = list(self._progress.states)
-        states[lane] = _copy(self.lanes[lane].state_dict())
+        states[slot] = _copy(self.slots[slot].state_dict())
         # as one object, so that an interrupt finds all of it or nothing
         self._progress = _Progress(self._progress.done + 1, digest, tuple(states))
-        assert self._checkpoint is not None
-        if not self._checkpoint.only_when_stopped and time.monotonic() >= self._next_save:
+        assert self._resume is not None
+        if not self._resume.only_when_stopped and time.monotonic() >= self._next_save:
             self._save()
 
     @property
     def _path(self) -> Path:
-        assert self._checkpoint is not None
-        path = Path(self._checkpoint.path)
+        assert self._resume is not None
+        path = Path(self._resume.path)
         return path if self.size == 1 else path.with_name(f"{path.name}.{self.rank}-of-{self.size}")
 
     def _save(self) -> None:
@@ -176,44 +177,44 @@ class Run:
 
     def _load(self) -> None:
         path = self._path
-        others = sorted(other.name for other in path.parent.glob(f"{Path(self._checkpoint.path).name}*-of-*")
-                        if not other.name.endswith((f"-of-{self.size}", ".part"))) if self._checkpoint else []
+        others = sorted(other.name for other in path.parent.glob(f"{Path(self._resume.path).name}*-of-*")
+                        if not other.name.endswith((f"-of-{self.size}", ".part"))) if self._resume else []
         if not path.exists():
             if others:
-                raise ValueError(f"checkpoint: {others[0]} was written by another number of processes than these "
+                raise ValueError(f"resume: {others[0]} was written by another number of processes than these "
                                  f"{self.size}; start as many again, or remove it")
             return
         state = files.read_state(path, _FORM, "checkpoint", "remove it to start over",
                                  device_of(self._totals.model))
         differing = [name for name, value in self._identity.items() if state["identity"].get(name) != value]
         if differing:
-            raise ValueError(f"checkpoint: {path} is of another run, with another {', another '.join(differing)}; "
+            raise ValueError(f"resume: {path} is of another run, with another {', another '.join(differing)}; "
                              "name another file, or remove it to start over")
-        for lane, own in zip(self.lanes, state["states"], strict=True):
-            lane.load_state_dict(own)
+        for slot, own in zip(self.slots, state["states"], strict=True):
+            slot.load_state_dict(own)
         self._progress = _Progress(state["done"], state["digest"], tuple(_copy(own) for own in state["states"]))
         self._saved = self._progress.done
 
 
 def check(origin: Origin, samples: object, **options: object) -> None:
-    """Raise ValueError where one of the options of a run makes no sense: checkpoint, group, fixed_order."""
+    """Raise ValueError where one of the options of a run makes no sense: resume, process_group, fixed_order."""
     for name, value in options.items():
         if value and origin.gradient == "none":
             raise ValueError(f"{name}: {origin.importance} reads the weights alone, in no time; leave it out")
-        if value and samples == "auto" and name != "checkpoint":
+        if value and samples == "auto" and name != "resume":
             raise ValueError(f'{name}: samples="auto" looks after each batch at all that was measured, which processes '
                              "that share the work do not know; give a number of samples")
 
 
-def _check_alike(identity: Mapping[str, Any], group: distributed.ProcessGroup) -> None:
+def _check_alike(identity: Mapping[str, Any], process_group: distributed.ProcessGroup) -> None:
     """Raise ValueError in every process where one of them was started otherwise."""
-    found: list[Any] = [None] * group.size()
-    distributed.all_gather_object(found, identity, group=group)
+    found: list[Any] = [None] * process_group.size()
+    distributed.all_gather_object(found, identity, group=process_group)
     for rank, other in enumerate(found):
         differing = [name for name in identity if other[name] != found[0][name]]
         if differing:
-            raise ValueError(f"group: process {rank} has another {', another '.join(differing)} than process 0; give "
-                             "all of them the same")
+            raise ValueError(f"process_group: process {rank} has another {', another '.join(differing)} than process "
+                             "0; give all of them the same")
 
 
 def _copy(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,11 +60,11 @@ class Scorer:
                  gradient: Gradient = "loss", normalize: bool = True, units: Units = "groups", reduction: str = "sum",
                  ablation: str = "zero", layerwise: str = "none", seed: int = 0, distribution: str = "normal",
                  center: bool = False, sample_dims: int = 1, output: batches.Output | None = None,
-                 forward: batches.Forward = batches.forward, ignore: Ignore = ()) -> None:
+                 forward: batches.Forward = batches.call_model, ignore: Ignore = ()) -> None:
         if gradient not in ("loss", "random"):
             raise ValueError(f"gradient: {gradient!r} is neither 'loss' nor 'random'")
-        row = gradient_importance(importance, reduction, ablation)
-        if row.filters and gradient == "loss" and normalize:
+        criterion = gradient_importance(importance, reduction, ablation)
+        if criterion.filters and gradient == "loss" and normalize:
             raise ValueError(f"normalize: {importance!r} reads the weight gradients of whole batches, where samples "
                              "cannot be told apart: use normalize=False, or fastscore.score, which scales the loss's "
                              "gradient itself")
@@ -76,9 +76,9 @@ class Scorer:
         origin = Origin(importance, reduction, gradient, normalize, seed, distribution, "", units, ablation, layerwise,
                         center, sample_dims)
         model = unwrapped(model)
-        self._outputs = batches.chosen(output)
+        self._outputs = batches.output_selector(output)
         graph = example_inputs if isinstance(example_inputs, ChannelGraph) else \
-            trace(model, example_inputs, batches.checked(forward, self._outputs))
+            trace(model, example_inputs, batches.checked_forward(forward, self._outputs))
         self._totals = Totals(model, graph, origin, ignore)
         self._taps = self._totals.taps(partial(_read, self._totals) if gradient == "loss" else None, self._outputs)
 
@@ -114,7 +114,7 @@ class Scorer:
             raise RuntimeError('probe: this scorer reads the loop\'s own gradients; make it with gradient="random"')
         if current is None:
             raise RuntimeError("probe: no forward pass has been seen; attach the scorer before the model runs")
-        self._totals.probe(self._taps, batches.joined(self._outputs(output, type(self._taps.model).__name__)))
+        self._totals.probe(self._taps, batches.concat_outputs(self._outputs(output, type(self._taps.model).__name__)))
 
     def propagate(self, output: Tensor, gradient: Tensor) -> None:
         """Send `gradient`, of `output`'s shape [N, ...], back to the taps as it stands, and add what they measure."""
@@ -159,17 +159,17 @@ class Scorer:
         self.load_state_dict(files.read_state(path, _FORM, "scorer state", "start over",
                                               batches.device_of(self._taps.model)))
 
-    def all_reduce(self, group: distributed.ProcessGroup | None = None) -> None:
-        """Add up totals and counts over the processes of `group` (all by default), so that every one has the sum."""
+    def all_reduce(self, process_group: distributed.ProcessGroup | None = None) -> None:
+        """Add up totals and counts over the processes of `process_group` (all by default): every one has the sum."""
         self._taps.flush()
-        self._totals.all_reduce(batches.device_of(self._taps.model), group)
+        self._totals.all_reduce(batches.device_of(self._taps.model), process_group)
 
 
 def _read(totals: Totals, done: ForwardPass) -> None:
     """Add what an ordinary backward pass left at the gates."""
     parts = [part.reshape(len(part), classes_of(part)) for part in done.output_gradients.values()]
-    samples, real = tokens.rows(next(iter(done.output_gradients.values())), totals.origin.sample_dims,
-                                done.real)
+    samples, valid = tokens.rows(next(iter(done.output_gradients.values())), totals.origin.sample_dims,
+                                done.valid)
     length = None
     if totals.origin.normalize:
         if any(len(part) != samples for part in parts):
@@ -178,4 +178,4 @@ def _read(totals: Totals, done: ForwardPass) -> None:
         lengths = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts]
         length = torch.linalg.vector_norm(torch.stack(lengths), dim=0)
     totals.add(done.sums(), samples, length, weight_gradients=done.weight_gradients,
-                     real=real)
+                     valid=valid)

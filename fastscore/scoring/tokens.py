@@ -16,22 +16,22 @@ from fastscore.scoring import gradients
 from fastscore.scoring.scores import Origin
 
 
-def sample_ids(inputs: Any, real: Tensor | None) -> Tensor:
+def sample_ids(inputs: Any, valid: Tensor | None) -> Tensor:
     """int64 [N], see gradients.sample_ids: of what a batch, or a call, holds but for its mask and its padding."""
     found = next((tensor for mapping in mappings(inputs) for key, tensor in mapping.items()
                   if key != MASK and isinstance(tensor, Tensor)), None) if _first_is_mask(inputs) else None
     x = gradients.first_input(inputs) if found is None else found
-    if real is not None and x.shape[:2] == real.shape:
-        x = x.masked_fill(~_along(real, x), 0)
+    if valid is not None and x.shape[:2] == valid.shape:
+        x = x.masked_fill(~_along(valid, x), 0)
     return gradients.sample_ids(x)
 
 
-def of_output(real: Tensor | None, output: Tensor) -> Tensor | None:
-    """`real` where the output has a value for each of those tokens, [N, T, ...]; else None."""
-    return None if real is None or output.shape[:2] != real.shape else real.to(output.device)
+def of_output(valid: Tensor | None, output: Tensor) -> Tensor | None:
+    """`valid` where the output has a value for each of those tokens, [N, T, ...]; else None."""
+    return None if valid is None or output.shape[:2] != valid.shape else valid.to(output.device)
 
 
-def rows(output: Tensor, sample_dims: int, real: Tensor | None) -> tuple[int, Tensor | None]:
+def rows(output: Tensor, sample_dims: int, valid: Tensor | None) -> tuple[int, Tensor | None]:
     """How many samples and paddings an output has, and which are samples: bool, or None for all.
 
     Raises ValueError for an output without tokens where they are to be the samples.
@@ -41,38 +41,38 @@ def rows(output: Tensor, sample_dims: int, real: Tensor | None) -> tuple[int, Te
     if output.dim() < 3:
         raise ValueError(f"sample_dims: {sample_dims}, but the output {list(output.shape)} has no dimension of tokens, "
                          "[N, T, ...]: use sample_dims=1, or a forward that returns a value for each token")
-    real = of_output(real, output)
-    return output.shape[0] * output.shape[1], None if real is None else real.flatten()
+    valid = of_output(valid, output)
+    return output.shape[0] * output.shape[1], None if valid is None else valid.flatten()
 
 
-def random_gradient(output: Tensor, ids: Tensor, probe: int, how: Origin, real: Tensor | None) -> Tensor:
+def random_gradient(output: Tensor, ids: Tensor, probe: int, how: Origin, valid: Tensor | None) -> Tensor:
     """gradients.random_gradient for what counts as a sample: see Origin.sample_dims. Zero at padding."""
     draw = (how.seed, probe, how.distribution)
-    real = of_output(real, output)
+    valid = of_output(valid, output)
     if how.sample_dims > 1:
-        rows(output, how.sample_dims, real)
+        rows(output, how.sample_dims, valid)
         each = output.flatten(0, 1)
         gradient = gradients.random_gradient(each, gradients.token_ids(ids, output.shape[1]), *draw, how.normalize,
                                              how.center).reshape(output.shape)
-        return gradient if real is None else gradient * _along(real, output)
-    if real is None:
+        return gradient if valid is None else gradient * _along(valid, output)
+    if valid is None:
         return gradients.random_gradient(output, ids, *draw, how.normalize, how.center)
     if how.center or how.distribution not in ("normal", "rademacher"):
         raise ValueError(f"distribution: {how.distribution!r}{' with center=True' if how.center else ''} counts the "
                          "padding of a batch among its directions; use normal or rademacher, or sample_dims=2")
-    gradient = gradients.random_gradient(output, ids, *draw, False) * _along(real, output)
+    gradient = gradients.random_gradient(output, ids, *draw, False) * _along(valid, output)
     return ops.normalize_gradient(gradient)[0] if how.normalize else gradient
 
 
-def loss_gradient(output: Tensor, batch: Any, loss: gradients.Loss | None, how: Origin, real: Tensor | None) -> Tensor:
+def loss_gradient(output: Tensor, batch: Any, loss: gradients.Loss | None, how: Origin, valid: Tensor | None) -> Tensor:
     """gradients.loss_gradient for what counts as a sample. Zero at padding."""
-    real = of_output(real, output)
-    if how.sample_dims == 1 and real is None:
+    valid = of_output(valid, output)
+    if how.sample_dims == 1 and valid is None:
         return gradients.loss_gradient(output, batch, loss, how.normalize)
-    rows(output, how.sample_dims, real)
+    rows(output, how.sample_dims, valid)
     gradient = gradients.loss_gradient(output, batch, loss, False)
-    if real is not None:
-        gradient = gradient * _along(real, output)
+    if valid is not None:
+        gradient = gradient * _along(valid, output)
     if not how.normalize:
         return gradient
     return ops.normalize_gradient(gradient.flatten(0, how.sample_dims - 1))[0].reshape(output.shape)
@@ -90,9 +90,9 @@ def check(sample_dims: object, probes: object = 1, compile: bool = False) -> Non
                          "compile=False")
 
 
-def _along(real: Tensor, x: Tensor) -> Tensor:
+def _along(valid: Tensor, x: Tensor) -> Tensor:
     """bool [N, T] in a shape that broadcasts over x [N, T, ...]."""
-    return real.to(x.device).reshape(*real.shape, *[1] * (x.dim() - 2))
+    return valid.to(x.device).reshape(*valid.shape, *[1] * (x.dim() - 2))
 
 
 def _first_is_mask(inputs: Any) -> bool:

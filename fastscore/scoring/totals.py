@@ -14,7 +14,7 @@ from fastscore.scoring import tokens
 from fastscore.scoring.criteria import DEGREES, MEAN, SUMS, filter_parameters, filter_products, gradient_importance
 from fastscore.scoring.group_sums import ByLayer, EdgeSums, JointSums
 from fastscore.scoring.scores import Origin, Scores
-from fastscore.taps.gates import Place
+from fastscore.taps.gates import TapPoint
 from fastscore.taps.passes import ForwardPass
 from fastscore.taps.taps import Taps
 
@@ -32,26 +32,26 @@ class Totals:
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore = ()) -> None:
-        self.row = gradient_importance(origin.importance, origin.reduction, origin.ablation)
+        self.criterion = gradient_importance(origin.importance, origin.reduction, origin.ablation)
         self._graph, self.origin = scored(model, graph, origin, ignore)
         self.model = model
         self._sums = JointSums(self._graph.groups)
-        self._edge_sums = [EdgeSums(group) for group in self._graph.groups] if self.row.edges else []
+        self._edge_sums = [EdgeSums(group) for group in self._graph.groups] if self.criterion.edges else []
         self._totals: dict[str, Tensor] = {}  # group -> float64 [2, ..., C]; first the even samples, then the odd ones
         self._means: dict[str, Tensor] = {}  # layer -> float64 [C_in]
         self._reached: set[str] = set()  # layers with a tap that a backward pass has come to
         self._counts = {"even": 0, "odd": 0, "samples": 0, "zero_gradients": 0, "left_out": 0}
         self.nonfinite: str | None = None  # where the latest pass that was left out had NaN or infinity
 
-    def empty(self) -> "Totals":
+    def new_empty(self) -> "Totals":
         """Totals of the same groups and the same way of scoring, with nothing in them."""
         other = copy.copy(self)
         other._totals, other._means, other._reached, other.nonfinite = {}, {}, set(), None
         other._counts = dict.fromkeys(self._counts, 0)
         return other
 
-    def absorb(self, other: "Totals") -> None:
-        """Add what `other`, made by `empty`, holds."""
+    def merge(self, other: "Totals") -> None:
+        """Add what `other`, made by `new_empty`, holds."""
         for own, more in ((self._totals, other._totals), (self._means, other._means)):
             for name, value in more.items():
                 own[name] = own.get(name, 0.0) + value  # the first time too: with 0.0 added there is no -0.0
@@ -72,11 +72,12 @@ class Totals:
              outputs: batches.Outputs = batches.output_tensors, traceable: bool = False) -> Taps:
         """Taps that measure what these totals need."""
         # compared with its mean, a channel has one mean wherever it is read: that of the whole tensor
-        places = {edge.layer: _place(self.model.get_submodule(edge.layer), edge.role == "gate", not self.row.edges)
+        points = {edge.layer: _tap_point(self.model.get_submodule(edge.layer), edge.role == "gate",
+                                         not self.criterion.edges)
                   for group in self._graph.groups for edge in group.edges}
         names = {name for group in self._graph.groups for _, name in filter_parameters(self.model, group)}
-        weights = {name: self.model.get_parameter(name) for name in sorted(names)} if self.row.filters else {}
-        return Taps(self.model, places, self.row.measure, on_pass, weights, outputs, traceable,
+        weights = {name: self.model.get_parameter(name) for name in sorted(names)} if self.criterion.filters else {}
+        return Taps(self.model, points, self.criterion.measure, on_pass, weights, outputs, traceable,
                     self.origin.sample_dims)
 
     def propagate(self, taps: Taps, output: Tensor, gradient: Tensor, last: bool = False) -> None:
@@ -87,29 +88,30 @@ class Totals:
         sums, weight_gradients = taps.propagate(output, gradient, last)
         assert taps.current is not None
         taps.current.probes += 1
-        samples, real = tokens.rows(output, self.origin.sample_dims, taps.current.real)
-        counts = self.add(sums, samples, fresh=not taps.current.counted, weight_gradients=weight_gradients, real=real)
+        samples, valid = tokens.rows(output, self.origin.sample_dims, taps.current.valid)
+        counts = self.add(sums, samples, fresh=not taps.current.counted, weight_gradients=weight_gradients, valid=valid)
         taps.current.counted |= counts
         if counts and self.origin.normalize:
             rows = gradient.reshape(samples, gradient.numel() // max(samples, 1))
-            self._counts["zero_gradients"] += int(((rows if real is None else rows[real]) == 0).all(1).sum())
+            self._counts["zero_gradients"] += int(((rows if valid is None else rows[valid]) == 0).all(1).sum())
 
     def probe(self, taps: Taps, output: Tensor, last: bool = False) -> None:
         """Send one more random gradient back from the latest forward pass; its samples' ids come from its inputs."""
         assert taps.current is not None
         if taps.current.ids is None:
-            taps.current.ids = tokens.sample_ids(taps.current.inputs, taps.current.real)
-        gradient = tokens.random_gradient(output, taps.current.ids, taps.current.probes, self.origin, taps.current.real)
-        self.propagate(taps, output, gradient / len(output) if self.row.minibatch else gradient, last)
+            taps.current.ids = tokens.sample_ids(taps.current.inputs, taps.current.valid)
+        gradient = tokens.random_gradient(output, taps.current.ids, taps.current.probes, self.origin,
+                                          taps.current.valid)
+        self.propagate(taps, output, gradient / len(output) if self.criterion.minibatch else gradient, last)
 
     def add(self, sums: Sequence[tuple[str, Tensor]], samples: int, length: Tensor | None = None, *,
             fresh: bool = True, weight_gradients: Mapping[str, Tensor] | None = None,
-            real: Tensor | None = None) -> bool:
+            valid: Tensor | None = None) -> bool:
         """Add one backward pass of N samples; whether it counts: NaN or infinity leave it out.
 
         sums: (layer, [P, N, C_in]) from the taps. length: float64 [N], of each sample's output gradient, where it is
         to be divided out. fresh: whether these samples are seen for the first time. weight_gradients: of the
-        taps' weights. real: bool [N], which of them are no padding.
+        taps' weights. valid: bool [N], which of them are no padding.
         Raises ValueError, naming the layer, for sums of another number of samples.
         """
         by_layer: dict[str, list[Tensor]] = {}
@@ -117,9 +119,9 @@ class Totals:
             if tensor.shape[1] != samples:
                 raise ValueError(f"{layer}: its input has {tensor.shape[1]} rows where the output has {samples} "
                                  "samples; leave it out with ignore=")
-            by_layer.setdefault(layer, []).append(tensor.detach() if real is None else tensor.detach()[:, real])
-        samples = samples if real is None else int(real.sum())
-        halves = self._halves(1 if self.row.minibatch else samples)
+            by_layer.setdefault(layer, []).append(tensor.detach() if valid is None else tensor.detach()[:, valid])
+        samples = samples if valid is None else int(valid.sum())
+        halves = self._halves(1 if self.criterion.minibatch else samples)
         shares = dict(self._shares(by_layer, self._scale(length), halves, weight_gradients or {}))
         lengths = {} if length is None else {"the output": length}
         if not _finite([*lengths.values(), *shares.values()]):
@@ -127,7 +129,7 @@ class Totals:
             self.nonfinite = next(name for name, tensor in measured if not torch.isfinite(tensor).all())
             self._counts["left_out"] += 1
             return False
-        if fresh and self.row.measure is SUMS:
+        if fresh and self.criterion.measure is SUMS:
             self._add_means(by_layer)
         self._reached.update(by_layer)
         if length is not None:
@@ -146,22 +148,22 @@ class Totals:
         """(group, what one backward pass adds to its total, float64 [2, ..., C])."""
 
         def of_halves(values: Tensor) -> Tensor:  # [V, N, U] -> [2, ..., U]
-            taken = [slice(None if half else 0) if self.row.minibatch else slice(half.start, None, 2)
+            taken = [slice(None if half else 0) if self.criterion.minibatch else slice(half.start, None, 2)
                      for half in halves]
-            return torch.stack([self.row.accumulate(values[:, each]) for each in taken])
+            return torch.stack([self.criterion.accumulate(values[:, each]) for each in taken])
 
         names = [group.name for group in self._graph.groups]
-        if self.row.filters:
+        if self.criterion.filters:
             for group in self._graph.groups:
                 share = filter_products(self.model, group, weight_gradients)
                 yield group.name, torch.stack([share if half else torch.zeros_like(share) for half in halves])
-        elif self.row.edges:
+        elif self.criterion.edges:
             for name, edge_sums in zip(names, self._edge_sums, strict=True):
                 values = edge_sums(by_layer, scale)
                 if values is not None:
                     yield name, edge_sums.of_channels(of_halves(values))
         elif by_layer:
-            values = self._sums(by_layer, self.row.part, None if scale is None else scale[self.row.part])
+            values = self._sums(by_layer, self.criterion.part, None if scale is None else scale[self.criterion.part])
             yield from zip(names, self._sums.of_channels(of_halves(values)), strict=True)
 
     def _add_means(self, by_layer: ByLayer) -> None:
@@ -177,9 +179,9 @@ class Totals:
         if length is None:
             return None
         scale = torch.where(length == 0, torch.inf, length)
-        if self.row.minibatch:
+        if self.criterion.minibatch:
             scale = scale * len(length)
-        return torch.stack([scale.pow(-degree) for degree in DEGREES[self.row.measure]])
+        return torch.stack([scale.pow(-degree) for degree in DEGREES[self.criterion.measure]])
 
     def _halves(self, count: int) -> tuple[range, range]:
         """Which of the next `count` samples (or minibatches) go to which half."""
@@ -234,16 +236,16 @@ class Totals:
         self._counts, self._totals, self._means = dict(state["counts"]), dict(state["totals"]), dict(state["means"])
         self._reached = set(state["reached"])
 
-    def all_reduce(self, device: torch.device, group: distributed.ProcessGroup | None = None) -> None:
-        """Add up over the processes of `group` (all by default), so that every one has the sum.
+    def all_reduce(self, device: torch.device, process_group: distributed.ProcessGroup | None = None) -> None:
+        """Add up over the processes of `process_group` (all by default), so that every one has the sum.
 
         A process that has measured nothing takes part with zeros.
         """
         own = {(kind, name): value for kind, values in (("totals", self._totals), ("means", self._means))
                for name, value in values.items()}
-        parts: list[Any] = [None] * distributed.get_world_size(group)
+        parts: list[Any] = [None] * distributed.get_world_size(process_group)
         distributed.all_gather_object(parts, ({key: value.shape for key, value in own.items()}, self._reached),
-                                      group=group)
+                                      group=process_group)
         known: dict[tuple[str, str], torch.Size] = {}
         for shapes, reached in parts:
             known.update(shapes)
@@ -252,11 +254,11 @@ class Totals:
                   for key in sorted(known)]
         if values:
             whole = torch.cat([value.flatten() for value in values])
-            distributed.all_reduce(whole, group=group)
+            distributed.all_reduce(whole, group=process_group)
             for (kind, name), part in zip(sorted(known), whole.split([value.numel() for value in values]), strict=True):
                 (self._totals if kind == "totals" else self._means)[name] = part.reshape(known[kind, name]).clone()
         counts = torch.tensor(list(self._counts.values()), device=device)
-        distributed.all_reduce(counts, group=group)
+        distributed.all_reduce(counts, group=process_group)
         self._counts = dict(zip(self._counts, counts.tolist(), strict=True))
 
 
@@ -266,13 +268,13 @@ def _finite(tensors: Sequence[Tensor]) -> bool:
                                .all())
 
 
-def _place(layer: nn.Module, gate: bool, windowed: bool) -> Place:
+def _tap_point(layer: nn.Module, gate: bool, windowed: bool) -> TapPoint:
     if gate or not isinstance(layer, nn.modules.conv._ConvNd):
-        return Place(-1 if isinstance(layer, nn.Linear) else 1, gate)
+        return TapPoint(-1 if isinstance(layer, nn.Linear) else 1, gate)
     # a convolution of one position with stride, as in a ResNet's shortcuts, reads no other positions
     alone = not layer.transposed and all(size == 1 for size in layer.kernel_size) and set(layer.padding) <= {0}
     steps = layer.stride if windowed and alone and any(step > 1 for step in layer.stride) else ()
-    return Place(1, window=(slice(None), slice(None), *(slice(None, None, step) for step in steps)) if steps else ())
+    return TapPoint(1, window=(slice(None), slice(None), *(slice(None, None, step) for step in steps)) if steps else ())
 
 
 def scored(model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore) -> tuple[ChannelGraph, Origin]:

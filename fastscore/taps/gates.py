@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 
-def unclamped(g: Tensor, y: Tensor, ends: tuple[float, float]) -> Tensor:
+def unclamped(g: Tensor, y: Tensor, bounds: tuple[float, float]) -> Tensor:
     """The way of `g` back through the clamp that made `y`. PyTorch's hardtanh_backward takes an element at a time."""
-    return g.masked_fill((y <= ends[0]) | (y >= ends[1]), 0)
+    return g.masked_fill((y <= bounds[0]) | (y >= bounds[1]), 0)
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class Measure:
     mean: int | None = None  # the part that is a mean over positions, if any
     fused: Callable[[Tensor, Tensor, Tensor | None, float, float], tuple[Tensor, Tensor]] | None = None
 
-    def clamped(self, y: Tensor, g: Tensor, rest: Tensor | None, ends: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    def clamped(self, y: Tensor, g: Tensor, rest: Tensor | None, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
         """(gradient of the input of the clamp that made y, `compute` of y and g); `g` may be written to."""
         if self.fused is not None and y.is_cpu:
-            return self.fused(y, g, rest, *ends)
+            return self.fused(y, g, rest, *bounds)
         measured = self.compute(y, g, 1)
-        return unclamped(g if rest is None else g + rest, y, ends), measured
+        return unclamped(g if rest is None else g + rest, y, bounds), measured
 
 
 @dataclass(frozen=True)
-class Place:
+class TapPoint:
     """Where a tap stands: the dimension that holds the channels, of the layer's input or of its output.
 
     window: what the layer reads of its input, where that is not all; no gradient comes back to the rest. module: the
@@ -60,7 +60,7 @@ class Measuring(Protocol):
     def measuring(self) -> bool:
         """Whether a backward pass that runs now is to be measured."""
 
-    def measured(self, x: Tensor, g: Tensor, channel_dim: int, real: Tensor | None) -> Tensor:
+    def measured(self, x: Tensor, g: Tensor, channel_dim: int, valid: Tensor | None) -> Tensor:
         """[P, N, C] of activation and gradient."""
 
 
@@ -68,17 +68,17 @@ class Gate(torch.autograd.Function):
     """(x, gate) -> x; backward: (g, measure(x, g))."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, taps: "Measuring", place: Place, real: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor, taps: "Measuring", point: TapPoint, valid: Tensor | None) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.taps, ctx.place, ctx.real = taps, place, real
+        ctx.taps, ctx.point, ctx.valid = taps, point, valid
         # a Conv or Linear never writes to its input; whoever takes a BatchNorm's output may (`out += identity`)
-        return x.clone() if place.output else x.view_as(x)
+        return x.clone() if point.output else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         (x,) = ctx.saved_tensors
-        place, measured = ctx.place, None
+        point, measured = ctx.point, None
         if ctx.taps.measuring:
-            x, h = (x[place.window], g[place.window]) if place.window else (x, g)
-            measured = ctx.taps.measured(x, h, place.channel_dim, ctx.real)
+            x, h = (x[point.window], g[point.window]) if point.window else (x, g)
+            measured = ctx.taps.measured(x, h, point.channel_dim, ctx.valid)
         return g, measured, None, None, None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastscore.batches import real_tokens
+from fastscore.batches import valid_tokens
 
 
 class ForwardPass:
@@ -19,18 +19,18 @@ class ForwardPass:
         self.called = False
         self.returned = False
         self.gates: list[tuple[str, Tensor]] = []  # (layer, gate [P, N, C]); a layer called twice stands here twice
-        self.put_off: set[str] = set()  # layers that ran without gradients: checkpointing may run them again
+        self.deferred_layers: set[str] = set()  # layers that ran without gradients: checkpointing may run them again
         self.output_gradients: dict[int, Tensor] = {}  # which output -> the gradient that came back to it
         self.weight_gradients: dict[str, Tensor] = {}
         self.probes = 0
         self.counted = False  # among the samples seen
 
     @cached_property
-    def real(self) -> Tensor | None:
+    def valid(self) -> Tensor | None:
         """Its tokens that are no padding, bool [N, T]; None where all count, or nothing tells."""
-        return real_tokens(self.inputs)
+        return valid_tokens(self.inputs)
 
-    def marks(self) -> list[tuple[int, int] | None]:
+    def grad_versions(self) -> list[tuple[int, int] | None]:
         """Something that differs once an ordinary backward pass has reached a gate."""
         return [None if gate.grad is None else (id(gate.grad), gate.grad._version) for _, gate in self.gates]
 
@@ -46,25 +46,25 @@ class BackwardPasses:
         self.finished: list[ForwardPass] = []  # whose gradients are in
         self.running: list[ForwardPass] = []  # that a backward pass which runs now has begun with
 
-    def listen(self, done: ForwardPass, outputs: Sequence[Tensor], deaf: Callable[[], bool]) -> None:
-        """Hear what comes back to `outputs` of the pass `done`, but for backward passes during which `deaf()` holds."""
+    def watch_outputs(self, done: ForwardPass, outputs: Sequence[Tensor], paused: Callable[[], bool]) -> None:
+        """Note what comes back to `outputs` of the pass `done`, except in backward passes while `paused()` holds."""
         for number, output in enumerate(outputs):
             if output.requires_grad:
                 node, place = _origin(output)
-                node.register_prehook(self._receive(done, number, place, deaf))
+                node.register_prehook(self._receive(done, number, place, paused))
 
     def _receive(self, done: ForwardPass, number: int, place: int,
-                 deaf: Callable[[], bool]) -> Callable[[tuple[Tensor | None, ...]], None]:
+                 paused: Callable[[], bool]) -> Callable[[tuple[Tensor | None, ...]], None]:
         def receive(gradients: tuple[Tensor | None, ...]) -> None:
             gradient = gradients[place]
-            if deaf() or gradient is None:
+            if paused() or gradient is None:
                 return
-            before = done.marks()
+            before = done.grad_versions()
             self.running.append(done)
 
             def finish() -> None:
                 self.running = [each for each in self.running if each is not done]
-                if done.marks() == before:
+                if done.grad_versions() == before:
                     return  # of torch.autograd.grad, which is no training step: it leaves nothing at the gates
                 if not done.output_gradients:
                     self.finished.append(done)

@@ -19,11 +19,11 @@ from torch.utils.hooks import RemovableHandle
 from fastscore.batches import Outputs, output_tensors
 from fastscore.modules import multihead_attention
 from fastscore.modules.hooks import OwnHook
-from fastscore.taps.gates import Gate, Measure, Place
+from fastscore.taps.gates import Gate, Measure, TapPoint
 from fastscore.taps.passes import BackwardPasses, ForwardPass
 
 
-class Offer(NamedTuple):
+class FusedTap(NamedTuple):
     """A tap on `y`, [N, C, ...]: `tapped` is the same for one reader alone, and what is measured of it comes back to
     `gate`. readers: layers that may take it."""
 
@@ -34,9 +34,9 @@ class Offer(NamedTuple):
 
 
 class Taps:
-    """Taps on the layers that `places` names; a context manager that leaves no hook behind.
+    """Taps on the layers that `points` names; a context manager that leaves no hook behind.
 
-    places: layer -> where its tap stands. measure: what a gate receives. on_pass: called with each
+    points: layer -> where its tap stands. measure: what a gate receives. on_pass: called with each
     ForwardPass whose output an ordinary backward pass reached, once a later forward pass begins or `flush` is called;
     without it only `propagate` measures, and ordinary backward passes cost nothing. weights: parameters whose gradients
     are measured too, by name; those of an ordinary backward pass count for the latest forward pass. outputs: what the
@@ -45,22 +45,22 @@ class Taps:
     tell samples apart; with 2, the second is that of tokens.
     """
 
-    def __init__(self, model: nn.Module, places: Mapping[str, Place], measure: Measure,
+    def __init__(self, model: nn.Module, points: Mapping[str, TapPoint], measure: Measure,
                  on_pass: Callable[[ForwardPass], None] | None = None,
                  weights: Mapping[str, Tensor] | None = None, outputs: Outputs = output_tensors,
                  traceable: bool = False, sample_dims: int = 1) -> None:
         self.model = model
-        self.places = dict(places)
+        self.points = dict(points)
         self.measure = measure
         self.weights = dict(weights or {})
         self.current: ForwardPass | None = None
-        self._given: Mapping[str, Tensor] = {}
-        self._offer: Offer | None = None
+        self._preallocated: Mapping[str, Tensor] = {}
+        self._published: FusedTap | None = None
         self._on_pass = on_pass
         self._outputs = outputs
         self._traceable = traceable
         self._sample_dims = sample_dims
-        self._propagating = self._joining = False
+        self._propagating = self._in_one_pass = False
         self._backward = BackwardPasses()
         self._seen: set[str] = set()  # layers whose taps have run
         self._handles: list[RemovableHandle | multihead_attention.Handle] = []
@@ -71,15 +71,15 @@ class Taps:
             raise RuntimeError("these taps are attached already: detach() first")
         self._handles = [self.model.register_forward_pre_hook(self._hook(self._begin), with_kwargs=True),
                          self.model.register_forward_hook(self._hook(self._end))]
-        self._handles += multihead_attention.stand_in(self.model, self.places)
-        for layer, place in self.places.items():
-            module = self.model.get_submodule(place.module or layer)
+        self._handles += multihead_attention.stand_in(self.model, self.points)
+        for layer, point in self.points.items():
+            module = self.model.get_submodule(point.module or layer)
             self._handles.append(
-                module.register_forward_hook(self._tap_output(module, layer, place)) if place.output
-                else module.register_forward_pre_hook(self._tap_input(module, layer, place)))
+                module.register_forward_hook(self._tap_output(module, layer, point)) if point.output
+                else module.register_forward_pre_hook(self._tap_input(module, layer, point)))
         if self._on_pass is not None:
             self._handles += [weight.register_hook(self._receive_weight(name)) for name, weight in self.weights.items()]
-            self._handles += [weight.register_hook(self._check_seen(layer)) for layer in self.places
+            self._handles += [weight.register_hook(self._check_seen(layer)) for layer in self.points
                               if isinstance(weight := getattr(self.model.get_submodule(layer), "weight", None),
                                             nn.Parameter) and weight.requires_grad]
 
@@ -103,18 +103,18 @@ class Taps:
     @property
     def measuring(self) -> bool:
         """Whether a backward pass that runs now is to be measured."""
-        return self._propagating or self._on_pass is not None or bool(self._given)
+        return self._propagating or self._on_pass is not None or bool(self._preallocated)
 
-    def measured(self, x: Tensor, g: Tensor, channel_dim: int, real: Tensor | None) -> Tensor:
-        """[P, N, C] of activation and gradient; where `real` (bool [N, T]) tells padding, without it."""
+    def measured(self, x: Tensor, g: Tensor, channel_dim: int, valid: Tensor | None) -> Tensor:
+        """[P, N, C] of activation and gradient; where `valid` (bool [N, T]) tells padding, without it."""
         if self._sample_dims > 1:
             return self.measure.compute(x.flatten(0, 1), g.flatten(0, 1), channel_dim)
-        if real is None:
+        if valid is None:
             return self.measure.compute(x, g, channel_dim)
-        real = real.to(x.device)
-        measured = self.measure.compute(x.masked_fill(~real[..., None], 0), g, channel_dim)
+        valid = valid.to(x.device)
+        measured = self.measure.compute(x.masked_fill(~valid[..., None], 0), g, channel_dim)
         if self.measure.mean is not None:
-            measured[self.measure.mean] *= (real.shape[1] / real.sum(1).clamp(min=1))[:, None]
+            measured[self.measure.mean] *= (valid.shape[1] / valid.sum(1).clamp(min=1))[:, None]
         return measured
 
     def propagate(self, output: Tensor, gradient: Tensor, last: bool = False
@@ -153,14 +153,14 @@ class Taps:
                          if tensor is not None}
 
     @contextmanager
-    def joined(self, inputs: Any) -> Iterator[None]:
+    def one_pass(self, inputs: Any) -> Iterator[None]:
         """Whatever runs in the block is one pass, however often the model is called; `inputs` if it never is."""
         self.flush()
-        self.current, self._joining = ForwardPass(inputs), True
+        self.current, self._in_one_pass = ForwardPass(inputs), True
         try:
             yield
         finally:
-            self._joining = False
+            self._in_one_pass = False
 
     def flush(self) -> None:
         """Hand over the passes whose gradients are in."""
@@ -172,7 +172,7 @@ class Taps:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not self.model or not torch.is_grad_enabled():
             return
-        if self._joining and self.current is not None:
+        if self._in_one_pass and self.current is not None:
             if not self.current.called:
                 self.current.inputs, self.current.called = (args, kwargs), True
             return
@@ -183,19 +183,19 @@ class Taps:
     def _hook(self, function: Callable[..., Any]) -> OwnHook:
         return OwnHook(function if self._traceable else torch.compiler.disable(function))
 
-    def _tap_input(self, own: nn.Module, layer: str, place: Place) -> OwnHook:
+    def _tap_input(self, own: nn.Module, layer: str, point: TapPoint) -> OwnHook:
         def hand_over_view(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if module is not own or not self._listening(layer):
                 return None
             if not args:
                 raise TypeError(f"{layer}: its input arrives as a keyword argument; call it by position, or ignore it")
-            return self._gated(args[0], layer, place), *args[1:]
+            return self._gated(args[0], layer, point), *args[1:]
 
         return self._hook(hand_over_view)
 
-    def _tap_output(self, own: nn.Module, layer: str, place: Place) -> OwnHook:
+    def _tap_output(self, own: nn.Module, layer: str, point: TapPoint) -> OwnHook:
         def hand_over_copy(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            return self._gated(output, layer, place) if module is own and self._listening(layer) else None
+            return self._gated(output, layer, point) if module is own and self._listening(layer) else None
 
         return self._hook(hand_over_copy)
 
@@ -204,45 +204,45 @@ class Taps:
         if self.current is None:
             return False
         if not torch.is_grad_enabled() and not self.current.returned:
-            self.current.put_off.add(layer)
+            self.current.deferred_layers.add(layer)
         return torch.is_grad_enabled()
 
-    def offer(self, offer: Offer) -> None:
-        """Hold a tap ready for the first layer that reads its tensor; the next offer takes its place."""
-        self._offer = offer if self._sample_dims == 1 else None
+    def publish(self, tap: FusedTap) -> None:
+        """Hold a tap ready for the first layer that reads its tensor; the next one takes its place."""
+        self._published = tap if self._sample_dims == 1 else None
 
-    def taken(self, x: Tensor) -> Tensor:
+    def claim(self, x: Tensor) -> Tensor:
         """What a reader of `x` that no tap stands before is to read in its place: it sends back a gradient that
         nothing else holds."""
-        offer = self._offer
-        if offer is None or offer.y is not x:
+        tap = self._published
+        if tap is None or tap.y is not x:
             return x
-        self._offer = None
-        return offer.tapped
+        self._published = None
+        return tap.tapped
 
-    def _gated(self, x: Tensor, layer: str, place: Place) -> Tensor:
-        offer = self._offer
-        if offer is not None and offer.y is x and layer in offer.readers and place.fits(x):
+    def _gated(self, x: Tensor, layer: str, point: TapPoint) -> Tensor:
+        tap = self._published
+        if tap is not None and tap.y is x and layer in tap.readers and point.fits(x):
             assert self.current is not None
-            self._offer = None
-            self.current.gates.append((layer, offer.gate))
+            self._published = None
+            self.current.gates.append((layer, tap.gate))
             self._seen.add(layer)
-            return offer.tapped
-        gate, real = self._given.get(layer), None
+            return tap.tapped
+        gate, valid = self._preallocated.get(layer), None
         if gate is None:
-            gate = self.gate(self._samples(x, layer, place), x.shape[place.channel_dim], x)
+            gate = self.gate(self._samples(x, layer, point), x.shape[point.channel_dim], x)
             owner = self._owner(layer)
             if owner is not None:
                 owner.gates.append((layer, gate))
-                if place.channel_dim == -1 and owner.real is not None and x.shape[:-1] == owner.real.shape:
-                    real = owner.real
+                if point.channel_dim == -1 and owner.valid is not None and x.shape[:-1] == owner.valid.shape:
+                    valid = owner.valid
             self._seen.add(layer)
-        gated: Tensor = Gate.apply(x, gate, self, place, real)
+        gated: Tensor = Gate.apply(x, gate, self, point, valid)
         return gated
 
-    def _samples(self, x: Tensor, layer: str, place: Place) -> int:
+    def _samples(self, x: Tensor, layer: str, point: TapPoint) -> int:
         """How many samples a layer's input holds."""
-        if self._sample_dims > 1 and (place.channel_dim != -1 or x.dim() < 3):
+        if self._sample_dims > 1 and (point.channel_dim != -1 or x.dim() < 3):
             raise ValueError(f"{layer}: its input {list(x.shape)} has no dimension of tokens, [N, T, C], to tell "
                              f"samples apart by (sample_dims={self._sample_dims}): leave out what makes it")
         return math.prod(x.shape[:self._sample_dims])
@@ -253,15 +253,15 @@ class Taps:
                            dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
     @contextmanager
-    def given(self, gates: Mapping[str, Tensor]) -> Iterator[None]:
+    def preallocated_gates(self, gates: Mapping[str, Tensor]) -> Iterator[None]:
         """Layers that run in the block take these gates: torch.compile cannot make any on its way."""
         assert self.current is not None
         self.current.gates += gates.items()
-        self._given = gates
+        self._preallocated = gates
         try:
             yield
         finally:
-            self._given = {}
+            self._preallocated = {}
 
     def _owner(self, layer: str) -> ForwardPass | None:
         """The pass that a layer which runs now belongs to; None where it runs again what has a gate already.
@@ -271,7 +271,7 @@ class Taps:
         """
         if torch._C._current_graph_task_id() == -1:
             return self.current
-        owners = [each for each in self._backward.running if layer in each.put_off]
+        owners = [each for each in self._backward.running if layer in each.deferred_layers]
         if len(owners) > 1:
             raise RuntimeError(f"{layer}: it runs again for a backward pass that covers {len(owners)} forward passes, "
                                "and which of them it belongs to cannot be told: use checkpoint(..., "
@@ -297,9 +297,10 @@ class Taps:
         return receive
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], returned: Any) -> None:
-        done, self._offer = self.current, None
+        done, self._published = self.current, None
         if module is not self.model or done is None or not torch.is_grad_enabled():
             return
         done.returned = True
         if self._on_pass is not None:
-            self._backward.listen(done, self._outputs(returned, type(module).__name__), lambda: self._propagating)
+            self._backward.watch_outputs(done, self._outputs(returned, type(module).__name__),
+                                         lambda: self._propagating)

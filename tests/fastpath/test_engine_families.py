@@ -68,7 +68,7 @@ def assert_fast_is_plain(model: nn.Module, x: Tensor) -> None:
         assert bool(((fast[layer] - plain[layer]).abs() <= rounding).all()), layer
         order = plain[layer].argsort()
         assert bool((fast[layer][order].diff() >= -2 * rounding[order][1:]).all()), layer
-    assert {site.layer for site in fast.plan.sites} == set(fast.means)
+    assert {tap.layer for tap in fast.plan.taps} == set(fast.means)
 
 
 @pytest.mark.parametrize("family", list(THIN))

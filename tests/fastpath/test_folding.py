@@ -62,16 +62,16 @@ def test_a_folded_layer_puts_out_what_layer_and_norm_did(name: str, affine: bool
     model = nn.Sequential(LAYERS[name], nn.BatchNorm2d(6, affine=affine)).double().eval()
     model[1].running_mean.normal_()
     model[1].running_var.uniform_(0.5, 2)
-    twin, x = evaluation_copy(model), inputs(2, 3, 7, 7)
+    eval_model, x = evaluation_copy(model), inputs(2, 3, 7, 7)
     with untouched(model):
-        folding = Folding(twin, {"0": "1"}, ())
-        torch.testing.assert_close(twin(x), model(x), rtol=1e-12, atol=1e-12)
+        folding = Folding(eval_model, {"0": "1"}, ())
+        torch.testing.assert_close(eval_model(x), model(x), rtol=1e-12, atol=1e-12)
         assert folding.folded == {"1": "0"}
-        assert not torch.equal(twin[0](x), model[0](x))
+        assert not torch.equal(eval_model[0](x), model[0](x))
         folding.undo("because")
-        assert torch.equal(twin(x), model(x))
-        assert torch.equal(twin[0](x), model[0](x))
-    assert folding.kept == {"1": "because"}
+        assert torch.equal(eval_model(x), model(x))
+        assert torch.equal(eval_model[0](x), model[0](x))
+    assert folding.not_folded == {"1": "because"}
 
 
 def test_a_linear_takes_its_batchnorm_where_both_work_on_channels() -> None:
@@ -80,7 +80,7 @@ def test_a_linear_takes_its_batchnorm_where_both_work_on_channels() -> None:
                                     nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))).double()
     scores = assert_scored_as_it_is(model, inputs(6, 5))
     assert scores.plan.folded == {"1": "0", "4": "3"}
-    assert not scores.plan.kept
+    assert not scores.plan.not_folded
 
 
 class Tokens(nn.Module):
@@ -122,7 +122,7 @@ class Counting(nn.BatchNorm2d):
     (nn.BatchNorm2d(6, track_running_stats=False), "no running statistics")])
 def test_a_batchnorm_that_is_not_affine_or_may_not_be_stays(norm: nn.Module, reason: str) -> None:
     scores = assert_scored_as_it_is(classifier(nn.Conv2d(3, 6, 3), norm), inputs(4, 3, 8, 8))
-    assert reason in scores.plan.kept["1"]
+    assert reason in scores.plan.not_folded["1"]
     assert reason in str(scores.plan)
 
 
@@ -133,7 +133,7 @@ def test_hooks_of_the_users_are_kept_and_their_layers_not_folded() -> None:
     assert without.plan.folded == {"1": "0"}
     watch = model[1].register_forward_hook(lambda module, args, output: None)
     watched = assert_scored_as_it_is(model, x)
-    assert "hooks" in watched.plan.kept["1"]
+    assert "hooks" in watched.plan.not_folded["1"]
     torch.testing.assert_close(watched["0"], without["0"])
     watch.remove()
     factors = torch.linspace(0.5, 2, 6).double()[:, None, None]
@@ -190,7 +190,7 @@ def test_what_folding_would_change_elsewhere_is_not_folded() -> None:
     model = randomize(Tied()).double()
     scores = assert_scored_as_it_is(model, inputs(4, 3, 8, 8))
     assert "middle" in scores
-    assert scores.plan.kept == {"norm": "the model's output was another one afterwards"}
+    assert scores.plan.not_folded == {"norm": "the model's output was another one afterwards"}
 
 
 class SharedConvolution(nn.Module):
@@ -221,7 +221,7 @@ def test_computed_weights_are_left_alone_and_the_others_are_scored(computed) -> 
     model = classifier(computed(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3))
     scores = assert_scored_as_it_is(model, inputs(4, 3, 9, 9))
     assert "computed" in scores.skipped["0"]
-    assert "computed" in scores.plan.kept["1"]
+    assert "computed" in scores.plan.not_folded["1"]
     assert list(scores) == ["3", "5"]
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore import Scorer, Scores
-from fastscore.fastpath.packed_layers import Ends
+from fastscore.fastpath.packed_layers import ClampBounds
 
-RELU: Ends = (0.0, float("inf"))
+RELU: ClampBounds = (0.0, float("inf"))
 
 
 def images(samples: int = 4, size: int = 12, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -241,7 +241,7 @@ def test_layers_under_autocast_run_as_they_are() -> None:
 
     scores = assert_scored_as_by_hooks(Cast(), images(), 3e-2)
     assert not scores.plan.packed
-    assert "own dtype" in scores.plan.unpacked["two"]
+    assert "own dtype" in scores.plan.not_packed["two"]
 
 
 @pytest.mark.filterwarnings("ignore:TF32")
@@ -252,14 +252,14 @@ def test_what_is_not_packed_is_in_the_plan() -> None:
                           nn.Flatten(), nn.Linear(400, 3))
     scores = assert_scored_as_by_hooks(model, images())
     assert set(scores.plan.packed) == {"6", "8"}
-    assert set(scores.plan.unpacked) == {"0", "2", "4"}
+    assert set(scores.plan.not_packed) == {"0", "2", "4"}
     for name, reason in (("0", "not of zeros"), ("2", "a word"), ("4", "a parametrization")):
-        assert reason in scores.plan.unpacked[name]
+        assert reason in scores.plan.not_packed[name]
         assert f"{name}: not packed: " in str(scores.plan)
     with torch.backends.mkldnn.flags(enabled=False):
         plain = fastscore.score(model.float().eval(), [images()], progress=False)
     assert not plain.plan.packed
-    assert "no oneDNN" in plain.plan.unpacked["6"]
+    assert "no oneDNN" in plain.plan.not_packed["6"]
     assert not fastscore.score(model, [images()], progress=False, importance="molchanov-group").plan.packed
 
 
@@ -278,4 +278,4 @@ def test_a_layer_that_reads_its_weight_elsewhere_reads_the_models_own() -> None:
 
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
     scores = assert_scored_as_by_hooks(Tied(), x)
-    assert scores.plan.folded or scores.plan.kept
+    assert scores.plan.folded or scores.plan.not_folded

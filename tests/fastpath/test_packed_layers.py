@@ -21,7 +21,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def both_ways(module: nn.Module, layer: packed_layers.Layer, x: Tensor, clamp: packed_layers.Ends | None) -> None:
+def both_ways(module: nn.Module, layer: packed_layers.Layer, x: Tensor,
+              clamp: packed_layers.ClampBounds | None) -> None:
     """Hold both directions of `layer` against the module in float64 and autograd. x: as the layer takes it."""
     wide = copy.deepcopy(module).double()
     given = x.detach().double().requires_grad_()
@@ -54,7 +55,7 @@ sizes = st.integers(1, 3)
        dtype=st.sampled_from(list(BOUNDS)), last=st.booleans())
 def test_a_convolution_both_ways(groups: int, kernel: tuple[int, int], stride: tuple[int, int],
                                  padding: tuple[int, int], dilation: tuple[int, int], size: tuple[int, int],
-                                 wider: int, bias: bool, samples: int, clamp: packed_layers.Ends | None,
+                                 wider: int, bias: bool, samples: int, clamp: packed_layers.ClampBounds | None,
                                  dtype: torch.dtype, last: bool) -> None:
     torch.manual_seed(0)
     module = nn.Conv2d(6, 6 * wider, kernel, stride, padding, dilation, groups, bias).to(dtype)
@@ -84,8 +85,8 @@ def test_an_image_of_another_size_has_the_weight_laid_out_anew(module: Callable[
 @given(shape=st.lists(st.integers(1, 5), min_size=0, max_size=3), inputs=st.integers(1, 40),
        outputs=st.integers(1, 40), bias=st.booleans(), clamp=st.sampled_from([None, INFINITE, (-0.5, 0.5)]),
        dtype=st.sampled_from(list(BOUNDS)), turned=st.booleans())
-def test_a_linear_both_ways(shape: list[int], inputs: int, outputs: int, bias: bool, clamp: packed_layers.Ends | None,
-                            dtype: torch.dtype, turned: bool) -> None:
+def test_a_linear_both_ways(shape: list[int], inputs: int, outputs: int, bias: bool,
+                            clamp: packed_layers.ClampBounds | None, dtype: torch.dtype, turned: bool) -> None:
     torch.manual_seed(0)
     module = nn.Linear(inputs, outputs, bias).to(dtype)
     x = random(2, *shape, inputs).to(dtype)
@@ -95,7 +96,7 @@ def test_a_linear_both_ways(shape: list[int], inputs: int, outputs: int, bias: b
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("clamp", [None, INFINITE])
-def test_a_batchnorm_both_ways(affine: bool, clamp: packed_layers.Ends | None) -> None:
+def test_a_batchnorm_both_ways(affine: bool, clamp: packed_layers.ClampBounds | None) -> None:
     module = nn.BatchNorm2d(5, affine=affine).eval()
     nn.init.normal_(module.running_mean)
     nn.init.uniform_(module.running_var, 0.5, 2)

@@ -24,8 +24,8 @@ def rank_correlation(one: fastscore.Scores, other: fastscore.Scores) -> float:
     return float(spearmanr(*(each.numpy() for each in values)).statistic)
 
 
-def site(plan: Plan, layer: str):
-    return next(site for site in plan.sites if site.layer == layer)
+def tap(plan: Plan, layer: str):
+    return next(tap for tap in plan.taps if tap.layer == layer)
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
@@ -35,18 +35,18 @@ def test_bytes_are_those_of_what_the_layers_take(name: str) -> None:
     model, x = network.model(), network.inputs(2)
     plan = fastscore.score(model, [x], progress=False).plan
     taken: dict[str, Tensor] = {}
-    for found in plan.sites:
+    for found in plan.taps:
         layer = model.get_submodule(found.layer)
         layer.register_forward_pre_hook(lambda module, args, name=found.layer: taken.update({name: args[0][:1]}))
     model(x)
-    for found in plan.sites:
+    for found in plan.taps:
         layer = model.get_submodule(found.layer)
         stride = layer.stride if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) else (1, 1)
         read = taken[found.layer][..., ::stride[0], ::stride[1]] if stride != (1, 1) else taken[found.layer]
         assert found.reads == read.shape[1:]
         assert found.bytes == 2 * 8 * read.numel()
         assert f"{found.layer} " in str(plan)
-    assert f"{len(plan.sites)} taps" in str(plan)
+    assert f"{len(plan.taps)} taps" in str(plan)
 
 
 @pytest.mark.parametrize("options", [{}, {"importance": "taylor-abs"}, {"reduction": "element"}, {"ablation": "mean"}])
@@ -55,7 +55,7 @@ def test_strided_convolutions_of_one_position_are_read_where_they_read(options: 
     model, x = network.model(), network.inputs(5)
     plan = fastscore.score(model, [x], progress=False, **options).plan
     height = x.shape[2] if options.get("ablation") == "mean" else x.shape[2] // 2
-    assert site(plan, "block2.shortcut.0").reads == (6, height, height)
+    assert tap(plan, "block2.shortcut.0").reads == (6, height, height)
     v = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     found = oracles.sums_of_each_sample(Scorer(model, x, importance="taylor", gradient="random"), model, x, v)
     torch.testing.assert_close(found["stem.0"], oracles.sums(model, network.groups["stem.0"], x, v))
@@ -85,7 +85,7 @@ def test_a_tap_stands_before_an_up_sampling_that_repeats_values(options: dict[st
     model, x = decoder(nn.Upsample(scale_factor=2)), inputs(4, 3, 8, 8)
     with untouched(model):
         fast = fastscore.score(model, [x], progress=False, **options)
-    found = site(fast.plan, "smooth")
+    found = tap(fast.plan, "smooth")
     assert (found.reads, found.note) == ((6, 4, 4), "before up")
     scorer = Scorer(model, x, gradient="random", **options)
     with scorer:
@@ -105,7 +105,7 @@ def test_a_tap_stays_behind_an_up_sampling_where_that_measures_something_else(up
                                                                               ) -> None:
     model, x = decoder(up), inputs(4, 3, 8, 8)
     fast = fastscore.score(model, [x], progress=False, **options)
-    assert site(fast.plan, "smooth").note == ""
+    assert tap(fast.plan, "smooth").note == ""
     scorer = Scorer(model, x, gradient="random", **options)
     with scorer:
         scorer.probe(model(x))
@@ -127,7 +127,7 @@ def test_a_tap_stays_where_something_else_reads_what_was_up_sampled() -> None:
 
     torch.manual_seed(0)
     scores = assert_scored_as_it_is(Head2().double(), inputs(4, 3, 8, 8))
-    assert {site.note for site in scores.plan.sites} == {""}
+    assert {tap.note for tap in scores.plan.taps} == {""}
 
 
 @pytest.mark.parametrize("name", ["residual", "dense", "mobile", "mlp", "unet"])
@@ -139,7 +139,7 @@ def test_bfloat16_ranks_nearly_as_float32_does(name: str) -> None:
     with untouched(model):
         rounded = fastscore.score(model, x.split(8), precision="bfloat16", progress=False)
     assert rounded.plan.precision.startswith("bfloat16")
-    assert all(site.bytes == 2 * 2 * torch.Size(site.reads).numel() for site in rounded.plan.sites)
+    assert all(tap.bytes == 2 * 2 * torch.Size(tap.reads).numel() for tap in rounded.plan.taps)
     for layer in exact:
         assert float((exact[layer] - rounded[layer]).abs().max()) < 0.15 * float(exact[layer].max()), layer
     assert rank_correlation(exact, rounded) > 0.98

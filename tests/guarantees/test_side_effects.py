@@ -114,17 +114,17 @@ def nest(model: nn.Module, x: Tensor) -> None:
 
 def copy_inside(model: nn.Module, x: Tensor) -> None:
     with Scorer(model, x, gradient="random"):
-        twin = copy.deepcopy(model)
+        copied = copy.deepcopy(model)
     with torch.no_grad():
-        assert torch.equal(twin(x), model(x))
+        assert torch.equal(copied(x), model(x))
 
 
 def pickle_afterwards(model: nn.Module, x: Tensor) -> None:
     """A module that can be pickled still can; random networks, which hold functions, never could."""
     probe(model, x)
     if model.__class__.__module__.startswith("torch.nn"):
-        twin = pickle.loads(pickle.dumps(model))
-        assert torch.equal(twin(x), model(x))
+        copied = pickle.loads(pickle.dumps(model))
+        assert torch.equal(copied(x), model(x))
     torch.save(model.state_dict(), io.BytesIO())
 
 

@@ -86,7 +86,7 @@ def loaders() -> dict[str, Any]:
     model, x = NETWORK.model(), NETWORK.inputs(2)
     return {
         "scores": fastscore.Scores.load,
-        "checkpoint": lambda path: fastscore.score(model, [x], checkpoint=path, progress=False),
+        "checkpoint": lambda path: fastscore.score(model, [x], resume=path, progress=False),
         "scorer": fastscore.Scorer(model, x).load,
         "pruned": lambda path: fastscore.load_pruned(model, path)}
 
@@ -102,7 +102,7 @@ def test_files_of_its_own(kind: str, write: Any) -> None:
 @pytest.mark.parametrize("kind", ["scores", "checkpoint", "scorer", "pruned"])
 def test_one_kind_of_file_is_not_taken_for_another(kind: str) -> None:
     model, x = NETWORK.model(), NETWORK.inputs(2)
-    scores = fastscore.score(model, [x], checkpoint="checkpoint", progress=False)
+    scores = fastscore.score(model, [x], resume="checkpoint", progress=False)
     scores.save("scores")
     scorer = fastscore.Scorer(model, x)
     scorer.save("scorer")
@@ -120,7 +120,7 @@ def test_nothing_of_its_own_is_written_as_a_pickle(monkeypatch: pytest.MonkeyPat
     for module, name in ((torch, "save"), (pickle, "dump"), (pickle, "dumps")):
         monkeypatch.setattr(module, name, refuse)
     model, x = NETWORK.model(), NETWORK.inputs(2)
-    scores = fastscore.score(model, [x], checkpoint="checkpoint", progress=False)
+    scores = fastscore.score(model, [x], resume="checkpoint", progress=False)
     scores.save("scores")
     fastscore.Scorer(model, x).save("scorer")
     result = fastscore.prune(model, scores, x, channels=0.8)

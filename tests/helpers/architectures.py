@@ -18,8 +18,7 @@ from networks import UNet, randomize
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.batches import Forward, output_tensors
-from fastscore.batches import forward as call_model
+from fastscore.batches import Forward, call_model, output_tensors
 from fastscore.cli import models
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.tracing import trace

@@ -38,7 +38,7 @@ def run(folder: Path, checkpoint: Path | None) -> None:
         output: Tensor = model(batch)
         return output
 
-    scores = fastscore.score(NETWORKS["residual"].model().float(), batches(), probes=2, checkpoint=checkpoint,
+    scores = fastscore.score(NETWORKS["residual"].model().float(), batches(), probes=2, resume=checkpoint,
                              forward=forward, progress=False)
     scores.save(folder / ("resumed" if checkpoint else "whole"))
 

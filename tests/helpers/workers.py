@@ -62,18 +62,18 @@ def work(rank: int, folder: str) -> None:
         if rank < size:
             for way, options in WAYS.items():
                 for fixed in (False, True):
-                    save(fastscore.score(RESIDUAL.model(), IMAGES.split(3), group=some, fixed_order=fixed,
+                    save(fastscore.score(RESIDUAL.model(), IMAGES.split(3), process_group=some, fixed_order=fixed,
                                          progress=False, **options), f"{way} {size} {fixed}")
             checkpoint = f"{folder}/{size}.ckpt"
-            save(fastscore.score(RESIDUAL.model(), IMAGES.split(3)[:3], group=some, fixed_order=True, progress=False,
-                                 checkpoint=checkpoint), f"three batches {size}")
-            save(fastscore.score(RESIDUAL.model(), IMAGES.split(3), group=some, fixed_order=True, progress=False,
-                                 checkpoint=checkpoint), f"gone on {size}")
+            save(fastscore.score(RESIDUAL.model(), IMAGES.split(3)[:3], process_group=some, fixed_order=True,
+                                 progress=False, resume=checkpoint), f"three batches {size}")
+            save(fastscore.score(RESIDUAL.model(), IMAGES.split(3), process_group=some, fixed_order=True,
+                                 progress=False, resume=checkpoint), f"gone on {size}")
     everyone = distributed.group.WORLD
-    expect(ValueError, "another seed", fastscore.score, RESIDUAL.model(), IMAGES.split(3), group=everyone,
+    expect(ValueError, "another seed", fastscore.score, RESIDUAL.model(), IMAGES.split(3), process_group=everyone,
            seed=int(rank == 2), progress=False)
     expect(ValueError, "other weights", fastscore.score, RESIDUAL.model(int(rank == 1)), IMAGES.split(3),
-           group=everyone, progress=False)
+           process_group=everyone, progress=False)
 
     scorer = fastscore.Scorer(RESIDUAL.model(), IMAGES, gradient="random", seed=3)
     model = scorer._taps.model
@@ -87,7 +87,7 @@ def work(rank: int, folder: str) -> None:
     scorer = drop_in(wrapped, IMAGES[rank:8:WORKERS])  # as many steps in each, which gradients in common ask for
     scorer.all_reduce()
     save(scorer.scores(), "DDP")
-    save(fastscore.score(wrapped, IMAGES.split(3), group=everyone, progress=False), "DDP, score")
+    save(fastscore.score(wrapped, IMAGES.split(3), process_group=everyone, progress=False), "DDP, score")
 
     from torch.distributed.fsdp import fully_shard  # slow to import
     model = RESIDUAL.model()

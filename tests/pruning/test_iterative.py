@@ -140,7 +140,7 @@ def test_interrupted_and_called_again_it_ends_the_same(killed: int, tmp_path: Pa
             raise KeyboardInterrupt
 
     with untouched(model), pytest.raises(KeyboardInterrupt):
-        fastscore.prune_iteratively(model, batches, finetune=dies, checkpoint=tmp_path / "c", **arguments)
+        fastscore.prune_iteratively(model, batches, finetune=dies, resume=tmp_path / "c", **arguments)
     torch.randn(7)  # the caller's random numbers are elsewhere by now
     done = []
 
@@ -149,13 +149,13 @@ def test_interrupted_and_called_again_it_ends_the_same(killed: int, tmp_path: Pa
         train(batches)(smaller)
 
     with untouched(model):
-        again = fastscore.prune_iteratively(model, batches, finetune=counted, checkpoint=tmp_path / "c", **arguments)
+        again = fastscore.prune_iteratively(model, batches, finetune=counted, resume=tmp_path / "c", **arguments)
     assert len(done) == 4 - killed
     assert same(again, whole)
     fastscore.save_pruned(again, tmp_path / "p")
     assert torch.equal(fastscore.load_pruned(RESIDUAL.model, tmp_path / "p").eval()(batches[0][0]),
                        again.model.eval()(batches[0][0]))
-    finished = fastscore.prune_iteratively(model, batches, finetune=dies, checkpoint=tmp_path / "c", **arguments)
+    finished = fastscore.prune_iteratively(model, batches, finetune=dies, resume=tmp_path / "c", **arguments)
     finished.model.eval()  # as the one above
     assert same(finished, again)
 
@@ -164,7 +164,7 @@ def test_a_model_pruned_before_goes_on_and_is_saved(tmp_path: Path) -> None:
     model, batches = setting()
     once = fastscore.prune(model, fastscore.score(model, batches, progress=False), batches[0][0], macs=0.8).model
     for _ in range(2):  # the second call finds everything done
-        result = fastscore.prune_iteratively(once, batches, steps=2, macs=0.5, checkpoint=tmp_path / "c",
+        result = fastscore.prune_iteratively(once, batches, steps=2, macs=0.5, resume=tmp_path / "c",
                                              progress=False)
     fastscore.save_pruned(result, tmp_path / "p")
     loaded = fastscore.load_pruned(RESIDUAL.model, tmp_path / "p")
@@ -181,7 +181,7 @@ def finetune(smaller):
     if smaller.head.fc.in_features < 7 and os.environ["KILL"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
 fastscore.prune_iteratively(model, batches, steps=3, channels=0.4, scope="layer", finetune=finetune, progress=False,
-                            checkpoint=sys.argv[2])
+                            resume=sys.argv[2])
 """
 
 
@@ -192,20 +192,20 @@ def test_killed_by_the_system(tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL
     model, batches = setting()
     arguments = {"steps": 3, "channels": 0.4, "scope": "layer", "finetune": train(batches), "progress": False}
-    again = fastscore.prune_iteratively(model, batches, checkpoint=tmp_path / "c", **arguments)
+    again = fastscore.prune_iteratively(model, batches, resume=tmp_path / "c", **arguments)
     assert same(again, fastscore.prune_iteratively(model, batches, **arguments))
 
 
 def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:
     model, batches = setting()
     path = tmp_path / "c"
-    arguments = {"steps": 2, "macs": 0.5, "progress": False, "checkpoint": path}
+    arguments = {"steps": 2, "macs": 0.5, "progress": False, "resume": path}
     fastscore.prune_iteratively(model, batches, **arguments)
     for change, named in (({"steps": 3}, "steps"), ({"macs": 0.4}, "shares"), ({"seed": 3}, "seed"),
                           ({"schedule": "linear"}, "schedule"), ({"ignore": ["stem"]}, "ignore")):
-        with untouched(model), pytest.raises(ValueError, match=f"^checkpoint: .* another {named}"):
+        with untouched(model), pytest.raises(ValueError, match=f"^resume: .* another {named}"):
             fastscore.prune_iteratively(model, batches, **{**arguments, **change})
-    with pytest.raises(ValueError, match=r"^checkpoint: .* another weights"):
+    with pytest.raises(ValueError, match=r"^resume: .* another weights"):
         fastscore.prune_iteratively(RESIDUAL.model(seed=3), batches, **arguments)
     contents = path.read_bytes()
     path.write_bytes(contents[:-5])

@@ -209,11 +209,11 @@ def test_saved_copied_and_pickled(pruned: tuple[nn.Module, Tensor], tmp_path: Pa
     assert torch.equal(copy.deepcopy(model)(x), expected)
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
     torch.save(model.state_dict(), tmp_path / "w.pt")
-    twin = copy.deepcopy(model)
-    for parameter in twin.parameters():
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
         nn.init.zeros_(parameter)
-    twin.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
-    assert torch.equal(twin(x), expected)
+    copied.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
+    assert torch.equal(copied(x), expected)
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)

@@ -82,14 +82,14 @@ def test_an_ordinary_model(tmp_path: Any) -> None:
     pruned = result.model
     with torch.no_grad():
         expected = pruned(x)
-    twin = copy.deepcopy(pruned)
-    assert torch.equal(twin(x), expected)
+    copied = copy.deepcopy(pruned)
+    assert torch.equal(copied(x), expected)
     assert torch.equal(pickle.loads(pickle.dumps(pruned))(x), expected)
     torch.save(pruned.state_dict(), tmp_path / "w.pt")
-    for parameter in twin.parameters():
+    for parameter in copied.parameters():
         nn.init.zeros_(parameter)
-    twin.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
-    assert torch.equal(twin(x), expected)
+    copied.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
+    assert torch.equal(copied(x), expected)
     torch.testing.assert_close(torch.export.export(pruned, (x,)).module()(x), expected)
     for shape in ((1, 3, 8, 8), (4, 3, 12, 10)):  # not the example's
         assert pruned(torch.randn(shape)).isfinite().all()

@@ -68,16 +68,16 @@ def test_a_process_without_data_and_runs_that_go_on(results: Path, name: str) ->
 
 
 def test_another_number_of_processes_does_not_go_on(results: Path) -> None:
-    with pytest.raises(ValueError, match=r"^checkpoint: 4\.ckpt\.0-of-4 was written by another number of processes"):
-        fastscore.score(RESIDUAL.model(), IMAGES.split(3), checkpoint=results / "4.ckpt", progress=False)
+    with pytest.raises(ValueError, match=r"^resume: 4\.ckpt\.0-of-4 was written by another number of processes"):
+        fastscore.score(RESIDUAL.model(), IMAGES.split(3), resume=results / "4.ckpt", progress=False)
 
 
 def test_processes_that_do_not_agree_all_say_so(results: Path) -> None:
     for rank in range(WORKERS):
         said = (results / f"another seed {rank}").read_text()
-        assert said.startswith("group: process 2 has another seed than process 0")
+        assert said.startswith("process_group: process 2 has another seed than process 0")
         said = (results / f"other weights {rank}").read_text()
-        assert said.startswith("group: process 1 has another weights than process 0")
+        assert said.startswith("process_group: process 1 has another weights than process 0")
 
 
 def test_all_reduce_of_scorers(results: Path) -> None:
@@ -131,7 +131,7 @@ def test_more_processes_than_the_fixed_order_is_for(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(distributed, "get_rank", lambda group: 0)
     with pytest.raises(ValueError, match="fixed_order: it is for up to 64 processes, and these are 65"):
-        Run(None, {}, None, [], iter, group=Many(), fixed_order=True)  # type: ignore[arg-type]
+        Run(None, {}, None, [], iter, process_group=Many(), fixed_order=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("rank", "size", "expected"), [(None, None, (0, 1)), ("1", "4", (1, 4)), ("0", "1", (0, 1))])

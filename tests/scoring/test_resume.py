@@ -43,7 +43,7 @@ def stopped(after: int, by: type[BaseException] = RuntimeError) -> Iterator[Tens
 
 def stop(path: Any, after: int = 2, **options: Any) -> None:
     with pytest.raises(RuntimeError, match="stopped"):
-        score(stopped(after), checkpoint=path, **options)
+        score(stopped(after), resume=path, **options)
 
 
 def assert_same_bits(one: Scores, other: Scores) -> None:
@@ -76,7 +76,7 @@ def test_killed_twenty_times(tmp_path: Path) -> None:
 @pytest.mark.parametrize("after", [1, 3])
 def test_stopped_by_an_error(tmp_path: Path, options: dict[str, Any], after: int) -> None:
     stop(tmp_path / "s.ckpt", after, **options)
-    assert_same_bits(score(checkpoint=tmp_path / "s.ckpt", **options), score(**options))
+    assert_same_bits(score(resume=tmp_path / "s.ckpt", **options), score(**options))
 
 
 def test_an_interrupt_within_a_batch_counts_none_of_it(tmp_path: Path) -> None:
@@ -95,12 +95,12 @@ def test_an_interrupt_within_a_batch_counts_none_of_it(tmp_path: Path) -> None:
     for stop_at in range(first + 1, first + 4):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
-            score(forward=interrupt, checkpoint=tmp_path / f"{stop_at}.ckpt")
+            score(forward=interrupt, resume=tmp_path / f"{stop_at}.ckpt")
         calls.clear()
         if stop_at > first + 1:
             assert files.read_state(tmp_path / f"{stop_at}.ckpt", runs._FORM, "", "")["done"] == stop_at - first - 1
         stop_at = 0
-        assert_same_bits(score(forward=interrupt, checkpoint=tmp_path / f"{first + 1}.ckpt"), whole)
+        assert_same_bits(score(forward=interrupt, resume=tmp_path / f"{first + 1}.ckpt"), whole)
 
 
 def test_an_interrupt_between_two_probes_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,22 +118,22 @@ def test_an_interrupt_between_two_probes_of_a_batch(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(fastscore.scoring.totals.Totals, "add", add)
         with pytest.raises(KeyboardInterrupt):
-            score(checkpoint=tmp_path / "s.ckpt", probes=3)
-    assert_same_bits(score(checkpoint=tmp_path / "s.ckpt", probes=3), whole)
+            score(resume=tmp_path / "s.ckpt", probes=3)
+    assert_same_bits(score(resume=tmp_path / "s.ckpt", probes=3), whole)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     path = tmp_path / "s.ckpt"
-    whole = score(checkpoint=path)
+    whole = score(resume=path)
     contents = path.read_bytes()
-    assert_same_bits(score(checkpoint=str(path)), whole)
+    assert_same_bits(score(resume=str(path)), whole)
     assert path.read_bytes() == contents
     assert [file.name for file in tmp_path.iterdir()] == ["s.ckpt"]
 
 
 def test_more_batches_than_before(tmp_path: Path) -> None:
-    score(BATCHES[:2], checkpoint=tmp_path / "s.ckpt")
-    assert_same_bits(score(checkpoint=tmp_path / "s.ckpt"), score())
+    score(BATCHES[:2], resume=tmp_path / "s.ckpt")
+    assert_same_bits(score(resume=tmp_path / "s.ckpt"), score())
 
 
 def test_as_many_samples_as_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,18 +147,18 @@ def test_as_many_samples_as_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        score(some(), samples="auto", agreement=(0.3, 0.5), checkpoint=tmp_path / "s.ckpt")
+        score(some(), samples="auto", agreement=(0.3, 0.5), resume=tmp_path / "s.ckpt")
     for _ in range(2):
-        assert_same_bits(score(batches, samples="auto", agreement=(0.3, 0.5), checkpoint=tmp_path / "s.ckpt"), whole)
+        assert_same_bits(score(batches, samples="auto", agreement=(0.3, 0.5), resume=tmp_path / "s.ckpt"), whole)
 
 
 def test_only_when_stopped(tmp_path: Path) -> None:
     path = tmp_path / "s.ckpt"
     path.write_text("not a checkpoint")
-    score(checkpoint=Checkpoint(path, only_when_stopped=True))
+    score(resume=Checkpoint(path, only_when_stopped=True))
     assert path.read_text() == "not a checkpoint"
     stop(Checkpoint(path, only_when_stopped=True))
-    assert_same_bits(score(checkpoint=path), score())
+    assert_same_bits(score(resume=path), score())
 
 
 def test_saving_takes_little_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_saving_takes_little_of_the_time(tmp_path: Path, monkeypatch: pytest.Mon
         return model(batch)
 
     monkeypatch.setattr(files, "write_state", write_slowly)
-    score([RESIDUAL.inputs(2)] * 110, RESIDUAL.model(), checkpoint=tmp_path / "s.ckpt", forward=forward,
+    score([RESIDUAL.inputs(2)] * 110, RESIDUAL.model(), resume=tmp_path / "s.ckpt", forward=forward,
           ignore=["block2"])
     assert [after - before - 10 for before, after in itertools.pairwise(saves)][:2] == [500, 500]
 
@@ -195,11 +195,11 @@ class TestRefused:
                 **options: Any) -> None:
         before, model = path.read_bytes(), RESIDUAL.model() if model is None else model
         with untouched(model), pytest.raises(ValueError, match=match):
-            score(batches, model, checkpoint=path, **options)
+            score(batches, model, resume=path, **options)
         assert path.read_bytes() == before
 
     def test_other_weights(self, path: Path) -> None:
-        self.refused(path, r"^checkpoint: .*s\.ckpt is of another run, with another weights; ", model=RESIDUAL.model(1))
+        self.refused(path, r"^resume: .*s\.ckpt is of another run, with another weights; ", model=RESIDUAL.model(1))
         model = RESIDUAL.model()
         model.stem[1].running_var[2] += 1e-12
         self.refused(path, "another weights;", model=model)
@@ -260,11 +260,11 @@ class TestRefused:
         self.refused(path, r"s\.ckpt: not a fastscore checkpoint")
 
     def test_what_needs_no_checkpoint(self, path: Path) -> None:
-        self.refused(path, "^checkpoint: magnitude-l2 reads the weights alone", importance="magnitude-l2")
+        self.refused(path, "^resume: magnitude-l2 reads the weights alone", importance="magnitude-l2")
 
     def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="there is no folder"):
-            score(checkpoint=tmp_path / "nowhere" / "s.ckpt")
+            score(resume=tmp_path / "nowhere" / "s.ckpt")
 
 
 def test_a_scorer_goes_on_in_another_process(tmp_path: Path) -> None:

@@ -45,28 +45,28 @@ class TestImages:
         monkeypatch.setattr(images.Preprocessing, "__call__", decode)
         fails = "07.png"
         with pytest.raises(RuntimeError, match="stopped"):
-            score(images.batches(paths, self.PREPARE, 3), model, samples=10, checkpoint=tmp_path / "s.ckpt")
+            score(images.batches(paths, self.PREPARE, 3), model, samples=10, resume=tmp_path / "s.ckpt")
         fails = ""
         decoded.clear()
-        resumed = score(images.batches(paths, self.PREPARE, 3), model, samples=10, checkpoint=tmp_path / "s.ckpt")
+        resumed = score(images.batches(paths, self.PREPARE, 3), model, samples=10, resume=tmp_path / "s.ckpt")
         assert sorted(decoded) == ["00.png", "01.png", "02.png", "06.png", "07.png", "08.png", "09.png"]
         assert_same_bits(resumed, whole)
 
     def test_another_folder(self, paths: list[Path], tmp_path: Path) -> None:
         model, batches = RESIDUAL.model().float(), images.batches(paths, self.PREPARE, 3)
-        score(batches, model, checkpoint=tmp_path / "s.ckpt")
+        score(batches, model, resume=tmp_path / "s.ckpt")
         other = images.Preprocessing(8, 8, (0.4,) * 3, (0.25,) * 3)
         for batches in (images.batches(paths[1:], self.PREPARE, 3), images.batches(paths, self.PREPARE, 4),
                         images.batches(paths[::-1], self.PREPARE, 3), images.batches(paths, other, 3)):
             with pytest.raises(ValueError, match="another data;"):
-                score(batches, model, checkpoint=tmp_path / "s.ckpt")
+                score(batches, model, resume=tmp_path / "s.ckpt")
         Image.new("RGB", (640, 480)).save(paths[5])
         with pytest.raises(ValueError, match="another data;"):
-            score(images.batches(paths, self.PREPARE, 3), model, checkpoint=tmp_path / "s.ckpt")
+            score(images.batches(paths, self.PREPARE, 3), model, resume=tmp_path / "s.ckpt")
 
     def test_slices_hold_every_image_once(self, paths: list[Path]) -> None:
         batches = images.batches(paths, self.PREPARE, 3)
-        assert isinstance(batches, runs.Skippable)
+        assert isinstance(batches, runs.SliceableBatches)
         shares = [torch.cat(list(batches[rank::3])) for rank in range(3)]
         assert [len(share) for share in shares] == [5, 3, 3]
         whole = torch.cat(list(batches))

@@ -102,10 +102,10 @@ def test_gradient_scaler_skips_steps_and_scores_do_not_count_them() -> None:
 def test_an_average_of_the_model_taken_along() -> None:
     """An EMA, copied while the taps are on, updated, run, saved: it measures nothing and is an ordinary model."""
     model, x = RESIDUAL.model(), RESIDUAL.inputs(8)
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     scorer = Scorer(model, x)
     runs: list[tuple[nn.Module, AveragedModel]] = []
-    for net in (model, twin):
+    for net in (model, copied):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
         if net is model:
             scorer.attach()

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastscore import Scorer
 from fastscore.scoring.criteria import SUMS
-from fastscore.taps.gates import Place
+from fastscore.taps.gates import TapPoint
 from fastscore.taps.taps import Taps
 
 EVERY_NETWORK = pytest.mark.parametrize("name", list(NETWORKS))
@@ -69,11 +69,11 @@ def test_what_leaves_the_producers_arrives_at_the_consumers() -> None:
 
         return hook
 
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     for norms in producers.values():
         for norm in norms:
-            twin.get_submodule(norm).register_forward_hook(keep(norm))
-    (twin(x) * v).sum().backward()
+            copied.get_submodule(norm).register_forward_hook(keep(norm))
+    (copied(x) * v).sum().backward()
     for group, norms in producers.items():
         sent = sum((made[norm].detach() * made[norm].grad).sum((2, 3)) for norm in norms)
         assert relative_error(found[group], sent) < 1e-12, group
@@ -84,7 +84,7 @@ def test_a_gate_sees_its_own_consumer_alone() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 2, bias=False), "b": nn.Linear(3, 2, bias=False)}).double()
     model.forward = lambda x: model["a"](x) + 2 * model["b"](x)  # type: ignore[method-assign]
     x, v = torch.randn(4, 3).double(), torch.randn(4, 2).double()
-    with Taps(model, {"a": Place(-1), "b": Place(-1)}, SUMS) as taps:
+    with Taps(model, {"a": TapPoint(-1), "b": TapPoint(-1)}, SUMS) as taps:
         sums, _ = taps.propagate(model(x), v)
     found = {layer: tensor[0] for layer, tensor in sums}
     torch.testing.assert_close(found["a"], x * (v @ model["a"].weight.detach()))
@@ -171,9 +171,9 @@ def test_a_copy_made_while_tapped_is_quiet() -> None:
     model, x = network.model(), network.inputs()
     scorer = Scorer(model, x, importance="taylor-abs")
     with scorer:
-        twin = copy.deepcopy(model)
+        copied = copy.deepcopy(model)
         model(x).square().sum().backward()
-        twin(x).square().sum().backward()
+        copied(x).square().sum().backward()
     once = Scorer(model, x, importance="taylor-abs")
     with once:
         model(x).square().sum().backward()
