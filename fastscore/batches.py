@@ -1,9 +1,7 @@
 """How a batch reaches a model: tensors, (input, ...) tuples, or dicts of keyword arguments."""
 
 import itertools
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -135,41 +133,26 @@ def first_tensor(batch: Batch) -> Tensor | None:
     return next(tensors_of(batch), None)
 
 
+def first_input(inputs: Any) -> Tensor:
+    """The tensor that tells samples apart: the first in a batch, or among a forward call's (args, kwargs)."""
+    tensor = first_tensor(inputs)
+    if tensor is None:
+        raise TypeError("batches: the model is called without a tensor, so its samples cannot be told apart")
+    return tensor
+
+
+def to_channels_last(batch: Batch) -> Batch:
+    """The 4-D tensors of a batch, or a tensor, in channels_last memory format."""
+    return map_tensors(lambda tensor: tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4
+                       else tensor, batch)
+
+
+def to_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
+    """The floating-point tensors of a batch, or a tensor, in `dtype`."""
+    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, batch)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter or buffer; the CPU for a model without any."""
     tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
-
-
-_forks: dict[torch.device, tuple[int, AbstractContextManager[None]]] = {}  # blocks inside; the fork of the first
-_forks_lock = threading.Lock()
-
-
-@contextmanager
-def fork_rng(device: torch.device) -> Iterator[None]:
-    """Random-number states of the CPU and of `device` come back on leaving as they were on entering.
-
-    The states are the process's: where blocks of several threads overlap, the last to end brings back what the first
-    found.
-    """
-    with _forks_lock:
-        inside, first = _forks.get(device, (0, _fork(device)))
-        if not inside:
-            first.__enter__()
-        _forks[device] = inside + 1, first
-    try:
-        with _fork(device):
-            yield
-    finally:
-        with _forks_lock:
-            inside, first = _forks.pop(device)
-            if inside > 1:
-                _forks[device] = inside - 1, first
-            else:
-                first.__exit__(None, None, None)
-
-
-def _fork(device: torch.device) -> AbstractContextManager[None]:
-    if device.type == "cpu":
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device], device_type=device.type)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastscore.scoring import gradients
+from fastscore.batches import first_input
 from fastscore.taps.taps import Taps
 
 
@@ -29,7 +29,7 @@ def compile_tapped(eval_model: nn.Module, taps: Taps, shapes: Mapping[str, list[
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal size
-        tensor = gradients.first_input((args, kwargs))
+        tensor = first_input((args, kwargs))
         if taps.current is None or not torch.is_grad_enabled() or size not in (None, len(tensor)):
             return plain(*args, **kwargs)
         size = len(tensor)

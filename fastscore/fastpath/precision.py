@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastscore.batches import Batch, Forward
-from fastscore.modules.evaluation_copy import to_dtype
+from fastscore.batches import Batch, Forward, to_dtype
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

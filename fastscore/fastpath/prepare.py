@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward, checked_forward
+from fastscore.batches import Batch, Forward, checked_forward, to_channels_last
 from fastscore.fastpath.compiled import compile_tapped
+from fastscore.fastpath.folding import Folding
 from fastscore.fastpath.fusion import FusedLayers
 from fastscore.fastpath.observation import observe
 from fastscore.fastpath.packed_layers import ClampBounds
 from fastscore.fastpath.precision import PRECISIONS, cast, check_runs, described
-from fastscore.modules.evaluation_copy import Folding, to_channels_last
 from fastscore.taps.gates import TapPoint
 from fastscore.taps.taps import Taps
 

@@ -16,6 +16,7 @@ from fastscore.graph.dependencies import CHANNELWISE, LAYERS
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member, Role
 from fastscore.modules.activation_checkpoints import without_checkpoints
 from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.rng import fork_rng
 
 
 def trace(model: nn.Module, example_inputs: batches.Batch,
@@ -40,7 +41,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch,
             return [output for output in batches.floating_tensors(forward(model, example_inputs))
                     if output.requires_grad or not torch.is_grad_enabled()]
 
-    with torch.enable_grad(), without_checkpoints(), batches.fork_rng(batches.device_of(model)):
+    with torch.enable_grad(), without_checkpoints(), fork_rng(batches.device_of(model)):
         found, ran, explained = _traced(eval_model, run)
         idle = training_only.layers(eval_model) - ran
         if idle:

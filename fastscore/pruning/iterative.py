@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import files
-from fastscore.batches import Batch, call_model, device_of, first_tensor, fork_rng, map_tensors
+from fastscore.batches import Batch, call_model, device_of, first_tensor, map_tensors
 from fastscore.graph.groups import matching_layers
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.pruning import latency, recipes
@@ -20,6 +20,7 @@ from fastscore.pruning.checkpoint import load_state
 from fastscore.pruning.prune import PruneResult, prune
 from fastscore.pruning.recipes import composed
 from fastscore.pruning.report import GroupReport, PruneReport
+from fastscore.rng import fork_rng
 from fastscore.scoring.engine import score
 from fastscore.scoring.fingerprints import run_fingerprint
 from fastscore.scoring.scores import Scores

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastscore.batches import Batch, Forward, call_model, device_of, fork_rng
+from fastscore.batches import Batch, Forward, call_model, device_of
 from fastscore.graph.groups import Ignore
 from fastscore.modules import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -17,6 +17,7 @@ from fastscore.pruning.costs import Costs
 from fastscore.pruning.prune import scored_graph
 from fastscore.pruning.selection import Scope, layer_kinds, removal_order, select
 from fastscore.recovery.compensation import channel_dim, compensates, contributions, removed_means, removed_positions
+from fastscore.rng import fork_rng
 from fastscore.scoring.scores import Scores
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward, call_model, checked_forward, device_of, fork_rng
+from fastscore.batches import Batch, Forward, call_model, checked_forward, device_of
 from fastscore.graph.groups import ChannelGraph, Ignore, norm_gates
 from fastscore.graph.surgery import Places, remove_places, removed_places
 from fastscore.graph.tracing import trace
@@ -22,6 +22,7 @@ from fastscore.pruning.latency import choose
 from fastscore.pruning.report import Candidate, GroupReport, PruneReport
 from fastscore.pruning.selection import Scope, channel_prices, check_scores, layer_kinds, removal_order, select
 from fastscore.recovery.compensation import add_to_biases, compensates, contributions, removed_means, removed_positions
+from fastscore.rng import fork_rng
 from fastscore.scoring.scores import Scores
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-from fastscore.batches import Batch, Forward, call_model, device_of, first_tensor, fork_rng, map_tensors
+from fastscore.batches import Batch, Forward, call_model, device_of, first_input, first_tensor, map_tensors
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.fastpath.prepare import prepare
 from fastscore.graph.groups import ChannelGraph, Ignore, Units, matching_layers
@@ -18,6 +18,7 @@ from fastscore.graph.tracing import trace
 from fastscore.modules.activation_checkpoints import without_checkpoints
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.wrappers import unwrapped
+from fastscore.rng import fork_rng
 from fastscore.scoring import gradients, tokens
 from fastscore.scoring.criteria import WEIGHT_IMPORTANCES
 from fastscore.scoring.fingerprints import run_fingerprint
@@ -106,7 +107,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         if example is None:
             raise ValueError("batches: there is none to score on, or none that holds a sample")
         # One sample is enough to trace with, where it is known how to take it.
-        traced = _first_samples(example, len(gradients.first_input(example)), 1) if forward is call_model else example
+        traced = _first_samples(example, len(first_input(example)), 1) if forward is call_model else example
         graph = trace(model, traced, forward)
         if reads_weights:
             return _score_weights(eval_model, graph, origin, ignore)
@@ -207,7 +208,7 @@ def _on_device(batches: Iterable[Batch], device: torch.device, samples: int | No
             continue  # a loss over no sample is NaN
         batch = map_tensors(lambda tensor: _usable(tensor).to(device, non_blocking=True), batch)
         if left is not None:
-            count = len(gradients.first_input(batch))
+            count = len(first_input(batch))
             if count > left:
                 batch = _first_samples(batch, count, left)
             left -= min(left, count)
@@ -238,7 +239,7 @@ def _blame(model: nn.Module, batch: Batch, forward: Forward) -> str | None:
 
         module.register_forward_hook(hook)
 
-    tensor = gradients.first_input(batch)
+    tensor = first_input(batch)
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         return "batches: NaN or infinity in the input"
     for name, module in model.named_modules():

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastscore import batches, ops
+from fastscore import ops
 
 Loss: TypeAlias = Callable[[Tensor, Any], Tensor]
 
@@ -157,11 +157,3 @@ def cross_entropy(output: Tensor, batch: Any) -> Tensor:
         raise ValueError('batches: gradient="loss" needs labels: give (input, label) batches, or loss=, or use '
                          'gradient="random", which needs none')
     return F.cross_entropy(output, labels)
-
-
-def first_input(inputs: Any) -> Tensor:
-    """The tensor that tells samples apart: the first in a batch, or among a forward call's (args, kwargs)."""
-    tensor = batches.first_tensor(inputs)
-    if tensor is None:
-        raise TypeError("batches: the model is called without a tensor, so its samples cannot be told apart")
-    return tensor

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fastscore.batches import Batch
+from fastscore.batches import Batch, first_input
 from fastscore.scoring import gradients
 
 
@@ -42,7 +42,7 @@ def random_backward(output: Tensor, inputs: Batch = None, *, seed: int = 0, prob
     if not output.requires_grad:
         raise RuntimeError("output: it does not require grad; run the model with gradients enabled and with parameters "
                            "that require them")
-    told_apart = output if inputs is None else gradients.first_input(inputs)
+    told_apart = output if inputs is None else first_input(inputs)
     if told_apart.dim() == 0 or len(told_apart) != len(output):
         raise ValueError(f"inputs: the first tensor has shape {list(told_apart.shape)} where the output has "
                          f"{len(output)} rows; pass the tensor that holds the samples, or None")

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fastscore import ops
-from fastscore.batches import MASK, mappings
+from fastscore.batches import MASK, first_input, mappings
 from fastscore.scoring import gradients
 from fastscore.scoring.scores import Origin
 
@@ -20,7 +20,7 @@ def sample_ids(inputs: Any, valid: Tensor | None) -> Tensor:
     """int64 [N], see gradients.sample_ids: of what a batch, or a call, holds but for its mask and its padding."""
     found = next((tensor for mapping in mappings(inputs) for key, tensor in mapping.items()
                   if key != MASK and isinstance(tensor, Tensor)), None) if _first_is_mask(inputs) else None
-    x = gradients.first_input(inputs) if found is None else found
+    x = first_input(inputs) if found is None else found
     if valid is not None and x.shape[:2] == valid.shape:
         x = x.masked_fill(~_along(valid, x), 0)
     return gradients.sample_ids(x)
@@ -97,4 +97,4 @@ def _along(valid: Tensor, x: Tensor) -> Tensor:
 
 def _first_is_mask(inputs: Any) -> bool:
     mask = next((mapping[MASK] for mapping in mappings(inputs) if MASK in mapping), None)
-    return mask is not None and gradients.first_input(inputs) is mask
+    return mask is not None and first_input(inputs) is mask

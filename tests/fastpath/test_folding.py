@@ -13,7 +13,8 @@ from torch.nn.utils.parametrizations import weight_norm as weight_parametrizatio
 
 import fastscore
 from fastscore import Scorer, Scores
-from fastscore.modules.evaluation_copy import Folding, evaluation_copy
+from fastscore.fastpath.folding import Folding
+from fastscore.modules.evaluation_copy import evaluation_copy
 
 
 def plain_pass(model: nn.Module, x: Tensor) -> Scores:

@@ -11,8 +11,8 @@ from networks import NETWORKS
 
 import fastscore
 from fastscore import Scorer, ops
-from fastscore.batches import fork_rng
 from fastscore.ops import reference
+from fastscore.rng import fork_rng
 
 THREADS = 4
 

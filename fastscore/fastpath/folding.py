@@ -1,0 +1,85 @@
+"""BatchNorms folded into the layers before them. The input of every Conv and Linear stays as it was, to rounding."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.modules.evaluation_copy import hooked, parametrized
+
+# exact types: a subclass may do anything
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class Folding:
+    """BatchNorms folded into the weights of the layers before them, in place; `undo` brings everything back.
+
+    model: an evaluation copy. normalized_by: layer -> the BatchNorm that alone reads its output. flat: Linear layers
+    whose output is [N, C]; behind others a BatchNorm normalises another dimension.
+    folded: BatchNorm -> the layer that it went into. not_folded: BatchNorm -> why it stays.
+
+    In evaluation mode BatchNorm is affine for each channel, so folding is exact. The modules stay the same objects,
+    whatever other names or lists the model has them in.
+    """
+
+    def __init__(self, model: nn.Module, normalized_by: Mapping[str, str], flat: Collection[str]) -> None:
+        self.folded: dict[str, str] = {}
+        self.not_folded = {
+            name: "no layer that it alone reads comes before it" for name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and name not in normalized_by.values()}
+        self._before: list[tuple[nn.Module, nn.Module, Tensor, nn.Parameter | None]] = []
+        for layer_name, norm_name in normalized_by.items():
+            layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+            reason = _why_not(layer, norm, layer_name in flat)
+            if reason is None:
+                self.folded[norm_name] = layer_name
+                self._fold(layer, norm)
+            elif isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                self.not_folded[norm_name] = reason
+
+    def _fold(self, layer: Any, norm: Any) -> None:
+        self._before.append((layer, norm, layer.weight, layer.bias))
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        shift = layer.bias - norm.running_mean.double() if layer.bias is not None else -norm.running_mean.double()
+        scale = scale if norm.weight is None else scale * norm.weight
+        shift = shift * scale if norm.bias is None else shift * scale + norm.bias
+        weight = layer.weight
+        groups = layer.groups if getattr(layer, "transposed", False) else None  # then [in, out / groups, ...]
+        rows = weight.flatten(1) if groups is None else weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        # computed in float64 and rounded once, without a copy of the weight that is twice as large
+        rows = torch.mul(rows, scale.reshape(-1, *[1] * (rows.dim() - 1)), out=torch.empty_like(rows))
+        new = rows.reshape(weight.shape) if groups is None else \
+            rows.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        layer.weight = nn.Parameter(new, requires_grad=False)
+        layer.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
+        vars(norm)["forward"] = _identity
+
+    def undo(self, reason: str) -> None:
+        """Everything as it was before; `reason` becomes why."""
+        for layer, norm, weight, bias in self._before:
+            layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
+            del vars(norm)["forward"]
+        self.not_folded |= dict.fromkeys(self.folded, reason)
+        self.folded.clear()
+        self._before.clear()
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _why_not(layer: nn.Module, norm: nn.Module, flat: bool) -> str | None:
+    """Why `norm` cannot be folded into `layer`; None where it can."""
+    kind = type(norm).__name__
+    checks = (
+        (parametrized(layer) or parametrized(norm), "a weight is computed (a parametrization)"),
+        (type(norm) not in _NORMS, f"{kind} may do more than a BatchNorm"),
+        (getattr(norm, "running_mean", None) is None, "it keeps no running statistics"),
+        (norm.training, "it stays in training mode"),
+        (type(layer) not in (*_CONVOLUTIONS, nn.Linear), f"{type(layer).__name__} may do more than its base class"),
+        (type(layer) is nn.Linear and not flat, "it normalises another dimension than a Linear's channels"),
+        (hooked(layer) or hooked(norm), "the model has hooks of its own there"),
+    )
+    return next((reason for holds, reason in checks if holds), None)

@@ -1,0 +1,40 @@
+"""Random-number states that come back as they were."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+
+_forks: dict[torch.device, tuple[int, AbstractContextManager[None]]] = {}  # blocks inside; the fork of the first
+_forks_lock = threading.Lock()
+
+
+@contextmanager
+def fork_rng(device: torch.device) -> Iterator[None]:
+    """Random-number states of the CPU and of `device` come back on leaving as they were on entering.
+
+    The states are the process's: where blocks of several threads overlap, the last to end brings back what the first
+    found.
+    """
+    with _forks_lock:
+        inside, first = _forks.get(device, (0, _fork(device)))
+        if not inside:
+            first.__enter__()
+        _forks[device] = inside + 1, first
+    try:
+        with _fork(device):
+            yield
+    finally:
+        with _forks_lock:
+            inside, first = _forks.pop(device)
+            if inside > 1:
+                _forks[device] = inside - 1, first
+            else:
+                first.__exit__(None, None, None)
+
+
+def _fork(device: torch.device) -> AbstractContextManager[None]:
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
