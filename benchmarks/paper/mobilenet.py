@@ -29,7 +29,7 @@ from benchmarks.paper.evaluation import Evaluator, by_group
 from benchmarks.paper.variants import ABLATION, BASELINES, ELEMENT, Variant
 from fastscore import Scores
 from fastscore.plots import figure, plain
-from fastscore.scoring.criteria import WEIGHT_IMPORTANCES
+from fastscore.scoring.weights import WEIGHT_IMPORTANCES
 
 PHOTOGRAPHS = {
     "skimage/data": ("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",

@@ -14,9 +14,11 @@ from fastscore.graph.groups import Units
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.scoring import gradients
-from fastscore.scoring.criteria import WEIGHT_IMPORTANCES, Measure
 from fastscore.scoring.scores import Origin
-from fastscore.scoring.totals import Totals, scored
+from fastscore.scoring.tap_points import groups_to_score
+from fastscore.scoring.totals import Totals
+from fastscore.scoring.weights import WEIGHT_IMPORTANCES
+from fastscore.taps.measures import Measure
 
 BATCH = 32  # the paper's, for the molchanov criteria
 
@@ -41,7 +43,7 @@ def _own(model: nn.Module, images: Images, variants: Iterable[Variant], units: U
     for variant in variants:
         if variant.importance in WEIGHT_IMPORTANCES:
             origin = Origin(variant.importance, "sum", "none", False, seed, "none", "", units)
-            groups, origin = scored(eval_model, graph, origin, ())
+            groups, origin = groups_to_score(eval_model, graph, origin, ())
             values = {group.name: WEIGHT_IMPORTANCES[variant.importance](eval_model, group, seed)
                       for group in groups.groups}
             found[variant.name] = Scores({name: value for name, value in values.items() if value is not None}, origin)
@@ -49,7 +51,7 @@ def _own(model: nn.Module, images: Images, variants: Iterable[Variant], units: U
             origin = Origin(variant.importance, variant.reduction, variant.gradient, variant.normalize, seed, "normal",
                             "", units, variant.ablation, variant.layerwise)
             totals = Totals(eval_model, graph, origin)
-            families.setdefault(totals.row.measure, {})[variant] = totals
+            families.setdefault(totals.criterion.measure, {})[variant] = totals
     for family in families.values():
         _measure(eval_model, images, family, seed)
         found |= {variant.name: totals.scores() for variant, totals in family.items()}
@@ -60,7 +62,7 @@ def _own(model: nn.Module, images: Images, variants: Iterable[Variant], units: U
 def _measure(model: nn.Module, images: Images, family: Mapping[Variant, Totals], seed: int) -> None:
     """Fill the totals, which all read the same measure."""
     # those that measure most: weight gradients, or a channel's whole input where a convolution strides over part of it
-    taps = max(family.values(), key=lambda totals: (totals.row.filters, totals.row.edges)).taps()
+    taps = max(family.values(), key=lambda totals: (totals.criterion.filters, totals.criterion.edges)).taps()
     for weight in taps.weights.values():
         weight.requires_grad_()
     with taps, torch.enable_grad():
@@ -81,12 +83,12 @@ def _send(propagate: object, output: Tensor, v: Tensor, family: Mapping[Variant,
     sums, weights = propagate(output, v)
     scaled: dict[bool, dict[str, Tensor]] = {}  # normalised? -> weight gradients of the minibatch's mean
     for variant, totals in family.items():
-        if totals.row.filters and (variant.normalize or variant.gradient == "random"):
+        if totals.criterion.filters and (variant.normalize or variant.gradient == "random"):
             if variant.normalize not in scaled:
                 mean = v / samples / (length[:, None] if variant.normalize else 1)
                 scaled[variant.normalize] = propagate(output, mean.to(v))[1]
             totals.add(sums, samples, weight_gradients=scaled[variant.normalize])
-        elif totals.row.minibatch and variant.gradient == "random" and not variant.normalize:
+        elif totals.criterion.minibatch and variant.gradient == "random" and not variant.normalize:
             totals.add(sums, samples, torch.ones_like(length), weight_gradients=weights)  # the mean of the minibatch
         else:
             totals.add(sums, samples, length if variant.normalize else None, weight_gradients=weights)

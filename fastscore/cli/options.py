@@ -12,9 +12,10 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.cli import images, models, processes
 from fastscore.fastpath.precision import PRECISIONS
-from fastscore.scoring.criteria import LAYERWISE, NAMES, WEIGHT_IMPORTANCES
+from fastscore.scoring.criteria import LAYERWISE, NAMES
 from fastscore.scoring.gradients import DISTRIBUTIONS
 from fastscore.scoring.scores import Scores
+from fastscore.scoring.weights import WEIGHT_IMPORTANCES
 
 # A random gradient has mean zero, and with it the signed `taylor`: only noise would remain.
 IMPORTANCES = [name for name in NAMES if name != "taylor"]

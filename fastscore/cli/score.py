@@ -14,8 +14,8 @@ from pathlib import Path
 from fastscore import plots
 from fastscore.cli import options, processes
 from fastscore.cli.options import Commands, add_command
-from fastscore.scoring.criteria import WEIGHT_IMPORTANCES
 from fastscore.scoring.runs import Checkpoint
+from fastscore.scoring.weights import WEIGHT_IMPORTANCES
 
 
 def add(commands: Commands) -> None:

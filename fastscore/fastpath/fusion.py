@@ -12,7 +12,7 @@ from fastscore.fastpath import packed_layers
 from fastscore.fastpath.packed_layers import ClampBounds
 from fastscore.modules.evaluation_copy import parametrized
 from fastscore.modules.multihead_attention import MultiheadAttention, SequenceFirstLinear
-from fastscore.taps.gates import unclamped
+from fastscore.taps.measures import unclamped
 from fastscore.taps.taps import FusedTap, Taps
 
 LAYERS = (nn.Conv2d, nn.Linear, SequenceFirstLinear)  # exact types, as the others

@@ -12,7 +12,7 @@ from fastscore.batches import Batch, Forward
 from fastscore.fastpath.fusion import CLAMPS, clamp_bounds
 from fastscore.fastpath.packed_layers import ClampBounds
 from fastscore.modules.evaluation_copy import hooked
-from fastscore.scoring.criteria import SUMS
+from fastscore.taps.measures import SUMS
 from fastscore.taps.taps import Taps
 
 _BEFORE_CLAMPS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)

@@ -20,12 +20,14 @@ from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.wrappers import unwrapped
 from fastscore.rng import fork_rng
 from fastscore.scoring import gradients, tokens
-from fastscore.scoring.criteria import WEIGHT_IMPORTANCES
+from fastscore.scoring.diagnosis import first_nonfinite
 from fastscore.scoring.fingerprints import run_fingerprint
 from fastscore.scoring.runs import Checkpoint, Run, SliceableBatches, check
 from fastscore.scoring.scorer import Gradient
 from fastscore.scoring.scores import Origin, Scores
-from fastscore.scoring.totals import Totals, scored
+from fastscore.scoring.tap_points import groups_to_score
+from fastscore.scoring.totals import Totals
+from fastscore.scoring.weights import WEIGHT_IMPORTANCES
 
 AUTO_LEAST = 32  # samples="auto" takes at least so many
 AGREEMENT = (0.3, 0.95)  # and goes on until the halves agree on 95 % of the 30 % that each would prune
@@ -134,7 +136,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
                 if compile and valid is not None:
                     raise ValueError("compile: the batch has padding, which compiled taps do not know of; use "
                                      "compile=False")
-                if not torch.isfinite(output).all() and (culprit := _blame(model, batch, forward)) is not None:
+                if not torch.isfinite(output).all() and (culprit := first_nonfinite(model, batch, forward)) is not None:
                     raise FloatingPointError(culprit)
                 if gradient == "loss":
                     sent = tokens.loss_gradient(output, batch, loss, totals.origin, valid)
@@ -145,7 +147,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
                     for probe in range(count):
                         totals.probe(taps, output, last=probe == count - 1)
                 if (layer := totals.nonfinite) is not None:
-                    raise FloatingPointError(_blame(model, batch, forward) or
+                    raise FloatingPointError(first_nonfinite(model, batch, forward) or
                                              f"{layer}: NaN or infinity in the gradient that reaches its channels")
                 bar.update(len(output))
                 del output  # and its graph, which would otherwise live on beside the next one
@@ -182,7 +184,7 @@ def _settled(totals: Totals, fraction: float, share: float) -> bool:
 
 
 def _score_weights(model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore) -> Scores:
-    graph, origin = scored(model, graph, origin, ignore)
+    graph, origin = groups_to_score(model, graph, origin, ignore)
     importance = origin.importance
     totals: dict[str, Tensor] = {}
     skipped = dict(graph.skipped)
@@ -224,27 +226,3 @@ def _usable(tensor: Tensor) -> Tensor:
 def _first_samples(batch: Batch, count: int, keep: int) -> Batch:
     """The first `keep` of a batch's `count` samples."""
     return map_tensors(lambda tensor: tensor[:keep] if tensor.dim() and len(tensor) == count else tensor, batch)
-
-
-def _blame(model: nn.Module, batch: Batch, forward: Forward) -> str | None:
-    """The first layer, in the order they run, that turns finite input into NaN or infinity; None if none does."""
-    found: list[str] = []
-    model = evaluation_copy(model)
-
-    def look(name: str, module: nn.Module) -> None:
-        def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-            if isinstance(output, Tensor) and not torch.isfinite(output).all():
-                weights = any(not torch.isfinite(parameter).all() for parameter in module.parameters())
-                found.append(f"{name}: NaN or infinity in its {'weights' if weights else 'output'}")
-
-        module.register_forward_hook(hook)
-
-    tensor = first_input(batch)
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        return "batches: NaN or infinity in the input"
-    for name, module in model.named_modules():
-        if not any(module.children()):
-            look(name, module)
-    with torch.no_grad():
-        forward(model, batch)
-    return found[0] if found else None

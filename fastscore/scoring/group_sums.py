@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastscore.graph.groups import ChannelGroup, Member
-from fastscore.scoring.criteria import MEAN
+from fastscore.taps.measures import MEAN
 
 _MAX_PRODUCTS = 2**26  # float64 numbers for one group: half a gibibyte
 

@@ -12,6 +12,7 @@ from fastscore.fastpath.prepare import Plan
 from fastscore.graph.groups import Units
 from fastscore.scoring import criteria as importances
 from fastscore.scoring.gradients import DISTRIBUTIONS
+from fastscore.scoring.weights import WEIGHT_IMPORTANCES
 
 _FORMAT = "fastscore-scores-3"
 _TENSORS = ("totals", "means", "half_totals")  # the fields that a file holds as tensors
@@ -41,7 +42,7 @@ class Origin:
 
     def __post_init__(self) -> None:
         plain = (self.reduction, self.ablation) == ("sum", "zero")
-        weights = plain and self.importance in importances.WEIGHT_IMPORTANCES
+        weights = plain and self.importance in WEIGHT_IMPORTANCES
         if not weights:
             importances.gradient_importance(self.importance, self.reduction, self.ablation)
         choices: dict[str, tuple[str, ...]] = {

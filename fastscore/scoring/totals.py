@@ -2,19 +2,21 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from fastscore import batches
-from fastscore.graph.groups import ChannelGraph, Ignore, norm_gates
+from fastscore.graph.groups import ChannelGraph, Ignore
 from fastscore.scoring import tokens
-from fastscore.scoring.criteria import DEGREES, MEAN, SUMS, filter_parameters, filter_products, gradient_importance
+from fastscore.scoring.criteria import gradient_importance
 from fastscore.scoring.group_sums import ByLayer, EdgeSums, JointSums
 from fastscore.scoring.scores import Origin, Scores
-from fastscore.taps.gates import TapPoint
+from fastscore.scoring.tap_points import groups_to_score, tap_points
+from fastscore.scoring.weights import filter_parameters, filter_products
+from fastscore.taps.measures import DEGREES, MEAN, SUMS
 from fastscore.taps.passes import ForwardPass
 from fastscore.taps.taps import Taps
 
@@ -33,7 +35,7 @@ class Totals:
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore = ()) -> None:
         self.criterion = gradient_importance(origin.importance, origin.reduction, origin.ablation)
-        self._graph, self.origin = scored(model, graph, origin, ignore)
+        self._graph, self.origin = groups_to_score(model, graph, origin, ignore)
         self.model = model
         self._sums = JointSums(self._graph.groups)
         self._edge_sums = [EdgeSums(group) for group in self._graph.groups] if self.criterion.edges else []
@@ -72,9 +74,7 @@ class Totals:
              outputs: batches.Outputs = batches.output_tensors, traceable: bool = False) -> Taps:
         """Taps that measure what these totals need."""
         # compared with its mean, a channel has one mean wherever it is read: that of the whole tensor
-        points = {edge.layer: _tap_point(self.model.get_submodule(edge.layer), edge.role == "gate",
-                                         not self.criterion.edges)
-                  for group in self._graph.groups for edge in group.edges}
+        points = tap_points(self.model, self._graph.groups, windowed=not self.criterion.edges)
         names = {name for group in self._graph.groups for _, name in filter_parameters(self.model, group)}
         weights = {name: self.model.get_parameter(name) for name in sorted(names)} if self.criterion.filters else {}
         return Taps(self.model, points, self.criterion.measure, on_pass, weights, outputs, traceable,
@@ -266,25 +266,3 @@ def _finite(tensors: Sequence[Tensor]) -> bool:
     """Whether some tensors hold no NaN and no infinity: one look at the device."""
     return not tensors or bool(torch.isfinite(torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors]))
                                .all())
-
-
-def _tap_point(layer: nn.Module, gate: bool, windowed: bool) -> TapPoint:
-    if gate or not isinstance(layer, nn.modules.conv._ConvNd):
-        return TapPoint(-1 if isinstance(layer, nn.Linear) else 1, gate)
-    # a convolution of one position with stride, as in a ResNet's shortcuts, reads no other positions
-    alone = not layer.transposed and all(size == 1 for size in layer.kernel_size) and set(layer.padding) <= {0}
-    steps = layer.stride if windowed and alone and any(step > 1 for step in layer.stride) else ()
-    return TapPoint(1, window=(slice(None), slice(None), *(slice(None, None, step) for step in steps)) if steps else ())
-
-
-def scored(model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore) -> tuple[ChannelGraph, Origin]:
-    """The groups to score, and how, of which model. Raises ValueError, with the reasons, when nothing is left."""
-    if origin.units == "norms":
-        graph = norm_gates(model, graph)
-    origin = replace(origin, fingerprint=graph.fingerprint)
-    graph = graph.without(model, ignore)
-    if not graph.groups:
-        reasons = "".join(f"\n  {layer}: {reason}" for layer, reason in graph.skipped.items())
-        nothing = "it has no BatchNorm" if origin.units == "norms" else "it has no Conv or Linear"
-        raise ValueError(f"{type(model).__name__} has no channel that can be scored{reasons or ': ' + nothing}")
-    return graph, origin

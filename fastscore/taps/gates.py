@@ -1,38 +1,10 @@
 """Gates: the identity at which autograd hands over what is measured of activation and gradient."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-
-def unclamped(g: Tensor, y: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """The way of `g` back through the clamp that made `y`. PyTorch's hardtanh_backward takes an element at a time."""
-    return g.masked_fill((y <= bounds[0]) | (y >= bounds[1]), 0)
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What is measured at a tap: `compute(activation, gradient, channel_dim)` -> [P, N, C], for P `parts`.
-
-    fused: (y, gradient, rest, low, high) -> `compute` of y and gradient, with channels in dimension 1, and the way
-    of gradient + rest back through the clamp that made y, in one pass over them on a CPU, where there is such an
-    operation. It may write to the gradient.
-    """
-
-    parts: int
-    compute: Callable[[Tensor, Tensor, int], Tensor]
-    mean: int | None = None  # the part that is a mean over positions, if any
-    fused: Callable[[Tensor, Tensor, Tensor | None, float, float], tuple[Tensor, Tensor]] | None = None
-
-    def clamped(self, y: Tensor, g: Tensor, rest: Tensor | None, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
-        """(gradient of the input of the clamp that made y, `compute` of y and g); `g` may be written to."""
-        if self.fused is not None and y.is_cpu:
-            return self.fused(y, g, rest, *bounds)
-        measured = self.compute(y, g, 1)
-        return unclamped(g if rest is None else g + rest, y, bounds), measured
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from fastscore.batches import Outputs, output_tensors
 from fastscore.modules import multihead_attention
 from fastscore.modules.hooks import OwnHook
-from fastscore.taps.gates import Gate, Measure, TapPoint
+from fastscore.taps.gates import Gate, TapPoint
+from fastscore.taps.measures import Measure
 from fastscore.taps.passes import BackwardPasses, ForwardPass
 
 

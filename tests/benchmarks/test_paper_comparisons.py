@@ -18,7 +18,7 @@ from benchmarks.paper.data import Images
 from benchmarks.paper.helped import torch_pruning_taylor
 from benchmarks.paper.protocol import EXPERIMENTS
 from benchmarks.paper.variants import ABLATION, BASELINES, HELPED, LAYERWISE
-from fastscore.scoring.criteria import WEIGHT_IMPORTANCES
+from fastscore.scoring.weights import WEIGHT_IMPORTANCES
 
 NETWORK = NETWORKS["residual"]
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastscore import Scorer
-from fastscore.scoring.criteria import SUMS
 from fastscore.taps.gates import TapPoint
+from fastscore.taps.measures import SUMS
 from fastscore.taps.taps import Taps
 
 EVERY_NETWORK = pytest.mark.parametrize("name", list(NETWORKS))

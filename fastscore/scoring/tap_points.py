@@ -1,0 +1,42 @@
+"""Which channel groups are scored, and where their taps stand."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import nn
+
+from fastscore.graph.groups import ChannelGraph, ChannelGroup, Ignore, norm_gates
+from fastscore.scoring.scores import Origin
+from fastscore.taps.gates import TapPoint
+
+
+def tap_points(model: nn.Module, groups: Iterable[ChannelGroup], windowed: bool = True) -> dict[str, TapPoint]:
+    """Layer -> where its tap stands, for every edge of the groups.
+
+    windowed: a tap reads only the positions that its layer reads, where it skips some.
+    """
+    return {edge.layer: _tap_point(model.get_submodule(edge.layer), edge.role == "gate", windowed)
+            for group in groups for edge in group.edges}
+
+
+def _tap_point(layer: nn.Module, gate: bool, windowed: bool) -> TapPoint:
+    if gate or not isinstance(layer, nn.modules.conv._ConvNd):
+        return TapPoint(-1 if isinstance(layer, nn.Linear) else 1, gate)
+    # a convolution of one position with stride, as in a ResNet's shortcuts, reads no other positions
+    alone = not layer.transposed and all(size == 1 for size in layer.kernel_size) and set(layer.padding) <= {0}
+    steps = layer.stride if windowed and alone and any(step > 1 for step in layer.stride) else ()
+    return TapPoint(1, window=(slice(None), slice(None), *(slice(None, None, step) for step in steps)) if steps else ())
+
+
+def groups_to_score(model: nn.Module, graph: ChannelGraph, origin: Origin,
+                    ignore: Ignore) -> tuple[ChannelGraph, Origin]:
+    """The groups to score, and how, of which model. Raises ValueError, with the reasons, when nothing is left."""
+    if origin.units == "norms":
+        graph = norm_gates(model, graph)
+    origin = replace(origin, fingerprint=graph.fingerprint)
+    graph = graph.without(model, ignore)
+    if not graph.groups:
+        reasons = "".join(f"\n  {layer}: {reason}" for layer, reason in graph.skipped.items())
+        nothing = "it has no BatchNorm" if origin.units == "norms" else "it has no Conv or Linear"
+        raise ValueError(f"{type(model).__name__} has no channel that can be scored{reasons or ': ' + nothing}")
+    return graph, origin
