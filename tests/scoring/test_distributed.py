@@ -117,7 +117,7 @@ def test_fully_sharded(results: Path) -> None:
 
 
 def test_what_makes_no_sense_with_several() -> None:
-    for options in ({"fixed_order": True}, {"group": object()}):
+    for options in ({"fixed_order": True}, {"process_group": object()}):
         with pytest.raises(ValueError, match=r"samples=.auto. looks after each batch"):
             fastscore.score(RESIDUAL.model(), IMAGES.split(3), samples="auto", progress=False, **options)
         with pytest.raises(ValueError, match="magnitude-l2 reads the weights alone"):
