@@ -14,7 +14,7 @@ from fastscore.graph.groups import ChannelGroup, norm_gates
 from fastscore.graph.surgery import remove_channels
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.recovery.compensation import add_to_biases, contributions, removed_means, removed_positions
+from fastscore.recovery.compensation import add_to_biases, mean_contributions, removed_means, removed_positions
 
 POINTS = 31
 
@@ -70,7 +70,7 @@ class Evaluator:
         assert isinstance(scores, Scores) or not compensate
         if self.units == "groups":
             positions = removed_positions(self.groups, removed)
-            added = contributions(self.model, removed_means(self.model, scores, positions), self.example,
+            added = mean_contributions(self.model, removed_means(self.model, scores, positions), self.example,
                                   lambda model, x: model(x)) if compensate and removed else {}
             add_to_biases(model, added)  # first: a layer that reads removed channels may lose some of its own
             remove_channels(model, self.groups, removed)

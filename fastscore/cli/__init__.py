@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastscore.cli import bench, demo, info, prune, report, score
 from fastscore.cli.options import Parser
-from fastscore.cli.processes import LostError
+from fastscore.cli.processes import ProcessLostError
 
 EXAMPLES = """examples:
   fastscore demo
@@ -31,12 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, TypeError, FloatingPointError, ImportError, OSError, LostError) as error:
+    except (ValueError, TypeError, FloatingPointError, ImportError, OSError, ProcessLostError) as error:
         if not _raised_here(error):
             raise
         text = "; ".join(line.strip() for line in str(error).splitlines())
         print(f"fastscore: error: {text}", file=sys.stderr)
-        return 1 if isinstance(error, LostError) else 2
+        return 1 if isinstance(error, ProcessLostError) else 2
     except KeyboardInterrupt:
         print("fastscore: interrupted", file=sys.stderr)
         return 130

@@ -12,11 +12,11 @@ from torch import distributed
 _RANK, _SIZE, _LOCAL = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 
 
-class LostError(RuntimeError):
+class ProcessLostError(RuntimeError):
     """Another process has ended, or has not answered in time."""
 
 
-def place() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """(rank, number of processes) that the launcher has given; (0, 1) without one. Raises ValueError for nonsense."""
     rank, size = os.environ.get(_RANK), os.environ.get(_SIZE)
     if rank is None and size is None:
@@ -43,13 +43,13 @@ def own_device(device: torch.device) -> torch.device:
 def group(device: torch.device, timeout: timedelta) -> Iterator[distributed.ProcessGroup | None]:
     """The group of all processes that the launcher has started, of which each works on `device`; None without one.
 
-    timeout: how long one process waits for another. Raises LostError where another has ended, or has not answered in
-    that time.
+    timeout: how long one process waits for another. Raises ProcessLostError where another has ended, or has not
+    answered in that time.
     """
     if _RANK not in os.environ and _SIZE not in os.environ:
         yield None
         return
-    place()
+    rank_and_world_size()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     lost = False
@@ -60,8 +60,8 @@ def group(device: torch.device, timeout: timedelta) -> Iterator[distributed.Proc
         lost = _lost(error)
         if not lost:
             raise
-        raise LostError(f"another process has ended, or has not answered within {timeout}; what it said is the reason "
-                        f"({str(error).splitlines()[0]})") from error
+        raise ProcessLostError(f"another process has ended, or has not answered within {timeout}; what it said is the "
+                               f"reason ({str(error).splitlines()[0]})") from error
     finally:
         if not lost and distributed.is_initialized():  # with a process lost, gloo would abort this one, too
             distributed.destroy_process_group()

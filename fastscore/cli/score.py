@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         plots.check(arguments.plot)
     prepare = options.preprocessing(arguments)
-    rank, _ = processes.place()
+    rank, _ = processes.rank_and_world_size()
     with processes.group(options.device(arguments), timedelta(minutes=arguments.timeout)) as group, \
             _kept(arguments) as checkpoint:
         scores = options.scored(options.model(arguments), arguments, prepare, resume=checkpoint, process_group=group,

@@ -17,29 +17,29 @@ _SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", 
                                "heads": "heads"}
 # (layer, its inputs or its outputs; or an attention module, its heads) -> positions that go, int64, ascending: a
 # surgery whole, for any copy of the model
-Places: TypeAlias = Mapping[tuple[str, Side], Tensor]
+RemovedIndices: TypeAlias = Mapping[tuple[str, Side], Tensor]
 
 
-def removed_places(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]) -> Places:
+def removed_indices(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]) -> RemovedIndices:
     """Where the channels of `removed` (group -> int64 [R]) lie in each layer."""
-    places: dict[tuple[str, Side], list[Tensor]] = defaultdict(list)
+    indices: dict[tuple[str, Side], list[Tensor]] = defaultdict(list)
     for group in groups:
         if len(channels := removed.get(group.name, ())):
             gone = torch.zeros(group.channels, dtype=torch.bool)
             gone[channels] = True
             for member in group.members:
-                places[member.layer, _SIDES[member.role]].append(member.index[gone[member.channel]])
-    return {place: index for place, parts in places.items() if len(index := torch.cat(parts).unique())}
+                indices[member.layer, _SIDES[member.role]].append(member.index[gone[member.channel]])
+    return {key: index for key, parts in indices.items() if len(index := torch.cat(parts).unique())}
 
 
-def remove_places(model: nn.Module, places: Places) -> nn.Module:
-    """Take `places` out of the layers of `model`, in place; returns it. Its parameters are new objects afterwards."""
+def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
+    """Take `indices` out of the layers of `model`, in place; returns it. Its parameters are new objects afterwards."""
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
     # chosen beforehand: a grouped convolution that has lost inputs can look like a depthwise one
     surgeons = {name: tp.function.PrunerBox[tp.ops.module2type(model.get_submodule(name))]
-                for name, side in places if side != "heads"}
-    for (name, side), index in places.items():
+                for name, side in indices if side != "heads"}
+    for (name, side), index in indices.items():
         layer = model.get_submodule(name)
         if side == "heads":
             heads.remove(layer, index)
@@ -56,7 +56,7 @@ def remove_places(model: nn.Module, places: Places) -> nn.Module:
 
 def remove_channels(model: nn.Module, groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]) -> nn.Module:
     """Take the channels of `removed` (group -> int64 [R]) out of every layer of `model`, in place; returns it."""
-    return remove_places(model, removed_places(groups, removed))
+    return remove_indices(model, removed_indices(groups, removed))
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

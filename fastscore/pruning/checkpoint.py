@@ -38,7 +38,7 @@ def load_pruned(model: nn.Module | Callable[[], nn.Module], path: str | PathLike
     header, state = files.read(path, _FORM, "pruned model", "save it again with fastscore.save_pruned")
     dense = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
     try:
-        return load_state(recipes.follow(dense, header["recipe"]), state)
+        return load_state(recipes.apply(dense, header["recipe"]), state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -46,7 +46,7 @@ def load_pruned(model: nn.Module | Callable[[], nn.Module], path: str | PathLike
 def recipe_and_state(model: nn.Module) -> tuple[recipes.Recipe, dict[str, Tensor]]:
     """What a file keeps of a pruned model. Raises ValueError for a model that prune() did not make."""
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    recipe = recipes.find(model)
+    recipe = recipes.get(model)
     if recipe is None:
         raise ValueError(f"{type(model).__name__} has no recipe: save what fastscore.prune returned, a copy of it, or "
                          "the module within a wrapper; for models not pruned, torch.save(model.state_dict())")

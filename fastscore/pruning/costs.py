@@ -20,7 +20,7 @@ from fastscore.graph import heads
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules import multihead_attention
 
-Unit = Literal["channels", "params", "macs"]
+Resource = Literal["channels", "params", "macs"]
 
 
 @dataclass
@@ -144,12 +144,12 @@ class Costs:
                     cost.bias_below = cost.inputs
                 positions = np.bincount(member.channel.numpy(), minlength=group.channels).tolist()
                 losses[tuple(positions)].append((cost, member.role == "consumer"))
-        self.totals: dict[Unit, float] = {
+        self.totals: dict[Resource, float] = {
             "channels": sum(group.channels for group in self.groups.values()),
             "params": sum(parameter.numel() for parameter in model.parameters()),
             "macs": macs,
         }
-        self.dense: Mapping[Unit, float] = dict(self.totals)
+        self.dense: Mapping[Resource, float] = dict(self.totals)
 
     def remove(self, group: str, channels: Iterable[int]) -> None:
         """Take channels of a group away."""

@@ -18,7 +18,6 @@ from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.pruning import latency, recipes
 from fastscore.pruning.checkpoint import load_state
 from fastscore.pruning.prune import PruneResult, prune
-from fastscore.pruning.recipes import composed
 from fastscore.pruning.report import GroupReport, PruneReport
 from fastscore.rng import fork_rng
 from fastscore.scoring.engine import score
@@ -109,8 +108,8 @@ class _Run:
         self._pruning = {name: value for name, value in options.items() if name in _PRUNING}
         self.reports: list[PruneReport] = []
         self.removed: dict[str, Tensor] = {}
-        self.places: dict[Any, Tensor] = {}
-        self.biased: tuple[str, ...] = ()
+        self.removed_indices: dict[Any, Tensor] = {}
+        self.new_biases: tuple[str, ...] = ()
 
     def step(self, batches: Iterable[Batch], targets: Mapping[str, float], last: bool) -> None:
         """One step down to `targets`, shares of the dense model; none where they hold already."""
@@ -128,9 +127,9 @@ class _Run:
             result = prune(self.current, scores, self._example, **budgets, **pruning)
         self.current = result.model
         self.reports.append(result.report)
-        self.removed = composed(self.removed, result.removed)
-        self.places = composed(self.places, result.places)
-        self.biased += result.biased
+        self.removed = recipes.compose(self.removed, result.removed)
+        self.removed_indices = recipes.compose(self.removed_indices, result.removed_indices)
+        self.new_biases += result.new_biases
 
     def _hold(self, targets: Mapping[str, float]) -> bool:
         first, last = self.reports[0], self.reports[-1]
@@ -179,10 +178,10 @@ class _Run:
         if model is self.dense:
             return 1.0
         dense, model = evaluation_copy(self.dense), evaluation_copy(model)
-        return latency.side_by_side(dense, model, self._example, self._pruning.get("forward", call_model), 2).share
+        return latency.time_pair(dense, model, self._example, self._pruning.get("forward", call_model), 2).share
 
     def save(self, path: str | PathLike[str], same: Mapping[str, Any]) -> None:
-        recipe = recipes.made(self.dense, self.places, self.biased)
+        recipe = recipes.new_recipe(self.dense, self.removed_indices, self.new_biases)
         header = {"same": same, "recipe": recipe, "reports": [asdict(report) for report in self.reports],
                   "training": [name for name, module in self.current.named_modules() if module.training],
                   "removed": {layer: index.tolist() for layer, index in self.removed.items()}}
@@ -197,10 +196,10 @@ class _Run:
                              "the same model and arguments, or delete it to start again")
         self.reports = [PruneReport.of(report) for report in header["reports"]]
         self.removed = {layer: torch.tensor(index) for layer, index in header["removed"].items()}
-        self.places = dict(recipes.places_of(header["recipe"]))
-        self.biased = tuple(header["recipe"]["biases"])
-        model = recipes.follow(copy.deepcopy(self.dense), header["recipe"])
-        recipes.attach(model, recipes.extended(self.dense, self.places, self.biased))
+        self.removed_indices = dict(recipes.indices_of(header["recipe"]))
+        self.new_biases = tuple(header["recipe"]["biases"])
+        model = recipes.apply(copy.deepcopy(self.dense), header["recipe"])
+        recipes.attach(model, recipes.extend(self.dense, self.removed_indices, self.new_biases))
         self.current = load_state(model, state)
         for name, module in self.current.named_modules():
             module.training = name in header["training"]
@@ -217,7 +216,8 @@ class _Run:
         report = replace(last, groups=tuple(rows.values()), channels=(first.channels[0], channels),
                          macs=(first.macs[0], last.macs[1]), params=(first.params[0], last.params[1]),
                          skipped=first.skipped)
-        return IterativeResult(self.current, report, self.removed, self.places, self.biased, tuple(self.reports))
+        return IterativeResult(self.current, report, self.removed, self.removed_indices, self.new_biases,
+                               tuple(self.reports))
 
 
 def _unchanged(report: PruneReport) -> PruneReport:

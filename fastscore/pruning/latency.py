@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward, device_of
-from fastscore.pruning.costs import Costs, Unit
+from fastscore.pruning.costs import Costs, Resource
 from fastscore.pruning.report import Candidate, Timing
-from fastscore.pruning.selection import Step, take
+from fastscore.pruning.selection import RemovalStep, steps_needed
 
 # The search ends with a candidate whose share of the dense model's time is below the budget by no more than this, or
 # whose neighbour in the removal order is over it.
@@ -22,7 +22,7 @@ _MOST = 5  # times as many seconds, while the share is not known to within TOLER
 _LEAST = 2e-3  # seconds of a single reading, which repeats short calls
 
 
-def side_by_side(dense: nn.Module, other: nn.Module, example_inputs: Batch, forward: Forward,
+def time_pair(dense: nn.Module, other: nn.Module, example_inputs: Batch, forward: Forward,
                  patience: int = 1) -> Timing:
     """The time of one call of each of two models, which take turns, on their device as it is now.
 
@@ -61,7 +61,7 @@ def side_by_side(dense: nn.Module, other: nn.Module, example_inputs: Batch, forw
     return Timing((statistics.median(row[0] for row in rows), statistics.median(row[1] for row in rows)), uncertainty)
 
 
-def search(macs: list[float], start: int, share: float, measure: Callable[[int, int], float]) -> int:
+def search_steps(macs: list[float], start: int, share: float, measure: Callable[[int, int], float]) -> int:
     """How many steps to take for a measured time of at most `share`, as few as can be told.
 
     macs: what remains after each number of steps, descending. start: the least number. measure(steps, patience): the
@@ -110,7 +110,7 @@ def search(macs: list[float], start: int, share: float, measure: Callable[[int, 
         try_out(min(max(bisect.bisect_left(macs, -aim, key=lambda left: -left), low + 1), high - 1))
 
 
-def choose(order: list[Step], costs: Costs, budgets: Mapping[Unit, float], share: float,
+def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float], share: float,
            build: Callable[[Mapping[str, Tensor]], nn.Module], dense: nn.Module, example_inputs: Batch,
            forward: Forward) -> tuple[dict[str, Tensor], tuple[Candidate, ...]]:
     """Channels to remove (group -> int64 [R]) so that the measured time and the other budgets hold; what was measured.
@@ -118,7 +118,7 @@ def choose(order: list[Step], costs: Costs, budgets: Mapping[Unit, float], share
     order: the first steps of it go, none comes back. build: makes the model without such channels, in evaluation mode.
     costs: whole; left as they are without the channels. Raises ValueError where a budget is out of reach.
     """
-    start = take(order, costs, budgets)
+    start = steps_needed(order, costs, budgets)
     _put_back(order[:start], costs)
     left = [dict(costs.totals)]
     for step in order:
@@ -128,10 +128,10 @@ def choose(order: list[Step], costs: Costs, budgets: Mapping[Unit, float], share
     measured: dict[int, Timing] = {}
 
     def measure(steps: int, patience: int) -> float:
-        measured[steps] = side_by_side(dense, build(_removed(order[:steps])), example_inputs, forward, patience)
+        measured[steps] = time_pair(dense, build(_removed(order[:steps])), example_inputs, forward, patience)
         return measured[steps].share
 
-    steps = start if share == 1 else search([row["macs"] for row in left], start, share, measure)
+    steps = start if share == 1 else search_steps([row["macs"] for row in left], start, share, measure)
     for step in order[:steps]:
         costs.remove(step.group, step.channels)
     shares = [{unit: row[unit] / costs.dense[unit] for unit in costs.dense} for row in left]
@@ -140,13 +140,13 @@ def choose(order: list[Step], costs: Costs, budgets: Mapping[Unit, float], share
         for count, timing in sorted(measured.items()))
 
 
-def _put_back(steps: list[Step], costs: Costs) -> None:
+def _put_back(steps: list[RemovalStep], costs: Costs) -> None:
     for step in reversed(steps):
         costs.restore(step.group, step.channels)
     costs.totals.update(costs.dense)  # without the rounding of sums and differences
 
 
-def _removed(steps: list[Step]) -> dict[str, Tensor]:
+def _removed(steps: list[RemovalStep]) -> dict[str, Tensor]:
     removed: dict[str, list[int]] = defaultdict(list)
     for step in steps:
         removed[step.group] += step.channels

@@ -16,7 +16,13 @@ from fastscore.modules.hooks import OwnHook
 from fastscore.pruning.costs import Costs
 from fastscore.pruning.prune import scored_graph
 from fastscore.pruning.selection import Scope, layer_kinds, removal_order, select
-from fastscore.recovery.compensation import channel_dim, compensates, contributions, removed_means, removed_positions
+from fastscore.recovery.compensation import (
+    channel_dim,
+    mean_contributions,
+    removed_means,
+    removed_positions,
+    resolve_compensate,
+)
 from fastscore.rng import fork_rng
 from fastscore.scoring.scores import Scores
 
@@ -38,7 +44,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction: {fraction}; it is the share of channels to mask, 0 <= fraction < 1")
-    compensate = compensates(compensate, scores)
+    compensate = resolve_compensate(compensate, scores)
     graph = scored_graph(model, scores, example_inputs, forward, ignore)
     eval_model = evaluation_copy(model)
     with fork_rng(device_of(eval_model)):
@@ -51,7 +57,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
         if scores.origin.units == "norms":
             handles = at_gates(model, positions, means)
         else:
-            added = contributions(eval_model, means, example_inputs, forward) if means else {}
+            added = mean_contributions(eval_model, means, example_inputs, forward) if means else {}
             handles = at_consumers(model, positions, added)
     with ExitStack() as attached:
         for handle in handles:

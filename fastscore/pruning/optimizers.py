@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph.surgery import remove_places
+from fastscore.graph.surgery import remove_indices
 from fastscore.pruning import recipes
 from fastscore.pruning.prune import PruneResult
 
@@ -68,10 +68,10 @@ def _successors(model: nn.Module, result: PruneResult) -> Mapping[str, list[tupl
         numbers = torch.arange(count, count + parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
         numbered[id(parameter)] = nn.Parameter(numbers, requires_grad=False)
         count += parameter.numel()
-    copied: nn.Module = copy.deepcopy(model, numbered)
-    recipes.add_biases(copied, result.biased)
-    remove_places(copied, result.places)
-    now, made = dict(result.model.named_parameters()), dict(copied.named_parameters())
+    numbered_model: nn.Module = copy.deepcopy(model, numbered)
+    recipes.add_biases(numbered_model, result.new_biases)
+    remove_indices(numbered_model, result.removed_indices)
+    now, made = dict(result.model.named_parameters()), dict(numbered_model.named_parameters())
     if {name: p.shape for name, p in now.items()} != {name: p.shape for name, p in made.items()}:
         raise ValueError("result: it is not what pruning the model gave, or was changed since")
     first = torch.tensor(list(starts.values()))

@@ -11,17 +11,23 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward, call_model, checked_forward, device_of
 from fastscore.graph.groups import ChannelGraph, Ignore, norm_gates
-from fastscore.graph.surgery import Places, remove_places, removed_places
+from fastscore.graph.surgery import RemovedIndices, remove_indices, removed_indices
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import remove_copied_hooks
 from fastscore.pruning import recipes
-from fastscore.pruning.costs import Costs, Unit, count
+from fastscore.pruning.costs import Costs, Resource, count
 from fastscore.pruning.hardware import channel_multiple
-from fastscore.pruning.latency import choose
+from fastscore.pruning.latency import select_by_latency
 from fastscore.pruning.report import Candidate, GroupReport, PruneReport
-from fastscore.pruning.selection import Scope, channel_prices, check_scores, layer_kinds, removal_order, select
-from fastscore.recovery.compensation import add_to_biases, compensates, contributions, removed_means, removed_positions
+from fastscore.pruning.selection import Scope, channel_costs, check_scores, layer_kinds, removal_order, select
+from fastscore.recovery.compensation import (
+    add_to_biases,
+    mean_contributions,
+    removed_means,
+    removed_positions,
+    resolve_compensate,
+)
 from fastscore.rng import fork_rng
 from fastscore.scoring.scores import Scores
 
@@ -30,15 +36,15 @@ from fastscore.scoring.scores import Scores
 class PruneResult:
     """model: the smaller network, an ordinary module. report: what was done. removed: layer -> removed channels.
 
-    places: (layer, its inputs or outputs) -> positions that went. biased: layers that got a bias. Both are what
-    fastscore.rebuild_optimizer and fastscore.save_pruned go by.
+    removed_indices: (layer, its inputs or outputs) -> positions that went. new_biases: layers that got a bias. Both are
+    what fastscore.rebuild_optimizer and fastscore.save_pruned go by.
     """
 
     model: nn.Module
     report: PruneReport
     removed: Mapping[str, Tensor]
-    places: Places
-    biased: tuple[str, ...]
+    removed_indices: RemovedIndices
+    new_biases: tuple[str, ...]
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the channels and MACs of each layer before and after, to an image file.
@@ -88,7 +94,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     if scores.origin.units != "groups":
         raise ValueError('scores: they are of single BatchNorms (units="norms"), whose channels can be masked but not '
                          'removed: to prune, score with units="groups"')
-    compensate = compensates(compensate, scores)
+    compensate = resolve_compensate(compensate, scores)
     graph = scored_graph(model, scores, example_inputs, forward, ignore)
     eval_model = evaluation_copy(model)
     with fork_rng(device_of(eval_model)):
@@ -96,22 +102,23 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         before = costs.returned.shape
         dense = _group_costs(costs)
         kinds = layer_kinds(model, graph.groups) if scope == "isomorphic" else None
-        prices = channel_prices(costs, "params" if set(budgets) == {"params"} else "macs") if cost_aware else None
+        channel_cost = channel_costs(costs, "params" if set(budgets) == {"params"} else "macs") if cost_aware else None
         if round_to == "auto":
             round_to = channel_multiple(eval_model)
-        order = removal_order(graph.groups, scores, scope, round_to, floor, kinds, prices)
+        order = removal_order(graph.groups, scores, scope, round_to, floor, kinds, channel_cost)
 
         def surgery(removed: Mapping[str, Tensor]) -> _Surgery:
             means = removed_means(model, scores, removed_positions(graph.groups, removed)) if compensate else {}
-            added = contributions(eval_model, means, example_inputs, forward) if means else {}
-            return _Surgery(model, removed_places(graph.groups, removed), added)
+            added = mean_contributions(eval_model, means, example_inputs, forward) if means else {}
+            return _Surgery(model, removed_indices(graph.groups, removed), added)
 
         candidates: tuple[Candidate, ...] = ()
         if latency is None:
             removed = select(order, costs, budgets)
         else:
-            removed, candidates = choose(order, costs, budgets, latency, lambda gone: surgery(gone).copy().eval(),
-                                         eval_model, example_inputs, forward)
+            removed, candidates = select_by_latency(
+                order, costs, budgets, latency, lambda gone: surgery(gone).copy().eval(), eval_model, example_inputs,
+                forward)
         chosen = surgery(removed)
         pruned = chosen.copy()
         modes = {name: module.training for name, module in pruned.named_modules()}
@@ -127,16 +134,16 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         rows, (int(costs.dense["channels"]), int(costs.totals["channels"])), (int(costs.dense["macs"]), after),
         (int(costs.dense["params"]), sum(parameter.numel() for parameter in pruned.parameters())), graph.skipped,
         candidates)
-    return PruneResult(pruned, report, removed, chosen.places, chosen.biased)
+    return PruneResult(pruned, report, removed, chosen.removed_indices, chosen.new_biases)
 
 
 class _Surgery:
-    """What is done to a model, on copies or on itself: biases grow by `added`, then `places` go."""
+    """What is done to a model, on copies or on itself: biases grow by `added`, then `removed_indices` go."""
 
-    def __init__(self, model: nn.Module, places: Places, added: Mapping[str, Tensor]) -> None:
-        self._model, self.places, self._added = model, places, added
-        self.biased = tuple(name for name in added if model.get_submodule(name).bias is None)
-        self._recipe = recipes.extended(model, places, self.biased)
+    def __init__(self, model: nn.Module, removed_indices: RemovedIndices, added: Mapping[str, Tensor]) -> None:
+        self._model, self.removed_indices, self._added = model, removed_indices, added
+        self.new_biases = tuple(name for name in added if model.get_submodule(name).bias is None)
+        self._recipe = recipes.extend(model, removed_indices, self.new_biases)
 
     def copy(self) -> nn.Module:
         # surgery makes new weights of most: those that are still the model's own afterwards are copied then
@@ -154,7 +161,7 @@ class _Surgery:
     def on(self, model: nn.Module) -> nn.Module:
         add_to_biases(model, self._added)
         recipes.attach(model, self._recipe)
-        return remove_places(model, self.places)
+        return remove_indices(model, self.removed_indices)
 
 
 def scored_graph(model: nn.Module, scores: Scores, example_inputs: Batch, forward: Forward,
@@ -182,7 +189,7 @@ def _check_ranking(scope: Scope, cost_aware: bool, round_to: int | str,
             raise ValueError(f"floor: {share} is outside [0, 1]; it is the share of each group's channels that stays")
 
 
-def _budgets(shares: Mapping[Unit, float | None], latency: float | None) -> dict[Unit, float]:
+def _budgets(shares: Mapping[Resource, float | None], latency: float | None) -> dict[Resource, float]:
     for name, share in (*shares.items(), ("latency", latency)):
         if share is not None and not 0 < share <= 1:
             raise ValueError(f"{name}: {share} is outside (0, 1]; it is the share that remains")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fastscore.graph.surgery import Places, Side, remove_places
+from fastscore.graph.surgery import RemovedIndices, Side, remove_indices
 from fastscore.modules.multihead_attention import SequenceFirstLinear
 from fastscore.recovery.compensation import add_to_biases
 
@@ -43,30 +43,30 @@ def structure(model: nn.Module) -> dict[str, str]:
     return lines
 
 
-def extended(model: nn.Module, places: Places, biased: Iterable[str]) -> Recipe:
-    """The recipe of what `model` (pruned before or not) becomes without `places`, and with new biases in `biased`."""
-    before = find(model)
+def extend(model: nn.Module, indices: RemovedIndices, new_biases: Iterable[str]) -> Recipe:
+    """The recipe of what `model` (pruned before or not) becomes without `indices`, and with `new_biases`."""
+    before = get(model)
     if before is None:
-        return made(model, places, biased)
-    return {**made(model, composed(places_of(before), places), [*before["biases"], *biased]),
+        return new_recipe(model, indices, new_biases)
+    return {**new_recipe(model, compose(indices_of(before), indices), [*before["biases"], *new_biases]),
             "structure": before["structure"]}
 
 
-def made(model: nn.Module, places: Places, biased: Iterable[str]) -> Recipe:
+def new_recipe(model: nn.Module, indices: RemovedIndices, new_biases: Iterable[str]) -> Recipe:
     """The recipe of what `model`, taken for a dense one, becomes."""
     removed: dict[str, dict[Side, list[int]]] = {}
-    for (layer, side), index in places.items():
+    for (layer, side), index in indices.items():
         removed.setdefault(layer, {})[side] = index.tolist()
-    return Recipe(structure=structure(model), removed=removed, biases=list(biased))
+    return Recipe(structure=structure(model), removed=removed, biases=list(new_biases))
 
 
-def places_of(recipe: Recipe) -> Places:
+def indices_of(recipe: Recipe) -> RemovedIndices:
     """What the recipe removes, as surgery takes it."""
     return {(layer, side): torch.tensor(index) for layer, sides in recipe["removed"].items()
             for side, index in sides.items()}
 
 
-def composed(first: Mapping[K, Tensor], then: Mapping[K, Tensor]) -> dict[K, Tensor]:
+def compose(first: Mapping[K, Tensor], then: Mapping[K, Tensor]) -> dict[K, Tensor]:
     """Positions that are gone once those of `first` went, and of what was left those of `then`; int64, ascending."""
     every = dict(first)
     for key, index in then.items():
@@ -76,7 +76,7 @@ def composed(first: Mapping[K, Tensor], then: Mapping[K, Tensor]) -> dict[K, Ten
     return every
 
 
-def find(model: nn.Module) -> Recipe | None:
+def get(model: nn.Module) -> Recipe | None:
     """The recipe of a pruned model; None of any other."""
     recipe: Recipe | None = getattr(model, _ATTRIBUTE, None)
     return recipe
@@ -87,7 +87,7 @@ def attach(model: nn.Module, recipe: Recipe) -> None:
     setattr(model, _ATTRIBUTE, recipe)
 
 
-def follow(model: nn.Module, recipe: Recipe) -> nn.Module:
+def apply(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Make of a dense model what the recipe says, in place; returns it. New biases are zero.
 
     Raises ValueError, before anything is changed, where `model` is not built as the dense model was.
@@ -99,7 +99,7 @@ def follow(model: nn.Module, recipe: Recipe) -> nn.Module:
                              f"{there.get(layer, 'not there')} and is {here.get(layer, 'not there')}; build the dense "
                              "model as it was before it was pruned")
     add_biases(model, recipe["biases"])
-    remove_places(model, places_of(recipe))
+    remove_indices(model, indices_of(recipe))
     attach(model, recipe)
     return model
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
-from fastscore.pruning.costs import Costs, Unit
+from fastscore.pruning.costs import Costs, Resource
 from fastscore.scoring.scores import Scores
 
 Scope = Literal["global", "layer", "isomorphic"]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class RemovalStep:
     """Channels of one group that go at once, and the value by which steps are ordered."""
 
     group: str
@@ -42,15 +42,16 @@ def check_scores(graph: ChannelGraph, scores: Scores) -> None:
 
 def removal_order(groups: tuple[ChannelGroup, ...], scores: Scores, scope: Scope = "global", round_to: int = 1,
                   floor: float | Mapping[str, float] = 0.0, kinds: Mapping[str, str] | None = None,
-                  prices: Mapping[str, Tensor] | None = None) -> list[Step]:
+                  channel_costs: Mapping[str, Tensor] | None = None) -> list[RemovalStep]:
     """The steps in which channels go, least important first; ties in order of group and channel.
 
     scope: "global" compares importances across groups; "layer" their rank within each group, so that all groups shrink
     alike; "isomorphic" their rank among the groups whose channels the same kinds of layers make, pass and read, so that
     all such classes shrink alike (Fang et al., arXiv 2407.04616). round_to: widths that remain are multiples of it
     (where a group is wide enough). floor: the share of each group's channels that stays whatever the budget, or group
-    -> share; at least one channel stays always. kinds: layer -> its kind, for "isomorphic"; see layer_kinds. prices:
-    group -> float64 [C], what each channel costs: importances count per price (1 for every channel without it).
+    -> share; at least one channel stays always. kinds: layer -> its kind, for "isomorphic"; see layer_kinds.
+    channel_costs: group -> float64 [C], what each channel costs: importances count per cost (1 for every channel
+    without it).
     Raises ValueError for a scope or a group that there is not.
     """
     if scope not in get_args(Scope):
@@ -62,12 +63,12 @@ def removal_order(groups: tuple[ChannelGroup, ...], scores: Scores, scope: Scope
     floors = floor if isinstance(floor, Mapping) else {group.name: floor for group in groups}
     for name in set(floors) - {group.name for group in groups}:
         raise ValueError(f"floor: {name!r} makes no channels that can go; list(scores) names the layers that do")
-    order: list[Step] = []
+    order: list[RemovalStep] = []
     for members in classes.values():
-        steps = [step for group in members
-                 for step in _group_steps(group, scores[group.name].double(),
-                                          torch.ones(group.channels) if prices is None else prices[group.name],
-                                          round_to, floors.get(group.name, 0.0))]
+        steps = []
+        for group in members:
+            costs = torch.ones(group.channels) if channel_costs is None else channel_costs[group.name]
+            steps += _group_steps(group, scores[group.name].double(), costs, round_to, floors.get(group.name, 0.0))
         steps.sort(key=lambda step: step.value)  # stable: ties keep the order of groups and channels
         order += steps if scope == "global" else _by_rank(steps, sum(group.channels for group in members))
     return sorted(order, key=lambda step: step.value)
@@ -84,12 +85,12 @@ def layer_kinds(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, s
     return kinds
 
 
-def channel_prices(costs: Costs, unit: Unit) -> dict[str, Tensor]:
+def channel_costs(costs: Costs, unit: Resource) -> dict[str, Tensor]:
     """Group -> float64 [C]: how much of `unit` the dense model saves when a channel of it goes alone."""
     whole, biases = dict(costs.totals), {name: layer.bias_below for name, layer in costs.layers.items()}
     for layer in costs.layers.values():
         layer.bias_below = 0  # the bias that a consumer gets with the first channel is not that channel's
-    prices: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for name, group in costs.groups.items():
         row = []
         for channel in range(group.channels):
@@ -97,10 +98,10 @@ def channel_prices(costs: Costs, unit: Unit) -> dict[str, Tensor]:
             row.append(whole[unit] - costs.totals[unit])
             costs.restore(name, [channel])
             costs.totals.update(whole)
-        prices[name] = torch.tensor(row, dtype=torch.float64)
+        found[name] = torch.tensor(row, dtype=torch.float64)
     for name, below in biases.items():
         costs.layers[name].bias_below = below
-    return prices
+    return found
 
 
 def _class_of(group: ChannelGroup, scope: Scope, kinds: Mapping[str, str]) -> object:
@@ -110,45 +111,46 @@ def _class_of(group: ChannelGroup, scope: Scope, kinds: Mapping[str, str]) -> ob
     return group.name if scope == "layer" else None
 
 
-def _by_rank(steps: list[Step], channels: int) -> list[Step]:
+def _by_rank(steps: list[RemovalStep], channels: int) -> list[RemovalStep]:
     """Steps, in their order, with the share of all `channels` that went before each as its value."""
     before = itertools.accumulate((len(step.channels) for step in steps), initial=0)
     return [replace(step, value=count / channels) for step, count in zip(steps, before, strict=False)]
 
 
-def _group_steps(group: ChannelGroup, values: Tensor, prices: Tensor, round_to: int, floor: float) -> list[Step]:
+def _group_steps(group: ChannelGroup, values: Tensor, costs: Tensor, round_to: int,
+                 floor: float) -> list[RemovalStep]:
     units: dict[int, tuple[int, ...]] = {}
     for channel, unit in enumerate(group.unit.tolist()):
         units[unit] = (*units.get(unit, ()), channel)
 
-    value_of, price_of = values.tolist(), prices.tolist()  # a tensor for each would take most time
+    value_of, cost_of = values.tolist(), costs.tolist()  # a tensor for each would take most time
 
-    def worth(channels: tuple[int, ...]) -> float:
+    def priority(channels: tuple[int, ...]) -> float:
         if len(channels) == 1:
-            price, value = price_of[channels[0]], value_of[channels[0]]
+            cost, value = cost_of[channels[0]], value_of[channels[0]]
         else:
-            price, value = (math.fsum([of[channel] for channel in channels]) for of in (price_of, value_of))
-        return value / price if price > 0 else math.inf
+            cost, value = (math.fsum([of[channel] for channel in channels]) for of in (cost_of, value_of))
+        return value / cost if cost > 0 else math.inf
 
     least = max(1, math.ceil(floor * group.channels - 1e-9))
-    steps: list[Step] = []
+    steps: list[RemovalStep] = []
     pending: tuple[int, ...] = ()
     kept, below = group.channels, -math.inf
-    worths = ((worth(channels), channels) for channels in units.values())
-    for alone, channels in sorted(worths, key=lambda pair: pair[0]):
+    priorities = ((priority(channels), channels) for channels in units.values())
+    for alone, channels in sorted(priorities, key=lambda pair: pair[0]):
         pending += channels
         kept -= len(channels)
         if kept < least:
             break
         if kept % round_to == 0:
             # a step cannot go before the one below it in its own group
-            below = max(alone if len(pending) == len(channels) else worth(pending), below)
-            steps.append(Step(group.name, pending, below))
+            below = max(alone if len(pending) == len(channels) else priority(pending), below)
+            steps.append(RemovalStep(group.name, pending, below))
             pending = ()
     return steps
 
 
-def take(steps: list[Step], costs: Costs, budgets: Mapping[Unit, float]) -> int:
+def steps_needed(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float]) -> int:
     """How many of `steps`, in order, must go for every budget to hold; they are gone from `costs` afterwards.
 
     budgets: what may remain, as a share of the dense cost. Raises ValueError, naming what can be reached, when all of
@@ -166,13 +168,13 @@ def take(steps: list[Step], costs: Costs, budgets: Mapping[Unit, float]) -> int:
     return count
 
 
-def select(steps: list[Step], costs: Costs, budgets: Mapping[Unit, float]) -> dict[str, Tensor]:
+def select(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float]) -> dict[str, Tensor]:
     """Channels to remove so that every budget holds: group -> int64 [R], ascending.
 
-    Steps go in order until it holds (see take); then the most important of the removed come back as long as it still
-    does, so what remains is below the budget by less than any one of them.
+    Steps go in order until it holds (see steps_needed); then the most important of the removed come back as long as it
+    still does, so what remains is below the budget by less than any one of them.
     """
-    taken = steps[:take(steps, costs, budgets)]
+    taken = steps[:steps_needed(steps, costs, budgets)]
     stuck: set[str] = set()  # groups whose last step does not fit: those before it are not to come back out of order
     removed: dict[str, list[int]] = defaultdict(list)
     for step in reversed(taken):
@@ -186,5 +188,5 @@ def select(steps: list[Step], costs: Costs, budgets: Mapping[Unit, float]) -> di
     return {group: torch.tensor(sorted(channels)) for group, channels in removed.items()}
 
 
-def _over(costs: Costs, budgets: Mapping[Unit, float]) -> list[Unit]:
+def _over(costs: Costs, budgets: Mapping[Resource, float]) -> list[Resource]:
     return [unit for unit, share in budgets.items() if costs.totals[unit] > share * costs.dense[unit] * (1 + 1e-12)]

@@ -39,7 +39,7 @@ def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping
     return {layer: index for layer, parts in positions.items() if len(index := torch.cat(parts))}
 
 
-def compensates(compensate: bool | None, scores: Scores) -> bool:
+def resolve_compensate(compensate: bool | None, scores: Scores) -> bool:
     """Whether to compensate; None: where the scores hold means. Raises ValueError for True without them."""
     if compensate and not scores.means:
         raise ValueError(f"compensate: scores by {scores.origin.importance!r} (reduction={scores.origin.reduction!r}) "
@@ -71,7 +71,7 @@ def removed_means(model: nn.Module, scores: Scores, positions: Mapping[str, Tens
     return found
 
 
-def contributions(model: nn.Module, means: Mapping[str, Tensor], example_inputs: Batch,
+def mean_contributions(model: nn.Module, means: Mapping[str, Tensor], example_inputs: Batch,
                   forward: Forward) -> dict[str, Tensor]:
     """Layer -> float64 [C_out]: what a constant input adds to its output, averaged over output positions and calls.
 

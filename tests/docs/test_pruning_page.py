@@ -18,7 +18,7 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def clock(dense: nn.Module, other: nn.Module, x: Tensor, forward: object, patience: int = 1) -> Timing:
         return Timing((1e-3, 1e-3 * total_macs(other, x) / total_macs(dense, x)), 0.0)
 
-    monkeypatch.setattr(latency, "side_by_side", clock)
+    monkeypatch.setattr(latency, "time_pair", clock)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names: dict[str, object] = {}

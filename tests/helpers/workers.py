@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastscore
 from fastscore.cli import main as cli
-from fastscore.cli.processes import LostError, group
+from fastscore.cli.processes import ProcessLostError, group
 from fastscore.graph.tracing import trace
 
 RESIDUAL = NETWORKS["residual"]
@@ -119,7 +119,7 @@ def silent(rank: int) -> int:
                 time.sleep(20)
                 return 0
             distributed.all_reduce(torch.ones(1), group=both)
-    except LostError as error:
+    except ProcessLostError as error:
         print(error, file=sys.stderr)
         return 1
     return 0

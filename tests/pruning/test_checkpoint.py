@@ -45,7 +45,7 @@ def test_from_a_fresh_model(name: str, tmp_path: Path) -> None:
         with untouched(fresh):
             loaded = fastscore.load_pruned(fresh, tmp_path / "p")
         assert_same(loaded, model, x)
-        assert recipes.find(loaded) == recipes.find(model)
+        assert recipes.get(loaded) == recipes.get(model)
 
 
 def test_steps_add_up_in_the_dense_models_numbering(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_steps_add_up_in_the_dense_models_numbering(tmp_path: Path) -> None:
     left = model[0].bias.long().tolist()
     assert len(left) == 3
     gone = sorted(set(range(10)) - set(left))
-    recipe = recipes.find(model)
+    recipe = recipes.get(model)
     assert recipe is not None
     assert recipe["removed"] == {"0": {"outputs": gone}, "2": {"inputs": gone}}
 

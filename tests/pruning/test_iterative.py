@@ -49,7 +49,7 @@ def train(batches: list[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], None]:
 def same(one: fastscore.IterativeResult, other: fastscore.IterativeResult) -> bool:
     ours, theirs = one.model.state_dict(), other.model.state_dict()
     return list(ours) == list(theirs) and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items()) and \
-        one.report == other.report and one.steps == other.steps and one.biased == other.biased and \
+        one.report == other.report and one.steps == other.steps and one.new_biases == other.new_biases and \
         {layer: index.tolist() for layer, index in one.removed.items()} == \
         {layer: index.tolist() for layer, index in other.removed.items()} and \
         [module.training for module in one.model.modules()] == [module.training for module in other.model.modules()]
@@ -240,7 +240,7 @@ def test_in_measured_time(noise: float, monkeypatch: pytest.MonkeyPatch) -> None
         factor = 1 + noise * (2 * float(torch.rand((), generator=generator)) - 1)
         return Timing((1.0, total_macs(other, x) / total_macs(dense, x) * factor), 0.0)
 
-    monkeypatch.setattr(latency, "side_by_side", clock)
+    monkeypatch.setattr(latency, "time_pair", clock)
     model, batches = setting()
     result = fastscore.prune_iteratively(model, batches, steps=3, latency=0.5, progress=False)
     assert result.report.macs[1] / result.report.macs[0] <= 0.5 * (1 + noise) / (1 - noise)

@@ -17,7 +17,7 @@ import fastscore
 from benchmarks.passes import latency as benchmark
 from fastscore.pruning import latency
 from fastscore.pruning.costs import total_macs
-from fastscore.pruning.latency import TOLERANCE, search
+from fastscore.pruning.latency import TOLERANCE, search_steps
 from fastscore.pruning.report import Timing
 
 QUICK = settings(max_examples=150, deadline=None, derandomize=True)
@@ -46,9 +46,9 @@ def test_on_an_exact_clock_the_fewest_steps_within_the_tolerance(drops: list[int
     first = next((steps for steps in range(start, len(macs)) if clock(steps) <= share), None)
     if first is None:
         with pytest.raises(ValueError, match=f"^latency: {share:g} cannot be .* {clock(len(drops)):.4g} of the"):
-            search(macs, start, share, measure)
+            search_steps(macs, start, share, measure)
         return
-    found = search(macs, start, share, measure)
+    found = search_steps(macs, start, share, measure)
     assert found >= start
     assert clock(found) <= share
     assert found == first or clock(found) >= share - TOLERANCE
@@ -69,7 +69,7 @@ def test_on_a_noisy_clock_the_budget_holds_where_it_was_measured_last(drops: lis
         return last[steps][0]
 
     try:
-        found = search(macs, start, share, measure)
+        found = search_steps(macs, start, share, measure)
     except ValueError as error:
         assert f"{last[len(drops)][0]:.4g} of the dense" in str(error)  # noqa: PT017
         assert last[len(drops)][0] > share
@@ -85,7 +85,7 @@ def in_macs(monkeypatch: pytest.MonkeyPatch, factor: Callable[[], float] = lambd
         assert not other.training
         return Timing((1e-3, 1e-3 * total_macs(other, x) / total_macs(dense, x) * factor()), 0.0)
 
-    monkeypatch.setattr(latency, "side_by_side", clock)
+    monkeypatch.setattr(latency, "time_pair", clock)
 
 
 @pytest.mark.parametrize("options", [{}, {"scope": "layer"}, {"compensate": True}, {"round_to": 2},
@@ -159,7 +159,7 @@ def test_models_take_turns_and_medians_are_of_single_calls(monkeypatch: pytest.M
             return x
 
     monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
-    timing = latency.side_by_side(Sleeper(5e-3), Sleeper(5e-4), torch.ones(1), lambda model, x: model(x))
+    timing = latency.time_pair(Sleeper(5e-3), Sleeper(5e-4), torch.ones(1), lambda model, x: model(x))
     assert timing.seconds == pytest.approx((5e-3, 5e-4))
     assert timing.share == pytest.approx(0.1)
     assert ran.count(5e-4) == pytest.approx(4 * ran.count(5e-3), rel=0.1)  # short calls are read 4 at a time
@@ -194,7 +194,7 @@ def test_a_noisy_machine_is_measured_for_longer(monkeypatch: pytest.MonkeyPatch)
             now[0] += 0.005 * generator.uniform(1 - noise, 1 + noise)
 
         monkeypatch.setattr(latency.time, "perf_counter", lambda now=now: now[0])
-        timing = latency.side_by_side(nn.Identity(), nn.Identity(), torch.ones(1), forward)
+        timing = latency.time_pair(nn.Identity(), nn.Identity(), torch.ones(1), forward)
         assert least <= now[0] - 0.03 <= most
         assert timing.uncertainty < 2 * TOLERANCE + noise / 3
         assert timing.share == pytest.approx(1, abs=noise / 3 + 1e-9)

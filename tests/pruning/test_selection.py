@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.graph.groups import ChannelGroup, Member
-from fastscore.graph.surgery import remove_places, removed_places
+from fastscore.graph.surgery import remove_indices, removed_indices
 from fastscore.graph.tracing import trace
 from fastscore.pruning.costs import Costs, total_macs
 from fastscore.pruning.hardware import channel_multiple
-from fastscore.pruning.selection import Step, channel_prices, layer_kinds, removal_order, select
+from fastscore.pruning.selection import RemovalStep, channel_costs, layer_kinds, removal_order, select
 from fastscore.scoring.scores import Origin, Scores
 
 ORIGIN = Origin("taylor-sq", "sum", "random", True, 0, "normal", "made up")
@@ -56,7 +56,7 @@ def made_up(**values: Sequence[float]) -> Scores:
     return Scores({name: torch.tensor(row, dtype=torch.float64) for name, row in values.items()}, ORIGIN)
 
 
-def removed(steps: list[Step], costs: Prices, **budgets: float) -> dict[str, list[int]]:
+def removed(steps: list[RemovalStep], costs: Prices, **budgets: float) -> dict[str, list[int]]:
     return {name: index.tolist() for name, index in select(steps, costs, budgets).items()}  # type: ignore[arg-type]
 
 
@@ -90,14 +90,14 @@ def test_layers_shrink_alike_within_the_layer() -> None:
 def test_costs_weigh_by_hand() -> None:
     """a's channels cost 1 and 4, b's cost 2: per unit of cost they are worth 5, 1/4, 7, 2/4 and 3/2, 9/2, 1.5/2."""
     prices = {"a": torch.tensor([1, 4, 1, 4.]), "b": torch.tensor([2, 2, 2.])}
-    steps = removal_order((group("a", 4), group("b", 3)), made_up(a=[5, 1, 7, 2], b=[3, 9, 1.5]), prices=prices)
+    steps = removal_order((group("a", 4), group("b", 3)), made_up(a=[5, 1, 7, 2], b=[3, 9, 1.5]), channel_costs=prices)
     assert [(step.group, step.channels, step.value) for step in steps] == \
         [("a", (1,), 0.25), ("a", (3,), 0.5), ("b", (2,), 0.75), ("b", (0,), 1.5), ("a", (0,), 5.0)]
 
 
 def test_a_channel_that_costs_nothing_goes_last() -> None:
     prices = {"a": torch.tensor([1, 0, 1.]), "b": torch.tensor([2, 2, 2.])}
-    steps = removal_order((group("a", 3), group("b", 3)), made_up(a=[5, 0, 7], b=[3, 9, 1.5]), prices=prices)
+    steps = removal_order((group("a", 3), group("b", 3)), made_up(a=[5, 0, 7], b=[3, 9, 1.5]), channel_costs=prices)
     assert [step.channels for step in steps if step.group == "a"] == [(0,), (2,)]
 
 
@@ -146,11 +146,11 @@ def test_the_price_of_a_channel_is_what_its_surgery_saves(name: str, compensate:
     groups = trace(model, x).groups
     costs = Costs(model, groups, x, compensate=compensate)
     for unit, count in (("macs", lambda m: total_macs(m, x)), ("params", params)):
-        prices = channel_prices(costs, unit)  # type: ignore[arg-type]
+        prices = channel_costs(costs, unit)  # type: ignore[arg-type]
         assert costs.totals == costs.dense
         for each in groups:
             first = each.unit == each.unit[0]
-            small = remove_places(copy.deepcopy(model), removed_places(groups, {each.name: first.nonzero()[:, 0]}))
+            small = remove_indices(copy.deepcopy(model), removed_indices(groups, {each.name: first.nonzero()[:, 0]}))
             assert float(prices[each.name][first].sum()) == pytest.approx(count(model) - count(small), rel=1e-9)
     assert any(layer.bias_below for layer in costs.layers.values()) == \
         (compensate and name not in ("flattening", "unet"))
@@ -161,7 +161,7 @@ def test_cost_aware_pruning_keeps_more_channels_within_the_same_budget() -> None
     model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs()
     scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
     for unit in ("macs", "params"):
-        prices = channel_prices(Costs(model, trace(model, x).groups, x), unit)  # type: ignore[arg-type]
+        prices = channel_costs(Costs(model, trace(model, x).groups, x), unit)  # type: ignore[arg-type]
         equal = replace(scores, totals={layer: 1 + 1e-9 * price for layer, price in prices.items()})
         plain, aware = (fastscore.prune(model, equal, x, cost_aware=aware, **{unit: 0.5}).report  # type: ignore[arg-type]
                         for aware in (False, True))
@@ -223,7 +223,7 @@ def test_a_floor_for_every_group() -> None:
 
 
 def test_the_most_important_come_back_when_a_big_step_made_room() -> None:
-    steps = [Step("small", (i,), i) for i in range(5)] + [Step("big", (0,), 5.0)]
+    steps = [RemovalStep("small", (i,), i) for i in range(5)] + [RemovalStep("big", (0,), 5.0)]
     costs = Prices(small=(10, 1), big=(2, 10))  # 30 in all; at most 20 remains
     assert removed(steps, costs, params=20 / 30) == {"big": [0]}
     assert costs.totals["params"] == 20

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.batches import call_model
 from fastscore.graph.groups import ChannelGroup, Member
-from fastscore.recovery.compensation import contributions, removed_positions
+from fastscore.recovery.compensation import mean_contributions, removed_positions
 
 QUICK = settings(max_examples=30, deadline=None)
 RESIDUAL = NETWORKS["residual"]
@@ -266,7 +266,7 @@ def test_any_convolution(case: tuple[nn.Module, Tensor], seed: int) -> None:
             layer(x)
         except RuntimeError:  # a padding wider than its mode can fill, or an output of no positions
             assume(False)
-        (found,) = contributions(nn.Sequential(layer), {"0": mean}, x, call_model).values()
+        (found,) = mean_contributions(nn.Sequential(layer), {"0": mean}, x, call_model).values()
         exact, x = copy.deepcopy(layer).double(), x.double()
         expected = (exact(x + rows(mean, layer, x)) - exact(x)).movedim(1, 0).flatten(1).mean(1)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
@@ -276,7 +276,7 @@ def test_any_convolution(case: tuple[nn.Module, Tensor], seed: int) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_layer(shape: tuple[int, ...], bias: bool) -> None:
     layer, mean = nn.Linear(6, 3, bias=bias), torch.randn(6, dtype=torch.float64)
-    (found,) = contributions(nn.Sequential(layer), {"0": mean}, torch.randn(shape), call_model).values()
+    (found,) = mean_contributions(nn.Sequential(layer), {"0": mean}, torch.randn(shape), call_model).values()
     torch.testing.assert_close(found, layer.weight.detach().double() @ mean, rtol=1e-12, atol=1e-12)
 
 
@@ -290,7 +290,7 @@ def test_a_layer_called_on_two_sizes_is_compensated_for_the_average_of_both() ->
             return self.up(x, output_size=(12, 12)).sum((2, 3)) + self.up(x[..., :3, :3]).sum((2, 3))
 
     model, mean = Twice(), torch.randn(4, dtype=torch.float64)
-    found = contributions(model, {"up": mean}, torch.randn(2, 4, 5, 5), call_model)["up"]
+    found = mean_contributions(model, {"up": mean}, torch.randn(2, 4, 5, 5), call_model)["up"]
     with torch.no_grad():
         exact = model.up.double()
         exact.bias = None

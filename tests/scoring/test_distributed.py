@@ -16,7 +16,7 @@ from workers import IMAGES, RESIDUAL, WAYS, WORKERS, drop_in
 
 import fastscore
 from fastscore import cli
-from fastscore.cli.processes import LostError, group, own_device, place
+from fastscore.cli.processes import ProcessLostError, group, own_device, rank_and_world_size
 from fastscore.scoring.runs import Run
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -139,7 +139,7 @@ def test_the_place_that_a_launcher_gives(monkeypatch: pytest.MonkeyPatch, rank: 
                                          expected: tuple[int, int]) -> None:
     for name, value in (("RANK", rank), ("WORLD_SIZE", size)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-    assert place() == expected
+    assert rank_and_world_size() == expected
 
 
 @pytest.mark.parametrize(("rank", "size"), [("1", None), (None, "2"), ("2", "2"), ("-1", "2"), ("one", "2")])
@@ -147,7 +147,7 @@ def test_a_place_that_is_none(monkeypatch: pytest.MonkeyPatch, rank: str | None,
     for name, value in (("RANK", rank), ("WORLD_SIZE", size)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="start the processes with torchrun, or unset both"):
-        place()
+        rank_and_world_size()
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,4 +239,4 @@ def test_torchrun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_of_its_own_is_not_taken_for_a_lost_process() -> None:
     with pytest.raises(RuntimeError, match="mine") as caught, group(torch.device("cpu"), timedelta(seconds=1)):
         raise RuntimeError("mine")
-    assert not isinstance(caught.value, LostError)
+    assert not isinstance(caught.value, ProcessLostError)
