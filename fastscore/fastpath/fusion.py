@@ -1,62 +1,21 @@
-"""The fast layers of an evaluation copy on a CPU: weights packed, a clamp taken into the layer before it, and the
-clamp's way back taken into the tap behind it."""
+"""Which layers of an evaluation copy run packed on a CPU, and which clamp is fused into the layer before it."""
 
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastscore.fastpath import packed_layers
+from fastscore.fastpath.fused_taps import clamped, packed
 from fastscore.fastpath.packed_layers import ClampBounds
 from fastscore.modules.evaluation_copy import parametrized
 from fastscore.modules.multihead_attention import MultiheadAttention, SequenceFirstLinear
-from fastscore.taps.measures import unclamped
-from fastscore.taps.taps import FusedTap, Taps
+from fastscore.taps.taps import Taps
 
 LAYERS = (nn.Conv2d, nn.Linear, SequenceFirstLinear)  # exact types, as the others
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CLAMPS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
-
-
-class _Packed(torch.autograd.Function):
-    """x -> layer(x)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: packed_layers.Layer) -> Tensor:
-        ctx.layer, ctx.shape = layer, x.shape
-        return layer.forward(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.backward(g, ctx.shape), None
-
-
-class _Clamped(torch.autograd.Function):
-    """(x, gate) -> layer(x), which ends in a clamp, twice: for the other readers, and for a tap."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, layer: packed_layers.Layer, bounds: ClampBounds, taps: Taps
-                ) -> tuple[Tensor, Tensor]:
-        y = layer.forward(x)
-        if y is x:
-            ctx.mark_dirty(x)
-        ctx.save_for_backward(y)
-        ctx.set_materialize_grads(False)
-        ctx.layer, ctx.shape, ctx.taps = layer, x.shape, taps
-        ctx.bounds = torch.tensor(bounds, dtype=y.dtype).tolist()  # as y holds them
-        return y, y.detach()
-
-    @staticmethod
-    def backward(ctx: Any, rest: Tensor | None, tapped: Tensor | None
-                 ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        (y,) = ctx.saved_tensors
-        if tapped is None:
-            g, measured = None if rest is None else unclamped(rest, y, ctx.bounds), None
-        else:
-            g, measured = ctx.taps.measure.clamped(y, tapped, rest, ctx.bounds)
-        return None if g is None else ctx.layer.backward(g, ctx.shape), measured, None, None, None
 
 
 class FusedLayers:
@@ -82,9 +41,9 @@ class FusedLayers:
                     self.not_packed[name] = reason
                     continue
                 self.packed[name] = clamp = bounds.get(name)
-                packed = packed_layers.Convolution(module, inputs[name][2:], clamp) if type(module) is nn.Conv2d \
+                fast = packed_layers.Convolution(module, inputs[name][2:], clamp) if type(module) is nn.Conv2d \
                     else packed_layers.Linear(module.weight, module.bias, clamp)
-                self._run(module, packed, clamp)
+                self._run(module, fast, clamp)
             elif type(module) in NORMS and name not in folded and _plain(module):
                 self._run(module, packed_layers.BatchNorm(module, bounds.get(name)), bounds.get(name))
             elif type(module) is MultiheadAttention and module.in_proj_weight is not None \
@@ -121,8 +80,7 @@ class FusedLayers:
 
     def _packed_forward(self, layer: packed_layers.Layer) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
-            y: Tensor = _Packed.apply(self._taps.claim(x), layer) if _in_graph(x) else layer.forward(x)
-            return y
+            return packed(x, layer, self._taps)
 
         return run
 
@@ -130,7 +88,7 @@ class FusedLayers:
         """The module of the clamp, behind this one, has nothing left to do."""
 
         def run(x: Tensor) -> Tensor:
-            y = self._with_tap(self._taps.claim(x), layer, clamp)
+            y = clamped(self._taps.claim(x), layer, clamp, self._taps, self.packed)
             self._rectified = weakref.ref(y)
             return y
 
@@ -144,23 +102,9 @@ class FusedLayers:
                 return x
             if layer.in_place and x._is_view():  # which autograd lets no function change that returns two tensors
                 return layer.forward(x)
-            return self._with_tap(x, layer, bounds)
+            return clamped(x, layer, bounds, self._taps, self.packed)
 
         self._replace(module, "forward", run)
-
-    def _with_tap(self, x: Tensor, layer: packed_layers.Layer, bounds: ClampBounds) -> Tensor:
-        if not _in_graph(x):
-            return layer.forward(x)
-        gate = self._taps.gate(len(x), layer.channels(x), x)
-        y, tapped = _Clamped.apply(x, gate, layer, bounds, self._taps)
-        # a packed layer sends back a gradient that nothing else holds: it may be written to
-        self._taps.publish(FusedTap(y, tapped, gate, self.packed))
-        rest: Tensor = y
-        return rest
-
-
-def _in_graph(x: Tensor) -> bool:
-    return x.requires_grad and torch.is_grad_enabled()
 
 
 def clamp_bounds(module: Any) -> ClampBounds:

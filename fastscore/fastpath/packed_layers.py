@@ -1,8 +1,8 @@
-"""Convolutions and Linear layers whose frozen weights are laid out once, for both directions, as oneDNN wants them.
+"""Convolutions and Linear layers whose frozen weights are prepacked once, for both directions, as oneDNN wants them.
 
-PyTorch's layers have oneDNN lay out the weight anew in every pass, and compute a Linear with the BLAS at hand; here
-both directions are oneDNN's forward kernels, which may clamp on their way. The operations are those that torch.compile
-uses on a CPU; they know nothing of autograd (see fastscore.fastpath.fusion).
+PyTorch's layers have oneDNN reorder the weight in every pass, and compute a Linear with the BLAS at hand. Here both
+directions are oneDNN's forward kernels, which can clamp their result. The operations are those that torch.compile
+uses on a CPU; they know nothing of autograd (see fastscore.fastpath.fused_taps).
 """
 
 import math
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 ClampBounds: TypeAlias = tuple[float, float]  # low, high: of a clamp
 DTYPES = (torch.float32, torch.bfloat16)
-_SAMPLES = 16  # in a batch that weights are laid out for: a single one asks for another layout, more do not
+_SAMPLES = 16  # batch size that weights are prepacked for: a single sample wants another layout, more do not
 
 _ops = torch.ops.mkldnn
 
 
 class Layer(Protocol):
-    """A layer's forward pass, and the way of a gradient back through it."""
+    """A layer's forward pass, and the gradient's pass back through it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """What the layer makes of `x`, clamped if it was made so."""
@@ -45,13 +45,15 @@ def _epilogue(clamp: ClampBounds | None) -> tuple[str, list[float], str]:
     return ("relu", [], "") if clamp == (0.0, math.inf) else ("hardtanh", list(clamp), "")
 
 
-class _Weight:
-    """A convolution's weight, laid out for inputs of one height and width, on which the best layout depends; anew for
-    others when they come, unless `final`."""
+class _PrepackedWeight:
+    """A convolution's weight, prepacked for inputs of one height and width, on which the best layout depends.
 
-    def __init__(self, weight: Tensor, lay_out: Callable[[Tensor, list[int]], Tensor], width: int,
+    It is prepacked anew when inputs of another size come, unless `final`.
+    """
+
+    def __init__(self, weight: Tensor, prepack: Callable[[Tensor, list[int]], Tensor], width: int,
                  size: Sequence[int], final: bool = False) -> None:
-        self._lay_out, self._width, self._final = lay_out, width, final
+        self._prepack, self._width, self._final = prepack, width, final
         self._fit(weight, size)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -62,17 +64,16 @@ class _Weight:
 
     def _fit(self, weight: Tensor, size: Sequence[int]) -> None:
         self._size = torch.Size(size)
-        self._weight = self._lay_out(weight.contiguous(memory_format=torch.channels_last),
+        self._weight = self._prepack(weight.contiguous(memory_format=torch.channels_last),
                                      [_SAMPLES, self._width, *size])
 
 
 class Convolution:
     """A Conv2d with zeros for padding, on [N, C, H, W].
 
-    The way back is a forward convolution with the weight turned round. Where a stride of one that reads single
-    positions is to be undone, zeros between the positions of the result do that. Any other strided one is a transposed
-    convolution; but a depthwise one in bfloat16, for which oneDNN has none that is fast, has zeros between the
-    positions of the gradient.
+    Backward is a forward convolution with the flipped weight. With a stride and a 1x1 kernel, zeros are then put
+    between the positions of its result. Any other strided convolution has a transposed one for backward; but for a
+    depthwise one in bfloat16 oneDNN has no fast transposed kernel, so zeros are put between those of the gradient.
     """
 
     def __init__(self, layer: nn.Conv2d, size: Sequence[int], clamp: ClampBounds | None = None) -> None:
@@ -80,19 +81,20 @@ class Convolution:
         self.stride, self.dilation, self.groups = list(layer.stride), list(layer.dilation), layer.groups
         self.padding = [int(pad) for pad in layer.padding]
         self.kernel_extent = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        self.padding_back = [r - p for r, p in zip(self.kernel_extent, self.padding, strict=True)]
+        self.backward_padding = [r - p for r, p in zip(self.kernel_extent, self.padding, strict=True)]
         single = layer.kernel_size == (1, 1) and self.padding == [0, 0]
         strided = self.stride != [1, 1]
         self.spread_first = strided and not single
         weight = layer.weight.detach()
         slow = layer.groups == layer.in_channels and weight.dtype == torch.bfloat16
-        self.transposed = min(self.padding_back) < 0 or (self.spread_first and not slow)
+        self.transposed = min(self.backward_padding) < 0 or (self.spread_first and not slow)
         flipped = weight if self.transposed else \
             weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
-        size_back = self._unstrided(size) if self.spread_first and not self.transposed else \
+        backward_size = self._unstrided(size) if self.spread_first and not self.transposed else \
             [(each - 1) // s + 1 for each, s in zip(self._unstrided(size), self.stride, strict=True)]
-        self.weight = _Weight(weight, self._for_forward, layer.in_channels, size)
-        self.weight_back = _Weight(flipped, self._for_backward, layer.out_channels, size_back, self.transposed)
+        self.weight = _PrepackedWeight(weight, self._prepack_forward, layer.in_channels, size)
+        self.backward_weight = _PrepackedWeight(flipped, self._prepack_backward, layer.out_channels, backward_size,
+                                                self.transposed)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, C_out, H', W']."""
@@ -104,12 +106,12 @@ class Convolution:
         """[N, C_out, H', W'] -> `shape`, [N, C_in, H, W]."""
         if self.transposed:
             left = [(each - 1) % s for each, s in zip(self._unstrided(shape[2:]), self.stride, strict=True)]
-            x: Tensor = _ops._convolution_transpose_pointwise(g, self.weight_back(g), None, self.padding, left,
+            x: Tensor = _ops._convolution_transpose_pointwise(g, self.backward_weight(g), None, self.padding, left,
                                                               self.stride, self.dilation, self.groups, *_epilogue(None))
             return x
         if self.spread_first:
             g = self._spread(g, self._unstrided(shape[2:]))
-        x = _ops._convolution_pointwise(g, self.weight_back(g), None, self.padding_back, [1, 1], self.dilation,
+        x = _ops._convolution_pointwise(g, self.backward_weight(g), None, self.backward_padding, [1, 1], self.dilation,
                                         self.groups, *_epilogue(None))
         return x if x.shape == shape else self._spread(x, shape[2:])
 
@@ -121,15 +123,15 @@ class Convolution:
         """Height and width of the output if the stride were 1."""
         return [each + 2 * p - r for each, p, r in zip(size, self.padding, self.kernel_extent, strict=True)]
 
-    def _for_forward(self, weight: Tensor, shape: list[int]) -> Tensor:
+    def _prepack_forward(self, weight: Tensor, shape: list[int]) -> Tensor:
         prepacked: Tensor = _ops._reorder_convolution_weight(weight, self.padding, self.stride, self.dilation,
                                                             self.groups, shape)
         return prepacked
 
-    def _for_backward(self, weight: Tensor, shape: list[int]) -> Tensor:
+    def _prepack_backward(self, weight: Tensor, shape: list[int]) -> Tensor:
         prepacked: Tensor = _ops._reorder_convolution_transpose_weight(
             weight, self.padding, [0, 0], self.stride, self.dilation, self.groups, shape) if self.transposed else \
-            _ops._reorder_convolution_weight(weight, self.padding_back, [1, 1], self.dilation, self.groups, shape)
+            _ops._reorder_convolution_weight(weight, self.backward_padding, [1, 1], self.dilation, self.groups, shape)
         return prepacked
 
     def _spread(self, x: Tensor, size: Sequence[int]) -> Tensor:
@@ -146,7 +148,7 @@ class Linear:
         weight = weight.detach()
         self.bias, self.epilogue, self.width = bias, _epilogue(clamp), len(weight)
         self.weight = _ops._reorder_linear_weight(weight.contiguous(), _SAMPLES)
-        self.weight_back = _ops._reorder_linear_weight(weight.t().contiguous(), _SAMPLES)
+        self.backward_weight = _ops._reorder_linear_weight(weight.t().contiguous(), _SAMPLES)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C_in] -> [..., C_out]."""
@@ -155,7 +157,7 @@ class Linear:
 
     def backward(self, g: Tensor, shape: torch.Size) -> Tensor:
         """[..., C_out] -> `shape`, [..., C_in]."""
-        x: Tensor = _ops._linear_pointwise(g.reshape(-1, g.shape[-1]), self.weight_back, None, *_epilogue(None))
+        x: Tensor = _ops._linear_pointwise(g.reshape(-1, g.shape[-1]), self.backward_weight, None, *_epilogue(None))
         return _reshaped(x, shape)
 
     def channels(self, x: Tensor) -> int:

@@ -1,7 +1,8 @@
 """Gates: the identity at which autograd hands over what is measured of activation and gradient."""
 
+from collections.abc import Container
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,18 @@ class TapPoint:
     def fits(self, x: Tensor) -> bool:
         """Whether all of `x`, [N, C, ...], is what is measured here."""
         return self.channel_dim % x.dim() == 1 and not self.window
+
+
+class FusedTap(NamedTuple):
+    """A tap on `y`, [N, C, ...], that another backward function measures.
+
+    tapped: the same as y, for one reader alone. gate: what receives the measure. readers: layers that may read it.
+    """
+
+    y: Tensor
+    tapped: Tensor
+    gate: Tensor
+    readers: Container[str]
 
 
 class Measuring(Protocol):

@@ -10,7 +10,10 @@ from fastscore import ops
 
 
 def unclamped(g: Tensor, y: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """The way of `g` back through the clamp that made `y`. PyTorch's hardtanh_backward takes an element at a time."""
+    """The gradient of the input of the clamp that made `y`, from `g`, that of its output.
+
+    PyTorch's hardtanh_backward does this an element at a time.
+    """
     return g.masked_fill((y <= bounds[0]) | (y >= bounds[1]), 0)
 
 
@@ -18,8 +21,8 @@ def unclamped(g: Tensor, y: Tensor, bounds: tuple[float, float]) -> Tensor:
 class Measure:
     """What is measured at a tap: `compute(activation, gradient, channel_dim)` -> [P, N, C], for P `parts`.
 
-    fused: (y, gradient, rest, low, high) -> `compute` of y and gradient, with channels in dimension 1, and the way
-    of gradient + rest back through the clamp that made y, in one pass over them on a CPU, where there is such an
+    fused: (y, gradient, rest, low, high) -> the gradient of the input of the clamp that made y, from gradient + rest,
+    and `compute` of y and gradient with channels in dimension 1; one pass over memory on a CPU, where there is such an
     operation. It may write to the gradient.
     """
 

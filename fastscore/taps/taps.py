@@ -7,10 +7,10 @@ no weight gradient, and an ordinary backward pass leaves the sums in `gate.grad`
 """
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,10 @@ from torch.utils.hooks import RemovableHandle
 from fastscore.batches import Outputs, output_tensors
 from fastscore.modules import multihead_attention
 from fastscore.modules.hooks import OwnHook
-from fastscore.taps.gates import Gate, TapPoint
+from fastscore.taps.gates import FusedTap, Gate, TapPoint
 from fastscore.taps.measures import Measure
 from fastscore.taps.passes import BackwardPasses, ForwardPass
-
-
-class FusedTap(NamedTuple):
-    """A tap on `y`, [N, C, ...]: `tapped` is the same for one reader alone, and what is measured of it comes back to
-    `gate`. readers: layers that may take it."""
-
-    y: Tensor
-    tapped: Tensor
-    gate: Tensor
-    readers: Container[str]
+from fastscore.taps.recompute import pass_of
 
 
 class Taps:
@@ -232,7 +223,7 @@ class Taps:
         gate, valid = self._preallocated.get(layer), None
         if gate is None:
             gate = self.gate(self._samples(x, layer, point), x.shape[point.channel_dim], x)
-            owner = self._owner(layer)
+            owner = pass_of(layer, self.current, self._backward.running)
             if owner is not None:
                 owner.gates.append((layer, gate))
                 if point.channel_dim == -1 and owner.valid is not None and x.shape[:-1] == owner.valid.shape:
@@ -263,21 +254,6 @@ class Taps:
             yield
         finally:
             self._preallocated = {}
-
-    def _owner(self, layer: str) -> ForwardPass | None:
-        """The pass that a layer which runs now belongs to; None where it runs again what has a gate already.
-
-        Activation checkpointing runs layers again in the middle of a backward pass. Where it is reentrant, they ran
-        without gradients before, and their gates are made only now.
-        """
-        if torch._C._current_graph_task_id() == -1:
-            return self.current
-        owners = [each for each in self._backward.running if layer in each.deferred_layers]
-        if len(owners) > 1:
-            raise RuntimeError(f"{layer}: it runs again for a backward pass that covers {len(owners)} forward passes, "
-                               "and which of them it belongs to cannot be told: use checkpoint(..., "
-                               "use_reentrant=False), or a backward pass for each forward pass")
-        return owners[0] if owners else None
 
     def _check_seen(self, layer: str) -> Callable[[Tensor], None]:
         def check(gradient: Tensor) -> None:
