@@ -1,7 +1,7 @@
 """How a batch reaches a model: tensors, (input, ...) tuples, or dicts of keyword arguments."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -139,6 +139,34 @@ def first_input(inputs: Any) -> Tensor:
     if tensor is None:
         raise TypeError("batches: the model is called without a tensor, so its samples cannot be told apart")
     return tensor
+
+
+def first_samples(batch: Batch, keep: int) -> Batch:
+    """The first `keep` samples of a batch: of each of its tensors that has a row for every sample."""
+    count = len(first_input(batch))
+    return map_tensors(lambda tensor: tensor[:keep] if tensor.dim() and len(tensor) == count else tensor, batch)
+
+
+def on_device(batches: Iterable[Batch], device: torch.device, samples: int | None = None) -> Iterator[Batch]:
+    """The batches on `device`, without empty ones, cut off after `samples` samples."""
+    left = samples
+    for batch in batches:
+        tensor = first_tensor(batch)
+        if tensor is not None and tensor.dim() and not len(tensor):
+            continue  # a loss over no sample is NaN
+        batch = map_tensors(lambda tensor: _usable(tensor).to(device, non_blocking=True), batch)
+        if left is not None:
+            count = len(first_input(batch))
+            if count > left:
+                batch = first_samples(batch, left)
+            left -= min(left, count)
+        yield batch
+        if left == 0:
+            return
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor  # autograd takes none made under inference_mode
 
 
 def to_channels_last(batch: Batch) -> Batch:

@@ -23,7 +23,7 @@ from benchmarks.paper.data import Images
 from benchmarks.paper.evaluation import Evaluator
 from fastscore import Scores
 from fastscore.plots import figure, plain
-from fastscore.scoring.engine import AGREEMENT, AUTO_LEAST
+from fastscore.scoring.options import AGREEMENT, AUTO_LEAST
 
 BATCH = 32
 FRACTION, SHARE = AGREEMENT

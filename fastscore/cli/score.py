@@ -14,7 +14,7 @@ from pathlib import Path
 from fastscore import plots
 from fastscore.cli import options, processes
 from fastscore.cli.options import Commands, add_command
-from fastscore.scoring.runs import Checkpoint
+from fastscore.scoring.options import Checkpoint
 from fastscore.scoring.weights import WEIGHT_IMPORTANCES
 
 

@@ -65,6 +65,10 @@ class Folding:
         self.folded.clear()
         self._before.clear()
 
+    def make_permanent(self) -> None:
+        """Let go of what `undo` would bring back."""
+        self._before.clear()
+
 
 def _identity(x: Tensor) -> Tensor:
     return x

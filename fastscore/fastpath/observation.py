@@ -5,13 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward
 from fastscore.fastpath.fusion import CLAMPS, clamp_bounds
 from fastscore.fastpath.packed_layers import ClampBounds
 from fastscore.modules.evaluation_copy import hooked
+from fastscore.taps.gates import TapPoint
 from fastscore.taps.measures import SUMS
 from fastscore.taps.taps import Taps
 
@@ -20,19 +20,27 @@ _BEFORE_CLAMPS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
 
 @dataclass
 class Observation:
-    """What one pass shows. shapes: tapped layer -> shape [N, ...] of its input (output), in each call. flat:
-    Linear layers that put out [N, C]. inputs: layer -> shape of its input, but for those under autocast. clamps: layer
-    or BatchNorm -> the bounds of the clamp that alone reads its output."""
+    """What one pass shows.
+
+    output: the model's. shapes: tapped layer -> shape [N, ...] of what its tap reads, in each call. earlier: tapped
+    layer -> where its tap could stand as well, before an up-sampling, and the shape that it would read there. flat:
+    Linear layers whose output is [N, C]. inputs: layer -> shape of its input, but for those under autocast. clamps:
+    layer or BatchNorm -> the bounds of the clamp that alone reads its output.
+    """
 
     output: Tensor
     shapes: dict[str, list[tuple[int, ...]]]
+    earlier: dict[str, tuple[TapPoint, tuple[int, ...]]]
     flat: set[str]
     inputs: dict[str, tuple[int, ...]]
     clamps: dict[str, ClampBounds]
 
 
 def observe(eval_model: nn.Module, taps: Taps, example: Batch, run: Forward) -> Observation:
-    """Run the copy as it is, and stand taps before up-samplings where that measures the same."""
+    """What one pass of the copy, as it is, shows; nothing is changed, the taps neither.
+
+    taps: on the copy, and not attached. run(eval_model, example): its output.
+    """
     shapes: dict[str, list[tuple[int, ...]]] = {}
     dims: dict[str, set[int]] = {}
     upsampled: dict[str, list[tuple[Tensor, Tensor]]] = {}  # up-sampling -> its (input, output) in each call
@@ -76,23 +84,22 @@ def observe(eval_model: nn.Module, taps: Taps, example: Batch, run: Forward) -> 
         handles += [eval_model.get_submodule(layer).register_forward_pre_hook(note(layer)) for layer in taps.points]
     try:
         with taps, taps.one_pass(example):
-            torch.manual_seed(0)
             output: Tensor = run(eval_model, example)
     finally:
         for handle in handles:
             handle.remove()
     readers = _readers(output)
+    earlier: dict[str, tuple[TapPoint, tuple[int, ...]]] = {}
     if taps.measure is SUMS:  # Σ a·g, Σ g and the mean of a are what they were; powers of a·g are not
         for layer, tensors in reads.items():
             for module, ((small, large), *more) in upsampled.items():
                 if tensors[0] is large and not more and len(tensors) == 1 and not taps.points[layer].output \
                         and all(b % a == 0 for a, b in zip(small.shape, large.shape, strict=True)) \
                         and len(readers[large.grad_fn]) == 1:
-                    taps.points[layer] = replace(taps.points[layer], window=(), module=module)
-                    shapes[layer] = [tuple(small.shape)]
+                    earlier[layer] = replace(taps.points[layer], window=(), module=module), tuple(small.shape)
     clamps = {name: clamped[reader] for name, (node, *more) in made.items() if not more and node is not None
               for reader in readers[node] if reader in clamped and len(readers[node]) == 1}
-    return Observation(output.detach(), shapes, {name for name, found in dims.items() if found == {2}},
+    return Observation(output.detach(), shapes, earlier, {name for name, found in dims.items() if found == {2}},
                 inputs, clamps)
 
 

@@ -6,23 +6,22 @@ or not at all, and in neither does the order of additions depend on when the run
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, distributed
 
 from fastscore import files
-from fastscore.batches import Batch, device_of
+from fastscore.batches import Batch, device_of, on_device
 from fastscore.scoring.fingerprints import digest_of
-from fastscore.scoring.scores import Origin
+from fastscore.scoring.options import REDUCTION_SLOTS, Persistence
 from fastscore.scoring.totals import Totals
 
 _FORM = "fastscore-checkpoint-1"
-REDUCTION_SLOTS = 64  # fixed_order: as many processes may share the work
 _SHARE = 0.02  # of the time, at most, goes into saving
 
 
@@ -40,16 +39,27 @@ class SliceableBatches(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where a run is kept, so that it can be stopped at any moment and go on.
+class Batches:
+    """The batches of a run on a device: the first of them, and what follows it, or any share of all.
 
-    path: the file; it is read at the start where it exists, and written whole again after a batch whenever that takes
-    no more than a fiftieth of the time. only_when_stopped: neither read nor written, until an exception ends the run.
+    Raises ValueError where there is none.
     """
 
-    path: str | PathLike[str]
-    only_when_stopped: bool = False
+    def __init__(self, batches: Iterable[Batch], device: torch.device, samples: int | None = None) -> None:
+        self.sliceable: SliceableBatches | None = None
+        if isinstance(batches, SliceableBatches):
+            self.sliceable = batches if samples is None else batches.first(samples)
+        self._device, self._samples = device, samples
+        self.rest = on_device(batches if self.sliceable is None else self.sliceable[:1], device, samples)
+        first = next(self.rest, None)
+        if first is None:
+            raise ValueError("batches: there is none to score on, or none that holds a sample")
+        self.first: Batch = first
+
+    def share(self, start: int, step: int) -> Iterator[Batch]:
+        """Every step-th batch of sliceable ones, from number `start` on."""
+        assert self.sliceable is not None
+        return on_device(self.sliceable[start::step], self._device, self._samples)
 
 
 @dataclass(frozen=True)
@@ -64,34 +74,26 @@ class _Progress:
 class Run:
     """Iterating gives (totals to add to, batch) for every batch to do here; a context manager that saves when stopped.
 
-    totals: with nothing in them. identity: what makes a run the same one (see fastscore.scoring.fingerprints). first:
-    the first batch. batches: the others, or all of them where they are SliceableBatches; on_device makes of these what
-    the model takes.
-    process_group: processes that all have the same batches, and take turns at them. fixed_order: add up in an order
-    that does not depend on how many processes there are (up to REDUCTION_SLOTS).
+    totals: with nothing in them. identity: what makes a run the same one (see fastscore.scoring.fingerprints). data:
+    the batches. persistence: where the run is kept, and the processes that all have the same batches and take turns at
+    them.
     """
 
-    def __init__(self, totals: Totals, identity: Mapping[str, Any], first: Batch, batches: Iterable[Batch],
-                 on_device: Callable[[Iterable[Batch]], Iterator[Batch]], resume: Checkpoint | None = None,
-                 process_group: distributed.ProcessGroup | None = None, fixed_order: bool = False) -> None:
-        self.rank, self.size = (0, 1) if process_group is None else \
-            (distributed.get_rank(process_group), process_group.size())
-        if fixed_order and self.size > REDUCTION_SLOTS:
-            raise ValueError(f"fixed_order: it is for up to {REDUCTION_SLOTS} processes, and these are {self.size}")
-        self.slots = [totals.new_empty() for _ in range(REDUCTION_SLOTS if fixed_order else 1)]
-        self._totals, self._process_group = totals, process_group
-        self._first, self._batches, self._on_device = first, batches, on_device
-        self._skips = isinstance(batches, SliceableBatches)
-        known = resume is not None or process_group is not None
-        data = batches.fingerprint() if known and isinstance(batches, SliceableBatches) else None
-        identity = {**identity, "data": data, "fixed_order": fixed_order}
-        if process_group is not None:
-            _check_alike(identity, process_group)
+    def __init__(self, totals: Totals, identity: Mapping[str, Any], data: Batches,
+                 persistence: Persistence | None = None) -> None:
+        persistence = persistence or Persistence()
+        self.rank, self.size = persistence.rank, persistence.size
+        self.slots = [totals.new_empty() for _ in range(REDUCTION_SLOTS if persistence.fixed_order else 1)]
+        self._totals, self._data = totals, data
+        self._process_group, self._checkpoint = persistence.process_group, persistence.checkpoint
+        contents = data.sliceable.fingerprint() if persistence.compared and data.sliceable is not None else None
+        identity = {**identity, "data": contents, "fixed_order": persistence.fixed_order}
+        if self._process_group is not None:
+            _check_alike(identity, self._process_group)
         self._identity = {**identity, "process": [self.rank, self.size]}
         self._progress = _Progress(0, "", tuple(slot.state_dict() for slot in self.slots))
-        self._resume = resume
         self._saved, self._next_save = 0, 0.0
-        if resume is not None and not resume.only_when_stopped:
+        if self._checkpoint is not None and not self._checkpoint.only_when_stopped:
             self._load()
 
     @property
@@ -102,8 +104,8 @@ class Run:
     def __iter__(self) -> Iterator[tuple[Totals, Batch]]:
         for number, batch in self._to_do():
             slot = number % len(self.slots)
-            counts = self._resume is not None
-            content = digest_of(self._progress.digest, batch) if counts and not self._skips else ""
+            counts = self._checkpoint is not None
+            content = digest_of(self._progress.digest, batch) if counts and self._data.sliceable is None else ""
             yield self.slots[slot], batch
             if counts:
                 self._count(slot, content)
@@ -113,8 +115,8 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        if self._resume is not None and self._progress.done > self._saved \
-                and (error is not None or not self._resume.only_when_stopped):
+        if self._checkpoint is not None and self._progress.done > self._saved \
+                and (error is not None or not self._checkpoint.only_when_stopped):
             self._save()
 
     def totals(self) -> Totals:
@@ -129,16 +131,16 @@ class Run:
     def _to_do(self) -> Iterator[tuple[int, Batch]]:
         """(number among all batches, batch) of what is left of this process's share."""
         before = self._progress
-        if isinstance(self._batches, SliceableBatches):
-            numbers = range(len(self._batches))[self.rank::self.size][before.done:]
+        if self._data.sliceable is not None:
+            numbers = range(len(self._data.sliceable))[self.rank::self.size][before.done:]
             if numbers and numbers[0] == 0:
-                yield 0, self._first
+                yield 0, self._data.first
                 numbers = numbers[1:]
             if numbers:
-                yield from zip(numbers, self._on_device(self._batches[numbers.start::self.size]), strict=True)
+                yield from zip(numbers, self._data.share(numbers.start, self.size), strict=True)
             return
         done, digest = 0, ""
-        for number, batch in enumerate(itertools.chain([self._first], self._batches)):
+        for number, batch in enumerate(itertools.chain([self._data.first], self._data.rest)):
             if number % self.size != self.rank:
                 continue
             if done == before.done:
@@ -158,14 +160,14 @@ class Run:
         states[slot] = _copy(self.slots[slot].state_dict())
         # as one object, so that an interrupt finds all of it or nothing
         self._progress = _Progress(self._progress.done + 1, digest, tuple(states))
-        assert self._resume is not None
-        if not self._resume.only_when_stopped and time.monotonic() >= self._next_save:
+        assert self._checkpoint is not None
+        if not self._checkpoint.only_when_stopped and time.monotonic() >= self._next_save:
             self._save()
 
     @property
     def _path(self) -> Path:
-        assert self._resume is not None
-        path = Path(self._resume.path)
+        assert self._checkpoint is not None
+        path = Path(self._checkpoint.path)
         return path if self.size == 1 else path.with_name(f"{path.name}.{self.rank}-of-{self.size}")
 
     def _save(self) -> None:
@@ -177,8 +179,8 @@ class Run:
 
     def _load(self) -> None:
         path = self._path
-        others = sorted(other.name for other in path.parent.glob(f"{Path(self._resume.path).name}*-of-*")
-                        if not other.name.endswith((f"-of-{self.size}", ".part"))) if self._resume else []
+        others = sorted(other.name for other in path.parent.glob(f"{Path(self._checkpoint.path).name}*-of-*")
+                        if not other.name.endswith((f"-of-{self.size}", ".part"))) if self._checkpoint else []
         if not path.exists():
             if others:
                 raise ValueError(f"resume: {others[0]} was written by another number of processes than these "
@@ -194,16 +196,6 @@ class Run:
             slot.load_state_dict(own)
         self._progress = _Progress(state["done"], state["digest"], tuple(_copy(own) for own in state["states"]))
         self._saved = self._progress.done
-
-
-def check(origin: Origin, samples: object, **options: object) -> None:
-    """Raise ValueError where one of the options of a run makes no sense: resume, process_group, fixed_order."""
-    for name, value in options.items():
-        if value and origin.gradient == "none":
-            raise ValueError(f"{name}: {origin.importance} reads the weights alone, in no time; leave it out")
-        if value and samples == "auto" and name != "resume":
-            raise ValueError(f'{name}: samples="auto" looks after each batch at all that was measured, which processes '
-                             "that share the work do not know; give a number of samples")
 
 
 def _check_alike(identity: Mapping[str, Any], process_group: distributed.ProcessGroup) -> None:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping
 from functools import partial
 from os import PathLike
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -14,13 +14,11 @@ from fastscore.graph.groups import ChannelGraph, Ignore, Units
 from fastscore.graph.tracing import trace
 from fastscore.modules.wrappers import unwrapped
 from fastscore.scoring import tokens
-from fastscore.scoring.criteria import gradient_importance
 from fastscore.scoring.gradients import classes_of
+from fastscore.scoring.options import Gradient, check_loop
 from fastscore.scoring.scores import Origin, Scores
 from fastscore.scoring.totals import Totals
 from fastscore.taps.passes import ForwardPass
-
-Gradient = Literal["loss", "random"]
 
 _FORM = "fastscore-scorer-1"
 
@@ -61,20 +59,9 @@ class Scorer:
                  ablation: str = "zero", layerwise: str = "none", seed: int = 0, distribution: str = "normal",
                  center: bool = False, sample_dims: int = 1, output: batches.Output | None = None,
                  forward: batches.Forward = batches.call_model, ignore: Ignore = ()) -> None:
-        if gradient not in ("loss", "random"):
-            raise ValueError(f"gradient: {gradient!r} is neither 'loss' nor 'random'")
-        criterion = gradient_importance(importance, reduction, ablation)
-        if criterion.filters and gradient == "loss" and normalize:
-            raise ValueError(f"normalize: {importance!r} reads the weight gradients of whole batches, where samples "
-                             "cannot be told apart: use normalize=False, or fastscore.score, which scales the loss's "
-                             "gradient itself")
-        tokens.check(sample_dims)
-        if sample_dims > 1 and gradient == "loss" and normalize:
-            raise ValueError(f"normalize: with sample_dims={sample_dims} what reaches one token comes from all of "
-                             "them, and cannot be divided by the length of one's gradient: use normalize=False, or "
-                             "fastscore.score, which scales the loss's gradient itself")
         origin = Origin(importance, reduction, gradient, normalize, seed, distribution, "", units, ablation, layerwise,
                         center, sample_dims)
+        check_loop(origin)
         model = unwrapped(model)
         self._outputs = batches.output_selector(output)
         graph = example_inputs if isinstance(example_inputs, ChannelGraph) else \
@@ -82,17 +69,17 @@ class Scorer:
         self._totals = Totals(model, graph, origin, ignore)
         self._taps = self._totals.taps(partial(_read, self._totals) if gradient == "loss" else None, self._outputs)
 
-    def attach(self) -> None:
-        """Set the taps. Raises RuntimeError when they are set already."""
+    def attach(self) -> "Scorer":
+        """Set the taps; returns the scorer. Raises RuntimeError when they are set already."""
         self._taps.attach()
+        return self
 
     def detach(self) -> None:
         """Remove the taps; what they have measured stays."""
         self._taps.detach()
 
     def __enter__(self) -> "Scorer":
-        self.attach()
-        return self
+        return self.attach()
 
     def __exit__(self, *exception: object) -> None:
         self.detach()

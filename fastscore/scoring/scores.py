@@ -3,16 +3,19 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastscore import files
-from fastscore.fastpath.prepare import Plan
 from fastscore.graph.groups import Units
 from fastscore.scoring import criteria as importances
 from fastscore.scoring.gradients import DISTRIBUTIONS
 from fastscore.scoring.weights import WEIGHT_IMPORTANCES
+
+if TYPE_CHECKING:  # only the type of a field that passes through
+    from fastscore.fastpath.plan import Plan
 
 _FORMAT = "fastscore-scores-3"
 _TENSORS = ("totals", "means", "half_totals")  # the fields that a file holds as tensors
@@ -42,7 +45,7 @@ class Origin:
 
     def __post_init__(self) -> None:
         plain = (self.reduction, self.ablation) == ("sum", "zero")
-        weights = plain and self.importance in WEIGHT_IMPORTANCES
+        weights = plain and self.importance in WEIGHT_IMPORTANCES and self.gradient == "none"
         if not weights:
             importances.gradient_importance(self.importance, self.reduction, self.ablation)
         choices: dict[str, tuple[str, ...]] = {
@@ -51,6 +54,9 @@ class Origin:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
+        if self.sample_dims not in (1, 2):
+            raise ValueError(f"sample_dims: {self.sample_dims!r}; it is 1 (each example is a sample) or 2 (each token "
+                             "is)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +81,7 @@ class Scores(Mapping[str, Tensor]):
     half_totals: Mapping[str, Tensor] = field(default_factory=dict)
     half_passes: int = 0
     zero_gradients: int = 0
-    plan: Plan | None = None
+    plan: "Plan | None" = None
 
     def __getitem__(self, layer: str) -> Tensor:
         if layer not in self.totals:

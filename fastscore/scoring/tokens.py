@@ -78,18 +78,6 @@ def loss_gradient(output: Tensor, batch: Any, loss: gradients.Loss | None, how: 
     return ops.normalize_gradient(gradient.flatten(0, how.sample_dims - 1))[0].reshape(output.shape)
 
 
-def check(sample_dims: object, probes: object = 1, compile: bool = False) -> None:
-    """Raise ValueError for what cannot be told apart by token."""
-    if sample_dims not in (1, 2):
-        raise ValueError(f"sample_dims: {sample_dims!r}; it is 1 (each example is a sample) or 2 (each token is)")
-    if sample_dims == 2 and probes == "exact":
-        raise ValueError('probes: "exact" sends the same gradient from all tokens at once, which then cannot be told '
-                         "apart; use a number of probes")
-    if sample_dims == 2 and compile:
-        raise ValueError("compile: it makes room for a batch's examples, not for their tokens (sample_dims=2); use "
-                         "compile=False")
-
-
 def _along(valid: Tensor, x: Tensor) -> Tensor:
     """bool [N, T] in a shape that broadcasts over x [N, T, ...]."""
     return valid.to(x.device).reshape(*valid.shape, *[1] * (x.dim() - 2))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore import Scorer
-from fastscore.fastpath.prepare import Plan
+from fastscore.fastpath.plan import Plan
 
 
 def rank_correlation(one: fastscore.Scores, other: fastscore.Scores) -> float:

@@ -17,7 +17,7 @@ from workers import IMAGES, RESIDUAL, WAYS, WORKERS, drop_in
 import fastscore
 from fastscore import cli
 from fastscore.cli.processes import ProcessLostError, group, own_device, rank_and_world_size
-from fastscore.scoring.runs import Run
+from fastscore.scoring.options import Persistence
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
@@ -131,7 +131,7 @@ def test_more_processes_than_the_fixed_order_is_for(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(distributed, "get_rank", lambda group: 0)
     with pytest.raises(ValueError, match="fixed_order: it is for up to 64 processes, and these are 65"):
-        Run(None, {}, None, [], iter, process_group=Many(), fixed_order=True)  # type: ignore[arg-type]
+        Persistence(process_group=Many(), fixed_order=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("rank", "size", "expected"), [(None, None, (0, 1)), ("1", "4", (1, 4)), ("0", "1", (0, 1))])

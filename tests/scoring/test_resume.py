@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore import Scorer, Scores, files
+from fastscore.scoring import options as scoring_options
 from fastscore.scoring import runs
-from fastscore.scoring.runs import Checkpoint
+from fastscore.scoring.options import Checkpoint
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 RESIDUAL = NETWORKS["residual"]
@@ -137,7 +138,7 @@ def test_more_batches_than_before(tmp_path: Path) -> None:
 
 
 def test_as_many_samples_as_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastscore.scoring.engine, "AUTO_LEAST", 4)
+    monkeypatch.setattr(scoring_options, "AUTO_LEAST", 4)
     batches = RESIDUAL.inputs(64).split(2)
     whole = score(batches, samples="auto", agreement=(0.3, 0.5))
     assert 4 <= whole.samples < 64

@@ -1,0 +1,65 @@
+"""The plan of a fast pass: what is changed in an evaluation copy, and where each tap stands."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fastscore.fastpath.packed_layers import ClampBounds
+from fastscore.taps.gates import TapPoint
+
+
+@dataclass(frozen=True)
+class PlannedTap:
+    """Where a tap stands. layer: whose input (output, for the gate of a BatchNorm) it measures. reads: shape of what it
+    reads of one sample. bytes: of that, activation and gradient together. note: what spares it reading more."""
+
+    layer: str
+    reads: tuple[int, ...]
+    bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is scored; str() is a table.
+
+    taps: where each stands. folded: BatchNorm -> the layer that it was folded into. not_folded: BatchNorm -> why it was
+    not. packed: layers whose weights were prepacked for both directions -> the bounds of the clamp (ReLU, ...) that
+    they end in, or None. not_packed: Conv2d and Linear that run as they are -> why.
+    precision: of the forward and backward pass; sums are float32 or wider. layout: memory format of the activations.
+    compiled: whether torch.compile has made the forward and backward pass.
+    """
+
+    taps: tuple[PlannedTap, ...]
+    folded: Mapping[str, str] = field(default_factory=dict)
+    not_folded: Mapping[str, str] = field(default_factory=dict)
+    packed: Mapping[str, ClampBounds | None] = field(default_factory=dict)
+    not_packed: Mapping[str, str] = field(default_factory=dict)
+    precision: str = "float32"
+    layout: str = "contiguous"
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        every = sum(tap.bytes for tap in self.taps)
+        rows = [("tap", "reads", "KiB", ""),
+                *((tap.layer, "x".join(map(str, tap.reads)), f"{tap.bytes / 1024:.1f}", tap.note)
+                  for tap in self.taps)]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = [f"{self.precision}, {self.layout}{', compiled' if self.compiled else ''}; {len(self.taps)} taps read "
+                 f"{every / 2**20:.2f} MiB for each sample; {len(self.folded)} BatchNorms folded; {len(self.packed)} "
+                 f"layers packed, {sum(bounds is not None for bounds in self.packed.values())} of them with a clamp"]
+        lines += [f"{name}: not folded: {reason}" for name, reason in self.not_folded.items()]
+        lines += [f"{name}: not packed: {reason}" for name, reason in self.not_packed.items()]
+        lines += [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip()
+                  for row in rows]
+        return "\n".join(lines)
+
+
+def planned_tap(layer: str, point: TapPoint, shape: tuple[int, ...], dtype: torch.dtype) -> PlannedTap:
+    """The tap of `layer` at `point`, where a sample of what stands there has that shape and dtype."""
+    reads = tuple(len(range(size)[window]) for size, window in zip(shape, point.window[1:], strict=True)) \
+        if point.window else shape
+    note = f"before {point.module}" if point.module else "what its stride reads" if point.window else ""
+    return PlannedTap(layer, reads, 2 * math.prod(reads) * dtype.itemsize, note)
