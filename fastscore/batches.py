@@ -1,6 +1,5 @@
 """How a batch reaches a model: tensors, (input, ...) tuples, or dicts of keyword arguments."""
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -178,9 +177,3 @@ def to_channels_last(batch: Batch) -> Batch:
 def to_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
     """The floating-point tensors of a batch, or a tensor, in `dtype`."""
     return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, batch)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter or buffer; the CPU for a model without any."""
-    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if tensor is None else tensor.device

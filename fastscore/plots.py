@@ -1,19 +1,16 @@
-"""Pictures of scores and of pruned models. Needs matplotlib (the extra `plot`)."""
+"""Pictures of scores, and what every picture shares. Needs matplotlib (the extra `plot`)."""
 
 import math
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fastscore.pruning.report import PruneReport
-
 COLOUR, REMOVED = "#0b6e99", "#d9730d"
-_LABELLED_LAYERS = 60  # more names than this do not fit under an axis
+LABELLED_LAYERS = 60  # more names than this do not fit under an axis
 
 
 def figure(width: float = 6.4, height: float = 4.8) -> Any:
@@ -58,7 +55,7 @@ def importances(scores: Mapping[str, Tensor], path: str | PathLike[str], fractio
     axes.set_yscale("log")
     axes.set_ylabel("importance of a channel")
     axes.set_xlim(-0.7, len(layers) - 0.3)
-    if len(layers) <= _LABELLED_LAYERS:
+    if len(layers) <= LABELLED_LAYERS:
         axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
     else:
         axes.set_xlabel(f"{len(layers)} layers, from input to output")
@@ -67,41 +64,6 @@ def importances(scores: Mapping[str, Tensor], path: str | PathLike[str], fractio
     axes.set_title("a dot for each channel, a bar at the median" + ("; red: how many are zero" if zeros else "")
                    + (f"; orange: the {count:,} lowest, {fraction:.0%} of all" if count else ""), fontsize=9)
     plain(axes)
-    drawing.savefig(path, dpi=150)
-
-
-def pruning(report: "PruneReport", path: str | PathLike[str]) -> None:
-    """Draw each layer's channels and MACs, layers from input to output: what was there, and what remains of it.
-
-    With a latency budget, also the measured share of the time against the share of the MACs, for each model tried.
-    """
-    rows, curve = report.groups, report.candidates
-    drawing = figure(min(max(6.4, 2 + 0.3 * len(rows)), 18), 7.2 if not curve else 10.2)
-    panels = drawing.subplots(2 + bool(curve))
-    for axes, unit, name in ((panels[0], "channels", "channels"), (panels[1], "macs", "MACs of one sample")):
-        before, after = ([getattr(row, unit)[side] for row in rows] for side in (0, 1))
-        axes.bar(range(len(rows)), before, color=COLOUR, alpha=0.25, label="before")
-        axes.bar(range(len(rows)), after, color=COLOUR, label="after")
-        whole = getattr(report, unit)
-        axes.set_title(f"{name}: {whole[1]:,} of {whole[0]:,} remain ({whole[1] / max(whole[0], 1):.1%})", fontsize=9)
-        axes.set_xlim(-0.7, len(rows) - 0.3)
-        axes.set_xticks([])
-        axes.set_axisbelow(True)
-        plain(axes)
-    panels[0].legend(fontsize=8, frameon=False)
-    if len(rows) <= _LABELLED_LAYERS:
-        panels[1].set_xticks(range(len(rows)), [row.layer for row in rows], rotation=90, fontsize=7)
-    else:
-        panels[1].set_xlabel(f"{len(rows)} layers, from input to output")
-    if curve:
-        panels[2].errorbar([tried.macs for tried in curve], [tried.timing.share for tried in curve],
-                           [tried.timing.uncertainty for tried in curve], fmt="o-", color=COLOUR, markersize=4)
-        chosen = [tried for tried in curve if tried.chosen]
-        panels[2].plot([tried.macs for tried in chosen], [tried.timing.share for tried in chosen], "o",
-                       color=REMOVED, zorder=3)
-        panels[2].set_title("measured share of the time against the share of the MACs; orange: the one returned",
-                            fontsize=9)
-        plain(panels[2])
     drawing.savefig(path, dpi=150)
 
 

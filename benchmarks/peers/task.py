@@ -57,8 +57,8 @@ class Task:
         shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=not frozen)
                                   for p in self.model.parameters()}
         model = copy.deepcopy(self.model, shared)
-        for handle in multihead_attention.stand_in(model) if hookable else ():
-            handle.keep()
+        for handle in multihead_attention.replace_attention(model) if hookable else ():
+            handle.make_permanent()
         return model
 
     def loss(self, model: nn.Module, reduction: str = "mean") -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import ops
-from fastscore.batches import device_of
 from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.inspection import device_of
 from fastscore.scoring.engine import score
 
 SHAPE = (16, 64, 56, 56)  # [N, C, H, W]: 12.8 MB of float32 for each of two tensors, more than most caches hold

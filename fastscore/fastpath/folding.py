@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.modules.evaluation_copy import hooked, parametrized
+from fastscore.modules.inspection import hooked, parametrized
 
 # exact types: a subclass may do anything
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

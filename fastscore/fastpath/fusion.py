@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastscore.fastpath import packed_layers
 from fastscore.fastpath.fused_taps import clamped, packed
 from fastscore.fastpath.packed_layers import ClampBounds
-from fastscore.modules.evaluation_copy import parametrized
+from fastscore.modules.inspection import parametrized
 from fastscore.modules.multihead_attention import MultiheadAttention, SequenceFirstLinear
 from fastscore.taps.taps import Taps
 

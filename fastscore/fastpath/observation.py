@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastscore.batches import Batch, Forward
 from fastscore.fastpath.fusion import CLAMPS, clamp_bounds
 from fastscore.fastpath.packed_layers import ClampBounds
-from fastscore.modules.evaluation_copy import hooked
+from fastscore.modules.inspection import hooked
 from fastscore.taps.gates import TapPoint
 from fastscore.taps.measures import SUMS
 from fastscore.taps.taps import Taps

@@ -6,7 +6,6 @@ are is known by name; every guess is tried: the module, with random weights, mus
 """
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from fastscore.graph import heads, surgery
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.inspection import parameter_owners, parametrized, shares_parameters
 
 _Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -67,7 +67,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[tuple[Chann
     if not guesses:
         return (), {}
     calls = _calls(model, guesses, run)
-    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    owners = parameter_owners(model)
     groups, skipped = [], {}
     for name, found in guesses.items():
         if name not in calls:
@@ -203,9 +203,9 @@ def _computed(module: nn.Module, group: ChannelGroup, owners: Mapping[int, int])
     for member in group.members:
         layer = module.get_submodule(member.layer)
         shown = member.layer or type(module).__name__
-        if nn.utils.parametrize.is_parametrized(layer) or "weight" in vars(layer):
+        if parametrized(layer):
             return f"the weight of {shown} is computed (a parametrization): remove it first"
-        if any(owners[id(parameter)] > 1 for parameter in layer._parameters.values() if parameter is not None):
+        if shares_parameters(layer, owners):
             return f"{shown} shares its weight with another layer"
     return None
 

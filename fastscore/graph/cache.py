@@ -21,21 +21,21 @@ _known: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, weakref.ref[Any], Chann
     weakref.WeakKeyDictionary()
 
 
-def recall(model: nn.Module, example_inputs: Batch, forward: Forward) -> ChannelGraph | None:
+def get(model: nn.Module, example_inputs: Batch, forward: Forward) -> ChannelGraph | None:
     """The graph of a model that was traced before and is what it was; None for any other."""
-    mark, called, graph = _known.get(model, (None, None, None))
-    if called is None or called() is not forward or mark != _mark(model, example_inputs):
+    fingerprint, called, graph = _known.get(model, (None, None, None))
+    if called is None or called() is not forward or fingerprint != _fingerprint(model, example_inputs):
         return None
     return graph
 
 
-def remember(model: nn.Module, example_inputs: Batch, forward: Forward, graph: ChannelGraph) -> None:
+def put(model: nn.Module, example_inputs: Batch, forward: Forward, graph: ChannelGraph) -> None:
     """Keep the graph for as long as the model lives; neither it nor `forward` is kept alive by this."""
     with suppress(TypeError):  # what cannot be referred to weakly is traced anew each time
-        _known[model] = _mark(model, example_inputs), weakref.ref(forward), graph
+        _known[model] = _fingerprint(model, example_inputs), weakref.ref(forward), graph
 
 
-def _mark(model: nn.Module, example_inputs: Batch) -> Any:
+def _fingerprint(model: nn.Module, example_inputs: Batch) -> Any:
     """Equal for a model, and a batch of any number of samples, between which the graph cannot have changed."""
     shapes: list[Any] = []
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.graph import index_maps
+from fastscore.graph.index_maps import IndexMap
 
 OPTYPE = tp.ops.OPTYPE
 # What a group may pass through, and the part it plays there. A depthwise convolution and a normalisation work on each
@@ -20,16 +21,17 @@ LAYERS = {OPTYPE.CONV, OPTYPE.LINEAR}
 TRANSPARENT = {OPTYPE.ELEMENTWISE, OPTYPE.CONCAT, OPTYPE.SPLIT, OPTYPE.RESHAPE, OPTYPE.UNBIND, OPTYPE.EXPAND,
                OPTYPE.SLICE}
 
-# (node, pruning function) -> int64 [M], ascending: where channels of the root lie in the node's output or input, as
-# fastscore.graph.index_maps has it
-Places: TypeAlias = Mapping[tuple[Any, Any], np.ndarray]
+# (node, pruning function) -> int64 [M], ascending: where channels of the root lie in the node's output or input, in
+# the form of fastscore.graph.index_maps
+Positions: TypeAlias = Mapping[tuple[Any, Any], np.ndarray]
 
 
 class Graph(tp.DependencyGraph):  # type: ignore[misc]
     """Torch-Pruning's graph of a model, whose dependencies know how channels move along them.
 
     Torch-Pruning guesses widths from the neighbours, wrongly or for hours where much is rearranged; autograd knows the
-    shape of every tensor. A dependency's index_mapping holds the moves from its source to its target.
+    shape of every tensor. A dependency's index_mapping holds the functions that positions go through from its source to
+    its target.
     """
 
     def build(self, model: nn.Module, run: Callable[[nn.Module, Any], list[Tensor]]) -> None:
@@ -54,19 +56,19 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
             vars(node).clear()
         self.module2node.clear()
 
-    def places_of(self, root: Any) -> tuple[Places, str | None]:
+    def positions_of(self, root: Any) -> tuple[Positions, str | None]:
         """Where the channels that `root` makes lie, everywhere; or as far as what keeps them from being removed, and
         what that is."""
         pruner = self.get_pruner_of_module(root.module)
         channels = np.arange(pruner.get_out_channels(root.module))
-        places: dict[tuple[Any, Any], np.ndarray] = {}
+        positions: dict[tuple[Any, Any], np.ndarray] = {}
         work = [(root, pruner.prune_out_channels, channels << 32 | channels)]
         obstacle = None
         while work and obstacle is None:
             node, function, arrived = work.pop()
-            known = places.get((node, function))
+            known = positions.get((node, function))
             if known is None:
-                new = places[node, function] = arrived
+                new = positions[node, function] = arrived
                 obstacle = self._obstacle(node, function)
             else:
                 if len(arrived) == len(known) and (arrived == known).all():
@@ -74,25 +76,25 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
                 new = np.setdiff1d(arrived, known, assume_unique=True)
                 if not len(new):
                     continue
-                places[node, function] = np.union1d(known, new)
+                positions[node, function] = np.union1d(known, new)
             for dependency in node.dependencies:
                 if dependency.is_triggered_by(function):
                     onward = new
-                    for move in dependency.index_mapping:
-                        onward = move(onward)
+                    for follow in dependency.index_mapping:
+                        onward = follow(onward)
                     if len(onward):
                         work.append((dependency.target, dependency.handler, onward))
-        return places, obstacle
+        return positions, obstacle
 
-    def chunks(self, places: Places) -> Iterator[tuple[int, np.ndarray]]:
-        """(width of a part, places) for each split of the channels into equal parts."""
-        return ((node.grad_fn._saved_split_size, at) for (node, _), at in places.items()
+    def chunks(self, positions: Positions) -> Iterator[tuple[int, np.ndarray]]:
+        """(width of a part, positions) for each split of the channels into equal parts."""
+        return ((node.grad_fn._saved_split_size, at) for (node, _), at in positions.items()
                 if node.type == OPTYPE.SPLIT and hasattr(node.grad_fn, "_saved_split_size") and self._cuts(node))
 
-    def chunks_others(self, places: Places) -> bool:
-        """Whether channels that are not among `places` are split into equal parts together with those that are."""
+    def chunks_others(self, positions: Positions) -> bool:
+        """Whether channels that are not among `positions` are split into equal parts together with those that are."""
         return any(len(np.unique(at >> 32)) < node.grad_fn._saved_self_sym_sizes[self._dims[node]]
-                   for (node, _), at in places.items()
+                   for (node, _), at in positions.items()
                    if node.type == OPTYPE.SPLIT and hasattr(node.grad_fn, "_saved_split_size") and self._cuts(node))
 
     @property
@@ -116,7 +118,7 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         fixed = node.type == OPTYPE.SLICE or hasattr(node.grad_fn, "_saved_split_sizes") or (
             node.type == OPTYPE.SPLIT and any(node.grad_fn is function for function in self._fixed_splits))
         if fixed and self._cuts(node):
-            return f"its channels are cut at places that the model's code fixes ({node.grad_fn.name()})"
+            return f"its channels are cut at positions that the model's code fixes ({node.grad_fn.name()})"
         if node.type == OPTYPE.DEPTHWISE_CONV and node.module.in_channels != node.module.out_channels:
             return f"{node.name} adds channels up in fixed sets"
         if node.type == OPTYPE.CONV and node.module.transposed and node.module.groups > 1:
@@ -159,34 +161,34 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         return dim if found is None else found[0]
 
     def _connect(self, node: Any) -> None:
-        """The dependencies between a node and its inputs, there and back, with their moves."""
+        """The dependencies between a node and its inputs, both ways, with their index maps."""
         pruner, begin = self.get_pruner_of_module(node.module), 0
         edges = [edge for edge in getattr(node.grad_fn, "next_functions", ()) if self._is_traced(edge[0])]
         # a module that is called twice has the inputs of all its calls, and the function of one
         for source, edge in itertools.zip_longest(node.inputs, edges[:len(node.inputs)]):
-            there = tp.dependency.Dependency(self.get_pruner_of_module(source.module).prune_out_channels,
+            forward = tp.dependency.Dependency(self.get_pruner_of_module(source.module).prune_out_channels,
                                              pruner.prune_in_channels, source, node)
-            back = tp.dependency.Dependency(there.handler, there.trigger, node, source)
-            passed: list[tuple[index_maps.Move, index_maps.Move]] = []
+            inverse = tp.dependency.Dependency(forward.handler, forward.trigger, node, source)
+            maps: list[IndexMap] = []
             if source.type == OPTYPE.SPLIT and self._cuts(source):
-                passed.append(_LOST if edge is None else _both(self._part(source, edge[1])))
+                maps.append(index_maps.Lost() if edge is None else self._part(source, edge[1]))
             if node.type == OPTYPE.CONCAT and self._cuts(node):
                 end = begin + index_maps.shape_of(*edge)[self._dims[node]]
-                passed.append(_both(index_maps.Stretch(begin, end))[::-1])
+                maps.append(index_maps.Inverse(index_maps.SliceMap(begin, end)))
                 begin = end
             elif node.type == OPTYPE.SLICE and self._cuts(node):
-                passed.append(_both(_slice(node.grad_fn, _shape(source)[self._dims[node]])))
+                maps.append(_slice(node.grad_fn, _shape(source)[self._dims[node]]))
             elif node.type == OPTYPE.RESHAPE and source in self._dims:
                 found = index_maps.view(self._dims[source], _shape(source), _shape(node))
-                passed += [(found[1].there, found[1].back)] if found is not None and found[1] else []
-            there.index_mapping = [forth for forth, _ in passed]
-            back.index_mapping = [home for _, home in reversed(passed)]
-            source.dependencies.append(there)
-            node.dependencies.append(back)
+                maps += [found[1]] if found is not None and found[1] else []
+            forward.index_mapping = [each.forward for each in maps]
+            inverse.index_mapping = [each.inverse for each in reversed(maps)]
+            source.dependencies.append(forward)
+            node.dependencies.append(inverse)
 
-    def _part(self, split: Any, number: int) -> index_maps.Stretch:
+    def _part(self, split: Any, number: int) -> index_maps.SliceMap:
         sizes = [index_maps.shape_of(split.grad_fn, part)[self._dims[split]] for part in range(number + 1)]
-        return index_maps.Stretch(sum(sizes[:-1]), sum(sizes))
+        return index_maps.SliceMap(sum(sizes[:-1]), sum(sizes))
 
     def _is_traced(self, function: Any) -> bool:
         return function is not None and ("AccumulateGrad" not in function.name() or any(
@@ -216,18 +218,7 @@ def _saved_dim(node: Any) -> int | None:
     return dims[0] if len(dims) == 1 else None
 
 
-def _slice(function: Any, size: int) -> index_maps.Stretch:
+def _slice(function: Any, size: int) -> index_maps.SliceMap:
     begin, end = (bound + size if bound < 0 else min(bound, size) for bound in
                   (function._saved_start, function._saved_end))
-    return index_maps.Stretch(begin, end, function._saved_step)
-
-
-def _both(stretch: index_maps.Stretch) -> tuple[index_maps.Move, index_maps.Move]:
-    return stretch.cut, stretch.put
-
-
-def _lose(places: np.ndarray) -> np.ndarray:
-    return places[:0]
-
-
-_LOST = (_lose, _lose)  # nobody knows where they went; the trial will see where they show
+    return index_maps.SliceMap(begin, end, function._saved_step)

@@ -56,6 +56,12 @@ class ChannelGroup:
         """The members that play one of `roles`."""
         return (member for member in self.members if member.role in roles)
 
+    def removed_at(self, channels: Tensor) -> Iterator[tuple[Member, Tensor]]:
+        """Each member, with the positions of it that go with `channels` (int64 [R]): int64, a part of its index."""
+        gone = torch.zeros(self.channels, dtype=torch.bool)
+        gone[channels] = True
+        return ((member, member.index[gone[member.channel]]) for member in self.members)
+
     @property
     def edges(self) -> Iterator[Member]:
         """The members where the channels end, and where activation meets gradient."""

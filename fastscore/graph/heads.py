@@ -45,8 +45,8 @@ def remove(module: nn.Module, index: Tensor) -> None:
 
     Parameters are new objects afterwards. The layers below it lose their channels elsewhere.
     """
-    for handle in multihead_attention.stand_in(module):  # PyTorch's own cannot be narrower than its embedding
-        handle.keep()
+    for handle in multihead_attention.replace_attention(module):  # PyTorch's own cannot be narrower than its embedding
+        handle.make_permanent()
     total = count(module)
     if total is None:
         return  # it takes as many heads as its layers make

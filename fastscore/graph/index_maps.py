@@ -1,23 +1,32 @@
 """How channels move from one operation to the next: read off the shapes and arguments that autograd keeps.
 
-A place is one integer, position << 32 | channel: the channel of a group's root, and its position along the dimension
-that holds channels. Moves take arrays of distinct places in ascending order to the like.
+A position is one integer, index << 32 | channel: the channel of a group's root, and its index along the dimension that
+holds channels. Maps take arrays of distinct positions in ascending order to the like.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 
-Move: TypeAlias = Callable[[np.ndarray], np.ndarray]
-CHANNEL = 0xFFFFFFFF
+CHANNEL = 0xFFFFFFFF  # the bits of a position that hold its channel
+
+
+class IndexMap(Protocol):
+    """How positions move through one operation; `inverse` leads back to where they came from."""
+
+    def forward(self, positions: np.ndarray) -> np.ndarray:
+        """From the operation's input to its output: int64 [M] -> int64 [M']."""
+
+    def inverse(self, positions: np.ndarray) -> np.ndarray:
+        """From the operation's output to its input: int64 [M'] -> int64 [M]."""
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Position p becomes outer x inner positions: repeat x (channels x inner) + p x inner + j for j < inner."""
+class ViewMap:
+    """Index p becomes outer x inner positions: repeat x (channels x inner) + p x inner + j for j < inner."""
 
     channels: int
     inner: int
@@ -26,37 +35,62 @@ class Steps:
     def __bool__(self) -> bool:
         return (self.inner, self.outer) != (1, 1)
 
-    def there(self, places: np.ndarray) -> np.ndarray:
+    def forward(self, positions: np.ndarray) -> np.ndarray:
         """From the input's dimension to the output's."""
-        first = (places >> 32) * self.inner
+        first = (positions >> 32) * self.inner
         step = np.arange(self.outer)[:, None] * self.channels * self.inner + np.arange(self.inner)
-        return np.unique(first[:, None] + step.reshape(1, -1) << 32 | (places & CHANNEL)[:, None])
+        return np.unique(first[:, None] + step.reshape(1, -1) << 32 | (positions & CHANNEL)[:, None])
 
-    def back(self, places: np.ndarray) -> np.ndarray:
+    def inverse(self, positions: np.ndarray) -> np.ndarray:
         """From the output's dimension to the input's."""
-        return np.unique((places >> 32) // self.inner % self.channels << 32 | places & CHANNEL)
+        return np.unique((positions >> 32) // self.inner % self.channels << 32 | positions & CHANNEL)
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Positions begin, begin + step, ... < end of the whole are 0, 1, ... of the part."""
+class SliceMap:
+    """Indices begin, begin + step, ... < end of the whole are 0, 1, ... of the part."""
 
     begin: int
     end: int
     step: int = 1
 
-    def cut(self, places: np.ndarray) -> np.ndarray:
+    def forward(self, positions: np.ndarray) -> np.ndarray:
         """From the whole to the part."""
-        if not len(places) or places[0] >> 32 >= self.end or places[-1] >> 32 < self.begin:
-            return places[:0]  # of all parts but one, mostly
-        position = (places >> 32) - self.begin
-        inside = (position >= 0) & (position < self.end - self.begin) & (position % self.step == 0)
-        moved: np.ndarray = position[inside] // self.step << 32 | places[inside] & CHANNEL
+        if not len(positions) or positions[0] >> 32 >= self.end or positions[-1] >> 32 < self.begin:
+            return positions[:0]  # of all parts but one, mostly
+        index = (positions >> 32) - self.begin
+        inside = (index >= 0) & (index < self.end - self.begin) & (index % self.step == 0)
+        moved: np.ndarray = index[inside] // self.step << 32 | positions[inside] & CHANNEL
         return moved
 
-    def put(self, places: np.ndarray) -> np.ndarray:
+    def inverse(self, positions: np.ndarray) -> np.ndarray:
         """From the part to the whole."""
-        return (places >> 32) * self.step + self.begin << 32 | places & CHANNEL
+        return (positions >> 32) * self.step + self.begin << 32 | positions & CHANNEL
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """A map the other way round: a concatenation does what a slice undoes."""
+
+    of: IndexMap
+
+    def forward(self, positions: np.ndarray) -> np.ndarray:
+        """From the output of `of` to its input."""
+        return self.of.inverse(positions)
+
+    def inverse(self, positions: np.ndarray) -> np.ndarray:
+        """From the input of `of` to its output."""
+        return self.of.forward(positions)
+
+
+class Lost:
+    """Where nobody knows where positions go; verification sees where they show."""
+
+    def forward(self, positions: np.ndarray) -> np.ndarray:
+        """No position."""
+        return positions[:0]
+
+    inverse = forward
 
 
 def shape_of(function: Any, output: int = 0) -> tuple[int, ...]:
@@ -74,13 +108,13 @@ def saved_dims(function: Any, name: str, dims: int) -> list[int]:
     return [dim + dims if dim < 0 else dim for dim in wrapped if dim is not None]
 
 
-def view(dim: int, before: Sequence[int], after: Sequence[int]) -> tuple[int, Steps] | None:
-    """(the dimension that holds the channels of `dim` after a view, their move); None where more than one does."""
+def view(dim: int, before: Sequence[int], after: Sequence[int]) -> tuple[int, ViewMap] | None:
+    """(the dimension that holds the channels of `dim` after a view, their map); None where more than one does."""
     channels, inner = before[dim], math.prod(before[dim + 1:])
-    for there, size in enumerate(after):
-        inside = math.prod(after[there + 1:])
+    for at, size in enumerate(after):
+        inside = math.prod(after[at + 1:])
         if inside and inner % inside == 0 and size * inside % max(channels * inner, 1) == 0:
-            return there, Steps(channels, inner // inside, size * inside // max(channels * inner, 1))
+            return at, ViewMap(channels, inner // inside, size * inside // max(channels * inner, 1))
     return None
 
 

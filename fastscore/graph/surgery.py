@@ -24,11 +24,9 @@ def removed_indices(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor
     """Where the channels of `removed` (group -> int64 [R]) lie in each layer."""
     indices: dict[tuple[str, Side], list[Tensor]] = defaultdict(list)
     for group in groups:
-        if len(channels := removed.get(group.name, ())):
-            gone = torch.zeros(group.channels, dtype=torch.bool)
-            gone[channels] = True
-            for member in group.members:
-                indices[member.layer, _SIDES[member.role]].append(member.index[gone[member.channel]])
+        if group.name in removed:
+            for member, index in group.removed_at(removed[group.name]):
+                indices[member.layer, _SIDES[member.role]].append(index)
     return {key: index for key, parts in indices.items() if len(index := torch.cat(parts).unique())}
 
 
@@ -43,8 +41,8 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
         layer = model.get_submodule(name)
         if side == "heads":
             heads.remove(layer, index)
-            for handle in multihead_attention.stand_in(model, called=()):
-                handle.keep()
+            for handle in multihead_attention.replace_attention(model, called=()):
+                handle.make_permanent()
             continue
         surgeon = surgeons[name]
         (surgeon.prune_in_channels if side == "inputs" else surgeon.prune_out_channels)(layer, index.tolist())

@@ -1,6 +1,5 @@
 """Finding the channel groups of a model, through Torch-Pruning's dependency graph, and trying them on the model."""
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,8 +13,9 @@ from fastscore import batches
 from fastscore.graph import attention, cache, dependencies, index_maps, training_only, verification
 from fastscore.graph.dependencies import CHANNELWISE, LAYERS
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member, Role
-from fastscore.modules.activation_checkpoints import without_checkpoints
 from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.inspection import device_of, parameter_owners, parametrized, shares_parameters
+from fastscore.modules.wrappers import without_checkpoints
 from fastscore.rng import fork_rng
 
 
@@ -26,7 +26,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch,
     A model that was traced before, and is what it was, is not traced again: see fastscore.graph.cache.
     Raises ValueError when the model cannot run on the example inputs, TypeError when it returns no tensor.
     """
-    known = cache.recall(model, example_inputs, forward)
+    known = cache.get(model, example_inputs, forward)
     if known is not None:
         return known
     eval_model = evaluation_copy(model)
@@ -41,18 +41,19 @@ def trace(model: nn.Module, example_inputs: batches.Batch,
             return [output for output in batches.floating_tensors(forward(model, example_inputs))
                     if output.requires_grad or not torch.is_grad_enabled()]
 
-    with torch.enable_grad(), without_checkpoints(), fork_rng(batches.device_of(model)):
+    with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)):
         found, ran, explained = _traced(eval_model, run)
-        idle = training_only.layers(eval_model) - ran
-        if idle:
+        inactive = training_only.callable_layers(eval_model) - ran
+        if inactive:
             try:
                 more, ran_in_training, explained_then = _traced(eval_model, run_as_in_training)
             except (ValueError, TypeError):
                 ran_in_training = set()
             if ran <= ran_in_training:
-                found, idle, explained = training_only.without(more, idle), idle - ran_in_training, explained_then
-    graph = training_only.named(found, idle - explained)
-    cache.remember(model, example_inputs, forward, graph)
+                found, explained = training_only.drop_unread(more, inactive), explained_then
+                inactive = inactive - ran_in_training
+    graph = training_only.with_skip_reasons(found, inactive - explained)
+    cache.put(model, example_inputs, forward, graph)
     return graph
 
 
@@ -83,16 +84,16 @@ def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> 
     heads, left = attention.find(eval_model, whole)
     found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording.first_layers), heads)
     graph.release()
-    strays = verification.strays(recording, found.groups)
+    leaks = verification.leaks(recording, found.groups)
     reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
-               for group, where in strays.items()}
-    return replace(found, groups=tuple(group for group in found.groups if group.name not in strays),
+               for group, where in leaks.items()}
+    return replace(found, groups=tuple(group for group in found.groups if group.name not in leaks),
                    skipped={**found.skipped, **reasons, **left}), recording.layers_that_ran, set(left)
 
 
 def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGroup]) -> ChannelGraph:
     """The graph with groups of heads, in order of their layers."""
-    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     return replace(graph, groups=tuple(sorted([*graph.groups, *heads], key=lambda group: order[group.name])))
 
 
@@ -104,17 +105,17 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
     seen = set(taken["producer"])
     called_otherwise = set[str]().union(*taken.values())  # by an attention's own function
     layers = dict(model.named_modules())
-    owners = Counter(id(parameter) for module in layers.values() for parameter in module._parameters.values())
+    owners = parameter_owners(model)
     for name, module in layers.items():
         node = graph.module2node.get(module)
         if node is None and tp.ops.module2type(module) in LAYERS and name not in called_otherwise:
             skipped[name] = "the output does not depend on it"
         if node is None or node.type not in LAYERS or name in seen:
             continue
-        places, reason = graph.places_of(node)
-        members = [member for key in places if (member := _member(graph, key, places[key])) is not None]
+        positions, reason = graph.positions_of(node)
+        members = [member for key in positions if (member := _member(graph, key, positions[key])) is not None]
         producers = [member.layer for member in members if member.role == "producer"]
-        if reason is None and graph.chunks_others(places):
+        if reason is None and graph.chunks_others(positions):
             skipped[name] = "its channels are cut into equal parts together with others (SplitBackward0)"
             continue  # the layer that makes all of them may come yet
         seen.update(producers)
@@ -123,7 +124,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
              if member.layer in taken.get(member.role, ())), None)
         if reason is None:
             channels = graph.get_out_channels(module)
-            unit = _units(layers, channels, members, graph.chunks(places))
+            unit = _units(layers, channels, members, graph.chunks(positions))
             if int(unit.max()) > 0:
                 groups.append(ChannelGroup(name, channels, unit, tuple(_first_channel_of_each_index(members))))
                 for producer in producers:
@@ -134,7 +135,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
     return ChannelGraph(tuple(groups), skipped, graph.normalized_by)
 
 
-def _member(graph: Any, key: tuple[Any, Any], places: np.ndarray) -> Member | None:
+def _member(graph: Any, key: tuple[Any, Any], positions: np.ndarray) -> Member | None:
     node, function = key
     if node.type in CHANNELWISE:
         role: Role = "channelwise"
@@ -142,7 +143,7 @@ def _member(graph: Any, key: tuple[Any, Any], places: np.ndarray) -> Member | No
         role = "consumer" if function == graph.get_pruner_of_module(node.module).prune_in_channels else "producer"
     else:
         return None
-    index, channel = torch.from_numpy(places >> 32), torch.from_numpy(places & index_maps.CHANNEL)
+    index, channel = torch.from_numpy(positions >> 32), torch.from_numpy(positions & index_maps.CHANNEL)
     return Member(graph._module2name[node.module], role, index, channel)
 
 
@@ -162,12 +163,12 @@ def _why_not(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         width = _width(layer, member.role)
         if width is not None and int(member.index.max()) >= width:
             return f"their number changes on the way to {member.layer}"
-        if nn.utils.parametrize.is_parametrized(layer) or "weight" in vars(layer):
+        if parametrized(layer):
             return f"the weight of {member.layer} is computed (a parametrization): remove it first"
         own = [name for name in layer._parameters if name not in ("weight", "bias")]
         if own:
             return f"{member.layer} has a parameter {own[0]} besides weight and bias, which cannot lose channels yet"
-        if any(owners[id(parameter)] > 1 for parameter in layer._parameters.values() if parameter is not None):
+        if shares_parameters(layer, owners):
             return f"{member.layer} shares its weight with another layer"
         if width is not None and _sections(layer, member.role) > 1 and len(member.index) < width:
             return f"{member.layer} is grouped and works on other channels too"
@@ -189,21 +190,21 @@ def _units(layers: Mapping[str, nn.Module], channels: int, members: list[Member]
         low, high = sorted((root(one), root(other)))
         parent[high] = low
 
-    def same_place(period: int, places: Iterable[Sequence[int]]) -> None:
+    def same_position(period: int, positions: Iterable[Sequence[int]]) -> None:
         first_at: dict[int, int] = {}
-        for position, channel in places:
+        for position, channel in positions:
             tie(first_at.setdefault(position % period if period else position, channel), channel)
 
     for member in members:
         layer = layers[member.layer]
-        # A grouped convolution (or norm) keeps its groups equally wide, so the same place in each goes at once.
+        # A grouped convolution (or norm) keeps its groups equally wide, so the same number in each goes at once.
         sections = _sections(layer, member.role)
         width = _width(layer, member.role)
         period = width // sections if width is not None and sections > 1 else 0
         if period or (member.index[1:] == member.index[:-1]).any():  # sorted: equal positions are neighbours
-            same_place(period, zip(member.index.tolist(), member.channel.tolist(), strict=True))
-    for width, places in chunks:  # chunk() takes equal parts of whatever is left
-        same_place(width, zip((places >> 32).tolist(), (places & index_maps.CHANNEL).tolist(), strict=True))
+            same_position(period, zip(member.index.tolist(), member.channel.tolist(), strict=True))
+    for width, positions in chunks:  # chunk() takes equal parts of whatever is left
+        same_position(width, zip((positions >> 32).tolist(), (positions & index_maps.CHANNEL).tolist(), strict=True))
     roots = [root(channel) for channel in range(channels)]
     number = {value: i for i, value in enumerate(sorted(set(roots)))}
     return torch.tensor([number[value] for value in roots], dtype=torch.int64)
@@ -224,7 +225,7 @@ def _width(layer: nn.Module, role: Role) -> int | None:
 def _first_channel_of_each_index(members: list[Member]) -> Iterator[Member]:
     """Members with each position named once: where tied channels meet, the lowest stands for them."""
     for member in members:
-        first = member.index[1:] != member.index[:-1]  # places are sorted by (index, channel)
+        first = member.index[1:] != member.index[:-1]  # positions are sorted by (index, channel)
         if first.all():
             yield member
             continue

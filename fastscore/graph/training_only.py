@@ -11,7 +11,7 @@ from fastscore.graph.dependencies import LAYERS
 from fastscore.graph.groups import ChannelGraph
 
 
-def layers(model: nn.Module) -> set[str]:
+def callable_layers(model: nn.Module) -> set[str]:
     """The layers of a model that run when they are called; those within PyTorch's own attention are not."""
     within = {id(part) for module in model.modules() if isinstance(module, nn.MultiheadAttention)
               for part in module.children()}
@@ -33,18 +33,18 @@ def as_in_training(model: nn.Module) -> Iterator[None]:
             module.training = False
 
 
-def without(graph: ChannelGraph, idle: set[str]) -> ChannelGraph:
-    """The graph less the groups that `idle` layers alone read: in evaluation mode there is nothing to measure."""
+def drop_unread(graph: ChannelGraph, inactive: set[str]) -> ChannelGraph:
+    """The graph less the groups that `inactive` layers alone read: in evaluation mode there is nothing to measure."""
     unread = {group.name: "it is read by layers that run in training alone" for group in graph.groups
-              if all(member.layer in idle for member in group.role("consumer"))}
+              if all(member.layer in inactive for member in group.role("consumer"))}
     return replace(graph, groups=tuple(group for group in graph.groups if group.name not in unread),
                    skipped={**graph.skipped, **unread})
 
 
-def named(graph: ChannelGraph, idle: Iterable[str]) -> ChannelGraph:
+def with_skip_reasons(graph: ChannelGraph, inactive: Iterable[str]) -> ChannelGraph:
     """The graph, with a word on each layer that never ran, but for those whose heads an attention reads without calling
     them."""
     known = {member.layer for group in graph.groups if any(group.role("heads")) for member in group.members}
     return replace(graph, skipped={**graph.skipped, **{
         layer: "it does not run on example_inputs: if it reads channels that are removed, it will not fit them"
-        for layer in sorted(set(idle) - known)}})
+        for layer in sorted(set(inactive) - known)}})

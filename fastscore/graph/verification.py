@@ -1,4 +1,4 @@
-"""Traced groups, tried on the model itself.
+"""Traced groups, verified on the model itself.
 
 The tracer takes every operation it does not know for elementwise. So some channels are changed where they are made,
 whatever else a Conv or Linear makes is held at what it was, and the change may show nowhere but at the positions that
@@ -17,21 +17,22 @@ from torch import Tensor, nn
 
 from fastscore.graph.dependencies import LAYERS
 from fastscore.graph.groups import ChannelGroup, Role
+from fastscore.modules.inspection import channel_dim
 
 Positions = Mapping[str, Tensor]  # layer -> int64 positions of its input or output
 _PAIRS = 2  # of a random half of the channels and the other half: 4 passes, which miss one slip in 4, and 32 in 10^4
 
 
-def strays(recording: "Recording", groups: Sequence[ChannelGroup]) -> dict[str, str]:
+def leaks(recording: "Recording", groups: Sequence[ChannelGroup]) -> dict[str, str]:
     """Group -> where its channels show that it does not claim: a layer, or "the output"."""
-    where = _try(recording, groups) if groups else None
+    where = _verify(recording, groups) if groups else None
     if where is None:
         return {}
-    found = {group.name: alone for group in groups if (alone := _try(recording, [group])) is not None}
+    found = {group.name: alone for group in groups if (alone := _verify(recording, [group])) is not None}
     return found or {group.name: where for group in groups}
 
 
-def _try(recording: "Recording", groups: Sequence[ChannelGroup]) -> str | None:
+def _verify(recording: "Recording", groups: Sequence[ChannelGroup]) -> str | None:
     # a generator for each group: what shows among the others shows alone
     generators = [torch.Generator().manual_seed(zlib.crc32(group.name.encode())) for group in groups]
     made, read = _channels_at(groups, "producer"), _channels_at(groups, "consumer")
@@ -39,7 +40,7 @@ def _try(recording: "Recording", groups: Sequence[ChannelGroup]) -> str | None:
         half = torch.cat([torch.rand(len(group.unit), generator=generator)[group.unit] < 0.5
                           for group, generator in zip(groups, generators, strict=True)])
         for side in (half, ~half):
-            where = recording.stray({layer: index[side[channel]] for layer, (index, channel) in made.items()},
+            where = recording.leak({layer: index[side[channel]] for layer, (index, channel) in made.items()},
                                     {layer: index[side[channel]] for layer, (index, channel) in read.items()})
             if where is not None:
                 return where
@@ -67,7 +68,7 @@ class Recording:
     def __init__(self, model: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
         self._model, self._run_model = model, run
         self._layers = {name: module for name, module in model.named_modules() if tp.ops.module2type(module) in LAYERS}
-        self._dims = {name: -1 if isinstance(layer, nn.Linear) else 1 for name, layer in self._layers.items()}
+        self._dims = {name: channel_dim(layer) for name, layer in self._layers.items()}
         self._outputs: dict[str, list[Tensor]] = {layer: [] for layer in self._layers}
         self._inputs: dict[str, list[Tensor | None]] | None = None
         self._output = torch.empty(0)
@@ -84,7 +85,7 @@ class Recording:
             outputs.clear()
         return self._replaced({layer: self._record(layer) for layer in self._outputs})
 
-    def stray(self, made: Positions, read: Positions) -> str | None:
+    def leak(self, made: Positions, read: Positions) -> str | None:
         """Run with the outputs at `made` changed and all others held; where an input differs that is not in `read`."""
         if self._inputs is None:
             inputs: dict[str, list[Tensor | None]] = {layer: [] for layer in self._outputs}

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastscore.batches import Batch, device_of, map_tensors
+from fastscore.batches import Batch, map_tensors
+from fastscore.modules.inspection import device_of
 from fastscore.rng import fork_rng
 from fastscore.scoring.scorer import Scorer
 from fastscore.scoring.scores import Scores

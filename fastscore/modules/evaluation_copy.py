@@ -21,17 +21,6 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
         shared |= {id(value): value.detach() for value in vars(module).values()
                    if isinstance(value, Tensor) and not value.is_leaf}
     eval_model = copy.deepcopy(model, shared).eval()
-    for handle in multihead_attention.stand_in(eval_model):
-        handle.keep()
+    for handle in multihead_attention.replace_attention(eval_model):
+        handle.make_permanent()
     return eval_model
-
-
-def parametrized(module: nn.Module) -> bool:
-    """Whether something computes the module's weight anew in each pass."""
-    return nn.utils.parametrize.is_parametrized(module) or "weight" in vars(module)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether the module has forward or backward hooks."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks)

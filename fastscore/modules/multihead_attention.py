@@ -26,7 +26,7 @@ class SequenceFirstLinear(nn.Linear):
 
 
 class MultiheadAttention(nn.Module):
-    """What nn.MultiheadAttention computes, with num_heads x head_dim of any width; made by `stand_in` alone.
+    """What nn.MultiheadAttention computes, with num_heads x head_dim of any width; made by `replace_attention` alone.
 
     Parameters as there: in_proj_weight [3·H·D, E], or q_proj_weight [H·D, E], k_proj_weight and v_proj_weight; out_proj
     from H·D to E; bias_k, bias_v [1, 1, H·D].
@@ -129,7 +129,7 @@ class MultiheadAttention(nn.Module):
         return mask
 
 
-def stand_in(model: nn.Module, called: Iterable[str] | None = None) -> Iterator["Handle"]:
+def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> Iterator["Handle"]:
     """Put MultiheadAttention in the place of each nn.MultiheadAttention of `model`, whose parameters stay, and have
     each nn.TransformerEncoder call its layers on plain tensors; handles that undo it.
 
@@ -142,7 +142,7 @@ def stand_in(model: nn.Module, called: Iterable[str] | None = None) -> Iterator[
         if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
             yield Handle([(module, "use_nested_tensor", False)])  # only its layers' fused path takes nested ones
         qualified = f"{type(module).__module__}.{type(module).__qualname__}"
-        kind, output = windowed_attention.STAND_INS.get(qualified, (None, ""))
+        kind, output = windowed_attention.REPLACEMENTS.get(qualified, (None, ""))
         if kind is not None and (wanted is None or id(module.get_submodule(output)) in wanted):
             yield Handle([(module, "__class__", kind)])
         if type(module) is not nn.MultiheadAttention or (wanted is not None and id(module.out_proj) not in wanted):
@@ -167,7 +167,7 @@ class Handle:
             setattr(module, name, value)
         self._before.clear()
 
-    def keep(self) -> None:
+    def make_permanent(self) -> None:
         """Let the modules be what they are now for good."""
         self._before.clear()
 

@@ -104,7 +104,7 @@ class RelativePositionAttention(nn.Module):
 
 
 # qualified name of a class -> what computes the same, and the name of the output projection
-STAND_INS: dict[str, tuple[type[nn.Module], str]] = {
+REPLACEMENTS: dict[str, tuple[type[nn.Module], str]] = {
     "torchvision.models.swin_transformer.ShiftedWindowAttention": (ShiftedWindowAttention, "proj"),
     "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": (ShiftedWindowAttentionV2, "proj"),
     "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": (RelativePositionAttention, "merge"),

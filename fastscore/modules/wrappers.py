@@ -1,7 +1,12 @@
-"""Models that stand in a wrapper for training on several devices."""
+"""What stands around a model, or around parts of it, for training: on several devices, or with less memory."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils import checkpoint
 
 _SHARDED = ("FSDPModule", "FullyShardedDataParallel")  # fully_shard and its forerunner, slow to import
 
@@ -14,7 +19,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise ValueError for a model whose parameters are sharded: a copy of it cannot run."""
+    """Refuse a model whose parameters are sharded: a copy of it cannot run.
+
+    Raises:
+        ValueError: it is sharded.
+    """
     for name, module in model.named_modules():
         if any(cls.__name__ in _SHARDED for cls in type(module).__mro__):
             raise ValueError(
@@ -23,3 +32,25 @@ def check_whole(model: nn.Module) -> None:
                 "model, options=StateDictOptions(full_state_dict=True)) into a model that is not sharded; or use a "
                 "Scorer in the training loop, with the ChannelGraph that fastscore.graph.tracing.trace found before "
                 "sharding")
+
+
+class _PlainCall:
+    """In place of checkpoint.CheckpointFunction."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+@contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Within the block, reentrant activation checkpoints call their layers as they are.
+
+    They hide a part of the autograd graph, and take backward() alone.
+    """
+    reentrant = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _PlainCall  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]

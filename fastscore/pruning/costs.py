@@ -95,7 +95,7 @@ def count(model: nn.Module, example_inputs: batches.Batch,
         return hook
 
     with torch.no_grad(), ExitStack() as attached:
-        for handle in multihead_attention.stand_in(model):
+        for handle in multihead_attention.replace_attention(model):
             attached.enter_context(handle)
         for name, module in model.named_modules():  # the counter knows names below the whole model's own call alone
             attached.enter_context(module.register_forward_pre_hook(count_from(-1, name)))

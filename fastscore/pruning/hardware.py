@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fastscore.batches import device_of
+from fastscore.modules.inspection import device_of
 
 # Bytes along the channels that one instruction of a matrix product takes: the depth of a tensor core's multiply (CUDA),
 # a vector register elsewhere.

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import files
-from fastscore.batches import Batch, call_model, device_of, first_tensor, map_tensors
+from fastscore.batches import Batch, call_model, first_tensor, map_tensors
 from fastscore.graph.groups import matching_layers
 from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.inspection import device_of
 from fastscore.pruning import latency, recipes
 from fastscore.pruning.checkpoint import load_state
 from fastscore.pruning.prune import PruneResult, prune

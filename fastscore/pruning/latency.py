@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward, device_of
+from fastscore.batches import Batch, Forward
+from fastscore.modules.inspection import device_of
 from fastscore.pruning.costs import Costs, Resource
 from fastscore.pruning.report import Candidate, Timing
 from fastscore.pruning.selection import RemovalStep, steps_needed

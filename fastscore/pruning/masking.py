@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastscore.batches import Batch, Forward, call_model, device_of
+from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph.groups import Ignore
 from fastscore.modules import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
+from fastscore.modules.inspection import channel_dim, device_of
 from fastscore.pruning.costs import Costs
 from fastscore.pruning.prune import scored_graph
 from fastscore.pruning.selection import Scope, layer_kinds, removal_order, select
 from fastscore.recovery.compensation import (
-    channel_dim,
     mean_contributions,
     removed_means,
     removed_positions,
@@ -68,7 +68,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
 def at_consumers(model: nn.Module, positions: Mapping[str, Tensor],
                  added: Mapping[str, Tensor]) -> Iterator[RemovableHandle | multihead_attention.Handle]:
     """Hooks by which layers read zero at `positions` of their inputs, and add float64 [C_out] to their outputs."""
-    yield from multihead_attention.stand_in(model, positions)
+    yield from multihead_attention.replace_attention(model, positions)
     for name, index in positions.items():
         yield model.get_submodule(name).register_forward_pre_hook(_zero(name, index))
     for name, value in added.items():  # before the hooks that the layer has: it is part of the layer, as its bias is

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward, call_model, checked_forward, device_of
+from fastscore.batches import Batch, Forward, call_model, checked_forward
 from fastscore.graph.groups import ChannelGraph, Ignore, norm_gates
 from fastscore.graph.surgery import RemovedIndices, remove_indices, removed_indices
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import remove_copied_hooks
+from fastscore.modules.inspection import device_of
 from fastscore.pruning import recipes
 from fastscore.pruning.costs import Costs, Resource, count
 from fastscore.pruning.hardware import channel_multiple
@@ -51,10 +52,11 @@ class PruneResult:
 
         Raises ImportError without matplotlib (pip install 'torch-fastscore[plot]'), ValueError for an unknown suffix.
         """
-        from fastscore import plots
+        from fastscore.plots import check
+        from fastscore.pruning.plots import pruning
 
-        plots.check(path)
-        plots.pruning(self.report, path)
+        check(path)
+        pruning(self.report, path)
 
 
 def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: float | None = None,

@@ -17,12 +17,8 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward
 from fastscore.graph.groups import ChannelGroup
+from fastscore.modules.inspection import channel_dim
 from fastscore.scoring.scores import Scores
-
-
-def channel_dim(layer: nn.Module) -> int:
-    """The dimension of a layer's input and output that holds the channels."""
-    return -1 if isinstance(layer, nn.Linear) else 1
 
 
 def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -33,9 +29,9 @@ def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping
     positions: dict[str, list[Tensor]] = defaultdict(list)
     for group in channel_groups:
         if group.name in removed:
-            gone = torch.isin(torch.arange(group.channels), removed[group.name])
-            for edge in group.edges:
-                positions[edge.layer].append(edge.index[gone[edge.channel]])
+            for member, index in group.removed_at(removed[group.name]):
+                if member.role in ("consumer", "gate"):
+                    positions[member.layer].append(index)
     return {layer: index for layer, parts in positions.items() if len(index := torch.cat(parts))}
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-from fastscore.batches import Batch, Forward, call_model, device_of, first_samples
+from fastscore.batches import Batch, Forward, call_model, first_samples
 from fastscore.fastpath.prepare import Prepared, prepare
 from fastscore.graph.groups import ChannelGraph, Ignore, Units, matching_layers
 from fastscore.graph.tracing import trace
-from fastscore.modules.activation_checkpoints import without_checkpoints
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.modules.wrappers import unwrapped
+from fastscore.modules.inspection import device_of
+from fastscore.modules.wrappers import unwrapped, without_checkpoints
 from fastscore.rng import fork_rng
 from fastscore.scoring import gradients, options, tokens
 from fastscore.scoring.diagnosis import first_nonfinite

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, distributed
 
 from fastscore import files
-from fastscore.batches import Batch, device_of, on_device
+from fastscore.batches import Batch, on_device
+from fastscore.modules.inspection import device_of
 from fastscore.scoring.fingerprints import digest_of
 from fastscore.scoring.options import REDUCTION_SLOTS, Persistence
 from fastscore.scoring.totals import Totals

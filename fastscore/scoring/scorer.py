@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from fastscore import batches, files
 from fastscore.graph.groups import ChannelGraph, Ignore, Units
 from fastscore.graph.tracing import trace
+from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
 from fastscore.scoring import tokens
 from fastscore.scoring.gradients import classes_of
@@ -144,12 +145,12 @@ class Scorer:
         truncated or altered, or of another model or way of scoring.
         """
         self.load_state_dict(files.read_state(path, _FORM, "scorer state", "start over",
-                                              batches.device_of(self._taps.model)))
+                                              device_of(self._taps.model)))
 
     def all_reduce(self, process_group: distributed.ProcessGroup | None = None) -> None:
         """Add up totals and counts over the processes of `process_group` (all by default): every one has the sum."""
         self._taps.flush()
-        self._totals.all_reduce(batches.device_of(self._taps.model), process_group)
+        self._totals.all_reduce(device_of(self._taps.model), process_group)
 
 
 def _read(totals: Totals, done: ForwardPass) -> None:

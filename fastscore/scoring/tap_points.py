@@ -6,6 +6,7 @@ from dataclasses import replace
 from torch import nn
 
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Ignore, norm_gates
+from fastscore.modules.inspection import channel_dim
 from fastscore.scoring.scores import Origin
 from fastscore.taps.gates import TapPoint
 
@@ -21,7 +22,7 @@ def tap_points(model: nn.Module, groups: Iterable[ChannelGroup], windowed: bool 
 
 def _tap_point(layer: nn.Module, gate: bool, windowed: bool) -> TapPoint:
     if gate or not isinstance(layer, nn.modules.conv._ConvNd):
-        return TapPoint(-1 if isinstance(layer, nn.Linear) else 1, gate)
+        return TapPoint(channel_dim(layer), gate)
     # a convolution of one position with stride, as in a ResNet's shortcuts, reads no other positions
     alone = not layer.transposed and all(size == 1 for size in layer.kernel_size) and set(layer.padding) <= {0}
     steps = layer.stride if windowed and alone and any(step > 1 for step in layer.stride) else ()

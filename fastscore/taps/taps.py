@@ -63,7 +63,7 @@ class Taps:
             raise RuntimeError("these taps are attached already: detach() first")
         self._handles = [self.model.register_forward_pre_hook(self._hook(self._begin), with_kwargs=True),
                          self.model.register_forward_hook(self._hook(self._end))]
-        self._handles += multihead_attention.stand_in(self.model, self.points)
+        self._handles += multihead_attention.replace_attention(self.model, self.points)
         for layer, point in self.points.items():
             module = self.model.get_submodule(point.module or layer)
             self._handles.append(

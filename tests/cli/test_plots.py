@@ -11,6 +11,7 @@ from PIL import Image
 
 import fastscore
 from fastscore import plots
+from fastscore.pruning.plots import pruning
 from fastscore.pruning.report import Candidate, Timing
 
 
@@ -83,7 +84,7 @@ def test_a_pruned_model_plots_its_layers_and_its_curve(tmp_path):
                  f"channels: {report.channels[1]:,} of 26 remain", f"of {report.macs[0]:,} remain"):
         assert text in svg
     tried = Candidate(0.5, 0.5, 0.5, Timing((2e-3, 1e-3), 0.1), True)
-    plots.pruning(replace(report, candidates=(replace(tried, macs=0.9, chosen=False), tried)), tmp_path / "c.png")
+    pruning(replace(report, candidates=(replace(tried, macs=0.9, chosen=False), tried)), tmp_path / "c.png")
     assert Image.open(tmp_path / "c.png").size[1] > size[1]
     with pytest.raises(ValueError, match=r"a plot's suffix is one of"):
         result.plot(tmp_path / "p.txt")

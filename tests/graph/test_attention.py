@@ -414,7 +414,7 @@ def test_the_stand_in_computes_what_pytorch_does(options: dict[str, object]) -> 
 
     for call in calls:
         expected = run(call)
-        (handle,) = multihead_attention.stand_in(module)
+        (handle,) = multihead_attention.replace_attention(module)
         with handle:
             assert type(module) is multihead_attention.MultiheadAttention
             found = run(call)
@@ -431,7 +431,7 @@ def test_the_stand_in_without_a_batch() -> None:
     mask = torch.tensor([False] * 4 + [True])
     for call in ({}, {"need_weights": False}, {"key_padding_mask": mask}):
         expected = module(x, x, x, **call)
-        (handle,) = multihead_attention.stand_in(module)
+        (handle,) = multihead_attention.replace_attention(module)
         with handle:
             for ours, theirs in zip(module(x, x, x, **call), expected, strict=True):
                 torch.testing.assert_close(ours, theirs)

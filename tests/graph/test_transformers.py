@@ -200,7 +200,7 @@ def test_windowed_attention_loses_heads_with_their_position_biases(name: str) ->
     with torch.no_grad():
         expected = model(batch)
         with ExitStack() as standing_in:
-            for handle in multihead_attention.stand_in(model):
+            for handle in multihead_attention.replace_attention(model):
                 standing_in.enter_context(handle)
             replaced = type(model.get_submodule(heads.rpartition(".")[0]))
             assert replaced.__module__ == "fastscore.modules.windowed_attention"

@@ -1,0 +1,40 @@
+"""What can be told about a module by looking at it."""
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+
+def parametrized(module: nn.Module) -> bool:
+    """Whether something computes the module's weight anew in each pass: it is no parameter that could be changed."""
+    return nn.utils.parametrize.is_parametrized(module) or "weight" in vars(module)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether the module has forward or backward hooks."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)
+
+
+def parameter_owners(model: nn.Module) -> Mapping[int, int]:
+    """id of each parameter of `model` -> how many modules hold it; 0 for any other."""
+    return Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+
+
+def shares_parameters(module: nn.Module, owners: Mapping[int, int]) -> bool:
+    """Whether another module holds one of the module's own parameters too. owners: as parameter_owners gives them."""
+    return any(owners[id(parameter)] > 1 for parameter in module._parameters.values() if parameter is not None)
+
+
+def channel_dim(layer: nn.Module) -> int:
+    """The dimension of a layer's input and output that holds the channels: the last of a Linear, else the second."""
+    return -1 if isinstance(layer, nn.Linear) else 1
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer; the CPU for a model without any."""
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
