@@ -5,8 +5,9 @@ from fastscore.pruning.checkpoint import load_pruned, save_pruned
 from fastscore.pruning.iterative import IterativeResult, prune_iteratively
 from fastscore.pruning.masking import mask
 from fastscore.pruning.optimizers import rebuild_optimizer
-from fastscore.pruning.prune import PruneResult, prune
+from fastscore.pruning.prune import prune
 from fastscore.pruning.report import PruneReport
+from fastscore.pruning.result import PruneResult
 from fastscore.scoring.engine import score
 from fastscore.scoring.random_backward import random_backward
 from fastscore.scoring.scorer import Scorer

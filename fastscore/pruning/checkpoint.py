@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastscore import files
 from fastscore.pruning import recipes
-from fastscore.pruning.prune import PruneResult
+from fastscore.pruning.result import PruneResult
 
 _FORM = "fastscore-pruned-1"
 

@@ -19,8 +19,13 @@ from fastscore import batches
 from fastscore.graph import heads
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules import multihead_attention
+from fastscore.modules.inspection import device_of
 
 Resource = Literal["channels", "params", "macs"]
+# Bytes along the channels that one instruction of a matrix product takes: the depth of a tensor core's multiply (CUDA),
+# a vector register elsewhere.
+_CPU_BYTES = {"AVX512": 64}
+_OTHER_BYTES = 32
 
 
 @dataclass
@@ -159,6 +164,17 @@ class Costs:
         """Give channels of a group back."""
         self._change(group, channels, 1)
 
+    def by_group(self) -> list[tuple[float, float]]:
+        """(MACs, parameters) of each group's own layers as they are; one of several groups counts with the first."""
+        counted: set[str] = set()
+        rows = []
+        for group in self.groups.values():
+            own = {member.layer: self.layers[member.layer] for member in group.members
+                   if member.role != "consumer" and member.layer not in counted}
+            counted.update(own)
+            rows.append((sum(layer.macs for layer in own.values()), sum(layer.params for layer in own.values())))
+        return rows
+
     def _change(self, group: str, channels: Iterable[int], sign: int) -> None:
         channels = tuple(channels)
         macs = params = 0.0
@@ -202,3 +218,14 @@ def _layer_cost(layer: nn.Module, macs: float) -> LayerCost:
     width = outputs if channelwise else inputs * outputs
     return LayerCost(inputs, outputs, channelwise, macs / width, numel(layer._parameters["weight"]) / width,
                      numel(layer._parameters["bias"]) / outputs)
+
+
+def channel_multiple(model: nn.Module) -> int:
+    """Channels that the widths of `model` should be multiples of: 8, 16 or 32, by its device and floating-point dtype.
+
+    On CUDA 8 in float32 (TF32) and 16 in half precision; on a CPU with AVX-512 16 and 32; on others 8 and 16.
+    """
+    device = device_of(model)
+    itemsize = next((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), 4)
+    capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
+    return max(8, _CPU_BYTES.get(capability, _OTHER_BYTES) // itemsize)

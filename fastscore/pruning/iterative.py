@@ -18,8 +18,10 @@ from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.pruning import latency, recipes
 from fastscore.pruning.checkpoint import load_state
-from fastscore.pruning.prune import PruneResult, prune
+from fastscore.pruning.options import Budgets
+from fastscore.pruning.prune import prune
 from fastscore.pruning.report import GroupReport, PruneReport
+from fastscore.pruning.result import PruneResult
 from fastscore.rng import fork_rng
 from fastscore.scoring.engine import score
 from fastscore.scoring.fingerprints import run_fingerprint
@@ -70,9 +72,8 @@ def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs
     Raises TypeError for an option that neither has, batches that can be read only once; ValueError for a checkpoint of
     another model or other arguments, a budget that a step cannot reach, and whatever score and prune raise.
     """
-    shares = {name: share for name, share in (("channels", channels), ("params", params), ("macs", macs),
-                                              ("latency", latency)) if share is not None}
-    _check(batches, steps, schedule, shares, options)
+    _check(batches, steps, schedule, options)
+    shares = Budgets(channels, params, macs, latency).require_one("prune_iteratively").given
     device, seed = device_of(model), options.get("seed", 0)
     with fork_rng(device):
         torch.manual_seed(seed)
@@ -231,8 +232,7 @@ def _unchanged(report: PruneReport) -> PruneReport:
     return PruneReport(groups, still(report.channels), still(report.macs), still(report.params), report.skipped)
 
 
-def _check(batches: Iterable[Batch], steps: int, schedule: str, shares: Mapping[str, float],
-           options: Mapping[str, Any]) -> None:
+def _check(batches: Iterable[Batch], steps: int, schedule: str, options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in _SCORING | _PRUNING:
             raise TypeError(f"prune_iteratively: {name!r} is an option of neither fastscore.score nor fastscore.prune")
@@ -243,12 +243,6 @@ def _check(batches: Iterable[Batch], steps: int, schedule: str, shares: Mapping[
         raise ValueError(f"steps: {steps}; it must be 1 or more")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: {schedule!r} is none of {', '.join(SCHEDULES)}")
-    if not shares:
-        raise ValueError("prune_iteratively: name a budget: channels=, params=, macs= or latency=, what remains of the "
-                         "original")
-    for name, share in shares.items():
-        if not 0 < share <= 1:
-            raise ValueError(f"{name}: {share} is outside (0, 1]; it is the share that remains")
 
 
 def _first_sample(batches: Iterable[Batch], forward: object) -> Batch:

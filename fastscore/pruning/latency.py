@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward
 from fastscore.modules.inspection import device_of
-from fastscore.pruning.costs import Costs, Resource
+from fastscore.pruning.costs import Costs
+from fastscore.pruning.options import Budgets
+from fastscore.pruning.ranking import RemovalStep
 from fastscore.pruning.report import Candidate, Timing
-from fastscore.pruning.selection import RemovalStep, steps_needed
+from fastscore.pruning.selection import steps_needed
 
 # The search ends with a candidate whose share of the dense model's time is below the budget by no more than this, or
 # whose neighbour in the removal order is over it.
@@ -111,15 +113,16 @@ def search_steps(macs: list[float], start: int, share: float, measure: Callable[
         try_out(min(max(bisect.bisect_left(macs, -aim, key=lambda left: -left), low + 1), high - 1))
 
 
-def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float], share: float,
-           build: Callable[[Mapping[str, Tensor]], nn.Module], dense: nn.Module, example_inputs: Batch,
-           forward: Forward) -> tuple[dict[str, Tensor], tuple[Candidate, ...]]:
+def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Budgets,
+                      build: Callable[[Mapping[str, Tensor]], nn.Module], dense: nn.Module, example_inputs: Batch,
+                      forward: Forward) -> tuple[dict[str, Tensor], tuple[Candidate, ...]]:
     """Channels to remove (group -> int64 [R]) so that the measured time and the other budgets hold; what was measured.
 
     order: the first steps of it go, none comes back. build: makes the model without such channels, in evaluation mode.
     costs: whole; left as they are without the channels. Raises ValueError where a budget is out of reach.
     """
-    start = steps_needed(order, costs, budgets)
+    share = 1.0 if budgets.latency is None else budgets.latency
+    start = steps_needed(order, costs, budgets.counted)
     _put_back(order[:start], costs)
     left = [dict(costs.totals)]
     for step in order:
@@ -132,7 +135,7 @@ def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Mapping[R
         measured[steps] = time_pair(dense, build(_removed(order[:steps])), example_inputs, forward, patience)
         return measured[steps].share
 
-    steps = start if share == 1 else search_steps([row["macs"] for row in left], start, share, measure)
+    steps = start if share == 1.0 else search_steps([row["macs"] for row in left], start, share, measure)
     for step in order[:steps]:
         costs.remove(step.group, step.channels)
     shares = [{unit: row[unit] / costs.dense[unit] for unit in costs.dense} for row in left]

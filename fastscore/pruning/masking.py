@@ -15,8 +15,9 @@ from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import channel_dim, device_of
 from fastscore.pruning.costs import Costs
-from fastscore.pruning.prune import scored_graph
-from fastscore.pruning.selection import Scope, layer_kinds, removal_order, select
+from fastscore.pruning.options import Budgets, Ranking, Scope
+from fastscore.pruning.ranking import rank
+from fastscore.pruning.selection import scored_graph, select
 from fastscore.recovery.compensation import (
     mean_contributions,
     removed_means,
@@ -44,13 +45,14 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction: {fraction}; it is the share of channels to mask, 0 <= fraction < 1")
+    budgets, ranking = Budgets(channels=1 - fraction), Ranking(scope)
     compensate = resolve_compensate(compensate, scores)
     graph = scored_graph(model, scores, example_inputs, forward, ignore)
     eval_model = evaluation_copy(model)
     with fork_rng(device_of(eval_model)):
         costs = Costs(eval_model, graph.groups, example_inputs, forward)
-        kinds = layer_kinds(model, graph.groups) if scope == "isomorphic" else None
-        removed = select(removal_order(graph.groups, scores, scope, kinds=kinds), costs, {"channels": 1 - fraction})
+        order = rank(eval_model, graph.groups, scores, costs, budgets, ranking)
+        removed = select(order, costs, budgets.counted)
         positions = removed_positions(graph.groups, removed)
         means = removed_means(model, scores, positions) if compensate else {}
         handles: Iterator[RemovableHandle | multihead_attention.Handle]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastscore.graph.surgery import remove_indices
 from fastscore.pruning import recipes
-from fastscore.pruning.prune import PruneResult
+from fastscore.pruning.result import PruneResult
 
 
 def rebuild_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, result: PruneResult) -> torch.optim.Optimizer:

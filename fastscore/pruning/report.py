@@ -1,8 +1,13 @@
 """What prune() did, in figures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor, nn
+
+from fastscore.graph.groups import ChannelGraph
+from fastscore.pruning.costs import Costs
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,22 @@ class PruneReport:
                          f"{tried.macs:.1%} of the MACs")
         lines += [f"{layer}: left alone: {reason}" for layer, reason in self.skipped.items()]
         return "\n".join(lines)
+
+
+def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs: Costs, macs: int, pruned: nn.Module,
+               removed: Mapping[str, Tensor], candidates: tuple[Candidate, ...]) -> PruneReport:
+    """The report of `pruned`, which has lost `removed` (group -> int64 [R]).
+
+    dense: (MACs, parameters) of each group as it was, see Costs.by_group. costs: without what was removed. macs: of
+    `pruned`, counted.
+    """
+    rows = tuple(GroupReport(group.name, (group.channels, group.channels - len(removed.get(group.name, ()))),
+                             (round(was[0]), round(now[0])), (round(was[1]), round(now[1])))
+                 for group, was, now in zip(graph.groups, dense, costs.by_group(), strict=True))
+    params = sum(parameter.numel() for parameter in pruned.parameters())
+    return PruneReport(rows, (int(costs.dense["channels"]), int(costs.totals["channels"])),
+                       (int(costs.dense["macs"]), macs), (int(costs.dense["params"]), params), graph.skipped,
+                       candidates)
 
 
 def _pair(values: Any) -> tuple[Any, Any]:

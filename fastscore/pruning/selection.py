@@ -1,29 +1,39 @@
-"""Which channels go: scores and a budget in, channels to keep out. No model is touched here."""
+"""Which channels go: the first steps of the order that a budget asks for. No model is touched here."""
 
-import itertools
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph.groups import ChannelGraph, ChannelGroup
+from fastscore.batches import Batch, Forward
+from fastscore.graph.groups import ChannelGraph, Ignore, norm_gates
+from fastscore.graph.tracing import trace
 from fastscore.pruning.costs import Costs, Resource
+from fastscore.pruning.ranking import RemovalStep
 from fastscore.scoring.scores import Scores
 
-Scope = Literal["global", "layer", "isomorphic"]
+
+def scored_graph(model: nn.Module, scores: Scores, example_inputs: Batch, forward: Forward,
+                 ignore: Ignore) -> ChannelGraph:
+    """The groups of `model` that have scores and are not ignored. Raises ValueError for scores of another model."""
+    whole = trace(model, example_inputs, forward)
+    if scores.origin.units == "norms":
+        whole = norm_gates(model, whole)
+    check_scores(whole, scores)
+    graph = whole.without(model, ignore)
+    scored = tuple(group for group in graph.groups if group.name in scores)
+    unscored = {group.name: scores.skipped.get(group.name, "no score") for group in graph.groups
+                if group.name not in scores}
+    return replace(graph, groups=scored, skipped={**graph.skipped, **unscored})
 
 
-@dataclass(frozen=True, slots=True)
-class RemovalStep:
-    """Channels of one group that go at once, and the value by which steps are ordered."""
-
-    group: str
-    channels: tuple[int, ...]
-    value: float
+def check_removable(scores: Scores) -> None:
+    """Raise ValueError for scores of channels that no surgery can take out."""
+    if scores.origin.units != "groups":
+        raise ValueError('scores: they are of single BatchNorms (units="norms"), whose channels can be masked but not '
+                         'removed: to prune, score with units="groups"')
 
 
 def check_scores(graph: ChannelGraph, scores: Scores) -> None:
@@ -38,116 +48,6 @@ def check_scores(graph: ChannelGraph, scores: Scores) -> None:
                              "the model was changed since (pruned?): score it again")
     if scores.origin.fingerprint != graph.fingerprint:
         raise ValueError("scores: they belong to a model whose layers are connected differently; score this model")
-
-
-def removal_order(groups: tuple[ChannelGroup, ...], scores: Scores, scope: Scope = "global", round_to: int = 1,
-                  floor: float | Mapping[str, float] = 0.0, kinds: Mapping[str, str] | None = None,
-                  channel_costs: Mapping[str, Tensor] | None = None) -> list[RemovalStep]:
-    """The steps in which channels go, least important first; ties in order of group and channel.
-
-    scope: "global" compares importances across groups; "layer" their rank within each group, so that all groups shrink
-    alike; "isomorphic" their rank among the groups whose channels the same kinds of layers make, pass and read, so that
-    all such classes shrink alike (Fang et al., arXiv 2407.04616). round_to: widths that remain are multiples of it
-    (where a group is wide enough). floor: the share of each group's channels that stays whatever the budget, or group
-    -> share; at least one channel stays always. kinds: layer -> its kind, for "isomorphic"; see layer_kinds.
-    channel_costs: group -> float64 [C], what each channel costs: importances count per cost (1 for every channel
-    without it).
-    Raises ValueError for a scope or a group that there is not.
-    """
-    if scope not in get_args(Scope):
-        raise ValueError(f"scope: {scope!r} is none of {', '.join(get_args(Scope))}")
-    classes: dict[object, list[ChannelGroup]] = defaultdict(list)
-    for group in groups:
-        if group.name in scores:
-            classes[_class_of(group, scope, kinds or {})].append(group)
-    floors = floor if isinstance(floor, Mapping) else {group.name: floor for group in groups}
-    for name in set(floors) - {group.name for group in groups}:
-        raise ValueError(f"floor: {name!r} makes no channels that can go; list(scores) names the layers that do")
-    order: list[RemovalStep] = []
-    for members in classes.values():
-        steps = []
-        for group in members:
-            costs = torch.ones(group.channels) if channel_costs is None else channel_costs[group.name]
-            steps += _group_steps(group, scores[group.name].double(), costs, round_to, floors.get(group.name, 0.0))
-        steps.sort(key=lambda step: step.value)  # stable: ties keep the order of groups and channels
-        order += steps if scope == "global" else _by_rank(steps, sum(group.channels for group in members))
-    return sorted(order, key=lambda step: step.value)
-
-
-def layer_kinds(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, str]:
-    """Layer of a group -> its type; of a convolution its kernel too, and whether it is depthwise."""
-    kinds = {}
-    for name in {member.layer for group in groups for member in group.members}:
-        layer = model.get_submodule(name)
-        kinds[name] = type(layer).__name__
-        if isinstance(layer, nn.modules.conv._ConvNd):
-            kinds[name] += f" {layer.kernel_size}{' depthwise' if 1 < layer.groups == layer.out_channels else ''}"
-    return kinds
-
-
-def channel_costs(costs: Costs, unit: Resource) -> dict[str, Tensor]:
-    """Group -> float64 [C]: how much of `unit` the dense model saves when a channel of it goes alone."""
-    whole, biases = dict(costs.totals), {name: layer.bias_below for name, layer in costs.layers.items()}
-    for layer in costs.layers.values():
-        layer.bias_below = 0  # the bias that a consumer gets with the first channel is not that channel's
-    found: dict[str, Tensor] = {}
-    for name, group in costs.groups.items():
-        row = []
-        for channel in range(group.channels):
-            costs.remove(name, [channel])
-            row.append(whole[unit] - costs.totals[unit])
-            costs.restore(name, [channel])
-            costs.totals.update(whole)
-        found[name] = torch.tensor(row, dtype=torch.float64)
-    for name, below in biases.items():
-        costs.layers[name].bias_below = below
-    return found
-
-
-def _class_of(group: ChannelGroup, scope: Scope, kinds: Mapping[str, str]) -> object:
-    """Groups of one class are compared with each other."""
-    if scope == "isomorphic":
-        return frozenset((member.role, kinds[member.layer]) for member in group.members)
-    return group.name if scope == "layer" else None
-
-
-def _by_rank(steps: list[RemovalStep], channels: int) -> list[RemovalStep]:
-    """Steps, in their order, with the share of all `channels` that went before each as its value."""
-    before = itertools.accumulate((len(step.channels) for step in steps), initial=0)
-    return [replace(step, value=count / channels) for step, count in zip(steps, before, strict=False)]
-
-
-def _group_steps(group: ChannelGroup, values: Tensor, costs: Tensor, round_to: int,
-                 floor: float) -> list[RemovalStep]:
-    units: dict[int, tuple[int, ...]] = {}
-    for channel, unit in enumerate(group.unit.tolist()):
-        units[unit] = (*units.get(unit, ()), channel)
-
-    value_of, cost_of = values.tolist(), costs.tolist()  # a tensor for each would take most time
-
-    def priority(channels: tuple[int, ...]) -> float:
-        if len(channels) == 1:
-            cost, value = cost_of[channels[0]], value_of[channels[0]]
-        else:
-            cost, value = (math.fsum([of[channel] for channel in channels]) for of in (cost_of, value_of))
-        return value / cost if cost > 0 else math.inf
-
-    least = max(1, math.ceil(floor * group.channels - 1e-9))
-    steps: list[RemovalStep] = []
-    pending: tuple[int, ...] = ()
-    kept, below = group.channels, -math.inf
-    priorities = ((priority(channels), channels) for channels in units.values())
-    for alone, channels in sorted(priorities, key=lambda pair: pair[0]):
-        pending += channels
-        kept -= len(channels)
-        if kept < least:
-            break
-        if kept % round_to == 0:
-            # a step cannot go before the one below it in its own group
-            below = max(alone if len(pending) == len(channels) else priority(pending), below)
-            steps.append(RemovalStep(group.name, pending, below))
-            pending = ()
-    return steps
 
 
 def steps_needed(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float]) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.graph.tracing import trace
 from fastscore.pruning.masking import at_consumers
-from fastscore.pruning.prune import PruneResult
+from fastscore.pruning.result import PruneResult
 from fastscore.recovery.compensation import removed_positions
 
 OPTIMIZERS = {

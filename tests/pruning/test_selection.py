@@ -17,9 +17,9 @@ import fastscore
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.surgery import remove_indices, removed_indices
 from fastscore.graph.tracing import trace
-from fastscore.pruning.costs import Costs, total_macs
-from fastscore.pruning.hardware import channel_multiple
-from fastscore.pruning.selection import RemovalStep, channel_costs, layer_kinds, removal_order, select
+from fastscore.pruning.costs import Costs, channel_multiple, total_macs
+from fastscore.pruning.ranking import RemovalStep, channel_costs, layer_kinds, removal_order
+from fastscore.pruning.selection import select
 from fastscore.scoring.scores import Origin, Scores
 
 ORIGIN = Origin("taylor-sq", "sum", "random", True, 0, "normal", "made up")

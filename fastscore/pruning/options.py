@@ -1,0 +1,84 @@
+"""What prune() is asked for: budgets, and the order in which channels go. Every check of them stands here."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+from fastscore.pruning.costs import Resource
+
+Scope = Literal["global", "layer", "isomorphic"]
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What remains of the original: shares, 0 < share <= 1, None for what is not limited.
+
+    Args:
+        channels: of the channels that can go.
+        params: of the parameters.
+        macs: of the multiply-accumulates.
+        latency: of the time of a call, measured.
+
+    Raises:
+        ValueError: a share outside (0, 1].
+    """
+
+    channels: float | None = None
+    params: float | None = None
+    macs: float | None = None
+    latency: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, share in self.given.items():
+            if not 0 < share <= 1:
+                raise ValueError(f"{name}: {share} is outside (0, 1]; it is the share that remains")
+
+    @property
+    def given(self) -> dict[str, float]:
+        """Name -> share, of those that there are."""
+        return {name: share for name, share in asdict(self).items() if share is not None}
+
+    @property
+    def counted(self) -> dict[Resource, float]:
+        """Those that are counted and not measured."""
+        every: dict[Resource, float | None] = {"channels": self.channels, "params": self.params, "macs": self.macs}
+        return {resource: share for resource, share in every.items() if share is not None}
+
+    def require_one(self, call: str) -> "Budgets":
+        """Itself. Raises ValueError, naming the function that was called, where there is no budget."""
+        if not self.given:
+            raise ValueError(f"{call}: name a budget: channels=, params=, macs= or latency=, what remains of the "
+                             "original")
+        return self
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """In which order channels go.
+
+    Args:
+        scope: which channels are compared with each other: see fastscore.prune.
+        cost_aware: rank by importance per cost.
+        round_to: widths that remain are multiples of it; "auto": of what the device likes.
+        floor: the share of each group's channels that stays in any case, or group -> share.
+
+    Raises:
+        ValueError: an unknown scope, a multiple below 1, a floor outside [0, 1], costs where no layers are compared.
+    """
+
+    scope: Scope = "global"
+    cost_aware: bool = False
+    round_to: int | Literal["auto"] = 1
+    floor: float | Mapping[str, float] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.scope not in get_args(Scope):
+            raise ValueError(f"scope: {self.scope!r} is none of {', '.join(get_args(Scope))}")
+        if self.cost_aware and self.scope == "layer":
+            raise ValueError('cost_aware: scope="layer" compares no layer with another: use "global" or "isomorphic"')
+        if (self.round_to != "auto") if isinstance(self.round_to, str) else (self.round_to < 1):
+            raise ValueError(f"round_to: {self.round_to!r}; it must be 'auto', or 1 or more")
+        for share in self.floor.values() if isinstance(self.floor, Mapping) else (self.floor,):
+            if not 0 <= share <= 1:
+                raise ValueError(f"floor: {share} is outside [0, 1]; it is the share of each group's channels that "
+                                 "stays")

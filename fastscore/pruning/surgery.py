@@ -1,0 +1,78 @@
+"""prune()'s surgery: biases grow, channels go, and the recipe is kept; and whether what is left still runs."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.batches import Batch, Forward, checked_forward
+from fastscore.graph.groups import ChannelGraph
+from fastscore.graph.surgery import RemovedIndices, remove_indices, removed_indices
+from fastscore.modules.hooks import remove_copied_hooks
+from fastscore.pruning import recipes
+from fastscore.pruning.costs import count
+from fastscore.recovery.compensation import add_to_biases, mean_contributions, removed_means, removed_positions
+from fastscore.scoring.scores import Scores
+
+
+class Surgery:
+    """What is done to a model, on copies or on itself: biases grow by `added`, then `removed_indices` go."""
+
+    def __init__(self, model: nn.Module, removed_indices: RemovedIndices, added: Mapping[str, Tensor]) -> None:
+        self._model, self.removed_indices, self._added = model, removed_indices, added
+        self.new_biases = tuple(name for name in added if model.get_submodule(name).bias is None)
+        self._recipe = recipes.extend(model, removed_indices, self.new_biases)
+
+    def copy(self) -> nn.Module:
+        """A smaller model; the model itself stays as it is."""
+        # surgery makes new weights of most: those that are still the model's own afterwards are copied then
+        # .data: detach() would share autograd's count of changes with the model's own, for good
+        shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.data, parameter.requires_grad)
+                                  for parameter in self._model.parameters() if type(parameter) is nn.Parameter}
+        pruned = self.apply(copy.deepcopy(self._model, shared))
+        own = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}
+        for parameter in pruned.parameters():
+            if parameter.untyped_storage().data_ptr() in own:
+                parameter.data = parameter.data.clone()
+        remove_copied_hooks(pruned)
+        return pruned
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Make `model` (the one given, or a copy) smaller, in place; returns it."""
+        add_to_biases(model, self._added)
+        recipes.attach(model, self._recipe)
+        return remove_indices(model, self.removed_indices)
+
+
+def plan_surgery(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, scores: Scores | None,
+                 example_inputs: Batch, forward: Forward, removed: Mapping[str, Tensor]) -> Surgery:
+    """What takes `removed` (group -> int64 [R]) out of `model`. scores: where their means are to be compensated for.
+
+    Raises ValueError or FloatingPointError, naming the layer, where there is no finite mean to compensate with.
+    """
+    added: Mapping[str, Tensor] = {}
+    if scores is not None:
+        means = removed_means(model, scores, removed_positions(graph.groups, removed))
+        added = mean_contributions(eval_model, means, example_inputs, forward) if means else {}
+    return Surgery(model, removed_indices(graph.groups, removed), added)
+
+
+def verify(model: nn.Module, example_inputs: Batch, forward: Forward, expected: torch.Size) -> int:
+    """Run the pruned model in evaluation mode, which it then leaves; its MACs for one sample.
+
+    Raises RuntimeError where it no longer fits together, or returns another shape than `expected`.
+    """
+    modes = {name: module.training for name, module in model.named_modules()}
+    try:
+        macs, _, output = count(model.eval(), example_inputs, checked_forward(forward))
+    except Exception as error:
+        raise RuntimeError(f"the pruned model does not run ({error}): its forward depends on a width that changed; "
+                           "ignore the layers it names") from error
+    if output.shape != expected:
+        raise RuntimeError(f"the pruned model returns {tuple(output.shape)} instead of {tuple(expected)}: ignore the "
+                           "layers that make its output")
+    for name, module in model.named_modules():
+        module.training = modes[name]
+    return macs
