@@ -2,6 +2,7 @@
 
 from fastscore import ops
 from fastscore.pruning.checkpoint import load_pruned, save_pruned
+from fastscore.pruning.export import save
 from fastscore.pruning.iterative import IterativeResult, prune_iteratively
 from fastscore.pruning.masking import mask
 from fastscore.pruning.optimizers import rebuild_optimizer
@@ -14,4 +15,4 @@ from fastscore.scoring.scorer import Scorer
 from fastscore.scoring.scores import Scores
 
 __all__ = ["IterativeResult", "PruneReport", "PruneResult", "Scorer", "Scores", "load_pruned", "mask", "ops", "prune",
-           "prune_iteratively", "random_backward", "rebuild_optimizer", "save_pruned", "score"]
+           "prune_iteratively", "random_backward", "rebuild_optimizer", "save", "save_pruned", "score"]

@@ -1,4 +1,4 @@
-"""Models by name: a spec and a checkpoint in, a module out; and a smaller module out to a file."""
+"""Models by name: a spec and a checkpoint in, a module out."""
 
 import difflib
 import importlib
@@ -16,8 +16,6 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-
-from fastscore.pruning.checkpoint import save_pruned
 
 # What training loops and wrappers put around a state dict, and in front of its keys.
 _ENVELOPES = ("state_dict", "model_state_dict", "model")
@@ -91,43 +89,6 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(f"checkpoint: {path} holds no state dict (name -> tensor), neither alone nor under "
                          f"{', '.join(_ENVELOPES)}")
     return dict(state)
-
-
-def save(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) -> None:
-    """Write `model` in evaluation mode: .safetensors, for fastscore.load_pruned, where prune() has made it; .pt2
-    (torch.export) and .onnx, which take any batch size; or .pt, the module itself, as a pickle.
-
-    example_inputs: [N, ...] with N >= 2, which tells the exporters that N is free. Raises ValueError for another
-    suffix, ImportError for ONNX without its packages.
-    """
-    suffix = check_suffix(path)
-    model = model.eval()
-    if suffix == ".pt":
-        torch.save(model, path)
-        return
-    if suffix == ".safetensors":
-        save_pruned(model, path)
-        return
-    free = ({0: torch.export.Dim("batch")},)
-    if suffix == ".pt2":
-        torch.export.save(torch.export.export(model, (example_inputs,), dynamic_shapes=free), path)
-        return
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError("writing .onnx needs two more packages: pip install 'torch-fastscore[onnx]'") from error
-    torch.onnx.export(model, (example_inputs,), path, dynamo=True, dynamic_shapes=free, external_data=False,
-                      input_names=["input"], output_names=["output"], verbose=False)
-
-
-def check_suffix(path: str | PathLike[str]) -> str:
-    """The suffix of a model file that `save` can write. Raises ValueError for any other."""
-    suffix = Path(path).suffix
-    if suffix not in (".safetensors", ".pt2", ".onnx", ".pt"):
-        raise ValueError(f"out: {path}: its suffix must be .safetensors (weights and a recipe), .pt2 (torch.export), "
-                         ".onnx or .pt (the module itself, as a pickle)")
-    return suffix
 
 
 def torchvision_models() -> ModuleType:

@@ -5,8 +5,9 @@ import json
 from dataclasses import asdict
 
 import fastscore
-from fastscore.cli import models, options
+from fastscore.cli import options
 from fastscore.cli.options import Commands, add_command, positive_or
+from fastscore.pruning.export import check_suffix, save
 from fastscore.scoring.scores import Scores
 
 
@@ -49,7 +50,7 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Score where there are no scores yet, prune, print, write."""
     options.check_folder(arguments.out)
-    models.check_suffix(arguments.out)
+    check_suffix(arguments.out)
     prepare = options.preprocessing(arguments)
     model = options.model(arguments)
     scores = Scores.load(arguments.scores) if arguments.scores is not None else \
@@ -59,6 +60,6 @@ def run(arguments: argparse.Namespace) -> None:
                              **{name: getattr(arguments, name) for name in
                                 ("channels", "params", "macs", "latency", "scope", "cost_aware", "round_to", "floor",
                                  "compensate", "ignore")})
-    models.save(result.model, example, arguments.out)
+    save(result.model, example, arguments.out)
     print(json.dumps(asdict(result.report)) if arguments.json else result.report)
     options.wrote(arguments.out)

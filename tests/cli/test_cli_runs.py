@@ -15,7 +15,7 @@ from PIL import Image
 
 import fastscore
 from fastscore import cli
-from fastscore.cli import kernel_bench, main, models
+from fastscore.cli import bench, main, models
 from fastscore.scoring import runs
 
 NETS = """
@@ -178,18 +178,18 @@ def test_the_plan_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench_divides_what_it_read_by_the_time() -> None:
     """By a clock that moves on by a second whenever it is looked at."""
     now = iter(range(10**6))
-    rows = kernel_bench.kernels(torch.device("cpu"), 0.0, lambda: next(now))
+    rows = bench.kernels(torch.device("cpu"), 0.0, lambda: next(now))
     assert [(row["dtype"], row["layout"]) for row in rows] == [
         (dtype, layout) for dtype in ("float32", "bfloat16", "float16") for layout in ("contiguous", "channels last")]
     for row in rows:
         size = 16 * 64 * 56 * 56 * 2 * (4 if row["dtype"] == "float32" else 2)
         assert row["fastscore"] == row["eager"] == row["dot"] == pytest.approx(size / 1e9)
-    passed = kernel_bench.passes(models.load("nets.py:build"), torch.zeros(2, 3, 12, 12), lambda: next(now))
+    passed = bench.passes(models.load("nets.py:build"), torch.zeros(2, 3, 12, 12), lambda: next(now))
     assert passed == {"training": 1.0, "scoring": 0.0, "tracing": 1.0}
 
 
 def test_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_bench, "SHAPE", (2, 8, 8, 8))
+    monkeypatch.setattr(bench, "SHAPE", (2, 8, 8, 8))
     assert run("bench", "nets.py:build", "--size", "12", "--seconds", "1", "--json") == 0
     said = json.loads(capsys.readouterr().out)
     assert len(said["kernels"]) == 6

@@ -14,7 +14,7 @@ from PIL import Image
 
 import fastscore
 from fastscore import Scores
-from fastscore.cli import html_report
+from fastscore.cli import report as html_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the PATH (Debian: chromium)")

@@ -124,7 +124,7 @@ def test_nothing_of_its_own_is_written_as_a_pickle(monkeypatch: pytest.MonkeyPat
     scores.save("scores")
     fastscore.Scorer(model, x).save("scorer")
     result = fastscore.prune(model, scores, x, channels=0.8)
-    models.save(result.model, x, "small.safetensors")
+    fastscore.save(result.model, x, "small.safetensors")
 
 
 def test_a_state_keeps_what_it_holds() -> None:

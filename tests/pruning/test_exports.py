@@ -13,7 +13,6 @@ from networks import NETWORKS
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.cli import models
 
 BATCHES = (2, 1, 7)
 NIGHTLY = bool(os.environ.get("FASTSCORE_NIGHTLY"))
@@ -40,7 +39,7 @@ def check(run: object, model: nn.Module, inputs: list[Tensor]) -> None:
 
 def test_torch_export(small: tuple[nn.Module, list[Tensor]], tmp_path: Path) -> None:
     model, inputs = small
-    models.save(model, inputs[0], tmp_path / "m.pt2")
+    fastscore.save(model, inputs[0], tmp_path / "m.pt2")
     check(torch.export.load(tmp_path / "m.pt2").module(), model, inputs)
 
 
@@ -49,7 +48,7 @@ def test_onnx(small: tuple[nn.Module, list[Tensor]], tmp_path: Path) -> None:
     model, inputs = small
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        models.save(model, inputs[0], tmp_path / "m.onnx")
+        fastscore.save(model, inputs[0], tmp_path / "m.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
     check(lambda x: torch.from_numpy(session.run(None, {"input": x.numpy()})[0]), model, inputs)
 
