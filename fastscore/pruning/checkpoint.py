@@ -19,7 +19,14 @@ def save_pruned(pruned: nn.Module | PruneResult, path: str | PathLike[str]) -> N
 
     The file holds the model's state dict and a JSON header: the recipe (what was removed from which layer, once or
     several times, in the dense model's numbering), the dense model's structure, and a checksum over everything.
-    Raises ValueError for a model that prune() did not make, FileNotFoundError for a folder that is not there.
+
+    Args:
+        pruned: the smaller model, or the result that holds it.
+        path: the file.
+
+    Raises:
+        ValueError: a model that prune() did not make.
+        FileNotFoundError: a folder that is not there.
     """
     model = pruned.model if isinstance(pruned, PruneResult) else pruned
     recipe, state = recipe_and_state(model)
@@ -29,11 +36,18 @@ def save_pruned(pruned: nn.Module | PruneResult, path: str | PathLike[str]) -> N
 def load_pruned(model: nn.Module | Callable[[], nn.Module], path: str | PathLike[str]) -> nn.Module:
     """The pruned model in a file.
 
-    model: the dense model, with whatever weights, which is left as it is, or a function that builds it. The result has
-    the modes, flags and device of the one built, and the weights, buffers and dtypes of the one saved.
+    Args:
+        model: the dense model, with whatever weights, which is left as it is, or a function that builds it.
+        path: what fastscore.save_pruned wrote.
 
-    Raises FileNotFoundError, or ValueError for a file that is foreign, truncated or altered, or a dense model that is
-    not built as the one that was pruned.
+    Returns:
+        The smaller model, with the modes, flags and device of the one built, and the weights, buffers and dtypes of the
+        one saved.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is foreign, truncated or altered, or a dense model that is not built as the one that was
+            pruned.
     """
     header, state = files.read(path, _FORM, "pruned model", "save it again with fastscore.save_pruned")
     dense = copy.deepcopy(model) if isinstance(model, nn.Module) else model()

@@ -7,40 +7,65 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.pruning.checkpoint import save_pruned
+from fastscore.pruning.result import PruneResult
 
 
-def save(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) -> None:
-    """Write `model` in evaluation mode: .safetensors, for fastscore.load_pruned, where prune() has made it; .pt2
-    (torch.export) and .onnx, which take any batch size; or .pt, the module itself, as a pickle.
+def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | PathLike[str]) -> None:
+    """Write a model, as it is in evaluation mode, in the format that the suffix names.
 
-    example_inputs: [N, ...] with N >= 2, which tells the exporters that N is free. Raises ValueError for another
-    suffix, ImportError for ONNX without its packages.
+    Args:
+        model: the model, or prune()'s result; it comes back in the modes that it was in.
+        example_inputs: [N, ...] with N >= 2, which tells the exporters that N is free.
+        path: .safetensors, for fastscore.load_pruned, where prune() has made the model; .pt2 (torch.export) and .onnx,
+            which take any batch size; or .pt, the module itself, as a pickle.
+
+    Raises:
+        ValueError: another suffix; for .safetensors, a model that prune() did not make.
+        ImportError: ONNX without its packages.
     """
     suffix = check_suffix(path)
-    model = model.eval()
-    if suffix == ".pt":
-        torch.save(model, path)
-        return
-    if suffix == ".safetensors":
-        save_pruned(model, path)
-        return
-    free = ({0: torch.export.Dim("batch")},)
-    if suffix == ".pt2":
-        torch.export.save(torch.export.export(model, (example_inputs,), dynamic_shapes=free), path)
-        return
+    model = model.model if isinstance(model, PruneResult) else model
+    modes = {module: module.training for module in model.modules()}
+    try:
+        _WRITERS[suffix](model.eval(), example_inputs, path)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _write_module(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) -> None:
+    torch.save(model, path)
+
+
+def _write_pruned(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) -> None:
+    save_pruned(model, path)
+
+
+def _write_program(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) -> None:
+    torch.export.save(torch.export.export(model, (example_inputs,), dynamic_shapes=_free_batch()), path)
+
+
+def _write_onnx(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) -> None:
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError("writing .onnx needs two more packages: pip install 'torch-fastscore[onnx]'") from error
-    torch.onnx.export(model, (example_inputs,), path, dynamo=True, dynamic_shapes=free, external_data=False,
+    torch.onnx.export(model, (example_inputs,), path, dynamo=True, dynamic_shapes=_free_batch(), external_data=False,
                       input_names=["input"], output_names=["output"], verbose=False)
+
+
+def _free_batch() -> tuple[dict[int, torch.export.Dim]]:
+    return ({0: torch.export.Dim("batch")},)
+
+
+_WRITERS = {".safetensors": _write_pruned, ".pt2": _write_program, ".onnx": _write_onnx, ".pt": _write_module}
 
 
 def check_suffix(path: str | PathLike[str]) -> str:
     """The suffix of a model file that `save` can write. Raises ValueError for any other."""
     suffix = Path(path).suffix
-    if suffix not in (".safetensors", ".pt2", ".onnx", ".pt"):
+    if suffix not in _WRITERS:
         raise ValueError(f"out: {path}: its suffix must be .safetensors (weights and a recipe), .pt2 (torch.export), "
                          ".onnx or .pt (the module itself, as a pickle)")
     return suffix

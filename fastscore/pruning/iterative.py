@@ -44,7 +44,11 @@ _TRIES = 4  # at a latency that is measured anew
 
 @dataclass(frozen=True)
 class IterativeResult(PruneResult):
-    """A PruneResult from the model given to the last one, and the report of each step, from the model before it."""
+    """A PruneResult, from the model that was given to the last one.
+
+    Attributes:
+        steps: the report of each step, from the model before it.
+    """
 
     steps: tuple[PruneReport, ...]
 
@@ -56,21 +60,31 @@ def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs
                       **options: Any) -> IterativeResult:
     """Score, prune a little and fine-tune, `steps` times, until the budgets of the last step hold; `model` stays.
 
-    batches: what fastscore.score takes, read anew in every step: a list or a DataLoader, no generator.
-    example_inputs: for prune (default: the first sample of the first batch).
-    channels, params, macs, latency: one or more budgets, each what REMAINS of `model` at the end; every step is given
-    budgets on the way there. schedule: "geometric" (each step takes the same share of what is left) or "linear" (each
-    takes as much). A latency is measured against `model` again after the last step, and must hold there.
-    finetune(model): trains the smaller model in place, after every step; it is in the mode that `model` is in.
-    resume: a file written after every step. Where it is there already, the steps in it are not done again: killed
-    and called again with the same arguments, the result is the one of an uninterrupted run, as far as `finetune` is a
-    function of the model, the data and torch's random numbers; in step i these start from seed + i, and the caller's
-    come back as they were.
-    options: those of fastscore.score (importance, samples, seed, ...) and fastscore.prune (scope, round_to, compensate,
-    ...); floor counts in channels of `model`; ignore and forward go to both.
+    Args:
+        model: the dense model, which is left as it is.
+        batches: what fastscore.score takes, read anew in every step: a list or a DataLoader, no generator.
+        example_inputs: for prune (default: the first sample of the first batch).
+        steps: how many, 1 or more.
+        channels, params, macs, latency: one or more budgets, each what REMAINS of `model` at the end; every step is
+            given budgets on the way there. A latency is measured against `model` again after the last step, and must
+            hold there.
+        finetune: finetune(model) trains the smaller model in place, after every step; it is in the mode that `model` is
+            in.
+        schedule: "geometric" (each step takes the same share of what is left) or "linear" (each takes as much).
+        resume: a file written after every step. Where it is there already, the steps in it are not done again: killed
+            and called again with the same arguments, the result is the one of an uninterrupted run, as far as
+            `finetune` is a function of the model, the data and torch's random numbers; in step i these start from
+            seed + i, and the caller's come back as they were.
+        options: those of fastscore.score (importance, samples, seed, ...) and fastscore.prune (scope, round_to,
+            compensate, ...); floor counts in channels of `model`; ignore and forward go to both.
 
-    Raises TypeError for an option that neither has, batches that can be read only once; ValueError for a checkpoint of
-    another model or other arguments, a budget that a step cannot reach, and whatever score and prune raise.
+    Returns:
+        The last model, what was done from the first to the last, and the report of each step.
+
+    Raises:
+        TypeError: an option that neither score nor prune has, batches that can be read only once.
+        ValueError: a file of another model or other arguments, a budget that a step cannot reach, and whatever score
+            and prune raise.
     """
     _check(batches, steps, schedule, options)
     shares = Budgets(channels, params, macs, latency).require_one("prune_iteratively").given

@@ -37,11 +37,23 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
     The model computes what it would compute without those channels (but for a GroupNorm, whose statistics are those of
     all channels until surgery); no parameter changes, and the hooks go on leaving. With scores of units="norms" the
     outputs of BatchNorms are set instead, in a copy.
-    compensate: add to each consumer's output what the channels gave it on average, as prune(compensate=True) does to
-    its bias; with units="norms", set channels to their means. None: where the scores hold means; see fastscore.prune.
 
-    Yields layer -> removed channels, int64, ascending. Raises ValueError for a fraction outside [0, 1) or out of reach,
-    for scores of another model, and for compensate without means.
+    Args:
+        model: the model that was scored.
+        scores: of its channels, by fastscore.score.
+        fraction: the share of all channels to mask, 0 <= fraction < 1.
+        example_inputs: a batch that `forward(model, batch)` takes, for tracing.
+        scope: which channels are compared with each other: see fastscore.prune.
+        compensate: add to each consumer's output what the channels gave it on average, as prune(compensate=True) does
+            to its bias; with units="norms", set channels to their means. None: where the scores hold means.
+        ignore: layers (names with `*`, types, modules) to leave as they are.
+        forward: how the model is called on a batch.
+
+    Yields:
+        Layer -> removed channels, int64 [R], ascending.
+
+    Raises:
+        ValueError: a fraction outside [0, 1) or out of reach, scores of another model, compensate without means.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction: {fraction}; it is the share of channels to mask, 0 <= fraction < 1")

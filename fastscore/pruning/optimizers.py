@@ -16,13 +16,22 @@ from fastscore.pruning.result import PruneResult
 def rebuild_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, result: PruneResult) -> torch.optim.Optimizer:
     """A new optimizer for `result.model`, where `optimizer` would be if it had never seen what was removed.
 
-    optimizer: of `model`, the one that was pruned (not in place: its parameters must still be there). The new one is
-    of the same class, with the same parameter groups and settings; state tensors of a parameter's shape (momentum,
-    Adam's moments) lose what the parameter lost, others of one element are copied. A bias that compensation added
-    joins the group of its layer's weight, without state. The old optimizer is left as it is.
+    It is of the same class, with the same parameter groups and settings; state tensors of a parameter's shape
+    (momentum, Adam's moments) lose what the parameter lost, others of one element are copied. A bias that compensation
+    added joins the group of its layer's weight, without state.
 
-    Raises ValueError for an optimizer of other parameters, a result of another model, or state of a shape that says
-    nothing about the parameter's elements; TypeError for a class that cannot be built from groups and defaults.
+    Args:
+        optimizer: of `model`, the one that was pruned; it is left as it is.
+        model: the dense one (not pruned in place: its parameters must still be there).
+        result: what fastscore.prune or fastscore.prune_iteratively returned for it.
+
+    Returns:
+        The optimizer of the smaller model.
+
+    Raises:
+        ValueError: an optimizer of other parameters, a result of another model, or state of a shape that says nothing
+            about the parameter's elements.
+        TypeError: a class that cannot be built from groups and defaults.
     """
     if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
         raise ValueError("optimizer: LBFGS keeps the history of all parameters in one vector; make a new one")

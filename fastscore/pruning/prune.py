@@ -28,32 +28,45 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
           scope: Scope = "global", cost_aware: bool = False, round_to: int | Literal["auto"] = 1,
           floor: float | Mapping[str, float] = 0.0, compensate: bool | None = None, ignore: Ignore = (),
           forward: Forward = call_model, inplace: bool = False) -> PruneResult:
-    """Remove the least important channels of `model` until a budget holds; returns a new model unless inplace.
+    """Remove the least important channels of `model` until a budget holds.
 
-    channels, params, macs: one or more budgets, each what REMAINS as a share of the original, 0 < share <= 1; met
-    exactly or from below, by less than any one removed step. latency: what remains of the time that one call takes on
-    the example inputs, measured on the present device, beside the dense model, in medians; candidates along the removal
-    order are built and timed until one is below the budget by at most 0.02, twice, or its neighbour is over it (see
-    fastscore.pruning.latency). report.candidates is the curve.
-    scope: "global" (compare across layers), "layer" (all layers shrink alike) or "isomorphic" (compare within each
-    class of groups that are made, passed and read by the same kinds of layers; all classes shrink alike). cost_aware:
-    rank by importance per MAC that a channel costs in the dense model, per parameter where params is the only budget.
-    round_to: remaining widths are multiples of it; "auto": of 8, 16 or 32, by device and dtype (see
-    fastscore.pruning.hardware).
-    floor: the share of each group's channels that stays in any case, or layer -> share (at least one always does).
-    compensate: add what the channels gave to their consumers on average to the consumers' biases (see
-    fastscore.recovery.compensation); consumers without a bias get one, which counts towards params. It takes
-    scores with means: those of a criterion that reads gradients, or with means lent by such scores,
-    dataclasses.replace(scores, means=other.means). None: where the scores hold means. False: the paper's way,
-    removed channels read as zero.
-    ignore: layers (names with `*`, types, modules) to leave alone. example_inputs: a batch that
-    `forward(model, batch)` takes, for tracing and counting MACs; convolutions that pad with zeros are compensated at
-    its height and width.
+    Args:
+        model: the dense model; left as it is unless `inplace`.
+        scores: of this model, by fastscore.score.
+        example_inputs: a batch that `forward(model, batch)` takes, for tracing and counting MACs; convolutions that pad
+            with zeros are compensated at its height and width.
+        channels, params, macs: one or more budgets, each what REMAINS as a share of the original, 0 < share <= 1; met
+            exactly or from below, by less than any one removed step.
+        latency: what remains of the time that one call takes on the example inputs, measured on the present device,
+            beside the dense model, in medians. Candidates along the removal order are built and timed until one is
+            below the budget by at most 0.02, twice, or its neighbour is over it (see fastscore.pruning.latency);
+            report.candidates is the curve.
+        scope: "global" compares channels of all layers; "layer" shrinks all layers alike; "isomorphic" compares within
+            each class of groups that are made, passed and read by the same kinds of layers, and shrinks all classes
+            alike.
+        cost_aware: rank by importance per MAC that a channel costs in the dense model, per parameter where params is
+            the only budget.
+        round_to: remaining widths are multiples of it; "auto": of 8, 16 or 32, by device and dtype (see
+            fastscore.pruning.costs.channel_multiple).
+        floor: the share of each group's channels that stays in any case, or layer -> share (at least one always does).
+        compensate: add what the channels gave to their consumers on average to the consumers' biases (see
+            fastscore.recovery.compensation); consumers without a bias get one, which counts towards params. It takes
+            scores with means: those of a criterion that reads gradients, or with means lent by such scores,
+            dataclasses.replace(scores, means=other.means). None: where the scores hold means. False: the paper's way,
+            removed channels read as zero.
+        ignore: layers (names with `*`, types, modules) to leave as they are.
+        forward: how the model is called on a batch.
+        inplace: make `model` itself smaller.
 
-    Parameters of the result are new objects: make a new optimizer, or fastscore.rebuild_optimizer.
-    Raises, before anything is changed, ValueError: a budget outside (0, 1] or out of reach, scores of another model, of
-    units="norms", or without the means to compensate with, a model that cannot be traced; FloatingPointError: means
-    that are NaN or infinite.
+    Returns:
+        The smaller model and what was done. Its parameters are new objects: make a new optimizer, or call
+        fastscore.rebuild_optimizer.
+
+    Raises:
+        ValueError: a budget outside (0, 1] or out of reach, scores of another model, of units="norms", or without the
+            means to compensate with, a model that cannot be traced; before anything is changed, as all that follow.
+        FloatingPointError: means that are NaN or infinite.
+        RuntimeError: a forward that depends on a width which changed.
     """
     budgets = Budgets(channels, params, macs, latency).require_one("prune")
     ranking = Ranking(scope, cost_aware, round_to, floor)

@@ -12,10 +12,14 @@ from fastscore.pruning.report import PruneReport
 
 @dataclass(frozen=True)
 class PruneResult:
-    """model: the smaller network, an ordinary module. report: what was done. removed: layer -> removed channels.
+    """What prune() returns.
 
-    removed_indices: (layer, its inputs or outputs) -> positions that went. new_biases: layers that got a bias. Both are
-    what fastscore.rebuild_optimizer and fastscore.save_pruned go by.
+    Attributes:
+        model: the smaller network, an ordinary module.
+        report: what was done, in figures.
+        removed: layer that makes channels -> int64 [R], those that went, ascending.
+        removed_indices: (layer, its inputs, outputs or heads) -> int64 [R], the positions that went.
+        new_biases: layers that got a bias. fastscore.rebuild_optimizer and fastscore.save_pruned go by both of these.
     """
 
     model: nn.Module
@@ -27,7 +31,12 @@ class PruneResult:
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the channels and MACs of each layer before and after, to an image file.
 
-        Raises ImportError without matplotlib (pip install 'torch-fastscore[plot]'), ValueError for an unknown suffix.
+        Args:
+            path: an image file, of a suffix that matplotlib knows.
+
+        Raises:
+            ImportError: without matplotlib (pip install 'torch-fastscore[plot]').
+            ValueError: an unknown suffix.
         """
         from fastscore.plots import check
         from fastscore.pruning.plots import pruning

@@ -66,3 +66,18 @@ def test_torch_compile(small: tuple[nn.Module, list[Tensor]]) -> None:
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-4)
     model.zero_grad()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pt2", ".safetensors"])
+def test_saving_leaves_the_model_in_its_modes(suffix: str, tmp_path: Path) -> None:
+    network = NETWORKS["plain"]
+    model, x = network.model(), network.inputs(2)
+    result = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=0.7)
+    result.model.train()
+    next(result.model.children()).eval()
+    modes = {name: module.training for name, module in result.model.named_modules()}
+    fastscore.save(result, x, tmp_path / f"m{suffix}")
+    assert {name: module.training for name, module in result.model.named_modules()} == modes
+    if suffix == ".pt":
+        saved = torch.load(tmp_path / "m.pt", weights_only=False)
+        assert not any(module.training for module in saved.modules())
