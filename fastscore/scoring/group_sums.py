@@ -15,9 +15,9 @@ ByLayer: TypeAlias = Mapping[str, Sequence[Tensor]]  # layer -> sums [P, N, C_in
 
 
 class _Rows(NamedTuple):
-    """take: int64 [M], columns of the layers side by side, in order of unit. lengths: int64 [U], how many each has."""
+    """columns: int64 [M], of the layers side by side, in order of unit. lengths: int64 [U], how many each has."""
 
-    take: Tensor
+    columns: Tensor
     lengths: Tensor
 
 
@@ -45,8 +45,8 @@ class JointSums:
         columns = [sums[0][part] if len(sums) == 1 else torch.stack([each[part] for each in sums]).double().sum(0)
                    for sums in by_layer.values()]
         side_by_side = torch.cat([column.to(columns[0].device) for column in columns], 1)
-        take, lengths = self._rows_of(tuple(by_layer), [column.shape[1] for column in columns], side_by_side.device)
-        rows = side_by_side.t()[take].double()
+        taken, lengths = self._rows_of(tuple(by_layer), [column.shape[1] for column in columns], side_by_side.device)
+        rows = side_by_side.t()[taken].double()
         s = torch.segment_reduce(rows, "sum", lengths=lengths, axis=0, unsafe=True)
         return (s if scale is None else s * scale).t()[None]
 
@@ -63,9 +63,9 @@ class JointSums:
             starts = torch.tensor([0, *widths]).cumsum(0)
             edges = [(index + start, unit) for layer, start in zip(layers, starts, strict=False)
                      for index, unit in self._edges[layer]]
-            take, unit = (torch.cat(parts) for parts in zip(*edges, strict=True))
+            column, unit = (torch.cat(parts) for parts in zip(*edges, strict=True))
             order = unit.argsort(stable=True)
-            self._rows[key] = _Rows(take[order].to(device), torch.bincount(unit, minlength=self.units).to(device))
+            self._rows[key] = _Rows(column[order].to(device), torch.bincount(unit, minlength=self.units).to(device))
         return self._rows[key]
 
 
@@ -75,7 +75,7 @@ class EdgeSums:
     def __init__(self, group: ChannelGroup) -> None:
         self.group = group
         self.units = int(group.unit.max()) + 1
-        self._edges = [(edge.layer, _where(group, edge)) for edge in group.edges]
+        self._edges = [(edge.layer, _edge_index(group, edge)) for edge in group.edges]
 
     def __call__(self, by_layer: ByLayer, scale: Tensor | None) -> Tensor | None:
         """s, then Σ g, then the mean activation of every edge: float64 [1 + 2E, N, U]; scale: float64 [P, N].
@@ -86,19 +86,19 @@ class EdgeSums:
                    for layer, where in self._edges for sums in by_layer.get(layer, ())]
         if not reached:
             return None
-        if (1 + sum(where.places for _, where in reached)) ** 2 * self.units > _MAX_PRODUCTS:
+        if (1 + sum(where.most for _, where in reached)) ** 2 * self.units > _MAX_PRODUCTS:
             raise ValueError(f'{self.group.name}: ablation="mean" needs the products of its '
-                             f'{sum(where.places for _, where in reached)} places in consumers with each other, which '
+                             f'{sum(where.most for _, where in reached)} places in consumers with each other, which '
                              'are too many; use ablation="zero", or leave it out with ignore=')
         s, means, gradients = (torch.cat([self._spread(sums[part], where) for sums, where in reached])
                                for part in (0, MEAN, 2))
         return torch.cat([s.sum(0, keepdim=True), gradients, means])
 
-    def _spread(self, values: Tensor, where: "_Where") -> Tensor:
+    def _spread(self, values: Tensor, where: "_EdgeIndex") -> Tensor:
         """[N, C_in] -> [E, N, U]: what several positions of the input hold for the same unit, one after another."""
-        index, unit, place = (part.to(values.device) for part in where[:3])
-        spread = values.new_zeros(where.places, self.units, len(values))
-        spread[place, unit] = values.t()[index]
+        position, unit, rank = (part.to(values.device) for part in where[:3])
+        spread = values.new_zeros(where.most, self.units, len(values))
+        spread[rank, unit] = values.t()[position]
         return spread.transpose(1, 2)
 
     def of_channels(self, values: Tensor) -> Tensor:
@@ -106,19 +106,19 @@ class EdgeSums:
         return values[..., self.group.unit.to(values.device)]
 
 
-class _Where(NamedTuple):
-    """For each position that counts: where it is, its unit, and how many positions of that unit come before it; and the
-    most that a unit has."""
+class _EdgeIndex(NamedTuple):
+    """position, unit, rank: int64 [M]: each position that counts, its unit, and how many positions of that unit come
+    before it. most: the number of positions of the unit that has most."""
 
     position: Tensor
     unit: Tensor
-    place: Tensor
-    places: int
+    rank: Tensor
+    most: int
 
 
-def _where(group: ChannelGroup, edge: Member) -> _Where:
+def _edge_index(group: ChannelGroup, edge: Member) -> _EdgeIndex:
     unit = group.unit[edge.channel]
     order = unit.argsort(stable=True)
-    place = torch.empty_like(unit)
-    place[order] = torch.arange(len(unit)) - torch.searchsorted(unit[order], unit[order])
-    return _Where(edge.index, unit, place, int(place.max()) + 1)
+    rank = torch.empty_like(unit)
+    rank[order] = torch.arange(len(unit)) - torch.searchsorted(unit[order], unit[order])
+    return _EdgeIndex(edge.index, unit, rank, int(rank.max()) + 1)

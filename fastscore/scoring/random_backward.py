@@ -18,20 +18,27 @@ def random_backward(output: Tensor, inputs: Batch = None, *, seed: int = 0, prob
 
     Gradients of parameters are sums over samples, here of one random draw each. Every sum of w·∂w is then a draw as
     well, of mean zero, whose square has the sum of the samples' squares for expectation; `fastscore.score` takes the
-    square or absolute value of each sample's own, and is less noisy.
+    square or absolute value of each sample's own, and is less noisy. Where it raises, no `.grad` has changed.
 
-    output: floating, [N, ...]; all that follows N counts as classes. inputs: the batch, or a tensor [N, ...], by whose
-    first tensor samples are told apart: the same content has the same gradient, that of fastscore.score, in every
-    batch, order and epoch (so change `probe` or `seed` where a new one is wanted). None: told apart by the output
-    itself, whose bits differ with the weights, with the device, and, by rounding, with the batch size; the gradients
-    then do so too. seed, probe: which gradient. distribution: "normal", "rademacher", "orthogonal" (probes 0, 1, ...
-    of a sample are orthogonal) or "basis" (probe k is the unit vector of class k). normalize: of length 1 for each
-    sample. center: without the all-ones direction, which a softmax does not see. retain_graph: for another probe from
-    the same output.
+    Args:
+        output: Floating-point, [N, ...]; all that follows N counts as classes.
+        inputs: The batch, or a tensor [N, ...], by whose first tensor samples are told apart: the same content has the
+            same gradient, that of fastscore.score, in every batch, order and epoch (so change `probe` or `seed` where a
+            new one is wanted). None: told apart by the output itself, whose bits differ with the weights, with the
+            device, and, by rounding, with the batch size; the gradients then do so too.
+        seed, probe: Which gradient.
+        distribution: "normal", "rademacher", "orthogonal" (probes 0, 1, ... of a sample are orthogonal) or "basis"
+            (probe k is the unit vector of class k).
+        normalize: Of length 1 for each sample.
+        center: Without the all-ones direction, which a softmax does not see.
+        retain_graph: For another probe from the same output.
 
-    Raises TypeError for an output that is no floating-point tensor, or inputs without a tensor; ValueError for an
-    output without dimensions, inputs of another number of samples, or a gradient that cannot be drawn; RuntimeError for
-    an output that does not require grad. No `.grad` has changed then.
+    Raises:
+        TypeError: The output is no floating-point tensor, or the inputs hold no tensor.
+        ValueError: The output has no dimensions, the inputs are of another number of samples, or the gradient cannot be
+            drawn.
+        RuntimeError: The output does not require grad.
+
     Source: arXiv 2310.20203, section 3.
     """
     if not isinstance(output, Tensor) or not output.is_floating_point():

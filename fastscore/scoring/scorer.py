@@ -27,31 +27,39 @@ _FORM = "fastscore-scorer-1"
 class Scorer:
     """Drop-in scores from a loop of your own; a context manager that leaves the model as it found it.
 
-    With gradient="loss" it reads the backward passes of the loop, whose own gradients stay bit for bit what they were;
-    with gradient="random" it reads `probe(output)` alone, and the loop's backward passes are not measured.
-
-    model: any module (of DistributedDataParallel, the one inside); its hooks are set while the scorer is attached
-    (`with scorer:`, or attach() and detach()).
-    example_inputs: a batch the model can run on, to trace its channel groups with (on a copy), or the ChannelGraph
-    itself, where it is known.
-    importance: "taylor", "taylor-abs", "taylor-sq", "molchanov-bn", "molchanov-group". units, reduction, ablation,
-    layerwise, center: see fastscore.score. normalize: divide each sample's score by the length of its output gradient
-    (by the square of it where the score is quadratic): what scaling the gradient to length 1 would give, since backward
-    passes are linear. This also cancels the 1/N of a mean loss and a loss scale. In training mode BatchNorm mixes the
-    samples of a batch, and the division is approximate. "molchanov-group" reads the weight gradients of a whole batch,
-    which cannot be divided: it takes normalize=False with gradient="loss".
-    seed, distribution: of the random gradients. sample_dims: 2 where each token of an output [N, T, ...] is a sample:
-    see fastscore.score. ignore: layer names (with `*`), types or modules to leave out.
-    output: what the model returns -> the floating-point tensor [N, ...] whose gradient is the output gradient, or
-    several, taken as one long output. It can be left out where the model returns a tensor, or a dict, tuple or object
-    with one such tensor beside integers and scalars. A tensor that another one is computed from, such as a hidden
-    state beside the logits, must not be among them. forward(model, batch): calls the model on example_inputs.
+    With gradient="loss" it reads the backward passes of the loop, whose own gradients stay bit for bit what they were.
+    With gradient="random" it reads `probe(output)` alone, and the loop's backward passes are not measured.
 
     A backward pass that brings NaN or infinity, such as one that a GradScaler will skip, is left out and counted in
     `left_out`. A group with an edge that no backward pass came to (frozen under no_grad, or a branch without a loss)
     has no score, and `scores.skipped` says so.
 
-    Raises ValueError where no channel can be scored, TypeError where the output is not found.
+    Args:
+        model: Any module (of DistributedDataParallel, the one inside). Its hooks are set while the scorer is attached:
+            `with scorer:`, or attach() and detach().
+        example_inputs: A batch the model can run on, to trace its channel groups with (on a copy), or the ChannelGraph
+            itself, where it is known.
+        importance: "taylor", "taylor-abs", "taylor-sq", "molchanov-bn", "molchanov-group".
+        gradient: "loss" or "random".
+        normalize: Divide each sample's score by the length of its output gradient (by the square of it where the score
+            is quadratic): what scaling the gradient to length 1 would give, since backward passes are linear. This also
+            cancels the 1/N of a mean loss and a loss scale. In training mode BatchNorm mixes the samples of a batch,
+            and the division is approximate. "molchanov-group" reads the weight gradients of a whole batch, which cannot
+            be divided: it takes normalize=False with gradient="loss".
+        units, reduction, ablation, layerwise, center: See fastscore.score.
+        seed, distribution: Of the random gradients.
+        sample_dims: 2 where each token of an output [N, T, ...] is a sample: see fastscore.score.
+        output: output(what the model returns) -> the floating-point tensor [N, ...] whose gradient is the output
+            gradient, or several, taken as one long output. It can be left out where the model returns a tensor, or a
+            dict, tuple or object with one such tensor beside integers and scalars. A tensor that another one is
+            computed from, such as a hidden state beside the logits, must not be among them.
+        forward: forward(model, batch) calls the model on example_inputs.
+        ignore: Layer names (with `*`), types or modules to leave out.
+
+    Raises:
+        ValueError: No channel can be scored, or options contradict each other.
+        TypeError: The output is not found.
+
     Source: arXiv 2310.20203 (importances, random gradient, normalisation).
     """
 
@@ -71,7 +79,14 @@ class Scorer:
         self._taps = self._totals.taps(partial(_read, self._totals) if gradient == "loss" else None, self._outputs)
 
     def attach(self) -> "Scorer":
-        """Set the taps; returns the scorer. Raises RuntimeError when they are set already."""
+        """Set the taps.
+
+        Returns:
+            The scorer itself.
+
+        Raises:
+            RuntimeError: They are set already.
+        """
         self._taps.attach()
         return self
 
@@ -93,9 +108,13 @@ class Scorer:
     def probe(self, output: Any) -> None:
         """Send one more random gradient back from the latest forward pass, to the taps alone: no `.grad` changes.
 
-        output: what the model returned, or a tensor of it, [N, ...]. Call it before loss.backward(), as often as you
-        like: each call draws a new gradient. Raises RuntimeError for an output of another pass, or one whose graph is
-        gone.
+        Call it before loss.backward(), as often as you like: each call draws a new gradient.
+
+        Args:
+            output: What the model returned, or a tensor of it, [N, ...].
+
+        Raises:
+            RuntimeError: The output is of another pass, or its graph is gone.
         """
         origin, current = self._totals.origin, self._taps.current
         if origin.gradient != "random":
@@ -105,14 +124,23 @@ class Scorer:
         self._totals.probe(self._taps, batches.concat_outputs(self._outputs(output, type(self._taps.model).__name__)))
 
     def propagate(self, output: Tensor, gradient: Tensor) -> None:
-        """Send `gradient`, of `output`'s shape [N, ...], back to the taps as it stands, and add what they measure."""
+        """Send a gradient back to the taps as it stands, and add what they measure.
+
+        Args:
+            output: Of the latest forward pass, [N, ...].
+            gradient: Of the same shape.
+        """
         self._totals.propagate(self._taps, output, gradient)
 
     def scores(self) -> Scores:
         """What has been measured up to now; a warning tells of passes that were left out.
 
-        Raises RuntimeError when nothing was, FloatingPointError (naming the layer) where all that was is NaN or
-        infinite.
+        Returns:
+            Scores: layer -> float32 [C].
+
+        Raises:
+            RuntimeError: Nothing was measured.
+            FloatingPointError: All that was is NaN or infinite; the message names the layer.
         """
         self._taps.flush()
         if not self._totals.samples and not self.left_out:
@@ -133,7 +161,11 @@ class Scorer:
         return self._totals.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`. Raises ValueError for the state of another model or another way of scoring."""
+        """Go on from `state_dict`.
+
+        Raises:
+            ValueError: It is the state of another model or another way of scoring.
+        """
         self._totals.load_state_dict(state)
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -141,14 +173,21 @@ class Scorer:
         files.write_state(path, _FORM, self.state_dict())
 
     def load(self, path: str | PathLike[str]) -> None:
-        """Go on from what `save` wrote. Raises ValueError, before anything is changed, for a file that is foreign,
-        truncated or altered, or of another model or way of scoring.
+        """Go on from what `save` wrote.
+
+        Raises:
+            ValueError: The file is foreign, truncated or altered, or of another model or way of scoring; nothing has
+                changed then.
         """
         self.load_state_dict(files.read_state(path, _FORM, "scorer state", "start over",
                                               device_of(self._taps.model)))
 
     def all_reduce(self, process_group: distributed.ProcessGroup | None = None) -> None:
-        """Add up totals and counts over the processes of `process_group` (all by default): every one has the sum."""
+        """Add up totals and counts over processes, so that every one of them has the sum.
+
+        Args:
+            process_group: Which processes; all by default.
+        """
         self._taps.flush()
         self._totals.all_reduce(device_of(self._taps.model), process_group)
 

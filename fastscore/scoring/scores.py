@@ -26,8 +26,9 @@ class Origin:
     """How scores were made; scores are comparable, and can be merged, only where this is equal. See fastscore.score.
 
     gradient: "loss", "random", or "none" for a criterion that reads weights alone. distribution: of random gradients;
-    "basis" for probes="exact". sample_dims: what a sample is, an example (1) or a
-    token (2). fingerprint: of the model's channel graph (see fastscore.graph.groups.ChannelGraph).
+    "basis" for probes="exact". sample_dims: what a sample is, an example (1) or a token (2). fingerprint: of the
+    model's channel graph (see fastscore.graph.groups.ChannelGraph).
+    Raises ValueError, naming the field, for what does not exist or does not go together.
     """
 
     importance: str
@@ -63,13 +64,18 @@ class Origin:
 class Scores(Mapping[str, Tensor]):
     """A mapping from a layer's qualified name to the importance of its output channels, float32 [C].
 
-    totals: layer -> float64 [..., C], the running sums the importances are made from. passes: samples x probes in them
-    (minibatches x probes for the molchanov criteria). samples: samples seen. skipped: layer -> why it has no score.
-    means: layer that reads channels (a BatchNorm, with units="norms") -> float64 [C_in], the mean of its input's
-    (output's) channels over samples and the positions that it reads; empty for criteria that measure none.
-    half_totals, half_passes: of every other sample; see `overlap`. zero_gradients: samples x probes whose output
-    gradient was zero throughout, which no scaling makes as long as the others (normalize=True); they count, with s = 0.
-    plan: how the model was run, where fastscore.score did so; not saved.
+    Attributes:
+        totals: Layer -> float64 [..., C], the running sums that the importances are made from.
+        origin: How they were made.
+        passes: Samples x probes in them (minibatches x probes for the molchanov criteria).
+        samples: Samples seen.
+        skipped: Layer -> why it has no score.
+        means: Layer that reads channels (a BatchNorm, with units="norms") -> float64 [C_in], the mean of its input's
+            (output's) channels over samples and the positions that it reads; empty for criteria that measure none.
+        half_totals, half_passes: Of every other sample; see `overlap`.
+        zero_gradients: Samples x probes whose output gradient was zero throughout, which no scaling makes as long as
+            the others (normalize=True). They count, with s = 0.
+        plan: How the model was run, where fastscore.score did so; not saved.
     """
 
     totals: Mapping[str, Tensor]
@@ -107,10 +113,17 @@ class Scores(Mapping[str, Tensor]):
         return sorted(rows, key=lambda row: row[2])
 
     def overlap(self, fraction: float = 0.3) -> float:
-        """The share of channels that the even and the odd samples agree on, among the `fraction` each would prune.
+        """How far the even and the odd samples agree on which channels to prune.
 
-        1 is full agreement; independent rankings would agree on `fraction`. Raises ValueError for a fraction outside
-        (0, 1), and for scores that were not measured on at least two samples.
+        Args:
+            fraction: The share of channels that each half would prune, 0 < fraction < 1.
+
+        Returns:
+            The share of those channels that both halves name. 1 is full agreement; independent rankings would agree on
+            `fraction`.
+
+        Raises:
+            ValueError: The fraction is outside (0, 1), or fewer than two samples were measured.
         """
         if not 0 < fraction < 1:
             raise ValueError(f"fraction: {fraction}; it is the share of channels that would go, 0 < fraction < 1")
@@ -125,7 +138,11 @@ class Scores(Mapping[str, Tensor]):
         return len(pruned[0] & pruned[1]) / count
 
     def merge(self, other: "Scores") -> "Scores":
-        """The scores of both sets of samples together. Raises ValueError where the two were not made the same way."""
+        """The scores of both sets of samples together.
+
+        Raises:
+            ValueError: The two were not made the same way; the message says what differs.
+        """
         if self.origin != other.origin or list(self) != list(other):
             ours, theirs = asdict(self.origin), asdict(other.origin)
             differing = [f"{key} {ours[key]!r} and {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
@@ -152,7 +169,12 @@ class Scores(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Scores":
-        """Read what `save` wrote. Raises ValueError for a file that is foreign, truncated or altered."""
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is foreign, truncated or altered.
+        """
         header, tensors = files.read(path, _FORMAT, "score file", "score the model again")
         named = {kind: {key.removeprefix(f"{kind}:"): tensors[key] for key in header["tensors"]
                         if key.startswith(f"{kind}:")} for kind in _TENSORS}
@@ -163,9 +185,14 @@ class Scores(Mapping[str, Tensor]):
     def plot(self, path: str | PathLike[str], fraction: float = 0.0) -> None:
         """Draw each layer's distribution of importances, layers from input to output, to an image file.
 
-        fraction: the lowest share of all channels is drawn in another colour, one of each layer aside: the cut at that
-        budget. Raises ValueError for a fraction outside [0, 1), ImportError without matplotlib (pip install
-        'torch-fastscore[plot]').
+        Args:
+            path: Its suffix is the format: .png, .svg, .pdf.
+            fraction: The lowest share of all channels is drawn in another colour, one of each layer aside: the cut at
+                that budget, 0 <= fraction < 1.
+
+        Raises:
+            ValueError: The fraction is outside [0, 1), or the suffix is unknown.
+            ImportError: There is no matplotlib: pip install 'torch-fastscore[plot]'.
         """
         from fastscore import plots
 

@@ -1,0 +1,108 @@
+"""Sums of groups against loops over channels, for index maps of every kind."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.scoring import group_sums
+from fastscore.scoring.group_sums import EdgeSums, JointSums
+
+PARTS = 3  # Σ a·g, the mean of a, Σ g
+
+
+@st.composite
+def cases(draw: Any) -> tuple[list[ChannelGroup], dict[str, list[Tensor]], Tensor | None]:
+    """Groups, with channels tied to each other and layers that read some of them several times; what taps measured at
+    those layers, in one call or two; and the scale [P, N] of each sample, if any."""
+    widths = {f"layer {number}": draw(st.integers(1, 7)) for number in range(draw(st.integers(1, 3)))}
+    groups = []
+    for number in range(draw(st.integers(1, 3))):
+        channels = draw(st.integers(1, 5))
+        units = draw(st.lists(st.integers(0, channels - 1), min_size=channels, max_size=channels))
+        unit = torch.unique(torch.tensor(units), return_inverse=True)[1]
+        members = []
+        for layer in draw(st.lists(st.sampled_from(list(widths)), min_size=1, unique=True)):
+            index = draw(st.lists(st.integers(0, widths[layer] - 1), min_size=1, max_size=widths[layer], unique=True))
+            channel = draw(st.lists(st.integers(0, channels - 1), min_size=len(index), max_size=len(index)))
+            members.append(Member(layer, "consumer", torch.tensor(index), torch.tensor(channel)))
+        groups.append(ChannelGroup(f"group {number}", channels, unit, tuple(members)))
+    samples = draw(st.integers(1, 4))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    sums = {layer: [torch.randn(PARTS, samples, width) for _ in range(draw(st.integers(1, 2)))]
+            for layer, width in widths.items() if draw(st.booleans())}
+    return groups, sums, torch.rand(PARTS, samples, dtype=torch.float64) if draw(st.booleans()) else None
+
+
+def close(found: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=150)
+@given(cases(), st.integers(0, PARTS - 1))
+def test_joint_sums_are_those_of_a_loop(case: tuple[list[ChannelGroup], dict[str, list[Tensor]], Tensor | None],
+                                        part: int) -> None:
+    groups, sums, scale = case
+    joint = JointSums(groups)
+    if not any(edge.layer in sums for group in groups for edge in group.edges):
+        return  # no tap was reached: Totals does not ask
+    samples = next(iter(sums.values()))[0].shape[1]
+    found = joint.of_channels(joint(sums, part, None if scale is None else scale[part]))
+    assert len(found) == len(groups)
+    for group, values in zip(groups, found, strict=True):
+        want = torch.zeros(1, samples, group.channels, dtype=torch.float64)
+        for channel in range(group.channels):
+            for edge in group.edges:
+                for position, carried in zip(edge.index.tolist(), edge.channel.tolist(), strict=True):
+                    if group.unit[carried] == group.unit[channel]:
+                        for call in sums.get(edge.layer, ()):
+                            want[0, :, channel] += call[part, :, position].double()
+        close(values, want if scale is None else want * scale[part][:, None])
+
+
+@settings(deadline=None, max_examples=150)
+@given(cases())
+def test_edge_sums_are_those_of_a_loop(case: tuple[list[ChannelGroup], dict[str, list[Tensor]], Tensor | None]) -> None:
+    groups, sums, scale = case
+    for group in groups:
+        edge_sums = EdgeSums(group)
+        found = edge_sums(sums, scale)
+        reached = [(edge, call) for edge in group.edges for call in sums.get(edge.layer, ())]
+        if not reached:
+            assert found is None
+            continue
+        units, samples = int(group.unit.max()) + 1, reached[0][1].shape[1]
+        s = torch.zeros(samples, units, dtype=torch.float64)
+        gradients, means = [], []  # one for each position, among those of an edge, that a unit may have
+        for edge, call in reached:
+            values = call.double() if scale is None else call * scale[:, :, None]
+            of_unit: dict[int, list[int]] = {}
+            for position, carried in zip(edge.index.tolist(), edge.channel.tolist(), strict=True):
+                of_unit.setdefault(int(group.unit[carried]), []).append(position)
+            for place in range(max(map(len, of_unit.values()))):
+                gradients.append(torch.zeros(samples, units, dtype=torch.float64))
+                means.append(torch.zeros(samples, units, dtype=torch.float64))
+                for unit, positions in of_unit.items():
+                    if place < len(positions):
+                        s[:, unit] += values[0, :, positions[place]]
+                        means[-1][:, unit], gradients[-1][:, unit] = values[1:, :, positions[place]]
+        assert found is not None
+        close(found, torch.stack([s, *gradients, *means]))
+        assert torch.equal(edge_sums.of_channels(found), found[..., group.unit])
+
+
+def test_edges_whose_products_would_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = torch.arange(4)
+    group = ChannelGroup("a", 4, every, tuple(Member(f"layer {n}", "consumer", every, every) for n in range(3)))
+    sums = {f"layer {n}": [torch.ones(PARTS, 2, 4)] for n in range(3)}
+    monkeypatch.setattr(group_sums, "_MAX_PRODUCTS", 4 * 4 * 4)
+    found = EdgeSums(group)(sums, None)
+    assert found is not None
+    assert found.shape == (7, 2, 4)
+    monkeypatch.setattr(group_sums, "_MAX_PRODUCTS", 4 * 4 * 4 - 1)
+    with pytest.raises(ValueError, match=r'^a: ablation="mean" needs the products of its 3 places.*ablation="zero"'):
+        EdgeSums(group)(sums, None)
