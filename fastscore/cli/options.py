@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.cli import images, models, processes
 from fastscore.fastpath.precision import PRECISIONS
-from fastscore.scoring.criteria import LAYERWISE, NAMES
+from fastscore.scoring.criteria import ABLATIONS, LAYERWISE, NAMES, REDUCTIONS
 from fastscore.scoring.gradients import DISTRIBUTIONS
+from fastscore.scoring.options import Sampling
 from fastscore.scoring.scores import Scores
 from fastscore.scoring.weights import WEIGHT_IMPORTANCES
 
@@ -65,13 +66,13 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
     folder.add_argument("--images", metavar="FOLDER", help="unlabelled images, subfolders included")
     scoring = command.add_argument_group("scoring")
     scoring.add_argument("--importance", choices=IMPORTANCES, default="taylor-sq", help="default: %(default)s")
-    scoring.add_argument("--reduction", choices=("sum", "element"), default="sum",
+    scoring.add_argument("--reduction", choices=REDUCTIONS, default="sum",
                          help="over a channel's positions before the square or absolute value (default: %(default)s)")
-    scoring.add_argument("--ablation", choices=("zero", "mean"), default="zero",
+    scoring.add_argument("--ablation", choices=ABLATIONS, default="zero",
                          help="what a channel's absence is compared with (default: %(default)s)")
     scoring.add_argument("--layerwise", choices=tuple(LAYERWISE), default="none",
                          help="divide each layer's scores by their norm or mean (default: %(default)s)")
-    scoring.add_argument("--probes", type=positive_or("exact"), default=1, metavar="N",
+    scoring.add_argument("--probes", type=of_sampling("probes"), default=1, metavar="N",
                          help="random gradients for each image, or exact: one for each output (default: %(default)s)")
     scoring.add_argument("--distribution", choices=[name for name in DISTRIBUTIONS if name != "basis"],
                          default="normal", help="of the random gradients (default: %(default)s)")
@@ -79,7 +80,7 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
                          help="take the direction that a softmax does not see out of the random gradients")
     scoring.add_argument("--no-normalize", action="store_false", dest="normalize",
                          help="leave the gradients' lengths as drawn, instead of 1")
-    scoring.add_argument("--samples", type=positive_or("auto"), metavar="N",
+    scoring.add_argument("--samples", type=of_sampling("samples"), metavar="N",
                          help="draw N of the images, or auto: as many as it takes (default: all)")
     scoring.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: %(default)s")
     scoring.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
@@ -164,6 +165,19 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}: it must be 1 or more")
     return value
+
+
+def of_sampling(name: str) -> Callable[[str], int | str]:
+    """What fastscore.score takes for `probes` or `samples`: an integer, or a word."""
+    def convert(text: str) -> int | str:
+        value = int(text) if text.lstrip("-").isdigit() else text
+        try:
+            Sampling(**{name: value})  # type: ignore[arg-type]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value
+
+    return convert
 
 
 def positive_or(word: str) -> Callable[[str], int | str]:

@@ -15,11 +15,11 @@ def pruning(report: PruneReport, path: str | PathLike[str]) -> None:
     rows, curve = report.groups, report.candidates
     drawing = plots.figure(min(max(6.4, 2 + 0.3 * len(rows)), 18), 7.2 if not curve else 10.2)
     panels = drawing.subplots(2 + bool(curve))
-    for axes, unit, name in ((panels[0], "channels", "channels"), (panels[1], "macs", "MACs of one sample")):
-        before, after = ([getattr(row, unit)[side] for row in rows] for side in (0, 1))
+    for axes, quantity, name in ((panels[0], "channels", "channels"), (panels[1], "macs", "MACs of one sample")):
+        before, after = ([getattr(row, quantity)[side] for row in rows] for side in (0, 1))
         axes.bar(range(len(rows)), before, color=COLOUR, alpha=0.25, label="before")
         axes.bar(range(len(rows)), after, color=COLOUR, label="after")
-        whole = getattr(report, unit)
+        whole = getattr(report, quantity)
         axes.set_title(f"{name}: {whole[1]:,} of {whole[0]:,} remain ({whole[1] / max(whole[0], 1):.1%})", fontsize=9)
         axes.set_xlim(-0.7, len(rows) - 0.3)
         axes.set_xticks([])

@@ -61,6 +61,8 @@ GRADIENT_IMPORTANCES: dict[tuple[str, str, str], GradientImportance] = {
     ("molchanov-group", "sum", "zero"): GradientImportance(lambda v: v[0].sum(0), minibatch=True, filters=True),
 }
 
+REDUCTIONS, ABLATIONS = ("sum", "element"), ("zero", "mean")
+
 LAYERWISE: dict[str, Callable[[Tensor], Tensor]] = {
     # [C] -> [C], so that layers compare
     "none": lambda values: values,
@@ -81,7 +83,7 @@ def gradient_importance(importance: str, reduction: str = "sum", ablation: str =
     if importance in WEIGHT_IMPORTANCES:
         raise ValueError(f"importance: {importance!r} reads weights, no gradient and no positions to reduce: use "
                          "fastscore.score() without gradient=, reduction= and ablation=")
-    for name, value, known in (("reduction", reduction, ("sum", "element")), ("ablation", ablation, ("zero", "mean"))):
+    for name, value, known in (("reduction", reduction, REDUCTIONS), ("ablation", ablation, ABLATIONS)):
         if value not in known:
             raise ValueError(f"{name}: {value!r} is neither {known[0]!r} nor {known[1]!r}")
     choices = " and ".join(f"reduction={r!r}, ablation={a!r}" for n, r, a in GRADIENT_IMPORTANCES if n == importance)
