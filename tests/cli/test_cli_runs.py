@@ -118,7 +118,7 @@ def test_a_run_of_another_kind_is_refused(capsys: pytest.CaptureFixture[str], ch
     capsys.readouterr()
     assert run(*SCORE, *change, "--resume", "s.ckpt") == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("fastscore: error: checkpoint: ")
+    assert said.startswith("fastscore: error: resume: ")
     assert named in said
     assert Path("s.ckpt").read_bytes() == kept
 
