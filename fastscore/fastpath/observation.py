@@ -1,7 +1,7 @@
 """What one pass of a model shows: the shapes that taps read, and up-samplings that a tap may stand before."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,47 +41,11 @@ def observe(eval_model: nn.Module, taps: Taps, example: Batch, run: Forward) -> 
 
     taps: on the copy, and not attached. run(eval_model, example): its output.
     """
-    shapes: dict[str, list[tuple[int, ...]]] = {}
-    dims: dict[str, set[int]] = {}
-    upsampled: dict[str, list[tuple[Tensor, Tensor]]] = {}  # up-sampling -> its (input, output) in each call
-    reads: dict[str, list[Tensor]] = {}
-    bare = {name for name, module in eval_model.named_modules() if not hooked(module)}  # before hooks are set here
-    repeating = {name for name, module in eval_model.named_modules() if _is_nearest_upsample(module)}
-    inputs: dict[str, tuple[int, ...]] = {}
-    made: dict[str, list[Any]] = {}  # layer or BatchNorm -> the autograd node of its output, in each call
-    clamped: dict[Any, ClampBounds] = {}  # autograd node of a clamp -> its bounds
-
-    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if name in taps.points:
-                x = output if taps.points[name].output else args[0]
-                shapes.setdefault(name, []).append(tuple(x.shape))
-            if isinstance(module, nn.Linear):
-                dims.setdefault(name, set()).add(output.dim())
-            if not isinstance(output, Tensor):
-                return output
-            before = isinstance(module, _BEFORE_CLAMPS)
-            if isinstance(module, (nn.Conv2d, nn.Linear)) and args \
-                    and args[0].dtype == module.weight.dtype == output.dtype:
-                inputs[name] = tuple(args[0].shape)
-            if (before or name in repeating) and not output.requires_grad and output.is_floating_point():
-                output = output.detach().requires_grad_().clone()  # before the first tap: autograd is to count readers
-            if before and name in bare:
-                made.setdefault(name, []).append(output.grad_fn)
-            if type(module) in CLAMPS and name in bare:
-                clamped[output.grad_fn] = clamp_bounds(module)
-            if name in repeating:
-                upsampled.setdefault(name, []).append((args[0], output))
-            return output
-
-        return hook
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: reads.setdefault(name, []).extend(args[:1])
-
-    handles = [module.register_forward_hook(look(name)) for name, module in eval_model.named_modules()]
-    if repeating:
-        handles += [eval_model.get_submodule(layer).register_forward_pre_hook(note(layer)) for layer in taps.points]
+    recorder = _Recorder(eval_model, taps.points)
+    handles = [module.register_forward_hook(recorder.after(name)) for name, module in eval_model.named_modules()]
+    if recorder.repeating:
+        handles += [eval_model.get_submodule(layer).register_forward_pre_hook(recorder.before(layer))
+                    for layer in taps.points]
     try:
         with taps, taps.one_pass(example):
             output: Tensor = run(eval_model, example)
@@ -89,18 +53,76 @@ def observe(eval_model: nn.Module, taps: Taps, example: Batch, run: Forward) -> 
         for handle in handles:
             handle.remove()
     readers = _readers(output)
-    earlier: dict[str, tuple[TapPoint, tuple[int, ...]]] = {}
-    if taps.measure is SUMS:  # Σ a·g, Σ g and the mean of a are what they were; powers of a·g are not
-        for layer, tensors in reads.items():
-            for module, ((small, large), *more) in upsampled.items():
-                if tensors[0] is large and not more and len(tensors) == 1 and not taps.points[layer].output \
+    # Σ a·g, Σ g and the mean of a are the same before an up-sampling; powers of a·g are not
+    earlier = recorder.earlier(readers) if taps.measure is SUMS else {}
+    return Observation(output.detach(), recorder.shapes, earlier,
+                       {name for name, found in recorder.dims.items() if found == {2}}, recorder.inputs,
+                       recorder.clamps(readers))
+
+
+class _Recorder:
+    """What hooks note while the copy runs. points: tapped layer -> where its tap stands."""
+
+    def __init__(self, eval_model: nn.Module, points: Mapping[str, TapPoint]) -> None:
+        self.points = points
+        self.shapes: dict[str, list[tuple[int, ...]]] = {}
+        self.dims: dict[str, set[int]] = {}  # Linear -> how many dimensions its outputs have
+        self.inputs: dict[str, tuple[int, ...]] = {}
+        self._upsampled: dict[str, list[tuple[Tensor, Tensor]]] = {}  # up-sampling -> its (input, output) in each call
+        self._reads: dict[str, list[Tensor]] = {}  # tapped layer -> its input, in each call
+        self._made: dict[str, list[Any]] = {}  # layer or BatchNorm -> the autograd node of its output, in each call
+        self._clamped: dict[Any, ClampBounds] = {}  # autograd node of a clamp -> its bounds
+        modules = list(eval_model.named_modules())
+        self._bare = {name for name, module in modules if not hooked(module)}  # before hooks are set here
+        self.repeating = {name for name, module in modules if _is_nearest_upsample(module)}
+
+    def after(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        """A forward hook for the module of that name."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if name in self.points:
+                x = output if self.points[name].output else args[0]
+                self.shapes.setdefault(name, []).append(tuple(x.shape))
+            if isinstance(module, nn.Linear):
+                self.dims.setdefault(name, set()).add(output.dim())
+            if not isinstance(output, Tensor):
+                return output
+            before = isinstance(module, _BEFORE_CLAMPS)
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and args \
+                    and args[0].dtype == module.weight.dtype == output.dtype:
+                self.inputs[name] = tuple(args[0].shape)
+            if (before or name in self.repeating) and not output.requires_grad and output.is_floating_point():
+                output = output.detach().requires_grad_().clone()  # before the first tap: autograd is to count readers
+            if before and name in self._bare:
+                self._made.setdefault(name, []).append(output.grad_fn)
+            if type(module) in CLAMPS and name in self._bare:
+                self._clamped[output.grad_fn] = clamp_bounds(module)
+            if name in self.repeating:
+                self._upsampled.setdefault(name, []).append((args[0], output))
+            return output
+
+        return hook
+
+    def before(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """A forward pre-hook for the tapped layer of that name."""
+        return lambda module, args: self._reads.setdefault(name, []).extend(args[:1])
+
+    def earlier(self, readers: Mapping[Any, list[Any]]) -> dict[str, tuple[TapPoint, tuple[int, ...]]]:
+        """Tapped layer -> the tap before the up-sampling that it alone reads, and the shape there."""
+        found = {}
+        for layer, tensors in self._reads.items():
+            for module, ((small, large), *more) in self._upsampled.items():
+                if tensors[0] is large and not more and len(tensors) == 1 and not self.points[layer].output \
                         and all(b % a == 0 for a, b in zip(small.shape, large.shape, strict=True)) \
                         and len(readers[large.grad_fn]) == 1:
-                    earlier[layer] = replace(taps.points[layer], window=(), module=module), tuple(small.shape)
-    clamps = {name: clamped[reader] for name, (node, *more) in made.items() if not more and node is not None
-              for reader in readers[node] if reader in clamped and len(readers[node]) == 1}
-    return Observation(output.detach(), shapes, earlier, {name for name, found in dims.items() if found == {2}},
-                inputs, clamps)
+                    found[layer] = replace(self.points[layer], window=(), module=module), tuple(small.shape)
+        return found
+
+    def clamps(self, readers: Mapping[Any, list[Any]]) -> dict[str, ClampBounds]:
+        """Layer or BatchNorm that runs once -> the bounds of the clamp that alone reads its output."""
+        return {name: self._clamped[reader] for name, (node, *more) in self._made.items()
+                if not more and node is not None
+                for reader in readers[node] if reader in self._clamped and len(readers[node]) == 1}
 
 
 def _is_nearest_upsample(module: nn.Module) -> bool:
