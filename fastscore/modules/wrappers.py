@@ -1,5 +1,7 @@
 """What stands around a model, or around parts of it, for training: on several devices, or with less memory."""
 
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,23 +36,38 @@ def check_whole(model: nn.Module) -> None:
                 "sharding")
 
 
+_inside: Counter[int] = Counter()  # thread -> blocks of without_checkpoints that it is in
+_lock = threading.Lock()
+_replaced: list[Any] = []  # checkpoint.CheckpointFunction, while some thread is in a block
+
+
 class _PlainCall:
-    """In place of checkpoint.CheckpointFunction."""
+    """In place of checkpoint.CheckpointFunction, for threads within a block; others have what it replaces."""
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        return function(*args)
+        original = None if _inside[threading.get_ident()] else next(iter(_replaced), None)
+        return function(*args) if original is None else original.apply(function, preserve_rng_state, *args)
 
 
 @contextmanager
 def without_checkpoints() -> Iterator[None]:
-    """Within the block, reentrant activation checkpoints call their layers as they are.
+    """Within the block, reentrant activation checkpoints of this thread call their layers as they are.
 
-    They hide a part of the autograd graph, and take backward() alone.
+    They hide a part of the autograd graph, and take backward() alone. Blocks of several threads may overlap: the last
+    to end brings back what the first found.
     """
-    reentrant = checkpoint.CheckpointFunction
-    checkpoint.CheckpointFunction = _PlainCall  # type: ignore[misc, assignment]
+    thread = threading.get_ident()
+    with _lock:
+        if not _inside.total():
+            _replaced.append(checkpoint.CheckpointFunction)
+            checkpoint.CheckpointFunction = _PlainCall  # type: ignore[misc, assignment]
+        _inside[thread] += 1
     try:
         yield
     finally:
-        checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
+        with _lock:
+            _inside[thread] -= 1
+            if not _inside.total():
+                checkpoint.CheckpointFunction = _replaced.pop()  # type: ignore[misc]
+                _inside.clear()

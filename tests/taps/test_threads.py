@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import oracles
 import torch
 from networks import NETWORKS
+from torch.utils import checkpoint
 
 import fastscore
 from fastscore import Scorer, ops
+from fastscore.modules.wrappers import without_checkpoints
 from fastscore.ops import reference
 from fastscore.rng import fork_rng
 
@@ -104,6 +106,26 @@ def test_random_number_states_come_back_whichever_thread_ends_last():
     torch.rand(3)
     other.__exit__(None, None, None)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_reentrant_checkpoints_come_back_whichever_thread_ends_last():
+    """And those of another thread stay what they are meanwhile."""
+    def node() -> str:
+        x = torch.ones(2, requires_grad=True)
+        return checkpoint.checkpoint(torch.sin, x, use_reentrant=True).grad_fn.name()
+
+    before = checkpoint.CheckpointFunction
+    assert node() == "CheckpointFunctionBackward"
+    one, other = without_checkpoints(), without_checkpoints()
+    one.__enter__()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(other.__enter__).result()
+        assert (node(), thread.submit(node).result()) == ("SinBackward0", "SinBackward0")
+        one.__exit__(None, None, None)
+        assert (node(), thread.submit(node).result()) == ("CheckpointFunctionBackward", "SinBackward0")
+        thread.submit(other.__exit__, None, None, None).result()
+    assert checkpoint.CheckpointFunction is before
+    assert node() == "CheckpointFunctionBackward"
 
 
 def test_prune_and_mask_beside_each_other():
