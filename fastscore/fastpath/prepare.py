@@ -122,16 +122,16 @@ def _channels_last(prepared: Prepared) -> None:
 
 
 def _pack(prepared: Prepared) -> None:
-    """Layers' weights, for both directions; those that are to be rounded, once they are."""
-    if not prepared.compiled and not prepared.taps.weights and prepared.layers is None:
-        prepared.layers = FusedLayers(prepared.copy, prepared.taps, prepared.observation.clamps,
-                                      prepared.folding.folded, prepared.observation.inputs)
-
-
-def _pack_unrounded(prepared: Prepared) -> None:
-    """Before the check, unless the weights are to be rounded after it."""
+    """Layers' weights, for both directions; weights that are to be rounded are packed once they are (cast down)."""
     if prepared.bits_gained() >= 0:
-        _pack(prepared)
+        prepared.layers = _packed(prepared)
+
+
+def _packed(prepared: Prepared) -> FusedLayers | None:
+    if prepared.compiled or prepared.taps.weights:
+        return None
+    return FusedLayers(prepared.copy, prepared.taps, prepared.observation.clamps, prepared.folding.folded,
+                       prepared.observation.inputs)
 
 
 def _verify_or_undo(prepared: Prepared) -> None:
@@ -154,7 +154,7 @@ def _cast_down(prepared: Prepared) -> None:
     if prepared.precision and prepared.bits_gained() <= 0:
         cast(prepared.copy, prepared.dtype)
     if prepared.bits_gained() < 0:
-        _pack(prepared)
+        prepared.layers = _packed(prepared)
     if prepared.layers is not None:
         prepared.layers.release(prepared.copy, prepared.unfolded)
     prepared.unfolded.clear()
@@ -169,7 +169,7 @@ def _compile(prepared: Prepared) -> None:
 
 
 STAGES: tuple[Callable[[Prepared], None], ...] = (
-    _observe, _cast_up, _fold, _channels_last, _pack_unrounded, _verify_or_undo, _cast_down, _compile)
+    _observe, _cast_up, _fold, _channels_last, _pack, _verify_or_undo, _cast_down, _compile)
 
 
 def _close(x: Tensor, before: Tensor) -> bool:

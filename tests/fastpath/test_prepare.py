@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore import Scorer
+from fastscore.fastpath import prepare
+from fastscore.fastpath.observation import observe
 from fastscore.fastpath.plan import Plan
+from fastscore.graph.tracing import trace
+from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.scoring.tap_points import tap_points
+from fastscore.taps.measures import SUMS
+from fastscore.taps.taps import Taps
 
 
 def rank_correlation(one: fastscore.Scores, other: fastscore.Scores) -> float:
@@ -231,3 +238,29 @@ def test_layers_that_run_twice_are_not_compiled() -> None:
     with pytest.raises(ValueError, match=r"^compile: .* runs 2 times in a pass.*compile=False"):
         fastscore.score(network.model(), [network.inputs()], compile=True, progress=False,
                         forward=lambda model, batch: model(batch) + model(batch.flip(3)))
+
+
+@pytest.mark.parametrize("name", ["residual", "mobile", "unet"])
+def test_observing_changes_nothing(name: str) -> None:
+    """Neither the copy nor where its taps stand; what could be moved is said."""
+    network = NETWORKS[name]
+    model, x = evaluation_copy(network.model()), network.inputs(2)
+    graph = trace(model, x)
+    taps = Taps(model, tap_points(model, graph.groups), SUMS)
+    points, generator = dict(taps.points), torch.get_rng_state()
+    modules = [(module, dict(vars(module))) for module in model.modules()]
+    with untouched(model):
+        seen = observe(model, taps, x, lambda model, batch: model(batch))
+    assert taps.points == points
+    assert taps.current is None
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(dict(vars(module)) == before for module, before in modules)
+    assert set(seen.shapes) == set(points)
+    assert torch.equal(seen.output, model(x))
+
+
+def test_stages_come_in_the_order_that_the_readme_gives() -> None:
+    readme = (Path(prepare.__file__).parent / "README.md").read_text()
+    rows = [line.split("|")[1].strip() for line in readme.splitlines() if line.startswith("| ")][1:]
+    stages = [stage.__name__.lstrip("_").replace("_", " ") for stage in prepare.STAGES]
+    assert [row.replace(" ", "_") for row in rows] == [stage.replace(" ", "_") for stage in stages]

@@ -268,3 +268,14 @@ def test_the_oracle_on_a_scorer_that_has_seen_more() -> None:
         exact = sum(oracles.sums(model, spec, x, gradient).sum(0) for gradient in v)
         torch.testing.assert_close(scorer.state_dict()["totals"][group].sum(0), exact, rtol=1e-10, atol=1e-12)
     assert scorer.state_dict()["counts"] == {"even": 8, "odd": 7, "samples": 5, "zero_gradients": 0, "left_out": 0}
+
+
+def test_attach_gives_the_scorer() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    scorer = Scorer(model, x)
+    with scorer as entered:
+        assert entered is scorer
+    assert scorer.attach() is scorer
+    model(x).square().sum().backward()
+    scorer.detach()
+    assert scorer.scores().samples == len(x)
