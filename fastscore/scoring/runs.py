@@ -80,9 +80,7 @@ class Run:
     them.
     """
 
-    def __init__(self, totals: Totals, identity: Mapping[str, Any], data: Batches,
-                 persistence: Persistence | None = None) -> None:
-        persistence = persistence or Persistence()
+    def __init__(self, totals: Totals, identity: Mapping[str, Any], data: Batches, persistence: Persistence) -> None:
         self.rank, self.size = persistence.rank, persistence.size
         self.slots = [totals.new_empty() for _ in range(REDUCTION_SLOTS if persistence.fixed_order else 1)]
         self._totals, self._data = totals, data
