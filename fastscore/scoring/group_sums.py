@@ -30,6 +30,7 @@ class JointSums:
         starts = torch.tensor([0, *widths]).cumsum(0)
         self.units = int(starts[-1])
         self.unit = torch.cat([group.unit + start for group, start in zip(groups, starts, strict=False)])
+        self._one_each = torch.equal(self.unit, torch.arange(self.units))  # channels and units are numbered alike
         self._edges: dict[str, list[tuple[Tensor, Tensor]]] = {}  # layer -> (positions, units) of each group in it
         for group, start in zip(groups, starts, strict=False):
             for edge in group.edges:
@@ -52,7 +53,7 @@ class JointSums:
 
     def of_channels(self, values: Tensor) -> Sequence[Tensor]:
         """[..., ΣU] -> [..., C] for each group: every channel of a unit gets the unit's."""
-        if self.units < len(self.unit):
+        if not self._one_each:
             values = values[..., self.unit.to(values.device)]
         of_groups: Sequence[Tensor] = values.split(self.channels, -1)
         return of_groups
