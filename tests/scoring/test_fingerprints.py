@@ -31,8 +31,7 @@ def a_buffer(model: nn.Sequential) -> None:
 
 
 def a_name(model: nn.Sequential) -> None:
-    model.add_module("last", model[3])
-    del model[3]
+    model._modules["last"] = model._modules.pop("3")
 
 
 CHANGES: dict[str, tuple[Callable[[nn.Sequential], Any], set[str]]] = {
