@@ -3,45 +3,48 @@
 import difflib
 import importlib
 import importlib.util
-import pickle
+import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-# What training loops and wrappers put around a state dict, and in front of its keys.
-_ENVELOPES = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+from fastscore.cli.checkpoints import load_checkpoint
 
 
 def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: str | None = None,
-         classes: int | None = None, seed: int = 0) -> nn.Module:
+         classes: int | None = None, seed: int = 0, tell: Callable[[str], object] | None = None) -> nn.Module:
     """The model that `spec` names, in evaluation mode.
 
-    spec: "torchvision:NAME", "timm:NAME", or "module:function" for a function (or class) that returns a module; the
-    module is imported from the current directory or the Python path, or given as a path that ends in .py. checkpoint:
-    safetensors, or what torch.load(weights_only=True) reads: a state dict, alone or under "state_dict",
-    "model_state_dict" or "model". weights: torchvision's or timm's own, by name or "DEFAULT", downloaded when they are
-    not cached. classes: the outputs of a torchvision or timm model. seed: of the weights when there is neither
-    checkpoint nor `weights`.
+    Args:
+        spec: "torchvision:NAME", "timm:NAME", or "module:function" for a function (or class) that returns a module; the
+            module is imported from the current directory or the Python path, or given as a path that ends in .py.
+        checkpoint: safetensors, or what torch.load(weights_only=True) reads, with whatever training loops and wrappers
+            put around the weights: see fastscore.cli.checkpoints.
+        weights: torchvision's or timm's own, by name or "DEFAULT", downloaded when they are not cached.
+        classes: the outputs of a torchvision or timm model.
+        seed: of the weights when there is neither checkpoint nor `weights`.
+        tell: called with a line where a checkpoint was more, or less, than a state dict of the model.
 
-    Raises ValueError for an unknown name, or a checkpoint that cannot be read or does not fit the model; TypeError
-    where the function returns no module; ImportError for a module that is not there.
+    Raises:
+        ValueError: an unknown name, or a checkpoint that cannot be read or does not fit the model.
+        TypeError: a function that returns no module, or that cannot be called without arguments.
+        ImportError: a module that is not there.
     """
     make = {"torchvision": _torchvision, "timm": _timm}.get(parse(spec)[0], _call)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make(spec, weights, classes)
     if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
+        note = load_checkpoint(model, checkpoint)
+        if note and tell is not None:
+            tell(note)
     return model.eval()
 
 
@@ -51,44 +54,6 @@ def parse(spec: str) -> tuple[str, str]:
     if not source or not name:
         raise ValueError(f"model: {spec!r} is none of torchvision:NAME, timm:NAME and module:function")
     return source, name
-
-
-def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Read `path` into `model`. Raises ValueError, naming the first layers, where the two do not fit."""
-    own = model.state_dict()
-    state = _unprefixed(read_checkpoint(path), own)
-    missing, unexpected = [key for key in own if key not in state], [key for key in state if key not in own]
-    resized = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in own
-               if key in state and state[key].shape != own[key].shape]
-    problems = [f"{what} {_some(keys)}" for what, keys in
-                (("it lacks", missing), ("the model lacks", unexpected), ("other shapes:", resized)) if keys]
-    if problems:
-        raise ValueError(f"checkpoint: {path} does not fit {type(model).__name__}: {'; '.join(problems)}")
-    model.load_state_dict(state)
-
-
-def read_checkpoint(path: str | PathLike[str]) -> dict[str, Tensor]:
-    """The state dict in a file; no code of the file's is run. Raises ValueError where there is none."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint: there is no file {path}")
-    if Path(path).suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"checkpoint: {path} is not a readable safetensors file: {error}") from error
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"checkpoint: {path} holds more than tensors, or is damaged; save model.state_dict() with "
-                         "torch.save, or write safetensors") from error
-    for envelope in _ENVELOPES:
-        if isinstance(state, Mapping) and isinstance(state.get(envelope), Mapping):
-            state = state[envelope]
-            break
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"checkpoint: {path} holds no state dict (name -> tensor), neither alone nor under "
-                         f"{', '.join(_ENVELOPES)}")
-    return dict(state)
 
 
 def torchvision_models() -> ModuleType:
@@ -159,6 +124,11 @@ def _call(spec: str, weights: str | None, classes: int | None) -> nn.Module:
         make: Any = getattr(module, name, None)
         if not callable(make):
             raise ValueError(f"model: {source} has no function {name!r}")
+        try:
+            inspect.signature(make).bind()
+        except TypeError as error:
+            raise TypeError(f"model: {spec} cannot be called without arguments ({error}); write a function that "
+                            "returns the model, and name that") from error
         model = make()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {spec} returns {type(model).__name__}, not a torch.nn.Module")
@@ -215,17 +185,3 @@ def _of_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def _unprefixed(state: dict[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
-    """`state` without the prefixes that wrappers (DataParallel, torch.compile, Lightning) gave every key."""
-    first = next(iter(expected), "")
-    while True:
-        prefix = next((prefix for prefix in _PREFIXES if state and all(key.startswith(prefix) for key in state)), None)
-        if prefix is None or first.startswith(prefix):
-            return state
-        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -104,7 +104,8 @@ def model(arguments: argparse.Namespace) -> nn.Module:
     if arguments.checkpoint is None and arguments.weights is None and arguments.model.startswith("torchvision:"):
         print("note: random weights; give --checkpoint or --weights for trained ones", file=sys.stderr)
     made = models.load(arguments.model, checkpoint=arguments.checkpoint, weights=arguments.weights,
-                       classes=arguments.classes, seed=arguments.seed)
+                       classes=arguments.classes, seed=arguments.seed,
+                       tell=lambda line: print(f"note: {line}", file=sys.stderr))
     return made.to(device(arguments))
 
 
