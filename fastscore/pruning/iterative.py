@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import files
-from fastscore.batches import Batch, call_model, first_tensor, map_tensors
+from fastscore.batches import Batch, call_model, first_samples, first_tensor, map_tensors
 from fastscore.graph.groups import matching_layers
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
@@ -267,4 +267,4 @@ def _first_sample(batches: Iterable[Batch], forward: object) -> Batch:
         raise ValueError("batches: there is none to score on")
     if forward is not call_model or not tensor.dim():
         return batch
-    return map_tensors(lambda each: each[:1] if each.dim() and len(each) == len(tensor) else each, batch)
+    return first_samples(batch, 1)
