@@ -1,0 +1,69 @@
+"""Layers that run in training alone."""
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.graph import training_only
+from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
+
+
+def _group(name: str, *readers: str) -> ChannelGroup:
+    every = torch.arange(3)
+    return ChannelGroup(name, 3, every, (Member(name, "producer", every, every),
+                                         *(Member(reader, "consumer", every, every) for reader in readers)))
+
+
+class Auxiliary(nn.Module):
+    """A head that runs in training alone, dropout, and PyTorch's own attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.auxiliary = nn.Linear(4, 4), nn.Linear(4, 2), nn.Sequential(nn.Linear(4, 2))
+        self.attention, self.drop, self.norm = nn.MultiheadAttention(4, 2), nn.Dropout(0.5), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 4] -> [N, 2]."""
+        x = self.drop(self.norm(self.body(x)))
+        return self.head(x) + self.auxiliary(x) if self.training else self.head(x)
+
+
+def test_layers_that_attention_never_calls_are_not_callable() -> None:
+    """nn.MultiheadAttention reads the weights of its output projection."""
+    assert training_only.callable_layers(Auxiliary()) == {"body", "head", "auxiliary.0"}
+
+
+def test_containers_alone_take_the_way_of_training() -> None:
+    """In the block; BatchNorm and dropout do not, and all is in evaluation mode afterwards."""
+    model = Auxiliary().eval()
+    x, called = torch.randn(3, 4), list[str]()
+    model.auxiliary.register_forward_hook(lambda *_: called.append("auxiliary"))
+    before = model.norm.running_mean.clone()
+    with training_only.as_in_training(model):
+        assert model.training
+        assert not model.drop.training
+        assert not model.norm.training
+        first, second = model(x), model(x)
+    assert called == ["auxiliary"] * 2
+    assert torch.equal(first, second)
+    assert torch.equal(model.norm.running_mean, before)
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(model(x), model.head(model.norm(model.body(x))))
+
+
+def test_what_inactive_layers_alone_read_is_dropped() -> None:
+    """Whatever another layer reads too stays."""
+    graph = ChannelGraph((_group("a", "head", "auxiliary.0"), _group("b", "auxiliary.0")), {"c": "ignored"}, {})
+    found = training_only.drop_unread(graph, {"auxiliary.0"})
+    assert [group.name for group in found.groups] == ["a"]
+    assert set(found.skipped) == {"b", "c"}
+    assert "training alone" in found.skipped["b"]
+
+
+def test_layers_that_never_ran_are_named() -> None:
+    """But for those of attention's heads, which are read without a call."""
+    every = torch.arange(2)
+    heads = ChannelGroup("attention", 2, every, (Member("attention", "heads", every, every),
+                                                 Member("attention.out_proj", "consumer", every, every)))
+    found = training_only.with_skip_reasons(ChannelGraph((heads,), {}, {}), {"idle", "attention.out_proj"})
+    assert set(found.skipped) == {"idle"}
+    assert "does not run on example_inputs" in found.skipped["idle"]
