@@ -153,7 +153,7 @@ def on_device(batches: Iterable[Batch], device: torch.device, samples: int | Non
         tensor = first_tensor(batch)
         if tensor is not None and tensor.dim() and not len(tensor):
             continue  # a loss over no sample is NaN
-        batch = map_tensors(lambda tensor: _usable(tensor).to(device, non_blocking=True), batch)
+        batch = map_tensors(lambda tensor: usable(tensor).to(device, non_blocking=True), batch)
         if left is not None:
             count = len(first_input(batch))
             if count > left:
@@ -164,8 +164,13 @@ def on_device(batches: Iterable[Batch], device: torch.device, samples: int | Non
             return
 
 
-def _usable(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.is_inference() else tensor  # autograd takes none made under inference_mode
+def usable(tensor: Tensor) -> Tensor:
+    """A tensor that can be followed: none made under inference_mode, which autograd does not take, and none of a
+    subclass that adds nothing to operations, whose results are views that in-place layers write to."""
+    plain, own = (getattr(kind.__torch_function__, "__func__", None) for kind in (Tensor, type(tensor)))
+    if type(tensor) is not Tensor and own is plain:
+        tensor = tensor.as_subclass(Tensor)
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def to_channels_last(batch: Batch) -> Batch:

@@ -83,25 +83,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[tuple[Chann
             reasons.append(reason)
         else:
             skipped[found[0].whole().name] = reasons[0]
-    reason = _refusal(model, groups, run) if groups else None
-    if reason is not None:
-        alone = {group.name: why for group in groups if (why := _refusal(model, [group], run)) is not None}
-        skipped |= alone or dict.fromkeys((group.name for group in groups), reason)
-    return tuple(group for group in groups if group.name not in skipped), skipped
-
-
-def _refusal(model: nn.Module, groups: Sequence[ChannelGroup], run: Callable[[nn.Module], Any]) -> str | None:
-    """Why the model does not run without the last unit of each group; None where it does.
-
-    A module by itself may, whose number of heads another one takes for its own.
-    """
-    gone = {group.name: (group.unit == group.unit.max()).nonzero()[:, 0] for group in groups}
-    try:
-        with torch.no_grad():
-            run(surgery.remove_channels(evaluation_copy(model), groups, gone))
-    except Exception as error:  # whatever the model's code does with a width that it does not expect
-        return f"the model does not run with fewer heads there ({type(error).__name__}: {error})"
-    return None
+    return tuple(groups), skipped
 
 
 def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:

@@ -1,7 +1,8 @@
 """What Torch-Pruning's tracer knows about a model: which node follows which, and where channels lie in each."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastscore.graph import index_maps
+from fastscore.graph import channel_buffers, index_maps
 from fastscore.graph.index_maps import IndexMap
 
 OPTYPE = tp.ops.OPTYPE
@@ -39,9 +40,10 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         self.model, self.verbose, self.ignored_params = model, False, list[nn.Parameter]()
         self._module2name = {module: name for name, module in model.named_modules()}
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
-        with _FixedSplits() as splits:
+        with _FixedSplits() as splits, _outputs_of(self._channel_buffers()) as made:
             self.module2node = self._trace(model, None, run, output_transform=None)
         self._fixed_splits = splits.functions
+        self._find_channel_buffers(made)
         self._close_instance_norms()
         self._dims: dict[Any, int] = {}
         self._find_dims()
@@ -129,6 +131,19 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         """Whether a split or slice is along the dimension that holds the channels."""
         return node in self._dims and _saved_dim(node) == self._dims[node]
 
+    def _channel_buffers(self) -> list[nn.Module]:
+        return [module for module in self.model.modules() if channel_buffers.width(module) is not None]
+
+    def _find_channel_buffers(self, made: Mapping[nn.Module, list[Any]]) -> None:
+        """Where a module with buffers of one number for each channel has run, it loses channels as a PReLU does.
+
+        made: module -> the autograd function of its output, in each call.
+        """
+        nodes = {node.grad_fn: node for node in self.module2node.values() if node.type == OPTYPE.ELEMENTWISE}
+        for module, functions in made.items():
+            if len(functions) == 1 and (node := nodes.get(functions[0])) is not None:
+                node.module, node.type, node.dim_is_known = module, OPTYPE.PRELU, False
+
     def _close_instance_norms(self) -> None:
         """An InstanceNorm views samples and channels as one, and back: its inner operations are of no concern."""
         work = [(node, _shape(node)) for node in self.module2node.values() if node.type == OPTYPE.IN]
@@ -141,7 +156,8 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
 
     def _find_dims(self) -> None:
         """The dimension that holds the channels, in the output of every layer and of what comes after it."""
-        work = [node for node in self.module2node.values() if node.type in LAYERS | CHANNELWISE]
+        work = [node for node in self.module2node.values()
+                if node.type in LAYERS | CHANNELWISE and not hasattr(node, "dim_is_known")]
         for node in work:
             self._dims[node] = len(_shape(node)) - 1 if node.type == OPTYPE.LINEAR else 1
         while work:
@@ -193,6 +209,22 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
     def _is_traced(self, function: Any) -> bool:
         return function is not None and ("AccumulateGrad" not in function.name() or any(
             function.variable is parameter for parameter, _ in self.unwrapped_parameters))
+
+
+@contextmanager
+def _outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Any]]]:
+    """Module -> the autograd function of the tensor that it returned, in each call within the block."""
+    made: dict[nn.Module, list[Any]] = {}
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        made.setdefault(module, []).append(output.grad_fn if isinstance(output, Tensor) else None)
+
+    handles = [module.register_forward_hook(note) for module in modules]
+    try:
+        yield made
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _FixedSplits(TorchFunctionMode):

@@ -5,10 +5,9 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph import heads
+from fastscore.graph import channel_buffers, heads
 from fastscore.graph.groups import ChannelGroup, Role
 from fastscore.modules import multihead_attention
 
@@ -35,7 +34,7 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
     # chosen beforehand: a grouped convolution that has lost inputs can look like a depthwise one
-    surgeons = {name: tp.function.PrunerBox[tp.ops.module2type(model.get_submodule(name))]
+    surgeons = {name: channel_buffers.surgeon(model.get_submodule(name))
                 for name, side in indices if side != "heads"}
     for (name, side), index in indices.items():
         layer = model.get_submodule(name)

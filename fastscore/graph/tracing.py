@@ -1,6 +1,7 @@
 """Finding the channel groups of a model, through Torch-Pruning's dependency graph, and trying them on the model."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +11,21 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore import batches
-from fastscore.graph import attention, cache, dependencies, index_maps, training_only, verification
+from fastscore.graph import (
+    attention,
+    cache,
+    channel_buffers,
+    dependencies,
+    index_maps,
+    surgery_trial,
+    training_only,
+    verification,
+)
 from fastscore.graph.dependencies import CHANNELWISE, LAYERS
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member, Role
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of, parameter_owners, parametrized, shares_parameters
-from fastscore.modules.wrappers import without_checkpoints
+from fastscore.modules.wrappers import unwrapped, without_checkpoints
 from fastscore.rng import fork_rng
 
 
@@ -26,12 +36,14 @@ def trace(model: nn.Module, example_inputs: batches.Batch,
     A model that was traced before, and is what it was, is not traced again: see fastscore.graph.cache.
     Raises ValueError when the model cannot run on the example inputs, TypeError when it returns no tensor.
     """
+    model = unwrapped(model)
     known = cache.get(model, example_inputs, forward)
     if known is not None:
         return known
     eval_model = evaluation_copy(model)
     for parameter in eval_model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # the tracer follows grad_fn
+    example_inputs = batches.map_tensors(batches.usable, example_inputs)
 
     def run(model: nn.Module) -> list[Tensor]:
         return [batches.checked_forward(forward)(model, example_inputs)]
@@ -45,13 +57,11 @@ def trace(model: nn.Module, example_inputs: batches.Batch,
         found, ran, explained = _traced(eval_model, run)
         inactive = training_only.callable_layers(eval_model) - ran
         if inactive:
-            try:
+            with suppress(ValueError, TypeError):
                 more, ran_in_training, explained_then = _traced(eval_model, run_as_in_training)
-            except (ValueError, TypeError):
-                ran_in_training = set()
-            if ran <= ran_in_training:
-                found, explained = training_only.drop_unread(more, inactive), explained_then
-                inactive = inactive - ran_in_training
+                if ran <= ran_in_training:
+                    found, explained = training_only.merge(found, more, inactive), explained | explained_then
+                    inactive = inactive - ran_in_training
     graph = training_only.with_skip_reasons(found, inactive - explained)
     cache.put(model, example_inputs, forward, graph)
     return graph
@@ -87,8 +97,9 @@ def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> 
     leaks = verification.leaks(recording, found.groups)
     reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
                for group, where in leaks.items()}
-    return replace(found, groups=tuple(group for group in found.groups if group.name not in leaks),
-                   skipped={**found.skipped, **reasons, **left}), recording.layers_that_ran, set(left)
+    reasons |= surgery_trial.refusals(recording, [group for group in found.groups if group.name not in leaks])
+    return replace(found, groups=tuple(group for group in found.groups if group.name not in reasons),
+                   skipped={**found.skipped, **reasons, **left}), recording.layers_that_ran, {*left, *reasons}
 
 
 def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGroup]) -> ChannelGraph:
@@ -217,7 +228,7 @@ def _sections(layer: nn.Module, role: Role) -> int:
 
 def _width(layer: nn.Module, role: Role) -> int | None:
     """Channels of the layer's output (its input, for a consumer); None for a PReLU with one slope for all."""
-    pruner = tp.function.PrunerBox[tp.ops.module2type(layer)]
+    pruner = channel_buffers.surgeon(layer)
     width: int | None = pruner.get_in_channels(layer) if role == "consumer" else pruner.get_out_channels(layer)
     return width
 

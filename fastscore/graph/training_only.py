@@ -8,7 +8,7 @@ import torch_pruning as tp
 from torch import nn
 
 from fastscore.graph.dependencies import LAYERS
-from fastscore.graph.groups import ChannelGraph
+from fastscore.graph.groups import ChannelGraph, ChannelGroup
 
 
 def callable_layers(model: nn.Module) -> set[str]:
@@ -33,12 +33,32 @@ def as_in_training(model: nn.Module) -> Iterator[None]:
             module.training = False
 
 
-def drop_unread(graph: ChannelGraph, inactive: set[str]) -> ChannelGraph:
-    """The graph less the groups that `inactive` layers alone read: in evaluation mode there is nothing to measure."""
-    unread = {group.name: "it is read by layers that run in training alone" for group in graph.groups
+def merge(graph: ChannelGraph, in_training: ChannelGraph, inactive: set[str]) -> ChannelGraph:
+    """The groups of evaluation mode, which layers that run in training alone read as well.
+
+    Args:
+        graph: traced in evaluation mode.
+        in_training: traced as in training; what it lacks, or has otherwise, is taken from `graph`.
+        inactive: layers that do not run in evaluation mode.
+
+    Returns:
+        No group that `graph` does not have: where inactive layers alone read it, there is nothing to measure.
+    """
+    more = {group.name: group for group in in_training.groups}
+    unread = {name: "it is read by layers that run in training alone" for name, group in more.items()
               if all(member.layer in inactive for member in group.role("consumer"))}
-    return replace(graph, groups=tuple(group for group in graph.groups if group.name not in unread),
-                   skipped={**graph.skipped, **unread})
+    groups = tuple(more[group.name] if group.name in more and _extends(more[group.name], group) else group
+                   for group in graph.groups)
+    there = {group.name for group in groups}
+    skipped = {**graph.skipped, **{name: why for name, why in in_training.skipped.items()
+                                   if name in inactive or name not in graph.skipped}, **unread}
+    return replace(graph, groups=groups, skipped={name: why for name, why in skipped.items() if name not in there})
+
+
+def _extends(group: ChannelGroup, other: ChannelGroup) -> bool:
+    """Whether a group has all that another has, and perhaps more readers."""
+    roles = {(member.layer, member.role) for member in group.members}
+    return group.channels == other.channels and roles >= {(member.layer, member.role) for member in other.members}
 
 
 def with_skip_reasons(graph: ChannelGraph, inactive: Iterable[str]) -> ChannelGraph:

@@ -9,6 +9,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,65 +67,74 @@ class Recording:
     """
 
     def __init__(self, model: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
-        self._model, self._run_model = model, run
-        self._layers = {name: module for name, module in model.named_modules() if tp.ops.module2type(module) in LAYERS}
-        self._dims = {name: channel_dim(layer) for name, layer in self._layers.items()}
-        self._outputs: dict[str, list[Tensor]] = {layer: [] for layer in self._layers}
-        self._inputs: dict[str, list[Tensor | None]] | None = None
-        self._output = torch.empty(0)
+        self.model, self._run_model = model, run
+        self.layers = {name: module for name, module in model.named_modules() if tp.ops.module2type(module) in LAYERS}
+        self._dims = {name: channel_dim(layer) for name, layer in self.layers.items()}
+        self.outputs: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
         self.first_layers = set[str]()  # those that read what no layer has made, in one call at least
 
     @property
     def layers_that_ran(self) -> set[str]:
         """The layers that were called in the recorded run."""
-        return {layer for layer, outputs in self._outputs.items() if outputs}
+        return {layer for layer, outputs in self.outputs.items() if outputs}
 
     def record(self) -> AbstractContextManager[None]:
         """The model is run once in the block, by whoever it may be, and its layers' outputs are kept."""
-        for outputs in self._outputs.values():
+        for outputs in self.outputs.values():
             outputs.clear()
-        return self._replaced({layer: self._record(layer) for layer in self._outputs})
+        return _replaced(self.model, {layer: self._record(layer) for layer in self.outputs})
 
     def leak(self, made: Positions, read: Positions) -> str | None:
         """Run with the outputs at `made` changed and all others held; where an input differs that is not in `read`."""
-        if self._inputs is None:
-            inputs: dict[str, list[Tensor | None]] = {layer: [] for layer in self._outputs}
-            self._output = self._replay({}, lambda layer, call, x: inputs[layer].append(
-                None if x is None else x.clone()))
-            self._inputs = inputs
-        before, found = self._inputs, list[str]()
+        before, found = self.inputs, list[str]()
 
         def compare(layer: str, call: int, x: Tensor | None) -> None:
             known = before[layer][call]
             if known is not None and x is not None and _differ(x, known, self._dims[layer], read.get(layer)):
                 found.append(layer)
 
-        output = self._replay(made, compare)
-        if not found and not _close(output, self._output).all():
+        output = self._replay_changed(made, compare)
+        if not found and not close(output, self.output).all():
             return "the output"
         return found[0] if found else None
 
     def _record(self, layer: str) -> Callable[..., Tensor]:
-        module = self._layers[layer]
+        module = self.layers[layer]
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             output: Tensor = type(module).forward(module, *args, **kwargs)
-            self._outputs[layer].append(output.detach().clone())
+            self.outputs[layer].append(output.detach().clone())
             if args and not args[0].requires_grad:
                 self.first_layers.add(layer)
             return output
 
         return forward
 
-    @torch.no_grad()
-    def _replay(self, made: Positions, see: Callable[[str, int, Tensor | None], None]) -> Tensor:
-        """The output of a run in which no layer computes anything: it only says what it said before.
+    @property
+    def inputs(self) -> Mapping[str, list[Tensor | None]]:
+        """Layer -> what it read in each call, where layers give what they gave in the recorded run, and a GroupNorm
+        what it reads; None where that is no positional argument."""
+        return self._replayed[0]
+
+    @property
+    def output(self) -> Tensor:
+        """The output of the run that `inputs` are of."""
+        return self._replayed[1]
+
+    @cached_property
+    def _replayed(self) -> tuple[dict[str, list[Tensor | None]], Tensor]:
+        inputs: dict[str, list[Tensor | None]] = {layer: [] for layer in self.outputs}
+        output = self._replay_changed({}, lambda layer, call, x: inputs[layer].append(None if x is None else x.clone()))
+        return inputs, output
+
+    def _replay_changed(self, made: Positions, see: Callable[[str, int, Tensor | None], None]) -> Tensor:
+        """The output of a run in which layers compute nothing, but give what they gave, changed at `made`.
 
         see(layer, call, input) is called for each call of a layer."""
 
         def forward_of(layer: str) -> Callable[..., Tensor]:
-            calls = enumerate(self._outputs[layer])
-            module = self._layers[layer]
+            calls = enumerate(self.outputs[layer])
+            module = self.layers[layer]
 
             def forward(*args: Any, **kwargs: Any) -> Tensor:
                 call, output = next(calls, (-1, None))
@@ -136,29 +146,36 @@ class Recording:
 
             return forward
 
+        return self.replay({layer: forward_of(layer) for layer in self.outputs}, self.model)
+
+    @torch.no_grad()
+    def replay(self, forwards: Mapping[str, Callable[..., Tensor]], model: nn.Module) -> Tensor:
+        """The output of a run of `model`, a copy of the recorded one, whose layers compute `forwards` in place of their
+        own, and whose GroupNorms pass on what they read."""
         def skip(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
             return args[0]  # the statistics of a GroupNorm depend on all its channels, its positions do not
 
-        handles = [module.register_forward_hook(skip) for module in self._model.modules()
+        handles = [module.register_forward_hook(skip) for module in model.modules()
                    if isinstance(module, nn.GroupNorm)]
         torch.manual_seed(0)
         try:
-            with self._replaced({layer: forward_of(layer) for layer in self._outputs}):
-                return self._run_model(self._model).clone()
+            with _replaced(model, forwards):
+                return self._run_model(model).clone()
         finally:
             for handle in handles:
                 handle.remove()
 
-    @contextmanager
-    def _replaced(self, forwards: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
-        """The layers' own forwards replaced in the block; whatever hooks they have run as they would."""
-        for layer, forward in forwards.items():
-            vars(self._layers[layer])["forward"] = forward
-        try:
-            yield
-        finally:
-            for layer in forwards:
-                del vars(self._layers[layer])["forward"]
+
+@contextmanager
+def _replaced(model: nn.Module, forwards: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
+    """The layers' own forwards replaced in the block; whatever hooks they have run as they would."""
+    for layer, forward in forwards.items():
+        vars(model.get_submodule(layer))["forward"] = forward
+    try:
+        yield
+    finally:
+        for layer in forwards:
+            del vars(model.get_submodule(layer))["forward"]
 
 
 def _changed(x: Tensor, dim: int, index: Tensor) -> Tensor:
@@ -180,13 +197,15 @@ def _differ(x: Tensor, before: Tensor, dim: int, excused: Tensor | None) -> bool
     if excused is not None:
         unequal[excused.to(unequal.device)] = False
     index = unequal.nonzero().flatten()
-    return len(index) > 0 and not _close(x.index_select(dim, index), before.index_select(dim, index), before).all()
+    return len(index) > 0 and not close(x.index_select(dim, index), before.index_select(dim, index), before).all()
 
 
-def _close(x: Tensor, before: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Element by element, to the rounding of sums in another order at the scale of `scale` (`before`); NaN is close to
-    NaN."""
+def close(x: Tensor, before: Tensor, scale: Tensor | None = None, rounding: float | None = None) -> Tensor:
+    """Element by element, bool, to `rounding` (of sums in another order) at the scale of `scale` (`before`).
+
+    NaN is close to NaN.
+    """
     scale = before if scale is None else scale
     largest = float(scale.abs().nan_to_num(0, 0, 0).max()) if scale.numel() else 0.0
-    rounding = 16 * torch.finfo(before.dtype).eps
+    rounding = 16 * torch.finfo(before.dtype).eps if rounding is None else rounding
     return torch.isclose(x, before, rtol=rounding, atol=rounding * largest, equal_nan=True)

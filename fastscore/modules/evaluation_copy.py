@@ -3,10 +3,13 @@
 import copy
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from fastscore.batches import tensors_of
 from fastscore.modules import multihead_attention
 from fastscore.modules.wrappers import check_whole
+
+_OF_EVERY_MODULE = set(vars(nn.Module()))
 
 
 def evaluation_copy(model: nn.Module) -> nn.Module:
@@ -17,10 +20,11 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     check_whole(model)
     shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
                               for parameter in model.parameters()}
-    for module in model.modules():  # weight_norm keeps the weight that it computes anew in each pass
-        shared |= {id(value): value.detach() for value in vars(module).values()
-                   if isinstance(value, Tensor) and not value.is_leaf}
-    eval_model = copy.deepcopy(model, shared).eval()
+    for module in model.modules():  # weight_norm keeps the weight that it computes, others biases by device
+        held = (value for name, value in vars(module).items() if name == "_buffers" or name not in _OF_EVERY_MODULE)
+        shared |= {id(tensor): tensor.detach() for value in held for tensor in tensors_of(value) if not tensor.is_leaf}
+    eval_model: nn.Module = copy.deepcopy(model, shared)
+    eval_model.eval()  # which some models have written anew, without returning themselves
     for handle in multihead_attention.replace_attention(eval_model):
         handle.make_permanent()
     return eval_model

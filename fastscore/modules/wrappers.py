@@ -3,9 +3,10 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils import checkpoint
@@ -14,18 +15,44 @@ _SHARDED = ("FSDPModule", "FullyShardedDataParallel")  # fully_shard and its for
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel or DataParallel, which names its layers without "module."."""
-    while isinstance(model, (DistributedDataParallel, DataParallel)):
-        model = model.module
+    """The model inside DistributedDataParallel, DataParallel or what torch.compile made, whose layers have the names
+    that they have there."""
+    while (inside := _inside(model)) is not None:
+        model = inside
     return model
 
 
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Within the block, what torch.compile made of `model` calls the model as it is: hooks that are set after it has
+    run are not seen otherwise."""
+    inside = _inside(model)
+    with ExitStack() as stack:
+        if inside is not None:
+            stack.enter_context(uncompiled(inside))
+        if "dynamo_ctx" in vars(model):
+            before = vars(model)["forward"]
+            vars(model)["forward"] = inside
+            stack.callback(vars(model).__setitem__, "forward", before)
+        yield
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    if isinstance(model, (DistributedDataParallel, DataParallel)):
+        return cast(nn.Module, model.module)
+    return model._modules.get("_orig_mod") if "dynamo_ctx" in vars(model) else None
+
+
 def check_whole(model: nn.Module) -> None:
-    """Refuse a model whose parameters are sharded: a copy of it cannot run.
+    """Refuse a model of which no copy can be made that runs, or whose layers cannot be seen.
 
     Raises:
-        ValueError: it is sharded.
+        TypeError: torch.jit made it.
+        ValueError: its parameters are sharded.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model: {type(model).__name__}, which torch.jit made, has no layers that could be measured or "
+                        "made smaller: pass the nn.Module that it was made from, and script or trace the smaller one")
     for name, module in model.named_modules():
         if any(cls.__name__ in _SHARDED for cls in type(module).__mro__):
             raise ValueError(
@@ -36,38 +63,60 @@ def check_whole(model: nn.Module) -> None:
                 "sharding")
 
 
-_inside: Counter[int] = Counter()  # thread -> blocks of without_checkpoints that it is in
+_blocks: Counter[int] = Counter()  # thread -> blocks of without_checkpoints that it is in
 _lock = threading.Lock()
-_replaced: list[Any] = []  # checkpoint.CheckpointFunction, while some thread is in a block
+_originals: dict[str, Any] = {}  # what stands in torch.utils.checkpoint otherwise, while some thread is in a block
+
+
+def _original(name: str) -> Any:
+    """For threads that are in no block; None for those that are."""
+    return None if _blocks[threading.get_ident()] else _originals.get(name)
 
 
 class _PlainCall:
-    """In place of checkpoint.CheckpointFunction, for threads within a block; others have what it replaces."""
+    """In place of checkpoint.CheckpointFunction."""
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        original = None if _inside[threading.get_ident()] else next(iter(_replaced), None)
+        original = _original("CheckpointFunction")
         return function(*args) if original is None else original.apply(function, preserve_rng_state, *args)
+
+
+def _plain_generator(name: str) -> Callable[..., Iterator[None]]:
+    """In place of the generator called `name` that the layers run between two steps of."""
+
+    def generator(*args: Any, **kwargs: Any) -> Iterator[None]:
+        original = _original(name)
+        return iter((None,)) if original is None else original(*args, **kwargs)
+
+    return generator
+
+
+_PLAIN = {"CheckpointFunction": _PlainCall} | {name: _plain_generator(name) for name in (
+    "_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")}
 
 
 @contextmanager
 def without_checkpoints() -> Iterator[None]:
-    """Within the block, reentrant activation checkpoints of this thread call their layers as they are.
+    """Within the block, activation checkpoints of this thread call their layers as they are.
 
-    They hide a part of the autograd graph, and take backward() alone. Blocks of several threads may overlap: the last
-    to end brings back what the first found.
+    Reentrant ones hide a part of the autograd graph, and take backward() alone; the others run layers once more in the
+    backward pass, and compare what they see then. Blocks of several threads may overlap: the last to end brings back
+    what the first found.
     """
-    thread = threading.get_ident()
     with _lock:
-        if not _inside.total():
-            _replaced.append(checkpoint.CheckpointFunction)
-            checkpoint.CheckpointFunction = _PlainCall  # type: ignore[misc, assignment]
-        _inside[thread] += 1
+        if not _blocks.total():
+            _originals.update({name: getattr(checkpoint, name) for name in _PLAIN if hasattr(checkpoint, name)})
+            for name in _originals:
+                setattr(checkpoint, name, _PLAIN[name])
+        _blocks[threading.get_ident()] += 1
     try:
         yield
     finally:
         with _lock:
-            _inside[thread] -= 1
-            if not _inside.total():
-                checkpoint.CheckpointFunction = _replaced.pop()  # type: ignore[misc]
-                _inside.clear()
+            _blocks[threading.get_ident()] -= 1
+            if not _blocks.total():
+                for name, original in _originals.items():
+                    setattr(checkpoint, name, original)
+                _originals.clear()
+                _blocks.clear()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import files
+from fastscore.modules.wrappers import unwrapped
 from fastscore.pruning import recipes
 from fastscore.pruning.result import PruneResult
 
@@ -59,7 +60,7 @@ def load_pruned(model: nn.Module | Callable[[], nn.Module], path: str | PathLike
 
 def recipe_and_state(model: nn.Module) -> tuple[recipes.Recipe, dict[str, Tensor]]:
     """What a file keeps of a pruned model. Raises ValueError for a model that prune() did not make."""
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    model = unwrapped(model)
     recipe = recipes.get(model)
     if recipe is None:
         raise ValueError(f"{type(model).__name__} has no recipe: save what fastscore.prune returned, a copy of it, or "

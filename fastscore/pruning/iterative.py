@@ -16,6 +16,7 @@ from fastscore.batches import Batch, call_model, first_samples, first_tensor, ma
 from fastscore.graph.groups import matching_layers
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
+from fastscore.modules.wrappers import unwrapped
 from fastscore.pruning import latency, recipes
 from fastscore.pruning.checkpoint import load_state
 from fastscore.pruning.options import Budgets
@@ -88,6 +89,7 @@ def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs
     """
     _check(batches, steps, schedule, options)
     shares = Budgets(channels, params, macs, latency).require_one("prune_iteratively").given
+    model = unwrapped(model)
     device, seed = device_of(model), options.get("seed", 0)
     with fork_rng(device):
         torch.manual_seed(seed)

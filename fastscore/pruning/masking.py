@@ -14,6 +14,7 @@ from fastscore.modules import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import channel_dim, device_of
+from fastscore.modules.wrappers import uncompiled, unwrapped
 from fastscore.pruning.costs import Costs
 from fastscore.pruning.options import Budgets, Ranking, Scope
 from fastscore.pruning.ranking import rank
@@ -58,6 +59,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction: {fraction}; it is the share of channels to mask, 0 <= fraction < 1")
     budgets, ranking = Budgets(channels=1 - fraction), Ranking(scope)
+    wrapper, model = model, unwrapped(model)
     compensate = resolve_compensate(compensate, scores)
     graph = scored_graph(model, scores, example_inputs, forward, ignore)
     eval_model = evaluation_copy(model)
@@ -73,7 +75,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
         else:
             added = mean_contributions(eval_model, means, example_inputs, forward) if means else {}
             handles = at_consumers(model, positions, added)
-    with ExitStack() as attached:
+    with uncompiled(wrapper), ExitStack() as attached:
         for handle in handles:
             attached.enter_context(handle)
         yield removed

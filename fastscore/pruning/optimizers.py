@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.graph.surgery import remove_indices
+from fastscore.modules.wrappers import unwrapped
 from fastscore.pruning import recipes
 from fastscore.pruning.result import PruneResult
 
@@ -35,6 +36,7 @@ def rebuild_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, result
     """
     if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
         raise ValueError("optimizer: LBFGS keeps the history of all parameters in one vector; make a new one")
+    model = unwrapped(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     if not any(id(parameter) in names for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError("optimizer: it holds none of the model's parameters; give the model that it trained, and "

@@ -10,6 +10,7 @@ from fastscore.batches import Batch, Forward, call_model, checked_forward
 from fastscore.graph.groups import Ignore
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
+from fastscore.modules.wrappers import unwrapped
 from fastscore.pruning.costs import Costs
 from fastscore.pruning.latency import select_by_latency
 from fastscore.pruning.options import Budgets, Ranking, Scope
@@ -68,6 +69,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         FloatingPointError: means that are NaN or infinite.
         RuntimeError: a forward that depends on a width which changed.
     """
+    model = unwrapped(model)
     budgets = Budgets(channels, params, macs, latency).require_one("prune")
     ranking = Ranking(scope, cost_aware, round_to, floor)
     check_removable(scores)

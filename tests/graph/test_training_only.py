@@ -50,13 +50,20 @@ def test_containers_alone_take_the_way_of_training() -> None:
     assert torch.equal(model(x), model.head(model.norm(model.body(x))))
 
 
-def test_what_inactive_layers_alone_read_is_dropped() -> None:
-    """Whatever another layer reads too stays."""
-    graph = ChannelGraph((_group("a", "head", "auxiliary.0"), _group("b", "auxiliary.0")), {"c": "ignored"}, {})
-    found = training_only.drop_unread(graph, {"auxiliary.0"})
-    assert [group.name for group in found.groups] == ["a"]
-    assert set(found.skipped) == {"b", "c"}
-    assert "training alone" in found.skipped["b"]
+def test_readers_are_added_and_nothing_else() -> None:
+    """Whatever inactive layers alone read is named; what a trace as in training loses, or finds first, changes
+    nothing."""
+    evaluated = ChannelGraph((_group("a", "head"), _group("lost", "head"), _group("less", "head", "other")),
+                             {"b": "no Conv or Linear reads its channels", "c": "ignored", "late": "mixed"}, {})
+    trained = ChannelGraph((_group("a", "head", "auxiliary.0"), _group("b", "auxiliary.0"), _group("less", "head"),
+                            _group("late", "head")), {"lost": "mixed", "auxiliary.0": "the output"}, {})
+    found = training_only.merge(evaluated, trained, {"auxiliary.0"})
+    assert {group.name: [member.layer for member in group.role("consumer")] for group in found.groups} == {
+        "a": ["head", "auxiliary.0"], "lost": ["head"], "less": ["head", "other"]}
+    assert found.skipped["b"] == "it is read by layers that run in training alone"
+    assert found.skipped["c"] == "ignored"
+    assert found.skipped["late"] == "mixed"
+    assert found.skipped["auxiliary.0"] == "the output"
 
 
 def test_layers_that_never_ran_are_named() -> None:

@@ -1,0 +1,74 @@
+"""Who takes channels out of a module: Torch-Pruning, or, where numbers stand in buffers that it leaves alone, this."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+
+def width(module: nn.Module) -> int | None:
+    """For how many channels a module keeps numbers, if in buffers alone and one for each, as FrozenBatchNorm2d does.
+
+    None for modules that Torch-Pruning knows, that hold other modules or parameters, and whose buffers differ.
+    """
+    if tp.ops.module2type(module) != tp.ops.OPTYPE.ELEMENTWISE or module._modules or module._parameters:
+        return None
+    sizes = {buffer.numel() for _, buffer in _per_channel(module)}
+    whole = all(buffer is None or buffer.numel() == 1 or max(buffer.shape) == buffer.numel()
+                for buffer in module._buffers.values())
+    return sizes.pop() if len(sizes) == 1 and whole else None
+
+
+def surgeon(module: nn.Module) -> Any:
+    """What has prune_in_channels, prune_out_channels, get_in_channels and get_out_channels of (module, positions)."""
+    kind = tp.ops.module2type(module)
+    if kind == tp.ops.OPTYPE.IN:
+        return _STATISTICS
+    return _BUFFERS if width(module) is not None else tp.function.PrunerBox[kind]
+
+
+def _per_channel(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, buffer) for name, buffer in module._buffers.items() if buffer is not None and buffer.numel() > 1)
+
+
+def _cut(module: nn.Module, index: Sequence[int]) -> None:
+    """Take `index` out of each per-channel buffer."""
+    for name, buffer in list(_per_channel(module)):
+        dim = max(range(buffer.dim()), key=lambda dim: buffer.shape[dim])
+        stays = torch.ones(buffer.shape[dim], dtype=torch.bool)
+        stays[list(index)] = False
+        module._buffers[name] = buffer.index_select(dim, stays.nonzero()[:, 0].to(buffer.device))
+
+
+class _Buffers(tp.function.BasePruningFunc):  # type: ignore[misc]
+    """Of a module with a width."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        channels = width(layer)
+        _cut(layer, idxs)
+        if channels is not None and getattr(layer, "num_features", None) == channels:
+            layer.num_features = channels - len(idxs)  # type: ignore[assignment]
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.Module) -> int | None:
+        return width(layer)
+
+    get_in_channels = get_out_channels
+
+
+class _Statistics(tp.function.InstanceNormPruner):  # type: ignore[misc]
+    """Of an InstanceNorm, whose running statistics Torch-Pruning leaves as they are."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        _cut(layer, idxs)
+        pruned: nn.Module = super().prune_out_channels(layer, idxs)
+        return pruned
+
+    prune_in_channels = prune_out_channels
+
+
+_BUFFERS, _STATISTICS = _Buffers(), _Statistics()

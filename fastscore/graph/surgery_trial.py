@@ -1,0 +1,187 @@
+"""Groups tried by surgery, on a copy, before they are offered: whoever scores them can prune them.
+
+Some channels of every group go at once. The smaller copy then runs with the outputs that the whole model's layers had,
+so that each layer, and each stretch of code between layers, is judged by itself: it must run, layers must read what
+they read before at the channels that stay, and must make of it what they made with the others read as zero.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.graph import surgery
+from fastscore.graph.groups import ChannelGroup
+from fastscore.graph.verification import Recording, close
+from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.inspection import channel_dim
+
+
+@dataclass
+class _Findings:
+    """layers: layer -> what is wrong with what it reads or makes. elsewhere: what the model does instead, and details,
+    where no layer's own place is wrong."""
+
+    layers: dict[str, str] = field(default_factory=dict)
+    elsewhere: tuple[str, str] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.layers) or self.elsewhere is not None
+
+    def reason(self, group: ChannelGroup) -> str:
+        """Why `group` cannot go."""
+        if self.elsewhere is None:
+            own = [self.layers[member.layer] for member in group.members if member.layer in self.layers]
+            return next(iter((*own, *self.layers.values())))
+        does, details = self.elsewhere
+        return f"the model {does} with fewer {'heads' if any(group.role('heads')) else 'channels'} there{details}"
+
+
+def refusals(recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, str]:
+    """Groups that cannot go by surgery.
+
+    Args:
+        recording: of a run of the model; it is not changed.
+        groups: that the recording was verified with.
+
+    Returns:
+        Name of each group that fails -> why, naming the innermost module and what it said.
+    """
+    refused: dict[str, str] = {}
+    left = list(groups)
+    while left and (found := _try(recording, left)):
+        suspects = {layer: _suspects(layer, left) for layer in found.layers}
+        blamed = {groups[0].name: found.layers[layer] for layer, groups in suspects.items() if len(groups) == 1}
+        if not blamed:  # several groups meet there, or it is in no layer's own place
+            blamed = _culprit(recording, next(iter(suspects.values()), [])) or _culprit(recording, left) or \
+                {group.name: found.reason(group) for group in left}  # what fails at random is no ground to stand on
+        refused |= blamed
+        left = [group for group in left if group.name not in refused]
+    return refused
+
+
+def _suspects(layer: str, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """The groups that a layer reads, if any; else those that it makes."""
+    roles = {group.name: {member.role for member in group.members if member.layer == layer} for group in groups}
+    return [group for group in groups if "consumer" in roles[group.name]] or \
+        [group for group in groups if roles[group.name]]
+
+
+def _culprit(recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, str]:
+    """The group with which `groups`, tried in their order, begin to fail, and why; none where they do not."""
+    if not groups or not (found := _try(recording, groups)):
+        return {}
+    good, bad = 0, len(groups)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if part := _try(recording, groups[:middle]):
+            bad, found = middle, part
+        else:
+            good = middle
+    culprit = groups[bad - 1]
+    return {culprit.name: found.reason(culprit)}
+
+
+def _try(recording: Recording, groups: Sequence[ChannelGroup]) -> _Findings:
+    found = _Findings()
+    removed = {group.name: _some_units(group) for group in groups}
+    gone = surgery.removed_indices(groups, removed)
+    small: nn.Module = recording.model
+    try:
+        small = surgery.remove_indices(evaluation_copy(recording.model), gone)
+        output = recording.replay({name: _watched(recording, small, name, gone, found) for name in recording.outputs},
+                                  small)
+    except Exception as error:  # whatever the model's code does with a width that it does not expect
+        found.elsewhere = "does not run", f" ({_where(small, error.__traceback__)}: {_said(error)})"
+        return found
+    if output.shape != recording.output.shape or not _alike(output, recording.output):
+        found.elsewhere = "returns something else", ""
+    return found
+
+
+def _some_units(group: ChannelGroup) -> Tensor:
+    """Channels to go, int64: about half of the units, at random; an odd number of units stays."""
+    units = int(group.unit.max()) + 1
+    generator = torch.Generator().manual_seed(zlib.crc32(group.name.encode()))
+    gone = torch.ones(units, dtype=torch.bool)
+    gone[torch.randperm(units, generator=generator)[:units // 2 | 1]] = False
+    return gone[group.unit].nonzero()[:, 0]
+
+
+def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.RemovedIndices,
+             found: _Findings) -> Callable[..., Tensor]:
+    """A layer's forward in the smaller copy: what it reads and makes is compared, what the whole one made is returned.
+
+    """
+    layer, whole = small.get_submodule(name), recording.layers[name]
+    dim = channel_dim(layer)
+    gone_in, gone_out = (gone.get((name, side)) for side in ("inputs", "outputs"))
+    calls = enumerate(recording.outputs[name])
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        call, full = next(calls, (-1, None))
+        if full is None:  # one call more than before
+            computed: Tensor = type(layer).forward(layer, *args, **kwargs)
+            return computed
+        expected = _kept(full, dim, gone_out)
+        before = recording.inputs[name][call]
+        if before is None or not args:
+            return expected
+        read = _kept(before, dim, gone_in)
+        if args[0].shape != read.shape or not _alike(args[0], read):
+            found.layers.setdefault(name, f"{name} reads something else where some channels are gone: the code before "
+                                          "it depends on how many there are")
+            return expected
+        try:
+            made: Tensor = type(layer).forward(layer, *args, **kwargs)
+        except Exception as error:
+            found.layers.setdefault(name, f"{name} ({type(layer).__name__}) does not run with fewer channels "
+                                          f"({_said(error)})")
+            return expected
+        masked = before if gone_in is None else before.index_fill(dim, gone_in.to(before.device), 0)
+        want = _kept(type(whole).forward(whole, masked, *args[1:], **kwargs), dim, gone_out)
+        if made.shape != want.shape or not _alike(made, want):
+            found.layers.setdefault(name, f"{name} ({type(layer).__name__}) computes something else with fewer "
+                                          "channels: its weight is computed from all of them")
+        return torch.empty_like(made).copy_(expected) if made.shape == expected.shape else expected  # in its strides
+
+    return forward
+
+
+def _kept(x: Tensor, dim: int, gone: Tensor | None) -> Tensor:
+    """A copy of x less the positions `gone` of `dim`."""
+    if gone is None:
+        return x.clone()
+    stays = torch.ones(x.shape[dim], dtype=torch.bool).index_fill(0, gone, False).nonzero()[:, 0]
+    return x.index_select(dim, stays.to(x.device))
+
+
+def _alike(x: Tensor, expected: Tensor) -> bool:
+    """To the rounding of another algorithm, TF32 among them: what depends on a width differs by far more."""
+    if not x.is_floating_point():
+        return torch.equal(x, expected)
+    return bool(close(x, expected, rounding=torch.finfo(x.dtype).eps ** (1 / 3)).all())
+
+
+def _where(model: nn.Module, traceback: TracebackType | None) -> str:
+    """The innermost module of `model` whose code an exception came through."""
+    names: Mapping[int, str] = {id(module): name for name, module in model.named_modules()}
+    where: nn.Module = model
+    while traceback is not None:
+        code, local = traceback.tb_frame.f_code, traceback.tb_frame.f_locals
+        owner = local.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            where = owner
+        traceback = traceback.tb_next
+    name = names[id(where)]
+    return f"{name} ({type(where).__name__})" if name else type(where).__name__
+
+
+def _said(error: Exception) -> str:
+    """An exception in one line."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines and lines[0] else type(error).__name__

@@ -1,0 +1,136 @@
+"""Numbers for each channel in buffers: they go with their channels."""
+
+import pytest
+import torch
+from networks import randomize
+from oracles import untouched
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+import fastscore
+from fastscore.graph import channel_buffers
+from fastscore.graph.tracing import trace
+
+
+class Scale(nn.Module):
+    """A buffer of one number for each channel, along the last dimension, and one for all."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.rand(1, 1, channels) + 0.5)
+        self.register_buffer("steps", torch.tensor(3))
+        self.num_features = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, T, C] -> the same."""
+        return x * self.scale
+
+
+def frozen(channels: int) -> FrozenBatchNorm2d:
+    """With statistics far from their defaults."""
+    norm = FrozenBatchNorm2d(channels)
+    for name, buffer in norm.named_buffers():
+        nn.init.uniform_(buffer, 0.5, 1.5) if name != "running_mean" else nn.init.normal_(buffer)
+    return norm
+
+
+def images(norm: type | None = None, **options: bool) -> nn.Sequential:
+    """A convolution, the normalisation, another of each."""
+    make = frozen if norm is None else lambda channels: norm(channels, **options)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), make(8), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2),
+                         make(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 3))
+
+
+MODELS = {
+    "FrozenBatchNorm2d": (images, (3, 9, 9)),
+    "InstanceNorm2d": (lambda: images(nn.InstanceNorm2d, affine=True, track_running_stats=True), (3, 9, 9)),
+    "InstanceNorm2d without affine": (lambda: images(nn.InstanceNorm2d, track_running_stats=True), (3, 9, 9)),
+    "a scale of tokens": (lambda: nn.Sequential(nn.Linear(4, 7), Scale(7), nn.GELU(), nn.Linear(7, 5), Scale(5),
+                                                nn.Flatten(), nn.Linear(30, 2)), (6, 4)),
+}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_buffers_go_with_their_channels(name: str) -> None:
+    """The smaller model computes what the masked one does, whatever goes; and again, from a file."""
+    build, shape = MODELS[name]
+    torch.manual_seed(0)
+    model = build().double()
+    for module in model.modules():
+        if isinstance(module, nn.InstanceNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    model, x = randomize(model).eval(), torch.randn(3, *shape, dtype=torch.float64)
+    with untouched(model):
+        graph = trace(model, x)
+    assert [group.name for group in graph.groups] == ["0", "3"], dict(graph.skipped)
+    scores = fastscore.score(model, [x], progress=False)
+    for share in (0.8, 0.5, 0.2):
+        pruned = fastscore.prune(model, scores, x, channels=share, compensate=False)
+        with torch.no_grad(), fastscore.mask(model, scores, 1 - share, x, compensate=False):
+            torch.testing.assert_close(pruned.model(x), model(x))
+        widths = {layer: len(index) for (layer, side), index in pruned.removed_indices.items() if side == "outputs"}
+        assert {"0", "1"} <= set(widths) or {"3", "4"} <= set(widths)
+        for layer, gone in widths.items():
+            before, after = model.get_submodule(layer), pruned.model.get_submodule(layer)
+            for key, buffer in before.named_buffers():
+                expected = buffer.numel() - gone * (buffer.numel() > 1)
+                assert after.get_buffer(key).numel() == expected
+            if hasattr(before, "num_features"):
+                assert after.num_features == before.num_features - gone
+
+
+def test_only_modules_with_one_number_for_each_channel_have_a_width() -> None:
+    """And none that Torch-Pruning knows, that holds parameters or modules, or whose buffers differ."""
+    def holding(*shapes: tuple[int, ...]) -> nn.Module:
+        module = nn.Module()
+        for number, shape in enumerate(shapes):
+            module.register_buffer(str(number), torch.zeros(shape))
+        return module
+
+    assert channel_buffers.width(FrozenBatchNorm2d(5)) == 5
+    assert channel_buffers.width(holding((4,), (1, 4, 1, 1), ())) == 4
+    for other in (holding(), holding(()), holding((4,), (5,)), holding((3, 1, 5, 5)), holding((4,), (2, 4)),
+                  nn.BatchNorm2d(4), nn.Sequential(FrozenBatchNorm2d(4)), nn.Identity(), nn.Conv2d(1, 2, 3)):
+        assert channel_buffers.width(other) is None
+    learned = holding((4,))
+    learned.weight = nn.Parameter(torch.zeros(4))
+    assert channel_buffers.width(learned) is None
+
+
+def test_a_table_along_another_dimension_is_no_table_of_channels() -> None:
+    """Of as many numbers: a scale for each of seven tokens, and seven channels."""
+    model = nn.Sequential(nn.Linear(4, 7), nn.Unflatten(2, (7, 1)), Tokens(7), nn.Flatten(2), nn.GELU(),
+                          nn.Linear(7, 5), nn.GELU(), nn.Linear(5, 2))
+    graph = trace(model, torch.randn(2, 7, 4))
+    assert [group.name for group in graph.groups] == ["5"]
+    assert "0" in graph.skipped
+
+
+class Tokens(nn.Module):
+    """A number for each token of [N, T, C, 1]."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.rand(tokens, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, T, C, 1] -> the same."""
+        return x * self.scale
+
+
+def test_a_module_that_is_called_twice_is_left_alone() -> None:
+    """By the trial: it could lose but one set of channels."""
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+            self.norm = frozen(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.norm(self.b(self.norm(self.a(x)).relu())).relu())
+
+    model, x = Twice(), torch.randn(2, 3, 4, 4)
+    graph = trace(model, x)
+    assert not graph.groups
+    assert all("norm (FrozenBatchNorm2d)" in graph.skipped[layer] for layer in "ab")
