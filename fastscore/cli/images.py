@@ -2,9 +2,10 @@
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastscore.cli.models import parse, torchvision_models, torchvision_weights
+from fastscore.cli.models import parse, timm_settings, torchvision_models, torchvision_weights
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -21,7 +22,12 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 class Preprocessing:
     """The shorter side becomes `resize`, the middle size x size is cut out, values in [0, 1] become (x - mean) / std.
 
-    mean, std: one number for each of 3 channels (RGB) or 1 (grey). interpolation: torchvision's name for it.
+    Attributes:
+        resize, size: pixels.
+        mean, std: one number for each of 3 channels (RGB) or 1 (grey).
+        interpolation: torchvision's name for it.
+        squash: both sides become `resize`, whatever the picture's shape.
+        source: who says so.
     """
 
     resize: int
@@ -29,6 +35,8 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bilinear"
+    squash: bool = False
+    source: str = field(default="", repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
@@ -41,6 +49,14 @@ class Preprocessing:
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of what comes out."""
         return len(self.mean), self.size, self.size
+
+    def __str__(self) -> str:
+        numbers = [" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std)]
+        plain = set(self.mean) == {0.0} and set(self.std) == {1.0}
+        return (f"{'both sides' if self.squash else 'shorter side'} to {self.resize} pixels ({self.interpolation}), "
+                f"the middle {self.size} x {self.size}, "
+                + ("values in [0, 1]" if plain else f"mean {numbers[0]}, std {numbers[1]}")
+                + (f" ({self.source})" if self.source else ""))
 
     def __call__(self, path: Path) -> Tensor:
         """Read one file: float32 [channels, size, size]. Raises ValueError, naming it, where it is no image."""
@@ -56,7 +72,8 @@ class Preprocessing:
                 image = image.convert("RGB" if len(self.mean) == 3 else "L")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of these from Pillow
             raise ValueError(f"images: {path} cannot be decoded; remove or repair it ({error})") from error
-        image = F.resize(image, [self.resize], InterpolationMode(self.interpolation), antialias=True)
+        sides = [self.resize] * (2 if self.squash else 1)
+        image = F.resize(image, sides, InterpolationMode(self.interpolation), antialias=True)
         pixels = F.pil_to_tensor(F.center_crop(image, [self.size]))
         result: Tensor = F.normalize(F.to_dtype(pixels, torch.float32, scale=True), list(self.mean), list(self.std))
         return result
@@ -64,24 +81,51 @@ class Preprocessing:
 
 def preprocessing(spec: str, weights: str | None = None, size: int | None = None,
                   mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Preprocessing:
-    """How the model `spec` (see fastscore.cli.models.load) wants its images; size, mean and std replace what is known.
+    """How the model `spec` (see fastscore.cli.models.load) wants its images.
 
-    For torchvision models: the preprocessing of `weights`, or of the default weights (ImageNet). For others only the
-    size is asked for, and without mean and std values stay within [0, 1].
-    Raises ValueError where the size is not known.
+    For torchvision and timm: the preprocessing of `weights`, or of the default weights (mostly ImageNet). For others
+    only the size is asked for, and without mean and std values stay within [0, 1], which `source` says.
+
+    Args:
+        spec: names the model.
+        weights: torchvision's or timm's.
+        size, mean, std: replace what is known.
+
+    Raises:
+        ValueError: where the size is not known, or the model takes no plain images.
     """
-    if parse(spec)[0] != "torchvision":
+    known = {"torchvision": _of_torchvision, "timm": _of_timm}.get(parse(spec)[0])
+    if known is None:
         if size is None:
             raise ValueError(f"size: {spec} does not say how large its images are; give --size")
         channels = len(mean or std or (0, 0, 0))
-        return Preprocessing(size, size, tuple(mean or (0.0,) * channels), tuple(std or (1.0,) * channels))
-    preset: Any = torchvision_weights(spec, weights or "DEFAULT").transforms()
+        return Preprocessing(size, size, tuple(mean or (0.0,) * channels), tuple(std or (1.0,) * channels),
+                             source="as given" if mean and std else
+                             f"assumed: {spec} does not say what it was trained with; --mean and --std do")
+    base = known(spec, weights)
+    given = [name for name, value in (("size", size), ("mean", mean), ("std", std)) if value is not None]
+    source = base.source + (f", but for {', '.join(given)} as given" if given else "")
+    if size is not None:
+        base = replace(base, size=size, resize=round(size * base.resize / base.size))
+    return replace(base, mean=tuple(mean or base.mean), std=tuple(std or base.std), source=source)
+
+
+def _of_torchvision(spec: str, weights: str | None) -> Preprocessing:
+    entry = torchvision_weights(spec, weights or "DEFAULT")
+    preset: Any = entry.transforms()
     if not hasattr(preset, "crop_size"):
         raise ValueError(f"model: {spec} is not an image classifier")
-    crop, resize = preset.crop_size[0], preset.resize_size[0]
-    if size is not None:
-        crop, resize = size, round(size * resize / crop)
-    return Preprocessing(resize, crop, tuple(mean or preset.mean), tuple(std or preset.std), preset.interpolation.value)
+    return Preprocessing(preset.resize_size[0], preset.crop_size[0], tuple(preset.mean), tuple(preset.std),
+                         preset.interpolation.value, source=f"as torchvision's {entry}")
+
+
+def _of_timm(spec: str, weights: str | None) -> Preprocessing:
+    known = timm_settings(spec, weights)
+    size, crop = known.input_size[-1], known.crop_mode
+    return Preprocessing(math.floor(size / known.crop_pct), size, tuple(known.mean), tuple(known.std),
+                         known.interpolation, squash=crop == "squash",
+                         source=f"as timm's {known.architecture}.{known.tag}"
+                         + ("" if crop in ("center", "squash") else f", whose crop mode {crop} is replaced"))
 
 
 def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = None, seed: int = 0) -> list[Path]:

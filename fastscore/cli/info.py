@@ -12,6 +12,8 @@ from fastscore.cli import options
 from fastscore.cli.options import Commands, add_command
 from fastscore.ops import library
 from fastscore.ops.backends import backends
+from fastscore.pruning.checkpoint import read_notes
+from fastscore.scoring.scores import Scores
 
 _PACKAGES = ("torch-fastscore", "torch", "triton", "torch-pruning", "torchvision")
 
@@ -21,8 +23,9 @@ def add(commands: Commands) -> None:
     command = add_command(
         commands, "info", run, "what is installed here, and what scoring a model will do",
         "Versions, and which kernels serve which device on this machine, or why they do not.\n"
-        "For a model: what is made of it to score it, layer by layer.",
-        "fastscore info\nfastscore info --json\nfastscore info torchvision:resnet18")
+        "For a model: how its images are prepared, and what is made of it to score it, layer by layer.\n"
+        "For a file of scores or of a pruned model: where it comes from.",
+        "fastscore info\nfastscore info --json\nfastscore info torchvision:resnet18\nfastscore info scores.safetensors")
     options.add_model(command, optional=True)
     options.add_pixels(command)
     command.set_defaults(seed=0)
@@ -35,9 +38,26 @@ def run(arguments: argparse.Namespace) -> None:
         known = facts()
         print(json.dumps(known) if arguments.json else table(known))
         return
+    if arguments.model.endswith(".safetensors"):
+        notes = {arguments.model: file_notes(arguments.model)}
+        print(json.dumps(notes) if arguments.json else table(notes))
+        return
     prepare = options.preprocessing(arguments)
     scores = fastscore.score(options.model(arguments), [options.example(arguments, prepare)], progress=False)
-    print(json.dumps({"plan": str(scores.plan), "skipped": dict(scores.skipped)}) if arguments.json else scores.plan)
+    print(json.dumps({"images": str(prepare), "plan": str(scores.plan), "skipped": dict(scores.skipped)})
+          if arguments.json else f"images: {prepare}\n{scores.plan}")
+
+
+def file_notes(path: str) -> dict[str, str]:
+    """What a file of scores, or of a pruned model, says of where it comes from.
+
+    Raises FileNotFoundError, or ValueError for a file that is neither, or damaged.
+    """
+    try:
+        notes = Scores.load(path).notes
+    except ValueError:
+        notes = read_notes(path)
+    return dict(notes) or {"notes": "none: it was not made by the command line"}
 
 
 def facts() -> dict[str, dict[str, str]]:

@@ -92,7 +92,17 @@ def _torchvision(spec: str, weights: str | None, classes: int | None) -> nn.Modu
     return model
 
 
-def _timm(spec: str, weights: str | None, classes: int | None) -> nn.Module:
+def timm_settings(spec: str, weights: str | None = None) -> Any:
+    """timm's pretrained_cfg of the model "timm:NAME" with `weights`, or with its default ones; nothing is downloaded.
+
+    Raises ValueError, naming what there is, for a model or weights that timm does not have; ImportError without timm.
+    """
+    timm, tagged = _timm_name(spec, weights)
+    return timm.get_pretrained_cfg(tagged)
+
+
+def _timm_name(spec: str, weights: str | None) -> tuple[Any, str]:
+    """(timm, the name by which it knows the model with these weights)."""
     try:
         timm: Any = importlib.import_module("timm")
     except ImportError as error:
@@ -104,8 +114,12 @@ def _timm(spec: str, weights: str | None, classes: int | None) -> nn.Module:
     known = [tag.partition(".")[2] for tag in timm.list_pretrained(f"{name}.*")]
     if weights is not None and weights != "DEFAULT" and weights not in known:
         raise ValueError(f"weights: timm has no {weights!r} for {name}; it has {', '.join(['DEFAULT', *known])}")
+    return timm, name if weights in (None, "DEFAULT") else f"{name}.{weights}"
+
+
+def _timm(spec: str, weights: str | None, classes: int | None) -> nn.Module:
+    timm, tagged = _timm_name(spec, weights)
     own: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    tagged = name if weights in (None, "DEFAULT") else f"{name}.{weights}"
     try:
         model: nn.Module = timm.create_model(tagged, pretrained=weights is not None, **own)
     except OSError as error:

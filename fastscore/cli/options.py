@@ -1,8 +1,10 @@
 """Options that several commands have, and what becomes of them: a model, its images, its scores."""
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias
 
@@ -93,7 +95,7 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
 
 def add_pixels(command: argparse.ArgumentParser) -> None:
     """What becomes of an image before the model sees it."""
-    pixels = command.add_argument_group("preprocessing (default: that of torchvision's weights)")
+    pixels = command.add_argument_group("preprocessing (default: that of torchvision's or timm's weights)")
     pixels.add_argument("--size", type=positive, metavar="PIXELS", help="of the square that the model sees")
     pixels.add_argument("--mean", type=float, nargs="+", metavar="X", help="3 numbers, or 1 for grey images")
     pixels.add_argument("--std", type=float, nargs="+", metavar="X")
@@ -102,11 +104,16 @@ def add_pixels(command: argparse.ArgumentParser) -> None:
 def model(arguments: argparse.Namespace) -> nn.Module:
     """The model that the arguments name, on its device."""
     if arguments.checkpoint is None and arguments.weights is None and arguments.model.startswith("torchvision:"):
-        print("note: random weights; give --checkpoint or --weights for trained ones", file=sys.stderr)
+        tell("random weights; give --checkpoint or --weights for trained ones")
     made = models.load(arguments.model, checkpoint=arguments.checkpoint, weights=arguments.weights,
-                       classes=arguments.classes, seed=arguments.seed,
-                       tell=lambda line: print(f"note: {line}", file=sys.stderr))
+                       classes=arguments.classes, seed=arguments.seed, tell=tell)
     return made.to(device(arguments))
+
+
+def tell(line: str) -> None:
+    """Say something beside the result; of several processes, the first says it."""
+    if processes.rank_and_world_size()[0] == 0:
+        print(f"note: {line}", file=sys.stderr)
 
 
 def device(arguments: argparse.Namespace) -> torch.device:
@@ -129,16 +136,33 @@ def scored(model: nn.Module, arguments: argparse.Namespace, prepare: images.Prep
     how: more arguments for fastscore.score.
     """
     if arguments.importance in WEIGHT_IMPORTANCES:
-        return fastscore.score(model, [example(arguments, prepare)], importance=arguments.importance,
-                               seed=arguments.seed, layerwise=arguments.layerwise, ignore=arguments.ignore, **how)
+        scores = fastscore.score(model, [example(arguments, prepare)], importance=arguments.importance,
+                                 seed=arguments.seed, layerwise=arguments.layerwise, ignore=arguments.ignore, **how)
+        return replace(scores, notes=notes(arguments, prepare))
     if arguments.images is None:
         raise ValueError(f"images: {arguments.importance} needs a folder of them; give --images FOLDER")
     paths = images.find(arguments.images, arguments.samples, arguments.seed)
     samples: int | Literal["auto"] = "auto" if arguments.samples == "auto" else len(paths)
-    return fastscore.score(model, images.batches(paths, prepare, arguments.batch_size), samples=samples,
-                           **{name: getattr(arguments, name) for name in
-                              ("importance", "reduction", "ablation", "layerwise", "probes", "distribution", "center",
-                               "normalize", "seed", "ignore", "precision", "compile")}, **how)
+    tell(f"images: {prepare}")
+    scores = fastscore.score(model, images.batches(paths, prepare, arguments.batch_size), samples=samples,
+                             **{name: getattr(arguments, name) for name in
+                                ("importance", "reduction", "ablation", "layerwise", "probes", "distribution", "center",
+                                 "normalize", "seed", "ignore", "precision", "compile")}, **how)
+    return replace(scores, notes=notes(arguments, prepare))
+
+
+def notes(arguments: argparse.Namespace, prepare: images.Preprocessing) -> dict[str, str]:
+    """Where scores come from, to be kept with them: model, weights, and what was made of the images."""
+    known = {"model": arguments.model, "weights": arguments.weights, "checkpoint": arguments.checkpoint}
+    if arguments.checkpoint is not None:
+        digest = hashlib.sha256()
+        with open(arguments.checkpoint, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+        known["checkpoint"] += f" (sha256 {digest.hexdigest()})"
+    if arguments.importance not in WEIGHT_IMPORTANCES:
+        known |= {"images": arguments.images, "preprocessing": str(prepare)}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def example(arguments: argparse.Namespace, prepare: images.Preprocessing) -> Tensor:

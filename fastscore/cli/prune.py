@@ -60,6 +60,6 @@ def run(arguments: argparse.Namespace) -> None:
                              **{name: getattr(arguments, name) for name in
                                 ("channels", "params", "macs", "latency", "scope", "cost_aware", "round_to", "floor",
                                  "compensate", "ignore")})
-    save(result.model, example, arguments.out)
+    save(result, example, arguments.out)
     print(json.dumps(asdict(result.report)) if arguments.json else result.report)
     options.wrote(arguments.out)

@@ -65,6 +65,7 @@ def _data(scores: Scores, title: str, fraction: float, pruned: PruneReport | Non
              "units": origin.units, "samples": f"{scores.samples:,}", "seed": str(origin.seed)}
     if origin.gradient == "none":
         facts = {name: facts[name] for name in ("importance", "gradient", "seed")}
+    facts |= scores.notes
     return {"title": title, "facts": list(facts.items()), "fraction": fraction,
             "layers": layers,
             "skipped": list((scores.skipped if pruned is None else pruned.skipped).items()),

@@ -19,7 +19,8 @@ def save_pruned(pruned: nn.Module | PruneResult, path: str | PathLike[str]) -> N
     """Write what prune() made, fine-tuned since or not, to a safetensors file, whole or not at all.
 
     The file holds the model's state dict and a JSON header: the recipe (what was removed from which layer, once or
-    several times, in the dense model's numbering), the dense model's structure, and a checksum over everything.
+    several times, in the dense model's numbering), the dense model's structure, where a result is given what its report
+    notes, and a checksum over everything.
 
     Args:
         pruned: the smaller model, or the result that holds it.
@@ -29,9 +30,9 @@ def save_pruned(pruned: nn.Module | PruneResult, path: str | PathLike[str]) -> N
         ValueError: a model that prune() did not make.
         FileNotFoundError: a folder that is not there.
     """
-    model = pruned.model if isinstance(pruned, PruneResult) else pruned
+    model, notes = (pruned.model, dict(pruned.report.notes)) if isinstance(pruned, PruneResult) else (pruned, {})
     recipe, state = recipe_and_state(model)
-    files.write(path, _FORM, {"recipe": recipe}, state)
+    files.write(path, _FORM, {"recipe": recipe, "notes": notes}, state)
 
 
 def load_pruned(model: nn.Module | Callable[[], nn.Module], path: str | PathLike[str]) -> nn.Module:
@@ -56,6 +57,16 @@ def load_pruned(model: nn.Module | Callable[[], nn.Module], path: str | PathLike
         return load_state(recipes.apply(dense, header["recipe"]), state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_notes(path: str | PathLike[str]) -> dict[str, str]:
+    """What a file that save_pruned wrote says of where the model comes from.
+
+    Raises FileNotFoundError, or ValueError for a file that is foreign, truncated or altered.
+    """
+    notes: dict[str, str] = files.read(path, _FORM, "pruned model", "save it again with fastscore.save_pruned")[0].get(
+        "notes", {})
+    return notes
 
 
 def recipe_and_state(model: nn.Module) -> tuple[recipes.Recipe, dict[str, Tensor]]:

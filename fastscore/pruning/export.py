@@ -24,6 +24,8 @@ def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | Pat
         ImportError: ONNX without its packages.
     """
     suffix = check_suffix(path)
+    if suffix == ".safetensors":
+        return save_pruned(model, path)
     model = model.model if isinstance(model, PruneResult) else model
     modes = {module: module.training for module in model.modules()}
     try:
@@ -35,10 +37,6 @@ def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | Pat
 
 def _write_module(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) -> None:
     torch.save(model, path)
-
-
-def _write_pruned(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) -> None:
-    save_pruned(model, path)
 
 
 def _write_program(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) -> None:
@@ -59,13 +57,13 @@ def _free_batch() -> tuple[dict[int, torch.export.Dim]]:
     return ({0: torch.export.Dim("batch")},)
 
 
-_WRITERS = {".safetensors": _write_pruned, ".pt2": _write_program, ".onnx": _write_onnx, ".pt": _write_module}
+_WRITERS = {".pt2": _write_program, ".onnx": _write_onnx, ".pt": _write_module}
 
 
 def check_suffix(path: str | PathLike[str]) -> str:
     """The suffix of a model file that `save` can write. Raises ValueError for any other."""
     suffix = Path(path).suffix
-    if suffix not in _WRITERS:
+    if suffix not in (".safetensors", *_WRITERS):
         raise ValueError(f"out: {path}: its suffix must be .safetensors (weights and a recipe), .pt2 (torch.export), "
                          ".onnx or .pt (the module itself, as a pickle)")
     return suffix

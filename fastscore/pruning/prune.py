@@ -90,6 +90,6 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         surgery = plan(removed)
         pruned = surgery.copy()
         macs_left = verify(pruned, example_inputs, forward, costs.returned.shape)
-    report = new_report(graph, dense, costs, macs_left, pruned, removed, candidates)
+    report = new_report(graph, dense, costs, macs_left, pruned, removed, candidates, scores.notes)
     return PruneResult(surgery.apply(model) if inplace else pruned, report, removed, surgery.removed_indices,
                        surgery.new_biases)

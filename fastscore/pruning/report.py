@@ -1,7 +1,7 @@
 """What prune() did, in figures."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,7 +55,8 @@ class Candidate:
 class PruneReport:
     """What prune() did. Pairs are (before, after); MACs are those of one sample.
 
-    candidates: with a latency budget, what was measured, from the largest to the smallest.
+    candidates: with a latency budget, what was measured, from the largest to the smallest. notes: what
+    the scores say of where they come from.
     """
 
     groups: tuple[GroupReport, ...]
@@ -64,6 +65,7 @@ class PruneReport:
     params: tuple[int, int]
     skipped: Mapping[str, str]
     candidates: tuple[Candidate, ...] = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "PruneReport":
@@ -74,7 +76,7 @@ class PruneReport:
         candidates = (Candidate(**{**row, "timing": timing})
                       for row, timing in zip(data["candidates"], timings, strict=True))
         return cls(tuple(groups), _pair(data["channels"]), _pair(data["macs"]), _pair(data["params"]), data["skipped"],
-                   tuple(candidates))
+                   tuple(candidates), notes=data.get("notes", {}))
 
     def __str__(self) -> str:
         width = max([len("layer"), *(len(row.layer) for row in self.groups)])
@@ -93,11 +95,13 @@ class PruneReport:
                          f"with {tried.channels:.1%} of the channels, "
                          f"{tried.macs:.1%} of the MACs")
         lines += [f"{layer}: left alone: {reason}" for layer, reason in self.skipped.items()]
+        lines += [f"{name}: {text}" for name, text in self.notes.items()]
         return "\n".join(lines)
 
 
 def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs: Costs, macs: int, pruned: nn.Module,
-               removed: Mapping[str, Tensor], candidates: tuple[Candidate, ...]) -> PruneReport:
+               removed: Mapping[str, Tensor], candidates: tuple[Candidate, ...],
+               notes: Mapping[str, str]) -> PruneReport:
     """The report of `pruned`, which has lost `removed` (group -> int64 [R]).
 
     dense: (MACs, parameters) of each group as it was, see Costs.by_group. costs: without what was removed. macs: of
@@ -109,7 +113,7 @@ def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs:
     params = sum(parameter.numel() for parameter in pruned.parameters())
     return PruneReport(rows, (int(costs.dense["channels"]), int(costs.totals["channels"])),
                        (int(costs.dense["macs"]), macs), (int(costs.dense["params"]), params), graph.skipped,
-                       candidates)
+                       candidates, notes=dict(notes))
 
 
 def _pair(values: Any) -> tuple[Any, Any]:

@@ -76,6 +76,8 @@ class Scores(Mapping[str, Tensor]):
         zero_gradients: Samples x probes whose output gradient was zero throughout, which no scaling makes as long as
             the others (normalize=True). They count, with s = 0.
         plan: How the model was run, where fastscore.score did so; not saved.
+        notes: What the caller says of where they come from (model, checkpoint, images, preprocessing); saved, and
+            passed on to reports and pruned files. Merged scores keep what both say.
     """
 
     totals: Mapping[str, Tensor]
@@ -88,6 +90,7 @@ class Scores(Mapping[str, Tensor]):
     half_passes: int = 0
     zero_gradients: int = 0
     plan: "Plan | None" = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, layer: str) -> Tensor:
         if layer not in self.totals:
@@ -156,7 +159,8 @@ class Scores(Mapping[str, Tensor]):
         return replace(self, totals=_added(self.totals, other.totals), passes=self.passes + other.passes,
                        samples=samples, means=means, half_totals=_added(self.half_totals, other.half_totals),
                        half_passes=self.half_passes + other.half_passes,
-                       zero_gradients=self.zero_gradients + other.zero_gradients)
+                       zero_gradients=self.zero_gradients + other.zero_gradients,
+                       notes={name: text for name, text in self.notes.items() if other.notes.get(name) == text})
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file: the totals, and a JSON header with origin, counts and a checksum."""
@@ -164,7 +168,7 @@ class Scores(Mapping[str, Tensor]):
                    for layer, tensor in getattr(self, kind).items()}
         header = {"origin": asdict(self.origin), "passes": self.passes, "half_passes": self.half_passes,
                   "samples": self.samples, "zero_gradients": self.zero_gradients, "skipped": dict(self.skipped),
-                  "tensors": list(tensors)}
+                  "notes": dict(self.notes), "tensors": list(tensors)}
         files.write(path, _FORMAT, header, tensors)
 
     @classmethod
@@ -180,6 +184,7 @@ class Scores(Mapping[str, Tensor]):
                         if key.startswith(f"{kind}:")} for kind in _TENSORS}
         return cls(origin=Origin(**header["origin"]), passes=header["passes"], half_passes=header["half_passes"],
                    samples=header["samples"], zero_gradients=header["zero_gradients"], skipped=header["skipped"],
+                   notes=header.get("notes", {}),
                    totals=named["totals"], means=named["means"], half_totals=named["half_totals"])
 
     def plot(self, path: str | PathLike[str], fraction: float = 0.0) -> None:

@@ -1,0 +1,85 @@
+"""Images are prepared as those that the weights were trained on; it is said in a line and kept with what comes of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import timm.data
+import torch
+from PIL import Image
+
+import fastscore
+from fastscore.cli import images, main, models
+
+NETS = """
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+"""
+
+
+@pytest.fixture
+def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with nets.py and a picture of noise, wider than high, in photos/."""
+    monkeypatch.chdir(tmp_path)
+    Path("nets.py").write_text(NETS)
+    Path("photos").mkdir()
+    pixels = torch.randint(256, (90, 130, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save("photos/a.png")
+    return Path("photos/a.png")
+
+
+@pytest.mark.parametrize(("name", "weights"), [
+    ("mobilenetv2_100", None), ("resnet50", "a1_in1k"), ("vit_base_patch16_clip_224", "openai"),
+    ("convnext_tiny", None), ("eva02_tiny_patch14_336", None)])  # the last one squashes
+def test_preprocessing_is_that_of_timm(photo: Path, name: str, weights: str | None) -> None:
+    prepare = images.preprocessing(f"timm:{name}", weights)
+    tagged = name if weights is None else f"{name}.{weights}"
+    config = timm.get_pretrained_cfg(tagged)
+    expected = timm.data.create_transform(**timm.data.resolve_data_config({}, pretrained_cfg=config.to_dict()))
+    torch.testing.assert_close(prepare(photo), expected(Image.open(photo).convert("RGB")), rtol=0, atol=1e-6)
+    assert prepare.source == f"as timm's {name}.{config.tag}"
+
+
+def test_what_is_given_replaces_what_is_known() -> None:
+    prepare = images.preprocessing("timm:mobilenetv2_100", size=112, std=[0.2, 0.2, 0.2])
+    assert (prepare.size, prepare.resize, prepare.std) == (112, 128, (0.2, 0.2, 0.2))
+    assert prepare.mean == timm.get_pretrained_cfg("mobilenetv2_100").mean
+    assert prepare.source.endswith(", but for size, std as given")
+    assert images.preprocessing("torchvision:resnet18").source == "as torchvision's ResNet18_Weights.IMAGENET1K_V1"
+
+
+def test_what_was_assumed_is_said_and_kept(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(models.load("nets.py:build").state_dict(), "c.pth")
+    model = ["nets.py:build", "--checkpoint", "c.pth", "--size", "32"]
+    assert main(["score", *model, "--images", "photos", "--out", "s.safetensors"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: images: ")]
+    assert len(said) == 1
+    assert "values in [0, 1] (assumed: nets.py:build does not say" in said[0]
+    notes = fastscore.Scores.load("s.safetensors").notes
+    assert said[0] == f"note: images: {notes['preprocessing']}"
+    assert notes["model"] == "nets.py:build"
+    assert notes["images"] == "photos"
+    assert notes["checkpoint"].startswith("c.pth (sha256 ")
+
+    smaller = ["--macs", "0.6", "--out", "m.safetensors", "--json"]
+    assert main(["prune", *model, "--scores", "s.safetensors", *smaller]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == notes
+    assert main(["report", "s.safetensors", "--out", "s.html"]) == 0
+    assert notes["preprocessing"] in Path("s.html").read_text()
+    for file in ("s.safetensors", "m.safetensors"):
+        capsys.readouterr()
+        assert main(["info", file, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {file: notes}
+    assert main(["info", "c.safetensors"]) == 2
+
+
+def test_what_was_given_is_not_assumed(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", "nets.py:build", "--size", "32", "--images", "photos", "--mean", "0.5", "0.5", "0.5", "--std",
+                 "0.25", "0.25", "0.25", "--json"]) == 0
+    said = capsys.readouterr().err
+    assert "mean 0.5 0.5 0.5, std 0.25 0.25 0.25 (as given)" in said
+    assert "assumed" not in said
