@@ -106,6 +106,7 @@ def preprocessing(spec: str, weights: str | None = None, size: int | None = None
     given = [name for name, value in (("size", size), ("mean", mean), ("std", std)) if value is not None]
     source = base.source + (f", but for {', '.join(given)} as given" if given else "")
     if size is not None:
+        source += f"; its size is {base.size}"
         base = replace(base, size=size, resize=round(size * base.resize / base.size))
     return replace(base, mean=tuple(mean or base.mean), std=tuple(std or base.std), source=source)
 

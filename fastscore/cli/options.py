@@ -67,7 +67,8 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
     """How to score, and on which images; `folder` gets --images."""
     folder.add_argument("--images", metavar="FOLDER", help="unlabelled images, subfolders included")
     scoring = command.add_argument_group("scoring")
-    scoring.add_argument("--importance", choices=IMPORTANCES, default="taylor-sq", help="default: %(default)s")
+    scoring.add_argument("--importance", choices=IMPORTANCES, default="taylor-sq",
+                         help="default: %(default)s; the signed taylor needs a loss: fastscore.Scorer has it")
     scoring.add_argument("--reduction", choices=REDUCTIONS, default="sum",
                          help="over a channel's positions before the square or absolute value (default: %(default)s)")
     scoring.add_argument("--ablation", choices=ABLATIONS, default="zero",

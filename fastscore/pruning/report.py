@@ -94,7 +94,7 @@ class PruneReport:
                          f"(± {tried.timing.uncertainty:.1%}) of the time, {dense:.3g} → {small:.3g} ms, "
                          f"with {tried.channels:.1%} of the channels, "
                          f"{tried.macs:.1%} of the MACs")
-        lines += [f"{layer}: left alone: {reason}" for layer, reason in self.skipped.items()]
+        lines += [f"{layer}: kept ({reason})" for layer, reason in self.skipped.items()]
         lines += [f"{name}: {text}" for name, text in self.notes.items()]
         return "\n".join(lines)
 

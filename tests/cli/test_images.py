@@ -1,4 +1,4 @@
-"""Images are prepared as those that the weights were trained on; it is said in a line and kept with what comes of it."""
+"""Images are prepared as those that the weights were made with; it is said in a line and kept with what comes of it."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(("name", "weights"), [
     ("mobilenetv2_100", None), ("resnet50", "a1_in1k"), ("vit_base_patch16_clip_224", "openai"),
-    ("convnext_tiny", None), ("eva02_tiny_patch14_336", None)])  # the last one squashes
+    ("cspdarknet53", None), ("dm_nfnet_f0", None), ("coat_lite_medium_384", "in1k")])  # the last two squash
 def test_preprocessing_is_that_of_timm(photo: Path, name: str, weights: str | None) -> None:
     prepare = images.preprocessing(f"timm:{name}", weights)
     tagged = name if weights is None else f"{name}.{weights}"
@@ -48,7 +48,8 @@ def test_what_is_given_replaces_what_is_known() -> None:
     prepare = images.preprocessing("timm:mobilenetv2_100", size=112, std=[0.2, 0.2, 0.2])
     assert (prepare.size, prepare.resize, prepare.std) == (112, 128, (0.2, 0.2, 0.2))
     assert prepare.mean == timm.get_pretrained_cfg("mobilenetv2_100").mean
-    assert prepare.source.endswith(", but for size, std as given")
+    assert prepare.source.endswith(", but for size, std as given; its size is 224")
+    assert images.preprocessing("torchvision:resnet18", size=16).source.endswith("as given; its size is 224")
     assert images.preprocessing("torchvision:resnet18").source == "as torchvision's ResNet18_Weights.IMAGENET1K_V1"
 
 
