@@ -17,11 +17,18 @@ class ScoreCallback(Callback):  # type: ignore[misc]
         lightning.Trainer(callbacks=[callback]).fit(module, loader)
         callback.scores
 
-    path: where the scores are saved when training ends; None: nowhere. network: qualified name of the module that the
-    training step calls, such as "net" for self.net(x); "" for self(x). example_inputs: see fastscore.Scorer; by default
-    the first batch. options: of fastscore.Scorer. The totals are part of Lightning's checkpoints, and those of all
-    processes are added up at the end. While training runs, and after it stopped for an exception, `callback.scorer` has
-    what was measured.
+    The totals are part of Lightning's checkpoints, and those of all processes are added up at the end. While training
+    runs, and after it stopped for an exception, `callback.scorer` has what was measured.
+
+    Args:
+        path: where the scores are saved when training ends; None: nowhere.
+        network: qualified name of the module that the training step calls, such as "net" for self.net(x); "" for
+            self(x).
+        example_inputs: see fastscore.Scorer; by default the first batch.
+        options: of fastscore.Scorer.
+
+    Raises:
+        ValueError: a gradient other than the loss's.
     """
 
     def __init__(self, path: str | PathLike[str] | None = None, *, network: str = "", example_inputs: Batch = None,

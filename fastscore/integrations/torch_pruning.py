@@ -15,13 +15,14 @@ class Importance:
         importance = Importance(lambda: fastscore.score(model, batches))
         pruner = torch_pruning.pruner.BasePruner(model, example_inputs, importance, iterative_steps=3)
 
-    scores: Scores, or a function without arguments that makes them. A function is called at the first use, and again
-    when a step has removed channels since; Scores hold for one step, after which they are refused. The model must have
-    the names it was scored with: the pruner's model is the one that was scored, not a wrapper around it.
+    The model must have the names it was scored with: the pruner's model is the one that was scored, not a wrapper
+    around it. Groups that have no score (see scores.skipped), or only some of whose channels have one, are kept; so are
+    attention heads whose queries, keys and values come from one layer. GroupNormPruner.regularize() needs a score for
+    every group: give it such layers as ignored_layers.
 
-    Groups that have no score (see scores.skipped), or only some of whose channels have one, are left alone; so are
-    attention heads whose queries, keys and values come from one layer.
-    GroupNormPruner.regularize() needs a score for every group: give it such layers as ignored_layers.
+    Args:
+        scores: Scores, or a function without arguments that makes them. A function is called at the first use, and
+            again when a step has removed channels since; Scores hold for one step, after which they are refused.
     """
 
     def __init__(self, scores: Scores | Callable[[], Scores]) -> None:
@@ -30,11 +31,17 @@ class Importance:
         self._ranked: set[tuple[str, bool]] = set()  # groups ranked in this round over all groups
 
     def __call__(self, group: Any) -> Tensor | None:
-        """Importances [C] of the channels of a group's first item, float32; None where it has no score.
+        """Importances of the channels of a group's first item.
 
-        group: a torch_pruning.Group over all channels, as DependencyGraph.get_all_groups() makes them.
-        Raises ValueError, before the pruner has changed anything in this step, for scores of another model, of
-        units="norms", or from before an earlier step.
+        Args:
+            group: a torch_pruning.Group over all channels, as DependencyGraph.get_all_groups() makes them.
+
+        Returns:
+            float32 [C]; None where the group has no score.
+
+        Raises:
+            ValueError: before the pruner has changed anything in this step, for scores of another model, of
+                units="norms", or from before an earlier step.
         """
         graph = group._DG
         scores = self._current(graph, group)

@@ -15,10 +15,19 @@ from fastscore.scoring.scores import Scores
 
 
 def forward(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """What a model makes of a tokenizer's batch: its logits, or else its last hidden states.
+    """What a model makes of a tokenizer's batch, without labels and caches, which scores have no use for.
 
-    For fastscore.score and its kin, as forward=. Without labels and caches, which scores have no use for; padding is
-    told by attention_mask, see sample_dims of fastscore.score. Raises TypeError for a model that returns neither.
+    For fastscore.score and its kin, as forward=. Padding is told by attention_mask, see sample_dims of fastscore.score.
+
+    Args:
+        model: one of transformers.
+        batch: name -> argument, as a tokenizer makes it.
+
+    Returns:
+        Its logits, or else its last hidden states.
+
+    Raises:
+        TypeError: a model that returns neither.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     caches = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", False) else {}
@@ -37,11 +46,17 @@ class ScoreCallback(TrainerCallback):  # type: ignore[misc]
         Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
         callback.scores
 
-    path: where the scores are saved when training ends; None: nowhere. example_inputs: see fastscore.Scorer; by default
-    a batch of the trainer's (give one where batches can be taken once only, from a stream). options: of
-    fastscore.Scorer. The scores are of the samples of this call of train(), those of all processes together. While
-    training runs, `callback.scorer` has what was measured; after an exception, callback.scorer.detach() removes the
-    taps.
+    The scores are of the samples of this call of train(), those of all processes together. While training runs,
+    `callback.scorer` has what was measured; after an exception, callback.scorer.detach() removes the taps.
+
+    Args:
+        path: where the scores are saved when training ends; None: nowhere.
+        example_inputs: see fastscore.Scorer; by default a batch of the trainer's (give one where batches can be taken
+            once only, from a stream).
+        options: of fastscore.Scorer.
+
+    Raises:
+        ValueError: a gradient other than the loss's.
     """
 
     def __init__(self, path: str | PathLike[str] | None = None, *, example_inputs: Batch = None,

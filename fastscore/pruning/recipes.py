@@ -22,8 +22,13 @@ _SAME: Mapping[type, type] = {NonDynamicallyQuantizableLinear: nn.Linear, Sequen
 
 
 class Recipe(TypedDict):
-    """structure: of the dense model, see `structure`. removed: layer -> "inputs", "outputs" or "heads" -> positions,
-    ascending. biases: layers that have a bias which they had not."""
+    """What pruning took out of a dense model.
+
+    Attributes:
+        structure: of the dense model, see `structure`.
+        removed: layer -> "inputs", "outputs" or "heads" -> positions, ascending.
+        biases: layers that have a bias which they had not.
+    """
 
     structure: dict[str, str]
     removed: dict[str, dict[Side, list[int]]]

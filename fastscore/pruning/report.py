@@ -12,8 +12,13 @@ from fastscore.pruning.costs import Costs
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One group before and after: its channels, and the MACs (of one sample) and parameters of the layers that make
-    its channels or work on each of them."""
+    """One group, (before, after).
+
+    Attributes:
+        layer: its name.
+        channels: of the group.
+        macs, params: of the layers that make its channels or work on each of them, MACs for one sample.
+    """
 
     layer: str
     channels: tuple[int, int]
@@ -23,9 +28,11 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians of the seconds that one call of the dense and of the smaller model took, side by side.
+    """The time of one call of the dense and of the smaller model, which took turns.
 
-    uncertainty: of the share, for 95 % of such measurements.
+    Attributes:
+        seconds: their medians.
+        uncertainty: of the share, for 95 % of such measurements.
     """
 
     seconds: tuple[float, float]
@@ -39,9 +46,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that a search in measured time tried: shares of channels, parameters and MACs that remain, and its time.
+    """A model that a search in measured time tried.
 
-    chosen: whether it is the one that prune() returned.
+    Attributes:
+        channels, params, macs: shares that remain.
+        timing: what was measured.
+        chosen: whether it is the one that prune() returned.
     """
 
     channels: float
@@ -53,10 +63,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What prune() did. Pairs are (before, after); MACs are those of one sample.
+    """What prune() did. Pairs are (before, after).
 
-    candidates: with a latency budget, what was measured, from the largest to the smallest. notes: what
-    the scores say of where they come from.
+    Attributes:
+        groups: each group of channels.
+        channels: that can go.
+        macs: of one sample.
+        params: parameters.
+        skipped: layer -> why its channels were kept.
+        candidates: with a latency budget, what was measured, from the largest to the smallest.
+        notes: what the scores say of where they come from.
     """
 
     groups: tuple[GroupReport, ...]
