@@ -33,6 +33,9 @@ def grey():
 def number():
     return 3
 
+def wide(width):
+    return nn.Linear(3, width)
+
 def broken():
     raise ValueError("this is the user's own")
 """
@@ -185,6 +188,8 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     (("score", "elsewhere:build", "--size", "48", "--images", "photos"), "no module 'elsewhere'"),
     (("score", "nets:built", "--size", "48", "--images", "photos"), "no function 'built'"),
     (("score", "nets:number", "--size", "48", "--images", "photos"), "returns int"),
+    (("score", "nets:wide", "--size", "48", "--images", "photos"),
+     "nets:wide cannot be called without arguments (missing a required argument: 'width'); write a function"),
     (("score", "nets:build", "--images", "photos"), "size: nets:build"),
     ((*OWN, "--weights", "DEFAULT"), "weights: only torchvision"),
     ((*OWN, "--checkpoint", "no.pth"), "there is no file no.pth"),
