@@ -1,4 +1,5 @@
-// Arithmetic that every backend shares: compiled by the host compiler, by nvcc, and by the tests. Knows nothing of torch.
+// Arithmetic that every backend shares: compiled by the host compiler, by nvcc, and by the tests. Knows nothing of
+// torch.
 #pragma once
 
 #include <cmath>
@@ -19,6 +20,8 @@ struct Words {
 
 // Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC11.
 constexpr int kPhiloxRounds = 10;
+// Blocks are numbered in 32 bits, four words each.
+constexpr int64_t kMaxClasses = int64_t{1} << 34;
 
 FASTSCORE_HD void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
   const uint64_t product0 = uint64_t{0xD2511F53} * c0;
@@ -82,10 +85,11 @@ FASTSCORE_HD void box_muller_angle(uint32_t word, float* cosine, float* sine) {
   const uint32_t quadrant = (m + (1u << 22)) >> 23;
   // What is left of a quarter turn, in [-½, ½]: exact. Series of sin(π/2 t) and cos(π/2 t), π/2 in two parts.
   const float t = float(int32_t(m) - int32_t(quadrant << 23)) * 0x1p-23f, t2 = t * t;
-  const float s = t * 1.5707964f + t * (-4.371139e-8f + t2 * (-0.64596410f + t2 * (0.079692626f + t2 * (
-                  -0.0046817541f + t2 * 0.00016044118f))));
-  const float c = 1.0f + t2 * (-1.2337006f + t2 * (0.25366951f + t2 * (-0.020863481f + t2 * (
-                  0.00091926027f + t2 * -2.5202042e-5f))));
+  const float s =
+      t * 1.5707964f +
+      t * (-4.371139e-8f + t2 * (-0.64596410f + t2 * (0.079692626f + t2 * (-0.0046817541f + t2 * 0.00016044118f))));
+  const float c = 1.0f + t2 * (-1.2337006f +
+                               t2 * (0.25366951f + t2 * (-0.020863481f + t2 * (0.00091926027f + t2 * -2.5202042e-5f))));
   const bool swap = quadrant & 1;
   *cosine = (swap ? s : c) * ((quadrant + 1) & 2 ? -1.0f : 1.0f);
   *sine = (swap ? c : s) * (quadrant & 2 ? -1.0f : 1.0f);

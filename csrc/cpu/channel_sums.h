@@ -90,7 +90,8 @@ struct Row {
   }
 };
 
-// One item of a plan: the positions [begin, end) of some channels, and where the first of them is read and written.
+// One item of a reduction: the positions [begin, end) of some channels, and where the first of them is read and
+// written.
 template <class T, class Reducer>
 struct Item {
   int64_t begin, end, channels;
@@ -98,33 +99,35 @@ struct Item {
   const T* g;
   Sum<T>* sums[Reducer::kSums];
 
-  Item(const Plan& plan, int64_t item) {
-    const int64_t tile = item % plan.tiles, chunk = item / plan.tiles % plan.chunks;
-    const int64_t sample = item / plan.tiles / plan.chunks;
-    const int64_t positions = plan.positions.count(), width = plan.channel.size, first = tile * plan.tile;
-    begin = chunk * plan.chunk;
-    end = begin + plan.chunk < positions ? begin + plan.chunk : positions;
-    channels = first + plan.tile < width ? plan.tile : width - first;
-    a = static_cast<const T*>(plan.a) + sample * plan.sample.a + first * plan.channel.a;
-    g = static_cast<const T*>(plan.g) + sample * plan.sample.g + first * plan.channel.g;
+  Item(const Reduction& reduction, int64_t item) {
+    const int64_t tile = item % reduction.tiles, chunk = item / reduction.tiles % reduction.chunks;
+    const int64_t sample = item / reduction.tiles / reduction.chunks;
+    const int64_t positions = reduction.positions.count(), width = reduction.channel.size,
+                  first = tile * reduction.tile;
+    begin = chunk * reduction.chunk;
+    end = begin + reduction.chunk < positions ? begin + reduction.chunk : positions;
+    channels = first + reduction.tile < width ? reduction.tile : width - first;
+    a = static_cast<const T*>(reduction.a) + sample * reduction.sample.a + first * reduction.channel.a;
+    g = static_cast<const T*>(reduction.g) + sample * reduction.sample.g + first * reduction.channel.g;
     for (int k = 0; k < Reducer::kSums; ++k) {
-      const int64_t row = plan.chunks == 1 ? sample : (sample * plan.chunks + chunk) * Reducer::kSums + k;
-      sums[k] = static_cast<Sum<T>*>(plan.chunks == 1 ? plan.sums[k] : plan.partials) + row * width + first;
+      const int64_t row = reduction.chunks == 1 ? sample : (sample * reduction.chunks + chunk) * Reducer::kSums + k;
+      sums[k] =
+          static_cast<Sum<T>*>(reduction.chunks == 1 ? reduction.sums[k] : reduction.partials) + row * width + first;
     }
   }
 };
 
 template <class T, class Reducer, template <class> class G, int Chains>
-void rows_in_chains(const Plan& plan, const Item<T, Reducer>& item) {
+void rows_in_chains(const Reduction& reduction, const Item<T, Reducer>& item) {
   constexpr int kW = kWidth<T>;
   for (int64_t first = 0; first < item.channels; first += kW) {
     const int count = first + kW < item.channels ? kW : int(item.channels - first);
     Vector<T> lanes[Reducer::kSums][kW];
     for (int c = 0; c < count; ++c) {
-      const T* a = item.a + (first + c) * plan.channel.a;
-      const T* g = item.g + (first + c) * plan.channel.g;
+      const T* a = item.a + (first + c) * reduction.channel.a;
+      const T* g = item.g + (first + c) * reduction.channel.g;
       Row<T, Reducer, Chains> row;
-      plan.positions.runs(item.begin, item.end, [&](int64_t offset_a, int64_t offset_g, int64_t length) {
+      reduction.positions.runs(item.begin, item.end, [&](int64_t offset_a, int64_t offset_g, int64_t length) {
         row.add(Dense<T>{a + offset_a}, G<T>{g + offset_g}, length);
       });
       for (int k = 0; k < Reducer::kSums; ++k) lanes[k][c] = row.lanes(k);
@@ -137,11 +140,11 @@ void rows_in_chains(const Plan& plan, const Item<T, Reducer>& item) {
 }
 
 template <class T, class Reducer, template <class> class G>
-void rows(const Plan& plan, const Item<T, Reducer>& item) {
-  if (plan.chunk < 8 * kWidth<T>) {
-    rows_in_chains<T, Reducer, G, 1>(plan, item);  // short rows overlap one another
+void rows(const Reduction& reduction, const Item<T, Reducer>& item) {
+  if (reduction.chunk < 8 * kWidth<T>) {
+    rows_in_chains<T, Reducer, G, 1>(reduction, item);  // short rows overlap one another
   } else {
-    rows_in_chains<T, Reducer, G, 4>(plan, item);
+    rows_in_chains<T, Reducer, G, 4>(reduction, item);
   }
 }
 
@@ -191,18 +194,18 @@ FASTSCORE_INLINE void add_positions(const T* a, const T* g, const Dim& stride, i
 }
 
 template <class T, class Reducer>
-void columns(const Plan& plan, const Item<T, Reducer>& item) {
+void columns(const Reduction& reduction, const Item<T, Reducer>& item) {
   constexpr int kPositions = 8;
-  Dim stride = plan.positions.inner();
+  Dim stride = reduction.positions.inner();
   const T* channels_g = item.g;
   T copy[kMaxColumnTile];
-  if (plan.channel.g != 1) {
-    for (int64_t c = 0; c < item.channels; ++c) copy[c] = item.g[c * plan.channel.g];
+  if (reduction.channel.g != 1) {
+    for (int64_t c = 0; c < item.channels; ++c) copy[c] = item.g[c * reduction.channel.g];
     channels_g = copy;
     stride.g = 0;
   }
   bool first = true;
-  plan.positions.runs(item.begin, item.end, [&](int64_t offset_a, int64_t offset_g, int64_t length) {
+  reduction.positions.runs(item.begin, item.end, [&](int64_t offset_a, int64_t offset_g, int64_t length) {
     const T* a = item.a + offset_a;
     const T* g = channels_g + offset_g;
     for (; length >= 2 * kPositions; length -= kPositions) {
@@ -244,13 +247,13 @@ FASTSCORE_INLINE void load_square(const T* p, int64_t channel_stride, int64_t po
 }
 
 template <class T, class Reducer>
-void squares(const Plan& plan, const Item<T, Reducer>& item) {
+void squares(const Reduction& reduction, const Item<T, Reducer>& item) {
   constexpr int kW = kWidth<T>;
-  const Dim &channel = plan.channel, &inner = plan.positions.inner();
+  const Dim &channel = reduction.channel, &inner = reduction.positions.inner();
   for (int64_t first = 0; first < item.channels; first += kW) {
     const int channels = first + kW < item.channels ? kW : int(item.channels - first);
     Vector<T> lanes[kW][Reducer::kSums] = {};
-    plan.positions.runs(item.begin, item.end, [&](int64_t offset_a, int64_t offset_g, int64_t length) {
+    reduction.positions.runs(item.begin, item.end, [&](int64_t offset_a, int64_t offset_g, int64_t length) {
       const T* a = item.a + first * channel.a + offset_a;
       const T* g = item.g + first * channel.g + offset_g;
       for (int64_t p = 0; p < length; p += kW) {
@@ -269,19 +272,19 @@ void squares(const Plan& plan, const Item<T, Reducer>& item) {
   }
 }
 
-// Items [begin, end) of a plan.
+// Items [begin, end) of a reduction.
 template <class T, class Reducer>
-void channel_sums(const Plan& plan, int64_t begin, int64_t end) {
+void channel_sums(const Reduction& reduction, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    const Item<T, Reducer> item(plan, i);
-    if (plan.path == Path::columns) {
-      columns(plan, item);
-    } else if (plan.path == Path::squares) {
-      squares(plan, item);
-    } else if (plan.positions.inner().g == 0) {
-      rows<T, Reducer, Repeated>(plan, item);
+    const Item<T, Reducer> item(reduction, i);
+    if (reduction.path == Path::columns) {
+      columns(reduction, item);
+    } else if (reduction.path == Path::squares) {
+      squares(reduction, item);
+    } else if (reduction.positions.inner().g == 0) {
+      rows<T, Reducer, Repeated>(reduction, item);
     } else {
-      rows<T, Reducer, Dense>(plan, item);
+      rows<T, Reducer, Dense>(reduction, item);
     }
   }
 }

@@ -4,9 +4,9 @@
 #include <cstring>
 #include <optional>
 
-#include "arguments.h"
-#include "kernels.h"
-#include "run_plan.h"
+#include "dispatch.h"
+#include "run_reduction.h"
+#include "tensor_args.h"
 
 namespace fastscore::cpu {
 namespace {
@@ -15,40 +15,47 @@ std::tuple<Tensor, Tensor, Tensor> clamp_backward_(const Tensor& y, Tensor g, co
                                                    double low, double high) {
   const auto sizes = y.sizes(), strides = y.strides();
   const int64_t dims = int64_t(sizes.size());
-  require(dims >= 2 && dims <= kMaxDims, "y has to have 2 to 64 dimensions");
-  const auto check = [&](const Tensor& x) {
-    require(sizes == x.sizes() && strides == x.strides(), "y, g and rest differ in shape or strides");
-    require(y.scalar_type() == x.scalar_type(), "y, g and rest differ in dtype");
+  STD_TORCH_CHECK(dims >= 2 && dims <= kMaxDims, "y has ", dims, " dimensions, but has to have 2 to ", kMaxDims,
+                  "; reshape it");
+  const auto check = [&](const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(sizes == x.sizes(), "y and ", name, " differ in shape; ", name,
+                    " is a gradient of y, element by element");
+    STD_TORCH_CHECK(strides == x.strides(), "y and ", name,
+                    " differ in strides; copy one, as in torch.empty_like(y).copy_(", name, ")");
+    STD_TORCH_CHECK(y.scalar_type() == x.scalar_type(), "y and ", name, " differ in dtype; convert one, as in ", name,
+                    ".to(y.dtype)");
   };
-  check(g);
-  if (rest) check(*rest);
+  check(g, "g");
+  if (rest) check(*rest, "rest");
   ClampBackward task;
-  Plan& plan = task.plan;
+  Reduction& reduction = task.reduction;
   const auto dim = [&](int64_t d) { return Dim{sizes[d], strides[d], strides[d]}; };
-  plan.sample = dim(0);
-  plan.channel = dim(1);
-  for (int64_t d = 2; d < dims; ++d) plan.positions.add(dim(d));
+  reduction.sample = dim(0);
+  reduction.channel = dim(1);
+  for (int64_t d = 2; d < dims; ++d) reduction.positions.add(dim(d));
   const Dtype dtype = dtype_of(y);
   const int64_t shape[] = {sizes[0], sizes[1]};
   const std::array<Tensor, 3> sums = new_outputs<3>(shape, 2, dtype);
   const auto results = [&] { return std::tuple(sums[0], sums[1], sums[2]); };
   if (shape[0] == 0 || shape[1] == 0) return results();
-  if (plan.positions.count() == 0) {
+  if (reduction.positions.count() == 0) {
     const size_t bytes = shape[0] * shape[1] * (dtype == Dtype::float64 ? 8 : 4);
     for (const Tensor& sum : sums) memset(sum.mutable_data_ptr(), 0, bytes);
     return results();
   }
-  plan.a = y.const_data_ptr();
-  plan.g = task.out = g.mutable_data_ptr();
-  for (int k = 0; k < 3; ++k) plan.sums[k] = sums[k].mutable_data_ptr();
+  reduction.a = y.const_data_ptr();
+  reduction.g = task.out = g.mutable_data_ptr();
+  for (int k = 0; k < 3; ++k) reduction.sums[k] = sums[k].mutable_data_ptr();
   task.rest = rest ? rest->const_data_ptr() : nullptr;
   task.low = low;
   task.high = high;
-  choose_path(plan);
-  if (plan.path == Path::squares && plan.channel.a == 1) plan.path = Path::columns;  // few channels, all the same
-  require(plan.path != Path::squares && plan.positions.depth == 1, "y is neither contiguous nor channels last");
+  choose_path(reduction);
+  if (reduction.path == Path::squares && reduction.channel.a == 1)
+    reduction.path = Path::columns;  // few channels, all the same
+  STD_TORCH_CHECK(reduction.path != Path::squares && reduction.positions.depth == 1,
+                  "y is neither contiguous nor channels last; make it so, as in y.contiguous(), and g and rest alike");
   const auto kernel = kernels().clamp_backward[int(dtype)];
-  run_plan(plan, dtype, 3, [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
+  run_reduction(reduction, dtype, 3, [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
   return results();
 }
 

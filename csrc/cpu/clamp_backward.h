@@ -2,15 +2,15 @@
 #pragma once
 
 #include "channel_sums.h"
-#include "kernels.h"
+#include "dispatch.h"
 
 namespace fastscore::cpu::FASTSCORE_TIER {
 
-// An end as the clamp had it, in the dtype of its result.
+// A bound as the clamp had it, in the dtype of its result.
 template <class T>
-Sum<T> held(double end) {
+Sum<T> clamp_bound(double bound) {
   T element;
-  from_double(end, &element);
+  from_double(bound, &element);
   return Sum<T>(to_double(element));
 }
 
@@ -22,8 +22,8 @@ struct ClampItem : Item<T, Sums> {
   Sum<T> low, high;
 
   ClampItem(const ClampBackward& task, int64_t item)
-      : Item<T, Sums>(task.plan, item), low(held<T>(task.low)), high(held<T>(task.high)) {
-    const int64_t offset = this->a - static_cast<const T*>(task.plan.a);
+      : Item<T, Sums>(task.reduction, item), low(clamp_bound<T>(task.low)), high(clamp_bound<T>(task.high)) {
+    const int64_t offset = this->a - static_cast<const T*>(task.reduction.a);
     rest = static_cast<const T*>(task.rest) + (task.rest ? offset : 0);
     out = static_cast<T*>(task.out) + offset;
   }
@@ -44,10 +44,10 @@ struct ClampItem : Item<T, Sums> {
 };
 
 template <class T, bool Rest>
-void clamp_rows(const ClampItem<T>& item, const Plan& plan) {
+void clamp_rows(const ClampItem<T>& item, const Reduction& reduction) {
   constexpr int kW = kWidth<T>, kChains = 2;
   for (int64_t c = 0; c < item.channels; ++c) {
-    const int64_t row = c * plan.channel.a;
+    const int64_t row = c * reduction.channel.a;
     Vector<T> sums[kChains][3] = {};
     int64_t p = item.begin;
     for (; p + kChains * kW <= item.end; p += kChains * kW) {
@@ -67,9 +67,9 @@ void clamp_rows(const ClampItem<T>& item, const Plan& plan) {
 // Two positions at a time, from end to end: few stretches of memory are walked at once, and the sums stay in the
 // first-level cache.
 template <class T, bool Rest>
-void clamp_columns(const ClampItem<T>& item, const Plan& plan) {
+void clamp_columns(const ClampItem<T>& item, const Reduction& reduction) {
   constexpr int kW = kWidth<T>, kPositions = 2;
-  const int64_t stride = plan.positions.inner().a;
+  const int64_t stride = reduction.positions.inner().a;
   for (int k = 0; k < 3; ++k) memset(item.sums[k], 0, item.channels * sizeof(Sum<T>));
   for (int64_t first = item.begin; first < item.end; first += kPositions) {
     const int positions = first + kPositions < item.end ? kPositions : int(item.end - first);
@@ -91,11 +91,12 @@ template <class T, bool Rest>
 void clamp_items(const ClampBackward& task, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const ClampItem<T> item(task, i);
-    task.plan.path == Path::columns ? clamp_columns<T, Rest>(item, task.plan) : clamp_rows<T, Rest>(item, task.plan);
+    task.reduction.path == Path::columns ? clamp_columns<T, Rest>(item, task.reduction)
+                                         : clamp_rows<T, Rest>(item, task.reduction);
   }
 }
 
-// Items [begin, end) of the task's plan.
+// Items [begin, end) of the task's reduction.
 template <class T>
 void clamp_backward(const ClampBackward& task, int64_t begin, int64_t end) {
   task.rest ? clamp_items<T, true>(task, begin, end) : clamp_items<T, false>(task, begin, end);

@@ -6,8 +6,12 @@
 
 namespace fastscore::cpu {
 
-struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
 
 enum class Dtype { float32, float64, bfloat16, float16 };
 

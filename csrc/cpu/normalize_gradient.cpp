@@ -1,15 +1,16 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "arguments.h"
-#include "kernels.h"
+#include "dispatch.h"
+#include "tensor_args.h"
 
 namespace fastscore::cpu {
 namespace {
 
 std::tuple<Tensor, Tensor> normalize_gradient(const Tensor& g, double eps) {
   const auto sizes = g.sizes(), strides = g.strides();
-  require(sizes.size() >= 1 && sizes.size() <= kMaxDims, "g has to have 1 to 64 dimensions");
+  STD_TORCH_CHECK(sizes.size() >= 1 && sizes.size() <= kMaxDims, "g has ", sizes.size(),
+                  " dimensions, but has to have 1 to ", kMaxDims, "; reshape it");
   const Dtype dtype = dtype_of(g);
   const Tensor unit = torch::stable::empty_like(g);
   const auto unit_strides = unit.strides();

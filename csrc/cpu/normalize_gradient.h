@@ -1,7 +1,7 @@
 // Gradients scaled to length 1, sample by sample. Compiled once per tier.
 #pragma once
 
-#include "kernels.h"
+#include "dispatch.h"
 #include "simd.h"
 
 namespace fastscore::cpu::FASTSCORE_TIER {

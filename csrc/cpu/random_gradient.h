@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../math.h"
-#include "kernels.h"
+#include "dispatch.h"
 #include "simd.h"
 
 namespace fastscore::cpu::FASTSCORE_TIER {

@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "plan.h"
+#include "reduction.h"
 
 #define FASTSCORE_INLINE inline __attribute__((always_inline))
 
@@ -18,13 +18,25 @@ namespace fastscore::cpu::FASTSCORE_TIER {
 constexpr int kVectorBytes = FASTSCORE_VECTOR_BYTES;
 
 // What elements of type T are summed in: float64 for float64, else float32.
-template <class T> struct SumOf { using type = float; };
-template <> struct SumOf<double> { using type = double; };
-template <class T> using Sum = typename SumOf<T>::type;
+template <class T>
+struct SumOf {
+  using type = float;
+};
+template <>
+struct SumOf<double> {
+  using type = double;
+};
+template <class T>
+using Sum = typename SumOf<T>::type;
 
-template <class S> struct VectorOf { typedef S type __attribute__((vector_size(kVectorBytes))); };
-template <class T> using Vector = typename VectorOf<Sum<T>>::type;
-template <class T> constexpr int kWidth = kVectorBytes / sizeof(Sum<T>);
+template <class S>
+struct VectorOf {
+  typedef S type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vector = typename VectorOf<Sum<T>>::type;
+template <class T>
+constexpr int kWidth = kVectorBytes / sizeof(Sum<T>);
 
 typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));

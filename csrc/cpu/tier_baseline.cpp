@@ -2,4 +2,4 @@
 #define FASTSCORE_TIER baseline
 #define FASTSCORE_TIER_NAME "baseline"
 #define FASTSCORE_VECTOR_BYTES 16
-#include "tier.h"
+#include "dispatch_table.h"

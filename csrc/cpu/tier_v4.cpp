@@ -16,7 +16,7 @@
 #define FASTSCORE_TIER v4
 #define FASTSCORE_TIER_NAME "x86-64-v4"
 #define FASTSCORE_VECTOR_BYTES 64
-#include "tier.h"
+#include "dispatch_table.h"
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -30,7 +30,7 @@ std::array<Tensor, Reducer::kSums> reduce(const Tensor& a, const Tensor& g, int6
   constexpr int kSums = Reducer::kSums;
   if (channel_dim < 0) channel_dim += a.dim();
   check_pair(a, g, channel_dim);
-  const OnDevice device(a);
+  const DeviceGuard device(a);
   const int64_t shape[] = {a.size(0), a.size(channel_dim)};
   const auto allocate = [&](std::initializer_list<int64_t> sizes) {
     return torch::stable::new_empty(a, {sizes.begin(), sizes.size()}, sum_dtype(a.scalar_type()));
@@ -43,7 +43,7 @@ std::array<Tensor, Reducer::kSums> reduce(const Tensor& a, const Tensor& g, int6
     const auto* from_g = static_cast<const T*>(g.const_data_ptr());
     const ChannelPlan plan =
         plan_channel_sums({from_a, from_g, sizeof(T)}, a.sizes().data(), a.strides().data(), g.strides().data(),
-                          int(a.dim()), int(channel_dim), device.units());
+                          int(a.dim()), int(channel_dim), device.multiprocessors());
     Sum<T>* sums[kSums];
     for (int k = 0; k < kSums; ++k) sums[k] = static_cast<Sum<T>*>(result[k].mutable_data_ptr());
     const int64_t splits = plan.geometry.split.splits;
@@ -54,9 +54,7 @@ std::array<Tensor, Reducer::kSums> reduce(const Tensor& a, const Tensor& g, int6
   return result;
 }
 
-Tensor channel_dot(const Tensor& a, const Tensor& g, int64_t channel_dim) {
-  return reduce<Dot>(a, g, channel_dim)[0];
-}
+Tensor channel_dot(const Tensor& a, const Tensor& g, int64_t channel_dim) { return reduce<Dot>(a, g, channel_dim)[0]; }
 
 std::tuple<Tensor, Tensor, Tensor> channel_sums(const Tensor& a, const Tensor& g, int64_t channel_dim) {
   const auto [dot, sum_a, sum_g] = reduce<Sums>(a, g, channel_dim);

@@ -127,8 +127,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     const int64_t n = divide(row, it.channels), c = row - n * it.channels;
     const int64_t begin = blockIdx.y * it.split.segment;
     add_run<Reducer>(sum, a + n * it.sample.a + c * it.channel.a + begin,
-                     g + n * it.sample.g + c * it.channel.g + begin,
-                     min(it.split.segment, it.positions - begin), lane, it.lanes);
+                     g + n * it.sample.g + c * it.channel.g + begin, min(it.split.segment, it.positions - begin), lane,
+                     it.lanes);
   }
   finish_row<Reducer>(sum, inside && lane == 0, row, it.lanes, out);
 }
@@ -146,12 +146,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     const T* row_a = a + n * it.sample.a + c * it.channel.a;
     const T* row_g = g + n * it.sample.g + c * it.channel.g;
     const int64_t begin = blockIdx.y * it.split.segment;
-    add_elements<Reducer>(sum, min(it.split.segment, it.positions - begin), lane, it.lanes,
-                          [&](int64_t i, S* x, S* y) {
-                            const Strides at = offset(walk, begin + i);
-                            *x = load(row_a + at.a);
-                            *y = load(row_g + at.g);
-                          });
+    add_elements<Reducer>(sum, min(it.split.segment, it.positions - begin), lane, it.lanes, [&](int64_t i, S* x, S* y) {
+      const Strides at = offset(walk, begin + i);
+      *x = load(row_a + at.a);
+      *y = load(row_g + at.g);
+    });
   }
   finish_row<Reducer>(sum, inside && lane == 0, row, it.lanes, out);
 }
@@ -247,9 +246,7 @@ void launch_channel_sums(const ChannelPlan& plan, const T* a, const T* g, Sum<T>
   const Outputs<S, kSums>& out = it.split.splits == 1 ? result : first;
   switch (it.layout) {
     case Layout::rows: launch(sum_rows<Reducer, T>, it.blocks, it.split.splits, a, g, it, out); break;
-    case Layout::strided:
-      launch(sum_strided<Reducer, T>, it.blocks, it.split.splits, a, g, it, plan.walk, out);
-      break;
+    case Layout::strided: launch(sum_strided<Reducer, T>, it.blocks, it.split.splits, a, g, it, plan.walk, out); break;
     case Layout::columns:
       if (it.wide) launch(sum_columns<Reducer, T, Pack<T>::kSize>, it.blocks, it.split.splits, a, g, it, out);
       else launch(sum_columns<Reducer, T, 1>, it.blocks, it.split.splits, a, g, it, out);

@@ -10,10 +10,10 @@
 namespace fastscore::cuda {
 
 inline constexpr int kMaxDims = 64;
-inline constexpr int kBlocksPerUnit = 4;     // blocks of 256 threads that keep one multiprocessor busy
-inline constexpr int kShortestChain = 4;     // additions per accumulator below which a split does not pay
+inline constexpr int kBlocksPerMultiprocessor = 4;  // blocks of 256 threads that keep one multiprocessor busy
+inline constexpr int kShortestChain = 4;            // additions per accumulator below which a split does not pay
 inline constexpr int kShortestSegment = 256;  // elements; the partial sums of shorter ones would add to the traffic
-inline constexpr int kLongestChain = 1024;   // additions per accumulator above which float32 would lose too much
+inline constexpr int kLongestChain = 1024;    // additions per accumulator above which float32 would lose too much
 inline constexpr int64_t kMaxSplits = 65535;  // what a grid's second dimension may be
 
 // Element strides of one dimension in two tensors of one shape.

@@ -37,9 +37,9 @@ inline int attribute(cudaDeviceAttr which, int device) {
 
 // Makes a tensor's device the current one, and the former one current again at the end. The CUDA runtime is linked
 // statically, so this library sets its own.
-class OnDevice {
+class DeviceGuard {
  public:
-  explicit OnDevice(const Tensor& tensor) : device_(tensor.get_device_index()) {
+  explicit DeviceGuard(const Tensor& tensor) : device_(tensor.get_device_index()) {
     check(cudaGetDevice(&former_), "cudaGetDevice");
     if (former_ != device_) check(cudaSetDevice(device_), "cudaSetDevice");
     const int major = attribute(cudaDevAttrComputeCapabilityMajor, device_);
@@ -50,16 +50,15 @@ class OnDevice {
                     ", but fastscore's CUDA kernels need ", kOldestMajor,
                     ".0 or newer; move the tensors to the CPU, or use fastscore.ops.use_backend(\"reference\")");
   }
-  ~OnDevice() { restore(); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
+  ~DeviceGuard() { restore(); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
 
-  int units() const { return attribute(cudaDevAttrMultiProcessorCount, device_); }
+  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount, device_); }
 
   // Launches kernels of `blocks` × `splits` blocks on the caller's stream.
   auto launcher() const {
-    const auto stream =
-        static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device_).nativeHandle());
+    const auto stream = static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device_).nativeHandle());
     return [stream](auto kernel, int64_t blocks, int64_t splits, auto... arguments) {
       STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "a tensor of ", blocks,
                       " blocks of rows is more than one CUDA launch takes; split the batch");

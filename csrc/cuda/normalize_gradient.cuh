@@ -22,7 +22,7 @@ struct NormalizePlan {
 // `g` and `unit` are the addresses of gradient and result, which have the same sizes.
 inline NormalizePlan plan_normalize_gradient(const void* g, const void* unit, int element_size, const int64_t* sizes,
                                              const int64_t* strides_g, const int64_t* strides_unit, int dims,
-                                             int units) {
+                                             int multiprocessors) {
   NormalizePlan it{};
   it.samples = sizes[0];
   it.sample = {strides_g[0], strides_unit[0]};
@@ -34,13 +34,14 @@ inline NormalizePlan plan_normalize_gradient(const void* g, const void* unit, in
   merge_neighbours(it.walk);
   const int pack = 16 / element_size;
   const int64_t packs = ceil_divide(it.length, pack), apart = it.samples > 1 ? it.sample.a - it.sample.g : 0;
-  const bool in_step = (reinterpret_cast<uintptr_t>(g) - reinterpret_cast<uintptr_t>(unit)) % 16 == 0 &&
-                       apart % pack == 0;
+  const bool in_step =
+      (reinterpret_cast<uintptr_t>(g) - reinterpret_cast<uintptr_t>(unit)) % 16 == 0 && apart % pack == 0;
   it.held = it.walk.contiguous() && in_step && packs <= kThreads * kHeldPacks;
   it.lanes = it.held ? std::max(power_of_two_from(ceil_divide(packs, 4), kThreads), kWarp) : kThreads;
   it.blocks = ceil_divide(it.samples, kThreads / it.lanes);
   it.split = it.held ? Split{it.length, 1}
-                     : split_reduction(it.length, int64_t(kThreads) * pack, it.blocks, int64_t(units) * kBlocksPerUnit);
+                     : split_reduction(it.length, int64_t(kThreads) * pack, it.blocks,
+                                       int64_t(multiprocessors) * kBlocksPerMultiprocessor);
   return it;
 }
 
@@ -169,8 +170,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // partials: N · splits elements unless the plan is held; launch as for launch_channel_sums.
 template <class T, class Launch>
-void launch_normalize_gradient(const NormalizePlan& it, const T* g, double eps, T* unit, Sum<T>* norm,
-                               double* partials, Launch launch) {
+void launch_normalize_gradient(const NormalizePlan& it, const T* g, double eps, T* unit, Sum<T>* norm, double* partials,
+                               Launch launch) {
   if (it.samples == 0) return;
   if (it.held) {
     launch(normalize_held<T>, it.blocks, it.split.splits, g, it, eps, unit, norm);

@@ -61,9 +61,9 @@ inline void plan_strided(Geometry& it, int64_t wanted) {
   it.split = split_reduction(it.positions, int64_t(it.lanes) * kStridedWidth, it.blocks, wanted);
 }
 
-// `sizes` and strides as the tensors have them; channel_dim in 1..dims-1; `units` multiprocessors on the device.
+// `sizes` and strides as the tensors have them; channel_dim in 1..dims-1; `multiprocessors` of the device.
 inline ChannelPlan plan_channel_sums(Operands in, const int64_t* sizes, const int64_t* strides_a,
-                                     const int64_t* strides_g, int dims, int channel_dim, int units) {
+                                     const int64_t* strides_g, int dims, int channel_dim, int multiprocessors) {
   ChannelPlan plan{};
   Geometry& it = plan.geometry;
   it.samples = sizes[0];
@@ -86,7 +86,7 @@ inline ChannelPlan plan_channel_sums(Operands in, const int64_t* sizes, const in
   it.wide = it.channels % pack == 0 && aligned(in.a, it.samples > 1 ? it.sample.a : 0, it.position.a) &&
             aligned(in.g, it.samples > 1 ? it.sample.g : 0, it.position.g);
   const bool adjacent_channels = it.channels == 1 || (it.channel.a == 1 && it.channel.g == 1);
-  const int64_t wanted = int64_t(units) * kBlocksPerUnit;
+  const int64_t wanted = int64_t(multiprocessors) * kBlocksPerMultiprocessor;
   if (plan.walk.dims == 1 && plan.walk.contiguous()) {
     it.layout = Layout::rows;
     plan_rows(it, pack, wanted);

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/dispatch.h"
 
 using namespace fastscore::cpu;
 
@@ -64,29 +64,29 @@ int64_t extent(const Layout& l, bool g) {
          (l.positions - 1) * (g ? l.g_position : l.position) + 1;
 }
 
-// Runs a plan that takes `count` sums of ones.
-void reduce(Plan& plan, int count, const char* name, const char* tier, int dtype,
+// Runs a reduction that takes `count` sums of ones.
+void reduce(Reduction& reduction, int count, const char* name, const char* tier, int dtype,
             const std::function<void(int64_t, int64_t)>& kernel) {
   const bool wide = dtype == int(Dtype::float64);
-  const int64_t rows = plan.sample.size * plan.channel.size, width = wide ? 8 : 4;
+  const int64_t rows = reduction.sample.size * reduction.channel.size, width = wide ? 8 : 4;
   std::vector<std::unique_ptr<char[]>> out;
   for (int k = 0; k < count; ++k) {
     out.emplace_back(new char[rows * width]);
-    plan.sums[k] = out[k].get();
+    reduction.sums[k] = out[k].get();
   }
-  std::unique_ptr<char[]> partials(new char[rows * plan.chunks * count * width]);
-  plan.partials = partials.get();
-  in_parallel(plan.items(), kernel);
+  std::unique_ptr<char[]> partials(new char[rows * reduction.chunks * count * width]);
+  reduction.partials = partials.get();
+  in_parallel(reduction.items(), kernel);
   for (int k = 0; k < count; ++k) {
     for (int64_t row = 0; row < rows; ++row) {
       double sum = 0;
-      const int64_t n = row / plan.channel.size, c = row % plan.channel.size;
-      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-        sum += plan.chunks == 1 ? read(plan.sums[k], row, wide)
-                                : read(plan.partials, ((n * plan.chunks + chunk) * count + k) * plan.channel.size + c,
+      const int64_t n = row / reduction.channel.size, c = row % reduction.channel.size;
+      for (int64_t chunk = 0; chunk < reduction.chunks; ++chunk) {
+        sum += reduction.chunks == 1 ? read(reduction.sums[k], row, wide)
+                                : read(reduction.partials, ((n * reduction.chunks + chunk) * count + k) * reduction.channel.size + c,
                                        wide);
       }
-      require(sum == double(plan.positions.count()), name, tier, dtype);
+      require(sum == double(reduction.positions.count()), name, tier, dtype);
     }
   }
 }
@@ -95,15 +95,15 @@ void sums(const Kernels& kernels, const Layout& l, int dtype) {
   const auto a = ones(extent(l, false), dtype), g = ones(extent(l, true), dtype);
   for (int op = 0; op < 3; ++op) {
     const int count = op == kDot ? 1 : op == kSums ? 3 : 2;
-    Plan plan{};
-    plan.a = a.get();
-    plan.g = g.get();
-    plan.sample = {l.samples, l.sample, l.g_sample};
-    plan.channel = {l.channels, l.channel, l.g_channel};
-    plan.positions.add({l.positions, l.position, l.g_position});
-    choose_path(plan);
-    reduce(plan, count, l.name, kernels.tier, dtype,
-           [&](int64_t begin, int64_t end) { kernels.channel_sums[dtype][op](plan, begin, end); });
+    Reduction reduction{};
+    reduction.a = a.get();
+    reduction.g = g.get();
+    reduction.sample = {l.samples, l.sample, l.g_sample};
+    reduction.channel = {l.channels, l.channel, l.g_channel};
+    reduction.positions.add({l.positions, l.position, l.g_position});
+    choose_path(reduction);
+    reduce(reduction, count, l.name, kernels.tier, dtype,
+           [&](int64_t begin, int64_t end) { kernels.channel_sums[dtype][op](reduction, begin, end); });
   }
 }
 
@@ -121,15 +121,15 @@ void clamp(const Kernels& kernels, const Layout& l, int dtype, bool more, double
   const int64_t count = extent(l, false);
   const auto y = ones(count, dtype), g = ones(count, dtype), rest = ones(count, dtype);
   ClampBackward task{{}, more ? rest.get() : nullptr, g.get(), 0, high};
-  Plan& plan = task.plan;
-  plan.a = y.get();
-  plan.g = g.get();
-  plan.sample = {l.samples, l.sample, l.sample};
-  plan.channel = {l.channels, l.channel, l.channel};
-  plan.positions.add({l.positions, l.position, l.position});
-  choose_path(plan);
-  if (plan.path == Path::squares) plan.path = Path::columns;
-  reduce(plan, 3, l.name, kernels.tier, dtype,
+  Reduction& reduction = task.reduction;
+  reduction.a = y.get();
+  reduction.g = g.get();
+  reduction.sample = {l.samples, l.sample, l.sample};
+  reduction.channel = {l.channels, l.channel, l.channel};
+  reduction.positions.add({l.positions, l.position, l.position});
+  choose_path(reduction);
+  if (reduction.path == Path::squares) reduction.path = Path::columns;
+  reduce(reduction, 3, l.name, kernels.tier, dtype,
          [&](int64_t begin, int64_t end) { kernels.clamp_backward[dtype](task, begin, end); });
   for (int64_t i = 0; i < count; ++i) {
     require(element(g.get(), i, dtype) == (high > 1 ? 1 + more : 0), "clamp", kernels.tier, dtype);

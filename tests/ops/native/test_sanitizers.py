@@ -14,7 +14,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
-SOURCES = [HERE / "driver.cpp", CSRC / "cpu" / "plan.cpp", *sorted(CSRC.glob("cpu/tier_*.cpp"))]
+SOURCES = [HERE / "driver.cpp", CSRC / "cpu" / "reduction.cpp", *sorted(CSRC.glob("cpu/tier_*.cpp"))]
 NIGHTLY = "FASTSCORE_NIGHTLY" in os.environ
 FLAGS = ["-std=c++20", "-O1", "-g1", "-ffp-contract=fast", "-Wno-psabi", "-Wno-ignored-attributes", f"-I{CSRC}"]
 

@@ -1,7 +1,7 @@
 // The kernels of one SIMD tier behind function pointers, and the tier for this machine.
 #pragma once
 
-#include "plan.h"
+#include "reduction.h"
 
 namespace fastscore::cpu {
 
@@ -25,24 +25,30 @@ struct NormalizeGradient {
 };
 
 struct ClampBackward {
-  Plan plan;         // a is the clamp's result, g the gradient from one of its readers; all have the same strides
-  const void* rest;  // the gradient from the other readers; may be null
-  void* out;         // the memory of g: nothing else need be fetched to be written to
+  Reduction reduction;  // a is the clamp's result, g the gradient from one of its readers; all have the same strides
+  const void* rest;     // the gradient from the other readers; may be null
+  void* out;            // the memory of g: nothing else need be fetched to be written to
   double low, high;
 };
 
 struct Kernels {
   const char* tier;
-  void (*channel_sums[4][3])(const Plan& plan, int64_t begin, int64_t end);  // items; [Dtype][Op]
-  void (*random_gradient)(const RandomGradient& task, int64_t begin, int64_t end);     // samples
+  void (*channel_sums[4][3])(const Reduction& reduction, int64_t begin, int64_t end);        // items; [Dtype][Op]
+  void (*random_gradient)(const RandomGradient& task, int64_t begin, int64_t end);           // samples
   void (*normalize_gradient[4])(const NormalizeGradient& task, int64_t begin, int64_t end);  // samples; [Dtype]
-  void (*clamp_backward[4])(const ClampBackward& task, int64_t begin, int64_t end);  // items; [Dtype]
+  void (*clamp_backward[4])(const ClampBackward& task, int64_t begin, int64_t end);          // items; [Dtype]
 };
 
-namespace baseline { extern const Kernels kernels; }
+namespace baseline {
+extern const Kernels kernels;
+}
 #ifdef __x86_64__
-namespace v3 { extern const Kernels kernels; }
-namespace v4 { extern const Kernels kernels; }
+namespace v3 {
+extern const Kernels kernels;
+}
+namespace v4 {
+extern const Kernels kernels;
+}
 #endif
 
 // The widest tier that the processor has, or the one that the environment variable FASTSCORE_SIMD names (baseline,

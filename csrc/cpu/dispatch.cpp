@@ -1,9 +1,9 @@
-#include "kernels.h"
+#include "dispatch.h"
 
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
-#include <stdexcept>
 #include <string>
 
 namespace fastscore::cpu {
@@ -18,8 +18,9 @@ const Kernels& choose() {
   if (has_v3 && (name.empty() || name == v3::kernels.tier)) return v3::kernels;
 #endif
   if (name.empty() || name == baseline::kernels.tier) return baseline::kernels;
-  throw std::runtime_error("FASTSCORE_SIMD is " + name + ", which is not a tier that this processor has; unset it, or "
-                           "use baseline, x86-64-v3 or x86-64-v4");
+  STD_TORCH_CHECK(false, "FASTSCORE_SIMD is ", name,
+                  ", which is not a tier that this processor has; unset it, or "
+                  "use baseline, x86-64-v3 or x86-64-v4");
 }
 
 std::string simd_tier() { return kernels().tier; }

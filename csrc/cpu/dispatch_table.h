@@ -1,7 +1,7 @@
 // The table of one tier's kernels; a tier's source sets the target, then includes this.
 #include "channel_sums.h"
 #include "clamp_backward.h"
-#include "kernels.h"
+#include "dispatch.h"
 #include "normalize_gradient.h"
 #include "random_gradient.h"
 

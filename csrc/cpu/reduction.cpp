@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "reduction.h"
 
 #include <algorithm>
 
@@ -15,9 +15,9 @@ constexpr int64_t kColumnTile = kMaxColumnTile, kSquareTile = 32, kRowItem = 163
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One walk over samples × channels where the strides allow it.
-void merge_samples(Plan& plan) {
-  Dim& n = plan.sample;
-  Dim& c = plan.channel;
+void merge_samples(Reduction& reduction) {
+  Dim& n = reduction.sample;
+  Dim& c = reduction.channel;
   if (n.size == 1 || n.a != c.size * c.a || n.g != c.size * c.g) return;
   c.size *= n.size;
   n = {1, 0, 0};
@@ -51,28 +51,29 @@ bool Dims::repeats_g() const {
   return std::all_of(dim, dim + depth, [](const Dim& d) { return d.g == 0; });
 }
 
-void choose_path(Plan& plan) {
-  plan.positions.collapse();
-  const int64_t positions = plan.positions.count();
-  const Dim& inner = plan.positions.inner();
-  Dim& channel = plan.channel;
-  const bool columns = channel.a == 1 && (channel.g == 1 || plan.positions.repeats_g()) &&
-                       (channel.size >= 4 || positions == 1);
+void choose_path(Reduction& reduction) {
+  reduction.positions.collapse();
+  const int64_t positions = reduction.positions.count();
+  const Dim& inner = reduction.positions.inner();
+  Dim& channel = reduction.channel;
+  const bool columns =
+      channel.a == 1 && (channel.g == 1 || reduction.positions.repeats_g()) && (channel.size >= 4 || positions == 1);
   if (columns && (positions == 1 || inner.a != 1)) {
-    plan.path = Path::columns;
+    reduction.path = Path::columns;
   } else {
-    plan.path = inner.a == 1 && (inner.g == 1 || inner.g == 0) ? Path::rows : Path::squares;
+    reduction.path = inner.a == 1 && (inner.g == 1 || inner.g == 0) ? Path::rows : Path::squares;
   }
-  if (plan.path == Path::rows || positions == 1) merge_samples(plan);
-  const int64_t longest = plan.path == Path::rows && plan.positions.depth == 1 ? kStretchChunk : kChunk;
-  plan.chunks = std::max<int64_t>(ceil_div(positions, longest), 1);
-  plan.chunk = ceil_div(positions, plan.chunks);
-  const int64_t widest = plan.path == Path::columns ? kColumnTile
-                         : plan.path == Path::squares ? kSquareTile
-                         : plan.chunks > 1           ? 1
-                                                     : std::max<int64_t>(kRowItem / std::max<int64_t>(plan.chunk, 1), 1);
-  plan.tile = std::max<int64_t>(std::min(widest, channel.size), 1);
-  plan.tiles = ceil_div(channel.size, plan.tile);
+  if (reduction.path == Path::rows || positions == 1) merge_samples(reduction);
+  const int64_t longest = reduction.path == Path::rows && reduction.positions.depth == 1 ? kStretchChunk : kChunk;
+  reduction.chunks = std::max<int64_t>(ceil_div(positions, longest), 1);
+  reduction.chunk = ceil_div(positions, reduction.chunks);
+  const int64_t widest = reduction.path == Path::columns   ? kColumnTile
+                         : reduction.path == Path::squares ? kSquareTile
+                         : reduction.chunks > 1
+                             ? 1
+                             : std::max<int64_t>(kRowItem / std::max<int64_t>(reduction.chunk, 1), 1);
+  reduction.tile = std::max<int64_t>(std::min(widest, channel.size), 1);
+  reduction.tiles = ceil_div(channel.size, reduction.tile);
 }
 
 }  // namespace fastscore::cpu

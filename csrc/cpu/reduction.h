@@ -52,13 +52,14 @@ struct Dims {
 };
 
 // rows: positions lie next to each other (g may repeat one value). columns: channels do (g may repeat its channels'
-// values at every position). squares: anything else, by squares of channels and positions that are turned in registers.
+// values at every position). squares: anything else, by squares of channels and positions that are transposed in
+// registers.
 enum class Path { rows, columns, squares };
 
 // An item is (sample, chunk of positions, tile of channels); the split follows from the shape alone, so that the
 // result does not depend on the number of threads. Every item writes sums of its own; `partials` holds them where a
 // sample has several chunks.
-struct Plan {
+struct Reduction {
   Path path;
   Dim sample, channel;
   Dims positions;
@@ -73,7 +74,7 @@ struct Plan {
   int64_t elements_per_item() const { return chunk * tile; }
 };
 
-// Chooses path and split; `plan` comes with sample, channel and positions as the tensors have them.
-void choose_path(Plan& plan);
+// Chooses path and split; `reduction` comes with sample, channel and positions as the tensors have them.
+void choose_path(Reduction& reduction);
 
 }  // namespace fastscore::cpu

@@ -1,25 +1,21 @@
-// Between stable-ABI tensors and the torch-free kernels: checks, dtypes, outputs.
+// Between stable-ABI tensors and the torch-free kernels: dtypes and outputs. What an op checks is the last line of
+// defence for callers of torch.ops; the functions of fastscore.ops explain more.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <array>
-#include <stdexcept>
 #include <utility>
 
-#include "plan.h"
+#include "reduction.h"
 
 namespace fastscore::cpu {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// The last line of defence for callers of torch.ops; the functions of fastscore.ops explain what is wrong.
-inline void require(bool ok, const char* message) {
-  if (!ok) throw std::runtime_error(message);
-}
 
 inline Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -27,7 +23,7 @@ inline Dtype dtype_of(const Tensor& x) {
     case ScalarType::Double: return Dtype::float64;
     case ScalarType::BFloat16: return Dtype::bfloat16;
     case ScalarType::Half: return Dtype::float16;
-    default: throw std::runtime_error("unsupported dtype: convert to float32, bfloat16, float16 or float64");
+    default: STD_TORCH_CHECK(false, "unsupported dtype; convert to float32, bfloat16, float16 or float64");
   }
 }
 
