@@ -20,10 +20,10 @@ std::tuple<Tensor, Tensor, Tensor> clamp_backward_(const Tensor& y, Tensor g, co
   const auto check = [&](const Tensor& x, const char* name) {
     STD_TORCH_CHECK(sizes == x.sizes(), "y and ", name, " differ in shape; ", name,
                     " is a gradient of y, element by element");
-    STD_TORCH_CHECK(strides == x.strides(), "y and ", name,
-                    " differ in strides; copy one, as in torch.empty_like(y).copy_(", name, ")");
-    STD_TORCH_CHECK(y.scalar_type() == x.scalar_type(), "y and ", name, " differ in dtype; convert one, as in ", name,
-                    ".to(y.dtype)");
+    STD_TORCH_CHECK(strides == x.strides(), "y and ", name, " differ in strides; copy ", name,
+                    ", as in torch.empty_like(y).copy_(", name, ")");
+    STD_TORCH_CHECK(y.scalar_type() == x.scalar_type(), "y and ", name, " differ in dtype; convert ", name, ", as in ",
+                    name, ".to(y.dtype)");
   };
   check(g, "g");
   if (rest) check(*rest, "rest");
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> clamp_backward_(const Tensor& y, Tensor g, co
   if (reduction.path == Path::squares && reduction.channel.a == 1)
     reduction.path = Path::columns;  // few channels, all the same
   STD_TORCH_CHECK(reduction.path != Path::squares && reduction.positions.depth == 1,
-                  "y is neither contiguous nor channels last; make it so, as in y.contiguous(), and g and rest alike");
+                  "y is neither contiguous nor channels last; copy y, g and rest, as in y.contiguous()");
   const auto kernel = kernels().clamp_backward[int(dtype)];
   run_reduction(reduction, dtype, 3, [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
   return results();

@@ -39,7 +39,7 @@ struct ClampItem : Item<T, Sums> {
     Vector<T> gradient = some(this->g + at);
     Sums::add(sums, y, gradient);
     if constexpr (Rest) gradient += some(rest + at);
-    store_elements(out + at, (y <= low) | (y >= high) ? Vector<T>{} : gradient, n);
+    store_elements(out + at, ((y <= low) | (y >= high)) ? Vector<T>{} : gradient, n);
   }
 };
 

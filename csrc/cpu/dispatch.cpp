@@ -13,9 +13,8 @@ const Kernels& choose() {
   const char* wanted = std::getenv("FASTSCORE_SIMD");
   const std::string name = wanted ? wanted : "";
 #ifdef __x86_64__
-  const bool has_v3 = __builtin_cpu_supports("x86-64-v3"), has_v4 = __builtin_cpu_supports("x86-64-v4");
-  if (has_v4 && (name.empty() || name == v4::kernels.tier)) return v4::kernels;
-  if (has_v3 && (name.empty() || name == v3::kernels.tier)) return v3::kernels;
+  if (has_v4() && (name.empty() || name == v4::kernels.tier)) return v4::kernels;
+  if (has_v3() && (name.empty() || name == v3::kernels.tier)) return v3::kernels;
 #endif
   if (name.empty() || name == baseline::kernels.tier) return baseline::kernels;
   STD_TORCH_CHECK(false, "FASTSCORE_SIMD is ", name,

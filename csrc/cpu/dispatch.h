@@ -49,6 +49,17 @@ extern const Kernels kernels;
 namespace v4 {
 extern const Kernels kernels;
 }
+
+// Whether this processor runs a tier: by features, as GCC before 12 and clang before 18 know no levels by name.
+// Processors that have these have the rest of the level too (F16C, LZCNT, MOVBE).
+inline bool has_v3() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2");
+}
+inline bool has_v4() {
+  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 #endif
 
 // The widest tier that the processor has, or the one that the environment variable FASTSCORE_SIMD names (baseline,

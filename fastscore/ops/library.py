@@ -16,7 +16,7 @@ def load(folder: Path) -> Path:
     if not found:
         raise ImportError(f"fastscore's native library (_C) is not in {folder}. Install the package from a wheel with "
                           "`pip install torch-fastscore`, or build it in a source tree with "
-                          "`pip install --no-build-isolation -e .` (needs a C++17 compiler).")
+                          "`pip install --no-build-isolation -e .` (needs a C++20 compiler).")
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:

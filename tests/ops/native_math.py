@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "math.cpp"), Path(folder, "math.so")
         source.write_text(SOURCE)
-        subprocess.run([compiler, "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{HEADER.parent}", source, "-o", target],
+        subprocess.run([compiler, "-std=c++20", "-O2", "-shared", "-fPIC", f"-I{HEADER.parent}", source, "-o", target],
                        check=True)
         return ctypes.CDLL(str(target))
 

@@ -135,22 +135,25 @@ def test_errors_name_the_argument_and_the_way_out(name):
 
 RAW = torch.ops.fastscore
 RAW_ERRORS = {
-    "shapes": lambda: RAW.channel_dot(A, A[:, :, 1:]),
-    "dtypes": lambda: RAW.channel_dot(A, A.double()),
-    "dimension": lambda: RAW.channel_dot(A, A, 0),
-    "integers": lambda: RAW.channel_dot(A.int(), A.int()),
-    "ids": lambda: RAW.random_gradient(IDS.int(), 3, 0),
-    "classes": lambda: RAW.random_gradient(IDS, -3, 0),
-    "probe": lambda: RAW.random_gradient(IDS, 3, 0, -1),
-    "distribution": lambda: RAW.random_gradient(IDS, 3, 0, 0, "uniform"),
-    "gradient": lambda: RAW.normalize_gradient(IDS),
+    "shapes": (lambda: RAW.channel_dot(A, A[:, :, 1:]), r"a and g differ in shape; g is the gradient of a"),
+    "dtypes": (lambda: RAW.channel_dot(A, A.double()), r"a and g differ in dtype; convert one, as in g\.to\(a\.dtype\)"),
+    "dimension": (lambda: RAW.channel_dot(A, A, 0), r"channel_dim has to name a dimension other than 0"),
+    "vector": (lambda: RAW.channel_dot(A[0, 0, 0], A[0, 0, 0]), r"a has 1 dimensions, .* 2 to 64; reshape it"),
+    "integers": (lambda: RAW.channel_dot(A.int(), A.int()), r"unsupported dtype; convert to float32, bfloat16, "),
+    "ids": (lambda: RAW.random_gradient(IDS.int(), 3, 0), r"int64 \[N\]; use sample_ids\.to\(torch\.int64\)\.flatten"),
+    "classes": (lambda: RAW.random_gradient(IDS, -3, 0), r"classes is -3, but has to be 0 to 2\*\*34"),
+    "probe": (lambda: RAW.random_gradient(IDS, 3, 0, -1), r"probe is -1, but has to be .* number probes from 0"),
+    "distribution": (lambda: RAW.random_gradient(IDS, 3, 0, 0, "uniform"), r"'uniform', but .* 'rademacher'"),
+    "scalar": (lambda: RAW.normalize_gradient(A.sum()), r"g has 0 dimensions, .* 1 to 64; reshape it"),
+    "gradient": (lambda: RAW.normalize_gradient(IDS), r"unsupported dtype; convert to float32"),
 }
 
 
 @pytest.mark.parametrize("name", RAW_ERRORS)
 def test_the_native_ops_check_what_memory_safety_needs(name):
-    with pytest.raises(RuntimeError, match=r"has to|differ|out of range|unsupported"):
-        RAW_ERRORS[name]()
+    call, message = RAW_ERRORS[name]
+    with pytest.raises(RuntimeError, match=message):
+        call()
 
 
 def test_a_missing_library_says_how_to_get_one(tmp_path):

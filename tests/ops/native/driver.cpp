@@ -171,8 +171,8 @@ void random(const Kernels& kernels, int64_t classes) {
 int main() {
   std::vector<const Kernels*> tiers{&baseline::kernels};
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("x86-64-v3")) tiers.push_back(&v3::kernels);
-  if (__builtin_cpu_supports("x86-64-v4")) tiers.push_back(&v4::kernels);
+  if (has_v3()) tiers.push_back(&v3::kernels);
+  if (has_v4()) tiers.push_back(&v4::kernels);
 #endif
   std::vector<Layout> layouts;
   for (const int64_t c : {1, 3, 17, 70}) {
