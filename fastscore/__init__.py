@@ -14,5 +14,6 @@ from fastscore.scoring.random_backward import random_backward
 from fastscore.scoring.scorer import Scorer
 from fastscore.scoring.scores import Scores
 
-__all__ = ["IterativeResult", "PruneReport", "PruneResult", "Scorer", "Scores", "load_pruned", "mask", "ops", "prune",
-           "prune_iteratively", "random_backward", "rebuild_optimizer", "save", "save_pruned", "score"]
+__all__ = ["IterativeResult", "PruneReport", "PruneResult", "Scorer", "Scores", "__version__", "load_pruned", "mask",
+           "ops", "prune", "prune_iteratively", "random_backward", "rebuild_optimizer", "save", "save_pruned", "score"]
+__version__ = "0.1.0"

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastscore import __version__
 from fastscore.cli import bench, demo, info, prune, report, score
 from fastscore.cli.options import Parser
 from fastscore.cli.processes import ProcessLostError
@@ -56,6 +57,7 @@ def parser() -> Parser:
     top = Parser("fastscore", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES,
                  description="Which channels of a trained network matter, without labels, and a smaller network "
                  "without the rest.")
+    top.add_argument("--version", action="version", version=f"fastscore {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for command in (demo, score, prune, report, bench, info):
         command.add(commands)

@@ -9,6 +9,8 @@ from fastscore.batches import Batch
 from fastscore.scoring.scorer import Scorer
 from fastscore.scoring.scores import Scores
 
+__all__ = ["ScoreCallback"]
+
 
 class ScoreCallback(Callback):  # type: ignore[misc]
     """Scores every channel from the backward passes of trainer.fit(), whose gradients stay bit for bit what they were.

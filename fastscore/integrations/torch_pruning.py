@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from fastscore.scoring.scores import Scores
 
+__all__ = ["Importance"]
+
 
 class Importance:
     """`importance=` for any pruner of Torch-Pruning: its groups are ranked by fastscore's scores.

@@ -13,6 +13,8 @@ from fastscore.rng import fork_rng
 from fastscore.scoring.scorer import Scorer
 from fastscore.scoring.scores import Scores
 
+__all__ = ["ScoreCallback", "forward"]
+
 
 def forward(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """What a model makes of a tokenizer's batch, without labels and caches, which scores have no use for.
