@@ -9,16 +9,16 @@ import fastscore
 from fastscore import cli
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("CONTRIBUTING.md", "docs/architecture.md", "benchmarks/README.md")
+PAGES = ("CONTRIBUTING.md", "docs/architecture.md", "benchmarks/README.md", "docs/versions.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_its_files_are_there(page: str) -> None:
     text = (ROOT / page).read_text()
-    named = re.findall(r"`((?:fastscore|csrc|tests|benchmarks|docs)/[\w./*]*)`", text)
+    named = re.findall(r"(?<![\w/.])((?:fastscore|csrc|tests|benchmarks|docs)/[\w./-]*)", text)
     assert named
     for name in named:
-        assert list(ROOT.glob(name.rstrip("/"))), name
+        assert list(ROOT.glob(name.rstrip("/.") + "*")), name
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (ROOT / page).parent.joinpath(link).exists(), link
 
