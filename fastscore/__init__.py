@@ -9,11 +9,14 @@ from fastscore.pruning.optimizers import rebuild_optimizer
 from fastscore.pruning.prune import prune
 from fastscore.pruning.report import PruneReport
 from fastscore.pruning.result import PruneResult
+from fastscore.recovery.recalibration import recalibrate
+from fastscore.recovery.reconstruct import reconstruct
 from fastscore.scoring.engine import score
 from fastscore.scoring.random_backward import random_backward
 from fastscore.scoring.scorer import Scorer
 from fastscore.scoring.scores import Scores
 
 __all__ = ["IterativeResult", "PruneReport", "PruneResult", "Scorer", "Scores", "__version__", "load_pruned", "mask",
-           "ops", "prune", "prune_iteratively", "random_backward", "rebuild_optimizer", "save", "save_pruned", "score"]
+           "ops", "prune", "prune_iteratively", "random_backward", "rebuild_optimizer", "recalibrate", "reconstruct",
+           "save", "save_pruned", "score"]
 __version__ = "0.1.0"

@@ -65,7 +65,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
     eval_model = evaluation_copy(model)
     with fork_rng(device_of(eval_model)):
         costs = Costs(eval_model, graph.groups, example_inputs, forward)
-        order = rank(eval_model, graph.groups, scores, costs, budgets, ranking)
+        order = rank(eval_model, graph.groups, scores, costs, budgets, ranking, example_inputs, forward)
         removed = select(order, costs, budgets.counted)
         positions = removed_positions(graph.groups, removed)
         means = removed_means(model, scores, positions) if compensate else {}

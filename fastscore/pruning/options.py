@@ -58,7 +58,7 @@ class Ranking:
 
     Args:
         scope: which channels are compared with each other: see fastscore.prune.
-        cost_aware: rank by importance per cost.
+        cost_aware: rank by importance per cost; None: where that makes sense (see fastscore.pruning.ranking).
         round_to: widths that remain are multiples of it; "auto": of what the device likes.
         floor: the share of each group's channels that stays in any case, or group -> share.
 
@@ -67,7 +67,7 @@ class Ranking:
     """
 
     scope: Scope = "global"
-    cost_aware: bool = False
+    cost_aware: bool | None = None
     round_to: int | Literal["auto"] = 1
     floor: float | Mapping[str, float] = 0.0
 

@@ -1,10 +1,11 @@
 """prune(): a smaller network from scores and a budget."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
-from torch import nn
+from torch import distributed, nn
 
 from fastscore.batches import Batch, Forward, call_model, checked_forward
 from fastscore.graph.groups import Ignore
@@ -15,20 +16,24 @@ from fastscore.pruning.costs import Costs
 from fastscore.pruning.latency import select_by_latency
 from fastscore.pruning.options import Budgets, Ranking, Scope
 from fastscore.pruning.ranking import rank
+from fastscore.pruning.recipes import no_biases
 from fastscore.pruning.report import Candidate, new_report
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.selection import check_removable, scored_graph, select
-from fastscore.pruning.surgery import plan_surgery, verify
+from fastscore.pruning.surgery import Surgery, plan_surgery, replay, verify
 from fastscore.recovery.compensation import resolve_compensate
+from fastscore.recovery.reconstruct import Method, reconstruct
 from fastscore.rng import fork_rng
 from fastscore.scoring.scores import Scores
 
 
 def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: float | None = None,
           params: float | None = None, macs: float | None = None, latency: float | None = None,
-          scope: Scope = "global", cost_aware: bool = False, round_to: int | Literal["auto"] = 1,
-          floor: float | Mapping[str, float] = 0.0, compensate: bool | None = None, ignore: Ignore = (),
-          forward: Forward = call_model, inplace: bool = False) -> PruneResult:
+          scope: Scope = "global", cost_aware: bool | None = None, round_to: int | Literal["auto"] = 1,
+          floor: float | Mapping[str, float] = 0.0, compensate: bool | None = None,
+          calibration: Iterable[Batch] | None = None, repair: Method = "auto", ignore: Ignore = (),
+          forward: Forward = call_model, process_group: distributed.ProcessGroup | None = None,
+          inplace: bool = False) -> PruneResult:
     """Remove the least important channels of `model` until a budget holds.
 
     Args:
@@ -46,7 +51,9 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             each class of groups that are made, passed and read by the same kinds of layers, and shrinks all classes
             alike.
         cost_aware: rank by importance per MAC that a channel costs in the dense model, per parameter where params is
-            the only budget.
+            a budget and macs is not, per second where latency is the only one. None: where such a budget is given,
+            layers are compared, and the scores measure how the outputs change (by gradients, not layerwise). False: the
+            paper's way.
         round_to: remaining widths are multiples of it; "auto": of 8, 16 or 32, by device and dtype (see
             fastscore.pruning.costs.channel_multiple).
         floor: the share of each group's channels that stays in any case, or layer -> share (at least one always does).
@@ -55,6 +62,11 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             scores with means: those of a criterion that reads gradients, or with means lent by such scores,
             dataclasses.replace(scores, means=other.means). None: where the scores hold means. False: the paper's way,
             removed channels read as zero.
+        calibration: batches without labels by which the smaller model is repaired in the same call: see
+            fastscore.reconstruct, which takes them, `repair` as its method, and process_group. It compensates with
+            means of its own, whatever the scores hold; report.repairs says what each repair gave.
+        repair: "auto", "linear", "asymmetric" or "mean".
+        process_group: processes that share the work of repairing.
         ignore: layers (names with `*`, types, modules) to leave as they are.
         forward: how the model is called on a batch.
         inplace: make `model` itself smaller.
@@ -73,15 +85,18 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     budgets = Budgets(channels, params, macs, latency).require_one("prune")
     ranking = Ranking(scope, cost_aware, round_to, floor)
     check_removable(scores)
-    compensate = resolve_compensate(compensate, scores)
+    if calibration is not None and compensate is False:
+        raise ValueError("calibration: it is there to repair by, which compensate=False forbids: give one of them")
+    means = resolve_compensate(compensate, scores)
     graph = scored_graph(model, scores, example_inputs, forward, ignore)
     eval_model = evaluation_copy(model)
-    plan = partial(plan_surgery, model, eval_model, graph, scores if compensate else None, example_inputs, forward)
+    plan = partial(plan_surgery, model, eval_model, graph, scores if means else None, example_inputs, forward)
     candidates: tuple[Candidate, ...] = ()
     with fork_rng(device_of(eval_model)):
-        costs = Costs(eval_model, graph.groups, example_inputs, checked_forward(forward), compensate)
+        costs = Costs(eval_model, graph.groups, example_inputs, checked_forward(forward),
+                      means or calibration is not None)
         dense = costs.by_group()
-        order = rank(eval_model, graph.groups, scores, costs, budgets, ranking)
+        order = rank(eval_model, graph.groups, scores, costs, budgets, ranking, example_inputs, forward)
         if budgets.latency is None:
             removed = select(order, costs, budgets.counted)
         else:
@@ -91,5 +106,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         pruned = surgery.copy()
         macs_left = verify(pruned, example_inputs, forward, costs.returned.shape)
     report = new_report(graph, dense, costs, macs_left, pruned, removed, candidates, scores.notes)
-    return PruneResult(surgery.apply(model) if inplace else pruned, report, removed, surgery.removed_indices,
-                       surgery.new_biases)
+    result = PruneResult(pruned, report, removed, surgery.removed_indices, surgery.new_biases)
+    if calibration is not None:
+        result = reconstruct(model, result, calibration, repair, forward=forward, process_group=process_group)
+        surgery = Surgery(model, result.removed_indices, no_biases(model, result.new_biases))
+    return replace(result, model=replay(model, result.model, surgery)) if inplace else result

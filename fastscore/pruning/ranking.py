@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from fastscore.batches import Batch, Forward
 from fastscore.graph.groups import ChannelGroup
 from fastscore.pruning.costs import Costs, Resource, channel_multiple
+from fastscore.pruning.layer_times import layer_seconds
 from fastscore.pruning.options import Budgets, Ranking, Scope
 from fastscore.scoring.scores import Scores
 
@@ -25,16 +27,32 @@ class RemovalStep:
 
 
 def rank(model: nn.Module, groups: tuple[ChannelGroup, ...], scores: Scores, costs: Costs, budgets: Budgets,
-         ranking: Ranking) -> list[RemovalStep]:
-    """The steps in which channels of `model` (its weights do not matter) go, least important first.
+         ranking: Ranking, example_inputs: Batch, forward: Forward) -> list[RemovalStep]:
+    """The steps in which channels of `model`, an evaluation copy, go, least important first.
 
     costs: of the whole model, left as they are. Raises ValueError for a floor of a group that there is not.
     """
     kinds = layer_kinds(model, groups) if ranking.scope == "isomorphic" else None
-    resource: Resource = "params" if set(budgets.counted) == {"params"} else "macs"
-    per_channel = channel_costs(costs, resource) if ranking.cost_aware else None
+    cost_aware = counts_per_cost(scores, budgets, ranking.scope) if ranking.cost_aware is None else ranking.cost_aware
+    per_channel = _cost_of_channels(model, costs, budgets, example_inputs, forward) if cost_aware else None
     multiple = channel_multiple(model) if ranking.round_to == "auto" else ranking.round_to
     return removal_order(groups, scores, ranking.scope, multiple, ranking.floor, kinds, per_channel)
+
+
+def counts_per_cost(scores: Scores, budgets: Budgets, scope: Scope) -> bool:
+    """Whether importances count per cost unless the caller says otherwise: the budget is a cost, layers are compared,
+    and importances are in units of the output's change. Norms of weights are not: per MAC, they left 0 to 6 % of
+    MobileNetV2's accuracy (docs/recovery.md)."""
+    measures_outputs = scores.origin.gradient != "none" and scores.origin.layerwise == "none"
+    return measures_outputs and scope != "layer" and set(budgets.given) != {"channels"}
+
+
+def _cost_of_channels(model: nn.Module, costs: Costs, budgets: Budgets, example_inputs: Batch,
+                      forward: Forward) -> dict[str, Tensor]:
+    """In MACs, in parameters, or in seconds: the first of them that has a budget; MACs where none has."""
+    if set(budgets.given) == {"latency"}:
+        return time_costs(costs, layer_seconds(model, costs.layers, example_inputs, forward))
+    return channel_costs(costs, "params" if budgets.params is not None and budgets.macs is None else "macs")
 
 
 def removal_order(groups: tuple[ChannelGroup, ...], scores: Scores, scope: Scope = "global", round_to: int = 1,
@@ -107,6 +125,19 @@ def channel_costs(costs: Costs, unit: Resource) -> dict[str, Tensor]:
     for name, below in biases.items():
         costs.layers[name].bias_below = below
     return found
+
+
+def time_costs(costs: Costs, seconds: Mapping[str, float]) -> dict[str, Tensor]:
+    """Group -> float64 [C]: the seconds that the dense model saves when a channel of it goes alone, where the time of
+    each layer (its `seconds`) grows with its width as its MACs do."""
+    macs = {name: layer.macs_per_width for name, layer in costs.layers.items()}
+    try:
+        for name, layer in costs.layers.items():
+            layer.macs_per_width = seconds[name] / layer.width
+        return channel_costs(costs, "macs")
+    finally:
+        for name, layer in costs.layers.items():
+            layer.macs_per_width = macs[name]
 
 
 def _class_of(group: ChannelGroup, scope: Scope, kinds: Mapping[str, str]) -> object:

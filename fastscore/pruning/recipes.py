@@ -111,8 +111,15 @@ def apply(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 def add_biases(model: nn.Module, layers: Iterable[str]) -> None:
     """Give `layers` of a dense model biases of zeros, in place."""
+    add_to_biases(model, no_biases(model, layers))
+
+
+def no_biases(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
+    """Layer of a dense model -> a bias of zeros, float32 [C_out]."""
+    found = {}
     for name in layers:
         layer = model.get_submodule(name)
         outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         assert isinstance(outputs, int)
-        add_to_biases(model, {name: torch.zeros(outputs)})
+        found[name] = torch.zeros(outputs)
+    return found

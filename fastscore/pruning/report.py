@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastscore.graph.groups import ChannelGraph
 from fastscore.pruning.costs import Costs
+from fastscore.recovery.reconstruct import Repair
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class PruneReport:
         skipped: layer -> why its channels were kept.
         candidates: with a latency budget, what was measured, from the largest to the smallest.
         notes: what the scores say of where they come from.
+        repairs: with calibration batches, how far from the dense model the cut and each repair left the smaller one.
     """
 
     groups: tuple[GroupReport, ...]
@@ -82,6 +84,7 @@ class PruneReport:
     skipped: Mapping[str, str]
     candidates: tuple[Candidate, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
+    repairs: tuple[Repair, ...] = ()
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "PruneReport":
@@ -92,7 +95,7 @@ class PruneReport:
         candidates = (Candidate(**{**row, "timing": timing})
                       for row, timing in zip(data["candidates"], timings, strict=True))
         return cls(tuple(groups), _pair(data["channels"]), _pair(data["macs"]), _pair(data["params"]), data["skipped"],
-                   tuple(candidates), notes=data.get("notes", {}))
+                   tuple(candidates), data.get("notes", {}), tuple(Repair(**row) for row in data.get("repairs", ())))
 
     def __str__(self) -> str:
         width = max([len("layer"), *(len(row.layer) for row in self.groups)])
@@ -110,6 +113,7 @@ class PruneReport:
                          f"(± {tried.timing.uncertainty:.1%}) of the time, {dense:.3g} → {small:.3g} ms, "
                          f"with {tried.channels:.1%} of the channels, "
                          f"{tried.macs:.1%} of the MACs")
+        lines += map(str, self.repairs)
         lines += [f"{layer}: kept ({reason})" for layer, reason in self.skipped.items()]
         lines += [f"{name}: {text}" for name, text in self.notes.items()]
         return "\n".join(lines)

@@ -1,13 +1,14 @@
 """What prune() returns."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 
 from torch import Tensor, nn
 
 from fastscore.graph.surgery import RemovedIndices
 from fastscore.pruning.report import PruneReport
+from fastscore.pruning.surgery import Surgery
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,23 @@ class PruneResult:
     removed: Mapping[str, Tensor]
     removed_indices: RemovedIndices
     new_biases: tuple[str, ...]
+
+    def cut_again(self, model: nn.Module, weights: Mapping[str, Tensor], added: Mapping[str, Tensor]) -> "PruneResult":
+        """The same channels out of the dense model once more, with other values in the layers that remain.
+
+        Args:
+            model: the dense model, which stays as it is.
+            weights: layer -> its new weight, of the dense shape.
+            added: layer -> float64 [C_out], by which its bias grows; it gets one where it has none.
+
+        Returns:
+            This result with another model.
+        """
+        surgery = Surgery(model, self.removed_indices, added, weights)
+        pruned = surgery.copy()
+        params = sum(parameter.numel() for parameter in pruned.parameters())
+        report = replace(self.report, params=(self.report.params[0], params))
+        return replace(self, model=pruned, report=report, new_biases=surgery.new_biases)
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the channels and MACs of each layer before and after, to an image file.

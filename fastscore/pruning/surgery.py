@@ -18,10 +18,12 @@ from fastscore.scoring.scores import Scores
 
 
 class Surgery:
-    """What is done to a model, on copies or on itself: biases grow by `added`, then `removed_indices` go."""
+    """What is done to a model, on copies or on itself: biases grow by `added`, `weights` (of the dense shapes)
+    are put in, then `removed_indices` go."""
 
-    def __init__(self, model: nn.Module, removed_indices: RemovedIndices, added: Mapping[str, Tensor]) -> None:
-        self._model, self.removed_indices, self._added = model, removed_indices, added
+    def __init__(self, model: nn.Module, removed_indices: RemovedIndices, added: Mapping[str, Tensor],
+                 weights: Mapping[str, Tensor] | None = None) -> None:
+        self._model, self.removed_indices, self._added, self._weights = model, removed_indices, added, weights or {}
         self.new_biases = tuple(name for name in added if model.get_submodule(name).bias is None)
         self._recipe = recipes.extend(model, removed_indices, self.new_biases)
 
@@ -42,6 +44,10 @@ class Surgery:
     def apply(self, model: nn.Module) -> nn.Module:
         """Make `model` (the one given, or a copy) smaller, in place; returns it."""
         add_to_biases(model, self._added)
+        for name, value in self._weights.items():
+            layer = model.get_submodule(name)
+            old: Tensor = layer.weight  # type: ignore[assignment]
+            layer.weight = nn.Parameter(value.to(old.device, old.dtype), old.requires_grad)
         recipes.attach(model, self._recipe)
         return remove_indices(model, self.removed_indices)
 
@@ -57,6 +63,17 @@ def plan_surgery(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, s
         means = removed_means(model, scores, removed_positions(graph.groups, removed))
         added = mean_contributions(eval_model, means, example_inputs, forward) if means else {}
     return Surgery(model, removed_indices(graph.groups, removed), added)
+
+
+def replay(model: nn.Module, pruned: nn.Module, surgery: Surgery) -> nn.Module:
+    """Make `model` what `pruned` is, which `surgery` made of it and a repair changed since, in place; returns it."""
+    surgery.apply(model)
+    values = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
+    with torch.no_grad():
+        for name, own in (*model.named_parameters(), *model.named_buffers()):
+            if not torch.equal(own, values[name]):
+                own.copy_(values[name])
+    return model
 
 
 def verify(model: nn.Module, example_inputs: Batch, forward: Forward, expected: torch.Size) -> int:

@@ -110,6 +110,24 @@ def work(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+def repair(rank: int, folder: str) -> None:
+    """reconstruct() and recalibrate() by 1, 2 and 4 processes, of which the last has nothing to read."""
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=600))
+    model, batches = RESIDUAL.model(), RESIDUAL.inputs(24).split(8)
+    scores = fastscore.score(model, batches, progress=False)
+    for size in (1, 2, 4):
+        some = distributed.new_group(list(range(size)))
+        if rank < size:
+            for method in ("linear", "asymmetric", "auto"):
+                result = fastscore.prune(model, scores, batches[0][:1], channels=0.6, calibration=batches,
+                                         repair=method, process_group=some)
+                rows = [(row.name, row.ridge, row.agreement, row.kl, row.chosen) for row in result.report.repairs]
+                torch.save((rows, result.model.state_dict()), f"{folder}/{method} {size} {rank}")
+            torch.save(fastscore.recalibrate(RESIDUAL.model(), batches, process_group=some).state_dict(),
+                       f"{folder}/recalibrated {size} {rank}")
+    distributed.destroy_process_group()
+
+
 def silent(rank: int) -> int:
     """The second process does not answer."""
     try:
@@ -151,7 +169,8 @@ def main(folder: Path, size: int, job: str, *arguments: str) -> None:
         free.bind(("127.0.0.1", 0))
         os.environ.update(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
     jobs: dict[str, Callable[[int], int | None]] = {
-        "work": lambda rank: work(rank, str(folder)), "silent": silent, "fastscore": lambda rank: cli(arguments)}
+        "work": lambda rank: work(rank, str(folder)), "repair": lambda rank: repair(rank, str(folder)),
+        "silent": silent, "fastscore": lambda rank: cli(arguments)}
     children = [start(folder, rank, lambda rank=rank: jobs[job](rank)) for rank in range(size)]
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
 

@@ -1,0 +1,41 @@
+"""How long each layer of a model takes, measured."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from fastscore.batches import Batch, Forward
+from fastscore.modules.inspection import device_of
+
+_ROUNDS = 9
+
+
+def layer_seconds(model: nn.Module, names: Iterable[str], example_inputs: Batch, forward: Forward) -> dict[str, float]:
+    """Layer -> the median of the seconds it takes in one call of the model, without those of other layers inside it."""
+    device, names = device_of(model), list(names)
+    rounds: dict[str, list[float]] = {name: [] for name in names}
+
+    def clock(sign: int, name: str) -> Callable[..., None]:
+        def hook(*args: object) -> None:
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            rounds[name][-1] += sign * time.perf_counter()
+
+        return hook
+
+    with torch.no_grad(), ExitStack() as attached:
+        for name in names:
+            layer = model.get_submodule(name)
+            attached.enter_context(layer.register_forward_pre_hook(clock(-1, name)))
+            attached.enter_context(layer.register_forward_hook(clock(1, name)))
+        for _ in range(1 + _ROUNDS):  # the first one warms up
+            for row in rounds.values():
+                row.append(0.0)
+            forward(model, example_inputs)
+    whole = {name: statistics.median(row[1:]) for name, row in rounds.items()}
+    inside = {name: sum(whole[other] for other in names if other.startswith(f"{name}.")) for name in names}
+    return {name: max(whole[name] - inside[name], 1e-9) for name in names}

@@ -1,0 +1,110 @@
+"""Calibration batches: read several times, with a part of the samples held out from every fit."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, distributed
+
+from fastscore.batches import Batch, Forward, call_model, first_tensor, map_tensors
+
+HELD_OUT = 4  # one of so many samples judges what the others fitted
+Part = Literal["fit", "held out", "all"]
+
+
+def share_of(batches: Iterable[Batch], device: torch.device,
+             process_group: distributed.ProcessGroup | None = None) -> Iterator[Batch]:
+    """The batches that hold a sample and are this process's to read, on `device`."""
+    rank, size = (0, 1) if process_group is None else (distributed.get_rank(process_group), process_group.size())
+    for number, batch in enumerate(batches):
+        if number % size == rank and _samples_in(batch) != 0:
+            yield map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+
+
+class Calibration:
+    """Batches in two parts, the same at every reading: one of HELD_OUT samples is held out, the others are to fit on.
+
+    Samples are counted through all batches, so that the parts do not depend on the batch size; where `forward` is the
+    user's own and what a sample is cannot be known, whole batches are counted instead. With process_group, every
+    process counts alike and gets every size-th batch.
+
+    Raises TypeError for what is not an iterable of batches, ValueError for one that can be read only once.
+    """
+
+    def __init__(self, batches: Iterable[Batch], device: torch.device, forward: Forward = call_model,
+                 process_group: distributed.ProcessGroup | None = None) -> None:
+        if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+            shown = "one tensor" if isinstance(batches, Tensor) else type(batches).__name__
+            raise TypeError(f"calibration: {shown}, where an iterable of batches is meant; for a single one: [batch]")
+        if isinstance(batches, Iterator):
+            raise ValueError("calibration: it can be read only once, and is read several times: give a list of "
+                             "batches, or a DataLoader")
+        self._batches, self._device, self._group = batches, device, process_group
+        self._by_sample = forward is call_model
+        self._first: str | None = None
+
+    def first(self) -> Batch:
+        """The first batch that holds a sample, on the device: two samples of it where samples are counted. The same for
+        every process. Raises ValueError where there is none."""
+        for batch in self._batches:
+            count = _samples_in(batch)
+            if count != 0:
+                if self._by_sample and count is not None:
+                    batch = _rows(batch, count, torch.arange(min(count, 2)))
+                return map_tensors(lambda tensor: tensor.to(self._device), batch)
+        raise ValueError("calibration: there is no batch, or none that holds a sample")
+
+    def part(self, part: Part) -> Iterator[Batch]:
+        """The batches of one part. Raises ValueError where they are not those of the reading before, or there is none.
+        """
+        seen = given = 0
+        for number, batch in enumerate(self._batches):
+            count = _samples_in(batch)
+            if count == 0:
+                continue
+            if not seen:
+                self._check_order(batch)
+            mine = self._is_mine(number)
+            if not self._by_sample or count is None:
+                chosen = part == "all" or (number % HELD_OUT == 1) == (part == "held out")
+                seen += 1
+            else:
+                held = torch.arange(seen, seen + count) % HELD_OUT == 1
+                wanted = held if part == "held out" else ~held
+                seen += count
+                chosen = part == "all" or bool(wanted.any())
+                if part != "all" and chosen and mine:
+                    batch = _rows(batch, count, wanted.nonzero()[:, 0])
+            given += chosen
+            if chosen and mine:
+                yield map_tensors(lambda tensor: tensor.to(self._device, non_blocking=True), batch)
+        if not given:
+            what = "sample" if self._by_sample else "batch"
+            raise ValueError("calibration: there is no batch, or none that holds a sample" if not seen else
+                             f"calibration: {seen} {what}, and one of {HELD_OUT} is held out to judge by: give more")
+
+    def _is_mine(self, number: int) -> bool:
+        if self._group is None:
+            return True
+        return number % self._group.size() == distributed.get_rank(self._group)
+
+    def _check_order(self, batch: Batch) -> None:
+        tensor = first_tensor(batch)
+        digest = "" if tensor is None else hashlib.sha256(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+        if self._first not in (None, digest):
+            raise ValueError("calibration: its first batch is another at each reading, and some samples are held out: "
+                             "give batches in a fixed order, without random augmentation (shuffle=False)")
+        self._first = digest
+
+
+def _rows(batch: Batch, count: int, rows: Tensor) -> Batch:
+    return map_tensors(lambda tensor: tensor[rows.to(tensor.device)] if tensor.dim() and len(tensor) == count
+                       else tensor, batch)
+
+
+def _samples_in(batch: Batch) -> int | None:
+    """How many samples a batch holds, by its first tensor; None where that does not tell."""
+    tensor = first_tensor(batch)
+    return len(tensor) if tensor is not None and tensor.dim() else None

@@ -1,0 +1,214 @@
+"""Second moments of what a layer reads, added up batch by batch: all that a linear reconstruction needs to know.
+
+A batch is centred by its own mean before its products are taken, in float32 on whatever device it lies, and merged
+into totals in float64 (Chan, Golub, LeVeque 1979), so that a mean far from zero cancels nothing. No activation outlives
+its layer's call.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from fastscore.batches import valid_tokens
+from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.modules.inspection import device_of
+
+POSITIONS = 256  # of each sample and call, as many are looked at
+WIDEST = 4096  # inputs whose moments are taken together: 128 MiB in float64
+
+
+@dataclass
+class Moments:
+    """count, mean and scatter Σ (x - mean)(x - mean)ᵀ of the rows seen so far.
+
+    index: int64 [G, P, C], where a row's values lie in the layer's input. Each of G blocks (the groups of a
+    convolution) has a scatter of its own; the P places at which a flattened channel lies share one, each centred by a
+    mean of its own.
+    """
+
+    index: Tensor
+    count: int = 0
+    mean: Tensor = field(default_factory=lambda: torch.empty(0))
+    scatter: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        if not self.mean.numel():
+            blocks, _, width = self.index.shape
+            self.mean = torch.zeros(self.index.shape, dtype=torch.float64)
+            self.scatter = torch.zeros(blocks, width, width, dtype=torch.float64)
+
+    @property
+    def covariance(self) -> Tensor:
+        """float64 [G, C, C], over rows and places."""
+        return self.scatter / max(self.count * self.index.shape[1], 1)
+
+    def add(self, rows: Tensor) -> None:
+        """Take rows [n, inputs of the layer] in."""
+        if not len(rows):
+            return
+        x = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        x = x[:, self.index.to(x.device)] if self.index.numel() != x.shape[1] or self.index.shape[:2] != (1, 1) \
+            else x[:, None, None]  # [n, G, P, C]
+        mean = x.mean(0)
+        x = x - mean
+        rest = x.mean(0).double()  # what rounding left of the mean
+        flat = x.movedim(1, 0).flatten(1, 2)
+        scatter = torch.matmul(flat.transpose(1, 2), flat).double()
+        scatter -= len(rows) * rest.transpose(1, 2) @ rest
+        self._merge(len(rows), (mean.double() + rest).cpu(), scatter.cpu())
+
+    def joined(self, other: "Moments") -> "Moments":
+        """The moments of what both saw."""
+        both = Moments.of(self.state_dict())
+        both._merge(other.count, other.mean, other.scatter)
+        return both
+
+    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        total = self.count + count
+        if not total:
+            return
+        shift = mean - self.mean
+        self.scatter += scatter
+        self.scatter += shift.transpose(1, 2) @ shift * (self.count * count / total)
+        self.mean += shift * (count / total)
+        self.count = total
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, to go on from."""
+        return {"index": self.index, "count": self.count, "mean": self.mean.clone(), "scatter": self.scatter.clone()}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Moments":
+        """What `state_dict` gave."""
+        return cls(state["index"], state["count"], state["mean"].clone(), state["scatter"].clone())
+
+    def all_reduce(self, process_group: distributed.ProcessGroup | None = None,
+                   device: torch.device | None = None) -> None:
+        """Add up over processes, so that every one has the moments of all."""
+        counts = torch.tensor([self.count], dtype=torch.float64, device=device)
+        distributed.all_reduce(counts, group=process_group)
+        total = int(counts)
+        if not total:
+            return
+        mean = (self.mean * (self.count / total)).to(device or "cpu")
+        distributed.all_reduce(mean, group=process_group)
+        shift = self.mean - mean.cpu()
+        scatter = (self.scatter + self.count * shift.transpose(1, 2) @ shift).to(device or "cpu")
+        distributed.all_reduce(scatter, group=process_group)
+        self.count, self.mean, self.scatter = total, mean.cpu(), scatter.cpu()
+
+
+def layouts(model: nn.Module, groups: Iterable[ChannelGroup], names: Iterable[str]) -> dict[str, Tensor]:
+    """Layer -> int64 [G, P, C], how the inputs of the Linears and convolutions of those names are looked at.
+
+    Channels that a flatten has spread over several positions share their moments; a layer that reads more than WIDEST
+    inputs at once has those of each alone, from which no channel can say what another was.
+    """
+    members: dict[str, list[Member]] = {name: [] for name in names}
+    for group in groups:
+        for member in group.role("consumer"):
+            if member.layer in members:
+                members[member.layer].append(member)
+    return {name: _layout(model.get_submodule(name), edges) for name, edges in members.items()}
+
+
+def _layout(layer: nn.Module, members: list[Member]) -> Tensor:
+    blocks = 1
+    if isinstance(layer, nn.Linear):
+        inputs = layer.in_features
+        every = torch.cat([member.index for member in members]) if members else torch.empty(0, dtype=torch.int64)
+        if len(every) == inputs and len(every.unique()) == inputs:
+            folded = _folded(members)
+            if folded is not None and folded.shape[2] <= WIDEST:
+                return folded
+    else:
+        assert isinstance(layer, nn.modules.conv._ConvNd)
+        inputs, blocks = layer.in_channels, layer.groups
+    shape = (blocks, 1, -1) if inputs // blocks <= WIDEST else (inputs, 1, 1)
+    return torch.arange(inputs).reshape(shape)
+
+
+def _folded(members: list[Member]) -> Tensor | None:
+    """[1, P, C] where each channel of every member lies at P places, as after a flatten; None where they differ."""
+    columns = []
+    for member in members:
+        order = torch.argsort(member.channel * (int(member.index.max()) + 1) + member.index)
+        counts = torch.bincount(member.channel)
+        if int(counts.min()) != int(counts.max()):
+            return None
+        columns.append(member.index[order].reshape(len(counts), -1))
+    if len({column.shape[1] for column in columns}) != 1:
+        return None
+    return torch.cat(columns).T[None].contiguous()
+
+
+class InputMoments:
+    """Hooks that take the moments of what layers read, while they are entered.
+
+    model: an evaluation copy. index: layer -> see `layouts`, in the order they run. moments: layer -> Moments.
+    """
+
+    def __init__(self, model: nn.Module, index: Mapping[str, Tensor]) -> None:
+        self._model = model
+        self.moments = {name: Moments(where) for name, where in index.items()}
+        self._valid: Tensor | None = None
+        self.calls: Counter[str] = Counter()  # how often each layer was called, in the order they run
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "InputMoments":
+        for name, moments in self.moments.items():
+            layer = self._model.get_submodule(name)
+            self._handles.append(layer.register_forward_pre_hook(self._hook(name, moments)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def start(self, batch: Any) -> None:
+        """Before each batch: padding among its tokens does not count."""
+        self._valid = valid_tokens(batch)
+
+    def _hook(self, name: str, moments: Moments) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            self.calls[name] += 1
+            moments.add(rows_of(layer, args[0], self._valid))
+
+        return hook
+
+    def finish(self, process_group: distributed.ProcessGroup | None = None) -> None:
+        """After the last batch: add up over processes. Raises FloatingPointError for NaN or infinity, naming the first
+        layer that reads it."""
+        for moments in self.moments.values():
+            if process_group is not None:
+                moments.all_reduce(process_group, device_of(self._model))
+        for name, moments in self.moments.items():
+            if not torch.isfinite(moments.scatter).all():
+                raise FloatingPointError(f"{name}: NaN or infinity in what it reads of the calibration batches")
+
+
+def rows_of(layer: nn.Module, x: Tensor, valid: Tensor | None = None, limit: int = POSITIONS) -> Tensor:
+    """[n, C_in]: the inputs of a Linear, or of a convolution at the positions that it reads, at most `limit` of each
+    sample: a fixed random choice, the same for every sample of that size. valid: bool [N, T], tokens that are no
+    padding."""
+    x = x.detach()
+    if isinstance(layer, nn.Linear):
+        if valid is not None and x.dim() == 3 and x.shape[:2] == valid.shape:
+            x = x[valid]
+        x = x.reshape(-1, *x.shape[-2:]) if x.dim() > 2 else x[:, None]
+    else:
+        assert isinstance(layer, nn.modules.conv._ConvNd)
+        alone = not layer.transposed and all(size == 1 for size in layer.kernel_size) and set(layer.padding) <= {0}
+        if alone:  # it reads no other positions than these
+            steps = [slice(None, None, int(step)) for step in layer.stride]
+            x = x[tuple([slice(None), slice(None), *steps])]
+        x = x.movedim(1, -1).flatten(1, -2)
+    if x.shape[1] > limit:
+        chosen = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(x.shape[1]))[:limit].sort().values
+        x = x[:, chosen.to(x.device)]
+    return x.flatten(0, 1)

@@ -1,0 +1,108 @@
+"""BatchNorm statistics measured anew: what a smaller network's layers read is not what they were trained on."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastscore.batches import Batch, Forward, call_model
+from fastscore.modules.inspection import device_of
+from fastscore.recovery.calibration import share_of
+from fastscore.rng import fork_rng
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def recalibrate(model: nn.Module, batches: Iterable[Batch], *, forward: Forward = call_model,
+                process_group: distributed.ProcessGroup | None = None) -> nn.Module:
+    """Measure the running statistics of the model's BatchNorms anew, in place; returns the model.
+
+    Each becomes the plain average over batches of the batch's own statistics, with everything else in evaluation mode.
+    Weights are untouched, and so are BatchNorms that keep no statistics. A few hundred samples in batches of 32 or
+    more will do.
+
+    Args:
+        model: any model with BatchNorms, on the device where the work is done.
+        batches: as fastscore.score takes them; labels are not read.
+        forward: forward(model, batch), for models that are called otherwise.
+        process_group: processes that share the work: each calls with the same batches, takes every size-th of them,
+            and has the average of all.
+
+    Raises:
+        ValueError: no BatchNorm that keeps statistics, no batch, or one that the model cannot take in training mode.
+        FloatingPointError: NaN or infinity in the statistics, naming the layer.
+        In either case the model is as it was.
+    """
+    if not running_norms(model):
+        raise ValueError(f"model: {type(model).__name__} has no BatchNorm that keeps running statistics: there is "
+                         "nothing to recalibrate")
+    recalibrate_on(model, share_of(batches, device_of(model), process_group), forward, process_group)
+    return model
+
+
+def recalibrate_on(model: nn.Module, batches: Iterable[Batch], forward: Forward,
+                   process_group: distributed.ProcessGroup | None) -> None:
+    """As recalibrate, on batches that are this process's own already."""
+    norms = running_norms(model)
+    count = 0
+    with _measuring(model, norms), torch.no_grad():
+        for batch in batches:
+            forward(model, batch)
+            count += 1
+        count = _average(norms, count, process_group)
+        if not count:
+            raise ValueError("batches: there is none to recalibrate on, or none that holds a sample")
+        for name, norm in norms.items():
+            if not (torch.isfinite(norm.running_mean).all() and torch.isfinite(norm.running_var).all()):
+                raise FloatingPointError(f"{name}: NaN or infinity in what it reads of the batches")
+
+
+def running_norms(model: nn.Module) -> dict[str, Any]:
+    """Name -> each BatchNorm that keeps running statistics."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, _BatchNorm) and module.running_mean is not None}
+
+
+@contextmanager
+def _measuring(model: nn.Module, norms: Mapping[str, Any]) -> Iterator[None]:
+    """BatchNorms in training mode, averaging from nothing, and all else in evaluation mode; modes, momenta and the
+    states of random numbers come back, and the statistics too where an exception ends it."""
+    modes = {module: module.training for module in model.modules()}
+    momenta = {name: norm.momentum for name, norm in norms.items()}
+    before = {name: [getattr(norm, key).clone() for key in _STATISTICS] for name, norm in norms.items()}
+    try:
+        model.eval()
+        for norm in norms.values():
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.training = True
+        with fork_rng(device_of(model)):
+            yield
+    except BaseException:
+        for name, norm in norms.items():
+            for key, value in zip(_STATISTICS, before[name], strict=True):
+                getattr(norm, key).copy_(value)
+        raise
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for name, norm in norms.items():
+            norm.momentum = momenta[name]
+
+
+def _average(norms: Mapping[str, Any], count: int, process_group: distributed.ProcessGroup | None) -> int:
+    """The average over the batches of all processes, in every one; how many they are."""
+    if process_group is None:
+        return count
+    device = next(iter(norms.values())).running_mean.device
+    total = torch.tensor([float(count)], device=device)
+    distributed.all_reduce(total, group=process_group)
+    for norm in norms.values():
+        for statistic in (norm.running_mean, norm.running_var):
+            statistic.mul_(count / total.clamp(min=1).item())
+            distributed.all_reduce(statistic, group=process_group)
+        norm.num_batches_tracked.fill_(int(total))
+    return int(total)

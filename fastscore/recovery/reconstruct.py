@@ -1,0 +1,264 @@
+"""reconstruct(): the layers of a smaller network take over what removed channels gave, as far as held-out samples
+agree.
+
+One pass of the dense network over the calibration batches yields the second moments of what its layers read, and its
+outputs for the samples held out. Every repair is fitted without those samples and judged by them; the one that is
+chosen is fitted once more on all samples.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeVar, get_args
+
+import torch
+from torch import Tensor, distributed, nn
+
+from fastscore.batches import Batch, Forward, call_model, checked_forward
+from fastscore.graph.surgery import RemovedIndices
+from fastscore.graph.tracing import trace
+from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.inspection import device_of
+from fastscore.recovery.asymmetric import RIDGES as ASYMMETRIC_RIDGES
+from fastscore.recovery.asymmetric import Joint, Pair, Rewired, error, fit, rewire
+from fastscore.recovery.calibration import Calibration, Part
+from fastscore.recovery.compensation import mean_contributions
+from fastscore.recovery.divergence import Divergence, divergence
+from fastscore.recovery.linear import StandIn, rewired, stand_in
+from fastscore.recovery.moments import InputMoments, Moments, layouts
+from fastscore.recovery.recalibration import recalibrate_on, running_norms
+from fastscore.rng import fork_rng
+
+Method = Literal["mean", "linear", "asymmetric", "auto"]
+RIDGES = (0.1, 0.01, 0.001)
+STAGES = 8  # of an asymmetric reconstruction, each a pass of both networks over the batches, as far as its layers
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A repair that was tried, and how far the smaller network then was from the dense one on samples held out.
+
+    name: what was done. ridge: of a linear reconstruction, None of anything else. recalibrated: whether the BatchNorms
+    were, after that. chosen: whether it is the one returned, then fitted on the held-out samples too.
+    """
+
+    name: str
+    ridge: float | None
+    recalibrated: bool
+    agreement: float
+    kl: float
+    chosen: bool = False
+
+    def __str__(self) -> str:
+        ridge = "" if self.ridge is None else f", ridge {self.ridge:g}"
+        after = ", BatchNorms recalibrated" if self.recalibrated else ""
+        return (f"{'chosen' if self.chosen else 'tried'}: {self.name}{ridge}{after}: agreement {self.agreement:.1%}, "
+                f"KL {self.kl:.3g}")
+
+
+class Pruned(Protocol):
+    """What reconstruct() needs of a PruneResult."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def removed_indices(self) -> RemovedIndices: ...
+    @property
+    def report(self) -> Any: ...
+    def cut_again(self, model: nn.Module, weights: Mapping[str, Tensor], added: Mapping[str, Tensor]) -> Any: ...
+
+
+R = TypeVar("R", bound=Pruned)
+
+
+def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: Method = "auto", *,
+                ridges: Iterable[float] = RIDGES, forward: Forward = call_model,
+                process_group: distributed.ProcessGroup | None = None) -> R:
+    """Repair what pruning broke, without labels and without training: a new result, whose report says what each repair
+    gave.
+
+    Args:
+        model: the dense model that `result` was pruned from, unchanged since; it stays as it is.
+        result: what fastscore.prune returned (not in place); it stays as it is.
+        batches: calibration batches as fastscore.score takes them, labels unread, in the same order at every reading:
+            a list, or a DataLoader that does not shuffle. One of four samples is held out to judge by.
+        method: "mean": what removed channels gave on average goes into biases. "linear": what removed channels gave is
+            predicted from the channels that stay, by ridge regression from the moments of the dense network; the ridge
+            is the one that does best on the samples held out. "auto": whichever of these, with or without
+            fastscore.recalibrate after it, is nearest to the dense network on the samples held out.
+        ridges: to choose from, each a share of a channel's own variance; math.inf leaves the mean.
+        forward: forward(model, batch), for models that are called otherwise.
+        process_group: processes that share the work, each calling with the same arguments.
+
+    Returns:
+        A result with a new model. report.repairs has a row for every repair tried, "none" first: what the cut alone
+        left. Figures are of samples that no fit has seen.
+
+    Raises:
+        TypeError, ValueError: a method there is none of; batches that are none, or one tensor, or can be read only
+            once; a dense model that is not the one pruned. FloatingPointError: NaN or infinity in what a layer reads,
+            naming it. Nothing is changed then.
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"method: {method!r} is none of {', '.join(get_args(Method))}")
+    device = device_of(model)
+    calibration = Calibration(batches, device, forward, process_group)
+    with fork_rng(device), torch.no_grad():
+        repaired: R = _Bench(model, result, calibration, forward, process_group).best(method, tuple(ridges))
+    return repaired
+
+
+def check_dense(model: nn.Module, removed_indices: RemovedIndices) -> None:
+    """Raise ValueError where `removed_indices` cannot be taken out of `model`: they are gone, or never were there."""
+    modules = dict(model.named_modules())
+    for (name, side), index in removed_indices.items():
+        layer: Any = modules.get(name)
+        width = getattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", None)
+        if layer is None or (side == "inputs" and width is not None and int(index.max()) >= width):
+            raise ValueError(f"model: it is not the dense one that the result was pruned from: {name} "
+                             f"{'is not there' if layer is None else f'reads only {width} channels'}; give the model "
+                             "that went into prune(), which inplace=True overwrites")
+
+
+class _Bench:
+    """A dense model, what goes from it, and what calibration batches say of both."""
+
+    def __init__(self, model: nn.Module, result: Pruned, calibration: Calibration, forward: Forward,
+                 process_group: distributed.ProcessGroup | None) -> None:
+        self._model, self._result, self._calibration = model, result, calibration
+        self._forward, self._run, self._group = forward, checked_forward(forward), process_group
+        self._eval_model = evaluation_copy(model)
+        self._removed = {name: index for (name, side), index in result.removed_indices.items() if side == "inputs"}
+        check_dense(model, result.removed_indices)
+        self._example = calibration.first()
+        try:
+            with torch.enable_grad():
+                graph = trace(model, self._example, forward)
+            index = layouts(self._eval_model, graph.groups, self._removed)
+            with InputMoments(self._eval_model, index) as inputs:
+                inputs.start(self._example)
+                self._run(self._eval_model, self._example)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(f"calibration: the model cannot take its batches ({error}); give what the model takes, or "
+                             "forward=") from error
+        self._calls = dict(inputs.calls)
+        self._layouts = {name: index[name] for name in self._calls}
+        self._moments: dict[Part, dict[str, Moments]] = {}
+        self._outputs: list[Tensor] = []
+        for part in ("fit", "held out"):
+            self._measure(part)
+        self._moments["all"] = {name: moments.joined(self._moments["held out"][name])
+                                for name, moments in self._moments["fit"].items()}
+
+    def _measure(self, part: Part) -> None:
+        with InputMoments(self._eval_model, self._layouts) as inputs:
+            for batch in self._calibration.part(part):
+                inputs.start(batch)
+                output = self._run(self._eval_model, batch)
+                if part == "held out":
+                    self._outputs.append(output.cpu())
+        inputs.finish(self._group)
+        self._moments[part] = inputs.moments
+
+    def _linear(self, ridge: float, part: Part) -> Any:
+        """The result, with layers that read channels that went reconstructed from the moments of a part."""
+        return self._cut(*self._symmetric(ridge, part))
+
+    def _symmetric(self, ridge: float, part: Part) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, StandIn]]:
+        """(new weights, what biases grow by, what stands in for the inputs of each layer)."""
+        inputs = {name: stand_in(moments, self._removed[name], ridge)
+                  for name, moments in self._moments[part].items()}
+        weights = {name: rewired(self._eval_model.get_submodule(name), x) for name, x in inputs.items()} \
+            if ridge != math.inf else {}
+        return weights, self._contributions({name: x.constant for name, x in inputs.items()}), inputs
+
+    def _contributions(self, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return mean_contributions(self._eval_model, constants, self._example, self._forward)
+
+    def _cut(self, weights: Mapping[str, Tensor], added: Mapping[str, Tensor], inputs: object = None) -> Any:
+        return self._result.cut_again(self._model, weights, added)
+
+    def _asymmetric(self, ridge: float, part: Part, ridges: dict[str, float]) -> Any:
+        """The result, reconstructed front to back. ridges: layer -> of its asymmetric correction; those that are not
+        there yet are chosen by the samples held out, and written there."""
+        weights, added, inputs = self._symmetric(ridge, part)
+        result = self._cut(weights, added)
+        for names in self._stages():
+            fitted, held_out = ({name: Joint(self._layouts[name], self._removed[name]) for name in names}
+                                for _ in range(2))
+            pair = Pair(self._eval_model, evaluation_copy(result.model), self._forward, self._calls)
+            pair.measure(self._calibration.part(part), fitted)
+            if not all(name in ridges for name in names):
+                pair.measure(self._calibration.part("held out"), held_out)
+            layers = {name: self._eval_model.get_submodule(name) for name in names}
+            new: dict[str, Rewired] = {}
+            for name in names:
+                for joint in (fitted[name], held_out[name]):
+                    joint.finish(self._group, device_of(self._model))
+                found = {r: fit(fitted[name], inputs[name], r) for r in
+                         ([ridges[name]] if name in ridges else ASYMMETRIC_RIDGES)}
+                if name not in ridges:
+                    errors = {r: error(layers[name], mixing, fitted[name], held_out[name])
+                              for r, mixing in found.items()}
+                    ridges[name] = min(errors, key=lambda r: errors[r])
+                new[name] = rewire(layers[name], fitted[name], found[ridges[name]])
+            given = self._contributions({name: x.given for name, x in new.items()})
+            read = self._contributions({name: x.read for name, x in new.items()})
+            weights |= {name: x.weight for name, x in new.items()}
+            added |= {name: given[name] - x.gain * read[name] for name, x in new.items()}
+            result = self._cut(weights, added)
+        return result
+
+    def _stages(self) -> Iterator[list[str]]:
+        """The layers that lost inputs, in the order they run, a few at a time; but for those whose blocks are left
+        with different widths, which keep the symmetric solution."""
+        names = [name for name in self._calls if Joint.possible(self._layouts[name], self._removed[name])]
+        size = math.ceil(len(names) / STAGES)
+        return (names[begin:begin + size] for begin in range(0, len(names), max(size, 1)))
+
+    def _recalibrated(self, result: Any, part: Part) -> Any:
+        model = copy.deepcopy(result.model)
+        recalibrate_on(model, self._calibration.part(part), self._forward, self._group)
+        return replace(result, model=model)
+
+    def _judge(self, result: Any) -> Divergence:
+        model = result.model
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            return divergence(self._outputs, (self._run(model, batch).cpu()
+                                              for batch in self._calibration.part("held out")), self._group)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _tried(self, name: str, ridge: float | None, result: Any, recalibrated: bool = False) -> "tuple[Repair, Any]":
+        found = self._judge(result)
+        return Repair(name, ridge, recalibrated, found.agreement, found.kl), result
+
+    def best(self, method: Method, ridges: tuple[float, ...]) -> Any:
+        """The result repaired by `method`, and the rows of what was tried."""
+        tried = [self._tried("none", None, self._result.cut_again(self._model, {}, {}))]
+        if method in ("mean", "auto"):
+            tried.append(self._tried("mean", None, self._linear(math.inf, "fit")))
+        if method != "mean":
+            for ridge in ridges:
+                tried.append(self._tried("linear", ridge, self._linear(ridge, "fit")))
+        chosen: dict[str, float] = {}
+        if method in ("asymmetric", "auto"):
+            ridge = min((row for row, _ in tried if row.name == "linear"), key=lambda row: row.kl).ridge or 0.0
+            tried.append(self._tried("asymmetric", ridge, self._asymmetric(ridge, "fit", chosen)))
+        if method == "auto" and running_norms(self._result.model):
+            for name in ("mean", "linear", "asymmetric"):
+                row, result = min((pair for pair in tried if pair[0].name == name), key=lambda pair: pair[0].kl)
+                tried.append(self._tried(name, row.ridge, self._recalibrated(result, "fit"), True))
+        if method == "asymmetric":
+            tried = [tried[0], tried[-1]]
+        best = min(tried[1:], key=lambda pair: pair[0].kl)[0]
+        ridge = math.inf if best.ridge is None else best.ridge
+        final = self._asymmetric(ridge, "all", chosen) if best.name == "asymmetric" else self._linear(ridge, "all")
+        if best.recalibrated:
+            final = self._recalibrated(final, "all")
+        rows = tuple(replace(row, chosen=row is best) for row, _ in tried)
+        return replace(final, report=replace(final.report, repairs=rows))

@@ -1,0 +1,44 @@
+"""Repairs by processes that share the work: the same for one, two and four of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("repair")
+    path = [str(HELPERS.parents[1]), str(HELPERS), os.environ.get("PYTHONPATH", "")]
+    said = subprocess.check_output([sys.executable, "-m", "workers", str(folder), "4", "repair"], cwd=folder, text=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)})
+    assert said.strip() == "[0, 0, 0, 0]", "\n".join((folder / f"err {rank}").read_text() for rank in range(4))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["linear", "asymmetric", "auto"])
+def test_one_two_and_four_processes_repair_alike(folder: Path, name: str) -> None:
+    rows, state = torch.load(folder / f"{name} 1 0")
+    for size in (2, 4):
+        for rank in range(size):
+            found_rows, found = torch.load(folder / f"{name} {size} {rank}")
+            for row, expected in zip(found_rows, rows, strict=True):
+                assert (row[:2], row[4]) == (expected[:2], expected[4])
+                assert row[2:4] == pytest.approx(expected[2:4], rel=1e-6)
+            assert_same(found, state)
+
+
+def test_one_two_and_four_processes_recalibrate_alike(folder: Path) -> None:
+    for size in (2, 4):
+        for rank in range(size):
+            assert_same(torch.load(folder / f"recalibrated {size} {rank}"), torch.load(folder / "recalibrated 1 0"))
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-8, atol=1e-8, msg=key)

@@ -1,0 +1,273 @@
+"""reconstruct(), recalibrate() and prune(calibration=): what they promise, on whole networks."""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import NETWORKS
+from oracles import untouched
+from torch import Tensor, nn
+
+import fastscore
+from fastscore.pruning.report import PruneReport
+from fastscore.recovery.divergence import divergence
+from fastscore.recovery.reconstruct import Method, Repair
+
+BUDGETS: dict[str, float] = {"channels": 0.6}
+
+
+def trained_like(name: str, samples: int = 24) -> tuple[nn.Module, list[Tensor], fastscore.Scores]:
+    network = NETWORKS[name]
+    model, x = network.model(), network.inputs(samples)
+    batches = list(x.split(8))
+    return model, batches, fastscore.score(model, batches, ablation="mean", progress=False)
+
+
+def kl(dense: nn.Module, smaller: nn.Module, batches: list[Tensor]) -> float:
+    with torch.no_grad():
+        return divergence(map(dense, batches), map(smaller, batches)).kl
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_every_network_is_repaired_and_the_model_given_stays(name: str) -> None:
+    model, batches, scores = trained_like(name)
+    with untouched(model):
+        result = fastscore.prune(model, scores, batches[0][:1], calibration=batches, **BUDGETS)  # type: ignore[arg-type]
+    rows = result.report.repairs
+    assert rows[0].name == "none"
+    assert {"mean", "linear"} <= {row.name for row in rows}
+    (best,) = (row for row in rows if row.chosen)
+    assert best.kl == min(row.kl for row in rows[1:])
+    assert result.report.params[1] == sum(parameter.numel() for parameter in result.model.parameters())
+    assert torch.isfinite(result.model(batches[0])).all()
+    assert PruneReport.of(asdict(result.report)) == result.report
+    assert str(best) in str(result.report)
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_the_mean_alone_is_mean_compensation(name: str) -> None:
+    """Of all samples, whatever was held out on the way."""
+    model, batches, scores = trained_like(name)
+    compensated = fastscore.prune(model, scores, batches[0][:1], compensate=True, **BUDGETS)  # type: ignore[arg-type]
+    bare = fastscore.prune(model, scores, batches[0][:1], compensate=False, **BUDGETS)  # type: ignore[arg-type]
+    for result in (compensated, bare):  # a bias that is not there yet is made
+        found = fastscore.reconstruct(model, result, batches, method="mean")
+        assert found.new_biases == compensated.new_biases
+        for (key, value), expected in zip(found.model.state_dict().items(), compensated.model.state_dict().values(),
+                                          strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9, msg=key)
+
+
+class Copies(nn.Module):
+    """Of every group, the second half of the channels are linear functions of the first; several consumers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.left = nn.Conv2d(12, 4, 3, stride=2, padding=1, dilation=2)
+        self.right = nn.Conv2d(12, 4, 1, bias=False)
+        self.up = nn.ConvTranspose2d(12, 4, 3, stride=2)
+        self.fc = nn.Linear(12, 5)
+        with torch.no_grad():
+            mix = torch.randn(6, 6) / 2
+            self.stem.weight[6:] = torch.einsum("ab,b...->a...", mix, self.stem.weight[:6])
+            self.stem.bias[6:] = mix @ self.stem.bias[:6]  # type: ignore[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = [layer(x).tanh().mean((2, 3)) for layer in (self.left, self.right, self.up)]
+        return self.fc(torch.cat(y, 1))
+
+
+def with_lowest(scores: fastscore.Scores, group: str, channels: list[int]) -> fastscore.Scores:
+    totals = {name: torch.ones_like(total) for name, total in scores.totals.items()}
+    totals[group][..., channels] = 0
+    return replace(scores, totals=totals)
+
+
+def test_channels_that_others_tell_are_not_missed() -> None:
+    torch.manual_seed(0)
+    model = Copies().eval()
+    batches = [torch.randn(8, 3, 8, 8) for _ in range(4)]
+    scores = with_lowest(fastscore.score(model, batches, importance="magnitude-l2", progress=False), "stem",
+                         list(range(6, 12)))
+    result = fastscore.prune(model, scores, batches[0][:1], channels=0.5, ignore=["left", "right", "up"])
+    assert result.removed["stem"].tolist() == list(range(6, 12))
+    repaired = fastscore.reconstruct(model, result, batches, method="linear", ridges=(0.0,))
+    with torch.no_grad():
+        expected = model(batches[0])
+        torch.testing.assert_close(repaired.model(batches[0]), expected, rtol=1e-5, atol=1e-5)
+        assert (result.model(batches[0]) - expected).abs().max() > 1e-2
+
+
+def test_an_infinite_ridge_is_the_mean() -> None:
+    model, batches, scores = trained_like("residual")
+    result = fastscore.prune(model, scores, batches[0][:1], **BUDGETS)  # type: ignore[arg-type]
+    mean = fastscore.reconstruct(model, result, batches, method="mean").model(batches[0])
+    linear = fastscore.reconstruct(model, result, batches, method="linear", ridges=(math.inf,)).model(batches[0])
+    torch.testing.assert_close(linear, mean, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["linear", "auto"])
+def test_the_result_does_not_depend_on_batch_sizes(method: Method) -> None:
+    """But for BatchNorms, whose statistics are those of batches."""
+    model, batches, scores = trained_like("tokens")
+    outputs = []
+    for size in (24, 5):
+        again = list(torch.cat(batches).split(size))
+        result = fastscore.prune(model, scores, batches[0][:1], calibration=again, repair=method,
+                                 **BUDGETS)  # type: ignore[arg-type]
+        outputs.append(result.model(batches[0]))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-6, atol=1e-6)
+
+
+def test_in_place_the_model_itself_becomes_the_repaired_one() -> None:
+    model, batches, scores = trained_like("residual")
+    expected = fastscore.prune(model, scores, batches[0][:1], calibration=batches, **BUDGETS)  # type: ignore[arg-type]
+    result = fastscore.prune(model, scores, batches[0][:1], calibration=batches, inplace=True,
+                             **BUDGETS)  # type: ignore[arg-type]
+    assert result.model is model
+    assert list(model.state_dict()) == list(expected.model.state_dict())
+    for key, value in expected.model.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=0, atol=0, msg=key)
+
+
+def test_files_optimizers_and_modes_carry_the_repair(tmp_path: Path) -> None:
+    model, batches, scores = trained_like("mobile")
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(batches[0]).sum().backward()
+    optimizer.step()
+    result = fastscore.prune(model, scores, batches[0][:1], calibration=batches, **BUDGETS)  # type: ignore[arg-type]
+    assert all(module.training for module in result.model.modules())
+    fastscore.save_pruned(result, tmp_path / "small.safetensors")
+    loaded = fastscore.load_pruned(NETWORKS["mobile"].model, tmp_path / "small.safetensors")
+    torch.testing.assert_close(loaded.eval()(batches[0]), copy.deepcopy(result.model).eval()(batches[0]))
+    rebuilt = fastscore.rebuild_optimizer(optimizer, model, result)
+    result.model(batches[0]).sum().backward()
+    rebuilt.step()
+    assert all(parameter.grad is not None for parameter in result.model.parameters())
+
+
+# What is refused
+
+class Shuffled:
+    def __init__(self, batches: list[Tensor]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.batches = self.batches[1:] + self.batches[:1]
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize(("make", "error", "words"), [
+    (lambda batches: [], ValueError, "calibration: there is no batch"),
+    (lambda batches: [batches[0][:0]], ValueError, "calibration: there is no batch"),
+    (lambda batches: [batches[0][:1]], ValueError, "calibration: 1 sample"),
+    (iter, ValueError, "calibration: it can be read only once"),
+    (lambda batches: batches[0], TypeError, "calibration: one tensor"),
+    (lambda batches: [batch[:, :1] for batch in batches], ValueError, "calibration: the model cannot take"),
+    (lambda batches: [batches[0] * math.nan, *batches[1:]], FloatingPointError, "NaN or infinity in what it reads"),
+    (Shuffled, ValueError, "calibration: its first batch is another"),
+])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_cannot_calibrate_is_refused_before_anything_changes(make: Any, error: type[Exception], words: str,
+                                                                   inplace: bool) -> None:
+    model, batches, scores = trained_like("residual")
+    with untouched(model), pytest.raises(error, match=words):
+        fastscore.prune(model, scores, batches[0][:1], calibration=make(batches), inplace=inplace,
+                        **BUDGETS)  # type: ignore[arg-type]
+
+
+def test_arguments_that_contradict_each_other() -> None:
+    model, batches, scores = trained_like("residual")
+    x = batches[0][:1]
+    with pytest.raises(ValueError, match=r"calibration: .*compensate=False"):
+        fastscore.prune(model, scores, x, channels=0.6, calibration=batches, compensate=False)
+    result = fastscore.prune(model, scores, x, channels=0.6)
+    with pytest.raises(ValueError, match="method: 'none' is none of"):
+        fastscore.reconstruct(model, result, batches, method="none")  # type: ignore[arg-type]
+    other = NETWORKS["residual"].build()
+    other.fc = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="model: "):
+        fastscore.reconstruct(result.model, result, batches)
+
+
+# BatchNorms
+
+def test_recalibration_is_the_plain_average_over_batches() -> None:
+    """Of statistics that each BatchNorm has where those before it normalise by the batch's own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Conv2d(4, 5, 3, bias=False),
+                          nn.BatchNorm2d(5, momentum=0.3)).double()
+    model[2].eval()
+    batches = [torch.randn(n, 3, 7, 7, dtype=torch.float64) for n in (3, 4, 5)]
+    weights = {name: value.clone() for name, value in model.named_parameters()}
+    first, second = [], []
+    with torch.no_grad():
+        for batch in batches:
+            y = model[0](batch)
+            var, mean = torch.var_mean(y, (0, 2, 3))
+            first.append((mean, var))
+            scale = (y.var((0, 2, 3), unbiased=False) + model[1].eps).rsqrt()
+            y = (y - mean[:, None, None]) * (scale * model[1].weight)[:, None, None] + model[1].bias[:, None, None]
+            second.append(torch.var_mean(model[3](y), (0, 2, 3))[::-1])
+    assert fastscore.recalibrate(model, batches) is model
+    for norm, rows in ((model[1], first), (model[4], second)):
+        torch.testing.assert_close(norm.running_mean, torch.stack([mean for mean, _ in rows]).mean(0))
+        torch.testing.assert_close(norm.running_var, torch.stack([var for _, var in rows]).mean(0))
+        assert int(norm.num_batches_tracked) == 3
+    assert model[4].momentum == 0.3
+    assert [module.training for module in model] == [True, True, False, True, True]
+    assert all(torch.equal(value, weights[name]) for name, value in model.named_parameters())
+
+
+@pytest.mark.parametrize(("batches", "error", "words"), [
+    ([], ValueError, "batches: there is none"),
+    ([torch.full((4, 3), math.nan)], FloatingPointError, "1: NaN or infinity"),
+    ([torch.randn(4, 3), torch.randn(1, 3)], ValueError, "more than 1 value per channel"),
+    ([torch.randn(4, 2)], RuntimeError, "shapes"),
+])
+def test_after_a_recalibration_that_fails_all_is_as_it_was(batches: Any, error: type[Exception], words: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model(torch.randn(5, 3))
+    with untouched(model), pytest.raises(error, match=words):
+        fastscore.recalibrate(model, batches)
+
+
+def test_without_batchnorms_there_is_nothing_to_recalibrate() -> None:
+    with pytest.raises(ValueError, match="no BatchNorm"):
+        fastscore.recalibrate(nn.Linear(3, 3), [torch.randn(4, 3)])
+
+
+# Divergence
+
+def test_divergence_is_agreement_and_kl_for_every_kind_of_output() -> None:
+    p, q = torch.randn(6, 5, 4), torch.randn(6, 5, 4)
+    expected = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=p),
+                                                 torch.distributions.Categorical(logits=q)).mean()
+    share = (p.argmax(-1) == q.argmax(-1)).float().mean()
+    for a, b in ((p, q), (p.flatten(0, 1), q.flatten(0, 1)),
+                 (p.movedim(-1, 1)[..., None], q.movedim(-1, 1)[..., None])):
+        found = divergence(a.split(2), b.split(2))
+        assert found.kl == pytest.approx(float(expected), rel=1e-5)
+        assert found.agreement == pytest.approx(float(share))
+        assert found.decisions == 30
+    one = divergence([torch.tensor([[2.0], [-1.0]])], [torch.tensor([[1.0], [1.0]])])
+    assert one.agreement == 0.5
+    broken = divergence([p], [torch.full_like(p, math.nan)])
+    assert (broken.agreement, broken.kl) == (0, math.inf)
+    with pytest.raises(ValueError, match="none to compare"):
+        divergence([], [])
+    with pytest.raises(ValueError, match="returns"):
+        divergence([p], [q[:, :, :2]])
+
+
+def test_a_repair_says_what_it_was() -> None:
+    assert str(Repair("linear", 0.01, True, 0.9, 0.12, True)) == \
+        "chosen: linear, ridge 0.01, BatchNorms recalibrated: agreement 90.0%, KL 0.12"
