@@ -118,7 +118,7 @@ def _channels_last(prepared: Prepared) -> None:
     """The memory format that convolutions are fastest in."""
     prepared.channels_last = any(isinstance(module, nn.Conv2d) for module in prepared.copy.modules())
     if prepared.channels_last:
-        prepared.copy.to(memory_format=torch.channels_last)
+        prepared.copy._apply(to_channels_last)  # Module.to() would refuse a parameter of five dimensions
 
 
 def _pack(prepared: Prepared) -> None:

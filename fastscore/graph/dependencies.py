@@ -112,7 +112,7 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         if node.type == OPTYPE.CUSTOMIZED:
             return f"a view divides its channels over several dimensions ({node.grad_fn.name()})"
         if node.type not in LAYERS | CHANNELWISE | TRANSPARENT | {OPTYPE.OUTPUT}:
-            return f"its channels pass through {node.name or type(node.module).__name__} " \
+            return f"its channels pass through {node._name or type(node.module).__name__} " \
                    f"({type(node.module).__name__}), which cannot lose channels yet"
         reads = node.type in LAYERS and function.__name__ == "prune_in_channels"
         if node.type == OPTYPE.OUTPUT or not (node.outputs or reads):
@@ -122,9 +122,9 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         if fixed and self._cuts(node):
             return f"its channels are cut at positions that the model's code fixes ({node.grad_fn.name()})"
         if node.type == OPTYPE.DEPTHWISE_CONV and node.module.in_channels != node.module.out_channels:
-            return f"{node.name} adds channels up in fixed sets"
+            return f"{node._name} adds channels up in fixed sets"
         if node.type == OPTYPE.CONV and node.module.transposed and node.module.groups > 1:
-            return f"{node.name} is a grouped transposed convolution, which cannot lose channels yet"
+            return f"{node._name} is a grouped transposed convolution, which cannot lose channels yet"
         return None
 
     def _cuts(self, node: Any) -> bool:

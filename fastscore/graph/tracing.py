@@ -1,6 +1,6 @@
 """Finding the channel groups of a model, through Torch-Pruning's dependency graph, and trying them on the model."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from fastscore.graph import (
     channel_buffers,
     dependencies,
     index_maps,
+    left_alone,
     surgery_trial,
     training_only,
     verification,
@@ -62,7 +63,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch,
                 if ran <= ran_in_training:
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
-    graph = training_only.with_skip_reasons(found, inactive - explained)
+    graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained))
     cache.put(model, example_inputs, forward, graph)
     return graph
 
@@ -92,7 +93,7 @@ def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> 
         blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
         raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}") from error
     heads, left = attention.find(eval_model, whole)
-    found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording.first_layers), heads)
+    found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording), heads)
     graph.release()
     leaks = verification.leaks(recording, found.groups)
     reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
@@ -109,10 +110,11 @@ def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGr
 
 
 def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set[str]],
-            first_layers: Collection[str]) -> ChannelGraph:
-    """taken: role -> layers that play it in groups of heads, and in no other. first_layers: see _why_not."""
+            recording: verification.Recording) -> ChannelGraph:
+    """taken: role -> layers that play it in groups of heads, and in no other. recording: of the run that was traced."""
     groups: list[ChannelGroup] = []
     skipped: dict[str, str] = {}
+    tied: dict[str, str] = {}  # producers of what is left alone -> the first of them
     seen = set(taken["producer"])
     called_otherwise = set[str]().union(*taken.values())  # by an attention's own function
     layers = dict(model.named_modules())
@@ -130,7 +132,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
             skipped[name] = "its channels are cut into equal parts together with others (SplitBackward0)"
             continue  # the layer that makes all of them may come yet
         seen.update(producers)
-        reason = reason or _why_not(layers, members, owners, first_layers) or next(
+        reason = reason or _why_not(layers, members, owners, recording) or next(
             (f"its channels run into the heads of {member.layer}" for member in members
              if member.layer in taken.get(member.role, ())), None)
         if reason is None:
@@ -143,6 +145,10 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
                 continue
             reason = "all its channels can only be removed together"
         skipped[name] = reason
+        tied.update((producer, name) for producer in producers)
+    covered = {member.layer for group in groups for member in group.members}
+    skipped |= {layer: f"its channels go with those of {first}" for layer, first in tied.items()
+                if layer not in covered and layer not in skipped}
     return ChannelGraph(tuple(groups), skipped, graph.normalized_by)
 
 
@@ -159,16 +165,15 @@ def _member(graph: Any, key: tuple[Any, Any], positions: np.ndarray) -> Member |
 
 
 def _why_not(layers: Mapping[str, nn.Module], members: list[Member], owners: Mapping[int, int],
-             first_layers: Collection[str]) -> str | None:
-    """Why the layers of a group cannot be pruned; None where they can.
-
-    owners: id of a parameter -> modules with it. first_layers: those that read what no layer has made.
-    """
+             recording: verification.Recording) -> str | None:
+    """Why the layers of a group cannot be pruned; None where they can. owners: id of a parameter -> modules with it."""
     consumers = {member.layer for member in members if member.role == "consumer"}
     if not consumers:
         return "no Conv or Linear reads its channels"
-    for layer_name in sorted(consumers.intersection(first_layers)):
+    for layer_name in sorted(consumers.intersection(recording.first_layers)):
         return f"{layer_name} is called on the model's input as well"
+    for layer_name in sorted(consumers.intersection(recording.overwritten)):
+        return f"what {layer_name} reads is written to in place afterwards, so that nothing can be measured there"
     for member in members:
         layer = layers[member.layer]
         width = _width(layer, member.role)

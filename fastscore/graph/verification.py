@@ -8,7 +8,7 @@ the groups claim for those channels.
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -71,6 +71,8 @@ class Recording:
         self.layers = {name: module for name, module in model.named_modules() if tp.ops.module2type(module) in LAYERS}
         self._dims = {name: channel_dim(layer) for name, layer in self.layers.items()}
         self.outputs: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
+        self._read: list[tuple[str, Tensor, int]] = []  # while recording: what layers read, and its version then
+        self.overwritten = set[str]()  # layers whose input is written to after they have read it
         self.first_layers = set[str]()  # those that read what no layer has made, in one call at least
 
     @property
@@ -78,11 +80,17 @@ class Recording:
         """The layers that were called in the recorded run."""
         return {layer for layer, outputs in self.outputs.items() if outputs}
 
-    def record(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def record(self) -> Iterator[None]:
         """The model is run once in the block, by whoever it may be, and its layers' outputs are kept."""
         for outputs in self.outputs.values():
             outputs.clear()
-        return _replaced(self.model, {layer: self._record(layer) for layer in self.outputs})
+        try:
+            with _replaced(self.model, {layer: self._record(layer) for layer in self.outputs}):
+                yield
+            self.overwritten = {layer for layer, x, version in self._read if x._version != version}
+        finally:
+            self._read.clear()
 
     def leak(self, made: Positions, read: Positions) -> str | None:
         """Run with the outputs at `made` changed and all others held; where an input differs that is not in `read`."""
@@ -104,8 +112,10 @@ class Recording:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             output: Tensor = type(module).forward(module, *args, **kwargs)
             self.outputs[layer].append(output.detach().clone())
-            if args and not args[0].requires_grad:
-                self.first_layers.add(layer)
+            if args:
+                self._read.append((layer, args[0], args[0]._version))
+                if not args[0].requires_grad:
+                    self.first_layers.add(layer)
             return output
 
         return forward
@@ -193,7 +203,8 @@ def _differ(x: Tensor, before: Tensor, dim: int, excused: Tensor | None) -> bool
     if not x.numel():
         return False
     difference = (x - before).abs() if x.is_floating_point() else (x != before).byte()
-    unequal = difference.movedim(dim, 0).flatten(1).amax(1) != 0  # not the least bit, as most of it is; NaN is not 0
+    # not the least bit, as most of it is; NaN is not 0
+    unequal = difference.movedim(dim, 0).reshape(x.shape[dim], -1).amax(1) != 0
     if excused is not None:
         unequal[excused.to(unequal.device)] = False
     index = unequal.nonzero().flatten()

@@ -1,0 +1,47 @@
+"""What no group covers is named, with the reason: whoever reads a report finds every weight in it."""
+
+from dataclasses import replace
+
+import torch_pruning as tp
+from torch import nn
+
+from fastscore.graph.dependencies import CHANNELWISE, LAYERS
+from fastscore.graph.groups import ChannelGraph
+
+# what has a reason of its own; of any other module: that its code reads the weight
+_REASONS: tuple[tuple[type[nn.Module], str], ...] = (
+    (nn.Embedding, "an embedding makes its channels by looking them up, and cannot lose any yet"),
+    (nn.EmbeddingBag, "an embedding makes its channels by looking them up, and cannot lose any yet"),
+    (nn.RNNBase, "a recurrent layer ({kind}), which cannot lose channels yet"),
+    (nn.RNNCellBase, "a recurrent layer ({kind}), which cannot lose channels yet"),
+    (nn.Bilinear, "a Bilinear layer, which cannot lose channels yet"),
+)
+
+
+def named(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
+    """The graph, with a word on everything of `model` that holds weights and is in no group.
+
+    A weight is a parameter of two or more dimensions; normalisations go with the layers before them. Where a module
+    holds others, the key is the parameter's qualified name.
+    """
+    covered = {member.layer for group in graph.groups for member in group.members}
+    more: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if name in covered or name in graph.skipped:
+            continue
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() > 1:
+                whole = f"{name}.{key}".lstrip(".")
+                more[whole if module._modules or not name else name] = _reason(module, key, parameter)
+    return replace(graph, skipped={**graph.skipped, **more})
+
+
+def _reason(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
+    kind = type(module).__name__
+    known = next((reason for cls, reason in _REASONS if isinstance(module, cls)), None)
+    if known is not None:
+        return known.format(kind=kind)
+    if tp.ops.module2type(module) in LAYERS | CHANNELWISE:
+        return "its channels go with others that are left alone"
+    return f"the code of {kind} reads its {key} {list(parameter.shape)}, and only what a Conv or Linear makes and " \
+           "reads can go yet"

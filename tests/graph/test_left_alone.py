@@ -1,0 +1,97 @@
+"""Whatever holds weights is in a group or has a reason, in one line."""
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from fastscore.graph.tracing import trace
+
+
+class Experts(nn.Module):
+    """A mixture whose experts are one parameter, and a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.weights = nn.Linear(8, 3), nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, T, 8] -> the same."""
+        return torch.einsum("nte,ntc,ecd->ntd", self.router(x).softmax(-1), x, self.weights)
+
+
+class Conv1D(nn.Module):
+    """A Linear in all but name, with its weight the other way round, as GPT-2 has it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C']."""
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
+
+
+class Model(nn.Module):
+    """Some of everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(11, 8), nn.Parameter(torch.randn(1, 5, 8))
+        self.experts, self.own, self.norm = Experts(), Conv1D(8, 8), nn.LayerNorm(8)
+        self.recurrent = nn.GRU(8, 8, batch_first=True)
+        self.up, self.down, self.unused = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[N, 5] -> [N, 5, 8]."""
+        x = self.norm(self.own(self.experts(self.words(tokens) + self.places)))
+        return self.down(self.up(self.recurrent(x)[0]).relu())
+
+
+def test_everything_is_in_a_group_or_named() -> None:
+    """Each with what it is; norms go with the layers before them, biases with their weights."""
+    graph = trace(Model(), torch.randint(0, 11, (2, 5)))
+    assert [group.name for group in graph.groups] == ["up"]
+    reasons = {"words": "an embedding makes its channels", "places": "the code of Model reads its places [1, 5, 8]",
+               "experts.weights": "the code of Experts reads its weights [3, 8, 8]",
+               "own": "the code of Conv1D reads its weight [8, 8]", "recurrent": "a recurrent layer (GRU)",
+               "unused": "it does not run on example_inputs", "down": "its channels are the model's output",
+               "experts.router": ""}
+    assert set(graph.skipped) == set(reasons)
+    for name, reason in reasons.items():
+        assert reason in graph.skipped[name]
+    assert not any("\n" in reason for reason in graph.skipped.values())
+
+
+@pytest.mark.parametrize(("name", "size"), [("vit_b_32", 224), ("convnext_tiny", 32), ("swin_t", 32), ("resnet18", 32),
+                                            ("googlenet", 64)])
+def test_no_weight_of_torchvisions_models_is_forgotten(name: str, size: int) -> None:
+    """Every parameter of two or more dimensions belongs to a member of a group, or is named, or its module is."""
+    model = getattr(torchvision.models, name)(**({"init_weights": False} if name == "googlenet" else {})).eval()
+    graph = trace(model, torch.randn(1, 3, size, size))
+    members = {member.layer for group in graph.groups for member in group.members}
+    known = members | set(graph.skipped)
+    assert not [parameter for parameter, value in model.named_parameters()
+                if value.dim() > 1 and not {parameter, parameter.rpartition(".")[0]} & known]
+
+
+def test_layers_that_go_with_others_say_so() -> None:
+    """A residual stream that is the model's output: all its producers are named, not the first alone."""
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x) + self.two(x)
+
+    skipped = trace(Residual(), torch.randn(2, 4)).skipped
+    assert skipped["one"] == "its channels are the model's output"
+    assert skipped["two"] in ("its channels go with those of one", "its channels are the model's output")
+
+
+def test_an_obstacle_is_named_without_its_settings() -> None:
+    """The name and the kind of a module, not all it prints."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    assert trace(model, torch.randn(3, 4)).skipped["0"] == \
+        "its channels pass through 1 (LayerNorm), which cannot lose channels yet"
