@@ -171,9 +171,11 @@ def test_a_pruned_model_that_is_no_pickle() -> None:
 
 def test_the_plan_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("info", "nets.py:build", "--size", "12") == 0
-    plan = fastscore.score(models.load("nets.py:build"), [torch.zeros(2, 3, 12, 12)], progress=False).plan
+    scores = fastscore.score(models.load("nets.py:build"), [torch.zeros(2, 3, 12, 12)], progress=False)
     images, _, rest = capsys.readouterr().out.partition("\n")
-    assert rest == f"{plan}\n"
+    assert rest == "\n".join([str(scores.plan), *(f"{layer}: left alone: {reason}"
+                                                  for layer, reason in scores.skipped.items()), ""])
+    assert scores.skipped
     assert images == ("images: shorter side to 12 pixels (bilinear), the middle 12 x 12, values in [0, 1] (assumed: "
                       "nets.py:build does not say what it was trained with; --mean and --std do)")
 
