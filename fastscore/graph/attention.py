@@ -59,9 +59,14 @@ class _Guess:
 
 
 def find(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
-    """The groups of heads in `model`, an evaluation copy, and module -> why its heads are left alone.
+    """The groups of heads in a model.
 
-    run(model) runs it on example inputs.
+    Args:
+        model: an evaluation copy.
+        run: run(model) runs it on example inputs.
+
+    Returns:
+        The groups, and the name of each other group of heads -> why they are left alone.
     """
     guesses = {name: found for name, module in model.named_modules() if (found := list(_guesses(name, module)))}
     if not guesses:

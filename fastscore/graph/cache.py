@@ -22,7 +22,16 @@ _known: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, weakref.ref[Any], Chann
 
 
 def get(model: nn.Module, example_inputs: Batch, forward: Forward) -> ChannelGraph | None:
-    """The graph of a model that was traced before and is what it was; None for any other."""
+    """A graph that was put here.
+
+    Args:
+        model: compared with what it was: modules, parameters (not their values), buffers, settings, hooks.
+        example_inputs: compared by shapes and dtypes, whatever the number of samples.
+        forward: compared by identity.
+
+    Returns:
+        The graph; None where one of them is another.
+    """
     fingerprint, called, graph = _known.get(model, (None, None, None))
     if called is None or called() is not forward or fingerprint != _fingerprint(model, example_inputs):
         return None

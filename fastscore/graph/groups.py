@@ -93,8 +93,15 @@ class ChannelGraph:
     def without(self, model: nn.Module, ignore: Ignore) -> "ChannelGraph":
         """This graph less the groups that a layer matched by `ignore` produces.
 
-        ignore: qualified names (a name stands for all below it; `*` and `?` are wildcards), module types, modules.
-        Raises ValueError for an entry that matches no layer of `model`.
+        Args:
+            model: that was traced, or a copy of it.
+            ignore: qualified names (a name stands for all below it; `*` and `?` are wildcards), module types, modules.
+
+        Returns:
+            The rest; what was left out is in `skipped`.
+
+        Raises:
+            ValueError: an entry matches no layer of `model`.
         """
         ignored = matching_layers(model, ignore)
         skipped, groups = dict(self.skipped), []
@@ -112,7 +119,16 @@ def norm_gates(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
     """One group for each BatchNorm of `model`, whose channels end at its output: the paper's units.
 
     The convolution that a BatchNorm alone reads is the producer of its group. Such channels can be scored and masked;
-    surgery needs the groups of `graph`. Source: arXiv 2310.20203.
+    surgery needs the groups of `graph`.
+
+    Args:
+        model: that was traced, or a copy of it.
+        graph: its groups.
+
+    Returns:
+        A graph of other groups, and nothing left alone.
+
+    Source: arXiv 2310.20203.
     """
     producers = {norm: layer for layer, norm in graph.normalized_by.items()}
     groups = []

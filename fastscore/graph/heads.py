@@ -41,9 +41,13 @@ def by_head(name: str, values: Tensor, heads: int) -> Tensor:
 
 
 def remove(module: nn.Module, index: Tensor) -> None:
-    """Take heads `index` (int64) out of what the module itself holds, in place: its tensors and its counts.
+    """Take heads out of what a module itself holds, in place: its tensors and its counts.
 
     Parameters are new objects afterwards. The layers below it lose their channels elsewhere.
+
+    Args:
+        module: an attention module.
+        index: the heads that go, int64 [R].
     """
     for handle in multihead_attention.replace_attention(module):  # PyTorch's own cannot be narrower than its embedding
         handle.make_permanent()

@@ -20,7 +20,15 @@ RemovedIndices: TypeAlias = Mapping[tuple[str, Side], Tensor]
 
 
 def removed_indices(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]) -> RemovedIndices:
-    """Where the channels of `removed` (group -> int64 [R]) lie in each layer."""
+    """Where channels lie in each layer.
+
+    Args:
+        groups: of a traced model.
+        removed: group -> the channels that go, int64 [R]; groups that it does not name stay whole.
+
+    Returns:
+        Positions, int64, ascending, of each layer's inputs or outputs, or heads, that loses some.
+    """
     indices: dict[tuple[str, Side], list[Tensor]] = defaultdict(list)
     for group in groups:
         if group.name in removed:
@@ -30,7 +38,16 @@ def removed_indices(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor
 
 
 def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
-    """Take `indices` out of the layers of `model`, in place; returns it. Its parameters are new objects afterwards."""
+    """Take positions out of the layers of a model, in place.
+
+    Args:
+        model: that was traced, or a copy of it.
+        indices: what goes, as removed_indices gives it.
+
+    Returns:
+        The model. Parameters that lost something are new objects, which require gradients, and have the memory format,
+        as the old ones did.
+    """
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
     # chosen beforehand: a grouped convolution that has lost inputs can look like a depthwise one

@@ -35,7 +35,19 @@ def trace(model: nn.Module, example_inputs: batches.Batch,
     """Find the channel groups of `model` by running `forward(model, example_inputs)` on a copy of it.
 
     A model that was traced before, and is what it was, is not traced again: see fastscore.graph.cache.
-    Raises ValueError when the model cannot run on the example inputs, TypeError when it returns no tensor.
+
+    Args:
+        model: any module; of what stands around it (see fastscore.modules.wrappers) the one inside.
+        example_inputs: a batch that `forward` takes, of one sample or more.
+        forward: calls the model.
+
+    Returns:
+        The groups, each followed through the traced graph, verified by changing its channels, and tried by surgery; and
+        the reason for everything that is in none.
+
+    Raises:
+        TypeError: the model returns no tensor, or torch.jit made it.
+        ValueError: it cannot run on the example inputs, or its parameters are sharded.
     """
     model = unwrapped(model)
     known = cache.get(model, example_inputs, forward)

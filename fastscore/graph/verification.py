@@ -25,7 +25,15 @@ _PAIRS = 2  # of a random half of the channels and the other half: 4 passes, whi
 
 
 def leaks(recording: "Recording", groups: Sequence[ChannelGroup]) -> dict[str, str]:
-    """Group -> where its channels show that it does not claim: a layer, or "the output"."""
+    """Where channels show that no member of their group claims.
+
+    Args:
+        recording: of a run of the model.
+        groups: as they were traced.
+
+    Returns:
+        Name of a group -> a layer whose input changes with its channels, or "the output".
+    """
     where = _verify(recording, groups) if groups else None
     if where is None:
         return {}

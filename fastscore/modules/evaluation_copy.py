@@ -15,7 +15,15 @@ _OF_EVERY_MODULE = set(vars(nn.Module()))
 def evaluation_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` in evaluation mode with frozen parameters, which share their memory with the model's own.
 
-    Raises ValueError for a model whose parameters are sharded.
+    Args:
+        model: any module; it is left as it is.
+
+    Returns:
+        A module of the same class, whose nn.MultiheadAttention runs its projections as layers.
+
+    Raises:
+        TypeError: torch.jit made it.
+        ValueError: its parameters are sharded.
     """
     check_whole(model)
     shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)

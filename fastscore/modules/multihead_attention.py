@@ -130,12 +130,18 @@ class MultiheadAttention(nn.Module):
 
 
 def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> Iterator["Handle"]:
-    """Put MultiheadAttention in the place of each nn.MultiheadAttention of `model`, whose parameters stay, and have
-    each nn.TransformerEncoder call its layers on plain tensors; handles that undo it.
+    """Put MultiheadAttention in the place of each nn.MultiheadAttention of a model, whose parameters stay.
 
-    called: names of layers; only modules whose out_proj is among them are changed. The same for the modules that
-    fastscore.modules.windowed_attention knows. Subclasses, and modules whose
-    out_proj is no plain Linear, stay as they are.
+    Each nn.TransformerEncoder then calls its layers on plain tensors. The modules that
+    fastscore.modules.windowed_attention knows are replaced alike; subclasses, and modules whose out_proj is no plain
+    Linear, stay as they are.
+
+    Args:
+        model: changed in place.
+        called: names of layers; only modules whose output projection is among them are changed. None: all.
+
+    Yields:
+        For each change, a handle that undoes it, or makes it permanent.
     """
     wanted = None if called is None else {id(model.get_submodule(name)) for name in called}
     for module in model.modules():
