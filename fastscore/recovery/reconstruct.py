@@ -85,15 +85,18 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
             a list, or a DataLoader that does not shuffle. One of four samples is held out to judge by.
         method: "mean": what removed channels gave on average goes into biases. "linear": what removed channels gave is
             predicted from the channels that stay, by ridge regression from the moments of the dense network; the ridge
-            is the one that does best on the samples held out. "auto": whichever of these, with or without
-            fastscore.recalibrate after it, is nearest to the dense network on the samples held out.
+            is the one that does best on the samples held out. "asymmetric": after that, front to back, each layer is
+            fitted to what the dense one made, from what the smaller network gives it (slower: see
+            fastscore.recovery.asymmetric). "auto": whichever of these, with or without fastscore.recalibrate after it,
+            is nearest to the dense network on the samples held out.
         ridges: to choose from, each a share of a channel's own variance; math.inf leaves the mean.
         forward: forward(model, batch), for models that are called otherwise.
         process_group: processes that share the work, each calling with the same arguments.
 
     Returns:
         A result with a new model. report.repairs has a row for every repair tried, "none" first: what the cut alone
-        left. Figures are of samples that no fit has seen.
+        left. Figures are of the samples held out, before the last fit on all; they choose among repairs and ridges,
+        and are in no fit.
 
     Raises:
         TypeError, ValueError: a method there is none of; batches that are none, or one tensor, or can be read only
@@ -163,7 +166,8 @@ class _Bench:
 
     def _linear(self, ridge: float, part: Part) -> Any:
         """The result, with layers that read channels that went reconstructed from the moments of a part."""
-        return self._cut(*self._symmetric(ridge, part))
+        weights, added, _ = self._symmetric(ridge, part)
+        return self._result.cut_again(self._model, weights, added)
 
     def _symmetric(self, ridge: float, part: Part) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, StandIn]]:
         """(new weights, what biases grow by, what stands in for the inputs of each layer)."""
@@ -176,14 +180,11 @@ class _Bench:
     def _contributions(self, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return mean_contributions(self._eval_model, constants, self._example, self._forward)
 
-    def _cut(self, weights: Mapping[str, Tensor], added: Mapping[str, Tensor], inputs: object = None) -> Any:
-        return self._result.cut_again(self._model, weights, added)
-
     def _asymmetric(self, ridge: float, part: Part, ridges: dict[str, float]) -> Any:
         """The result, reconstructed front to back. ridges: layer -> of its asymmetric correction; those that are not
         there yet are chosen by the samples held out, and written there."""
         weights, added, inputs = self._symmetric(ridge, part)
-        result = self._cut(weights, added)
+        result = self._result.cut_again(self._model, weights, added)
         for names in self._stages():
             fitted, held_out = ({name: Joint(self._layouts[name], self._removed[name]) for name in names}
                                 for _ in range(2))
@@ -207,7 +208,7 @@ class _Bench:
             read = self._contributions({name: x.read for name, x in new.items()})
             weights |= {name: x.weight for name, x in new.items()}
             added |= {name: given[name] - x.gain * read[name] for name, x in new.items()}
-            result = self._cut(weights, added)
+            result = self._result.cut_again(self._model, weights, added)
         return result
 
     def _stages(self) -> Iterator[list[str]]:
@@ -233,32 +234,38 @@ class _Bench:
             for module, mode in modes.items():
                 module.training = mode
 
-    def _tried(self, name: str, ridge: float | None, result: Any, recalibrated: bool = False) -> "tuple[Repair, Any]":
-        found = self._judge(result)
-        return Repair(name, ridge, recalibrated, found.agreement, found.kl), result
-
     def best(self, method: Method, ridges: tuple[float, ...]) -> Any:
         """The result repaired by `method`, and the rows of what was tried."""
-        tried = [self._tried("none", None, self._result.cut_again(self._model, {}, {}))]
+        rows: list[Repair] = []
+        best: dict[str, tuple[Repair, Any]] = {}  # of each name
+
+        def add(name: str, ridge: float | None, result: Any, recalibrated: bool = False) -> None:
+            found = self._judge(result)
+            rows.append(Repair(name, ridge, recalibrated, found.agreement, found.kl))
+            if name not in best or found.kl < best[name][0].kl:
+                best[name] = rows[-1], result
+
+        corrections: dict[str, float] = {}
+        add("none", None, self._result.cut_again(self._model, {}, {}))
         if method in ("mean", "auto"):
-            tried.append(self._tried("mean", None, self._linear(math.inf, "fit")))
+            add("mean", None, self._linear(math.inf, "fit"))
         if method != "mean":
             for ridge in ridges:
-                tried.append(self._tried("linear", ridge, self._linear(ridge, "fit")))
-        chosen: dict[str, float] = {}
+                add("linear", ridge, self._linear(ridge, "fit"))
         if method in ("asymmetric", "auto"):
-            ridge = min((row for row, _ in tried if row.name == "linear"), key=lambda row: row.kl).ridge or 0.0
-            tried.append(self._tried("asymmetric", ridge, self._asymmetric(ridge, "fit", chosen)))
+            start = best["linear"][0].ridge
+            assert start is not None
+            add("asymmetric", start, self._asymmetric(start, "fit", corrections))
         if method == "auto" and running_norms(self._result.model):
-            for name in ("mean", "linear", "asymmetric"):
-                row, result = min((pair for pair in tried if pair[0].name == name), key=lambda pair: pair[0].kl)
-                tried.append(self._tried(name, row.ridge, self._recalibrated(result, "fit"), True))
-        if method == "asymmetric":
-            tried = [tried[0], tried[-1]]
-        best = min(tried[1:], key=lambda pair: pair[0].kl)[0]
-        ridge = math.inf if best.ridge is None else best.ridge
-        final = self._asymmetric(ridge, "all", chosen) if best.name == "asymmetric" else self._linear(ridge, "all")
-        if best.recalibrated:
+            for row, result in list(best.values())[1:]:
+                add(row.name, row.ridge, self._recalibrated(result, "fit"), True)
+        names = ("mean", "linear", "asymmetric") if method == "auto" else (method,)
+        chosen = min((best[name][0] for name in names), key=lambda row: row.kl)
+        best.clear()  # models
+        ridge = math.inf if chosen.ridge is None else chosen.ridge
+        final = self._asymmetric(ridge, "all", corrections) if chosen.name == "asymmetric" \
+            else self._linear(ridge, "all")
+        if chosen.recalibrated:
             final = self._recalibrated(final, "all")
-        rows = tuple(replace(row, chosen=row is best) for row, _ in tried)
-        return replace(final, report=replace(final.report, repairs=rows))
+        repairs = tuple(replace(row, chosen=row is chosen) for row in rows if row.name in ("none", *names))
+        return replace(final, report=replace(final.report, repairs=repairs))

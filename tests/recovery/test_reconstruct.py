@@ -105,6 +105,38 @@ def test_channels_that_others_tell_are_not_missed() -> None:
         assert (result.model(batches[0]) - expected).abs().max() > 1e-2
 
 
+class TwoHeads(nn.Module):
+    """An attention whose second head looks where the first does, at linear functions of what that sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc = nn.Linear(8, 5)
+        weight, bias, mix = self.attn.in_proj_weight, self.attn.in_proj_bias, torch.randn(4, 4)
+        with torch.no_grad():
+            nn.init.normal_(bias)
+            for first in (0, 8):  # queries, keys
+                weight[first + 4:first + 8], bias[first + 4:first + 8] = weight[first:first + 4], bias[first:first + 4]
+            weight[20:], bias[20:] = mix @ weight[16:20], mix @ bias[16:20]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.attn(x, x, x, need_weights=False)[0].tanh())
+
+
+def test_a_head_that_another_tells_is_not_missed() -> None:
+    torch.manual_seed(0)
+    model, batches = TwoHeads().eval(), [torch.randn(8, 6, 8) for _ in range(4)]
+    scores = with_lowest(fastscore.score(model, batches, progress=False), "attn", [4, 5, 6, 7])
+    with untouched(model):
+        result = fastscore.prune(model, scores, batches[0][:1], channels=0.5, ignore=["attn.out_proj"])
+        repaired = fastscore.reconstruct(model, result, batches, method="linear", ridges=(0.0,))
+    assert {name: index.tolist() for name, index in result.removed.items()} == {"attn": [4, 5, 6, 7]}
+    with torch.no_grad():
+        expected = model(batches[0])
+        torch.testing.assert_close(repaired.model(batches[0]), expected, rtol=1e-5, atol=1e-5)
+        assert (result.model(batches[0]) - expected).abs().max() > 1e-2
+
+
 def test_an_infinite_ridge_is_the_mean() -> None:
     model, batches, scores = trained_like("residual")
     result = fastscore.prune(model, scores, batches[0][:1], **BUDGETS)  # type: ignore[arg-type]
