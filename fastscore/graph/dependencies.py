@@ -40,9 +40,8 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         self.model, self.verbose, self.ignored_params = model, False, list[nn.Parameter]()
         self._module2name = {module: name for name, module in model.named_modules()}
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
-        with _FixedSplits() as splits, _outputs_of(self._channel_buffers()) as made:
+        with _NotedCalls() as self._calls, _outputs_of(self._channel_buffers()) as made:
             self.module2node = self._trace(model, None, run, output_transform=None)
-        self._fixed_splits = splits.functions
         self._find_channel_buffers(made)
         self._close_instance_norms()
         self._dims: dict[Any, int] = {}
@@ -99,6 +98,16 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
                    for (node, _), at in positions.items()
                    if node.type == OPTYPE.SPLIT and hasattr(node.grad_fn, "_saved_split_size") and self._cuts(node))
 
+    def pads_others(self, positions: Positions) -> bool:
+        """Whether some of `positions` hold constants padded beside other channels: as many, whatever goes."""
+        for (node, _), at in positions.items():
+            if self._is_padded(node):
+                before, after = self._padding(node)
+                position = at >> 32
+                if ((position < before) | (position >= _shape(node)[self._dims[node]] - after)).any():
+                    return True
+        return False
+
     @property
     def normalized_by(self) -> dict[str, str]:
         """Conv or Linear -> the BatchNorm that alone reads its output."""
@@ -117,8 +126,11 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         reads = node.type in LAYERS and function.__name__ == "prune_in_channels"
         if node.type == OPTYPE.OUTPUT or not (node.outputs or reads):
             return "its channels are the model's output"
-        fixed = node.type == OPTYPE.SLICE or hasattr(node.grad_fn, "_saved_split_sizes") or (
-            node.type == OPTYPE.SPLIT and any(node.grad_fn is function for function in self._fixed_splits))
+        if any(source in self._dims and index_maps.runs_over(node.grad_fn, self._dims[source], len(_shape(source)))
+               for source in node.inputs):
+            return f"an operation runs over all its channels ({node.grad_fn.name()})"
+        fixed = node.type == OPTYPE.SLICE or self._is_padded(node) and min(self._padding(node)) < 0 or hasattr(node.grad_fn, "_saved_split_sizes") or (
+            node.type == OPTYPE.SPLIT and any(node.grad_fn is function for function in self._calls.fixed_splits))
         if fixed and self._cuts(node):
             return f"its channels are cut at positions that the model's code fixes ({node.grad_fn.name()})"
         if node.type == OPTYPE.DEPTHWISE_CONV and node.module.in_channels != node.module.out_channels:
@@ -143,6 +155,13 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         for module, functions in made.items():
             if len(functions) == 1 and (node := nodes.get(functions[0])) is not None:
                 node.module, node.type, node.dim_is_known = module, OPTYPE.PRELU, False
+
+    def _is_padded(self, node: Any) -> bool:
+        """Whether constants are padded along the dimension that holds the channels."""
+        return node in self._dims and self._padding(node) != (0, 0)
+
+    def _padding(self, node: Any) -> tuple[int, int]:
+        return index_maps.padding(node.grad_fn, self._dims[node], len(_shape(node)))
 
     def _close_instance_norms(self) -> None:
         """An InstanceNorm views samples and channels as one, and back: its inner operations are of no concern."""
@@ -178,29 +197,52 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
 
     def _connect(self, node: Any) -> None:
         """The dependencies between a node and its inputs, both ways, with their index maps."""
-        pruner, begin = self.get_pruner_of_module(node.module), 0
+        pruner = self.get_pruner_of_module(node.module)
         edges = [edge for edge in getattr(node.grad_fn, "next_functions", ()) if self._is_traced(edge[0])]
+        begins = self._begins(node) if node.type == OPTYPE.CONCAT and self._cuts(node) else []
         # a module that is called twice has the inputs of all its calls, and the function of one
-        for source, edge in itertools.zip_longest(node.inputs, edges[:len(node.inputs)]):
+        for number, (source, edge) in enumerate(itertools.zip_longest(node.inputs, edges[:len(node.inputs)])):
             forward = tp.dependency.Dependency(self.get_pruner_of_module(source.module).prune_out_channels,
                                              pruner.prune_in_channels, source, node)
             inverse = tp.dependency.Dependency(forward.handler, forward.trigger, node, source)
             maps: list[IndexMap] = []
             if source.type == OPTYPE.SPLIT and self._cuts(source):
                 maps.append(index_maps.Lost() if edge is None else self._part(source, edge[1]))
-            if node.type == OPTYPE.CONCAT and self._cuts(node):
-                end = begin + index_maps.shape_of(*edge)[self._dims[node]]
-                maps.append(index_maps.Inverse(index_maps.SliceMap(begin, end)))
-                begin = end
-            elif node.type == OPTYPE.SLICE and self._cuts(node):
-                maps.append(_slice(node.grad_fn, _shape(source)[self._dims[node]]))
-            elif node.type == OPTYPE.RESHAPE and source in self._dims:
-                found = index_maps.view(self._dims[source], _shape(source), _shape(node))
-                maps += [found[1]] if found is not None and found[1] else []
+            if begins:
+                end = begins[number] + index_maps.shape_of(*edge)[self._dims[node]]
+                maps.append(index_maps.Inverse(index_maps.SliceMap(begins[number], end)))
+            elif node in self._dims and index_maps.is_broadcast(node.grad_fn, self._dims[node], _shape(source)):
+                maps.append(index_maps.Lost())  # what has one value for all channels has none of them
+            elif (moved := self._index_map(source, node)) is not None:
+                maps.append(moved)
             forward.index_mapping = [each.forward for each in maps]
             inverse.index_mapping = [each.inverse for each in reversed(maps)]
             source.dependencies.append(forward)
             node.dependencies.append(inverse)
+
+    def _index_map(self, source: Any, node: Any) -> IndexMap | None:
+        """From the channels of a node's one input to its output's; None where each stays where it is."""
+        if self._is_padded(node):
+            before, _ = self._padding(node)
+            return index_maps.Inverse(index_maps.SliceMap(before, before + _shape(source)[self._dims[node]]))
+        if node.type == OPTYPE.SLICE and self._cuts(node):
+            return _slice(node.grad_fn, _shape(source)[self._dims[node]])
+        if source not in self._dims:
+            return None
+        if node.type == OPTYPE.RESHAPE:
+            found = index_maps.view(self._dims[source], _shape(source), _shape(node))
+            return found[1] if found is not None and found[1] else None
+        return index_maps.regrouped(node.grad_fn, self._dims[source], _shape(source))
+
+    def _begins(self, node: Any) -> list[int]:
+        """Where each traced input of a concatenation begins. What no layer made has a width, but no node."""
+        dim, begins, begin = self._dims[node], list[int](), 0
+        widths = next((widths for function, widths in self._calls.concatenated if function is node.grad_fn), None)
+        for number, edge in enumerate(node.grad_fn.next_functions):
+            if self._is_traced(edge[0]):
+                begins.append(begin)
+            begin += widths[number] if widths is not None else index_maps.shape_of(*edge)[dim]
+        return begins
 
     def _part(self, split: Any, number: int) -> index_maps.SliceMap:
         sizes = [index_maps.shape_of(split.grad_fn, part)[self._dims[split]] for part in range(number + 1)]
@@ -227,22 +269,30 @@ def _outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[A
             handle.remove()
 
 
-class _FixedSplits(TorchFunctionMode):
-    """Notes the splits into parts of a given width: autograd keeps no difference between them and those of chunk()."""
+class _NotedCalls(TorchFunctionMode):
+    """Notes what autograd does not keep: splits into parts of a given width (which look like those of chunk()), and the
+    widths that a concatenation joins, those of tensors that need no gradient included."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.functions: list[Any] = []
+        self.fixed_splits: list[Any] = []
+        self.concatenated: list[tuple[Any, list[int]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
         if func in (torch.split, Tensor.split) and output and output[0].grad_fn is not None:
-            self.functions.append(output[0].grad_fn)
+            self.fixed_splits.append(output[0].grad_fn)
+        if func in (torch.cat, torch.concat, torch.concatenate) and output.grad_fn is not None:
+            tensors = args[0] if args else kwargs["tensors"]
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+            self.concatenated.append((output.grad_fn, [tensor.shape[dim] if tensor.dim() > 1 else tensor.numel()
+                                                       for tensor in tensors]))
         return output
 
 
 def _shape(node: Any) -> tuple[int, ...]:
-    return index_maps.shape_of(node.grad_fn)
+    return tuple(node.module.shape) if node.type == OPTYPE.PARAMETER else index_maps.shape_of(node.grad_fn)
 
 
 def _saved_dim(node: Any) -> int | None:

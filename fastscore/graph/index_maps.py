@@ -12,6 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 
 CHANNEL = 0xFFFFFFFF  # the bits of a position that hold its channel
+_BROADCASTING = ("Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Maximum", "Minimum", "Where", "Lerp", "Addcmul", "Expand")
+_REDUCING = ("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Aminmax", "Var", "Std", "LinalgVectorNorm", "Norm", "Prod",
+             "Logsumexp", "Softmax", "LogSoftmax", "Cumsum", "Sort", "Topk")
 
 
 class IndexMap(Protocol):
@@ -106,6 +109,43 @@ def saved_dims(function: Any, name: str, dims: int) -> list[int]:
     saved = getattr(function, name, ())
     wrapped = ((dim - (1 << 64) if dim >= 1 << 63 else dim) for dim in (saved if isinstance(saved, tuple) else [saved]))
     return [dim + dims if dim < 0 else dim for dim in wrapped if dim is not None]
+
+
+def padding(function: Any, dim: int, dims: int) -> tuple[int, int]:
+    """How many constants a pad puts (before, after) what lies along `dim`; (0, 0) for all other operations."""
+    widths = [width - (1 << 64) if width >= 1 << 63 else width for width in getattr(function, "_saved_pad", ())]
+    at = 2 * (dims - 1 - dim)  # they are kept from the last dimension on
+    return (widths[at], widths[at + 1]) if at + 1 < len(widths) else (0, 0)
+
+
+def is_broadcast(function: Any, dim: int, shape: Sequence[int]) -> bool:
+    """Whether an input of `shape` has one value for all channels along `dim` of an elementwise operation's output."""
+    if not (hasattr(function, "name") and function.name().startswith(_BROADCASTING)):
+        return False
+    after = shape_of(function)
+    at = dim - (len(after) - len(shape))
+    return after[dim] > 1 and (at < 0 or shape[at] == 1)
+
+
+def runs_over(function: Any, dim: int, dims: int) -> bool:
+    """Whether an operation reduces or normalises over the dimension `dim` of its input of so many dimensions."""
+    return hasattr(function, "name") and function.name().startswith(_REDUCING) \
+        and dim in saved_dims(function, "_saved_dim", dims)
+
+
+def regrouped(function: Any, dim: int, before: Sequence[int]) -> IndexMap | None:
+    """The map of an operation that makes one channel of several, or several of one; None for all other operations."""
+    name: str = function.name() if hasattr(function, "name") else ""
+    if name.startswith("Glu") and saved_dims(function, "_saved_dim", len(before)) == [dim]:
+        return Inverse(ViewMap(before[dim] // 2, 1, 2))
+    if name.startswith("PixelShuffle") and dim == len(before) - 3:
+        square: int = function._saved_upscale_factor ** 2
+        return Inverse(ViewMap(before[dim] // square, square, 1))
+    if name.startswith("PixelUnshuffle") and dim == len(before) - 3:
+        return ViewMap(before[dim], function._saved_downscale_factor ** 2, 1)
+    if name.startswith("Repeat") and len(repeats := function._saved_repeats) >= len(before):
+        return ViewMap(before[dim], 1, repeats[dim + len(repeats) - len(before)])
+    return None
 
 
 def view(dim: int, before: Sequence[int], after: Sequence[int]) -> tuple[int, ViewMap] | None:

@@ -143,6 +143,9 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
         if reason is None and graph.chunks_others(positions):
             skipped[name] = "its channels are cut into equal parts together with others (SplitBackward0)"
             continue  # the layer that makes all of them may come yet
+        if reason is None and graph.pads_others(places):
+            skipped[name] = "constants are padded to its channels, as many whatever goes (ConstantPadNdBackward0)"
+            continue  # the layer whose channels they are padded to may come yet
         seen.update(producers)
         reason = reason or _why_not(layers, members, owners, recording) or next(
             (f"its channels run into the heads of {member.layer}" for member in members

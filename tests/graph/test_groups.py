@@ -62,13 +62,9 @@ MIXING: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "layer norm": (lambda x: F.layer_norm(x, (8, 8, 8)), 8),
     "cumulative sum": (lambda x: x.cumsum(1), 8),
     "channel shuffle": (lambda x: x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2), 8),
-    "pad": (lambda x: F.pad(x, (0, 0, 0, 0, 2, 2)), 12),
-    "pixel shuffle": (lambda x: F.pixel_shuffle(x, 2), 2),
-    "pixel unshuffle": (lambda x: F.pixel_unshuffle(x, 2), 32),
-    "glu": (lambda x: F.glu(x, 1), 4),
     "mean": (lambda x: x.mean(1, keepdim=True), 1),
     "maximum": (lambda x: x.amax(1, keepdim=True), 1),
-    "repeat": (lambda x: x.repeat(1, 2, 1, 1), 16),
+    "cropped": (lambda x: F.pad(x, (0, 0, 0, 0, -2, 0)), 6),
     "index": (lambda x: x[:, torch.arange(7, -1, -1)], 8),
     "slice": (lambda x: x[:, 2:6], 4),
     "strided slice": (lambda x: x[:, ::2], 4),
@@ -107,6 +103,16 @@ FOLLOWED: dict[str, tuple[Callable[[Tensor], Tensor], list[list[int]]]] = {
     "side by side, last": (lambda x: torch.cat([x.movedim(1, -1), x.movedim(1, -1)], -1).movedim(-1, 1),
                            [[c, c + 8] for c in range(8)]),
     "where": (lambda x: torch.where(x > 0.1, x, 0.5 * x), straight(8)),
+    "padded": (lambda x: F.pad(x, (0, 0, 0, 0, 2, 0), value=3.0), straight(8, 2)),
+    "padded in space": (lambda x: F.pad(x, (1, 1, 2, 0)), straight(8)),
+    "pixels shuffled": (lambda x: F.pixel_shuffle(x, 2), [[0], [], [], [], [1], [], [], []]),
+    "pixels unshuffled": (lambda x: F.pixel_unshuffle(x, 2), straight(8, width=4)),
+    "gated by its other half": (lambda x: F.glu(x, 1), straight(4) + [[]] * 4),
+    "repeated": (lambda x: x.repeat(1, 2, 1, 1), [[c, c + 8] for c in range(8)]),
+    "after what no layer made": (lambda x: torch.cat([torch.ones(len(x), 3, 8, 8), torch.zeros(len(x), 1, 8, 8), x], 1),
+                                 straight(8, 4)),
+    "times one number": (lambda x: x * torch.nn.Parameter(torch.tensor(0.5)), straight(8)),
+    "times one number for all channels": (lambda x: x * torch.ones(1, 1, 8, 8, requires_grad=True), straight(8)),
 }
 
 
@@ -132,6 +138,16 @@ def test_layers_that_cannot_lose_channels_are_named(name: str) -> None:
     layer, width, reason = LAYERS[name]
     graph = trace(Between(torch.relu, width, layer).eval(), torch.randn(2, 3, 8, 8))
     assert reason in graph.skipped["first"]
+
+
+RUNS_OVER = {"mean": lambda x: x.mean(1, keepdim=True) * x, "maximum": lambda x: x.amax(1, keepdim=True) * x,
+             "softmax": lambda x: x.softmax(1)}
+
+
+@pytest.mark.parametrize("name", list(RUNS_OVER))
+def test_an_operation_over_all_channels_is_named(name: str) -> None:
+    graph = trace(Between(RUNS_OVER[name]).eval(), torch.randn(2, 3, 8, 8))
+    assert graph.skipped["first"].startswith("an operation runs over all its channels (")
 
 
 def test_layers_that_run_in_training_alone_are_followed_too() -> None:

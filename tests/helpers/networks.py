@@ -257,6 +257,38 @@ class Shared(nn.Module):
         return self.head(F.relu(a) + F.relu(b))
 
 
+class ZeroPadded(nn.Module):
+    """Residual blocks whose shortcuts take every second position and pad zeros beside the channels (option A of He et
+    al. 2016): where zeros come in, channels stay; the others go together in all widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = _conv(3, 4, bias=True), _conv(4, 8, stride=2)
+        self.bn, self.inner, self.last = nn.BatchNorm2d(8), _conv(8, 6), _conv(6, 8)
+        self.head = Head(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(self.bn(self.down(x)) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)))
+        return self.head(F.relu(self.last(F.relu(self.inner(x))) + x))
+
+
+class Upsampling(nn.Module):
+    """A mask for all channels, learned numbers, an input beside channels, GLU, sub-pixel convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.mask, self.b = _conv(3, 6, bias=True), _conv(6, 1, bias=True), _conv(9, 8, bias=True)
+        self.up, self.last = _conv(4, 8, bias=True), _conv(2, 5, bias=True)
+        self.weights, self.head = nn.Parameter(torch.tensor([0.7, 1.2])), Head(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.silu(self.a(x)) * F.softplus(self.weights)[0]
+        a = a * torch.sigmoid(self.mask(a)) * self.weights[1]
+        y = F.pixel_shuffle(self.up(F.glu(self.b(torch.cat([x, a], 1)), 1)), 2)
+        return self.head(F.relu(self.last(y)))
+
+
 class Recurrent(nn.Module):
     """One convolution called on its own output."""
 
@@ -343,6 +375,15 @@ NETWORKS: dict[str, Network] = {
     "shared": Network(Shared, IMAGE, {
         "left": Group(5, {"shared": straight(5)}, ("left", "right")),
         "shared": Group(6, {"head.fc": straight(6)}, ("shared",))}),
+    "zero-padded": Network(ZeroPadded, IMAGE, {
+        "stem": Group(4, {"down": straight(4), "inner": straight(4, 2), "head.fc": straight(4, 2)},
+                      ("stem", "down", "last")),
+        "inner": Group(6, {"last": straight(6)}, ("inner",))}),
+    "upsampling": Network(Upsampling, IMAGE, {
+        "a": Group(6, {"mask": straight(6), "b": straight(6, 3)}, ("a",)),
+        "b": Group(8, {"up": straight(4) + [[]] * 4}, ("b",), units=(0, 1, 2, 3) * 2),
+        "up": Group(8, {"last": [[0], [], [], [], [1], [], [], []]}, ("up",), units=(0,) * 4 + (1,) * 4),
+        "last": Group(5, {"head.fc": straight(5)}, ("last",))}, frozenset({"mask"})),
     "recurrent": Network(Recurrent, IMAGE, {
         "stem": Group(5, {"step": straight(5), "head.fc": straight(5)}, ("stem", "step"))}),
     "signal": Network(Signal, (2, 12), {
