@@ -129,9 +129,10 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         if any(source in self._dims and index_maps.runs_over(node.grad_fn, self._dims[source], len(_shape(source)))
                for source in node.inputs):
             return f"an operation runs over all its channels ({node.grad_fn.name()})"
-        fixed = node.type == OPTYPE.SLICE or self._is_padded(node) and min(self._padding(node)) < 0 or hasattr(node.grad_fn, "_saved_split_sizes") or (
+        fixed = node.type == OPTYPE.SLICE or hasattr(node.grad_fn, "_saved_split_sizes") or (
             node.type == OPTYPE.SPLIT and any(node.grad_fn is function for function in self._calls.fixed_splits))
-        if fixed and self._cuts(node):
+        cropped = self._is_padded(node) and min(self._padding(node)) < 0
+        if cropped or (fixed and self._cuts(node)):
             return f"its channels are cut at positions that the model's code fixes ({node.grad_fn.name()})"
         if node.type == OPTYPE.DEPTHWISE_CONV and node.module.in_channels != node.module.out_channels:
             return f"{node._name} adds channels up in fixed sets"

@@ -143,7 +143,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
         if reason is None and graph.chunks_others(positions):
             skipped[name] = "its channels are cut into equal parts together with others (SplitBackward0)"
             continue  # the layer that makes all of them may come yet
-        if reason is None and graph.pads_others(places):
+        if reason is None and graph.pads_others(positions):
             skipped[name] = "constants are padded to its channels, as many whatever goes (ConstantPadNdBackward0)"
             continue  # the layer whose channels they are padded to may come yet
         seen.update(producers)
