@@ -11,6 +11,7 @@ from fastscore.fastpath.fused_taps import clamped, packed
 from fastscore.fastpath.packed_layers import ClampBounds
 from fastscore.modules.inspection import parametrized
 from fastscore.modules.multihead_attention import MultiheadAttention, SequenceFirstLinear
+from fastscore.ops.backends import portable
 from fastscore.taps.taps import Taps
 
 LAYERS = (nn.Conv2d, nn.Linear, SequenceFirstLinear)  # exact types, as the others
@@ -124,6 +125,7 @@ def _why_not(layer: Any, shape: tuple[int, ...] | None) -> str | None:
         (parametrized(layer), "its weight is computed (a parametrization)"),
         (type(layer) not in LAYERS, f"{type(layer).__name__} may do more than its base class"),
         ("forward" in vars(layer), "its forward() is the model's own"),
+        (portable(), "FASTSCORE_PORTABLE=1 asks for the path of a GPU"),
         (not packed_layers.available(layer.weight),
          f"there is no oneDNN for {layer.weight.dtype} on {layer.weight.device}"),
         (shape is None, "it has not run in its weight's own dtype"),

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastscore.ops.backends import portable
+
 ClampBounds: TypeAlias = tuple[float, float]  # low, high: of a clamp
 DTYPES = (torch.float32, torch.bfloat16)
 _SAMPLES = 16  # batch size that weights are prepacked for: a single sample wants another layout, more do not
@@ -36,7 +38,7 @@ class Layer(Protocol):
 def available(weight: Tensor) -> bool:
     """Whether a layer with that weight can be packed."""
     return (weight.device.type == "cpu" and weight.dtype in DTYPES and torch.backends.mkldnn.is_available()
-            and bool(torch.backends.mkldnn.enabled))
+            and bool(torch.backends.mkldnn.enabled) and not portable())
 
 
 def _epilogue(clamp: ClampBounds | None) -> tuple[str, list[float], str]:

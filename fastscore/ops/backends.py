@@ -38,6 +38,14 @@ class Backend(NamedTuple):
     unavailable: str  # why it cannot be used, and what to do; empty if it can
 
 
+def portable() -> bool:
+    """Whether a CPU takes the path that other devices take: no packed layers, no kernel that only a CPU has.
+
+    The environment variable FASTSCORE_PORTABLE=1 asks for it.
+    """
+    return os.environ.get("FASTSCORE_PORTABLE") == "1"
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -10,11 +10,12 @@ from fastscore import ops
 
 
 def unclamped(g: Tensor, y: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """The gradient of the input of the clamp that made `y`, from `g`, that of its output.
+    """The gradient of the input of the clamp that made `y`, from `g`, that of its output; in the strides of `y`.
 
-    PyTorch's hardtanh_backward does this an element at a time.
+    At a bound it is 0, at an infinite one too; where y is NaN, it is that of the output.
     """
-    return g.masked_fill((y <= bounds[0]) | (y >= bounds[1]), 0)
+    result: Tensor = torch.ops.aten.hardtanh_backward.grad_input(g, y, *bounds, grad_input=torch.empty_like(y))
+    return result
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Measure:
 
     def clamped(self, y: Tensor, g: Tensor, rest: Tensor | None, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
         """(gradient of the input of the clamp that made y, `compute` of y and g); `g` may be written to."""
-        if self.fused is not None and y.is_cpu:
+        if self.fused is not None and y.is_cpu and not ops.backends.portable():
             return self.fused(y, g, rest, *bounds)
         measured = self.compute(y, g, 1)
         return unclamped(g if rest is None else g + rest, y, bounds), measured
