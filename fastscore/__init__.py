@@ -9,6 +9,7 @@ from fastscore.pruning.optimizers import rebuild_optimizer
 from fastscore.pruning.prune import prune
 from fastscore.pruning.report import PruneReport
 from fastscore.pruning.result import PruneResult
+from fastscore.recovery.distillation import distill
 from fastscore.recovery.recalibration import recalibrate
 from fastscore.recovery.reconstruct import reconstruct
 from fastscore.scoring.engine import score
@@ -16,7 +17,7 @@ from fastscore.scoring.random_backward import random_backward
 from fastscore.scoring.scorer import Scorer
 from fastscore.scoring.scores import Scores
 
-__all__ = ["IterativeResult", "PruneReport", "PruneResult", "Scorer", "Scores", "__version__", "load_pruned", "mask",
-           "ops", "prune", "prune_iteratively", "random_backward", "rebuild_optimizer", "recalibrate", "reconstruct",
-           "save", "save_pruned", "score"]
+__all__ = ["IterativeResult", "PruneReport", "PruneResult", "Scorer", "Scores", "__version__", "distill",
+           "load_pruned", "mask", "ops", "prune", "prune_iteratively", "random_backward", "rebuild_optimizer",
+           "recalibrate", "reconstruct", "save", "save_pruned", "score"]
 __version__ = "0.1.0"

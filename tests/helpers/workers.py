@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import distilling
 import torch
 from networks import NETWORKS
 from torch import Tensor, distributed, nn
@@ -170,6 +171,7 @@ def main(folder: Path, size: int, job: str, *arguments: str) -> None:
         os.environ.update(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
     jobs: dict[str, Callable[[int], int | None]] = {
         "work": lambda rank: work(rank, str(folder)), "repair": lambda rank: repair(rank, str(folder)),
+        "distill": lambda rank: distilling.work(rank, str(folder)),
         "silent": silent, "fastscore": lambda rank: cli(arguments)}
     children = [start(folder, rank, lambda rank=rank: jobs[job](rank)) for rank in range(size)]
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))

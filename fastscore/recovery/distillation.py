@@ -1,0 +1,150 @@
+"""distill(): the dense network's outputs on unlabelled samples train the smaller one."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from fastscore.batches import Batch, Forward, call_model, checked_forward
+from fastscore.graph.surgery import RemovedIndices
+from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.inspection import device_of
+from fastscore.modules.wrappers import unwrapped
+from fastscore.recovery.distillation_run import PRECISIONS, DistillationReport, DistillationRun, Loss, Objective
+from fastscore.recovery.features import FeatureMaps
+from fastscore.recovery.optimizers import OptimizerMaker, OptimizerName, make_optimizer
+from fastscore.recovery.training_batches import TrainingBatches
+from fastscore.rng import fork_rng
+from fastscore.scoring.fingerprints import run_fingerprint
+
+
+@runtime_checkable
+class Pruned(Protocol):
+    """What is read of a PruneResult."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def removed_indices(self) -> RemovedIndices: ...
+
+
+def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Batch], *, steps: int = 1000,
+            temperature: float = 4.0, loss: Loss | None = None, features: Iterable[str] = (),
+            feature_weight: float = 1.0, optimizer: OptimizerName | OptimizerMaker = "sgd",
+            lr: float | None = None, warmup: float = 0.05, precision: Literal["bfloat16", "float16"] | None = None,
+            held_out: Iterable[Batch] | None = None, looks: int = 20, patience: int | None = 10, seed: int = 0,
+            forward: Forward = call_model, resume: str | PathLike[str] | None = None,
+            process_group: distributed.ProcessGroup | None = None, progress: bool = True) -> DistillationReport:
+    """Train `smaller`, in place, to return what the dense `model` returns on unlabelled batches.
+
+    Held-out samples judge before the first step and at `looks` equally spaced steps; `smaller` ends with the weights
+    that were nearest to the dense network on them, so it is never left worse there than it was.
+
+    Args:
+        model: the dense network. It runs in evaluation mode, as a copy, and stays as it is.
+        smaller: the network to train, or the PruneResult that holds it: on any device, its frozen parameters stay
+            frozen. In DistributedDataParallel, every process gives batches of its own (a DistributedSampler).
+        batches: tensors [N, ...], tuples (the first element is the input; the rest is never read) or dicts: a list or
+            a DataLoader, which may shuffle, read once in each epoch.
+        steps: updates of the weights, one batch each.
+        temperature: logits of both are divided by it before the KL divergence, which counts times its square.
+        loss: loss(smaller's output, dense output) -> scalar, in place of the KL divergence; it then judges, too.
+        features: modules whose outputs are to be alike as well, by name. Where channels of them went, `smaller` must
+            be a PruneResult, and they convolutions, Linears or normalisations.
+        feature_weight: what their distance (the squared error as a share of the variance) counts beside the loss.
+        optimizer: "sgd" (Nesterov momentum), "adamw", or parameters -> an optimizer.
+        lr: the highest learning rate (default: 0.03 for SGD, 0.003 for AdamW); the rate rises to it over the share
+            `warmup` of the steps, and falls to 0 along a cosine.
+        warmup: see lr.
+        precision: of the passes, by torch.autocast; weights stay as they are. "float16" scales the loss.
+        held_out: batches to judge by, not trained on. Default: one of 8 samples of `batches`, told by content, at most
+            512; where a loader changes images at random, give your own.
+        looks: how often held-out samples judge.
+        patience: stop after so many looks in a row that are no better than an earlier one (the start aside); None:
+            never.
+        seed: of all that is random: order of a shuffling loader, dropout.
+        forward: forward(model, batch), for models that are called otherwise.
+        resume: a file written at every look. Called again with the same arguments after whatever stopped it, the run
+            goes on from there, and ends with the same weights, bit for bit on a CPU, as far as batches depend on
+            torch's random numbers alone.
+        process_group: processes that share the work, each calling with the same batches and taking every size-th of
+            them; a step is then as many batches as there are processes.
+        progress: show a bar.
+
+    Returns:
+        What held-out samples said at each look.
+
+    Raises:
+        ValueError: networks that share weights, nothing to train, a number outside its range, batches too few, a file
+            of another run. TypeError: batches that are no iterable. FloatingPointError: NaN or infinity in the loss.
+        In each case, and when interrupted, `smaller` is as it was.
+
+    Source: Hinton, Vinyals, Dean, arXiv 1503.02531.
+    """
+    removed = smaller.removed_indices if isinstance(smaller, Pruned) else {}
+    network = smaller.model if isinstance(smaller, Pruned) else smaller
+    _check(model, network, steps=steps, temperature=temperature, looks=looks, patience=patience, warmup=warmup,
+           feature_weight=feature_weight, precision=precision)
+    inner, wrapped = unwrapped(network), isinstance(network, DistributedDataParallel)
+    group: Any = network.process_group if wrapped else process_group
+    rank, size = (0, 1) if group is None else (distributed.get_rank(group), group.size())
+    data = TrainingBatches(batches, held_out, seed, rank=0 if wrapped else rank, size=1 if wrapped else size,
+                           first_only=forward is call_model, digests=resume is not None)
+    with fork_rng(device_of(inner)), torch.inference_mode(False), torch.enable_grad(), _in_training(network):
+        dense = evaluation_copy(unwrapped(model))
+        run = DistillationRun(dense, network, Objective(loss, temperature, FeatureMaps(dense, inner, features, removed),
+                                              feature_weight), checked_forward(forward), data, group, precision,
+                   make_optimizer(inner.parameters(), optimizer, lr), seed)
+        if resume is not None:
+            same = run_fingerprint(
+                inner, {"dense weights": run_fingerprint(dense, {})["weights"]}, steps=steps, seed=seed, loss=loss,
+                temperature=temperature, features=list(run.objective.maps.layers), feature_weight=feature_weight,
+                optimizer=optimizer, lr=lr, warmup=warmup, precision=precision, looks=looks, patience=patience,
+                processes=size)
+            run.keep_in(resume, same)
+        with tqdm(total=steps, initial=run.step, unit=" steps", desc="distilling",
+                  disable=not progress or rank > 0) as bar:
+            return run.to(steps, looks, patience, warmup, bar)
+
+
+@contextmanager
+def _in_training(network: nn.Module) -> Iterator[None]:
+    """Modes and gradients come back on leaving; weights and statistics too, where an exception ends it."""
+    modes = {module: module.training for module in network.modules()}
+    gradients = [(parameter, parameter.grad) for parameter in network.parameters()]
+    before = {name: value.detach().clone() for name, value in network.state_dict().items()}
+    try:
+        yield
+    except BaseException:
+        network.load_state_dict(before)
+        raise
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def _check(model: nn.Module, smaller: nn.Module, **numbers: Any) -> None:
+    for name, value in numbers.items():
+        if name in ("steps", "looks", "patience") and value is not None and value < 1:
+            raise ValueError(f"{name}: {value}; it must be 1 or more")
+    if not 0 <= numbers["warmup"] < 1:
+        raise ValueError(f"warmup: {numbers['warmup']} is outside [0, 1); it is a share of the steps")
+    if numbers["temperature"] <= 0 or numbers["feature_weight"] < 0:
+        raise ValueError(f"temperature, feature_weight: {numbers['temperature']}, {numbers['feature_weight']}; they "
+                         "must be above 0, and 0 or more")
+    if numbers["precision"] not in (None, *PRECISIONS):
+        raise ValueError(f"precision: {numbers['precision']!r} is none of None, {', '.join(map(repr, PRECISIONS))}")
+    own = {parameter.untyped_storage().data_ptr() for parameter in unwrapped(model).parameters()}
+    for name, parameter in unwrapped(smaller).named_parameters():
+        if parameter.untyped_storage().data_ptr() in own:
+            raise ValueError(f"smaller: {name} shares its memory with the dense model, which would change as it "
+                             "learns: train a copy.deepcopy() (prune(inplace=True) leaves no dense model)")
+    if not any(parameter.requires_grad for parameter in smaller.parameters()):
+        raise ValueError("smaller: all its parameters are frozen; smaller.requires_grad_() thaws them")

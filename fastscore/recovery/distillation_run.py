@@ -1,0 +1,255 @@
+"""One run of distill(): steps, looks at held-out samples, the file it is kept in."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
+
+from fastscore import files
+from fastscore.batches import Batch, valid_tokens
+from fastscore.modules.inspection import device_of
+from fastscore.modules.wrappers import unwrapped
+from fastscore.recovery.divergence import divergence
+from fastscore.recovery.features import FeatureMaps
+from fastscore.recovery.optimizers import schedule
+from fastscore.recovery.training_batches import Position, TrainingBatches, on_device
+
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_FORM = "fastscore-distillation-1"
+_STRIDE = 1_000_003  # between the seeds of two steps
+
+
+@dataclass(frozen=True)
+class Look:
+    """What held-out samples said after `step` steps.
+
+    loss: the mean over the training steps since the look before (0 at the first). agreement, kl: of the smaller
+    network's decisions with the dense one's; NaN where a loss of the user's own judges. judged: what decides, the KL
+    or that loss.
+    """
+
+    step: int
+    loss: float
+    agreement: float
+    kl: float
+    judged: float
+
+
+@dataclass(frozen=True)
+class DistillationReport:
+    """What distill() did. best: the look whose weights the smaller network has. steps: done, of `planned`."""
+
+    looks: tuple[Look, ...]
+    best: Look
+    steps: int
+    planned: int
+
+    def __str__(self) -> str:
+        own = math.isnan(self.best.kl)
+        lines = [f"{'steps':>7} {'training loss':>14} " + ("held-out loss" if own else "agreement       KL")]
+        for look in self.looks:
+            said = f"{look.judged:>13.4g}" if own else f"{look.agreement:>9.1%} {look.kl:>8.3g}"
+            lines.append(f"{look.step:>7} {look.loss:>14.4g} {said}{'  best' if look.step == self.best.step else ''}")
+        if self.steps < self.planned:
+            lines.append(f"stopped after {self.steps} of {self.planned} steps: held-out samples saw nothing better")
+        return "\n".join(lines)
+
+
+class Objective:
+    """What is minimised, and what judges."""
+
+    def __init__(self, own: Loss | None, temperature: float, maps: FeatureMaps, feature_weight: float) -> None:
+        self.own, self.temperature, self.maps, self.feature_weight = own, temperature, maps, feature_weight
+
+    def __call__(self, got: Tensor, expected: Tensor) -> Tensor:
+        if self.own is not None:
+            return self.own(got, expected)
+        p, q = (log_softmax(output / self.temperature) for output in (expected, got))
+        return self.temperature ** 2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
+
+
+class DistillationRun:
+    """A smaller network on its way to the dense one."""
+
+    def __init__(self, dense: nn.Module, network: nn.Module, objective: Objective,
+                 call: Callable[[nn.Module, Batch], Tensor], data: TrainingBatches,
+                 group: distributed.ProcessGroup | None, precision: str | None, optimizer: torch.optim.Optimizer,
+                 seed: int) -> None:
+        self._dense, self._network, self._smaller, self.objective = dense, network, unwrapped(network), objective
+        self._call, self._data, self._judges, self._group = call, data, data.judges(), group
+        self._optimizer, self._seed, self.step = optimizer, seed, 0
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        self._device, self._precision = device_of(self._smaller), precision
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "float16")
+        self._position, self._looks, self._best = Position(), list[Look](), dict[str, Tensor]()
+        self._path: Path | None = None
+        self._norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self._smaller.modules())
+
+    def to(self, steps: int, looks: int, patience: int | None, warmup: float, bar: Any) -> DistillationReport:
+        """Go on to `steps`, or until nothing gets better; the best weights are then in the network."""
+        if not self._looks:
+            self._look(0.0)
+        when = {math.ceil(steps * number / looks) for number in range(1, looks + 1)}
+        total = torch.zeros((), device=self._device)
+        stream = self._data(self._position, 2 if self._norms else 1)
+        while self.step < steps and not self._settled(patience):
+            batch, position = next(stream)
+            for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * schedule(self.step, steps, warmup)
+            total += self._train_on(batch, position)
+            self._position, self.step = position, self.step + 1
+            bar.update()
+            if self.step in when:
+                since = self.step - self._looks[-1].step
+                self._look(float(self._sum(total)) / since / self._size)
+                total.zero_()
+                bar.set_postfix_str(f"held out: {self._looks[-1].judged:.3g}, best {self.best.judged:.3g}")
+        self._smaller.load_state_dict(self._best)
+        return DistillationReport(tuple(self._looks), self.best, self.step, steps)
+
+    @property
+    def best(self) -> Look:
+        """The look that was best so far."""
+        return min(self._looks, key=lambda look: look.judged)
+
+    def _settled(self, patience: int | None) -> bool:
+        """Whether `patience` looks in a row have found nothing better than an earlier one; the start does not count,
+        since the first steps, at a high rate, may be worse than it and the last ones better."""
+        judged = [look.judged for look in self._looks[1:]]
+        return patience is not None and len(judged) > patience and min(judged[-patience:]) >= min(judged[:-patience])
+
+    @property
+    def _size(self) -> int:
+        return 1 if self._group is None else self._group.size()
+
+    def _train_on(self, batch: Batch, position: Position) -> Tensor:
+        """One step; the loss."""
+        rank = 0 if self._group is None else distributed.get_rank(self._group)
+        torch.manual_seed(self._seed + _STRIDE * (self.step * self._size + rank + 1))
+        with self.objective.maps, self._autocast():
+            got, expected = self._outputs(self._network.train(), batch)
+            loss = self.objective(got, expected)
+            if self.objective.maps.layers:
+                loss = loss + self.objective.feature_weight * self.objective.maps.distance()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._scaler.scale(loss).backward()
+        if self._group is not None and self._network is self._smaller:
+            self._average_gradients(len(got))
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        return loss.detach()
+
+    def _outputs(self, smaller: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the smaller and the dense network return; of tokens, those that are no padding."""
+        with torch.no_grad():
+            expected = self._call(self._dense, on_device(batch, device_of(self._dense))).to(self._device)
+        batch = on_device(batch, self._device)
+        got, real = self._call(smaller, batch), valid_tokens(batch)
+        if got.shape != expected.shape:
+            raise ValueError(f"smaller: it returns {list(got.shape)} where the dense network returns "
+                             f"{list(expected.shape)}")
+        if real is not None and got.dim() == 3 and got.shape[:2] == real.shape:
+            got, expected = got[real], expected[real]
+        return got, expected
+
+    def _autocast(self) -> Any:
+        if self._precision is None:
+            return nullcontext()
+        return torch.autocast(self._device.type, PRECISIONS[self._precision])
+
+    def _average_gradients(self, samples: int) -> None:
+        """As if all processes' samples had been one batch."""
+        gradients = [parameter.grad for parameter in self._smaller.parameters() if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten().float() for gradient in gradients]) * samples
+        flat = self._sum(torch.cat([flat, flat.new_tensor([samples])]))
+        flat = flat[:-1] / flat[-1]
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.reshape(gradient.shape))
+
+    def _sum(self, value: Tensor) -> Tensor:
+        """Over all processes."""
+        if self._group is not None:
+            distributed.all_reduce(value := value.clone(), group=self._group)
+        return value
+
+    def _look(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"loss: {loss} by step {self.step}; an lr below {max(self._rates):g} may help, or "
+                                     "another precision")
+        for buffer in self._smaller.buffers():  # statistics, which every process has of its own batches
+            if buffer.is_floating_point() and self._group is not None:
+                buffer.copy_(self._sum(buffer) / self._size)
+        self._looks.append(self._judge(loss))
+        if self.best is self._looks[-1]:
+            self._best = {name: value.detach().clone() for name, value in self._smaller.state_dict().items()}
+        self._save()
+
+    @torch.no_grad()
+    def _judge(self, loss: float) -> Look:
+        self._smaller.eval()
+        pairs = (self._outputs(self._smaller, batch) for batch in self._judges)
+        if self.objective.own is None:
+            got, expected = itertools.tee(pairs)
+            found = divergence((pair[1] for pair in expected), (pair[0] for pair in got), self._group)
+            return Look(self.step, loss, found.agreement, found.kl, found.kl)
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for got_one, expected_one in pairs:
+            sums += torch.tensor([float(self.objective(got_one, expected_one)) * len(got_one), len(got_one)])
+        sums = self._sum(sums)
+        return Look(self.step, loss, math.nan, math.nan, float(sums[0] / sums[1]))
+
+    def keep_in(self, path: str | PathLike[str], same: Mapping[str, Any]) -> None:
+        """Go on from the file at `path` where there is one, and write it from now on; the first process does both."""
+        self._path, self._same = Path(path), same
+        state: list[Any] = [None]
+        if (self._group is None or distributed.get_rank(self._group) == 0) and self._path.exists():
+            state = [files.read_state(self._path, _FORM, "file of distill(resume=)", "remove it to start over",
+                                      torch.device("cpu"))]
+        if self._group is not None:
+            distributed.broadcast_object_list(state, group_src=0, group=self._group)
+        if state[0] is None:
+            return
+        differing = [name for name in same if state[0]["same"].get(name) != same[name]]
+        if differing:
+            raise ValueError(f"resume: {path} is of another run, with another {', another '.join(differing)}; name "
+                             "another file, or remove it to start over")
+        self._restore(state[0])
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.step, self._position = state["step"], Position(**state["position"])
+        self._looks = [Look(look["step"], *(math.nan if look[key] is None else look[key] for key in
+                                            ("loss", "agreement", "kl", "judged"))) for look in state["looks"]]
+        self._best = state["best"]
+        self._smaller.load_state_dict(state["smaller"])
+        self._optimizer.load_state_dict({
+            "state": {int(number): value for number, value in state["optimizer"].items()},
+            "param_groups": self._optimizer.state_dict()["param_groups"]})
+        self._scaler.load_state_dict(state["scaler"])
+
+    def _save(self) -> None:
+        if self._path is None or (self._group is not None and distributed.get_rank(self._group) > 0):
+            return
+        looks = [{key: None if math.isnan(value) else value for key, value in asdict(look).items()}
+                 for look in self._looks]
+        files.write_state(self._path, _FORM, {
+            "same": self._same, "step": self.step, "position": asdict(self._position), "looks": looks,
+            "best": self._best, "smaller": self._smaller.state_dict(), "scaler": self._scaler.state_dict(),
+            "optimizer": {str(number): value for number, value in self._optimizer.state_dict()["state"].items()}})
+
+
+def log_softmax(output: Tensor) -> Tensor:
+    """Log-probabilities [decisions, K], float32 or wider, of logits [N, K], [N, T, K] or [N, K, H, W]; one logit alone
+    stands for two classes."""
+    x = output.to(torch.promote_types(output.dtype, torch.float32))
+    x = x[:, None] if x.dim() == 1 else x.movedim(1, -1) if x.dim() > 3 else x
+    x = x.flatten(0, -2)
+    return (torch.cat([torch.zeros_like(x), x], 1) if x.shape[1] == 1 else x).log_softmax(1)

@@ -1,0 +1,88 @@
+"""Samples held out to judge by, told by what they hold: neither their order nor the batch size matters."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastscore.batches import Batch, first_tensor, map_tensors
+from fastscore.scoring.gradients import sample_ids
+
+
+@dataclass(frozen=True)
+class Part:
+    """Batches without the samples that are held out, or those alone; a batch of which nothing is left is left out.
+
+    Args:
+        batches: read anew at every reading of the part.
+        one_of: one of so many samples is held out.
+        judges: whether it is those that are given.
+        shift: by which choices of the same samples are independent of each other.
+    """
+
+    batches: Iterable[Batch]
+    one_of: int
+    judges: bool
+    shift: int = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            rows = (held_out_rows(batch, self.one_of, self.shift) == self.judges).nonzero()[:, 0]
+            if len(rows):
+                yield take_rows(batch, rows)
+
+
+def split(batches: Iterable[Batch], held_out: Iterable[Batch] | None, one_of: int,
+          name: str) -> tuple[Iterable[Batch], Iterable[Batch]]:
+    """(batches to work on, batches to judge by), disjoint.
+
+    Args:
+        batches: a list or a DataLoader; it may shuffle, but not change samples at random.
+        held_out: to judge by; None: one of `one_of` samples of `batches`.
+        one_of: see held_out.
+        name: what `batches` is called in errors.
+
+    Raises:
+        TypeError: what is no iterable of batches.
+        ValueError: what can be read only once.
+    """
+    check_batches(batches, name)
+    if held_out is not None:
+        check_batches(held_out, "held_out")
+        return batches, held_out
+    return Part(batches, one_of, False), Part(batches, one_of, True)
+
+
+def check_batches(given: object, name: str) -> None:
+    """Raise TypeError, or ValueError, where `given` is no iterable of batches that can be read several times."""
+    if isinstance(given, (Tensor, Mapping)) or not isinstance(given, Iterable):
+        shown = "one tensor" if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"{name}: {shown}, where an iterable of batches is meant; for a single one: [batch]")
+    if isinstance(given, Iterator):
+        raise ValueError(f"{name}: it can be read only once, and is read several times: give a list of batches, or a "
+                         "DataLoader")
+
+
+def samples_in(batch: Batch) -> int:
+    """How many samples a batch holds. Raises TypeError for one without a tensor."""
+    tensor = first_tensor(batch)
+    if tensor is None or not tensor.dim():
+        raise TypeError(f"batches: one is {type(batch).__name__}, in which there is no tensor [N, ...]")
+    return len(tensor)
+
+
+def held_out_rows(batch: Batch, one_of: int, shift: int = 0) -> Tensor:
+    """bool [N]: the samples of a batch that judge."""
+    samples_in(batch)
+    tensor = first_tensor(batch)
+    assert tensor is not None
+    return (sample_ids(tensor).cpu() >> shift) % one_of == 0
+
+
+def take_rows(batch: Batch, rows: Tensor) -> Batch:
+    """A batch of some of its samples, int64 [R]."""
+    count = samples_in(batch)
+    if len(rows) == count:
+        return batch
+    return map_tensors(lambda tensor: tensor[rows.to(tensor.device)] if tensor.dim() and len(tensor) == count
+                       else tensor, batch)

@@ -1,0 +1,392 @@
+"""distill(): against known optima, and what it must leave alone."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastscore
+from fastscore.recovery.distillation import distill
+from fastscore.recovery.distillation_run import Objective
+from fastscore.recovery.features import FeatureMaps
+from fastscore.recovery.optimizers import schedule
+from fastscore.recovery.training_batches import HELD_OUT, TrainingBatches
+
+QUIET: dict[str, Any] = {"progress": False}
+
+
+def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def network(seed: int = 0, width: int = 16) -> nn.Sequential:
+    """With everything that has a state or draws random numbers, BatchNorm and dropout; decisive about IMAGES."""
+    def make() -> nn.Sequential:
+        model = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+                              nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+                              nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(width, 5))
+        model[9].weight.data *= 10
+        with torch.no_grad():
+            for _ in range(30):
+                model(IMAGES)  # statistics that are those of the images
+        return model.eval()
+
+    return seeded(make, seed)
+
+
+IMAGES = seeded(lambda: torch.randn(96, 3, 6, 6) + 2 * torch.randn(96, 3, 1, 1), 7)
+
+
+def pruned() -> tuple[nn.Module, fastscore.PruneResult]:
+    model = network()
+    scores = fastscore.score(model, IMAGES.split(32), **QUIET)
+    return model, fastscore.prune(model, scores, IMAGES[:1], macs=0.4, compensate=False)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Fewer(nn.Module):
+    """A linear layer that reads the first `inputs` features alone."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs).double()
+        self.inputs = inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x[:, :self.inputs])
+
+
+def test_a_linear_network_ends_at_the_least_squares_solution() -> None:
+    dense = seeded(lambda: nn.Linear(6, 3).double())
+    smaller = seeded(lambda: Fewer(4, 3), 1)
+    x = seeded(lambda: torch.randn(64, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) / 3 + 0.5)
+    report = distill(dense, smaller, [x], held_out=[x], steps=600, loss=F.mse_loss, optimizer="sgd", lr=0.2, **QUIET)
+    rows = torch.cat([x[:, :4], torch.ones(64, 1, dtype=torch.float64)], 1)
+    optimum = torch.linalg.lstsq(rows, dense(x)).solution
+    torch.testing.assert_close(smaller.linear.weight.T, optimum[:4], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(smaller.linear.bias, optimum[4], atol=1e-3, rtol=1e-3)
+    least = F.mse_loss(rows @ optimum, dense(x)).item()
+    assert least <= report.best.judged < least * (1 + 1e-4)
+    assert math.isnan(report.best.kl)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_what_the_smaller_network_can_say_it_learns_to_say(temperature: float, optimizer: Any) -> None:
+    """Equal networks but for their start: the optimum is zero, and the weights equal but for a shift of all logits."""
+    dense, smaller = (seeded(lambda: nn.Linear(6, 3), seed) for seed in (0, 1))
+    x = seeded(lambda: 2 * torch.randn(256, 6))
+    report = distill(dense, smaller, x.split(64), steps=300, temperature=temperature, optimizer=optimizer,
+                     lr={"sgd": 0.5, "adamw": 0.1}[optimizer], patience=None, **QUIET)
+    assert report.looks[0].kl > 0.05
+    assert report.best.kl < 1e-6
+    apart = smaller.weight - dense.weight
+    assert (apart - apart.mean(0)).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (4, 3, 7), (4, 7, 2, 3), (4,), (4, 1)])
+def test_the_loss_is_the_divergence_at_a_temperature(shape: tuple[int, ...]) -> None:
+    got, expected = (seeded(lambda: 3 * torch.randn(shape, dtype=torch.float64), seed) for seed in (0, 1))
+    loss = Objective(None, 2.5, None, 1.0)(got, expected)  # type: ignore[arg-type]
+
+    def decisions(x: Tensor) -> list[Tensor]:
+        if len(shape) == 1 or shape[1] == 1:
+            return [torch.stack([torch.zeros(()).double(), value]) for value in x.flatten()]
+        rows = x.permute(0, 2, 3, 1) if len(shape) == 4 else x
+        return list(rows.reshape(-1, 7))
+
+    total = 0.0
+    for p, q in zip(decisions(expected), decisions(got), strict=True):
+        p, q = ((z / 2.5).exp() / (z / 2.5).exp().sum() for z in (p, q))
+        total += float((p * (p / q).log()).sum())
+    assert float(loss) == pytest.approx(2.5 ** 2 * total / len(decisions(got)), rel=1e-12)
+
+
+def test_a_pruned_network_is_nearer_to_the_dense_one_and_nothing_else_changes() -> None:
+    model, result = pruned()
+    model.train()
+    result.model.train()
+    result.model[1].eval()
+    result.model[0].weight.grad = torch.ones_like(result.model[0].weight)
+    hooks = [dict(module._forward_hooks) for module in model.modules()]
+    dense, before, modes = state(model), state(result.model), [m.training for m in result.model.modules()]
+    random_numbers = torch.get_rng_state()
+    with torch.inference_mode():
+        report = distill(model, result, list(IMAGES.split(16)), steps=60, lr=0.003, **QUIET)
+    assert report.best.kl < 0.5 * report.looks[0].kl
+    assert same(state(model), dense)
+    assert all(module.training for module in model.modules())
+    assert [dict(module._forward_hooks) for module in model.modules()] == hooks
+    assert not same(state(result.model), before)
+    assert [m.training for m in result.model.modules()] == modes
+    assert torch.equal(result.model[0].weight.grad, torch.ones_like(result.model[0].weight))
+    assert torch.equal(torch.get_rng_state(), random_numbers)
+    assert f"{report.best.kl:.3g}  best" in str(report)
+
+
+def test_the_distilled_network_is_saved_and_loaded(tmp_path: Any) -> None:
+    model, result = pruned()
+    distill(model, result.model, IMAGES.split(32), steps=5, **QUIET)
+    fastscore.save_pruned(result, tmp_path / "small.safetensors")
+    loaded = fastscore.load_pruned(network, tmp_path / "small.safetensors")
+    assert same(state(loaded), state(result.model))
+
+
+class Unreadable:
+    """A label that nobody may look at."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__class__":
+            return object.__getattribute__(self, name)
+        raise AssertionError(f"a label was read: {name}")
+
+
+def test_labels_are_never_read() -> None:
+    ends = []
+    for batches in ([(x, Unreadable()) for x in IMAGES.split(32)], IMAGES.split(32),
+                    DataLoader(TensorDataset(IMAGES, torch.full([96], math.nan)), 32)):
+        model, result = pruned()
+        distill(model, result, batches, held_out=[(IMAGES[:8], Unreadable())], steps=6, **QUIET)
+        ends.append(state(result.model))
+    assert same(ends[0], ends[1])
+    assert same(ends[0], ends[2])
+
+
+def test_frozen_parameters_stay() -> None:
+    model, result = pruned()
+    result.model[3].requires_grad_(False)
+    frozen = state(result.model[3])
+    distill(model, result, IMAGES.split(32), steps=6, **QUIET)
+    assert same(state(result.model[3]), frozen)
+
+
+def test_the_weights_that_were_best_are_kept() -> None:
+    """Learning far too fast is worse than nothing, and so nothing is what remains."""
+    model, result = pruned()
+    before = state(result.model)
+    report = distill(model, result, IMAGES.split(32), steps=12, optimizer="sgd", lr=30.0, warmup=0.0, looks=4, **QUIET)
+    assert [look.step for look in report.looks] == [0, 3, 6, 9, 12]
+    assert all(look.kl > report.best.kl for look in report.looks[1:])
+    assert same(state(result.model), before)
+    kept = distill(model, result, IMAGES.split(32), steps=60, lr=0.003, **QUIET).best
+    judges = TrainingBatches(IMAGES.split(32), None, 0).judges()
+    with torch.no_grad():
+        p, q = (torch.cat([net.eval()(x[0] if isinstance(x, tuple) else x) for x in judges]).double().log_softmax(1)
+                for net in (model, result.model))
+    assert kept.kl == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-9)
+    assert kept.agreement == float((p.argmax(1) == q.argmax(1)).double().mean())
+
+
+def test_it_stops_where_nothing_gets_better() -> None:
+    model = network()
+    def never_better(got: Tensor, expected: Tensor) -> Tensor:
+        return 0 * F.mse_loss(got, expected)
+
+    report = distill(model, copy.deepcopy(model), IMAGES.split(32), steps=40, looks=20, patience=3, loss=never_better,
+                     **QUIET)
+    assert (report.best.step, report.steps, report.planned) == (0, 8, 40)
+    assert str(report).endswith("stopped after 8 of 40 steps: held-out samples saw nothing better")
+    whole = distill(model, copy.deepcopy(model), IMAGES.split(32), steps=10, patience=None, loss=never_better, **QUIET)
+    assert whole.steps == 10
+
+
+class Watched(nn.Module):
+    """Keeps the images that it was trained on and judged by."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.seen: dict[bool, set[float]] = {True: set(), False: set()}
+        self.batches: list[list[float]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen[self.training] |= set(x[:, 0, 0, 0].tolist())
+        if self.training:
+            self.batches.append(x[:, 0, 0, 0].tolist())
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("batch_size", [7, 16, 96])
+def test_no_sample_is_both_trained_on_and_judged_by(batch_size: int) -> None:
+    images = seeded(lambda: torch.randn(400, 3, 2, 2), 3)
+    smaller = Watched(network(1, 8))
+    loader = DataLoader(TensorDataset(images), batch_size, shuffle=True)
+    distill(network(), smaller, loader, steps=math.ceil(400 / batch_size) * 2, looks=2, **QUIET)
+    trained, judged = smaller.seen[True], smaller.seen[False]
+    assert not trained & judged
+    assert 0.5 < len(judged) * HELD_OUT / 400 < 1.6
+    assert len(trained | judged) > 400 - 8  # but for a last batch too small for a BatchNorm
+    in_order = TrainingBatches(images.split(50), None, 0).judges()
+    assert {value for (x,) in [b if isinstance(b, tuple) else (b,) for b in in_order]
+            for value in x[:, 0, 0, 0].tolist()} == judged
+    first, second = smaller.batches[0], smaller.batches[math.ceil(400 / batch_size)]
+    assert first != second  # shuffled anew
+
+
+def test_held_out_samples_of_ones_own() -> None:
+    smaller = Watched(network(1, 8))
+    distill(network(), smaller, [IMAGES[:64]], held_out=[IMAGES[64:]], steps=2, looks=1, **QUIET)
+    assert smaller.seen[True] == set(IMAGES[:64, 0, 0, 0].tolist())
+    assert smaller.seen[False] == set(IMAGES[64:, 0, 0, 0].tolist())
+
+
+def test_the_learning_rate_rises_and_falls_along_a_cosine() -> None:
+    rates: list[float] = []
+
+    class Recording(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            rates.append(self.param_groups[0]["lr"])
+
+    distill(network(), network(1), IMAGES.split(32), steps=20, warmup=0.2, patience=None,
+            optimizer=lambda parameters: Recording(parameters, 0.4), **QUIET)
+    assert rates[:4] == pytest.approx([0.08, 0.16, 0.24, 0.32])
+    assert rates[4:] == pytest.approx([0.2 * (1 + math.cos(math.pi * step / 16)) for step in range(16)])
+    assert schedule(0, 1, 0.0) == 1.0
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision(precision: Any) -> None:
+    model, result = pruned()
+    dtypes = set()
+    result.model[0].register_forward_hook(lambda module, args, output: dtypes.add((module.training, output.dtype)))
+    report = distill(model, result, IMAGES.split(16), steps=60, lr=0.003, precision=precision, **QUIET)
+    assert report.best.kl < 0.6 * report.looks[0].kl
+    assert dtypes == {(True, getattr(torch, precision)), (False, torch.float32)}  # judged in full
+    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.float32}
+
+
+def test_feature_maps_of_the_channels_that_are_left() -> None:
+    model, result = pruned()
+    model.eval()
+    result.model.eval()
+    gone = result.removed_indices["3", "outputs"]
+    assert len(gone)
+    with FeatureMaps(model, result.model, ["7"], result.removed_indices) as maps:
+        model(IMAGES)
+        result.model(IMAGES)
+        with pytest.raises(ValueError, match=r"features: 7 returns \[96, 16\] .*: pass the PruneResult"):
+            maps.distance()
+    with FeatureMaps(model, result.model, ["3", "9"], result.removed_indices) as maps:
+        model(IMAGES)
+        result.model(IMAGES)
+        found = maps.distance()
+    stays = [channel for channel in range(16) if channel not in gone.tolist()]
+    expected = []
+    for layer, channels in ((3, stays), (9, list(range(5)))):
+        dense, small = model[:layer + 1](IMAGES)[:, channels], result.model[:layer + 1](IMAGES)
+        expected.append(float(((small - dense) ** 2).mean() / dense.var(unbiased=False)))
+    assert float(found) == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
+def test_feature_maps_are_learnt_too() -> None:
+    distances = []
+    for weight in (0.0, 10.0):
+        model, result = pruned()
+        distill(model, result, IMAGES.split(32), steps=60, features=["3"], feature_weight=weight, lr=0.003,
+                patience=None, **QUIET)
+        model.eval()
+        result.model.eval()
+        with FeatureMaps(model, result.model, ["3"], result.removed_indices) as maps:
+            model(IMAGES)
+            result.model(IMAGES)
+            distances.append(float(maps.distance()))
+    assert distances[1] < 0.8 * distances[0]
+
+
+class Tokens(nn.Module):
+    """[N, T] and its mask -> [N, T, 4]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(11, 8), nn.Linear(8, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.linear(self.embedding(input_ids))
+
+
+def test_padding_is_no_decision() -> None:
+    ids = seeded(lambda: torch.randint(1, 10, (40, 6)))
+    mask = (torch.arange(6) < seeded(lambda: torch.randint(2, 6, (40, 1)))).long()
+    ends = []
+    for padding in (0, 10):
+        dense, smaller = seeded(Tokens), seeded(Tokens, 1)
+        batch = {"input_ids": torch.where(mask == 1, ids, padding), "attention_mask": mask}
+        report = distill(dense, smaller, [batch], held_out=[batch], steps=5, **QUIET)
+        ends.append((report, state(smaller.linear)))
+    assert ends[0][0] == ends[1][0]
+    assert same(ends[0][1], ends[1][1])
+
+
+def test_not_a_number_is_named_and_the_network_comes_back() -> None:
+    model, result = pruned()
+    before = state(result.model)
+    with pytest.raises(FloatingPointError, match=r"loss: nan by step 3; an lr below 0\.03 may help"):
+        distill(model, result, [IMAGES[:32], IMAGES[32:64] * math.nan], held_out=[IMAGES[64:]], steps=6, looks=2,
+                **QUIET)
+    assert same(state(result.model), before)
+
+    def stop(got: Tensor, expected: Tensor) -> Tensor:
+        if result.model.training and not same(state(result.model), before):
+            raise KeyboardInterrupt
+        return F.mse_loss(got, expected)
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(model, result, IMAGES.split(32), steps=6, loss=stop, **QUIET)
+    assert same(state(result.model), before)
+    assert not any(module.training for module in result.model.modules())
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"steps": 0}, ValueError, "steps: 0; it must be 1 or more"),
+    ({"looks": 0}, ValueError, "looks: 0; it must be 1 or more"),
+    ({"patience": 0}, ValueError, "patience: 0; it must be 1 or more"),
+    ({"temperature": 0.0}, ValueError, "temperature, feature_weight: 0.0, 1.0"),
+    ({"warmup": 1.0}, ValueError, r"warmup: 1.0 is outside \[0, 1\)"),
+    ({"precision": "float64"}, ValueError, "precision: 'float64' is none of None, 'bfloat16', 'float16'"),
+    ({"optimizer": "adam"}, ValueError, "optimizer: 'adam' is none of 'sgd', 'adamw'"),
+    ({"lr": -1.0}, ValueError, "lr: -1.0; it must be above 0"),
+    ({"lr": 0.1, "optimizer": torch.optim.SGD}, ValueError, "lr: an optimizer of your own brings its own"),
+    ({"features": ["nothing"]}, ValueError, "features: the dense network has no module 'nothing'"),
+    ({"batches": IMAGES}, TypeError, "batches: one tensor, where an iterable of batches is meant"),
+    ({"batches": iter([IMAGES])}, ValueError, "batches: it can be read only once"),
+    ({"batches": []}, ValueError, "batches: there is none, or none that holds a sample"),
+    ({"batches": [IMAGES[:0]]}, ValueError, "batches: there is none, or none that holds a sample"),
+    ({"batches": ["text"]}, TypeError, "batches: one is tuple|batches: one is str"),
+    ({"batches": IMAGES[:2].split(1), "held_out": [IMAGES]}, ValueError, "batches: none has 2 samples to train on"),
+    ({"held_out": IMAGES}, TypeError, "held_out: one tensor"),
+    ({"held_out": []}, ValueError, "outputs: there are none to compare"),
+])
+def test_what_cannot_be_is_refused_before_anything_changes(options: dict[str, Any], error: type[Exception],
+                                                           message: str) -> None:
+    model, result = pruned()
+    before = state(result.model)
+    with pytest.raises(error, match=message):
+        distill(model, result, **{"batches": IMAGES.split(32), "steps": 4, **QUIET, **options})
+    assert same(state(result.model), before)
+    assert not any(module.training for module in result.model.modules())
+
+
+def test_networks_that_cannot_learn_from_each_other() -> None:
+    model = network()
+    with pytest.raises(ValueError, match=r"smaller: 0\.weight shares its memory with the dense model"):
+        distill(model, model, IMAGES.split(32), **QUIET)
+    with pytest.raises(ValueError, match="smaller: all its parameters are frozen"):
+        distill(model, network(1).requires_grad_(False), IMAGES.split(32), **QUIET)
+    other = nn.Sequential(nn.Flatten(), nn.Linear(108, 3))
+    with pytest.raises(ValueError, match=r"smaller: it returns \[\d+, 3\] where the dense network returns \[\d+, 5\]"):
+        distill(model, other, IMAGES.split(32), **QUIET)
