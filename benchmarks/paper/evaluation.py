@@ -70,7 +70,7 @@ class Evaluator:
         assert isinstance(scores, Scores) or not compensate
         if self.units == "groups":
             positions = removed_positions(self.groups, removed)
-            added = mean_contributions(self.model, removed_means(self.model, scores, positions), self.example,
+            added = mean_contributions(self.model, removed_means(self.model, scores.means, positions), self.example,
                                   lambda model, x: model(x)) if compensate and removed else {}
             add_to_biases(model, added)  # first: a layer that reads removed channels may lose some of its own
             remove_channels(model, self.groups, removed)

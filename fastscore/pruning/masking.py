@@ -16,14 +16,13 @@ from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import channel_dim, device_of
 from fastscore.modules.wrappers import uncompiled, unwrapped
 from fastscore.pruning.costs import Costs
-from fastscore.pruning.options import Budgets, Ranking, Scope
+from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate
 from fastscore.pruning.ranking import rank
 from fastscore.pruning.selection import scored_graph, select
 from fastscore.recovery.compensation import (
     mean_contributions,
     removed_means,
     removed_positions,
-    resolve_compensate,
 )
 from fastscore.rng import fork_rng
 from fastscore.scoring.scores import Scores
@@ -68,7 +67,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
         order = rank(eval_model, graph.groups, scores, costs, budgets, ranking, example_inputs, forward)
         removed = select(order, costs, budgets.counted)
         positions = removed_positions(graph.groups, removed)
-        means = removed_means(model, scores, positions) if compensate else {}
+        means = removed_means(model, scores.means, positions) if compensate else {}
         handles: Iterator[RemovableHandle | multihead_attention.Handle]
         if scores.origin.units == "norms":
             handles = at_gates(model, positions, means)

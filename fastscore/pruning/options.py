@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from fastscore.pruning.costs import Resource
+from fastscore.scoring.scores import Scores
 
 Scope = Literal["global", "layer", "isomorphic"]
 
@@ -82,3 +83,12 @@ class Ranking:
             if not 0 <= share <= 1:
                 raise ValueError(f"floor: {share} is outside [0, 1]; it is the share of each group's channels that "
                                  "stays")
+
+
+def resolve_compensate(compensate: bool | None, scores: Scores) -> bool:
+    """Whether to compensate; None: where the scores hold means. Raises ValueError for True without them."""
+    if compensate and not scores.means:
+        raise ValueError(f"compensate: scores by {scores.origin.importance!r} (reduction={scores.origin.reduction!r}) "
+                         "hold no mean activations: score with a taylor importance and reduction=\"sum\", or lend them "
+                         "those of such scores: dataclasses.replace(scores, means=other.means)")
+    return bool(scores.means) if compensate is None else compensate

@@ -14,14 +14,13 @@ from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
 from fastscore.pruning.costs import Costs
 from fastscore.pruning.latency import select_by_latency
-from fastscore.pruning.options import Budgets, Ranking, Scope
+from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate
 from fastscore.pruning.ranking import rank
 from fastscore.pruning.recipes import no_biases
 from fastscore.pruning.report import Candidate, new_report
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.selection import check_removable, scored_graph, select
 from fastscore.pruning.surgery import Surgery, plan_surgery, replay, verify
-from fastscore.recovery.compensation import resolve_compensate
 from fastscore.recovery.reconstruct import Method, reconstruct
 from fastscore.rng import fork_rng
 from fastscore.scoring.scores import Scores

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from fastscore.batches import Batch, Forward
 from fastscore.graph.groups import ChannelGroup
 from fastscore.modules.inspection import channel_dim
-from fastscore.scoring.scores import Scores
 
 
 def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -35,19 +34,12 @@ def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping
     return {layer: index for layer, parts in positions.items() if len(index := torch.cat(parts))}
 
 
-def resolve_compensate(compensate: bool | None, scores: Scores) -> bool:
-    """Whether to compensate; None: where the scores hold means. Raises ValueError for True without them."""
-    if compensate and not scores.means:
-        raise ValueError(f"compensate: scores by {scores.origin.importance!r} (reduction={scores.origin.reduction!r}) "
-                         "hold no mean activations: score with a taylor importance and reduction=\"sum\", or lend them "
-                         "those of such scores: dataclasses.replace(scores, means=other.means)")
-    return bool(scores.means) if compensate is None else compensate
-
-
-def removed_means(model: nn.Module, scores: Scores, positions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], positions: Mapping[str, Tensor]
+                  ) -> dict[str, Tensor]:
     """Layer -> float64 [C]: the mean at each of the layer's `positions`, 0 elsewhere.
 
-    Raises ValueError where the scores have no mean of a layer, or one of another width; FloatingPointError for NaN or
+    activation_means: layer -> [C], those of Scores.means.
+    Raises ValueError where they have none of a layer, or one of another width; FloatingPointError for NaN or
     infinity.
     """
     found = {}
@@ -55,7 +47,7 @@ def removed_means(model: nn.Module, scores: Scores, positions: Mapping[str, Tens
         layer = model.get_submodule(name)
         width = next(getattr(layer, width) for width in ("in_features", "in_channels", "num_features")
                      if hasattr(layer, width))
-        mean = scores.means.get(name)
+        mean = activation_means.get(name)
         if mean is None or mean.shape != (width,):
             known = "no mean activations" if mean is None else f"means of shape {tuple(mean.shape)}"
             raise ValueError(f"{name}: the scores hold {known} for its {width} channels: score this model with a "
