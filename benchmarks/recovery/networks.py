@@ -23,6 +23,7 @@ class Task:
     others to judge by.
 
     judged: None where both come from `images`; else `calibrate` of `images` calibrate and `judge` of `judged` judge.
+    ignored: layers that Torch-Pruning is to leave alone.
     """
 
     model: nn.Module
@@ -31,6 +32,7 @@ class Task:
     calibrate: int
     judge: int
     batch: int
+    ignored: tuple[nn.Module, ...] = ()
 
     def draw(self, seed: int) -> tuple[Images, Images]:
         """(images to calibrate with, images to judge by), which have none in common."""
@@ -50,7 +52,7 @@ def packaged(package: str, path: str) -> Path:
 
 def _imagenet(folder: Path, model: nn.Module, scale: tuple[tuple[float, ...], tuple[float, ...]]) -> Task:
     pixels, labels = images.imagenet(folder)
-    return Task(model.eval(), Images(images.normalized(pixels, *scale), labels), None, 500, 500, 50)
+    return Task(model.eval(), Images(images.normalized(pixels, *scale), labels), None, 500, 500, 25)
 
 
 def mobilenet_v2(folder: Path) -> Task:

@@ -20,7 +20,7 @@ def macs(model: nn.Module, x: Tensor) -> int:
                  lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v)}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=attention) as counter:
         model(x[:1])
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def pseudo_label_gradients(model: nn.Module, images: Tensor, batch: int) -> None:
@@ -30,29 +30,34 @@ def pseudo_label_gradients(model: nn.Module, images: Tensor, batch: int) -> None
         (F.cross_entropy(output, output.argmax(1), reduction="sum") / len(images)).backward()
 
 
-def smaller(model: nn.Module, criterion: str, scope: str, images: Tensor, batch: int,
-            budgets: Sequence[float]) -> Iterator[tuple[float, nn.Module]]:
+def smaller(model: nn.Module, criterion: str, scope: str, images: Tensor, batch: int, budgets: Sequence[float],
+            ignored: Sequence[nn.Module] = ()) -> Iterator[tuple[float, nn.Module]]:
     """(budget, network) for each of `budgets`, descending shares of the MACs; "taylor" reads `images`.
 
-    A budget that Torch-Pruning does not reach is left out. The classifier's outputs and nothing else is ignored.
+    ignored: layers of `model` whose outputs stay, besides the classifier. A budget that is not reached is left out.
     """
-    model = copy.deepcopy(model)
+    names = {name for name, module in model.named_modules() if any(module is layer for layer in ignored)}
+    model = copy.deepcopy(model).eval()
     if criterion == "taylor":
         pseudo_label_gradients(model, images, batch)
-    classifier = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
-    heads = {module.qkv: module.num_heads for module in model.modules() if hasattr(module, "qkv")}
+    left_alone = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1:]
+    left_alone += [module for name, module in model.named_modules() if name in names]
+    attention = [module for module in model.modules() if hasattr(module, "qkv")]
     pruner = tp.pruner.BasePruner(model, images[:1], CRITERIA[criterion](), global_pruning=scope == "global",
-                                  pruning_ratio=1.0, iterative_steps=STEPS, ignored_layers=[classifier],
-                                  num_heads=dict(heads), in_channel_groups={}, out_channel_groups={})
-    dense, left, step = macs(model, images), list(budgets), 0
-    while left and step < STEPS:
+                                  pruning_ratio=1.0, iterative_steps=STEPS, ignored_layers=left_alone,
+                                  num_heads={module.qkv: module.num_heads for module in attention},
+                                  in_channel_groups={}, out_channel_groups={})
+    dense, left = macs(model, images), list(budgets)
+    for _ in range(STEPS):
         pruner.step()
-        step += 1
-        for module in model.modules():  # as Torch-Pruning's own examples do, for timm's attention
-            if module in heads_of(model, pruner):
-                module.head_dim = module.qkv.out_features // (3 * module.num_heads)
+        for module in attention:  # as Torch-Pruning's own examples do for timm's attention
+            module.num_heads = pruner.num_heads[module.qkv]
+            module.head_dim = module.qkv.out_features // (3 * module.num_heads)
+            module.attn_dim = module.head_dim * module.num_heads
         share = macs(model, images) / dense
         while left and share <= left[0]:
             found = copy.deepcopy(model)
             found.zero_grad(set_to_none=True)
             yield left.pop(0), found.eval()
+        if not left:
+            return

@@ -29,7 +29,8 @@ def new(**options: int) -> nn.Module:
     return model
 
 
-def train(model: nn.Module, data: Images, epochs: int, batch: int = 128, rate: float = 2e-3, seed: int = 0) -> nn.Module:
+def train(model: nn.Module, data: Images, epochs: int, batch: int = 128, rate: float = 2e-3,
+          seed: int = 0) -> nn.Module:
     """AdamW, one cycle of the learning rate, crops and flips; in evaluation mode after."""
     steps = epochs * (len(data.labels) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
