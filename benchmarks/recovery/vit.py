@@ -22,8 +22,8 @@ FILE = "vit-fashion-mnist.pt"
 
 
 def new(**options: int) -> nn.Module:
-    """49 patches of 4x4 pixels, 4 blocks of width 96 with 4 heads; untrained."""
-    settings = {"img_size": 28, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 96, "depth": 4,
+    """16 patches of 7x7 pixels, 4 blocks of width 96 with 4 heads; untrained."""
+    settings = {"img_size": 28, "patch_size": 7, "in_chans": 1, "num_classes": 10, "embed_dim": 96, "depth": 4,
                 "num_heads": 4, "mlp_ratio": 4, **options}
     model: nn.Module = timm.models.VisionTransformer(**settings)
     return model
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recovery.vit", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=4)
     options = parser.parse_args()
     sets = paper_data.load("fashion-mnist", str(options.data))
     torch.manual_seed(0)
