@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 import fastscore
@@ -22,7 +21,9 @@ CHOICES = {"per MAC": ("mean", True), "per MAC, zero ablation": ("zero", True), 
 FASTSCORE = {"per MAC": ("mean", "recalibrated", "linear", "linear, recalibrated", "asymmetric", "default"),
              "per MAC, zero ablation": ("mean", "default"),
              "importance alone": ("mean", "default")}
-PEERS = tuple(f"tp {criterion} {scope}" for criterion in peers.CRITERIA for scope in ("local", "global"))
+PEERS = tuple(f"tp {criterion} {scope}" for criterion in ("magnitude", "taylor", "bn-scale")
+              for scope in ("local", "global"))
+FILTER_NORM = "tp filter-norm local"  # for the fine-tuning study alone
 DEFAULT, MEAN, FORMER = "per MAC / default", "per MAC / mean", "importance alone / mean"
 METHODS = (*(f"{choice} / {repair}" for choice, repairs in FASTSCORE.items() for repair in repairs),
            *(name for peer in PEERS for name in (peer, f"{peer} / recalibrated")))
@@ -46,7 +47,9 @@ def smaller(task: Task, images: Tensor, wanted: Mapping[float, Sequence[str]], s
     fastscore's scores are kept in, and read from, files `kept`-*.
     """
     head = next(iter(wanted.values()))[0].split(" / ")[0]
-    return _peer(task, images, head, wanted) if head in PEERS else _fastscore(task, images, head, wanted, seed, kept)
+    if head.startswith("tp "):
+        return _peer(task, images, head, wanted)
+    return _fastscore(task, images, head, wanted, seed, kept)
 
 
 def _fastscore(task: Task, images: Tensor, choice: str, wanted: Mapping[float, Sequence[str]], seed: int,
@@ -101,9 +104,3 @@ def applicable(task: Task, methods: Sequence[str]) -> list[str]:
     if has_batch_norm(task.model):
         return list(methods)
     return [method for method in methods if "recalibrated" not in method and "bn-scale" not in method]
-
-
-def layers_of(model: nn.Module) -> dict[str, int]:
-    """Layer -> how many outputs it has: what a choice of channels comes down to."""
-    return {name: module.weight.shape[0] for name, module in model.named_modules()
-            if isinstance(module, (nn.Conv2d, nn.Linear)) and isinstance(module.weight, torch.Tensor)}

@@ -1,7 +1,8 @@
 """Torch-Pruning's way: its criteria, pruned step by step until a budget holds, as its own benchmarks do."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 STEPS = 200  # of half a percent of the channels each
-CRITERIA = {"magnitude": tp.importance.GroupMagnitudeImportance, "taylor": tp.importance.GroupTaylorImportance,
-            "bn-scale": tp.importance.BNScaleImportance}
+CRITERIA: dict[str, Callable[[], Any]] = {
+    "magnitude": tp.importance.GroupMagnitudeImportance,  # its "group norm": of all that goes with a channel
+    "taylor": tp.importance.GroupTaylorImportance,
+    "bn-scale": tp.importance.BNScaleImportance,
+    "filter-norm": lambda: tp.importance.GroupMagnitudeImportance(1, "first", None),  # of the layer that makes it, L1
+}
 
 
 def macs(model: nn.Module, x: Tensor) -> int:
