@@ -24,11 +24,12 @@ from benchmarks.paper.evaluation import POINTS
 from benchmarks.paper.protocol import EXPERIMENTS, FIELDS, KEY, Work, curves
 from benchmarks.paper.variants import Variant
 
-# data set -> networks, D, epochs (the paper's; Fashion-MNIST is not in it)
+# data set -> networks, D, epochs (the paper's; the last two are not in it)
 DEFAULTS = {
     "cifar100": (["resnet20", "resnet56", "vgg19"], ["2", "10", "103", "all"], 200),
     "stl10": (["resnet18"], ["2", "71", "595", "all"], 200),
     "fashion-mnist": (["resnet20", "vgg6"], ["10", "100", "1000", "all"], 3),
+    "cifar10-jpeg": (["resnet20-padded", "resnet56-padded"], ["10", "100", "1000"], 1),  # from recovery.adapt
 }
 
 

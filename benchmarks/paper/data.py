@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 from torch import Tensor
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,26 @@ class DataSet:
     classes: int
 
 
+def jpeg_cifar(root: str, part: str, download: bool = False) -> Any:
+    """CIFAR-10 as JPEG files, in root/cifar10-jpeg/PART/CLASS/*.jpg: .data uint8 [N, 32, 32, 3], .targets [N].
+
+    Decoded once, then kept beside that folder. Raises FileNotFoundError where there is none; `download` gets none.
+    """
+    kept = Path(root) / f"cifar10-jpeg-{part}.pt"
+    if not kept.exists():
+        files = torchvision.datasets.ImageFolder(str(Path(root) / "cifar10-jpeg" / part))
+        pixels = [torchvision.io.decode_image(path) for path, _ in tqdm(files.samples, unit=" images")]
+        torch.save({"images": torch.stack(pixels), "labels": torch.tensor(files.targets)}, kept)
+    found = torch.load(kept, weights_only=True)
+    return SimpleNamespace(data=found["images"].permute(0, 2, 3, 1), targets=found["labels"])
+
+
 LOADERS: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
     # name -> (training set, test set, classes), as functions of (root, download=)
     "cifar100": (lambda root, **how: torchvision.datasets.CIFAR100(root, train=True, **how),
                  lambda root, **how: torchvision.datasets.CIFAR100(root, train=False, **how), 100),
+    "cifar10-jpeg": (lambda root, **how: jpeg_cifar(root, "train", **how),
+                     lambda root, **how: jpeg_cifar(root, "test", **how), 10),
     "stl10": (lambda root, **how: torchvision.datasets.STL10(root, split="train", **how),
               lambda root, **how: torchvision.datasets.STL10(root, split="test", **how), 10),
     "fashion-mnist": (lambda root, **how: torchvision.datasets.FashionMNIST(root, train=True, **how),

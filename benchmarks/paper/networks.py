@@ -6,6 +6,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from benchmarks.recovery.resnet import ResNet
+
 
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where the shape changes."""
@@ -62,6 +64,8 @@ def resnet18(channels: int, classes: int) -> nn.Module:
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet20": lambda channels, classes: cifar_resnet(20, channels, classes),
     "resnet56": lambda channels, classes: cifar_resnet(56, channels, classes),
+    "resnet20-padded": lambda channels, classes: ResNet(20, classes),  # for images of three channels
+    "resnet56-padded": lambda channels, classes: ResNet(56, classes),
     "vgg19": vgg19,
     "resnet18": resnet18,
     "vgg6": small_vgg,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 POINTS = 31
-IMAGES = {"cifar100": 50000, "stl10": 5000, "fashion-mnist": 60000}  # in the training set: "all" samples
+# in the training set: "all" samples
+IMAGES = {"cifar100": 50000, "stl10": 5000, "fashion-mnist": 60000, "cifar10-jpeg": 50000}
 PUBLISHED = Path(__file__).parent / "published.csv"
 WORDS = {"taylorfo": "taylor", "taylorfo_abs": "taylor-abs", "taylorfo_sq": "taylor-sq", "Molchanov_BN": "molchanov-bn",
          "Molchanov_group": "molchanov-group", "rand": "random", "norm": "norm"}  # the paper's -> ours

@@ -1,10 +1,11 @@
 """Adapt a CIFAR-10 ResNet to JPEG CIFAR-10: a short fine-tune of somebody else's weights.
 
     python -m benchmarks.recovery.adapt --data DATA --depth 20
-    python -m benchmarks.recovery.adapt --data DATA --depth 56 --images 25000
+    python -m benchmarks.recovery.adapt --data DATA --depth 56 --images 15000
 
-Reads DATA/resnet-cifar10/*.th, writes DATA/resnetDEPTH-jpeg.pt and prints the accuracy before and after on the first
-4,000 of the shuffled test images.
+Reads DATA/resnet-cifar10/*.th, writes DATA/networks/cifar10-jpeg-resnetDEPTH-padded-0-1epochs.pt, where
+`python -m benchmarks.paper` looks for it too, and prints the accuracy before and after on the first 4,000 of the
+shuffled test images.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def main() -> None:
     pixels, labels = images.cifar(options.data, "train")
     train = Images(images.normalized(pixels), labels)
     model = adapt(model, train, options.images // options.batch, options.batch, options.rate)
-    save(model.state_dict(), options.data / f"resnet{options.depth}-jpeg.pt")
+    save({"epoch": 1, "model": model.state_dict()}, options.data / resnet.ADAPTED.format(options.depth))
     print(f"ResNet-{options.depth}: {100 * before:.1f} % of 4,000 test images before, "
           f"{100 * accuracy(model, test):.1f} % after {options.images:,} training images")
 

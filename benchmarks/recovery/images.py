@@ -9,26 +9,17 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import Tensor
-from tqdm import tqdm
 
-from benchmarks.paper.data import Images
+from benchmarks.paper.data import Images, jpeg_cifar
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LITE = (127 / 255,) * 3, (128 / 255,) * 3  # EfficientNet-Lite: (x - 127) / 128
 
 
 def cifar(folder: Path, part: str) -> tuple[Tensor, Tensor]:
-    """JPEG CIFAR-10, "train" or "test": (uint8 [N, 3, 32, 32], int64 [N]); decoded once, then kept beside the folder.
-
-    Raises FileNotFoundError where there is none.
-    """
-    kept = folder / f"cifar10-jpeg-{part}.pt"
-    if not kept.exists():
-        data = torchvision.datasets.ImageFolder(str(folder / "cifar10-jpeg" / part))
-        pixels = [torchvision.io.decode_image(path) for path, _ in tqdm(data.samples, unit=" images")]
-        torch.save({"images": torch.stack(pixels), "labels": torch.tensor(data.targets)}, kept)
-    found = torch.load(kept, weights_only=True)
-    return found["images"], found["labels"]
+    """JPEG CIFAR-10, "train" or "test": (uint8 [N, 3, 32, 32], int64 [N]). Raises FileNotFoundError without it."""
+    found = jpeg_cifar(str(folder), part)
+    return found.data.permute(0, 3, 1, 2), found.targets
 
 
 def normalized(pixels: Tensor, mean: tuple[float, ...] = IMAGENET[0], std: tuple[float, ...] = IMAGENET[1]) -> Tensor:

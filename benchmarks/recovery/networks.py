@@ -77,7 +77,7 @@ def cifar_resnet(folder: Path, depth: int) -> Task:
     """A CIFAR-10 ResNet that `python -m benchmarks.recovery.adapt` has adapted to JPEGs."""
     train, test = (Images(images.normalized(pixels), labels)
                    for pixels, labels in (images.cifar(folder, part) for part in ("train", "test")))
-    model = resnet.load(folder / f"resnet{depth}-jpeg.pt", depth)
+    model = resnet.load(folder / resnet.ADAPTED.format(depth), depth)
     # Torch-Pruning 1.6.1 takes padded channels for those at the same index: it is spared what the shortcuts join
     joined = tuple(layer for name, layer in model.named_modules() if name == "conv1" or name.endswith("conv2"))
     return Task(model, train, test, 1000, 4000, 100, joined)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FILES = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}
+ADAPTED = "networks/cifar10-jpeg-resnet{}-padded-0-1epochs.pt"
 
 
 class Block(nn.Module):
@@ -53,9 +54,10 @@ class ResNet(nn.Module):
 
 
 def load(path: Path, depth: int) -> ResNet:
-    """The network of a checkpoint: a state dict, or one nested under "state_dict" with "module." before each name."""
+    """The network of a checkpoint: a state dict, nested under "model", or under "state_dict" with "module." before each
+    name."""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)
+    state = state.get("state_dict", state.get("model", state))
     model = ResNet(depth)
     model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
     return model.eval()
