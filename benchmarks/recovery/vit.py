@@ -8,7 +8,6 @@ Writes DATA/vit-fashion-mnist.pt and prints its test accuracy.
 import argparse
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,6 +22,8 @@ FILE = "vit-fashion-mnist.pt"
 
 def new(**options: int) -> nn.Module:
     """16 patches of 7x7 pixels, 4 blocks of width 96 with 4 heads; untrained."""
+    import timm
+
     settings = {"img_size": 28, "patch_size": 7, "in_chans": 1, "num_classes": 10, "embed_dim": 96, "depth": 4,
                 "num_heads": 4, "mlp_ratio": 4, **options}
     model: nn.Module = timm.models.VisionTransformer(**settings)
