@@ -158,6 +158,18 @@ def test_the_result_does_not_depend_on_batch_sizes(method: Method) -> None:
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-6, atol=1e-6)
 
 
+def test_in_steps_every_step_is_repaired_and_all_of_them_together_can_be() -> None:
+    model, batches, _ = trained_like("residual")
+    with untouched(model):
+        result = fastscore.prune_iteratively(model, batches, steps=2, macs=0.5, calibration=batches, repair="linear",
+                                             ablation="mean", progress=False)
+        again = fastscore.reconstruct(model, result, batches, method="mean")
+    assert [[row.name for row in report.repairs if row.chosen] for report in result.steps] == [["linear"], ["linear"]]
+    assert isinstance(again, fastscore.IterativeResult)
+    shapes = [{key: value.shape for key, value in each.model.state_dict().items()} for each in (result, again)]
+    assert shapes[0] == shapes[1]
+
+
 def test_in_place_the_model_itself_becomes_the_repaired_one() -> None:
     model, batches, scores = trained_like("residual")
     expected = fastscore.prune(model, scores, batches[0][:1], calibration=batches, **BUDGETS)  # type: ignore[arg-type]
