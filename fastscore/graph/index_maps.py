@@ -115,7 +115,7 @@ def padding(function: Any, dim: int, dims: int) -> tuple[int, int]:
     """How many constants a pad puts (before, after) what lies along `dim`; (0, 0) for all other operations."""
     widths = [width - (1 << 64) if width >= 1 << 63 else width for width in getattr(function, "_saved_pad", ())]
     at = 2 * (dims - 1 - dim)  # they are kept from the last dimension on
-    return (widths[at], widths[at + 1]) if at + 1 < len(widths) else (0, 0)
+    return (widths[at], widths[at + 1]) if 0 <= at < len(widths) - 1 else (0, 0)
 
 
 def is_broadcast(function: Any, dim: int, shape: Sequence[int]) -> bool:
