@@ -2,6 +2,8 @@
 
 from fastscore import ops
 from fastscore.pruning.checkpoint import load_pruned, save_pruned
+from fastscore.pruning.compare import compare
+from fastscore.pruning.curve import curve
 from fastscore.pruning.export import save
 from fastscore.pruning.iterative import IterativeResult, prune_iteratively
 from fastscore.pruning.masking import mask
@@ -17,7 +19,7 @@ from fastscore.scoring.random_backward import random_backward
 from fastscore.scoring.scorer import Scorer
 from fastscore.scoring.scores import Scores
 
-__all__ = ["IterativeResult", "PruneReport", "PruneResult", "Scorer", "Scores", "__version__", "distill",
-           "load_pruned", "mask", "ops", "prune", "prune_iteratively", "random_backward", "rebuild_optimizer",
-           "recalibrate", "reconstruct", "save", "save_pruned", "score"]
+__all__ = ["IterativeResult", "PruneReport", "PruneResult", "Scorer", "Scores", "__version__", "compare", "curve",
+           "distill", "load_pruned", "mask", "ops", "prune", "prune_iteratively", "random_backward",
+           "rebuild_optimizer", "recalibrate", "reconstruct", "save", "save_pruned", "score"]
 __version__ = "0.1.0"

@@ -1,10 +1,15 @@
 """Pictures of pruned models. Needs matplotlib (the extra `plot`)."""
 
+from collections.abc import Mapping
 from os import PathLike
+from typing import TYPE_CHECKING
 
 from fastscore import plots
 from fastscore.plots import COLOUR, LABELLED_LAYERS, REMOVED, plain
 from fastscore.pruning.report import PruneReport
+
+if TYPE_CHECKING:
+    from fastscore.pruning.curve import Curve
 
 
 def pruning(report: PruneReport, path: str | PathLike[str]) -> None:
@@ -39,4 +44,36 @@ def pruning(report: PruneReport, path: str | PathLike[str]) -> None:
         panels[2].set_title("measured share of the time against the share of the MACs; orange: the one returned",
                             fontsize=9)
         plain(panels[2])
+    drawing.savefig(path, dpi=150)
+
+
+def curves(found: "Mapping[str, Curve]", path: str | PathLike[str]) -> None:
+    """Draw agreement, KL divergence and the user's metric, where there is one, against the share of the MACs that
+    remains: a line for each curve, dashed before the repair, where a single curve has both."""
+    first = next(iter(found.values()))
+    panels = {"agreement": "agreement with the dense network", "kl": "KL divergence from the dense network, nats"}
+    if first.dense is not None:
+        panels["metric"] = "metric"
+    drawing = plots.figure(4.2 * len(panels), 3.8)
+    for axes, (name, title) in zip(drawing.subplots(1, len(panels)), panels.items(), strict=True):
+        for number, (label, each) in enumerate(found.items()):
+            colour = COLOUR if len(found) == 1 else f"C{number}"
+            shares = [row.macs for row in each.rows]
+            repaired = [row.repaired for row in each.rows if row.repaired is not None]
+            if repaired:
+                axes.plot(shares, [getattr(point, name) for point in repaired], "o-", color=colour, markersize=4,
+                          label=label or "repaired")
+            if len(found) == 1 or not repaired:
+                axes.plot(shares, [getattr(row.cut, name) for row in each.rows], "o--", color=colour, markersize=4,
+                          alpha=0.6 if repaired else 1, label="cut" if repaired or not label else label)
+        if name == "metric" and first.dense is not None:
+            axes.axhline(first.dense, color=REMOVED, linewidth=1, label="dense")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("MACs that remain", fontsize=9)
+        axes.xaxis.set_major_formatter(lambda share, position: f"{share:.0%}")
+        axes.invert_xaxis()
+        if name == "agreement":
+            axes.yaxis.set_major_formatter(lambda share, position: f"{share:.0%}")
+            axes.legend(fontsize=8, frameon=False)
+        plain(axes)
     drawing.savefig(path, dpi=150)

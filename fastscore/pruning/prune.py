@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from fastscore.batches import Batch, Forward, call_model, checked_forward
 from fastscore.graph.groups import Ignore
@@ -15,12 +15,14 @@ from fastscore.modules.wrappers import unwrapped
 from fastscore.pruning.costs import Costs
 from fastscore.pruning.latency import select_by_latency
 from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate
+from fastscore.pruning.quality import HELD_OUT, Quality, build_after, macs_along, select_by_quality
 from fastscore.pruning.ranking import rank
 from fastscore.pruning.recipes import no_biases
-from fastscore.pruning.report import Candidate, new_report
+from fastscore.pruning.report import Candidate, Judged, new_report
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.selection import check_removable, scored_graph, select
 from fastscore.pruning.surgery import Surgery, plan_surgery, replay, verify
+from fastscore.recovery.held_out import split
 from fastscore.recovery.reconstruct import Method, reconstruct
 from fastscore.rng import fork_rng
 from fastscore.scoring.scores import Scores
@@ -30,8 +32,9 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
           params: float | None = None, macs: float | None = None, latency: float | None = None,
           scope: Scope = "global", cost_aware: bool | None = None, round_to: int | Literal["auto"] = 1,
           floor: float | Mapping[str, float] = 0.0, compensate: bool | None = None,
-          calibration: Iterable[Batch] | None = None, repair: Method = "auto", ignore: Ignore = (),
-          forward: Forward = call_model, process_group: distributed.ProcessGroup | None = None,
+          calibration: Iterable[Batch] | None = None, repair: Method = "auto", agreement: float | None = None,
+          kl: float | None = None, confidence: float | None = None, held_out: Iterable[Batch] | None = None,
+          ignore: Ignore = (), forward: Forward = call_model, process_group: distributed.ProcessGroup | None = None,
           inplace: bool = False) -> PruneResult:
     """Remove the least important channels of `model` until a budget holds.
 
@@ -65,6 +68,14 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             fastscore.reconstruct, which takes them, `repair` as its method, and process_group. It compensates with
             means of its own, whatever the scores hold; report.repairs says what each repair gave.
         repair: "auto", "linear", "asymmetric" or "mean".
+        agreement: in place of the budgets: the smallest network along the removal order, repaired, that makes at least
+            this share of the dense model's decisions, found by bisection on samples that no repair has seen (see
+            fastscore.pruning.quality); report.judged has what was tried. It needs calibration.
+        kl: likewise: the largest mean KL divergence from the dense model's outputs, in nats.
+        confidence: such as 0.95: the agreement holds, with this probability at least, beyond the samples that judge;
+            by an exact binomial bound, on a half of them that the search does not see.
+        held_out: batches to judge agreement and kl by, which should not have been scored on either. Default: one of 4
+            samples of calibration, told by content, which then does not repair.
         process_group: processes that share the work of repairing.
         ignore: layers (names with `*`, types, modules) to leave as they are.
         forward: how the model is called on a batch.
@@ -81,7 +92,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         RuntimeError: a forward that depends on a width which changed.
     """
     model = unwrapped(model)
-    budgets = Budgets(channels, params, macs, latency).require_one("prune")
+    quality = Quality(agreement, kl, confidence)
+    budgets = quality.alone(Budgets(channels, params, macs, latency), calibration)
     ranking = Ranking(scope, cost_aware, round_to, floor)
     check_removable(scores)
     if calibration is not None and compensate is False:
@@ -91,22 +103,38 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     eval_model = evaluation_copy(model)
     plan = partial(plan_surgery, model, eval_model, graph, scores if means else None, example_inputs, forward)
     candidates: tuple[Candidate, ...] = ()
+    judged: tuple[Judged, ...] = ()
     with fork_rng(device_of(eval_model)):
         costs = Costs(eval_model, graph.groups, example_inputs, checked_forward(forward),
                       means or calibration is not None)
         dense = costs.by_group()
+
+        def build(removed: Mapping[str, Tensor], fit: Iterable[Batch] | None) -> PruneResult:
+            """The smaller model; `costs` are without what was removed."""
+            surgery = plan(removed)
+            pruned = surgery.copy()
+            macs_left = verify(pruned, example_inputs, forward, costs.returned.shape)
+            report = new_report(graph, dense, costs, macs_left, pruned, removed, candidates, scores.notes)
+            made = PruneResult(pruned, report, removed, surgery.removed_indices, surgery.new_biases)
+            if fit is None or not removed:
+                return made
+            return reconstruct(model, made, fit, repair, forward=forward, process_group=process_group)
+
         order = rank(eval_model, graph.groups, scores, costs, budgets, ranking, example_inputs, forward)
-        if budgets.latency is None:
-            removed = select(order, costs, budgets.counted)
+        if quality.given:
+            assert calibration is not None
+            fit, judges = split(calibration, held_out, HELD_OUT, "calibration")
+            result, judged = select_by_quality(
+                macs_along(order, costs), lambda steps: build_after(order[:steps], costs, partial(build, fit=fit)),
+                quality, eval_model, judges, forward)
+        elif budgets.latency is None:
+            result = build(select(order, costs, budgets.counted), calibration)
         else:
             removed, candidates = select_by_latency(order, costs, budgets, lambda gone: plan(gone).copy().eval(),
                                                     eval_model, example_inputs, forward)
-        surgery = plan(removed)
-        pruned = surgery.copy()
-        macs_left = verify(pruned, example_inputs, forward, costs.returned.shape)
-    report = new_report(graph, dense, costs, macs_left, pruned, removed, candidates, scores.notes)
-    result = PruneResult(pruned, report, removed, surgery.removed_indices, surgery.new_biases)
-    if calibration is not None:
-        result = reconstruct(model, result, calibration, repair, forward=forward, process_group=process_group)
+            result = build(removed, calibration)
+    result = replace(result, report=replace(result.report, judged=judged))
+    if inplace:
         surgery = Surgery(model, result.removed_indices, no_biases(model, result.new_biases))
-    return replace(result, model=replay(model, result.model, surgery)) if inplace else result
+        return replace(result, model=replay(model, result.model, surgery))
+    return result

@@ -63,6 +63,31 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """A repaired model that a search for a quality budget tried.
+
+    Attributes:
+        macs: the share that remains.
+        agreement, kl: with the dense model and from it, on samples that no repair has seen.
+        bound: what was held against the agreement asked for: the agreement found, or the least that it says of others.
+        decisions: how many were compared.
+        chosen: whether it is the one that prune() returned.
+    """
+
+    macs: float
+    agreement: float
+    kl: float
+    bound: float
+    decisions: int
+    chosen: bool
+
+    def __str__(self) -> str:
+        least = "" if self.bound == self.agreement else f" (at least {self.bound:.1%})"
+        return (f"{'chosen' if self.chosen else 'judged'}: {self.macs:.1%} of the MACs: agreement {self.agreement:.1%}"
+                f"{least}, KL {self.kl:.3g}, {self.decisions:,} decisions")
+
+
+@dataclass(frozen=True)
 class PruneReport:
     """What prune() did. Pairs are (before, after).
 
@@ -75,6 +100,7 @@ class PruneReport:
         candidates: with a latency budget, what was measured, from the largest to the smallest.
         notes: what the scores say of where they come from.
         repairs: with calibration batches, how far from the dense model the cut and each repair left the smaller one.
+        judged: with a quality budget, the models that were judged, from the largest to the smallest.
     """
 
     groups: tuple[GroupReport, ...]
@@ -85,6 +111,7 @@ class PruneReport:
     candidates: tuple[Candidate, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
     repairs: tuple[Repair, ...] = ()
+    judged: tuple[Judged, ...] = ()
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "PruneReport":
@@ -95,7 +122,8 @@ class PruneReport:
         candidates = (Candidate(**{**row, "timing": timing})
                       for row, timing in zip(data["candidates"], timings, strict=True))
         return cls(tuple(groups), _pair(data["channels"]), _pair(data["macs"]), _pair(data["params"]), data["skipped"],
-                   tuple(candidates), data.get("notes", {}), tuple(Repair(**row) for row in data.get("repairs", ())))
+                   tuple(candidates), data.get("notes", {}), tuple(Repair(**row) for row in data.get("repairs", ())),
+                   tuple(Judged(**row) for row in data.get("judged", ())))
 
     def __str__(self) -> str:
         width = max([len("layer"), *(len(row.layer) for row in self.groups)])
@@ -113,6 +141,7 @@ class PruneReport:
                          f"(± {tried.timing.uncertainty:.1%}) of the time, {dense:.3g} → {small:.3g} ms, "
                          f"with {tried.channels:.1%} of the channels, "
                          f"{tried.macs:.1%} of the MACs")
+        lines += map(str, self.judged)
         lines += map(str, self.repairs)
         lines += [f"{layer}: kept ({reason})" for layer, reason in self.skipped.items()]
         lines += [f"{name}: {text}" for name, text in self.notes.items()]

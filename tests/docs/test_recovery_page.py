@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from fastscore.pruning.quality import Quality
+
 PAGE = Path(__file__).parents[2] / "docs" / "recovery.md"
 
 
@@ -17,3 +19,12 @@ def test_its_python_runs() -> None:
     assert report.macs[1] <= 0.7 * report.macs[0]
     assert {"none", "mean", "linear", "asymmetric"} == {row.name for row in report.repairs}
     assert [row.name for row in names["repaired"].report.repairs] == ["none", *["linear"] * 3]  # type: ignore[attr-defined]
+    judged = names["smallest"].report.judged  # type: ignore[attr-defined]
+    assert all((row.agreement >= 0.9) >= row.chosen for row in judged)
+
+
+def test_its_numbers_of_samples_are_those_that_a_bound_takes() -> None:
+    found = re.search(r"0\.98 at 95 % takes (\d+) samples .*?\n\(0\.95: (\d+); 0\.99: (\d+)\)", PAGE.read_text())
+    assert found is not None
+    assert [int(number) for number in found.groups()] == [Quality(agreement=share, confidence=0.95).samples_needed()
+                                                          for share in (0.98, 0.95, 0.99)]

@@ -1,0 +1,241 @@
+"""curve(): how much can go? Budget against agreement, KL and the user's own metric, of the cut and of the repair."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from fastscore.batches import Batch, Forward, call_model, first_samples, map_tensors
+from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.inspection import device_of
+from fastscore.pruning.prune import prune
+from fastscore.pruning.quality import HELD_OUT, Judge
+from fastscore.pruning.result import PruneResult
+from fastscore.recovery.held_out import split
+from fastscore.recovery.reconstruct import Method
+from fastscore.rng import fork_rng
+from fastscore.scoring.scores import Scores
+
+Evaluate = Callable[[nn.Module], float]
+RESOURCES = ("macs", "params", "channels", "latency")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network, beside the dense one.
+
+    Attributes:
+        agreement: the share of decisions that are the dense network's.
+        kl: the mean KL divergence from it, in nats.
+        metric: what the user's own `evaluate` says of it; None without one.
+    """
+
+    agreement: float
+    kl: float
+    metric: float | None = None
+
+
+@dataclass(frozen=True)
+class CurveRow:
+    """One budget.
+
+    Attributes:
+        budget: what was asked to remain, a share.
+        macs, params, channels: shares that remain.
+        cut: the network whose channels are gone, and nothing else done.
+        repaired: the one that prune() returns; None where no repair was asked for.
+        repair: what the repair was.
+    """
+
+    budget: float
+    macs: float
+    params: float
+    channels: float
+    cut: Point
+    repaired: Point | None
+    repair: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What curve() found.
+
+    Attributes:
+        resource: what the budgets count.
+        rows: one for each budget, in the order asked for.
+        dense: the user's metric of the dense network.
+        decisions: how many were compared; no repair has seen their samples.
+        note: how it was ranked and repaired.
+    """
+
+    resource: str
+    rows: tuple[CurveRow, ...]
+    dense: float | None
+    decisions: int
+    note: str
+
+    def __str__(self) -> str:
+        own = self.dense is not None
+        repaired = any(row.repaired for row in self.rows)
+        head = f"{self.resource:>8} {'MACs':>7} {'params':>7}"
+        for title in ("cut", "repaired")[:1 + repaired]:
+            head += f"   {title + ': agreement':>20} {'KL':>8}" + (f" {'metric':>8}" if own else "")
+        lines = [head]
+        if own:
+            lines.append(f"{'dense':>8} {1:>7.1%} {1:>7.1%}" + f"   {1:>20.1%} {0:>8.3g} {self.dense:>8.4g}" *
+                         (1 + repaired))
+        for row in self.rows:
+            line = f"{row.budget:>8g} {row.macs:>7.1%} {row.params:>7.1%}"
+            for point in (row.cut, row.repaired)[:1 + repaired]:
+                if point is not None:
+                    line += f"   {point.agreement:>20.1%} {point.kl:>8.3g}"
+                    line += "" if point.metric is None else f" {point.metric:>8.4g}"
+            lines.append(line)
+        return "\n".join([*lines, f"judged by {self.decisions:,} decisions about samples that no repair has seen",
+                          self.note])
+
+    def records(self) -> list[dict[str, Any]]:
+        """A flat dict for each budget."""
+        flat = []
+        for row in self.rows:
+            record = {name: value for name, value in asdict(row).items() if not isinstance(value, dict)}
+            record.pop("repaired", None)
+            for name, point in (("cut", row.cut), ("repaired", row.repaired)):
+                if point is not None:
+                    record |= {f"{name}_{key}": value for key, value in asdict(point).items() if value is not None}
+            flat.append(record)
+        return flat
+
+    def to_pandas(self) -> Any:
+        """A DataFrame of `records()`. Raises ImportError without pandas."""
+        return _pandas().DataFrame(self.records())
+
+    def _repr_html_(self) -> str:
+        return html_table(self.records(), self.note)
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw agreement, KL and the metric against what remains, to an image file.
+
+        Raises:
+            ImportError: without matplotlib (pip install 'torch-fastscore[plot]').
+            ValueError: an unknown suffix.
+        """
+        from fastscore.plots import check
+        from fastscore.pruning.plots import curves
+
+        check(path)
+        curves({"": self}, path)
+
+
+def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequence[float] | None = None, *,
+          params: Sequence[float] | None = None, channels: Sequence[float] | None = None,
+          latency: Sequence[float] | None = None, evaluate: Evaluate | None = None,
+          held_out: Iterable[Batch] | None = None, repair: Method | None = "auto", example_inputs: Batch = None,
+          forward: Forward = call_model, progress: bool = True, **options: Any) -> Curve:
+    """Prune to each budget in turn and say how much each network still agrees with the dense one.
+
+    Args:
+        model: the dense network; it stays as it is.
+        scores: of this model, by fastscore.score.
+        batches: calibration batches, without labels: a list, or a DataLoader that does not shuffle.
+        macs, params, channels, latency: one of them: shares that remain, each a budget of fastscore.prune. Default:
+            macs=(0.9, 0.8, 0.7, 0.6, 0.5).
+        evaluate: model -> a number, such as its accuracy; also asked about the dense network. The model is in
+            evaluation mode.
+        held_out: batches to judge by. Default: one of 4 samples of `batches`, told by content, which then do not
+            repair. Where scores have seen them too, networks look a little better than they are.
+        repair: as fastscore.prune takes it; None: the cut alone.
+        example_inputs: as fastscore.prune takes them; default: two samples of `batches`.
+        forward: forward(model, batch), for models that are called otherwise.
+        progress: show a bar.
+        options: more of fastscore.prune's.
+
+    Returns:
+        A table: str() and notebooks show it, plot(path) draws it, to_pandas() gives a DataFrame.
+
+    Raises:
+        ValueError: no budget, or budgets of two kinds; whatever fastscore.prune raises.
+        TypeError: batches that are none.
+    """
+    given = {name: tuple(values) for name, values in zip(RESOURCES, (macs, params, channels, latency), strict=True)
+             if values is not None} or {"macs": (0.9, 0.8, 0.7, 0.6, 0.5)}
+    if len(given) > 1 or not all(given.values()):
+        raise ValueError(f"curve: one kind of budget, with at least one share; these are {', '.join(given)}")
+    (resource, budgets), = given.items()
+    fit, judges = split(batches, held_out, HELD_OUT, "batches")
+    if repair is None:
+        options.setdefault("compensate", False)
+    else:
+        options |= {"calibration": fit, "repair": repair}
+    dense, device = evaluation_copy(model), device_of(model)
+    with fork_rng(device):
+        example = example_of(batches, example_inputs, forward, device)
+        judge = Judge(dense, judges, forward)
+        rows, decisions = [], 0
+        for budget in tqdm(budgets, desc="curve", unit=" networks", disable=not progress):
+            result = prune(model, scores, example, **{resource: budget}, forward=forward, **options)
+            bare = result.cut_again(model, {}, {}) if repair is not None else result
+            cut, decisions = _point(judge, bare, evaluate)
+            repaired = None if repair is None else _point(judge, result, evaluate)[0]
+            report = result.report
+            left = {name: after / max(before, 1) for name, (before, after) in
+                    (("macs", report.macs), ("params", report.params), ("channels", report.channels))}
+            chosen = next((row for row in report.repairs if row.chosen), None)
+            rows.append(CurveRow(budget, left["macs"], left["params"], left["channels"], cut, repaired,
+                                 "none" if chosen is None else _named(chosen)))
+        own = None if evaluate is None else float(evaluate(dense))
+    origin = scores.origin
+    note = (f"ranked by {origin.importance}" + (f" ({origin.ablation} ablation)" if origin.ablation != "zero" else "")
+            + (f"; repaired: {repair}" if repair is not None else "; not repaired"))
+    return Curve(resource, tuple(rows), own, decisions, note)
+
+
+def example_of(batches: Iterable[Batch], given: Batch, forward: Forward, device: torch.device) -> Batch:
+    """What to trace and count MACs with, on `device`: `given`, or two samples of the first batch."""
+    example = given
+    if example is None:
+        example = next(iter(batches), None)
+        if example is None:
+            raise ValueError("batches: there is none")
+        example = first_samples(example, 2) if forward is call_model else example
+    return map_tensors(lambda tensor: tensor.to(device), example)
+
+
+def html_table(records: Sequence[Mapping[str, Any]], note: str) -> str:
+    """Records with the same keys, for a notebook."""
+    def cell(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else _escaped(str(value))
+
+    keys = list(records[0])
+    head = "".join(f"<th>{_escaped(key.replace('_', ' '))}</th>" for key in keys)
+    body = "".join("<tr>" + "".join(f"<td>{cell(record.get(key, ''))}</td>" for key in keys) + "</tr>"
+                   for record in records)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{_escaped(note)}</p>"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError(f"to_pandas needs pandas ({error}): pip install pandas") from error
+    return pandas
+
+
+def _named(repair: Any) -> str:
+    ridge = "" if repair.ridge is None or math.isinf(repair.ridge) else f" {repair.ridge:g}"
+    return f"{repair.name}{ridge}{' + BatchNorms' if repair.recalibrated else ''}"
+
+
+def _point(judge: Judge, result: PruneResult, evaluate: Evaluate | None) -> tuple[Point, int]:
+    found = judge(result.model)
+    own = None if evaluate is None else float(evaluate(evaluation_copy(result.model)))
+    return Point(found.agreement, found.kl, own), found.decisions

@@ -1,0 +1,253 @@
+"""A quality budget: the smallest network along the removal order that still decides as the dense one does.
+
+Candidates are found by bisection, each repaired, and judged on samples that no repair has seen. With a confidence, the
+samples to judge by are halved: on one half the bisection runs, the other tests what it has tried, from the largest
+network to the smallest, until one fails. Such a fixed sequence needs no correction for the number of tests (Marcus,
+Peritz, Gabriel 1976), and a single test is the exact binomial one (Clopper, Pearson 1934): the network that is returned
+agrees with the dense one less often than asked for with a probability of 1 - confidence at most, for samples drawn as
+the held-out ones were.
+"""
+
+import bisect
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.batches import Batch, Forward, checked_forward, map_tensors
+from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.inspection import device_of
+from fastscore.pruning.costs import Costs
+from fastscore.pruning.options import Budgets
+from fastscore.pruning.ranking import RemovalStep
+from fastscore.pruning.report import Judged
+from fastscore.pruning.result import PruneResult
+from fastscore.recovery.divergence import Divergence, divergence
+from fastscore.recovery.held_out import Part, samples_in
+
+HELD_OUT = 4  # one of so many calibration samples judges where no others are given
+_BIT = 8  # of a sample's id, by which the samples to judge by are halved
+TOLERANCE = 0.005  # of the MACs: candidates nearer to each other are not told apart
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What is asked of the smaller network's outputs.
+
+    Args:
+        agreement: the least share of samples on which it decides as the dense network does.
+        kl: the largest mean KL divergence from the dense network, in nats.
+        confidence: of the statement that the agreement holds beyond the samples that judge; None: it holds on those.
+
+    Raises:
+        ValueError: a number out of its range, or a confidence of a KL divergence, for which there is no exact bound.
+    """
+
+    agreement: float | None = None
+    kl: float | None = None
+    confidence: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.agreement is not None and not 0 < self.agreement < 1:
+            raise ValueError(f"agreement: {self.agreement} is outside (0, 1); it is the share of samples on which both "
+                             "networks decide alike")
+        if self.kl is not None and not 0 < self.kl < math.inf:
+            raise ValueError(f"kl: {self.kl}; it must be above 0")
+        if self.confidence is not None and not 0 < self.confidence < 1:
+            raise ValueError(f"confidence: {self.confidence} is outside (0, 1)")
+        if self.confidence is not None and (self.agreement is None or self.kl is not None):
+            raise ValueError("confidence: the bound is one of the agreement: give agreement=, without kl=")
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is asked for."""
+        return self.agreement is not None or self.kl is not None
+
+    def alone(self, budgets: Budgets, calibration: object) -> Budgets:
+        """The budgets that channels are ranked for. Raises ValueError where there is none of either kind, or both, or
+        nothing to judge by."""
+        if not self.given:
+            return budgets.require_one("prune")
+        if budgets.given:
+            raise ValueError(f"agreement, kl: they are budgets of their own, which leave as little as will do: leave "
+                             f"{next(iter(budgets.given))}= out, or them")
+        if calibration is None:
+            raise ValueError("agreement, kl: they are judged on samples: give calibration=batches")
+        return Budgets(macs=1.0)
+
+    def bound(self, found: Divergence) -> float:
+        """What is held against `agreement`: the share found, or the least that it says of others."""
+        if self.confidence is None:
+            return found.agreement
+        return least_share(round(found.agreement * found.decisions), found.decisions, self.confidence)
+
+    def holds(self, found: Divergence) -> bool:
+        """Whether what was found is enough."""
+        return (self.agreement is None or self.bound(found) >= self.agreement) and \
+            (self.kl is None or found.kl <= self.kl)
+
+    def samples_needed(self) -> int:
+        """So many samples, all alike, are enough."""
+        if self.confidence is None or self.agreement is None:
+            return 1
+        return math.ceil(math.log(1 - self.confidence) / math.log(self.agreement) - 1e-9)
+
+
+@functools.lru_cache(1024)
+def least_share(successes: int, trials: int, confidence: float) -> float:
+    """The lower end of Clopper and Pearson's one-sided interval for the probability of a success."""
+    if successes == 0:
+        return 0.0
+    count = torch.arange(successes, trials + 1, dtype=torch.float64)
+    ways = math.lgamma(trials + 1) - torch.lgamma(count + 1) - torch.lgamma(trials - count + 1)
+    low, high = 0.0, 1.0
+    for _ in range(60):  # the probability of as many successes or more grows with p
+        p = (low + high) / 2
+        tail = float((ways + count * math.log(p) + (trials - count) * math.log1p(-p)).logsumexp(0).exp())
+        low, high = (p, high) if tail < 1 - confidence else (low, p)
+    return low
+
+
+def search(macs: Sequence[float], passes: Callable[[int], bool], tolerance: float = TOLERANCE) -> list[int]:
+    """The numbers of steps that were tried, by bisection in MACs; the largest that passed is the one to take.
+
+    Args:
+        macs: what remains after 0, 1, 2, ... steps of the removal order, descending; none, and it passes untried.
+        passes: whether a network after so many steps is good enough.
+        tolerance: a share of macs[0]; the search ends where the next step up from the largest that passed fails, or is
+            a network smaller by less than this.
+    """
+    low, high, tried = 0, len(macs), list[int]()
+    while high - low > 1 and macs[low] - macs[min(high, len(macs) - 1)] > tolerance * macs[0]:
+        middle = (macs[low] + (macs[high] if high < len(macs) else macs[-1])) / 2
+        steps = bisect.bisect_left(macs, -middle, key=lambda left: -left)
+        steps = min(max(steps, low + 1), high - 1)
+        tried.append(steps)
+        low, high = (steps, high) if passes(steps) else (low, steps)
+    return tried
+
+
+class Judge:
+    """Compares smaller networks with the dense one, whose outputs are kept, on batches in a fixed order.
+
+    Args:
+        dense: in evaluation mode.
+        batches: to judge by.
+        forward: how a network is called.
+    """
+
+    def __init__(self, dense: nn.Module, batches: Iterable[Batch], forward: Forward) -> None:
+        self._device, self._call, self._batches = device_of(dense), checked_forward(forward), batches
+        self.samples = sum(samples_in(batch) for batch in batches)
+        self._outputs = [output.cpu() for output in self._of(dense)]
+
+    def __call__(self, model: nn.Module) -> Divergence:
+        """How far `model` is from the dense network."""
+        return divergence(self._outputs, (output.cpu() for output in self._of(evaluation_copy(model))))
+
+    def _of(self, network: nn.Module) -> Iterator[Tensor]:
+        with torch.no_grad():
+            for batch in self._batches:
+                yield self._call(network, map_tensors(lambda tensor: tensor.to(self._device), batch))
+
+
+def choose_steps(macs: Sequence[float], quality: Quality, find: Callable[[int], Divergence],
+                 test: Callable[[int], Divergence], tolerance: float = TOLERANCE) -> tuple[int, dict[int, Divergence]]:
+    """(steps to take, steps that were tried -> what decided about them).
+
+    Args:
+        macs: see `search`.
+        quality: what is asked for.
+        find: steps -> how far the network is from the dense one on the samples that bisection goes by.
+        test: the same on samples that it does not see; asked only with a confidence.
+        tolerance: see `search`.
+    """
+    rows: dict[int, Divergence] = {}
+
+    def passes(steps: int) -> bool:
+        rows[steps] = find(steps)
+        return quality.holds(rows[steps])
+
+    passed = [steps for steps in search(macs, passes, tolerance) if quality.holds(rows[steps])]
+    best = 0
+    for steps in sorted(passed):
+        if quality.confidence is not None:
+            rows[steps] = test(steps)
+            if not quality.holds(rows[steps]):
+                break
+        best = steps
+    return best, rows
+
+
+def macs_along(order: Sequence[RemovalStep], costs: Costs) -> list[float]:
+    """The MACs that remain after 0, 1, 2, ... steps; `costs`, whole, are so again afterwards."""
+    left = [costs.totals["macs"]]
+    for step in order:
+        costs.remove(step.group, step.channels)
+        left.append(costs.totals["macs"])
+    for step in reversed(order):
+        costs.restore(step.group, step.channels)
+    return left
+
+
+def build_after(steps: Sequence[RemovalStep], costs: Costs,
+                build: Callable[[Mapping[str, Tensor]], PruneResult]) -> PruneResult:
+    """What `build` makes of the channels that go in `steps`, while they are gone from `costs`."""
+    removed: dict[str, list[int]] = defaultdict(list)
+    for step in steps:
+        costs.remove(step.group, step.channels)
+        removed[step.group] += step.channels
+    try:
+        return build({group: torch.tensor(sorted(channels)) for group, channels in removed.items()})
+    finally:
+        for step in reversed(steps):
+            costs.restore(step.group, step.channels)
+
+
+def select_by_quality(macs: Sequence[float], build: Callable[[int], PruneResult], quality: Quality, dense: nn.Module,
+                      held_out: Iterable[Batch], forward: Forward,
+                      tolerance: float = TOLERANCE) -> tuple[PruneResult, tuple[Judged, ...]]:
+    """(the smallest network that holds, all that were judged, from the largest to the smallest).
+
+    Args:
+        macs: see `search`.
+        build: makes the repaired network after so many steps.
+        quality: what is asked for.
+        dense: the network to agree with, in evaluation mode.
+        held_out: batches to judge by, in a fixed order.
+        forward: how a network is called.
+        tolerance: see `search`.
+
+    Raises:
+        ValueError: too few samples for the confidence, or outputs with several decisions about a sample, which are no
+            independent trials.
+    """
+    halves = [held_out] if quality.confidence is None else [Part(held_out, 2, judges, _BIT) for judges in (True, False)]
+    judges = [Judge(dense, half, forward) for half in halves]
+    if (fewest := min(judge.samples for judge in judges)) < quality.samples_needed():
+        raise ValueError(f"held_out: half of the samples to judge by are {fewest}, and agreement={quality.agreement} "
+                         f"with confidence={quality.confidence} takes {quality.samples_needed()}: give more held_out "
+                         "or calibration samples, or ask for less")
+    built: dict[int, PruneResult] = {}
+
+    def judge(steps: int, judge: Judge) -> Divergence:
+        if steps not in built:
+            built[steps] = build(steps)
+        found = judge(built[steps].model)
+        if quality.confidence is not None and found.decisions != judge.samples:
+            raise ValueError(f"confidence: the model makes {found.decisions} decisions about {judge.samples} samples; "
+                             "those about one sample are no independent trials, and no bound counts them: leave "
+                             "confidence out")
+        if not quality.holds(found):
+            built.pop(steps)
+        return found
+
+    best, rows = choose_steps(macs, quality, lambda steps: judge(steps, judges[0]),
+                              lambda steps: judge(steps, judges[-1]), tolerance)
+    judged = tuple(Judged(macs[steps] / macs[0], found.agreement, found.kl, quality.bound(found), found.decisions,
+                          steps == best) for steps, found in sorted(rows.items()))
+    return built.get(best) or build(0), judged

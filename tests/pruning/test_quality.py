@@ -1,0 +1,112 @@
+"""A quality budget: the search against brute force, the bound against SciPy and by resampling."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import beta
+
+from fastscore.pruning.quality import Quality, choose_steps, least_share, search
+from fastscore.recovery.divergence import Divergence
+
+
+@given(st.integers(1, 3000), st.data(), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
+def test_the_bound_is_clopper_and_pearsons(trials: int, data: Any, confidence: float) -> None:
+    successes = data.draw(st.integers(0, trials))
+    expected = 0.0 if successes == 0 else beta.ppf(1 - confidence, successes, trials - successes + 1)
+    assert least_share(successes, trials, confidence) == pytest.approx(expected, abs=1e-9)
+
+
+@given(st.floats(0.5, 0.999), st.floats(0.5, 0.99))
+def test_so_many_samples_are_needed(agreement: float, confidence: float) -> None:
+    needed = Quality(agreement=agreement, confidence=confidence).samples_needed()
+    assert least_share(needed, needed, confidence) >= agreement - 1e-9
+    if needed > 1:
+        assert least_share(needed - 1, needed - 1, confidence) < agreement + 1e-9
+
+
+@given(st.lists(st.floats(0.01, 5.0), min_size=1, max_size=60), st.data())
+def test_the_search_finds_what_trying_all_finds(steps: list[float], data: Any) -> None:
+    macs = [sum(steps) - sum(steps[:count]) for count in range(len(steps) + 1)]
+    last_good = data.draw(st.integers(0, len(steps)))
+    tried = search(macs, lambda count: count <= last_good, tolerance=0.0)
+    good = [count for count in tried if count <= last_good]
+    assert max(good, default=0) == last_good  # what is best of all, where a smaller network never agrees better
+    assert len(tried) == len(set(tried))
+    assert 0 not in tried
+    coarse = search(macs, lambda count: count <= last_good, tolerance=0.1)
+    found = max([0, *(count for count in coarse if count <= last_good)])
+    assert macs[found] - macs[last_good] <= 0.1 * macs[0] + 1e-9
+    assert len(coarse) <= len(tried)
+
+
+@pytest.mark.parametrize("last_good", [0, 1, 333, 1022, 1023])
+def test_it_halves_what_is_left(last_good: int) -> None:
+    macs = list(range(1024, 0, -1))
+    assert len(search(macs, lambda count: count <= last_good, tolerance=0.0)) <= 11
+    assert len(search(macs, lambda count: count <= last_good)) <= 8  # to half a percent of the MACs
+
+
+def population(seed: int) -> tuple[torch.Tensor, list[float]]:
+    """bool [candidates, samples]: whether each agrees; the harder samples fail first, with some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    hardness = torch.rand(20000, generator=generator)
+    shares = torch.linspace(0, 0.12, 41)
+    noise = torch.rand(41, 20000, generator=generator)
+    agrees = (hardness[None] > 0.8 * shares[:, None]) & (noise > 0.2 * shares[:, None])
+    return agrees, [1 - 0.02 * step for step in range(41)]
+
+
+@pytest.mark.parametrize(("target", "judges"), [(0.95, 400), (0.98, 1000)])
+def test_violations_over_200_resampled_splits_are_at_most_5_percent(target: float, judges: int) -> None:
+    """What is drawn again and again with replacement has the population's own share as its truth."""
+    agrees, macs = population(int(100 * target))
+    truth = agrees.double().mean(1)
+    quality = Quality(agreement=target, confidence=0.95)
+    violations, without, removed = 0, 0, []
+    for split in range(200):
+        drawn = torch.randint(agrees.shape[1], (2, judges // 2), generator=torch.Generator().manual_seed(split))
+
+        def found(steps: int, part: int, drawn: torch.Tensor = drawn) -> Divergence:
+            share = float(agrees[steps, drawn[part]].double().mean())
+            return Divergence(share, 0.0, drawn.shape[1])
+
+        best, _ = choose_steps(macs, quality, lambda steps: found(steps, 0), lambda steps: found(steps, 1))
+        violations += bool(truth[best] < target)
+        removed.append(best)
+        loose, _ = choose_steps(macs, Quality(agreement=target), lambda steps: found(steps, 0), lambda steps: found(
+            steps, 1))
+        without += bool(truth[loose] < target)
+    print(f"agreement {target}, {judges} samples: {violations} violations of 200, {without} without the bound; "
+          f"{sum(removed) / 200:.1f} of {int((truth >= target).nonzero().max())} steps go")
+    assert violations <= 10
+    assert without > 40  # the share found alone is no bound
+    assert sum(removed) / 200 > 0.2 * int((truth >= target).nonzero().max())  # and yet something goes
+
+
+def test_the_test_stops_at_the_first_that_fails() -> None:
+    """Else one of many would pass by chance."""
+    macs, asked = [1.0, 0.8, 0.6, 0.4, 0.2], list[int]()
+
+    def test(steps: int) -> Divergence:
+        asked.append(steps)
+        return Divergence(0.5 if steps == 3 else 1.0, 0.0, 1000)
+
+    best, rows = choose_steps(macs, Quality(agreement=0.9, confidence=0.95), lambda steps: Divergence(1.0, 0.0, 1000),
+                              test, tolerance=0.0)
+    assert asked == [*range(asked[0], 4)][-len(asked):]
+    assert 4 not in asked
+    assert best < 3
+    assert rows[3].agreement == 0.5
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"agreement": 1.0}, r"agreement: 1\.0 is outside \(0, 1\)"), ({"kl": 0.0}, r"kl: 0\.0; it must be above 0"),
+    ({"kl": math.inf}, "kl: inf"), ({"agreement": 0.9, "confidence": 1.0}, r"confidence: 1\.0 is outside"),
+    ({"kl": 0.1, "confidence": 0.9}, "confidence: the bound is one of the agreement")])
+def test_what_makes_no_sense(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Quality(**options)
