@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastscore import __version__
-from fastscore.cli import bench, demo, info, prune, report, score
+from fastscore.cli import bench, compare, curve, demo, info, prune, report, score
 from fastscore.cli.options import Parser
 from fastscore.cli.processes import ProcessLostError
 
@@ -14,7 +14,8 @@ EXAMPLES = """examples:
   fastscore demo
   fastscore score torchvision:mobilenet_v2 --weights DEFAULT --images photos --out scores.safetensors
   fastscore report scores.safetensors --out scores.html
-  fastscore prune torchvision:mobilenet_v2 --weights DEFAULT --scores scores.safetensors --macs 0.7 --out small.pt2
+  fastscore prune torchvision:mobilenet_v2 --weights DEFAULT --images photos --macs 0.7 --out small.pt2
+  fastscore curve torchvision:mobilenet_v2 --weights DEFAULT --images photos --plot curve.png
   fastscore COMMAND --help has more of each
 
 exit codes: 0 done, 1 an error in the model or in fastscore (with a traceback) or in another process, 2 input that
@@ -59,6 +60,6 @@ def parser() -> Parser:
                  "without the rest.")
     top.add_argument("--version", action="version", version=f"fastscore {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, score, prune, report, bench, info):
+    for command in (demo, score, prune, curve, compare, report, bench, info):
         command.add(commands)
     return top

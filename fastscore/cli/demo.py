@@ -13,7 +13,7 @@ def add(commands: Commands) -> None:
     command = add_command(
         commands, "demo", run, "train, score, prune and fine-tune a small network: about a minute",
         "Train small networks on scikit-learn's digits, prune them to half their MACs by fastscore, by magnitude and\n"
-        "at random, fine-tune briefly, and compare.",
+        "at random, repair them without labels, fine-tune them briefly with, and compare.",
         "fastscore demo\nfastscore demo --networks 1 --seed 3 --out demo.png")
     command.add_argument("--out", metavar="PNG", default="fastscore-demo.png", help="the plot (default: %(default)s)")
     command.add_argument("--networks", type=positive, default=5, metavar="N",

@@ -71,7 +71,8 @@ class Digits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one network. accuracy is on test images; `before` and `after` fine-tuning.
+    """What became of one network. accuracy is on test images: `before` and `after` fine-tuning, and `repaired`, by
+    fastscore.prune(calibration=) on the training images without their labels.
 
     seconds: of training for the dense network, of scoring and pruning for the others. curve: accuracy before
     fine-tuning at each of SHARES, widths: layer -> share of its channels that remains at TARGET; the dense network's
@@ -79,6 +80,7 @@ class Outcome:
     """
 
     before: float
+    repaired: float
     after: float
     macs: int
     params: int
@@ -100,14 +102,18 @@ class Result:
         lines = [f"{networks} network{'s' if networks > 1 else ''}, each trained on {self.train_images:,} digits and "
                  f"tested on the other {self.test_images:,}" + ("; mean ± standard deviation" if networks > 1 else ""),
                  "",
-                 f"{'':10} {'test accuracy':>14} {'fine-tuned':>14} {'MACs':>11} {'parameters':>11} {'seconds':>8}"]
+                 f"{'':10} {'test accuracy':>14} {'repaired':>14} {'fine-tuned':>14} {'MACs':>11} {'parameters':>11} "
+                 f"{'seconds':>8}"]
         for name, outcomes in self.outcomes.items():
-            after = "" if name == "dense" else _spread([outcome.after for outcome in outcomes])
+            repaired, after = ("" if name == "dense" else _spread([getattr(outcome, stage) for outcome in outcomes])
+                               for stage in ("repaired", "after"))
             macs, params, seconds = (statistics.mean(values) for values in zip(
                 *((outcome.macs, outcome.params, outcome.seconds) for outcome in outcomes), strict=True))
             before = _spread([outcome.before for outcome in outcomes])
-            lines.append(f"{name:10} {before:>14} {after:>14} {macs:>11,.0f} {params:>11,.0f} {seconds:>8.2f}")
-        lines += ["", f"pruned to {TARGET:.0%} of the MACs, then fine-tuned for {FINE_TUNING_EPOCHS} epochs; "
+            lines.append(f"{name:10} {before:>14} {repaired:>14} {after:>14} {macs:>11,.0f} {params:>11,.0f} "
+                         f"{seconds:>8.2f}")
+        lines += ["", f"pruned to {TARGET:.0%} of the MACs; repaired on the training images, without labels; or "
+                  f"fine-tuned for {FINE_TUNING_EPOCHS} epochs, with labels",
                   "seconds: training the dense network, scoring and pruning the others",
                   "; ".join(f"{name}: {importance}" for name, importance in IMPORTANCES.items())
                   + " (fastscore's alone sees images; none sees labels)"]
@@ -154,7 +160,7 @@ def _train_dense(model: nn.Module, digits: Digits, epochs: int, done: Callable[[
     train(model, *digits.train, epochs, 0.1, done)
     seconds = time.perf_counter() - start
     correct = accuracy(model, *digits.test)
-    return Outcome(correct, correct, total_macs(model, digits.test[0][:1]),
+    return Outcome(correct, correct, correct, total_macs(model, digits.test[0][:1]),
                    sum(parameter.numel() for parameter in model.parameters()), seconds, (), {})
 
 
@@ -171,10 +177,12 @@ def _prune(model: nn.Module, importance: str, digits: Digits, seed: int, done: C
         smaller = prune(model, scores, images[:1], macs=share).model
         curve.append(accuracy(smaller, *digits.test))
         done()
+    smaller = prune(model, scores, images[:1], macs=TARGET, calibration=images.split(256)).model
+    repaired = accuracy(smaller, *digits.test)
     train(result.model, images, labels, FINE_TUNING_EPOCHS, 0.02, done)
     report = result.report
     after = accuracy(result.model, *digits.test)
-    return Outcome(before, after, report.macs[1], report.params[1], seconds, tuple(curve),
+    return Outcome(before, repaired, after, report.macs[1], report.params[1], seconds, tuple(curve),
                    {group.layer: group.channels[1] / group.channels[0] for group in report.groups})
 
 

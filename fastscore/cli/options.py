@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.cli import images, models, processes
 from fastscore.fastpath.precision import PRECISIONS
+from fastscore.pruning.quality import HELD_OUT
+from fastscore.recovery.reconstruct import Method
 from fastscore.scoring.criteria import ABLATIONS, LAYERWISE, NAMES, REDUCTIONS
 from fastscore.scoring.gradients import DISTRIBUTIONS
 from fastscore.scoring.options import Sampling
@@ -94,6 +96,39 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
     add_pixels(command)
 
 
+def add_repair(command: argparse.ArgumentParser) -> None:
+    """How a smaller model is repaired on the images."""
+    repair = command.add_mutually_exclusive_group()
+    repair.add_argument("--repair", choices=get_args(Method), default="auto",
+                        help="with --images, what the smaller model is given back (default: whatever does best on one "
+                        "of four images, held out)")
+    repair.add_argument("--no-repair", action="store_const", const=None, dest="repair",
+                        help="cut only; --images then scores alone")
+
+
+def repairs(arguments: argparse.Namespace) -> bool:
+    """Whether a smaller model is repaired: where there are images, and nobody forbids it."""
+    return arguments.images is not None and arguments.repair is not None and arguments.compensate is not False
+
+
+def image_batches(arguments: argparse.Namespace, prepare: images.Preprocessing,
+                  judges: bool) -> tuple[images.ImageBatches, images.ImageBatches | None]:
+    """(images to score and repair with, images to judge by), in an order that is the same at every reading.
+
+    judges: hold one of four images out to judge by. Raises ValueError without images.
+    """
+    if arguments.images is None:
+        raise ValueError("images: they are needed here; give --images FOLDER")
+    samples = None if arguments.samples == "auto" else arguments.samples
+    paths = images.find(arguments.images, samples, arguments.seed)
+    held_out = paths[HELD_OUT - 1::HELD_OUT] if judges else []
+    if judges and not held_out:
+        raise ValueError(f"images: {len(paths)}, and one of {HELD_OUT} is held out to judge by; give more")
+    work = [path for number, path in enumerate(paths) if not judges or number % HELD_OUT != HELD_OUT - 1]
+    return (images.batches(work, prepare, arguments.batch_size),
+            images.batches(held_out, prepare, arguments.batch_size) if judges else None)
+
+
 def add_pixels(command: argparse.ArgumentParser) -> None:
     """What becomes of an image before the model sees it."""
     pixels = command.add_argument_group("preprocessing (default: that of torchvision's or timm's weights)")
@@ -131,10 +166,11 @@ def preprocessing(arguments: argparse.Namespace) -> images.Preprocessing:
     return images.preprocessing(arguments.model, arguments.weights, arguments.size, arguments.mean, arguments.std)
 
 
-def scored(model: nn.Module, arguments: argparse.Namespace, prepare: images.Preprocessing, **how: Any) -> Scores:
+def scored(model: nn.Module, arguments: argparse.Namespace, prepare: images.Preprocessing,
+           batches: images.ImageBatches | None = None, **how: Any) -> Scores:
     """Scores from the folder of images; from the weights alone where the importance asks for no more.
 
-    how: more arguments for fastscore.score.
+    batches: some of the images, to score on in place of all. how: more arguments for fastscore.score.
     """
     if arguments.importance in WEIGHT_IMPORTANCES:
         scores = fastscore.score(model, [example(arguments, prepare)], importance=arguments.importance,
@@ -142,10 +178,12 @@ def scored(model: nn.Module, arguments: argparse.Namespace, prepare: images.Prep
         return replace(scores, notes=notes(arguments, prepare))
     if arguments.images is None:
         raise ValueError(f"images: {arguments.importance} needs a folder of them; give --images FOLDER")
-    paths = images.find(arguments.images, arguments.samples, arguments.seed)
-    samples: int | Literal["auto"] = "auto" if arguments.samples == "auto" else len(paths)
+    if batches is None:
+        paths = images.find(arguments.images, arguments.samples, arguments.seed)
+        batches = images.batches(paths, prepare, arguments.batch_size)
+    samples: int | Literal["auto"] = "auto" if arguments.samples == "auto" else sum(map(len, batches.chunks))
     tell(f"images: {prepare}")
-    scores = fastscore.score(model, images.batches(paths, prepare, arguments.batch_size), samples=samples,
+    scores = fastscore.score(model, batches, samples=samples,
                              **{name: getattr(arguments, name) for name in
                                 ("importance", "reduction", "ablation", "layerwise", "probes", "distribution", "center",
                                  "normalize", "seed", "ignore", "precision", "compile")}, **how)

@@ -3,10 +3,11 @@
 import argparse
 import json
 from dataclasses import asdict
+from typing import Any
 
 import fastscore
 from fastscore.cli import options
-from fastscore.cli.options import Commands, add_command, positive_or
+from fastscore.cli.options import Commands, add_command, positive_or, tell
 from fastscore.pruning.export import check_suffix, save
 from fastscore.scoring.scores import Scores
 
@@ -20,20 +21,30 @@ def add(commands: Commands) -> None:
         "--out small.pt2\n"
         "fastscore prune nets.py:build --checkpoint net.safetensors --images photos --size 64 --params 0.5 "
         "--out small.onnx\n"
+        "fastscore prune torchvision:mobilenet_v2 --weights DEFAULT --images photos --agreement 0.98 "
+        "--out small.safetensors\n"
         "fastscore prune torchvision:resnet50 --checkpoint resnet.pth --importance magnitude-l2 --channels 0.8 "
         "--out small.safetensors")
     options.add_model(command)
-    budget = command.add_argument_group("budget (one or more: the share that REMAINS, above 0 and up to 1)")
+    budget = command.add_argument_group("budget (one or more: the share that REMAINS, above 0 and up to 1; or "
+                                        "--agreement)")
     for unit, text in (("macs", "multiply-accumulates"), ("params", "parameters"), ("channels", "channels"),
                        ("latency", "time that two images take, measured here")):
         budget.add_argument(f"--{unit}", type=float, metavar="SHARE", help=f"share of the {text}")
-    source = command.add_mutually_exclusive_group()
-    source.add_argument("--scores", metavar="FILE", help="scores from `fastscore score --out`; otherwise scored now")
-    options.add_scoring(command, source)
+    budget.add_argument("--agreement", type=float, metavar="SHARE",
+                        help="the smallest model that makes this share of the dense one's decisions, judged on images "
+                        "that do not repair it")
+    budget.add_argument("--confidence", type=float, metavar="P",
+                        help="--agreement then holds beyond those images with this probability, such as 0.95")
+    command.add_argument("--scores", metavar="FILE", help="scores from `fastscore score --out`; otherwise scored now")
+    options.add_scoring(command, command)
+    options.add_repair(command)
     command.add_argument("--scope", choices=("global", "layer", "isomorphic"), default="global",
                          help="compare channels of all layers, shrink all layers alike, or compare channels of layers "
                          "of one kind (default: %(default)s)")
-    command.add_argument("--cost-aware", action="store_true", help="rank by importance per MAC (or parameter)")
+    command.add_argument("--cost-aware", action=argparse.BooleanOptionalAction,
+                         help="rank by importance per MAC (or parameter, or second; default: with such a budget, where "
+                         "the importance reads gradients)")
     command.add_argument("--round-to", type=positive_or("auto"), default=1, metavar="N",
                          help="remaining widths are multiples of N; auto: of what the device likes")
     command.add_argument("--floor", type=float, default=0.0, metavar="SHARE",
@@ -53,13 +64,26 @@ def run(arguments: argparse.Namespace) -> None:
     check_suffix(arguments.out)
     prepare = options.preprocessing(arguments)
     model = options.model(arguments)
+    repair: dict[str, Any] = {}
+    work = None
+    if options.repairs(arguments):
+        work, judges = options.image_batches(arguments, prepare, judges=arguments.agreement is not None)
+        repair = {"calibration": work, "repair": arguments.repair, "held_out": judges}
+    elif arguments.agreement is not None:
+        raise ValueError("agreement: it is judged on images, and by repaired models: give --images FOLDER, and neither "
+                         "--no-repair nor --no-compensate")
     scores = Scores.load(arguments.scores) if arguments.scores is not None else \
-        options.scored(model, arguments, prepare)
+        options.scored(model, arguments, prepare, work)
     example = options.example(arguments, prepare)
-    result = fastscore.prune(model, scores, example,
+    result = fastscore.prune(model, scores, example, **repair,
                              **{name: getattr(arguments, name) for name in
-                                ("channels", "params", "macs", "latency", "scope", "cost_aware", "round_to", "floor",
-                                 "compensate", "ignore")})
+                                ("channels", "params", "macs", "latency", "agreement", "confidence", "scope",
+                                 "cost_aware", "round_to", "floor", "compensate", "ignore")})
     save(result, example, arguments.out)
     print(json.dumps(asdict(result.report)) if arguments.json else result.report)
+    tried = {row.name: row for row in result.report.repairs if row.name == "none" or row.chosen}
+    if len(tried) > 1:
+        before, after = tried.pop("none"), next(iter(tried.values()))
+        tell(f"agreement with the dense model on images held out from the repair: {before.agreement:.1%} before it, "
+             f"{after.agreement:.1%} after it (KL {before.kl:.3g}, {after.kl:.3g})")
     options.wrote(arguments.out)

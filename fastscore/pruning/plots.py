@@ -2,14 +2,11 @@
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import Any
 
 from fastscore import plots
 from fastscore.plots import COLOUR, LABELLED_LAYERS, REMOVED, plain
 from fastscore.pruning.report import PruneReport
-
-if TYPE_CHECKING:
-    from fastscore.pruning.curve import Curve
 
 
 def pruning(report: PruneReport, path: str | PathLike[str]) -> None:
@@ -47,8 +44,8 @@ def pruning(report: PruneReport, path: str | PathLike[str]) -> None:
     drawing.savefig(path, dpi=150)
 
 
-def curves(found: "Mapping[str, Curve]", path: str | PathLike[str]) -> None:
-    """Draw agreement, KL divergence and the user's metric, where there is one, against the share of the MACs that
+def curves(found: Mapping[str, Any], path: str | PathLike[str]) -> None:
+    """Draw Curves: agreement, KL divergence and the metric, where there is one, against the share of the MACs that
     remains: a line for each curve, dashed before the repair, where a single curve has both."""
     first = next(iter(found.values()))
     panels = {"agreement": "agreement with the dense network", "kl": "KL divergence from the dense network, nats"}

@@ -213,7 +213,12 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     ((*PRUNE, "--scores", "net.safetensors", "--macs", "0.5"), "not a fastscore score file"),
     ((*PRUNE, "--scores", "no.safetensors", "--macs", "0.5"), "no.safetensors"),
     (("prune", *MODEL, "--images", "photos", "--macs", "0.5", "--out", "small.pkl"), "suffix"),
-    (("prune", *MODEL, "--scores", "a", "--images", "photos", "--macs", "0.5", "--out", "s.pt"), "not allowed with"),
+    ((*PRUNE, "--images", "photos", "--agreement", "0.9", "--no-repair"), "agreement: it is judged on images, and by"),
+    ((*PRUNE, "--importance", "random", "--agreement", "0.9"), "give --images FOLDER, and neither"),
+    ((*PRUNE, "--images", "photos", "--agreement", "0.9"), "images: 2, and one of 4 is held out to judge by;"),
+    (("curve", *MODEL), "images: they are needed here; give --images FOLDER"),
+    (("curve", *MODEL, "--images", "photos", "--macs", "0.5", "--params", "0.5"), "not allowed with"),
+    (("compare", *MODEL), "the following arguments are required: --images"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_input_that_cannot_be_used_is_one_line_and_exit_code_2(folder, capsys, arguments, named):
     Path("empty").mkdir()

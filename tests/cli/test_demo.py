@@ -39,6 +39,7 @@ def test_the_networks_learn_and_every_criterion_prunes_to_half_the_macs(result):
         assert pruned.curve[digits.SHARES.index(digits.TARGET)] == pruned.before
         assert pruned.curve[0] > 0.9  # with a tenth of the MACs gone
         assert pruned.after > 0.9
+        assert pruned.repaired > pruned.before
         assert pruned.after > pruned.before
 
 
@@ -49,6 +50,7 @@ def test_the_command_prints_what_was_measured_and_draws_it(result, tmp_path, mon
     for name, (outcome,) in result.outcomes.items():
         (row,) = [line for line in table.splitlines() if line.startswith(f"{name} ")]
         assert f"{100 * outcome.before:.1f} %" in row
+        assert f"{100 * outcome.repaired:.1f} %" in row
         assert f"{outcome.macs:,}" in row
         assert f"{outcome.params:,}" in row
     assert Image.open(tmp_path / "demo.png").convert("L").getextrema()[0] < 50

@@ -1,0 +1,54 @@
+"""fastscore compare."""
+
+import argparse
+import json
+
+import fastscore
+from fastscore import plots
+from fastscore.cli import options
+from fastscore.cli.curve import add_budgets
+from fastscore.cli.options import Commands, add_command
+
+
+def add(commands: Commands) -> None:
+    """The command and its options."""
+    command = add_command(
+        commands, "compare", run, "which criterion ranks best, at equal budgets, all repaired alike",
+        "Score by several criteria, prune to the same budgets, repair all alike, and say how often each smaller model\n"
+        "decides as the dense one does, on images that neither scored nor repaired.",
+        "fastscore compare torchvision:mobilenet_v2 --weights DEFAULT --images photos --macs 0.85 0.7\n"
+        "fastscore compare nets.py:build --checkpoint net.safetensors --images photos --size 64 "
+        "--importances taylor-sq taylor-abs magnitude-l2 random --plot compared.png")
+    options.add_model(command)
+    command.add_argument("--images", metavar="FOLDER", required=True, help="unlabelled images, subfolders included")
+    command.add_argument("--importances", nargs="+", choices=options.IMPORTANCES, metavar="NAME",
+                         default=["taylor-sq", "magnitude-l2", "random"],
+                         help=f"of {', '.join(options.IMPORTANCES)} (default: taylor-sq magnitude-l2 random)")
+    command.add_argument("--samples", type=options.positive, metavar="N", help="draw N of the images (default: all)")
+    command.add_argument("--batch-size", type=options.positive, default=32, metavar="N", help="default: %(default)s")
+    command.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
+    command.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="LAYER",
+                         help="layers to leave alone, by name; * and ? are wildcards")
+    add_budgets(command)
+    options.add_repair(command)
+    options.add_pixels(command)
+    command.add_argument("--plot", metavar="PNG", help="draw it")
+    options.add_json(command, "the rows")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Score by each criterion, prune to each budget, print, draw."""
+    options.check_folder(arguments.plot)
+    if arguments.plot is not None:
+        plots.check(arguments.plot)
+    prepare = options.preprocessing(arguments)
+    work, judges = options.image_batches(arguments, prepare, judges=True)
+    options.tell(f"images: {prepare}")
+    found = fastscore.compare(options.model(arguments), work, arguments.importances,
+                              arguments.macs or (0.9, 0.8, 0.7, 0.6, 0.5), params=arguments.params,
+                              channels=arguments.channels, held_out=judges, repair=arguments.repair,
+                              seed=arguments.seed, ignore=arguments.ignore)
+    print(json.dumps(found.records()) if arguments.json else found)
+    if arguments.plot is not None:
+        found.plot(arguments.plot)
+    options.wrote(arguments.plot)

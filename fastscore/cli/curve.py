@@ -1,0 +1,54 @@
+"""fastscore curve."""
+
+import argparse
+import json
+
+import fastscore
+from fastscore import plots
+from fastscore.cli import options
+from fastscore.cli.options import Commands, add_command
+from fastscore.scoring.scores import Scores
+
+
+def add(commands: Commands) -> None:
+    """The command and its options."""
+    command = add_command(
+        commands, "curve", run, "how much can go: budget against agreement with the dense model",
+        "Prune to several budgets, repair, and say how often each smaller model decides as the dense one does, on\n"
+        "images that neither scored nor repaired.",
+        "fastscore curve torchvision:mobilenet_v2 --weights DEFAULT --images photos\n"
+        "fastscore curve nets.py:build --checkpoint net.safetensors --images photos --size 64 --macs 0.9 0.7 0.5 "
+        "--plot curve.png")
+    options.add_model(command)
+    command.add_argument("--scores", metavar="FILE", help="scores from `fastscore score --out`; otherwise scored now")
+    options.add_scoring(command, command)
+    add_budgets(command)
+    options.add_repair(command)
+    command.add_argument("--plot", metavar="PNG", help="draw it")
+    options.add_json(command, "the rows")
+
+
+def add_budgets(command: argparse.ArgumentParser) -> None:
+    """Shares that remain, of one resource."""
+    budget = command.add_mutually_exclusive_group()
+    for resource, text in (("macs", "multiply-accumulates (default: 0.9 0.8 0.7 0.6 0.5)"), ("params", "parameters"),
+                           ("channels", "channels")):
+        budget.add_argument(f"--{resource}", type=float, nargs="+", metavar="SHARE", help=f"of the {text}")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Score where there are no scores yet, prune to each budget, print, draw."""
+    options.check_folder(arguments.plot)
+    if arguments.plot is not None:
+        plots.check(arguments.plot)
+    prepare = options.preprocessing(arguments)
+    work, judges = options.image_batches(arguments, prepare, judges=True)
+    model = options.model(arguments)
+    scores = Scores.load(arguments.scores) if arguments.scores is not None else \
+        options.scored(model, arguments, prepare, work)
+    found = fastscore.curve(model, scores, work, arguments.macs, params=arguments.params, channels=arguments.channels,
+                            held_out=judges, repair=arguments.repair, ignore=arguments.ignore)
+    print(json.dumps(found.records()) if arguments.json else found)
+    if arguments.plot is not None:
+        found.plot(arguments.plot)
+    options.wrote(arguments.plot)

@@ -1,0 +1,119 @@
+"""prune that repairs, curve and compare, from the command line: what the library does, said in a line."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import fastscore
+from fastscore.cli import images, main, models
+from fastscore.recovery.reconstruct import reconstruct
+
+NETS = """
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
+"""
+MODEL = ("nets.py:build", "--size", "12", "--images", "photos", "--batch-size", "8")
+PREPARE = images.Preprocessing(12, 12, (0.0,) * 3, (1.0,) * 3)
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory with nets.py and 40 images."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    Path("nets.py").write_text(NETS)
+    Path("photos").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    shade = torch.randint(200, (40, 1, 1, 3), generator=generator)
+    for number, image in enumerate((shade + torch.randint(56, (40, 12, 12, 3), generator=generator)).byte().numpy()):
+        Image.fromarray(image).save(f"photos/{number:02}.png")
+
+
+def batches(part: str = "all") -> images.ImageBatches:
+    paths = images.find("photos")
+    held_out = paths[3::4]
+    chosen = {"all": paths, "held out": held_out, "work": [path for path in paths if path not in held_out]}[part]
+    return images.batches(chosen, PREPARE, 8)
+
+
+def dense() -> torch.nn.Module:
+    return models.load("nets.py:build", seed=0)
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name], rtol=1e-4, atol=1e-6)
+
+
+def test_prune_repairs_by_default_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    model, example = dense(), torch.zeros(2, 3, 12, 12)
+    scores = fastscore.score(model, batches(), progress=False)
+    expected = fastscore.prune(model, scores, example, macs=0.6, calibration=batches())
+    assert main(["prune", *MODEL, "--macs", "0.6", "--out", "small.safetensors"]) == 0
+    said = capsys.readouterr()
+    assert "\n".join(map(str, expected.report.repairs)) in said.out
+    before = expected.report.repairs[0]
+    (after,) = [row for row in expected.report.repairs if row.chosen]
+    assert f"held out from the repair: {before.agreement:.1%} before it, {after.agreement:.1%} after it" in said.err
+    same(fastscore.load_pruned(dense, "small.safetensors"), expected.model)
+
+
+def test_prune_without_repair(capsys: pytest.CaptureFixture[str]) -> None:
+    model, example = dense(), torch.zeros(2, 3, 12, 12)
+    scores = fastscore.score(model, batches(), progress=False)
+    for option, compensate in (("--no-repair", None), ("--no-compensate", False)):
+        assert main(["prune", *MODEL, "--macs", "0.6", option, "--out", "small.safetensors"]) == 0
+        assert "agreement" not in capsys.readouterr().err
+        expected = fastscore.prune(model, scores, example, macs=0.6, compensate=compensate)
+        same(fastscore.load_pruned(dense, "small.safetensors"), expected.model)
+
+
+def test_scores_from_a_file_and_a_repair_of_a_kind() -> None:
+    fastscore.score(dense(), batches(), progress=False).save("s")
+    assert main(["prune", *MODEL, "--scores", "s", "--macs", "0.6", "--repair", "linear", "--out",
+                 "a.safetensors"]) == 0
+    model = dense()
+    cut = fastscore.prune(model, fastscore.Scores.load("s"), torch.zeros(2, 3, 12, 12), macs=0.6, cost_aware=True)
+    repaired = reconstruct(model, cut, batches(), "linear")
+    same(fastscore.load_pruned(dense, "a.safetensors"), repaired.model)
+
+
+def test_the_smallest_that_agrees(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", *MODEL, "--agreement", "0.8", "--repair", "mean", "--out", "s.safetensors", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    model = dense()
+    scores = fastscore.score(model, batches("work"), progress=False)
+    expected = fastscore.prune(model, scores, torch.zeros(2, 3, 12, 12), agreement=0.8, calibration=batches("work"),
+                               held_out=batches("held out"), repair="mean")
+    assert report["macs"] == list(expected.report.macs)
+    assert [row["agreement"] for row in report["judged"]] == [row.agreement for row in expected.report.judged]
+
+
+def test_a_curve(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["curve", *MODEL, "--macs", "0.8", "0.5", "--repair", "mean", "--plot", "curve.png"]
+    assert main(arguments) == 0
+    model = dense()
+    expected = fastscore.curve(model, fastscore.score(model, batches("work"), progress=False), batches("work"),
+                               (0.8, 0.5), held_out=batches("held out"), repair="mean", progress=False)
+    assert str(expected) in capsys.readouterr().out
+    assert expected.decisions == 10
+    assert Image.open("curve.png").size > (600, 400)
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [pytest.approx(row) for row in expected.records()]
+
+
+def test_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *MODEL, "--importances", "taylor-sq", "magnitude-l2", "--params", "0.7", "--repair", "mean",
+                 "--plot", "compared.png"]) == 0
+    expected = fastscore.compare(dense(), batches("work"), ["taylor-sq", "magnitude-l2"], params=(0.7,),
+                                 held_out=batches("held out"), repair="mean", progress=False)
+    assert str(expected) in capsys.readouterr().out
+    assert Path("compared.png").stat().st_size > 5000
