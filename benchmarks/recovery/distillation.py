@@ -25,7 +25,7 @@ def main() -> None:
     """Print a row for every way, and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--macs", type=float, nargs="+", default=[0.3, 0.5])
+    parser.add_argument("--macs", type=float, nargs="+", default=[0.3])
     parser.add_argument("--images", type=int, nargs="+", default=[1198, 200])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", metavar="CSV")
