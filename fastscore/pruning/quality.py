@@ -138,11 +138,17 @@ class Judge:
         dense: in evaluation mode.
         batches: to judge by.
         forward: how a network is called.
+
+    Raises:
+        ValueError: no sample to judge by.
     """
 
     def __init__(self, dense: nn.Module, batches: Iterable[Batch], forward: Forward) -> None:
         self._device, self._call, self._batches = device_of(dense), checked_forward(forward), batches
         self.samples = sum(samples_in(batch) for batch in batches)
+        if not self.samples:
+            raise ValueError(f"held_out: there is no sample to judge by; give more batches (one of {HELD_OUT} samples "
+                             "judges), or held_out= batches")
         self._outputs = [output.cpu() for output in self._of(dense)]
 
     def __call__(self, model: nn.Module) -> Divergence:

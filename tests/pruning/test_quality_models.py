@@ -211,7 +211,8 @@ def test_tables_for_pandas(trained: Trained, monkeypatch: pytest.MonkeyPatch) ->
     ({"macs": (1.5,)}, ValueError, r"macs: 1\.5 is outside \(0, 1\]"),
     ({"batches": torch.zeros(3, 1, 8, 8)}, TypeError, "batches: one tensor, where an iterable"),
     ({"batches": iter([])}, ValueError, "batches: it can be read only once"),
-    ({"batches": [], "held_out": []}, ValueError, "batches: there is none")])
+    ({"batches": []}, ValueError, "batches: there is none"),
+    ({"held_out": []}, ValueError, "held_out: there is no sample to judge by; give more batches")])
 def test_curves_of_nothing(trained: Trained, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fastscore.curve(trained.model, trained.scores, **{"batches": trained.calibration, **options}, **QUIET)
