@@ -50,7 +50,7 @@ def check_groups(network: RandomNetwork, graph: ChannelGraph) -> None:
             for position, unit in enumerate(of_layer):
                 known = unit not in units or unit in network.fixed or position in claimed.get(layer, ())
                 assert known, f"{group.name}: forgets {layer}"
-    near_skipped = {unit for layer in graph.skipped for unit in network.near(layer)}
+    near_skipped = {unit for layer in graph.skipped.keys() & network.producers for unit in network.near(layer)}
     for layer, of_layer in network.producers.items():
         assert layer in layers or near_skipped & set(of_layer), f"{layer} is neither scored nor said to be left alone"
 
@@ -58,6 +58,9 @@ def check_groups(network: RandomNetwork, graph: ChannelGraph) -> None:
 def check_left_alone(network: RandomNetwork, graph: ChannelGraph) -> None:
     """What is left alone touches the input, the output or a cut, or has but one unit; or shares a layer with such."""
     for layer, reason in graph.skipped.items():
+        if layer not in network.producers:  # a depthwise convolution makes no channels of its own
+            assert reason == "its channels go with others that are left alone"
+            continue
         units, near = set(network.producers[layer]), network.near(layer)
         hostile = near & (network.fixed | network.bound) or len(units) == 1 or not units & network.read
         assert hostile or "grouped and works on other channels" in reason, f"{layer}: {reason}"
