@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastscore.batches import Batch, Forward
 from fastscore.fastpath.fusion import CLAMPS, clamp_bounds
 from fastscore.fastpath.packed_layers import ClampBounds
+from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import hooked
 from fastscore.taps.gates import TapPoint
 from fastscore.taps.measures import SUMS
@@ -22,7 +23,7 @@ _BEFORE_CLAMPS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
 class Observation:
     """What one pass shows.
 
-    output: the model's. shapes: tapped layer -> shape [N, ...] of what its tap reads, in each call. earlier: tapped
+    output: the model's. samples: N. shapes: tapped layer -> shape of what its tap reads, in each call. earlier: tapped
     layer -> where its tap could stand as well, before an up-sampling, and the shape that it would read there. flat:
     Linear layers whose output is [N, C]. inputs: layer -> shape of its input, but for those under autocast. clamps:
     layer or BatchNorm -> the bounds of the clamp that alone reads its output.
@@ -34,6 +35,7 @@ class Observation:
     flat: set[str]
     inputs: dict[str, tuple[int, ...]]
     clamps: dict[str, ClampBounds]
+    samples: int
 
 
 def observe(eval_model: nn.Module, taps: Taps, example: Batch, run: Forward) -> Observation:
@@ -42,7 +44,8 @@ def observe(eval_model: nn.Module, taps: Taps, example: Batch, run: Forward) -> 
     taps: on the copy, and not attached. run(eval_model, example): its output.
     """
     recorder = _Recorder(eval_model, taps.points)
-    handles = [module.register_forward_hook(recorder.after(name)) for name, module in eval_model.named_modules()]
+    handles = [module.register_forward_hook(recorder.after(name), with_kwargs=True)
+               for name, module in eval_model.named_modules()]
     if recorder.repeating:
         handles += [eval_model.get_submodule(layer).register_forward_pre_hook(recorder.before(layer))
                     for layer in taps.points]
@@ -57,7 +60,7 @@ def observe(eval_model: nn.Module, taps: Taps, example: Batch, run: Forward) -> 
     earlier = recorder.earlier(readers) if taps.measure is SUMS else {}
     return Observation(output.detach(), recorder.shapes, earlier,
                        {name for name, found in recorder.dims.items() if found == {2}}, recorder.inputs,
-                       recorder.clamps(readers))
+                       recorder.clamps(readers), max(output.shape[taps.axes.output], 1))
 
 
 class _Recorder:
@@ -76,12 +79,12 @@ class _Recorder:
         self._bare = {name for name, module in modules if not hooked(module)}  # before hooks are set here
         self.repeating = {name for name, module in modules if _is_nearest_upsample(module)}
 
-    def after(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    def after(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
         """A forward hook for the module of that name."""
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if name in self.points:
-                x = output if self.points[name].output else args[0]
+                x = output if self.points[name].output else input_of(args, kwargs)
                 self.shapes.setdefault(name, []).append(tuple(x.shape))
             if isinstance(module, nn.Linear):
                 self.dims.setdefault(name, set()).add(output.dim())

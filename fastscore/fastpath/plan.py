@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fastscore.fastpath.packed_layers import ClampBounds
+from fastscore.modules.sample_axis import SampleAxis, Untold
 from fastscore.taps.gates import TapPoint
 
 
@@ -57,9 +58,13 @@ class Plan:
         return "\n".join(lines)
 
 
-def planned_tap(layer: str, point: TapPoint, shape: tuple[int, ...], dtype: torch.dtype) -> PlannedTap:
-    """The tap of `layer` at `point`, where a sample of what stands there has that shape and dtype."""
-    reads = tuple(len(range(size)[window]) for size, window in zip(shape, point.window[1:], strict=True)) \
-        if point.window else shape
+def planned_tap(layer: str, point: TapPoint, axis: SampleAxis | Untold, shape: tuple[int, ...], samples: int,
+                dtype: torch.dtype) -> PlannedTap:
+    """The tap of `layer` at `point`, where what stands there of that many samples has that shape and dtype."""
+    if point.window:
+        shape = (*shape[:2], *(len(range(size)[step]) for size, step in zip(shape[2:], point.window[2:], strict=True)))
+    dim = axis.dim if isinstance(axis, SampleAxis) else 0
+    places = shape[dim] // samples
+    reads = ((places,) if places > 1 else ()) + shape[:dim] + shape[dim + 1:]
     note = f"before {point.module}" if point.module else "what its stride reads" if point.window else ""
     return PlannedTap(layer, reads, 2 * math.prod(reads) * dtype.itemsize, note)

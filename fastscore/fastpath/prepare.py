@@ -55,8 +55,9 @@ class Prepared:
     @property
     def plan(self) -> Plan:
         """What was done."""
-        taps = tuple(planned_tap(layer, self.taps.points[layer], shapes[0][1:], self.dtype)
-                     for layer, shapes in self.observation.shapes.items())
+        seen = self.observation
+        taps = tuple(planned_tap(layer, self.taps.points[layer], self.taps.axes.of(layer), shapes[0], seen.samples,
+                                 self.dtype) for layer, shapes in seen.shapes.items())
         packed, not_packed = ({}, {}) if self.layers is None else (self.layers.packed, self.layers.not_packed)
         return Plan(taps, self.folding.folded, self.folding.not_folded, packed, not_packed,
                     described(self.dtype, self.observation.output.device),
@@ -165,7 +166,8 @@ def _cast_down(prepared: Prepared) -> None:
 def _compile(prepared: Prepared) -> None:
     """Through torch.compile, taps included."""
     if prepared.compiled:
-        compile_tapped(prepared.copy, prepared.taps, prepared.observation.shapes, prepared.dtype)
+        seen = prepared.observation
+        compile_tapped(prepared.copy, prepared.taps, seen.shapes, seen.samples, prepared.dtype)
 
 
 STAGES: tuple[Callable[[Prepared], None], ...] = (

@@ -8,12 +8,14 @@ import difflib
 import fnmatch
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from fastscore.modules.sample_axis import SampleAxes
 
 Role = Literal["producer", "consumer", "channelwise", "heads", "gate"]
 Units = Literal["groups", "norms"]
@@ -73,12 +75,13 @@ class ChannelGraph:
     """The prunable groups of a model.
 
     skipped: layer -> why its channels are left alone. normalized_by: Conv or Linear -> the BatchNorm that alone reads
-    its output.
+    its output. samples: where the samples lie in what layers read.
     """
 
     groups: tuple[ChannelGroup, ...]
     skipped: Mapping[str, str]
     normalized_by: Mapping[str, str]
+    samples: SampleAxes = field(default_factory=SampleAxes)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -113,6 +116,14 @@ class ChannelGraph:
             else:
                 skipped[group.name] = "ignored" if hit == group.name else f"ignored with {hit}"
         return replace(self, groups=tuple(groups), skipped=skipped)
+
+
+    def told_apart(self) -> "ChannelGraph":
+        """This graph less the groups whose samples cannot be told apart in a batch of several."""
+        untold = {group.name: reason for group in self.groups for edge in group.edges
+                  if (reason := self.samples.reason(edge.layer)) is not None}
+        return replace(self, groups=tuple(group for group in self.groups if group.name not in untold),
+                       skipped={**self.skipped, **untold})
 
 
 def norm_gates(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:

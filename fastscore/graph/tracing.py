@@ -18,6 +18,7 @@ from fastscore.graph import (
     dependencies,
     index_maps,
     left_alone,
+    sample_axes,
     surgery_trial,
     training_only,
     verification,
@@ -30,8 +31,8 @@ from fastscore.modules.wrappers import unwrapped, without_checkpoints
 from fastscore.rng import fork_rng
 
 
-def trace(model: nn.Module, example_inputs: batches.Batch,
-          forward: batches.Forward = batches.call_model) -> ChannelGraph:
+def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.call_model,
+          samples: batches.Batch | None = None) -> ChannelGraph:
     """Find the channel groups of `model` by running `forward(model, example_inputs)` on a copy of it.
 
     A model that was traced before, and is what it was, is not traced again: see fastscore.graph.cache.
@@ -40,6 +41,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch,
         model: any module; of what stands around it (see fastscore.modules.wrappers) the one inside.
         example_inputs: a batch that `forward` takes, of one sample or more.
         forward: calls the model.
+        samples: a batch of several samples, if there is one, by which rows are found to belong to samples.
 
     Returns:
         The groups, each followed through the traced graph, verified by changing its channels, and tried by surgery; and
@@ -58,12 +60,12 @@ def trace(model: nn.Module, example_inputs: batches.Batch,
         parameter.requires_grad_(parameter.is_floating_point())  # the tracer follows grad_fn
     example_inputs = batches.map_tensors(batches.usable, example_inputs)
 
-    def run(model: nn.Module) -> list[Tensor]:
-        return [batches.checked_forward(forward)(model, example_inputs)]
+    def run(model: nn.Module, batch: batches.Batch = example_inputs) -> list[Tensor]:
+        return [batches.checked_forward(forward)(model, batch)]
 
-    def run_as_in_training(model: nn.Module) -> list[Tensor]:
+    def run_as_in_training(model: nn.Module, batch: batches.Batch = example_inputs) -> list[Tensor]:
         with training_only.as_in_training(model):
-            return [output for output in batches.floating_tensors(forward(model, example_inputs))
+            return [output for output in batches.floating_tensors(forward(model, batch))
                     if output.requires_grad or not torch.is_grad_enabled()]
 
     with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)):
@@ -75,7 +77,10 @@ def trace(model: nn.Module, example_inputs: batches.Batch,
                 if ran <= ran_in_training:
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
+        samples = example_inputs if samples is None else batches.map_tensors(batches.usable, samples)
+        axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples)
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained))
+    graph = replace(graph, samples=axes)
     cache.put(model, example_inputs, forward, graph)
     return graph
 

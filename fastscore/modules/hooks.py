@@ -1,9 +1,9 @@
 """Hooks that can be told from the user's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class OwnHook:
@@ -20,6 +20,20 @@ class OwnHook:
 
     def __reduce__(self) -> tuple[type["OwnHook"], tuple[Callable[..., None]]]:
         return OwnHook, (_nothing,)
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a Conv, Linear or BatchNorm is called on, by position or by keyword."""
+    x: Tensor = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+    return x
+
+
+def with_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of such a call, on x instead."""
+    if args:
+        return (x, *args[1:]), dict(kwargs)
+    name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+    return args, {**kwargs, name: x}
 
 
 def _nothing(*args: Any) -> None:

@@ -30,8 +30,10 @@ def shares_parameters(module: nn.Module, owners: Mapping[int, int]) -> bool:
 
 
 def channel_dim(layer: nn.Module) -> int:
-    """The dimension of a layer's input and output that holds the channels: the last of a Linear, else the second."""
-    return -1 if isinstance(layer, nn.Linear) else 1
+    """The dimension of a layer's input and output that holds the channels: the last of a Linear, that before the image
+    of a convolution (which need not have a batch before it), else the second."""
+    return -1 if isinstance(layer, nn.Linear) else \
+        -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else 1
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -12,7 +12,7 @@ from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph.groups import Ignore
 from fastscore.modules import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.modules.hooks import OwnHook
+from fastscore.modules.hooks import OwnHook, input_of, with_input
 from fastscore.modules.inspection import channel_dim, device_of
 from fastscore.modules.wrappers import uncompiled, unwrapped
 from fastscore.pruning.costs import Costs
@@ -67,7 +67,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
         order = rank(eval_model, graph.groups, scores, costs, budgets, ranking, example_inputs, forward)
         removed = select(order, costs, budgets.counted)
         positions = removed_positions(graph.groups, removed)
-        means = removed_means(model, scores.means, positions) if compensate else {}
+        means = removed_means(model, scores.means, positions, graph.groups) if compensate else {}
         handles: Iterator[RemovableHandle | multihead_attention.Handle]
         if scores.origin.units == "norms":
             handles = at_gates(model, positions, means)
@@ -85,7 +85,7 @@ def at_consumers(model: nn.Module, positions: Mapping[str, Tensor],
     """Hooks by which layers read zero at `positions` of their inputs, and add float64 [C_out] to their outputs."""
     yield from multihead_attention.replace_attention(model, positions)
     for name, index in positions.items():
-        yield model.get_submodule(name).register_forward_pre_hook(_zero(name, index))
+        yield model.get_submodule(name).register_forward_pre_hook(_zero(index), with_kwargs=True)
     for name, value in added.items():  # before the hooks that the layer has: it is part of the layer, as its bias is
         yield model.get_submodule(name).register_forward_hook(_add(value), prepend=True)
 
@@ -98,11 +98,10 @@ def at_gates(model: nn.Module, positions: Mapping[str, Tensor],
         yield model.get_submodule(name).register_forward_hook(_set(index, value))
 
 
-def _zero(name: str, index: Tensor) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not args:
-            raise TypeError(f"{name}: its input arrives as a keyword argument; call it by position, or ignore it")
-        return args[0].index_fill(channel_dim(module), index.to(args[0].device), 0), *args[1:]
+def _zero(index: Tensor) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        x = input_of(args, kwargs)
+        return with_input(args, kwargs, x.index_fill(channel_dim(module), index.to(x.device), 0))
 
     return OwnHook(hook)
 

@@ -9,7 +9,7 @@ The layer itself is run to find it, so that stride, padding mode, dilation and g
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward
 from fastscore.graph.groups import ChannelGroup
+from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim
 
 
@@ -34,11 +35,11 @@ def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping
     return {layer: index for layer, parts in positions.items() if len(index := torch.cat(parts))}
 
 
-def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], positions: Mapping[str, Tensor]
-                  ) -> dict[str, Tensor]:
+def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], positions: Mapping[str, Tensor],
+                  channel_groups: Iterable[ChannelGroup] = ()) -> dict[str, Tensor]:
     """Layer -> float64 [C]: the mean at each of the layer's `positions`, 0 elsewhere.
 
-    activation_means: layer -> [C], those of Scores.means.
+    activation_means: layer -> [C], those of Scores.means. channel_groups: what may be ignored, as errors say.
     Raises ValueError where they have none of a layer, or one of another width; FloatingPointError for NaN or
     infinity.
     """
@@ -50,8 +51,9 @@ def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], posi
         mean = activation_means.get(name)
         if mean is None or mean.shape != (width,):
             known = "no mean activations" if mean is None else f"means of shape {tuple(mean.shape)}"
+            makers = [group.name for group in channel_groups if any(edge.layer == name for edge in group.edges)]
             raise ValueError(f"{name}: the scores hold {known} for its {width} channels: score this model with a "
-                             "taylor importance, or leave the layers out that make them, with ignore=")
+                             f"taylor importance, or leave out what makes them: ignore={makers}")
         if not torch.isfinite(mean).all():
             raise FloatingPointError(f"{name}: NaN or infinity in its mean activations (scores.means)")
         mean = mean.double().cpu()
@@ -70,11 +72,13 @@ def mean_contributions(model: nn.Module, means: Mapping[str, Tensor], example_in
 
     def contribution_of(name: str, mean: Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            dim, x = channel_dim(module), args[0]
-            constant = torch.zeros(2, *x.shape[1:], dtype=torch.float64, device=x.device)  # the second gives the bias
+            dim, x = channel_dim(module), input_of(args, kwargs)
+            shape = x.shape[1:] if dim % x.dim() else x.shape  # one without a batch has its channels first
+            constant = torch.zeros(2, *shape, dtype=torch.float64, device=x.device)  # the second gives the bias
             constant[0].movedim(dim if dim < 0 else dim - 1, -1).copy_(mean)
             exact = copy.deepcopy(module).double()
-            y = type(exact).forward(exact, constant, *args[1:], **kwargs)  # past the hooks
+            args, kwargs = with_input(args, kwargs, constant)
+            y = type(exact).forward(exact, *args, **kwargs)  # past the hooks
             found[name].append((y[:1] - y[1:]).movedim(dim, 0).flatten(1).mean(1))
 
         return hook

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-from fastscore.batches import Batch, Forward, call_model, first_samples
+from fastscore.batches import Batch, Forward, call_model, first_input, first_samples
 from fastscore.fastpath.prepare import Prepared, prepare
 from fastscore.graph.groups import ChannelGraph, Ignore, Units, matching_layers
 from fastscore.graph.tracing import trace
@@ -126,10 +126,10 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         data = Batches(batches, device_of(eval_model), sampling.limit)
         # one sample is enough to trace with, where it is known how to take it
         example = first_samples(data.first, 1) if forward is call_model else data.first
-        graph = trace(model, example, forward)
+        graph = trace(model, example, forward, data.first)
         if origin.gradient == "none":
             return _score_weights(eval_model, graph, origin, ignore)
-        totals = Totals(eval_model, graph, origin, ignore)
+        totals = Totals(eval_model, graph, origin, ignore, several=len(first_input(data.first)) > 1)
         prepared = prepare(eval_model, totals.taps(traceable=True), graph.normalized_by, example, forward, precision,
                            compile)
         same = run_fingerprint(model, asdict(totals.origin), probes=probes, ignored=sorted(ignore), loss=loss,
@@ -160,7 +160,7 @@ class _Passes:
         """
         taps = self.prepared.taps
         with taps.one_pass(batch):
-            output = self.prepared.run(batch)
+            output = self.prepared.run(batch).movedim(taps.axes.output, 0)
         assert taps.current is not None
         valid = taps.current.valid
         if self.prepared.compiled and valid is not None:
@@ -168,7 +168,8 @@ class _Passes:
         if not torch.isfinite(output).all() and (culprit := self._first_nonfinite(batch)) is not None:
             raise FloatingPointError(culprit)
         if totals.origin.gradient == "loss":
-            sent = tokens.loss_gradient(output, batch, self.loss, totals.origin, valid)
+            loss = _of_returned(self.loss, taps.axes.output)
+            sent = tokens.loss_gradient(output, batch, loss, totals.origin, valid)
             sent = sent / len(sent) if totals.criterion.minibatch and totals.origin.normalize else sent
             totals.propagate(taps, output, sent, last=True)
         else:
@@ -182,6 +183,11 @@ class _Passes:
 
     def _first_nonfinite(self, batch: Batch) -> str | None:
         return first_nonfinite(self.model, batch, self.forward)
+
+
+def _of_returned(loss: gradients.Loss | None, dim: int) -> gradients.Loss | None:
+    """A loss of the output with its samples first, from one of the output as the model returns it."""
+    return loss if dim == 0 else lambda output, batch: (loss or gradients.cross_entropy)(output.movedim(0, dim), batch)
 
 
 def _bar(run: Run, sampling: Sampling, execution: Execution) -> "tqdm[NoReturn]":

@@ -90,7 +90,7 @@ class EdgeSums:
         if (1 + sum(where.most for _, where in reached)) ** 2 * self.units > _MAX_PRODUCTS:
             raise ValueError(f'{self.group.name}: ablation="mean" needs the products of its '
                              f'{sum(where.most for _, where in reached)} places in consumers with each other, which '
-                             'are too many; use ablation="zero", or leave it out with ignore=')
+                             f'are too many; use ablation="zero", or leave it out with ignore=["{self.group.name}"]')
         s, means, gradients = (torch.cat([self._spread(sums[part], where) for sums, where in reached])
                                for part in (0, MEAN, 2))
         return torch.cat([s.sum(0, keepdim=True), gradients, means])

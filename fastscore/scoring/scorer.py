@@ -20,6 +20,7 @@ from fastscore.scoring.options import Gradient, check_loop
 from fastscore.scoring.scores import Origin, Scores
 from fastscore.scoring.totals import Totals
 from fastscore.taps.passes import ForwardPass
+from fastscore.taps.taps import Taps
 
 _FORM = "fastscore-scorer-1"
 
@@ -75,8 +76,11 @@ class Scorer:
         self._outputs = batches.output_selector(output)
         graph = example_inputs if isinstance(example_inputs, ChannelGraph) else \
             trace(model, example_inputs, batches.checked_forward(forward, self._outputs))
-        self._totals = Totals(model, graph, origin, ignore)
-        self._taps = self._totals.taps(partial(_read, self._totals) if gradient == "loss" else None, self._outputs)
+        self._output_dim = graph.samples.output
+        first = None if isinstance(example_inputs, ChannelGraph) else batches.first_tensor(example_inputs)
+        self._totals = Totals(model, graph, origin, ignore, several=first is not None and first.shape[:1].numel() > 1)
+        on_pass = partial(_read, self._totals, self._output_dim) if gradient == "loss" else None
+        self._taps = self._totals.taps(on_pass, self._outputs)
 
     def attach(self) -> "Scorer":
         """Set the taps.
@@ -121,7 +125,8 @@ class Scorer:
             raise RuntimeError('probe: this scorer reads the loop\'s own gradients; make it with gradient="random"')
         if current is None:
             raise RuntimeError("probe: no forward pass has been seen; attach the scorer before the model runs")
-        self._totals.probe(self._taps, batches.concat_outputs(self._outputs(output, type(self._taps.model).__name__)))
+        tensor = batches.concat_outputs(self._outputs(output, type(self._taps.model).__name__))
+        self._totals.probe(self._taps, tensor.movedim(self._output_dim, 0))
 
     def propagate(self, output: Tensor, gradient: Tensor) -> None:
         """Send a gradient back to the taps as it stands, and add what they measure.
@@ -130,7 +135,8 @@ class Scorer:
             output: Of the latest forward pass, [N, ...].
             gradient: Of the same shape.
         """
-        self._totals.propagate(self._taps, output, gradient)
+        dim = self._output_dim
+        self._totals.propagate(self._taps, output.movedim(dim, 0), gradient.movedim(dim, 0))
 
     def scores(self) -> Scores:
         """What has been measured up to now; a warning tells of passes that were left out.
@@ -192,11 +198,11 @@ class Scorer:
         self._totals.all_reduce(device_of(self._taps.model), process_group)
 
 
-def _read(totals: Totals, done: ForwardPass) -> None:
-    """Add what an ordinary backward pass left at the gates."""
-    parts = [part.reshape(len(part), classes_of(part)) for part in done.output_gradients.values()]
-    samples, valid = tokens.rows(next(iter(done.output_gradients.values())), totals.origin.sample_dims,
-                                done.valid)
+def _read(totals: Totals, output_dim: int, taps: Taps, done: ForwardPass) -> None:
+    """Add what an ordinary backward pass left at the gates. output_dim: where the samples lie in the output."""
+    gradients = [gradient.movedim(output_dim, 0) for gradient in done.output_gradients.values()]
+    parts = [part.reshape(len(part), classes_of(part)) for part in gradients]
+    samples, valid = tokens.rows(gradients[0], totals.origin.sample_dims, done.valid)
     length = None
     if totals.origin.normalize:
         if any(len(part) != samples for part in parts):
@@ -204,5 +210,5 @@ def _read(totals: Totals, done: ForwardPass) -> None:
                              "one for each sample in all of them")
         lengths = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts]
         length = torch.linalg.vector_norm(torch.stack(lengths), dim=0)
-    totals.add(done.sums(), samples, length, weight_gradients=done.weight_gradients,
-                     valid=valid)
+    sums = taps.by_sample(done.rows(), done, gradients[0])
+    totals.add(sums, samples, length, weight_gradients=done.weight_gradients, valid=valid)

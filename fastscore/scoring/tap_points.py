@@ -26,16 +26,22 @@ def _tap_point(layer: nn.Module, gate: bool, windowed: bool) -> TapPoint:
     # a convolution of one position with stride, as in a ResNet's shortcuts, reads no other positions
     alone = not layer.transposed and all(size == 1 for size in layer.kernel_size) and set(layer.padding) <= {0}
     steps = layer.stride if windowed and alone and any(step > 1 for step in layer.stride) else ()
-    return TapPoint(1, window=(slice(None), slice(None), *(slice(None, None, step) for step in steps)) if steps else ())
+    window = (slice(None), slice(None), *(slice(None, None, step) for step in steps)) if steps else ()
+    return TapPoint(channel_dim(layer), window=window)
 
 
-def groups_to_score(model: nn.Module, graph: ChannelGraph, origin: Origin,
-                    ignore: Ignore) -> tuple[ChannelGraph, Origin]:
-    """The groups to score, and how, of which model. Raises ValueError, with the reasons, when nothing is left."""
+def groups_to_score(model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore, apart: bool = False
+                    ) -> tuple[ChannelGraph, Origin]:
+    """The groups to score, and how, of which model. apart: without those whose samples cannot be told apart in a batch
+    of several. Raises ValueError, with the reasons, when nothing is left."""
     if origin.units == "norms":
         graph = norm_gates(model, graph)
+    if graph.samples.second and origin.gradient != "none":
+        raise ValueError("batches: their second dimension counts samples, [T, N, ...], by what the output depends on; "
+                         "give [N, ...] and forward=lambda model, batch: model(batch.transpose(0, 1))")
     origin = replace(origin, fingerprint=graph.fingerprint)
     graph = graph.without(model, ignore)
+    graph = graph.told_apart() if apart else graph
     if not graph.groups:
         reasons = "".join(f"\n  {layer}: {reason}" for layer, reason in graph.skipped.items())
         nothing = "it has no BatchNorm" if origin.units == "norms" else "it has no Conv or Linear"

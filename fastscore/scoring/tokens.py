@@ -12,15 +12,28 @@ from torch import Tensor
 
 from fastscore import ops
 from fastscore.batches import MASK, first_input, mappings
+from fastscore.modules.sample_axis import SampleAxes
 from fastscore.scoring import gradients
 from fastscore.scoring.scores import Origin
+from fastscore.taps.passes import ForwardPass
 
 
-def sample_ids(inputs: Any, valid: Tensor | None) -> Tensor:
-    """int64 [N], see gradients.sample_ids: of what a batch, or a call, holds but for its mask and its padding."""
+def ids_of(done: ForwardPass, axes: SampleAxes) -> Tensor:
+    """int64 [N]: the ids of the samples that a pass began with, by what the model was called with, or, where that has
+    no dimension of samples, by the batch."""
+    known = axes.input is not None or done.batch is None
+    return sample_ids(done.inputs if known else done.batch, done.valid, axes.input or 0)
+
+
+def sample_ids(inputs: Any, valid: Tensor | None, dim: int = 0) -> Tensor:
+    """int64 [N], see gradients.sample_ids: of what a batch, or a call, holds but for its mask and its padding.
+
+    dim: where the samples lie in the first tensor.
+    """
     found = next((tensor for mapping in mappings(inputs) for key, tensor in mapping.items()
                   if key != MASK and isinstance(tensor, Tensor)), None) if _first_is_mask(inputs) else None
     x = first_input(inputs) if found is None else found
+    x = x.movedim(dim, 0) if 0 < dim < x.dim() else x
     if valid is not None and x.shape[:2] == valid.shape:
         x = x.masked_fill(~_along(valid, x), 0)
     return gradients.sample_ids(x)

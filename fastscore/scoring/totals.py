@@ -27,28 +27,32 @@ class Totals:
     They are float64: n terms have an error of at most n · 2**-53 of the sum of their sizes, 1e-8 for 10**8 samples.
 
     model: the one that is measured, for its layers' types and, where the importance reads them, its weights. graph: its
-    channel groups. origin: the way of scoring; its fingerprint is filled in here. ignore: layers to leave out. Every
-    other sample goes to one half, so that the scores can tell how far two halves of the samples agree. A pass with NaN
-    or infinity is left out, whole, and counted.
+    channel groups. origin: the way of scoring; its fingerprint is filled in here. ignore: layers to leave out.
+    several: whether batches are known to have several samples: groups whose samples cannot be told apart are left alone
+    then at once. Every other sample goes to one half, so that the scores can tell how far two halves of the samples
+    agree. A pass with NaN or infinity is left out, whole, and counted.
     Raises ValueError, with the reasons, when no channel is left.
     """
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore = ()) -> None:
+    def __init__(self, model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore = (),
+                 several: bool = False) -> None:
         self.criterion = gradient_importance(origin.importance, origin.reduction, origin.ablation)
-        self._graph, self.origin = groups_to_score(model, graph, origin, ignore)
+        apart = several and not self.criterion.minibatch
+        self._graph, self.origin = groups_to_score(model, graph, origin, ignore, apart)
         self.model = model
         self._sums = JointSums(self._graph.groups)
         self._edge_sums = [EdgeSums(group) for group in self._graph.groups] if self.criterion.edges else []
         self._totals: dict[str, Tensor] = {}  # group -> float64 [2, ..., C]; first the even samples, then the odd ones
         self._means: dict[str, Tensor] = {}  # layer -> float64 [C_in]
         self._reached: set[str] = set()  # layers with a tap that a backward pass has come to
+        self._untold: dict[str, str] = {}  # layer -> why its samples could not be told apart, once at least
         self._counts = {"even": 0, "odd": 0, "samples": 0, "zero_gradients": 0, "left_out": 0}
         self.nonfinite: str | None = None  # where the latest pass that was left out had NaN or infinity
 
     def new_empty(self) -> "Totals":
         """Totals of the same groups and the same way of scoring, with nothing in them."""
         other = copy.copy(self)
-        other._totals, other._means, other._reached, other.nonfinite = {}, {}, set(), None
+        other._totals, other._means, other._reached, other._untold, other.nonfinite = {}, {}, set(), {}, None
         other._counts = dict.fromkeys(self._counts, 0)
         return other
 
@@ -58,6 +62,7 @@ class Totals:
             for name, value in more.items():
                 own[name] = own.get(name, 0.0) + value  # the first time too: with 0.0 added there is no -0.0
         self._reached |= other._reached
+        self._untold |= other._untold
         self._counts = {name: count + other._counts[name] for name, count in self._counts.items()}
 
     @property
@@ -70,25 +75,27 @@ class Totals:
         """Backward passes left out for NaN or infinity."""
         return self._counts["left_out"]
 
-    def taps(self, on_pass: Callable[[ForwardPass], None] | None = None,
+    def taps(self, on_pass: Callable[[Taps, ForwardPass], None] | None = None,
              outputs: batches.Outputs = batches.output_tensors, traceable: bool = False) -> Taps:
         """Taps that measure what these totals need."""
         # compared with its mean, a channel has one mean wherever it is read: that of the whole tensor
         points = tap_points(self.model, self._graph.groups, windowed=not self.criterion.edges)
         names = {name for group in self._graph.groups for _, name in filter_parameters(self.model, group)}
         weights = {name: self.model.get_parameter(name) for name in sorted(names)} if self.criterion.filters else {}
+        # a minibatch that counts as one needs no samples told apart, but where each is divided by a length afterwards
+        apart = not self.criterion.minibatch or (on_pass is not None and self.origin.normalize)
         return Taps(self.model, points, self.criterion.measure, on_pass, weights, outputs, traceable,
-                    self.origin.sample_dims)
+                    self.origin.sample_dims, self._graph.samples, apart)
 
     def propagate(self, taps: Taps, output: Tensor, gradient: Tensor, last: bool = False) -> None:
         """Send `gradient`, of `output`'s shape [N, ...], back to the taps as it stands, and add what they measure.
 
         last: no other follows from this output, whose graph is freed on the way.
         """
+        samples, valid = tokens.rows(output, self.origin.sample_dims, taps.current.valid if taps.current else None)
         sums, weight_gradients = taps.propagate(output, gradient, last)
         assert taps.current is not None
         taps.current.probes += 1
-        samples, valid = tokens.rows(output, self.origin.sample_dims, taps.current.valid)
         counts = self.add(sums, samples, fresh=not taps.current.counted, weight_gradients=weight_gradients, valid=valid)
         taps.current.counted |= counts
         if counts and self.origin.normalize:
@@ -99,34 +106,33 @@ class Totals:
         """Send one more random gradient back from the latest forward pass; its samples' ids come from its inputs."""
         assert taps.current is not None
         if taps.current.ids is None:
-            taps.current.ids = tokens.sample_ids(taps.current.inputs, taps.current.valid)
+            taps.current.ids = tokens.ids_of(taps.current, self._graph.samples)
         gradient = tokens.random_gradient(output, taps.current.ids, taps.current.probes, self.origin,
                                           taps.current.valid)
         self.propagate(taps, output, gradient / len(output) if self.criterion.minibatch else gradient, last)
 
-    def add(self, sums: Sequence[tuple[str, Tensor]], samples: int, length: Tensor | None = None, *,
+    def add(self, sums: Sequence[tuple[str, Tensor | str]], samples: int, length: Tensor | None = None, *,
             fresh: bool = True, weight_gradients: Mapping[str, Tensor] | None = None,
             valid: Tensor | None = None) -> bool:
         """Add one backward pass of N samples; whether it counts: NaN or infinity leave it out.
 
-        sums: (layer, [P, N, C_in]) from the taps. length: float64 [N], of each sample's output gradient, where it is
+        sums: (layer, [P, N, C_in]) from the taps, or (layer, the reason why its samples cannot be told apart), which
+        leaves its groups without a score. length: float64 [N], of each sample's output gradient, where it is
         to be divided out. fresh: whether these samples are seen for the first time. weight_gradients: of the
         taps' weights. valid: bool [N], which of them are no padding.
-        Raises ValueError, naming the layer, for sums of another number of samples.
         """
+        self._untold.update((layer, reason) for layer, reason in sums if isinstance(reason, str))
+        measured = [(layer, tensor.detach()) for layer, tensor in sums if isinstance(tensor, Tensor)]
         by_layer: dict[str, list[Tensor]] = {}
-        for layer, tensor in sums:
-            if tensor.shape[1] != samples:
-                raise ValueError(f"{layer}: its input has {tensor.shape[1]} rows where the output has {samples} "
-                                 "samples; leave it out with ignore=")
-            by_layer.setdefault(layer, []).append(tensor.detach() if valid is None else tensor.detach()[:, valid])
+        for layer, tensor in measured:
+            by_layer.setdefault(layer, []).append(tensor if valid is None else tensor[:, valid])
         samples = samples if valid is None else int(valid.sum())
         halves = self._halves(1 if self.criterion.minibatch else samples)
         shares = dict(self._shares(by_layer, self._scale(length), halves, weight_gradients or {}))
         lengths = {} if length is None else {"the output": length}
         if not _finite([*lengths.values(), *shares.values()]):
-            measured = [*lengths.items(), *sums, *(weight_gradients or {}).items(), *shares.items()]
-            self.nonfinite = next(name for name, tensor in measured if not torch.isfinite(tensor).all())
+            every = [*lengths.items(), *measured, *(weight_gradients or {}).items(), *shares.items()]
+            self.nonfinite = next(name for name, tensor in every if not torch.isfinite(tensor).all())
             self._counts["left_out"] += 1
             return False
         if fresh and self.criterion.measure is SUMS:
@@ -202,11 +208,14 @@ class Totals:
         missed = {group.name: f"no backward pass came to {layer}, which reads its channels: it runs under no_grad, "
                   "in a checkpoint(use_reentrant=True) that probes cannot pass, or without a loss" for group
                   in self._graph.groups for layer in sorted({edge.layer for edge in group.edges} - self._reached)[:1]}
+        missed |= {group.name: self._untold[edge.layer] for group in self._graph.groups for edge in group.edges
+                   if edge.layer in self._untold}
         totals = {name: total.cpu() for name, total in self._totals.items() if name not in missed}
         if not totals:
             raise RuntimeError("nothing was measured whole: " + "; ".join(
                 f"{name}: {reason}" for name, reason in missed.items()))
-        means = {layer: (total / self._counts["samples"]).cpu() for layer, total in self._means.items()}
+        means = {layer: (total / self._counts["samples"]).cpu() for layer, total in self._means.items()
+                 if layer not in self._untold}
         even, odd = self._counts["even"], self._counts["odd"]
         scores = Scores({name: total.sum(0) for name, total in totals.items()}, self.origin, even + odd,
                         self.samples, {**self._graph.skipped, **missed}, means,
@@ -227,14 +236,14 @@ class Totals:
     def state_dict(self) -> dict[str, Any]:
         """Sums and counts, to go on from."""
         return {"origin": asdict(self.origin), "counts": dict(self._counts), "totals": dict(self._totals),
-                "means": dict(self._means), "reached": sorted(self._reached)}
+                "means": dict(self._means), "reached": sorted(self._reached), "untold": dict(self._untold)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`. Raises ValueError for the state of another model or another way of scoring."""
         if state["origin"] != asdict(self.origin):
             raise ValueError(f"state: it was made as {state['origin']}, these totals are {asdict(self.origin)}")
         self._counts, self._totals, self._means = dict(state["counts"]), dict(state["totals"]), dict(state["means"])
-        self._reached = set(state["reached"])
+        self._reached, self._untold = set(state["reached"]), dict(state.get("untold", {}))
 
     def all_reduce(self, device: torch.device, process_group: distributed.ProcessGroup | None = None) -> None:
         """Add up over the processes of `process_group` (all by default), so that every one has the sum.
@@ -244,12 +253,13 @@ class Totals:
         own = {(kind, name): value for kind, values in (("totals", self._totals), ("means", self._means))
                for name, value in values.items()}
         parts: list[Any] = [None] * distributed.get_world_size(process_group)
-        distributed.all_gather_object(parts, ({key: value.shape for key, value in own.items()}, self._reached),
-                                      group=process_group)
+        distributed.all_gather_object(parts, ({key: value.shape for key, value in own.items()}, self._reached,
+                                              self._untold), group=process_group)
         known: dict[tuple[str, str], torch.Size] = {}
-        for shapes, reached in parts:
+        for shapes, reached, untold in parts:
             known.update(shapes)
             self._reached |= reached
+            self._untold |= untold
         values = [own[key].to(device) if key in own else torch.zeros(known[key], dtype=torch.float64, device=device)
                   for key in sorted(known)]
         if values:

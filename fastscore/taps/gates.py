@@ -7,13 +7,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastscore.modules.sample_axis import SampleAxis
+
 
 @dataclass(frozen=True)
 class TapPoint:
     """Where a tap stands: the dimension that holds the channels, of the layer's input or of its output.
 
     window: what the layer reads of its input, where that is not all; no gradient comes back to the rest. module: the
-    module at whose input the tap stands, where it is not the layer itself but one before it.
+    module at whose input the tap stands, where it is not the layer itself but one before it. Where the samples lie is
+    another matter: see fastscore.modules.sample_axis.
     """
 
     channel_dim: int
@@ -45,25 +48,26 @@ class Measuring(Protocol):
     def measuring(self) -> bool:
         """Whether a backward pass that runs now is to be measured."""
 
-    def measured(self, x: Tensor, g: Tensor, channel_dim: int, valid: Tensor | None) -> Tensor:
-        """[P, N, C] of activation and gradient."""
+    def measured(self, x: Tensor, g: Tensor, channel_dim: int, axis: SampleAxis, valid: Tensor | None) -> Tensor:
+        """[P, R, C] of activation and gradient, a row for each place along `axis`; for each sample, with padding."""
 
 
 class Gate(torch.autograd.Function):
     """(x, gate) -> x; backward: (g, measure(x, g))."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, taps: "Measuring", point: TapPoint, valid: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor, taps: "Measuring", point: TapPoint, axis: SampleAxis,
+                valid: Tensor | None) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.taps, ctx.point, ctx.valid = taps, point, valid
+        ctx.taps, ctx.point, ctx.axis, ctx.valid = taps, point, axis, valid
         # a Conv or Linear never writes to its input; whoever takes a BatchNorm's output may (`out += identity`)
         return x.clone() if point.output else x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         (x,) = ctx.saved_tensors
         point, measured = ctx.point, None
         if ctx.taps.measuring:
             x, h = (x[point.window], g[point.window]) if point.window else (x, g)
-            measured = ctx.taps.measured(x, h, point.channel_dim, ctx.valid)
-        return g, measured, None, None, None
+            measured = ctx.taps.measured(x, h, point.channel_dim, ctx.axis, ctx.valid)
+        return g, measured, None, None, None, None

@@ -1,24 +1,36 @@
 """Forward passes, and which of them a backward pass went through."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastscore.batches import valid_tokens
+from fastscore.modules.sample_axis import SampleAxis, Untold
+
+
+class Tapped(NamedTuple):
+    """A tap that has run: its layer, its gate [P, R, C], and how rows belong to samples, or why that is not known."""
+
+    layer: str
+    gate: Tensor
+    axis: SampleAxis | Untold
 
 
 class ForwardPass:
     """One forward pass: the gates that its taps made, and the gradient that came back to its output."""
 
     def __init__(self, inputs: Any) -> None:
-        self.inputs = inputs
+        self.inputs = inputs  # of the model's first call
+        self.batch: Any = None  # what that came from, where it is known
         self.ids: Tensor | None = None  # of its samples, once they have been asked for
         self.called = False
         self.returned = False
-        self.gates: list[tuple[str, Tensor]] = []  # (layer, gate [P, N, C]); a layer called twice stands here twice
+        self.gates: list[Tapped] = []  # a layer called twice stands here twice
+        self.calls: Counter[str] = Counter()  # of each layer, up to now
         self.deferred_layers: set[str] = set()  # layers that ran without gradients: checkpointing may run them again
         self.output_gradients: dict[int, Tensor] = {}  # which output -> the gradient that came back to it
         self.weight_gradients: dict[str, Tensor] = {}
@@ -32,11 +44,11 @@ class ForwardPass:
 
     def grad_versions(self) -> list[tuple[int, int] | None]:
         """Something that differs once an ordinary backward pass has reached a gate."""
-        return [None if gate.grad is None else (id(gate.grad), gate.grad._version) for _, gate in self.gates]
+        return [None if gate.grad is None else (id(gate.grad), gate.grad._version) for _, gate, _ in self.gates]
 
-    def sums(self) -> list[tuple[str, Tensor]]:
-        """(layer, sums [P, N, C]) of every tap that an ordinary backward pass reached."""
-        return [(layer, gate.grad) for layer, gate in self.gates if gate.grad is not None]
+    def rows(self) -> list[Tapped]:
+        """What every tap measured that an ordinary backward pass reached: [P, R, C] in place of its gate."""
+        return [tapped._replace(gate=tapped.gate.grad) for tapped in self.gates if tapped.gate.grad is not None]
 
 
 class BackwardPasses:

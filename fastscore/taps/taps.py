@@ -3,11 +3,11 @@
 A tap stands on the input of a layer that reads channels (a consumer), or on the output of one (a BatchNorm). It hands
 the tensor on through an identity whose second argument, the gate, is a leaf [P, N, C]; what autograd sends to the gate
 is what is measured of activation and gradient *on that edge alone*. So a backward pass that asks for the gates computes
-no weight gradient, and an ordinary backward pass leaves the sums in `gate.grad`.
+no weight gradient, and an ordinary backward pass leaves the sums in `gate.grad`. A gate has a row for each place along
+the dimension of the samples; where frames or windows lie there too, their rows are added up afterwards.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -18,29 +18,33 @@ from torch.utils.hooks import RemovableHandle
 
 from fastscore.batches import Outputs, output_tensors
 from fastscore.modules import multihead_attention
-from fastscore.modules.hooks import OwnHook
+from fastscore.modules.hooks import OwnHook, input_of, with_input
+from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, by_sample, by_token, rows_first, spread
 from fastscore.taps.gates import FusedTap, Gate, TapPoint
 from fastscore.taps.measures import Measure
-from fastscore.taps.passes import BackwardPasses, ForwardPass
+from fastscore.taps.passes import BackwardPasses, ForwardPass, Tapped
 from fastscore.taps.recompute import pass_of
 
 
 class Taps:
     """Taps on the layers that `points` names; a context manager that leaves no hook behind.
 
-    points: layer -> where its tap stands. measure: what a gate receives. on_pass: called with each
+    points: layer -> where its tap stands. measure: what a gate receives. on_pass: called with these taps and each
     ForwardPass whose output an ordinary backward pass reached, once a later forward pass begins or `flush` is called;
     without it only `propagate` measures, and ordinary backward passes cost nothing. weights: parameters whose gradients
     are measured too, by name; those of an ordinary backward pass count for the latest forward pass. outputs: what the
     model returns -> the tensors whose gradients are the pass's output gradient. traceable: whether torch.compile is to
     follow the hooks, rather than compile what stands between them. sample_dims: how many dimensions of a layer's input
-    tell samples apart; with 2, the second is that of tokens.
+    tell samples apart; with 2, the second is that of tokens. axes: where the samples lie in what is tapped. apart:
+    whether samples have to be told apart; without, the sums of a batch are right in all, and not for each sample, where
+    that cannot be.
     """
 
     def __init__(self, model: nn.Module, points: Mapping[str, TapPoint], measure: Measure,
-                 on_pass: Callable[[ForwardPass], None] | None = None,
+                 on_pass: "Callable[[Taps, ForwardPass], None] | None" = None,
                  weights: Mapping[str, Tensor] | None = None, outputs: Outputs = output_tensors,
-                 traceable: bool = False, sample_dims: int = 1) -> None:
+                 traceable: bool = False, sample_dims: int = 1, axes: SampleAxes | None = None,
+                 apart: bool = True) -> None:
         self.model = model
         self.points = dict(points)
         self.measure = measure
@@ -52,6 +56,8 @@ class Taps:
         self._outputs = outputs
         self._traceable = traceable
         self._sample_dims = sample_dims
+        self.axes = SampleAxes() if axes is None else axes
+        self._apart = apart
         self._propagating = self._in_one_pass = False
         self._backward = BackwardPasses()
         self._seen: set[str] = set()  # layers whose taps have run
@@ -68,7 +74,7 @@ class Taps:
             module = self.model.get_submodule(point.module or layer)
             self._handles.append(
                 module.register_forward_hook(self._tap_output(module, layer, point)) if point.output
-                else module.register_forward_pre_hook(self._tap_input(module, layer, point)))
+                else module.register_forward_pre_hook(self._tap_input(module, layer, point), with_kwargs=True))
         if self._on_pass is not None:
             self._handles += [weight.register_hook(self._receive_weight(name)) for name, weight in self.weights.items()]
             self._handles += [weight.register_hook(self._check_seen(layer)) for layer in self.points
@@ -97,34 +103,37 @@ class Taps:
         """Whether a backward pass that runs now is to be measured."""
         return self._propagating or self._on_pass is not None or bool(self._preallocated)
 
-    def measured(self, x: Tensor, g: Tensor, channel_dim: int, valid: Tensor | None) -> Tensor:
-        """[P, N, C] of activation and gradient; where `valid` (bool [N, T]) tells padding, without it."""
-        if self._sample_dims > 1:
-            return self.measure.compute(x.flatten(0, 1), g.flatten(0, 1), channel_dim)
+    def measured(self, x: Tensor, g: Tensor, channel_dim: int, axis: SampleAxis, valid: Tensor | None) -> Tensor:
+        """[P, R, C] of activation and gradient: a row for each place along `axis`, or for each token where tokens are
+        samples; where `valid` (bool [N, T]) tells padding, without it, and a row for each sample."""
         if valid is None:
-            return self.measure.compute(x, g, channel_dim)
+            x, channel = self._in_rows(x, channel_dim, axis)
+            return self.measure.compute(x, self._in_rows(g, channel_dim, axis)[0], channel)
         valid = valid.to(x.device)
-        measured = self.measure.compute(x.masked_fill(~valid[..., None], 0), g, channel_dim)
+        x, g = axis.first(x, len(valid)), axis.first(g, len(valid))
+        measured = self.measure.compute(x.masked_fill(~valid[..., None], 0), g, -1)
         if self.measure.mean is not None:
             measured[self.measure.mean] *= (valid.shape[1] / valid.sum(1).clamp(min=1))[:, None]
         return measured
 
     def propagate(self, output: Tensor, gradient: Tensor, last: bool = False
-                  ) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor]]:
-        """Send `gradient` (of `output`'s shape) back from the latest forward pass, to the gates and weights alone.
+                  ) -> tuple[list[tuple[str, Tensor | str]], dict[str, Tensor]]:
+        """Send `gradient` (of `output`'s shape, [N, ...]) back from the latest forward pass, to the gates and weights
+        alone.
 
-        Returns (layer, sums [P, N, C]) of every tap that `output` depends on, and the gradients of the weights that it
+        Returns what `by_sample` makes of every tap that `output` depends on, and the gradients of the weights that it
         depends on. No `.grad` changes; the graph stays alive unless this is the last.
         Raises RuntimeError when the output does not come from that pass, or its graph is gone.
         """
         # a copy: activation checkpointing runs layers, and their taps, again during the backward pass
-        gates = list(self.current.gates) if self.current is not None else []
-        if not gates or not output.requires_grad:
+        current = self.current
+        gates = list(current.gates) if current is not None else []
+        if current is None or not gates or not output.requires_grad:
             raise RuntimeError("output: no tapped forward pass is behind it: run the model with gradients enabled "
                                "while the taps are attached, then pass its output")
         self._propagating = True
         try:
-            found = torch.autograd.grad(output, [*(gate for _, gate in gates), *self.weights.values()], gradient,
+            found = torch.autograd.grad(output, [*(gate for _, gate, _ in gates), *self.weights.values()], gradient,
                                         retain_graph=not last, allow_unused=True)
         except RuntimeError as error:
             if "donated buffers" in str(error):
@@ -137,18 +146,35 @@ class Taps:
                                "it") from error
         finally:
             self._propagating = False
-        reached = [(layer, tensor) for (layer, _), tensor in zip(gates, found, strict=False) if tensor is not None]
+        reached = [tapped._replace(gate=tensor) for tapped, tensor in zip(gates, found, strict=False)
+                   if tensor is not None]
         if not reached:
             raise RuntimeError("output: it is not the output of the latest forward pass: send gradients back before "
                                "the model runs again")
-        return reached, {name: tensor for name, tensor in zip(self.weights, found[len(gates):], strict=True)
-                         if tensor is not None}
+        weights = zip(self.weights, found[len(gates):], strict=True)
+        return self.by_sample(reached, current, output), {name: tensor for name, tensor in weights
+                                                          if tensor is not None}
+
+    def by_sample(self, rows: Sequence[Tapped], done: ForwardPass, output: Tensor) -> list[tuple[str, Tensor | str]]:
+        """(layer, sums [P, N, C]) from the rows that were measured in a pass, of whose output [N, ...] only the shape
+        counts; or (layer, the reason why its rows cannot be told apart by sample)."""
+        samples, mean = len(output), self.measure.mean
+        tensor = self.axes.first_input(done.inputs)
+        fixed = tensor is not None and tensor.numel() == self.axes.values * samples
+
+        def of(layer: str, each: Tensor, axis: SampleAxis | Untold) -> Tensor | str:
+            found = by_token(each, axis, layer, samples, output.shape[1]) if self._sample_dims > 1 \
+                else by_sample(each, axis, layer, samples, mean, fixed)
+            return spread(each, samples, mean) if isinstance(found, str) and not self._apart else found
+
+        return [(layer, of(layer, each, axis)) for layer, each, axis in rows]
 
     @contextmanager
     def one_pass(self, inputs: Any) -> Iterator[None]:
         """Whatever runs in the block is one pass, however often the model is called; `inputs` if it never is."""
         self.flush()
         self.current, self._in_one_pass = ForwardPass(inputs), True
+        self.current.batch = inputs
         try:
             yield
         finally:
@@ -159,7 +185,7 @@ class Taps:
         finished, self._backward.finished = self._backward.finished, []
         for done in finished:
             assert self._on_pass is not None
-            self._on_pass(done)
+            self._on_pass(self, done)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not self.model or not torch.is_grad_enabled():
@@ -176,12 +202,10 @@ class Taps:
         return OwnHook(function if self._traceable else torch.compiler.disable(function))
 
     def _tap_input(self, own: nn.Module, layer: str, point: TapPoint) -> OwnHook:
-        def hand_over_view(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        def hand_over_view(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if module is not own or not self._listening(layer):
                 return None
-            if not args:
-                raise TypeError(f"{layer}: its input arrives as a keyword argument; call it by position, or ignore it")
-            return self._gated(args[0], layer, point), *args[1:]
+            return with_input(args, kwargs, self._gated(input_of(args, kwargs), layer, point))
 
         return self._hook(hand_over_view)
 
@@ -213,42 +237,72 @@ class Taps:
         return tap.tapped
 
     def _gated(self, x: Tensor, layer: str, point: TapPoint) -> Tensor:
-        tap = self._published
-        if tap is not None and tap.y is x and layer in tap.readers and point.fits(x):
-            assert self.current is not None
-            self._published = None
-            self.current.gates.append((layer, tap.gate))
-            self._seen.add(layer)
-            return tap.tapped
         gate, valid = self._preallocated.get(layer), None
         if gate is None:
-            gate = self.gate(self._samples(x, layer, point), x.shape[point.channel_dim], x)
             owner = pass_of(layer, self.current, self._backward.running)
-            if owner is not None:
-                owner.gates.append((layer, gate))
-                if point.channel_dim == -1 and owner.valid is not None and x.shape[:-1] == owner.valid.shape:
-                    valid = owner.valid
+            known = self._axis(layer, owner)
+            axis = known if isinstance(known, SampleAxis) else SampleAxis()
             self._seen.add(layer)
-        gated: Tensor = Gate.apply(x, gate, self, point, valid)
+            tap = self._published
+            if tap is not None and tap.y is x and layer in tap.readers and point.fits(x) and axis.dim == 0:
+                assert self.current is not None
+                self._published = None
+                self.current.gates.append(Tapped(layer, tap.gate, known))
+                return tap.tapped
+            valid = self._padding(x, point, axis, owner)
+            rows = self._in_rows(x.detach(), point.channel_dim, axis)[0] if valid is None else valid
+            gate = self.gate(len(rows), x.shape[point.channel_dim], x)
+            if owner is not None:
+                owner.gates.append(Tapped(layer, gate, self._of_rows(x, layer, point, known, valid)))
+        else:
+            known = self.axes.of(layer)
+            axis = known if isinstance(known, SampleAxis) else SampleAxis()
+        gated: Tensor = Gate.apply(x, gate, self, point, axis, valid)
         return gated
 
-    def _samples(self, x: Tensor, layer: str, point: TapPoint) -> int:
-        """How many samples a layer's input holds."""
-        if self._sample_dims > 1 and (point.channel_dim != -1 or x.dim() < 3):
-            raise ValueError(f"{layer}: its input {list(x.shape)} has no dimension of tokens, [N, T, C], to tell "
-                             f"samples apart by (sample_dims={self._sample_dims}): leave out what makes it")
-        return math.prod(x.shape[:self._sample_dims])
+    def _axis(self, layer: str, owner: ForwardPass | None) -> SampleAxis | Untold:
+        """Where the samples lie in what a layer that runs now reads, or why that is not known."""
+        if owner is None or torch._C._current_graph_task_id() != -1:
+            return self.axes.rerun(layer)
+        owner.calls[layer] += 1
+        return self.axes.of(layer, owner.calls[layer] - 1)
 
-    def gate(self, samples: int, channels: int, like: Tensor) -> Tensor:
-        """A leaf [P, N, C] for a tensor such as `like`. It is never read: only what comes back to it counts."""
-        return torch.empty(self.measure.parts, samples, channels, device=like.device, requires_grad=True,
+    def _padding(self, x: Tensor, point: TapPoint, axis: SampleAxis, owner: ForwardPass | None) -> Tensor | None:
+        """Which tokens of x are no padding, bool [N, T]; None where it has none, or tokens are samples."""
+        if owner is None or owner.valid is None or point.channel_dim != -1 or self._sample_dims > 1:
+            return None
+        valid = owner.valid
+        fits = x.dim() > 1 and axis.fits(x, len(valid)) and axis.first(x.detach(), len(valid)).shape[:-1] == valid.shape
+        return valid if fits else None
+
+    def _in_rows(self, x: Tensor, channel_dim: int, axis: SampleAxis) -> tuple[Tensor, int]:
+        """x with the rows first that are measured one by one, and where its channels are then."""
+        x, channel = rows_first(x, axis, channel_dim)
+        return (x.flatten(0, 1), channel - 1) if self._sample_dims > 1 and channel_dim == -1 and x.dim() > 2 \
+            else (x, channel)
+
+    def _of_rows(self, x: Tensor, layer: str, point: TapPoint, axis: SampleAxis | Untold, valid: Tensor | None
+                 ) -> SampleAxis | Untold:
+        """How the rows that are measured of x belong to samples, or why that is not known."""
+        if valid is not None:
+            return SampleAxis()
+        if self._sample_dims == 1 or isinstance(axis, Untold):
+            return axis
+        if point.channel_dim != -1 or x.dim() < 2:
+            return Untold(f"{layer} reads {list(x.shape)}, which has no dimension of tokens, [N, T, C], to tell "
+                          f"samples apart by (sample_dims={self._sample_dims})")
+        return axis if x.dim() == 2 else SampleAxis(0, 1, rows_first(x, axis, -1)[0].shape[1])
+
+    def gate(self, rows: int, channels: int, like: Tensor) -> Tensor:
+        """A leaf [P, R, C] for a tensor such as `like`. It is never read: only what comes back to it counts."""
+        return torch.empty(self.measure.parts, rows, channels, device=like.device, requires_grad=True,
                            dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
     @contextmanager
     def preallocated_gates(self, gates: Mapping[str, Tensor]) -> Iterator[None]:
         """Layers that run in the block take these gates: torch.compile cannot make any on its way."""
         assert self.current is not None
-        self.current.gates += gates.items()
+        self.current.gates += [Tapped(layer, gate, self.axes.of(layer)) for layer, gate in gates.items()]
         self._preallocated = gates
         try:
             yield

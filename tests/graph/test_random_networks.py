@@ -10,7 +10,7 @@ import oracles
 import pytest
 import torch
 from random_networks import RandomNetwork, gated, generate, sums
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastscore
 from fastscore import Scorer
@@ -135,6 +135,44 @@ def check(network: RandomNetwork) -> None:
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
 def test_network(seed):
     check(generate(seed))
+
+
+class Frames(nn.Module):
+    """The network on every frame of [N, T, 3, 8, 8] by itself, in the batch; the mean of what it says."""
+
+    def __init__(self, net: nn.Module, samples_together: bool) -> None:
+        super().__init__()
+        self.net, self.samples_together = net, samples_together
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.samples_together:
+            return self.net(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (-1, len(x))).mean(0)
+        return self.net(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT, 5))
+def test_network_on_frames(seed):
+    """A sample's s is the sum of its frames', of which there are as many as samples."""
+    network = generate(seed)
+    x = network.inputs(9).unflatten(0, (3, 3))
+    model = Frames(network.model, seed % 2 == 0)
+    with torch.no_grad():
+        z = model(x)
+    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    exact = sums(network, x.flatten(0, 1), v.repeat_interleave(3, 0) / 3)
+    graph = trace(model, x)
+    if not graph.groups:
+        return
+    scores = fastscore.score(model, [x], gradient="loss", normalize=False, progress=False,
+                             loss=lambda output, batch: (output * v).sum())
+    assert list(scores) == [group.name for group in graph.groups]
+    most = max(float(s.square().max()) for s in exact.values())
+    for group in graph.groups:
+        s = torch.stack([exact[unit] if unit in exact else torch.zeros(9, dtype=torch.float64)
+                         for unit in network.producers[group.name.removeprefix("net.")]], 1)
+        want = s.unflatten(0, (3, 3)).sum(1).square().mean(0)
+        torch.testing.assert_close(scores[group.name].double(), want, rtol=1e-6, atol=1e-9 * most + 1e-37,
+                                   msg=lambda text, name=group.name: f"{name}: {text}")
 
 
 # Each of these was wrong once.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import NETWORKS, Head
+from networks import NETWORKS
 from oracles import untouched
 from torch import Tensor, nn
 
@@ -84,26 +84,6 @@ def test_everything_ignored() -> None:
             lambda: score(model, ignore=[nn.Conv2d]))
     refused(ValueError, r"^ignore: 'stem\.1x' matches no layer.*did you mean stem\.1", model,
             lambda: score(model, ignore="stem.1x"))
-
-
-def test_a_layer_called_by_keyword() -> None:
-    class Keyword(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3), Head(5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.two(input=self.one(x)))
-
-    model = Keyword().double()
-    refused(TypeError, "^two: its input arrives as a keyword", model, lambda: score(model))
-    scores = score(model, importance="magnitude-l2")
-
-    def run_masked() -> None:
-        with fastscore.mask(model, scores, 0.6, X):
-            model(X)
-
-    refused(TypeError, "^two: its input arrives as a keyword", model, run_masked)
 
 
 # Numbers
@@ -198,20 +178,6 @@ def test_scores_of_image_sizes_that_the_graph_takes() -> None:
     both = score(RESIDUAL.model(), [X, torch.randn(2, 3, 12, 10).double()])
     assert small.samples + 2 == both.samples
     assert small.origin == both.origin
-
-
-def test_rows_that_are_not_samples() -> None:
-    class Views(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = RESIDUAL.model()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
-
-    model, x = Views(), torch.randn(2, 3, 3, 8, 8).double()
-    refused(ValueError, r"^net\.\S+: its input has 6 rows where the output has 2 samples.*ignore=", model,
-            lambda: score(model, [x]))
 
 
 # Arguments

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastscore.taps.passes import BackwardPasses, ForwardPass
+from fastscore.modules.sample_axis import SampleAxis
+from fastscore.taps.passes import BackwardPasses, ForwardPass, Tapped
 from fastscore.taps.recompute import pass_of
 
 
@@ -15,7 +16,7 @@ def tapped(watched: BackwardPasses, paused: Callable[[], bool] = lambda: False, 
     """A pass with one gate, watched at `outputs` outputs that are its gate's double, and an input that is no gate."""
     done, gate = ForwardPass(((), {})), torch.ones(3, requires_grad=True)
     x = torch.full((3,), 2.0, requires_grad=True)
-    done.gates.append(("layer", gate))
+    done.gates.append(Tapped("layer", gate, SampleAxis()))
     made = [2 * gate + x for _ in range(outputs)]
     watched.watch_outputs(done, made, paused)
     return done, made, x
@@ -24,12 +25,12 @@ def tapped(watched: BackwardPasses, paused: Callable[[], bool] = lambda: False, 
 def test_the_gradient_of_a_loss_comes_back_to_the_output_and_the_gate() -> None:
     watched = BackwardPasses()
     done, (output,), _ = tapped(watched)
-    assert done.sums() == []
+    assert done.rows() == []
     (output * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     assert watched.finished == [done]
     assert watched.running == []
     assert done.output_gradients[0].tolist() == [1, 2, 3]
-    ((layer, sums),) = done.sums()
+    ((layer, sums, _),) = done.rows()
     assert (layer, sums.tolist()) == ("layer", [2, 4, 6])
 
 
@@ -40,7 +41,7 @@ def test_losses_sent_back_one_after_the_other_add_up_and_count_once() -> None:
     (3 * output).sum().backward()
     assert watched.finished == [done]
     assert done.output_gradients[0].tolist() == [4, 4, 4]
-    assert done.sums()[0][1].tolist() == [8, 8, 8]
+    assert done.rows()[0].gate.tolist() == [8, 8, 8]
 
 
 def test_each_output_has_the_gradient_that_came_back_to_it() -> None:
@@ -98,7 +99,7 @@ def test_a_backward_pass_that_fails_finishes_nothing() -> None:
 def test_an_output_handed_out_in_another_dtype_is_heard_in_its_own() -> None:
     """As wrappers for mixed precision do, while the model computes its own loss from the original."""
     watched, done, gate = BackwardPasses(), ForwardPass(((), {})), torch.ones(3, requires_grad=True)
-    done.gates.append(("layer", gate))
+    done.gates.append(Tapped("layer", gate, SampleAxis()))
     own = 2 * gate
     watched.watch_outputs(done, [own.double()], lambda: False)
     (7 * own).sum().backward()
