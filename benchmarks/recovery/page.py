@@ -122,24 +122,24 @@ def draw(runs: Runs, path: Path) -> None:
     rows = -(-len(networks) // columns)
     fig = figure(3.4 * columns, 2.9 * rows + 0.5)
     colours = dict(zip((*CURVES.values(), BEST), ("#0b6e4f", "#58b09c", "#8a8d91", "#c8553d"), strict=True))
-    axes = None
+    shown: dict[str, object] = {}
     for i, network in enumerate(networks):
         axes = fig.add_subplot(rows, columns, i + 1)
         plain(axes)
         for label, (x, y, spread) in curves(runs, network).items():
-            axes.errorbar(x, y, spread, label=label, color=colours[label], marker="o", markersize=3, linewidth=1.4,
-                          linestyle="--" if label == BEST else "-", capsize=2)
+            shown[label] = axes.errorbar(x, y, spread, color=colours[label], marker="o", markersize=3, linewidth=1.4,
+                                         linestyle="--" if label == BEST else "-", capsize=2)
         dense = runs.get((network, "dense", "1"), {})
         if dense:
             axes.axhline(100 * _mean(list(dense.values()), "top1"), color="#444444", linewidth=0.8, linestyle=":")
         axes.set_title(network, fontsize=9)
+        axes.set_xlim(0.47, 0.93)
         axes.set_ylim(bottom=0)
         if i % columns == 0:
             axes.set_ylabel("top-1, %")
         if i // columns == rows - 1:
             axes.set_xlabel("share of the MACs")
-    if axes is not None:
-        fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    fig.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     fig.savefig(path, dpi=150)
 
 
