@@ -47,8 +47,8 @@ def importances(scores: Mapping[str, Tensor], path: str | PathLike[str], fractio
         for chosen, colour in ((~goes, COLOUR), (goes, REMOVED)):
             axes.plot(position + spread[chosen].numpy(), positive[chosen].numpy(), ".", color=colour, alpha=0.35,
                       markersize=4, markeredgewidth=0)
-        if values.median() > 0:
-            axes.hlines(values.median().item(), position - 0.4, position + 0.4, color="black", linewidth=1.2)
+        if (median := values.quantile(0.5).item()) > 0:
+            axes.hlines(median, position - 0.4, position + 0.4, color="black", linewidth=1.2)
         if len(positive) < len(values):
             axes.annotate(f"{len(values) - len(positive)}", (position, 0.005), xycoords=("data", "axes fraction"),
                           ha="center", va="bottom", fontsize=6, color="#b00020")
@@ -73,7 +73,7 @@ def lowest(scores: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
     Ties go in order of layer and channel. Raises ValueError for a fraction outside [0, 1).
     """
     if not 0 <= fraction < 1:
-        raise ValueError(f"fraction: {fraction}; it is the share of channels that would go, 0 <= fraction < 1")
+        raise ValueError(f"fraction: {fraction}; it is the share of channels to remove, 0 <= fraction < 1")
     goes = {layer: torch.zeros(len(values), dtype=torch.bool) for layer, values in scores.items()}
     left = math.ceil(fraction * sum(map(len, goes.values())) - 1e-9)
     every = [(layer, channel) for layer, marks in goes.items() for channel in range(len(marks))]

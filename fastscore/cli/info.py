@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     prepare = options.preprocessing(arguments)
     scores = fastscore.score(options.model(arguments), [options.example(arguments, prepare)], progress=False)
-    alone = "".join(f"\n{layer}: left alone: {reason}" for layer, reason in scores.skipped.items())
+    alone = "".join(f"\n{layer}: kept ({reason})" for layer, reason in scores.skipped.items())
     print(json.dumps({"images": str(prepare), "plan": str(scores.plan), "skipped": dict(scores.skipped)})
           if arguments.json else f"images: {prepare}\n{scores.plan}{alone}")
 

@@ -90,7 +90,7 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
     scoring.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: %(default)s")
     scoring.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
     scoring.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="LAYER",
-                         help="layers to leave alone, by name; * and ? are wildcards")
+                         help="layers to keep as they are, by name; * and ? are wildcards")
     scoring.add_argument("--precision", choices=PRECISIONS, help="that the passes run in (default: the model's)")
     scoring.add_argument("--compile", action="store_true", help="run the passes through torch.compile")
     add_pixels(command)

@@ -2,14 +2,25 @@
 
 import argparse
 import json
+import shlex
 from dataclasses import asdict
 from importlib import resources
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import torch
+from torch import nn
+
+from fastscore.batches import Batch, call_model
+from fastscore.cli import images, models, options
 from fastscore.cli.options import Commands, add_command, check_folder, wrote
+from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.pruning.costs import Costs, Resource
+from fastscore.pruning.options import Budgets, Ranking, resolve_compensate
+from fastscore.pruning.ranking import rank
 from fastscore.pruning.report import PruneReport
+from fastscore.pruning.selection import check_removable, scored_graph
 from fastscore.scoring.scores import Scores
 
 _GRADIENTS = {"random": "random, no labels", "loss": "of the loss", "none": "none: it reads weights"}
@@ -20,10 +31,15 @@ def add(commands: Commands) -> None:
     command = add_command(
         commands, "report", run, "a page to look at scores in a browser",
         "Write scores as one HTML file that opens without a network: sortable layers, their importances, and which\n"
-        "channels would go at a budget.",
+        "channels are removed at a budget. With the model, budgets are in MACs and parameters, too.",
         "fastscore report scores.safetensors --out scores.html\n"
+        "fastscore report scores.safetensors torchvision:mobilenet_v2 --out scores.html\n"
         "fastscore report scores.safetensors --fraction 0.5 --title 'ResNet-50, photos of May' --out scores.html")
     command.add_argument("scores", metavar="SCORES", help="scores from `fastscore score --out`")
+    command.add_argument("model", metavar="MODEL", nargs="?", help="the model that was scored, for budgets in MACs and "
+                         "parameters; no weights are needed")
+    command.add_argument("--classes", type=options.positive, metavar="N", help="outputs of a torchvision or timm model")
+    options.add_pixels(command)
     command.add_argument("--out", metavar="HTML", default="fastscore-report.html", help="default: %(default)s")
     command.add_argument("--fraction", type=float, default=0.3, metavar="SHARE",
                          help="share of the channels that the page shows as going at first (default: %(default)s)")
@@ -33,26 +49,71 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Read scores, write the page."""
     check_folder(arguments.out)
-    write(Scores.load(arguments.scores), arguments.out, title=arguments.title, fraction=arguments.fraction)
+    scores, costs = Scores.load(arguments.scores), None
+    if arguments.model is not None:
+        prepare = images.preprocessing(arguments.model, None, arguments.size, arguments.mean, arguments.std)
+        model = models.load(arguments.model, classes=arguments.classes)
+        costs = removal_costs(model, scores, torch.zeros(2, *prepare.shape))
+    write(scores, arguments.out, title=arguments.title, fraction=arguments.fraction, costs=costs,
+          command=prune_command(scores, arguments.scores))
     wrote(arguments.out)
 
 
+def prune_command(scores: Scores, path: str) -> str:
+    """The command that prunes by these scores, but for its budget: the model is the one that the scores name."""
+    known = scores.notes
+    parts = ["fastscore", "prune", known.get("model", "MODEL")]
+    if "checkpoint" in known:
+        parts += ["--checkpoint", known["checkpoint"].rpartition(" (sha256 ")[0]]
+    elif "weights" in known:
+        parts += ["--weights", known["weights"]]
+    return shlex.join([*parts, "--scores", path])
+
+
+def removal_costs(model: nn.Module, scores: Scores, example_inputs: Batch) -> dict[str, Any]:
+    """Budget's unit -> what remains, step by step, as fastscore.prune removes channels for a budget in that unit.
+
+    Of each unit: dense, the whole network's MACs, parameters and channels; order, [(number of the layer among the
+    scores, its channels)] of each step; remains, unit -> [what is left before the first step, after it, after the
+    second, ...].
+
+    Raises ValueError for scores of another model, or of BatchNorms alone.
+    """
+    check_removable(scores)
+    graph = scored_graph(model, scores, example_inputs, call_model, ())
+    copy, numbers, found = evaluation_copy(model), {layer: number for number, layer in enumerate(scores)}, {}
+    for unit in get_args(Resource):
+        costs = Costs(copy, graph.groups, example_inputs, compensate=resolve_compensate(None, scores))
+        order = rank(copy, graph.groups, scores, costs, Budgets(**{unit: 0.5}), Ranking(), example_inputs, call_model)
+        remains = {name: [total] for name, total in costs.totals.items()}
+        for step in order:
+            costs.remove(step.group, step.channels)
+            for name, total in costs.totals.items():
+                remains[name].append(total)
+        found[unit] = {"dense": dict(costs.dense), "remains": remains,
+                       "order": [(numbers[step.group], step.channels) for step in order]}
+    return found
+
+
 def write(scores: Scores, path: str | PathLike[str], *, title: str = "Channel scores", fraction: float = 0.3,
-          pruned: PruneReport | None = None) -> None:
+          pruned: PruneReport | None = None, costs: dict[str, Any] | None = None,
+          command: str = "fastscore prune MODEL --scores FILE") -> None:
     """Write `scores` as a page: how they were made, a table of layers that can be sorted, each layer's importances.
 
     fraction: the share of channels that the page shows as going at first; a slider changes it. All layers are ranked
-    together, and one channel stays in each. pruned: what prune() reported, as a second table.
+    together, and one channel stays in each. pruned: what prune() reported, as a second table. costs: of removal_costs,
+    with which budgets are in MACs and parameters, too. command: shown with the chosen budget behind it.
 
     Raises ValueError for a fraction outside [0, 1), FileNotFoundError for a folder that is not there.
     """
     if not 0 <= fraction < 1:
-        raise ValueError(f"fraction: {fraction}; it is the share of channels that would go, 0 <= fraction < 1")
+        raise ValueError(f"fraction: {fraction}; it is the share of channels to remove, 0 <= fraction < 1")
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {Path(path).parent}; make it first")
     page = resources.files("fastscore.cli").joinpath("report.html").read_text(encoding="utf-8")
     # "</script>" in a layer's name would end the data
-    data = json.dumps(_data(scores, title, fraction, pruned), ensure_ascii=True).replace("<", "\\u003c")
+    held = _data(scores, title, fraction, pruned) | {"costs": costs, "command": command}
+    data = json.dumps(held, ensure_ascii=True).replace("<", "\\u003c")
     Path(path).write_text(page.replace("__DATA__", data), encoding="utf-8")
 
 

@@ -63,7 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
         scores.save(arguments.out)
     if arguments.plot is not None:
         scores.plot(arguments.plot)
-    options.wrote(arguments.out, arguments.plot)
+    kept = arguments.resume is not None and Path(arguments.resume).is_file()  # of several processes each has its own
+    options.wrote(arguments.out, arguments.plot, arguments.resume if kept else None)
 
 
 @contextmanager

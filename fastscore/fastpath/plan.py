@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastscore import tables
 from fastscore.fastpath.packed_layers import ClampBounds
 from fastscore.modules.sample_axis import SampleAxis, Untold
 from fastscore.taps.gates import TapPoint
@@ -42,17 +43,31 @@ class Plan:
     layout: str = "contiguous"
     compiled: bool = False
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        return f"<Plan: {self._summary}>"
+
+    def _repr_html_(self) -> str:
+        return tables.html([{"tap": tap.layer, "reads": "x".join(map(str, tap.reads)), "KiB": tap.bytes / 1024,
+                             "note": tap.note} for tap in self.taps], self._summary, *self._remarks)
+
+    @property
+    def _summary(self) -> str:
         every = sum(tap.bytes for tap in self.taps)
+        return (f"{self.precision}, {self.layout}{', compiled' if self.compiled else ''}; {len(self.taps)} taps read "
+                f"{every / 2**20:.2f} MiB for each sample; {len(self.folded)} BatchNorms folded; {len(self.packed)} "
+                f"layers packed, {sum(bounds is not None for bounds in self.packed.values())} of them with a clamp")
+
+    @property
+    def _remarks(self) -> list[str]:
+        return [f"{name}: not folded: {reason}" for name, reason in self.not_folded.items()] \
+            + [f"{name}: not packed: {reason}" for name, reason in self.not_packed.items()]
+
+    def __str__(self) -> str:
         rows = [("tap", "reads", "KiB", ""),
                 *((tap.layer, "x".join(map(str, tap.reads)), f"{tap.bytes / 1024:.1f}", tap.note)
                   for tap in self.taps)]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = [f"{self.precision}, {self.layout}{', compiled' if self.compiled else ''}; {len(self.taps)} taps read "
-                 f"{every / 2**20:.2f} MiB for each sample; {len(self.folded)} BatchNorms folded; {len(self.packed)} "
-                 f"layers packed, {sum(bounds is not None for bounds in self.packed.values())} of them with a clamp"]
-        lines += [f"{name}: not folded: {reason}" for name, reason in self.not_folded.items()]
-        lines += [f"{name}: not packed: {reason}" for name, reason in self.not_packed.items()]
+        lines = [self._summary, *self._remarks]
         lines += [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip()
                   for row in rows]
         return "\n".join(lines)

@@ -74,7 +74,7 @@ class ChannelGroup:
 class ChannelGraph:
     """The prunable groups of a model.
 
-    skipped: layer -> why its channels are left alone. normalized_by: Conv or Linear -> the BatchNorm that alone reads
+    skipped: layer -> why its channels are kept. normalized_by: Conv or Linear -> the BatchNorm that alone reads
     its output. samples: where the samples lie in what layers read.
     """
 

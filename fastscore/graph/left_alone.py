@@ -42,6 +42,6 @@ def _reason(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
     if known is not None:
         return known.format(kind=kind)
     if tp.ops.module2type(module) in LAYERS | CHANNELWISE:
-        return "its channels go with others that are left alone"
+        return "its channels go with others that are kept"
     return f"the code of {kind} reads its {key} {list(parameter.shape)}, and only what a Conv or Linear makes and " \
            "reads can go yet"

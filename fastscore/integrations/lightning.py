@@ -4,6 +4,7 @@ from os import PathLike
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from fastscore.batches import Batch
 from fastscore.scoring.scorer import Scorer
@@ -20,7 +21,8 @@ class ScoreCallback(Callback):  # type: ignore[misc]
         callback.scores
 
     The totals are part of Lightning's checkpoints, and those of all processes are added up at the end. While training
-    runs, and after it stopped for an exception, `callback.scorer` has what was measured.
+    runs, and after it stopped for an exception, `callback.scorer` has what was measured. Where the trainer logs to
+    TensorBoard, it gets a histogram of importances for each layer when training ends.
 
     Args:
         path: where the scores are saved when training ends; None: nowhere.
@@ -62,6 +64,9 @@ class ScoreCallback(Callback):  # type: ignore[misc]
         self.scores = self.scorer.scores()
         if self.path is not None and trainer.is_global_zero:
             self.scores.save(self.path)
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, TensorBoardLogger):
+                self.scores.log_histograms(logger.experiment, trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the taps."""

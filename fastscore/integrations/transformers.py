@@ -55,6 +55,7 @@ class ScoreCallback(TrainerCallback):  # type: ignore[misc]
         path: where the scores are saved when training ends; None: nowhere.
         example_inputs: see fastscore.Scorer; by default a batch of the trainer's (give one where batches can be taken
             once only, from a stream).
+        writer: a SummaryWriter of TensorBoard, for a histogram of importances for each layer when training ends.
         options: of fastscore.Scorer.
 
     Raises:
@@ -62,11 +63,11 @@ class ScoreCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, path: str | PathLike[str] | None = None, *, example_inputs: Batch = None,
-                 **options: Any) -> None:
+                 writer: Any = None, **options: Any) -> None:
         if options.get("gradient", "loss") != "loss":
             raise ValueError(f"gradient: {options['gradient']!r}, where the training step's own backward passes are "
                              'read: use gradient="loss"')
-        self.path, self.example_inputs, self.options = path, example_inputs, options
+        self.path, self.example_inputs, self.writer, self.options = path, example_inputs, writer, options
         self.scorer: Scorer | None = None
         self.scores: Scores | None = None
 
@@ -90,5 +91,9 @@ class ScoreCallback(TrainerCallback):  # type: ignore[misc]
         if args.world_size > 1:
             self.scorer.all_reduce()
         self.scores = self.scorer.scores()
-        if self.path is not None and state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        if self.path is not None:
             self.scores.save(self.path)
+        if self.writer is not None:
+            self.scores.log_histograms(self.writer, state.global_step)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastscore import tables
 from fastscore.graph.groups import ChannelGraph
 from fastscore.pruning.costs import Costs
 from fastscore.recovery.reconstruct import Repair
@@ -125,6 +126,27 @@ class PruneReport:
                    tuple(candidates), data.get("notes", {}), tuple(Repair(**row) for row in data.get("repairs", ())),
                    tuple(Judged(**row) for row in data.get("judged", ())))
 
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each group of channels: what there was, and what remains."""
+        return [{"layer": row.layer} | {f"{unit}_{when}": value for unit in ("channels", "macs", "params")
+                                        for when, value in zip(("before", "after"), getattr(row, unit), strict=True)}
+                for row in self.groups]
+
+    def to_pandas(self) -> Any:
+        """A DataFrame of `records()`. Raises ImportError, naming the way out, without pandas."""
+        return tables.frame(self.records())
+
+    def _repr_html_(self) -> str:
+        return tables.html(self.records(), *self._remarks)
+
+    def __repr__(self) -> str:
+        return f"<PruneReport: {self._remains}>"
+
+    @property
+    def _remains(self) -> str:
+        return "remains: " + ", ".join(f"{after / max(before, 1):.1%} of the {unit}" for unit, (before, after) in
+                                       (("channels", self.channels), ("MACs", self.macs), ("parameters", self.params)))
+
     def __str__(self) -> str:
         width = max([len("layer"), *(len(row.layer) for row in self.groups)])
         lines = [f"{'layer':<{width}} {'channels':>14} {'MACs':>25} {'parameters':>23}"]
@@ -132,9 +154,12 @@ class PruneReport:
         for layer, channels, macs, params in [*rows, ("model", self.channels, self.macs, self.params)]:
             lines.append(f"{layer:<{width}} {channels[0]:>6} → {channels[1]:<5} {macs[0]:>11,} → {macs[1]:<11,} "
                          f"{params[0]:>10,} → {params[1]:<10,}")
-        remains = ", ".join(f"{after / max(before, 1):.1%} of the {unit}" for unit, (before, after)
-                            in (("channels", self.channels), ("MACs", self.macs), ("parameters", self.params)))
-        lines.append(f"remains: {remains}")
+        return "\n".join([*lines, *self._remarks])
+
+    @property
+    def _remarks(self) -> list[str]:
+        """What remains of the whole, what was tried, what was kept and why, and where the scores come from."""
+        lines = [self._remains]
         for tried in self.candidates:
             dense, small = (1e3 * seconds for seconds in tried.timing.seconds)
             lines.append(f"{'chosen' if tried.chosen else 'tried'}: {tried.timing.share:.1%} "
@@ -144,8 +169,7 @@ class PruneReport:
         lines += map(str, self.judged)
         lines += map(str, self.repairs)
         lines += [f"{layer}: kept ({reason})" for layer, reason in self.skipped.items()]
-        lines += [f"{name}: {text}" for name, text in self.notes.items()]
-        return "\n".join(lines)
+        return lines + [f"{name}: {text}" for name, text in self.notes.items()]
 
 
 def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs: Costs, macs: int, pruned: nn.Module,

@@ -46,6 +46,12 @@ class PruneResult:
         report = replace(self.report, params=(self.report.params[0], params))
         return replace(self, model=pruned, report=report, new_biases=surgery.new_biases)
 
+    def __repr__(self) -> str:
+        return f"<PruneResult: {type(self.model).__name__}, {self.report!r}>"
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the channels and MACs of each layer before and after, to an image file.
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastscore import files
+from fastscore import files, tables
 from fastscore.graph.groups import Units
 from fastscore.scoring import criteria as importances
 from fastscore.scoring.gradients import DISTRIBUTIONS
@@ -129,7 +129,7 @@ class Scores(Mapping[str, Tensor]):
             ValueError: The fraction is outside (0, 1), or fewer than two samples were measured.
         """
         if not 0 < fraction < 1:
-            raise ValueError(f"fraction: {fraction}; it is the share of channels that would go, 0 < fraction < 1")
+            raise ValueError(f"fraction: {fraction}; it is the share of channels to remove, 0 < fraction < 1")
         if not 0 < self.half_passes < self.passes:
             raise ValueError(f"overlap: it takes two samples or more that were measured; these are {self.half_passes} "
                              f"and {self.passes - self.half_passes} passes")
@@ -203,23 +203,63 @@ class Scores(Mapping[str, Tensor]):
 
         plots.importances(self, path, fraction)
 
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each layer: its channels, their least, median and greatest importance, and how many are zero."""
+        rows = []
+        for layer in self:
+            values = self[layer]
+            rows.append({"layer": layer, "channels": len(values), "min": float(values.min()),
+                         "median": float(values.quantile(0.5)), "max": float(values.max()),
+                         "zero": int((values == 0).sum())})
+        return rows
+
+    def to_pandas(self) -> Any:
+        """A DataFrame with a row for each channel: layer, channel, importance.
+
+        Raises:
+            ImportError: There is no pandas.
+        """
+        return tables.frame({"layer": layer, "channel": channel, "importance": value}
+                            for layer in self for channel, value in enumerate(self[layer].tolist()))
+
+    def log_histograms(self, writer: Any, step: int = 0) -> None:
+        """Draw each layer's importances as a histogram of TensorBoard, called importance/LAYER.
+
+        Args:
+            writer: A torch.utils.tensorboard.SummaryWriter, or what else has its add_histogram(tag, values, step).
+            step: Where they stand on its axis of steps.
+        """
+        for layer in self:
+            writer.add_histogram(f"importance/{layer}", self[layer], step)
+
     def __str__(self) -> str:
+        width = max([len("layer"), *map(len, self.totals)])
+        lines = [self._made, f"{'layer':<{width}} {'channels':>8} {'min':>10} {'median':>10} {'max':>10} {'zero':>5}"]
+        lines += [f"{row['layer']:<{width}} {row['channels']:>8} {row['min']:>10.3g} {row['median']:>10.3g} "
+                  f"{row['max']:>10.3g} {row['zero']:>5}" for row in self.records()]
+        return "\n".join([*lines, *self._remarks])
+
+    def __repr__(self) -> str:
+        channels = sum(total.shape[-1] for total in self.totals.values())
+        return f"<Scores: {self._made}; {channels:,} channels of {len(self)} layers; {len(self.skipped)} layers kept>"
+
+    def _repr_html_(self) -> str:
+        return tables.html(self.records(), self._made, *self._remarks)
+
+    @property
+    def _made(self) -> str:
+        """How they were made, in short."""
         origin = self.origin
         gradient = "" if origin.gradient == "none" else \
             f", {origin.gradient} gradient{', normalized' if origin.normalize else ''}, {self.samples} samples"
-        width = max([len("layer"), *map(len, self.totals)])
-        lines = [f"{origin.importance} ({origin.reduction}){gradient}",
-                 f"{'layer':<{width}} {'channels':>8} {'min':>10} {'median':>10} {'max':>10} {'zero':>5}"]
-        for layer in self:
-            values = self[layer]
-            lines.append(f"{layer:<{width}} {len(values):>8} {values.min():>10.3g} {values.median():>10.3g} "
-                         f"{values.max():>10.3g} {int((values == 0).sum()):>5}")
-        lines += [f"{layer}: no score: {reason}" for layer, reason in self.skipped.items()]
+        return f"{origin.importance} ({origin.reduction}){gradient}"
+
+    @property
+    def _remarks(self) -> list[str]:
+        lines = [f"{layer}: kept ({reason})" for layer, reason in self.skipped.items()]
         if self.zero_gradients:
             lines.append(f"{self.zero_gradients} output gradients were zero throughout and say nothing of any channel")
-        return "\n".join(lines)
-
-    __repr__ = __str__
+        return lines
 
 
 def _added(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,11 @@ RESIDUAL = NETWORKS["residual"]
 ACT = """<script>{
 for (const press of PRESSES) document.querySelectorAll("#scores th button")[press].click();
 const slider = document.getElementById("fraction");
+if (UNIT !== null) document.getElementById("unit").value = UNIT;
 if (FRACTION !== null) { slider.value = FRACTION; slider.dispatchEvent(new Event("input")); }
+const search = document.getElementById("search");
+search.value = SEARCH;
+search.dispatchEvent(new Event("input"));
 }</script></html>"""
 
 
@@ -42,11 +46,13 @@ def browse(*arguments: str) -> str:
                           text=True, check=True, timeout=120).stdout
 
 
-def shown(path: Path, presses: list[int] = (), fraction: int | None = None) -> str:
-    """The page as the browser has made it, after clicks on headings and a move of the slider."""
-    acted = path.with_suffix(".acted.html")
-    acted.write_text(path.read_text().replace("</html>", ACT.replace("PRESSES", json.dumps(list(presses)))
-                                              .replace("FRACTION", json.dumps(fraction))))
+def shown(path: Path, presses: list[int] = (), fraction: int | None = None, unit: str | None = None,
+          search: str = "") -> str:
+    """The page as the browser has made it, after clicks on headings, a budget and a search."""
+    acted, act = path.with_suffix(".acted.html"), ACT
+    for name, value in (("PRESSES", list(presses)), ("FRACTION", fraction), ("UNIT", unit), ("SEARCH", search)):
+        act = act.replace(name, json.dumps(value))
+    acted.write_text(path.read_text().replace("</html>", act))
     return browse("--dump-dom", f"file://{acted}")
 
 
@@ -141,3 +147,55 @@ def test_before_and_after_and_a_picture(scores: Scores, tmp_path: Path) -> None:
     with Image.open(tmp_path / "r.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24)}
     assert {(0x0b, 0x6e, 0x99), (0xd9, 0x73, 0x0d)} <= colours  # what stays, and what goes
+
+
+@needs_browser
+@pytest.mark.parametrize("unit", ["macs", "params", "channels"])
+def test_a_budget_removes_what_prune_removes(unit: str, scores: Scores, tmp_path: Path) -> None:
+    path, model, x = tmp_path / "r.html", RESIDUAL.model(), RESIDUAL.inputs(2)
+    costs = html_report.removal_costs(model, scores, x)
+    left = costs[unit]["remains"][unit]
+    for step in (1, len(left) // 2, len(left) - 1):  # budgets that steps meet to the unit: prune() gives none back
+        report = fastscore.prune(model, scores, x, **{unit: left[step] / left[0]}).report
+        assert {name: getattr(report, name)[1] for name in ("macs", "params", "channels")} == \
+            {name: values[step] for name, values in costs[unit]["remains"].items()}
+    html_report.write(scores, path, costs=costs, command="fastscore prune nets.py:build --scores 's s'")
+    page = shown(path, fraction=60, unit=unit)
+    count = next(i for i, value in enumerate(left) if value <= 0.6 * left[0])
+    expected = dict.fromkeys(scores, 0)
+    for layer, channels in costs[unit]["order"][:count]:
+        expected[list(scores)[layer]] += len(channels)
+    assert {row[0]: int(row[2].split(" ")[0]) for row in rows(page, "scores")} == expected
+    assert f"{100 * left[count] / left[0]:.1f} % of the " in page
+    assert f"fastscore prune nets.py:build --scores 's s' --{unit} 0.6 --out small.onnx</pre>" in page
+
+
+@needs_browser
+def test_a_search_shows_the_layers_that_hold_it(scores: Scores, tmp_path: Path) -> None:
+    path = tmp_path / "r.html"
+    html_report.write(scores, path)
+    for text in ("BLOCK1", "conv2", "nothing like this"):
+        assert [row[0] for row in rows(shown(path, search=text), "scores")] == \
+            [layer for layer in scores if text.lower() in layer]
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [420, 1200])
+def test_a_narrow_window_holds_all_of_it(width: int, scores: Scores, tmp_path: Path) -> None:
+    """150 layers with long names, long notes, a table of what pruning did: nothing stands out on the right."""
+    names = [f"backbone.stages.{i // 30}.blocks.{i % 30}.depthwise_separable.conv" for i in range(150)]
+    totals = {name: torch.rand(64, generator=torch.Generator().manual_seed(i)).double() for i, name in enumerate(names)}
+    many = Scores(totals, scores.origin, skipped={f"{names[0]}.head": "its channels meet a parameter of the model's"},
+                  notes={"model": "/a/long/path/without/any/space/" * 6, "checkpoint": "0123456789abcdef" * 6})
+    report = fastscore.prune(RESIDUAL.model(), scores, RESIDUAL.inputs(2), macs=0.5).report
+    path, frame = tmp_path / "r.html", tmp_path / "frame.html"
+    html_report.write(many, path, pruned=report, command="fastscore prune /a/long/path --scores " + "x" * 90)
+    frame.write_text(f'''<iframe width="{width}" height="800" srcdoc="{html.escape(path.read_text())}"></iframe><script>
+        addEventListener("load", () => {{ const page = frames[0].document.documentElement;
+        const cells = frames[0].document.querySelectorAll("td").length;
+        document.title = `${{page.clientWidth}} ${{page.scrollWidth}} ${{cells}}`; }});
+        </script>''')
+    seen, reach, cells = map(int, re.search("<title>(.*?)</title>", browse("--dump-dom", f"file://{frame}"))[1].split())
+    assert cells > 150 * 8
+    assert width - 30 < seen <= width
+    assert reach <= seen

@@ -1,6 +1,7 @@
-"""docs/integrations.md does what it shows."""
+"""docs/integrations.md does what it shows, block after block."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ PAGE = (Path(__file__).parents[2] / "docs/integrations.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture(autouse=True)
+def _a_process_of_its_own() -> Iterator[None]:
+    """Accelerate's state is one for the process: neither other tests' here, nor this page's in theirs."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -23,7 +32,6 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     found: list[fastscore.Scores] = []
     widths = []
     for block in BLOCKS:
-        AcceleratorState._reset_state(reset_partial_state=True)  # a reader runs them in processes of their own
         exec(compile(block, "integrations.md", "exec"), names)
         for name in ("callback", "scorer"):
             scores = getattr(names.get(name), "scores", None)

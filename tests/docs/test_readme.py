@@ -42,21 +42,44 @@ def test_its_commands_are_understood(command):
     assert callable(cli.parser().parse_args(shlex.split(command)[1:]).run)
 
 
-def test_its_importances_are_those_there_are():
-    section = README[README.index("## Importances"):README.index("## Limits")]
-    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+def test_the_importances_named_are_those_there_are():
+    page = (ROOT / "docs/importances.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     named = {name for row in rows for name in re.findall(r"`([^`=]+)`", row)}
     assert named == set(NAMES)
 
 
-def test_its_demo_table_is_one_that_the_demo_prints():
-    (table,) = (block for block in blocks("") if "test accuracy" in block)
-    assert [line.split()[0] for line in table.splitlines()[3:]] == ["dense", *digits.IMPORTANCES]
+def test_its_figures_are_those_of_the_pages_it_names():
+    demo = (ROOT / "docs/demo.md").read_text()
+    printed = re.search(r"^```\n(.*?)^```$", demo, re.MULTILINE | re.DOTALL)[1]
+    table = [line.split() for line in printed.splitlines()[3:]]
+    assert [row[0] for row in table] == ["dense", *digits.IMPORTANCES]
+    kept = {row[0]: row for row in table}
+    assert f"keep **{kept['fastscore'][1]} %** accuracy" in README
+    assert f"where magnitude keeps {kept['magnitude'][1]} %, and\n  {kept['fastscore'][5]} % after the repair" in README
+
+    recovery = (ROOT / "docs/recovery.md").read_text()
+    after = [re.search(rf"^\| {row} \|(.*)\|$", recovery, re.MULTILINE)[1].split("|")[3].strip()
+             for row in ("linear, BatchNorms recalibrated", "per MAC, mean compensation",
+                         "importance alone, mean compensation")]
+    assert "**{} %** after the repair, {} % before, {} % by plain importance".format(*after) in README
+
+    speed = (ROOT / "docs/speed.md").read_text()
+    (head,) = (line for line in speed.splitlines() if line.startswith("| | ResNet-18"))
+    column = [cell.strip() for cell in head.split("|")].index("ResNet-50")
+    ratio = {row: round(float(re.search(rf"^\| \*\*fastscore, {row}\*\*(.*)$", speed, re.MULTILINE)[1]
+                              .split("|")[column - 1].strip(" *")), 1)
+             for row in ("`taylor-sq`, random gradient", '`precision="bfloat16"`')}
+    assert re.findall(r"\*\*([\d.]+) times\*\*", README)[:2] == [str(value) for value in ratio.values()]
+
+    models = (ROOT / "docs/models.md").read_text()
+    rows = [line.split("|") for line in models.splitlines() if re.search(r"\| [\d,]+ of [\d,]+ \|", line)]
+    assert f"- {sum(row[4].strip() == 'yes' for row in rows)} of {len(rows)} architectures" in README
 
 
-def test_its_files_are_there():
-    for path in re.findall(r"\((docs/[^)]+)\)", README):
-        assert (ROOT / path).is_file()
+def test_its_links_lead_somewhere():
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / path).is_file(), path
     tree = README[README.index("## Where things are"):]
     for row in [line for line in tree.splitlines() if line.startswith("| `")]:
         names = re.findall(r"`([^`]+)`", row.split("|")[1])

@@ -54,6 +54,8 @@ def test_bytes_are_those_of_what_the_layers_take(name: str) -> None:
         assert found.bytes == 2 * 8 * read.numel()
         assert f"{found.layer} " in str(plan)
     assert f"{len(plan.taps)} taps" in str(plan)
+    assert repr(plan) == f"<Plan: {str(plan).splitlines()[0]}>"
+    assert all(f"<td>{found.layer}</td>" in plan._repr_html_() for found in plan.taps)
 
 
 @pytest.mark.parametrize("options", [{}, {"importance": "taylor-abs"}, {"reduction": "element"}, {"ablation": "mean"}])

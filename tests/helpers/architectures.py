@@ -209,7 +209,7 @@ def trained(model: nn.Module, x: Tensor, forward: Forward) -> str:
 
 
 def reasons(skipped: dict[str, str], model: nn.Module) -> str:
-    """What is left alone and why, in short; the layers that make the output are not worth a word."""
+    """What is kept and why, in short; the layers that make the output are not worth a word."""
     kinds = {type(module).__name__ for module in model.modules()}
     words: Counter[str] = Counter()
     for reason in skipped.values():
@@ -265,7 +265,7 @@ def main(names: list[str]) -> None:
                 continue
             print(rows[case.name], flush=True)
     PAGE.write_text(head + "\n".join([
-        "| model | image | channels scored | pruned | exported | a step of training | left alone |",
+        "| model | image | channels scored | pruned | exported | a step of training | kept (reason) |",
         "|---|---|---|---|---|---|---|", *(rows[case.name] for case in CASES if case.name in rows)]) + "\n")
 
 

@@ -7,6 +7,8 @@ import lightning
 import pytest
 import torch
 import torch.nn.functional as F
+from events import logged
+from lightning.pytorch.loggers import TensorBoardLogger
 from networks import NETWORKS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -85,6 +87,14 @@ def test_scores_of_a_fit_are_those_of_its_samples(network: str, itself: bool, tm
     for layer in whole:
         torch.testing.assert_close(callback.scores[layer], whole[layer], rtol=1e-4, atol=1e-9)
         assert torch.equal(saved[layer], callback.scores[layer])
+
+
+def test_a_trainer_that_logs_to_tensorboard_gets_histograms(tmp_path: Path) -> None:
+    callback, logger = ScoreCallback(network="net"), TensorBoardLogger(tmp_path)
+    trainer = fit(Module(), callback, logger=logger)
+    logger.experiment.flush()
+    assert logged(Path(logger.log_dir)) == {f"importance/{layer}": (trainer.global_step, len(callback.scores[layer]))
+                                            for layer in callback.scores}
 
 
 def test_training_is_bit_for_bit_the_same() -> None:

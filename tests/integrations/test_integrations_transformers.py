@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from events import logged
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import fastscore
@@ -44,8 +46,11 @@ def with_loss(model: nn.Module) -> fastscore.Scores:
 
 def test_scores_of_a_training_are_those_of_its_samples(tmp_path: Path) -> None:
     """With a learning rate of zero the network stays what score() sees."""
-    model, callback = bert(), ScoreCallback(tmp_path / "scores.safetensors")
-    train(model, tmp_path, callback, learning_rate=0.0)
+    with SummaryWriter(str(tmp_path / "events")) as writer:
+        model, callback = bert(), ScoreCallback(tmp_path / "scores.safetensors", writer=writer)
+        train(model, tmp_path, callback, learning_rate=0.0)
+    assert logged(tmp_path / "events") == {f"importance/{layer}": (5, len(callback.scores[layer]))
+                                           for layer in callback.scores}
     whole, saved = with_loss(model), fastscore.Scores.load(tmp_path / "scores.safetensors")
     assert callback.scores.samples == saved.samples == 20
     assert set(callback.scores) == set(whole)

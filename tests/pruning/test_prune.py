@@ -73,6 +73,13 @@ def test_the_report_is_the_truth_and_the_budget_holds(name: str, budget: dict[st
     text = str(report)
     assert f"{report.macs[1]:,}" in text
     assert all(row.layer in text for row in report.groups)
+    remains = text.splitlines()[len(report.groups) + 2]
+    assert repr(result) == f"<PruneResult: {type(result.model).__name__}, <PruneReport: {remains}>>"
+    assert all(f"<td>{row.layer}</td><td>{row.channels[0]:,}</td><td>{row.channels[1]:,}</td>" in result._repr_html_()
+               for row in report.groups)
+    table = report.to_pandas()
+    assert table.layer.tolist() == [row.layer for row in report.groups]
+    assert list(zip(table.macs_before, table.macs_after, strict=True)) == [row.macs for row in report.groups]
 
 
 @pytest.mark.parametrize("share", [0.2, 0.35, 0.5, 0.77, 0.95, 1.0])

@@ -3,13 +3,17 @@
 import copy
 import json
 import pickle
+import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import safetensors.torch
 import torch
 from networks import NETWORKS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 import fastscore
 from fastscore import Scores
@@ -125,10 +129,49 @@ def test_printed(scores: Scores) -> None:
     for layer, values in scores.items():
         (row,) = (line.split() for line in text.splitlines() if line.split()[0] == layer)
         assert int(row[1]) == len(values)
-        for shown, value in zip(row[2:5], (values.min(), values.median(), values.max()), strict=True):
+        for shown, value in zip(row[2:5], (values.min(), values.quantile(0.5), values.max()), strict=True):
             assert float(shown) == pytest.approx(float(value), rel=5e-3)
         assert int(row[5]) == int((values == 0).sum())
-    assert "block2.conv1: no score: ignored" in text
+    assert "block2.conv1: kept (ignored" in text
+    assert len(repr(scores).splitlines()) == 1
+    assert repr(scores).startswith("<Scores: taylor-sq (sum), random gradient, normalized, 4 samples; ")
+
+
+def test_a_table_for_notebooks(scores: Scores) -> None:
+    page = ElementTree.fromstring(f"<div>{scores._repr_html_()}</div>")
+    cells = [[cell.text for cell in row.findall("td")] for row in page.findall("table/tbody/tr")]
+    assert [row[0] for row in cells] == list(scores)
+    for row, values in zip(cells, scores.values(), strict=True):
+        assert float(row[3]) == pytest.approx(float(values.quantile(0.5)), rel=1e-3)
+    assert "block2.conv1: kept (ignored" in "".join(note.text or "" for note in page.findall("p"))
+    evil = Scores({"<b>": torch.ones(2, dtype=torch.float64)}, scores.origin, skipped={"<i>": "&"})
+    assert "<b>" not in evil._repr_html_()
+    assert "<i>" not in evil._repr_html_()
+
+
+def test_a_frame_of_pandas(scores: Scores, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = scores.to_pandas()
+    assert list(table.columns) == ["layer", "channel", "importance"]
+    for layer, values in scores.items():
+        rows = table[table.layer == layer]
+        assert rows.channel.tolist() == list(range(len(values)))
+        assert torch.equal(torch.tensor(rows.importance.tolist()), values)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        scores.to_pandas()
+
+
+def test_histograms_for_tensorboard(scores: Scores, tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        scores.log_histograms(writer, step=7)
+    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
+    assert events.Tags()["histograms"] == [f"importance/{layer}" for layer in scores]
+    for layer, values in scores.items():
+        (event,) = events.Histograms(f"importance/{layer}")
+        held = event.histogram_value
+        assert (event.step, held.num) == (7, len(values))
+        assert (held.min, held.max, held.sum) == pytest.approx(
+            (float(values.min()), float(values.max()), float(values.double().sum())), rel=1e-5)
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""Records as tables: of HTML, for notebooks, and of pandas, which is imported where it is asked for."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+Record = Mapping[str, Any]
+
+
+def html(records: Sequence[Record], *notes: str) -> str:
+    """A table of records with the same keys, which are its headings, and a line for each note. All of it is escaped."""
+    parts = []
+    if records:
+        head = "".join(f"<th>{escape(str(key).replace('_', ' '))}</th>" for key in records[0])
+        rows = "".join("<tr>" + "".join(f"<td>{escape(_shown(value))}</td>" for value in record.values()) + "</tr>"
+                       for record in records)
+        parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
+    return "".join([*parts, *(f"<p>{escape(note)}</p>" for note in notes)])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def frame(records: Iterable[Record]) -> Any:
+    """A pandas.DataFrame, a row for each record. Raises ImportError, naming the way out, without pandas."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError(f"to_pandas needs pandas ({error}): pip install pandas") from error
+    return pandas.DataFrame(list(records))

@@ -1,0 +1,47 @@
+"""docs/recipes.md does what it shows, block after block, and agreement is what the page says."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastscore
+from fastscore.cli import digits
+
+PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("recipes"))
+        for block in re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
+            exec(compile(block, "recipes.md", "exec"), names)
+    return names
+
+
+def test_pruned_quantised_and_both_agree_with_the_dense_network(names: dict[str, Any]) -> None:
+    said = [float(share) / 100 for share in re.search(r"to (\d+), (\d+) and (\d+) %", PAGE).groups()]
+    found = names["agreements"]
+    assert list(found) == ["dense-int8.onnx", "small.onnx", "small-int8.onnx"]
+    for (path, share), least in zip(found.items(), said, strict=True):
+        assert share >= least, path
+
+
+def test_the_loaded_network_is_the_smaller_one(names: dict[str, Any]) -> None:
+    small, images = names["small"], names["data"].test[0]
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in digits.network().parameters())
+    with torch.no_grad():
+        share = float((small(images).argmax(1) == names["model"](images).argmax(1)).float().mean())
+    assert share == pytest.approx(names["agreements"]["small.onnx"], abs=2e-3)  # the file computes what the module does
+
+
+def test_every_network_meets_its_budget(names: dict[str, Any]) -> None:
+    report = names["result"].report  # the last: the language model's
+    assert report.params[1] <= 0.85 * report.params[0]
+    assert names["result"].model.lm_head.out_features == 48
+    assert isinstance(names["scores"], fastscore.Scores)
