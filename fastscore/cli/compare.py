@@ -18,7 +18,7 @@ def add(commands: Commands) -> None:
         "decides as the dense one does, on images that neither scored nor repaired.",
         "fastscore compare torchvision:mobilenet_v2 --weights DEFAULT --images photos --macs 0.85 0.7\n"
         "fastscore compare nets.py:build --checkpoint net.safetensors --images photos --size 64 "
-        "--importances taylor-sq taylor-abs magnitude-l2 random --plot compared.png")
+        "--importances taylor-sq taylor-abs random --plot compared.png")
     options.add_model(command)
     command.add_argument("--images", metavar="FOLDER", required=True, help="unlabelled images, subfolders included")
     command.add_argument("--importances", nargs="+", choices=options.IMPORTANCES, metavar="NAME",
