@@ -59,7 +59,7 @@ def check_left_alone(network: RandomNetwork, graph: ChannelGraph) -> None:
     """What is left alone touches the input, the output or a cut, or has but one unit; or shares a layer with such."""
     for layer, reason in graph.skipped.items():
         if layer not in network.producers:  # a depthwise convolution makes no channels of its own
-            assert reason == "its channels go with others that are left alone"
+            assert reason == "its channels go with others that are kept"
             continue
         units, near = set(network.producers[layer]), network.near(layer)
         hostile = near & (network.fixed | network.bound) or len(units) == 1 or not units & network.read

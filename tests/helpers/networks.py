@@ -375,6 +375,15 @@ NETWORKS: dict[str, Network] = {
     "shared": Network(Shared, IMAGE, {
         "left": Group(5, {"shared": straight(5)}, ("left", "right")),
         "shared": Group(6, {"head.fc": straight(6)}, ("shared",))}),
+    "recurrent": Network(Recurrent, IMAGE, {
+        "stem": Group(5, {"step": straight(5), "head.fc": straight(5)}, ("stem", "step"))}),
+    "signal": Network(Signal, (2, 12), {
+        "conv1": Group(6, {"conv2": straight(6)}, ("conv1",)),
+        "conv2": Group(5, {"fc": straight(5)}, ("conv2",))}),
+}
+
+# Their channels lie elsewhere in some producers than in the group, or are not what a consumer reads.
+REARRANGED: dict[str, Network] = {
     "zero-padded": Network(ZeroPadded, IMAGE, {
         "stem": Group(4, {"down": straight(4), "inner": straight(4, 2), "head.fc": straight(4, 2)},
                       ("stem", "down", "last")),
@@ -384,9 +393,4 @@ NETWORKS: dict[str, Network] = {
         "b": Group(8, {"up": straight(4) + [[]] * 4}, ("b",), units=(0, 1, 2, 3) * 2),
         "up": Group(8, {"last": [[0], [], [], [], [1], [], [], []]}, ("up",), units=(0,) * 4 + (1,) * 4),
         "last": Group(5, {"head.fc": straight(5)}, ("last",))}, frozenset({"mask"})),
-    "recurrent": Network(Recurrent, IMAGE, {
-        "stem": Group(5, {"step": straight(5), "head.fc": straight(5)}, ("stem", "step"))}),
-    "signal": Network(Signal, (2, 12), {
-        "conv1": Group(6, {"conv2": straight(6)}, ("conv1",)),
-        "conv2": Group(5, {"fc": straight(5)}, ("conv2",))}),
 }

@@ -169,7 +169,7 @@ def test_models_take_turns_and_medians_are_of_single_calls(monkeypatch: pytest.M
 
 def test_by_a_real_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it measures, it says; a budget that anything meets is met."""
-    monkeypatch.setattr(latency, "_SECONDS", 0.03)
+    monkeypatch.setattr(latency, "_SECONDS", 0.3)  # long enough for a busy machine
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3),
                           nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4)).eval()
