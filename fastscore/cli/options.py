@@ -5,6 +5,7 @@ import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
@@ -191,7 +192,7 @@ def scored(model: nn.Module, arguments: argparse.Namespace, prepare: images.Prep
 
 
 def notes(arguments: argparse.Namespace, prepare: images.Preprocessing) -> dict[str, str]:
-    """Where scores come from, to be kept with them: model, weights, and what was made of the images."""
+    """Where scores come from, to be kept with them: model, weights, what was made of the images, when, and by what."""
     known = {"model": arguments.model, "weights": arguments.weights, "checkpoint": arguments.checkpoint}
     if arguments.checkpoint is not None:
         digest = hashlib.sha256()
@@ -201,6 +202,11 @@ def notes(arguments: argparse.Namespace, prepare: images.Preprocessing) -> dict[
         known["checkpoint"] += f" (sha256 {digest.hexdigest()})"
     if arguments.importance not in WEIGHT_IMPORTANCES:
         known |= {"images": arguments.images, "preprocessing": str(prepare)}
+    given = [part for name in ("size", "classes") if getattr(arguments, name) is not None
+             for part in (f"--{name}", str(getattr(arguments, name)))]
+    known["options"] = " ".join(given) or None  # that every command on this model needs
+    known["date"] = datetime.now(timezone.utc).isoformat(" ", "minutes")
+    known["versions"] = f"fastscore {fastscore.__version__}, torch {torch.__version__}"
     return {name: value for name, value in known.items() if value is not None}
 
 

@@ -67,7 +67,7 @@ def prune_command(scores: Scores, path: str) -> str:
         parts += ["--checkpoint", known["checkpoint"].rpartition(" (sha256 ")[0]]
     elif "weights" in known:
         parts += ["--weights", known["weights"]]
-    return shlex.join([*parts, "--scores", path])
+    return shlex.join([*parts, *known.get("options", "").split(), "--scores", path])
 
 
 def removal_costs(model: nn.Module, scores: Scores, example_inputs: Batch) -> dict[str, Any]:

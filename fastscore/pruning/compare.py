@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from fastscore import tables
 from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph.groups import Ignore
-from fastscore.pruning.curve import Curve, Evaluate, curve, html_table
+from fastscore.pruning.curve import Curve, Evaluate, curve
 from fastscore.pruning.quality import HELD_OUT
 from fastscore.recovery.held_out import split
 from fastscore.recovery.reconstruct import Method
@@ -63,12 +64,10 @@ class Comparison(Mapping[str, Curve]):
 
     def to_pandas(self) -> Any:
         """A DataFrame of `records()`. Raises ImportError without pandas."""
-        from fastscore.pruning.curve import _pandas
-
-        return _pandas().DataFrame(self.records())
+        return tables.frame(self.records())
 
     def _repr_html_(self) -> str:
-        return html_table(self.records(), self.note)
+        return tables.html(self.records(), self.note)
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw a line for each criterion, to an image file.

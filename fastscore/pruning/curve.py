@@ -1,7 +1,7 @@
 """curve(): how much can go? Budget against agreement, KL and the user's own metric, of the cut and of the repair."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from fastscore import tables
 from fastscore.batches import Batch, Forward, call_model, first_samples, map_tensors
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
@@ -113,10 +114,10 @@ class Curve:
 
     def to_pandas(self) -> Any:
         """A DataFrame of `records()`. Raises ImportError without pandas."""
-        return _pandas().DataFrame(self.records())
+        return tables.frame(self.records())
 
     def _repr_html_(self) -> str:
-        return html_table(self.records(), self.note)
+        return tables.html(self.records(), self.note)
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw agreement, KL and the metric against what remains, to an image file.
@@ -204,30 +205,6 @@ def example_of(batches: Iterable[Batch], given: Batch, forward: Forward, device:
             raise ValueError("batches: there is none")
         example = first_samples(example, 2) if forward is call_model else example
     return map_tensors(lambda tensor: tensor.to(device), example)
-
-
-def html_table(records: Sequence[Mapping[str, Any]], note: str) -> str:
-    """Records with the same keys, for a notebook."""
-    def cell(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else _escaped(str(value))
-
-    keys = list(records[0])
-    head = "".join(f"<th>{_escaped(key.replace('_', ' '))}</th>" for key in keys)
-    body = "".join("<tr>" + "".join(f"<td>{cell(record.get(key, ''))}</td>" for key in keys) + "</tr>"
-                   for record in records)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{_escaped(note)}</p>"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _pandas() -> Any:
-    try:
-        import pandas
-    except ImportError as error:
-        raise ImportError(f"to_pandas needs pandas ({error}): pip install pandas") from error
-    return pandas
 
 
 def _named(repair: Any) -> str:

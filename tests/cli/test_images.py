@@ -1,6 +1,9 @@
 """Images are prepared as those that the weights were made with; it is said in a line and kept with what comes of it."""
 
 import json
+import re
+import shlex
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from PIL import Image
 
 import fastscore
 from fastscore.cli import images, main, models
+from fastscore.pruning.costs import total_macs
 
 NETS = """
 from torch import nn
@@ -65,12 +69,20 @@ def test_what_was_assumed_is_said_and_kept(photo: Path, capsys: pytest.CaptureFi
     assert notes["model"] == "nets.py:build"
     assert notes["images"] == "photos"
     assert notes["checkpoint"].startswith("c.pth (sha256 ")
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(notes["date"])
+    assert timedelta(0) <= age < timedelta(minutes=30)
+    assert notes["versions"] == f"fastscore {fastscore.__version__}, torch {torch.__version__}"
 
     smaller = ["--macs", "0.6", "--out", "m.safetensors", "--json"]
     assert main(["prune", *model, "--scores", "s.safetensors", *smaller]) == 0
     assert json.loads(capsys.readouterr().out)["notes"] == notes
     assert main(["report", "s.safetensors", "--out", "s.html"]) == 0
     assert notes["preprocessing"] in Path("s.html").read_text()
+    held = json.loads(re.search(r'id="data">(.*?)</script>', Path("s.html").read_text(), re.DOTALL)[1])
+    assert main([*shlex.split(held["command"])[1:], "--channels", "0.7", "--out", "small.onnx"]) == 0
+    assert main(["report", "s.safetensors", "nets.py:build", "--size", "32", "--out", "s.html"]) == 0
+    held = json.loads(re.search(r'id="data">(.*?)</script>', Path("s.html").read_text(), re.DOTALL)[1])
+    assert held["costs"]["macs"]["dense"]["macs"] == total_macs(models.load("nets.py:build"), torch.zeros(1, 3, 32, 32))
     for file in ("s.safetensors", "m.safetensors"):
         capsys.readouterr()
         assert main(["info", file, "--json"]) == 0
