@@ -1,27 +1,28 @@
 """What a network costs as a function of its widths: multiply-accumulates (MACs) and parameters.
 
-A dense layer's share grows with inputs x outputs, a depthwise or normalisation layer's with its channels; everything
-else is constant. The dense figures come from PyTorch's own counter (torch.utils.flop_counter; one MAC is two FLOPs).
+A dense layer's share grows with inputs x outputs, a depthwise or normalisation layer's with its channels. What runs
+outside of the groups' layers and yet follows their widths, products of activations above all, is found by trial cuts.
+The dense figures are counted (see fastscore.pruning.counting).
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.module_tracker import ModuleTracker
 
 from fastscore import batches
 from fastscore.graph import heads
 from fastscore.graph.groups import ChannelGroup, Member
-from fastscore.modules import multihead_attention
 from fastscore.modules.inspection import device_of
+from fastscore.pruning.counting import count
 
 Resource = Literal["channels", "params", "macs"]
+MacsWithout: TypeAlias = Callable[[Mapping[str, Tensor]], int]  # group -> int64 [R] that are gone -> MACs that run then
 # Bytes along the channels that one instruction of a matrix product takes: the depth of a tensor core's multiply (CUDA),
 # a vector register elsewhere.
 _CPU_BYTES = {"AVX512": 64}
@@ -73,52 +74,8 @@ class LayerCost:
 
 
 def total_macs(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.call_model) -> int:
-    """MACs of one sample: half the FLOPs that PyTorch counts for the example inputs, over their number."""
-    return count(model, example_inputs, forward)[0]
-
-
-def count(model: nn.Module, example_inputs: batches.Batch,
-          forward: batches.Forward) -> tuple[int, dict[str, float], Any]:
-    """(MACs of the model, layer -> MACs, both for one sample; what the model returned)."""
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # imports Triton, which few need
-
-    samples = 1
-    tensor = batches.first_tensor(example_inputs)
-    if tensor is not None and tensor.dim():
-        samples = max(len(tensor), 1)
-    # PyTorch counts the attention of every device but the CPU, and no module that is one fused kernel
-    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs:
-                 sdpa_flop_count(q, k, v)}
-    counter = FlopCounterMode(display=False, custom_mapping=attention)
-    counter.mod_tracker = _Everywhere()  # the hooks below know where
-    layers: dict[str, float] = defaultdict(float)
-
-    def count_from(sign: int, name: str) -> Callable[..., None]:
-        def hook(*args: object) -> None:
-            layers[name] += sign * counter.get_total_flops() / 2 / samples
-
-        return hook
-
-    with torch.no_grad(), ExitStack() as attached:
-        for handle in multihead_attention.replace_attention(model):
-            attached.enter_context(handle)
-        for name, module in model.named_modules():  # the counter knows names below the whole model's own call alone
-            attached.enter_context(module.register_forward_pre_hook(count_from(-1, name)))
-            attached.enter_context(module.register_forward_hook(count_from(1, name)))
-        with counter:
-            returned = forward(model, example_inputs)
-    return counter.get_total_flops() // 2 // samples, layers, returned
-
-
-class _Everywhere(ModuleTracker):
-    """In the place of the counter's own tracker of modules: its hooks cost time and end in cycles."""
-
-    def __enter__(self) -> "_Everywhere":
-        self.parents = {"Global"}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
+    """MACs of one sample: those that run for the example inputs, over their number (see fastscore.pruning.counting)."""
+    return count(model, example_inputs, forward).macs
 
 
 class Costs:
@@ -127,13 +84,14 @@ class Costs:
     model must be in evaluation mode (a copy will do). Widths start whole; `remove` and `restore` keep the totals.
     compensate: count the biases that consumers without one get once channels are gone (see
     fastscore.recovery.compensation).
-    returned: what the model returned when its MACs were counted.
+    returned: what the model returned when its MACs were counted. uncounted: what no formula knew then.
     """
 
     def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup], example_inputs: batches.Batch,
                  forward: batches.Forward = batches.call_model, compensate: bool = False) -> None:
         self.groups = {group.name: group for group in groups}
-        macs, per_layer, self.returned = count(model, example_inputs, forward)
+        counted = count(model, example_inputs, forward)
+        per_layer, self.returned, self.uncounted = counted.layers, counted.returned, counted.uncounted
         self.layers: dict[str, LayerCost] = {}
         # group -> positions of each channel in a layer -> [(layer, is it inputs that go?)]
         self._losses: dict[str, dict[tuple[int, ...], list[tuple[LayerCost, bool]]]] = {}
@@ -152,7 +110,7 @@ class Costs:
         self.totals: dict[Resource, float] = {
             "channels": sum(group.channels for group in self.groups.values()),
             "params": sum(parameter.numel() for parameter in model.parameters()),
-            "macs": macs,
+            "macs": counted.macs,
         }
         self.dense: Mapping[Resource, float] = dict(self.totals)
 
@@ -163,6 +121,34 @@ class Costs:
     def restore(self, group: str, channels: Iterable[int]) -> None:
         """Give channels of a group back."""
         self._change(group, channels, 1)
+
+    def learn_products(self, macs_without: MacsWithout) -> None:
+        """Find what a channel costs beside the groups' layers, by what is counted in trial cuts; nothing is gone yet.
+
+        All groups lose a unit at once; where other MACs remain than were foreseen, halves do, down to single groups.
+        """
+        def learn(groups: Sequence[ChannelGroup]) -> None:
+            gone = {group.name: (group.unit == group.unit[0]).nonzero()[:, 0] for group in groups}
+            for name, channels in gone.items():
+                self.remove(name, channels.tolist())
+            foreseen = self.totals["macs"]
+            for name, channels in gone.items():
+                self.restore(name, channels.tolist())
+            self.totals.update(self.dense)
+            try:
+                more = foreseen - macs_without(gone)
+            except RuntimeError:  # of a group that goes, the trial of the selection tells it
+                more = math.nan
+            if len(groups) > 1 and not abs(more) < 0.5:  # or it does not run
+                learn(groups[:len(groups) // 2])
+                learn(groups[len(groups) // 2:])
+            elif abs(more) >= 0.5:
+                group, each = groups[0], more / len(gone[groups[0].name])
+                self._losses[group.name][(1,) * group.channels].append(
+                    (LayerCost(group.channels, group.channels, True, each, 0.0, 0.0), False))
+
+        if groups := [group for group in self.groups.values() if int(group.unit.max()) > 0]:
+            learn(groups)
 
     def by_group(self) -> list[tuple[float, float]]:
         """(MACs, parameters) of each group's own layers as they are; one of several groups counts with the first."""

@@ -3,7 +3,6 @@
 import bisect
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward
 from fastscore.modules.inspection import device_of
-from fastscore.pruning.costs import Costs
+from fastscore.pruning.costs import Costs, MacsWithout
 from fastscore.pruning.options import Budgets
 from fastscore.pruning.ranking import RemovalStep
 from fastscore.pruning.report import Candidate, Timing
-from fastscore.pruning.selection import steps_needed
+from fastscore.pruning.selection import channels_of, restore, steps_needed
 
 # The search ends with a candidate whose share of the dense model's time is below the budget by no more than this, or
 # whose neighbour in the removal order is over it.
@@ -115,43 +114,32 @@ def search_steps(macs: list[float], start: int, share: float, measure: Callable[
 
 def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Budgets,
                       build: Callable[[Mapping[str, Tensor]], nn.Module], dense: nn.Module, example_inputs: Batch,
-                      forward: Forward) -> tuple[dict[str, Tensor], tuple[Candidate, ...]]:
+                      forward: Forward,
+                      macs_without: MacsWithout | None) -> tuple[dict[str, Tensor], tuple[Candidate, ...]]:
     """Channels to remove (group -> int64 [R]) so that the measured time and the other budgets hold; what was measured.
 
     order: the first steps of it go, none comes back. build: makes the model without such channels, in evaluation mode.
-    costs: whole; left as they are without the channels. Raises ValueError where a budget is out of reach.
+    costs: whole; left as they are without the channels. macs_without: counts what remains, see steps_needed.
+    Raises ValueError where a budget is out of reach.
     """
     share = 1.0 if budgets.latency is None else budgets.latency
-    start = steps_needed(order, costs, budgets.counted)
-    _put_back(order[:start], costs)
+    start = steps_needed(order, costs, budgets.counted, macs_without)
+    restore(order[:start], costs)
     left = [dict(costs.totals)]
     for step in order:
         costs.remove(step.group, step.channels)
         left.append(dict(costs.totals))
-    _put_back(order, costs)
+    restore(order, costs)
     measured: dict[int, Timing] = {}
 
     def measure(steps: int, patience: int) -> float:
-        measured[steps] = time_pair(dense, build(_removed(order[:steps])), example_inputs, forward, patience)
+        measured[steps] = time_pair(dense, build(channels_of(order[:steps])), example_inputs, forward, patience)
         return measured[steps].share
 
     steps = start if share == 1.0 else search_steps([row["macs"] for row in left], start, share, measure)
     for step in order[:steps]:
         costs.remove(step.group, step.channels)
     shares = [{unit: row[unit] / costs.dense[unit] for unit in costs.dense} for row in left]
-    return _removed(order[:steps]), tuple(
+    return channels_of(order[:steps]), tuple(
         Candidate(shares[count]["channels"], shares[count]["params"], shares[count]["macs"], timing, count == steps)
         for count, timing in sorted(measured.items()))
-
-
-def _put_back(steps: list[RemovalStep], costs: Costs) -> None:
-    for step in reversed(steps):
-        costs.restore(step.group, step.channels)
-    costs.totals.update(costs.dense)  # without the rounding of sums and differences
-
-
-def _removed(steps: list[RemovalStep]) -> dict[str, Tensor]:
-    removed: dict[str, list[int]] = defaultdict(list)
-    for step in steps:
-        removed[step.group] += step.channels
-    return {group: torch.tensor(sorted(channels)) for group, channels in removed.items()}

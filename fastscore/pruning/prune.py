@@ -12,7 +12,8 @@ from fastscore.graph.groups import Ignore
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
-from fastscore.pruning.costs import Costs
+from fastscore.pruning.costs import Costs, MacsWithout
+from fastscore.pruning.counting import macs_without
 from fastscore.pruning.latency import select_by_latency
 from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate
 from fastscore.pruning.quality import HELD_OUT, Quality, build_after, macs_along, select_by_quality
@@ -120,6 +121,10 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
                 return made
             return reconstruct(model, made, fit, repair, forward=forward, process_group=process_group)
 
+        counted: MacsWithout | None = None
+        if budgets.macs is not None or quality.given:
+            counted = partial(macs_without, eval_model, graph.groups, example_inputs, checked_forward(forward))
+            costs.learn_products(counted)
         order = rank(eval_model, graph.groups, scores, costs, budgets, ranking, example_inputs, forward)
         if quality.given:
             assert calibration is not None
@@ -128,10 +133,10 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
                 macs_along(order, costs), lambda steps: build_after(order[:steps], costs, partial(build, fit=fit)),
                 quality, eval_model, judges, forward)
         elif budgets.latency is None:
-            result = build(select(order, costs, budgets.counted), calibration)
+            result = build(select(order, costs, budgets.counted, counted), calibration)
         else:
             removed, candidates = select_by_latency(order, costs, budgets, lambda gone: plan(gone).copy().eval(),
-                                                    eval_model, example_inputs, forward)
+                                                    eval_model, example_inputs, forward, counted)
             result = build(removed, calibration)
     result = replace(result, report=replace(result.report, judged=judged))
     if inplace:

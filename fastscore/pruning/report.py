@@ -100,6 +100,7 @@ class PruneReport:
         skipped: layer -> why its channels were kept.
         candidates: with a latency budget, what was measured, from the largest to the smallest.
         notes: what the scores say of where they come from.
+        uncounted: operation that no formula knows -> the modules that it runs in; its MACs are in none of the figures.
         repairs: with calibration batches, how far from the dense model the cut and each repair left the smaller one.
         judged: with a quality budget, the models that were judged, from the largest to the smallest.
     """
@@ -113,6 +114,7 @@ class PruneReport:
     notes: Mapping[str, str] = field(default_factory=dict)
     repairs: tuple[Repair, ...] = ()
     judged: tuple[Judged, ...] = ()
+    uncounted: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "PruneReport":
@@ -124,7 +126,7 @@ class PruneReport:
                       for row, timing in zip(data["candidates"], timings, strict=True))
         return cls(tuple(groups), _pair(data["channels"]), _pair(data["macs"]), _pair(data["params"]), data["skipped"],
                    tuple(candidates), data.get("notes", {}), tuple(Repair(**row) for row in data.get("repairs", ())),
-                   tuple(Judged(**row) for row in data.get("judged", ())))
+                   tuple(Judged(**row) for row in data.get("judged", ())), data.get("uncounted", {}))
 
     def records(self) -> list[dict[str, Any]]:
         """A row for each group of channels: what there was, and what remains."""
@@ -169,6 +171,8 @@ class PruneReport:
         lines += map(str, self.judged)
         lines += map(str, self.repairs)
         lines += [f"{layer}: kept ({reason})" for layer, reason in self.skipped.items()]
+        lines += [f"MACs: without those of {operation}, which no formula counts, in {places}"
+                  for operation, places in self.uncounted.items()]
         return lines + [f"{name}: {text}" for name, text in self.notes.items()]
 
 
@@ -186,7 +190,7 @@ def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs:
     params = sum(parameter.numel() for parameter in pruned.parameters())
     return PruneReport(rows, (int(costs.dense["channels"]), int(costs.totals["channels"])),
                        (int(costs.dense["macs"]), macs), (int(costs.dense["params"]), params), graph.skipped,
-                       candidates, notes=dict(notes))
+                       candidates, notes=dict(notes), uncounted=costs.uncounted)
 
 
 def _pair(values: Any) -> tuple[Any, Any]:

@@ -1,7 +1,8 @@
 """Which channels go: the first steps of the order that a budget asks for. No model is touched here."""
 
+import bisect
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from fastscore.batches import Batch, Forward
 from fastscore.graph.groups import ChannelGraph, Ignore, norm_gates
 from fastscore.graph.tracing import trace
-from fastscore.pruning.costs import Costs, Resource
+from fastscore.pruning.costs import Costs, MacsWithout, Resource
 from fastscore.pruning.ranking import RemovalStep
 from fastscore.scoring.scores import Scores
 
@@ -50,40 +51,110 @@ def check_scores(graph: ChannelGraph, scores: Scores) -> None:
         raise ValueError("scores: they belong to a model whose layers are connected differently; score this model")
 
 
-def steps_needed(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float]) -> int:
+def steps_needed(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float],
+                 macs_without: MacsWithout | None = None) -> int:
     """How many of `steps`, in order, must go for every budget to hold; they are gone from `costs` afterwards.
 
-    budgets: what may remain, as a share of the dense cost. Raises ValueError, naming what can be reached, when all of
-    them are not enough.
+    budgets: what may remain, as a share of the dense cost. macs_without: counts the MACs that remain; a budget on MACs
+    holds for what it counts, and costs.totals is that afterwards. Raises ValueError, naming what can be reached, when
+    all of them are not enough.
     """
+    if macs_without is None or "macs" not in budgets:
+        return _foreseen_steps(steps, costs, budgets)
+    others: dict[Resource, float] = {unit: share for unit, share in budgets.items() if unit != "macs"}
+    least = _foreseen_steps(steps, costs, others)
+    restore(steps[:least], costs)
+    foreseen = [costs.totals["macs"]]
+    for step in steps:
+        costs.remove(step.group, step.channels)
+        foreseen.append(costs.totals["macs"])
+    limit = budgets["macs"] * costs.dense["macs"] * (1 + 1e-12)
+    counted: dict[int, int] = {}
+    low, high, off = least - 1, len(steps) + 1, 0.0  # low steps are too few, high are enough
+    while high - low > 1:
+        guess = bisect.bisect_left(foreseen, off - limit, key=lambda macs: -macs)
+        if len(counted) % 3 == 2:
+            guess = (low + high) // 2
+        guess = min(max(guess, low + 1), high - 1)
+        counted[guess] = macs_without(channels_of(steps[:guess]))
+        off = counted[guess] - foreseen[guess]
+        low, high = (low, guess) if counted[guess] <= limit else (guess, high)
+    if high > len(steps):
+        raise _out_of_reach("macs", budgets["macs"], counted[len(steps)] / costs.dense["macs"])
+    restore(steps[high:], costs)
+    costs.totals["macs"] = counted[high]
+    return high
+
+
+def _foreseen_steps(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float]) -> int:
     count = 0
     while over := _over(costs, budgets):
         if count == len(steps):
-            unit = over[0]
-            raise ValueError(f"{unit}: {budgets[unit]:g} cannot be reached: with every removable channel gone, "
-                             f"{costs.totals[unit] / costs.dense[unit]:.4g} of the {unit} remain; ask for more, lower "
-                             "the floor, or ignore fewer layers")
+            raise _out_of_reach(over[0], budgets[over[0]], costs.totals[over[0]] / costs.dense[over[0]])
         costs.remove(steps[count].group, steps[count].channels)
         count += 1
     return count
 
 
-def select(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float]) -> dict[str, Tensor]:
-    """Channels to remove so that every budget holds: group -> int64 [R], ascending.
+def _out_of_reach(unit: Resource, share: float, least: float) -> ValueError:
+    return ValueError(f"{unit}: {share:g} cannot be reached: with every removable channel gone, {least:.4g} of the "
+                      f"{unit} remain; ask for more, lower the floor, or ignore fewer layers")
+
+
+def restore(steps: Sequence[RemovalStep], costs: Costs) -> None:
+    """Give back the channels of `steps`, the last that went."""
+    for step in reversed(steps):
+        costs.restore(step.group, step.channels)
+    if costs.totals["channels"] == costs.dense["channels"]:
+        costs.totals.update(costs.dense)  # without the rounding of sums and differences
+
+
+def select(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float],
+           macs_without: MacsWithout | None = None) -> dict[str, Tensor]:
+    """Channels to remove so that every budget holds: group -> int64 [R], ascending; they are gone from `costs`.
 
     Steps go in order until it holds (see steps_needed); then the most important of the removed come back as long as it
     still does, so what remains is below the budget by less than any one of them.
     """
-    taken = steps[:steps_needed(steps, costs, budgets)]
+    taken = steps[:steps_needed(steps, costs, budgets, macs_without)]
+    reached = costs.totals["macs"]
+    gone = _give_back(taken, costs, budgets, None)
+    if macs_without is not None and "macs" in budgets and len(gone) < len(taken):
+        costs.totals["macs"] = macs_without(channels_of(gone))
+        if _over(costs, budgets):  # again, each with a count of its own
+            for step in taken:
+                if step not in gone:
+                    costs.remove(step.group, step.channels)
+            costs.totals["macs"] = reached
+            gone = _give_back(taken, costs, budgets, macs_without)
+    return channels_of(gone)
+
+
+def _give_back(taken: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float],
+               macs_without: MacsWithout | None) -> dict[RemovalStep, None]:
+    """Those of `taken` that stay away."""
     stuck: set[str] = set()  # groups whose last step does not fit: those before it are not to come back out of order
-    removed: dict[str, list[int]] = defaultdict(list)
+    gone = dict.fromkeys(taken)
     for step in reversed(taken):
-        if step.group not in stuck:
-            costs.restore(step.group, step.channels)
-            if not _over(costs, budgets):
-                continue
+        if step.group in stuck:
+            continue
+        before = costs.totals["macs"]
+        costs.restore(step.group, step.channels)
+        del gone[step]
+        if macs_without is not None and not _over(costs, budgets):
+            costs.totals["macs"] = macs_without(channels_of(gone))
+        if _over(costs, budgets):
             costs.remove(step.group, step.channels)
+            costs.totals["macs"] = before
             stuck.add(step.group)
+            gone[step] = None
+    return gone
+
+
+def channels_of(steps: Iterable[RemovalStep]) -> dict[str, Tensor]:
+    """All that `steps` take: group -> int64 [R], ascending."""
+    removed: dict[str, list[int]] = defaultdict(list)
+    for step in steps:
         removed[step.group] += step.channels
     return {group: torch.tensor(sorted(channels)) for group, channels in removed.items()}
 

@@ -12,7 +12,7 @@ from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.surgery import RemovedIndices, remove_indices, removed_indices
 from fastscore.modules.hooks import remove_copied_hooks
 from fastscore.pruning import recipes
-from fastscore.pruning.costs import count
+from fastscore.pruning.counting import count, running_without_them
 from fastscore.recovery.compensation import add_to_biases, mean_contributions, removed_means, removed_positions
 from fastscore.scoring.scores import Scores
 
@@ -82,14 +82,11 @@ def verify(model: nn.Module, example_inputs: Batch, forward: Forward, expected: 
     Raises RuntimeError where it no longer fits together, or returns another shape than `expected`.
     """
     modes = {name: module.training for name, module in model.named_modules()}
-    try:
-        macs, _, output = count(model.eval(), example_inputs, checked_forward(forward))
-    except Exception as error:
-        raise RuntimeError(f"the pruned model does not run ({error}): its forward depends on a width that changed; "
-                           "ignore the layers it names") from error
-    if output.shape != expected:
-        raise RuntimeError(f"the pruned model returns {tuple(output.shape)} instead of {tuple(expected)}: ignore the "
-                           "layers that make its output")
+    with running_without_them():
+        counted = count(model.eval(), example_inputs, checked_forward(forward))
+    if counted.returned.shape != expected:
+        raise RuntimeError(f"the pruned model returns {tuple(counted.returned.shape)} instead of {tuple(expected)}: "
+                           "ignore the layers that make its output")
     for name, module in model.named_modules():
         module.training = modes[name]
-    return macs
+    return counted.macs

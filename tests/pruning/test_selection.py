@@ -1,9 +1,11 @@
 """Budgets, on channels and costs made up for the purpose, and on small random networks."""
 
 import copy
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,8 +20,9 @@ from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.surgery import remove_indices, removed_indices
 from fastscore.graph.tracing import trace
 from fastscore.pruning.costs import Costs, channel_multiple, total_macs
+from fastscore.pruning.counting import macs_without
 from fastscore.pruning.ranking import RemovalStep, channel_costs, layer_kinds, removal_order
-from fastscore.pruning.selection import select
+from fastscore.pruning.selection import channels_of, select
 from fastscore.scoring.scores import Origin, Scores
 
 ORIGIN = Origin("taylor-sq", "sum", "random", True, 0, "normal", "made up")
@@ -280,6 +283,117 @@ def test_any_budget_is_met_from_below_by_less_than_a_step(rows: list[list[float]
         costs.restore(step.group, step.channels)
         assert costs.totals[unit] > share * costs.dense[unit]
         costs.remove(step.group, step.channels)
+
+
+@QUICK
+@given(st.lists(st.integers(1, 8), min_size=1, max_size=3), st.data())
+def test_a_budget_holds_for_the_macs_that_run_whatever_was_foreseen(widths: list[int], data: st.DataObject) -> None:
+    """The MACs that run are a polynomial of the widths, of which Prices know nothing."""
+    names = "abc"[:len(widths)]
+    draw = data.draw
+    linear = [draw(st.integers(0, 30)) for _ in widths]
+    square = [draw(st.integers(0, 5)) for _ in widths]
+    joint, fixed = draw(st.integers(0, 5)), draw(st.integers(1, 60))
+
+    def runs(left: Sequence[int]) -> int:
+        each = sum(a * w + b * w * w for a, b, w in zip(linear, square, left, strict=True))
+        return fixed + each + joint * math.prod(left)
+
+    def without(gone: dict[str, Tensor]) -> int:
+        return runs([width - len(gone.get(name, ())) for name, width in zip(names, widths, strict=True)])
+
+    costs = Prices(**{name: (width, draw(st.integers(0, 9))) for name, width in zip(names, widths, strict=True)})
+    costs.totals["macs"] = costs.dense["macs"] = runs(widths)
+    order = removal_order(tuple(group(name, width) for name, width in zip(names, widths, strict=True)),
+                          made_up(**{name: [draw(VALUES) for _ in range(width)]
+                                     for name, width in zip(names, widths, strict=True)}))
+    budgets = {"macs": draw(st.integers(1, 100)) / 100}
+    if channels := draw(st.sampled_from([None, 0.5])):
+        budgets["channels"] = channels
+    reached = [without(channels_of(order[:count])) for count in range(len(order) + 1)]
+    left = [1 - count / sum(widths) for count in range(len(order) + 1)]
+    fit = [macs <= budgets["macs"] * reached[0] * (1 + 1e-12) and share <= budgets.get("channels", 1) + 1e-12
+           for macs, share in zip(reached, left, strict=True)]
+    if not any(fit):
+        with pytest.raises(ValueError, match="cannot be reached") as error:
+            select(order, costs, budgets, without)  # type: ignore[arg-type]
+        if left[-1] <= budgets.get("channels", 1):
+            assert f" {reached[-1] / reached[0]:.4g} of the macs remain" in str(error.value)
+        return
+    gone = select(order, costs, budgets, without)  # type: ignore[arg-type]
+    assert costs.totals["macs"] == without(gone) <= budgets["macs"] * reached[0] * (1 + 1e-12)
+    assert costs.totals["channels"] == sum(widths) - sum(map(len, gone.values()))
+    first = fit.index(True)
+    assert without(gone) >= reached[first]  # what came back came back from the fewest steps that are enough
+    if first:
+        last = order[first - 1]
+        assert set(last.channels) <= set(gone[last.group].tolist())
+
+
+class GraphConvolution(nn.Module):
+    """Two layers of A·h: what neither holds nor is in any layer costs T·T for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l1, self.l2, self.l3 = nn.Linear(5, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        adjacency = torch.softmax(x @ x.mT, -1)
+        return self.l3((adjacency @ self.l2((adjacency @ self.l1(x)).relu())).relu().mean(1))
+
+    @staticmethod
+    def macs(length: int, first: int, second: int) -> int:
+        return length * (5 * length + 5 * first + length * first + first * second + length * second) + 3 * second
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 64])
+def test_products_of_activations_while_choosing(length: int) -> None:
+    """No width that any one more removed channel leads to lies between what was chosen and the budget."""
+    torch.manual_seed(0)
+    model, x = GraphConvolution(), torch.randn(2, length, 5)
+    scores = fastscore.score(model, [x], progress=False)
+    dense = model.macs(length, 16, 16)
+    for cost_aware in (False, True):
+        for share in (0.9, 0.75, 0.6, 0.4, 0.2):
+            reachable = model.macs(length, 1, 1) <= share * dense
+            if not reachable:
+                with pytest.raises(ValueError, match="^macs: .* cannot be reached: .* "
+                                   f"{model.macs(length, 1, 1) / dense:.4g} of the macs"):
+                    fastscore.prune(model, scores, x, macs=share, cost_aware=cost_aware)
+                continue
+            result = fastscore.prune(model, scores, x, macs=share, cost_aware=cost_aware)
+            widths = result.model.l1.out_features, result.model.l2.out_features
+            assert result.report.macs == (dense, model.macs(length, *widths))
+            assert result.report.macs[1] <= share * dense
+            more = [model.macs(length, widths[0] + a, widths[1] + b) for a, b in ((1, 0), (0, 1))
+                    if widths[0] + a <= 16 and widths[1] + b <= 16]
+            assert max(more) > share * dense
+            assert all(macs > share * dense for macs in more)
+
+
+def test_the_price_of_a_channel_holds_its_products() -> None:
+    model, x = GraphConvolution(), torch.randn(2, 7, 5)
+    groups = trace(model, x).groups
+    costs = Costs(model.eval(), groups, x)
+    costs.learn_products(partial(macs_without, model, groups, x, fastscore.batches.call_model))
+    assert costs.totals == costs.dense
+    prices = channel_costs(costs, "macs")
+    assert prices["l1"].tolist() == [7 * (5 + 7 + 16)] * 16
+    assert prices["l2"].tolist() == [7 * (16 + 7) + 3] * 16
+
+
+def test_nothing_is_tried_twice_where_all_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cut to learn that no product of activations follows a width, one to see that the budget holds."""
+    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs()
+    scores = fastscore.score(model, [x], progress=False)
+    cuts = []
+    prune_module = importlib.import_module("fastscore.pruning.prune")  # whose name is the function's, too
+    count = prune_module.macs_without
+    monkeypatch.setattr(prune_module, "macs_without", lambda *args: cuts.append(args[-1]) or count(*args))
+    fastscore.prune(model, scores, x, channels=0.7)
+    assert not cuts
+    fastscore.prune(model, scores, x, macs=0.7)
+    assert 2 <= len(cuts) <= 4
 
 
 @st.composite
