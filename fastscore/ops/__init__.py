@@ -1,7 +1,8 @@
 """The kernels' Python face: one function per op, on every device that has a kernel.
 
 The ops are `torch.ops.fastscore.*`: `torch.compile` and `torch.export` see each as one node. They are not
-differentiable: results never require grad, whatever the arguments do, so calling them records no graph.
+differentiable: results never require grad, whatever the arguments do, so calling them records no graph. Under
+torch.func and in forward mode, where PyTorch would take that for a derivative of 0, they raise RuntimeError.
 """
 
 import torch
@@ -70,7 +71,8 @@ def clamp_backward(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: 
         g: the gradient that came from one of its readers: same shape, dtype and device.
         rest: the sum of those from its other readers, or None.
         low, high: the clamp's ends, which are rounded to the dtype as the clamp did; (0, inf) for a ReLU.
-        overwrite: whether the result may take the memory of `g`.
+        overwrite: whether the result may take the memory of `g`; it does not where `y` or `rest` lie there, too,
+            or autograd holds it.
 
     Returns:
         The gradient of the clamp's input, g + rest where low < y < high and 0 elsewhere, laid out as `y`; and
@@ -84,12 +86,14 @@ def clamp_backward(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: 
     checks.check_clamp(y, g, rest)
     if not (y.is_contiguous() or (y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last))):
         y = y.contiguous()
-    if not overwrite or g.stride() != y.stride():
+    recorded = g.requires_grad and torch.is_grad_enabled()
+    if not overwrite or recorded or g.stride() != y.stride() or any(x is g or checks.overlap(x, g) for x in (y, rest)
+                                                                    if x is not None):
         g = torch.empty_like(y).copy_(g)
     if rest is not None and rest.stride() != y.stride():
         rest = torch.empty_like(y).copy_(rest)
     sums: tuple[Tensor, Tensor, Tensor] = _clamp_backward_(y, g, rest, low, high)
-    return g, *sums
+    return g.detach() if g.requires_grad else g, *sums
 
 
 def random_gradient(sample_ids: Tensor, classes: int, seed: int, probe: int = 0, distribution: str = "normal",

@@ -1,5 +1,8 @@
 """What the ops accept: one check per argument, each error naming the argument and the way out."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -73,3 +76,30 @@ def check_gradient(g: Tensor, eps: float) -> None:
         raise ValueError("g has no dimension, but needs samples along dimension 0; use g[None]")
     if not eps >= 0:
         raise ValueError(f"eps is {eps}, but has to be 0 or more: it is the least length that is divided by")
+
+
+def check_writable(args: Sequence[Any], place: int, names: Sequence[str]) -> None:
+    """Raises unless the tensor at `place` can be written to: no part of it is another element or argument."""
+    x, name = args[place], names[place]
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise RuntimeError(f"{name} is neither contiguous nor channels last: some of its elements are one in memory, "
+                           f"and it is written to; pass {name}.clone(memory_format=torch.contiguous_format)")
+    for other, y in zip(names, args, strict=False):
+        if other != name and isinstance(y, Tensor) and overlap(x, y):
+            raise RuntimeError(f"{name} and {other} overlap in memory, and {name} is written to; pass {name}.clone()")
+
+
+def overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether the stretches of memory from the first to the last element of each have a part in common."""
+    if torch.compiler.is_compiling() or not x.numel() or not y.numel():
+        return False
+    if not torch._C._is_alias_of(x, y):  # type: ignore[attr-defined]
+        return False
+    (x0, x1), (y0, y1) = _stretch(x), _stretch(y)
+    return x0 < y1 and y0 < x1
+
+
+def _stretch(x: Tensor) -> tuple[int, int]:
+    """In elements of its storage; PyTorch has no negative strides."""
+    first = int(x.storage_offset())
+    return first, first + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

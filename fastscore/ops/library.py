@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastscore.ops import checks
 from fastscore.ops.reference import result_dtype
@@ -38,10 +40,6 @@ def simd_tier() -> str:
     """
     tier: str = torch.ops.fastscore.simd_tier()
     return tier
-
-
-# Scores are read, never differentiated: with the autograd key skipped, results don't require grad.
-_autograd = torch.library.Library("fastscore", "IMPL", "Autograd")
 
 
 def _channel_dot(a: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
@@ -84,6 +82,38 @@ _FAKES: dict[str, Callable[..., object]] = {
     "random_gradient": _random_gradient,
     "normalize_gradient": _normalize_gradient,
 }
+
+
+def _undifferentiable(name: str) -> Callable[..., Any]:
+    """Autograd's kernel of an op. Scores are read, never differentiated: results don't require grad, and where PyTorch
+    would take them for constants without a word, an error says so."""
+    op = getattr(torch.ops.fastscore, name).default
+    writes = [place for place, argument in enumerate(op._schema.arguments) if argument.is_write]
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+            for argument, x in zip(op._schema.arguments, args, strict=False):
+                if isinstance(x, Tensor) and _followed(x):
+                    raise RuntimeError(f"fastscore::{name} has no derivative, and {argument.name} is differentiated "
+                                       "by torch.func or in forward mode: call the op on "
+                                       f"{argument.name}.detach(), or outside of it")
+        for place in writes:
+            checks.check_writable(args, place, [argument.name for argument in op._schema.arguments])
+            if not args[place].is_inference():
+                torch.autograd.graph.increment_version(args[place])
+        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    return kernel
+
+
+def _followed(x: Tensor) -> bool:
+    """Whether torch.func or forward mode differentiates by `x`."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        return True
+    return torch.is_grad_enabled() and x.requires_grad and torch._C._functorch.is_gradtrackingtensor(x)
+
+
+_autograd = torch.library.Library("fastscore", "IMPL", "Autograd")
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"fastscore::{_name}", _fake)
-    _autograd.impl(_name, torch.library.fallthrough_kernel)
+    _autograd.impl(_name, _undifferentiable(_name), with_keyset=True)

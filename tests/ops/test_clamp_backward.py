@@ -280,6 +280,87 @@ def test_results_never_require_grad():
         assert not out.requires_grad
 
 
+def test_autograd_knows_that_the_gradient_was_written_to():
+    for call in (lambda g: RAW(Y, g, None, -1.0, 1.0), lambda g: RAW(Y, g, Y.sin(), -1.0, 1.0),
+                 lambda g: ops.clamp_backward(Y, g, None, -1.0, 1.0, overwrite=True)):
+        g, weight = Y.cos(), torch.ones_like(Y, requires_grad=True)
+        loss = (g * weight).sum()  # which keeps g as it is for its own backward
+        before = g._version
+        call(g)
+        assert g._version == before + 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    g = Y.cos()
+    with torch.no_grad():
+        RAW(Y, g, None, -1.0, 1.0)
+    assert g._version == 1
+    ops.clamp_backward(Y, g, None, -1.0, 1.0)  # of a copy
+    assert g._version == 1
+    with torch.inference_mode():
+        g = Y.cos()
+        want = ops.clamp_backward(Y.clone(), g, None, -1.0, 1.0)[0]
+        ops.clamp_backward(Y.clone(), g, None, -1.0, 1.0, overwrite=True)
+        assert torch.equal(g, want)
+
+
+def test_what_autograd_holds_is_not_belied():
+    leaf = Y.cos().requires_grad_()
+    g = leaf * 2
+    want = ops.clamp_backward(Y, g.detach(), None, -1.0, 1.0)
+    for overwrite in (False, True):
+        got = ops.clamp_backward(Y, g, None, -1.0, 1.0, overwrite=overwrite)
+        assert g._version == 0
+        assert all(torch.equal(x, w) and not x.requires_grad for x, w in zip(got, want, strict=True))
+    g.sum().backward()
+    assert torch.equal(leaf.grad, torch.full_like(Y, 2))
+    with torch.no_grad():
+        assert ops.clamp_backward(Y, g, None, -1.0, 1.0, overwrite=True)[0].data_ptr() == g.data_ptr()
+
+
+def apart(x: Tensor, by: int, size: int = 0) -> tuple[Tensor, Tensor]:
+    """Two tensors like x in one memory, `by` elements from each other."""
+    memory = torch.zeros(by + x.numel() + size)
+    both = memory[:x.numel()].view_as(x), memory[by:by + x.numel()].view_as(x)
+    for each, values in zip(both, (x.cos(), x), strict=True):
+        each.copy_(values)
+    return both
+
+
+def test_the_native_op_refuses_gradients_that_overlap():
+    g = Y.cos()
+    want = g.clone()
+    for args, message in (((g, g, None), "g and y overlap in memory.* pass g.clone"),
+                          ((Y, g, g), "g and rest overlap in memory"),
+                          ((Y[:1].expand_as(Y), g[:1].expand_as(Y), None), "g is neither .* one in memory.* pass g.clone")):
+        with pytest.raises(RuntimeError, match=message):
+            RAW(*args, -1.0, 1.0)
+        assert torch.equal(g, want)
+        assert g._version == 0
+    for by in (1, 7, Y.numel() - 1):
+        one, two = apart(Y, by)
+        with pytest.raises(RuntimeError, match="overlap"):
+            RAW(Y, one, two, -1.0, 1.0)
+        with pytest.raises(RuntimeError, match="overlap"):
+            RAW(one, two, None, -1.0, 1.0)
+    one, two = apart(Y, Y.numel())  # side by side in one memory
+    want = reference.clamp_backward(Y, one, two, -1.0, 1.0)[0]
+    RAW(Y, one, two, -1.0, 1.0)
+    assert torch.equal(one, want)
+
+
+@pytest.mark.parametrize("by", [0, 1, 20, Y.numel() - 1, Y.numel()])
+def test_gradients_that_overlap_are_copied_first(by):
+    one, two = apart(Y, by)
+    for y, g, rest in ((Y, one, two), (Y, two, one), (two, one, None), (one, two, Y)):
+        kept = [None if x is None else x.clone() for x in (y, g, rest)]
+        want = reference.clamp_backward(*kept, -0.5, 0.5)
+        got = ops.clamp_backward(y, g, rest, -0.5, 0.5, overwrite=True)
+        torch.testing.assert_close(got, want)
+        assert y is g or torch.equal(y, kept[0])
+        assert rest is None or torch.equal(rest, kept[2])
+        g.copy_(kept[1])
+
+
 def on_a_gpu() -> None:
     with FakeTensorMode():
         y = torch.empty(2, 3, device="cuda")

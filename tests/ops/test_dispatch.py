@@ -3,11 +3,13 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastscore import ops
 from fastscore.ops import library
@@ -76,6 +78,59 @@ def test_results_never_require_grad():
     for out in (*ops.channel_sums(a, a * 2), *ops.channel_powers(a, a * 2), *ops.normalize_gradient(a)):
         assert not out.requires_grad
         assert out.grad_fn is None
+
+
+FLOATING = {"channel_sums": 2, "channel_dot": 2, "channel_powers": 2, "normalize_gradient": 1, "clamp_backward": 2}
+
+
+def by_one(op: str, place: int) -> Callable[[Tensor], Tensor]:
+    """The sum of all that `op` makes, as a function of its floating argument `place`."""
+    def function(x: Tensor) -> Tensor:
+        args = [x if k == place else A.cos() for k in range(FLOATING[op])]
+        more = (None, -0.5, 0.5) if op == "clamp_backward" else ()
+        return torch.stack([out.sum() for out in tensors(getattr(ops, op)(*args, *more))]).sum()
+
+    return function
+
+
+@pytest.mark.parametrize(("op", "place"), [(op, place) for op, many in FLOATING.items() for place in range(many)])
+def test_where_a_derivative_would_be_taken_for_0_an_error_says_so(op, place):
+    function, plain = by_one(op, place), by_one(op, place)(A)
+    message = rf"fastscore::{op}_? has no derivative, and (a|g|y) is differentiated .* call the op on .\.detach\(\)"
+    transforms = [torch.func.grad(function), torch.func.jacrev(function),
+                  lambda x: torch.func.jvp(function, (x,), (x,)), lambda x: torch.func.vjp(function, x)]
+    if op != "clamp_backward":  # in place, which vmap refuses by itself
+        transforms += [torch.func.jacfwd(function), torch.func.hessian(function),
+                       lambda x: torch.vmap(torch.func.grad(function))(x[None])]
+    for transform in transforms:
+        with pytest.raises(RuntimeError, match=message):
+            transform(A)
+    with forward_ad.dual_level():
+        assert torch.equal(function(A), plain)  # of constants there is none to take
+        with pytest.raises(RuntimeError, match=message):
+            function(forward_ad.make_dual(A, A))
+        assert torch.equal(function(forward_ad.make_dual(A, A).detach()), plain)
+    slope = torch.func.grad(lambda x: x.sum() + function(x.detach()))  # the way out that the error names
+    assert torch.equal(slope(A), torch.ones_like(A))
+    assert torch.equal(torch.func.grad(lambda s: s * function(A))(torch.ones(())), plain)
+
+
+def test_random_gradients_are_constants_of_every_transform():
+    def function(x: Tensor) -> Tensor:
+        return (x * ops.random_gradient(IDS, 4, 0)).sum()
+
+    want = ops.random_gradient(IDS, 4, 0)
+    x = torch.ones(5, 4)
+    assert torch.equal(torch.func.grad(function)(x), want)
+    assert torch.equal(torch.func.jacfwd(function)(x), want)
+
+
+def test_vmap_is_a_loop():
+    batch = torch.stack([A, A.sin()])
+    for op in ("channel_dot", "normalize_gradient"):
+        function = (lambda a: ops.channel_dot(a, A)) if op == "channel_dot" else \
+            (lambda a: ops.normalize_gradient(a)[0])
+        assert torch.equal(torch.vmap(function)(batch), torch.stack([function(a) for a in batch]))
 
 
 def test_a_lazily_negated_tensor_is_read_with_its_sign():
