@@ -24,7 +24,8 @@ from fastscore.modules.evaluation_copy import evaluation_copy
 Shape = Sequence[int]
 # Operations of PyTorch that multiply and add inside and have no formula; those of other packages count as such, too.
 _UNKNOWN = ("_fft_", "linalg_", "_linalg_", "cholesky", "_cholesky", "lu_", "triangular_solve", "ormqr",
-            "_scaled_grouped", "_weight_int", "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "quantized_", "fbgemm_")
+            "_scaled_grouped", "_weight_int", "_native_multi_head_attention", "_transformer_encoder_layer_fwd",
+            "quantized_", "fbgemm_")
 _PYTORCH = {"aten", "prim", "prims", "profiler", "inductor", "debugprims", "c10d", "_c10d_functional"}
 
 
@@ -158,12 +159,12 @@ def _attention(query: Shape, key: Shape, value: Shape, *args: object, **kwargs: 
 
 def _recurrent(x: Shape, *weights: Any, **kwargs: object) -> int:
     """Rows x matrices: every step of a sequence meets each weight once; biases have one dimension."""
-    held = weights[:4] if isinstance(weights[0], torch.Size) else weights[0]
+    held: Sequence[Shape] = weights[:4] if isinstance(weights[0], torch.Size) else weights[0]
     return 2 * math.prod(x[:-1]) * sum(math.prod(shape) for shape in held if len(shape) == 2)
 
 
 def _recurrent_mps(x: Shape, states: object, weights: Sequence[Shape], *args: object, **kwargs: object) -> int:
-    return _recurrent(x, list(weights))
+    return _recurrent(x, weights)
 
 
 def _inner(*shapes: Any, out_shape: Shape, **kwargs: object) -> int:
