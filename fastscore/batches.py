@@ -14,6 +14,13 @@ Outputs: TypeAlias = Callable[[Any, str], Sequence[Tensor]]  # (what a model ret
 MASK = "attention_mask"  # by this name a model is told which tokens are padding
 
 
+def check_iterable(batches: object, argument: str) -> None:
+    """Raise TypeError, naming the argument, where `batches` are none: one tensor, one dict, no iterable."""
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        shown = "one tensor" if isinstance(batches, Tensor) else type(batches).__name__
+        raise TypeError(f"{argument}: {shown}, where an iterable of batches is meant; for a single one: [batch]")
+
+
 def call_model(model: nn.Module, batch: Batch) -> Any:
     """Call `model` on a batch: a tensor as it is, the first element of a tuple or list, a dict as keyword arguments."""
     if isinstance(batch, Mapping):

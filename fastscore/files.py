@@ -43,8 +43,11 @@ def read(path: str | PathLike[str], form: str, what: str, otherwise: str) -> tup
     """(header, tensors on the CPU) of a file that `write` made.
 
     what: what such a file is called, "score file". otherwise: what to do when it cannot be used, "score again".
-    Raises FileNotFoundError, or ValueError for a file that is foreign, truncated or altered; nothing of it is used.
+    Raises FileNotFoundError, IsADirectoryError, or ValueError for a file that is foreign, truncated or altered; nothing
+    of it is used.
     """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path}: it is a folder; name a {what}, which is one file")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such {what}")
     try:

@@ -35,6 +35,6 @@ def fork_rng(device: torch.device) -> Iterator[None]:
 
 
 def _fork(device: torch.device) -> AbstractContextManager[None]:
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)

@@ -16,7 +16,9 @@ _SHARDED = ("FSDPModule", "FullyShardedDataParallel")  # fully_shard and its for
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel or what torch.compile made, whose layers have the names
-    that they have there."""
+    that they have there. Raises TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {model!r:.80}, where a torch.nn.Module is meant")
     while (inside := _inside(model)) is not None:
         model = inside
     return model
@@ -48,11 +50,17 @@ def check_whole(model: nn.Module) -> None:
 
     Raises:
         TypeError: torch.jit made it.
-        ValueError: its parameters are sharded.
+        ValueError: its parameters are sharded, hold no values, or were made under torch.inference_mode.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model: {type(model).__name__}, which torch.jit made, has no layers that could be measured or "
                         "made smaller: pass the nn.Module that it was made from, and script or trace the smaller one")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or parameter.is_inference():
+            raise ValueError(f"model: {name} " + (
+                "is on the meta device, which holds no values: load the weights first" if parameter.is_meta else
+                "was made under torch.inference_mode, of which no gradient can be taken: make the model outside of it, "
+                "or under torch.no_grad"))
     for name, module in model.named_modules():
         if any(cls.__name__ in _SHARDED for cls in type(module).__mro__):
             raise ValueError(

@@ -20,12 +20,16 @@ def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | Pat
             which take any batch size; or .pt, the module itself, as a pickle.
 
     Raises:
-        ValueError: another suffix; for .safetensors, a model that prune() did not make.
+        ValueError: another suffix; for .pt2 and .onnx, fewer than two samples; for .safetensors, a model that prune()
+            did not make.
         ImportError: ONNX without its packages.
     """
     suffix = check_suffix(path)
     if suffix == ".safetensors":
         return save_pruned(model, path)
+    if suffix != ".pt" and len(example_inputs) < 2:
+        raise ValueError(f"example_inputs: {len(example_inputs)} sample, which {suffix} would take for the only size "
+                         "there is: give two or more")
     model = model.model if isinstance(model, PruneResult) else model
     modes = {module: module.training for module in model.modules()}
     try:

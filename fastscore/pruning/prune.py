@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor, distributed, nn
 
 from fastscore.batches import Batch, Forward, call_model, checked_forward
@@ -29,6 +30,7 @@ from fastscore.rng import fork_rng
 from fastscore.scoring.scores import Scores
 
 
+@torch.inference_mode(False)  # whose tensors no one could train
 def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: float | None = None,
           params: float | None = None, macs: float | None = None, latency: float | None = None,
           scope: Scope = "global", cost_aware: bool | None = None, round_to: int | Literal["auto"] = 1,
@@ -97,6 +99,10 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     budgets = quality.alone(Budgets(channels, params, macs, latency), calibration)
     ranking = Ranking(scope, cost_aware, round_to, floor)
     check_removable(scores)
+    if repair not in get_args(Method):
+        raise ValueError(f"repair: {repair!r} is none of {', '.join(get_args(Method))}")
+    if calibration is None and repair != "auto":
+        raise ValueError(f"repair: {repair!r} is fitted to samples: give calibration=batches, too")
     if calibration is not None and compensate is False:
         raise ValueError("calibration: it is there to repair by, which compensate=False forbids: give one of them")
     means = resolve_compensate(compensate, scores)

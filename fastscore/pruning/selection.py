@@ -31,7 +31,9 @@ def scored_graph(model: nn.Module, scores: Scores, example_inputs: Batch, forwar
 
 
 def check_removable(scores: Scores) -> None:
-    """Raise ValueError for scores of channels that no surgery can take out."""
+    """Raise ValueError for scores of channels that no surgery can take out, TypeError for what are none."""
+    if not isinstance(scores, Scores):
+        raise TypeError(f"scores: {type(scores).__name__}; give what fastscore.score returned")
     if scores.origin.units != "groups":
         raise ValueError('scores: they are of single BatchNorms (units="norms"), whose channels can be masked but not '
                          'removed: to prune, score with units="groups"')

@@ -1,13 +1,13 @@
 """Calibration batches: read several times, with a part of the samples held out from every fit."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, distributed
 
-from fastscore.batches import Batch, Forward, call_model, first_tensor, map_tensors
+from fastscore.batches import Batch, Forward, call_model, check_iterable, first_tensor, map_tensors
 
 HELD_OUT = 4  # one of so many samples judges what the others fitted
 Part = Literal["fit", "held out", "all"]
@@ -34,9 +34,7 @@ class Calibration:
 
     def __init__(self, batches: Iterable[Batch], device: torch.device, forward: Forward = call_model,
                  process_group: distributed.ProcessGroup | None = None) -> None:
-        if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
-            shown = "one tensor" if isinstance(batches, Tensor) else type(batches).__name__
-            raise TypeError(f"calibration: {shown}, where an iterable of batches is meant; for a single one: [batch]")
+        check_iterable(batches, "calibration")
         if isinstance(batches, Iterator):
             raise ValueError("calibration: it can be read only once, and is read several times: give a list of "
                              "batches, or a DataLoader")

@@ -8,7 +8,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastscore.batches import Batch, Forward, call_model
+from fastscore.batches import Batch, Forward, call_model, check_iterable
 from fastscore.modules.inspection import device_of
 from fastscore.recovery.calibration import share_of
 from fastscore.rng import fork_rng
@@ -32,10 +32,12 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch], *, forward: Forward 
             and has the average of all.
 
     Raises:
+        TypeError: batches that are no iterable.
         ValueError: no BatchNorm that keeps statistics, no batch, or one that the model cannot take in training mode.
         FloatingPointError: NaN or infinity in the statistics, naming the layer.
         In either case the model is as it was.
     """
+    check_iterable(batches, "batches")
     if not running_norms(model):
         raise ValueError(f"model: {type(model).__name__} has no BatchNorm that keeps running statistics: there is "
                          "nothing to recalibrate")

@@ -20,6 +20,7 @@ from fastscore.graph.surgery import RemovedIndices
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
+from fastscore.modules.wrappers import unwrapped
 from fastscore.recovery.asymmetric import RIDGES as ASYMMETRIC_RIDGES
 from fastscore.recovery.asymmetric import Joint, Pair, Rewired, error, fit, rewire
 from fastscore.recovery.calibration import Calibration, Part
@@ -105,23 +106,33 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
     """
     if method not in get_args(Method):
         raise ValueError(f"method: {method!r} is none of {', '.join(get_args(Method))}")
+    if not hasattr(result, "removed_indices"):
+        raise TypeError(f"result: {type(result).__name__}; give what fastscore.prune returned, not its model alone")
+    model = unwrapped(model)
     device = device_of(model)
     calibration = Calibration(batches, device, forward, process_group)
-    with fork_rng(device), torch.no_grad():
+    with fork_rng(device), torch.inference_mode(False), torch.no_grad():
         repaired: R = _Bench(model, result, calibration, forward, process_group).best(method, tuple(ridges))
     return repaired
 
 
-def check_dense(model: nn.Module, removed_indices: RemovedIndices) -> None:
-    """Raise ValueError where `removed_indices` cannot be taken out of `model`: they are gone, or never were there."""
+def check_dense(model: nn.Module, result: Pruned) -> None:
+    """Raise ValueError where `model` is not the one that `result` was pruned from: what is to go is gone already, or
+    never was there, or leaves other widths."""
     modules = dict(model.named_modules())
-    for (name, side), index in removed_indices.items():
+    for (name, side), index in result.removed_indices.items():
         layer: Any = modules.get(name)
         width = getattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", None)
         if layer is None or (side == "inputs" and width is not None and int(index.max()) >= width):
             raise ValueError(f"model: it is not the dense one that the result was pruned from: {name} "
                              f"{'is not there' if layer is None else f'reads only {width} channels'}; give the model "
                              "that went into prune(), which inplace=True overwrites")
+    cut = dict(result.cut_again(model, {}, {}).model.named_parameters())
+    for name, parameter in result.model.named_parameters():
+        if name in cut and cut[name].shape != parameter.shape:
+            raise ValueError(f"model: it is not the dense one that the result was pruned from: {name} would be left "
+                             f"with shape {list(cut[name].shape)} and has {list(parameter.shape)}; of a model pruned "
+                             "several times, give the one that went into the last prune()")
 
 
 class _Bench:
@@ -133,7 +144,7 @@ class _Bench:
         self._forward, self._run, self._group = forward, checked_forward(forward), process_group
         self._eval_model = evaluation_copy(model)
         self._removed = {name: index for (name, side), index in result.removed_indices.items() if side == "inputs"}
-        check_dense(model, result.removed_indices)
+        check_dense(model, result)
         self._example = calibration.first()
         try:
             with torch.enable_grad():

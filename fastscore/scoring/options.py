@@ -1,12 +1,12 @@
 """What one call asks for, and every check of it: how to score, on how much, how to run, what to keep and share."""
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Literal, TypeAlias
 
-from torch import Tensor, distributed
+from torch import distributed
 
+from fastscore.batches import check_iterable
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.graph.groups import Units
 from fastscore.scoring.criteria import gradient_importance
@@ -118,9 +118,7 @@ def origin_of(importance: str, gradient: Gradient, normalize: bool, probes: Prob
 
 def check(batches: object, origin: Origin, sampling: Sampling, execution: Execution, persistence: Persistence) -> None:
     """Raise TypeError where `batches` are none, ValueError where two options of score() contradict each other."""
-    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
-        shown = "one tensor" if isinstance(batches, Tensor) else type(batches).__name__
-        raise TypeError(f"batches: {shown}, where an iterable of batches is meant; for a single one: [batch]")
+    check_iterable(batches, "batches")
     probes, by_token, exact = sampling.probes, origin.sample_dims == 2, sampling.probes == "exact"
     kept = {"resume": persistence.resume is not None, "process_group": persistence.process_group is not None,
             "fixed_order": persistence.fixed_order}

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +61,36 @@ def test_a_model_that_returns_no_tensor(wrap: Callable[[Tensor], Any], shown: st
                 lambda: fastscore.prune(model, scores, X, macs=0.5),
                 lambda: fastscore.mask(model, scores, 0.3, X).__enter__()):
         refused(TypeError, f"^NoTensor returns .*{shown}.*forward=", model, act)
+
+
+@pytest.mark.parametrize("other", ["resnet18", nn.Conv2d, None])
+def test_what_is_no_model(other: Any) -> None:
+    scores = score(RESIDUAL.model())
+    for act in (lambda: score(other), lambda: Scorer(other, X), lambda: fastscore.prune(other, scores, X, macs=0.5),
+                lambda: fastscore.mask(other, scores, 0.3, X).__enter__()):
+        with pytest.raises(TypeError, match=r"^model: .*where a torch\.nn\.Module is meant"):
+            act()
+
+
+def test_a_model_without_values_or_gradients() -> None:
+    meta = RESIDUAL.model().to("meta")
+    with torch.inference_mode():
+        inference = RESIDUAL.model()
+    for model, reason in ((meta, "meta device"), (inference, "inference_mode")):
+        for act in (lambda model=model: score(model), lambda model=model: Scorer(model, X)):
+            state = torch.get_rng_state()
+            with pytest.raises(ValueError, match=rf"^model: .*{reason}"):
+                act()
+            assert torch.equal(state, torch.get_rng_state())
+
+
+def test_scores_that_are_none_and_a_folder_for_a_file(tmp_path: Path) -> None:
+    model = RESIDUAL.model()
+    with pytest.raises(TypeError, match=r"^scores: dict; give what fastscore.score returned"):
+        fastscore.prune(model, dict(score(model)), X, macs=0.5)  # type: ignore[arg-type]
+    for act in (lambda: score(model, resume=tmp_path), lambda: fastscore.Scores.load(tmp_path)):
+        with pytest.raises(IsADirectoryError, match="it is a folder"):
+            act()
 
 
 @pytest.mark.parametrize(("model", "x", "reason"), [

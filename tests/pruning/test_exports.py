@@ -81,3 +81,10 @@ def test_saving_leaves_the_model_in_its_modes(suffix: str, tmp_path: Path) -> No
     if suffix == ".pt":
         saved = torch.load(tmp_path / "m.pt", weights_only=False)
         assert not any(module.training for module in saved.modules())
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_one_sample_does_not_tell_that_their_number_is_free(suffix: str, tmp_path: Path) -> None:
+    network = NETWORKS["plain"]
+    with pytest.raises(ValueError, match=r"example_inputs: 1 sample.*two or more"):
+        fastscore.save(network.model(), network.inputs(1), tmp_path / f"small{suffix}")

@@ -236,10 +236,45 @@ def test_arguments_that_contradict_each_other() -> None:
     result = fastscore.prune(model, scores, x, channels=0.6)
     with pytest.raises(ValueError, match="method: 'none' is none of"):
         fastscore.reconstruct(model, result, batches, method="none")  # type: ignore[arg-type]
-    other = NETWORKS["residual"].build()
-    other.fc = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="model: "):
         fastscore.reconstruct(result.model, result, batches)
+    with pytest.raises(TypeError, match=r"result: .*not its model alone"):
+        fastscore.reconstruct(model, result.model, batches)  # type: ignore[type-var]
+    with pytest.raises(ValueError, match=r"repair: 'linear' .*calibration=batches"):
+        fastscore.prune(model, scores, x, channels=0.6, repair="linear")
+    with pytest.raises(ValueError, match="repair: 'none' is none of"):
+        fastscore.prune(model, scores, x, channels=0.6, repair="none", calibration=batches)  # type: ignore[arg-type]
+
+
+def test_of_a_model_pruned_twice_the_first_dense_one_is_refused() -> None:
+    """Its layers are wide enough for what went in the second step; the result would be another network."""
+    model, batches, scores = trained_like("residual")
+    first = fastscore.prune(model, scores, batches[0][:1], channels=0.8)
+    again = fastscore.score(first.model, batches, ablation="mean", progress=False)
+    second = fastscore.prune(first.model, again, batches[0][:1], channels=0.8)
+    with untouched(model), pytest.raises(ValueError, match=r"model: .*the last prune\(\)"):
+        fastscore.reconstruct(model, second, batches)
+    assert fastscore.reconstruct(first.model, second, batches, "mean").report.channels == second.report.channels
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_what_stands_around_the_dense_model_is_seen_through(wrap: Any) -> None:
+    model, batches, scores = trained_like("plain")
+    result = fastscore.prune(wrap(model), scores, batches[0][:1], channels=0.6)
+    inside, outside = (fastscore.reconstruct(each, result, batches, "linear") for each in (model, wrap(model)))
+    assert torch.equal(inside.model(batches[0]), outside.model(batches[0]))
+
+
+def test_under_inference_mode_the_smaller_model_can_be_trained() -> None:
+    model, batches, scores = trained_like("residual")
+    with torch.inference_mode():
+        x = batches[0][:1].clone()
+        quick = fastscore.prune(model, scores, x, channels=0.6)
+        results = (quick, fastscore.prune(model, scores, x, channels=0.6, calibration=[b.clone() for b in batches]),
+                   fastscore.reconstruct(model, quick, batches, "linear"))
+    for result in results:
+        result.model.train()(batches[0]).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in result.model.parameters())
 
 
 # BatchNorms
@@ -276,6 +311,7 @@ def test_recalibration_is_the_plain_average_over_batches() -> None:
     ([torch.full((4, 3), math.nan)], FloatingPointError, "1: NaN or infinity"),
     ([torch.randn(4, 3), torch.randn(1, 3)], ValueError, "more than 1 value per channel"),
     ([torch.randn(4, 2)], RuntimeError, "shapes"),
+    (torch.randn(4, 4, 3), TypeError, "batches: one tensor"),
 ])
 def test_after_a_recalibration_that_fails_all_is_as_it_was(batches: Any, error: type[Exception], words: str) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
