@@ -192,10 +192,13 @@ def test_a_narrow_window_holds_all_of_it(width: int, scores: Scores, tmp_path: P
     html_report.write(many, path, pruned=report, command="fastscore prune /a/long/path --scores " + "x" * 90)
     frame.write_text(f'''<iframe width="{width}" height="800" srcdoc="{html.escape(path.read_text())}"></iframe><script>
         addEventListener("load", () => {{ const page = frames[0].document.documentElement;
-        const cells = frames[0].document.querySelectorAll("td").length;
-        document.title = `${{page.clientWidth}} ${{page.scrollWidth}} ${{cells}}`; }});
+        const cells = page.querySelectorAll("td").length, right = part => part.getBoundingClientRect().right;
+        const cut = [...page.querySelectorAll("svg rect")].filter(bar => right(bar) > right(bar.ownerSVGElement) + .5);
+        document.title = `${{page.clientWidth}} ${{page.scrollWidth}} ${{cells}} ${{cut.length}}`; }});
         </script>''')
-    seen, reach, cells = map(int, re.search("<title>(.*?)</title>", browse("--dump-dom", f"file://{frame}"))[1].split())
+    told = re.search("<title>(.*?)</title>", browse("--dump-dom", f"file://{frame}"))[1]
+    seen, reach, cells, bars_cut_off = map(int, told.split())
     assert cells > 150 * 8
     assert width - 30 < seen <= width
     assert reach <= seen
+    assert bars_cut_off == 0
