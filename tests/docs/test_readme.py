@@ -47,6 +47,8 @@ def test_the_importances_named_are_those_there_are():
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     named = {name for row in rows for name in re.findall(r"`([^`=]+)`", row)}
     assert named == set(NAMES)
+    assert "eight other criteria" in README
+    assert len(NAMES) == 9
 
 
 def test_its_figures_are_those_of_the_pages_it_names():
@@ -56,7 +58,8 @@ def test_its_figures_are_those_of_the_pages_it_names():
     assert [row[0] for row in table] == ["dense", *digits.IMPORTANCES]
     kept = {row[0]: row for row in table}
     assert f"keep **{kept['fastscore'][1]} %** accuracy" in README
-    assert f"where magnitude keeps {kept['magnitude'][1]} %, and\n  {kept['fastscore'][5]} % after the repair" in README
+    assert f"where magnitude keeps {kept['magnitude'][1]} %, and\n  {kept['fastscore'][5]} % after the repair " \
+        f"(random channels: {kept['random'][5]} %)" in README
 
     recovery = (ROOT / "docs/recovery.md").read_text()
     after = [re.search(rf"^\| {row} \|(.*)\|$", recovery, re.MULTILINE)[1].split("|")[3].strip()
