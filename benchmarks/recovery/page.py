@@ -22,7 +22,7 @@ TITLES = {"top1": "Top-1, %", "agreement": "Agreement with the dense network, %"
           "kl": "KL from the dense network, nats"}
 CURVES = {DEFAULT: "fastscore, repaired (default)", MEAN: "the same channels, mean compensation",
           FORMER: "importance alone, mean compensation"}
-BEST = "Torch-Pruning, best of its 12"
+BEST = "Torch-Pruning, the best measured"
 
 
 def read(path: Path) -> Runs:
