@@ -17,7 +17,7 @@ from fastscore.cli import images, models, processes
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.pruning.quality import HELD_OUT
 from fastscore.recovery.reconstruct import Method
-from fastscore.scoring.criteria import ABLATIONS, LAYERWISE, NAMES, REDUCTIONS
+from fastscore.scoring.criteria import ABLATIONS, GRADIENT_IMPORTANCES, LAYERWISE, NAMES, REDUCTIONS
 from fastscore.scoring.gradients import DISTRIBUTIONS
 from fastscore.scoring.options import Sampling
 from fastscore.scoring.scores import Scores
@@ -74,8 +74,9 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
                          help="default: %(default)s; the signed taylor needs a loss: fastscore.Scorer has it")
     scoring.add_argument("--reduction", choices=REDUCTIONS, default="sum",
                          help="over a channel's positions before the square or absolute value (default: %(default)s)")
-    scoring.add_argument("--ablation", choices=ABLATIONS, default="zero",
-                         help="what a channel's absence is compared with (default: %(default)s)")
+    scoring.add_argument("--ablation", choices=ABLATIONS,
+                         help="what a channel's absence is compared with (default: mean where a repair follows and the "
+                         "importance has it, else zero)")
     scoring.add_argument("--layerwise", choices=tuple(LAYERWISE), default="none",
                          help="divide each layer's scores by their norm or mean (default: %(default)s)")
     scoring.add_argument("--probes", type=of_sampling("probes"), default=1, metavar="N",
@@ -109,7 +110,14 @@ def add_repair(command: argparse.ArgumentParser) -> None:
 
 def repairs(arguments: argparse.Namespace) -> bool:
     """Whether a smaller model is repaired: where there are images, and nobody forbids it."""
-    return arguments.images is not None and arguments.repair is not None and arguments.compensate is not False
+    asked = vars(arguments)
+    return arguments.images is not None and asked.get("repair") is not None and asked.get("compensate") is not False
+
+
+def ablation(arguments: argparse.Namespace) -> str:
+    """What a channel's absence is compared with: its mean, which a repair gives back, where one follows."""
+    has_mean = (arguments.importance, arguments.reduction, "mean") in GRADIENT_IMPORTANCES
+    return arguments.ablation or ("mean" if has_mean and repairs(arguments) else "zero")
 
 
 def image_batches(arguments: argparse.Namespace, prepare: images.Preprocessing,
@@ -184,9 +192,9 @@ def scored(model: nn.Module, arguments: argparse.Namespace, prepare: images.Prep
         batches = images.batches(paths, prepare, arguments.batch_size)
     samples: int | Literal["auto"] = "auto" if arguments.samples == "auto" else sum(map(len, batches.chunks))
     tell(f"images: {prepare}")
-    scores = fastscore.score(model, batches, samples=samples,
+    scores = fastscore.score(model, batches, samples=samples, ablation=ablation(arguments),
                              **{name: getattr(arguments, name) for name in
-                                ("importance", "reduction", "ablation", "layerwise", "probes", "distribution", "center",
+                                ("importance", "reduction", "layerwise", "probes", "distribution", "center",
                                  "normalize", "seed", "ignore", "precision", "compile")}, **how)
     return replace(scores, notes=notes(arguments, prepare))
 

@@ -55,7 +55,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> None:
 
 def test_prune_repairs_by_default_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     model, example = dense(), torch.zeros(2, 3, 12, 12)
-    scores = fastscore.score(model, batches(), progress=False)
+    scores = fastscore.score(model, batches(), ablation="mean", progress=False)
     expected = fastscore.prune(model, scores, example, macs=0.6, calibration=batches())
     assert main(["prune", *MODEL, "--macs", "0.6", "--out", "small.safetensors"]) == 0
     said = capsys.readouterr()
@@ -90,7 +90,7 @@ def test_the_smallest_that_agrees(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prune", *MODEL, "--agreement", "0.8", "--repair", "mean", "--out", "s.safetensors", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     model = dense()
-    scores = fastscore.score(model, batches("work"), progress=False)
+    scores = fastscore.score(model, batches("work"), ablation="mean", progress=False)
     expected = fastscore.prune(model, scores, torch.zeros(2, 3, 12, 12), agreement=0.8, calibration=batches("work"),
                                held_out=batches("held out"), repair="mean")
     assert report["macs"] == list(expected.report.macs)
@@ -101,8 +101,9 @@ def test_a_curve(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["curve", *MODEL, "--macs", "0.8", "0.5", "--repair", "mean", "--plot", "curve.png"]
     assert main(arguments) == 0
     model = dense()
-    expected = fastscore.curve(model, fastscore.score(model, batches("work"), progress=False), batches("work"),
-                               (0.8, 0.5), held_out=batches("held out"), repair="mean", progress=False)
+    scores = fastscore.score(model, batches("work"), ablation="mean", progress=False)
+    expected = fastscore.curve(model, scores, batches("work"), (0.8, 0.5), held_out=batches("held out"),
+                               repair="mean", progress=False)
     assert str(expected) in capsys.readouterr().out
     assert expected.decisions == 10
     assert Image.open("curve.png").size > (600, 400)
