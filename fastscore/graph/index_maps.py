@@ -124,7 +124,7 @@ def is_broadcast(function: Any, dim: int, shape: Sequence[int]) -> bool:
         return False
     after = shape_of(function)
     at = dim - (len(after) - len(shape))
-    return after[dim] > 1 and (at < 0 or shape[at] == 1)
+    return dim < len(after) and after[dim] > 1 and (at < 0 or shape[at] == 1)
 
 
 def runs_over(function: Any, dim: int, dims: int) -> bool:

@@ -195,7 +195,11 @@ class InputMoments:
 def rows_of(layer: nn.Module, x: Tensor, valid: Tensor | None = None, limit: int = POSITIONS) -> Tensor:
     """[n, C_in]: the inputs of a Linear, or of a convolution at the positions that it reads, at most `limit` of each
     sample: a fixed random choice, the same for every sample of that size. valid: bool [N, T], tokens that are no
-    padding."""
+    padding. Raises ValueError for inputs without a dimension for samples."""
+    if x.dim() < (2 if isinstance(layer, nn.Linear) else len(layer.kernel_size) + 2):  # type: ignore[arg-type]
+        raise ValueError(f"{layer} reads {list(x.shape)}, without a dimension for samples: of a batch of one (its part "
+                         "that is held out may be one) the model's code drops it, as squeeze() does; name the "
+                         "dimensions to drop, or pass a forward= that brings it back")
     x = x.detach()
     if isinstance(layer, nn.Linear):
         if valid is not None and x.dim() == 3 and x.shape[:2] == valid.shape:

@@ -95,3 +95,19 @@ def test_an_obstacle_is_named_without_its_settings() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
     assert trace(model, torch.randn(3, 4)).skipped["0"] == \
         "its channels pass through 1 (LayerNorm), which cannot lose channels yet"
+
+
+def test_a_sum_over_all_channels_that_is_returned_leaves_the_others_be() -> None:
+    """Its result has fewer dimensions than the channels stood at."""
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.one(x).relu()
+            return self.head(self.two(y).relu().mean((2, 3))) + y.sum((1, 2, 3))[:, None]
+
+    graph = trace(Summed(), torch.randn(2, 3, 8, 8))
+    assert [group.name for group in graph.groups] == ["two"]
+    assert graph.skipped["one"].startswith("an operation runs over all its channels (Sum")

@@ -265,6 +265,28 @@ def test_what_stands_around_the_dense_model_is_seen_through(wrap: Any) -> None:
     assert torch.equal(inside.model(batches[0]), outside.model(batches[0]))
 
 
+class Squeezing(nn.Module):
+    """Drops the dimension of samples too, where there is one sample; without pooling, what a convolution reads."""
+
+    def __init__(self, pool: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.head, self.pool = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Linear(6, 3), pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pool:
+            return self.head(self.two(self.one(x)).mean((2, 3), keepdim=True).squeeze())
+        return self.head(self.two(self.one(x).squeeze()).mean((-1, -2)))
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_sample_that_the_model_squeezes_away_is_named(pool: bool) -> None:
+    """One is held out of each batch of four here. With as many channels as columns its rows would look alike."""
+    model, x = Squeezing(pool), torch.randn(8, 3, 10, 10)
+    scores = fastscore.score(model, [x], progress=False)
+    with untouched(model), pytest.raises(ValueError, match=r"reads \[.*without a dimension for samples.*squeeze"):
+        fastscore.prune(model, scores, x[:2], channels=0.6, calibration=x.split(4))
+
+
 def test_under_inference_mode_the_smaller_model_can_be_trained() -> None:
     model, batches, scores = trained_like("residual")
     with torch.inference_mode():
