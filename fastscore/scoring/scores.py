@@ -177,6 +177,7 @@ class Scores(Mapping[str, Tensor]):
 
         Raises:
             FileNotFoundError: There is no such file.
+            IsADirectoryError: It is a folder.
             ValueError: The file is foreign, truncated or altered.
         """
         header, tensors = files.read(path, _FORMAT, "score file", "score the model again")

@@ -177,7 +177,7 @@ def test_histograms_for_tensorboard(scores: Scores, tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
         Scores.load(tmp_path / "nothing.safetensors")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(IsADirectoryError, match="it is a folder; name a score file"):
         Scores.load(tmp_path)
 
 
