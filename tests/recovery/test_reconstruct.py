@@ -280,11 +280,12 @@ class Squeezing(nn.Module):
 
 @pytest.mark.parametrize("pool", [False, True])
 def test_a_sample_that_the_model_squeezes_away_is_named(pool: bool) -> None:
-    """One is held out of each batch of four here. With as many channels as columns its rows would look alike."""
+    """One is held out of each batch of four here. With as many channels as columns its rows would look alike.
+    So few channels are left that every layer loses some."""
     model, x = Squeezing(pool), torch.randn(8, 3, 10, 10)
     scores = fastscore.score(model, [x], progress=False)
     with untouched(model), pytest.raises(ValueError, match=r"reads \[.*without a dimension for samples.*squeeze"):
-        fastscore.prune(model, scores, x[:2], channels=0.6, calibration=x.split(4))
+        fastscore.prune(model, scores, x[:2], channels=0.4, calibration=x.split(4))
 
 
 def test_under_inference_mode_the_smaller_model_can_be_trained() -> None:
