@@ -74,7 +74,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
             channels that each would prune (see Scores.overlap). They are examples, whatever sample_dims is.
         agreement: (fraction, share) in place of 30 and 95 %.
         seed: Of the random gradients. They depend on it, the sample's content and the probe alone, so that scores do
-            not depend on batch size or order.
+            not depend on batch size or order (but where a BatchNorm keeps no running statistics).
         distribution: Of the random gradients: "normal", "rademacher", or "orthogonal" (as many probes of a sample as
             it has outputs are orthogonal).
         center: Take the all-ones direction out of the random gradients, which a softmax does not see.
