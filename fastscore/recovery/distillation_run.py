@@ -184,7 +184,7 @@ class DistillationRun:
     def _look(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss: {loss} by step {self.step}; an lr below {max(self._rates):g} may help, or "
-                                     "another precision")
+                                     "another precision; unless the batches hold NaN or infinity")
         for buffer in self._smaller.buffers():  # statistics, which every process has of its own batches
             if buffer.is_floating_point() and self._group is not None:
                 buffer.copy_(self._sum(buffer) / self._size)
