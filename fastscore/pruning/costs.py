@@ -127,28 +127,29 @@ class Costs:
 
         All groups lose a unit at once; where other MACs remain than were foreseen, halves do, down to single groups.
         """
-        def learn(groups: Sequence[ChannelGroup]) -> None:
-            gone = {group.name: (group.unit == group.unit[0]).nonzero()[:, 0] for group in groups}
-            for name, channels in gone.items():
-                self.remove(name, channels.tolist())
-            foreseen = self.totals["macs"]
-            for name, channels in gone.items():
-                self.restore(name, channels.tolist())
-            self.totals.update(self.dense)
-            try:
-                more = foreseen - macs_without(gone)
-            except RuntimeError:  # of a group that goes, the trial of the selection tells it
-                more = math.nan
-            if len(groups) > 1 and not abs(more) < 0.5:  # or it does not run
-                learn(groups[:len(groups) // 2])
-                learn(groups[len(groups) // 2:])
-            elif abs(more) >= 0.5:
-                group, each = groups[0], more / len(gone[groups[0].name])
-                self._losses[group.name][(1,) * group.channels].append(
-                    (LayerCost(group.channels, group.channels, True, each, 0.0, 0.0), False))
-
         if groups := [group for group in self.groups.values() if int(group.unit.max()) > 0]:
-            learn(groups)
+            self._learn(groups, macs_without)
+
+    def _learn(self, groups: Sequence[ChannelGroup], macs_without: MacsWithout) -> None:
+        # no function within learn_products: one that calls itself would keep the model alive until it is collected
+        gone = {group.name: (group.unit == group.unit[0]).nonzero()[:, 0] for group in groups}
+        for name, channels in gone.items():
+            self.remove(name, channels.tolist())
+        foreseen = self.totals["macs"]
+        for name, channels in gone.items():
+            self.restore(name, channels.tolist())
+        self.totals.update(self.dense)
+        try:
+            more = foreseen - macs_without(gone)
+        except RuntimeError:  # of a group that goes, the trial of the selection tells it
+            more = math.nan
+        if len(groups) > 1 and not abs(more) < 0.5:  # or it does not run
+            self._learn(groups[:len(groups) // 2], macs_without)
+            self._learn(groups[len(groups) // 2:], macs_without)
+        elif abs(more) >= 0.5:
+            group, each = groups[0], more / len(gone[groups[0].name])
+            self._losses[group.name][(1,) * group.channels].append(
+                (LayerCost(group.channels, group.channels, True, each, 0.0, 0.0), False))
 
     def by_group(self) -> list[tuple[float, float]]:
         """(MACs, parameters) of each group's own layers as they are; one of several groups counts with the first."""
