@@ -336,14 +336,16 @@ def _varied(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _randomize_zeros(model: nn.Module) -> None:
-    """Parameters that are zero throughout, as the last ones of a residual branch are at first, become random."""
+    """What is zero in a parameter becomes random: the last layer of a residual branch is at first, dead filters stay so,
+    and no gradient comes back through either."""
     generator = torch.Generator().manual_seed(0)
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is None or not parameter.is_floating_point() or bool(parameter.any()):
+            if parameter is None or not parameter.is_floating_point() or bool(parameter.all()):
                 continue
             if id(parameter) not in made:
-                values = 0.1 * torch.randn(parameter.shape, generator=generator)
-                made[id(parameter)] = nn.Parameter(values.to(parameter), requires_grad=False)
+                values = 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
+                alive = torch.where(parameter == 0, values, parameter)
+                made[id(parameter)] = nn.Parameter(alive, requires_grad=False)
             module._parameters[name] = made[id(parameter)]
