@@ -336,8 +336,8 @@ def _varied(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _randomize_zeros(model: nn.Module) -> None:
-    """What is zero in a parameter becomes random: the last layer of a residual branch is at first, dead filters stay so,
-    and no gradient comes back through either."""
+    """What is zero in a parameter becomes random: no gradient comes back through a residual branch whose last layer has
+    not been trained, nor through dead filters."""
     generator = torch.Generator().manual_seed(0)
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
