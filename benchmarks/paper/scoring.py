@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from benchmarks.paper.data import Images
 from benchmarks.paper.helped import torch_pruning_taylor
 from benchmarks.paper.variants import HELPED, Variant
-from fastscore import Scores
+from fastscore import Scores, fingerprints
 from fastscore.graph.groups import Units
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -71,7 +71,7 @@ def _measure(model: nn.Module, images: Images, family: Mapping[Variant, Totals],
             for kind in ("loss", "random"):
                 if any(variant.gradient == kind for variant in family):
                     v = gradients.loss_gradient(output, (x, labels), None, False) if kind == "loss" else \
-                        gradients.random_gradient(output, gradients.sample_ids(x), seed, 0, "normal", False)
+                        gradients.random_gradient(output, fingerprints.sample_ids(x), seed, 0, "normal", False)
                     _send(taps.propagate, output, v, {variant: totals for variant, totals in family.items()
                                                       if variant.gradient == kind})
 

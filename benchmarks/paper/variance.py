@@ -24,6 +24,7 @@ from benchmarks.paper import data, training
 from benchmarks.paper.agreement import overlap, spearman
 from benchmarks.paper.data import Images
 from benchmarks.paper.evaluation import Evaluator
+from fastscore import fingerprints
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.plots import figure, plain
@@ -94,7 +95,7 @@ def measure(model: nn.Module, train: Images, test: Images, halves: tuple[int, ..
             stride: int = 31) -> Iterator[dict[str, object]]:
     """The rows of one network, but for its name; `train` holds at least two of the largest halves."""
     by_group = output_changes(model, train.images)
-    u, ids = torch.cat(list(by_group.values()), 2), gradients.sample_ids(train.images)
+    u, ids = torch.cat(list(by_group.values()), 2), fingerprints.sample_ids(train.images)
     evaluator = Evaluator(model, test, "groups")
     for repeat in range(repeats):
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(repeat))

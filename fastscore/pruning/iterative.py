@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastscore import files
 from fastscore.batches import Batch, call_model, first_samples, first_tensor, map_tensors
+from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.groups import matching_layers
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
@@ -25,7 +26,6 @@ from fastscore.pruning.report import GroupReport, PruneReport
 from fastscore.pruning.result import PruneResult
 from fastscore.rng import fork_rng
 from fastscore.scoring.engine import score
-from fastscore.scoring.fingerprints import run_fingerprint
 from fastscore.scoring.scores import Scores
 
 Schedule = Literal["geometric", "linear"]

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from fastscore.batches import Batch, Forward, call_model, checked_forward
+from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.surgery import RemovedIndices
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
@@ -20,7 +21,6 @@ from fastscore.recovery.features import FeatureMaps
 from fastscore.recovery.optimizers import OptimizerMaker, OptimizerName, make_optimizer
 from fastscore.recovery.training_batches import TrainingBatches
 from fastscore.rng import fork_rng
-from fastscore.scoring.fingerprints import run_fingerprint
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastscore.batches import Batch, first_tensor, map_tensors
-from fastscore.scoring.gradients import sample_ids
+from fastscore.fingerprints import sample_ids
 
 
 @dataclass(frozen=True)

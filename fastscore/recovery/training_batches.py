@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from fastscore.batches import Batch, map_tensors
+from fastscore.fingerprints import digest_of
 from fastscore.recovery.held_out import check_batches, held_out_rows, samples_in, take_rows
-from fastscore.scoring.fingerprints import digest_of
 
 HELD_OUT = 8  # one of so many samples judges and is never trained on
 JUDGES = 512  # as many of these are looked at, at most

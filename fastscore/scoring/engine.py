@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from fastscore.batches import Batch, Forward, call_model, first_input, first_samples
 from fastscore.fastpath.prepare import Prepared, prepare
+from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.groups import ChannelGraph, Ignore, Units, matching_layers
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -19,7 +20,6 @@ from fastscore.modules.wrappers import unwrapped, without_checkpoints
 from fastscore.rng import fork_rng
 from fastscore.scoring import gradients, options, tokens
 from fastscore.scoring.diagnosis import first_nonfinite
-from fastscore.scoring.fingerprints import run_fingerprint
 from fastscore.scoring.options import (
     AGREEMENT,
     Checkpoint,

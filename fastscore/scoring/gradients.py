@@ -3,7 +3,6 @@
 Random gradients: arXiv 2310.20203, section 3: N(0, I) over the outputs, drawn anew for each sample, scaled to length 1.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -17,48 +16,6 @@ from fastscore import ops
 Loss: TypeAlias = Callable[[Tensor, Any], Tensor]
 
 DISTRIBUTIONS = ("normal", "rademacher", "orthogonal", "basis")
-
-# SplitMix64 (Steele, Lea, Flood, 2014), as signed 64-bit integers, which wrap the same.
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-_MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser, element by element: int64 -> int64."""
-    for shift, multiplier in zip((30, 27), _MIX, strict=True):
-        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * multiplier
-    return x ^ ((x >> 31) & (2**33 - 1))
-
-
-def _weights(count: int, device: torch.device) -> Tensor:
-    """Odd int64 [count], one for each position of a sample."""
-    return _mix(torch.arange(1, count + 1, device=device) * _GOLDEN) | 1
-
-
-_KEPT = 2**21  # words of a sample whose weights are kept for the next batch: 16 MiB, an image of 836 x 836
-_kept_weights = functools.lru_cache(maxsize=1)(_weights)
-
-
-def sample_ids(x: Tensor) -> Tensor:
-    """An id for each sample, made from what it holds: int64 [N] from [N, ...].
-
-    A sample has the same id in every batch, order, worker and memory layout, so its random gradient is the same too.
-    The hash is Σ word·weight(position) modulo 2⁶⁴; trailing zeros (padding) do not change it.
-    """
-    bits = x.detach().reshape(x.shape[0], math.prod(x.shape[1:])).contiguous()
-    if bits.dtype == torch.bool or bits.is_complex():
-        bits = bits.to(torch.uint8) if bits.dtype == torch.bool else torch.view_as_real(bits).flatten(1)
-    words = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
-    count = words.shape[1]
-    weights = _kept_weights(count, x.device) if count <= _KEPT else _weights(count, x.device)
-    # one sample at a time: a batch of products would hold eight bytes for each of its values at once
-    return _mix(torch.stack([(row * weights).sum() for row in words])) if len(words) else words.new_empty(0).long()
-
-
-def token_ids(ids: Tensor, tokens: int) -> Tensor:
-    """An id for each token, by its sample's (int64 [N]) and its place: int64 [N·T]."""
-    places = torch.arange(1, tokens + 1, device=ids.device) * _GOLDEN
-    return _mix(ids[:, None] + _mix(places)).flatten()
 
 
 def random_gradient(output: Tensor, ids: Tensor, seed: int, probe: int, distribution: str, normalize: bool,

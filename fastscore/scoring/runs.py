@@ -17,8 +17,8 @@ from torch import Tensor, distributed
 
 from fastscore import files
 from fastscore.batches import Batch, on_device
+from fastscore.fingerprints import digest_of
 from fastscore.modules.inspection import device_of
-from fastscore.scoring.fingerprints import digest_of
 from fastscore.scoring.options import REDUCTION_SLOTS, Persistence
 from fastscore.scoring.totals import Totals
 
@@ -75,7 +75,7 @@ class _Progress:
 class Run:
     """Iterating gives (totals to add to, batch) for every batch to do here; a context manager that saves when stopped.
 
-    totals: with nothing in them. identity: what makes a run the same one (see fastscore.scoring.fingerprints). data:
+    totals: with nothing in them. identity: what makes a run the same one (see fastscore.fingerprints). data:
     the batches. persistence: where the run is kept, and the processes that all have the same batches and take turns at
     them.
     """

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastscore import ops
+from fastscore import fingerprints, ops
 from fastscore.batches import MASK, first_input, mappings
 from fastscore.modules.sample_axis import SampleAxes
 from fastscore.scoring import gradients
@@ -26,7 +26,7 @@ def ids_of(done: ForwardPass, axes: SampleAxes) -> Tensor:
 
 
 def sample_ids(inputs: Any, valid: Tensor | None, dim: int = 0) -> Tensor:
-    """int64 [N], see gradients.sample_ids: of what a batch, or a call, holds but for its mask and its padding.
+    """int64 [N], see fingerprints.sample_ids: of what a batch, or a call, holds but for its mask and its padding.
 
     dim: where the samples lie in the first tensor.
     """
@@ -36,7 +36,7 @@ def sample_ids(inputs: Any, valid: Tensor | None, dim: int = 0) -> Tensor:
     x = x.movedim(dim, 0) if 0 < dim < x.dim() else x
     if valid is not None and x.shape[:2] == valid.shape:
         x = x.masked_fill(~_along(valid, x), 0)
-    return gradients.sample_ids(x)
+    return fingerprints.sample_ids(x)
 
 
 def of_output(valid: Tensor | None, output: Tensor) -> Tensor | None:
@@ -65,7 +65,7 @@ def random_gradient(output: Tensor, ids: Tensor, probe: int, how: Origin, valid:
     if how.sample_dims > 1:
         rows(output, how.sample_dims, valid)
         each = output.flatten(0, 1)
-        gradient = gradients.random_gradient(each, gradients.token_ids(ids, output.shape[1]), *draw, how.normalize,
+        gradient = gradients.random_gradient(each, fingerprints.token_ids(ids, output.shape[1]), *draw, how.normalize,
                                              how.center).reshape(output.shape)
         return gradient if valid is None else gradient * _along(valid, output)
     if valid is None:

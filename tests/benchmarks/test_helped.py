@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from benchmarks.paper.helped import torch_pruning_taylor
 from benchmarks.paper.networks import NETWORKS as PAPERS
+from fastscore.fingerprints import sample_ids
 from fastscore.graph.tracing import trace
-from fastscore.scoring.gradients import random_gradient, sample_ids
+from fastscore.scoring.gradients import random_gradient
 
 LABELS = torch.tensor([3, 1, 0, 2, 1])
 

@@ -75,7 +75,7 @@ def test_one_basis_of_passes_holds_every_random_gradient(distribution: str, cent
         probes, how = next(iter(u.values())).shape[1], {"probes": "exact"}
     else:
         how = {"probes": probes, "distribution": distribution}
-    ids = fastscore.scoring.gradients.sample_ids(x)  # type: ignore[attr-defined]
+    ids = fastscore.fingerprints.sample_ids(x)  # type: ignore[attr-defined]
     found = {name: variance.importance(part, ids, distribution, center, probes, seed=2) for name, part in u.items()}
     close(found, fastscore.score(model, [x], center=center, seed=2, progress=False, **how))  # type: ignore[arg-type]
 

@@ -11,6 +11,7 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
+from fastscore import fingerprints
 from fastscore.graph.groups import norm_gates
 from fastscore.graph.tracing import trace
 from fastscore.scoring import gradients
@@ -29,7 +30,7 @@ def sent(output: Tensor, x: Tensor, gradient: str, normalize: bool, samples: int
         if not normalize:
             return v
         return v / v.flatten(1).norm(dim=1).reshape(-1, *[1] * (v.dim() - 1)) / samples
-    return gradients.random_gradient(output, gradients.sample_ids(x), 0, 0, "normal", normalize) / samples
+    return gradients.random_gradient(output, fingerprints.sample_ids(x), 0, 0, "normal", normalize) / samples
 
 
 def close(found: Any, exact: dict[str, Tensor], tolerance: float = 1e-6) -> None:

@@ -10,7 +10,8 @@ from networks import NETWORKS
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.scoring.gradients import DISTRIBUTIONS, random_gradient, sample_ids
+from fastscore.fingerprints import sample_ids
+from fastscore.scoring.gradients import DISTRIBUTIONS, random_gradient
 
 
 def network(name: str = "residual", samples: int = 4) -> tuple[nn.Module, Tensor]:

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 import fastscore
-from fastscore import Scorer
+from fastscore import Scorer, fingerprints
 from fastscore.integrations.transformers import forward
 from fastscore.scoring import gradients
 
@@ -59,12 +59,12 @@ def _brute(model: nn.Module, batch: dict[str, Tensor], layer: str, unit: int, v:
 def _directions(output: Tensor, batch: dict[str, Tensor], dims: int, seed: int) -> Tensor:
     """Random gradients, drawn as documented, of length 1 for each sample, none at padding."""
     mask = batch["attention_mask"].bool()
-    ids = gradients.sample_ids(batch["input_ids"] * mask)
+    ids = fingerprints.sample_ids(batch["input_ids"] * mask)
     if dims == 1:
         v = gradients.random_gradient(output, ids, seed, 0, "normal", False) * mask[..., None]
         return v / v.flatten(1).norm(dim=1)[:, None, None]
-    v = [gradients.random_gradient(output[n, t][None], gradients.token_ids(ids[n:n + 1], t + 1)[-1:], seed, 0, "normal",
-                                   True)[0] for n in range(len(output)) for t in range(output.shape[1])]
+    v = [gradients.random_gradient(output[n, t][None], fingerprints.token_ids(ids[n:n + 1], t + 1)[-1:], seed, 0,
+                                   "normal", True)[0] for n in range(len(output)) for t in range(output.shape[1])]
     return torch.stack(v).reshape(output.shape) * mask[..., None]
 
 
@@ -214,7 +214,7 @@ def test_a_stack_on_tokens_of_images() -> None:
     model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double(), torch.randn(2, 5, 4).double()
     by_token = fastscore.score(model, [x], sample_dims=2, normalize=False, importance="taylor-abs", progress=False)
     assert by_token.samples == 10
-    ids = gradients.token_ids(gradients.sample_ids(x), 5)
+    ids = fingerprints.token_ids(fingerprints.sample_ids(x), 5)
     v = gradients.random_gradient(torch.empty(10, 3).double(), ids, 0, 0, "normal", False)
     hidden = torch.relu(model[0](x)).flatten(0, 1)
     expected = (hidden * (v @ model[2].weight)).abs().mean(0)

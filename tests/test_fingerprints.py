@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastscore.scoring.fingerprints import digest_of, run_fingerprint
+from fastscore.fingerprints import digest_of, run_fingerprint
 
 
 def build() -> nn.Sequential:
