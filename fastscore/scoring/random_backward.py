@@ -55,6 +55,5 @@ def random_backward(output: Tensor, inputs: Batch = None, *, seed: int = 0, prob
         raise ValueError(f"inputs: the first tensor has shape {list(told_apart.shape)} where the output has "
                          f"{len(output)} rows; pass the tensor that holds the samples, or None")
     ids = fingerprints.sample_ids(told_apart)
-    gradient = gradients.random_gradient(output, ids, seed, probe, distribution, normalize,
-                                         center)
+    gradient = gradients.random_gradient(output, ids, seed, probe, distribution, normalize, center)
     output.backward(gradient, retain_graph=retain_graph)
