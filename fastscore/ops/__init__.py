@@ -46,16 +46,37 @@ def channel_sums(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, Te
 
 
 def channel_dot(a: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
-    """Σ a·g over every position of a channel, [N, C]: the first of `channel_sums`, which see."""
+    """Σ a·g over every position of a channel: the first of `channel_sums`.
+
+    Args:
+        a, g: activation and gradient [N, ..., C, ...], as `channel_sums` takes them.
+        channel_dim: where C is; never 0, which counts the samples.
+
+    Returns:
+        [N, C], float64 for float64 and float32 for the rest.
+
+    Raises:
+        ValueError, TypeError: as `channel_sums` does.
+    """
     checks.check_pair(a, g, channel_dim)
     result: Tensor = _channel_dot(a, g, channel_dim)
     return result
 
 
 def channel_powers(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """(Σ |a·g|, Σ (a·g)²) over every position of a channel, each [N, C]: the elementwise criteria.
+    """(Σ |a·g|, Σ (a·g)²) over every position of a channel: the elementwise criteria.
 
-    Arguments and errors are those of `channel_sums`. Squares of float32 and bfloat16 products overflow beyond 1e19.
+    Squares of float32 and bfloat16 products overflow beyond 1e19.
+
+    Args:
+        a, g: activation and gradient [N, ..., C, ...], as `channel_sums` takes them.
+        channel_dim: where C is; never 0, which counts the samples.
+
+    Returns:
+        Two tensors [N, C], float64 for float64 and float32 for the rest.
+
+    Raises:
+        ValueError, TypeError: as `channel_sums` does.
     """
     checks.check_pair(a, g, channel_dim)
     result: tuple[Tensor, Tensor] = _channel_powers(a, g, channel_dim)

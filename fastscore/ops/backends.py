@@ -128,6 +128,9 @@ def use_backend(name: BackendName) -> Iterator[None]:
     "reference" serves CPU tensors as well, and so does "triton" under its interpreter (TRITON_INTERPRET=1). The choice
     holds for the whole process, nests, and ends with the block, also by an exception.
 
+    Args:
+        name: "cuda", "triton" or "reference".
+
     Raises:
         ValueError: there is no backend of that name.
         RuntimeError: it cannot be used here; the message says why, and what to do.
