@@ -81,8 +81,8 @@ def main() -> None:
     left = list(jobs(options, complete(path)))
     if not path.exists():
         path.write_text(",".join(FIELDS) + "\n")
-    deaf = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # workers leave Ctrl-C to this process, which ends them
-    with path.open("a", newline="") as file, multiprocessing.get_context("spawn").Pool(options.jobs, *deaf) as pool, \
+    quiet = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # workers leave Ctrl-C to this process, which ends them
+    with path.open("a", newline="") as file, multiprocessing.get_context("spawn").Pool(options.jobs, *quiet) as pool, \
             tqdm(total=sum(len(wanted) for _, wanted in left), unit=" curves") as bar:
         writer = csv.DictWriter(file, FIELDS)
         try:

@@ -220,7 +220,7 @@ def _watching(model: nn.Module, watched: Mapping[str, Watched], trial: _Trial) -
 
 
 class _Watch(torch.autograd.Function):
-    """x -> x; on the way back, notes where the gradient is not zero."""
+    """x -> x; backward: notes where the gradient is not zero."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, sent: list[int], call: _Call, output: bool) -> Tensor:

@@ -85,7 +85,7 @@ def channel_powers(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, 
 
 def clamp_backward(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: float, overwrite: bool = False
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The way back through a clamp (ReLU, ReLU6, Hardtanh) and the channel sums of its result, in one pass over them.
+    """The backward of a clamp (ReLU, ReLU6, Hardtanh) and the channel sums of its result, in one pass over them.
 
     Args:
         y: what the clamp made, [N, C, ...], float32, bfloat16, float16 or float64, on a CPU.
