@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastscore.batches import Batch, Forward, valid_tokens
-from fastscore.recovery.linear import StandIn, kept_channels, rewired, solve
+from fastscore.recovery.linear import InputEstimate, kept_channels, rewired, solve
 from fastscore.recovery.moments import Moments, rows_of
 
 RIDGES = (math.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
@@ -79,7 +79,7 @@ class Rewired:
     read: Tensor
 
 
-def fit(joint: Joint, symmetric: StandIn, ridge: float) -> Tensor:
+def fit(joint: Joint, symmetric: InputEstimate, ridge: float) -> Tensor:
     """M, float64 [G, C, K]."""
     _, cross, gram, _, _ = joint.parts()
     start = torch.stack([mixing[:, keep] for mixing, keep in zip(symmetric.mixing, joint.kept, strict=True)])
@@ -113,7 +113,7 @@ def rewire(layer: nn.Module, joint: Joint, mixing: Tensor) -> Rewired:
     given, read = (torch.zeros(joint.index.numel(), dtype=torch.float64) for _ in range(2))
     given[joint.index.flatten()] = mean_x.flatten()
     read[joint.index.flatten()] = (mean_y @ mixing.transpose(1, 2)).flatten()
-    weight = rewired(layer, StandIn(joint.index, full, given))
+    weight = rewired(layer, InputEstimate(joint.index, full, given))
     if getattr(layer, "transposed", False):
         scale = gain.reshape(len(full), 1, -1, *[1] * (weight.dim() - 2))
         weight = (weight.unflatten(0, (len(full), -1)) * scale).flatten(0, 1)

@@ -21,7 +21,7 @@ NOISE = 1e-6  # of the largest eigenvalue: about what float32 products carry, be
 
 
 @dataclass(frozen=True)
-class StandIn:
+class InputEstimate:
     """All inputs of a layer as a function of those that stay: x ≈ mixing·x + constant.
 
     index: int64 [G, P, C], as in Moments. mixing: float64 [G, C, C]; columns of removed inputs are zero.
@@ -33,7 +33,7 @@ class StandIn:
     constant: Tensor
 
 
-def stand_in(moments: Moments, removed: Tensor, ridge: float) -> StandIn:
+def estimate_inputs(moments: Moments, removed: Tensor, ridge: float) -> InputEstimate:
     """What replaces the inputs at positions `removed` (int64) best, by ridge regression on the others of their block.
 
     ridge: >= 0, a share of each kept channel's own variance; math.inf for the mean alone. Channels that vary no more
@@ -50,7 +50,7 @@ def stand_in(moments: Moments, removed: Tensor, ridge: float) -> StandIn:
     constant = torch.zeros(moments.index.numel(), dtype=torch.float64)
     rest = moments.mean - moments.mean @ mixing.transpose(1, 2)
     constant[moments.index.flatten()] = torch.where(kept[:, None], 0.0, rest).flatten()
-    return StandIn(moments.index, mixing, constant)
+    return InputEstimate(moments.index, mixing, constant)
 
 
 def kept_channels(index: Tensor, removed: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def kept_channels(index: Tensor, removed: Tensor) -> Tensor:
     return ~at[:, 0]
 
 
-def rewired(layer: nn.Module, x: StandIn) -> Tensor:
+def rewired(layer: nn.Module, x: InputEstimate) -> Tensor:
     """The layer's weight, float64 and of the shape it has, once it reads mixing·x in place of x."""
     weight: Any = layer.weight.detach().double()  # type: ignore[operator]
     index, mixing = x.index.to(weight.device), x.mixing.to(weight.device)

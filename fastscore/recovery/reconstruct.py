@@ -26,7 +26,7 @@ from fastscore.recovery.asymmetric import Joint, Pair, Rewired, error, fit, rewi
 from fastscore.recovery.calibration import Calibration, Part
 from fastscore.recovery.compensation import mean_contributions
 from fastscore.recovery.divergence import Divergence, divergence
-from fastscore.recovery.linear import StandIn, rewired, stand_in
+from fastscore.recovery.linear import InputEstimate, estimate_inputs, rewired
 from fastscore.recovery.moments import InputMoments, Moments, layouts
 from fastscore.recovery.recalibration import recalibrate_on, running_norms
 from fastscore.rng import fork_rng
@@ -180,9 +180,10 @@ class _Bench:
         weights, added, _ = self._symmetric(ridge, part)
         return self._result.cut_again(self._model, weights, added)
 
-    def _symmetric(self, ridge: float, part: Part) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, StandIn]]:
+    def _symmetric(self, ridge: float, part: Part
+                   ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, InputEstimate]]:
         """(new weights, what biases grow by, what stands in for the inputs of each layer)."""
-        inputs = {name: stand_in(moments, self._removed[name], ridge)
+        inputs = {name: estimate_inputs(moments, self._removed[name], ridge)
                   for name, moments in self._moments[part].items()}
         weights = {name: rewired(self._eval_model.get_submodule(name), x) for name, x in inputs.items()} \
             if ridge != math.inf else {}

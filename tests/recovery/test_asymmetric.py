@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.recovery.asymmetric import Joint, error, fit, rewire
-from fastscore.recovery.linear import stand_in
+from fastscore.recovery.linear import estimate_inputs
 from fastscore.recovery.moments import Moments, layouts
 
 QUICK = settings(max_examples=40, deadline=None)
@@ -60,7 +60,7 @@ class Case:
 def test_without_a_ridge_it_is_least_squares(name: str, seed: int) -> None:
     case = Case(name, seed)
     x, y = (rows[0] - rows[0].mean(0) for rows in (case.x, case.y))
-    found = case.full(fit(case.parts[0], stand_in(case.dense, REMOVED, 0.1), 0.0))
+    found = case.full(fit(case.parts[0], estimate_inputs(case.dense, REMOVED, 0.1), 0.0))
     blocks = len(case.index)
     for block in range(blocks):
         rows, columns = (slice(block * n // blocks, (block + 1) * n // blocks) for n in (8, 4))
@@ -72,7 +72,7 @@ def test_without_a_ridge_it_is_least_squares(name: str, seed: int) -> None:
 @given(st.sampled_from(list(LAYERS)), st.integers(0, 2**31), st.sampled_from([0.0, 0.3, math.inf]))
 def test_errors_and_outputs_are_those_of_the_rows(name: str, seed: int, ridge: float) -> None:
     case = Case(name, seed)
-    mixing = fit(case.parts[0], stand_in(case.dense, REMOVED, 0.1), ridge)
+    mixing = fit(case.parts[0], estimate_inputs(case.dense, REMOVED, 0.1), ridge)
     whole = case.full(mixing)
     constant = case.x[0].mean(0) - whole @ case.y[0].mean(0)
     errors = case.outputs(case.x[1]) - case.outputs(case.y[1] @ whole.T + constant)
@@ -93,7 +93,7 @@ def test_errors_and_outputs_are_those_of_the_rows(name: str, seed: int, ridge: f
 
 def test_an_infinite_ridge_leaves_the_symmetric_solution() -> None:
     case = Case("conv", 0)
-    symmetric = stand_in(case.dense, REMOVED, 0.1)
+    symmetric = estimate_inputs(case.dense, REMOVED, 0.1)
     torch.testing.assert_close(case.full(fit(case.parts[0], symmetric, math.inf)),
                                torch.block_diag(*symmetric.mixing)[:, case.kept])
 

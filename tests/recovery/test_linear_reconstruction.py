@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastscore.graph.groups import ChannelGroup, Member
-from fastscore.recovery.linear import rewired, stand_in
+from fastscore.recovery.linear import estimate_inputs, rewired
 from fastscore.recovery.moments import WIDEST, InputMoments, Moments, layouts, rows_of
 
 QUICK = settings(max_examples=60, deadline=None)
@@ -52,7 +52,7 @@ def test_a_channel_that_is_a_linear_function_of_others_is_not_missed(case: tuple
     blocks = along.unflatten(-1, (getattr(layer, "groups", 1), -1))
     blocks[..., -1] = blocks[..., :-1] @ torch.randn(blocks.shape[-1] - 1, generator=generator)
     removed = torch.arange(along.shape[-1]).reshape(blocks.shape[-2:])[:, -1]
-    found = stand_in(moments_of(layer, x), removed, 0.0)
+    found = estimate_inputs(moments_of(layer, x), removed, 0.0)
     assert not found.mixing[..., -1].any()
     with torch.no_grad():
         before = layer(x)
@@ -76,7 +76,7 @@ def test_the_ridge_solution_is_numpy_s(seed: int, ridge: float, count: int) -> N
     constant = x.mean(0)[removed] - mixing @ x.mean(0)[kept]
     moments = Moments(torch.arange(8).reshape(1, 1, 8))
     moments.add(torch.from_numpy(x))
-    found = stand_in(moments, torch.from_numpy(removed), ridge)
+    found = estimate_inputs(moments, torch.from_numpy(removed), ridge)
     torch.testing.assert_close(found.mixing[0][removed][:, kept], torch.from_numpy(mixing), rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(found.constant[removed], torch.from_numpy(constant), rtol=1e-7, atol=1e-6)
     torch.testing.assert_close(found.mixing[0][kept][:, kept], torch.eye(len(kept), dtype=torch.float64))
@@ -92,7 +92,7 @@ def test_fewer_samples_than_channels_dead_and_constant_channels(samples: int) ->
     moments = Moments(torch.arange(12).reshape(1, 1, 12))
     moments.add(x)
     for ridge in (0.0, 1e-2, math.inf):
-        found = stand_in(moments, torch.tensor([2, 3, 4]), ridge)
+        found = estimate_inputs(moments, torch.tensor([2, 3, 4]), ridge)
         assert torch.isfinite(found.mixing).all()
         assert found.mixing.abs().max() < 100
         assert float(found.constant[3].abs()) < 1e-6
@@ -107,7 +107,7 @@ def test_fewer_samples_than_channels_dead_and_constant_channels(samples: int) ->
 
 def test_a_whole_block_that_goes_is_replaced_by_its_mean() -> None:
     layer, x = nn.Conv2d(8, 4, 3, groups=2), torch.randn(3, 8, 5, 5)
-    found = stand_in(moments_of(layer, x), torch.tensor([0, 1, 2, 3, 6]), 1e-3)
+    found = estimate_inputs(moments_of(layer, x), torch.tensor([0, 1, 2, 3, 6]), 1e-3)
     torch.testing.assert_close(found.constant[:4], x.double().mean((0, 2, 3))[:4], rtol=1e-6, atol=1e-6)
     assert not found.mixing[0].any()
     assert found.mixing[1][2].any()
@@ -123,7 +123,7 @@ def test_places_of_a_flattened_channel_share_their_moments_and_have_a_mean_each(
     x[:, 2] = 2 * x[:, 0] - x[:, 1] + torch.arange(4.0)  # a constant of its own at every place
     moments = Moments(index)
     moments.add(x.flatten(1))
-    found = stand_in(moments, torch.tensor([8, 9, 10, 11]), 0.0)
+    found = estimate_inputs(moments, torch.tensor([8, 9, 10, 11]), 0.0)
     torch.testing.assert_close(found.constant[8:], torch.arange(4.0).double(), rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         expected = layer(x.flatten(1))
@@ -132,7 +132,7 @@ def test_places_of_a_flattened_channel_share_their_moments_and_have_a_mean_each(
         x[:, 2] = 0
         torch.testing.assert_close(layer(x.flatten(1)), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="only some places"):
-        stand_in(moments, torch.tensor([8, 9]), 0.0)
+        estimate_inputs(moments, torch.tensor([8, 9]), 0.0)
 
 
 def test_a_layer_that_reads_too_much_at_once_has_means_alone() -> None:
@@ -140,7 +140,7 @@ def test_a_layer_that_reads_too_much_at_once_has_means_alone() -> None:
     (index,) = layouts(nn.Sequential(layer), (), ["0"]).values()
     moments = Moments(index)
     moments.add(torch.arange(2.0)[:, None].expand(2, WIDEST + 1))
-    found = stand_in(moments, torch.tensor([5]), 0.0)
+    found = estimate_inputs(moments, torch.tensor([5]), 0.0)
     assert found.mixing.numel() == WIDEST + 1
     assert float(found.constant[5]) == 0.5
     assert found.constant.count_nonzero() == 1
