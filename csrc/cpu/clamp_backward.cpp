@@ -27,6 +27,12 @@ std::tuple<Tensor, Tensor, Tensor> clamp_backward_(const Tensor& y, Tensor g, co
   };
   check(g, "g");
   if (rest) check(*rest, "rest");
+  // also under torch.inference_mode, where no kernel of autograd stands before this one
+  STD_TORCH_CHECK(apart(g),
+                  "g is neither contiguous nor channels last: some of its elements are one in memory, and it "
+                  "is written to; pass g.clone(memory_format=torch.contiguous_format)");
+  STD_TORCH_CHECK(!overlap(g, y), "g and y overlap in memory, and g is written to; pass g.clone()");
+  STD_TORCH_CHECK(!rest || !overlap(g, *rest), "g and rest overlap in memory, and g is written to; pass g.clone()");
   ClampBackward task;
   Reduction& reduction = task.reduction;
   const auto dim = [&](int64_t d) { return Dim{sizes[d], strides[d], strides[d]}; };

@@ -44,4 +44,45 @@ std::array<Tensor, Count> new_outputs(const int64_t* sizes, int dims, Dtype dtyp
   }(std::make_index_sequence<Count>());
 }
 
+// The bytes from the first to the last element of x: PyTorch has no negative strides.
+inline std::pair<const char*, const char*> stretch(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  int64_t last = 0;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return {nullptr, nullptr};
+    last += (sizes[d] - 1) * strides[d];
+  }
+  const char* first = static_cast<const char*>(x.const_data_ptr());
+  return {first, first + (last + 1) * int64_t(x.element_size())};
+}
+
+inline bool overlap(const Tensor& x, const Tensor& y) {
+  const auto [x0, x1] = stretch(x);
+  const auto [y0, y1] = stretch(y);
+  return x0 < y1 && y0 < x1;
+}
+
+// Whether every element has a place of its own: each dimension steps over all that the smaller steps reach. Other
+// layouts may, too; no tensor that is dense, or cut out of a dense one, has them.
+inline bool apart(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  const size_t dims = sizes.size();
+  for (size_t d = 0; d < dims; ++d)
+    if (sizes[d] == 0) return true;
+  int64_t reach = 0, below = -1;
+  for (size_t count = 0; count < dims; ++count) {  // dimensions in ascending order of their strides
+    size_t next = dims;
+    for (size_t d = 0; d < dims; ++d)
+      if (sizes[d] > 1 && strides[d] > below && (next == dims || strides[d] < strides[next])) next = d;
+    if (next == dims) break;
+    below = strides[next];
+    for (size_t d = 0; d < dims; ++d) {
+      if (sizes[d] <= 1 || strides[d] != below) continue;
+      if (strides[d] <= reach) return false;
+      reach += (sizes[d] - 1) * strides[d];
+    }
+  }
+  return true;
+}
+
 }  // namespace fastscore::cpu
