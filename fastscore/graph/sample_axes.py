@@ -3,7 +3,8 @@
 A row that the gradient of sample n's output reaches, and no other sample's, is a row of sample n: what activation and
 gradient make of it counts for that sample and no other. So the model runs on a few samples, once for each of two batch
 sizes: a dimension counts samples only if it grows with them (T = N proves nothing), and only in the order in which
-gradients come back. The layout that is left is the one for batches of any size.
+gradients come back. Rows that a model's code routes by what they hold must lie so whatever it decides (see
+fastscore.graph.routing). The layout that is left is the one for batches of any size.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +17,14 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, first_tensor, map_tensors
 from fastscore.graph.groups import ChannelGraph
+from fastscore.graph.routing import Decisions
+from fastscore.graph.trial_inputs import batch_of, has_masks, other_masks, randomize_zeros
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, joined_axis
 
 _SIZES = (2, 3, 4, 5, 7)  # of batches: the first two as a rule, the others where those leave a choice
+_DECISIONS = 2  # runs in which the model's code decides otherwise about what a batch holds
 _PICKS = 3  # samples whose gradients are sent back from a batch of more
 
 Run = Callable[[nn.Module, Batch], Sequence[Tensor]]
@@ -95,7 +99,7 @@ def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Ba
         What is known of each layer that ran; every reason says why a layer's samples cannot be told apart.
     """
     model.requires_grad_(False)
-    _randomize_zeros(model)
+    randomize_zeros(model)
     trials = _shapes_at_two_sizes(model, watched, run, example)
     if isinstance(trials, str):
         return SampleAxes(dict.fromkeys(watched, (Untold(trials),)))
@@ -109,17 +113,19 @@ def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Ba
         shown = ", ".join(str(list(output.shape)) for output in trials[-1].outputs)
         reason = f"no dimension of the output ({shown} for {trials[-1].size} samples) counts samples"
         return SampleAxes(dict.fromkeys(watched, (Untold(reason),)), 0, inputs, values)
-    second = len(trials) > 1 and _second_dimension(model, run, _batch_of(example, _SIZES[1]), trials[-1].outputs[0])
+    second = len(trials) > 1 and _second_dimension(model, run, batch_of(example, _SIZES[1]), trials[-1].outputs[0])
+    batch = batch_of(example, trials[-1].size) if len(trials) > 1 else example
+    otherwise = _decided_otherwise(model, watched, run, batch, trials[-1], axes)
     _send_back(trials[-1], axes)
-    found = _resolve(trials)
+    found = _resolve([*otherwise, *trials])
     for size in _SIZES[2:] if len(trials) > 1 else ():
         if not any(axis == AMBIGUOUS for of_layer in found.values() for axis in of_layer):
             break
-        more = _tried(model, watched, run, _batch_of(example, size), size)
+        more = _tried(model, watched, run, batch_of(example, size), size)
         if not isinstance(more, str):
             _send_back(more, axes)
             trials.append(more)
-            found = _resolve(trials)
+            found = _resolve([*otherwise, *trials])
     calls = {layer: tuple(axis if isinstance(axis, SampleAxis) else
                           Untold(axis.format(layer) + _ALONE, axis != UNREACHED) for axis in of_layer)
              for layer, of_layer in found.items()}
@@ -155,14 +161,37 @@ def _shapes_at_two_sizes(model: nn.Module, watched: Mapping[str, Watched], run: 
                          ) -> list[_Trial] | str:
     """Two runs, the second with a graph; or one, on the example as it is, where the model takes no other size."""
     small, large = _SIZES[:2]
-    first = _tried(model, watched, run, _batch_of(example, small), small, grad=False)
-    second = _tried(model, watched, run, _batch_of(example, large), large)
+    first = _tried(model, watched, run, batch_of(example, small), small, grad=False)
+    second = _tried(model, watched, run, batch_of(example, large), large)
     if not isinstance(first, str) and not isinstance(second, str):
         return [first, second]
-    tensor = first_tensor(example)
-    count = len(tensor) if tensor is not None and tensor.dim() else 0
+    count = _samples_of(example)
     refusal = first if isinstance(first, str) else str(second)
     return [_trial(model, watched, run, example, count)] if count > 1 else refusal + _ALONE
+
+
+def _samples_of(example: Batch) -> int:
+    tensor = first_tensor(example)
+    return len(tensor) if tensor is not None and tensor.dim() else 0
+
+
+def _decided_otherwise(model: nn.Module, watched: Mapping[str, Watched], run: Run, batch: Batch, known: _Trial,
+                       axes: Sequence[int | None]) -> list[_Trial]:
+    """Runs like the known one, on its batch, in which the model's code decides otherwise about what the batch holds;
+    none where it decides nothing, or does not run then."""
+    shapes = [output.shape for output in known.outputs]
+    noted = Decisions(batch)
+    with noted:
+        _tried(model, watched, run, batch, known.size, grad=False)
+    trials = []
+    for seed in range(_DECISIONS) if noted.found or has_masks(batch) else ():
+        other = other_masks(batch, seed)
+        with Decisions(other, seed):
+            trial = _tried(model, watched, run, other, known.size)
+        if not isinstance(trial, str) and [output.shape for output in trial.outputs] == shapes:
+            _send_back(trial, axes)
+            trials.append(trial)
+    return trials
 
 
 def _tried(model: nn.Module, watched: Mapping[str, Watched], run: Run, batch: Batch, size: int, grad: bool = True
@@ -303,49 +332,3 @@ def _fits(axis: SampleAxis, call: _Call) -> bool:
     sample = torch.arange(call.shape[axis.dim]) // axis.after % call.size
     return all(bool((sample[reached.movedim(axis.dim, 0).reshape(len(sample), -1).any(1)] == number).all())
                for number, reached in call.reached.items())
-
-
-def _batch_of(example: Batch, size: int) -> Batch:
-    """A batch of `size` samples: those of the example, then others like them."""
-    tensor = first_tensor(example)
-    count = len(tensor) if tensor is not None and tensor.dim() else 0
-    generator = torch.Generator().manual_seed(size)
-
-    def take(x: Tensor) -> Tensor:
-        if not count or not x.dim() or len(x) != count:
-            return x
-        taken = x[torch.arange(size, device=x.device) % count]
-        taken = torch.where(taken.isnan(), 0, taken) if taken.is_floating_point() else taken
-        if size > count and x.numel():
-            taken[count:] = _varied(taken[count:], generator)
-        return taken
-
-    return map_tensors(take, example)
-
-
-def _varied(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Values like those of x, so that what is routed by content is not routed alike in every sample."""
-    if x.is_floating_point():
-        noise = torch.randn(x.shape, generator=generator).to(x)
-        spread = x.float().std().nan_to_num(0).to(x)
-        return x + noise * spread
-    if x.dtype == torch.bool or x.is_complex():
-        return x
-    low, high = int(x.min()), int(x.max())
-    return torch.randint(low, high + 1, x.shape, generator=generator).to(x)
-
-
-def _randomize_zeros(model: nn.Module) -> None:
-    """What is zero in a parameter becomes random: no gradient comes back through a residual branch whose last layer has
-    not been trained, nor through dead filters."""
-    generator = torch.Generator().manual_seed(0)
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or not parameter.is_floating_point() or bool(parameter.all()):
-                continue
-            if id(parameter) not in made:
-                values = 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
-                alive = torch.where(parameter == 0, values, parameter)
-                made[id(parameter)] = nn.Parameter(alive, requires_grad=False)
-            module._parameters[name] = made[id(parameter)]

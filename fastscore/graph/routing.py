@@ -1,0 +1,98 @@
+"""What a model's code decides by what a batch holds: which rows go where, above all.
+
+Rows that are routed (experts, sorted or picked tokens, padding that is left out) may lie in regular order in whatever
+batch is tried, and in another one in the next. So what depends on a batch's content is followed through every operation
+of a run, and where an operation makes a decision of it, another one can be put in its place.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastscore.batches import Batch, tensors_of
+
+# operations that choose among the elements of their first argument
+_CHOICES = {"argmax", "argmin", "topk", "sort", "argsort", "max.dim", "min.dim", "kthvalue", "mode", "multinomial",
+            "bucketize", "searchsorted", "aminmax"}
+# operations that say yes or no to each element, or count
+_ANSWERS = {"gt", "lt", "ge", "le", "eq", "ne", "logical_not", "logical_and", "logical_or", "bitwise_and", "bitwise_or",
+            "bitwise_not", "isin", "_to_copy", "floor_divide", "remainder"}
+# operations that take no more than shape and dtype from their arguments
+_OF_SHAPES = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
+              "new_empty", "new_full", "new_empty_strided"}
+
+
+class Decisions(TorchDispatchMode):
+    """Within the block, `found` says whether an operation decides anything by what `batch` holds.
+
+    seed: of other decisions, which take the place of those. They are a function of their operand, so that a decision
+    that the code takes twice is the same twice; None: they stay.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, batch: Batch, seed: int | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found, self._seed = False, seed
+        self._decided = set[int]()
+        self._content: dict[int, StorageWeakRef] = {}  # kept, a weak reference keeps its address from being taken again
+        for tensor in tensors_of(batch):
+            self._mark(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):
+            return func(*args, **kwargs)
+        operation = func._schema.name.split("::")[-1]
+        content = [] if operation in _OF_SHAPES else \
+            [tensor for tensor in tensors_of((args, kwargs)) if self._place(tensor) in self._content]
+        if not content:
+            return func(*args, **kwargs)
+        operand = args[0] if args and isinstance(args[0], Tensor) and args[0].numel() > 1 else None
+        # integers that come of a decision, such as an order and its inverse, belong to it
+        decided = any(self._place(tensor) in self._decided for tensor in content if not tensor.is_floating_point())
+        decides = operand is not None and (operand.is_floating_point() or not decided)
+        if decides and (operation in _CHOICES or f"{operation}.{func._overloadname}" in _CHOICES):
+            self.found = decided = True
+            args = args if self._seed is None else (_shuffled(operand, self._seed), *args[1:])
+            decides = False
+        out = func(*args, **kwargs)
+        if decides and operation in _ANSWERS and isinstance(out, Tensor) and out.numel() > 1 \
+                and not out.is_floating_point() and not out.is_complex():
+            self.found = decided = True
+            out = out if self._seed is None else other_answers(out, self._seed)
+        for tensor in tensors_of(out):
+            self._mark(tensor, decided)
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.is_write and isinstance(value, Tensor):
+                    self._mark(value, decided)
+        return out
+
+    def _place(self, tensor: Tensor) -> int | None:
+        return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else None
+
+    def _mark(self, tensor: Tensor, decided: bool = False) -> None:
+        place = self._place(tensor)
+        if place is not None:
+            self._content.setdefault(place, StorageWeakRef(tensor.untyped_storage()))
+            if decided and not tensor.is_floating_point():
+                self._decided.add(place)
+
+
+def other_answers(answers: Tensor, seed: int) -> Tensor:
+    """The same integers, or bools, in another order; where all are one, a quarter of them is 0 (or 1)."""
+    if bool((answers == answers.flatten()[0]).all()):
+        generator = torch.Generator().manual_seed(seed)
+        changed = (torch.rand(answers.shape, generator=generator) < 0.25).to(answers.device)
+        return torch.where(changed, (answers == 0).to(answers.dtype), answers)
+    return _shuffled(answers, seed)
+
+
+def _shuffled(x: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + x.numel())
+    order = torch.randperm(x.numel(), generator=generator).to(x.device)
+    return x.reshape(-1)[order].view(x.shape)

@@ -1,0 +1,68 @@
+"""What a model is tried on: batches of a few samples, other masks, weights that let gradients pass."""
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.batches import Batch, first_tensor, map_tensors, tensors_of
+from fastscore.graph.routing import other_answers
+
+
+def batch_of(example: Batch, size: int) -> Batch:
+    """A batch of `size` samples: those of the example, then others like them."""
+    tensor = first_tensor(example)
+    count = len(tensor) if tensor is not None and tensor.dim() else 0
+    generator = torch.Generator().manual_seed(size)
+
+    def take(x: Tensor) -> Tensor:
+        if not count or not x.dim() or len(x) != count:
+            return x
+        taken = x[torch.arange(size, device=x.device) % count]
+        taken = torch.where(taken.isnan(), 0, taken) if taken.is_floating_point() else taken
+        if size > count and x.numel():
+            taken[count:] = _varied(taken[count:], generator)
+        return taken
+
+    return map_tensors(take, example)
+
+
+def _varied(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Values like those of x, so that what is routed by content is not routed alike in every sample."""
+    if x.is_floating_point():
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        spread = x.float().std().nan_to_num(0).to(x)
+        return x + noise * spread
+    if x.dtype == torch.bool or x.is_complex():
+        return x
+    low, high = int(x.min()), int(x.max())
+    return torch.randint(low, high + 1, x.shape, generator=generator).to(x)
+
+
+def other_masks(batch: Batch, seed: int) -> Batch:
+    """The batch with other masks: what holds nothing but 0 and 1, of any dtype but floating-point ones."""
+    def other(x: Tensor) -> Tensor:
+        if x.is_floating_point() or x.is_complex() or x.numel() < 2 or not bool(((x == 0) | (x == 1)).all()):
+            return x
+        return other_answers(x, seed)
+
+    return map_tensors(other, batch)
+
+
+def has_masks(batch: Batch) -> bool:
+    """Whether `other_masks` has anything to change."""
+    return any(a is not b for a, b in zip(tensors_of(batch), tensors_of(other_masks(batch, 0)), strict=True))
+
+
+def randomize_zeros(model: nn.Module) -> None:
+    """What is zero in a parameter becomes random: no gradient comes back through a residual branch whose last layer has
+    not been trained, nor through dead filters."""
+    generator = torch.Generator().manual_seed(0)
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_floating_point() or bool(parameter.all()):
+                continue
+            if id(parameter) not in made:
+                values = 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
+                alive = torch.where(parameter == 0, values, parameter)
+                made[id(parameter)] = nn.Parameter(alive, requires_grad=False)
+            module._parameters[name] = made[id(parameter)]

@@ -1,0 +1,158 @@
+"""Rows that the model's code routes by what they hold, regular in the batch that is traced and not in the next: no
+group whose rows could lie otherwise is given a number, and every other has that of brute force, in float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastscore
+from fastscore.graph.routing import Decisions, other_answers
+from fastscore.graph.tracing import trace
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(widths[0], widths[1]), nn.ReLU(), nn.Linear(widths[1], widths[2]))
+
+
+class Routed(nn.Module):
+    """[N, T, 6] -> [N, 3]; `route` takes rows [N * T, 6] through `inner`."""
+
+    def __init__(self, route: Callable[["Routed", Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.other, self.head, self.route = mlp(6, 8, 6), mlp(6, 5, 6), mlp(6, 7, 3), route
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.route(self, x, x.flatten(0, 1))
+        return self.head((y.unflatten(0, x.shape[:2]) if y.dim() == 2 else y).mean(1))
+
+
+def sorted_rows(model: Routed, x: Tensor, rows: Tensor) -> Tensor:
+    order = rows[:, 0].argsort()
+    return model.inner(rows[order])[order.argsort()]
+
+
+def taken_by_an_expert(model: Routed, x: Tensor, rows: Tensor) -> Tensor:
+    """As many as there are samples: expert choice."""
+    picked = rows[:, 0].topk(len(x), sorted=False).indices.sort().values
+    return rows.index_add(0, picked, model.inner(rows[picked]))
+
+
+def two_experts(model: Routed, x: Tensor, rows: Tensor) -> Tensor:
+    first = rows[:, 0] < 100
+    y = torch.zeros_like(rows)
+    y[first] = model.inner(rows[first])
+    y[~first] = model.other(rows[~first])
+    return y
+
+
+def in_python(model: Routed, x: Tensor, rows: Tensor) -> Tensor:
+    first = (rows[:, 0] < 100).tolist()
+    at = [place for place, yes in enumerate(first) if yes]
+    return rows.index_add(0, torch.tensor(at, dtype=torch.int64), model.inner(rows[at]))
+
+
+def top_tokens(model: Routed, x: Tensor, rows: Tensor) -> Tensor:
+    """Of each sample: no row leaves it."""
+    picked = x[..., 0].topk(2, 1).indices[..., None].expand(-1, -1, x.shape[2])
+    return x.scatter_add(1, picked, model.inner(x.gather(1, picked)))
+
+
+def top_tokens_of_all_rows(model: Routed, x: Tensor, rows: Tensor) -> Tensor:
+    """The same, in places counted through the batch."""
+    begin = torch.arange(len(x))[:, None] * x.shape[1]
+    picked = (x[..., 0].topk(2, 1).indices + begin).flatten()
+    return rows.index_add(0, picked, model.inner(rows[picked]))
+
+
+def largest_token(model: Routed, x: Tensor, rows: Tensor) -> Tensor:
+    """One of each sample, as CLIP takes the end of a text."""
+    return model.inner(x)[torch.arange(len(x)), x[..., 0].argmax(1)][:, None] + model.other(x).max(1, keepdim=True)[0]
+
+
+def thresholds(model: Routed, x: Tensor, rows: Tensor) -> Tensor:
+    y = model.inner(x)
+    return torch.where(x > 0.1, y, y * 0.2) * (y > -0.3)
+
+
+CASES: dict[str, tuple[Callable[..., Tensor], set[str]]] = {  # routing, groups whose rows it can put anywhere
+    "sorted rows": (sorted_rows, {"inner.0"}),
+    "expert choice": (taken_by_an_expert, {"inner.0"}),
+    "two experts": (two_experts, {"inner.0", "other.0"}),
+    "in Python": (in_python, {"inner.0"}),
+    "top tokens": (top_tokens, set()),
+    "top tokens of all rows": (top_tokens_of_all_rows, set()),
+    "largest token": (largest_token, set()),
+    "thresholds": (thresholds, set()),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_group_is_scored_that_a_batch_may_route_otherwise(name: str) -> None:
+    route, untold = CASES[name]
+    torch.manual_seed(0)
+    model = Routed(route).double().eval()
+    x, v = torch.randn(6, 2, 6, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    regular = x[:3].clone()  # in order, below every threshold
+    regular[..., 0] = torch.arange(6).reshape(3, 2) / 6 if name != "expert choice" else torch.tensor([9.0, 0])
+    x = torch.cat([regular, x[3:]])
+    x[3:, :, 0] += torch.tensor([[200, 0], [0, 0], [0, 200]]) if route in (two_experts, in_python) else 0
+    graph = trace(model, x)
+
+    def loss(output: Tensor, batch: Tensor) -> Tensor:
+        rows = [next(n for n in range(len(x)) if torch.equal(x[n], sample)) for sample in batch]
+        return (output * v[rows]).sum()
+
+    how: dict[str, Any] = {"gradient": "loss", "normalize": False, "loss": loss, "progress": False}
+    with oracles.untouched(model):
+        scores = fastscore.score(model, [x[:3], x[3:]], **how)
+        single = fastscore.score(model, x.split(1), **how)  # the way out that the reason names
+    assert set(scores) == {group.name for group in graph.groups} - untold
+    assert all("in no regular order of samples" in scores.skipped[group] for group in untold)
+    if name == "expert choice":  # no sample is alone what it is among others
+        return
+    for group in graph.groups:
+        want = oracles.alone(model, group, x, v).square().mean(0)
+        for found in (scores, single):
+            if group.name in found:
+                torch.testing.assert_close(found[group.name].double(), want, rtol=1e-6, atol=1e-30)
+
+
+def test_padding_that_is_left_out() -> None:
+    """The mask of the traced batch is all ones; those of others need not be."""
+    class Unpadded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = mlp(6, 8, 6), mlp(6, 7, 3)
+
+        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+            return self.head(torch.zeros_like(x).masked_scatter(keep[..., None] != 0, self.inner(x[keep != 0])).mean(1))
+
+    torch.manual_seed(0)
+    model, x = Unpadded(), torch.randn(3, 4, 6)
+    scores = fastscore.score(model, [{"x": x, "keep": torch.ones(3, 4, dtype=torch.int64)}], progress=False)
+    assert set(scores) == {"head.0"}
+    assert "in no regular order of samples" in scores.skipped["inner.0"]
+
+
+def test_decisions_are_a_function_of_what_they_are_made_of() -> None:
+    """The code may take one twice, to send rows there and to fetch them back."""
+    x = torch.randn(4, 5)
+    with Decisions(x) as noted:
+        for constant in (torch.rand(4, 5) > 0.5, x + 1, torch.arange(5) < 3, x.sum() > 0):
+            assert constant.numel()
+    assert not noted.found
+    plain = x.argsort(1), x > 0, x.topk(2).indices, (x.float() * 3).long(), x.max(1).indices
+    twice = []
+    for _ in range(2):
+        with Decisions(x, seed=3) as noted:
+            twice.append((x.argsort(1), x > 0, x.topk(2).indices, (x.float() * 3).long(), x.max(1).indices))
+        assert noted.found
+    for before, one, two in zip(plain, *twice, strict=True):
+        assert torch.equal(one, two)
+        assert not torch.equal(one, before)
+    assert 0 < int(other_answers(torch.ones(8, 8, dtype=torch.int64), 0).sum()) < 64
+    assert sorted(other_answers(torch.arange(9), 1).tolist()) == list(range(9))
