@@ -7,7 +7,6 @@ import fastscore
 from fastscore import plots
 from fastscore.cli import options
 from fastscore.cli.options import Commands, add_command
-from fastscore.scoring.scores import Scores
 
 
 def add(commands: Commands) -> None:
@@ -41,11 +40,12 @@ def run(arguments: argparse.Namespace) -> None:
     options.check_folder(arguments.plot)
     if arguments.plot is not None:
         plots.check(arguments.plot)
+    scores = None if arguments.scores is None else options.load_scores(arguments)
     prepare = options.preprocessing(arguments)
     work, judges = options.image_batches(arguments, prepare, judges=True)
     model = options.model(arguments)
-    scores = Scores.load(arguments.scores) if arguments.scores is not None else \
-        options.scored(model, arguments, prepare, work)
+    if scores is None:
+        scores = options.scored(model, arguments, prepare, work)
     found = fastscore.curve(model, scores, work, arguments.macs, params=arguments.params, channels=arguments.channels,
                             held_out=judges, repair=arguments.repair, ignore=arguments.ignore)
     print(json.dumps(found.records()) if arguments.json else found)

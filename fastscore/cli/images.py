@@ -13,8 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastscore.cli import hugging_face
 from fastscore.cli.models import parse, timm_settings, torchvision_models, torchvision_weights
 
+_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # Pillow's numbers
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -27,6 +29,7 @@ class Preprocessing:
         mean, std: one number for each of 3 channels (RGB) or 1 (grey).
         interpolation: torchvision's name for it.
         squash: both sides become `resize`, whatever the picture's shape.
+        early: of an odd margin, the pixel more is cut off at the end (transformers), not as torchvision rounds.
         source: who says so.
     """
 
@@ -36,6 +39,7 @@ class Preprocessing:
     std: tuple[float, ...]
     interpolation: str = "bilinear"
     squash: bool = False
+    early: bool = False
     source: str = field(default="", repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -61,8 +65,6 @@ class Preprocessing:
     def __call__(self, path: Path) -> Tensor:
         """Read one file: float32 [channels, size, size]. Raises ValueError, naming it, where it is no image."""
         from PIL import Image, ImageOps
-        from torchvision.transforms.v2 import InterpolationMode
-        from torchvision.transforms.v2 import functional as F
 
         try:
             with Image.open(path) as file:
@@ -72,9 +74,18 @@ class Preprocessing:
                 image = image.convert("RGB" if len(self.mean) == 3 else "L")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of these from Pillow
             raise ValueError(f"images: {path} cannot be decoded; remove or repair it ({error})") from error
+        return self.prepare(image)
+
+    def prepare(self, image: Any) -> Tensor:
+        """A picture, PIL's or uint8 [channels, H, W]: float32 [channels, size, size]."""
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2 import functional as F
+
         sides = [self.resize] * (2 if self.squash else 1)
         image = F.resize(image, sides, InterpolationMode(self.interpolation), antialias=True)
-        pixels = F.pil_to_tensor(F.center_crop(image, [self.size]))
+        top, left = ((side - self.size) // 2 for side in F.get_size(image))
+        middle = F.crop(image, top, left, self.size, self.size) if self.early else F.center_crop(image, [self.size])
+        pixels = F.to_image(middle).as_subclass(Tensor)
         result: Tensor = F.normalize(F.to_dtype(pixels, torch.float32, scale=True), list(self.mean), list(self.std))
         return result
 
@@ -83,8 +94,9 @@ def preprocessing(spec: str, weights: str | None = None, size: int | None = None
                   mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Preprocessing:
     """How the model `spec` (see fastscore.cli.models.load) wants its images.
 
-    For torchvision and timm: the preprocessing of `weights`, or of the default weights (mostly ImageNet). For others
-    only the size is asked for, and without mean and std values stay within [0, 1], which `source` says.
+    For torchvision and timm: the preprocessing of `weights`, or of the default weights (mostly ImageNet). For hf: that
+    of its image processor. For others only the size is asked for, and without mean and std values stay within [0, 1],
+    which `source` says.
 
     Args:
         spec: names the model.
@@ -94,7 +106,7 @@ def preprocessing(spec: str, weights: str | None = None, size: int | None = None
     Raises:
         ValueError: where the size is not known, or the model takes no plain images.
     """
-    known = {"torchvision": _of_torchvision, "timm": _of_timm}.get(parse(spec)[0])
+    known = {"torchvision": _of_torchvision, "timm": _of_timm, "hf": _of_hugging_face}.get(parse(spec)[0])
     if known is None:
         if size is None:
             raise ValueError(f"size: {spec} does not say how large its images are; give --size")
@@ -127,6 +139,35 @@ def _of_timm(spec: str, weights: str | None) -> Preprocessing:
                          known.interpolation, squash=crop == "squash",
                          source=f"as timm's {known.architecture}.{known.tag}"
                          + ("" if crop in ("center", "squash") else f", whose crop mode {crop} is replaced"))
+
+
+def _of_hugging_face(spec: str, weights: str | None) -> Preprocessing:
+    """What its image processor says, held against what the processor makes of a picture."""
+    name = parse(spec)[1]
+    processor = hugging_face.processor(name)
+    refused = ValueError(f"model: {spec}: its {type(processor).__name__} does more than to resize to a square, crop "
+                         "its middle and normalise; write a function that returns the model, and give --size, --mean, "
+                         "--std")
+    size, crop = (dict(getattr(processor, key, None) or {}) for key in ("size", "crop_size"))
+    squash = "height" in size
+    resize = size.get("height", size.get("shortest_edge"))
+    middle = crop.get("height") if getattr(processor, "do_center_crop", None) else resize
+    part = getattr(processor, "crop_pct", None)  # ConvNeXt's: of the shorter side, below 384 pixels
+    if part is not None and resize is not None:
+        squash, resize = resize >= 384, resize if resize >= 384 else int(resize / part)
+    if resize is None or middle is None or not getattr(processor, "do_resize", True):
+        raise refused
+    normalised = getattr(processor, "do_normalize", True)
+    found = Preprocessing(
+        resize, middle, tuple(processor.image_mean) if normalised else (0.0,) * 3,
+        tuple(processor.image_std) if normalised else (1.0,) * 3, _RESAMPLING.get(int(processor.resample), "bilinear"),
+        squash, early=True, source=f"as the {type(processor).__name__} of {spec}")
+    for width in (410, 423, 436):  # odd margins and even ones
+        pixels = torch.randint(256, (3, 290, width), generator=torch.Generator().manual_seed(width), dtype=torch.uint8)
+        theirs, ours = hugging_face.processed(processor, pixels), found.prepare(pixels)
+        if theirs.shape != ours.shape or float((theirs - ours).abs().max()) > 4 / 255 / min(found.std):
+            raise refused
+    return found
 
 
 def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = None, seed: int = 0) -> list[Path]:

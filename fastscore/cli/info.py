@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+from pathlib import Path
 
 import torch
 
@@ -54,6 +55,9 @@ def file_notes(path: str) -> dict[str, str]:
 
     Raises FileNotFoundError, or ValueError for a file that is neither, or damaged.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such file; info reads scores and pruned models, or MODEL: "
+                                "torchvision:NAME, timm:NAME, hf:NAME or module:function")
     try:
         notes = Scores.load(path).notes
     except ValueError:

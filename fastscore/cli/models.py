@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastscore.cli import hugging_face
 from fastscore.cli.checkpoints import load_checkpoint
 
 
@@ -23,11 +24,13 @@ def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: s
     """The model that `spec` names, in evaluation mode.
 
     Args:
-        spec: "torchvision:NAME", "timm:NAME", or "module:function" for a function (or class) that returns a module; the
-            module is imported from the current directory or the Python path, or given as a path that ends in .py.
+        spec: "torchvision:NAME", "timm:NAME", "hf:NAME" or "hf:FOLDER" for an image classifier of transformers, or
+            "module:function" for a function (or class) that returns a module; the module is imported from the current
+            directory or the Python path, or given as a path that ends in .py.
         checkpoint: safetensors, or what torch.load(weights_only=True) reads, with whatever training loops and wrappers
             put around the weights: see fastscore.cli.checkpoints.
-        weights: torchvision's or timm's own, by name or "DEFAULT", downloaded when they are not cached.
+        weights: torchvision's or timm's own, by name or "DEFAULT", downloaded when they are not cached. hf: has its
+            weights anyway, unless a checkpoint takes their place.
         classes: the outputs of a torchvision or timm model.
         seed: of the weights when there is neither checkpoint nor `weights`.
         tell: called with a line where a checkpoint was more, or less, than a state dict of the model.
@@ -37,10 +40,14 @@ def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: s
         TypeError: a function that returns no module, or that cannot be called without arguments.
         ImportError: a module that is not there.
     """
-    make = {"torchvision": _torchvision, "timm": _timm}.get(parse(spec)[0], _call)
+    source, name = parse(spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = make(spec, weights, classes)
+        if source == "hf":
+            _sets_its_own(spec, weights, classes)
+            model = hugging_face.load(name, weights=checkpoint is None)
+        else:
+            model = {"torchvision": _torchvision, "timm": _timm}.get(source, _call)(spec, weights, classes)
     if checkpoint is not None:
         note = load_checkpoint(model, checkpoint)
         if note and tell is not None:
@@ -49,10 +56,12 @@ def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: s
 
 
 def parse(spec: str) -> tuple[str, str]:
-    """("torchvision", "timm" or a module, the name in it). Raises ValueError for what is no spec."""
-    source, _, name = spec.rpartition(":")
+    """("torchvision", "timm", "hf" or a module, the name in it). Raises ValueError for what is no spec."""
+    source, _, name = spec.partition(":") if spec.startswith("hf:") else spec.rpartition(":")
     if not source or not name:
-        raise ValueError(f"model: {spec!r} is none of torchvision:NAME, timm:NAME and module:function")
+        raise ValueError(f"model: {spec!r} is none of torchvision:NAME, timm:NAME, hf:NAME and module:function"
+                         + (f"; a file of weights needs one of them, and --checkpoint {spec}" if Path(spec).suffix in
+                            (".pth", ".pt", ".th", ".ckpt", ".bin", ".safetensors") else ""))
     return source, name
 
 
@@ -127,11 +136,15 @@ def _timm(spec: str, weights: str | None, classes: int | None) -> nn.Module:
     return model
 
 
-def _call(spec: str, weights: str | None, classes: int | None) -> nn.Module:
-    source, name = parse(spec)
+def _sets_its_own(spec: str, weights: str | None, classes: int | None) -> None:
     for option, value in (("weights", weights), ("classes", classes)):
         if value is not None:
             raise ValueError(f"{option}: only torchvision:NAME and timm:NAME have it; {spec} sets its own")
+
+
+def _call(spec: str, weights: str | None, classes: int | None) -> nn.Module:
+    source, name = parse(spec)
+    _sets_its_own(spec, weights, classes)
     path = Path(source)
     with _importable(path.parent if path.suffix == ".py" else Path()):
         module = _of_file(path) if path.suffix == ".py" else _of_name(source)

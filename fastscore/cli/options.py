@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.cli import images, models, processes
+from fastscore.cli import hugging_face, images, models, processes
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.pruning.quality import HELD_OUT
 from fastscore.recovery.reconstruct import Method
@@ -25,6 +26,8 @@ from fastscore.scoring.weights import WEIGHT_IMPORTANCES
 
 # A random gradient has mean zero, and with it the signed `taylor`: only noise would remain.
 IMPORTANCES = [name for name in NAMES if name != "taylor"]
+
+_OF_THE_MODEL = ("size", "classes", "mean", "std")  # options that every command on one model needs
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
@@ -56,8 +59,9 @@ def add_model(command: argparse.ArgumentParser, optional: bool = False) -> None:
     """Which model, which weights, which device."""
     model = command.add_argument_group("model")
     model.add_argument("model", metavar="MODEL", nargs="?" if optional else None,
-                       help="torchvision:NAME, timm:NAME, or module:function for a function that returns a "
-                       "torch.nn.Module (the module is a name on the Python path or a .py file)")
+                       help="torchvision:NAME, timm:NAME, hf:NAME or hf:FOLDER (transformers' image classifiers), or "
+                       "module:function for a function that returns a torch.nn.Module (the module is a name on the "
+                       "Python path or a .py file)")
     weights = model.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", metavar="FILE", help="state dict: safetensors, or torch.save")
     weights.add_argument("--weights", metavar="NAME", help="torchvision's weights, e.g. DEFAULT (downloaded)")
@@ -140,7 +144,7 @@ def image_batches(arguments: argparse.Namespace, prepare: images.Preprocessing,
 
 def add_pixels(command: argparse.ArgumentParser) -> None:
     """What becomes of an image before the model sees it."""
-    pixels = command.add_argument_group("preprocessing (default: that of torchvision's or timm's weights)")
+    pixels = command.add_argument_group("preprocessing (default: that of the weights, or of hf's processor)")
     pixels.add_argument("--size", type=positive, metavar="PIXELS", help="of the square that the model sees")
     pixels.add_argument("--mean", type=float, nargs="+", metavar="X", help="3 numbers, or 1 for grey images")
     pixels.add_argument("--std", type=float, nargs="+", metavar="X")
@@ -148,7 +152,8 @@ def add_pixels(command: argparse.ArgumentParser) -> None:
 
 def model(arguments: argparse.Namespace) -> nn.Module:
     """The model that the arguments name, on its device."""
-    if arguments.checkpoint is None and arguments.weights is None and arguments.model.startswith("torchvision:"):
+    if arguments.checkpoint is None and arguments.weights is None and \
+            arguments.model.startswith(("torchvision:", "timm:")):
         tell("random weights; give --checkpoint or --weights for trained ones")
     made = models.load(arguments.model, checkpoint=arguments.checkpoint, weights=arguments.weights,
                        classes=arguments.classes, seed=arguments.seed, tell=tell)
@@ -208,14 +213,39 @@ def notes(arguments: argparse.Namespace, prepare: images.Preprocessing) -> dict[
             while part := file.read(2**20):
                 digest.update(part)
         known["checkpoint"] += f" (sha256 {digest.hexdigest()})"
+    elif arguments.model.startswith("hf:"):
+        known["revision"] = hugging_face.revision(models.parse(arguments.model)[1])
     if arguments.importance not in WEIGHT_IMPORTANCES:
         known |= {"images": arguments.images, "preprocessing": str(prepare)}
-    given = [part for name in ("size", "classes") if getattr(arguments, name) is not None
-             for part in (f"--{name}", str(getattr(arguments, name)))]
-    known["options"] = " ".join(given) or None  # that every command on this model needs
+    given = [(f"--{name}", *map(str, value if isinstance(value, list) else [value])) for name in _OF_THE_MODEL
+             if (value := getattr(arguments, name)) is not None]
+    known["options"] = " ".join(itertools.chain(*given)) or None  # that every command on this model needs
     known["date"] = datetime.now(timezone.utc).isoformat(" ", "minutes")
     known["versions"] = f"fastscore {fastscore.__version__}, torch {torch.__version__}"
     return {name: value for name, value in known.items() if value is not None}
+
+
+def load_scores(arguments: argparse.Namespace) -> Scores:
+    """The scores that `scores` names, whose notes fill in --size, --classes, --mean and --std where they are not given
+    and the model is the one that was scored.
+
+    Raises FileNotFoundError, or ValueError for what is no score file.
+    """
+    scores = Scores.load(arguments.scores)
+    if arguments.model is None or scores.notes.get("model") != arguments.model:
+        return scores
+    noted = Parser(prog="fastscore")
+    add_pixels(noted)
+    noted.add_argument("--classes", type=positive)
+    known = noted.parse_args(scores.notes.get("options", "").split())
+    filled = []
+    for name in _OF_THE_MODEL:
+        if getattr(arguments, name) is None and (value := getattr(known, name)) is not None:
+            setattr(arguments, name, value)
+            filled.append(f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+    if filled:
+        tell(f"{', '.join(filled)}: as {arguments.scores} says")
+    return scores
 
 
 def example(arguments: argparse.Namespace, prepare: images.Preprocessing) -> Tensor:

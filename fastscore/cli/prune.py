@@ -9,7 +9,6 @@ import fastscore
 from fastscore.cli import options
 from fastscore.cli.options import Commands, add_command, positive_or, tell
 from fastscore.pruning.export import check_suffix, save
-from fastscore.scoring.scores import Scores
 
 
 def add(commands: Commands) -> None:
@@ -62,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Score where there are no scores yet, prune, print, write."""
     options.check_folder(arguments.out)
     check_suffix(arguments.out)
+    scores = None if arguments.scores is None else options.load_scores(arguments)
     prepare = options.preprocessing(arguments)
     model = options.model(arguments)
     repair: dict[str, Any] = {}
@@ -72,8 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.agreement is not None:
         raise ValueError("agreement: it is judged on images, and by repaired models: give --images FOLDER, and neither "
                          "--no-repair nor --no-compensate")
-    scores = Scores.load(arguments.scores) if arguments.scores is not None else \
-        options.scored(model, arguments, prepare, work)
+    if scores is None:
+        scores = options.scored(model, arguments, prepare, work)
     example = options.example(arguments, prepare)
     result = fastscore.prune(model, scores, example, **repair,
                              **{name: getattr(arguments, name) for name in

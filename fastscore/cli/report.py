@@ -49,7 +49,7 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Read scores, write the page."""
     check_folder(arguments.out)
-    scores, costs = Scores.load(arguments.scores), None
+    scores, costs = options.load_scores(arguments), None
     if arguments.model is not None:
         prepare = images.preprocessing(arguments.model, None, arguments.size, arguments.mean, arguments.std)
         model = models.load(arguments.model, classes=arguments.classes)

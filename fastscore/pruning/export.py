@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastscore.batches import floating_tensors, output_tensors
 from fastscore.pruning.checkpoint import save_pruned
 from fastscore.pruning.result import PruneResult
 
@@ -17,7 +18,9 @@ def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | Pat
         model: the model, or prune()'s result; it comes back in the modes that it was in.
         example_inputs: [N, ...] with N >= 2, which tells the exporters that N is free.
         path: .safetensors, for fastscore.load_pruned, where prune() has made the model; .pt2 (torch.export) and .onnx,
-            which take any batch size; or .pt, the module itself, as a pickle.
+            which take any batch size; or .pt, the module itself, as a pickle. In .pt2 and .onnx an object of a
+            library's own that holds one tensor (transformers' classifiers return such) becomes that tensor, so that
+            the file is read without the library.
 
     Raises:
         ValueError: another suffix; for .pt2 and .onnx, fewer than two samples; for .safetensors, a model that prune()
@@ -33,10 +36,31 @@ def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | Pat
     model = model.model if isinstance(model, PruneResult) else model
     modes = {module: module.training for module in model.modules()}
     try:
-        _WRITERS[suffix](model.eval(), example_inputs, path)
+        _WRITERS[suffix](model.eval() if suffix == ".pt" else plain(model.eval(), example_inputs), example_inputs, path)
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+class _Plain(nn.Module):
+    """A model whose one tensor comes out of the object that it returns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        returned: Tensor = output_tensors(self.model(x), type(self.model).__name__)[0]
+        return returned
+
+
+def plain(model: nn.Module, example_inputs: Tensor) -> nn.Module:
+    """`model`, in evaluation mode, or one that returns the only tensor of an object that `model` returns."""
+    with torch.no_grad():
+        returned = model(example_inputs)
+    if type(returned) in (Tensor, dict, tuple, list) or len(floating_tensors(returned)) != 1:
+        return model
+    return _Plain(model).eval()
 
 
 def _write_module(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) -> None:

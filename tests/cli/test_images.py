@@ -22,6 +22,9 @@ from torch import nn
 def build():
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+
+def grey():
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
 """
 
 
@@ -32,7 +35,8 @@ def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("nets.py").write_text(NETS)
     Path("photos").mkdir()
     pixels = torch.randint(256, (90, 130, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    Image.fromarray(pixels.numpy()).save("photos/a.png")
+    for name in "abcd":
+        Image.fromarray(pixels.numpy()).save(f"photos/{name}.png")
     return Path("photos/a.png")
 
 
@@ -74,13 +78,15 @@ def test_what_was_assumed_is_said_and_kept(photo: Path, capsys: pytest.CaptureFi
     assert notes["versions"] == f"fastscore {fastscore.__version__}, torch {torch.__version__}"
 
     smaller = ["--macs", "0.6", "--out", "m.safetensors", "--json"]
-    assert main(["prune", *model, "--scores", "s.safetensors", *smaller]) == 0
-    assert json.loads(capsys.readouterr().out)["notes"] == notes
+    assert main(["prune", *model[:3], "--scores", "s.safetensors", *smaller]) == 0  # the scores know the size
+    told = capsys.readouterr()
+    assert json.loads(told.out)["notes"] == notes
+    assert "note: size 32: as s.safetensors says" in told.err
     assert main(["report", "s.safetensors", "--out", "s.html"]) == 0
     assert notes["preprocessing"] in Path("s.html").read_text()
     held = json.loads(re.search(r'id="data">(.*?)</script>', Path("s.html").read_text(), re.DOTALL)[1])
     assert main([*shlex.split(held["command"])[1:], "--channels", "0.7", "--out", "small.onnx"]) == 0
-    assert main(["report", "s.safetensors", "nets.py:build", "--size", "32", "--out", "s.html"]) == 0
+    assert main(["report", "s.safetensors", "nets.py:build", "--out", "s.html"]) == 0
     held = json.loads(re.search(r'id="data">(.*?)</script>', Path("s.html").read_text(), re.DOTALL)[1])
     assert held["costs"]["macs"]["dense"]["macs"] == total_macs(models.load("nets.py:build"), torch.zeros(1, 3, 32, 32))
     for file in ("s.safetensors", "m.safetensors"):
@@ -94,5 +100,9 @@ def test_what_was_given_is_not_assumed(photo: Path, capsys: pytest.CaptureFixtur
     assert main(["score", "nets.py:build", "--size", "32", "--images", "photos", "--mean", "0.5", "0.5", "0.5", "--std",
                  "0.25", "0.25", "0.25", "--json"]) == 0
     said = capsys.readouterr().err
+    grey = ["nets.py:grey", "--size", "16", "--images", "photos", "--mean", "0.5", "--std", "0.2"]
+    assert main(["score", *grey, "--out", "g.safetensors"]) == 0
+    assert main(["curve", "nets.py:grey", "--scores", "g.safetensors", "--images", "photos", "--macs", "0.9"]) == 0
+    assert "note: size 16, mean 0.5, std 0.2: as g.safetensors says" in capsys.readouterr().err
     assert "mean 0.5 0.5 0.5, std 0.25 0.25 0.25 (as given)" in said
     assert "assumed" not in said
