@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -45,8 +46,11 @@ def run(arguments: argparse.Namespace) -> None:
         return
     prepare = options.preprocessing(arguments)
     scores = fastscore.score(options.model(arguments), [options.example(arguments, prepare)], progress=False)
-    alone = "".join(f"\n{layer}: kept ({reason})" for layer, reason in scores.skipped.items())
-    print(json.dumps({"images": str(prepare), "plan": str(scores.plan), "skipped": dict(scores.skipped)})
+    assert scores.coverage is not None
+    alone = "".join(f"\n{line}" for line in (*scores.coverage.lines(), *(
+        f"{layer}: kept ({reason})" for layer, reason in scores.skipped.items())))
+    print(json.dumps({"images": str(prepare), "plan": str(scores.plan), "coverage": asdict(scores.coverage),
+                      "skipped": dict(scores.skipped)})
           if arguments.json else f"images: {prepare}\n{scores.plan}{alone}")
 
 

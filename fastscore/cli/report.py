@@ -126,6 +126,9 @@ def _data(scores: Scores, title: str, fraction: float, pruned: PruneReport | Non
              "units": origin.units, "samples": f"{scores.samples:,}", "seed": str(origin.seed)}
     if origin.gradient == "none":
         facts = {name: facts[name] for name in ("importance", "gradient", "seed")}
+    if scores.coverage is not None:
+        first, *rest = scores.coverage.lines()
+        facts["coverage"] = "; ".join([first.removeprefix("coverage: "), *map(str.strip, rest)])
     facts |= scores.notes
     return {"title": title, "facts": list(facts.items()), "fraction": fraction,
             "layers": layers,

@@ -75,13 +75,17 @@ class ChannelGraph:
     """The prunable groups of a model.
 
     skipped: layer -> why its channels are kept. normalized_by: Conv or Linear -> the BatchNorm that alone reads
-    its output. samples: where the samples lie in what layers read.
+    its output. samples: where the samples lie in what layers read. macs: layer, or parameter that the code of its
+    module reads -> MACs of the products with it, of one sample. uncounted: operation that no formula knows -> where it
+    ran.
     """
 
     groups: tuple[ChannelGroup, ...]
     skipped: Mapping[str, str]
     normalized_by: Mapping[str, str]
     samples: SampleAxes = field(default_factory=SampleAxes)
+    macs: Mapping[str, float] = field(default_factory=dict)
+    uncounted: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:

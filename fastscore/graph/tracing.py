@@ -25,6 +25,7 @@ from fastscore.graph import (
 )
 from fastscore.graph.dependencies import CHANNELWISE, LAYERS
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member, Role
+from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of, parameter_owners, parametrized, shares_parameters
 from fastscore.modules.wrappers import unwrapped, without_checkpoints
@@ -80,9 +81,18 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         samples = example_inputs if samples is None else batches.map_tensors(batches.usable, samples)
         axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples)
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained))
-    graph = replace(graph, samples=axes)
+    graph = replace(graph, samples=axes, **_products(eval_model, example_inputs, forward))
     cache.put(model, example_inputs, forward, graph)
     return graph
+
+
+def _products(eval_model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward) -> dict[str, Any]:
+    """The graph's `macs` and `uncounted`."""
+    try:
+        counted = count(eval_model, example_inputs, forward)
+    except Exception as error:  # of a model that runs otherwise: what is scored does not depend on it
+        return {"uncounted": {f"everything ({type(error).__name__}: {error})": "the whole model"}}
+    return {"macs": counted.weights, "uncounted": counted.uncounted}
 
 
 def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> tuple[ChannelGraph, set[str], set[str]]:

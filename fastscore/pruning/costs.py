@@ -2,7 +2,7 @@
 
 A dense layer's share grows with inputs x outputs, a depthwise or normalisation layer's with its channels. What runs
 outside of the groups' layers and yet follows their widths, products of activations above all, is found by trial cuts.
-The dense figures are counted (see fastscore.pruning.counting).
+The dense figures are counted (see fastscore.modules.counting).
 """
 
 import math
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fastscore import batches
 from fastscore.graph import heads
 from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.modules.counting import count
 from fastscore.modules.inspection import device_of
-from fastscore.pruning.counting import count
 
 Resource = Literal["channels", "params", "macs"]
 MacsWithout: TypeAlias = Callable[[Mapping[str, Tensor]], int]  # group -> int64 [R] that are gone -> MACs that run then
@@ -74,7 +74,7 @@ class LayerCost:
 
 
 def total_macs(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.call_model) -> int:
-    """MACs of one sample: those that run for the example inputs, over their number (see fastscore.pruning.counting)."""
+    """MACs of one sample: those that run for the example inputs, over their number (see fastscore.modules.counting)."""
     return count(model, example_inputs, forward).macs
 
 

@@ -14,7 +14,6 @@ from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
 from fastscore.pruning.costs import Costs, MacsWithout
-from fastscore.pruning.counting import macs_without
 from fastscore.pruning.latency import select_by_latency
 from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate
 from fastscore.pruning.quality import HELD_OUT, Quality, build_after, macs_along, select_by_quality
@@ -23,7 +22,7 @@ from fastscore.pruning.recipes import no_biases
 from fastscore.pruning.report import Candidate, Judged, new_report
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.selection import check_removable, scored_graph, select
-from fastscore.pruning.surgery import Surgery, plan_surgery, replay, verify
+from fastscore.pruning.surgery import Surgery, macs_without, plan_surgery, replay, verify
 from fastscore.recovery.held_out import split
 from fastscore.recovery.reconstruct import Method, reconstruct
 from fastscore.rng import fork_rng

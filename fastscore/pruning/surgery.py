@@ -1,18 +1,20 @@
 """prune()'s surgery: biases grow, channels go, and the recipe is kept; and whether what is left still runs."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward, checked_forward
-from fastscore.graph.groups import ChannelGraph
-from fastscore.graph.surgery import RemovedIndices, remove_indices, removed_indices
+from fastscore.graph.groups import ChannelGraph, ChannelGroup
+from fastscore.graph.surgery import RemovedIndices, remove_channels, remove_indices, removed_indices
+from fastscore.modules.counting import count
+from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import remove_copied_hooks
 from fastscore.pruning import recipes
-from fastscore.pruning.counting import count, running_without_them
 from fastscore.recovery.compensation import add_to_biases, mean_contributions, removed_means, removed_positions
 from fastscore.scoring.scores import Scores
 
@@ -90,3 +92,23 @@ def verify(model: nn.Module, example_inputs: Batch, forward: Forward, expected: 
     for name, module in model.named_modules():
         module.training = modes[name]
     return counted.macs
+
+
+def macs_without(model: nn.Module, groups: Iterable[ChannelGroup], example_inputs: Batch,
+                 forward: Forward, removed: Mapping[str, Tensor]) -> int:
+    """MACs of `model`, an evaluation copy that stays as it is, without `removed` (group -> int64 [R]): a copy is cut.
+
+    Raises RuntimeError where it does not run.
+    """
+    with running_without_them():
+        return count(remove_channels(evaluation_copy(model), groups, removed), example_inputs, forward).macs
+
+
+@contextmanager
+def running_without_them() -> Iterator[None]:
+    """Within, a smaller model runs; RuntimeError says what to do where it does not."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(f"the pruned model does not run ({error}): its forward depends on a width that changed; "
+                           "ignore the layers it names") from error

@@ -19,6 +19,7 @@ from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped, without_checkpoints
 from fastscore.rng import fork_rng
 from fastscore.scoring import gradients, options, tokens
+from fastscore.scoring.coverage import coverage
 from fastscore.scoring.diagnosis import first_nonfinite
 from fastscore.scoring.options import (
     AGREEMENT,
@@ -217,4 +218,4 @@ def _score_weights(model: nn.Module, graph: ChannelGraph, origin: Origin, ignore
             totals[group.name] = values
     if not totals:
         raise ValueError(f"importance: {importance} says nothing about any layer of {type(model).__name__}")
-    return Scores(totals, origin, skipped=skipped)
+    return Scores(totals, origin, skipped=skipped, coverage=coverage(model, graph, totals, skipped))

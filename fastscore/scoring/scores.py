@@ -11,6 +11,7 @@ from torch import Tensor
 from fastscore import files, tables
 from fastscore.graph.groups import Units
 from fastscore.scoring import criteria as importances
+from fastscore.scoring.coverage import Coverage
 from fastscore.scoring.gradients import DISTRIBUTIONS
 from fastscore.scoring.weights import WEIGHT_IMPORTANCES
 
@@ -78,6 +79,8 @@ class Scores(Mapping[str, Tensor]):
         plan: How the model was run, where fastscore.score did so; not saved.
         notes: What the caller says of where they come from (model, checkpoint, images, preprocessing); saved, and
             passed on to reports and pruned files. Merged scores keep what both say.
+        coverage: The share of the network's MACs in layers that can shrink, and what keeps the others; None for
+            units="norms", whose channels can be masked and not removed, and in files of before.
     """
 
     totals: Mapping[str, Tensor]
@@ -91,6 +94,7 @@ class Scores(Mapping[str, Tensor]):
     zero_gradients: int = 0
     plan: "Plan | None" = None
     notes: Mapping[str, str] = field(default_factory=dict)
+    coverage: Coverage | None = None
 
     def __getitem__(self, layer: str) -> Tensor:
         if layer not in self.totals:
@@ -168,7 +172,8 @@ class Scores(Mapping[str, Tensor]):
                    for layer, tensor in getattr(self, kind).items()}
         header = {"origin": asdict(self.origin), "passes": self.passes, "half_passes": self.half_passes,
                   "samples": self.samples, "zero_gradients": self.zero_gradients, "skipped": dict(self.skipped),
-                  "notes": dict(self.notes), "tensors": list(tensors)}
+                  "notes": dict(self.notes), "tensors": list(tensors),
+                  "coverage": None if self.coverage is None else asdict(self.coverage)}
         files.write(path, _FORMAT, header, tensors)
 
     @classmethod
@@ -183,9 +188,10 @@ class Scores(Mapping[str, Tensor]):
         header, tensors = files.read(path, _FORMAT, "score file", "score the model again")
         named = {kind: {key.removeprefix(f"{kind}:"): tensors[key] for key in header["tensors"]
                         if key.startswith(f"{kind}:")} for kind in _TENSORS}
+        coverage = header.get("coverage")
         return cls(origin=Origin(**header["origin"]), passes=header["passes"], half_passes=header["half_passes"],
                    samples=header["samples"], zero_gradients=header["zero_gradients"], skipped=header["skipped"],
-                   notes=header.get("notes", {}),
+                   notes=header.get("notes", {}), coverage=None if coverage is None else Coverage(**coverage),
                    totals=named["totals"], means=named["means"], half_totals=named["half_totals"])
 
     def plot(self, path: str | PathLike[str], fraction: float = 0.0) -> None:
@@ -257,7 +263,8 @@ class Scores(Mapping[str, Tensor]):
 
     @property
     def _remarks(self) -> list[str]:
-        lines = [f"{layer}: kept ({reason})" for layer, reason in self.skipped.items()]
+        lines = [] if self.coverage is None else self.coverage.lines()
+        lines += [f"{layer}: kept ({reason})" for layer, reason in self.skipped.items()]
         if self.zero_gradients:
             lines.append(f"{self.zero_gradients} output gradients were zero throughout and say nothing of any channel")
         return lines

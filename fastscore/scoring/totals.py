@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from fastscore import batches
 from fastscore.graph.groups import ChannelGraph, Ignore
 from fastscore.scoring import tokens
+from fastscore.scoring.coverage import coverage
 from fastscore.scoring.criteria import gradient_importance
 from fastscore.scoring.group_sums import ByLayer, EdgeSums, JointSums
 from fastscore.scoring.scores import Origin, Scores
@@ -220,6 +221,7 @@ class Totals:
         scores = Scores({name: total.sum(0) for name, total in totals.items()}, self.origin, even + odd,
                         self.samples, {**self._graph.skipped, **missed}, means,
                         {name: total[0] for name, total in totals.items()}, even, self._counts["zero_gradients"])
+        scores = replace(scores, coverage=coverage(self.model, self._graph, totals, scores.skipped))
         layer = next((name for name in scores if not torch.isfinite(scores[name]).all()), None)
         if layer is not None:
             raise FloatingPointError(f"{layer}: its importances are beyond float32: use normalize=True, a smaller loss "

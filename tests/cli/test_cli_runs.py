@@ -173,8 +173,8 @@ def test_the_plan_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("info", "nets.py:build", "--size", "12") == 0
     scores = fastscore.score(models.load("nets.py:build"), [torch.zeros(2, 3, 12, 12)], progress=False)
     images, _, rest = capsys.readouterr().out.partition("\n")
-    assert rest == "\n".join([str(scores.plan), *(f"{layer}: kept ({reason})"
-                                                  for layer, reason in scores.skipped.items()), ""])
+    assert rest == "\n".join([str(scores.plan), *scores.coverage.lines(),
+                              *(f"{layer}: kept ({reason})" for layer, reason in scores.skipped.items()), ""])
     assert scores.skipped
     assert images == ("images: shorter side to 12 pixels (bilinear), the middle 12 x 12, values in [0, 1] (assumed: "
                       "nets.py:build does not say what it was trained with; --mean and --std do)")

@@ -121,6 +121,12 @@ def test_headings_sort(scores: Scores, tmp_path: Path) -> None:
     assert names == sorted(names)
 
 
+def test_the_page_says_what_can_go(scores: Scores, tmp_path: Path) -> None:
+    html_report.write(scores, tmp_path / "r.html")
+    line, *_ = scores.coverage.lines()
+    assert f'["coverage", "{line.removeprefix("coverage: ")}; outputs that stay: ' in (tmp_path / "r.html").read_text()
+
+
 @needs_browser
 def test_names_are_text_whatever_they_hold(tmp_path: Path) -> None:
     name = """</script><script>document.title="taken"</script><img src=x onerror=alert(1)>&quot;"""

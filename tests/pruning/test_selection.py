@@ -20,9 +20,9 @@ from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.surgery import remove_indices, removed_indices
 from fastscore.graph.tracing import trace
 from fastscore.pruning.costs import Costs, channel_multiple, total_macs
-from fastscore.pruning.counting import macs_without
 from fastscore.pruning.ranking import RemovalStep, channel_costs, layer_kinds, removal_order
 from fastscore.pruning.selection import channels_of, select
+from fastscore.pruning.surgery import macs_without
 from fastscore.scoring.scores import Origin, Scores
 
 ORIGIN = Origin("taylor-sq", "sum", "random", True, 0, "normal", "made up")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.pruning.counting import count
+from fastscore.modules.counting import count
 from fastscore.pruning.report import PruneReport
 
 N, T, C = 2, 5, 6
@@ -56,11 +56,11 @@ def test_recurrent_layers_of_other_forms() -> None:
 
 def test_cudnn_sees_every_matrix_of_a_recurrent_layer_once_a_step() -> None:
     """On a GPU one operation is the whole of it: the formula is held against the layer's own on the CPU."""
-    from fastscore.pruning.counting import _FORMULAS
+    from fastscore.modules.mac_formulas import FORMULAS
 
     for packed_rows in ((T, N), (T * N,)):
         shapes = [torch.Size(shape) for shape in ((16, C), (16, 4), (16,), (16,), (16, 4), (16, 4), (16,), (16,))]
-        flops = _FORMULAS["aten::_cudnn_rnn"](torch.Size((*packed_rows, C)), shapes, 4, None, torch.Size((2, N, 4)))
+        flops = FORMULAS["aten::_cudnn_rnn"](torch.Size((*packed_rows, C)), shapes, 4, None, torch.Size((2, N, 4)))
         assert flops == 2 * T * N * 16 * (C + 4 + 4 + 4)
 
 

@@ -1,0 +1,140 @@
+"""The multiply-accumulates (MACs) that run: counted operation by operation, in one call of a model.
+
+Formulas are PyTorch's own (torch.utils.flop_counter; one MAC is two FLOPs) and those of mac_formulas. What none knows
+is named.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.module_tracker import ModuleTracker
+
+from fastscore import batches
+from fastscore.modules import mac_formulas, multihead_attention
+from fastscore.modules.weight_products import WeightProducts
+
+# Operations of PyTorch that multiply and add inside and have no formula; those of other packages count as such, too.
+_UNKNOWN = ("_fft_", "linalg_", "_linalg_", "cholesky", "_cholesky", "lu_", "triangular_solve", "ormqr",
+            "_scaled_grouped", "_weight_int", "_native_multi_head_attention", "_transformer_encoder_layer_fwd",
+            "quantized_", "fbgemm_")
+_PYTORCH = {"aten", "prim", "prims", "profiler", "inductor", "debugprims", "c10d", "_c10d_functional"}
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one call of a model costs.
+
+    Attributes:
+        macs: of the whole model, for one sample.
+        layers: layer -> its MACs for one sample, those of the layers in it included.
+        weights: Conv or Linear, or other weight -> MACs of the products with it, for one sample; products of
+            activations are in none. See fastscore.modules.weight_products.
+        uncounted: operation that no formula knows -> the modules that it ran in, whose MACs are not in these figures.
+        returned: what the model returned.
+    """
+
+    macs: int
+    layers: Mapping[str, float]
+    weights: Mapping[str, float]
+    uncounted: Mapping[str, str]
+    returned: Any
+
+
+def count(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.call_model) -> Count:
+    """Count the MACs of one call of `model`, as it is, on the example inputs.
+
+    Elementwise operations, interpolation and sums are none. A recurrent layer has one for each weight and step of a
+    sequence, a Bilinear one for each weight and row, a sparse matrix those of its entries.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which few need
+
+    samples = 1
+    tensor = batches.first_tensor(example_inputs)
+    if tensor is not None and tensor.dim():
+        samples = max(len(tensor), 1)
+    counter = FlopCounterMode(display=False, custom_mapping=mac_formulas.formulas())
+    counter.mod_tracker = _Everywhere()  # the hooks below know where
+    layers: dict[str, float] = defaultdict(float)
+    running: list[str] = []
+
+    def entering(name: str) -> Callable[..., None]:
+        def hook(*args: object) -> None:
+            running.append(name)
+            layers[name] -= counter.get_total_flops() / 2 / samples
+
+        return hook
+
+    def leaving(name: str) -> Callable[..., None]:
+        def hook(*args: object) -> None:
+            del running[len(running) - 1 - running[::-1].index(name):]  # and those that an exception left
+            layers[name] += counter.get_total_flops() / 2 / samples
+
+        return hook
+
+    products = _Products(counter.flop_registry, WeightProducts(model), running)
+    with torch.no_grad(), ExitStack() as attached:
+        for handle in multihead_attention.replace_attention(model):
+            attached.enter_context(handle)
+        attached.enter_context(_without_fused_attention())
+        for name, module in model.named_modules():  # the counter knows names below the whole model's own call alone
+            attached.enter_context(module.register_forward_pre_hook(entering(name)))
+            attached.enter_context(module.register_forward_hook(leaving(name)))
+        with products, counter:
+            returned = forward(model, example_inputs)
+    uncounted = {operation: ", ".join(places) for operation, places in products.unknown.items()}
+    weights = {name: flops / 2 / samples for name, flops in products.weights.flops.items()}
+    return Count(counter.get_total_flops() // 2 // samples, layers, weights, uncounted, returned)
+
+
+class _Everywhere(ModuleTracker):
+    """In the place of the counter's own tracker of modules: its hooks cost time and end in cycles."""
+
+    def __enter__(self) -> "_Everywhere":
+        self.parents = {"Global"}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+class _Products(TorchDispatchMode):
+    """Tells whose weights products are with, and names the operations that make floating-point tensors by products that
+    no formula knows."""
+
+    def __init__(self, known: Mapping[Any, Callable[..., int]], weights: WeightProducts,
+                 running: Sequence[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.weights, self._known, self._running = weights, known, running
+        self.unknown: dict[str, dict[str, None]] = {}  # operation -> modules, in order
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if isinstance(func, torch._ops.OpOverload):
+            formula = self._known.get(func._overloadpacket)
+            operands = (*args, *kwargs.values())
+            place = self._running[-1] if self._running else ""
+            if formula is not None:
+                self.weights.credit(operands, formula(*args, **kwargs, out_val=out), place)
+            elif func._opname.startswith(_UNKNOWN) if func.namespace in _PYTORCH else \
+                    any(tensor.is_floating_point() for tensor in batches.tensors_of(out)):
+                self.unknown.setdefault(f"{func.namespace}::{func._opname}", {})[place or "the model itself"] = None
+            self.weights.follow(func, operands, out, product=formula is not None)
+        return out
+
+
+@contextmanager
+def _without_fused_attention() -> Iterator[None]:
+    """Within, nn.MultiheadAttention and nn.TransformerEncoderLayer run operation by operation."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
