@@ -63,7 +63,7 @@ def small_vit() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("contestant", SAME_NUMBER.keys() - {"fastscore"})
+@pytest.mark.parametrize("contestant", [name for name in SAME_NUMBER if name != "fastscore"])
 def test_contestants_reach_attention_heads(contestant):
     task = Task.of(small_vit().double(), torch.randn(3, 3, 16, 16, dtype=torch.float64), torch.arange(3))
     wanted = SAME_NUMBER["fastscore"](task)(Stopwatch())

@@ -39,14 +39,22 @@ def _kept() -> Network:
     return model
 
 
-@pytest.mark.parametrize("change", [
-    lambda m: setattr(m, "depth", 3), lambda m: m.sizes.append(3), lambda m: setattr(m, "sizes", [2, 1]),
-    lambda m: setattr(m, "first", nn.Linear(3, 4)),
-    lambda m: setattr(m.first, "weight", nn.Parameter(torch.ones(4, 3))),
-    lambda m: m.register_buffer("scale", torch.ones(2)), lambda m: m.add_module("third", nn.Linear(2, 2)),
-    lambda m: m.first.register_forward_hook(lambda *_: None), lambda m: setattr(m.norm, "__class__", nn.RMSNorm),
-    lambda m: setattr(m, "forward", lambda x: x), lambda m: setattr(m.norm, "eps", 0.1),
-], ids=str)
+CHANGES: dict[str, Callable[[Network], Any]] = {
+    "number": lambda m: setattr(m, "depth", 3),
+    "list grown": lambda m: m.sizes.append(3),
+    "list": lambda m: setattr(m, "sizes", [2, 1]),
+    "module": lambda m: setattr(m, "first", nn.Linear(3, 4)),
+    "parameter": lambda m: setattr(m.first, "weight", nn.Parameter(torch.ones(4, 3))),
+    "buffer": lambda m: m.register_buffer("scale", torch.ones(2)),
+    "module added": lambda m: m.add_module("third", nn.Linear(2, 2)),
+    "hook": lambda m: m.first.register_forward_hook(lambda *_: None),
+    "class": lambda m: setattr(m.norm, "__class__", nn.RMSNorm),
+    "forward": lambda m: setattr(m, "forward", lambda x: x),
+    "eps": lambda m: setattr(m.norm, "eps", 0.1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_changed_model_is_another(change: Callable[[Network], Any]) -> None:
     """Settings, modules, parameters, buffers, hooks, classes."""
     model = _kept()

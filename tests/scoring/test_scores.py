@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -212,11 +213,12 @@ def test_every_truncation_is_noticed(file: Path, tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_noticed(scores: Scores, file: Path, tmp_path: Path) -> None:
-    """Each either raises, or (in padding, say) changes nothing."""
+    """Each either raises, or (in padding, say) changes nothing. Every byte in the nightly run, every fifth otherwise."""
     contents = bytearray(file.read_bytes())
+    places = range(0, len(contents), 1 if "FASTSCORE_NIGHTLY" in os.environ else 5)
     path = tmp_path / "flipped.safetensors"
     noticed = 0
-    for place in range(len(contents)):
+    for place in places:
         for bit in (0, 5):
             contents[place] ^= 1 << bit
             path.write_bytes(contents)
@@ -228,7 +230,7 @@ def test_every_flipped_bit_is_noticed(scores: Scores, file: Path, tmp_path: Path
                 noticed += 1
             else:
                 assert_equal(loaded, scores)
-    assert noticed > 0.98 * 2 * len(contents)
+    assert noticed > 0.98 * 2 * len(places)
 
 
 def test_a_file_of_a_later_format_is_not_misread(scores: Scores, file: Path, tmp_path: Path) -> None:
