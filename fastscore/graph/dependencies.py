@@ -89,6 +89,10 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
                         work.append((dependency.target, dependency.handler, onward))
         return positions, obstacle
 
+    def dim_of(self, node: Any) -> int | None:
+        """The dimension that holds the channels in a node's output; None where none does."""
+        return self._dims.get(node)
+
     def chunks(self, positions: Positions) -> Iterator[tuple[int, np.ndarray]]:
         """(width of a part, positions) for each split of the channels into equal parts."""
         return ((node.grad_fn._saved_split_size, at) for (node, _), at in positions.items()
@@ -122,6 +126,8 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         """Why channels that come to a node cannot be removed; None where they can."""
         if node.type == OPTYPE.CUSTOMIZED:
             return f"a view divides its channels over several dimensions ({node.grad_fn.name()})"
+        if node.type == OPTYPE.PARAMETER and node in self._dims:
+            return None  # one number, or more, for each channel
         if node.type not in LAYERS | CHANNELWISE | TRANSPARENT | {OPTYPE.OUTPUT}:
             return f"its channels pass through {node._name or type(node.module).__name__} " \
                    f"({type(node.module).__name__}), which cannot lose channels yet"
@@ -188,6 +194,14 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
                 if onward not in self._dims:
                     self._dims[onward] = self._dim_after(node, onward)
                     work.append(onward)
+        work = [node for node in self._dims if node.type in TRANSPARENT]
+        while work:  # back to parameters that meet channels, through what is made of them before they do
+            node = work.pop()
+            for source in node.inputs:
+                if source not in self._dims and (dim := self._dim_before(source, node)) is not None:
+                    self._dims[source] = dim
+                    if source.type in TRANSPARENT:
+                        work.append(source)
 
     def _dim_after(self, node: Any, onward: Any) -> int:
         dim, before, after = self._dims[node], _shape(node), _shape(onward)
@@ -197,6 +211,20 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         if found is None:
             onward.type = OPTYPE.CUSTOMIZED  # its channels lie along more than one dimension from here on
         return dim if found is None else found[0]
+
+    def _dim_before(self, source: Any, node: Any) -> int | None:
+        """The dimension of a node's input that comes to hold its channels; None where none does alone."""
+        dim, before, after = self._dims[node], _shape(source), _shape(node)
+        if node.type == OPTYPE.RESHAPE:
+            moved = [found[0] if (found := index_maps.view(at, before, after)) is not None and not found[1] else None
+                     for at in range(len(before))]
+        elif index_maps.contracts(node.grad_fn):
+            return None
+        else:
+            gone = index_maps.saved_dims(node.grad_fn, "_saved_dim", len(before)) if len(before) > len(after) else ()
+            moved = [None if at in gone else index_maps.channel_dim(node.grad_fn, at, before, after)
+                     for at in range(len(before))]
+        return next((at for at, where in enumerate(moved) if where == dim and before[at] > 1), None)
 
     def _connect(self, node: Any) -> None:
         """The dependencies between a node and its inputs, both ways, with their index maps."""

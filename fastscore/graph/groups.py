@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastscore.modules.sample_axis import SampleAxes
 
-Role = Literal["producer", "consumer", "channelwise", "heads", "gate"]
+Role = Literal["producer", "consumer", "channelwise", "heads", "gate", "tensor"]
 Units = Literal["groups", "norms"]
 Ignore = Iterable[str | type | nn.Module]
 
@@ -28,16 +28,24 @@ class Member:
 
     layer: qualified module name. role: `producer` (a Conv or Linear that makes the channels), `consumer` (a Conv or
     Linear that reads them), `channelwise` (a normalisation, PReLU or depthwise convolution between them), `heads` (an
-    attention module, for what it has once for each head) or `gate` (a BatchNorm whose output is the channels: see
-    norm_gates). index, channel: int64 [M]; position `index[m]` of the layer's output (its input, for a consumer)
-    carries the group's channel `channel[m]`; in the projections of queries and keys, the rows that go with it. For
-    `heads`, head `index[m]` begins at channel `channel[m]`.
+    attention module, for what it has once for each head), `gate` (a BatchNorm whose output is the channels: see
+    norm_gates) or `tensor` (a parameter that the code of a module reads itself, such as a layer scale or an embedding
+    of positions: `layer` is its qualified name, and its dimension `dim` holds the channels). index, channel: int64 [M];
+    position `index[m]` of the layer's output (its input, for a consumer) carries the group's channel `channel[m]`; in
+    the projections of queries and keys, the rows that go with it. For `heads`, head `index[m]` begins at channel
+    `channel[m]`.
     """
 
     layer: str
     role: Role
     index: Tensor
     channel: Tensor
+    dim: int = 0
+
+    @property
+    def module(self) -> str:
+        """Qualified name of the module that holds it."""
+        return self.layer.rpartition(".")[0] if self.role == "tensor" else self.layer
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,8 @@ class ChannelGraph:
         digest = hashlib.sha256()
         for group in self.groups:
             for member in group.members:
-                digest.update(f"{group.name}\0{group.channels}\0{member.layer}\0{member.role}\0".encode())
+                role = f"dim{member.dim}" if member.role == "tensor" else member.role
+                digest.update(f"{group.name}\0{group.channels}\0{member.layer}\0{role}\0".encode())
                 digest.update(member.index.numpy().tobytes() + member.channel.numpy().tobytes())
         return digest.hexdigest()
 
@@ -114,7 +123,7 @@ class ChannelGraph:
         skipped, groups = dict(self.skipped), []
         for group in self.groups:
             hit = next((member.layer for member in group.members
-                        if member.role != "consumer" and member.layer in ignored), None)
+                        if member.role != "consumer" and member.module in ignored), None)
             if hit is None:
                 groups.append(group)
             else:

@@ -16,6 +16,9 @@ _BROADCASTING = ("Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Maximum", "Minimum"
 _REDUCING = ("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Aminmax", "Var", "Std", "LinalgVectorNorm", "Norm", "Prod",
              "Logsumexp", "Softmax", "LogSoftmax", "Cumsum", "Sort", "Topk")
 
+_CONTRACTING = ("Mm", "Bmm", "Addmm", "Addbmm", "Baddbmm", "Mv", "Addmv", "Dot", "Linear", "Convolution", "Embedding",
+                "Index", "Gather", "ScaledDotProduct", "Cdist", "Einsum", "Roll", "Flip", "Unfold")
+
 
 class IndexMap(Protocol):
     """How positions move through one operation; `inverse` leads back to where they came from."""
@@ -131,6 +134,11 @@ def runs_over(function: Any, dim: int, dims: int) -> bool:
     """Whether an operation reduces or normalises over the dimension `dim` of its input of so many dimensions."""
     return hasattr(function, "name") and function.name().startswith(_REDUCING) \
         and dim in saved_dims(function, "_saved_dim", dims)
+
+
+def contracts(function: Any) -> bool:
+    """Whether an operation sums over, picks or reorders what lies along a dimension of an input, as products do."""
+    return not hasattr(function, "name") or function.name().startswith(_CONTRACTING)
 
 
 def regrouped(function: Any, dim: int, before: Sequence[int]) -> IndexMap | None:

@@ -32,6 +32,8 @@ def named(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() > 1:
                 whole = f"{name}.{key}".lstrip(".")
+                if whole in covered:
+                    continue
                 more[whole if module._modules or not name else name] = _reason(module, key, parameter)
     return replace(graph, skipped={**graph.skipped, **more})
 
@@ -43,5 +45,4 @@ def _reason(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
         return known.format(kind=kind)
     if tp.ops.module2type(module) in LAYERS | CHANNELWISE:
         return "its channels go with others that are kept"
-    return f"the code of {kind} reads its {key} {list(parameter.shape)}, and only what a Conv or Linear makes and " \
-           "reads can go yet"
+    return f"the code of {kind} reads its {key} {list(parameter.shape)}, which meets no channels that can go"

@@ -2,20 +2,22 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph import channel_buffers, heads
+from fastscore.graph import channel_buffers, heads, own_tensors
 from fastscore.graph.groups import ChannelGroup, Role
 from fastscore.modules import multihead_attention
 
-Side = Literal["inputs", "outputs", "heads"]
+Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
+Side = Literal["inputs", "outputs", "heads", Dim]
+_DIMS: tuple[Dim, ...] = get_args(Dim)
 _SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "gate": "outputs", "consumer": "inputs",
                                "heads": "heads"}
-# (layer, its inputs or its outputs; or an attention module, its heads) -> positions that go, int64, ascending: a
-# surgery whole, for any copy of the model
+# (layer, its inputs or its outputs; or an attention module, its heads; or a parameter, a dimension of it) -> positions
+# that go, int64, ascending: a surgery whole, for any copy of the model
 RemovedIndices: TypeAlias = Mapping[tuple[str, Side], Tensor]
 
 
@@ -33,7 +35,8 @@ def removed_indices(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor
     for group in groups:
         if group.name in removed:
             for member, index in group.removed_at(removed[group.name]):
-                indices[member.layer, _SIDES[member.role]].append(index)
+                side = _DIMS[member.dim] if member.role == "tensor" else _SIDES[member.role]
+                indices[member.layer, side].append(index)
     return {key: index for key, parts in indices.items() if len(index := torch.cat(parts).unique())}
 
 
@@ -52,8 +55,11 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
     # chosen beforehand: a grouped convolution that has lost inputs can look like a depthwise one
     surgeons = {name: channel_buffers.surgeon(model.get_submodule(name))
-                for name, side in indices if side != "heads"}
+                for name, side in indices if side in ("inputs", "outputs")}
     for (name, side), index in indices.items():
+        if side in _DIMS:
+            own_tensors.cut(model, name, _DIMS.index(side), index)
+            continue
         layer = model.get_submodule(name)
         if side == "heads":
             heads.remove(layer, index)

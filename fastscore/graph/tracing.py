@@ -18,12 +18,13 @@ from fastscore.graph import (
     dependencies,
     index_maps,
     left_alone,
+    own_tensors,
     sample_axes,
     surgery_trial,
     training_only,
     verification,
 )
-from fastscore.graph.dependencies import CHANNELWISE, LAYERS
+from fastscore.graph.dependencies import CHANNELWISE, LAYERS, OPTYPE
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member, Role
 from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -59,6 +60,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
     eval_model = evaluation_copy(model)
     for parameter in eval_model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # the tracer follows grad_fn
+    own_tensors.randomize_constants(eval_model)
     example_inputs = batches.map_tensors(batches.usable, example_inputs)
 
     def run(model: nn.Module, batch: batches.Batch = example_inputs) -> list[Tensor]:
@@ -176,6 +178,8 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
             reason = "all its channels can only be removed together"
         skipped[name] = reason
         tied.update((producer, name) for producer in producers)
+        tied.update((member.layer, name) for member in members if member.role == "tensor"
+                    and layers[member.module].get_parameter(member.layer.rpartition(".")[2]).dim() > 1)
     covered = {member.layer for group in groups for member in group.members}
     skipped |= {layer: f"its channels go with those of {first}" for layer, first in tied.items()
                 if layer not in covered and layer not in skipped}
@@ -184,13 +188,16 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
 
 def _member(graph: Any, key: tuple[Any, Any], positions: np.ndarray) -> Member | None:
     node, function = key
+    index, channel = torch.from_numpy(positions >> 32), torch.from_numpy(positions & index_maps.CHANNEL)
+    if node.type == OPTYPE.PARAMETER:
+        dim = graph.dim_of(node)
+        return None if dim is None else Member(node._name, "tensor", index, channel, dim)
     if node.type in CHANNELWISE:
         role: Role = "channelwise"
     elif node.type in LAYERS:
         role = "consumer" if function == graph.get_pruner_of_module(node.module).prune_in_channels else "producer"
     else:
         return None
-    index, channel = torch.from_numpy(positions >> 32), torch.from_numpy(positions & index_maps.CHANNEL)
     return Member(graph._module2name[node.module], role, index, channel)
 
 
@@ -205,7 +212,12 @@ def _why_not(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
     for layer_name in sorted(consumers.intersection(recording.overwritten)):
         return f"what {layer_name} reads is written to in place afterwards, so that nothing can be measured there"
     for member in members:
-        layer = layers[member.layer]
+        layer = layers[member.module]
+        if member.role == "tensor":
+            reason = _tensor_why_not(layer, member, owners)
+            if reason is not None:
+                return reason
+            continue
         width = _width(layer, member.role)
         if width is not None and int(member.index.max()) >= width:
             return f"their number changes on the way to {member.layer}"
@@ -218,6 +230,18 @@ def _why_not(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
             return f"{member.layer} shares its weight with another layer"
         if width is not None and _sections(layer, member.role) > 1 and len(member.index) < width:
             return f"{member.layer} is grouped and works on other channels too"
+    return None
+
+
+def _tensor_why_not(module: nn.Module, member: Member, owners: Mapping[int, int]) -> str | None:
+    """The same, of a parameter that a module's code reads itself."""
+    parameter = module._parameters.get(member.layer.rpartition(".")[2])
+    if parameter is None or isinstance(module, nn.utils.parametrize.ParametrizationList):
+        return f"{member.layer} is computed (a parametrization): remove it first"
+    if int(member.index.max()) >= parameter.shape[member.dim]:
+        return f"their number changes on the way to {member.layer}"
+    if owners[id(parameter)] > 1:
+        return f"{member.layer} is shared with another module"
     return None
 
 
@@ -242,10 +266,10 @@ def _units(layers: Mapping[str, nn.Module], channels: int, members: list[Member]
             tie(first_at.setdefault(position % period if period else position, channel), channel)
 
     for member in members:
-        layer = layers[member.layer]
+        layer = layers[member.module]
         # A grouped convolution (or norm) keeps its groups equally wide, so the same number in each goes at once.
         sections = _sections(layer, member.role)
-        width = _width(layer, member.role)
+        width = None if member.role == "tensor" else _width(layer, member.role)
         period = width // sections if width is not None and sections > 1 else 0
         if period or (member.index[1:] == member.index[:-1]).any():  # sorted: equal positions are neighbours
             same_position(period, zip(member.index.tolist(), member.channel.tolist(), strict=True))
@@ -258,6 +282,8 @@ def _units(layers: Mapping[str, nn.Module], channels: int, members: list[Member]
 
 def _sections(layer: nn.Module, role: Role) -> int:
     """Into how many groups of equal width a grouped convolution or norm divides its channels; 1 for other layers."""
+    if role == "tensor":
+        return 1
     return int(getattr(layer, "num_groups" if role == "channelwise" else "groups", 1))
 
 
@@ -276,4 +302,4 @@ def _first_channel_of_each_index(members: list[Member]) -> Iterator[Member]:
             yield member
             continue
         keep = torch.cat([torch.tensor([True]), first])
-        yield Member(member.layer, member.role, member.index[keep], member.channel[keep])
+        yield replace(member, index=member.index[keep], channel=member.channel[keep])

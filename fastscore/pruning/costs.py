@@ -99,9 +99,9 @@ class Costs:
             losses = self._losses[group.name] = defaultdict(list)
             for member in group.members:
                 if member.layer not in self.layers:
-                    layer, own = model.get_submodule(member.layer), per_layer.get(member.layer, 0.0)
+                    layer, own = model.get_submodule(member.module), per_layer.get(member.layer, 0.0)
                     self.layers[member.layer] = _heads_cost(member, layer, per_layer) if member.role == "heads" \
-                        else _layer_cost(layer, own)
+                        else _tensor_cost(member, layer) if member.role == "tensor" else _layer_cost(layer, own)
                 cost = self.layers[member.layer]
                 if compensate and member.role == "consumer" and model.get_submodule(member.layer).bias is None:
                     cost.bias_below = cost.inputs
@@ -185,6 +185,13 @@ def _heads_cost(member: Member, module: nn.Module, macs: Mapping[str, float]) ->
     own = sum(parameter.numel() for name in heads.tensors(module)
               if (parameter := module._parameters.get(name)) is not None)
     return LayerCost(count, count, True, (macs.get(member.layer, 0.0) - below) / count, 0.0, own / count)
+
+
+def _tensor_cost(member: Member, module: nn.Module) -> LayerCost:
+    """Of a parameter that the module's code reads itself: it is multiplied or added element by element."""
+    parameter: Tensor = getattr(module, member.layer.rpartition(".")[2])
+    width = parameter.shape[member.dim]
+    return LayerCost(width, width, True, 0.0, 0.0, parameter.numel() / width)
 
 
 def _layer_cost(layer: nn.Module, macs: float) -> LayerCost:

@@ -16,7 +16,9 @@ _ROUNDS = 9
 
 def layer_seconds(model: nn.Module, names: Iterable[str], example_inputs: Batch, forward: Forward) -> dict[str, float]:
     """Layer -> the median of the seconds it takes in one call of the model, without those of other layers inside it."""
-    device, names = device_of(model), list(names)
+    modules = dict(model.named_modules())  # a parameter alone takes no time that could be told
+    device, alone = device_of(model), [name for name in names if name not in modules]
+    names = [name for name in names if name in modules]
     rounds: dict[str, list[float]] = {name: [] for name in names}
 
     def clock(sign: int, name: str) -> Callable[..., None]:
@@ -29,7 +31,7 @@ def layer_seconds(model: nn.Module, names: Iterable[str], example_inputs: Batch,
 
     with torch.no_grad(), ExitStack() as attached:
         for name in names:
-            layer = model.get_submodule(name)
+            layer = modules[name]
             attached.enter_context(layer.register_forward_pre_hook(clock(-1, name)))
             attached.enter_context(layer.register_forward_hook(clock(1, name)))
         for _ in range(1 + _ROUNDS):  # the first one warms up
@@ -38,4 +40,4 @@ def layer_seconds(model: nn.Module, names: Iterable[str], example_inputs: Batch,
             forward(model, example_inputs)
     whole = {name: statistics.median(row[1:]) for name, row in rounds.items()}
     inside = {name: sum(whole[other] for other in names if other.startswith(f"{name}.")) for name in names}
-    return {name: max(whole[name] - inside[name], 1e-9) for name in names}
+    return dict.fromkeys(alone, 1e-9) | {name: max(whole[name] - inside[name], 1e-9) for name in names}

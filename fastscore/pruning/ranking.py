@@ -100,9 +100,9 @@ def removal_order(groups: tuple[ChannelGroup, ...], scores: Scores, scope: Scope
 def layer_kinds(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, str]:
     """Layer of a group -> its type; of a convolution its kernel too, and whether it is depthwise."""
     kinds = {}
-    for name in {member.layer for group in groups for member in group.members}:
-        layer = model.get_submodule(name)
-        kinds[name] = type(layer).__name__
+    for name, module in {(member.layer, member.module) for group in groups for member in group.members}:
+        layer = model.get_submodule(module)
+        kinds[name] = type(layer).__name__ + name.removeprefix(module)
         if isinstance(layer, nn.modules.conv._ConvNd):
             kinds[name] += f" {layer.kernel_size}{' depthwise' if 1 < layer.groups == layer.out_channels else ''}"
     return kinds

@@ -185,12 +185,12 @@ def test_every_layer_without_a_group_says_why() -> None:
             self.one, self.tied, self.normed, self.late = (nn.Linear(5, 5, bias=False) for _ in range(4))
             self.tied.weight = self.one.weight
             nn.utils.parametrizations.weight_norm(self.normed)
-            self.scale = nn.Parameter(torch.rand(5))
+            self.scale = nn.Parameter(torch.rand(5, 5))
             self.head = nn.Linear(5, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.tied(torch.relu(self.one(x)))
-            return self.head(self.late(self.normed(torch.relu(x))) * self.scale)
+            return self.head(self.late(self.normed(torch.relu(x))) @ self.scale)
 
     graph = trace(Network(), torch.randn(2, 5))
     assert not graph.groups
@@ -259,6 +259,7 @@ def test_a_model_is_traced_once_until_something_of_it_changes(monkeypatch: pytes
             super().build(*args)
 
     monkeypatch.setattr(dependencies, "Graph", Counted)
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     x = torch.randn(8, 4)
     scores = fastscore.score(model, [x], progress=False)

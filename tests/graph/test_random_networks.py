@@ -37,7 +37,7 @@ def check_groups(network: RandomNetwork, graph: ChannelGraph) -> None:
         assert len(same) == len(set(units)) == int(group.unit.max()) + 1, f"{group.name}: units differ"
         claimed: dict[str, set[int]] = {}
         for member in group.members:
-            if member.role == "channelwise":
+            if member.role in ("channelwise", "tensor"):
                 continue
             of_layer = (network.producers if member.role == "producer" else network.consumers)[member.layer]
             for position, channel in zip(member.index.tolist(), member.channel.tolist(), strict=True):
@@ -59,7 +59,7 @@ def check_left_alone(network: RandomNetwork, graph: ChannelGraph) -> None:
     """What is left alone touches the input, the output or a cut, or has but one unit; or shares a layer with such."""
     for layer, reason in graph.skipped.items():
         if layer not in network.producers:  # a depthwise convolution makes no channels of its own
-            assert reason == "its channels go with others that are kept"
+            assert reason == "its channels go with others that are kept" or "the code of Owned reads" in reason
             continue
         units, near = set(network.producers[layer]), network.near(layer)
         hostile = near & (network.fixed | network.bound) or len(units) == 1 or not units & network.read
@@ -135,6 +135,11 @@ def check(network: RandomNetwork) -> None:
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
 def test_network(seed):
     check(generate(seed))
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT // 3))
+def test_network_of_more_kinds(seed):
+    check(generate(seed, more=True))
 
 
 class Frames(nn.Module):

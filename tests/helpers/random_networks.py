@@ -59,6 +59,26 @@ class Program(nn.Module):
         return values[self.output]
 
 
+class Owned(nn.Module):
+    """A parameter of its own meets each channel, in one of the ways that models have."""
+
+    def __init__(self, way: str, width: int, size: int) -> None:
+        super().__init__()
+        shape = {"gamma": (width, 1, 1), "vector": (width,), "gain": (1, width, 1, 1), "places": (1, width, size, size),
+                 "tokens": (1, size * size, width), "scalar": (1,), "both": (2, width)}[way]
+        self.way, self.gamma = way, nn.Parameter(0.5 + torch.rand(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same."""
+        if self.way == "vector":
+            return x * self.gamma.view(1, -1, 1, 1)
+        if self.way == "tokens":  # as an embedding of positions, of a model that has its channels last
+            return (x.flatten(2).transpose(1, 2) + self.gamma).transpose(1, 2).reshape(x.shape)
+        if self.way == "both":
+            return x * self.gamma[0][:, None, None] + self.gamma[1].view(-1, 1, 1)
+        return x + self.gamma if self.way == "places" else x * self.gamma
+
+
 @dataclass
 class RandomNetwork:
     """model: float64, in evaluation mode. producers, consumers: layer -> the unit of each output (input) position.
@@ -95,9 +115,9 @@ class RandomNetwork:
         return torch.randn(samples, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
 
 
-def generate(seed: int, length: int | None = None) -> RandomNetwork:
-    """The network of this seed, always the same."""
-    return _Generator(seed).build(length)
+def generate(seed: int, length: int | None = None, more: bool = False) -> RandomNetwork:
+    """The network of this seed, always the same. more: of more kinds of steps."""
+    return _Generator(seed, more).build(length)
 
 
 def gated(network: RandomNetwork, x: Tensor, scale: Callable[[int], Tensor | float]) -> Tensor:
@@ -131,8 +151,8 @@ def sums(network: RandomNetwork, x: Tensor, v: Tensor) -> dict[int, Tensor]:
 
 
 class _Generator:
-    def __init__(self, seed: int) -> None:
-        self.seed, self.rng = seed, random.Random(seed)
+    def __init__(self, seed: int, more: bool = False) -> None:
+        self.seed, self.rng, self.more = seed, random.Random(seed), more
         self.parent: list[int] = []
         self.steps: list[Step] = []
         self.layers: dict[str, nn.Module] = {}
@@ -245,6 +265,16 @@ class _Generator:
                  "instance": lambda: nn.InstanceNorm2d(width, affine=True)}[kind]()
         return self.add(kind, (source,), value.labels, value.size, lambda layer, x: layer(x), layer,
                         fresh=kind in ("depthwise", "norm"))
+
+    def owned(self) -> int | None:
+        """A parameter that no layer of PyTorch's holds: a layer scale, a gain, an embedding of positions."""
+        source = self.pick()
+        if source is None:
+            return None
+        value = self.values[source]
+        way = self.rng.choice(("gamma", "vector", "gain", "places", "tokens", "scalar", "both"))
+        return self.add(f"owned {way}", (source,), value.labels, value.size, lambda layer, x: layer(x),
+                        Owned(way, len(value.labels), value.size))
 
     def activation(self) -> int | None:
         source = self.pick()
@@ -406,6 +436,7 @@ class _Generator:
                 (self.conv, 5), (self.channelwise, 4), (self.activation, 5), (self.residual, 3), (self.combine, 3),
                 (self.concat, 2), (self.halves, 2), (self.grouped, 1), (self.transposed, 1), (self.again, 1),
                 (self.resize, 2), (self.squeeze_excite, 1), (self.hostile, 1)]
+            options += [(self.owned, 5)] if self.more else []
             steps, weights = zip(*options, strict=True)
             for step in self.rng.choices(steps, weights, k=length or self.rng.randrange(4, 14)):
                 step()

@@ -1,0 +1,98 @@
+"""Parameters that the code of a module reads itself go with the channels that they meet."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import whole_way
+from torch import Tensor, nn
+
+from fastscore.graph.tracing import trace
+
+
+class Block(nn.Module):
+    """A ConvNeXt's block with a BatchNorm: its layer scale meets the residual stream."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.norm = nn.BatchNorm2d(width)
+        self.up, self.down = nn.Conv2d(width, 12, 1), nn.Conv2d(12, width, 1)
+        self.layer_scale = nn.Parameter(torch.full((width, 1, 1), 1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer_scale * self.down(torch.relu(self.up(self.norm(self.depthwise(x)))))
+
+
+class ConvNet(nn.Module):
+    """Two such blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.head = nn.Conv2d(3, 8, 4, 4), nn.Sequential(Block(8), Block(8)), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class Patches(nn.Module):
+    """Patches, a class token, positions and an affine for each residual branch, as ResMLP has them, without a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        self.cls_token, self.pos_embed = nn.Parameter(torch.zeros(1, 1, 8)), nn.Parameter(torch.randn(1, 17, 8))
+        self.alpha, self.beta = nn.Parameter(torch.ones(1, 1, 8)), nn.Parameter(torch.zeros(8))
+        self.gains = nn.Parameter(torch.ones(2, 8))
+        self.scalar = nn.Parameter(torch.ones(1))
+        self.up, self.down, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed[:, :17]
+        branch = self.down(torch.relu(self.up(torch.addcmul(self.beta, self.alpha, x)))) * self.scalar
+        return self.head((x * self.gains[0] + branch * self.gains[1])[:, 0])
+
+
+IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("build", "groups", "cut"), [
+    (ConvNet, ["stem", "blocks.0.up", "blocks.1.up"],
+     {"blocks.0.layer_scale": (4, 1, 1), "blocks.1.layer_scale": (4, 1, 1)}),
+    (Patches, ["embed", "up"], {"cls_token": (1, 1, 4), "pos_embed": (1, 17, 4), "alpha": (1, 1, 4), "beta": (4,),
+                                "gains": (2, 4), "scalar": (1,)})])
+def test_whole_way(build: type[nn.Module], groups: list[str], cut: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    result = whole_way.check(build, IMAGES, groups, tmp_path)
+    parameters = dict(result.model.named_parameters())
+    assert {name: tuple(parameters[name].shape) for name in cut} == cut
+
+
+def test_layer_scales_that_hardly_show_are_followed_all_the_same() -> None:
+    graph = trace(ConvNet().eval(), IMAGES.float())
+    assert [group.name for group in graph.groups] == ["stem", "blocks.0.up", "blocks.1.up"]
+    assert not {"blocks.0.layer_scale", "blocks.1.layer_scale"} & set(graph.skipped)
+
+
+class Mixed(nn.Module):
+    """Its parameter is multiplied as a matrix: each of its rows reads all channels."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.matrix = nn.Parameter(torch.randn(8, 8))
+        self.gain = nn.Parameter(torch.ones(8))
+        if shared:
+            self.other = nn.Module()
+            self.other.gain = self.gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x) * self.gain
+        return self.down(x if hasattr(self, "other") else x @ self.matrix)
+
+
+@pytest.mark.parametrize(("shared", "reason"), [(False, "matrix"), (True, "gain is shared with another module")])
+def test_others_are_kept_with_a_reason(shared: bool, reason: str) -> None:
+    graph = trace(Mixed(shared).eval(), torch.randn(3, 6))
+    assert not graph.groups
+    assert reason in graph.skipped["up"]
