@@ -6,14 +6,12 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from fastscore import files
 from fastscore.batches import Batch, valid_tokens
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
@@ -21,10 +19,11 @@ from fastscore.recovery.divergence import divergence
 from fastscore.recovery.features import FeatureMaps
 from fastscore.recovery.optimizers import schedule
 from fastscore.recovery.training_batches import Position, TrainingBatches, on_device
+from fastscore.scoring.run_file import RunFile
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-_FORM = "fastscore-distillation-1"
+_FORM = "fastscore-distillation-2"
 _STRIDE = 1_000_003  # between the seeds of two steps
 
 
@@ -91,7 +90,7 @@ class DistillationRun:
         self._device, self._precision = device_of(self._smaller), precision
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "float16")
         self._position, self._looks, self._best = Position(), list[Look](), dict[str, Tensor]()
-        self._path: Path | None = None
+        self._file: RunFile | None = None
         self._norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self._smaller.modules())
 
     def to(self, steps: int, looks: int, patience: int | None, warmup: float, bar: Any) -> DistillationReport:
@@ -209,20 +208,24 @@ class DistillationRun:
 
     def keep_in(self, path: str | PathLike[str], same: Mapping[str, Any]) -> None:
         """Go on from the file at `path` where there is one, and write it from now on; the first process does both."""
-        self._path, self._same = Path(path), same
-        state: list[Any] = [None]
-        if (self._group is None or distributed.get_rank(self._group) == 0) and self._path.exists():
-            state = [files.read_state(self._path, _FORM, "file of distill(resume=)", "remove it to start over",
-                                      torch.device("cpu"))]
+        self._file = RunFile(path, _FORM, "file of distill(resume=)", same)
+        found: list[Any] = [None]
+        if self._first:
+            try:
+                found = [self._file.load()]
+            except (ValueError, OSError) as error:  # which every process raises
+                found = [error]
         if self._group is not None:
-            distributed.broadcast_object_list(state, group_src=0, group=self._group)
-        if state[0] is None:
-            return
-        differing = [name for name in same if state[0]["same"].get(name) != same[name]]
-        if differing:
-            raise ValueError(f"resume: {path} is of another run, with another {', another '.join(differing)}; name "
-                             "another file, or remove it to start over")
-        self._restore(state[0])
+            distributed.broadcast_object_list(found, group_src=0, group=self._group)
+        if isinstance(found[0], Exception):
+            raise found[0]
+        if found[0] is not None:
+            self._restore(found[0])
+
+    @property
+    def _first(self) -> bool:
+        """Whether this process keeps the run's file."""
+        return self._group is None or distributed.get_rank(self._group) == 0
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.step, self._position = state["step"], Position(**state["position"])
@@ -236,12 +239,12 @@ class DistillationRun:
         self._scaler.load_state_dict(state["scaler"])
 
     def _save(self) -> None:
-        if self._path is None or (self._group is not None and distributed.get_rank(self._group) > 0):
+        if self._file is None or not self._first:
             return
         looks = [{key: None if math.isnan(value) else value for key, value in asdict(look).items()}
                  for look in self._looks]
-        files.write_state(self._path, _FORM, {
-            "same": self._same, "step": self.step, "position": asdict(self._position), "looks": looks,
+        self._file.save({
+            "step": self.step, "position": asdict(self._position), "looks": looks,
             "best": self._best, "smaller": self._smaller.state_dict(), "scaler": self._scaler.state_dict(),
             "optimizer": {str(number): value for number, value in self._optimizer.state_dict()["state"].items()}})
 

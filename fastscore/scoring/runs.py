@@ -5,25 +5,22 @@ or not at all, and in neither does the order of additions depend on when the run
 """
 
 import itertools
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, distributed
 
-from fastscore import files
 from fastscore.batches import Batch, on_device
 from fastscore.fingerprints import digest_of
 from fastscore.modules.inspection import device_of
 from fastscore.scoring.options import REDUCTION_SLOTS, Persistence
+from fastscore.scoring.run_file import RunFile, remaining
 from fastscore.scoring.totals import Totals
 
 _FORM = "fastscore-checkpoint-1"
-_SHARE = 0.02  # of the time, at most, goes into saving
 
 
 @runtime_checkable
@@ -84,16 +81,18 @@ class Run:
         self.rank, self.size = persistence.rank, persistence.size
         self.slots = [totals.new_empty() for _ in range(REDUCTION_SLOTS if persistence.fixed_order else 1)]
         self._totals, self._data = totals, data
-        self._process_group, self._checkpoint = persistence.process_group, persistence.checkpoint
+        self._process_group, checkpoint = persistence.process_group, persistence.checkpoint
         contents = data.sliceable.fingerprint() if persistence.compared and data.sliceable is not None else None
         identity = {**identity, "data": contents, "fixed_order": persistence.fixed_order}
         if self._process_group is not None:
             _check_alike(identity, self._process_group)
-        self._identity = {**identity, "process": [self.rank, self.size]}
         self._progress = _Progress(0, "", tuple(slot.state_dict() for slot in self.slots))
-        self._saved, self._next_save = 0, 0.0
-        if self._checkpoint is not None and not self._checkpoint.only_when_stopped:
-            self._load()
+        self._saved, self._only_when_stopped = 0, checkpoint is not None and checkpoint.only_when_stopped
+        self._file = None if checkpoint is None else RunFile(
+            checkpoint.path, _FORM, "checkpoint", {**identity, "process": [self.rank, self.size]}, self.rank, self.size,
+            device_of(totals.model))
+        if self._file is not None and not self._only_when_stopped:
+            self._load(self._file)
 
     @property
     def samples(self) -> int:
@@ -103,7 +102,7 @@ class Run:
     def __iter__(self) -> Iterator[tuple[Totals, Batch]]:
         for number, batch in self._to_do():
             slot = number % len(self.slots)
-            counts = self._checkpoint is not None
+            counts = self._file is not None
             content = digest_of(self._progress.digest, batch) if counts and self._data.sliceable is None else ""
             yield self.slots[slot], batch
             if counts:
@@ -114,8 +113,8 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        if self._checkpoint is not None and self._progress.done > self._saved \
-                and (error is not None or not self._checkpoint.only_when_stopped):
+        if self._file is not None and self._progress.done > self._saved \
+                and (error is not None or not self._only_when_stopped):
             self._save()
 
     def totals(self) -> Totals:
@@ -138,20 +137,9 @@ class Run:
             if numbers:
                 yield from zip(numbers, self._data.share(numbers.start, self.size), strict=True)
             return
-        done, digest = 0, ""
-        for number, batch in enumerate(itertools.chain([self._data.first], self._data.rest)):
-            if number % self.size != self.rank:
-                continue
-            if done == before.done:
-                yield number, batch
-                continue
-            done, digest = done + 1, digest_of(digest, batch)
-            if done == before.done and digest != before.digest:
-                raise ValueError(f"batches: the first {done} are not those in {self._path}, or not in that order; "
-                                 "give the same again (shuffle=False, or a seeded sampler), or remove the file")
-        if done < before.done:
-            raise ValueError(f"batches: {self._path} has seen {before.done}, and there are {done}; give the "
-                             "same again, or remove the file")
+        own = itertools.islice(itertools.chain([self._data.first], self._data.rest), self.rank, None, self.size)
+        left = own if self._file is None else remaining(own, before.done, before.digest, self._file.path)
+        yield from zip(itertools.count(self.rank + before.done * self.size, self.size), left, strict=False)
 
     def _count(self, slot: int, digest: str) -> None:
         """One more batch is in the slot's totals."""
@@ -159,38 +147,20 @@ class Run:
         states[slot] = _copy(self.slots[slot].state_dict())
         # as one object, so that an interrupt finds all of it or nothing
         self._progress = _Progress(self._progress.done + 1, digest, tuple(states))
-        assert self._checkpoint is not None
-        if not self._checkpoint.only_when_stopped and time.monotonic() >= self._next_save:
+        assert self._file is not None
+        if not self._only_when_stopped and self._file.due:
             self._save()
 
-    @property
-    def _path(self) -> Path:
-        assert self._checkpoint is not None
-        path = Path(self._checkpoint.path)
-        return path if self.size == 1 else path.with_name(f"{path.name}.{self.rank}-of-{self.size}")
-
     def _save(self) -> None:
-        progress, start = self._progress, time.monotonic()
-        files.write_state(self._path, _FORM, {"identity": self._identity, "done": progress.done,
-                                              "digest": progress.digest, "states": list(progress.states)})
+        progress = self._progress
+        assert self._file is not None
+        self._file.save({"done": progress.done, "digest": progress.digest, "states": list(progress.states)})
         self._saved = progress.done
-        self._next_save = time.monotonic() + (time.monotonic() - start) / _SHARE
 
-    def _load(self) -> None:
-        path = self._path
-        others = sorted(other.name for other in path.parent.glob(f"{Path(self._checkpoint.path).name}*-of-*")
-                        if not other.name.endswith((f"-of-{self.size}", ".part"))) if self._checkpoint else []
-        if not path.exists():
-            if others:
-                raise ValueError(f"resume: {others[0]} was written by another number of processes than these "
-                                 f"{self.size}; start as many again, or remove it")
+    def _load(self, file: RunFile) -> None:
+        state = file.load()
+        if state is None:
             return
-        state = files.read_state(path, _FORM, "checkpoint", "remove it to start over",
-                                 device_of(self._totals.model))
-        differing = [name for name, value in self._identity.items() if state["identity"].get(name) != value]
-        if differing:
-            raise ValueError(f"resume: {path} is of another run, with another {', another '.join(differing)}; "
-                             "name another file, or remove it to start over")
         for slot, own in zip(self.slots, state["states"], strict=True):
             slot.load_state_dict(own)
         self._progress = _Progress(state["done"], state["digest"], tuple(_copy(own) for own in state["states"]))

@@ -16,7 +16,7 @@ from PIL import Image
 import fastscore
 from fastscore import cli
 from fastscore.cli import bench, main, models
-from fastscore.scoring import runs
+from fastscore.scoring import run_file
 
 NETS = """
 import os, signal
@@ -45,7 +45,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A working directory with nets.py, whose model is interrupted in batch $STOP, and 17 images."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(runs, "_SHARE", float("inf"))
+    monkeypatch.setattr(run_file, "SHARE", float("inf"))
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     Path("nets.py").write_text(NETS)
     Path("photos").mkdir()

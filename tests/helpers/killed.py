@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastscore
 from fastscore import files
-from fastscore.scoring import runs
+from fastscore.scoring import run_file
 
 BATCHES, SECONDS = 150, 0.01  # each
 
@@ -115,7 +115,7 @@ def same(folder: Path) -> bool:
 
 def main(folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
-    runs._SHARE = 0.5  # saved after nearly every batch, so that many a kill comes in the middle of it
+    run_file.SHARE = 0.5  # saved after nearly every batch, so that many a kill comes in the middle of it
     chance = random.Random(seed)
     assert os.waitpid(fork(run, folder, None), 0)[1] == 0
     moments = [None] * (kills - 6) + ["before", "half", "after"] * 2

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fastscore
 from fastscore import Scorer, Scores, files
 from fastscore.scoring import options as scoring_options
-from fastscore.scoring import runs
+from fastscore.scoring import run_file, runs
 from fastscore.scoring.options import Checkpoint
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -29,7 +29,7 @@ BATCHES = RESIDUAL.inputs(11).split(3)
 @pytest.fixture(autouse=True)
 def _every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Save after each batch, however long it takes."""
-    monkeypatch.setattr(runs, "_SHARE", float("inf"))
+    monkeypatch.setattr(run_file, "SHARE", float("inf"))
 
 
 def score(batches: Any = BATCHES, model: nn.Module | None = None, **options: Any) -> Scores:
@@ -165,8 +165,8 @@ def test_only_when_stopped(tmp_path: Path) -> None:
 def test_saving_takes_little_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock of its own: a batch takes 10, saving 10, so that 50 go by between one save and the next."""
     now, saves = [0.0], []
-    monkeypatch.setattr(runs, "_SHARE", 0.02)
-    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run_file, "SHARE", 0.02)
+    monkeypatch.setattr(run_file.time, "monotonic", lambda: now[0])
     original = files.write_state
 
     def write_slowly(*arguments: Any) -> None:

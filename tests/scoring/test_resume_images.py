@@ -9,13 +9,13 @@ from test_resume import RESIDUAL, assert_same_bits, score
 from torch import Tensor
 
 from fastscore.cli import images
-from fastscore.scoring import runs
+from fastscore.scoring import run_file, runs
 
 
 @pytest.fixture(autouse=True)
 def _every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Save after each batch, however long it takes."""
-    monkeypatch.setattr(runs, "_SHARE", float("inf"))
+    monkeypatch.setattr(run_file, "SHARE", float("inf"))
 
 
 class TestImages:
