@@ -81,6 +81,12 @@ class Moments:
         """All of it, to go on from."""
         return {"index": self.index, "count": self.count, "mean": self.mean.clone(), "scatter": self.scatter.clone()}
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become what `state_dict` gave. Raises ValueError for one of a layer that is looked at otherwise."""
+        if not torch.equal(self.index, state["index"]):
+            raise ValueError("moments: their state is of other inputs")
+        self.count, self.mean, self.scatter = state["count"], state["mean"].clone(), state["scatter"].clone()
+
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Moments":
         """What `state_dict` gave."""

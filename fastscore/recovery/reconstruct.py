@@ -9,7 +9,8 @@ chosen is fitted once more on all samples.
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from os import PathLike
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
@@ -26,6 +27,7 @@ from fastscore.recovery.asymmetric import Joint, Pair, Rewired, error, fit, rewi
 from fastscore.recovery.calibration import Calibration, Part
 from fastscore.recovery.compensation import mean_contributions
 from fastscore.recovery.divergence import Divergence, divergence
+from fastscore.recovery.kept import KeptPasses
 from fastscore.recovery.linear import InputEstimate, estimate_inputs, rewired
 from fastscore.recovery.moments import InputMoments, Moments, layouts
 from fastscore.recovery.recalibration import recalibrate_on, running_norms
@@ -75,6 +77,7 @@ R = TypeVar("R", bound=Pruned)
 
 def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: Method = "auto", *,
                 ridges: Iterable[float] = RIDGES, forward: Forward = call_model,
+                resume: str | PathLike[str] | None = None,
                 process_group: distributed.ProcessGroup | None = None) -> R:
     """Repair what pruning broke, without labels and without training: a new result, whose report says what each repair
     gave.
@@ -92,6 +95,9 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
             is nearest to the dense network on the samples held out.
         ridges: to choose from, each a share of a channel's own variance; math.inf leaves the mean.
         forward: forward(model, batch), for models that are called otherwise.
+        resume: a file that keeps the moments of the dense network, written now and then. Stopped at any moment and
+            called again with the same model, result and batches, by whatever method, the pass over the dense network
+            goes on from there, to the same bits on a CPU. The file stays.
         process_group: processes that share the work, each calling with the same arguments.
 
     Returns:
@@ -101,8 +107,9 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
 
     Raises:
         TypeError, ValueError: a method there is none of; batches that are none, or one tensor, or can be read only
-            once; a dense model that is not the one pruned. FloatingPointError: NaN or infinity in what a layer reads,
-            naming it. Nothing is changed then.
+            once; a dense model that is not the one pruned; a `resume` file that is damaged or of another run, or
+            batches that are not those it has seen. FloatingPointError: NaN or infinity in what a layer reads, naming
+            it. Nothing is changed then.
     """
     if method not in get_args(Method):
         raise ValueError(f"method: {method!r} is none of {', '.join(get_args(Method))}")
@@ -112,7 +119,8 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
     device = device_of(model)
     calibration = Calibration(batches, device, forward, process_group)
     with fork_rng(device), torch.inference_mode(False), torch.no_grad():
-        repaired: R = _Bench(model, result, calibration, forward, process_group).best(method, tuple(ridges))
+        kept = KeptPasses(resume, model, result.removed_indices, forward, process_group)
+        repaired: R = _Bench(model, result, calibration, forward, process_group, kept).best(method, tuple(ridges))
     return repaired
 
 
@@ -135,11 +143,24 @@ def check_dense(model: nn.Module, result: Pruned) -> None:
                              "several times, give the one that went into the last prune()")
 
 
+@dataclass
+class _Outputs:
+    """What the dense network returns for samples held out, batch by batch."""
+
+    rows: list[Tensor] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": list(self.rows)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rows = list(state["rows"])
+
+
 class _Bench:
     """A dense model, what goes from it, and what calibration batches say of both."""
 
     def __init__(self, model: nn.Module, result: Pruned, calibration: Calibration, forward: Forward,
-                 process_group: distributed.ProcessGroup | None) -> None:
+                 process_group: distributed.ProcessGroup | None, kept: KeptPasses) -> None:
         self._model, self._result, self._calibration = model, result, calibration
         self._forward, self._run, self._group = forward, checked_forward(forward), process_group
         self._eval_model = evaluation_copy(model)
@@ -159,7 +180,7 @@ class _Bench:
         self._calls = dict(inputs.calls)
         self._layouts = {name: index[name] for name in self._calls}
         self._moments: dict[Part, dict[str, Moments]] = {}
-        self._outputs: list[Tensor] = []
+        self._kept, self._outputs = kept, _Outputs()
         for part in ("fit", "held out"):
             self._measure(part)
         self._moments["all"] = {name: moments.joined(self._moments["held out"][name])
@@ -167,11 +188,12 @@ class _Bench:
 
     def _measure(self, part: Part) -> None:
         with InputMoments(self._eval_model, self._layouts) as inputs:
-            for batch in self._calibration.part(part):
+            batches = self._calibration.part(part)
+            for batch in self._kept.pass_over(batches, part, {**inputs.moments, "": self._outputs}):
                 inputs.start(batch)
                 output = self._run(self._eval_model, batch)
                 if part == "held out":
-                    self._outputs.append(output.cpu())
+                    self._outputs.rows.append(output.cpu())
         inputs.finish(self._group)
         self._moments[part] = inputs.moments
 
@@ -240,7 +262,7 @@ class _Bench:
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
-            return divergence(self._outputs, (self._run(model, batch).cpu()
+            return divergence(self._outputs.rows, (self._run(model, batch).cpu()
                                               for batch in self._calibration.part("held out")), self._group)
         finally:
             for module, mode in modes.items():

@@ -1,7 +1,9 @@
-"""A scoring run that is killed over and over: python -m killed FOLDER KILLS SEED, with tests/helpers on the path.
+"""A run that is killed over and over: python -m killed FOLDER KILLS SEED JOB, with tests/helpers on the path.
 
-Prints JSON: how many batches the checkpoint held after each kill and in the end, and whether the scores are those of a
-run that nobody killed. Each start is a fork of this process, which has imported torch but run nothing in parallel.
+JOB is "score" or "reconstruct".
+
+Prints JSON: how many batches the run's file held after each kill and in the end, and whether the run ended as one that
+nobody killed. Each start is a fork of this process, which has imported torch but run nothing in parallel.
 """
 
 import json
@@ -10,7 +12,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,18 +21,21 @@ from torch import Tensor
 
 import fastscore
 from fastscore import files
-from fastscore.scoring import run_file
+from fastscore.batches import Forward
+from fastscore.recovery import kept
+from fastscore.scoring import run_file, runs
 
-BATCHES, SECONDS = 150, 0.01  # each
+SECONDS = 0.01  # of each call of the model
+MODEL = NETWORKS["residual"].model().float()
 
 
-def batches() -> Iterator[Tensor]:
+def batches(count: int) -> list[Tensor]:
     """Float32 images, uneven in number."""
-    yield from NETWORKS["residual"].inputs(2 * BATCHES + 1).float().split([3, *[2] * (BATCHES - 1)])
+    return list(NETWORKS["residual"].inputs(2 * count + 1).float().split([3, *[2] * (count - 1)]))
 
 
-def run(folder: Path, checkpoint: Path | None) -> None:
-    """Score slowly, and write the scores; folder/log gets a byte for each call of the model."""
+def slowly(folder: Path) -> Forward:
+    """Calls a model after a while; folder/log gets a byte for each call."""
     def forward(model: torch.nn.Module, batch: Tensor) -> Tensor:
         with (folder / "log").open("ab") as file:
             file.write(b".")
@@ -38,9 +43,24 @@ def run(folder: Path, checkpoint: Path | None) -> None:
         output: Tensor = model(batch)
         return output
 
-    scores = fastscore.score(NETWORKS["residual"].model().float(), batches(), probes=2, resume=checkpoint,
-                             forward=forward, progress=False)
+    return forward
+
+
+def score(folder: Path, checkpoint: Path | None) -> None:
+    """Score slowly, and write the scores."""
+    scores = fastscore.score(MODEL, iter(batches(150)), probes=2, resume=checkpoint, forward=slowly(folder),
+                             progress=False)
     scores.save(folder / ("resumed" if checkpoint else "whole"))
+
+
+def reconstruct(folder: Path, checkpoint: Path | None) -> None:
+    """Repair a pruned network slowly, and write its weights and what was tried."""
+    example, scores = batches(1)[0], fastscore.score(MODEL, batches(3), importance="magnitude-l2", progress=False)
+    pruned = fastscore.prune(MODEL, scores, example, channels=0.6)
+    found = fastscore.reconstruct(MODEL, pruned, batches(60), "linear", ridges=(0.01,), forward=slowly(folder),
+                                  resume=checkpoint)
+    torch.save({"weights": found.model.state_dict(), "tried": [vars(row) for row in found.report.repairs]},
+               folder / ("resumed" if checkpoint else "whole"))
 
 
 def die_while_writing(moment: str) -> None:
@@ -86,17 +106,21 @@ def fork(function: object, *arguments: object) -> int:
     return child
 
 
-def start(folder: Path, moment: str | None) -> None:
+def start(job: str, folder: Path, moment: str | None) -> None:
     """A start of the run that is to be killed."""
     if moment is not None:
         die_while_writing(moment)
-    run(folder, folder / "s.ckpt")
+    JOBS[job](folder, folder / "s.ckpt")
 
 
-def done(folder: Path) -> int:
+def done(job: str, folder: Path) -> int:
     """Batches in the checkpoint."""
     path = folder / "s.ckpt"
-    return int(files.read_state(path, "fastscore-checkpoint-1", "checkpoint", "")["done"]) if path.exists() else 0
+    if not path.exists():
+        return 0
+    if job == "score":
+        return int(files.read_state(path, runs._FORM, "checkpoint", "")["done"])
+    return sum(each["done"] for each in files.read_state(path, kept._FORM, "checkpoint", "")["passes"].values())
 
 
 def calls(folder: Path) -> int:
@@ -104,8 +128,13 @@ def calls(folder: Path) -> int:
     return (folder / "log").stat().st_size if (folder / "log").exists() else 0
 
 
-def same(folder: Path) -> bool:
-    """Whether both runs ended with the same scores, bit for bit."""
+def same(job: str, folder: Path) -> bool:
+    """Whether both runs ended with the same, bit for bit."""
+    if job == "reconstruct":
+        whole, resumed = (torch.load(folder / name) for name in ("whole", "resumed"))
+        weights = zip(whole["weights"].items(), resumed["weights"].items(), strict=True)
+        return whole["tried"] == resumed["tried"] and all(
+            name == other and torch.equal(value, again) for (name, value), (other, again) in weights)
     whole, resumed = (fastscore.Scores.load(folder / name) for name in ("whole", "resumed"))
     facts = [(s.origin, s.passes, s.half_passes, s.samples, s.zero_gradients) for s in (whole, resumed)]
     pairs = [(getattr(whole, kind), getattr(resumed, kind)) for kind in ("totals", "means", "half_totals")]
@@ -113,19 +142,23 @@ def same(folder: Path) -> bool:
                                                                             for key in ours) for ours, theirs in pairs)
 
 
-def main(folder: Path, kills: int, seed: int) -> None:
+JOBS: dict[str, Callable[[Path, Path | None], None]] = {"score": score, "reconstruct": reconstruct}
+REACH = {"score": 20, "reconstruct": 40}  # calls of the model in one start, at most
+
+
+def main(folder: Path, kills: int, seed: int, job: str) -> None:
     torch.set_num_threads(1)
     run_file.SHARE = 0.5  # saved after nearly every batch, so that many a kill comes in the middle of it
     chance = random.Random(seed)
-    assert os.waitpid(fork(run, folder, None), 0)[1] == 0
+    assert os.waitpid(fork(JOBS[job], folder, None), 0)[1] == 0
     moments = [None] * (kills - 6) + ["before", "half", "after"] * 2
     chance.shuffle(moments)
     stood_at: list[int] = []
     while len(stood_at) < kills:
         moment, seen = moments[len(stood_at)], calls(folder)
-        child, ended = fork(start, folder, moment), (0, 0)
+        child, ended = fork(start, job, folder, moment), (0, 0)
         if moment is None:
-            until = seen + chance.randrange(20)  # tracing calls it, too
+            until = seen + chance.randrange(REACH[job])  # tracing calls it, too
             while calls(folder) < until and ended[0] == 0:
                 time.sleep(0.001)
                 ended = os.waitpid(child, os.WNOHANG)
@@ -134,13 +167,13 @@ def main(folder: Path, kills: int, seed: int) -> None:
                 os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0) if ended[0] == 0 else ended
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-            stood_at.append(done(folder))
+            stood_at.append(done(job, folder))
         else:  # it was too quick: from the start again
             assert status == 0
             (folder / "s.ckpt").unlink()
-    assert os.waitpid(fork(start, folder, None), 0)[1] == 0
-    print(json.dumps({"stood at": stood_at, "ended at": done(folder), "same": same(folder)}))
+    assert os.waitpid(fork(start, job, folder, None), 0)[1] == 0
+    print(json.dumps({"stood at": stood_at, "ended at": done(job, folder), "same": same(job, folder)}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

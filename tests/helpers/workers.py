@@ -124,6 +124,12 @@ def repair(rank: int, folder: str) -> None:
                                          repair=method, process_group=some)
                 rows = [(row.name, row.ridge, row.agreement, row.kl, row.chosen) for row in result.report.repairs]
                 torch.save((rows, result.model.state_dict()), f"{folder}/{method} {size} {rank}")
+            if size == 2:
+                bare = fastscore.prune(model, scores, batches[0][:1], channels=0.6)
+                for name in ("kept", "gone on"):
+                    found = fastscore.reconstruct(model, bare, batches, "linear", process_group=some,
+                                                  resume=f"{folder}/moments")
+                    torch.save(found.model.state_dict(), f"{folder}/{name} {rank}")
             torch.save(fastscore.recalibrate(RESIDUAL.model(), batches, process_group=some).state_dict(),
                        f"{folder}/recalibrated {size} {rank}")
     distributed.destroy_process_group()

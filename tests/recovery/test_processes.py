@@ -39,6 +39,13 @@ def test_one_two_and_four_processes_recalibrate_alike(folder: Path) -> None:
             assert_same(torch.load(folder / f"recalibrated {size} {rank}"), torch.load(folder / "recalibrated 1 0"))
 
 
+def test_each_process_goes_on_with_the_moments_of_its_own(folder: Path) -> None:
+    assert {path.name for path in folder.glob("moments*")} == {"moments.0-of-2", "moments.1-of-2"}
+    for rank in range(2):
+        for name in ("kept", "gone on"):
+            assert_same(torch.load(folder / f"{name} {rank}"), torch.load(folder / "linear 1 0")[1])
+
+
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-8, atol=1e-8, msg=key)

@@ -60,7 +60,8 @@ def test_killed_twenty_times(tmp_path: Path) -> None:
     """SIGKILL, in a process of its own: at 14 random moments and at 6 in the middle of writing the file."""
     paths = os.pathsep.join([str(HELPERS.parents[1]), str(HELPERS)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    said = json.loads(subprocess.check_output([sys.executable, "-m", "killed", str(tmp_path), "20", "0"],
+    said = json.loads(subprocess.check_output([sys.executable, "-m", "killed", str(tmp_path), "20", "0",
+                                              "score"],
                                               env=environment, cwd=tmp_path))
     assert len(said["stood at"]) == 20
     assert len(set(said["stood at"])) > 3
