@@ -16,11 +16,15 @@ import fastscore
 from benchmarks.recovery import peers
 from benchmarks.recovery.networks import Task
 
-# choice -> (what scores replace a channel by, importance per MAC or not)
-CHOICES = {"per MAC": ("mean", True), "per MAC, zero ablation": ("zero", True), "importance alone": ("zero", False)}
+# choice -> (importance, what scores replace a channel by, importance per MAC or not)
+CHOICES = {"per MAC": ("taylor-sq", "mean", True), "per MAC, zero ablation": ("taylor-sq", "zero", True),
+           "importance alone": ("taylor-sq", "zero", False), "L2 norm": ("magnitude-l2", "zero", False),
+           "random": ("random", "zero", False)}
 FASTSCORE = {"per MAC": ("mean", "recalibrated", "linear", "linear, recalibrated", "asymmetric", "default"),
              "per MAC, zero ablation": ("mean", "default"),
-             "importance alone": ("mean", "default")}
+             "importance alone": ("mean", "default"),
+             "L2 norm": ("default",),
+             "random": ("default",)}
 PEERS = tuple(f"tp {criterion} {scope}" for criterion in ("magnitude", "taylor", "bn-scale")
               for scope in ("local", "global"))
 FILTER_NORM = "tp filter-norm local"  # for the fine-tuning study alone
@@ -54,12 +58,13 @@ def smaller(task: Task, images: Tensor, wanted: Mapping[float, Sequence[str]], s
 
 def _fastscore(task: Task, images: Tensor, choice: str, wanted: Mapping[float, Sequence[str]], seed: int,
                kept: Path) -> Iterator[Smaller]:
-    ablation, per_mac = CHOICES[choice]
+    importance, ablation, per_mac = CHOICES[choice]
     batches = images.split(task.batch)
-    path = kept.with_name(f"{kept.name}-{ablation}.safetensors")
+    path = kept.with_name(f"{kept.name}-{ablation if importance == 'taylor-sq' else importance}.safetensors")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        fastscore.score(task.model, batches, ablation=ablation, seed=seed, progress=False).save(path)
+        fastscore.score(task.model, batches, importance=importance, ablation=ablation, seed=seed,
+                        progress=False).save(path)
     scores = fastscore.Scores.load(path)
     for budget, methods in wanted.items():
         start = time.perf_counter()

@@ -16,6 +16,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,13 +27,14 @@ from benchmarks.paper.data import Images
 from benchmarks.paper.training import accuracy, augment
 from benchmarks.recovery.__main__ import write
 from benchmarks.recovery.adapt import adapt
-from benchmarks.recovery.contestants import DEFAULT, FILTER_NORM, FORMER, smaller
+from benchmarks.recovery.contestants import DEFAULT, FILTER_NORM, FORMER, MEAN, smaller
 from benchmarks.recovery.networks import NETWORKS, Task
 from benchmarks.recovery.page import cell
 from benchmarks.recovery.peers import macs
 
 SPEEDUPS = (2.11, 2.57)
-METHODS = (DEFAULT, FORMER, FILTER_NORM, "tp magnitude local", "tp magnitude global")
+METHODS = (DEFAULT, MEAN, "L2 norm / default", "tp magnitude local", "tp magnitude global", "random / default",
+           FILTER_NORM, FORMER)
 FIELDS = ("network", "speedup", "method", "objective", "steps", "rate", "seed", "held_out", "test", "before", "macs",
           "params", "widths")
 KEY = FIELDS[:7]
@@ -63,7 +65,7 @@ class Study:
 
     def tuned(self, model: nn.Module, rate: float, seed: int) -> nn.Module:
         """A copy of `model`, fine-tuned."""
-        model, train = copy.deepcopy(model), self.part(slice(HELD_OUT, None))
+        model, train = copy.deepcopy(model), self.train
         if self.objective == "labels":
             return adapt(model, train, self.steps, BATCH, rate, seed)
         fastscore.distill(self.task.model, model, Augmented(train.images, seed), steps=self.steps, optimizer="sgd",
@@ -74,6 +76,11 @@ class Study:
         """Some of the training images in an order that is always the same."""
         order = torch.randperm(len(self.task.images.labels), generator=torch.Generator().manual_seed(1))[which]
         return Images(self.task.images.images[order], self.task.images.labels[order])
+
+    @cached_property
+    def train(self) -> Images:
+        """Training images, but for those held out."""
+        return self.part(slice(HELD_OUT, None))
 
     def held_out(self) -> Images:
         """Training images that no run trains on."""
