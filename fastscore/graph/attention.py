@@ -26,6 +26,7 @@ _LAYERS = (
     ("to_qkv", "to_qkv", "to_qkv", "merge"),
     ("to_qkv", "to_qkv", "to_qkv", "to_out"),
     ("qkv_proj", "qkv_proj", "qkv_proj", "o_proj"),
+    ("c_attn", "c_attn", "c_attn", "c_proj"),
     ("query_key_value", "query_key_value", "query_key_value", "dense"),
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q_proj", "k_proj", "v_proj", "out_proj"),

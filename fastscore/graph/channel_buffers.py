@@ -7,6 +7,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from fastscore.modules import transposed_linear
+
 
 def width(module: nn.Module) -> int | None:
     """For how many channels a module keeps numbers, if in buffers alone and one for each, as FrozenBatchNorm2d does.
@@ -23,6 +25,8 @@ def width(module: nn.Module) -> int | None:
 
 def surgeon(module: nn.Module) -> Any:
     """What has prune_in_channels, prune_out_channels, get_in_channels and get_out_channels of (module, positions)."""
+    if transposed_linear.is_transposed(module):
+        return _TRANSPOSED
     kind = tp.ops.module2type(module)
     if kind == tp.ops.OPTYPE.IN:
         return _STATISTICS
@@ -71,4 +75,4 @@ class _Statistics(tp.function.InstanceNormPruner):  # type: ignore[misc]
     prune_in_channels = prune_out_channels
 
 
-_BUFFERS, _STATISTICS = _Buffers(), _Statistics()
+_BUFFERS, _STATISTICS, _TRANSPOSED = _Buffers(), _Statistics(), transposed_linear.Surgeon()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from fastscore.modules.transposed_linear import is_transposed
+
 
 def parametrized(module: nn.Module) -> bool:
     """Whether something computes the module's weight anew in each pass: it is no parameter that could be changed."""
@@ -31,8 +33,8 @@ def shares_parameters(module: nn.Module, owners: Mapping[int, int]) -> bool:
 
 def channel_dim(layer: nn.Module) -> int:
     """The dimension of a layer's input and output that holds the channels: the last of a Linear, that before the image
-    of a convolution (which need not have a batch before it), else the second."""
-    return -1 if isinstance(layer, nn.Linear) else \
+    of a convolution (which need not have a batch before it), else the second; the last of a Conv1D of transformers."""
+    return -1 if isinstance(layer, nn.Linear) or is_transposed(layer) else \
         -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else 1
 
 

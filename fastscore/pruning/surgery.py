@@ -14,6 +14,7 @@ from fastscore.graph.surgery import RemovedIndices, remove_channels, remove_indi
 from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import remove_copied_hooks
+from fastscore.modules.transposed_linear import is_transposed
 from fastscore.pruning import recipes
 from fastscore.recovery.compensation import add_to_biases, mean_contributions, removed_means, removed_positions
 from fastscore.scoring.scores import Scores
@@ -49,6 +50,7 @@ class Surgery:
         for name, value in self._weights.items():
             layer = model.get_submodule(name)
             old: Tensor = layer.weight  # type: ignore[assignment]
+            value = value.t().contiguous() if is_transposed(layer) else value
             layer.weight = nn.Parameter(value.to(old.device, old.dtype), old.requires_grad)
         recipes.attach(model, self._recipe)
         return remove_indices(model, self.removed_indices)

@@ -19,6 +19,7 @@ from fastscore.batches import Batch, Forward
 from fastscore.graph.groups import ChannelGroup
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim
+from fastscore.modules.transposed_linear import is_transposed, widths
 
 
 def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -46,8 +47,8 @@ def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], posi
     found = {}
     for name, index in positions.items():
         layer = model.get_submodule(name)
-        width = next(getattr(layer, width) for width in ("in_features", "in_channels", "num_features")
-                     if hasattr(layer, width))
+        width = widths(layer)[0] if is_transposed(layer) else next(
+            getattr(layer, width) for width in ("in_features", "in_channels", "num_features") if hasattr(layer, width))
         mean = activation_means.get(name)
         if mean is None or mean.shape != (width,):
             known = "no mean activations" if mean is None else f"means of shape {tuple(mean.shape)}"

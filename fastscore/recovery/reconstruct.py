@@ -127,7 +127,7 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
 def check_dense(model: nn.Module, result: Pruned) -> None:
     """Raise ValueError where `model` is not the one that `result` was pruned from: what is to go is gone already, or
     never was there, or leaves other widths."""
-    modules = dict(model.named_modules())
+    modules = {**dict(model.named_parameters()), **dict(model.named_modules())}
     for (name, side), index in result.removed_indices.items():
         layer: Any = modules.get(name)
         width = getattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", None)

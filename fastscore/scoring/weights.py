@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastscore.graph import heads
 from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.modules.transposed_linear import is_transposed
 
 # (model, group, seed) -> [C]; None where the criterion says nothing about the group
 WeightImportance = Callable[[nn.Module, ChannelGroup, int], Tensor | None]
@@ -76,7 +77,7 @@ def filter_parameters(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[M
     for member in group.role("producer", "channelwise", "heads"):
         layer = model.get_submodule(member.layer)
         own = heads.PROJECTIONS if member.role == "heads" else \
-            ("weight", "bias") if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) else ()
+            ("weight", "bias") if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) or is_transposed(layer) else ()
         for name, parameter in layer.named_parameters(recurse=False):
             if name in own and parameter is not None:
                 yield member, f"{member.layer}.{name}"
@@ -91,6 +92,8 @@ def _by_position(model: nn.Module, member: Member, name: str, values: Tensor) ->
 
 def _by_output(layer: nn.Module, weight: Tensor) -> Tensor:
     """A weight of `layer`, or something of its shape, with a row for each output channel: [C, everything else]."""
+    if is_transposed(layer):
+        weight = weight.t()
     if getattr(layer, "transposed", False):  # [in, out / groups, ...]
         groups = layer.groups
         assert isinstance(groups, int)
