@@ -76,8 +76,8 @@ def filter_parameters(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[M
     projections that an attention module holds itself."""
     for member in group.role("producer", "channelwise", "heads"):
         layer = model.get_submodule(member.layer)
-        own = heads.PROJECTIONS if member.role == "heads" else \
-            ("weight", "bias") if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) or is_transposed(layer) else ()
+        dense = isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) or is_transposed(layer)
+        own = heads.PROJECTIONS if member.role == "heads" else ("weight", "bias") if dense else ()
         for name, parameter in layer.named_parameters(recurse=False):
             if name in own and parameter is not None:
                 yield member, f"{member.layer}.{name}"
