@@ -107,7 +107,7 @@ class ChannelGraph:
         return digest.hexdigest()
 
     def without(self, model: nn.Module, ignore: Ignore) -> "ChannelGraph":
-        """This graph less the groups that a layer matched by `ignore` produces.
+        """This graph less the groups that a layer matched by `ignore` makes, passes or reads.
 
         Args:
             model: that was traced, or a copy of it.
@@ -122,14 +122,12 @@ class ChannelGraph:
         ignored = matching_layers(model, ignore)
         skipped, groups = dict(self.skipped), []
         for group in self.groups:
-            hit = next((member.layer for member in group.members
-                        if member.role != "consumer" and member.module in ignored), None)
-            if hit is None:
+            hits = [member.module for member in group.members if member.module in ignored]
+            if not hits:
                 groups.append(group)
             else:
-                skipped[group.name] = "ignored" if hit == group.name else f"ignored with {hit}"
+                skipped[group.name] = "ignored" if group.name in hits else f"ignored with {hits[0]}"
         return replace(self, groups=tuple(groups), skipped=skipped)
-
 
     def told_apart(self) -> "ChannelGraph":
         """This graph less the groups whose samples cannot be told apart in a batch of several."""
