@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastscore.modules.sample_axis import SampleAxes
 
-Role = Literal["producer", "consumer", "channelwise", "heads", "gate", "tensor"]
+Role = Literal["producer", "consumer", "channelwise", "norm", "heads", "gate", "tensor"]
 Units = Literal["groups", "norms"]
 Ignore = Iterable[str | type | nn.Module]
 
@@ -26,13 +26,14 @@ Ignore = Iterable[str | type | nn.Module]
 class Member:
     """Where a group's channels lie in one layer.
 
-    layer: qualified module name. role: `producer` (a Conv or Linear that makes the channels), `consumer` (a Conv or
-    Linear that reads them), `channelwise` (a normalisation, PReLU or depthwise convolution between them), `heads` (an
-    attention module, for what it has once for each head), `gate` (a BatchNorm whose output is the channels: see
-    norm_gates) or `tensor` (a parameter that the code of a module reads itself, such as a layer scale or an embedding
-    of positions: `layer` is its qualified name, and its dimension `dim` holds the channels). index, channel: int64 [M];
-    position `index[m]` of the layer's output (its input, for a consumer) carries the group's channel `channel[m]`; in
-    the projections of queries and keys, the rows that go with it. For `heads`, head `index[m]` begins at channel
+    layer: qualified module name. role: `producer` (a Conv, Linear or Embedding that makes the channels), `consumer` (a
+    Conv or Linear that reads them), `channelwise` (a BatchNorm, PReLU or depthwise convolution between them), `norm` (a
+    normalisation over them, whose statistics read them: see fastscore.modules.channel_norms), `heads` (an attention
+    module, for what it has once for each head), `gate` (a BatchNorm whose output is the channels: see norm_gates) or
+    `tensor` (a parameter that the code of a module reads itself, such as a layer scale or an embedding of positions:
+    `layer` is its qualified name, and its dimension `dim` holds the channels). index, channel: int64 [M]; position
+    `index[m]` of the layer's output (its input, for a consumer) carries the group's channel `channel[m]`; in the
+    projections of queries and keys, the rows that go with it. For `heads`, head `index[m]` begins at channel
     `channel[m]`.
     """
 
@@ -75,7 +76,7 @@ class ChannelGroup:
     @property
     def edges(self) -> Iterator[Member]:
         """The members where the channels end, and where activation meets gradient."""
-        return self.role("consumer", "gate")
+        return self.role("consumer", "norm", "gate")
 
 
 @dataclass(frozen=True)
