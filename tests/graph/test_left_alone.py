@@ -52,7 +52,8 @@ def test_everything_is_in_a_group_or_named() -> None:
     """Each with what it is; norms go with the layers before them, biases with their weights."""
     graph = trace(Model(), torch.randint(0, 11, (2, 5)))
     assert [group.name for group in graph.groups] == ["up"]
-    reasons = {"words": "the tracer cannot follow its channels", "places": "the code of Model reads its places [1, 5, 8]",
+    reasons = {"words": "the tracer cannot follow its channels",
+               "places": "the code of Model reads its places [1, 5, 8]",
                "experts.weights": "the code of Experts reads its weights [3, 8, 8]",
                "own": "the code of Conv1D reads its weight [8, 8]", "recurrent": "a recurrent layer (GRU)",
                "unused": "it does not run on example_inputs", "down": "its channels are the model's output",

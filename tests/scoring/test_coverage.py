@@ -150,8 +150,8 @@ def test_reasons_that_differ_in_numbers_are_told_once() -> None:
                 x = x + block(x)
             return x
 
-    model = nn.Sequential(nn.Linear(6, 8), Blocks(*(nn.Sequential(nn.LayerNorm((5, 8)), nn.Linear(8, 16),
-                                                                  nn.Linear(16, 8)) for _ in range(4))), nn.Linear(8, 2))
+    blocks = (nn.Sequential(nn.LayerNorm((5, 8)), nn.Linear(8, 16), nn.Linear(16, 8)) for _ in range(4))
+    model = nn.Sequential(nn.Linear(6, 8), Blocks(*blocks), nn.Linear(8, 2))
     said = fastscore.score(model, [torch.randn(N, 5, 6)], progress=False).coverage.lines()
     assert len(said) <= 4
     assert sum("LayerNorm" in line for line in said) == 1
