@@ -1,176 +1,118 @@
 """Asymmetric reconstruction, front to back: each layer makes what the dense one made, from what the smaller network
-gives it to read.
+gives it.
 
-A layer of the dense network reads x, the same layer of the smaller one reads x̂, which is x without the removed
-channels and with whatever the layers before it lost. From the moments of both together,
+With x̂ what a layer of the smaller network reads (all kernel positions of it) and t what it should make,
 
-    x ≈ M x̂ + c,   M = S + (C_xx̂ - S C_x̂x̂)(C_x̂x̂ + ridge·diag C_x̂x̂)⁻¹,   c = mu_x - M mu_x̂,
+    t ≈ W x̂ + b,   W = S + (C_tx̂ - S C_x̂x̂)(C_x̂x̂ + ridge·diag C_x̂x̂)⁻¹,   b = mu_t - W mu_x̂,
 
-a ridge regression that falls back to the symmetric solution S where the samples say nothing. The ridge of every layer
-is the one that errs least, in what the layer makes of it, on samples held out; an infinite one leaves S. A regression
-shrinks, layer after layer, and what follows was trained on outputs that vary more: the layer's outputs are scaled to
-vary as the dense one's do.
+a ridge regression that falls back to the weights S of the symmetric solution where the samples say nothing. The ridge
+of every layer is the one that errs least on samples held out; an infinite one leaves S. t is the dense layer's output;
+where the layer ends a branch beside a shortcut, t makes good what the shortcut has lost as well, so that errors do not
+add up from block to block. A regression shrinks, layer after layer, and what follows was trained on outputs that vary
+more: outputs are scaled to vary as the dense layer's do, what makes a loss good apart.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
-from fastscore.batches import Batch, Forward, valid_tokens
-from fastscore.recovery.linear import InputEstimate, kept_channels, rewired, solve
-from fastscore.recovery.moments import Moments, rows_of
+from fastscore.recovery.linear import solve
 
-RIDGES = (math.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
+RIDGES = (math.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 GAINS = (0.5, 2.0)  # no output is scaled by less or more
+WIDEST = 2048  # inputs of an output, kernel positions and all, above which a layer keeps its weights
 
 
+@dataclass
 class Joint:
-    """What a layer of the dense network and the same layer of a smaller one read, taken together.
+    """Second moments of what a layer reads, x [n, G, K], and what it should make, t [n, G, O], centred; added up batch
+    by batch as in Moments."""
 
-    index: int64 [G, P, C], as in Moments, of the dense layer. removed: int64, inputs that the smaller one has not; as
-    many in every block (see `possible`).
-    """
+    count: int = 0
+    x: Tensor = field(default_factory=lambda: torch.zeros(()))
+    t: Tensor = field(default_factory=lambda: torch.zeros(()))
+    xx: Tensor = field(default_factory=lambda: torch.zeros(()))
+    tx: Tensor = field(default_factory=lambda: torch.zeros(()))
+    tt: Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    @staticmethod
-    def possible(index: Tensor, removed: Tensor) -> bool:
-        """Whether every block keeps as many inputs, and any at all."""
-        counts = kept_channels(index, removed).sum(1)
-        return bool(counts.min() == counts.max()) and int(counts.min()) > 0
+    @classmethod
+    def empty(cls, blocks: int, inputs: int, outputs: int) -> "Joint":
+        """Of no row."""
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(blocks, *shape, dtype=torch.float64)
 
-    def __init__(self, index: Tensor, removed: Tensor) -> None:
-        self.kept = kept_channels(index, removed)
-        gone = torch.zeros(index.numel(), dtype=torch.bool)
-        gone[removed] = True
-        ranks = (~gone).cumsum(0) - 1 + index.numel()
-        small = torch.stack([ranks[block[:, keep]] for block, keep in zip(index, self.kept, strict=True)])
-        self.index, self.width = index, index.shape[2]
-        self.moments = Moments(torch.cat([index, small], 2))
+        return cls(0, zeros(inputs), zeros(outputs), zeros(inputs, inputs), zeros(outputs, inputs), zeros(outputs))
 
-    def add(self, dense: Tensor, small: Tensor) -> None:
-        """Rows [n, inputs] of both layers, of the same samples and positions."""
-        self.moments.add(torch.cat([dense, small.to(dense.dtype)], 1))
+    def add(self, x: Tensor, t: Tensor) -> None:
+        """Take rows in."""
+        count = len(x)
+        if not count:
+            return
+        x, t = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (x, t))
+        mean_x, mean_t = x.mean(0), t.mean(0)
+        x, t = (x - mean_x).transpose(0, 1), (t - mean_t).transpose(0, 1)
+        total = self.count + count
+        share = self.count * count / total
+        dx, dt = mean_x.double().cpu() - self.x, mean_t.double().cpu() - self.t
+        self.xx += (x.transpose(1, 2) @ x).double().cpu() + share * dx[:, :, None] * dx[:, None]
+        self.tx += (t.transpose(1, 2) @ x).double().cpu() + share * dt[:, :, None] * dx[:, None]
+        self.tt += t.square().sum(1).double().cpu() + share * dt.square()
+        self.x += dx * (count / total)
+        self.t += dt * (count / total)
+        self.count = total
 
-    def finish(self, process_group: distributed.ProcessGroup | None, device: torch.device) -> None:
-        """After the last row: add up over processes."""
-        if process_group is not None:
-            self.moments.all_reduce(process_group, device)
+    def outputs(self, some: slice) -> "Joint":
+        """Of some of the outputs of each block."""
+        return Joint(self.count, self.x, self.t[:, some], self.xx, self.tx[:, some], self.tt[:, some])
 
-    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(C_xx, C_xx̂, C_x̂x̂, mu_x, mu_x̂): [G, C, C], [G, C, K], [G, K, K], [G, P, C], [G, P, K]."""
-        c, mean, width = self.moments.covariance, self.moments.mean, self.width
-        return (c[:, :width, :width], c[:, :width, width:], c[:, width:, width:],
-                mean[..., :width], mean[..., width:])
+    def all_reduce(self, process_group: distributed.ProcessGroup, device: torch.device) -> None:
+        """Add up over processes, so that every one has the moments of all."""
+        counts = torch.tensor([float(self.count)], dtype=torch.float64, device=device)
+        distributed.all_reduce(counts, group=process_group)
+        total = float(counts)
+        if not total:
+            return
+        x, t = ((mean * (self.count / total)).to(device) for mean in (self.x, self.t))
+        for mean in (x, t):
+            distributed.all_reduce(mean, group=process_group)
+        dx, dt = self.x - x.cpu(), self.t - t.cpu()
+        sums = [(self.xx + self.count * dx[:, :, None] * dx[:, None]).to(device),
+                (self.tx + self.count * dt[:, :, None] * dx[:, None]).to(device),
+                (self.tt + self.count * dt.square()).to(device)]
+        for value in sums:
+            distributed.all_reduce(value, group=process_group)
+        self.xx, self.tx, self.tt = (value.cpu() for value in sums)
+        self.count, self.x, self.t = int(total), x.cpu(), t.cpu()
 
 
-@dataclass(frozen=True)
-class Rewired:
-    """A layer's new weight, float64 and of the dense shape, and what its bias grows by, float64 [C_out], as the
-    difference of what it makes of two constant inputs, float64 [inputs]: `gain` · (layer of `read`) less."""
-
-    weight: Tensor
-    gain: Tensor
-    given: Tensor
-    read: Tensor
-
-
-def fit(joint: Joint, symmetric: InputEstimate, ridge: float) -> Tensor:
-    """M, float64 [G, C, K]."""
-    _, cross, gram, _, _ = joint.parts()
-    start = torch.stack([mixing[:, keep] for mixing, keep in zip(symmetric.mixing, joint.kept, strict=True)])
-    if ridge == math.inf:
+def fit(joint: Joint, start: Tensor, ridge: float) -> Tensor:
+    """W, float64 [G, O, K]; `start` is S."""
+    if ridge == math.inf or not joint.count:
         return start
-    rest = cross - start @ gram
-    return start + torch.stack([solve(g, r, ridge) for g, r in zip(gram, rest, strict=True)])
+    gram, cross = joint.xx / joint.count, joint.tx / joint.count
+    return start + torch.stack([solve(g, r, ridge) for g, r in zip(gram, cross - start @ gram, strict=True)])
 
 
-def error(layer: nn.Module, mixing: Tensor, fitted: Joint, held_out: Joint) -> float:
-    """The mean squared error, over samples held out, of what the layer makes of M x̂ + c in place of x."""
-    weights = _weights(layer, fitted.index).flatten(1, 2)
-    xx, xy, yy, mean_x, mean_y = held_out.parts()
-    _, _, _, known_x, known_y = fitted.parts()
-    off = (mean_x - known_x) - (mean_y - known_y) @ mixing.transpose(1, 2)  # [G, P, C]
-    covariance = xx - 2 * xy @ mixing.transpose(1, 2) + mixing @ yy @ mixing.transpose(1, 2)
-    covariance = covariance + off.transpose(1, 2) @ off / off.shape[1]
-    return float((weights.transpose(1, 2) @ weights * covariance).sum())
+def error(weight: Tensor, fitted: Joint, held_out: Joint) -> float:
+    """The mean over samples held out of the squared error of W x̂ + b, summed over outputs, with b from the fit."""
+    n = max(held_out.count, 1)
+    off = (held_out.t - fitted.t) - _apply(weight, held_out.x - fitted.x)
+    variance = (held_out.tt - 2 * (held_out.tx * weight).sum(2) + ((weight @ held_out.xx) * weight).sum(2)) / n
+    return float((variance + off.square()).sum())
 
 
-def rewire(layer: nn.Module, joint: Joint, mixing: Tensor) -> Rewired:
-    """The layer, once it reads M x̂ + c in place of x and its outputs vary as the dense layer's do."""
-    xx, _, yy, mean_x, mean_y = joint.parts()
-    weights = _weights(layer, joint.index)
-    dense, small = (torch.einsum("gokc,gcd,gokd->go", weights, covariance, weights).flatten()
-                    for covariance in (xx, mixing @ yy @ mixing.transpose(1, 2)))
-    gain = (dense / small.clamp(min=1e-300)).sqrt().nan_to_num(1.0).clamp(*GAINS)
-    full = torch.zeros_like(xx)
-    for block, keep in enumerate(joint.kept):
-        full[block][:, keep] = mixing[block]
-    given, read = (torch.zeros(joint.index.numel(), dtype=torch.float64) for _ in range(2))
-    given[joint.index.flatten()] = mean_x.flatten()
-    read[joint.index.flatten()] = (mean_y @ mixing.transpose(1, 2)).flatten()
-    weight = rewired(layer, InputEstimate(joint.index, full, given))
-    if getattr(layer, "transposed", False):
-        scale = gain.reshape(len(full), 1, -1, *[1] * (weight.dim() - 2))
-        weight = (weight.unflatten(0, (len(full), -1)) * scale).flatten(0, 1)
-    else:
-        weight = weight * gain.reshape(-1, *[1] * (weight.dim() - 1)).to(weight.device)
-    return Rewired(weight, gain, given, read)
+def rescaled(weight: Tensor, joint: Joint) -> Tensor:
+    """W, once W x̂ varies as t does."""
+    made = ((weight @ joint.xx) * weight).sum(2)
+    return weight * (joint.tt / made.clamp(min=1e-300)).sqrt().nan_to_num(1.0).clamp(*GAINS)[:, :, None]
 
 
-def _weights(layer: nn.Module, index: Tensor) -> Tensor:
-    """float64 [G, out / G, kernel positions, C]; the places of a flattened channel count as kernel positions."""
-    weight: Tensor = layer.weight.detach().double().cpu()  # type: ignore[operator]
-    if isinstance(layer, nn.Linear):
-        read: Tensor = weight[:, index[0]]
-        return read[None]
-    blocks: Tensor = weight.unflatten(0, (len(index), -1)).flatten(3)
-    return blocks.permute(0, 2, 3, 1) if getattr(layer, "transposed", False) else blocks.permute(0, 1, 3, 2)
+def bias(weight: Tensor, joint: Joint) -> Tensor:
+    """b, float64 [G·O]: W x̂ + b has the mean of t."""
+    return (joint.t - _apply(weight, joint.x)).flatten()
 
 
-class Pair:
-    """Runs the dense network and a smaller one on the same batches, up to the last of some layers.
-
-    calls: how often each layer is called in one forward.
-    """
-
-    def __init__(self, dense: nn.Module, small: nn.Module, forward: Forward, calls: Mapping[str, int]) -> None:
-        self._models, self._forward, self._calls = (dense, small), forward, calls
-
-    def measure(self, batches: Iterable[Batch], joints: Mapping[str, Joint]) -> None:
-        """Take in what the layers of `joints` read."""
-        for batch in batches:
-            dense, small = (self._read(model, batch, list(joints)) for model in self._models)
-            for name, joint in joints.items():
-                for a, b in zip(dense[name], small[name], strict=True):
-                    joint.add(a, b)
-
-    def _read(self, model: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, list[Tensor]]:
-        rows: dict[str, list[Tensor]] = defaultdict(list)
-        left = sum(self._calls[name] for name in names)
-        valid = valid_tokens(batch)
-
-        def hook(name: str) -> Any:
-            def read(layer: nn.Module, args: tuple[Any, ...]) -> None:
-                nonlocal left
-                rows[name].append(rows_of(layer, args[0], valid))
-                left -= 1
-                if not left:
-                    raise _Enough
-
-            return read
-
-        with ExitStack() as hooks:
-            for name in names:
-                hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(hook(name)))
-            with suppress(_Enough):
-                self._forward(model, batch)
-        return rows
-
-
-class _Enough(Exception):
-    """All that is wanted of a forward pass is there."""
+def _apply(weight: Tensor, x: Tensor) -> Tensor:
+    return torch.einsum("gok,gk->go", weight, x)

@@ -41,6 +41,8 @@ class Calibration:
         self._batches, self._device, self._group = batches, device, process_group
         self._by_sample = forward is call_model
         self._first: str | None = None
+        self.size = 1  # samples in the first batch, once `first` was called
+        self.samples = 0  # in all batches, once they were read
 
     def first(self) -> Batch:
         """The first batch that holds a sample, on the device: two samples of it where samples are counted. The same for
@@ -48,6 +50,7 @@ class Calibration:
         for batch in self._batches:
             count = _samples_in(batch)
             if count != 0:
+                self.size = count or 1
                 if self._by_sample and count is not None:
                     batch = _rows(batch, count, torch.arange(min(count, 2)))
                 return map_tensors(lambda tensor: tensor.to(self._device), batch)
@@ -56,6 +59,11 @@ class Calibration:
     def part(self, part: Part) -> Iterator[Batch]:
         """The batches of one part. Raises ValueError where they are not those of the reading before, or there is none.
         """
+        for _, batch in self.numbered(part):
+            yield batch
+
+    def numbered(self, part: Part) -> Iterator[tuple[int, Batch]]:
+        """As `part`, each batch with its number among all."""
         seen = given = 0
         for number, batch in enumerate(self._batches):
             count = _samples_in(batch)
@@ -76,7 +84,8 @@ class Calibration:
                     batch = _rows(batch, count, wanted.nonzero()[:, 0])
             given += chosen
             if chosen and mine:
-                yield map_tensors(lambda tensor: tensor.to(self._device, non_blocking=True), batch)
+                yield number, map_tensors(lambda tensor: tensor.to(self._device, non_blocking=True), batch)
+        self.samples = seen if self._by_sample else seen * self.size
         if not given:
             what = "sample" if self._by_sample else "batch"
             raise ValueError("calibration: there is no batch, or none that holds a sample" if not seen else

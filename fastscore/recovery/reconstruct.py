@@ -8,7 +8,7 @@ chosen is fitted once more on all samples.
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, Literal, Protocol, TypeVar, get_args
@@ -22,11 +22,10 @@ from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
-from fastscore.recovery.asymmetric import RIDGES as ASYMMETRIC_RIDGES
-from fastscore.recovery.asymmetric import Joint, Pair, Rewired, error, fit, rewire
 from fastscore.recovery.calibration import Calibration, Part
 from fastscore.recovery.compensation import mean_contributions
 from fastscore.recovery.divergence import Divergence, divergence
+from fastscore.recovery.front_to_back import refit, sites
 from fastscore.recovery.kept import KeptPasses
 from fastscore.recovery.linear import InputEstimate, estimate_inputs, rewired
 from fastscore.recovery.moments import InputMoments, Moments, layouts
@@ -35,7 +34,6 @@ from fastscore.rng import fork_rng
 
 Method = Literal["mean", "linear", "asymmetric", "auto"]
 RIDGES = (0.1, 0.01, 0.001)
-STAGES = 8  # of an asymmetric reconstruction, each a pass of both networks over the batches, as far as its layers
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,9 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
         method: "mean": what removed channels gave on average goes into biases. "linear": what removed channels gave is
             predicted from the channels that stay, by ridge regression from the moments of the dense network; the ridge
             is the one that does best on the samples held out. "asymmetric": after that, front to back, each layer is
-            fitted to what the dense one made, from what the smaller network gives it (slower: see
-            fastscore.recovery.asymmetric). "auto": whichever of these, with or without fastscore.recalibrate after it,
-            is nearest to the dense network on the samples held out.
+            fitted to what the dense one made, from what the smaller network gives it (see
+            fastscore.recovery.asymmetric). "auto": whichever of these is nearest to the dense network on the samples
+            held out, with or without fastscore.recalibrate after it.
         ridges: to choose from, each a share of a channel's own variance; math.inf leaves the mean.
         forward: forward(model, batch), for models that are called otherwise.
         resume: a file that keeps the moments of the dense network, written now and then. Stopped at any moment and
@@ -177,8 +175,8 @@ class _Bench:
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(f"calibration: the model cannot take its batches ({error}); give what the model takes, or "
                              "forward=") from error
-        self._calls = dict(inputs.calls)
-        self._layouts = {name: index[name] for name in self._calls}
+        self._layouts = {name: index[name] for name in inputs.calls}
+        self._sites = sites(self._eval_model, self._example, forward, result.removed_indices, graph.normalized_by)
         self._moments: dict[Part, dict[str, Moments]] = {}
         self._kept, self._outputs = kept, _Outputs()
         for part in ("fit", "held out"):
@@ -215,42 +213,22 @@ class _Bench:
         return mean_contributions(self._eval_model, constants, self._example, self._forward)
 
     def _asymmetric(self, ridge: float, part: Part, ridges: dict[str, float]) -> Any:
-        """The result, reconstructed front to back. ridges: layer -> of its asymmetric correction; those that are not
-        there yet are chosen by the samples held out, and written there."""
-        weights, added, inputs = self._symmetric(ridge, part)
+        """The result, reconstructed front to back. ridges: layer -> of its asymmetric fit; those that are not there yet
+        are chosen by the samples held out, and written there."""
+        weights, added, _ = self._symmetric(ridge, part)
+        modules = dict(self._eval_model.named_modules())
+        added |= {name: torch.zeros(len(site.kept), dtype=torch.float64) for name, site in self._sites.items()
+                  if site.norm is None and name not in added and modules[name].bias is None}
         result = self._result.cut_again(self._model, weights, added)
-        for names in self._stages():
-            fitted, held_out = ({name: Joint(self._layouts[name], self._removed[name]) for name in names}
-                                for _ in range(2))
-            pair = Pair(self._eval_model, evaluation_copy(result.model), self._forward, self._calls)
-            pair.measure(self._calibration.part(part), fitted)
-            if not all(name in ridges for name in names):
-                pair.measure(self._calibration.part("held out"), held_out)
-            layers = {name: self._eval_model.get_submodule(name) for name in names}
-            new: dict[str, Rewired] = {}
-            for name in names:
-                for joint in (fitted[name], held_out[name]):
-                    joint.finish(self._group, device_of(self._model))
-                found = {r: fit(fitted[name], inputs[name], r) for r in
-                         ([ridges[name]] if name in ridges else ASYMMETRIC_RIDGES)}
-                if name not in ridges:
-                    errors = {r: error(layers[name], mixing, fitted[name], held_out[name])
-                              for r, mixing in found.items()}
-                    ridges[name] = min(errors, key=lambda r: errors[r])
-                new[name] = rewire(layers[name], fitted[name], found[ridges[name]])
-            given = self._contributions({name: x.given for name, x in new.items()})
-            read = self._contributions({name: x.read for name, x in new.items()})
-            weights |= {name: x.weight for name, x in new.items()}
-            added |= {name: given[name] - x.gain * read[name] for name, x in new.items()}
-            result = self._result.cut_again(self._model, weights, added)
+        model = result.model
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        refit(self._eval_model, model, {name: replace(site, norm=None if name in added else site.norm)
+                                        for name, site in self._sites.items()},
+              self._calibration, part, ridges, self._forward, self._group)
+        for module, mode in modes.items():
+            module.training = mode
         return result
-
-    def _stages(self) -> Iterator[list[str]]:
-        """The layers that lost inputs, in the order they run, a few at a time; but for those whose blocks are left
-        with different widths, which keep the symmetric solution."""
-        names = [name for name in self._calls if Joint.possible(self._layouts[name], self._removed[name])]
-        size = math.ceil(len(names) / STAGES)
-        return (names[begin:begin + size] for begin in range(0, len(names), max(size, 1)))
 
     def _recalibrated(self, result: Any, part: Part) -> Any:
         model = copy.deepcopy(result.model)
@@ -290,11 +268,11 @@ class _Bench:
             start = best["linear"][0].ridge
             assert start is not None
             add("asymmetric", start, self._asymmetric(start, "fit", corrections))
-        if method == "auto" and running_norms(self._result.model):
-            for row, result in list(best.values())[1:]:
-                add(row.name, row.ridge, self._recalibrated(result, "fit"), True)
         names = ("mean", "linear", "asymmetric") if method == "auto" else (method,)
-        chosen = min((best[name][0] for name in names), key=lambda row: row.kl)
+        chosen, result = min((best[name] for name in names), key=lambda pair: pair[0].kl)
+        if method == "auto" and running_norms(self._result.model):
+            add(chosen.name, chosen.ridge, self._recalibrated(result, "fit"), True)
+            chosen = best[chosen.name][0]
         best.clear()  # models
         ridge = math.inf if chosen.ridge is None else chosen.ridge
         final = self._asymmetric(ridge, "all", corrections) if chosen.name == "asymmetric" \

@@ -1,0 +1,75 @@
+"""What a layer reads and makes, as rows: its output is a matrix product of the two."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.recovery.moments import POSITIONS, rows_of
+
+
+def blocks_of(layer: nn.Module) -> int:
+    """How many blocks of inputs make outputs of their own: the groups of a convolution."""
+    return int(getattr(layer, "groups", 1))
+
+
+def read_rows(layer: nn.Module, x: Tensor, valid: Tensor | None = None, limit: int = POSITIONS) -> Tensor:
+    """[n, G, K]: all that goes into each of some outputs of a Linear or a convolution, kernel positions and all, block
+    by block; at most `limit` places of each sample."""
+    if isinstance(layer, nn.Linear):
+        return rows_of(layer, x, valid, limit)[:, None]
+    conv: Any = layer
+    x = x.detach()
+    if any(conv._reversed_padding_repeated_twice):
+        x = nn.functional.pad(x, conv._reversed_padding_repeated_twice,
+                              mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
+    shape = x.shape[2:]
+    made = [(size - step * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, step in
+            zip(shape, conv.kernel_size, conv.stride, conv.dilation, strict=True)]
+    places = torch.unravel_index(chosen(made, limit), made)
+    at = torch.zeros(len(places[0]), 1, dtype=torch.int64)
+    for size, place, kernel, stride, step in zip(shape, places, conv.kernel_size, conv.stride, conv.dilation,
+                                                 strict=True):
+        at = (at * size)[:, :, None] + ((place * stride)[:, None] + torch.arange(kernel) * step)[:, None]
+        at = at.flatten(1)
+    flat = x.flatten(2).index_select(2, at.flatten().to(x.device)).unflatten(2, at.shape)  # [N, C, P, k]
+    rows: Tensor = flat.transpose(1, 2).flatten(2).unflatten(2, (blocks_of(layer), -1)).flatten(0, 1)
+    return rows
+
+
+def made_rows(layer: nn.Module, y: Tensor, valid: Tensor | None = None, limit: int = POSITIONS) -> Tensor:
+    """[n, C_out]: the outputs that belong to read_rows."""
+    if isinstance(layer, nn.Linear):
+        return rows_of(layer, y, valid, limit)
+    flat = y.detach().flatten(2)
+    at = chosen(list(y.shape[2:]), limit)
+    if len(at) < flat.shape[2]:
+        flat = flat.index_select(2, at.to(y.device))
+    return flat.transpose(1, 2).flatten(0, 1)
+
+
+def chosen(shape: list[int], limit: int) -> Tensor:
+    """Of the places of an output, numbered, at most `limit`: the same for every sample of that size."""
+    count = torch.Size(shape).numel()
+    if count <= limit:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(count))[:limit].sort().values
+
+
+def weight_rows(layer: nn.Module) -> Tensor:
+    """float64 [G, O / G, K], as read_rows."""
+    weight: Tensor = layer.weight.detach().double()  # type: ignore[operator]
+    rows: Tensor = weight.unflatten(0, (blocks_of(layer), -1)).flatten(2)
+    return rows
+
+
+def is_product(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Whether the layer does make y of x as the rows say: a Linear or a convolution that is none of another kind."""
+    if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or x.dim() != y.dim():
+        return False
+    rows, made = read_rows(layer, x), made_rows(layer, y)
+    if len(rows) != len(made):
+        return False
+    bias = 0.0 if layer.bias is None else layer.bias.detach().double()
+    expected = torch.einsum("ngk,gok->ngo", rows.double(), weight_rows(layer)).flatten(1) + bias
+    return bool((expected - made).abs().max() <= 1e-3 * made.abs().max().clamp(min=1e-6))
