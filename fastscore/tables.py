@@ -1,10 +1,31 @@
 """Records as tables: of HTML, for notebooks, and of pandas, which is imported where it is asked for."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 Record = Mapping[str, Any]
+
+
+class Table(ABC):
+    """What notebooks show as a table, and pandas takes as one."""
+
+    @abstractmethod
+    def records(self) -> list[dict[str, Any]]:
+        """The rows."""
+
+    @property
+    @abstractmethod
+    def _remarks(self) -> Sequence[str]:
+        """What is said below them."""
+
+    def to_pandas(self) -> Any:
+        """A DataFrame of `records()`. Raises ImportError, naming the way out, without pandas."""
+        return frame(self.records())
+
+    def _repr_html_(self) -> str:
+        return html(self.records(), *self._remarks)
 
 
 def html(records: Sequence[Record], *notes: str) -> str:

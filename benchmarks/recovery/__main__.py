@@ -79,13 +79,14 @@ def main() -> None:
                         help=f"of {'; '.join(METHODS)}")
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
     parser.add_argument("--again", action="store_true", help="measure anew what is there")
+    parser.add_argument("--scores", type=Path, help="folder in which scores are kept (default: DATA/scores)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recovery"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="torch_pruning")
     for draw in options.draws:
         for name in options.networks:
             measure(name, NETWORKS[name](options.data), draw, options.methods, options.budgets,
-                    options.out / "recovery.csv", options.data / "scores", options.again)
+                    options.out / "recovery.csv", options.scores or options.data / "scores", options.again)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fastscore
 from benchmarks.recovery import peers
 from benchmarks.recovery.networks import Task
+from fastscore.graph.tracing import trace
 
 # choice -> (importance, what scores replace a channel by, importance per MAC or not)
 CHOICES = {"per MAC": ("taylor-sq", "mean", True), "per MAC, zero ablation": ("taylor-sq", "zero", True),
@@ -61,11 +62,12 @@ def _fastscore(task: Task, images: Tensor, choice: str, wanted: Mapping[float, S
     importance, ablation, per_mac = CHOICES[choice]
     batches = images.split(task.batch)
     path = kept.with_name(f"{kept.name}-{ablation if importance == 'taylor-sq' else importance}.safetensors")
-    if not path.exists():
+    scores = _kept_scores(path, trace(task.model, images[:1]).fingerprint)
+    if scores is None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fastscore.score(task.model, batches, importance=importance, ablation=ablation, seed=seed,
-                        progress=False).save(path)
-    scores = fastscore.Scores.load(path)
+        scores = fastscore.score(task.model, batches, importance=importance, ablation=ablation, seed=seed,
+                                 progress=False)
+        scores.save(path)
     for budget, methods in wanted.items():
         start = time.perf_counter()
         cut = fastscore.prune(task.model, scores, images[:1], macs=budget, cost_aware=per_mac)
@@ -81,6 +83,15 @@ def _fastscore(task: Task, images: Tensor, choice: str, wanted: Mapping[float, S
                 result = fastscore.reconstruct(task.model, cut, batches, repair.split(", ")[0])
             model = _recalibrated(result.model, batches) if "recalibrated" in repair else result.model
             yield Smaller(method, budget, model, time.perf_counter() - start + cutting, note)
+
+
+def _kept_scores(path: Path, fingerprint: str) -> fastscore.Scores | None:
+    """Those of a file, if it is of this version and of a model that is connected alike."""
+    try:
+        scores = fastscore.Scores.load(path)
+    except (FileNotFoundError, ValueError):
+        return None
+    return scores if scores.origin.fingerprint == fingerprint else None
 
 
 def _peer(task: Task, images: Tensor, peer: str, wanted: Mapping[float, Sequence[str]]) -> Iterator[Smaller]:

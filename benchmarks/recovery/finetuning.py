@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rates", nargs="+", type=float, default=[0.01, 0.03, 0.1])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--scores", type=Path, help="folder in which scores are kept (default: DATA/scores)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recovery"))
     parser.add_argument("--table", action="store_true", help="train nothing, write the table of what is there")
     options = parser.parse_args()
@@ -173,7 +174,7 @@ def main() -> None:
     for speedup in options.speedups:
         for method in options.methods:
             run(name, study, speedup, method, options.rates, options.seeds, path,
-                options.data / "scores" / f"{name}-0")
+                (options.scores or options.data / "scores") / f"{name}-0")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Who takes channels out of a module: Torch-Pruning, or, where numbers stand in buffers that it leaves alone, this."""
+"""Who takes channels out of a module: Torch-Pruning, or this, where numbers stand in buffers that it leaves alone, and
+for normalisations over channels."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,7 +8,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.modules import transposed_linear
+from fastscore.modules import channel_norms, transposed_linear
 
 
 def width(module: nn.Module) -> int | None:
@@ -27,6 +28,8 @@ def surgeon(module: nn.Module) -> Any:
     """What has prune_in_channels, prune_out_channels, get_in_channels and get_out_channels of (module, positions)."""
     if transposed_linear.is_transposed(module):
         return _TRANSPOSED
+    if channel_norms.norm_of(module) is not None:
+        return NORMS
     kind = tp.ops.module2type(module)
     if kind == tp.ops.OPTYPE.IN:
         return _STATISTICS
@@ -75,4 +78,19 @@ class _Statistics(tp.function.InstanceNormPruner):  # type: ignore[misc]
     prune_in_channels = prune_out_channels
 
 
-_BUFFERS, _STATISTICS, _TRANSPOSED = _Buffers(), _Statistics(), transposed_linear.Surgeon()
+class _Norms(tp.function.BasePruningFunc):  # type: ignore[misc]
+    """Of normalisations over channels."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        channel_norms.narrow(layer, torch.as_tensor(idxs, dtype=torch.int64))
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.Module) -> int | None:
+        return channel_norms.width(layer)
+
+    get_in_channels = get_out_channels
+
+
+_BUFFERS, _STATISTICS, NORMS, _TRANSPOSED = _Buffers(), _Statistics(), _Norms(), transposed_linear.Surgeon()

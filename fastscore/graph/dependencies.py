@@ -13,14 +13,19 @@ from torch.overrides import TorchFunctionMode
 
 from fastscore.graph import channel_buffers, index_maps
 from fastscore.graph.index_maps import IndexMap
+from fastscore.modules import channel_norms
 
 OPTYPE = tp.ops.OPTYPE
 # What a group may pass through, and the part it plays there. A depthwise convolution and a normalisation work on each
 # channel alone: they lose the channel, but neither make it nor end it.
 CHANNELWISE = {OPTYPE.DEPTHWISE_CONV, OPTYPE.BN, OPTYPE.GN, OPTYPE.IN, OPTYPE.PRELU}
 LAYERS = {OPTYPE.CONV, OPTYPE.LINEAR}
+PRODUCERS = LAYERS | {OPTYPE.EMBED}
+NORM = OPTYPE.LN  # of nodes: any normalisation over channels, and nothing else
 TRANSPARENT = {OPTYPE.ELEMENTWISE, OPTYPE.CONCAT, OPTYPE.SPLIT, OPTYPE.RESHAPE, OPTYPE.UNBIND, OPTYPE.EXPAND,
                OPTYPE.SLICE}
+
+_UNKNOWN = OPTYPE.MHA  # of modules that are no ChannelNorm, and stop whatever comes to them
 
 # (node, pruning function) -> int64 [M], ascending: where channels of the root lie in the node's output or input, in
 # the form of fastscore.graph.index_maps
@@ -40,8 +45,12 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         self.model, self.verbose, self.ignored_params = model, False, list[nn.Parameter]()
         self._module2name = {module: name for name, module in model.named_modules()}
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
+        for module in model.modules():
+            if channel_norms.norm_of(module) is not None:
+                self.CUSTOMIZED_PRUNERS[type(module)] = channel_buffers.NORMS
         with _NotedCalls() as self._calls, _outputs_of(self._channel_buffers()) as made:
             self.module2node = self._trace(model, None, run, output_transform=None)
+        self._find_norms()
         self._find_channel_buffers(made)
         self._close_instance_norms()
         self._dims: dict[Any, int] = {}
@@ -128,7 +137,9 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
             return f"a view divides its channels over several dimensions ({node.grad_fn.name()})"
         if node.type == OPTYPE.PARAMETER and node in self._dims:
             return None  # one number, or more, for each channel
-        if node.type not in LAYERS | CHANNELWISE | TRANSPARENT | {OPTYPE.OUTPUT}:
+        if node.type == NORM and (width := channel_norms.width(node.module)) != _shape(node)[self._dims[node]]:
+            return f"{node._name} normalises over {width} of several dimensions"
+        if node.type not in PRODUCERS | CHANNELWISE | TRANSPARENT | {NORM, OPTYPE.OUTPUT}:
             return f"its channels pass through {node._name or type(node.module).__name__} " \
                    f"({type(node.module).__name__}), which cannot lose channels yet"
         reads = node.type in LAYERS and function.__name__ == "prune_in_channels"
@@ -154,6 +165,13 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
 
     def _channel_buffers(self) -> list[nn.Module]:
         return [module for module in self.model.modules() if channel_buffers.width(module) is not None]
+
+    def _find_norms(self) -> None:
+        """Nodes of normalisations over channels are of the type NORM, and no others."""
+        for node in self.module2node.values():
+            if node.type in (OPTYPE.CUSTOMIZED, NORM) and isinstance(node.module, nn.Module):
+                known = channel_norms.norm_of(node.module) is not None
+                node.type = NORM if known else _UNKNOWN
 
     def _find_channel_buffers(self, made: Mapping[nn.Module, list[Any]]) -> None:
         """Where a module with buffers of one number for each channel has run, it loses channels as a PReLU does.
@@ -185,9 +203,11 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
     def _find_dims(self) -> None:
         """The dimension that holds the channels, in the output of every layer and of what comes after it."""
         work = [node for node in self.module2node.values()
-                if node.type in LAYERS | CHANNELWISE and not hasattr(node, "dim_is_known")]
+                if node.type in PRODUCERS | CHANNELWISE | {NORM} and not hasattr(node, "dim_is_known")]
         for node in work:
-            self._dims[node] = len(_shape(node)) - 1 if node.type == OPTYPE.LINEAR else 1
+            last = node.type in (OPTYPE.LINEAR, OPTYPE.EMBED)
+            norm = channel_norms.norm_of(node.module) if node.type == NORM else None
+            self._dims[node] = len(_shape(node)) + (-1 if norm is None else norm.dim) if last or norm else 1
         while work:
             node = work.pop()
             for onward in node.outputs:

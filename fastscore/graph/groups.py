@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastscore.modules.sample_axis import SampleAxes
 
-Role = Literal["producer", "consumer", "channelwise", "heads", "gate", "tensor"]
+Role = Literal["producer", "consumer", "channelwise", "norm", "heads", "gate", "tensor"]
 Units = Literal["groups", "norms"]
 Ignore = Iterable[str | type | nn.Module]
 
@@ -26,13 +26,14 @@ Ignore = Iterable[str | type | nn.Module]
 class Member:
     """Where a group's channels lie in one layer.
 
-    layer: qualified module name. role: `producer` (a Conv or Linear that makes the channels), `consumer` (a Conv or
-    Linear that reads them), `channelwise` (a normalisation, PReLU or depthwise convolution between them), `heads` (an
-    attention module, for what it has once for each head), `gate` (a BatchNorm whose output is the channels: see
-    norm_gates) or `tensor` (a parameter that the code of a module reads itself, such as a layer scale or an embedding
-    of positions: `layer` is its qualified name, and its dimension `dim` holds the channels). index, channel: int64 [M];
-    position `index[m]` of the layer's output (its input, for a consumer) carries the group's channel `channel[m]`; in
-    the projections of queries and keys, the rows that go with it. For `heads`, head `index[m]` begins at channel
+    layer: qualified module name. role: `producer` (a Conv, Linear or Embedding that makes the channels), `consumer` (a
+    Conv or Linear that reads them), `channelwise` (a BatchNorm, PReLU or depthwise convolution between them), `norm` (a
+    normalisation over them, whose statistics read them: see fastscore.modules.channel_norms), `heads` (an attention
+    module, for what it has once for each head), `gate` (a BatchNorm whose output is the channels: see norm_gates) or
+    `tensor` (a parameter that the code of a module reads itself, such as a layer scale or an embedding of positions:
+    `layer` is its qualified name, and its dimension `dim` holds the channels). index, channel: int64 [M]; position
+    `index[m]` of the layer's output (its input, for a consumer) carries the group's channel `channel[m]`; in the
+    projections of queries and keys, the rows that go with it. For `heads`, head `index[m]` begins at channel
     `channel[m]`.
     """
 
@@ -75,7 +76,7 @@ class ChannelGroup:
     @property
     def edges(self) -> Iterator[Member]:
         """The members where the channels end, and where activation meets gradient."""
-        return self.role("consumer", "gate")
+        return self.role("consumer", "norm", "gate")
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class ChannelGraph:
         return digest.hexdigest()
 
     def without(self, model: nn.Module, ignore: Ignore) -> "ChannelGraph":
-        """This graph less the groups that a layer matched by `ignore` produces.
+        """This graph less the groups that a layer matched by `ignore` makes, passes or reads.
 
         Args:
             model: that was traced, or a copy of it.
@@ -122,14 +123,12 @@ class ChannelGraph:
         ignored = matching_layers(model, ignore)
         skipped, groups = dict(self.skipped), []
         for group in self.groups:
-            hit = next((member.layer for member in group.members
-                        if member.role != "consumer" and member.module in ignored), None)
-            if hit is None:
+            hits = [member.module for member in group.members if member.module in ignored]
+            if not hits:
                 groups.append(group)
             else:
-                skipped[group.name] = "ignored" if hit == group.name else f"ignored with {hit}"
+                skipped[group.name] = "ignored" if group.name in hits else f"ignored with {hits[0]}"
         return replace(self, groups=tuple(groups), skipped=skipped)
-
 
     def told_apart(self) -> "ChannelGraph":
         """This graph less the groups whose samples cannot be told apart in a batch of several."""

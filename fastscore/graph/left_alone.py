@@ -10,7 +10,6 @@ from fastscore.graph.groups import ChannelGraph
 
 # what has a reason of its own; of any other module: that its code reads the weight
 _REASONS: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.Embedding, "an embedding makes its channels by looking them up, and cannot lose any yet"),
     (nn.EmbeddingBag, "an embedding makes its channels by looking them up, and cannot lose any yet"),
     (nn.RNNBase, "a recurrent layer ({kind}), which cannot lose channels yet"),
     (nn.RNNCellBase, "a recurrent layer ({kind}), which cannot lose channels yet"),

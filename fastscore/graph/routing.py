@@ -54,13 +54,12 @@ class Decisions(TorchDispatchMode):
         operand = args[0] if args and isinstance(args[0], Tensor) and args[0].numel() > 1 else None
         # integers that come of a decision, such as an order and its inverse, belong to it
         decided = any(self._place(tensor) in self._decided for tensor in content if not tensor.is_floating_point())
-        decides = operand is not None and (operand.is_floating_point() or not decided)
-        if decides and (operation in _CHOICES or f"{operation}.{func._overloadname}" in _CHOICES):
+        operand = operand if operand is not None and (operand.is_floating_point() or not decided) else None
+        if operand is not None and (operation in _CHOICES or f"{operation}.{func._overloadname}" in _CHOICES):
             self.found = decided = True
             args = args if self._seed is None else (_shuffled(operand, self._seed), *args[1:])
-            decides = False
         out = func(*args, **kwargs)
-        if decides and operation in _ANSWERS and isinstance(out, Tensor) and out.numel() > 1 \
+        if operand is not None and operation in _ANSWERS and isinstance(out, Tensor) and out.numel() > 1 \
                 and not out.is_floating_point() and not out.is_complex():
             self.found = decided = True
             out = out if self._seed is None else other_answers(out, self._seed)

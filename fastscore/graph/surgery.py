@@ -14,8 +14,8 @@ from fastscore.modules import multihead_attention
 Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
 Side = Literal["inputs", "outputs", "heads", Dim]
 _DIMS: tuple[Dim, ...] = get_args(Dim)
-_SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "gate": "outputs", "consumer": "inputs",
-                               "heads": "heads"}
+_SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "norm": "outputs", "gate": "outputs",
+                               "consumer": "inputs", "heads": "heads"}
 # (layer, its inputs or its outputs; or an attention module, its heads; or a parameter, a dimension of it) -> positions
 # that go, int64, ascending: a surgery whole, for any copy of the model
 RemovedIndices: TypeAlias = Mapping[tuple[str, Side], Tensor]
@@ -52,6 +52,7 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
         as the old ones did.
     """
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    shared = _shared_parameters(model)
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
     # chosen beforehand: a grouped convolution that has lost inputs can look like a depthwise one
     surgeons = {name: channel_buffers.surgeon(model.get_submodule(name))
@@ -68,6 +69,9 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
             continue
         surgeon = surgeons[name]
         (surgeon.prune_in_channels if side == "inputs" else surgeon.prune_out_channels)(layer, index.tolist())
+    for owners in shared:  # of which each has been cut alike
+        for owner, key in owners[1:]:
+            owner._parameters[key] = owners[0][0]._parameters[owners[0][1]]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable[name])
         parameter.data = parameter.data.contiguous(memory_format=formats[name])
@@ -77,6 +81,16 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
 def remove_channels(model: nn.Module, groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]) -> nn.Module:
     """Take the channels of `removed` (group -> int64 [R]) out of every layer of `model`, in place; returns it."""
     return remove_indices(model, removed_indices(groups, removed))
+
+
+def _shared_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """(module, name there) of all that hold the same parameter, for each that several hold."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners[id(parameter)].append((module, key))
+    return [held for held in owners.values() if len(held) > 1]
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

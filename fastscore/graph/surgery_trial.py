@@ -119,7 +119,8 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
     """
     layer, whole = small.get_submodule(name), recording.layers[name]
     dim = channel_dim(layer)
-    gone_in, gone_out = (gone.get((name, side)) for side in ("inputs", "outputs"))
+    gone_out = gone.get((name, "outputs"))
+    gone_in = gone_out if name in recording.norms else gone.get((name, "inputs"))
     calls = enumerate(recording.outputs[name])
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:

@@ -24,7 +24,7 @@ from fastscore.graph import (
     training_only,
     verification,
 )
-from fastscore.graph.dependencies import CHANNELWISE, LAYERS, OPTYPE
+from fastscore.graph.dependencies import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member, Role
 from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -124,6 +124,7 @@ def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> 
     heads, left = attention.find(eval_model, whole)
     found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording), heads)
     graph.release()
+    recording.forget_norms(but={member.layer for group in found.groups for member in group.role("norm")})
     leaks = verification.leaks(recording, found.groups)
     reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
                for group, where in leaks.items()}
@@ -152,7 +153,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
         node = graph.module2node.get(module)
         if node is None and tp.ops.module2type(module) in LAYERS and name not in called_otherwise:
             skipped[name] = "the output does not depend on it"
-        if node is None or node.type not in LAYERS or name in seen:
+        if node is None or node.type not in PRODUCERS or name in seen:
             continue
         positions, reason = graph.positions_of(node)
         members = [member for key in positions if (member := _member(graph, key, positions[key])) is not None]
@@ -194,8 +195,11 @@ def _member(graph: Any, key: tuple[Any, Any], positions: np.ndarray) -> Member |
         return None if dim is None else Member(node._name, "tensor", index, channel, dim)
     if node.type in CHANNELWISE:
         role: Role = "channelwise"
-    elif node.type in LAYERS:
-        role = "consumer" if function == graph.get_pruner_of_module(node.module).prune_in_channels else "producer"
+    elif node.type == NORM:
+        role = "norm"
+    elif node.type in PRODUCERS:
+        reads = node.type in LAYERS and function == graph.get_pruner_of_module(node.module).prune_in_channels
+        role = "consumer" if reads else "producer"
     else:
         return None
     return Member(graph._module2name[node.module], role, index, channel)
@@ -209,7 +213,8 @@ def _why_not(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         return "no Conv or Linear reads its channels"
     for layer_name in sorted(consumers.intersection(recording.first_layers)):
         return f"{layer_name} is called on the model's input as well"
-    for layer_name in sorted(consumers.intersection(recording.overwritten)):
+    norms = {member.layer for member in members if member.role == "norm"}
+    for layer_name in sorted((consumers | norms).intersection(recording.overwritten)):
         return f"what {layer_name} reads is written to in place afterwards, so that nothing can be measured there"
     for member in members:
         layer = layers[member.module]
@@ -226,7 +231,7 @@ def _why_not(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         own = [name for name in layer._parameters if name not in ("weight", "bias")]
         if own:
             return f"{member.layer} has a parameter {own[0]} besides weight and bias, which cannot lose channels yet"
-        if shares_parameters(layer, owners):
+        if shares_parameters(layer, owners) and not _tied_alike(layers, member, members, owners):
             return f"{member.layer} shares its weight with another layer"
         if width is not None and _sections(layer, member.role) > 1 and len(member.index) < width:
             return f"{member.layer} is grouped and works on other channels too"
@@ -243,6 +248,19 @@ def _tensor_why_not(module: nn.Module, member: Member, owners: Mapping[int, int]
     if owners[id(parameter)] > 1:
         return f"{member.layer} is shared with another module"
     return None
+
+
+def _tied_alike(layers: Mapping[str, nn.Module], member: Member, members: Sequence[Member],
+                owners: Mapping[int, int]) -> bool:
+    """Whether all layers that hold the weight of `member` lose the same of it, as an embedding and a head tied to it
+    do; biases are held by one each."""
+    weight, bias = (layers[member.layer]._parameters.get(name) for name in ("weight", "bias"))
+    kinds: dict[Role, type[nn.Module]] = {"producer": nn.Embedding, "consumer": nn.Linear}  # of [.., C] weights
+    alike = {other.layer for other in members
+             if other.role in kinds and isinstance(layers[other.layer], kinds[other.role])
+             and layers[other.layer]._parameters.get("weight") is weight is not None
+             and torch.equal(other.index, member.index) and torch.equal(other.channel, member.channel)}
+    return len(alike) == owners[id(weight)] and (bias is None or owners[id(bias)] == 1)
 
 
 def _units(layers: Mapping[str, nn.Module], channels: int, members: list[Member],

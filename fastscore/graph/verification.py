@@ -7,7 +7,7 @@ the groups claim for those channels.
 
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph.dependencies import LAYERS
+from fastscore.graph.dependencies import PRODUCERS
 from fastscore.graph.groups import ChannelGroup, Role
+from fastscore.modules.channel_norms import OneNode, norm_of
 from fastscore.modules.inspection import channel_dim
 
 Positions = Mapping[str, Tensor]  # layer -> int64 positions of its input or output
@@ -44,7 +45,7 @@ def leaks(recording: "Recording", groups: Sequence[ChannelGroup]) -> dict[str, s
 def _verify(recording: "Recording", groups: Sequence[ChannelGroup]) -> str | None:
     # a generator for each group: what shows among the others shows alone
     generators = [torch.Generator().manual_seed(zlib.crc32(group.name.encode())) for group in groups]
-    made, read = _channels_at(groups, "producer"), _channels_at(groups, "consumer")
+    made, read = _channels_at(groups, "producer", "norm"), _channels_at(groups, "consumer", "norm")
     for _ in range(_PAIRS):
         half = torch.cat([torch.rand(len(group.unit), generator=generator)[group.unit] < 0.5
                           for group, generator in zip(groups, generators, strict=True)])
@@ -56,12 +57,12 @@ def _verify(recording: "Recording", groups: Sequence[ChannelGroup]) -> str | Non
     return None
 
 
-def _channels_at(groups: Sequence[ChannelGroup], role: Role) -> dict[str, tuple[Tensor, Tensor]]:
+def _channels_at(groups: Sequence[ChannelGroup], *roles: Role) -> dict[str, tuple[Tensor, Tensor]]:
     """Layer -> (its positions, the channel at each, counted through all groups), int64."""
     found: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     begin = 0
     for group in groups:
-        for member in group.role(role):
+        for member in group.role(*roles):
             found[member.layer].append((member.index, member.channel + begin))
         begin += len(group.unit)
     return {layer: (torch.cat(index), torch.cat(channel))
@@ -69,19 +70,28 @@ def _channels_at(groups: Sequence[ChannelGroup], role: Role) -> dict[str, tuple[
 
 
 class Recording:
-    """What every Conv and Linear gave in one run, and runs that differ from it by what is asked for.
+    """What every layer (Conv, Linear, Embedding, normalisation over channels) gave in one run, and runs that differ
+    from it by what is asked for.
 
     model: an evaluation copy. run(model): its output.
     """
 
     def __init__(self, model: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
         self.model, self._run_model = model, run
-        self.layers = {name: module for name, module in model.named_modules() if tp.ops.module2type(module) in LAYERS}
+        self.norms = {name for name, module in model.named_modules() if norm_of(module) is not None}
+        self.layers = {name: module for name, module in model.named_modules()
+                       if tp.ops.module2type(module) in PRODUCERS or name in self.norms}
         self._dims = {name: channel_dim(layer) for name, layer in self.layers.items()}
         self.outputs: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
         self._read: list[tuple[str, Tensor, int]] = []  # while recording: what layers read, and its version then
         self.overwritten = set[str]()  # layers whose input is written to after they have read it
         self.first_layers = set[str]()  # those that read what no layer has made, in one call at least
+
+    def forget_norms(self, but: Container[str]) -> None:
+        """From now on normalisations run as they are, but for those of `but`: what is read there is of no concern."""
+        for name in [name for name in self.norms if name not in but]:
+            self.norms.remove(name)
+            del self.layers[name], self.outputs[name]
 
     @property
     def layers_that_ran(self) -> set[str]:
@@ -121,7 +131,8 @@ class Recording:
         module = self.layers[layer]
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            output: Tensor = type(module).forward(module, *args, **kwargs)
+            output: Tensor = OneNode.apply(args[0], module) if layer in self.norms and len(args) == 1 and not kwargs \
+                else type(module).forward(module, *args, **kwargs)
             self.outputs[layer].append(output.detach().clone())
             if args:
                 self._read.append((layer, args[0], args[0]._version))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from fastscore.modules.channel_norms import norm_of
 from fastscore.modules.transposed_linear import is_transposed
 
 
@@ -32,10 +33,15 @@ def shares_parameters(module: nn.Module, owners: Mapping[int, int]) -> bool:
 
 
 def channel_dim(layer: nn.Module) -> int:
-    """The dimension of a layer's input and output that holds the channels: the last of a Linear, that before the image
-    of a convolution (which need not have a batch before it), else the second; the last of a Conv1D of transformers."""
-    return -1 if isinstance(layer, nn.Linear) or is_transposed(layer) else \
-        -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else 1
+    """The dimension of a layer's input and output that holds the channels: the last of a Linear (a Conv1D of
+    transformers, an Embedding), that before the image of a convolution (which need not have a batch before it), that of
+    a normalisation over channels, else the second."""
+    if isinstance(layer, (nn.Linear, nn.Embedding)) or is_transposed(layer):
+        return -1
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return -1 - len(layer.kernel_size)
+    norm = norm_of(layer)
+    return 1 if norm is None else norm.dim
 
 
 def device_of(model: nn.Module) -> torch.device:

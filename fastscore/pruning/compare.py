@@ -2,15 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any
 
 from torch import nn
 
-from fastscore import tables
 from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph.groups import Ignore
-from fastscore.pruning.curve import Curve, Evaluate, curve
+from fastscore.pruning.curve import Curve, Drawn, Evaluate, curve
 from fastscore.pruning.quality import HELD_OUT
 from fastscore.recovery.held_out import split
 from fastscore.recovery.reconstruct import Method
@@ -21,7 +19,7 @@ Importances = Sequence[str] | Mapping[str, str | Mapping[str, Any] | Scores]
 
 
 @dataclass(frozen=True)
-class Comparison(Mapping[str, Curve]):
+class Comparison(Mapping[str, Curve], Drawn):
     """What compare() found: criterion -> its Curve.
 
     Attributes:
@@ -62,25 +60,13 @@ class Comparison(Mapping[str, Curve]):
         """A flat dict for each criterion and budget."""
         return [{"criterion": name, **record} for name, found in self.curves.items() for record in found.records()]
 
-    def to_pandas(self) -> Any:
-        """A DataFrame of `records()`. Raises ImportError without pandas."""
-        return tables.frame(self.records())
+    @property
+    def _remarks(self) -> list[str]:
+        return [self.note]
 
-    def _repr_html_(self) -> str:
-        return tables.html(self.records(), self.note)
-
-    def plot(self, path: str | PathLike[str]) -> None:
-        """Draw a line for each criterion, to an image file.
-
-        Raises:
-            ImportError: without matplotlib (pip install 'torch-fastscore[plot]').
-            ValueError: an unknown suffix.
-        """
-        from fastscore.plots import check
-        from fastscore.pruning.plots import curves
-
-        check(path)
-        curves(self.curves, path)
+    @property
+    def _lines(self) -> Mapping[str, Curve]:
+        return self.curves
 
 
 def compare(model: nn.Module, batches: Iterable[Batch],

@@ -93,6 +93,7 @@ class Costs:
         counted = count(model, example_inputs, forward)
         per_layer, self.returned, self.uncounted = counted.layers, counted.returned, counted.uncounted
         self.layers: dict[str, LayerCost] = {}
+        counted_parameters = set[int]()  # a head that is tied to an embedding has no weight of its own
         # group -> positions of each channel in a layer -> [(layer, is it inputs that go?)]
         self._losses: dict[str, dict[tuple[int, ...], list[tuple[LayerCost, bool]]]] = {}
         for group in self.groups.values():
@@ -101,7 +102,8 @@ class Costs:
                 if member.layer not in self.layers:
                     layer, own = model.get_submodule(member.module), per_layer.get(member.layer, 0.0)
                     self.layers[member.layer] = _heads_cost(member, layer, per_layer) if member.role == "heads" \
-                        else _tensor_cost(member, layer) if member.role == "tensor" else _layer_cost(layer, own)
+                        else _tensor_cost(member, layer) if member.role == "tensor" \
+                        else _layer_cost(layer, own, counted_parameters)
                 cost = self.layers[member.layer]
                 if compensate and member.role == "consumer" and model.get_submodule(member.layer).bias is None:
                     cost.bias_below = cost.inputs
@@ -194,10 +196,17 @@ def _tensor_cost(member: Member, module: nn.Module) -> LayerCost:
     return LayerCost(width, width, True, 0.0, 0.0, parameter.numel() / width)
 
 
-def _layer_cost(layer: nn.Module, macs: float) -> LayerCost:
-    def numel(parameter: Tensor | None) -> int:
-        return 0 if parameter is None else parameter.numel()
+def _layer_cost(layer: nn.Module, macs: float, counted: set[int]) -> LayerCost:
+    """counted: ids of the parameters that stand in the cost of another layer; this one's are added."""
+    own = {id(parameter): parameter.numel() for parameter in layer.parameters() if id(parameter) not in counted}
+    counted.update(own)
 
+    def numel(parameter: Tensor | None) -> int:
+        return own.get(id(parameter), 0)
+
+    if isinstance(layer, nn.Embedding):
+        width = layer.embedding_dim
+        return LayerCost(width, width, True, macs / width, 0.0, sum(own.values()) / width)
     if isinstance(layer, nn.Linear):
         inputs, outputs, channelwise = layer.in_features, layer.out_features, False
     elif isinstance(layer, nn.modules.conv._ConvNd):

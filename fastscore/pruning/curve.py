@@ -1,7 +1,8 @@
 """curve(): how much can go? Budget against agreement, KL and the user's own metric, of the cut and of the repair."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fastscore import tables
 from fastscore.batches import Batch, Forward, call_model, first_samples, map_tensors
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
@@ -21,6 +21,7 @@ from fastscore.recovery.held_out import split
 from fastscore.recovery.reconstruct import Method
 from fastscore.rng import fork_rng
 from fastscore.scoring.scores import Scores
+from fastscore.tables import Table
 
 Evaluate = Callable[[nn.Module], float]
 RESOURCES = ("macs", "params", "channels", "latency")
@@ -62,8 +63,30 @@ class CurveRow:
     repair: str
 
 
+class Drawn(Table):
+    """A table that has a picture: a line for each curve."""
+
+    @property
+    @abstractmethod
+    def _lines(self) -> Mapping[str, "Curve"]:
+        """Label -> curve."""
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw agreement, KL and the metric against what remains, to an image file.
+
+        Raises:
+            ImportError: without matplotlib (pip install 'torch-fastscore[plot]').
+            ValueError: an unknown suffix.
+        """
+        from fastscore.plots import check
+        from fastscore.pruning.plots import curves
+
+        check(path)
+        curves(self._lines, path)
+
+
 @dataclass(frozen=True)
-class Curve:
+class Curve(Drawn):
     """What curve() found.
 
     Attributes:
@@ -112,25 +135,13 @@ class Curve:
             flat.append(record)
         return flat
 
-    def to_pandas(self) -> Any:
-        """A DataFrame of `records()`. Raises ImportError without pandas."""
-        return tables.frame(self.records())
+    @property
+    def _remarks(self) -> list[str]:
+        return [self.note]
 
-    def _repr_html_(self) -> str:
-        return tables.html(self.records(), self.note)
-
-    def plot(self, path: str | PathLike[str]) -> None:
-        """Draw agreement, KL and the metric against what remains, to an image file.
-
-        Raises:
-            ImportError: without matplotlib (pip install 'torch-fastscore[plot]').
-            ValueError: an unknown suffix.
-        """
-        from fastscore.plots import check
-        from fastscore.pruning.plots import curves
-
-        check(path)
-        curves({"": self}, path)
+    @property
+    def _lines(self) -> dict[str, "Curve"]:
+        return {"": self}
 
 
 def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequence[float] | None = None, *,

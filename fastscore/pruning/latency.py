@@ -14,7 +14,7 @@ from fastscore.pruning.costs import Costs, MacsWithout
 from fastscore.pruning.options import Budgets
 from fastscore.pruning.ranking import RemovalStep
 from fastscore.pruning.report import Candidate, Timing
-from fastscore.pruning.selection import channels_of, restore, steps_needed
+from fastscore.pruning.selection import channels_of, restore, rounded_up, steps_needed
 
 # The search ends with a candidate whose share of the dense model's time is below the budget by no more than this, or
 # whose neighbour in the removal order is over it.
@@ -95,8 +95,8 @@ def search_steps(macs: list[float], start: int, share: float, measure: Callable[
                 try_out(most)
                 continue
             raise ValueError(f"latency: {share:g} cannot be reached: with every removable channel gone, "
-                             f"{slow[most]:.4g} of the dense model's time was measured; ask for more, lower the floor, "
-                             "or ignore fewer layers")
+                             f"{rounded_up(slow[most])} of the dense model's time was measured; ask for more, lower "
+                             "the floor, or ignore fewer layers")
         high = min(candidates)
         if high in (start, low + 1) or fast[high] >= share - TOLERANCE:
             if high in confirmed:

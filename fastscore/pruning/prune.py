@@ -19,6 +19,7 @@ from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensat
 from fastscore.pruning.quality import HELD_OUT, Quality, build_after, macs_along, select_by_quality
 from fastscore.pruning.ranking import rank
 from fastscore.pruning.recipes import no_biases
+from fastscore.pruning.refusal import checked
 from fastscore.pruning.report import Candidate, Judged, new_report
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.selection import check_removable, scored_graph, select
@@ -79,7 +80,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         held_out: batches to judge agreement and kl by, which should not have been scored on either. Default: one of 4
             samples of calibration, told by content, which then does not repair.
         process_group: processes that share the work of repairing.
-        ignore: layers (names with `*`, types, modules) to leave as they are.
+        ignore: layers (names with `*`, which stand for all below; types, modules) to leave as they are: neither what
+            they make nor what they read loses a channel.
         forward: how the model is called on a batch.
         inplace: make `model` itself smaller.
 
@@ -91,7 +93,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         ValueError: a budget outside (0, 1] or out of reach, scores of another model, of units="norms", or without the
             means to compensate with, a model that cannot be traced; before anything is changed, as all that follow.
         FloatingPointError: means that are NaN or infinite.
-        RuntimeError: a forward that depends on a width which changed.
+        RuntimeError: a forward that depends on a width which changed; with the layers to ignore.
     """
     model = unwrapped(model)
     quality = Quality(agreement, kl, confidence)
@@ -115,11 +117,19 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
                       means or calibration is not None)
         dense = costs.by_group()
 
+        def cut(removed: Mapping[str, Tensor]) -> tuple[Surgery, nn.Module, int]:
+            """(what was done, the smaller model, its MACs)."""
+            surgery = plan(removed)
+
+            def attempt(gone: Mapping[str, Tensor]) -> tuple[nn.Module, int]:
+                pruned = (surgery if gone is removed else plan(gone)).copy()
+                return pruned, verify(pruned, example_inputs, forward, costs.returned.shape)
+
+            return surgery, *checked(attempt, removed)
+
         def build(removed: Mapping[str, Tensor], fit: Iterable[Batch] | None) -> PruneResult:
             """The smaller model; `costs` are without what was removed."""
-            surgery = plan(removed)
-            pruned = surgery.copy()
-            macs_left = verify(pruned, example_inputs, forward, costs.returned.shape)
+            surgery, pruned, macs_left = cut(removed)
             report = new_report(graph, dense, costs, macs_left, pruned, removed, candidates, scores.notes)
             made = PruneResult(pruned, report, removed, surgery.removed_indices, surgery.new_biases)
             if fit is None or not removed:
@@ -140,7 +150,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         elif budgets.latency is None:
             result = build(select(order, costs, budgets.counted, counted), calibration)
         else:
-            removed, candidates = select_by_latency(order, costs, budgets, lambda gone: plan(gone).copy().eval(),
+            removed, candidates = select_by_latency(order, costs, budgets, lambda gone: cut(gone)[1].eval(),
                                                     eval_model, example_inputs, forward, counted)
             result = build(removed, calibration)
     result = replace(result, report=replace(result.report, judged=judged))

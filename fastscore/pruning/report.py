@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastscore import tables
 from fastscore.graph.groups import ChannelGraph
 from fastscore.pruning.costs import Costs
 from fastscore.recovery.reconstruct import Repair
+from fastscore.tables import Table
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class PruneReport:
+class PruneReport(Table):
     """What prune() did. Pairs are (before, after).
 
     Attributes:
@@ -133,13 +133,6 @@ class PruneReport:
         return [{"layer": row.layer} | {f"{unit}_{when}": value for unit in ("channels", "macs", "params")
                                         for when, value in zip(("before", "after"), getattr(row, unit), strict=True)}
                 for row in self.groups]
-
-    def to_pandas(self) -> Any:
-        """A DataFrame of `records()`. Raises ImportError, naming the way out, without pandas."""
-        return tables.frame(self.records())
-
-    def _repr_html_(self) -> str:
-        return tables.html(self.records(), *self._remarks)
 
     def __repr__(self) -> str:
         return f"<PruneReport: {self._remains}>"

@@ -1,6 +1,7 @@
 """Which channels go: the first steps of the order that a budget asks for. No model is touched here."""
 
 import bisect
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -99,8 +100,14 @@ def _foreseen_steps(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Res
 
 
 def _out_of_reach(unit: Resource, share: float, least: float) -> ValueError:
-    return ValueError(f"{unit}: {share:g} cannot be reached: with every removable channel gone, {least:.4g} of the "
-                      f"{unit} remain; ask for more, lower the floor, or ignore fewer layers")
+    return ValueError(f"{unit}: {share:g} cannot be reached: with every removable channel gone, {rounded_up(least)} of "
+                      f"the {unit} remain; ask for more, lower the floor, or ignore fewer layers")
+
+
+def rounded_up(share: float) -> str:
+    """A share in four digits, and not less than it: whoever asks for that much gets it."""
+    step = 10.0 ** (math.floor(math.log10(share)) - 3) if share > 0 else 1.0
+    return f"{math.ceil(share / step - 1e-9) * step:.4g}"
 
 
 def restore(steps: Sequence[RemovalStep], costs: Costs) -> None:

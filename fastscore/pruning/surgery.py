@@ -1,8 +1,7 @@
 """prune()'s surgery: biases grow, channels go, and the recipe is kept; and whether what is left still runs."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import remove_copied_hooks
 from fastscore.modules.transposed_linear import is_transposed
 from fastscore.pruning import recipes
+from fastscore.pruning.refusal import OtherShape, checked
 from fastscore.recovery.compensation import add_to_biases, mean_contributions, removed_means, removed_positions
 from fastscore.scoring.scores import Scores
 
@@ -83,14 +83,13 @@ def replay(model: nn.Module, pruned: nn.Module, surgery: Surgery) -> nn.Module:
 def verify(model: nn.Module, example_inputs: Batch, forward: Forward, expected: torch.Size) -> int:
     """Run the pruned model in evaluation mode, which it then leaves; its MACs for one sample.
 
-    Raises RuntimeError where it no longer fits together, or returns another shape than `expected`.
+    Raises OtherShape where it returns another shape than `expected`, and whatever a model raises that no longer fits
+    together.
     """
     modes = {name: module.training for name, module in model.named_modules()}
-    with running_without_them():
-        counted = count(model.eval(), example_inputs, checked_forward(forward))
+    counted = count(model.eval(), example_inputs, checked_forward(forward))
     if counted.returned.shape != expected:
-        raise RuntimeError(f"the pruned model returns {tuple(counted.returned.shape)} instead of {tuple(expected)}: "
-                           "ignore the layers that make its output")
+        raise OtherShape(f"{tuple(counted.returned.shape)} instead of {tuple(expected)}")
     for name, module in model.named_modules():
         module.training = modes[name]
     return counted.macs
@@ -100,17 +99,7 @@ def macs_without(model: nn.Module, groups: Iterable[ChannelGroup], example_input
                  forward: Forward, removed: Mapping[str, Tensor]) -> int:
     """MACs of `model`, an evaluation copy that stays as it is, without `removed` (group -> int64 [R]): a copy is cut.
 
-    Raises RuntimeError where it does not run.
+    Raises RuntimeError where it does not run, with the groups to ignore.
     """
-    with running_without_them():
-        return count(remove_channels(evaluation_copy(model), groups, removed), example_inputs, forward).macs
-
-
-@contextmanager
-def running_without_them() -> Iterator[None]:
-    """Within, a smaller model runs; RuntimeError says what to do where it does not."""
-    try:
-        yield
-    except Exception as error:
-        raise RuntimeError(f"the pruned model does not run ({error}): its forward depends on a width that changed; "
-                           "ignore the layers it names") from error
+    return checked(lambda gone: count(remove_channels(evaluation_copy(model), groups, gone), example_inputs,
+                                      forward).macs, removed)

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward
 from fastscore.graph.groups import ChannelGroup
+from fastscore.modules.channel_norms import norm_of
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.transposed_linear import is_transposed, widths
 
 
 def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Layer where channels end -> the positions of its input (its output, for a gate) that are gone, int64.
+    """Layer where channels end -> the positions of its input (its output, for a gate) that are gone, int64. A
+    normalisation's are those that its statistics read.
 
     removed: group -> int64 [R].
     """
@@ -31,7 +33,7 @@ def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping
     for group in channel_groups:
         if group.name in removed:
             for member, index in group.removed_at(removed[group.name]):
-                if member.role in ("consumer", "gate"):
+                if member.role in ("consumer", "norm", "gate"):
                     positions[member.layer].append(index)
     return {layer: index for layer, parts in positions.items() if len(index := torch.cat(parts))}
 
@@ -47,6 +49,8 @@ def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], posi
     found = {}
     for name, index in positions.items():
         layer = model.get_submodule(name)
+        if norm_of(layer) is not None:
+            continue  # it has no place for a mean
         width = widths(layer)[0] if is_transposed(layer) else next(
             getattr(layer, width) for width in ("in_features", "in_channels", "num_features") if hasattr(layer, width))
         mean = activation_means.get(name)

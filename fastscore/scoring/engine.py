@@ -86,7 +86,8 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         loss: loss(output, batch) -> scalar; default: cross entropy with the labels of (input, label) batches. Its
             gradient is taken as it stands when normalize=False.
         forward: forward(model, batch) -> output [N, ...], for models that are called otherwise.
-        ignore: Layer names (with `*`), types or modules to leave out.
+        ignore: Layer names (with `*`; a name stands for all below it), types or modules to leave out, whether they
+            make channels or read them.
         resume: A file that keeps the run, written now and then. Stopped at any moment and called again with the same
             arguments, score goes on from there, and ends with the scores, bit for bit on a CPU, that it would have
             given. Batches that are done are read again and compared, except those of a folder of images. The file

@@ -78,6 +78,14 @@ class EdgeSums:
         self.units = int(group.unit.max()) + 1
         self._edges = [(edge.layer, _edge_index(group, edge)) for edge in group.edges]
 
+    @property
+    def too_many(self) -> str | None:
+        """Why the products of its edges cannot be kept, where they are too many, each edge read once."""
+        edges = sum(where.most for _, where in self._edges)
+        return None if (1 + edges) ** 2 * self.units <= _MAX_PRODUCTS else \
+            f'ablation="mean" needs the products of its {edges} places with each other, which are too many; ' \
+            'ablation="zero" scores it'
+
     def __call__(self, by_layer: ByLayer, scale: Tensor | None) -> Tensor | None:
         """s, then Σ g, then the mean activation of every edge: float64 [1 + 2E, N, U]; scale: float64 [P, N].
 

@@ -62,7 +62,7 @@ class Origin:
 
 
 @dataclass(frozen=True, eq=False)
-class Scores(Mapping[str, Tensor]):
+class Scores(Mapping[str, Tensor], tables.Table):
     """A mapping from a layer's qualified name to the importance of its output channels, float32 [C].
 
     Attributes:
@@ -241,17 +241,15 @@ class Scores(Mapping[str, Tensor]):
 
     def __str__(self) -> str:
         width = max([len("layer"), *map(len, self.totals)])
-        lines = [self._made, f"{'layer':<{width}} {'channels':>8} {'min':>10} {'median':>10} {'max':>10} {'zero':>5}"]
+        made, *remarks = self._remarks
+        lines = [made, f"{'layer':<{width}} {'channels':>8} {'min':>10} {'median':>10} {'max':>10} {'zero':>5}"]
         lines += [f"{row['layer']:<{width}} {row['channels']:>8} {row['min']:>10.3g} {row['median']:>10.3g} "
                   f"{row['max']:>10.3g} {row['zero']:>5}" for row in self.records()]
-        return "\n".join([*lines, *self._remarks])
+        return "\n".join([*lines, *remarks])
 
     def __repr__(self) -> str:
         channels = sum(total.shape[-1] for total in self.totals.values())
         return f"<Scores: {self._made}; {channels:,} channels of {len(self)} layers; {len(self.skipped)} layers kept>"
-
-    def _repr_html_(self) -> str:
-        return tables.html(self.records(), self._made, *self._remarks)
 
     @property
     def _made(self) -> str:
@@ -263,7 +261,7 @@ class Scores(Mapping[str, Tensor]):
 
     @property
     def _remarks(self) -> list[str]:
-        lines = [] if self.coverage is None else self.coverage.lines()
+        lines = [self._made, *([] if self.coverage is None else self.coverage.lines())]
         lines += [f"{layer}: kept ({reason})" for layer, reason in self.skipped.items()]
         if self.zero_gradients:
             lines.append(f"{self.zero_gradients} output gradients were zero throughout and say nothing of any channel")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from fastscore.graph.groups import ChannelGraph, ChannelGroup, Ignore, norm_gates
+from fastscore.graph.groups import ChannelGraph, ChannelGroup, Ignore, Role, norm_gates
 from fastscore.modules.inspection import channel_dim
 from fastscore.scoring.scores import Origin
 from fastscore.taps.gates import TapPoint
@@ -16,11 +16,14 @@ def tap_points(model: nn.Module, groups: Iterable[ChannelGroup], windowed: bool 
 
     windowed: a tap reads only the positions that its layer reads, where it skips some.
     """
-    return {edge.layer: _tap_point(model.get_submodule(edge.layer), edge.role == "gate", windowed)
+    return {edge.layer: _tap_point(model.get_submodule(edge.layer), edge.role, windowed)
             for group in groups for edge in group.edges}
 
 
-def _tap_point(layer: nn.Module, gate: bool, windowed: bool) -> TapPoint:
+def _tap_point(layer: nn.Module, role: Role, windowed: bool) -> TapPoint:
+    if role == "norm":
+        return TapPoint(channel_dim(layer), output=True, statistics=True)
+    gate = role == "gate"
     if gate or not isinstance(layer, nn.modules.conv._ConvNd):
         return TapPoint(channel_dim(layer), gate)
     # a convolution of one position with stride, as in a ResNet's shortcuts, reads no other positions

@@ -41,6 +41,8 @@ class Totals:
         apart = several and not self.criterion.minibatch
         self._graph, self.origin = groups_to_score(model, graph, origin, ignore, apart)
         self.model = model
+        if self.criterion.edges:
+            self._graph = _with_products(self._graph)
         self._sums = JointSums(self._graph.groups)
         self._edge_sums = [EdgeSums(group) for group in self._graph.groups] if self.criterion.edges else []
         self._totals: dict[str, Tensor] = {}  # group -> float64 [2, ..., C]; first the even samples, then the odd ones
@@ -272,6 +274,14 @@ class Totals:
         counts = torch.tensor(list(self._counts.values()), device=device)
         distributed.all_reduce(counts, group=process_group)
         self._counts = dict(zip(self._counts, counts.tolist(), strict=True))
+
+
+def _with_products(graph: ChannelGraph) -> ChannelGraph:
+    """The graph less streams that too many layers read for the products of all with each other."""
+    reasons = {group.name: reason for group in graph.groups if any(group.role("norm"))
+               and (reason := EdgeSums(group).too_many) is not None}
+    return replace(graph, groups=tuple(group for group in graph.groups if group.name not in reasons),
+                   skipped={**graph.skipped, **reasons})
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:

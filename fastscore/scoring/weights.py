@@ -72,11 +72,11 @@ def filter_products(model: nn.Module, group: ChannelGroup, gradients: Mapping[st
 
 
 def filter_parameters(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[Member, str]]:
-    """(layer, qualified name of a weight or bias) of everything that makes the group's channels: Conv, Linear, and the
-    projections that an attention module holds itself."""
+    """(layer, qualified name of a weight or bias) of everything that makes the group's channels: Conv, Linear,
+    Embedding, and the projections that an attention module holds itself."""
     for member in group.role("producer", "channelwise", "heads"):
         layer = model.get_submodule(member.layer)
-        dense = isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) or is_transposed(layer)
+        dense = isinstance(layer, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)) or is_transposed(layer)
         own = heads.PROJECTIONS if member.role == "heads" else ("weight", "bias") if dense else ()
         for name, parameter in layer.named_parameters(recurse=False):
             if name in own and parameter is not None:
@@ -98,7 +98,7 @@ def _by_output(layer: nn.Module, weight: Tensor) -> Tensor:
         groups = layer.groups
         assert isinstance(groups, int)
         weight = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
-    return weight.flatten(1)
+    return weight.t() if isinstance(layer, nn.Embedding) else weight.flatten(1)
 
 
 def _joint(group: ChannelGroup, member: Member, values: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastscore.modules import channel_norms
 from fastscore.modules.sample_axis import SampleAxis
 
 
@@ -15,14 +16,16 @@ class TapPoint:
     """Where a tap stands: the dimension that holds the channels, of the layer's input or of its output.
 
     window: what the layer reads of its input, where that is not all; no gradient comes back to the rest. module: the
-    module at whose input the tap stands, where it is not the layer itself but one before it. Where the samples lie is
-    another matter: see fastscore.modules.sample_axis.
+    module at whose input the tap stands, where it is not the layer itself but one before it. statistics: whether what
+    is measured is the input of a normalisation, and its gradient through mean and mean square alone. Where the samples
+    lie is another matter: see fastscore.modules.sample_axis.
     """
 
     channel_dim: int
     output: bool = False
     window: tuple[slice, ...] = ()
     module: str = ""
+    statistics: bool = False
 
     def fits(self, x: Tensor) -> bool:
         """Whether all of `x`, [N, C, ...], is what is measured here."""
@@ -71,3 +74,27 @@ class Gate(torch.autograd.Function):
             x, h = (x[point.window], g[point.window]) if point.window else (x, g)
             measured = ctx.taps.measured(x, h, point.channel_dim, ctx.axis, ctx.valid)
         return g, measured, None, None, None, None
+
+
+class NormGate(torch.autograd.Function):
+    """(output y of a normalisation, its input x, gate) -> y; backward: (g, nothing, measure(x, its gradient through
+    mean and mean square alone)).
+
+    What is made of a channel at its own place is measured by the layers that read it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, gate: Tensor, norm: nn.Module, taps: "Measuring", point: TapPoint,
+                axis: SampleAxis, valid: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.norm, ctx.taps, ctx.point, ctx.axis, ctx.valid = norm, taps, point, axis, valid
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        measured = None
+        if ctx.taps.measuring:
+            through = channel_norms.gradient_of_statistics(ctx.norm, x, g)
+            measured = ctx.taps.measured(x, through, ctx.point.channel_dim, ctx.axis, ctx.valid)
+        return g, None, measured, None, None, None, None, None

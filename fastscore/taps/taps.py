@@ -20,7 +20,7 @@ from fastscore.batches import Outputs, output_tensors
 from fastscore.modules import multihead_attention
 from fastscore.modules.hooks import OwnHook, input_of, with_input
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, by_sample, by_token, rows_first, spread
-from fastscore.taps.gates import FusedTap, Gate, TapPoint
+from fastscore.taps.gates import FusedTap, Gate, NormGate, TapPoint
 from fastscore.taps.measures import Measure
 from fastscore.taps.passes import BackwardPasses, ForwardPass, Tapped
 from fastscore.taps.recompute import pass_of
@@ -73,7 +73,7 @@ class Taps:
         for layer, point in self.points.items():
             module = self.model.get_submodule(point.module or layer)
             self._handles.append(
-                module.register_forward_hook(self._tap_output(module, layer, point)) if point.output
+                module.register_forward_hook(self._tap_output(module, layer, point), with_kwargs=True) if point.output
                 else module.register_forward_pre_hook(self._tap_input(module, layer, point), with_kwargs=True))
         if self._on_pass is not None:
             self._handles += [weight.register_hook(self._receive_weight(name)) for name, weight in self.weights.items()]
@@ -210,8 +210,11 @@ class Taps:
         return self._hook(hand_over_view)
 
     def _tap_output(self, own: nn.Module, layer: str, point: TapPoint) -> OwnHook:
-        def hand_over_copy(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            return self._gated(output, layer, point) if module is own and self._listening(layer) else None
+        def hand_over_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+                           ) -> Tensor | None:
+            if module is not own or not self._listening(layer):
+                return None
+            return self._gated(output, layer, point, input_of(args, kwargs) if point.statistics else None)
 
         return self._hook(hand_over_copy)
 
@@ -236,7 +239,8 @@ class Taps:
         self._published = None
         return tap.tapped
 
-    def _gated(self, x: Tensor, layer: str, point: TapPoint) -> Tensor:
+    def _gated(self, x: Tensor, layer: str, point: TapPoint, read: Tensor | None = None) -> Tensor:
+        """x as the gate hands it on. read: what the layer that made x has read, where that is what is measured."""
         gate, valid = self._preallocated.get(layer), None
         if gate is None:
             owner = pass_of(layer, self.current, self._backward.running)
@@ -257,7 +261,8 @@ class Taps:
         else:
             known = self.axes.of(layer)
             axis = known if isinstance(known, SampleAxis) else SampleAxis()
-        gated: Tensor = Gate.apply(x, gate, self, point, axis, valid)
+        gated: Tensor = Gate.apply(x, gate, self, point, axis, valid) if read is None else \
+            NormGate.apply(x, read.detach(), gate, self.model.get_submodule(layer), self, point, axis, valid)
         return gated
 
     def _axis(self, layer: str, owner: ForwardPass | None) -> SampleAxis | Untold:

@@ -21,6 +21,7 @@ from fastscore.modules import multihead_attention
 from fastscore.pruning.costs import total_macs
 
 EMBED, HEADS, WIDTH, TOKENS = 10, 4, 3, 5  # heads x width differs from the embedding
+EMBEDDING = ("embed",)  # the layer that makes it: a group of its own
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float = 0.0) -> Tensor:
@@ -165,7 +166,8 @@ def test_heads_are_found(kind: str) -> None:
     build, name, output, unit = KINDS[kind]
     model = _network(build)
     with untouched(model):
-        (group,) = trace(model, _inputs()).groups
+        graph = trace(model, _inputs())
+    (group,) = graph.without(model, EMBEDDING).groups
     assert (group.name, group.channels) == (name, _channels(kind))
     assert group.unit.tolist() == [c // unit for c in range(group.channels)]
     (edge,) = group.edges
@@ -173,9 +175,18 @@ def test_heads_are_found(kind: str) -> None:
     assert torch.equal(edge.index, edge.channel)
 
 
-def test_the_embedding_is_left_alone_with_the_reason() -> None:
-    """A LayerNorm over it has other statistics once some of it is gone."""
-    assert "LayerNorm" in trace(_network(Apart), _inputs()).skipped["embed"]
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_embedding_is_a_group_too(kind: str) -> None:
+    """But where a module reads it by a weight of its own."""
+    graph = trace(_network(KINDS[kind][0]), _inputs())
+    if kind == "multihead":
+        assert "attention.inner" in graph.skipped["embed"]
+        return
+    stream = next(group for group in graph.groups if group.name == "embed")
+    roles = {member.layer.removeprefix("attention."): member.role for member in stream.members}
+    assert roles["embed"] == roles[KINDS[kind][2].removeprefix("attention.")] == "producer"
+    assert (roles["norm"], roles["head"]) == ("norm", "consumer")
+    assert {role for layer, role in roles.items() if layer.endswith(("qkv", "q_proj", "query"))} == {"consumer"}
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -205,7 +216,7 @@ def test_without_heads_it_computes_what_it_computes_masked(kind: str, units: int
     model, x = _network(build), _inputs()
     count = _channels(kind) // unit
     units = min(units, count - 1)  # one always stays
-    scores = fastscore.score(model, [x], progress=False)
+    scores = fastscore.score(model, [x], ignore=EMBEDDING, progress=False)
     result = fastscore.prune(model, scores, x, channels=1 - units / count, compensate=False)
     gone = result.removed[name]
     assert len(gone) == units * unit
@@ -230,7 +241,7 @@ def test_without_heads_it_computes_what_it_computes_masked(kind: str, units: int
 def test_costs_are_those_of_the_smaller_model(kind: str) -> None:
     """Attention itself costs less with fewer heads, so a budget that counted its layers alone would not be met."""
     model, x = _network(KINDS[kind][0]), _inputs(1)
-    scores = fastscore.score(model, [x], importance="random")
+    scores = fastscore.score(model, [x], ignore=EMBEDDING, importance="random")
     result = fastscore.prune(model, scores, x, channels=0.5)
     for unit in ("macs", "params"):
         before, after = getattr(result.report, unit)
@@ -353,7 +364,7 @@ def test_heads_that_cannot_go_are_left_alone_with_a_reason(name: str) -> None:
     model = _network(build)
     with untouched(model):
         graph = trace(model, _inputs())
-    assert not graph.groups
+    assert not graph.without(model, EMBEDDING).groups
     assert any(re.search(reason, why) for layer, why in graph.skipped.items() if layer.startswith("attention")), \
         dict(graph.skipped)
 

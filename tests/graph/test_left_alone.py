@@ -52,7 +52,8 @@ def test_everything_is_in_a_group_or_named() -> None:
     """Each with what it is; norms go with the layers before them, biases with their weights."""
     graph = trace(Model(), torch.randint(0, 11, (2, 5)))
     assert [group.name for group in graph.groups] == ["up"]
-    reasons = {"words": "an embedding makes its channels", "places": "the code of Model reads its places [1, 5, 8]",
+    reasons = {"words": "the tracer cannot follow its channels",
+               "places": "the code of Model reads its places [1, 5, 8]",
                "experts.weights": "the code of Experts reads its weights [3, 8, 8]",
                "own": "the code of Conv1D reads its weight [8, 8]", "recurrent": "a recurrent layer (GRU)",
                "unused": "it does not run on example_inputs", "down": "its channels are the model's output",
@@ -92,8 +93,8 @@ def test_layers_that_go_with_others_say_so() -> None:
 
 def test_an_obstacle_is_named_without_its_settings() -> None:
     """The name and the kind of a module, not all it prints."""
-    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
-    assert trace(model, torch.randn(3, 4)).skipped["0"] == \
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm((3, 6)), nn.Linear(6, 2))
+    assert trace(model, torch.randn(2, 3, 4)).skipped["0"] == \
         "its channels pass through 1 (LayerNorm), which cannot lose channels yet"
 
 

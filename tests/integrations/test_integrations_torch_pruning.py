@@ -209,10 +209,10 @@ def test_scores_of_another_model_or_of_other_units_are_refused() -> None:
 
 def test_groups_without_a_score_are_left_alone() -> None:
     model, x = built("residual")
-    scores = scored(model, x, ignore=["block1.conv1"])
+    scores = scored(model, x, ignore=["block1.conv1"])  # which reads those of the stem
     graph, groups = groups_of(model, x[:1])
     found = {root_of(graph, group): Importance(scores)(group) for group in groups}
-    assert [root for root, values in found.items() if values is None] == ["head.fc", "block1.conv1"]
+    assert [root for root, values in found.items() if values is None] == ["head.fc", "stem.0", "block1.conv1"]
 
 
 class Attention(nn.Module):

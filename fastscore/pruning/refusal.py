@@ -1,0 +1,48 @@
+"""Where a smaller model does not run, or returns something else: which layers to ignore, so that it does."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from torch import Tensor
+
+Removed = Mapping[str, Tensor]  # group -> the channels that go, int64 [R]
+_Result = TypeVar("_Result")
+
+
+class OtherShape(RuntimeError):
+    """What a smaller model returns in place of what the dense one does."""
+
+
+def checked(attempt: Callable[[Removed], _Result], removed: Removed) -> _Result:
+    """attempt(removed), which makes a smaller model and runs it.
+
+    Raises RuntimeError where it raises anything: what that was, and the groups without which it runs, as `ignore` takes
+    them.
+    """
+    try:
+        return attempt(removed)
+    except Exception as error:
+        names = _culprits(attempt, removed)
+        does = f"returns {error}" if isinstance(error, OtherShape) else \
+            f"does not run ({type(error).__name__}: {error})"
+        advice = f"keep the channels that it depends on: ignore={names}" if names else "tried again, it did not fail"
+        raise RuntimeError(f"the pruned model {does}: its forward depends on a width that changed; {advice}") from error
+
+
+def _culprits(attempt: Callable[[Removed], object], removed: Removed) -> list[str]:
+    """Groups without which the attempt succeeds, found one after another by halving."""
+    def fails(names: list[str]) -> bool:
+        try:
+            attempt({name: removed[name] for name in names})
+        except Exception:
+            return True
+        return False
+
+    left, culprits = list(removed), list[str]()
+    while left and fails(left):
+        good, bad = 0, len(left)  # so many of the first groups go well, or fail
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (good, middle) if fails(left[:middle]) else (middle, bad)
+        culprits.append(left.pop(bad - 1))
+    return culprits

@@ -1,0 +1,180 @@
+"""What `ignore` does, and that every message that speaks of it leads on: its advice, taken by the letter, goes through.
+"""
+
+import ast
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import NETWORKS
+from torch import Tensor, nn
+
+import fastscore
+from fastscore.pruning import latency
+from fastscore.pruning.latency import search_steps
+from fastscore.pruning.report import Timing
+
+RESIDUAL, ATTENTION = NETWORKS["residual"], nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+
+
+class Steps(nn.Module):
+    """Two groups; what is done with the output depends on how many channels of the first one are left."""
+
+    def __init__(self, then: Callable[[Tensor], Tensor], inputs: int = 3) -> None:
+        super().__init__()
+        self.first, self.second, self.last = (nn.Conv2d(*widths, 3) for widths in ((inputs, 8), (8, 24), (24, 4)))
+        self.then = then
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.last(self.second(x).relu()).mean((2, 3))
+        return self.then(y) if x.shape[1] < 3 else y  # half of them, which is tried, is more
+
+
+def refuse(y: Tensor) -> Tensor:
+    raise AssertionError("as many channels as that are wanted here")
+
+
+def steps(then: Callable[[Tensor], Tensor] = refuse) -> tuple[nn.Module, fastscore.Scores, Tensor]:
+    torch.manual_seed(0)
+    model, x = Steps(then).eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        model.first.weight[2:] *= 1e-3  # these go first
+        model.first.bias[2:] *= 1e-3
+    return model, fastscore.score(model, [x], progress=False), x
+
+
+def prune_too_far(then: Callable[[Tensor], Tensor] = refuse, **budget: Any) -> Callable[..., Any]:
+    model, scores, x = steps(then)
+    budget = budget or {"channels": 0.8}
+    return lambda **options: fastscore.prune(model, scores, x, **{"cost_aware": False, **budget, **options})
+
+
+def timed() -> Callable[..., Any]:
+    """With a time that follows the number of weights."""
+    def size(model: nn.Module) -> float:
+        return float(sum(parameter.numel() for parameter in model.parameters()))
+
+    def attempt(**options: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(latency, "time_pair", lambda dense, other, *rest: Timing((size(dense), size(other)), 0.0))
+            return prune(**options)
+
+    prune = prune_too_far(latency=0.5)
+    return attempt
+
+
+def out_of_reach(**options: Any) -> Callable[..., Any]:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    scores = fastscore.score(model, [x], progress=False)
+    return lambda **changed: fastscore.prune(model, scores, x, **{**options, **changed})
+
+
+def too_slow(share: float) -> Callable[..., Any]:
+    return lambda latency=share: search_steps([4.0, 3.0, 2.0, 1.0], 0, latency, lambda steps, _: 1 - 0.1111 * steps)
+
+
+def flattened() -> Callable[..., Any]:
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 8, 1),
+                          nn.Flatten(), nn.Linear(8 * 60 * 60, 2))
+    x = torch.randn(1, 1, 60, 60)
+    return lambda **options: fastscore.score(model, [x], ablation="mean", progress=False, **options)
+
+
+def without_means() -> Callable[..., Any]:
+    model, scores, x = steps()
+    scores = replace(scores, means={"last": scores.means["last"]})
+    return lambda **options: fastscore.prune(model, scores, x, channels=0.8, compensate=True, **options)
+
+
+def no_such_layer() -> Callable[..., Any]:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    return lambda ignore=("block1.conv9",): fastscore.score(model, [x], ignore=ignore, progress=False)
+
+
+def named(message: str) -> dict[str, Any]:
+    """ignore=[...], as a message has it."""
+    (found,) = re.findall(r"ignore=(\[[^\]]*\])", message)
+    return {"ignore": ast.literal_eval(found)}
+
+
+def asked_for(budget: str) -> Callable[[str], dict[str, Any]]:
+    def advice(message: str) -> dict[str, Any]:
+        (share,) = re.findall(r"gone, ([\d.e-]+) of the", message)
+        return {budget: float(share)}
+
+    return advice
+
+
+def suggested(message: str) -> dict[str, Any]:
+    (names,) = re.findall(r"did you mean ([^?]*)\?", message)
+    return {"ignore": names.split(", ")[:1]}
+
+
+KEEP, FEWER = "keep the channels that it depends on: ignore=", "or ignore fewer layers"
+MESSAGES: dict[str, tuple[str, Callable[[], Callable[..., Any]], Callable[[str], dict[str, Any]]]] = {
+    # what says "ignore" in it, how to get there, what the message says to do
+    "it does not run": (KEEP, prune_too_far, named),
+    "it does not run, where MACs are counted": (KEEP, lambda: prune_too_far(macs=0.4), named),
+    "it does not run, where time is measured": (KEEP, timed, named),
+    "another shape": (KEEP, lambda: prune_too_far(lambda y: y[:, :2]), named),
+    "channels": (FEWER, lambda: out_of_reach(channels=0.01), asked_for("channels")),
+    "params": (FEWER, lambda: out_of_reach(params=0.001), asked_for("params")),
+    "macs": (FEWER, lambda: out_of_reach(macs=0.001), asked_for("macs")),
+    "a floor": (FEWER, lambda: out_of_reach(channels=0.4, floor=0.7), lambda message: {"floor": 0.0}),
+    "ignored": (FEWER, lambda: out_of_reach(macs=0.4, ignore=["stem", "block1"]), lambda message: {"ignore": []}),
+    "latency": (FEWER, lambda: too_slow(0.1), asked_for("latency")),
+    "too many products": ('leave it out with ignore=["', flattened, named),
+    "no means": ("or leave out what makes them: ignore=", without_means, named),
+    "no such layer": ("matches no layer of", no_such_layer, suggested),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_the_way_out_that_a_message_names_is_one(name: str) -> None:
+    fragment, setup, advice = MESSAGES[name]
+    attempt = setup()
+    with pytest.raises((ValueError, RuntimeError), match=re.escape(fragment)) as raised:
+        attempt()
+    attempt(**advice(str(raised.value)))
+
+
+def test_no_other_message_speaks_of_it() -> None:
+    """Every string of the library that says "ignore", but for docstrings and the help of the command line."""
+    found = set()
+    for path in Path(fastscore.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation \
+                    and re.search(r"\bignore\b[^\"']", node.value) and "--ignore" not in node.value:
+                found.add(node.value)
+    fragments = {fragment for fragment, _, _ in MESSAGES.values()}
+    told = {text for text in found if not any(fragment in text for fragment in fragments)}
+    assert told == {"ignore: "}  # the beginning of "no such layer"
+    assert all(any(fragment in text for text in found) for fragment in fragments - {"matches no layer of"})
+
+
+def test_what_is_ignored_stays_as_it_is() -> None:
+    """Be it a producer, a consumer, what stands between, or what holds them: no weight in it loses anything."""
+    torch.manual_seed(0)
+    encoder, tokens = nn.Sequential(nn.Linear(5, 8), ATTENTION, nn.Linear(8, 3)).eval(), torch.randn(2, 4, 5)
+    for model, x in ((RESIDUAL.model(), RESIDUAL.inputs()), (encoder, tokens)):
+        scores = fastscore.score(model, [x], progress=False)
+        free = fastscore.prune(model, scores, x, channels=0.6).removed_indices
+        touched = {layer for layer, _ in free}
+        assert {side for _, side in free} >= {"inputs", "outputs"}
+        for name, module in model.named_modules():
+            if not name or len(list(module.parameters())) == len(list(model.parameters())):
+                continue
+            small = fastscore.prune(model, scores, x, channels=0.6, ignore=[name]).model
+            for key, before in module.named_parameters():
+                assert small.get_submodule(name).get_parameter(key).shape == before.shape, (name, key)
+            assert {key for key, _ in module.named_parameters()} == \
+                {key for key, _ in small.get_submodule(name).named_parameters()}
+        for layer in touched:
+            assert set(fastscore.score(model, [x], ignore=[layer], progress=False)) < set(scores), layer
