@@ -83,15 +83,16 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         samples = example_inputs if samples is None else batches.map_tensors(batches.usable, samples)
         axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples)
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained))
-    graph = replace(graph, samples=axes, **_products(eval_model, example_inputs, forward))
+    graph = replace(graph, samples=axes, **_products(eval_model, example_inputs, forward, axes.batch))
     cache.put(model, example_inputs, forward, graph)
     return graph
 
 
-def _products(eval_model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward) -> dict[str, Any]:
+def _products(eval_model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward,
+              batch_dim: int) -> dict[str, Any]:
     """The graph's `macs` and `uncounted`."""
     try:
-        counted = count(eval_model, example_inputs, forward)
+        counted = count(eval_model, example_inputs, forward, batch_dim)
     except Exception as error:  # of a model that runs otherwise: what is scored does not depend on it
         return {"uncounted": {f"everything ({type(error).__name__}: {error})": "the whole model"}}
     return {"macs": counted.weights, "uncounted": counted.uncounted}

@@ -46,8 +46,9 @@ class Count:
     returned: Any
 
 
-def count(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.call_model) -> Count:
-    """Count the MACs of one call of `model`, as it is, on the example inputs.
+def count(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.call_model,
+          batch_dim: int = 0) -> Count:
+    """Count the MACs of one call of `model`, as it is, on the example inputs, whose samples lie along `batch_dim`.
 
     Elementwise operations, interpolation and sums are none. A recurrent layer has one for each weight and step of a
     sequence, a Bilinear one for each weight and row, a sparse matrix those of its entries.
@@ -56,8 +57,8 @@ def count(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
 
     samples = 1
     tensor = batches.first_tensor(example_inputs)
-    if tensor is not None and tensor.dim():
-        samples = max(len(tensor), 1)
+    if tensor is not None and tensor.dim() > batch_dim:
+        samples = max(tensor.shape[batch_dim], 1)
     counter = FlopCounterMode(display=False, custom_mapping=mac_formulas.formulas())
     counter.mod_tracker = _Everywhere()  # the hooks below know where
     layers: dict[str, float] = defaultdict(float)

@@ -79,6 +79,11 @@ class SampleAxes:
     values: int = 0
     second: bool = False
 
+    @property
+    def batch(self) -> int:
+        """The dimension of the batch itself that counts samples."""
+        return int(self.second)
+
     def of(self, layer: str, call: int = 0) -> SampleAxis | Untold:
         """The axis in the call of that number, or why it cannot be told."""
         found = self.calls.get(layer, ())

@@ -83,14 +83,14 @@ class Costs:
 
     model must be in evaluation mode (a copy will do). Widths start whole; `remove` and `restore` keep the totals.
     compensate: count the biases that consumers without one get once channels are gone (see
-    fastscore.recovery.compensation).
+    fastscore.recovery.compensation). batch_dim: the dimension of the example inputs that counts samples.
     returned: what the model returned when its MACs were counted. uncounted: what no formula knew then.
     """
 
     def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup], example_inputs: batches.Batch,
-                 forward: batches.Forward = batches.call_model, compensate: bool = False) -> None:
+                 forward: batches.Forward = batches.call_model, compensate: bool = False, batch_dim: int = 0) -> None:
         self.groups = {group.name: group for group in groups}
-        counted = count(model, example_inputs, forward)
+        counted = count(model, example_inputs, forward, batch_dim)
         per_layer, self.returned, self.uncounted = counted.layers, counted.returned, counted.uncounted
         self.layers: dict[str, LayerCost] = {}
         counted_parameters = set[int]()  # a head that is tied to an embedding has no weight of its own

@@ -113,13 +113,13 @@ def search_steps(macs: list[float], start: int, share: float, measure: Callable[
 
 
 def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Budgets,
-                      build: Callable[[Mapping[str, Tensor]], nn.Module], dense: nn.Module, example_inputs: Batch,
-                      forward: Forward,
+                      build: Callable[[Mapping[str, Tensor]], tuple[nn.Module, int]], dense: nn.Module,
+                      example_inputs: Batch, forward: Forward,
                       macs_without: MacsWithout | None) -> tuple[dict[str, Tensor], tuple[Candidate, ...]]:
     """Channels to remove (group -> int64 [R]) so that the measured time and the other budgets hold; what was measured.
 
-    order: the first steps of it go, none comes back. build: makes the model without such channels, in evaluation mode.
-    costs: whole; left as they are without the channels. macs_without: counts what remains, see steps_needed.
+    order: the first steps of it go, none comes back. build: makes the model without such channels, and counts its
+    MACs. costs: whole; left as they are without the channels. macs_without: counts what remains, see steps_needed.
     Raises ValueError where a budget is out of reach.
     """
     share = 1.0 if budgets.latency is None else budgets.latency
@@ -131,9 +131,11 @@ def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Budgets,
         left.append(dict(costs.totals))
     restore(order, costs)
     measured: dict[int, Timing] = {}
+    counted: dict[int, int] = {}
 
     def measure(steps: int, patience: int) -> float:
-        measured[steps] = time_pair(dense, build(channels_of(order[:steps])), example_inputs, forward, patience)
+        other, counted[steps] = build(channels_of(order[:steps]))
+        measured[steps] = time_pair(dense, other.eval(), example_inputs, forward, patience)
         return measured[steps].share
 
     steps = start if share == 1.0 else search_steps([row["macs"] for row in left], start, share, measure)
@@ -141,5 +143,6 @@ def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Budgets,
         costs.remove(step.group, step.channels)
     shares = [{unit: row[unit] / costs.dense[unit] for unit in costs.dense} for row in left]
     return channels_of(order[:steps]), tuple(
-        Candidate(shares[count]["channels"], shares[count]["params"], shares[count]["macs"], timing, count == steps)
+        Candidate(shares[count]["channels"], shares[count]["params"], counted[count] / costs.dense["macs"], timing,
+                  count == steps)
         for count, timing in sorted(measured.items()))

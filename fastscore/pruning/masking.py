@@ -63,7 +63,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
     graph = scored_graph(model, scores, example_inputs, forward, ignore)
     eval_model = evaluation_copy(model)
     with fork_rng(device_of(eval_model)):
-        costs = Costs(eval_model, graph.groups, example_inputs, forward)
+        costs = Costs(eval_model, graph.groups, example_inputs, forward, batch_dim=graph.samples.batch)
         order = rank(eval_model, graph.groups, scores, costs, budgets, ranking, example_inputs, forward)
         removed = select(order, costs, budgets.counted)
         positions = removed_positions(graph.groups, removed)

@@ -114,7 +114,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     judged: tuple[Judged, ...] = ()
     with fork_rng(device_of(eval_model)):
         costs = Costs(eval_model, graph.groups, example_inputs, checked_forward(forward),
-                      means or calibration is not None)
+                      means or calibration is not None, graph.samples.batch)
         dense = costs.by_group()
 
         def cut(removed: Mapping[str, Tensor]) -> tuple[Surgery, nn.Module, int]:
@@ -123,7 +123,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
 
             def attempt(gone: Mapping[str, Tensor]) -> tuple[nn.Module, int]:
                 pruned = (surgery if gone is removed else plan(gone)).copy()
-                return pruned, verify(pruned, example_inputs, forward, costs.returned.shape)
+                return pruned, verify(pruned, example_inputs, forward, costs.returned.shape,
+                                      graph.samples.batch)
 
             return surgery, *checked(attempt, removed)
 
@@ -138,7 +139,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
 
         counted: MacsWithout | None = None
         if budgets.macs is not None or quality.given:
-            counted = partial(macs_without, eval_model, graph.groups, example_inputs, checked_forward(forward))
+            counted = partial(macs_without, eval_model, graph.groups, example_inputs, checked_forward(forward),
+                              graph.samples.batch)
             costs.learn_products(counted)
         order = rank(eval_model, graph.groups, scores, costs, budgets, ranking, example_inputs, forward)
         if quality.given:
@@ -150,7 +152,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         elif budgets.latency is None:
             result = build(select(order, costs, budgets.counted, counted), calibration)
         else:
-            removed, candidates = select_by_latency(order, costs, budgets, lambda gone: cut(gone)[1].eval(),
+            removed, candidates = select_by_latency(order, costs, budgets, lambda gone: cut(gone)[1:],
                                                     eval_model, example_inputs, forward, counted)
             result = build(removed, calibration)
     result = replace(result, report=replace(result.report, judged=judged))

@@ -239,10 +239,13 @@ def select_by_quality(macs: Sequence[float], build: Callable[[int], PruneResult]
                          f"with confidence={quality.confidence} takes {quality.samples_needed()}: give more held_out "
                          "or calibration samples, or ask for less")
     built: dict[int, PruneResult] = {}
+    remains: dict[int, float] = {}  # of the MACs, as they are counted then
 
     def judge(steps: int, judge: Judge) -> Divergence:
         if steps not in built:
             built[steps] = build(steps)
+            dense_macs, left = built[steps].report.macs
+            remains[steps] = left / dense_macs
         found = judge(built[steps].model)
         if quality.confidence is not None and found.decisions != judge.samples:
             raise ValueError(f"confidence: the model makes {found.decisions} decisions about {judge.samples} samples; "
@@ -254,6 +257,6 @@ def select_by_quality(macs: Sequence[float], build: Callable[[int], PruneResult]
 
     best, rows = choose_steps(macs, quality, lambda steps: judge(steps, judges[0]),
                               lambda steps: judge(steps, judges[-1]), tolerance)
-    judged = tuple(Judged(macs[steps] / macs[0], found.agreement, found.kl, quality.bound(found), found.decisions,
+    judged = tuple(Judged(remains[steps], found.agreement, found.kl, quality.bound(found), found.decisions,
                           steps == best) for steps, found in sorted(rows.items()))
     return built.get(best) or build(0), judged

@@ -80,14 +80,16 @@ def replay(model: nn.Module, pruned: nn.Module, surgery: Surgery) -> nn.Module:
     return model
 
 
-def verify(model: nn.Module, example_inputs: Batch, forward: Forward, expected: torch.Size) -> int:
+def verify(model: nn.Module, example_inputs: Batch, forward: Forward, expected: torch.Size, batch_dim: int) -> int:
     """Run the pruned model in evaluation mode, which it then leaves; its MACs for one sample.
+
+    batch_dim: the dimension of the example inputs that counts samples.
 
     Raises OtherShape where it returns another shape than `expected`, and whatever a model raises that no longer fits
     together.
     """
     modes = {name: module.training for name, module in model.named_modules()}
-    counted = count(model.eval(), example_inputs, checked_forward(forward))
+    counted = count(model.eval(), example_inputs, checked_forward(forward), batch_dim)
     if counted.returned.shape != expected:
         raise OtherShape(f"{tuple(counted.returned.shape)} instead of {tuple(expected)}")
     for name, module in model.named_modules():
@@ -96,10 +98,10 @@ def verify(model: nn.Module, example_inputs: Batch, forward: Forward, expected: 
 
 
 def macs_without(model: nn.Module, groups: Iterable[ChannelGroup], example_inputs: Batch,
-                 forward: Forward, removed: Mapping[str, Tensor]) -> int:
+                 forward: Forward, batch_dim: int, removed: Mapping[str, Tensor]) -> int:
     """MACs of `model`, an evaluation copy that stays as it is, without `removed` (group -> int64 [R]): a copy is cut.
 
     Raises RuntimeError where it does not run, with the groups to ignore.
     """
     return checked(lambda gone: count(remove_channels(evaluation_copy(model), groups, gone), example_inputs,
-                                      forward).macs, removed)
+                                      forward, batch_dim).macs, removed)
