@@ -8,7 +8,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.modules import channel_norms, transposed_linear
+from fastscore.modules import channel_norms, experts, transposed_linear
 
 
 def width(module: nn.Module) -> int | None:
@@ -26,6 +26,8 @@ def width(module: nn.Module) -> int | None:
 
 def surgeon(module: nn.Module) -> Any:
     """What has prune_in_channels, prune_out_channels, get_in_channels and get_out_channels of (module, positions)."""
+    if isinstance(module, experts.ExpertLinear):
+        return module
     if transposed_linear.is_transposed(module):
         return _TRANSPOSED
     if channel_norms.norm_of(module) is not None:

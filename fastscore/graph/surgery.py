@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastscore.graph import channel_buffers, heads, own_tensors
 from fastscore.graph.groups import ChannelGroup, Role
-from fastscore.modules import multihead_attention
+from fastscore.modules import experts, multihead_attention
 
 Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
 Side = Literal["inputs", "outputs", "heads", Dim]
@@ -56,10 +56,14 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
     # chosen beforehand: a grouped convolution that has lost inputs can look like a depthwise one
     surgeons = {name: channel_buffers.surgeon(model.get_submodule(name))
-                for name, side in indices if side in ("inputs", "outputs")}
+                for name, side in indices if side in ("inputs", "outputs")
+                and not experts.is_expert_parameter(model, name)}
     for (name, side), index in indices.items():
         if side in _DIMS:
             own_tensors.cut(model, name, _DIMS.index(side), index)
+            continue
+        if side in ("inputs", "outputs") and name not in surgeons:
+            experts.cut(model, name, side, index)
             continue
         layer = model.get_submodule(name)
         if side == "heads":

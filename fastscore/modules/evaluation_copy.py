@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from fastscore.batches import tensors_of
-from fastscore.modules import multihead_attention, transposed_linear
+from fastscore.modules import experts, multihead_attention, transposed_linear
 from fastscore.modules.wrappers import check_whole
 
 _OF_EVERY_MODULE = set(vars(nn.Module()))
@@ -20,7 +20,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
 
     Returns:
         A module of the same class, whose nn.MultiheadAttention runs its projections as layers, and where transformers'
-        Conv1D is nn.Linear.
+        Conv1D is nn.Linear and its experts are two layers (see fastscore.modules).
 
     Raises:
         TypeError: torch.jit made it.
@@ -36,6 +36,8 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     eval_model.eval()  # which some models have written anew, without returning themselves
     for handle in multihead_attention.replace_attention(eval_model):
         handle.make_permanent()
+    for experts_handle in experts.replace_experts(eval_model):
+        experts_handle.make_permanent()
     for module in filter(transposed_linear.is_transposed, list(eval_model.modules())):
         transposed_linear.become_linear(module)
     return eval_model

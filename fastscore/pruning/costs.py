@@ -19,6 +19,7 @@ from fastscore import batches
 from fastscore.graph import heads
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules.counting import count
+from fastscore.modules.experts import ExpertLinear
 from fastscore.modules.inspection import device_of
 
 Resource = Literal["channels", "params", "macs"]
@@ -99,13 +100,14 @@ class Costs:
         for group in self.groups.values():
             losses = self._losses[group.name] = defaultdict(list)
             for member in group.members:
+                layer, own = model.get_submodule(member.module), per_layer.get(member.layer, 0.0)
                 if member.layer not in self.layers:
-                    layer, own = model.get_submodule(member.module), per_layer.get(member.layer, 0.0)
                     self.layers[member.layer] = _heads_cost(member, layer, per_layer) if member.role == "heads" \
                         else _tensor_cost(member, layer) if member.role == "tensor" \
                         else _layer_cost(layer, own, counted_parameters)
                 cost = self.layers[member.layer]
-                if compensate and member.role == "consumer" and model.get_submodule(member.layer).bias is None:
+                if compensate and member.role == "consumer" and model.get_submodule(member.layer).bias is None \
+                        and not isinstance(layer, ExpertLinear):
                     cost.bias_below = cost.inputs
                 positions = np.bincount(member.channel.numpy(), minlength=group.channels).tolist()
                 losses[tuple(positions)].append((cost, member.role == "consumer"))

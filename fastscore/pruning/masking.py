@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph.groups import Ignore
-from fastscore.modules import multihead_attention
+from fastscore.modules import experts, multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook, input_of, with_input
 from fastscore.modules.inspection import channel_dim, device_of
@@ -68,7 +68,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
         removed = select(order, costs, budgets.counted)
         positions = removed_positions(graph.groups, removed)
         means = removed_means(model, scores.means, positions, graph.groups) if compensate else {}
-        handles: Iterator[RemovableHandle | multihead_attention.Handle]
+        handles: Iterator[RemovableHandle | multihead_attention.Handle | experts.Handle]
         if scores.origin.units == "norms":
             handles = at_gates(model, positions, means)
         else:
@@ -81,8 +81,10 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
 
 
 def at_consumers(model: nn.Module, positions: Mapping[str, Tensor],
-                 added: Mapping[str, Tensor]) -> Iterator[RemovableHandle | multihead_attention.Handle]:
+                 added: Mapping[str, Tensor]
+                 ) -> Iterator[RemovableHandle | multihead_attention.Handle | experts.Handle]:
     """Hooks by which layers read zero at `positions` of their inputs, and add float64 [C_out] to their outputs."""
+    yield from experts.replace_experts(model, positions)
     yield from multihead_attention.replace_attention(model, positions)
     for name, index in positions.items():
         yield model.get_submodule(name).register_forward_pre_hook(_zero(index), with_kwargs=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward
 from fastscore.graph.groups import ChannelGroup
+from fastscore.modules import experts
 from fastscore.modules.channel_norms import norm_of
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim
@@ -38,9 +39,17 @@ def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping
     return {layer: index for layer, parts in positions.items() if len(index := torch.cat(parts))}
 
 
+def has_no_place(model: nn.Module, name: str) -> bool:
+    """Whether what reads channels has no bias that could take a mean in: experts, and norms."""
+    if experts.is_expert_parameter(model, name):
+        return True
+    layer = model.get_submodule(name)
+    return isinstance(layer, experts.ExpertLinear) or norm_of(layer) is not None
+
+
 def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], positions: Mapping[str, Tensor],
                   channel_groups: Iterable[ChannelGroup] = ()) -> dict[str, Tensor]:
-    """Layer -> float64 [C]: the mean at each of the layer's `positions`, 0 elsewhere.
+    """Layer -> float64 [C]: the mean at each of the layer's `positions`, 0 elsewhere; not of experts and norms.
 
     activation_means: layer -> [C], those of Scores.means. channel_groups: what may be ignored, as errors say.
     Raises ValueError where they have none of a layer, or one of another width; FloatingPointError for NaN or
@@ -48,9 +57,9 @@ def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], posi
     """
     found = {}
     for name, index in positions.items():
+        if has_no_place(model, name):
+            continue
         layer = model.get_submodule(name)
-        if norm_of(layer) is not None:
-            continue  # it has no place for a mean
         width = widths(layer)[0] if is_transposed(layer) else next(
             getattr(layer, width) for width in ("in_features", "in_channels", "num_features") if hasattr(layer, width))
         mean = activation_means.get(name)

@@ -23,7 +23,7 @@ from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
 from fastscore.recovery.calibration import Calibration, Part
-from fastscore.recovery.compensation import mean_contributions
+from fastscore.recovery.compensation import has_no_place, mean_contributions
 from fastscore.recovery.divergence import Divergence, divergence
 from fastscore.recovery.front_to_back import refit, sites
 from fastscore.recovery.kept import KeptPasses
@@ -162,7 +162,8 @@ class _Bench:
         self._model, self._result, self._calibration = model, result, calibration
         self._forward, self._run, self._group = forward, checked_forward(forward), process_group
         self._eval_model = evaluation_copy(model)
-        self._removed = {name: index for (name, side), index in result.removed_indices.items() if side == "inputs"}
+        self._removed = {name: index for (name, side), index in result.removed_indices.items()
+                         if side == "inputs" and not has_no_place(model, name)}
         check_dense(model, result)
         self._example = calibration.first()
         try:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastscore.graph import heads
 from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.modules import experts
 from fastscore.modules.transposed_linear import is_transposed
 
 # (model, group, seed) -> [C]; None where the criterion says nothing about the group
@@ -75,6 +76,9 @@ def filter_parameters(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[M
     """(layer, qualified name of a weight or bias) of everything that makes the group's channels: Conv, Linear,
     Embedding, and the projections that an attention module holds itself."""
     for member in group.role("producer", "channelwise", "heads"):
+        if experts.is_expert_parameter(model, member.layer):
+            yield member, member.layer
+            continue
         layer = model.get_submodule(member.layer)
         dense = isinstance(layer, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)) or is_transposed(layer)
         own = heads.PROJECTIONS if member.role == "heads" else ("weight", "bias") if dense else ()
@@ -87,6 +91,9 @@ def _by_position(model: nn.Module, member: Member, name: str, values: Tensor) ->
     """Values of the shape of the parameter called `name` -> a row for each position (or head) of the member."""
     if member.role == "heads":
         return heads.by_head(name.rpartition(".")[2], values, len(member.index))
+    if experts.is_expert_parameter(model, member.layer) or \
+            isinstance(model.get_submodule(member.layer), experts.ExpertLinear):  # [E, outputs, inputs]
+        return values.transpose(0, 1).flatten(1)
     return _by_output(model.get_submodule(member.layer), values) if values.dim() > 1 else values[:, None]
 
 

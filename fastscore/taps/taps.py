@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastscore.batches import Outputs, output_tensors
-from fastscore.modules import multihead_attention
+from fastscore.modules import experts, multihead_attention
 from fastscore.modules.hooks import OwnHook, input_of, with_input
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, by_sample, by_token, rows_first, spread
 from fastscore.taps.gates import FusedTap, Gate, NormGate, TapPoint
@@ -61,7 +61,7 @@ class Taps:
         self._propagating = self._in_one_pass = False
         self._backward = BackwardPasses()
         self._seen: set[str] = set()  # layers whose taps have run
-        self._handles: list[RemovableHandle | multihead_attention.Handle] = []
+        self._handles: list[RemovableHandle | multihead_attention.Handle | experts.Handle] = []
 
     def attach(self) -> None:
         """Set the hooks. Raises RuntimeError when they are set already."""
@@ -69,6 +69,7 @@ class Taps:
             raise RuntimeError("these taps are attached already: detach() first")
         self._handles = [self.model.register_forward_pre_hook(self._hook(self._begin), with_kwargs=True),
                          self.model.register_forward_hook(self._hook(self._end))]
+        self._handles += experts.replace_experts(self.model, self.points)
         self._handles += multihead_attention.replace_attention(self.model, self.points)
         for layer, point in self.points.items():
             module = self.model.get_submodule(point.module or layer)
@@ -253,7 +254,7 @@ class Taps:
                 self._published = None
                 self.current.gates.append(Tapped(layer, tap.gate, known))
                 return tap.tapped
-            valid = self._padding(x, point, axis, owner)
+            valid = self._padding(x, layer, point, axis, owner)
             rows = self._in_rows(x.detach(), point.channel_dim, axis)[0] if valid is None else valid
             gate = self.gate(len(rows), x.shape[point.channel_dim], x)
             if owner is not None:
@@ -272,11 +273,14 @@ class Taps:
         owner.calls[layer] += 1
         return self.axes.of(layer, owner.calls[layer] - 1)
 
-    def _padding(self, x: Tensor, point: TapPoint, axis: SampleAxis, owner: ForwardPass | None) -> Tensor | None:
+    def _padding(self, x: Tensor, layer: str, point: TapPoint, axis: SampleAxis, owner: ForwardPass | None
+                 ) -> Tensor | None:
         """Which tokens of x are no padding, bool [N, T]; None where it has none, or tokens are samples."""
         if owner is None or owner.valid is None or point.channel_dim != -1 or self._sample_dims > 1:
             return None
         valid = owner.valid
+        if isinstance(self.model.get_submodule(layer), experts.ExpertLinear) and len(x) % valid.numel() == 0:
+            valid = valid.repeat_interleave(len(x) // valid.numel(), 1)  # a row for each expert that a token chooses
         fits = x.dim() > 1 and axis.fits(x, len(valid)) and axis.first(x.detach(), len(valid)).shape[:-1] == valid.shape
         return valid if fits else None
 

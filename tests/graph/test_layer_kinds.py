@@ -1,12 +1,14 @@
 """Layers that are neither Conv nor Linear: scored, cut, repaired, saved."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 import whole_way
+from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
@@ -80,3 +82,81 @@ def test_a_conv1d_is_repaired_as_a_linear_is() -> None:
         assert not torch.allclose(*outputs[-1])
     for conv, linear in zip(*outputs, strict=True):
         torch.testing.assert_close(conv, linear, rtol=1e-4, atol=1e-5)
+
+
+MOE = {"hidden_size": 16, "intermediate_size": 10, "num_hidden_layers": 1, "num_attention_heads": 2,
+       "num_key_value_heads": 2, "vocab_size": 50, "use_cache": False, "max_position_embeddings": 16,
+       "experts_implementation": "batched_mm"}  # the others run in float32 alone, or branch on what rows hold
+
+
+def _mixtral() -> nn.Module:
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**MOE, num_local_experts=4))
+
+
+def _qwen() -> nn.Module:
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
+        **MOE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=6))
+
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(("build", "width"), [(_mixtral, 10), (_qwen, 6)])
+def test_experts_lose_the_width_between_their_two_matrices(build: Callable[[], nn.Module], width: int,
+                                                           tmp_path: Path) -> None:
+    small = whole_way.check(build, TOKENS, [f"{EXPERTS}.gate_up_proj"], tmp_path, only=False).model
+    experts = small.get_submodule(EXPERTS)
+    assert tuple(experts.gate_up_proj.shape) == (4, width, 16)
+    assert tuple(experts.down_proj.shape) == (4, 16, width // 2)
+    assert experts.intermediate_dim == width // 2
+    assert set(dict(small.named_parameters())) == set(dict(build().named_parameters()))
+
+
+def test_experts_while_they_are_tapped() -> None:
+    """The user's model computes the same, its state dict has the same names, and padding does not count."""
+    model = whole_way.noisy(_mixtral)
+    state = model.state_dict()
+    tokens = torch.cat([TOKENS["input_ids"], torch.zeros(3, 2, dtype=torch.int64)], 1)
+    padded = {"input_ids": tokens, "attention_mask": (torch.arange(8) < 6).long().expand(3, -1)}
+    expected = model(**TOKENS).logits
+    found = []
+    for batch in (TOKENS, padded):
+        scorer = fastscore.Scorer(model, batch, importance="taylor-abs", normalize=False)
+        with untouched(model), scorer:
+            output = model(**batch).logits[:, :6]
+            torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+            assert list(model.state_dict()) == list(state)
+            output.square().sum().backward()
+            model.zero_grad(set_to_none=True)
+        with scorer:
+            model.load_state_dict(state)
+        found.append(scorer.scores())
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-5, atol=1e-9)
+
+
+def test_experts_are_worth_the_weights_of_all_of_them_and_have_no_bias_to_compensate_in() -> None:
+    model = whole_way.noisy(_mixtral)
+    name = f"{EXPERTS}.gate_up_proj"
+    weight = model.get_parameter(name).detach()
+    scores = fastscore.score(model, [TOKENS], importance="magnitude-l2", progress=False)
+    exact = weight.square().sum((0, 2)).view(2, -1).sum(0).sqrt().repeat(2)
+    torch.testing.assert_close(scores[name].double(), exact, rtol=1e-6, atol=0)
+    scores = fastscore.score(model, [TOKENS], progress=False)
+    only = [each for each in scores if each != name]
+    with_, without = (fastscore.prune(model, scores, TOKENS, channels=0.5, ignore=only, compensate=compensate).model
+                      for compensate in (True, False))
+    for one, other in zip(with_.parameters(), without.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_repair_leaves_experts_and_mends_the_rest() -> None:
+    model = whole_way.noisy(_mixtral)
+    scores = fastscore.score(model, [TOKENS], progress=False)
+    result = fastscore.prune(model, scores, TOKENS, channels=0.5, scope="layer")
+    batches = [{"input_ids": torch.randint(1, 50, (4, 8), generator=torch.Generator().manual_seed(n))}
+               for n in range(4)]
+    repaired = fastscore.reconstruct(model, result, batches, method="linear", ridges=(1e-3,), forward=_logits).model
+    for name, parameter in result.model.named_parameters():
+        mended = "o_proj" in name
+        assert torch.equal(parameter, dict(repaired.named_parameters())[name]) != mended, name

@@ -32,32 +32,32 @@ def noisy(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 def sums(model: nn.Module, group: ChannelGroup, batch: Any, v: Tensor) -> Tensor:
     """s [N, C], float64: the derivative of each sample's v·z by a gate on each unit at every edge of the group.
 
-    Each sample is run alone, so that whatever mixes rows is of no concern.
+    A gate on what all rows read is one on the weights that read it; samples are run one by one. So neither taps nor
+    the order of rows has a part in it.
     """
-    rows = []
+    rows, parameters = [], dict(model.named_parameters())
     for n in range(len(v)):
         one = {key: value[n:n + 1] for key, value in batch.items()} if isinstance(batch, Mapping) else batch[n:n + 1]
         gate = torch.ones(group.channels, dtype=torch.float64, requires_grad=True)
-        handles = [model.get_submodule(edge.layer).register_forward_pre_hook(
-            _multiply(edge.index, gate[edge.channel])) for edge in group.edges]
-        try:
-            (z,) = run(model, one)
-            rows.append(torch.autograd.grad((z * v[n]).sum(), gate)[0])
-        finally:
-            for handle in handles:
-                handle.remove()
+        weights: dict[str, Tensor] = {}
+        for edge in group.edges:
+            name = edge.layer if edge.layer in parameters else f"{edge.layer}.weight"
+            weight = weights.get(name, parameters[name].detach())
+            dim = _input_dim(model, edge.layer, weight)
+            whole = torch.ones(weight.shape[dim], dtype=torch.float64).index_put((edge.index,), gate[edge.channel])
+            weights[name] = weight * whole.view(-1, *[1] * (weight.dim() - 1 - dim))
+        (z,) = _tensor(torch.func.functional_call(model, weights, *(((), one) if isinstance(one, dict) else ((one,),))))
+        rows.append(torch.autograd.grad((z * v[n]).sum(), gate)[0])
     s = torch.stack(rows)
     return torch.stack([s[:, group.unit == unit].sum(1) for unit in group.unit], 1)
 
 
-def _multiply(index: Tensor, factors: Tensor) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        (x,) = args
-        dim = 1 if isinstance(module, nn.modules.conv._ConvNd) else x.dim() - 1
-        whole = torch.ones(x.shape[dim], dtype=torch.float64).index_put((index,), factors)
-        return (x * whole.view(-1, *[1] * (x.dim() - 1 - dim)),)
-
-    return hook
+def _input_dim(model: nn.Module, layer: str, weight: Tensor) -> int:
+    """Where inputs lie in a weight: of a Linear or Conv, of experts, of transformers' Conv1D, a transposed one."""
+    if layer in dict(model.named_parameters()):
+        return weight.dim() - 1
+    module = model.get_submodule(layer)
+    return 0 if type(module).__name__ == "Conv1D" or getattr(module, "transposed", False) else 1
 
 
 def check(build: Callable[[], nn.Module], batch: Any, groups: Sequence[str], path: Path,

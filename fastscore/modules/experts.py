@@ -1,0 +1,207 @@
+"""Experts that transformers holds in two parameters, gate_up_proj [E, 2I, H] and down_proj [E, H, I], as two layers.
+
+In evaluation copies, and in a user's model as long as it is tapped or masked, each of the two is an ExpertLinear under
+its own name, and rows go through it in order of tokens, whichever expert they choose: rows of one sample stay together.
+Before and after surgery a user's model is what it was, with narrower parameters.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_NAMES = ("gate_up_proj", "down_proj")
+# what transformers says of a class whose code is that of _Experts
+_SETTINGS = {"is_transposed": False, "has_gate": True, "has_bias": False, "has_post_expert_norm": False,
+             "_is_expert_parallel": False}
+# widths that the code keeps beside its parameters: (parameter, side) -> attributes
+_WIDTHS: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("down_proj", "inputs"): ("intermediate_dim", "intermediate_size", "ffn_dim"),
+    ("gate_up_proj", "inputs"): ("hidden_dim", "hidden_size")}
+
+
+class ExpertLinear(nn.Linear):
+    """[rows, inputs], int64 [rows] -> [rows, outputs]: each row times the matrix of its expert, of weight
+    [experts, outputs, inputs]."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        nn.Module.__init__(self)
+        self.weight = weight
+        self.register_parameter("bias", None)
+        self._measure()
+
+    def _measure(self) -> None:
+        _, self.out_features, self.in_features = self.weight.shape
+
+    def forward(self, x: Tensor, expert: Tensor) -> Tensor:  # type: ignore[override]
+        """[rows, inputs] -> [rows, outputs]; rows of no expert are zero."""
+        made: Tensor = _Product.apply(x, self.weight, expert)
+        return made
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        """As Torch-Pruning's functions do of a Linear: without the outputs `idxs`, in place."""
+        return self._without("outputs", idxs)
+
+    def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        """Without the inputs `idxs`, in place."""
+        return self._without("inputs", idxs)
+
+    def get_out_channels(self, layer: nn.Module) -> int:
+        """How many outputs there are."""
+        return self.out_features
+
+    def get_in_channels(self, layer: nn.Module) -> int:
+        """How many inputs there are."""
+        return self.in_features
+
+    def _without(self, side: Literal["inputs", "outputs"], index: Sequence[int]) -> nn.Module:
+        self.weight = _cut(self.weight, side, torch.tensor(index))
+        self._measure()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix[:-1]] = self.weight if keep_vars else self.weight.detach()
+
+
+class _Product(torch.autograd.Function):
+    """One node of autograd, however many experts there are: whoever follows channels sees one layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, expert)
+        made = [(rows, F.linear(x[rows], weight[number])) for number, rows in _rows(expert, len(weight))]
+        out = x.new_zeros(len(x), weight.shape[1], dtype=made[0][1].dtype if made else x.dtype)
+        for rows, part in made:
+            out[rows] = part
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, expert = ctx.saved_tensors
+        to_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for number, rows in _rows(expert, len(weight)):
+            part = g[rows]
+            if to_x is not None:
+                to_x[rows] = (part @ weight[number].to(part.dtype)).to(x.dtype)
+            if to_weight is not None:
+                to_weight[number] = (part.t() @ x[rows].to(part.dtype)).to(weight.dtype)
+        return to_x, to_weight, None
+
+
+def _rows(expert: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
+    """(an expert, the rows that choose it, int64), for each that some do."""
+    for number in expert.unique().tolist():
+        if number < experts:
+            yield number, (expert == number).nonzero()[:, 0]
+
+
+class _Experts:
+    """The forward of such a module, of which it has all else."""
+
+    def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[tokens, H], int64 [tokens, K], [tokens, K] -> [tokens, H]."""
+        chosen, expert = top_k_index.shape[-1], top_k_index.reshape(-1)
+        rows = hidden_states[:, None].expand(-1, chosen, -1).flatten(0, 1)
+        made = self.down_proj(self._apply_gate(self.gate_up_proj(rows, expert)), expert)
+        summed: Tensor = (made.unflatten(0, (-1, chosen)) * top_k_weights[..., None]).sum(1)
+        return summed.to(hidden_states.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in _NAMES:
+            if f"{prefix}{name}" in state_dict:
+                state_dict[f"{prefix}{name}.weight"] = state_dict.pop(f"{prefix}{name}")
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+
+_KINDS: dict[type, type] = {}  # a class of experts -> the same with that forward
+
+
+def _kind(cls: type) -> type:
+    if cls not in _KINDS:
+        _KINDS[cls] = type(cls.__name__, (_Experts, cls), {})
+    return _KINDS[cls]
+
+
+def replace_experts(model: nn.Module, called: Iterable[str] | None = None) -> Iterator["Handle"]:
+    """Make the two parameters of each module of experts two layers, which compute the same.
+
+    Args:
+        model: changed in place.
+        called: names of layers; only modules one of whose two is among them are changed. None: all.
+
+    Yields:
+        For each module, a handle that undoes it.
+    """
+    wanted = None if called is None else {name.rpartition(".")[0] for name in called}
+    for name, module in list(model.named_modules()):
+        if (wanted is None or name in wanted) and holds_experts(module):
+            yield Handle(module)
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether it is such a module, as its user has it."""
+    up, down = (module._parameters.get(name) for name in _NAMES)
+    return up is not None and down is not None and set(module._parameters) == set(_NAMES) \
+        and up.dim() == down.dim() == 3 and up.shape[1] == 2 * down.shape[2] and up.shape[2] == down.shape[1] \
+        and hasattr(type(module), "_apply_gate") \
+        and all(getattr(module, name, None) is value for name, value in _SETTINGS.items())
+
+
+def is_expert_parameter(model: nn.Module, name: str) -> bool:
+    """Whether `name` is the qualified name of one of the two parameters of experts, as a user has them."""
+    owner, _, key = name.rpartition(".")
+    return key in _NAMES and holds_experts(model.get_submodule(owner))
+
+
+def cut(model: nn.Module, name: str, side: Literal["inputs", "outputs"], index: Tensor) -> None:
+    """Take inputs or outputs `index` (int64) of all experts out of one of the two parameters, in place."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    old: nn.Parameter = getattr(module, key)
+    new = _cut(old, side, index)
+    module._parameters[key] = new
+    for attribute in _WIDTHS.get((key, side), ()):
+        if vars(module).get(attribute) == old.shape[2]:
+            setattr(module, attribute, new.shape[2])
+
+
+def _cut(weight: Tensor, side: Literal["inputs", "outputs"], index: Tensor) -> nn.Parameter:
+    dim = 2 if side == "inputs" else 1
+    stays = torch.ones(weight.shape[dim], dtype=torch.bool).index_fill(0, index.cpu(), False).nonzero()[:, 0]
+    return nn.Parameter(weight.detach().index_select(dim, stays.to(weight.device)), weight.requires_grad)
+
+
+class Handle:
+    """A module of experts whose parameters are layers until `remove`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module: nn.Module | None = module
+        self._class = type(module)
+        for name in _NAMES:
+            weight = module._parameters.pop(name)
+            assert weight is not None
+            module.add_module(name, ExpertLinear(weight))
+        module.__class__ = _kind(type(module))
+
+    def remove(self) -> None:
+        """Give the module back what it had."""
+        module, self._module = self._module, None
+        if module is None:
+            return
+        for name in _NAMES:
+            layer = module._modules.pop(name)
+            module._parameters[name] = layer._parameters["weight"]  # type: ignore[union-attr]
+        module.__class__ = self._class
+
+    def make_permanent(self) -> None:
+        """Let the module be what it is now for good."""
+        self._module = None
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.remove()
