@@ -123,7 +123,7 @@ class ChannelGraph:
         ignored = matching_layers(model, ignore)
         skipped, groups = dict(self.skipped), []
         for group in self.groups:
-            hits = [member.module for member in group.members if member.module in ignored]
+            hits = [name for member in group.members for name in (member.layer, member.module) if name in ignored]
             if not hits:
                 groups.append(group)
             else:
@@ -167,7 +167,9 @@ def norm_gates(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
 
 def matching_layers(model: nn.Module, ignore: Ignore) -> set[str]:
     """The names of all layers that `ignore` stands for: see ChannelGraph.without."""
-    names = {name: module for name, module in model.named_modules() if name}
+    names: dict[str, object] = {name: module for name, module in model.named_modules() if name}
+    names |= {name: parameter for name, parameter in model.named_parameters()  # those that a module's own code reads
+              if not name.endswith((".weight", ".bias"))}
     matched: set[str] = set()
     for entry in (ignore,) if isinstance(ignore, (str, type, nn.Module)) else ignore:
         if isinstance(entry, str):

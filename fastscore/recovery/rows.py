@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastscore.modules.experts import ExpertLinear
 from fastscore.recovery.moments import POSITIONS, rows_of
 
 
@@ -65,7 +66,8 @@ def weight_rows(layer: nn.Module) -> Tensor:
 
 def is_product(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
     """Whether the layer does make y of x as the rows say: a Linear or a convolution that is none of another kind."""
-    if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or x.dim() != y.dim():
+    if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or x.dim() != y.dim() \
+            or isinstance(layer, ExpertLinear):
         return False
     rows, made = read_rows(layer, x), made_rows(layer, y)
     if len(rows) != len(made):

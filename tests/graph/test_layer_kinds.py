@@ -26,7 +26,7 @@ MLP, HEADS = "transformer.h.0.mlp.c_fc", "transformer.h.0.attn.c_attn"
 
 
 def test_gpt2_loses_heads_and_hidden_channels(tmp_path: Path) -> None:
-    small = whole_way.check(_gpt2, TOKENS, [MLP, HEADS], tmp_path).model
+    small = whole_way.check(_gpt2, TOKENS, [MLP, HEADS], tmp_path, only=False).model
     block = small.transformer.h[0]
     assert (block.mlp.c_fc.nx, block.mlp.c_fc.nf, block.mlp.c_proj.nx, block.mlp.c_proj.nf) == (16, 6, 6, 16)
     assert [tuple(parameter.shape) for parameter in block.attn.c_attn.parameters()] == [(16, 24), (24,)]

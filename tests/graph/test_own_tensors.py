@@ -96,3 +96,12 @@ def test_others_are_kept_with_a_reason(shared: bool, reason: str) -> None:
     graph = trace(Mixed(shared).eval(), torch.randn(3, 6))
     assert not graph.groups
     assert reason in graph.skipped["up"]
+
+
+def test_a_parameter_can_be_ignored_by_its_name() -> None:
+    model = ConvNet().eval()
+    graph = trace(model, IMAGES.float())
+    for ignore in ("blocks.0.layer_scale", "blocks.0", "*.layer_scale"):
+        left = graph.without(model, [ignore])
+        assert "stem" not in {group.name for group in left.groups}
+        assert left.skipped["stem"].startswith("ignored with")
