@@ -1,8 +1,14 @@
-"""Parameters that the code of a module reads itself: layer scales, gains, embeddings of positions, class tokens."""
+"""Parameters and buffers that the code of a module reads itself: layer scales, gains, embeddings of positions, class
+tokens."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+
+from fastscore.graph import channel_buffers
 
 
 def cut(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
@@ -36,3 +42,29 @@ def randomize_constants(model: nn.Module) -> None:
     for module in model.modules():  # one that several hold stays one
         module._parameters.update({name: random[id(parameter)] for name, parameter in module._parameters.items()
                                    if id(parameter) in random})
+
+
+@contextmanager
+def buffers_as_parameters(model: nn.Module) -> Iterator[bool]:
+    """In the block, the floating-point buffers that the code of a module reads itself are parameters of it, which the
+    tracer follows; whether there is any.
+
+    For a copy that is traced. Buffers of a module that has nothing else are left to fastscore.graph.channel_buffers.
+    """
+    promoted: list[tuple[nn.Module, str, Tensor]] = []
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if tp.ops.module2type(module) != tp.ops.OPTYPE.ELEMENTWISE or channel_buffers.width(module) is not None:
+            continue
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and buffer.numel() > 1:
+                promoted.append((module, name, buffer))
+    for module, name, buffer in promoted:
+        del module._buffers[name]
+        module._parameters[name] = made.setdefault(id(buffer), nn.Parameter(buffer.detach()))
+    try:
+        yield bool(promoted)
+    finally:
+        for module, name, buffer in promoted:
+            del module._parameters[name]
+            module._buffers[name] = buffer

@@ -99,8 +99,21 @@ def _products(eval_model: nn.Module, example_inputs: batches.Batch, forward: bat
 
 
 def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> tuple[ChannelGraph, set[str], set[str]]:
-    """(the groups of one way of running an evaluation copy, the layers that ran, those whose heads are left alone with
-    a reason)."""
+    """(the groups of one way of running an evaluation copy, the layers that ran, those that are left alone with a
+    reason that came of trying them)."""
+    plain = _traced_as_it_is(eval_model, run)
+    if not plain[2]:
+        return plain
+    with own_tensors.buffers_as_parameters(eval_model) as any_buffers, suppress(Exception):  # of code that writes there
+        more = _traced_as_it_is(eval_model, run) if any_buffers else plain
+        if {group.name for group in more[0].groups} > {group.name for group in plain[0].groups}:
+            return more
+    return plain
+
+
+def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]]
+                     ) -> tuple[ChannelGraph, set[str], set[str]]:
+    """`_traced`, where buffers are constants."""
     graph = dependencies.Graph()
     has_run = False
 

@@ -192,10 +192,11 @@ def _heads_cost(member: Member, module: nn.Module, macs: Mapping[str, float]) ->
 
 
 def _tensor_cost(member: Member, module: nn.Module) -> LayerCost:
-    """Of a parameter that the module's code reads itself: it is multiplied or added element by element."""
-    parameter: Tensor = getattr(module, member.layer.rpartition(".")[2])
-    width = parameter.shape[member.dim]
-    return LayerCost(width, width, True, 0.0, 0.0, parameter.numel() / width)
+    """Of a parameter or buffer that the module's code reads itself: it is multiplied or added element by element."""
+    name = member.layer.rpartition(".")[2]
+    held: Tensor = getattr(module, name)
+    width = held.shape[member.dim]
+    return LayerCost(width, width, True, 0.0, 0.0, held.numel() / width if name in module._parameters else 0.0)
 
 
 def _layer_cost(layer: nn.Module, macs: float, counted: set[int]) -> LayerCost:

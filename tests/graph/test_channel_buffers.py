@@ -1,5 +1,11 @@
 """Numbers for each channel in buffers: they go with their channels."""
 
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from networks import randomize
@@ -10,6 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import fastscore
 from fastscore.graph import channel_buffers
 from fastscore.graph.tracing import trace
+from fastscore.pruning.costs import Costs
 
 
 class Scale(nn.Module):
@@ -134,3 +141,66 @@ def test_a_module_that_is_called_twice_is_left_alone() -> None:
     graph = trace(model, x)
     assert not graph.groups
     assert all("norm (FrozenBatchNorm2d)" in graph.skipped[layer] for layer in "ab")
+
+
+class Held(nn.Module):
+    """[N, 5, 4] -> [N, 3]; a table that the model itself holds meets the first layer's eight channels as `meet` says.
+    """
+
+    def __init__(self, shape: tuple[int, ...], meet: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.meet = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 3), meet
+        self.register_buffer("table", torch.rand(shape) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.meet(self.a(x), self.table).relu()).relu()).mean(1)
+
+
+def written_to(h: Tensor, table: Tensor) -> Tensor:
+    table.mul_(1.0)
+    return h * table
+
+
+HELD: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor], int | str]] = {
+    # shape of the table, how it meets the channels, the dimension that loses them or why none can go
+    "positions": ((1, 10, 8), lambda h, table: h + table[:, :h.shape[1]], 2),
+    "a scale": ((8,), lambda h, table: h * table, 0),
+    "expanded": ((8,), lambda h, table: h * table[None, None].expand(len(h), h.shape[1], -1), 0),
+    "twice over": ((4,), lambda h, table: h * torch.cat([table, table]), 0),
+    "one for each token": ((5, 1), lambda h, table: h + table, -1),
+    "rows that are picked": ((10, 8), lambda h, table: h + table[torch.arange(h.shape[1])],
+                             r"does not run with fewer channels there \(Held: RuntimeError: The size of tensor"),
+    "a projection": ((8, 8), lambda h, table: h @ table, "the tracer cannot follow its channels to b"),
+    "written to": ((8,), written_to, r"does not run with fewer channels there \(Held: RuntimeError: The size"),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_tables_that_a_model_holds_lose_channels_or_keep_them_with_the_reason(name: str, tmp_path: Path) -> None:
+    shape, meet, expected = HELD[name]
+    torch.manual_seed(0)
+    model, x = Held(shape, meet).double().eval(), torch.randn(3, 5, 4, dtype=torch.float64)
+    with untouched(model) if name != "written to" else nullcontext():
+        graph, scores = trace(model, x), fastscore.score(model, [x], progress=False)
+    assert set(scores) == ({"b"} if isinstance(expected, str) else {"a", "b"})
+    if isinstance(expected, str):
+        assert re.search(expected, graph.skipped["a"])
+    dense = Costs(model, graph.groups, x)
+    for share in (0.7, 0.4):
+        pruned = fastscore.prune(model, scores, x, channels=share, compensate=False)
+        small: Any = pruned.model
+        with torch.no_grad(), fastscore.mask(model, scores, 1 - share, x, compensate=False):
+            torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-12)
+        assert not isinstance(small.table, nn.Parameter)
+        if isinstance(expected, int) and expected >= 0:
+            assert small.table.shape[expected] == shape[expected] * small.a.out_features // 8
+        else:
+            assert small.table.shape == shape
+        for group, channels in pruned.removed.items():
+            dense.remove(group, channels.tolist())
+        assert dense.totals["params"] == sum(parameter.numel() for parameter in small.parameters())
+        for group, channels in pruned.removed.items():
+            dense.restore(group, channels.tolist())
+    fastscore.save_pruned(pruned, tmp_path / "small.safetensors")
+    loaded = fastscore.load_pruned(lambda: Held(shape, meet).double(), tmp_path / "small.safetensors").eval()
+    assert torch.equal(loaded(x), small(x))
