@@ -52,7 +52,6 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
             self.module2node = self._trace(model, None, run, output_transform=None)
         self._find_norms()
         self._find_channel_buffers(made)
-        self._close_instance_norms()
         self._dims: dict[Any, int] = {}
         self._find_dims()
         for node in self.module2node.values():
@@ -189,16 +188,6 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
 
     def _padding(self, node: Any) -> tuple[int, int]:
         return index_maps.padding(node.grad_fn, self._dims[node], len(_shape(node)))
-
-    def _close_instance_norms(self) -> None:
-        """An InstanceNorm views samples and channels as one, and back: its inner operations are of no concern."""
-        work = [(node, _shape(node)) for node in self.module2node.values() if node.type == OPTYPE.IN]
-        while work:
-            node, shape = work.pop()
-            for inner in node.inputs:
-                if inner.type in (OPTYPE.RESHAPE, OPTYPE.ELEMENTWISE) and _shape(inner) != shape:
-                    inner.type = OPTYPE.ELEMENTWISE
-                    work.append((inner, shape))
 
     def _find_dims(self) -> None:
         """The dimension that holds the channels, in the output of every layer and of what comes after it."""

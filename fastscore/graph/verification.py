@@ -104,11 +104,19 @@ class Recording:
         for outputs in self.outputs.values():
             outputs.clear()
         try:
-            with _replaced(self.model, {layer: self._record(layer) for layer in self.outputs}):
+            with _replaced(self.model, {layer: self._record(layer) for layer in self.outputs} | self._instance_norms()):
                 yield
             self.overwritten = {layer for layer, x, version in self._read if x._version != version}
         finally:
             self._read.clear()
+
+    def _instance_norms(self) -> dict[str, Callable[..., Tensor]]:
+        """Forwards that show none of the views by which an InstanceNorm has samples and channels in one dimension."""
+        def of(module: nn.Module) -> Callable[..., Tensor]:
+            return lambda x: OneNode.apply(x, module)
+
+        return {name: of(module) for name, module in self.model.named_modules()
+                if tp.ops.module2type(module) == tp.ops.OPTYPE.IN}
 
     def leak(self, made: Positions, read: Positions) -> str | None:
         """Run with the outputs at `made` changed and all others held; where an input differs that is not in `read`."""

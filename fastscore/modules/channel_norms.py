@@ -200,7 +200,7 @@ class OneNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
         y: Tensor = type(module).forward(module, x)
-        return y
+        return y.clone() if y._is_view() else y  # which may be written to
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:

@@ -41,17 +41,18 @@ def frozen(channels: int) -> FrozenBatchNorm2d:
     return norm
 
 
-def images(norm: type | None = None, **options: bool) -> nn.Sequential:
+def images(norm: type | None = None, inplace: bool = False, **options: bool) -> nn.Sequential:
     """A convolution, the normalisation, another of each."""
     make = frozen if norm is None else lambda channels: norm(channels, **options)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), make(8), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2),
-                         make(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 3))
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), make(8), nn.ReLU(inplace), nn.Conv2d(8, 6, 3, stride=2),
+                         make(6), nn.LeakyReLU(0.1, inplace), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 3))
 
 
 MODELS = {
     "FrozenBatchNorm2d": (images, (3, 9, 9)),
     "InstanceNorm2d": (lambda: images(nn.InstanceNorm2d, affine=True, track_running_stats=True), (3, 9, 9)),
     "InstanceNorm2d without affine": (lambda: images(nn.InstanceNorm2d, track_running_stats=True), (3, 9, 9)),
+    "InstanceNorm2d that a layer writes to": (lambda: images(nn.InstanceNorm2d, inplace=True, affine=True), (3, 9, 9)),
     "a scale of tokens": (lambda: nn.Sequential(nn.Linear(4, 7), Scale(7), nn.GELU(), nn.Linear(7, 5), Scale(5),
                                                 nn.Flatten(), nn.Linear(30, 2)), (6, 4)),
 }
@@ -64,7 +65,7 @@ def test_buffers_go_with_their_channels(name: str) -> None:
     torch.manual_seed(0)
     model = build().double()
     for module in model.modules():
-        if isinstance(module, nn.InstanceNorm2d):
+        if isinstance(module, nn.InstanceNorm2d) and module.running_mean is not None:
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2)
     model, x = randomize(model).eval(), torch.randn(3, *shape, dtype=torch.float64)
