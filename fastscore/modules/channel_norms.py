@@ -7,6 +7,7 @@ layers that read it.
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastscore.modules.response_norms import ResponseNorm
+
 _EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")
 _PARAMETERS = {"weight", "bias"}
+_RESPONSE_EPS = 1e-6  # what a global response normalisation adds whose code holds the number
 _TOLERANCE = 1e-4  # some compute in float32 whatever they are given
 
 
@@ -80,7 +84,7 @@ class NarrowedNorm(nn.Module):
         width: how many channels there are. dense_width: how many there were, by which sums are divided.
     """
 
-    channel_norm: ChannelNorm
+    channel_norm: ChannelNorm | ResponseNorm
     width: int
     dense_width: int
     weight: Tensor | None
@@ -95,7 +99,7 @@ class NarrowedNorm(nn.Module):
         return f"{self.width} of {self.dense_width}, {self.channel_norm}"
 
 
-def norm_of(module: nn.Module) -> ChannelNorm | None:
+def norm_of(module: nn.Module) -> ChannelNorm | ResponseNorm | None:
     """What a module computes, if that is a normalisation over channels with at most a weight and a bias of one number
     each; None for all others.
 
@@ -114,17 +118,19 @@ def norm_of(module: nn.Module) -> ChannelNorm | None:
     return _found[key]
 
 
-_found: dict[Any, ChannelNorm | None] = {}
+_found: dict[Any, ChannelNorm | ResponseNorm | None] = {}
 
 
 def width(module: nn.Module) -> int | None:
     """For how many channels a module that may be a ChannelNorm is; None where it can be none."""
     if isinstance(module, NarrowedNorm):
         return module.width
-    if module._modules or module._buffers or not set(module._parameters) <= _PARAMETERS \
-            or not any(hasattr(module, name) for name in _EPS):
+    if module._modules or module._buffers or not set(module._parameters) <= _PARAMETERS:
         return None
-    sizes = {tuple(parameter.shape) for parameter in module._parameters.values() if parameter is not None}
+    shapes = {tuple(parameter.shape) for parameter in module._parameters.values() if parameter is not None}
+    if not any(hasattr(module, name) for name in _EPS) and not any(len(shape) == 4 for shape in shapes):
+        return None
+    sizes = {(max(shape),) if shape and max(shape) == math.prod(shape) else shape for shape in shapes}
     shape = getattr(module, "normalized_shape", None)
     if shape is not None:
         sizes.add(tuple(shape) if isinstance(shape, (tuple, list)) else (shape,))
@@ -142,7 +148,8 @@ def narrow(module: nn.Module, gone: Tensor) -> None:
     stays = torch.ones(size, dtype=torch.bool).index_fill(0, gone.cpu(), False).nonzero()[:, 0]
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.detach()[stays.to(parameter.device)],
+            dim = parameter.shape.index(size)
+            module._parameters[name] = nn.Parameter(parameter.detach().index_select(dim, stays.to(parameter.device)),
                                                     parameter.requires_grad)
     module.width = len(stays)  # type: ignore[assignment]
     if hasattr(module, "normalized_shape"):
@@ -159,15 +166,17 @@ def gradient_of_statistics(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
                                        getattr(module, "dense_width", size))
 
 
-def _candidates(module: nn.Module) -> Iterator[ChannelNorm]:
+def _candidates(module: nn.Module) -> Iterator[ChannelNorm | ResponseNorm]:
     eps = [float(value) for name in _EPS if isinstance(value := getattr(module, name, None), (int, float))]
     own: list[float | None] = [*eps] if eps else [None]
     offsets = (0.0, 1.0) if module._parameters.get("weight") is not None else (0.0,)
     for values in itertools.product((-1, -3), (True, False), offsets, own):
         yield ChannelNorm(*values)
+    for dim, value in itertools.product((-1, -3), eps or [_RESPONSE_EPS]):
+        yield ResponseNorm(dim, value)
 
 
-def _computes(module: nn.Module, norm: ChannelNorm, size: int) -> bool:
+def _computes(module: nn.Module, norm: ChannelNorm | ResponseNorm, size: int) -> bool:
     """Whether that is what the module computes, with random weights, of inputs as large as eps lets count, and of
     larger ones; and nothing is mixed along other dimensions."""
     generator = torch.Generator().manual_seed(0)
@@ -175,8 +184,9 @@ def _computes(module: nn.Module, norm: ChannelNorm, size: int) -> bool:
     trial._parameters = {name: None if parameter is None else
                          nn.Parameter(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), False)
                          for name, parameter in module._parameters.items()}
-    shape = (2, 3, size) if norm.dim == -1 else (2, size, 3, 4)
-    for scale in {1.0, (norm.eps or torch.finfo(torch.float64).eps) ** 0.5}:
+    response = isinstance(norm, ResponseNorm)
+    shape = (2, size, 3, 4) if norm.dim == -3 else (2, 3, 4, size) if response else (2, 3, size)
+    for scale in {1.0, (norm.eps or torch.finfo(torch.float64).eps) ** (1.0 if response else 0.5)}:
         x = torch.randn(shape, generator=generator, dtype=torch.float64) * scale + 0.3 * scale
         try:
             with torch.no_grad():

@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import untouched
+from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
+from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2GRN
 
 import fastscore
 from fastscore import Scorer
@@ -112,6 +114,20 @@ class Merged(nn.Module):
         return self.head(self.reduce(self.norm(x)).tanh().mean(1))
 
 
+class Responses(nn.Module):
+    """A ConvNeXt V2's hidden channels, through a global response normalisation."""
+
+    def __init__(self, norm: nn.Module, channels_last: bool) -> None:
+        super().__init__()
+        self.stem, self.up, self.norm = nn.Conv2d(3, 5, 2, 2), nn.Linear(5, WIDTH), norm
+        self.down, self.channels_last = nn.Linear(WIDTH, 3), channels_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.nn.functional.gelu(self.up(self.stem(x).movedim(1, -1)))
+        x = self.norm(x) if self.channels_last else self.norm(x.movedim(-1, 1)).movedim(1, -1)
+        return self.down(x).mean((1, 2))
+
+
 def _words(samples: int) -> Tensor:
     return torch.randint(0, WORDS, (samples, TOKENS), generator=torch.Generator().manual_seed(1))
 
@@ -129,6 +145,9 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], str, in
     "ConvNeXt": (ConvNeXt, _noise(3, 8, 8), "stem", WIDTH, 3),
     "ConvNeXt, last": (ConvNeXt, _noise(3, 8, 8), "step", 10, 1),
     "two in one": (Merged, _noise(TOKENS, 5), "embed", WIDTH, 2),
+    "global responses": (lambda: Responses(ConvNextV2GRN(WIDTH), True), _noise(3, 8, 8), "up", WIDTH, 1),
+    "global responses of images": (lambda: Responses(GlobalResponseNorm(WIDTH, channels_last=False), False),
+                                   _noise(3, 8, 8), "up", WIDTH, 1),
 }
 
 
@@ -168,7 +187,19 @@ def gated(model: nn.Module, group: ChannelGroup, x: Tensor, gate: Tensor) -> Ten
             layer.register_forward_pre_hook(lambda _, args, member=member, dim=dim: (
                 args[0] * _along(factors(member.index, member.channel, args[0].shape[dim]), args[0], dim),))
         elif member.role == "norm":
-            dim = 1 if isinstance(layer, LayerNorm2d) else -1
+            images = isinstance(layer, LayerNorm2d) or getattr(layer, "channel_dim", -1) == 1
+            dim = 1 if images else -1
+
+            def responses(x: Tensor, layer: nn.Module = layer, dim: int = dim, member: object = member) -> Tensor:
+                counted = x * _along(factors(member.index, member.channel, x.shape[dim]), x, dim)
+                image = (2, 3) if dim == 1 else (1, 2)
+                own, norms = (each.square().sum(image, keepdim=True).sqrt() for each in (x, counted))
+                y = x * own / (norms.mean(dim, keepdim=True) + 1e-6)
+                return x + y * _along(layer.weight.view(1, -1), x, dim) + _along(layer.bias.view(1, -1), x, dim)
+
+            if isinstance(layer, (ConvNextV2GRN, GlobalResponseNorm)):
+                layer.forward = responses
+                continue
 
             def normalized(x: Tensor, layer: nn.Module = layer, dim: int = dim, member: object = member) -> Tensor:
                 counted = x * _along(factors(member.index, member.channel, x.shape[dim]), x, dim)

@@ -1,0 +1,57 @@
+"""Global response normalisation, as in ConvNeXt V2: every channel's norm over an image, divided by the mean of all.
+
+What stands for one in fastscore.modules.channel_norms: with fewer channels the mean stays over the dense width, as if
+those that are gone were zero.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ResponseNorm:
+    """What a module computes of images: x + bias + weight * x * norm of x / (mean of norms + eps).
+
+    Attributes:
+        dim: that of the channels, from the end: -1, or -3.
+        eps: added to the mean.
+    """
+
+    dim: int
+    eps: float
+
+    @property
+    def _image(self) -> tuple[int, int]:
+        return (-3, -2) if self.dim == -1 else (-2, -1)
+
+    def _along_channels(self, values: Tensor) -> Tensor:
+        return values.flatten().view(-1, *[1] * (-1 - self.dim))
+
+    def _norms(self, x: Tensor, dense_width: int) -> tuple[Tensor, Tensor]:
+        """(norm of each channel, mean of all + eps), of x in float32 or wider."""
+        norms = torch.linalg.vector_norm(x, dim=self._image, keepdim=True)
+        return norms, norms.sum(self.dim, keepdim=True) / dense_width + self.eps
+
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, dense_width: int) -> Tensor:
+        """What the module computes; x may have fewer channels than `dense_width`."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        norms, mean = self._norms(wide, dense_width)
+        y = wide * (norms / mean)
+        if weight is not None:
+            y = y * self._along_channels(weight)
+        y = wide + y
+        if bias is not None:
+            y = y + self._along_channels(bias)
+        return y.to(x.dtype)
+
+    def gradient_of_statistics(self, x: Tensor, g: Tensor, weight: Tensor | None, dense_width: int) -> Tensor:
+        """The gradient of x through the mean of norms alone, from that of the output: of x's shape and dtype."""
+        wide, g = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (x, g))
+        norms, mean = self._norms(wide, dense_width)
+        product = g * wide * norms
+        if weight is not None:
+            product = product * self._along_channels(weight)
+        of_mean = -product.sum((*self._image, self.dim), keepdim=True) / mean.square()
+        return (of_mean / dense_width * torch.where(norms > 0, wide / norms, 0.0)).to(x.dtype)
