@@ -92,3 +92,12 @@ def resolve_compensate(compensate: bool | None, scores: Scores) -> bool:
                          "hold no mean activations: score with a taylor importance and reduction=\"sum\", or lend them "
                          "those of such scores: dataclasses.replace(scores, means=other.means)")
     return bool(scores.means) if compensate is None else compensate
+
+
+def say_compensation(means: bool, compensate: bool | None, scores: Scores) -> str:
+    """What stands in for channels that go, where no calibration batches repair: a line of the report."""
+    if means:
+        return "removed channels: what they gave on average is in biases"
+    why = "compensate=False" if compensate is False else \
+        f"scores by {scores.origin.importance} hold no means; calibration=batches measures them"
+    return f"removed channels: read as zero ({why})"

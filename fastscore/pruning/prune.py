@@ -15,7 +15,7 @@ from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
 from fastscore.pruning.costs import Costs, MacsWithout
 from fastscore.pruning.latency import select_by_latency
-from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate
+from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate, say_compensation
 from fastscore.pruning.quality import HELD_OUT, Quality, build_after, macs_along, select_by_quality
 from fastscore.pruning.ranking import rank
 from fastscore.pruning.recipes import no_biases
@@ -110,6 +110,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     graph = scored_graph(model, scores, example_inputs, forward, ignore)
     eval_model = evaluation_copy(model)
     plan = partial(plan_surgery, model, eval_model, graph, scores if means else None, example_inputs, forward)
+    compensation = say_compensation(means, compensate, scores) if calibration is None else ""
     candidates: tuple[Candidate, ...] = ()
     judged: tuple[Judged, ...] = ()
     with fork_rng(device_of(eval_model)):
@@ -131,7 +132,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         def build(removed: Mapping[str, Tensor], fit: Iterable[Batch] | None) -> PruneResult:
             """The smaller model; `costs` are without what was removed."""
             surgery, pruned, macs_left = cut(removed)
-            report = new_report(graph, dense, costs, macs_left, pruned, removed, candidates, scores.notes)
+            report = new_report(graph, dense, costs, macs_left, pruned, removed, candidates, scores.notes,
+                                compensation)
             made = PruneResult(pruned, report, removed, surgery.removed_indices, surgery.new_biases)
             if fit is None or not removed:
                 return made

@@ -103,6 +103,7 @@ class PruneReport(Table):
         uncounted: operation that no formula knows -> the modules that it runs in; its MACs are in none of the figures.
         repairs: with calibration batches, how far from the dense model the cut and each repair left the smaller one.
         judged: with a quality budget, the models that were judged, from the largest to the smallest.
+        compensation: without calibration batches, what stands in for the channels that went.
     """
 
     groups: tuple[GroupReport, ...]
@@ -115,6 +116,7 @@ class PruneReport(Table):
     repairs: tuple[Repair, ...] = ()
     judged: tuple[Judged, ...] = ()
     uncounted: Mapping[str, str] = field(default_factory=dict)
+    compensation: str = ""
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "PruneReport":
@@ -126,7 +128,8 @@ class PruneReport(Table):
                       for row, timing in zip(data["candidates"], timings, strict=True))
         return cls(tuple(groups), _pair(data["channels"]), _pair(data["macs"]), _pair(data["params"]), data["skipped"],
                    tuple(candidates), data.get("notes", {}), tuple(Repair(**row) for row in data.get("repairs", ())),
-                   tuple(Judged(**row) for row in data.get("judged", ())), data.get("uncounted", {}))
+                   tuple(Judged(**row) for row in data.get("judged", ())), data.get("uncounted", {}),
+                   data.get("compensation", ""))
 
     def records(self) -> list[dict[str, Any]]:
         """A row for each group of channels: what there was, and what remains."""
@@ -154,7 +157,7 @@ class PruneReport(Table):
     @property
     def _remarks(self) -> list[str]:
         """What remains of the whole, what was tried, what was kept and why, and where the scores come from."""
-        lines = [self._remains]
+        lines = [self._remains, *([self.compensation] if self.compensation and not self.repairs else [])]
         for tried in self.candidates:
             dense, small = (1e3 * seconds for seconds in tried.timing.seconds)
             lines.append(f"{'chosen' if tried.chosen else 'tried'}: {tried.timing.share:.1%} "
@@ -171,11 +174,11 @@ class PruneReport(Table):
 
 def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs: Costs, macs: int, pruned: nn.Module,
                removed: Mapping[str, Tensor], candidates: tuple[Candidate, ...],
-               notes: Mapping[str, str]) -> PruneReport:
+               notes: Mapping[str, str], compensation: str) -> PruneReport:
     """The report of `pruned`, which has lost `removed` (group -> int64 [R]).
 
     dense: (MACs, parameters) of each group as it was, see Costs.by_group. costs: without what was removed. macs: of
-    `pruned`, counted.
+    `pruned`, counted. compensation: what stands in for what was removed.
     """
     rows = tuple(GroupReport(group.name, (group.channels, group.channels - len(removed.get(group.name, ()))),
                              (round(was[0]), round(now[0])), (round(was[1]), round(now[1])))
@@ -183,7 +186,7 @@ def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs:
     params = sum(parameter.numel() for parameter in pruned.parameters())
     return PruneReport(rows, (int(costs.dense["channels"]), int(costs.totals["channels"])),
                        (int(costs.dense["macs"]), macs), (int(costs.dense["params"]), params), graph.skipped,
-                       candidates, notes=dict(notes), uncounted=costs.uncounted)
+                       candidates, notes=dict(notes), uncounted=costs.uncounted, compensation=compensation)
 
 
 def _pair(values: Any) -> tuple[Any, Any]:

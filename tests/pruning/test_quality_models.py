@@ -194,6 +194,34 @@ def test_criteria_are_compared_at_equal_budgets_and_with_equal_repair(trained: T
         assert curve.rows[0].repaired is None
 
 
+def test_the_same_channels_are_repaired_alike_whatever_ranked_them(trained: Trained) -> None:
+    """Weights alone, whose scores hold no means, or gradients."""
+    norms = fastscore.score(trained.model, trained.calibration, importance="magnitude-l2", **QUIET)
+    ranked = dataclasses.replace(trained.scores, totals=dict(norms.totals))
+    assert ranked.means
+    assert not norms.means
+    found = fastscore.compare(trained.model, trained.calibration, {"norms": norms, "gradients": ranked}, (0.6,),
+                              held_out=trained.held_out, cost_aware=False, **CHEAP, **QUIET)
+    assert found["norms"].rows == found["gradients"].rows
+
+
+@pytest.mark.parametrize(("means", "options", "said"), [
+    (True, {}, "removed channels: what they gave on average is in biases"),
+    (True, {"compensate": False}, "removed channels: read as zero (compensate=False)"),
+    (False, {}, "removed channels: read as zero (scores by magnitude-l2 hold no means; calibration=batches measures "
+                "them)")])
+def test_the_report_says_what_stands_in_for_what_went(trained: Trained, means: bool, options: dict[str, Any],
+                                                      said: str) -> None:
+    scores = trained.scores if means else \
+        fastscore.score(trained.model, trained.calibration, importance="magnitude-l2", **QUIET)
+    result = fastscore.prune(trained.model, scores, trained.calibration[0][:1], macs=0.6, **options)
+    assert said in str(result.report).splitlines()
+    assert PruneReport.of(json.loads(json.dumps(dataclasses.asdict(result.report)))) == result.report
+    if not options:
+        repaired = fastscore.reconstruct(trained.model, result, trained.calibration, "mean")
+        assert "removed channels" not in str(repaired.report)  # its repairs say it
+
+
 def test_tables_for_pandas(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     found = fastscore.curve(trained.model, trained.scores, trained.calibration, (0.9,), repair=None, **QUIET)
     monkeypatch.setitem(sys.modules, "pandas", None)
