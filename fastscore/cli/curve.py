@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import fastscore
 from fastscore import plots
@@ -17,13 +18,16 @@ def add(commands: Commands) -> None:
         "images that neither scored nor repaired.",
         "fastscore curve torchvision:mobilenet_v2 --weights DEFAULT --images photos\n"
         "fastscore curve nets.py:build --checkpoint net.safetensors --images photos --size 64 --macs 0.9 0.7 0.5 "
-        "--plot curve.png")
+        "--plot curve.png\n"
+        "fastscore curve torchvision:mobilenet_v2 --weights DEFAULT --scores s.safetensors --images photos "
+        "--out curve.json")
     options.add_model(command)
     command.add_argument("--scores", metavar="FILE", help="scores from `fastscore score --out`; otherwise scored now")
     options.add_scoring(command, command)
     add_budgets(command)
     options.add_repair(command)
     command.add_argument("--plot", metavar="PNG", help="draw it")
+    command.add_argument("--out", metavar="JSON", help="write it, for `fastscore report --curve`")
     options.add_json(command, "the rows")
 
 
@@ -37,7 +41,7 @@ def add_budgets(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Score where there are no scores yet, prune to each budget, print, draw."""
-    options.check_folder(arguments.plot)
+    options.check_folder(arguments.plot, arguments.out)
     if arguments.plot is not None:
         plots.check(arguments.plot)
     scores = None if arguments.scores is None else options.load_scores(arguments)
@@ -51,4 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(found.records()) if arguments.json else found)
     if arguments.plot is not None:
         found.plot(arguments.plot)
-    options.wrote(arguments.plot)
+    if arguments.out is not None:
+        kept = {"resource": found.resource, "decisions": found.decisions, "note": found.note,
+                "notes": dict(scores.notes), "rows": found.records()}
+        Path(arguments.out).write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    options.wrote(arguments.plot, arguments.out)

@@ -3,11 +3,12 @@
 import argparse
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 import fastscore
 from fastscore.cli import options
 from fastscore.cli.options import Commands, add_command, positive_or, tell
+from fastscore.pruning.clocks import Clock
 from fastscore.pruning.export import check_suffix, save
 
 
@@ -30,6 +31,9 @@ def add(commands: Commands) -> None:
     for unit, text in (("macs", "multiply-accumulates"), ("params", "parameters"), ("channels", "channels"),
                        ("latency", "time that two images take, measured here")):
         budget.add_argument(f"--{unit}", type=float, metavar="SHARE", help=f"share of the {text}")
+    budget.add_argument("--clock", choices=get_args(Clock), default="torch",
+                        help="what runs the models when --latency is measured; the last two on the CPU (default: "
+                        "%(default)s)")
     budget.add_argument("--agreement", type=float, metavar="SHARE",
                         help="the smallest model that makes this share of the dense one's decisions, judged on images "
                         "that do not repair it")
@@ -78,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
     result = fastscore.prune(model, scores, example, **repair,
                              **{name: getattr(arguments, name) for name in
                                 ("channels", "params", "macs", "latency", "agreement", "confidence", "scope",
-                                 "cost_aware", "round_to", "floor", "compensate", "ignore")})
+                                 "clock", "cost_aware", "round_to", "floor", "compensate", "ignore")})
     save(result, example, arguments.out)
     print(json.dumps(asdict(result.report)) if arguments.json else result.report)
     tried = {row.name: row for row in result.report.repairs if row.name == "none" or row.chosen}

@@ -33,13 +33,15 @@ def add(commands: Commands) -> None:
         "Write scores as one HTML file that opens without a network: sortable layers, their importances, and which\n"
         "channels are removed at a budget. With the model, budgets are in MACs and parameters, too.",
         "fastscore report scores.safetensors --out scores.html\n"
-        "fastscore report scores.safetensors torchvision:mobilenet_v2 --out scores.html\n"
+        "fastscore report scores.safetensors torchvision:mobilenet_v2 --curve curve.json --out scores.html\n"
         "fastscore report scores.safetensors --fraction 0.5 --title 'ResNet-50, photos of May' --out scores.html")
     command.add_argument("scores", metavar="SCORES", help="scores from `fastscore score --out`")
     command.add_argument("model", metavar="MODEL", nargs="?", help="the model that was scored, for budgets in MACs and "
                          "parameters; no weights are needed")
     command.add_argument("--classes", type=options.positive, metavar="N", help="outputs of a torchvision or timm model")
     options.add_pixels(command)
+    command.add_argument("--curve", metavar="JSON", help="what `fastscore curve --scores SCORES --out` measured: the "
+                         "page then says it beside the budget")
     command.add_argument("--out", metavar="HTML", default="fastscore-report.html", help="default: %(default)s")
     command.add_argument("--fraction", type=float, default=0.3, metavar="SHARE",
                          help="share of the channels that the page shows as going at first (default: %(default)s)")
@@ -50,12 +52,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Read scores, write the page."""
     check_folder(arguments.out)
     scores, costs = options.load_scores(arguments), None
+    curve = None if arguments.curve is None else read_curve(arguments.curve, scores)
     if arguments.model is not None:
         prepare = images.preprocessing(arguments.model, None, arguments.size, arguments.mean, arguments.std)
         model = models.load(arguments.model, classes=arguments.classes)
         costs = removal_costs(model, scores, torch.zeros(2, *prepare.shape))
     write(scores, arguments.out, title=arguments.title, fraction=arguments.fraction, costs=costs,
-          command=prune_command(scores, arguments.scores))
+          curve=curve, command=prune_command(scores, arguments.scores))
     wrote(arguments.out)
 
 
@@ -68,6 +71,26 @@ def prune_command(scores: Scores, path: str) -> str:
     elif "weights" in known:
         parts += ["--weights", known["weights"]]
     return shlex.join([*parts, *known.get("options", "").split(), "--scores", path])
+
+
+def read_curve(path: str, scores: Scores) -> dict[str, Any]:
+    """What `fastscore curve --out` wrote. Raises FileNotFoundError, or ValueError for what is none, or of another model
+    or other scores."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"curve: there is no file {path}")
+    try:
+        found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        resource, notes, rows = found["resource"], found["notes"], found["rows"]
+        right = resource in ("macs", "params", "channels") and all(row["cut_agreement"] <= 1 for row in rows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"curve: {path} is not what fastscore curve --out writes ({type(error).__name__})") from error
+    if not right:
+        raise ValueError(f"curve: {path} is not what fastscore curve --out writes")
+    for name in ("model", "checkpoint", "weights", "revision", "date"):
+        if notes.get(name) != scores.notes.get(name):
+            raise ValueError(f"curve: {path} was measured with other scores, whose {name} is {notes.get(name)} and not "
+                             f"{scores.notes.get(name)}; make it with fastscore curve --scores and these scores")
+    return found
 
 
 def removal_costs(model: nn.Module, scores: Scores, example_inputs: Batch) -> dict[str, Any]:
@@ -96,13 +119,14 @@ def removal_costs(model: nn.Module, scores: Scores, example_inputs: Batch) -> di
 
 
 def write(scores: Scores, path: str | PathLike[str], *, title: str = "Channel scores", fraction: float = 0.3,
-          pruned: PruneReport | None = None, costs: dict[str, Any] | None = None,
+          pruned: PruneReport | None = None, costs: dict[str, Any] | None = None, curve: dict[str, Any] | None = None,
           command: str = "fastscore prune MODEL --scores FILE") -> None:
     """Write `scores` as a page: how they were made, a table of layers that can be sorted, each layer's importances.
 
     fraction: the share of channels that the page shows as going at first; a slider changes it. All layers are ranked
     together, and one channel stays in each. pruned: what prune() reported, as a second table. costs: of removal_costs,
-    with which budgets are in MACs and parameters, too. command: shown with the chosen budget behind it.
+    with which budgets are in MACs and parameters, too. curve: of read_curve; what it
+    measured is said beside the budget. command: shown with the chosen budget behind it.
 
     Raises ValueError for a fraction outside [0, 1), FileNotFoundError for a folder that is not there.
     """
@@ -112,7 +136,7 @@ def write(scores: Scores, path: str | PathLike[str], *, title: str = "Channel sc
         raise FileNotFoundError(f"{path}: there is no folder {Path(path).parent}; make it first")
     page = resources.files("fastscore.cli").joinpath("report.html").read_text(encoding="utf-8")
     # "</script>" in a layer's name would end the data
-    held = _data(scores, title, fraction, pruned) | {"costs": costs, "command": command}
+    held = _data(scores, title, fraction, pruned) | {"costs": costs, "curve": curve, "command": command}
     data = json.dumps(held, ensure_ascii=True).replace("<", "\\u003c")
     Path(path).write_text(page.replace("__DATA__", data), encoding="utf-8")
 

@@ -30,6 +30,7 @@ from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of, parameter_owners, parametrized, shares_parameters
 from fastscore.modules.wrappers import unwrapped, without_checkpoints
+from fastscore.progress import working
 from fastscore.rng import fork_rng
 
 
@@ -71,7 +72,8 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
             return [output for output in batches.floating_tensors(forward(model, batch))
                     if output.requires_grad or not torch.is_grad_enabled()]
 
-    with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)):
+    with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), \
+            working(f"tracing {type(model).__name__}"):
         found, ran, explained = _traced(eval_model, run)
         inactive = training_only.callable_layers(eval_model) - ran
         if inactive:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from fastscore.batches import Batch, Forward, call_model, first_samples, map_tensors
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
+from fastscore.progress import shown
 from fastscore.pruning.prune import prune
 from fastscore.pruning.quality import HELD_OUT, Judge
 from fastscore.pruning.result import PruneResult
@@ -185,7 +186,7 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
     else:
         options |= {"calibration": fit, "repair": repair}
     dense, device = evaluation_copy(model), device_of(model)
-    with fork_rng(device):
+    with fork_rng(device), shown(progress):
         example = example_of(batches, example_inputs, forward, device)
         judge = Judge(dense, judges, forward)
         rows, decisions = [], 0

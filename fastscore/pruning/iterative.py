@@ -18,7 +18,7 @@ from fastscore.graph.groups import matching_layers
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
-from fastscore.pruning import latency, recipes
+from fastscore.pruning import clocks, latency, recipes
 from fastscore.pruning.checkpoint import load_state
 from fastscore.pruning.options import Budgets
 from fastscore.pruning.prune import prune
@@ -196,7 +196,9 @@ class _Run:
         if model is self.dense:
             return 1.0
         dense, model = evaluation_copy(self.dense), evaluation_copy(model)
-        return latency.time_pair(dense, model, self._example, self._pruning.get("forward", call_model), 2).share
+        forward, clock = self._pruning.get("forward", call_model), self._pruning.get("clock", "torch")
+        one, two = (clocks.runner(clock, each, self._example, forward) for each in (dense, model))
+        return latency.time_pair(one, two, device_of(dense), 2).share
 
     def save(self, path: str | PathLike[str], same: Mapping[str, Any]) -> None:
         recipe = recipes.new_recipe(self.dense, self.removed_indices, self.new_biases)

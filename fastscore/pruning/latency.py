@@ -1,42 +1,50 @@
-"""A budget in measured time: candidates along the removal order are built and timed beside the dense model."""
+"""A budget in measured time: candidates along the removal order are built and timed beside the dense model.
+
+Which candidates is told by a model of the time: that of each layer in the dense network, growing with its width. What
+was measured corrects it, so that a few candidates do.
+"""
 
 import bisect
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward
 from fastscore.modules.inspection import device_of
+from fastscore.progress import bar
+from fastscore.pruning.clocks import Call, Clock, runner
 from fastscore.pruning.costs import Costs, MacsWithout
+from fastscore.pruning.layer_times import layer_seconds
 from fastscore.pruning.options import Budgets
 from fastscore.pruning.ranking import RemovalStep
 from fastscore.pruning.report import Candidate, Timing
 from fastscore.pruning.selection import channels_of, restore, rounded_up, steps_needed
 
 # The search ends with a candidate whose share of the dense model's time is below the budget by no more than this, or
-# whose neighbour in the removal order is over it.
+# where one that is over it is foreseen to take no more than this share of the dense model's time more.
 TOLERANCE = 0.02
 _ROUNDS, _SECONDS = 9, 0.4  # the least of each for one measurement
+_EXTRAPOLATED = 3  # candidates over the budget, after which the smallest network of all is measured
+_MANY = 8  # measurements, after which the search comes to an end
 _MOST = 5  # times as many seconds, while the share is not known to within TOLERANCE
 _LEAST = 2e-3  # seconds of a single reading, which repeats short calls
 
 
-def time_pair(dense: nn.Module, other: nn.Module, example_inputs: Batch, forward: Forward,
-                 patience: int = 1) -> Timing:
-    """The time of one call of each of two models, which take turns, on their device as it is now.
+def time_pair(dense: Call, other: Call, device: torch.device, patience: int = 1) -> Timing:
+    """The time of one call of each of two models (see fastscore.pruning.clocks), which take turns, as things are now.
 
-    Both run as they are (in evaluation mode, say), without autograd. They go on for at least 9 rounds and 0.4 seconds,
-    then until the share is known to within 0.02, or for 2 seconds. patience: multiplies all of these numbers but 0.02.
+    Both run without autograd. They go on for at least 9 rounds and 0.4 seconds, then until the share is known to within
+    0.02, or for 2 seconds. device: to wait for. patience: multiplies all of these numbers but 0.02.
     """
-    device = device_of(dense)
-
-    def reading(model: nn.Module, calls: int) -> float:
+    def reading(call: Call, calls: int) -> float:
         start = time.perf_counter()
         for _ in range(calls):
-            forward(model, example_inputs)
+            call()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         return (time.perf_counter() - start) / calls
@@ -63,64 +71,105 @@ def time_pair(dense: nn.Module, other: nn.Module, example_inputs: Batch, forward
     return Timing((statistics.median(row[0] for row in rows), statistics.median(row[1] for row in rows)), uncertainty)
 
 
-def search_steps(macs: list[float], start: int, share: float, measure: Callable[[int, int], float]) -> int:
+def search_steps(foreseen: Sequence[float], start: int, share: float, measure: Callable[[int, int], float]) -> int:
     """How many steps to take for a measured time of at most `share`, as few as can be told.
 
-    macs: what remains after each number of steps, descending. start: the least number. measure(steps, patience): the
-    share of the dense model's time that is measured. Time is taken to fall with MACs, to within noise: the search
-    halves the MACs in question or aims at the budget along a straight line, in turn. What it finds is measured again,
-    twice as long, and must hold again; otherwise it goes on. Raises ValueError, naming what was reached, when no
-    candidate holds.
+    foreseen: the time after each number of steps, descending, in any unit. start: the least number of steps.
+    measure(steps, patience): the share of the dense model's time that is measured. It is taken to fall with what is
+    foreseen, to within noise. The first candidate is the one for which the budget is foreseen; as long as none is below
+    the budget, the next one follows from what the last one gained. Then candidates are aimed at the budget along a
+    straight line between the nearest two, or halve what lies between them, in turn. What is found is measured again,
+    twice as long, and must hold again; otherwise the search goes on. After _MANY measurements TOLERANCE doubles with
+    each: a noisy clock tells no better. Raises ValueError, naming what was reached, when no candidate holds.
     """
-    most = len(macs) - 1
+    most, whole = len(foreseen) - 1, foreseen[0]
     slow: dict[int, float] = {0: 1.0}  # steps -> measured share
     fast: dict[int, float] = {}
     confirmed: set[int] = set()
+    aim_straight, count = True, 0
 
     def try_out(steps: int, patience: int = 1) -> None:
+        nonlocal count
+        count += 1
         measured = measure(steps, patience)
         fast.pop(steps, None)
         (fast if measured <= share else slow)[steps] = measured
 
+    def tolerance() -> float:
+        return TOLERANCE * 2.0 ** max(count - _MANY, 0)
+
+    def near(aim: float) -> int:
+        return bisect.bisect_left(foreseen, -aim, key=lambda left: -left)
+
+    def beyond(low: int) -> int:
+        """A candidate that should be fast, where none is yet."""
+        wanted = share - TOLERANCE / 2
+        if low == 0:
+            return near(whole * wanted)
+        if count > _MANY:
+            return near(foreseen[low] - whole * tolerance())
+        gained = (1 - slow[low]) / (whole - foreseen[low]) if foreseen[low] < whole else 0.0
+        if gained <= 0 or len(slow) > _EXTRAPOLATED:
+            return most
+        return near(foreseen[low] - (slow[low] - wanted) / gained)
+
     if start:
         try_out(start)
-    if start not in fast and most > start:
-        try_out(most)
-    aim_straight = True
     while True:
         low = max(slow, default=start)
         candidates = [steps for steps in fast if steps > low] if start not in fast else [start]
         if not candidates:
-            if most not in slow:
-                try_out(most)
-                continue
-            raise ValueError(f"latency: {share:g} cannot be reached: with every removable channel gone, "
-                             f"{rounded_up(slow[most])} of the dense model's time was measured; ask for more, lower "
-                             "the floor, or ignore fewer layers")
+            if most in slow:
+                raise ValueError(f"latency: {share:g} cannot be reached: with every removable channel gone, "
+                                 f"{rounded_up(slow[most])} of the dense model's time was measured; ask for more, "
+                                 "lower the floor, or ignore fewer layers")
+            try_out(min(max(beyond(low), low + 1), most))
+            continue
         high = min(candidates)
-        if high in (start, low + 1) or fast[high] >= share - TOLERANCE:
+        close = foreseen[low] - foreseen[high] <= tolerance() * whole or fast[high] >= share - tolerance()
+        if close or high in (start, low + 1):
             if high in confirmed:
                 return high
             confirmed.add(high)
             try_out(high, 2)
             continue
-        aim = (macs[low] + macs[high]) / 2
+        aim = (foreseen[low] + foreseen[high]) / 2
         if aim_straight and slow[low] > fast[high]:
             along = (slow[low] - share + TOLERANCE / 2) / (slow[low] - fast[high])
-            aim = macs[low] + (macs[high] - macs[low]) * min(max(along, 0.05), 0.95)
+            aim = foreseen[low] + (foreseen[high] - foreseen[low]) * min(max(along, 0.05), 0.95)
         aim_straight = not aim_straight
-        try_out(min(max(bisect.bisect_left(macs, -aim, key=lambda left: -left), low + 1), high - 1))
+        try_out(min(max(near(aim), low + 1), high - 1))
+
+
+def foreseen_times(order: Sequence[RemovalStep], costs: Costs, seconds: Mapping[str, float]) -> list[float]:
+    """The layers' time after 0, 1, 2, ... steps, descending, where each layer's grows with its width.
+
+    costs: whole; so again afterwards. seconds: of each of its layers in the dense model.
+    """
+    whole = {name: layer.width for name, layer in costs.layers.items()}
+
+    def of_group(group: str) -> float:
+        layers = {member.layer for member in costs.groups[group].members}
+        return math.fsum(seconds[name] * costs.layers[name].width / whole[name] for name in layers)
+
+    left = [math.fsum(seconds[name] for name in whole)]
+    for step in order:
+        before = of_group(step.group)
+        costs.remove(step.group, step.channels)
+        left.append(left[-1] - before + of_group(step.group))
+    restore(order, costs)
+    return left
 
 
 def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Budgets,
                       build: Callable[[Mapping[str, Tensor]], tuple[nn.Module, int]], dense: nn.Module,
-                      example_inputs: Batch, forward: Forward,
-                      macs_without: MacsWithout | None) -> tuple[dict[str, Tensor], tuple[Candidate, ...]]:
+                      example_inputs: Batch, forward: Forward, macs_without: MacsWithout | None,
+                      clock: Clock = "torch") -> tuple[dict[str, Tensor], tuple[Candidate, ...]]:
     """Channels to remove (group -> int64 [R]) so that the measured time and the other budgets hold; what was measured.
 
     order: the first steps of it go, none comes back. build: makes the model without such channels, and counts its
     MACs. costs: whole; left as they are without the channels. macs_without: counts what remains, see steps_needed.
-    Raises ValueError where a budget is out of reach.
+    clock: what runs the models. Raises ValueError where a budget is out of reach.
     """
     share = 1.0 if budgets.latency is None else budgets.latency
     start = steps_needed(order, costs, budgets.counted, macs_without)
@@ -132,13 +181,24 @@ def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Budgets,
     restore(order, costs)
     measured: dict[int, Timing] = {}
     counted: dict[int, int] = {}
+    steps = start
+    if share < 1.0:
+        foreseen = foreseen_times(order, costs, layer_seconds(dense, costs.layers, example_inputs, forward))
+        whole, device = runner(clock, dense, example_inputs, forward), device_of(dense)
+        built: dict[int, Call] = {}
+        with bar("timing", " candidates") as told:
 
-    def measure(steps: int, patience: int) -> float:
-        other, counted[steps] = build(channels_of(order[:steps]))
-        measured[steps] = time_pair(dense, other.eval(), example_inputs, forward, patience)
-        return measured[steps].share
+            def measure(steps: int, patience: int) -> float:
+                if steps not in built:
+                    built.clear()
+                    other, counted[steps] = build(channels_of(order[:steps]))
+                    built[steps] = runner(clock, other.eval(), example_inputs, forward)
+                measured[steps] = replace(time_pair(whole, built[steps], device, patience), clock=clock)
+                told.set_postfix_str(f"{measured[steps].share:.1%} of the time, {share:.1%} is the budget")
+                told.update()
+                return measured[steps].share
 
-    steps = start if share == 1.0 else search_steps([row["macs"] for row in left], start, share, measure)
+            steps = search_steps(foreseen, start, share, measure)
     for step in order[:steps]:
         costs.remove(step.group, step.channels)
     shares = [{unit: row[unit] / costs.dense[unit] for unit in costs.dense} for row in left]

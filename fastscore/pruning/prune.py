@@ -13,6 +13,9 @@ from fastscore.graph.groups import Ignore
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
+from fastscore.progress import shown
+from fastscore.pruning import clocks
+from fastscore.pruning.clocks import Clock
 from fastscore.pruning.costs import Costs, MacsWithout
 from fastscore.pruning.latency import select_by_latency
 from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate, say_compensation
@@ -37,8 +40,9 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
           floor: float | Mapping[str, float] = 0.0, compensate: bool | None = None,
           calibration: Iterable[Batch] | None = None, repair: Method = "auto", agreement: float | None = None,
           kl: float | None = None, confidence: float | None = None, held_out: Iterable[Batch] | None = None,
-          ignore: Ignore = (), forward: Forward = call_model, process_group: distributed.ProcessGroup | None = None,
-          inplace: bool = False) -> PruneResult:
+          clock: Clock = "torch", ignore: Ignore = (), forward: Forward = call_model,
+          process_group: distributed.ProcessGroup | None = None, inplace: bool = False,
+          progress: bool = True) -> PruneResult:
     """Remove the least important channels of `model` until a budget holds.
 
     Args:
@@ -49,9 +53,9 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         channels, params, macs: one or more budgets, each what REMAINS as a share of the original, 0 < share <= 1; met
             exactly or from below, by less than any one removed step.
         latency: what remains of the time that one call takes on the example inputs, measured on the present device,
-            beside the dense model, in medians. Candidates along the removal order are built and timed until one is
-            below the budget by at most 0.02, twice, or its neighbour is over it (see fastscore.pruning.latency);
-            report.candidates is the curve.
+            beside the dense model, in medians. A few candidates along the removal order, chosen by the time that each
+            layer takes, are built and timed until one is below the budget by at most 0.02, twice, or little separates
+            it from one that is over it (see fastscore.pruning.latency); report.candidates is the curve.
         scope: "global" compares channels of all layers; "layer" shrinks all layers alike; "isomorphic" compares within
             each class of groups that are made, passed and read by the same kinds of layers, and shrinks all classes
             alike.
@@ -79,11 +83,15 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             by an exact binomial bound, on a half of them that the search does not see.
         held_out: batches to judge agreement and kl by, which should not have been scored on either. Default: one of 4
             samples of calibration, told by content, which then does not repair.
+        clock: what runs the models when latency is measured: "torch", on the model's device, or on the CPU
+            "onnxruntime" or "openvino", which take models of one tensor. Candidates are converted for it, which takes
+            longer than to time them.
         process_group: processes that share the work of repairing.
         ignore: layers (names with `*`, which stand for all below; types, modules) to leave as they are: neither what
             they make nor what they read loses a channel.
         forward: how the model is called on a batch.
         inplace: make `model` itself smaller.
+        progress: say on stderr what takes longer than two seconds.
 
     Returns:
         The smaller model and what was done. Its parameters are new objects: make a new optimizer, or call
@@ -107,13 +115,17 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     if calibration is not None and compensate is False:
         raise ValueError("calibration: it is there to repair by, which compensate=False forbids: give one of them")
     means = resolve_compensate(compensate, scores)
-    graph = scored_graph(model, scores, example_inputs, forward, ignore)
+    if latency is None and clock != "torch":
+        raise ValueError(f"clock: {clock!r} measures a budget in time, which latency= is: give both or neither")
+    clocks.check(clock, model, example_inputs)
+    with shown(progress):
+        graph = scored_graph(model, scores, example_inputs, forward, ignore)
     eval_model = evaluation_copy(model)
     plan = partial(plan_surgery, model, eval_model, graph, scores if means else None, example_inputs, forward)
     compensation = say_compensation(means, compensate, scores) if calibration is None else ""
     candidates: tuple[Candidate, ...] = ()
     judged: tuple[Judged, ...] = ()
-    with fork_rng(device_of(eval_model)):
+    with fork_rng(device_of(eval_model)), shown(progress):
         costs = Costs(eval_model, graph.groups, example_inputs, checked_forward(forward),
                       means or calibration is not None, graph.samples.batch)
         dense = costs.by_group()
@@ -155,7 +167,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             result = build(select(order, costs, budgets.counted, counted), calibration)
         else:
             removed, candidates = select_by_latency(order, costs, budgets, lambda gone: cut(gone)[1:],
-                                                    eval_model, example_inputs, forward, counted)
+                                                    eval_model, example_inputs, forward, counted, clock)
             result = build(removed, calibration)
     result = replace(result, report=replace(result.report, judged=judged))
     if inplace:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastscore.batches import Batch, Forward, checked_forward, map_tensors
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
+from fastscore.progress import bar
 from fastscore.pruning.costs import Costs
 from fastscore.pruning.options import Budgets
 from fastscore.pruning.ranking import RemovalStep
@@ -247,6 +248,8 @@ def select_by_quality(macs: Sequence[float], build: Callable[[int], PruneResult]
             dense_macs, left = built[steps].report.macs
             remains[steps] = left / dense_macs
         found = judge(built[steps].model)
+        tried.set_postfix_str(f"{remains[steps]:.1%} of the MACs: agreement {found.agreement:.1%}")
+        tried.update()
         if quality.confidence is not None and found.decisions != judge.samples:
             raise ValueError(f"confidence: the model makes {found.decisions} decisions about {judge.samples} samples; "
                              "those about one sample are no independent trials, and no bound counts them: leave "
@@ -255,8 +258,9 @@ def select_by_quality(macs: Sequence[float], build: Callable[[int], PruneResult]
             built.pop(steps)
         return found
 
-    best, rows = choose_steps(macs, quality, lambda steps: judge(steps, judges[0]),
-                              lambda steps: judge(steps, judges[-1]), tolerance)
+    with bar("judging", " networks") as tried:
+        best, rows = choose_steps(macs, quality, lambda steps: judge(steps, judges[0]),
+                                  lambda steps: judge(steps, judges[-1]), tolerance)
     judged = tuple(Judged(remains[steps], found.agreement, found.kl, quality.bound(found), found.decisions,
                           steps == best) for steps, found in sorted(rows.items()))
     return built.get(best) or build(0), judged

@@ -35,10 +35,12 @@ class Timing:
     Attributes:
         seconds: their medians.
         uncertainty: of the share, for 95 % of such measurements.
+        clock: what ran them: "torch", "onnxruntime" or "openvino".
     """
 
     seconds: tuple[float, float]
     uncertainty: float
+    clock: str = "torch"
 
     @property
     def share(self) -> float:
@@ -123,7 +125,8 @@ class PruneReport(Table):
         """The report of which dataclasses.asdict and JSON made `data`."""
         groups = (GroupReport(row["layer"], *(_pair(row[unit]) for unit in ("channels", "macs", "params")))
                   for row in data["groups"])
-        timings = (Timing(_pair(row["timing"]["seconds"]), row["timing"]["uncertainty"]) for row in data["candidates"])
+        timings = (Timing(**{**row["timing"], "seconds": _pair(row["timing"]["seconds"])})
+                   for row in data["candidates"])
         candidates = (Candidate(**{**row, "timing": timing})
                       for row, timing in zip(data["candidates"], timings, strict=True))
         return cls(tuple(groups), _pair(data["channels"]), _pair(data["macs"]), _pair(data["params"]), data["skipped"],
@@ -163,7 +166,8 @@ class PruneReport(Table):
             lines.append(f"{'chosen' if tried.chosen else 'tried'}: {tried.timing.share:.1%} "
                          f"(± {tried.timing.uncertainty:.1%}) of the time, {dense:.3g} → {small:.3g} ms, "
                          f"with {tried.channels:.1%} of the channels, "
-                         f"{tried.macs:.1%} of the MACs")
+                         f"{tried.macs:.1%} of the MACs"
+                         + ("" if tried.timing.clock == "torch" else f", by {tried.timing.clock}"))
         lines += map(str, self.judged)
         lines += map(str, self.repairs)
         lines += [f"{layer}: kept ({reason})" for layer, reason in self.skipped.items()]

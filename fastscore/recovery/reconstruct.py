@@ -22,6 +22,7 @@ from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
+from fastscore.progress import bar, shown
 from fastscore.recovery.calibration import Calibration, Part
 from fastscore.recovery.compensation import has_no_place, mean_contributions
 from fastscore.recovery.divergence import Divergence, divergence
@@ -75,8 +76,8 @@ R = TypeVar("R", bound=Pruned)
 
 def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: Method = "auto", *,
                 ridges: Iterable[float] = RIDGES, forward: Forward = call_model,
-                resume: str | PathLike[str] | None = None,
-                process_group: distributed.ProcessGroup | None = None) -> R:
+                resume: str | PathLike[str] | None = None, process_group: distributed.ProcessGroup | None = None,
+                progress: bool = True) -> R:
     """Repair what pruning broke, without labels and without training: a new result, whose report says what each repair
     gave.
 
@@ -97,6 +98,7 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
             called again with the same model, result and batches, by whatever method, the pass over the dense network
             goes on from there, to the same bits on a CPU. The file stays.
         process_group: processes that share the work, each calling with the same arguments.
+        progress: show a bar where it takes longer than two seconds.
 
     Returns:
         A result with a new model. report.repairs has a row for every repair tried, "none" first: what the cut alone
@@ -116,9 +118,11 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
     model = unwrapped(model)
     device = device_of(model)
     calibration = Calibration(batches, device, forward, process_group)
-    with fork_rng(device), torch.inference_mode(False), torch.no_grad():
+    with fork_rng(device), torch.inference_mode(False), torch.no_grad(), shown(progress), \
+            bar("repairing", " repairs") as tried:
         kept = KeptPasses(resume, model, result.removed_indices, forward, process_group)
-        repaired: R = _Bench(model, result, calibration, forward, process_group, kept).best(method, tuple(ridges))
+        bench = _Bench(model, result, calibration, forward, process_group, kept)
+        repaired: R = bench.best(method, tuple(ridges), tried)
     return repaired
 
 
@@ -247,8 +251,8 @@ class _Bench:
             for module, mode in modes.items():
                 module.training = mode
 
-    def best(self, method: Method, ridges: tuple[float, ...]) -> Any:
-        """The result repaired by `method`, and the rows of what was tried."""
+    def best(self, method: Method, ridges: tuple[float, ...], bar: Any) -> Any:
+        """The result repaired by `method`, and the rows of what was tried, which move `bar`."""
         rows: list[Repair] = []
         best: dict[str, tuple[Repair, Any]] = {}  # of each name
 
@@ -257,6 +261,8 @@ class _Bench:
             rows.append(Repair(name, ridge, recalibrated, found.agreement, found.kl))
             if name not in best or found.kl < best[name][0].kl:
                 best[name] = rows[-1], result
+            bar.set_postfix_str(f"{name}: agreement {found.agreement:.1%}")
+            bar.update()
 
         corrections: dict[str, float] = {}
         add("none", None, self._result.cut_again(self._model, {}, {}))

@@ -17,6 +17,7 @@ from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped, without_checkpoints
+from fastscore.progress import shown
 from fastscore.rng import fork_rng
 from fastscore.scoring import gradients, options, tokens
 from fastscore.scoring.coverage import coverage
@@ -128,7 +129,8 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         data = Batches(batches, device_of(eval_model), sampling.limit)
         # one sample is enough to trace with, where it is known how to take it
         example = first_samples(data.first, 1) if forward is call_model else data.first
-        graph = trace(model, example, forward, data.first)
+        with shown(progress):
+            graph = trace(model, example, forward, data.first)
         if origin.gradient == "none":
             return _score_weights(eval_model, graph, origin, ignore)
         totals = Totals(eval_model, graph, origin, ignore, several=len(first_input(data.first)) > 1)

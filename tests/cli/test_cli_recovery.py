@@ -1,6 +1,7 @@
 """prune that repairs, curve and compare, from the command line: what the library does, said in a line."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -118,3 +119,17 @@ def test_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:
                                  held_out=batches("held out"), repair="mean", progress=False)
     assert str(expected) in capsys.readouterr().out
     assert Path("compared.png").stat().st_size > 5000
+
+
+def test_a_measured_curve_goes_into_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", *MODEL, "--out", "s.safetensors"]) == 0
+    assert main(["curve", *MODEL, "--scores", "s.safetensors", "--macs", "0.8", "0.6", "--out", "c.json"]) == 0
+    told = capsys.readouterr()
+    assert "wrote c.json" in told.err
+    assert main(["report", "s.safetensors", "nets.py:build", "--curve", "c.json", "--out", "r.html"]) == 0
+    held = json.loads(re.search(r'id="data">(.*?)</script>', Path("r.html").read_text(), re.DOTALL)[1])
+    for line, row in zip(told.out.splitlines()[-4:], held["curve"]["rows"], strict=False):
+        assert f"{row['repaired_agreement']:.1%}" in line
+    assert [row["budget"] for row in held["curve"]["rows"]] == [0.8, 0.6]
+    assert main(["report", "s.safetensors", "--curve", "s.safetensors", "--out", "r.html"]) == 2
+    assert "curve: s.safetensors is not what fastscore curve --out writes" in capsys.readouterr().err

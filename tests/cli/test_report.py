@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,12 @@ for (const press of PRESSES) document.querySelectorAll("#scores th button")[pres
 const slider = document.getElementById("fraction");
 if (UNIT !== null) document.getElementById("unit").value = UNIT;
 if (FRACTION !== null) { slider.value = FRACTION; slider.dispatchEvent(new Event("input")); }
-const search = document.getElementById("search");
-search.value = SEARCH;
-search.dispatchEvent(new Event("input"));
+const box = document.getElementById("search");
+box.value = SEARCH;
+const toggle = document.getElementById("stages");
+if (GROUPED !== null) { toggle.checked = GROUPED; toggle.dispatchEvent(new Event("input")); }
+for (const stage of OPEN) document.querySelectorAll("#scores .stage button")[stage].click();
+box.dispatchEvent(new Event("input"));
 }</script></html>"""
 
 
@@ -47,10 +51,11 @@ def browse(*arguments: str) -> str:
 
 
 def shown(path: Path, presses: list[int] = (), fraction: int | None = None, unit: str | None = None,
-          search: str = "") -> str:
-    """The page as the browser has made it, after clicks on headings, a budget and a search."""
+          search: str = "", grouped: bool | None = None, opened: list[int] = ()) -> str:
+    """The page as the browser has made it, after clicks on headings and stages, a budget and a search."""
     acted, act = path.with_suffix(".acted.html"), ACT
-    for name, value in (("PRESSES", list(presses)), ("FRACTION", fraction), ("UNIT", unit), ("SEARCH", search)):
+    for name, value in (("PRESSES", list(presses)), ("FRACTION", fraction), ("UNIT", unit), ("SEARCH", search),
+                        ("GROUPED", grouped), ("OPEN", list(opened))):
         act = act.replace(name, json.dumps(value))
     acted.write_text(path.read_text().replace("</html>", act))
     return browse("--dump-dom", f"file://{acted}")
@@ -60,7 +65,7 @@ def rows(page: str, table: str) -> list[list[str]]:
     """The text of each cell of a table's body."""
     body = re.search(rf'<table id="{table}".*?<tbody>(.*?)</tbody>', page, re.S)[1]
     return [[html.unescape(re.sub("<.*?>", "", cell)) for cell in re.findall(r"<td>(.*?)</td>", row, re.S)]
-            for row in re.findall(r"<tr>(.*?)</tr>", body, re.S)]
+            for row in re.findall(r"<tr[^>]*>(.*?)</tr>", body, re.S)]
 
 
 def test_the_file_holds_every_score_and_asks_nobody_for_anything(scores: Scores, tmp_path: Path) -> None:
@@ -186,6 +191,66 @@ def test_a_search_shows_the_layers_that_hold_it(scores: Scores, tmp_path: Path) 
 
 
 @needs_browser
+def test_layers_stand_by_stage(scores: Scores, tmp_path: Path) -> None:
+    """By hand, of 150 layers by themselves; a stage sums up its layers, and opens."""
+    path = tmp_path / "r.html"
+    layers = [f"layer{i // 15}.{i % 15}.conv" for i in range(150)]
+    totals = {name: torch.rand(6, generator=torch.Generator().manual_seed(i)).double() for i, name in enumerate(layers)}
+    many = Scores(totals, scores.origin)
+    html_report.write(many, path)
+    closed = rows(shown(path), "scores")
+    assert [row[0] for row in closed] == [f"▸ layer{i} (15)" for i in range(10)]
+    flat = rows(shown(path, grouped=False), "scores")
+    assert [row[0] for row in flat] == layers
+    for stage, row in enumerate(closed):
+        values = torch.cat([many[layer] for layer in layers[15 * stage:15 * stage + 15]])
+        assert [int(row[1]), int(row[2].split()[0])] == [90, sum(int(each[2].split()[0]) for each in flat
+                                                                  if each[0].startswith(f"layer{stage}."))]
+        assert [float(cell) for cell in row[3:6]] == pytest.approx(
+            [float(values.min()), float(values.quantile(0.5)), float(values.max())], rel=6e-3)
+    opened = rows(shown(path, opened=[1]), "scores")
+    assert [row[0] for row in opened][:18] == ["▸ layer0 (15)", "▾ layer1 (15)", *layers[15:30], "▸ layer2 (15)"]
+    searched = rows(shown(path, search="layer3.7"), "scores")
+    assert [row[0] for row in searched] == ["▾ layer3 (15)", "layer3.7.conv"]
+    sorted_by_most = rows(shown(path, presses=[5], opened=[0]), "scores")
+    stages = [float(row[5]) for row in sorted_by_most if row[0][0] in "▸▾"]
+    inner = [float(row[5]) for row in sorted_by_most[1:16]]
+    assert (stages, inner) == (sorted(stages, reverse=True), sorted(inner, reverse=True))
+
+
+@needs_browser
+def test_measured_agreement_stands_beside_the_budget(scores: Scores, tmp_path: Path) -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(32)
+    kept = replace(scores, notes={"model": "nets.py:build", "date": "today"})
+    kept.save(tmp_path / "s.safetensors")
+    curve = fastscore.curve(model, kept, [x], (1.0, 0.7, 0.5), progress=False)
+    file, path = tmp_path / "curve.json", tmp_path / "r.html"
+    written = {"resource": "macs", "decisions": curve.decisions, "note": curve.note, "notes": dict(kept.notes),
+               "rows": curve.records()}
+    file.write_text(json.dumps(written))
+    html_report.write(kept, path, costs=html_report.removal_costs(model, kept, x[:2]),
+                      curve=html_report.read_curve(str(file), kept))
+
+    def said(row: int) -> str:
+        return f"{curve.rows[row].repaired.agreement:.1%} at {curve.rows[row].macs:.1%} of the MACs".replace("%", " %")
+
+    page = shown(path, fraction=70, unit="macs")
+    assert f"measured: {said(2)}, {said(1)}<" in page  # steps are wide here: 59 % is what 70 % leaves
+    assert [row[5] for row in rows(page, "curve")] == [f"{row.repaired.agreement:.1%}".replace("%", " %")
+                                                       for row in curve.rows]
+    assert f"measured: {said(0)}<" in shown(path, fraction=100, unit="macs")
+    assert "agreement was measured for budgets in MACs<" in shown(path, fraction=80, unit="params")
+    for broken, named in (({**written, "notes": {"model": "nets.py:build", "date": "yesterday"}}, "other scores, whose "
+                           "date is yesterday and not today"), ({"rows": []}, r"not what fastscore curve --out writes"),
+                          ({**written, "resource": "hours"}, "not what")):
+        file.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=named):
+            html_report.read_curve(str(file), kept)
+    with pytest.raises(FileNotFoundError, match=r"curve: there is no file no\.json"):
+        html_report.read_curve("no.json", kept)
+
+
+@needs_browser
 @pytest.mark.parametrize("width", [420, 1200])
 def test_a_narrow_window_holds_all_of_it(width: int, scores: Scores, tmp_path: Path) -> None:
     """150 layers with long names, long notes, a table of what pruning did: nothing stands out on the right."""
@@ -195,9 +260,14 @@ def test_a_narrow_window_holds_all_of_it(width: int, scores: Scores, tmp_path: P
                   notes={"model": "/a/long/path/without/any/space/" * 6, "checkpoint": "0123456789abcdef" * 6})
     report = fastscore.prune(RESIDUAL.model(), scores, RESIDUAL.inputs(2), macs=0.5).report
     path, frame = tmp_path / "r.html", tmp_path / "frame.html"
-    html_report.write(many, path, pruned=report, command="fastscore prune /a/long/path --scores " + "x" * 90)
+    row = {"budget": 0.7, "macs": 0.7, "params": 0.71, "channels": 0.72, "cut_agreement": 0.9,
+           "repaired_agreement": 1.0}
+    curve = {"resource": "channels", "decisions": 10, "note": "ranked", "rows": [row] * 4}
+    html_report.write(many, path, pruned=report, curve=curve, command="fastscore prune /a/long/path --scores " +
+                      "x" * 90)
     frame.write_text(f'''<iframe width="{width}" height="800" srcdoc="{html.escape(path.read_text())}"></iframe><script>
         addEventListener("load", () => {{ const page = frames[0].document.documentElement;
+        page.querySelectorAll(".stage button").forEach((_, i) => page.querySelectorAll(".stage button")[i].click());
         const cells = page.querySelectorAll("td").length, right = part => part.getBoundingClientRect().right;
         const cut = [...page.querySelectorAll("svg rect")].filter(bar => right(bar) > right(bar.ownerSVGElement) + .5);
         document.title = `${{page.clientWidth}} ${{page.scrollWidth}} ${{cells}} ${{cut.length}}`; }});

@@ -4,6 +4,9 @@ import copy
 import math
 import random
 from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +18,11 @@ from torch import Tensor, nn
 
 import fastscore
 from benchmarks.passes import latency as benchmark
+from fastscore.graph.tracing import trace
 from fastscore.pruning import latency
-from fastscore.pruning.costs import total_macs
-from fastscore.pruning.latency import TOLERANCE, search_steps
+from fastscore.pruning.costs import Costs, total_macs
+from fastscore.pruning.latency import TOLERANCE, foreseen_times, search_steps
+from fastscore.pruning.ranking import RemovalStep
 from fastscore.pruning.report import Timing
 from fastscore.pruning.selection import rounded_up
 
@@ -53,7 +58,7 @@ def test_on_an_exact_clock_the_fewest_steps_within_the_tolerance(drops: list[int
     found = search_steps(macs, start, share, measure)
     assert found >= start
     assert clock(found) <= share
-    assert found == first or clock(found) >= share - TOLERANCE
+    assert found == first or clock(found) >= share - TOLERANCE or macs[first] - macs[found] <= TOLERANCE * macs[0]
     assert tried[-1] == (found, 2)
     assert len(tried) <= 5 + 2 * math.log2(len(macs))
 
@@ -64,9 +69,11 @@ def test_on_an_exact_clock_the_fewest_steps_within_the_tolerance(drops: list[int
 def test_on_a_noisy_clock_the_budget_holds_where_it_was_measured_last(drops: list[int], share: float, start: int,
                                                                       seed: int, noise: float) -> None:
     macs, start, last = descending(drops), min(start, len(drops)), {}
-    generator = random.Random(seed)
+    generator, counted = random.Random(seed), 0
 
     def measure(steps: int, patience: int) -> float:
+        nonlocal counted
+        counted += 1
         last[steps] = macs[steps] / macs[0] * generator.uniform(1 - noise, 1 + noise), patience
         return last[steps][0]
 
@@ -78,11 +85,63 @@ def test_on_a_noisy_clock_the_budget_holds_where_it_was_measured_last(drops: lis
         return
     assert last[found][0] <= share
     assert last[found][1] == 2
+    assert counted <= 24  # and far fewer, mostly
+
+
+@pytest.mark.parametrize(("vector", "few"), [(1, 5), (7, 6)])
+def test_a_few_candidates_do(vector: int, few: int) -> None:
+    """Time is what was foreseen, but for a constant, vectors of channels (1 or 7 % of the time) and 1 % of noise: so
+    many candidates are measured half of the time, and never more than a dozen."""
+    tried, generator = [], random.Random(vector)
+    for share in [0.5, 0.6, 0.68, 0.75, 0.9] * 8:
+        drops = [generator.randint(1, 50) for _ in range(2000)]
+        foreseen, counts = descending(drops), []
+        grain, fixed = foreseen[0] * vector / 100, generator.uniform(0, 0.3)
+
+        def measure(steps: int, patience: int, foreseen: list[float] = foreseen, grain: float = grain,
+                    fixed: float = fixed, counts: list[int] = counts) -> float:
+            counts.append(steps)
+            exact = fixed + (1 - fixed) * math.ceil(foreseen[steps] / grain) * grain / foreseen[0]
+            return exact * generator.uniform(0.99, 1.01)
+
+        search_steps(foreseen, 0, share, measure)
+        tried.append(len(counts))
+    assert sorted(tried)[len(tried) // 2] <= few
+    assert max(tried) <= 12
+
+
+def test_times_are_foreseen_by_widths() -> None:
+    """Against the layers of each smaller network, whose MACs over the dense layer's are what remains of its time."""
+    network = NETWORKS["mobile"]
+    model, x = network.model().eval(), network.inputs(2)
+    graph = trace(model, x)
+    costs = Costs(model, graph.groups, x)
+    order = [step for group in graph.groups for step in (RemovalStep(group.name, (channel,), 0.0) for channel in (1, 0))
+             if group.channels > 2 and int(group.unit.max()) + 1 == group.channels]
+    seconds = {name: 1.0 + number for number, name in enumerate(costs.layers)}
+    foreseen = foreseen_times(order, costs, seconds)
+    assert costs.totals == costs.dense
+    gone: dict[str, list[int]] = {}
+    assert foreseen[0] == pytest.approx(sum(seconds.values()))
+    assert len(order) > 4
+    for step, found in zip(order, foreseen[1:], strict=True):
+        gone.setdefault(step.group, []).extend(step.channels)
+        shares = {name: Fraction(1) for name in seconds}
+        for group in graph.groups:
+            for member in group.members:
+                left = sum(int(channel) not in gone.get(group.name, []) for channel in member.channel)
+                layer = model.get_submodule(member.layer)
+                depthwise = isinstance(layer, nn.Conv2d) and layer.groups > 1
+                if member.role == "consumer" and depthwise:
+                    continue
+                shares[member.layer] *= Fraction(left, len(member.channel))
+        assert found == pytest.approx(sum(seconds[name] * float(share) for name, share in shares.items())), step
 
 
 def in_macs(monkeypatch: pytest.MonkeyPatch, factor: Callable[[], float] = lambda: 1.0) -> None:
     """Time is MACs from now on, for all who ask."""
-    def clock(dense: nn.Module, other: nn.Module, x: Tensor, forward: object, patience: int = 1) -> Timing:
+    def clock(one: Any, two: Any, device: torch.device, patience: int = 1) -> Timing:
+        (dense, x), (other, _) = one.args, two.args
         assert not dense.training
         assert not other.training
         return Timing((1e-3, 1e-3 * total_macs(other, x) / total_macs(dense, x) * factor()), 0.0)
@@ -161,7 +220,8 @@ def test_models_take_turns_and_medians_are_of_single_calls(monkeypatch: pytest.M
             return x
 
     monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
-    timing = latency.time_pair(Sleeper(5e-3), Sleeper(5e-4), torch.ones(1), lambda model, x: model(x))
+    timing = latency.time_pair(partial(Sleeper(5e-3), torch.ones(1)), partial(Sleeper(5e-4), torch.ones(1)),
+                                torch.device("cpu"))
     assert timing.seconds == pytest.approx((5e-3, 5e-4))
     assert timing.share == pytest.approx(0.1)
     assert ran.count(5e-4) == pytest.approx(4 * ran.count(5e-3), rel=0.1)  # short calls are read 4 at a time
@@ -191,12 +251,11 @@ def test_a_noisy_machine_is_measured_for_longer(monkeypatch: pytest.MonkeyPatch)
     for noise, least, most in ((0.0, 0.4, 0.45), (0.3, 0.45, 2.1)):
         now, generator = [0.0], random.Random(1)
 
-        def forward(model: nn.Module, x: Tensor, now: list[float] = now, generator: random.Random = generator,
-                    noise: float = noise) -> None:
+        def call(now: list[float] = now, generator: random.Random = generator, noise: float = noise) -> None:
             now[0] += 0.005 * generator.uniform(1 - noise, 1 + noise)
 
         monkeypatch.setattr(latency.time, "perf_counter", lambda now=now: now[0])
-        timing = latency.time_pair(nn.Identity(), nn.Identity(), torch.ones(1), forward)
+        timing = latency.time_pair(call, call, torch.device("cpu"))
         assert least <= now[0] - 0.03 <= most
         assert timing.uncertainty < 2 * TOLERANCE + noise / 3
         assert timing.share == pytest.approx(1, abs=noise / 3 + 1e-9)
