@@ -32,6 +32,7 @@ _LAYERS = (
     ("q_proj", "k_proj", "v_proj", "out_proj"),
     ("q_lin", "k_lin", "v_lin", "out_lin"),
     ("self.query", "self.key", "self.value", "output.dense"),
+    ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
     ("attention.query", "attention.key", "attention.value", "output.dense"),
     ("query", "key", "value", "dense"),
     ("to_q", "to_k", "to_v", "to_out.0"),
@@ -40,6 +41,7 @@ _LAYERS = (
 )
 _TOLERANCE = 0.05  # of a channel's length; bfloat16 rounds to 0.004 of each value
 _POSITIONS = ("cpb_mlp.2",)  # layers that make a bias for each head, of the places of tokens
+_TABLES = ("relative_position_bias_table",)  # parameters of a child, [places, heads]
 _OUTPUT_ALONE = "out_proj"  # of a module that holds the other projections itself, as nn.MultiheadAttention does
 
 
@@ -74,9 +76,11 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[tuple[Chann
         return (), {}
     calls = _calls(model, guesses, run)
     owners = parameter_owners(model)
-    groups, skipped = [], {}
-    for name, found in guesses.items():
-        if name not in calls:
+    groups: list[ChannelGroup] = []
+    skipped: dict[str, str] = {}
+    for name in sorted(calls, key=lambda name: -name.count(".")):  # an attention before the block that it stands in
+        found = guesses[name]
+        if found[0].whole().name in {group.name for group in groups}:
             continue
         module = model.get_submodule(name)
         computed = _computed(module, found[0].group, owners)
@@ -85,10 +89,11 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[tuple[Chann
             reason = _difference(module, guess.group, calls[name])
             if reason is None:
                 groups.append(guess.whole())
+                skipped.pop(found[0].whole().name, None)
                 break
             reasons.append(reason)
         else:
-            skipped[found[0].whole().name] = reasons[0]
+            skipped.setdefault(found[0].whole().name, reasons[0])
     return tuple(groups), skipped
 
 
@@ -115,7 +120,7 @@ def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
             rows = {query: _rows_of_blocks(count, shared, width)}
             rows |= {position: torch.arange(count) * width for position in _POSITIONS
                      if (layer := _linear(module, position)) is not None and layer.out_features == count}
-            yield _Guess(name, _group(query, rows, output, count, shared, width))
+            yield _Guess(name, _group(query, rows, output, count, shared, width, _tables(module, count)))
             if shared == count:
                 yield _Guess(name, _group(query, {query: _rows_of_heads(count, width)}, output, count, shared, width))
         elif q.out_features == out.in_features and k.out_features == v.out_features:
@@ -124,18 +129,26 @@ def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
                 continue
             once = _rows(shared, width, count // shared)
             yield _Guess(name, _group(query, {query: torch.arange(count * width), key: once, value: once}, output,
-                                      count, shared, width))
+                                      count, shared, width, _tables(module, count)))
     total, alone = heads.count(module), _linear(module, _OUTPUT_ALONE)
     held = [tensor for tensor in heads.tensors(module) if tensor in heads.PROJECTIONS]
     if name and total and alone is not None and held and alone.in_features % total == 0:
         yield _Guess(name, _group("", {}, _OUTPUT_ALONE, total, total, alone.in_features // total))
 
 
-def _group(name: str, rows: dict[str, Tensor], output: str, count: int, shared: int, width: int) -> ChannelGroup:
+def _tables(module: nn.Module, count: int) -> list[str]:
+    """Names of parameters of a module's children that hold something for each head along their second dimension."""
+    return [f"{name}.{key}" for name, child in module.named_children() for key in _TABLES
+            if (table := child._parameters.get(key)) is not None and table.dim() == 2 and table.shape[1] == count]
+
+
+def _group(name: str, rows: dict[str, Tensor], output: str, count: int, shared: int, width: int,
+           tables: Iterable[str] = ()) -> ChannelGroup:
     """rows: layer -> the channel of each of its outputs, int64. count: heads; shared: heads of keys and values."""
     channels = torch.arange(count * width)
     members = [Member(layer, "producer", torch.arange(len(channel)), channel) for layer, channel in rows.items()]
     every = torch.arange(count)
+    members += [Member(table, "tensor", every, every * width, 1) for table in tables]
     members += [Member("", "heads", every, every * width), Member(output, "consumer", channels, channels)]
     return ChannelGroup(name, count * width, channels // (width * (count // shared)), tuple(members))
 
@@ -189,7 +202,7 @@ def _calls(model: nn.Module, names: Iterable[str], run: Callable[[nn.Module], An
 def _computed(module: nn.Module, group: ChannelGroup, owners: Mapping[int, int]) -> str | None:
     """Why the weights of an attention module cannot lose rows; None where they can."""
     for member in group.members:
-        layer = module.get_submodule(member.layer)
+        layer = module.get_submodule(member.module)
         shown = member.layer or type(module).__name__
         if parametrized(layer):
             return f"the weight of {shown} is computed (a parametrization): remove it first"

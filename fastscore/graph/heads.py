@@ -1,6 +1,8 @@
 """What an attention module has once for each head, beside the layers that make and read its heads."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +53,8 @@ def remove(module: nn.Module, index: Tensor) -> None:
     """
     for handle in multihead_attention.replace_attention(module):  # PyTorch's own cannot be narrower than its embedding
         handle.make_permanent()
-    total = count(module)
+    config = _config_read(module)
+    total = count(module) or (config and _first_of(config, _COUNTS))
     if total is None:
         return  # it takes as many heads as its layers make
     kept = torch.ones(total, dtype=torch.bool).index_fill(0, index.cpu(), False).nonzero()[:, 0]
@@ -65,6 +68,35 @@ def remove(module: nn.Module, index: Tensor) -> None:
         for name, value in list(vars(owner).items()):
             if name in (*_COUNTS, *_KEY_COUNTS, *_WIDTHS) and isinstance(value, int):
                 setattr(owner, name, value * len(kept) // total)
+    if config is not None:
+        module.config = NarrowedConfig(config, {  # type: ignore[assignment]
+            name: value * len(kept) // total for name in (*_COUNTS, *_KEY_COUNTS)
+            if isinstance(value := getattr(config, name, None), int)})
+
+
+class NarrowedConfig:
+    """A config that many modules share, as one of them sees it: with other counts of heads."""
+
+    def __init__(self, config: Any, counts: Mapping[str, int]) -> None:
+        vars(self).update(counts, _config=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_config" not in vars(self):  # not there yet, in a copy that is being made
+            raise AttributeError(name)
+        return getattr(vars(self)["_config"], name)
+
+
+def _config_read(module: nn.Module) -> Any:
+    """The config of a module that keeps no count of heads itself and whose code reads one there; None where it does
+    not."""
+    config = vars(module).get("config")
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    reads = code is not None and any(name in code.co_names for name in _COUNTS)
+    return config if count(module) is None and config is not None and reads and _first_of(config, _COUNTS) else None
+
+
+def _first_of(config: Any, names: tuple[str, ...]) -> int | None:
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:

@@ -81,11 +81,19 @@ def coverage(model: nn.Module, graph: ChannelGraph, scored: Collection[str], ski
 
 def _roles(model: nn.Module, name: str, roles: Mapping[str, set[str]]) -> set[str]:
     """What a layer is in the groups; what a parameter's module is, but for heads that are none of the parameter's."""
-    own = roles.get(name, set())
+    own = roles.get(name, set()).union(*(roles.get(f"{name}.{key}", ()) for key in _parameters(model, name)))
     owner, _, parameter = name.rpartition(".")
     if parameter in (module := model.get_submodule(owner))._parameters:
         own = own | roles.get(owner, set()) - (set() if parameter in heads.tensors(module) else {"heads"})
     return own
+
+
+def _parameters(model: nn.Module, name: str) -> Collection[str]:
+    """Names of the parameters of the module of that name; none where it is a parameter's."""
+    try:
+        return model.get_submodule(name)._parameters
+    except AttributeError:
+        return ()
 
 
 def _reason(name: str, skipped: Mapping[str, str]) -> str:

@@ -1,0 +1,67 @@
+"""Heads of attentions whose code keeps their number, or something for each of them, elsewhere than in its layers."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import whole_way
+from torch import nn
+
+TOKENS = {"input_ids": torch.randint(1, 50, (3, 6), generator=torch.Generator().manual_seed(1))}
+PIXELS = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)}
+
+
+def _phi3() -> nn.Module:
+    return transformers.Phi3ForCausalLM(transformers.Phi3Config(
+        hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=50, max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=False))
+
+
+def _beit() -> nn.Module:
+    return transformers.BeitForImageClassification(transformers.BeitConfig(
+        hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=4,
+        use_relative_position_bias=True, num_labels=5))
+
+
+def _swin() -> nn.Module:
+    return transformers.SwinForImageClassification(transformers.SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[2], num_heads=[4], window_size=4, num_labels=5))
+
+
+# name -> (model, batch, group, shapes of parameters after half of the heads are gone)
+MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str, dict[str, tuple[int, ...]]]] = {
+    "BEiT": (_beit, PIXELS, "beit.layers.0.attention.q_proj",
+             {"beit.layers.0.relative_position_bias.relative_position_bias_table": (52, 2)}),
+    "Swin": (_swin, PIXELS, "swin.encoder.layers.0.blocks.1.attention.q_proj",
+             {"swin.encoder.layers.0.blocks.1.attention.relative_position_bias.relative_position_bias_table": (49, 2)}),
+}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_whole_way(name: str, tmp_path: Path) -> None:
+    build, batch, group, shapes = MODELS[name]
+    small = whole_way.check(build, batch, [group], tmp_path, only=False).model
+    assert {key: tuple(small.get_parameter(key).shape) for key in shapes} == shapes
+
+
+def test_a_config_that_others_share_stays_what_it_is(tmp_path: Path) -> None:
+    """Phi-3's attention reads its number of heads there; whatever else is set there later, it sees."""
+    small = whole_way.check(_phi3, TOKENS, ["model.layers.0.self_attn.qkv_proj"], tmp_path, only=False).model
+    attention = small.model.layers[0].self_attn
+    assert [tuple(parameter.shape) for parameter in attention.parameters()] == [(16, 8), (16, 16)]
+    assert (small.config.num_attention_heads, attention.config.num_attention_heads) == (4, 2)
+    assert (attention.config.num_key_value_heads, attention.num_key_value_heads) == (1, 1)
+    other = copy.deepcopy(small)
+    other.set_attn_implementation("eager")
+    assert other.model.layers[0].self_attn.config._attn_implementation == "eager"
+    assert attention.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        torch.testing.assert_close(other(**TOKENS).logits, small(**TOKENS).logits, rtol=1e-4, atol=1e-5)
+        small.float()
+        with_cache, without = (small.generate(TOKENS["input_ids"], max_new_tokens=4, do_sample=False, use_cache=cached,
+                                              pad_token_id=0) for cached in (True, False))
+    assert torch.equal(with_cache, without)
