@@ -78,7 +78,8 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[tuple[Chann
     owners = parameter_owners(model)
     groups: list[ChannelGroup] = []
     skipped: dict[str, str] = {}
-    for name in sorted(calls, key=lambda name: -name.count(".")):  # an attention before the block that it stands in
+    # an attention before the block that it stands in
+    for name in sorted(calls, key=lambda name: len(name.split(".")) if name else 0, reverse=True):
         found = guesses[name]
         if found[0].whole().name in {group.name for group in groups}:
             continue
