@@ -84,7 +84,8 @@ class _Recorder:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if name in self.points:
-                x = output if self.points[name].output else input_of(args, kwargs)
+                made = output[0] if isinstance(output, tuple) else output
+                x = made if self.points[name].output else input_of(args, kwargs)
                 self.shapes.setdefault(name, []).append(tuple(x.shape))
             if isinstance(module, nn.Linear):
                 self.dims.setdefault(name, set()).add(output.dim())

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fastscore.modules.sample_axis import SampleAxes
 
-Role = Literal["producer", "consumer", "channelwise", "norm", "heads", "gate", "tensor"]
-Units = Literal["groups", "norms"]
+Role = Literal["producer", "consumer", "channelwise", "norm", "heads", "gate", "tensor", "branch", "block"]
+Units = Literal["groups", "norms", "blocks"]
 Ignore = Iterable[str | type | nn.Module]
 
 
@@ -29,7 +29,9 @@ class Member:
     layer: qualified module name. role: `producer` (a Conv, Linear or Embedding that makes the channels), `consumer` (a
     Conv or Linear that reads them), `channelwise` (a BatchNorm, PReLU or depthwise convolution between them), `norm` (a
     normalisation over them, whose statistics read them: see fastscore.modules.channel_norms), `heads` (an attention
-    module, for what it has once for each head), `gate` (a BatchNorm whose output is the channels: see norm_gates) or
+    module, for what it has once for each head), `gate` (a BatchNorm whose output is the channels: see norm_gates),
+    `branch` (a residual branch, all whose output is one channel) or `block` (the same module, which goes with it, and
+    returns `index[0]` things: see fastscore.graph.blocks), or
     `tensor` (a parameter that the code of a module reads itself, such as a layer scale or an embedding of positions:
     `layer` is its qualified name, and its dimension `dim` holds the channels). index, channel: int64 [M]; position
     `index[m]` of the layer's output (its input, for a consumer) carries the group's channel `channel[m]`; in the
@@ -76,7 +78,7 @@ class ChannelGroup:
     @property
     def edges(self) -> Iterator[Member]:
         """The members where the channels end, and where activation meets gradient."""
-        return self.role("consumer", "norm", "gate")
+        return self.role("consumer", "norm", "gate", "branch")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class ChannelGraph:
     skipped: layer -> why its channels are kept. normalized_by: Conv or Linear -> the BatchNorm that alone reads
     its output. samples: where the samples lie in what layers read. macs: layer, or parameter that the code of its
     module reads -> MACs of the products with it, of one sample. uncounted: operation that no formula knows -> where it
-    ran.
+    ran. blocks: residual branches that can go whole, a group of one channel each, which are no part of `groups` (see
+    fastscore.graph.blocks.with_blocks).
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -95,6 +98,7 @@ class ChannelGraph:
     samples: SampleAxes = field(default_factory=SampleAxes)
     macs: Mapping[str, float] = field(default_factory=dict)
     uncounted: Mapping[str, str] = field(default_factory=dict)
+    blocks: tuple[ChannelGroup, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -124,6 +128,8 @@ class ChannelGraph:
         skipped, groups = dict(self.skipped), []
         for group in self.groups:
             hits = [name for member in group.members for name in (member.layer, member.module) if name in ignored]
+            hits += [layer for member in group.role("block") for layer in sorted(ignored)
+                     if layer.startswith(f"{member.layer}.")]
             if not hits:
                 groups.append(group)
             else:

@@ -76,6 +76,7 @@ def of_graph(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training
     """
     watched = {edge.layer: Watched(channel_dim(model.get_submodule(edge.layer)))
                for group in graph.groups for edge in group.edges}
+    watched |= {edge.layer: Watched(edge.dim, output=True) for group in graph.blocks for edge in group.edges}
     watched |= {name: Watched(1, output=True) for name, module in model.named_modules()
                 if isinstance(module, nn.modules.batchnorm._BatchNorm)}
     axes = find(model, watched, run, example) if watched else SampleAxes()
@@ -230,7 +231,8 @@ def _watching(model: nn.Module, watched: Mapping[str, Watched], trial: _Trial) -
         return hook
 
     def on_output(layer: str, what: Watched) -> Callable[..., Any]:
-        return lambda module, args, output: seen(layer, output, what)
+        return lambda module, args, output: (seen(layer, output[0], what), *output[1:]) \
+            if isinstance(output, tuple) else seen(layer, output, what)
 
     def on_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if trial.called_with is None:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from fastscore.graph import channel_buffers, heads, own_tensors
 from fastscore.graph.groups import ChannelGroup, Role
 from fastscore.modules import experts, multihead_attention
+from fastscore.modules.zero_branch import put_zeros
 
 Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
-Side = Literal["inputs", "outputs", "heads", Dim]
+Side = Literal["inputs", "outputs", "heads", "block", Dim]
 _DIMS: tuple[Dim, ...] = get_args(Dim)
 _SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "norm": "outputs", "gate": "outputs",
-                               "consumer": "inputs", "heads": "heads"}
+                               "consumer": "inputs", "heads": "heads", "block": "block"}
 # (layer, its inputs or its outputs; or an attention module, its heads; or a parameter, a dimension of it) -> positions
 # that go, int64, ascending: a surgery whole, for any copy of the model
 RemovedIndices: TypeAlias = Mapping[tuple[str, Side], Tensor]
@@ -35,6 +36,8 @@ def removed_indices(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor
     for group in groups:
         if group.name in removed:
             for member, index in group.removed_at(removed[group.name]):
+                if member.role == "branch":
+                    continue  # its block says what goes
                 side = _DIMS[member.dim] if member.role == "tensor" else _SIDES[member.role]
                 indices[member.layer, side].append(index)
     return {key: index for key, parts in indices.items() if len(index := torch.cat(parts).unique())}
@@ -51,6 +54,12 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
         The model. Parameters that lost something are new objects, which require gradients, and have the memory format,
         as the old ones did.
     """
+    for (name, side), index in indices.items():
+        if side == "block":
+            put_zeros(model, name, int(index))
+    gone = tuple(f"{name}." for name, side in indices if side == "block")
+    indices = {(name, side): index for (name, side), index in indices.items()
+               if side != "block" and not f"{name}.".startswith(gone)}
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     shared = _shared_parameters(model)
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastscore import batches
 from fastscore.graph import (
     attention,
+    blocks,
     cache,
     channel_buffers,
     dependencies,
@@ -137,6 +138,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     except Exception as error:  # the tracer raises whatever its guesses run into
         blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
         raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}") from error
+    branches = blocks.find(eval_model, whole)
     heads, left = attention.find(eval_model, whole)
     found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording), heads)
     graph.release()
@@ -146,7 +148,8 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
                for group, where in leaks.items()}
     reasons |= surgery_trial.refusals(recording, [group for group in found.groups if group.name not in leaks])
     return replace(found, groups=tuple(group for group in found.groups if group.name not in reasons),
-                   skipped={**found.skipped, **reasons, **left}), recording.layers_that_ran, {*left, *reasons}
+                   skipped={**found.skipped, **reasons, **left}, blocks=branches), recording.layers_that_ran, \
+        {*left, *reasons}
 
 
 def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGroup]) -> ChannelGraph:

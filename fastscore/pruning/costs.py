@@ -35,7 +35,8 @@ class LayerCost:
     """macs = macs_per_width x width, params = weights_per_width x width + params_per_output x outputs,
     where width = inputs x outputs for a dense layer and outputs for a channelwise one.
 
-    bias_below: with fewer inputs than this, the layer has a bias that it had not: compensation for those that went."""
+    bias_below: with fewer inputs than this, the layer has a bias that it had not: compensation for those that went.
+    present: whether it is there; without the block that holds it, it costs nothing, whatever its width."""
 
     inputs: int
     outputs: int
@@ -44,6 +45,7 @@ class LayerCost:
     weights_per_width: float
     params_per_output: float
     bias_below: int = 0
+    present: bool = True
 
     @property
     def width(self) -> int:
@@ -53,16 +55,22 @@ class LayerCost:
     @property
     def macs(self) -> float:
         """MACs for one sample."""
-        return self.macs_per_width * self.width
+        return self.macs_per_width * self.width if self.present else 0.0
 
     @property
     def params(self) -> float:
         """Parameters."""
+        if not self.present:
+            return 0.0
         new_bias = self.inputs < self.bias_below
         return self.weights_per_width * self.width + (self.params_per_output + new_bias) * self.outputs
 
     def grow(self, more: int, inputs: bool) -> tuple[float, float]:
         """Have `more` inputs, or outputs; (MACs, parameters) that this adds."""
+        macs, params = self._grow(more, inputs)
+        return (macs, params) if self.present else (0.0, 0.0)
+
+    def _grow(self, more: int, inputs: bool) -> tuple[float, float]:
         had_bias = self.inputs < self.bias_below
         if inputs:
             self.inputs += more
@@ -99,7 +107,7 @@ class Costs:
         self._losses: dict[str, dict[tuple[int, ...], list[tuple[LayerCost, bool]]]] = {}
         for group in self.groups.values():
             losses = self._losses[group.name] = defaultdict(list)
-            for member in group.members:
+            for member in () if any(group.role("block")) else group.members:
                 layer, own = model.get_submodule(member.module), per_layer.get(member.layer, 0.0)
                 if member.layer not in self.layers:
                     self.layers[member.layer] = _heads_cost(member, layer, per_layer) if member.role == "heads" \
@@ -111,12 +119,25 @@ class Costs:
                     cost.bias_below = cost.inputs
                 positions = np.bincount(member.channel.numpy(), minlength=group.channels).tolist()
                 losses[tuple(positions)].append((cost, member.role == "consumer"))
+        # group of a branch -> the layers that go with it
+        self._blocks = {name: self._layers_of(model, name, per_layer, counted_parameters)
+                        for name, group in self.groups.items() if any(group.role("block"))}
         self.totals: dict[Resource, float] = {
             "channels": sum(group.channels for group in self.groups.values()),
             "params": sum(parameter.numel() for parameter in model.parameters()),
             "macs": counted.macs,
         }
         self.dense: Mapping[Resource, float] = dict(self.totals)
+
+    def _layers_of(self, model: nn.Module, block: str, macs: Mapping[str, float], counted: set[int]
+                   ) -> list[LayerCost]:
+        """The layers of a block that lose channels, and what all else in it costs as one more."""
+        block_of = f"{block}."
+        inside = [cost for name, cost in self.layers.items() if f"{name}.".startswith(block_of)]
+        params = sum(parameter.numel() for parameter in model.get_submodule(block).parameters())
+        rest = LayerCost(1, 1, True, macs.get(block, 0.0) - sum(cost.macs for cost in inside), 0.0,
+                         params - sum(cost.params for cost in inside))
+        return [*inside, rest]
 
     def remove(self, group: str, channels: Iterable[int]) -> None:
         """Take channels of a group away."""
@@ -160,15 +181,21 @@ class Costs:
         counted: set[str] = set()
         rows = []
         for group in self.groups.values():
-            own = {member.layer: self.layers[member.layer] for member in group.members
-                   if member.role != "consumer" and member.layer not in counted}
-            counted.update(own)
-            rows.append((sum(layer.macs for layer in own.values()), sum(layer.params for layer in own.values())))
+            layers = {member.layer: self.layers[member.layer] for member in group.members
+                      if member.layer in self.layers and member.role != "consumer" and member.layer not in counted}
+            counted.update(layers)
+            own = self._blocks.get(group.name) or list(layers.values())
+            rows.append((sum(layer.macs for layer in own), sum(layer.params for layer in own)))
         return rows
 
     def _change(self, group: str, channels: Iterable[int], sign: int) -> None:
         channels = tuple(channels)
         macs = params = 0.0
+        for cost in self._blocks.get(group, ()) if channels else ():
+            cost.present = True
+            macs += sign * cost.macs
+            params += sign * cost.params
+            cost.present = sign > 0
         for positions, losses in self._losses[group].items():
             more = sign * (positions[channels[0]] if len(channels) == 1 else sum([positions[i] for i in channels]))
             if more:

@@ -1,5 +1,6 @@
 """mask(): the channels that prune() would remove, read as zero (or as their means), without surgery."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastscore.batches import Batch, Forward, call_model
+from fastscore.graph import blocks
 from fastscore.graph.groups import Ignore
 from fastscore.modules import experts, multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -73,7 +75,8 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
             handles = at_gates(model, positions, means)
         else:
             added = mean_contributions(eval_model, means, example_inputs, forward) if means else {}
-            handles = at_consumers(model, positions, added)
+            branches = [group for group in graph.groups if group.name in removed and any(group.role("block"))]
+            handles = itertools.chain(at_consumers(model, positions, added), blocks.zero_outputs(model, branches))
     with uncompiled(wrapper), ExitStack() as attached:
         for handle in handles:
             attached.enter_context(handle)

@@ -168,7 +168,8 @@ def _group_steps(group: ChannelGroup, values: Tensor, costs: Tensor, round_to: i
             cost, value = (math.fsum([of[channel] for channel in channels]) for of in (cost_of, value_of))
         return value / cost if cost > 0 else math.inf
 
-    least = max(1, math.ceil(floor * group.channels - 1e-9))
+    # of channels one stays; a branch may go whole
+    least = max(0 if any(group.role("block")) else 1, math.ceil(floor * group.channels - 1e-9))
     steps: list[RemovalStep] = []
     pending: tuple[int, ...] = ()
     kept, below = group.channels, -math.inf

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward
+from fastscore.graph.blocks import with_blocks
 from fastscore.graph.groups import ChannelGraph, Ignore, norm_gates
 from fastscore.graph.tracing import trace
 from fastscore.pruning.costs import Costs, MacsWithout, Resource
@@ -23,6 +24,8 @@ def scored_graph(model: nn.Module, scores: Scores, example_inputs: Batch, forwar
     whole = trace(model, example_inputs, forward)
     if scores.origin.units == "norms":
         whole = norm_gates(model, whole)
+    elif scores.origin.units == "blocks":
+        whole = with_blocks(whole)
     check_scores(whole, scores)
     graph = whole.without(model, ignore)
     scored = tuple(group for group in graph.groups if group.name in scores)
@@ -35,7 +38,7 @@ def check_removable(scores: Scores) -> None:
     """Raise ValueError for scores of channels that no surgery can take out, TypeError for what are none."""
     if not isinstance(scores, Scores):
         raise TypeError(f"scores: {type(scores).__name__}; give what fastscore.score returned")
-    if scores.origin.units != "groups":
+    if scores.origin.units == "norms":
         raise ValueError('scores: they are of single BatchNorms (units="norms"), whose channels can be masked but not '
                          'removed: to prune, score with units="groups"')
 

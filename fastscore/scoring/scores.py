@@ -51,11 +51,15 @@ class Origin:
         if not weights:
             importances.gradient_importance(self.importance, self.reduction, self.ablation)
         choices: dict[str, tuple[str, ...]] = {
-            "gradient": ("none",) if weights else ("random", "loss"), "units": ("groups", "norms"),
+            "gradient": ("none",) if weights else ("random", "loss"), "units": ("groups", "norms", "blocks"),
             "distribution": ("none",) if weights else DISTRIBUTIONS, "layerwise": tuple(importances.LAYERWISE)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
+        if self.units == "blocks" and not (self.importance.startswith("taylor") and self.ablation == "zero"):
+            raise ValueError(f'units: "blocks" are gated whole, which importance={self.importance!r}, '
+                             f'ablation={self.ablation!r} says nothing of: use a taylor importance with '
+                             'ablation="zero", or units="groups"')
         if self.sample_dims not in (1, 2):
             raise ValueError(f"sample_dims: {self.sample_dims!r}; it is 1 (each example is a sample) or 2 (each token "
                              "is)")

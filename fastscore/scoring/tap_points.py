@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from fastscore.graph.blocks import with_blocks
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Ignore, Role, norm_gates
 from fastscore.modules.experts import is_expert_parameter
 from fastscore.modules.inspection import channel_dim
@@ -18,6 +19,7 @@ def tap_points(model: nn.Module, groups: Iterable[ChannelGroup], windowed: bool 
     windowed: a tap reads only the positions that its layer reads, where it skips some.
     """
     return {edge.layer: TapPoint(-1) if is_expert_parameter(model, edge.layer) else
+            TapPoint(edge.dim, output=True) if edge.role == "branch" else
             _tap_point(model.get_submodule(edge.layer), edge.role, windowed)
             for group in groups for edge in group.edges}
 
@@ -41,6 +43,8 @@ def groups_to_score(model: nn.Module, graph: ChannelGraph, origin: Origin, ignor
     of several. Raises ValueError, with the reasons, when nothing is left."""
     if origin.units == "norms":
         graph = norm_gates(model, graph)
+    elif origin.units == "blocks":
+        graph = with_blocks(graph)
     if graph.samples.second and origin.gradient != "none":
         raise ValueError("batches: their second dimension counts samples, [T, N, ...], by what the output depends on; "
                          "give [N, ...] and forward=lambda model, batch: model(batch.transpose(0, 1))")

@@ -211,10 +211,12 @@ class Taps:
         return self._hook(hand_over_view)
 
     def _tap_output(self, own: nn.Module, layer: str, point: TapPoint) -> OwnHook:
-        def hand_over_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-                           ) -> Tensor | None:
+        def hand_over_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+                           ) -> Any:
             if module is not own or not self._listening(layer):
                 return None
+            if isinstance(output, tuple):
+                return (self._gated(output[0], layer, point), *output[1:])
             return self._gated(output, layer, point, input_of(args, kwargs) if point.statistics else None)
 
         return self._hook(hand_over_copy)

@@ -1,0 +1,171 @@
+"""Residual branches that go whole: found, scored by one gate each, chosen with channels under one budget, removed."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from oracles import untouched
+from torch import Tensor, nn
+
+import fastscore
+from fastscore.graph.tracing import trace
+from fastscore.integrations.transformers import forward
+from fastscore.modules.zero_branch import ZeroBranch
+from fastscore.pruning.costs import total_macs
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 20,
+         "max_position_embeddings": 16}
+
+
+class Steps(nn.Module):
+    """Branches that add, under a scale of their own; one that multiplies; and one whose input is another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.one, self.two, self.times, self.other = (
+            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 8)) for _ in range(4))
+        self.scale = nn.Parameter(torch.full((8,), 0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, y = self.embed(x), self.embed(x.flip(1))
+        x = x + self.one(x)
+        x = x + self.scale * self.two(x)
+        x = x * self.times(x)
+        return self.head((x + self.other(y)).tanh())
+
+
+def _run(model: nn.Module, batch: Any) -> Tensor:
+    return forward(model, batch) if isinstance(batch, dict) else model(batch)
+
+
+def _case(name: str) -> tuple[nn.Module, Any, list[str]]:
+    """(model in float64, batch, its branches)"""
+    generator = torch.Generator().manual_seed(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "steps":
+            model, batch, found = Steps(), torch.randn(3, 4, 5, generator=generator).double(), ["one", "two"]
+        elif name == "ViT":
+            model = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2,
+                                                  num_classes=3, mlp_ratio=2, init_values=0.5)
+            batch = torch.randn(3, 3, 16, 16, generator=generator).double()
+            found = [f"blocks.{i}.{part}" for i in range(2) for part in ("attn", "mlp")]
+        else:
+            model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, num_key_value_heads=1, head_dim=8))
+            batch = {"input_ids": torch.randint(0, 20, (3, 5), generator=generator)}
+            # the cache of a decoder is as long as the keys of its first layer
+            found = [f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn", "mlp")][1:]
+        model = model.double().eval()
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model, batch, found
+
+
+CASES = ("steps", "ViT", "Qwen3")
+
+
+def _gated(model: nn.Module, branch: str, batch: Any, gate: Tensor) -> Tensor:
+    model = copy.deepcopy(model)
+
+    def multiply(module: nn.Module, args: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        first = first * gate.view(-1, *[1] * (first.dim() - 1))
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    model.get_submodule(branch).register_forward_hook(multiply)
+    return _run(model, batch)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scores_are_those_of_one_gate(name: str) -> None:
+    model, batch, found = _case(name)
+    with untouched(model):
+        graph = trace(model, batch, _run)
+        assert [group.name for group in graph.blocks] == found
+        with torch.no_grad():
+            z = _run(model, batch)
+        v = torch.randn(z.shape, generator=torch.Generator().manual_seed(2), dtype=z.dtype)
+        scores = fastscore.score(model, [batch], units="blocks", gradient="loss", normalize=False, forward=_run,
+                                 loss=lambda output, _: (output * v).sum(), progress=False)
+        assert not set(found) & set(fastscore.score(model, [batch], forward=_run, progress=False))
+    assert set(scores) == {group.name for group in (*graph.groups, *graph.blocks)}
+    for branch in found:
+        gate = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        (s,) = torch.autograd.grad((_gated(model, branch, batch, gate) * v).sum(), gate)
+        torch.testing.assert_close(scores[branch].double(), s.square().mean()[None], rtol=1e-6, atol=1e-20)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_branches_go_with_channels_under_one_budget(name: str, tmp_path: Path) -> None:
+    model, batch, found = _case(name)
+    scores = fastscore.score(model, [batch], units="blocks", forward=_run, progress=False)
+    with untouched(model):
+        for unit, share in (("macs", 0.5), ("params", 0.5)):
+            result = fastscore.prune(model, scores, batch, forward=_run, compensate=False, **{unit: share})
+            before, after = getattr(result.report, unit)
+            assert share * before >= after
+            assert sum(p.numel() for p in result.model.parameters()) == result.report.params[1]
+            assert total_macs(result.model, batch, _run) == result.report.macs[1]
+        gone = [branch for branch in result.removed if branch in found]
+        assert gone
+        lowest = min(found, key=lambda branch: float(scores[branch]))
+        scores_of_one = replace(scores, totals={lowest: scores.totals[lowest]})
+        single = fastscore.prune(model, scores_of_one, batch, forward=_run, params=0.99)
+        assert list(single.removed) == [lowest]
+        with torch.no_grad():
+            want, got = _gated(model, lowest, batch, torch.zeros(3).double()), _run(single.model, batch)
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+            with fastscore.mask(model, scores_of_one, 0.99, batch, forward=_run):
+                torch.testing.assert_close(_run(model, batch), want, rtol=1e-10, atol=1e-12)
+    assert isinstance(single.model.get_submodule(lowest), ZeroBranch)
+    small = result.model
+    with torch.no_grad():
+        output = _run(small, batch)
+    args, kwargs = ((), {**batch, "use_cache": False}) if isinstance(batch, dict) else ((batch,), {})
+    exported = torch.export.export(small, args, kwargs).module()(*args, **kwargs)
+    torch.testing.assert_close(exported if isinstance(exported, Tensor) else exported.logits, output)
+    fastscore.save_pruned(result, tmp_path / "small.safetensors")
+    loaded = fastscore.load_pruned(_case(name)[0], tmp_path / "small.safetensors").eval()
+    with torch.no_grad():
+        assert torch.equal(_run(loaded, batch), output)
+    optimizer = fastscore.rebuild_optimizer(torch.optim.SGD(model.parameters(), 1e-3), model, result)
+    first = _run(small, batch).square().mean()
+    first.backward()
+    optimizer.step()
+    assert _run(small, batch).square().mean() < first
+    again = fastscore.score(small, [batch], units="blocks", forward=_run, progress=False)
+    assert not set(gone) & set(again)
+
+
+def test_generation_with_and_without_a_cache_is_the_same() -> None:
+    """Without channels of the stream, heads and branches."""
+    model, batch, _ = _case("Qwen3")
+    model = model.float()
+    scores = fastscore.score(model, [batch], units="blocks", forward=forward, progress=False)
+    small = fastscore.prune(model, scores, batch, forward=forward, macs=0.6).model
+    assert small.model.embed_tokens.embedding_dim < SIZES["hidden_size"] or any(
+        isinstance(module, ZeroBranch) for module in small.modules())
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    texts = [small.generate(batch["input_ids"], use_cache=cache, **options) for cache in (True, False)]
+    assert torch.equal(*texts)
+
+
+def test_what_is_ignored_within_a_branch_keeps_it() -> None:
+    model, batch, _ = _case("steps")
+    scores = fastscore.score(model, [batch], units="blocks", ignore=["two.1"], progress=False)
+    assert "one" in scores
+    assert "ignored" in scores.skipped["two"]
+
+
+@pytest.mark.parametrize(("options", "said"), [({"importance": "magnitude-l2"}, "blocks"),
+                                               ({"ablation": "mean"}, "ablation")])
+def test_importances_that_say_nothing_of_a_branch(options: dict[str, str], said: str) -> None:
+    model, batch, _ = _case("steps")
+    with pytest.raises(ValueError, match=rf"^units: .*{said}"):
+        fastscore.score(model, [batch], units="blocks", progress=False, **options)
