@@ -14,9 +14,22 @@ Outputs: TypeAlias = Callable[[Any, str], Sequence[Tensor]]  # (what a model ret
 MASK = "attention_mask"  # by this name a model is told which tokens are padding
 
 
+class OutputError(TypeError):
+    """What a model returns is no output that a gradient can start from."""
+
+
+def check_example(batch: Batch, argument: str) -> None:
+    """Raise TypeError, naming the argument, where a batch holds no tensor."""
+    if first_tensor(batch) is None:
+        shown = repr(batch) if len(repr(batch)) < 60 else type(batch).__name__
+        advice = "; torch.from_numpy makes one of an array" if type(batch).__module__ == "numpy" else ""
+        raise TypeError(f"{argument}: {shown}, where a batch is meant: a tensor [N, ...], a tuple that begins with "
+                        f"one, or a dict of keyword arguments{advice}")
+
+
 def check_iterable(batches: object, argument: str) -> None:
     """Raise TypeError, naming the argument, where `batches` are none: one tensor, one dict, no iterable."""
-    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+    if isinstance(batches, (Tensor, Mapping, str, bytes)) or not isinstance(batches, Iterable):
         shown = "one tensor" if isinstance(batches, Tensor) else type(batches).__name__
         raise TypeError(f"{argument}: {shown}, where an iterable of batches is meant; for a single one: [batch]")
 
@@ -41,7 +54,7 @@ def output_tensors(returned: Any, model: str) -> list[Tensor]:
         shown = type(returned).__name__ if not isinstance(returned, Tensor) else \
             f"a {returned.dtype} tensor of shape {tuple(returned.shape)}"
         held = ", ".join(f"{name or 'it'} {list(tensor.shape)}" for name, tensor in found.items())
-        raise TypeError(f"{model} returns {shown}{f' with {held}' if held else ''}; scores need one floating-point "
+        raise OutputError(f"{model} returns {shown}{f' with {held}' if held else ''}; scores need one floating-point "
                         "tensor [N, ...]: pass forward=lambda model, batch: <the tensor> (to a Scorer: "
                         "output=lambda returned: <the tensor, or a list of them>)")
     return list(found.values())

@@ -25,6 +25,7 @@ NORM = OPTYPE.LN  # of nodes: any normalisation over channels, and nothing else
 TRANSPARENT = {OPTYPE.ELEMENTWISE, OPTYPE.CONCAT, OPTYPE.SPLIT, OPTYPE.RESHAPE, OPTYPE.UNBIND, OPTYPE.EXPAND,
                OPTYPE.SLICE}
 
+_RUNS_OVER = "an operation runs over all its channels"
 _UNKNOWN = OPTYPE.MHA  # of modules that are no ChannelNorm, and stop whatever comes to them
 
 # (node, pruning function) -> int64 [M], ascending: where channels of the root lie in the node's output or input, in
@@ -95,6 +96,11 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
                         onward = follow(onward)
                     if len(onward):
                         work.append((dependency.target, dependency.handler, onward))
+        if obstacle is not None and obstacle.startswith(_RUNS_OVER):
+            products = (node.grad_fn.name() for node, _ in positions
+                        if node.type == OPTYPE.ELEMENTWISE and index_maps.multiplies(node.grad_fn))
+            if product := next(products, None):  # which what comes after it is not to blame for
+                obstacle = f"a product with other activations ({product}) takes them where they cannot be followed"
         return positions, obstacle
 
     def dim_of(self, node: Any) -> int | None:
@@ -146,7 +152,7 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
             return "its channels are the model's output"
         if any(source in self._dims and index_maps.runs_over(node.grad_fn, self._dims[source], len(_shape(source)))
                for source in node.inputs):
-            return f"an operation runs over all its channels ({node.grad_fn.name()})"
+            return f"{_RUNS_OVER} ({node.grad_fn.name()})"
         fixed = node.type == OPTYPE.SLICE or hasattr(node.grad_fn, "_saved_split_sizes") or (
             node.type == OPTYPE.SPLIT and any(node.grad_fn is function for function in self._calls.fixed_splits))
         cropped = self._is_padded(node) and min(self._padding(node)) < 0

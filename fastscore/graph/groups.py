@@ -177,6 +177,8 @@ def matching_layers(model: nn.Module, ignore: Ignore) -> set[str]:
     names |= {name: parameter for name, parameter in model.named_parameters()  # those that a module's own code reads
               if not name.endswith((".weight", ".bias"))}
     matched: set[str] = set()
+    if not isinstance(ignore, (str, type, nn.Module, Iterable)):
+        raise TypeError(f"ignore: {ignore!r:.80}, where names of layers, module types or modules are meant")
     for entry in (ignore,) if isinstance(ignore, (str, type, nn.Module)) else ignore:
         if isinstance(entry, str):
             hits = {name for name in names if fnmatch.fnmatchcase(name, entry)}

@@ -16,6 +16,7 @@ _BROADCASTING = ("Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Maximum", "Minimum"
 _REDUCING = ("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Aminmax", "Var", "Std", "LinalgVectorNorm", "Norm", "Prod",
              "Logsumexp", "Softmax", "LogSoftmax", "Cumsum", "Sort", "Topk")
 
+_PRODUCTS = ("Mm", "Bmm", "Addbmm", "Baddbmm", "Mv", "Dot", "ScaledDotProduct", "Cdist", "Einsum")
 _CONTRACTING = ("Mm", "Bmm", "Addmm", "Addbmm", "Baddbmm", "Mv", "Addmv", "Dot", "Linear", "Convolution", "Embedding",
                 "Index", "Gather", "ScaledDotProduct", "Cdist", "Einsum", "Roll", "Flip", "Unfold")
 
@@ -134,6 +135,11 @@ def runs_over(function: Any, dim: int, dims: int) -> bool:
     """Whether an operation reduces or normalises over the dimension `dim` of its input of so many dimensions."""
     return hasattr(function, "name") and function.name().startswith(_REDUCING) \
         and dim in saved_dims(function, "_saved_dim", dims)
+
+
+def multiplies(function: Any) -> bool:
+    """Whether an operation is a product of matrices, of which activations may be both."""
+    return hasattr(function, "name") and function.name().startswith(_PRODUCTS)
 
 
 def contracts(function: Any) -> bool:

@@ -52,10 +52,14 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         the reason for everything that is in none.
 
     Raises:
-        TypeError: the model returns no tensor, or torch.jit made it.
+        TypeError: the model returns no tensor, or torch.jit made it; example inputs that hold none.
         ValueError: it cannot run on the example inputs, or its parameters are sharded.
     """
     model = unwrapped(model)
+    if not callable(forward):
+        raise TypeError(f"forward: {forward!r:.80}, where a function forward(model, batch) is meant")
+    if forward is batches.call_model:
+        batches.check_example(example_inputs, "example_inputs")
     known = cache.get(model, example_inputs, forward)
     if known is not None:
         return known
@@ -133,7 +137,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     try:
         with recording.record():
             graph.build(eval_model, first_run)
-    except TypeError:
+    except batches.OutputError:
         raise
     except Exception as error:  # the tracer raises whatever its guesses run into
         blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"

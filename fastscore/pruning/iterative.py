@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import files
+from fastscore.arguments import check_number
 from fastscore.batches import Batch, call_model, first_samples, first_tensor, map_tensors
 from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.groups import matching_layers
@@ -257,6 +258,7 @@ def _check(batches: Iterable[Batch], steps: int, schedule: str, options: Mapping
     if isinstance(batches, Iterator):
         raise TypeError("batches: an iterator, which can be read only once, and every step scores anew; pass a list or "
                         "a DataLoader")
+    check_number("steps", steps, "3")
     if steps < 1:
         raise ValueError(f"steps: {steps}; it must be 1 or more")
     if schedule not in SCHEDULES:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastscore.arguments import check_number
 from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph import blocks
 from fastscore.graph.groups import Ignore
@@ -57,6 +58,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
     Raises:
         ValueError: a fraction outside [0, 1) or out of reach, scores of another model, compensate without means.
     """
+    check_number("fraction", fraction, "0.3")
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction: {fraction}; it is the share of channels to mask, 0 <= fraction < 1")
     budgets, ranking = Budgets(channels=1 - fraction), Ranking(scope)

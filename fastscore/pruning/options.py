@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
+from fastscore.arguments import check_number
 from fastscore.pruning.costs import Resource
 from fastscore.scoring.scores import Scores
 
@@ -22,6 +23,7 @@ class Budgets:
 
     Raises:
         ValueError: a share outside (0, 1].
+        TypeError: one that is no number.
     """
 
     channels: float | None = None
@@ -31,6 +33,7 @@ class Budgets:
 
     def __post_init__(self) -> None:
         for name, share in self.given.items():
+            check_number(name, share, "0.5")
             if not 0 < share <= 1:
                 raise ValueError(f"{name}: {share} is outside (0, 1]; it is the share that remains")
 
@@ -65,6 +68,7 @@ class Ranking:
 
     Raises:
         ValueError: an unknown scope, a multiple below 1, a floor outside [0, 1], costs where no layers are compared.
+        TypeError: a multiple or a floor that is no number.
     """
 
     scope: Scope = "global"
@@ -77,9 +81,12 @@ class Ranking:
             raise ValueError(f"scope: {self.scope!r} is none of {', '.join(get_args(Scope))}")
         if self.cost_aware and self.scope == "layer":
             raise ValueError('cost_aware: scope="layer" compares no layer with another: use "global" or "isomorphic"')
+        if not isinstance(self.round_to, str):
+            check_number("round_to", self.round_to, "8")
         if (self.round_to != "auto") if isinstance(self.round_to, str) else (self.round_to < 1):
             raise ValueError(f"round_to: {self.round_to!r}; it must be 'auto', or 1 or more")
         for share in self.floor.values() if isinstance(self.floor, Mapping) else (self.floor,):
+            check_number("floor", share, "0.1")
             if not 0 <= share <= 1:
                 raise ValueError(f"floor: {share} is outside [0, 1]; it is the share of each group's channels that "
                                  "stays")

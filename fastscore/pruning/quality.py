@@ -13,11 +13,12 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fastscore.arguments import check_number
 from fastscore.batches import Batch, Forward, checked_forward, map_tensors
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
@@ -46,6 +47,7 @@ class Quality:
 
     Raises:
         ValueError: a number out of its range, or a confidence of a KL divergence, for which there is no exact bound.
+        TypeError: no number.
     """
 
     agreement: float | None = None
@@ -53,6 +55,9 @@ class Quality:
     confidence: float | None = None
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None:
+                check_number(name, value, "0.98" if name != "kl" else "0.01")
         if self.agreement is not None and not 0 < self.agreement < 1:
             raise ValueError(f"agreement: {self.agreement} is outside (0, 1); it is the share of samples on which both "
                              "networks decide alike")

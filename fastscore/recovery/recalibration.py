@@ -70,14 +70,15 @@ def running_norms(model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def _measuring(model: nn.Module, norms: Mapping[str, Any]) -> Iterator[None]:
-    """BatchNorms in training mode, averaging from nothing, and all else in evaluation mode; modes, momenta and the
+    """BatchNorms in training mode, averaging from nothing, and all else in evaluation mode; modes, settings and the
     states of random numbers come back, and the statistics too where an exception ends it."""
     modes = {module: module.training for module in model.modules()}
-    momenta = {name: norm.momentum for name, norm in norms.items()}
+    settings = {name: (norm.momentum, norm.track_running_stats) for name, norm in norms.items()}
     before = {name: [getattr(norm, key).clone() for key in _STATISTICS] for name, norm in norms.items()}
     try:
         model.eval()
         for norm in norms.values():
+            norm.track_running_stats = True  # what is False keeps statistics as they are, which evaluation goes by
             norm.reset_running_stats()
             norm.momentum = None
             norm.training = True
@@ -92,7 +93,7 @@ def _measuring(model: nn.Module, norms: Mapping[str, Any]) -> Iterator[None]:
         for module, mode in modes.items():
             module.training = mode
         for name, norm in norms.items():
-            norm.momentum = momenta[name]
+            norm.momentum, norm.track_running_stats = settings[name]
 
 
 def _average(norms: Mapping[str, Any], count: int, process_group: distributed.ProcessGroup | None) -> int:

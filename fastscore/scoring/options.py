@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 from torch import distributed
 
+from fastscore.arguments import check_number
 from fastscore.batches import check_iterable
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.graph.groups import Units
@@ -119,6 +120,7 @@ def origin_of(importance: str, gradient: Gradient, normalize: bool, probes: Prob
 def check(batches: object, origin: Origin, sampling: Sampling, execution: Execution, persistence: Persistence) -> None:
     """Raise TypeError where `batches` are none, ValueError where two options of score() contradict each other."""
     check_iterable(batches, "batches")
+    check_number("seed", origin.seed, "0")
     probes, by_token, exact = sampling.probes, origin.sample_dims == 2, sampling.probes == "exact"
     kept = {"resume": persistence.resume is not None, "process_group": persistence.process_group is not None,
             "fixed_order": persistence.fixed_order}

@@ -22,7 +22,7 @@ class RunFile:
     Args:
         path: of a file; each of several processes has one of its own, PATH.RANK-of-SIZE.
         form: what kind of file it is, with its version.
-        what: what it is called in errors, "checkpoint".
+        what: what it is called in errors.
         identity: what makes a run the same one (see fastscore.fingerprints), as JSON gives it back.
         rank: of this process.
         size: how many processes share the run.

@@ -1,6 +1,6 @@
 """A run over batches: which of them are still to do here, and where what they give is added up.
 
-A run may go on from a checkpoint, and share its batches with other processes. In neither case does a batch count twice
+A run may go on from a file, and share its batches with other processes. In neither case does a batch count twice
 or not at all, and in neither does the order of additions depend on when the run was stopped.
 """
 
@@ -89,8 +89,8 @@ class Run:
         self._progress = _Progress(0, "", tuple(slot.state_dict() for slot in self.slots))
         self._saved, self._only_when_stopped = 0, checkpoint is not None and checkpoint.only_when_stopped
         self._file = None if checkpoint is None else RunFile(
-            checkpoint.path, _FORM, "checkpoint", {**identity, "process": [self.rank, self.size]}, self.rank, self.size,
-            device_of(totals.model))
+            checkpoint.path, _FORM, "file of score(resume=)", {**identity, "process": [self.rank, self.size]},
+            self.rank, self.size, device_of(totals.model))
         if self._file is not None and not self._only_when_stopped:
             self._load(self._file)
 

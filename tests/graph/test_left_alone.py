@@ -112,3 +112,24 @@ def test_a_sum_over_all_channels_that_is_returned_leaves_the_others_be() -> None
     graph = trace(Summed(), torch.randn(2, 3, 8, 8))
     assert [group.name for group in graph.groups] == ["two"]
     assert graph.skipped["one"].startswith("an operation runs over all its channels (Sum")
+
+
+class ByHand(nn.Module):
+    """Attention of one head, written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o, self.last = (nn.Linear(8, 8) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.q(x) @ self.k(x).transpose(1, 2)).softmax(-1)
+        return self.last(self.o(weights @ self.v(x)).relu())
+
+
+def test_a_product_of_activations_is_to_blame_not_the_softmax_after_it() -> None:
+    graph = trace(ByHand(), torch.randn(2, 5, 8))
+    assert [group.name for group in graph.groups] == ["o"]
+    for layer in "qv":
+        assert graph.skipped[layer] == "a product with other activations (BmmBackward0) takes them where they cannot " \
+                                       "be followed"
+    assert graph.skipped["k"] == "its channels go with those of q"

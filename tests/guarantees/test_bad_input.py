@@ -93,6 +93,36 @@ def test_scores_that_are_none_and_a_folder_for_a_file(tmp_path: Path) -> None:
             act()
 
 
+@pytest.mark.parametrize(("call", "argument"), [
+    *((lambda m, s, name=name, value=value: fastscore.prune(m, s, X, **{name: value}), name)
+      for name in ("macs", "params", "channels", "latency", "agreement", "kl") for value in ("half", [0.5], True, {})),
+    (lambda m, s: fastscore.prune(m, s, X, macs=0.5, round_to=[8]), "round_to"),
+    (lambda m, s: fastscore.prune(m, s, X, macs=0.5, floor="low"), "floor"),
+    (lambda m, s: fastscore.prune(m, s, X, macs=0.5, ignore=3), "ignore"),
+    (lambda m, s: fastscore.prune(m, s, X, macs=0.5, forward="forward"), "forward"),
+    (lambda m, s: fastscore.prune(m, s, X, macs=0.5, calibration="x"), "calibration"),
+    *((lambda m, s, x=x: fastscore.prune(m, s, x, macs=0.5), "example_inputs")
+      for x in ("x", None, 3, (2, 3, 8, 8), X.numpy())),
+    (lambda m, s: fastscore.mask(m, s, 0.3, "x").__enter__(), "example_inputs"),
+    (lambda m, s: fastscore.mask(m, s, "x", X).__enter__(), "fraction"),
+    (lambda m, s: fastscore.prune_iteratively(m, [X], macs="half", steps=2, progress=False), "macs"),
+    (lambda m, s: fastscore.prune_iteratively(m, [X], macs=0.5, steps="two", progress=False), "steps"),
+    (lambda m, s: score(m, seed="x"), "seed"),
+    (lambda m, s: score(m, "x"), "batches"),
+])
+def test_another_type_than_is_meant(call: Callable[..., Any], argument: str) -> None:
+    model = trained()
+    scores = score(model)
+    with untouched(model), pytest.raises(TypeError, match=f"^{argument}: .* meant"):
+        call(model, scores)
+
+
+def test_a_model_that_is_called_with_too_little() -> None:
+    """A TypeError of the model's own."""
+    with pytest.raises(ValueError, match=r"^Bilinear: it cannot run on example_inputs: TypeError: .*input2"):
+        Scorer(nn.Bilinear(3, 3, 2).double(), X)
+
+
 @pytest.mark.parametrize(("model", "x", "reason"), [
     (nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), X, "1: its channels are the model's output"),
     (nn.Sequential(nn.ReLU()), X, "it has no Conv or Linear"),

@@ -374,3 +374,16 @@ def test_divergence_is_agreement_and_kl_for_every_kind_of_output() -> None:
 def test_a_repair_says_what_it_was() -> None:
     assert str(Repair("linear", 0.01, True, 0.9, 0.12, True)) == \
         "chosen: linear, ridge 0.01, BatchNorms recalibrated: agreement 90.0%, KL 0.12"
+
+
+def test_recalibrate_takes_norms_that_were_told_to_keep_their_statistics() -> None:
+    """Evaluation goes by what they keep, whatever track_running_stats was set to since."""
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    other, batches = copy.deepcopy(one), [torch.randn(8, 3, 6, 6) for _ in range(3)]
+    other[1].track_running_stats = False
+    for model in (one, other):
+        fastscore.recalibrate(model, batches)
+    assert not other[1].track_running_stats
+    assert torch.equal(one[1].running_var, other[1].running_var)
+    assert not torch.equal(one[1].running_mean, torch.zeros(4))

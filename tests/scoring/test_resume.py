@@ -259,7 +259,7 @@ class TestRefused:
         torch.save({"a": torch.ones(3)}, path)
         self.refused(path, r"s\.ckpt: not a readable safetensors file")
         score().save(path)
-        self.refused(path, r"s\.ckpt: not a fastscore checkpoint")
+        self.refused(path, r"s\.ckpt: not a fastscore file of score")
 
     def test_what_needs_no_checkpoint(self, path: Path) -> None:
         self.refused(path, "^resume: magnitude-l2 reads the weights alone", importance="magnitude-l2")
