@@ -170,15 +170,21 @@ def _group_steps(group: ChannelGroup, values: Tensor, costs: Tensor, round_to: i
 
     # of channels one stays; a branch may go whole
     least = max(0 if any(group.role("block")) else 1, math.ceil(floor * group.channels - 1e-9))
+    parts = [set(member.channel.tolist()) for member in group.members]
+    parts = [part for part in parts if part and len(part) < group.channels]  # of these a channel stays in each, too
     steps: list[RemovalStep] = []
     pending: tuple[int, ...] = ()
     kept, below = group.channels, -math.inf
     priorities = ((priority(channels), channels) for channels in units.values())
     for alone, channels in sorted(priorities, key=lambda pair: pair[0]):
+        if any(part.issubset(channels) for part in parts):
+            continue
         pending += channels
         kept -= len(channels)
         if kept < least:
             break
+        for part in parts:
+            part.difference_update(channels)
         if kept % round_to == 0:
             # a step cannot go before the one below it in its own group
             below = max(alone if len(pending) == len(channels) else priority(pending), below)

@@ -9,8 +9,10 @@ from torch import nn
 
 from fastscore.graph import heads
 from fastscore.graph.groups import ChannelGraph
+from fastscore.modules.weight_products import weight_name
 
 _SHOWN = 3  # of the reasons
+_READERS = {"consumer", "norm"}
 _TIED = "its channels go with those of "
 
 
@@ -70,10 +72,11 @@ def coverage(model: nn.Module, graph: ChannelGraph, scored: Collection[str], ski
     roles: dict[str, set[str]] = defaultdict(set)
     for group in graph.groups:
         for member in group.members if group.name in scored else ():
-            roles[member.layer].add(member.role)
+            name = weight_name(model, member.layer) if member.role == "tensor" else member.layer
+            roles[name].add(member.role)
     total = sum(graph.macs.values())
     kept = {name: macs / total for name, macs in sorted(graph.macs.items(), key=lambda item: -item[1])
-            if macs and not _roles(model, name, roles) - {"consumer"}}
+            if macs and not _roles(model, name, roles) - _READERS}
     rest = sum(share for name, share in kept.items() if not _roles(model, name, roles))
     return Coverage(total, 1 - sum(kept.values()) if total else 0.0, 1 - rest if total else 0.0, kept,
                     {name: _reason(name, skipped) for name in kept}, graph.uncounted)

@@ -1,6 +1,7 @@
 """prune(): budgets on real graphs, a report that is the truth, a model that is ordinary."""
 
 import copy
+import dataclasses
 import io
 import pickle
 import warnings
@@ -112,6 +113,35 @@ def test_an_impossible_budget_still_leaves_one_channel_each() -> None:
     assert result.model(x).isfinite().all()
     with untouched(model), pytest.raises(ValueError, match=r"^channels: 0.1 cannot be reached"):
         fastscore.prune(model, scores, x, channels=0.1)
+
+
+class Halves(nn.Module):
+    """Layers that make, or read, a half of the channels that a residual sum ties together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + torch.cat([self.left(x), self.right(x)], 1)
+        return self.head(x)
+
+
+def test_a_layer_that_makes_a_part_of_the_channels_keeps_one() -> None:
+    """However little that part matters: the channels of `right` matter least."""
+    torch.manual_seed(0)
+    model, x = Halves(), torch.randn(2, 3, 4, 4)
+    scores = fastscore.score(model, [x], progress=False)
+    assert list(scores) == ["stem"]
+    scores = dataclasses.replace(scores, totals={"stem": torch.arange(8.0, 0, -1, dtype=torch.float64)})
+    for share in (0.5, 0.375, 0.25):
+        pruned = fastscore.prune(model, scores, x, channels=share, compensate=False).model
+        assert (pruned.stem.out_channels, pruned.right.out_channels) == (8 * share, 1)
+        assert pruned(x).shape == (2, 2, 4, 4)
+    with pytest.raises(ValueError, match=r"channels: 0\.2 cannot be reached: .* 0\.25 of the channels remain"):
+        fastscore.prune(model, scores, x, channels=0.2)
 
 
 def test_ignored_layers_keep_their_width() -> None:
