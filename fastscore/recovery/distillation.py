@@ -58,7 +58,7 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
             be a PruneResult, and they convolutions, Linears or normalisations.
         feature_weight: what their distance (the squared error as a share of the variance) counts beside the loss.
         optimizer: "sgd" (Nesterov momentum), "adamw", or parameters -> an optimizer.
-        lr: the highest learning rate (default: 0.03 for SGD, 0.003 for AdamW); the rate rises to it over the share
+        lr: the highest learning rate (default: 0.01 for SGD, 0.003 for AdamW); the rate rises to it over the share
             `warmup` of the steps, and falls to 0 along a cosine.
         warmup: see lr.
         precision: of the passes, by torch.autocast; weights stay as they are. "float16" scales the loss.
