@@ -213,7 +213,7 @@ def test_every_truncation_is_noticed(file: Path, tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_noticed(scores: Scores, file: Path, tmp_path: Path) -> None:
-    """Each either raises, or (in padding, say) changes nothing. Every byte in the nightly run, every fifth otherwise."""
+    """Each either raises, or (in padding, say) changes nothing. Every byte at night, every fifth otherwise."""
     contents = bytearray(file.read_bytes())
     places = range(0, len(contents), 1 if "FASTSCORE_NIGHTLY" in os.environ else 5)
     path = tmp_path / "flipped.safetensors"
