@@ -39,14 +39,15 @@ def check_groups(network: RandomNetwork, graph: ChannelGraph) -> None:
         for member in group.members:
             if member.role in ("channelwise", "tensor"):
                 continue
-            of_layer = (network.producers if member.role == "producer" else network.consumers)[member.layer]
+            of_layer = {"producer": network.producers, "consumer": network.consumers,
+                        "norm": network.norms}[member.role][member.layer]
             for position, channel in zip(member.index.tolist(), member.channel.tolist(), strict=True):
                 assert of_layer[position] == units[channel], f"{group.name}: {member.layer} at {position}"
-            if member.role == "consumer":
+            if member.role != "producer":
                 claimed[member.layer] = set(member.index.tolist())
             else:
                 layers.add(member.layer)
-        for layer, of_layer in network.consumers.items():
+        for layer, of_layer in (network.consumers | network.norms).items():
             for position, unit in enumerate(of_layer):
                 known = unit not in units or unit in network.fixed or position in claimed.get(layer, ())
                 assert known, f"{group.name}: forgets {layer}"

@@ -41,6 +41,7 @@ class Step:
     reads: list[int] | None = None  # what lies at each position of the layer's input
     makes: list[int] | None = None
     fixes: list[int] = field(default_factory=list)
+    counts: list[int] | None = None  # what the statistics of a normalisation over channels count
 
 
 class Program(nn.Module):
@@ -57,6 +58,25 @@ class Program(nn.Module):
             arguments = [values[source] for source in step.sources]
             values.append(step.run(*([self.layers[step.layer]] if step.layer else []), *arguments))
         return values[self.output]
+
+
+class OverChannels(nn.Module):
+    """A normalisation over the channels of an image, by its definition. gate: of each sample's channels, [N, C], where
+    they count: None for all ones."""
+
+    def __init__(self, centered: bool, width: int) -> None:
+        super().__init__()
+        self.centered, self.eps, self.gate = centered, 0.1, None
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if centered else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same."""
+        counted = x if self.gate is None else x * self.gate[:, :, None, None]
+        mean = counted.mean(1, keepdim=True) if self.centered else 0.0
+        y = (x - mean) / ((counted - mean).square().mean(1, keepdim=True) + self.eps).sqrt()
+        y = y * self.weight[:, None, None]
+        return y if self.bias is None else y + self.bias[:, None, None]
 
 
 class Owned(nn.Module):
@@ -94,6 +114,7 @@ class RandomNetwork:
     bound: set[int]
     fixed: set[int]
     names: list[str]
+    norms: dict[str, list[int]] = field(default_factory=dict)  # normalisation over channels -> what it counts
 
     @property
     def read(self) -> set[int]:
@@ -121,8 +142,12 @@ def generate(seed: int, length: int | None = None, more: bool = False) -> Random
 
 
 def gated(network: RandomNetwork, x: Tensor, scale: Callable[[int], Tensor | float]) -> Tensor:
-    """`model(x)` with every consumer's input multiplied, position by position, by scale(unit): [N] or a number."""
+    """`model(x)` with every consumer's input, and what each normalisation counts, multiplied, position by position, by
+    scale(unit): [N] or a number."""
     handles = []
+    for layer, units in network.norms.items():
+        factors = [torch.as_tensor(scale(unit), dtype=torch.float64).expand(len(x)) for unit in units]
+        network.model.get_submodule(layer).gate = torch.stack(factors, 1)
     for layer, units in network.consumers.items():
         module = network.model.get_submodule(layer)
 
@@ -136,6 +161,8 @@ def gated(network: RandomNetwork, x: Tensor, scale: Callable[[int], Tensor | flo
     try:
         return network.model(x)
     finally:
+        for layer in network.norms:
+            network.model.get_submodule(layer).gate = None
         for handle in handles:
             handle.remove()
 
@@ -265,6 +292,15 @@ class _Generator:
                  "instance": lambda: nn.InstanceNorm2d(width, affine=True)}[kind]()
         return self.add(kind, (source,), value.labels, value.size, lambda layer, x: layer(x), layer,
                         fresh=kind in ("depthwise", "norm"))
+
+    def over_channels(self) -> int | None:
+        """A LayerNorm or RMSNorm over the channels, which go on being counted as zeros where they are gone."""
+        source = self.pick()
+        if source is None:
+            return None
+        value = self.values[source]
+        return self.add("over channels", (source,), value.labels, value.size, lambda layer, x: layer(x),
+                        OverChannels(self.rng.random() < 0.6, len(value.labels)), counts=value.labels)
 
     def owned(self) -> int | None:
         """A parameter that no layer of PyTorch's holds: a layer scale, a gain, an embedding of positions."""
@@ -436,7 +472,7 @@ class _Generator:
                 (self.conv, 5), (self.channelwise, 4), (self.activation, 5), (self.residual, 3), (self.combine, 3),
                 (self.concat, 2), (self.halves, 2), (self.grouped, 1), (self.transposed, 1), (self.again, 1),
                 (self.resize, 2), (self.squeeze_excite, 1), (self.hostile, 1)]
-            options += [(self.owned, 5)] if self.more else []
+            options += [(self.owned, 5), (self.over_channels, 4)] if self.more else []
             steps, weights = zip(*options, strict=True)
             for step in self.rng.choices(steps, weights, k=length or self.rng.randrange(4, 14)):
                 step()
@@ -471,7 +507,8 @@ class _Generator:
         return RandomNetwork(self.seed, model, {name: units(labels) for name, labels in producers.items()},
                              {name: units(labels) for name, labels in consumers.items()},
                              set(units(self.values[0].labels + self.output_labels)), set(units(fixed)),
-                             [step.name for step in self.steps])
+                             [step.name for step in self.steps],
+                             {f"layers.{step.layer}": units(step.counts) for step in self.steps if step.counts})
 
     def steps_behind(self, output: int) -> set[int]:
         """The steps on which the output depends; what is written in place depends on all that came before."""
