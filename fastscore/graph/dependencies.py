@@ -59,6 +59,7 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
             if node.type == OPTYPE.PARAMETER:
                 node._name = self._param_to_name[node.module]
             self._connect(node)
+        self._tie_embeddings()
 
     def release(self) -> None:
         """Forget the nodes, which refer to each other and to all that autograd kept, so that it is gone at once."""
@@ -265,6 +266,19 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
             inverse.index_mapping = [each.inverse for each in reversed(maps)]
             source.dependencies.append(forward)
             node.dependencies.append(inverse)
+
+    def _tie_embeddings(self) -> None:
+        """Embeddings that share a weight, as an encoder's and a decoder's do, lose the same channels."""
+        sharing: dict[int, list[Any]] = {}
+        for node in self.module2node.values():
+            if node.type == OPTYPE.EMBED:
+                sharing.setdefault(id(node.module.weight), []).append(node)
+        for nodes in sharing.values():
+            for one, other in itertools.permutations(nodes, 2):
+                trigger, handler = (self.get_pruner_of_module(node.module).prune_out_channels for node in (one, other))
+                dependency = tp.dependency.Dependency(trigger, handler, one, other)
+                dependency.index_mapping = []
+                one.dependencies.append(dependency)
 
     def _index_map(self, source: Any, node: Any) -> IndexMap | None:
         """From the channels of a node's one input to its output's; None where each stays where it is."""

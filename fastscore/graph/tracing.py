@@ -180,6 +180,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
             continue
         positions, reason = graph.positions_of(node)
         members = [member for key in positions if (member := _member(graph, key, positions[key])) is not None]
+        members += _uncalled(graph, layers, members)
         producers = [member.layer for member in members if member.role == "producer"]
         if reason is None and graph.chunks_others(positions):
             skipped[name] = "its channels are cut into equal parts together with others (SplitBackward0)"
@@ -259,6 +260,16 @@ def _why_not(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         if width is not None and _sections(layer, member.role) > 1 and len(member.index) < width:
             return f"{member.layer} is grouped and works on other channels too"
     return None
+
+
+def _uncalled(graph: dependencies.Graph, layers: Mapping[str, nn.Module], members: Sequence[Member]
+              ) -> Iterator[Member]:
+    """Embeddings that never run, but hold the weight of one of `members`, as the one that T5 shares does."""
+    weights = {id(layers[member.layer].weight): member for member in members
+               if member.role == "producer" and isinstance(layers[member.layer], nn.Embedding)}
+    for name, module in layers.items() if weights else ():
+        if isinstance(module, nn.Embedding) and module not in graph.module2node and id(module.weight) in weights:
+            yield replace(weights[id(module.weight)], layer=name)
 
 
 def _tensor_why_not(module: nn.Module, member: Member, owners: Mapping[int, int]) -> str | None:

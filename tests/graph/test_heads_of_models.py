@@ -11,6 +11,8 @@ import transformers
 import whole_way
 from torch import nn
 
+import fastscore
+
 TOKENS = {"input_ids": torch.randint(1, 50, (3, 6), generator=torch.Generator().manual_seed(1))}
 PIXELS = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)}
 
@@ -65,3 +67,40 @@ def test_a_config_that_others_share_stays_what_it_is(tmp_path: Path) -> None:
         with_cache, without = (small.generate(TOKENS["input_ids"], max_new_tokens=4, do_sample=False, use_cache=cached,
                                               pad_token_id=0) for cached in (True, False))
     assert torch.equal(with_cache, without)
+
+
+SMALL = {"vocab_size": 50, "d_model": 16, "pad_token_id": 0, "use_cache": False}
+PAIRS: dict[str, Callable[[], nn.Module]] = {
+    "T5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(
+        **SMALL, d_kv=4, d_ff=12, num_layers=1, num_heads=4, eos_token_id=1, decoder_start_token_id=0)),
+    "BART": lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(
+        **SMALL, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=12, decoder_ffn_dim=12, max_position_embeddings=16, bos_token_id=1, eos_token_id=2)),
+}
+
+
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_an_encoder_and_a_decoder_that_share_an_embedding_lose_the_same_of_it(name: str, tmp_path: Path) -> None:
+    model = whole_way.noisy(PAIRS[name])
+    batch = {**TOKENS, "decoder_input_ids": TOKENS["input_ids"].flip(1)}
+    scores = fastscore.score(model, [batch], progress=False, forward=_logits)
+    (stream,) = (each for each in scores if each.endswith("embed_tokens"))
+    result = fastscore.prune(model, scores, batch, channels=0.6, scope="layer", compensate=False, forward=_logits)
+    assert len(result.removed[stream]) > 3
+    with torch.no_grad(), fastscore.mask(model, scores, 0.4, batch, scope="layer", compensate=False, forward=_logits):
+        masked = _logits(model, batch)
+    small = result.model
+    with torch.no_grad():
+        # T5 normalises in float32, whatever it is given
+        torch.testing.assert_close(_logits(small, batch), masked, rtol=1e-4, atol=1e-5 * float(masked.abs().max()))
+    held = [module.weight for module in small.modules() if isinstance(module, nn.Embedding) and len(module.weight) == 50]
+    assert len(held) == 3
+    assert all(weight is held[0] for weight in held)
+    fastscore.save_pruned(small, tmp_path / "small.safetensors")
+    loaded = fastscore.load_pruned(PAIRS[name]().double(), tmp_path / "small.safetensors").eval()
+    with torch.no_grad():
+        assert torch.equal(_logits(loaded, batch), _logits(small, batch))
+
+
+def _logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    return model(**batch).logits

@@ -114,6 +114,31 @@ class Merged(nn.Module):
         return self.head(self.reduce(self.norm(x)).tanh().mean(1))
 
 
+class Places(nn.Embedding):
+    """An embedding of positions that takes the length from what it is given, as BART's does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.arange(x.shape[1]))
+
+
+class SharedEmbeddings(nn.Module):
+    """Two streams, of an encoder and a decoder, whose embeddings hold one weight, and so does a third that never runs,
+    as in T5 and BART."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.embed, self.other = (nn.Embedding(WORDS, WIDTH) for _ in range(3))
+        self.embed.weight = self.other.weight = self.shared.weight
+        self.places = Places(TOKENS, WIDTH)
+        self.norms = nn.ModuleList(nn.RMSNorm(WIDTH, eps=1e-2) for _ in range(2))
+        self.one, self.two, self.head = nn.Linear(WIDTH, 5), nn.Linear(WIDTH, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.embed(x), self.other(x.flip(1))
+        y = self.one(self.norms[0](first + self.places(first))).tanh()
+        return self.head(y * self.two(self.norms[1](second)).tanh()).mean(1)
+
+
 class Responses(nn.Module):
     """A ConvNeXt V2's hidden channels, through a global response normalisation."""
 
@@ -144,6 +169,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], str, in
     "an RMSNorm of one's own": (lambda: Language(OffsetRMSNorm), _words, "embed", WIDTH, 5),
     "ConvNeXt": (ConvNeXt, _noise(3, 8, 8), "stem", WIDTH, 3),
     "ConvNeXt, last": (ConvNeXt, _noise(3, 8, 8), "step", 10, 1),
+    "shared embeddings": (SharedEmbeddings, _words, "embed", WIDTH, 2),
     "two in one": (Merged, _noise(TOKENS, 5), "embed", WIDTH, 2),
     "global responses": (lambda: Responses(ConvNextV2GRN(WIDTH), True), _noise(3, 8, 8), "up", WIDTH, 1),
     "global responses of images": (lambda: Responses(GlobalResponseNorm(WIDTH, channels_last=False), False),
