@@ -77,7 +77,8 @@ def _fastscore(task: Task, images: Tensor, choice: str, wanted: Mapping[float, S
             result, note = cut, ""
             repair = method.split(" / ")[1]
             if repair == "default":
-                result = fastscore.reconstruct(task.model, cut, batches)
+                result = fastscore.prune(task.model, scores, images[:1], macs=budget, cost_aware=per_mac,
+                                         calibration=batches, measured=None if per_mac else False)
                 note = next((str(row) for row in result.report.repairs if row.chosen), "")
             elif repair.split(", ")[0] in ("linear", "asymmetric"):
                 result = fastscore.reconstruct(task.model, cut, batches, repair.split(", ")[0])

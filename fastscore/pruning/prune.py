@@ -18,9 +18,10 @@ from fastscore.pruning import clocks
 from fastscore.pruning.clocks import Clock
 from fastscore.pruning.costs import Costs, MacsWithout
 from fastscore.pruning.latency import select_by_latency
+from fastscore.pruning.measured import measurable, measure, reordered
 from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate, say_compensation
 from fastscore.pruning.quality import HELD_OUT, Quality, build_after, macs_along, select_by_quality
-from fastscore.pruning.ranking import rank
+from fastscore.pruning.ranking import rank_by_cost
 from fastscore.pruning.recipes import no_biases
 from fastscore.pruning.refusal import checked
 from fastscore.pruning.report import Candidate, Judged, new_report
@@ -38,10 +39,10 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
           params: float | None = None, macs: float | None = None, latency: float | None = None,
           scope: Scope = "global", cost_aware: bool | None = None, round_to: int | Literal["auto"] = 1,
           floor: float | Mapping[str, float] = 0.0, compensate: bool | None = None,
-          calibration: Iterable[Batch] | None = None, repair: Method = "auto", agreement: float | None = None,
-          kl: float | None = None, confidence: float | None = None, held_out: Iterable[Batch] | None = None,
-          clock: Clock = "torch", ignore: Ignore = (), forward: Forward = call_model,
-          process_group: distributed.ProcessGroup | None = None, inplace: bool = False,
+          calibration: Iterable[Batch] | None = None, repair: Method = "auto", measured: bool | None = None,
+          agreement: float | None = None, kl: float | None = None, confidence: float | None = None,
+          held_out: Iterable[Batch] | None = None, clock: Clock = "torch", ignore: Ignore = (),
+          forward: Forward = call_model, process_group: distributed.ProcessGroup | None = None, inplace: bool = False,
           progress: bool = True) -> PruneResult:
     """Remove the least important channels of `model` until a budget holds.
 
@@ -75,6 +76,10 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             fastscore.reconstruct, which takes them, `repair` as its method, and process_group. It compensates with
             means of its own, whatever the scores hold; report.repairs says what each repair gave.
         repair: "auto", "linear", "asymmetric" or "mean".
+        measured: compare groups by what the loss of their channels costs once it is repaired, measured on calibration
+            samples that are held out: three cuts of each group alone, each judged on 64 samples (see
+            fastscore.pruning.measured). None: where `repair` is "auto" or "asymmetric", the scope is "global" and
+            importances are of one sign and measure how the outputs change. False: importances alone.
         agreement: in place of the budgets: the smallest network along the removal order, repaired, that makes at least
             this share of the dense model's decisions, found by bisection on samples that no repair has seen (see
             fastscore.pruning.quality); report.judged has what was tried. It needs calibration.
@@ -156,10 +161,18 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             counted = partial(macs_without, eval_model, graph.groups, example_inputs, checked_forward(forward),
                               graph.samples.batch)
             costs.learn_products(counted)
-        order = rank(eval_model, graph.groups, scores, costs, budgets, ranking, example_inputs, forward)
+        order, per_channel = rank_by_cost(eval_model, graph.groups, scores, costs, budgets, ranking, example_inputs,
+                                          forward)
+        fit, judges = calibration, held_out
         if quality.given:
             assert calibration is not None
             fit, judges = split(calibration, held_out, HELD_OUT, "calibration")
+        if _is_measured(measured, scores, scope, fit, repair):
+            assert fit is not None
+            curves = measure(model, eval_model, graph.groups, scores, order, fit, forward, process_group)
+            order = reordered(order, graph.groups, scores, curves, per_channel)
+        if quality.given:
+            assert judges is not None
             result, judged = select_by_quality(
                 macs_along(order, costs), lambda steps: build_after(order[:steps], costs, partial(build, fit=fit)),
                 quality, eval_model, judges, forward)
@@ -174,3 +187,12 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         surgery = Surgery(model, result.removed_indices, no_biases(model, result.new_biases))
         return replace(result, model=replay(model, result.model, surgery))
     return result
+
+
+def _is_measured(asked: bool | None, scores: Scores, scope: Scope, calibration: object, repair: Method) -> bool:
+    """Whether groups are measured. Raises ValueError where they are to be and cannot."""
+    possible = calibration is not None and scope == "global" and measurable(scores)
+    if asked and not possible:
+        raise ValueError('measured: it takes calibration=batches, scope="global", and scores without a sign that read '
+                         "gradients (taylor-sq, taylor-abs): give them, or leave measured= out")
+    return possible and repair in ("auto", "asymmetric") if asked is None else asked

@@ -32,11 +32,18 @@ def rank(model: nn.Module, groups: tuple[ChannelGroup, ...], scores: Scores, cos
 
     costs: of the whole model, left as they are. Raises ValueError for a floor of a group that there is not.
     """
+    return rank_by_cost(model, groups, scores, costs, budgets, ranking, example_inputs, forward)[0]
+
+
+def rank_by_cost(model: nn.Module, groups: tuple[ChannelGroup, ...], scores: Scores, costs: Costs, budgets: Budgets,
+                 ranking: Ranking, example_inputs: Batch, forward: Forward
+                 ) -> tuple[list[RemovalStep], dict[str, Tensor] | None]:
+    """As `rank`, with what each channel costs; None where that does not count."""
     kinds = layer_kinds(model, groups) if ranking.scope == "isomorphic" else None
     cost_aware = counts_per_cost(scores, budgets, ranking.scope) if ranking.cost_aware is None else ranking.cost_aware
     per_channel = _cost_of_channels(model, costs, budgets, example_inputs, forward) if cost_aware else None
     multiple = channel_multiple(model) if ranking.round_to == "auto" else ranking.round_to
-    return removal_order(groups, scores, ranking.scope, multiple, ranking.floor, kinds, per_channel)
+    return removal_order(groups, scores, ranking.scope, multiple, ranking.floor, kinds, per_channel), per_channel
 
 
 def counts_per_cost(scores: Scores, budgets: Budgets, scope: Scope) -> bool:
