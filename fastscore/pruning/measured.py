@@ -23,6 +23,7 @@ from fastscore.batches import Batch, Forward, checked_forward
 from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.surgery import removed_indices
 from fastscore.modules.inspection import device_of
+from fastscore.progress import bar
 from fastscore.pruning.ranking import RemovalStep
 from fastscore.pruning.surgery import Surgery
 from fastscore.recovery.calibration import Calibration
@@ -33,7 +34,7 @@ from fastscore.recovery.moments import InputMoments, layouts
 from fastscore.scoring.scores import Scores
 
 SHARES = (0.25, 0.5, 0.75)
-SAMPLES = 64  # of those held out, as many judge
+SAMPLES = 48  # of those held out, as many judge
 RIDGE = 0.01
 LIMITS = 1e-3, 10.0  # of KL / S
 
@@ -42,7 +43,8 @@ Curves = Mapping[str, tuple[float, float]]  # group -> (a, b)
 
 def measurable(scores: Scores) -> bool:
     """Whether importances are changes of the outputs, and add up: those that read gradients and have no sign."""
-    return scores.origin.gradient != "none" and scores.origin.layerwise == "none" and \
+    origin = scores.origin
+    return (origin.units, origin.layerwise) == ("groups", "none") and origin.gradient != "none" and \
         all(bool((values >= 0).all()) for values in scores.values())
 
 
@@ -88,15 +90,18 @@ def measure(model: nn.Module, eval_model: nn.Module, groups: Sequence[ChannelGro
             for batch in judges:
                 looked_at.start(batch)
                 dense.append(run(eval_model, batch))
-        for group, gone, share, importance in trials:
-            removed = {group.name: gone}
-            found = {name: estimate_inputs(inputs.moments[name], where, RIDGE)
-                     for name, where in removed_positions((group,), removed).items() if name in inputs.calls}
-            weights = {name: rewired(eval_model.get_submodule(name), x) for name, x in found.items()}
-            added = mean_contributions(eval_model, {name: x.constant for name, x in found.items()}, example, forward)
-            small = Surgery(model, removed_indices((group,), removed), added, weights).copy().eval()
-            kl = divergence(dense, (run(small, batch) for batch in judges), process_group).kl
-            measured[group.name].append((share, kl / importance))
+        with bar("measuring groups", " cuts", len(trials)) as done:
+            for group, gone, share, importance in trials:
+                removed = {group.name: gone}
+                found = {name: estimate_inputs(inputs.moments[name], where, RIDGE)
+                         for name, where in removed_positions((group,), removed).items() if name in inputs.calls}
+                weights = {name: rewired(eval_model.get_submodule(name), x) for name, x in found.items()}
+                constants = {name: x.constant for name, x in found.items()}
+                added = mean_contributions(eval_model, constants, example, forward)
+                small = Surgery(model, removed_indices((group,), removed), added, weights).copy().eval()
+                kl = divergence(dense, (run(small, batch) for batch in judges), process_group).kl
+                measured[group.name].append((share, kl / importance))
+                done.update()
     return {name: _line(points) for name, points in measured.items()}
 
 
