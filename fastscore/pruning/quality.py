@@ -253,7 +253,7 @@ def select_by_quality(macs: Sequence[float], build: Callable[[int], PruneResult]
             dense_macs, left = built[steps].report.macs
             remains[steps] = left / dense_macs
         found = judge(built[steps].model)
-        tried.set_postfix_str(f"{remains[steps]:.1%} of the MACs: agreement {found.agreement:.1%}")
+        tried.set_postfix_str(f"{remains[steps]:.1%} of the MACs: agreement {found.agreement:.1%}", refresh=False)
         tried.update()
         if quality.confidence is not None and found.decisions != judge.samples:
             raise ValueError(f"confidence: the model makes {found.decisions} decisions about {judge.samples} samples; "

@@ -1,11 +1,14 @@
 """Every script in examples/ runs as it stands and does what it says, with the oracle that suits it."""
 
+import ast
 import csv
 import importlib.util
 import inspect
+import json
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -32,8 +35,8 @@ def example(name: str) -> ModuleType:
 
 
 def test_the_table_names_every_script() -> None:
-    rows = re.findall(r"^\| \[(\w+\.py)\]\(\1\) \|", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
-    assert sorted(rows) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+    rows = re.findall(r"^\| \[(\w+\.(?:py|ipynb))\]\(\1\) \|", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb"))
 
 
 def test_classification() -> None:
@@ -90,3 +93,39 @@ def test_a_fleet_from_one_file_of_scores() -> None:
         small: nn.Module = fastscore.load_pruned(digits.network, f"fleet/macs-{row['budget']:g}.safetensors")
         assert total_macs(small.eval(), torch.zeros(1, 1, 8, 8)) == row["macs"] <= row["budget"] * dense
         assert round(digits.accuracy(small, *digits.Digits.split(0).test), 4) == row["accuracy"]
+
+
+def test_yolo_is_pruned_and_trained_by_its_own_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("YOLO_CONFIG_DIR", ".")
+    ultralytics = pytest.importorskip("ultralytics", reason="pip install ultralytics")
+    dense, small, kept = example("yolo").main(macs=0.8)
+    x = torch.zeros(1, 3, 64, 64)
+    assert total_macs(small.float().eval(), x, lambda model, x: model(x)[0]) <= \
+        0.8 * total_macs(dense, x, lambda model, x: model(x)[0])
+    trained = ultralytics.YOLO(kept)
+    widths = [[module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
+              for model in (small, trained.model, dense)]
+    assert widths[0] == widths[1]
+    assert sum(widths[0]) < sum(widths[2])
+    assert len(trained.predict("yolo/images/0.png", imgsz=64, device="cpu", verbose=False)) == 1
+
+
+def test_the_notebook_runs_cell_after_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    """In IPython's place: the last expression of a cell is shown, as HTML where it has it."""
+    cells = json.loads((EXAMPLES / "first_steps.ipynb").read_text())["cells"]
+    names: dict[str, Any] = {}
+    shown = []
+    for source in ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"):
+        body = ast.parse(source).body
+        last = ast.unparse(body.pop()) if isinstance(body[-1], ast.Expr) else "None"
+        exec("\n".join(ast.unparse(line) for line in body), names)
+        shown.append(eval(last, names))
+    tables = [value._repr_html_() for value in shown if hasattr(value, "_repr_html_")]
+    assert len(tables) == 4  # scores, pandas' own, the curve, the result
+    assert all("<table" in table for table in tables)
+    assert {path.name for path in Path().iterdir()} == {"curve.png", "small.onnx", "small.safetensors"}
+    said = re.findall(r"([\d.]+)% of the test images", capsys.readouterr().out)
+    dense, small = (float(share) / 100 for share in said)
+    assert dense > 0.9
+    assert small > 0.9
+    assert names["result"].report.macs[1] <= 0.5 * names["result"].report.macs[0]
