@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fastscore
 from benchmarks.paper.data import Images
 from benchmarks.recovery import __main__ as command
-from benchmarks.recovery import adapt, contestants, images, judge, page, peers, resnet
+from benchmarks.recovery import adapt, contestants, first_picture, images, judge, page, peers, resnet
 from benchmarks.recovery.networks import Task
 
 
@@ -180,3 +180,15 @@ def test_adapting_fits_the_images(tmp_path: Path) -> None:
     adapted = adapt.adapt(model, Images(x, labels), 8, 32, 0.05)
     assert not adapted.training
     assert float(F.cross_entropy(adapted(x), labels)) < before
+
+
+def test_the_first_picture_draws_what_the_readme_says() -> None:
+    with (first_picture.RESULTS / "recovery.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    ends = [first_picture.points(rows, "mobilenet_v2", method)[-1] for method, *_ in first_picture.LINES]
+    assert all(share == pytest.approx(0.7, abs=1e-3) for share, _ in ends)
+    readme = (first_picture.RESULTS.parents[2] / "README.md").read_text()
+    repaired, cut, plain = (f"{top1:.1%}".replace("%", " %") for _, top1 in ends)
+    assert f"**{repaired}** after the repair, {cut} before, {plain} by plain importance" in readme
+    dense = first_picture.points(rows, "mobilenet_v2", "dense")[0][1]
+    assert f"({100 * dense:.1f} % top-1 on the images of this test)" in readme

@@ -1,6 +1,7 @@
 """docs/recipes.md does what it shows, block after block, and agreement is what the page says."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import fastscore
+from fastscore import cli
 from fastscore.cli import digits
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
@@ -38,6 +40,14 @@ def test_the_loaded_network_is_the_smaller_one(names: dict[str, Any]) -> None:
     with torch.no_grad():
         share = float((small(images).argmax(1) == names["model"](images).argmax(1)).float().mean())
     assert share == pytest.approx(names["agreements"]["small.onnx"], abs=2e-3)  # the file computes what the module does
+
+
+def test_its_commands_are_understood() -> None:
+    rows = re.findall(r"\| `((?:fastscore|torchrun) [^`]+)` \|", PAGE)
+    assert len(rows) == 6
+    for row in rows:
+        words = shlex.split(row)
+        assert callable(cli.parser().parse_args(words[words.index("fastscore") + 1:]).run)
 
 
 def test_every_network_meets_its_budget(names: dict[str, Any]) -> None:
