@@ -1,5 +1,5 @@
-"""`python -m benchmarks.recovery.first_picture`: README's first picture, from what `python -m benchmarks.recovery` measured: one
-network's accuracy against the MACs that remain, dense, cut and repaired.
+"""`python -m benchmarks.recovery.first_picture`: README's first picture, from what `python -m benchmarks.recovery`
+measured: one network's accuracy against the MACs that remain, dense, cut and repaired.
 """
 
 import argparse
