@@ -20,7 +20,8 @@ MACROS = [("TORCH_TARGET_VERSION", "0x020d000000000000")]  # torch 2.13
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno",
              "-fno-trapping-math", "-Wall", "-Wno-psabi", "-Wno-ignored-attributes"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--compiler-options", "-fPIC,-fvisibility=hidden,-g0", "--threads", "2"]
-CUDA_TARGETS = (80, 90, 100)  # compute capabilities; PTX of the last is for what comes after
+CUDA_TARGETS = (80, 90, 100, 120)  # compute capabilities
+CUDA_PTX = (80, 120)  # what is compiled when first run: by devices between these, and by what comes after
 
 
 def files(*patterns: str) -> list[str]:
@@ -69,7 +70,7 @@ class BuildKernels(BuildExtension):
         supported = {int(number) for number in re.findall(r"compute_(\d+)", output_of(nvcc, "--list-gpu-arch"))}
         targets = [target for target in CUDA_TARGETS if target in supported]
         flags = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
-        flags.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
+        flags += [f"-gencode=arch=compute_{target},code=compute_{target}" for target in CUDA_PTX if target in supported]
         flags += [f"-D{name}={value}" for name, value in extension.define_macros]
         # Objects outlive a build: torch's headers may come and go with it, as only its stable ABI is used.
         folder = Path("build", "cuda", hashlib.sha256(repr([nvcc, *NVCC_FLAGS, *flags]).encode()).hexdigest()[:8])

@@ -2,13 +2,14 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastscore, m) {
-  m.def("channel_sums(Tensor a, Tensor g, int channel_dim=1) -> (Tensor, Tensor, Tensor)");
+  m.def("channel_sums(Tensor a, Tensor g, int channel_dim=1, bool mean=False) -> Tensor");
   m.def("channel_dot(Tensor a, Tensor g, int channel_dim=1) -> Tensor");
-  m.def("channel_powers(Tensor a, Tensor g, int channel_dim=1) -> (Tensor, Tensor)");
+  m.def("channel_powers(Tensor a, Tensor g, int channel_dim=1) -> Tensor");
   m.def(
       "random_gradient(Tensor sample_ids, int classes, int seed, int probe=0, str distribution=\"normal\", "
-      "bool normalize=True) -> Tensor");
+      "bool normalize=True, ScalarType? dtype=None) -> Tensor");
   m.def("normalize_gradient(Tensor g, float eps=0.0) -> (Tensor, Tensor)");
-  m.def("clamp_backward_(Tensor y, Tensor(a!) g, Tensor? rest, float low, float high) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "clamp_backward_(Tensor y, Tensor(a!) g, Tensor? rest, float low, float high, bool mean=False) -> Tensor");
   m.def("simd_tier() -> str");
 }

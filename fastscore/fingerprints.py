@@ -59,6 +59,7 @@ def _weights(count: int, device: torch.device) -> Tensor:
 
 
 _KEPT = 2**21  # words of a sample whose weights are kept for the next batch: 16 MiB, an image of 836 x 836
+_PRODUCTS, _PRODUCTS_CPU = 2**24, 2**17  # words of samples multiplied at once: 128 MiB; what fits in a CPU's cache
 _kept_weights = functools.lru_cache(maxsize=1)(_weights)
 
 
@@ -74,8 +75,10 @@ def sample_ids(x: Tensor) -> Tensor:
     words = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
     count = words.shape[1]
     weights = _kept_weights(count, x.device) if count <= _KEPT else _weights(count, x.device)
-    # one sample at a time: a batch of products would hold eight bytes for each of its values at once
-    return _mix(torch.stack([(row * weights).sum() for row in words])) if len(words) else words.new_empty(0).long()
+    # so many samples at a time: a batch of products would hold eight bytes for each of its values at once
+    products = _PRODUCTS_CPU if x.device.type == "cpu" else _PRODUCTS
+    sums = [(rows * weights).sum(1) for rows in words.split(max(products // max(count, 1), 1))]
+    return _mix(sums[0] if len(sums) == 1 else torch.cat(sums))
 
 
 def token_ids(ids: Tensor, tokens: int) -> Tensor:

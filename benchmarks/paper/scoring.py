@@ -70,7 +70,7 @@ def _measure(model: nn.Module, images: Images, family: Mapping[Variant, Totals],
             output = model(x.contiguous(memory_format=torch.channels_last))
             for kind in ("loss", "random"):
                 if any(variant.gradient == kind for variant in family):
-                    v = gradients.loss_gradient(output, (x, labels), None, False) if kind == "loss" else \
+                    v = gradients.loss_and_gradient(output, (x, labels), None, False)[1] if kind == "loss" else \
                         gradients.random_gradient(output, fingerprints.sample_ids(x), seed, 0, "normal", False)
                     _send(taps.propagate, output, v, {variant: totals for variant, totals in family.items()
                                                       if variant.gradient == kind})

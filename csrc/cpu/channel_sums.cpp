@@ -1,7 +1,5 @@
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
-
 #include "dispatch.h"
 #include "run_reduction.h"
 #include "tensor_args.h"
@@ -9,8 +7,7 @@
 namespace fastscore::cpu {
 namespace {
 
-template <int Count>
-std::array<Tensor, Count> reduce(const Tensor& a, const Tensor& g, int64_t channel_dim, Op op) {
+Tensor reduce(const Tensor& a, const Tensor& g, int64_t channel_dim, Op op, int count, bool mean = false) {
   const auto sizes = a.sizes(), strides_a = a.strides(), strides_g = g.strides();
   const int64_t dims = int64_t(sizes.size());
   STD_TORCH_CHECK(sizes == g.sizes(), "a and g differ in shape; g is the gradient of a, element by element");
@@ -29,35 +26,29 @@ std::array<Tensor, Count> reduce(const Tensor& a, const Tensor& g, int64_t chann
     if (d != channel_dim) reduction.positions.add(dim(d));
   }
   const Dtype dtype = dtype_of(a);
-  const int64_t shape[] = {reduction.sample.size, reduction.channel.size};
-  std::array<Tensor, Count> sums = new_outputs<Count>(shape, 2, dtype);
-  if (shape[0] == 0 || shape[1] == 0) return sums;
-  if (reduction.positions.count() == 0) {  // and perhaps no memory behind the operands
-    const size_t bytes = shape[0] * shape[1] * (dtype == Dtype::float64 ? 8 : 4);
-    for (Tensor& sum : sums) memset(sum.mutable_data_ptr(), 0, bytes);
-    return sums;
-  }
+  Tensor sums;
+  if (!new_sums(count, dtype, reduction, sums)) return sums;
   reduction.a = a.const_data_ptr();
   reduction.g = g.const_data_ptr();
-  for (int k = 0; k < Count; ++k) reduction.sums[k] = sums[k].mutable_data_ptr();
   choose_path(reduction);
   const auto kernel = kernels().channel_sums[int(dtype)][op];
-  run_reduction(reduction, dtype, Count, [&](int64_t begin, int64_t end) { kernel(reduction, begin, end); });
+  run_reduction(reduction, dtype, count, [&](int64_t begin, int64_t end) { kernel(reduction, begin, end); });
+  if (mean) divide_by_positions(reduction, dtype);
   return sums;
 }
 
 Tensor channel_dot(const Tensor& a, const Tensor& g, int64_t channel_dim) {
-  return reduce<1>(a, g, channel_dim, kDot)[0];
+  return reduce(a, g, channel_dim, kDot, 1);
 }
 
-std::tuple<Tensor, Tensor, Tensor> channel_sums(const Tensor& a, const Tensor& g, int64_t channel_dim) {
-  auto [dot, sum_a, sum_g] = reduce<3>(a, g, channel_dim, kSums);
-  return {dot, sum_a, sum_g};
+// [3, N, C]: Σ a·g, Σ a or the mean of a, Σ g.
+Tensor channel_sums(const Tensor& a, const Tensor& g, int64_t channel_dim, bool mean) {
+  return reduce(a, g, channel_dim, kSums, 3, mean);
 }
 
-std::tuple<Tensor, Tensor> channel_powers(const Tensor& a, const Tensor& g, int64_t channel_dim) {
-  auto [absolute, square] = reduce<2>(a, g, channel_dim, kPowers);
-  return {absolute, square};
+// [2, N, C]: Σ |a·g|, Σ (a·g)².
+Tensor channel_powers(const Tensor& a, const Tensor& g, int64_t channel_dim) {
+  return reduce(a, g, channel_dim, kPowers, 2);
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cstring>
 #include <optional>
 
 #include "dispatch.h"
@@ -11,8 +10,9 @@
 namespace fastscore::cpu {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> clamp_backward_(const Tensor& y, Tensor g, const std::optional<Tensor>& rest,
-                                                   double low, double high) {
+// [3, N, C], as channel_sums has them.
+Tensor clamp_backward_(const Tensor& y, Tensor g, const std::optional<Tensor>& rest, double low, double high,
+                       bool mean) {
   const auto sizes = y.sizes(), strides = y.strides();
   const int64_t dims = int64_t(sizes.size());
   STD_TORCH_CHECK(dims >= 2 && dims <= kMaxDims, "y has ", dims, " dimensions, but has to have 2 to ", kMaxDims,
@@ -40,18 +40,10 @@ std::tuple<Tensor, Tensor, Tensor> clamp_backward_(const Tensor& y, Tensor g, co
   reduction.channel = dim(1);
   for (int64_t d = 2; d < dims; ++d) reduction.positions.add(dim(d));
   const Dtype dtype = dtype_of(y);
-  const int64_t shape[] = {sizes[0], sizes[1]};
-  const std::array<Tensor, 3> sums = new_outputs<3>(shape, 2, dtype);
-  const auto results = [&] { return std::tuple(sums[0], sums[1], sums[2]); };
-  if (shape[0] == 0 || shape[1] == 0) return results();
-  if (reduction.positions.count() == 0) {
-    const size_t bytes = shape[0] * shape[1] * (dtype == Dtype::float64 ? 8 : 4);
-    for (const Tensor& sum : sums) memset(sum.mutable_data_ptr(), 0, bytes);
-    return results();
-  }
+  Tensor sums;
+  if (!new_sums(3, dtype, reduction, sums)) return sums;
   reduction.a = y.const_data_ptr();
   reduction.g = task.out = g.mutable_data_ptr();
-  for (int k = 0; k < 3; ++k) reduction.sums[k] = sums[k].mutable_data_ptr();
   task.rest = rest ? rest->const_data_ptr() : nullptr;
   task.low = low;
   task.high = high;
@@ -62,7 +54,8 @@ std::tuple<Tensor, Tensor, Tensor> clamp_backward_(const Tensor& y, Tensor g, co
                   "y is neither contiguous nor channels last; copy y, g and rest, as in y.contiguous()");
   const auto kernel = kernels().clamp_backward[int(dtype)];
   run_reduction(reduction, dtype, 3, [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
-  return results();
+  if (mean) divide_by_positions(reduction, dtype);
+  return sums;
 }
 
 }  // namespace

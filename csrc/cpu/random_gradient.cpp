@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <limits>
+#include <optional>
 #include <string>
 
 #include "../math.h"
@@ -12,7 +13,7 @@ namespace fastscore::cpu {
 namespace {
 
 Tensor random_gradient(const Tensor& sample_ids, int64_t classes, int64_t seed, int64_t probe, std::string distribution,
-                       bool normalize) {
+                       bool normalize, std::optional<ScalarType> dtype) {
   STD_TORCH_CHECK(sample_ids.dim() == 1 && sample_ids.scalar_type() == ScalarType::Long,
                   "sample_ids has to be int64 [N]; use sample_ids.to(torch.int64).flatten()");
   STD_TORCH_CHECK(classes >= 0 && classes <= kMaxClasses, "classes is ", classes,
@@ -23,7 +24,10 @@ Tensor random_gradient(const Tensor& sample_ids, int64_t classes, int64_t seed, 
                   "', but has to be 'normal' or 'rademacher'");
   const int64_t shape[] = {sample_ids.sizes()[0], classes};
   const Tensor out = new_output(shape, 2, Dtype::float32);
-  if (shape[0] == 0 || classes == 0) return out;
+  const auto result = [&] {
+    return dtype.value_or(ScalarType::Float) == ScalarType::Float ? out : torch::stable::to(out, dtype);
+  };
+  if (shape[0] == 0 || classes == 0) return result();
   const RandomGradient task{static_cast<const int64_t*>(sample_ids.const_data_ptr()),
                             sample_ids.strides()[0],
                             classes,
@@ -35,7 +39,7 @@ Tensor random_gradient(const Tensor& sample_ids, int64_t classes, int64_t seed, 
   constexpr int64_t kValuesPerThread = 8192;
   torch::stable::parallel_for(0, shape[0], kValuesPerThread / classes + 1,
                               [&](int64_t begin, int64_t end) { kernels().random_gradient(task, begin, end); });
-  return out;
+  return result();
 }
 
 }  // namespace

@@ -7,8 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <array>
-#include <utility>
+#include <cstring>
 
 #include "reduction.h"
 
@@ -29,7 +28,8 @@ inline Dtype dtype_of(const Tensor& x) {
 
 // A contiguous tensor for results of inputs of `dtype`: float64 for float64, else float32.
 inline Tensor new_output(const int64_t* sizes, int dims, Dtype dtype) {
-  const int64_t strides[] = {dims == 2 ? std::max<int64_t>(sizes[1], 1) : 1, 1};
+  int64_t strides[3];
+  for (int d = dims - 1; d >= 0; --d) strides[d] = d == dims - 1 ? 1 : strides[d + 1] * std::max<int64_t>(sizes[d + 1], 1);
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dims, sizes, strides, dtype == Dtype::float64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
@@ -37,11 +37,30 @@ inline Tensor new_output(const int64_t* sizes, int dims, Dtype dtype) {
   return Tensor(handle);
 }
 
-template <int Count>
-std::array<Tensor, Count> new_outputs(const int64_t* sizes, int dims, Dtype dtype) {
-  return [&]<std::size_t... I>(std::index_sequence<I...>) {
-    return std::array<Tensor, Count>{((void)I, new_output(sizes, dims, dtype))...};
-  }(std::make_index_sequence<Count>());
+// [count, N, C], or [N, C] for one, for the sums of a reduction, which learns where each lies; zeros where there is
+// nothing to add up, and then false.
+inline bool new_sums(int count, Dtype dtype, Reduction& reduction, Tensor& sums) {
+  const int64_t shape[] = {count, reduction.sample.size, reduction.channel.size}, rows = shape[1] * shape[2];
+  const int64_t bytes = dtype == Dtype::float64 ? 8 : 4;
+  sums = count == 1 ? new_output(shape + 1, 2, dtype) : new_output(shape, 3, dtype);
+  if (rows == 0) return false;
+  char* const to = static_cast<char*>(sums.mutable_data_ptr());
+  if (reduction.positions.count() == 0) {  // and perhaps no memory behind the operands
+    memset(to, 0, count * rows * bytes);
+    return false;
+  }
+  for (int k = 0; k < count; ++k) reduction.sums[k] = to + k * rows * bytes;
+  return true;
+}
+
+// Σ a, the second sum, over the number of positions.
+inline void divide_by_positions(const Reduction& reduction, Dtype dtype) {
+  const int64_t rows = reduction.sample.size * reduction.channel.size, positions = reduction.positions.count();
+  const auto divide = [&](auto* sums) {
+    for (int64_t i = 0; i < rows; ++i) sums[i] /= positions;
+  };
+  dtype == Dtype::float64 ? divide(static_cast<double*>(reduction.sums[1]))
+                          : divide(static_cast<float*>(reduction.sums[1]));
 }
 
 // The bytes from the first to the last element of x: PyTorch has no negative strides.

@@ -2,9 +2,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <array>
-#include <tuple>
-
 #include "launch.h"
 
 namespace fastscore::cuda {
@@ -26,44 +23,35 @@ void check_pair(const Tensor& a, const Tensor& g, int64_t channel_dim) {
 }
 
 template <class Reducer>
-std::array<Tensor, Reducer::kSums> reduce(const Tensor& a, const Tensor& g, int64_t channel_dim) {
-  constexpr int kSums = Reducer::kSums;
+Tensor reduce(const Tensor& a, const Tensor& g, int64_t channel_dim, bool mean = false) {
   if (channel_dim < 0) channel_dim += a.dim();
   check_pair(a, g, channel_dim);
   const DeviceGuard device(a);
-  const int64_t shape[] = {a.size(0), a.size(channel_dim)};
-  const auto allocate = [&](std::initializer_list<int64_t> sizes) {
-    return torch::stable::new_empty(a, {sizes.begin(), sizes.size()}, sum_dtype(a.scalar_type()));
-  };
-  std::array<Tensor, kSums> result;
-  for (Tensor& sum : result) sum = allocate({shape[0], shape[1]});
+  Tensor sums = new_sums(a, Reducer::kSums, a.size(0), a.size(channel_dim));
   with_type(a.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const auto* from_a = static_cast<const T*>(a.const_data_ptr());
     const auto* from_g = static_cast<const T*>(g.const_data_ptr());
     const ChannelPlan plan =
         plan_channel_sums({from_a, from_g, sizeof(T)}, a.sizes().data(), a.strides().data(), g.strides().data(),
-                          int(a.dim()), int(channel_dim), device.multiprocessors());
-    Sum<T>* sums[kSums];
-    for (int k = 0; k < kSums; ++k) sums[k] = static_cast<Sum<T>*>(result[k].mutable_data_ptr());
-    const int64_t splits = plan.geometry.split.splits;
-    const Tensor partials = allocate({splits == 1 ? 0 : splits * kSums * shape[0] * shape[1]});
-    launch_channel_sums<Reducer>(plan, from_a, from_g, sums, static_cast<Sum<T>*>(partials.mutable_data_ptr()),
-                                 device.launcher());
+                          int(a.dim()), int(channel_dim), device.places<SumKernels<Reducer, T>>());
+    const Tensor partials = new_partials(a, plan.geometry, Reducer::kSums);
+    launch_channel_sums<Reducer>(plan, from_a, from_g, static_cast<Sum<T>*>(sums.mutable_data_ptr()),
+                                 static_cast<Sum<T>*>(partials.mutable_data_ptr()), mean, device.launcher());
   });
-  return result;
+  return sums;
 }
 
-Tensor channel_dot(const Tensor& a, const Tensor& g, int64_t channel_dim) { return reduce<Dot>(a, g, channel_dim)[0]; }
+Tensor channel_dot(const Tensor& a, const Tensor& g, int64_t channel_dim) { return reduce<Dot>(a, g, channel_dim); }
 
-std::tuple<Tensor, Tensor, Tensor> channel_sums(const Tensor& a, const Tensor& g, int64_t channel_dim) {
-  const auto [dot, sum_a, sum_g] = reduce<Sums>(a, g, channel_dim);
-  return {dot, sum_a, sum_g};
+// [3, N, C]: Σ a·g, Σ a or the mean of a, Σ g.
+Tensor channel_sums(const Tensor& a, const Tensor& g, int64_t channel_dim, bool mean) {
+  return reduce<Sums>(a, g, channel_dim, mean);
 }
 
-std::tuple<Tensor, Tensor> channel_powers(const Tensor& a, const Tensor& g, int64_t channel_dim) {
-  const auto [absolute, squares] = reduce<Powers>(a, g, channel_dim);
-  return {absolute, squares};
+// [2, N, C]: Σ |a·g|, Σ (a·g)².
+Tensor channel_powers(const Tensor& a, const Tensor& g, int64_t channel_dim) {
+  return reduce<Powers>(a, g, channel_dim);
 }
 
 }  // namespace

@@ -10,9 +10,10 @@
 
 namespace fastscore::cuda {
 
-// What a kernel reduces: kSums accumulators, and how one pair of elements enters them.
+// What a kernel reduces: kSums accumulators, and how one pair of elements enters them. kMean: the sum that may be asked
+// for as a mean over positions; -1 for none.
 struct Dot {
-  static constexpr int kSums = 1;
+  static constexpr int kSums = 1, kMean = -1;
   template <class S>
   static FASTSCORE_HD void add(S (&sum)[kSums], S a, S g) {
     sum[0] += a * g;
@@ -20,7 +21,7 @@ struct Dot {
 };
 
 struct Sums {
-  static constexpr int kSums = 3;
+  static constexpr int kSums = 3, kMean = 1;
   template <class S>
   static FASTSCORE_HD void add(S (&sum)[kSums], S a, S g) {
     sum[0] += a * g;
@@ -30,7 +31,7 @@ struct Sums {
 };
 
 struct Powers {
-  static constexpr int kSums = 2;
+  static constexpr int kSums = 2, kMean = -1;
   template <class S>
   static FASTSCORE_HD void add(S (&sum)[kSums], S a, S g) {
     const S product = a * g;
@@ -39,11 +40,17 @@ struct Powers {
   }
 };
 
-// Where one kernel writes: sum k of row n·C + c goes to sums[k][split · split_stride + row].
-template <class S, int kSums>
+// Where one kernel writes: sum k of row n·C + c goes to sums[(split · kSums + k) · rows + row].
+template <class S>
 struct Outputs {
-  S* sums[kSums];
-  int64_t split_stride;
+  S* sums;
+  int64_t rows;
+  S divisor;  // of the sum that is a mean
+
+  template <class Reducer>
+  __device__ __forceinline__ void store(int64_t split, int k, int64_t row, S value) const {
+    sums[(split * Reducer::kSums + k) * rows + row] = k == Reducer::kMean ? value / divisor : value;
+  }
 };
 
 // Adds the pairs that load(i, &a, &g) gives for i = lane, lane + lanes, ... below length, over kWidth accumulators.
@@ -101,7 +108,7 @@ __device__ __forceinline__ void add_run(S (&sum)[Pack<T>::kSize][Reducer::kSums]
 // Ends the kernels whose lanes share a row: everything into accumulator 0, then over the lanes, then out.
 template <class Reducer, int kWidth, class S>
 __device__ __forceinline__ void finish_row(S (&sum)[kWidth][Reducer::kSums], bool write, int64_t row, int lanes,
-                                           const Outputs<S, Reducer::kSums>& out) {
+                                           const Outputs<S>& out) {
 #pragma unroll
   for (int width = kWidth / 2; width > 0; width /= 2) {
 #pragma unroll
@@ -113,12 +120,12 @@ __device__ __forceinline__ void finish_row(S (&sum)[kWidth][Reducer::kSums], boo
   sum_over_lanes(sum[0], lanes);
   if (!write) return;
 #pragma unroll
-  for (int k = 0; k < Reducer::kSums; ++k) out.sums[k][blockIdx.y * out.split_stride + row] = sum[0][k];
+  for (int k = 0; k < Reducer::kSums; ++k) out.template store<Reducer>(blockIdx.y, k, row, sum[0][k]);
 }
 
 template <class Reducer, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    sum_rows(const T* a, const T* g, Geometry it, Outputs<Sum<T>, Reducer::kSums> out) {
+    sum_rows(const T* a, const T* g, Geometry it, Outputs<Sum<T>> out) {
   const int lane = threadIdx.x & (it.lanes - 1);
   const int64_t row = int64_t(blockIdx.x) * (kThreads / it.lanes) + threadIdx.x / it.lanes;
   const bool inside = row < it.samples * it.channels;
@@ -135,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 
 template <class Reducer, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    sum_strided(const T* a, const T* g, Geometry it, Walk walk, Outputs<Sum<T>, Reducer::kSums> out) {
+    sum_strided(const T* a, const T* g, Geometry it, Walk walk, Outputs<Sum<T>> out) {
   using S = Sum<T>;
   const int lane = threadIdx.x & (it.lanes - 1);
   const int64_t row = int64_t(blockIdx.x) * (kThreads / it.lanes) + threadIdx.x / it.lanes;
@@ -155,28 +162,69 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   finish_row<Reducer>(sum, inside && lane == 0, row, it.lanes, out);
 }
 
+// The first sample and channel of a block of columns, and those of a thread in it, which has kSize channels.
+struct Column {
+  int64_t first_sample, first_channel, sample, channel;
+  int lane, width;  // of the tile, in channels
+};
+
+template <int kSize>
+__device__ __forceinline__ Column column_of(const Geometry& it) {
+  Column at;
+  const int samples = kThreads / it.channel_lanes / it.lanes;
+  at.width = it.channel_lanes * kSize;
+  const int tiles = int((it.channels + at.width - 1) / at.width);
+  at.first_sample = int64_t(blockIdx.x / tiles) * samples;
+  at.first_channel = int64_t(blockIdx.x % tiles) * at.width;
+  at.lane = threadIdx.x / it.channel_lanes & (it.lanes - 1);
+  at.sample = at.first_sample + threadIdx.x / it.channel_lanes / it.lanes;
+  at.channel = at.first_channel + (threadIdx.x & (it.channel_lanes - 1)) * kSize;
+  return at;
+}
+
+// Ends the kernels whose lanes share channels: over the lanes, then out.
+template <class Reducer, int kSize, class S>
+__device__ __forceinline__ void finish_columns(const S (&sum)[kSize][Reducer::kSums], const Geometry& it,
+                                               const Column& at, const Outputs<S>& out) {
+  constexpr int kSums = Reducer::kSums;
+  // [sum][sample and lane][channel of the tile]: written by who summed, read by who adds the lanes up.
+  __shared__ S part[kSums * kSize * kThreads];
+#pragma unroll
+  for (int k = 0; k < kSums; ++k) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) part[(k * kThreads + threadIdx.x) * kSize + j] = sum[j][k];
+  }
+  __syncthreads();
+  const int samples = kThreads / it.channel_lanes / it.lanes;
+  for (int i = threadIdx.x; i < samples * at.width; i += kThreads) {
+    const int z = i / at.width, column = i % at.width;
+    const int64_t sample = at.first_sample + z, channel = at.first_channel + column;
+    if (sample >= it.samples || channel >= it.channels) continue;
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) {
+      const S* lane = part + k * kThreads * kSize + z * it.lanes * at.width + column;
+      S total = 0;
+      for (int l = 0; l < it.lanes; ++l) total += lane[l * at.width];
+      out.template store<Reducer>(blockIdx.y, k, sample * it.channels + channel, total);
+    }
+  }
+}
+
 // kSize channels to a thread: a Pack's, or 1 where the channels do not fill aligned packs.
 template <class Reducer, class T, int kSize>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    sum_columns(const T* a, const T* g, Geometry it, Outputs<Sum<T>, Reducer::kSums> out) {
-  using S = Sum<T>;
-  constexpr int kSums = Reducer::kSums;
-  const int samples_of_block = kThreads / it.channel_lanes / it.lanes, width = it.channel_lanes * kSize;
-  const int tiles = int((it.channels + width - 1) / width), tile = blockIdx.x % tiles;
-  const int64_t first_sample = int64_t(blockIdx.x / tiles) * samples_of_block;
-  const int64_t first_channel = int64_t(tile) * width;
-  const int x = threadIdx.x & (it.channel_lanes - 1), y = threadIdx.x / it.channel_lanes & (it.lanes - 1);
-  const int64_t n = first_sample + threadIdx.x / it.channel_lanes / it.lanes, c = first_channel + x * kSize;
-
-  S sum[kSize][kSums] = {};
-  if (n < it.samples && c < it.channels) {
-    const T *from_a = a + n * it.sample.a + c, *from_g = g + n * it.sample.g + c;
+__global__ void __launch_bounds__(kThreads, kColumnBlocksAtOnce)
+    sum_columns(const T* a, const T* g, Geometry it, Outputs<Sum<T>> out) {
+  const Column at = column_of<kSize>(it);
+  Sum<T> sum[kSize][Reducer::kSums] = {};
+  if (at.sample < it.samples && at.channel < it.channels) {
+    const T* from_a = a + at.sample * it.sample.a + at.channel;
+    const T* from_g = g + at.sample * it.sample.g + at.channel;
     const int64_t begin = blockIdx.y * it.split.segment, end = min(begin + it.split.segment, it.positions);
     const auto load_at = [&](const T* from, int64_t stride, int64_t p) {
       if constexpr (kSize == 1) return __ldg(from + p * stride);
       else return load_pack(from + p * stride);
     };
-    int64_t p = begin + y;
+    int64_t p = begin + at.lane;
     for (; p + it.lanes < end; p += 2 * it.lanes) {
       const auto a0 = load_at(from_a, it.position.a, p), g0 = load_at(from_g, it.position.g, p);
       const auto a1 = load_at(from_a, it.position.a, p + it.lanes), g1 = load_at(from_g, it.position.g, p + it.lanes);
@@ -188,33 +236,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     }
   }
 
-  // [sum][sample and lane][channel of the tile]: written by who summed, read by who adds the lanes up.
-  __shared__ S part[kSums * kSize * kThreads];
-#pragma unroll
-  for (int k = 0; k < kSums; ++k) {
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) part[(k * kThreads + threadIdx.x) * kSize + j] = sum[j][k];
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < samples_of_block * width; i += kThreads) {
-    const int z = i / width, column = i % width;
-    const int64_t sample = first_sample + z, channel = first_channel + column;
-    if (sample >= it.samples || channel >= it.channels) continue;
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-      const S* lane = part + k * kThreads * kSize + z * it.lanes * width + column;
-      S total = 0;
-      for (int l = 0; l < it.lanes; ++l) total += lane[l * width];
-      out.sums[k][blockIdx.y * out.split_stride + sample * it.channels + channel] = total;
-    }
-  }
+  finish_columns<Reducer, kSize>(sum, it, at, out);
 }
 
 // partials: [split][sum][row] -> [row] for every sum; four accumulators keep the loads of one thread in flight.
-template <class S, int kSums>
+template <class Reducer, class S>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    add_partials(const S* partials, int64_t splits, int64_t rows, Outputs<S, kSums> out) {
-  const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    add_partials(const S* partials, int64_t splits, Outputs<S> out) {
+  constexpr int kSums = Reducer::kSums;
+  const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x, rows = out.rows;
   if (row >= rows) return;
 #pragma unroll
   for (int k = 0; k < kSums; ++k) {
@@ -224,36 +254,51 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 #pragma unroll
       for (int j = 0; j < 4; ++j) total[j] += split + j < splits ? part[(split + j) * kSums * rows] : S(0);
     }
-    out.sums[k][row] = (total[0] + total[1]) + (total[2] + total[3]);
+    out.template store<Reducer>(0, k, row, (total[0] + total[1]) + (total[2] + total[3]));
   }
 }
 
 // Every launch of one op, in order; launch(kernel, blocks, splits, arguments...) is the device's or a test's.
-// partials: splits · kSums · N · C elements where the reduction is split, else unused.
-template <class Reducer, class T, class Launch>
-void launch_channel_sums(const ChannelPlan& plan, const T* a, const T* g, Sum<T>* const (&sums)[Reducer::kSums],
-                         Sum<T>* partials, Launch launch) {
-  using S = Sum<T>;
-  constexpr int kSums = Reducer::kSums;
+// sums: [kSums, N, C]. partials: splits · kSums · N · C elements where the reduction is split, else unused. mean: the
+// sum kMean is divided by the number of positions.
+template <class Reducer, class S, class Launch, class First>
+void launch_reduction(const ChannelPlan& plan, S* sums, S* partials, bool mean, Launch launch, First first) {
   const Geometry& it = plan.geometry;
   const int64_t rows = it.samples * it.channels;
   if (rows == 0) return;
-  Outputs<S, kSums> result{{}, 0}, first{{}, kSums * rows};
-  for (int k = 0; k < kSums; ++k) {
-    result.sums[k] = sums[k];
-    first.sums[k] = partials + k * rows;
+  const bool split = it.split.splits > 1;
+  const Outputs<S> result{sums, rows, S(mean ? std::max<int64_t>(it.positions, 1) : 1)}, parts{partials, rows, S(1)};
+  first(split ? parts : result);
+  if (split) {
+    launch(add_partials<Reducer, S>, ceil_divide(rows, kThreads), int64_t(1), static_cast<const S*>(partials),
+           it.split.splits, result);
   }
-  const Outputs<S, kSums>& out = it.split.splits == 1 ? result : first;
-  switch (it.layout) {
-    case Layout::rows: launch(sum_rows<Reducer, T>, it.blocks, it.split.splits, a, g, it, out); break;
-    case Layout::strided: launch(sum_strided<Reducer, T>, it.blocks, it.split.splits, a, g, it, plan.walk, out); break;
-    case Layout::columns:
-      if (it.wide) launch(sum_columns<Reducer, T, Pack<T>::kSize>, it.blocks, it.split.splits, a, g, it, out);
-      else launch(sum_columns<Reducer, T, 1>, it.blocks, it.split.splits, a, g, it, out);
-  }
-  if (it.split.splits == 1) return;
-  launch(add_partials<S, kSums>, ceil_divide(rows, kThreads), int64_t(1), static_cast<const S*>(partials),
-         it.split.splits, rows, result);
+}
+
+// The kernels of a reduction, for whoever asks how many of their blocks run at once.
+template <class Reducer, class T>
+struct SumKernels {
+  static constexpr auto rows = sum_rows<Reducer, T>;
+  static constexpr auto strided = sum_strided<Reducer, T>;
+  static constexpr auto wide = sum_columns<Reducer, T, Pack<T>::kSize>;
+  static constexpr auto narrow = sum_columns<Reducer, T, 1>;
+};
+
+template <class Reducer, class T, class Launch>
+void launch_channel_sums(const ChannelPlan& plan, const T* a, const T* g, Sum<T>* sums, Sum<T>* partials, bool mean,
+                         Launch launch) {
+  const Geometry& it = plan.geometry;
+  launch_reduction<Reducer>(plan, sums, partials, mean, launch, [&](const Outputs<Sum<T>>& out) {
+    const auto start = [&](auto kernel, auto... walk) {
+      launch(kernel, it.blocks, it.split.splits, a, g, it, walk..., out);
+    };
+    switch (it.layout) {
+      case Layout::rows: return start(sum_rows<Reducer, T>);
+      case Layout::strided: return start(sum_strided<Reducer, T>, plan.walk);
+      case Layout::columns:
+        return it.wide ? start(sum_columns<Reducer, T, Pack<T>::kSize>) : start(sum_columns<Reducer, T, 1>);
+    }
+  });
 }
 
 }  // namespace fastscore::cuda

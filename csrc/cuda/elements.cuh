@@ -11,7 +11,8 @@ namespace fastscore::cuda {
 
 inline constexpr int kThreads = 256;  // of every block
 inline constexpr int kWarp = 32;
-inline constexpr int kBlocksAtOnce = 3;  // on one multiprocessor: leaves 80 registers to a thread
+inline constexpr int kBlocksAtOnce = 3;        // on one multiprocessor: leaves 80 registers to a thread
+inline constexpr int kColumnBlocksAtOnce = 4;  // columns make do with 64
 
 template <class T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -21,8 +22,8 @@ __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-template <class T>
-__device__ __forceinline__ T narrow(double x) {
+template <class T, class S>
+__device__ __forceinline__ T narrow(S x) {
   if constexpr (std::is_same_v<T, __half>) return __float2half_rn(float(x));
   else if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(float(x));
   else return T(x);
@@ -48,11 +49,36 @@ __device__ __forceinline__ Pack<T> load_pack(const T* address) {
   return pack;
 }
 
+// What this kernel writes later: the read-only path of __ldg is for what nobody does.
+template <class T>
+__device__ __forceinline__ Pack<T> load_pack_to_change(const T* address) {
+  const uint4 bits = __ldcg(reinterpret_cast<const uint4*>(address));
+  Pack<T> pack;
+  memcpy(&pack, &bits, sizeof(bits));
+  return pack;
+}
+
 template <class T>
 __device__ __forceinline__ void store_pack(T* address, const Pack<T>& pack) {
   uint4 bits;
   memcpy(&bits, &pack, sizeof(bits));
   __stcg(reinterpret_cast<uint4*>(address), bits);  // an assignment may be taken apart into four
+}
+
+// Four values side by side, at a multiple of the four's size.
+template <class T>
+__device__ __forceinline__ void store_four(T* address, const float (&value)[4]) {
+  if constexpr (sizeof(T) == 8) {
+    store_pack(address, Pack<T>{{T(value[0]), T(value[1])}});
+    store_pack(address + 2, Pack<T>{{T(value[2]), T(value[3])}});
+  } else if constexpr (sizeof(T) == 4) {
+    store_pack(address, Pack<T>{{value[0], value[1], value[2], value[3]}});
+  } else {
+    const T four[] = {narrow<T>(value[0]), narrow<T>(value[1]), narrow<T>(value[2]), narrow<T>(value[3])};
+    uint2 bits;
+    memcpy(&bits, four, sizeof(bits));
+    __stcg(reinterpret_cast<uint2*>(address), bits);
+  }
 }
 
 // Elements before the first 16-byte boundary that both runs of `length` share; all of them where they share none.

@@ -11,6 +11,7 @@ namespace fastscore::cuda {
 
 inline constexpr int kMaxDims = 64;
 inline constexpr int kBlocksPerMultiprocessor = 4;  // blocks of 256 threads that keep one multiprocessor busy
+inline constexpr double kFull = 0.9;                // of the places of all waves, filled: more is not sought
 inline constexpr int kShortestChain = 4;            // additions per accumulator below which a split does not pay
 inline constexpr int kShortestSegment = 256;  // elements; the partial sums of shorter ones would add to the traffic
 inline constexpr int kLongestChain = 1024;    // additions per accumulator above which float32 would lose too much
@@ -81,14 +82,31 @@ struct Split {
   int64_t segment, splits;
 };
 
-// `step` elements are one addition for every accumulator; `blocks` would run without a split, `wanted` fill the device.
-inline Split split_reduction(int64_t length, int64_t step, int64_t blocks, int64_t wanted) {
-  const int64_t shortest = std::max<int64_t>(step * kShortestChain, kShortestSegment);
-  const int64_t useful = std::min(wanted / std::max<int64_t>(blocks, 1), length / shortest);
-  const int64_t needed = ceil_divide(length, step * kLongestChain);
-  const int64_t splits = std::clamp<int64_t>(std::max(useful, needed), 1, kMaxSplits);
-  const int64_t segment = std::max<int64_t>(ceil_divide(ceil_divide(length, splits), step) * step, step);
-  return {segment, std::max<int64_t>(ceil_divide(length, segment), 1)};
+// How much of the time that `blocks` take, in waves of `places` at once, a place is filled.
+inline double fill(int64_t blocks, int64_t places) {
+  return blocks == 0 ? 1 : double(blocks) / double(ceil_divide(blocks, places) * places);
+}
+
+// `step` elements are one addition for every accumulator; `blocks` would run without a split, `places` at once. The
+// fewest splits that fill the waves.
+inline Split split_reduction(int64_t length, int64_t step, int64_t blocks, int64_t places) {
+  const auto cut = [&](int64_t splits) {
+    const int64_t segment = std::max<int64_t>(ceil_divide(ceil_divide(length, splits), step) * step, step);
+    return Split{segment, std::max<int64_t>(ceil_divide(length, segment), 1)};
+  };
+  blocks = std::max<int64_t>(blocks, 1);
+  const int64_t useful = length / std::max<int64_t>(step * kShortestChain, kShortestSegment);
+  const int64_t needed = std::min(std::max<int64_t>(ceil_divide(length, step * kLongestChain), 1), kMaxSplits);
+  const int64_t of_one_wave = places / blocks;
+  const int64_t most = std::min({std::max(useful, needed), std::max(needed, 4 * (of_one_wave + 1)), kMaxSplits});
+  Split best = cut(needed);
+  // below one wave in eight, a single wave is full enough, and the search would be long
+  for (int64_t splits = of_one_wave >= 8 ? std::clamp(of_one_wave, needed, most) : needed; splits <= most; ++splits) {
+    const Split next = cut(splits);
+    if (fill(blocks * next.splits, places) > fill(blocks * best.splits, places)) best = next;
+    if (fill(blocks * best.splits, places) >= kFull || of_one_wave >= 8) break;
+  }
+  return best;
 }
 
 }  // namespace fastscore::cuda

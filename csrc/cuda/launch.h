@@ -9,10 +9,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <atomic>
 #include <cstdint>
 #include <limits>
 
-#include "elements.cuh"
+#include "plan_channel_sums.cuh"
 
 namespace fastscore::cuda {
 
@@ -35,26 +36,34 @@ inline int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-// Makes a tensor's device the current one, and the former one current again at the end. The CUDA runtime is linked
-// statically, so this library sets its own.
+// Makes a tensor's device the current one, and the former one current again at the end, as PyTorch does: not if that
+// device has no context, which setting it would make. The CUDA runtime is linked statically, so this library sets its
+// own besides, which it sets anew in each call.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(const Tensor& tensor) : device_(tensor.get_device_index()) {
-    check(cudaGetDevice(&former_), "cudaGetDevice");
-    if (former_ != device_) check(cudaSetDevice(device_), "cudaSetDevice");
+  explicit DeviceGuard(const Tensor& tensor) : device_(tensor.get_device_index()), of_torch_(device_) {
+    int current = 0;
+    check(cudaGetDevice(&current), "cudaGetDevice");
+    if (current != device_) check(cudaSetDevice(device_), "cudaSetDevice");
     const int major = attribute(cudaDevAttrComputeCapabilityMajor, device_);
     if (major >= kOldestMajor) return;
     const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device_);
-    restore();
     STD_TORCH_CHECK(false, "cuda:", device_, " has compute capability ", major, ".", minor,
                     ", but fastscore's CUDA kernels need ", kOldestMajor,
                     ".0 or newer; move the tensors to the CPU, or use fastscore.ops.use_backend(\"reference\")");
   }
-  ~DeviceGuard() { restore(); }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
   int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount, device_); }
+
+  // Blocks of these kernels that run at once here.
+  template <class Kernels>
+  Places places() const {
+    const int64_t units = multiprocessors();
+    return {units * at_once<Kernels::rows>(), units * at_once<Kernels::strided>(), units * at_once<Kernels::wide>(),
+            units * at_once<Kernels::narrow>()};
+  }
 
   // Launches kernels of `blocks` × `splits` blocks on the caller's stream.
   auto launcher() const {
@@ -68,11 +77,22 @@ class DeviceGuard {
   }
 
  private:
-  void restore() const {
-    if (former_ != device_) cudaSetDevice(former_);
+  // Blocks of one kernel on one multiprocessor, asked once for each device.
+  template <auto kKernel>
+  int at_once() const {
+    constexpr int kDevices = 64;
+    static std::atomic<int> known[kDevices];
+    int blocks = device_ < kDevices ? known[device_].load(std::memory_order_relaxed) : 0;
+    if (blocks == 0) {
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kThreads, 0), "asking for occupancy");
+      blocks = std::max(blocks, 1);
+      if (device_ < kDevices) known[device_].store(blocks, std::memory_order_relaxed);
+    }
+    return blocks;
   }
 
-  int device_, former_ = 0;
+  int device_;
+  torch::stable::accelerator::DeviceGuard of_torch_;
 };
 
 // f(T{}) with the CUDA type of a floating dtype.
@@ -89,5 +109,18 @@ void with_type(ScalarType dtype, F f) {
 
 // dtype of a sum over elements of `dtype`.
 inline ScalarType sum_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
+
+// [count, N, C], or [N, C] for one, for sums over elements of `like`.
+inline Tensor new_sums(const Tensor& like, int64_t count, int64_t samples, int64_t channels) {
+  const int64_t shape[] = {count, samples, channels};
+  return torch::stable::new_empty(like, {shape + (count == 1), size_t(count == 1 ? 2 : 3)},
+                                  sum_dtype(like.scalar_type()));
+}
+
+// The parts of sums that are split; nothing where they are not.
+inline Tensor new_partials(const Tensor& like, const Geometry& it, int64_t count) {
+  const int64_t parts = it.split.splits == 1 ? 0 : it.split.splits * count * it.samples * it.channels;
+  return torch::stable::new_empty(like, {&parts, 1}, sum_dtype(like.scalar_type()));
+}
 
 }  // namespace fastscore::cuda

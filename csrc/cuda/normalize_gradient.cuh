@@ -1,5 +1,7 @@
 // Every sample of a gradient divided by its L2 norm. A sample that fits into the registers of a block is read once; a
-// longer or strided one twice, since its norm must be known before the first quotient. Squares are summed in double.
+// longer or strided one twice, since its norm must be known before the first quotient. A thread's squares are of elements
+// over a power of two near the largest, so that none overflows or vanishes; double is for what threads have in common,
+// as few devices are fast at it.
 #pragma once
 
 #include "elements.cuh"
@@ -51,23 +53,114 @@ __device__ __forceinline__ double inverse_length(double norm, double eps) {
   return divisor < 0x1p-1022 ? 0 : 1 / divisor;
 }
 
-template <class T>
-__device__ __forceinline__ double square(T x) {
-  const double wide = widen(x);
-  return wide * wide;
+// 2 to a power within the range of normal float32.
+__device__ __forceinline__ float power_of_two(int exponent) {
+  const uint32_t bits = uint32_t(exponent + 127) << 23;
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
 }
 
-template <class T>
-__device__ __forceinline__ T scaled(T x, double factor) {
-  return narrow<T>(double(widen(x)) * factor);
+// The exponent of a float32 that is not negative; -127 below the normal range.
+__device__ __forceinline__ int exponent_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return int(bits >> 23) - 127;
 }
 
-template <class T>
-__device__ __forceinline__ Pack<T> scaled(Pack<T> pack, double factor) {
+__device__ __forceinline__ float magnitude(float x) { return x < 0 ? -x : x; }
+
+// What elements are multiplied by: two powers of two, neither of which takes a digit from a result in the normal range,
+// and a number from 1 to 2, in two parts, so that a product is rounded once.
+template <class S>
+struct Factor {
+  S first = 1, second = 1, rest, less = 0;
+
+  __device__ __forceinline__ explicit Factor(double factor) : rest(S(factor)) {
+    if constexpr (std::is_same_v<S, float>) {
+      if (!(factor > 0)) return;  // 0 and NaN
+      uint64_t bits;
+      memcpy(&bits, &factor, sizeof(bits));
+      const int exponent = min(max(int(bits >> 52) - 1023, -200), 200);
+      first = power_of_two(exponent / 2);
+      second = power_of_two(exponent - exponent / 2);
+      const double exact = factor / (double(first) * double(second));
+      rest = float(exact);
+      less = float(exact - double(rest));
+    }
+  }
+
+  template <class T>
+  __device__ __forceinline__ T scaled(T x) const {
+    const S near_one = widen(x) * first * second;
+    if constexpr (std::is_same_v<S, double>) return narrow<T>(near_one * rest);
+    else return narrow<T>(fmaf(near_one, rest, near_one * less));
+  }
+
+  template <class T>
+  __device__ __forceinline__ Pack<T> scaled(Pack<T> pack) const {
 #pragma unroll
-  for (int j = 0; j < Pack<T>::kSize; ++j) pack.value[j] = scaled(pack.value[j], factor);
-  return pack;
-}
+    for (int j = 0; j < Pack<T>::kSize; ++j) pack.value[j] = scaled(pack.value[j]);
+    return pack;
+  }
+};
+
+// The squares of what one thread reads, over kSize accumulators.
+template <class S, int kSize>
+struct Squares {
+  S sum[kSize] = {};
+
+  __device__ __forceinline__ void add(int j, S x) { sum[j] += x * x; }
+  template <class T>
+  __device__ __forceinline__ void add(const Pack<T>& pack) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) add(j, widen(pack.value[j]));
+  }
+  __device__ __forceinline__ double total() const {
+    double total = 0;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) total += sum[j];
+    return total;
+  }
+};
+
+template <int kSize>
+struct Squares<float, kSize> {
+  float sum[kSize] = {}, scale = 1, most = 0;  // sums of (x · scale)² for |x| <= most
+
+  // Largest magnitude of what comes next; NaN is seen in the sums.
+  __device__ __forceinline__ void expect(float largest) {
+    if (!(largest > most)) return;
+    const int exponent = min(max(exponent_of(largest), -126), 126);
+    const float next = power_of_two(-exponent), change = next / scale;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) sum[j] = sum[j] * change * change;
+    scale = next;
+    most = largest * 0x1p20f;  // whose square is far from overflow: few are the changes
+  }
+  __device__ __forceinline__ void add(int j, float x) {
+    expect(magnitude(x));
+    sum[j] += (x * scale) * (x * scale);
+  }
+  template <class T>
+  __device__ __forceinline__ void add(const Pack<T>& pack) {
+    float largest = 0;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) largest = max(largest, magnitude(widen(pack.value[j])));
+    expect(largest);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      const float x = widen(pack.value[j]) * scale;
+      sum[j] += x * x;
+    }
+  }
+  __device__ __forceinline__ double total() const {
+    float total = 0;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) total += sum[j];
+    return double(total) / (double(scale) * double(scale));
+  }
+};
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -83,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t edge_at = lane < head ? lane : lane + packs * kSize;
   const bool has_edge = inside && edge_at < it.length;
 
-  double squares[1] = {0};
+  Squares<Sum<T>, kSize> of_thread;
   Pack<T> held[kHeldPacks];
 #pragma unroll
   for (int i = 0; i < kHeldPacks; ++i) {
@@ -93,24 +186,24 @@ __global__ void __launch_bounds__(kThreads, 2)
   T edge{};
   if (has_edge) {
     edge = __ldg(from + edge_at);
-    squares[0] = square(edge);
+    of_thread.add(0, widen(edge));
   }
 #pragma unroll
   for (int i = 0; i < kHeldPacks; ++i) {
-    if (lane + int64_t(i) * it.lanes >= packs) continue;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) squares[0] += square(held[i].value[j]);
+    if (lane + int64_t(i) * it.lanes < packs) of_thread.add(held[i]);
   }
+  double squares[1] = {of_thread.total()};
   sum_over_lanes(squares, it.lanes);
 
-  const double length = sqrt(squares[0]), factor = inverse_length(length, eps);
+  const double length = sqrt(squares[0]);
+  const Factor<Sum<T>> factor(inverse_length(length, eps));
   if (inside && lane == 0) norm[n] = Sum<T>(length);
 #pragma unroll
   for (int i = 0; i < kHeldPacks; ++i) {
     const int64_t at = lane + int64_t(i) * it.lanes;
-    if (at < packs) store_pack(to + head + at * kSize, scaled(held[i], factor));
+    if (at < packs) store_pack(to + head + at * kSize, factor.scaled(held[i]));
   }
-  if (has_edge) to[edge_at] = scaled(edge, factor);
+  if (has_edge) to[edge_at] = factor.scaled(edge);
 }
 
 // Calls on_pack(from, to) or on_element(from, to) for this thread's share of the block's segment of sample n.
@@ -140,15 +233,11 @@ __device__ __forceinline__ void for_segment(const T* g, T* unit, const Normalize
 // partials: [N, splits]
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) sum_squares(const T* g, T* unit, NormalizePlan it, double* partials) {
-  double squares[1] = {0};
+  Squares<Sum<T>, Pack<T>::kSize> of_thread;
   for_segment(
-      g, unit, it, blockIdx.x,
-      [&](const T* from, T*) {
-        const Pack<T> pack = load_pack(from);
-#pragma unroll
-        for (int j = 0; j < Pack<T>::kSize; ++j) squares[0] += square(pack.value[j]);
-      },
-      [&](const T* from, T*) { squares[0] += square(__ldg(from)); });
+      g, unit, it, blockIdx.x, [&](const T* from, T*) { of_thread.add(load_pack(from)); },
+      [&](const T* from, T*) { of_thread.add(0, load(from)); });
+  double squares[1] = {of_thread.total()};
   sum_over_lanes(squares, kThreads);
   if (threadIdx.x == 0) partials[blockIdx.x * it.split.splits + blockIdx.y] = squares[0];
 }
@@ -161,11 +250,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     squares[0] += partials[blockIdx.x * it.split.splits + i];
   }
   sum_over_lanes(squares, kThreads);
-  const double length = sqrt(squares[0]), factor = inverse_length(length, eps);
+  const double length = sqrt(squares[0]);
+  const Factor<Sum<T>> factor(inverse_length(length, eps));
   if (blockIdx.y == 0 && threadIdx.x == 0) norm[blockIdx.x] = Sum<T>(length);
   for_segment(
-      g, unit, it, blockIdx.x, [&](const T* from, T* to) { store_pack(to, scaled(load_pack(from), factor)); },
-      [&](const T* from, T* to) { *to = scaled(__ldg(from), factor); });
+      g, unit, it, blockIdx.x, [&](const T* from, T* to) { store_pack(to, factor.scaled(load_pack(from))); },
+      [&](const T* from, T* to) { *to = factor.scaled(__ldg(from)); });
 }
 
 // partials: N · splits elements unless the plan is held; launch as for launch_channel_sums.

@@ -29,41 +29,92 @@ struct ChannelPlan {
   Walk walk;  // the positions
 };
 
+// rest: a third tensor with the strides of the two, or null.
 struct Operands {
   const void *a, *g;
   int element_size;
+  const void* rest = nullptr;
 };
 
-inline void plan_rows(Geometry& it, int pack, int64_t wanted) {
-  it.lanes = power_of_two_from(ceil_divide(ceil_divide(it.positions, pack), 4), kThreads);
-  it.blocks = ceil_divide(it.samples * it.channels, kThreads / it.lanes);
-  it.split = split_reduction(it.positions, int64_t(it.lanes) * pack, it.blocks, wanted);
+// Blocks of each kernel that run at once on the device: of sum_rows, sum_strided, and sum_columns with and without packs.
+struct Places {
+  int64_t rows, strided, wide, narrow;
+
+  // As the kernels' launch bounds promise.
+  static Places of(int64_t multiprocessors) {
+    return {multiprocessors * kBlocksAtOnce, multiprocessors * kBlocksAtOnce, multiprocessors * kColumnBlocksAtOnce,
+            multiprocessors * kColumnBlocksAtOnce};
+  }
+};
+
+// The first geometry that fills its waves, or the one that does so best. next(): the one to try after, false at the end.
+template <class Next>
+void choose_geometry(Geometry& it, int64_t places, Next next) {
+  const auto filled = [places](const Geometry& of) { return fill(of.blocks * of.split.splits, places); };
+  Geometry tried = it;
+  while (filled(it) < kFull && next(tried)) {
+    if (filled(tried) > filled(it)) it = tried;
+  }
 }
 
-// A tile is as wide as a warp, or down to a cache line's 128 bytes where wider ones would leave the device idle.
-inline void plan_columns(Geometry& it, int pack, int64_t wanted) {
+// Four packs to a lane, or fewer, or more and rows in parts, where that fills the device better.
+inline void plan_rows(Geometry& it, int pack, int64_t places) {
+  const int64_t packs = ceil_divide(it.positions, pack);
+  const auto with_lanes = [=](Geometry& of, int lanes) {
+    of.lanes = lanes;
+    of.blocks = ceil_divide(of.samples * of.channels, kThreads / lanes);
+    of.split = split_reduction(of.positions, int64_t(lanes) * pack, of.blocks, places);
+  };
+  const int usual = power_of_two_from(ceil_divide(packs, 4), kThreads), most = power_of_two_from(packs, kThreads);
+  with_lanes(it, usual);
+  int more = usual, fewer = usual;
+  choose_geometry(it, places, [&](Geometry& of) {
+    if (more < most) with_lanes(of, more *= 2);
+    else if (fewer > kWarp) with_lanes(of, fewer /= 2);
+    else return false;
+    return true;
+  });
+}
+
+// A tile is as wide as a warp, or down to a cache line's 128 bytes, and has four positions to a lane, or fewer, where
+// that fills the device better.
+inline void plan_columns(Geometry& it, int pack, int64_t places) {
   const int64_t vectors = it.wide ? it.channels / pack : it.channels;
-  const int narrowest = it.wide ? 8 : kWarp;
-  for (it.channel_lanes = power_of_two_from(vectors, kWarp);; it.channel_lanes /= 2) {
-    it.lanes = power_of_two_from(ceil_divide(it.positions, 4), std::min(kThreads / it.channel_lanes, kWarp));
-    const int64_t samples_of_block = kThreads / it.channel_lanes / it.lanes;
-    it.blocks = ceil_divide(vectors, it.channel_lanes) * ceil_divide(it.samples, samples_of_block);
-    if (it.blocks >= wanted || it.channel_lanes <= narrowest) break;
-  }
-  it.split = split_reduction(it.positions, it.lanes, it.blocks, wanted);
+  const auto with_tile = [=](Geometry& of, int channel_lanes, int lanes) {
+    of.channel_lanes = channel_lanes;
+    of.lanes = lanes;
+    const int64_t samples_of_block = kThreads / channel_lanes / lanes;
+    of.blocks = ceil_divide(vectors, channel_lanes) * ceil_divide(of.samples, samples_of_block);
+    of.split = split_reduction(of.positions, lanes, of.blocks, places);
+  };
+  const auto lanes_of = [=](int64_t positions_of_lane, int channel_lanes) {
+    return power_of_two_from(ceil_divide(it.positions, positions_of_lane), std::min(kThreads / channel_lanes, kWarp));
+  };
+  const int widest = power_of_two_from(vectors, kWarp), narrowest = std::min(widest, it.wide ? 8 : kWarp);
+  with_tile(it, widest, lanes_of(4, widest));
+  choose_geometry(it, places, [&](Geometry& of) {
+    if (of.lanes < lanes_of(1, of.channel_lanes)) {
+      with_tile(of, of.channel_lanes, of.lanes * 2);
+    } else if (of.channel_lanes > narrowest) {
+      with_tile(of, of.channel_lanes / 2, lanes_of(4, of.channel_lanes / 2));
+    } else {
+      return false;
+    }
+    return true;
+  });
 }
 
 // Eight lanes to a row and so 32 rows to a block: where one tensor has its positions contiguous and the other its
 // channels, the block reads whole 32-byte sectors of both.
-inline void plan_strided(Geometry& it, int64_t wanted) {
+inline void plan_strided(Geometry& it, int64_t places) {
   it.lanes = power_of_two_from(ceil_divide(it.positions, 4), 8);
   it.blocks = ceil_divide(it.samples * it.channels, kThreads / it.lanes);
-  it.split = split_reduction(it.positions, int64_t(it.lanes) * kStridedWidth, it.blocks, wanted);
+  it.split = split_reduction(it.positions, int64_t(it.lanes) * kStridedWidth, it.blocks, places);
 }
 
-// `sizes` and strides as the tensors have them; channel_dim in 1..dims-1; `multiprocessors` of the device.
+// `sizes` and strides as the tensors have them; channel_dim in 1..dims-1.
 inline ChannelPlan plan_channel_sums(Operands in, const int64_t* sizes, const int64_t* strides_a,
-                                     const int64_t* strides_g, int dims, int channel_dim, int multiprocessors) {
+                                     const int64_t* strides_g, int dims, int channel_dim, const Places& places) {
   ChannelPlan plan{};
   Geometry& it = plan.geometry;
   it.samples = sizes[0];
@@ -84,18 +135,17 @@ inline ChannelPlan plan_channel_sums(Operands in, const int64_t* sizes, const in
     return reinterpret_cast<uintptr_t>(base) % 16 == 0 && sample % pack == 0 && position % pack == 0;
   };
   it.wide = it.channels % pack == 0 && aligned(in.a, it.samples > 1 ? it.sample.a : 0, it.position.a) &&
-            aligned(in.g, it.samples > 1 ? it.sample.g : 0, it.position.g);
+            aligned(in.g, it.samples > 1 ? it.sample.g : 0, it.position.g) && aligned(in.rest, 0, 0);
   const bool adjacent_channels = it.channels == 1 || (it.channel.a == 1 && it.channel.g == 1);
-  const int64_t wanted = int64_t(multiprocessors) * kBlocksPerMultiprocessor;
   if (plan.walk.dims == 1 && plan.walk.contiguous()) {
     it.layout = Layout::rows;
-    plan_rows(it, pack, wanted);
+    plan_rows(it, pack, places.rows);
   } else if (plan.walk.dims <= 1 && adjacent_channels) {
     it.layout = Layout::columns;
-    plan_columns(it, pack, wanted);
+    plan_columns(it, pack, it.wide ? places.wide : places.narrow);
   } else {
     it.layout = Layout::strided;
-    plan_strided(it, wanted);
+    plan_strided(it, places.strided);
   }
   return plan;
 }

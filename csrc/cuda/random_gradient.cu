@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <string>
 
 #include "launch.h"
@@ -10,7 +11,7 @@ namespace fastscore::cuda {
 namespace {
 
 Tensor random_gradient(const Tensor& sample_ids, int64_t classes, int64_t seed, int64_t probe, std::string distribution,
-                       bool normalize) {
+                       bool normalize, std::optional<ScalarType> dtype) {
   STD_TORCH_CHECK(sample_ids.dim() == 1 && sample_ids.scalar_type() == ScalarType::Long,
                   "sample_ids has to be int64 [N]; use sample_ids.to(torch.int64).flatten()");
   STD_TORCH_CHECK(classes >= 0 && classes <= kMaxClasses, "classes is ", classes,
@@ -21,11 +22,14 @@ Tensor random_gradient(const Tensor& sample_ids, int64_t classes, int64_t seed, 
                   "', but has to be 'normal' or 'rademacher'");
   const DeviceGuard device(sample_ids);
   const int64_t shape[] = {sample_ids.size(0), classes};
-  const Tensor out = torch::stable::new_empty(sample_ids, {shape, 2}, ScalarType::Float);
-  launch_random_gradient(plan_random_gradient(shape[0], sample_ids.stride(0), classes),
-                         static_cast<const int64_t*>(sample_ids.const_data_ptr()), seed, uint32_t(probe),
-                         distribution == "normal", normalize, static_cast<float*>(out.mutable_data_ptr()),
-                         device.launcher());
+  const ScalarType type = dtype.value_or(ScalarType::Float);
+  const Tensor out = torch::stable::new_empty(sample_ids, {shape, 2}, type);
+  with_type(type, [&](auto element) {
+    launch_random_gradient(plan_random_gradient(shape[0], sample_ids.stride(0), classes),
+                           static_cast<const int64_t*>(sample_ids.const_data_ptr()), seed, uint32_t(probe),
+                           distribution == "normal", normalize,
+                           static_cast<decltype(element)*>(out.mutable_data_ptr()), device.launcher());
+  });
   return out;
 }
 

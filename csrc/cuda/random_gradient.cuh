@@ -39,9 +39,9 @@ __device__ __forceinline__ void random_values(const Words& words, float (&value)
 }
 
 // out: [N, K]
-template <bool kNormal>
+template <bool kNormal, class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    random_rows(const int64_t* ids, RandomPlan it, int64_t seed, uint32_t probe, bool normalize, float* out) {
+    random_rows(const int64_t* ids, RandomPlan it, int64_t seed, uint32_t probe, bool normalize, T* out) {
   const int lane = threadIdx.x & (it.lanes - 1);
   const int64_t n = int64_t(blockIdx.x) * (kThreads / it.lanes) + threadIdx.x / it.lanes;
   const bool inside = n < it.samples;
@@ -62,26 +62,26 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   for (int64_t quad = lane; quad < quads; quad += it.lanes) {
     random_values<kNormal>(random_words(id, uint32_t(quad), probe, seed), value);
-    float* to = out + n * it.classes + 4 * quad;
+    T* to = out + n * it.classes + 4 * quad;
 #pragma unroll
     for (int i = 0; i < 4; ++i) value[i] *= factor;
     if (it.classes % 4 == 0) {
-      store_pack(to, Pack<float>{{value[0], value[1], value[2], value[3]}});
+      store_four(to, value);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (4 * quad + i < it.classes) to[i] = value[i];
+        if (4 * quad + i < it.classes) to[i] = narrow<T>(value[i]);
       }
     }
   }
 }
 
 // launch as for launch_channel_sums.
-template <class Launch>
+template <class T, class Launch>
 void launch_random_gradient(const RandomPlan& it, const int64_t* ids, int64_t seed, uint32_t probe, bool normal,
-                            bool normalize, float* out, Launch launch) {
+                            bool normalize, T* out, Launch launch) {
   if (it.samples == 0 || it.classes == 0) return;
-  launch(normal ? random_rows<true> : random_rows<false>, it.blocks, int64_t(1), ids, it, seed, probe, normalize, out);
+  launch(normal ? random_rows<true, T> : random_rows<false, T>, it.blocks, int64_t(1), ids, it, seed, probe, normalize, out);
 }
 
 }  // namespace fastscore::cuda

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastscore.fastpath.packed_layers import ClampBounds, Layer
+from fastscore.ops.checks import rounded
 from fastscore.taps.gates import FusedTap
 from fastscore.taps.measures import unclamped
 from fastscore.taps.taps import Taps
@@ -24,7 +25,7 @@ def clamped(x: Tensor, layer: Layer, bounds: ClampBounds, taps: Taps, readers: C
         return layer.forward(x)
     gate = taps.gate(len(x), layer.channels(x), x)
     y, tapped = _Clamped.apply(x, gate, layer, bounds, taps)
-    # a packed layer sends back a gradient that nothing else holds: it may be written to
+    # its readers send back a gradient that nothing else holds: it may be written to
     taps.publish(FusedTap(y, tapped, gate, readers))
     rest: Tensor = y
     return rest
@@ -55,7 +56,7 @@ class _Clamped(torch.autograd.Function):
         ctx.save_for_backward(y)
         ctx.set_materialize_grads(False)
         ctx.layer, ctx.shape, ctx.taps = layer, x.shape, taps
-        ctx.bounds = torch.tensor(bounds, dtype=y.dtype).tolist()  # as y holds them
+        ctx.bounds = rounded(bounds, y.dtype)
         return y, y.detach()
 
     @staticmethod

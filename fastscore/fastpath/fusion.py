@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastscore.fastpath import packed_layers
 from fastscore.fastpath.fused_taps import clamped, packed
 from fastscore.fastpath.packed_layers import ClampBounds
-from fastscore.modules.inspection import parametrized
+from fastscore.modules.inspection import hooked, parametrized
 from fastscore.modules.multihead_attention import MultiheadAttention, SequenceFirstLinear
 from fastscore.ops.backends import portable
 from fastscore.taps.taps import Taps
@@ -33,6 +33,9 @@ class FusedLayers:
         self.not_packed: dict[str, str] = {}
         self._taps: Taps = weakref.proxy(taps)  # which hold the model, whose layers hold what is made here
         self._changed: list[tuple[nn.Module, str]] = []
+        # what sends back a gradient that nothing else holds
+        self._readers = {name for name, module in model.named_modules() if type(module) in LAYERS
+                         and not hooked(module) and not parametrized(module) and "forward" not in vars(module)}
         self._rectified: Callable[[], Tensor | None] = lambda: None  # what a layer has clamped already, last
         bounds = {layer: clamps[norm] for norm, layer in folded.items() if norm in clamps} | dict(clamps)
         for name, module in model.named_modules():
@@ -89,7 +92,7 @@ class FusedLayers:
         """The module of the clamp, behind this one, has nothing left to do."""
 
         def run(x: Tensor) -> Tensor:
-            y = clamped(self._taps.claim(x), layer, clamp, self._taps, self.packed)
+            y = clamped(self._taps.claim(x), layer, clamp, self._taps, self._readers)
             self._rectified = weakref.ref(y)
             return y
 
@@ -103,7 +106,7 @@ class FusedLayers:
                 return x
             if layer.in_place and x._is_view():  # which autograd lets no function change that returns two tensors
                 return layer.forward(x)
-            return clamped(x, layer, bounds, self._taps, self.packed)
+            return clamped(x, layer, bounds, self._taps, self._readers)
 
         self._replace(module, "forward", run)
 

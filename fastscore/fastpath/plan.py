@@ -31,7 +31,8 @@ class Plan:
     not. packed: layers whose weights were prepacked for both directions -> the bounds of the clamp (ReLU, ...) that
     they end in, or None. not_packed: Conv2d and Linear that run as they are -> why.
     precision: of the forward and backward pass; sums are float32 or wider. layout: memory format of the activations.
-    compiled: whether torch.compile has made the forward and backward pass.
+    compiled: whether torch.compile has made the forward and backward pass. graph: how many CUDA graphs ran it, or why
+    none did; empty for a plan that has not run.
     """
 
     taps: tuple[PlannedTap, ...]
@@ -42,6 +43,7 @@ class Plan:
     precision: str = "float32"
     layout: str = "contiguous"
     compiled: bool = False
+    graph: str = ""
 
     def __repr__(self) -> str:
         return f"<Plan: {self._summary}>"
@@ -59,7 +61,8 @@ class Plan:
 
     @property
     def _remarks(self) -> list[str]:
-        return [f"{name}: not folded: {reason}" for name, reason in self.not_folded.items()] \
+        return [self.graph] * bool(self.graph) + \
+            [f"{name}: not folded: {reason}" for name, reason in self.not_folded.items()] \
             + [f"{name}: not packed: {reason}" for name, reason in self.not_packed.items()]
 
     def __str__(self) -> str:

@@ -41,7 +41,25 @@ def channel_sums(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, Te
         TypeError: dtypes differ or are not floating.
     """
     checks.check_pair(a, g, channel_dim)
-    result: tuple[Tensor, Tensor, Tensor] = _channel_sums(a, g, channel_dim)
+    dot, total, gradient = _channel_sums(a, g, channel_dim).unbind()
+    return dot, total, gradient
+
+
+def channel_moments(a: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
+    """`channel_sums` as one tensor, with the mean of `a` in place of its sum.
+
+    Args:
+        a, g: activation and gradient [N, ..., C, ...], as `channel_sums` takes them.
+        channel_dim: where C is; never 0, which counts the samples.
+
+    Returns:
+        [3, N, C], float64 for float64 and float32 for the rest.
+
+    Raises:
+        ValueError, TypeError: as `channel_sums` does.
+    """
+    checks.check_pair(a, g, channel_dim)
+    result: Tensor = _channel_sums(a, g, channel_dim, True)
     return result
 
 
@@ -79,8 +97,8 @@ def channel_powers(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, 
         ValueError, TypeError: as `channel_sums` does.
     """
     checks.check_pair(a, g, channel_dim)
-    result: tuple[Tensor, Tensor] = _channel_powers(a, g, channel_dim)
-    return result
+    absolute, squares = _channel_powers(a, g, channel_dim).unbind()
+    return absolute, squares
 
 
 def clamp_backward(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: float, overwrite: bool = False
@@ -88,7 +106,7 @@ def clamp_backward(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: 
     """The backward of a clamp (ReLU, ReLU6, Hardtanh) and the channel sums of its result, in one pass over them.
 
     Args:
-        y: what the clamp made, [N, C, ...], float32, bfloat16, float16 or float64, on a CPU.
+        y: what the clamp made, [N, C, ...], float32, bfloat16, float16 or float64.
         g: the gradient that came from one of its readers: same shape, dtype and device.
         rest: the sum of those from its other readers, or None.
         low, high: the clamp's ends, which are rounded to the dtype as the clamp did; (0, inf) for a ReLU.
@@ -101,8 +119,27 @@ def clamp_backward(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: 
         channels last, or is laid out otherwise than `y`, is copied first.
 
     Raises:
-        ValueError: shapes or devices differ, another device than a CPU, or fewer than 2 dimensions.
+        ValueError: shapes or devices differ, or fewer than 2 dimensions.
         TypeError: dtypes differ or are not floating.
+    """
+    gradient, sums = clamp_backward_sums(y, g, rest, low, high, overwrite)
+    dot, total, of_gradient = sums.unbind()
+    return gradient, dot, total, of_gradient
+
+
+def clamp_backward_sums(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: float, overwrite: bool = False,
+                        mean: bool = False) -> tuple[Tensor, Tensor]:
+    """`clamp_backward` with its sums as one tensor.
+
+    Args:
+        y, g, rest, low, high, overwrite: as `clamp_backward` takes them.
+        mean: the mean of y over positions in place of its sum.
+
+    Returns:
+        The gradient of the clamp's input, and the sums [3, N, C].
+
+    Raises:
+        ValueError, TypeError: as `clamp_backward` does.
     """
     checks.check_clamp(y, g, rest)
     if not (y.is_contiguous() or (y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last))):
@@ -113,12 +150,12 @@ def clamp_backward(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: 
         g = torch.empty_like(y).copy_(g)
     if rest is not None and rest.stride() != y.stride():
         rest = torch.empty_like(y).copy_(rest)
-    sums: tuple[Tensor, Tensor, Tensor] = _clamp_backward_(y, g, rest, low, high)
-    return g.detach() if g.requires_grad else g, *sums
+    sums: Tensor = _clamp_backward_(y, g, rest, low, high, mean)
+    return g.detach() if g.requires_grad else g, sums
 
 
 def random_gradient(sample_ids: Tensor, classes: int, seed: int, probe: int = 0, distribution: str = "normal",
-                    normalize: bool = True) -> Tensor:
+                    normalize: bool = True, dtype: torch.dtype | None = None) -> Tensor:
     """A random output gradient per sample, a pure function of (seed, sample id, probe, class).
 
     Sent backward in place of a loss gradient, it ranks channels without labels (arXiv 2310.20203). The bits are
@@ -131,16 +168,17 @@ def random_gradient(sample_ids: Tensor, classes: int, seed: int, probe: int = 0,
         probe: which of a sample's independent gradients, 0 to 2**32 - 1.
         distribution: "normal", or "rademacher" for signs.
         normalize: whether each sample's gradient is scaled to length 1.
+        dtype: what float32 values are rounded to, if to anything.
 
     Returns:
-        float32 [N, K].
+        [N, K], float32 or `dtype`.
 
     Raises:
-        TypeError: `sample_ids` is not int64 [N].
+        TypeError: `sample_ids` is not int64 [N], or `dtype` not floating.
         ValueError: `classes`, `seed` or `probe` out of range, or an unknown `distribution`.
     """
-    checks.check_random(sample_ids, classes, seed, probe, distribution)
-    result: Tensor = _random_gradient(sample_ids, classes, seed, probe, distribution, normalize)
+    checks.check_random(sample_ids, classes, seed, probe, distribution, dtype)
+    result: Tensor = _random_gradient(sample_ids, classes, seed, probe, distribution, normalize, dtype)
     return result
 
 

@@ -21,6 +21,7 @@ FAMILIES = {
     "channel_sums": "channel_sums",
     "channel_dot": "channel_sums",
     "channel_powers": "channel_sums",
+    "clamp_backward_": "clamp_backward",
     "random_gradient": "random_gradient",
     "normalize_gradient": "normalize_gradient",
 }
@@ -89,6 +90,17 @@ def _lazy(op: str) -> Callable[..., Any]:
     return call
 
 
+def _of_reference(op: str) -> Callable[..., Any]:
+    """The reference of `op` as its schema has it: several results of one shape are one tensor."""
+    function, returns = getattr(reference, op), getattr(torch.ops.fastscore, op).default._schema.returns
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        out = function(*args, **kwargs)
+        return torch.stack(out) if isinstance(out, tuple) and len(returns) == 1 else out
+
+    return call
+
+
 def _register(backend: str) -> torch.library.Library:
     """Puts the kernels of `backend` before those registered earlier, until the library is destroyed."""
     overrides = torch.library.Library("fastscore", "IMPL")
@@ -97,7 +109,7 @@ def _register(backend: str) -> torch.library.Library:
             kernel = _lazy(op)
             devices = ["CUDA", "CPU"] if _interpreting() else ["CUDA"]
         else:
-            kernel = getattr(reference, op)
+            kernel = _of_reference(op)
             devices = ["CUDA", "CPU"]
         for device in devices:
             overrides.impl(op, kernel, device)

@@ -1,6 +1,7 @@
 """What the ops accept: one check per argument, each error naming the argument and the way out."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,15 +47,28 @@ def check_clamp(y: Tensor, g: Tensor, rest: Tensor | None) -> None:
             raise TypeError(f"y is {y.dtype} and {name} is {x.dtype}; convert one of them, as in {name}.to(y.dtype)")
         if x.device != y.device:
             raise ValueError(f"y is on {y.device} and {name} is on {x.device}; move one of them")
-    if y.device.type not in ("cpu", "meta"):
-        raise ValueError(f"y is on {y.device}, where the op has no kernel; use channel_sums and PyTorch's "
-                         "masked_fill")
     _floating("y", y)
     if y.dim() < 2:
         raise ValueError(f"y has {y.dim()} dimension(s), but needs samples and channels; unsqueeze the missing one")
 
 
-def check_random(sample_ids: Tensor, classes: int, seed: int, probe: int, distribution: str) -> None:
+def check_same_strides(y: Tensor, *gradients: Tensor | None) -> None:
+    """Raises unless all lie in memory alike."""
+    for name, x in zip(("g", "rest"), gradients, strict=False):
+        if x is not None and x.stride() != y.stride():
+            raise RuntimeError(f"y and {name} differ in strides; copy {name}, as in "
+                               f"torch.empty_like(y).copy_({name})")
+
+
+@lru_cache(maxsize=256)
+def rounded(bounds: tuple[float, float], dtype: torch.dtype) -> tuple[float, float]:
+    """A clamp's bounds as its result of that dtype holds them."""
+    low, high = torch.tensor(bounds, dtype=dtype).tolist()
+    return low, high
+
+
+def check_random(sample_ids: Tensor, classes: int, seed: int, probe: int, distribution: str,
+                 dtype: torch.dtype | None = None) -> None:
     """Raises unless the arguments name a random gradient."""
     if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1:
         raise TypeError(f"sample_ids is {sample_ids.dtype} {list(sample_ids.shape)}, but has to be int64 [N]; "
@@ -67,6 +81,8 @@ def check_random(sample_ids: Tensor, classes: int, seed: int, probe: int, distri
         raise ValueError(f"probe is {probe}, but has to be 0 to 2**32 - 1; number probes from 0")
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution is {distribution!r}, but has to be one of {DISTRIBUTIONS}")
+    if dtype is not None and dtype not in FLOATING:
+        raise TypeError(f"dtype is {dtype}, which no kernel writes; use float32, bfloat16, float16 or float64")
 
 
 def check_gradient(g: Tensor, eps: float) -> None:

@@ -47,26 +47,25 @@ def _channel_dot(a: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
     return a.new_empty((a.shape[0], a.shape[channel_dim]), dtype=result_dtype(a.dtype))
 
 
-def _channel_sums(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def _channel_sums(a: Tensor, g: Tensor, channel_dim: int = 1, mean: bool = False) -> Tensor:
     dot = _channel_dot(a, g, channel_dim)
-    return dot, torch.empty_like(dot), torch.empty_like(dot)
+    return dot.new_empty((3, *dot.shape))
 
 
-def _channel_powers(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, Tensor]:
+def _channel_powers(a: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
     absolute = _channel_dot(a, g, channel_dim)
-    return absolute, torch.empty_like(absolute)
+    return absolute.new_empty((2, *absolute.shape))
 
 
-def _clamp_backward_(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: float
-                     ) -> tuple[Tensor, Tensor, Tensor]:
+def _clamp_backward_(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: float, mean: bool = False) -> Tensor:
     checks.check_clamp(y, g, rest)
     return _channel_sums(y, g)
 
 
 def _random_gradient(sample_ids: Tensor, classes: int, seed: int, probe: int = 0, distribution: str = "normal",
-                     normalize: bool = True) -> Tensor:
-    checks.check_random(sample_ids, classes, seed, probe, distribution)
-    return sample_ids.new_empty((sample_ids.shape[0], classes), dtype=torch.float32)
+                     normalize: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+    checks.check_random(sample_ids, classes, seed, probe, distribution, dtype)
+    return sample_ids.new_empty((sample_ids.shape[0], classes), dtype=dtype or torch.float32)
 
 
 def _normalize_gradient(g: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -28,11 +28,12 @@ def _rows(x: Tensor, channel_dim: int) -> Tensor:
     return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
 
 
-def channel_sums(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """(Σ a·g, Σ a, Σ g) over every position of a channel, each [N, C]."""
+def channel_sums(a: Tensor, g: Tensor, channel_dim: int = 1, mean: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(Σ a·g, Σ a, Σ g) over every position of a channel, each [N, C]; mean: the mean of a in place of its sum."""
     rows_a, rows_g = _rows(a, channel_dim), _rows(g, channel_dim)
+    total = rows_a.sum(2) / max(rows_a.shape[2], 1) if mean else rows_a.sum(2)
     dtype = result_dtype(a.dtype)
-    return (rows_a * rows_g).sum(2).to(dtype), rows_a.sum(2).to(dtype), rows_g.sum(2).to(dtype)
+    return (rows_a * rows_g).sum(2).to(dtype), total.to(dtype), rows_g.sum(2).to(dtype)
 
 
 def channel_dot(a: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
@@ -50,9 +51,18 @@ def channel_powers(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, 
 def clamp_backward(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: float
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(g + rest where low < y < high, else 0, in y's dtype; Σ y·g, Σ y, Σ g over every position, each [N, C])."""
+    low, high = torch.tensor([low, high], dtype=y.dtype).tolist()  # as the clamp rounded them
     total = g.double() if rest is None else g.double() + rest.double()
     outside = (y <= low) | (y >= high)
     return total.masked_fill(outside, 0).to(y.dtype), *channel_sums(y, g)
+
+
+def clamp_backward_(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: float, mean: bool = False
+                    ) -> tuple[Tensor, Tensor, Tensor]:
+    """clamp_backward with the gradient in place of g; mean as in channel_sums."""
+    sums = channel_sums(y, g, 1, mean)
+    g.copy_(clamp_backward(y, g, rest, low, high)[0])
+    return sums
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -83,8 +93,8 @@ def random_words(sample_ids: Tensor, classes: int, seed: int, probe: int = 0) ->
 
 
 def random_gradient(sample_ids: Tensor, classes: int, seed: int, probe: int = 0, distribution: str = "normal",
-                    normalize: bool = True) -> Tensor:
-    """Output gradients from the random words, float32 [N, K].
+                    normalize: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+    """Output gradients from the random words, [N, K], rounded to float32 and then to `dtype`.
 
     `rademacher`: the word's top bit set gives -1, clear gives +1. `normal`: Box-Muller on the words of lanes (0, 1)
     and (2, 3), with u = (word >> 8 + ½) / 2²⁴: radius sqrt(-2 ln u_even), angle 2π u_odd; the even lane takes the
@@ -98,7 +108,7 @@ def random_gradient(sample_ids: Tensor, classes: int, seed: int, probe: int = 0,
         radius = (-2.0 * uniform[:, 0::2].log()).sqrt()
         angle = 2.0 * math.pi * uniform[:, 1::2]
         values = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(1)[:, :classes]
-    return (normalize_gradient(values)[0] if normalize else values).float()
+    return (normalize_gradient(values)[0] if normalize else values).float().to(dtype or torch.float32)
 
 
 def normalize_gradient(g: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """score(): batches in, a score for every channel out; the model comes back as it went in."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from os import PathLike
 from typing import Literal, NoReturn
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-from fastscore.batches import Batch, Forward, call_model, first_input, first_samples
+from fastscore.batches import MASK, Batch, Forward, call_model, first_input, first_samples, mappings
+from fastscore.fastpath.graphs import Graphs
 from fastscore.fastpath.prepare import Prepared, prepare
 from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.groups import ChannelGraph, Ignore, Units, matching_layers
@@ -19,9 +20,9 @@ from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped, without_checkpoints
 from fastscore.progress import shown
 from fastscore.rng import fork_rng
-from fastscore.scoring import gradients, options, tokens
+from fastscore.scoring import gradients, options
+from fastscore.scoring.batch_passes import BatchPasses, Measured
 from fastscore.scoring.coverage import coverage
-from fastscore.scoring.diagnosis import first_nonfinite
 from fastscore.scoring.options import (
     AGREEMENT,
     Checkpoint,
@@ -49,7 +50,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
           forward: Forward = call_model, ignore: Ignore = (),
           resume: str | PathLike[str] | Checkpoint | None = None, process_group: distributed.ProcessGroup | None = None,
           fixed_order: bool = False, precision: Precision | None = None, compile: bool = False,
-          progress: bool = True) -> Scores:
+          graph: bool | Literal["auto"] = "auto", progress: bool = True) -> Scores:
     """Score every channel of `model` on `batches`, without labels unless gradient="loss".
 
     The work is done on a copy of the model, in evaluation mode with frozen weights; of one in DistributedDataParallel,
@@ -104,6 +105,8 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         compile: Through torch.compile, taps included: the same scores, for batches of the size of the first; others
             run as they are. It takes a while to start, and on a CPU it was at best as fast as without (see
             docs/speed.md).
+        graph: On a CUDA device, run each pass as one CUDA graph, recorded where two batches in a row have one shape:
+            "auto" where that can be, and the plan says why not; True, or RuntimeError; or never (False).
         progress: Show a bar.
 
     Returns:
@@ -131,68 +134,34 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         # one sample is enough to trace with, where it is known how to take it
         example = first_samples(data.first, 1) if forward is call_model else data.first
         with shown(progress):
-            graph = trace(model, example, forward, data.first)
+            channels = trace(model, example, forward, data.first)
         if origin.gradient == "none":
-            return _score_weights(eval_model, graph, origin, ignore)
-        totals = Totals(eval_model, graph, origin, ignore, several=len(first_input(data.first)) > 1)
-        prepared = prepare(eval_model, totals.taps(traceable=True), graph.normalized_by, example, forward, precision,
+            return _score_weights(eval_model, channels, origin, ignore)
+        totals = Totals(eval_model, channels, origin, ignore, several=len(first_input(data.first)) > 1)
+        prepared = prepare(eval_model, totals.taps(traceable=True), channels.normalized_by, example, forward, precision,
                            compile)
         same = run_fingerprint(model, asdict(totals.origin), probes=probes, ignored=sorted(ignore), loss=loss,
                                forward=forward, precision=precision, compile=compile) if persistence.compared else {}
-        run, passes = Run(totals, same, data, persistence), _Passes(model, forward, loss, probes, prepared)
+        graphs = Graphs[Measured](device_of(eval_model), _why_eager(prepared, totals, graph, data.first), graph is True)
+        run = Run(totals, same, data, persistence)
+        passes = BatchPasses(model, forward, loss, probes, prepared, graphs,
+                             at_once=persistence.checkpoint is not None or samples == "auto")
         with prepared.taps, run, _bar(run, sampling, execution) as bar:
             for totals, batch in run:
                 bar.update(passes.measure(totals, batch))
                 if samples == "auto" and _settled(totals, agreement):
                     break
-        return replace(run.totals().scores(), plan=prepared.plan)
+            passes.finish()
+        return replace(run.totals().scores(), plan=replace(prepared.plan, graph=graphs.outcome))
 
 
-@dataclass(frozen=True)
-class _Passes:
-    """A batch through the prepared copy, and back. model: the user's, to tell where NaN comes from."""
-
-    model: nn.Module
-    forward: Forward
-    loss: gradients.Loss | None
-    probes: Probes
-    prepared: Prepared
-
-    def measure(self, totals: Totals, batch: Batch) -> int:
-        """Add what the taps measure of a batch to `totals`; the number of its samples.
-
-        Raises FloatingPointError, naming the layer, for NaN or infinity.
-        """
-        taps = self.prepared.taps
-        with taps.one_pass(batch):
-            output = self.prepared.run(batch).movedim(taps.axes.output, 0)
-        assert taps.current is not None
-        valid = taps.current.valid
-        if self.prepared.compiled and valid is not None:
-            raise ValueError("compile: the batch has padding, which compiled taps do not know of; use compile=False")
-        if not torch.isfinite(output).all() and (culprit := self._first_nonfinite(batch)) is not None:
-            raise FloatingPointError(culprit)
-        if totals.origin.gradient == "loss":
-            loss = _of_returned(self.loss, taps.axes.output)
-            sent = tokens.loss_gradient(output, batch, loss, totals.origin, valid)
-            sent = sent / len(sent) if totals.criterion.minibatch and totals.origin.normalize else sent
-            totals.propagate(taps, output, sent, last=True)
-        else:
-            count = self.probes if isinstance(self.probes, int) else gradients.classes_of(output)
-            for probe in range(count):
-                totals.probe(taps, output, last=probe == count - 1)
-        if (layer := totals.nonfinite) is not None:
-            raise FloatingPointError(self._first_nonfinite(batch) or
-                                     f"{layer}: NaN or infinity in the gradient that reaches its channels")
-        return len(output)
-
-    def _first_nonfinite(self, batch: Batch) -> str | None:
-        return first_nonfinite(self.model, batch, self.forward)
-
-
-def _of_returned(loss: gradients.Loss | None, dim: int) -> gradients.Loss | None:
-    """A loss of the output with its samples first, from one of the output as the model returns it."""
-    return loss if dim == 0 else lambda output, batch: (loss or gradients.cross_entropy)(output.movedim(0, dim), batch)
+def _why_eager(prepared: Prepared, totals: Totals, graph: bool | Literal["auto"], example: Batch) -> str:
+    """Why passes are not recorded as graphs; empty where they may be."""
+    reasons = ((graph is False, "graph=False"),
+               (prepared.compiled, "compile=True"),
+               (totals.criterion.filters, f"{totals.origin.importance} reads gradients of weights on the host"),
+               (any(MASK in mapping for mapping in mappings(example)), "the padding of each batch is looked at"))
+    return next((reason for holds, reason in reasons if holds), "")
 
 
 def _bar(run: Run, sampling: Sampling, execution: Execution) -> "tqdm[NoReturn]":

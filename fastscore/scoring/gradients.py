@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastscore import ops
+from fastscore.ops.checks import FLOATING
 
 Loss: TypeAlias = Callable[[Tensor, Any], Tensor]
 
@@ -58,7 +59,9 @@ def random_gradient(output: Tensor, ids: Tensor, seed: int, probe: int, distribu
         draws = [ops.random_gradient(ids, classes, seed, each, "normal", False) for each in range(first, probe + 1)]
         gradient = _last_direction(torch.stack(draws, 2).double(), normalize, center)
     else:
-        gradient = ops.random_gradient(ids, classes, seed, probe, distribution, normalize and not center)
+        direct = not center and output.dtype in FLOATING
+        gradient = ops.random_gradient(ids, classes, seed, probe, distribution, normalize and not center,
+                                       output.dtype if direct else None)
         if center:
             gradient = _centred(gradient.double())
             gradient = ops.normalize_gradient(gradient)[0] if normalize else gradient
@@ -90,20 +93,18 @@ def classes_of(output: Tensor) -> int:
     return math.prod(output.shape[1:])
 
 
-def loss_gradient(output: Tensor, batch: Any, loss: Loss | None, normalize: bool) -> Tensor:
-    """The loss's gradient at `output` [N, ...], scaled to length 1 for each sample when `normalize`.
+def loss_and_gradient(output: Tensor, batch: Any, loss: Loss | None, normalize: bool) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient at `output` [N, ...], scaled to length 1 for each sample when `normalize`.
 
-    Raises ValueError for a loss that is no finite scalar, or that does not depend on the output.
+    Raises ValueError for a loss that is no scalar, or that does not depend on the output.
     """
     leaf = output.detach().requires_grad_()
     with torch.enable_grad():
         value = (loss or cross_entropy)(leaf, batch)
     if not isinstance(value, Tensor) or value.dim() != 0 or not value.requires_grad:
         raise ValueError("loss: it must return a scalar tensor computed from the output")
-    if not torch.isfinite(value):
-        raise ValueError(f"loss: it is {value.item()}; check the labels, and the model's output for NaN")
     (gradient,) = torch.autograd.grad(value, leaf)
-    return ops.normalize_gradient(gradient)[0] if normalize else gradient
+    return value.detach(), ops.normalize_gradient(gradient)[0] if normalize else gradient
 
 
 def cross_entropy(output: Tensor, batch: Any) -> Tensor:

@@ -1,17 +1,42 @@
 """From what taps measure at layers to what the groups sum over: the columns of layers, added up by unit."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.taps.measures import MEAN
 
 _MAX_PRODUCTS = 2**26  # float64 numbers for one group: half a gibibyte
 
 ByLayer: TypeAlias = Mapping[str, Sequence[Tensor]]  # layer -> sums [P, N, C_in], one for each call of it
+
+
+class SideBySide(NamedTuple):
+    """What taps measured, [P, N, ΣC_in], the layers one after another, and how wide each is."""
+
+    layers: tuple[str, ...]
+    widths: list[int]
+    sums: Tensor
+
+    @classmethod
+    def of(cls, by_layer: ByLayer, mean: int | None = None) -> "SideBySide":
+        """What several calls of a layer measured is added up, but for the part `mean`, which is averaged."""
+        columns = []
+        for calls in by_layer.values():
+            if len(calls) == 1:
+                columns.append(calls[0])
+                continue
+            every = torch.stack(list(calls)).double()
+            columns.append(every.sum(0))
+            if mean is not None:
+                columns[-1][mean] = every[:, mean].mean(0)
+        device = columns[0].device
+        return cls(tuple(by_layer), [column.shape[2] for column in columns],
+                   torch.cat([column.to(device) for column in columns], 2))
 
 
 class _Rows(NamedTuple):
@@ -37,33 +62,34 @@ class JointSums:
                 self._edges.setdefault(edge.layer, []).append((edge.index, group.unit[edge.channel] + start))
         self._rows: dict[tuple[object, ...], _Rows] = {}
 
-    def __call__(self, by_layer: ByLayer, part: int, scale: Tensor | None) -> Tensor:
+    def __call__(self, measured: SideBySide, part: int, scale: Tensor | None) -> Tensor:
         """float64 [1, N, ΣU] of `part`, the units of all groups one after another; 0 for those that no tap reached.
 
         scale: float64 [N], what each sample's are multiplied by.
         """
-        by_layer = {layer: sums for layer, sums in by_layer.items() if layer in self._edges}
-        columns = [sums[0][part] if len(sums) == 1 else torch.stack([each[part] for each in sums]).double().sum(0)
-                   for sums in by_layer.values()]
-        side_by_side = torch.cat([column.to(columns[0].device) for column in columns], 1)
-        taken, lengths = self._rows_of(tuple(by_layer), [column.shape[1] for column in columns], side_by_side.device)
-        rows = side_by_side.t()[taken].double()
+        taken, lengths = self._rows_of(measured.layers, measured.widths, measured.sums.device)
+        rows = measured.sums[part].t()[taken].double()
         s = torch.segment_reduce(rows, "sum", lengths=lengths, axis=0, unsafe=True)
         return (s if scale is None else s * scale).t()[None]
 
-    def of_channels(self, values: Tensor) -> Sequence[Tensor]:
-        """[..., ΣU] -> [..., C] for each group: every channel of a unit gets the unit's."""
-        if not self._one_each:
-            values = values[..., self.unit.to(values.device)]
-        of_groups: Sequence[Tensor] = values.split(self.channels, -1)
-        return of_groups
+    def of_channels(self, values: Tensor) -> Tensor:
+        """[..., ΣU] -> [..., ΣC], group after group: every channel of a unit gets the unit's."""
+        if self._one_each:
+            return values
+        if self.unit.device != values.device:
+            self.unit = self.unit.to(values.device)
+        return values[..., self.unit]
+
+    def reads(self, layers: Sequence[str]) -> bool:
+        """Whether a group is read by one of these layers."""
+        return any(layer in self._edges for layer in layers)
 
     def _rows_of(self, layers: tuple[str, ...], widths: list[int], device: torch.device) -> _Rows:
         key = (device, *layers)
         if key not in self._rows:
             starts = torch.tensor([0, *widths]).cumsum(0)
             edges = [(index + start, unit) for layer, start in zip(layers, starts, strict=False)
-                     for index, unit in self._edges[layer]]
+                     for index, unit in self._edges.get(layer, ())]
             column, unit = (torch.cat(parts) for parts in zip(*edges, strict=True))
             order = unit.argsort(stable=True)
             self._rows[key] = _Rows(column[order].to(device), torch.bincount(unit, minlength=self.units).to(device))
@@ -131,3 +157,11 @@ def _edge_index(group: ChannelGroup, edge: Member) -> _EdgeIndex:
     rank = torch.empty_like(unit)
     rank[order] = torch.arange(len(unit)) - torch.searchsorted(unit[order], unit[order])
     return _EdgeIndex(edge.index, unit, rank, int(rank.max()) + 1)
+
+
+def with_products(graph: ChannelGraph) -> ChannelGraph:
+    """The graph less streams that too many layers read for the products of all with each other."""
+    reasons = {group.name: reason for group in graph.groups if any(group.role("norm"))
+               and (reason := EdgeSums(group).too_many) is not None}
+    return replace(graph, groups=tuple(group for group in graph.groups if group.name not in reasons),
+                   skipped={**graph.skipped, **reasons})

@@ -126,6 +126,7 @@ class Scorer:
         if current is None:
             raise RuntimeError("probe: no forward pass has been seen; attach the scorer before the model runs")
         tensor = batches.concat_outputs(self._outputs(output, type(self._taps.model).__name__))
+        self._totals.settle()
         self._totals.probe(self._taps, tensor.movedim(self._output_dim, 0))
 
     def propagate(self, output: Tensor, gradient: Tensor) -> None:
@@ -136,6 +137,7 @@ class Scorer:
             gradient: Of the same shape.
         """
         dim = self._output_dim
+        self._totals.settle()
         self._totals.propagate(self._taps, output.movedim(dim, 0), gradient.movedim(dim, 0))
 
     def scores(self) -> Scores:
@@ -211,4 +213,5 @@ def _read(totals: Totals, output_dim: int, taps: Taps, done: ForwardPass) -> Non
         lengths = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts]
         length = torch.linalg.vector_norm(torch.stack(lengths), dim=0)
     sums = taps.by_sample(done.rows(), done, gradients[0])
+    totals.settle()
     totals.add(sums, samples, length, weight_gradients=done.weight_gradients, valid=valid)

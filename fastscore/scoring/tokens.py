@@ -77,18 +77,19 @@ def random_gradient(output: Tensor, ids: Tensor, probe: int, how: Origin, valid:
     return ops.normalize_gradient(gradient)[0] if how.normalize else gradient
 
 
-def loss_gradient(output: Tensor, batch: Any, loss: gradients.Loss | None, how: Origin, valid: Tensor | None) -> Tensor:
-    """gradients.loss_gradient for what counts as a sample. Zero at padding."""
+def loss_and_gradient(output: Tensor, batch: Any, loss: gradients.Loss | None, how: Origin, valid: Tensor | None
+                      ) -> tuple[Tensor, Tensor]:
+    """gradients.loss_and_gradient for what counts as a sample. Zero at padding."""
     valid = of_output(valid, output)
     if how.sample_dims == 1 and valid is None:
-        return gradients.loss_gradient(output, batch, loss, how.normalize)
+        return gradients.loss_and_gradient(output, batch, loss, how.normalize)
     rows(output, how.sample_dims, valid)
-    gradient = gradients.loss_gradient(output, batch, loss, False)
+    value, gradient = gradients.loss_and_gradient(output, batch, loss, False)
     if valid is not None:
         gradient = gradient * _along(valid, output)
-    if not how.normalize:
-        return gradient
-    return ops.normalize_gradient(gradient.flatten(0, how.sample_dims - 1))[0].reshape(output.shape)
+    if how.normalize:
+        gradient = ops.normalize_gradient(gradient.flatten(0, how.sample_dims - 1))[0].reshape(output.shape)
+    return value, gradient
 
 
 def _along(valid: Tensor, x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """Totals: what the taps measure in each pass, summed over samples, until it is asked for as Scores."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,7 +15,9 @@ from fastscore.graph.groups import ChannelGraph, Ignore
 from fastscore.scoring import tokens
 from fastscore.scoring.coverage import coverage
 from fastscore.scoring.criteria import gradient_importance
-from fastscore.scoring.group_sums import ByLayer, EdgeSums, JointSums
+from fastscore.scoring.group_sums import ByLayer, EdgeSums, JointSums, SideBySide, with_products
+from fastscore.scoring.named_sums import NamedSums
+from fastscore.scoring.pending import Pending, Share, largest
 from fastscore.scoring.scores import Origin, Scores
 from fastscore.scoring.tap_points import groups_to_score, tap_points
 from fastscore.scoring.weights import filter_parameters, filter_products
@@ -42,28 +46,33 @@ class Totals:
         self._graph, self.origin = groups_to_score(model, graph, origin, ignore, apart)
         self.model = model
         if self.criterion.edges:
-            self._graph = _with_products(self._graph)
+            self._graph = with_products(self._graph)
         self._sums = JointSums(self._graph.groups)
         self._edge_sums = [EdgeSums(group) for group in self._graph.groups] if self.criterion.edges else []
-        self._totals: dict[str, Tensor] = {}  # group -> float64 [2, ..., C]; first the even samples, then the odd ones
-        self._means: dict[str, Tensor] = {}  # layer -> float64 [C_in]
+        self._totals = NamedSums()  # group -> float64 [2, ..., C]; first the even samples, then the odd ones
+        self._means = NamedSums()  # layer -> float64 [C_in]
+        self._pending: list[Pending] = []  # passes that are not in yet
+        self._collected: list[Pending] | None = None  # where they go instead
         self._reached: set[str] = set()  # layers with a tap that a backward pass has come to
         self._untold: dict[str, str] = {}  # layer -> why its samples could not be told apart, once at least
-        self._counts = {"even": 0, "odd": 0, "samples": 0, "zero_gradients": 0, "left_out": 0}
-        self.nonfinite: str | None = None  # where the latest pass that was left out had NaN or infinity
+        self._counts: dict[str, int] = {"even": 0, "odd": 0, "samples": 0, "zero_gradients": 0, "left_out": 0}
+        self._nonfinite: str | None = None  # where the latest pass that was left out had NaN or infinity
 
     def new_empty(self) -> "Totals":
         """Totals of the same groups and the same way of scoring, with nothing in them."""
         other = copy.copy(self)
-        other._totals, other._means, other._reached, other._untold, other.nonfinite = {}, {}, set(), {}, None
+        other._totals, other._means, other._pending, other._collected = NamedSums(), NamedSums(), [], None
+        other._reached, other._untold, other._nonfinite = set(), {}, None
         other._counts = dict.fromkeys(self._counts, 0)
         return other
 
     def merge(self, other: "Totals") -> None:
         """Add what `other`, made by `new_empty`, holds."""
+        self.settle()
+        other.settle()
         for own, more in ((self._totals, other._totals), (self._means, other._means)):
-            for name, value in more.items():
-                own[name] = own.get(name, 0.0) + value  # the first time too: with 0.0 added there is no -0.0
+            for name, value in more.by_name().items():
+                own.add([name], [value.shape[-1]], value + 0.0)  # so that there is no -0.0
         self._reached |= other._reached
         self._untold |= other._untold
         self._counts = {name: count + other._counts[name] for name, count in self._counts.items()}
@@ -71,12 +80,26 @@ class Totals:
     @property
     def samples(self) -> int:
         """Samples seen; further probes of the same ones do not count."""
+        self.settle()
         return self._counts["samples"]
+
+    @property
+    def next_half(self) -> int:
+        """Which half the next sample goes to, if all that is pending counts."""
+        pending = [*self._pending, *(self._collected or ())]
+        return (self._counts["even"] + self._counts["odd"] + sum(int(one.even + one.odd) for one in pending)) % 2
 
     @property
     def left_out(self) -> int:
         """Backward passes left out for NaN or infinity."""
+        self.settle()
         return self._counts["left_out"]
+
+    @property
+    def nonfinite(self) -> str | None:
+        """Where the latest pass that was left out had NaN or infinity."""
+        self.settle()
+        return self._nonfinite
 
     def taps(self, on_pass: Callable[[Taps, ForwardPass], None] | None = None,
              outputs: batches.Outputs = batches.output_tensors, traceable: bool = False) -> Taps:
@@ -97,13 +120,15 @@ class Totals:
         """
         samples, valid = tokens.rows(output, self.origin.sample_dims, taps.current.valid if taps.current else None)
         sums, weight_gradients = taps.propagate(output, gradient, last)
-        assert taps.current is not None
-        taps.current.probes += 1
-        counts = self.add(sums, samples, fresh=not taps.current.counted, weight_gradients=weight_gradients, valid=valid)
-        taps.current.counted |= counts
-        if counts and self.origin.normalize:
-            rows = gradient.reshape(samples, gradient.numel() // max(samples, 1))
-            self._counts["zero_gradients"] += int(((rows if valid is None else rows[valid]) == 0).all(1).sum())
+        done = taps.current
+        assert done is not None
+        done.probes += 1
+        zeros = None
+        if self.origin.normalize:
+            zero = (gradient.reshape(samples, gradient.numel() // max(samples, 1)) == 0).all(1)
+            zeros = (zero if valid is None else zero[valid]).sum()
+        self.add(sums, samples, fresh=not done.counted, weight_gradients=weight_gradients, valid=valid, zeros=zeros,
+                 done=done)
 
     def probe(self, taps: Taps, output: Tensor, last: bool = False) -> None:
         """Send one more random gradient back from the latest forward pass; its samples' ids come from its inputs."""
@@ -115,14 +140,15 @@ class Totals:
         self.propagate(taps, output, gradient / len(output) if self.criterion.minibatch else gradient, last)
 
     def add(self, sums: Sequence[tuple[str, Tensor | str]], samples: int, length: Tensor | None = None, *,
-            fresh: bool = True, weight_gradients: Mapping[str, Tensor] | None = None,
-            valid: Tensor | None = None) -> bool:
-        """Add one backward pass of N samples; whether it counts: NaN or infinity leave it out.
+            fresh: bool = True, weight_gradients: Mapping[str, Tensor] | None = None, valid: Tensor | None = None,
+            zeros: Tensor | None = None, done: ForwardPass | None = None) -> None:
+        """Add one backward pass of N samples; NaN or infinity leave it out, once that is known (see `settle`).
 
         sums: (layer, [P, N, C_in]) from the taps, or (layer, the reason why its samples cannot be told apart), which
         leaves its groups without a score. length: float64 [N], of each sample's output gradient, where it is
         to be divided out. fresh: whether these samples are seen for the first time. weight_gradients: of the
-        taps' weights. valid: bool [N], which of them are no padding.
+        taps' weights. valid: bool [N], which of them are no padding. zeros: how many had a gradient of length 0, where
+        no length tells. done: the forward pass.
         """
         self._untold.update((layer, reason) for layer, reason in sums if isinstance(reason, str))
         measured = [(layer, tensor.detach()) for layer, tensor in sums if isinstance(tensor, Tensor)]
@@ -131,30 +157,73 @@ class Totals:
             by_layer.setdefault(layer, []).append(tensor if valid is None else tensor[:, valid])
         samples = samples if valid is None else int(valid.sum())
         halves = self._halves(1 if self.criterion.minibatch else samples)
-        shares = dict(self._shares(by_layer, self._scale(length), halves, weight_gradients or {}))
+        joint = SideBySide.of(by_layer, MEAN if self.criterion.measure is SUMS else None) if by_layer else None
+        shares = list(self._shares(by_layer, joint, self._scale(length), halves, weight_gradients or {}))
+        means = [Share(joint.layers, joint.widths, joint.sums[MEAN].sum(0, dtype=torch.float64))] \
+            if fresh and joint is not None and self.criterion.measure is SUMS else []
         lengths = {} if length is None else {"the output": length}
-        if not _finite([*lengths.values(), *shares.values()]):
-            every = [*lengths.items(), *measured, *(weight_gradients or {}).items(), *shares.items()]
-            self.nonfinite = next(name for name, tensor in every if not torch.isfinite(tensor).all())
-            self._counts["left_out"] += 1
-            return False
-        if fresh and self.criterion.measure is SUMS:
-            self._add_means(by_layer)
-        self._reached.update(by_layer)
-        if length is not None:
-            self._counts["zero_gradients"] += int((length == 0).sum())
-        for name, parts in shares.items():
-            known = self._totals.get(name)
-            self._totals[name] = parts if known is None else known + parts
-        self._counts["even"] += len(halves[0])
-        self._counts["odd"] += len(halves[1])
-        if fresh:
-            self._counts["samples"] += samples
-        return True
+        most = largest([*lengths.values(), *(share.values for share in shares)])
+        zeros = (length == 0).sum() if length is not None else most.new_zeros(()) if zeros is None else zeros
 
-    def _shares(self, by_layer: ByLayer, scale: Tensor | None, halves: tuple[range, range],
-                weight_gradients: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """(group, what one backward pass adds to its total, float64 [2, ..., C])."""
+        def culprit() -> str:
+            every = [*lengths.items(), *measured, *(weight_gradients or {}).items(),
+                     *((share.names[0], share.values) for share in shares)]
+            return next(name for name, tensor in every if not torch.isfinite(tensor).all())
+
+        one = Pending(shares, means, torch.stack([most, zeros.to(most)]), len(halves[0]), len(halves[1]),
+                      samples if fresh else 0, tuple(by_layer), culprit, done)
+        if done is not None:
+            done.counted = True
+        if self._collected is None:
+            self.settle()
+            self.append([one])
+        else:
+            self._collected.append(one)
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[Pending]]:
+        """Passes that are added in the block go to the list, for `append` to bring them later."""
+        self._collected = []
+        try:
+            yield self._collected
+        finally:
+            self._collected = None
+
+    def append(self, passes: Iterable[Pending]) -> None:
+        """Add passes that are computed, once they are known to be finite."""
+        self._pending += [one.sent() for one in passes]
+
+    def settle(self, count: int | None = None) -> str | None:
+        """Bring in the first `count` passes (all by default) but those that are not finite: this waits for the device.
+
+        Returns where the last that was left out had NaN or infinity, if one was.
+        """
+        layer = None
+        for _ in range(len(self._pending) if count is None else min(count, len(self._pending))):
+            layer = self._bring_in(self._pending.pop(0)) or layer
+        return layer
+
+    def _bring_in(self, one: Pending) -> str | None:
+        assert one.flags is not None
+        most, zeros = one.flags.read()
+        if not math.isfinite(most):
+            self._nonfinite = one.culprit()
+            self._counts["left_out"] += 1
+            if one.samples and one.done is not None:
+                one.done.counted = False
+            return self._nonfinite
+        for sums, shares in ((self._totals, one.totals), (self._means, one.means)):
+            for share in shares:
+                sums.add(share.names, share.widths, share.values)
+        self._reached.update(one.reached)
+        for name, count in (("even", one.even), ("odd", one.odd), ("samples", one.samples),
+                            ("zero_gradients", int(zeros))):
+            self._counts[name] += count
+        return None
+
+    def _shares(self, by_layer: ByLayer, joint: SideBySide | None, scale: Tensor | None, halves: tuple[range, range],
+                weight_gradients: Mapping[str, Tensor]) -> Iterator[Share]:
+        """What one backward pass adds to the totals of groups, float64 [2, ..., ΣC]."""
 
         def of_halves(values: Tensor) -> Tensor:  # [V, N, U] -> [2, ..., U]
             taken = [slice(None if half else 0) if self.criterion.minibatch else slice(half.start, None, 2)
@@ -165,22 +234,17 @@ class Totals:
         if self.criterion.filters:
             for group in self._graph.groups:
                 share = filter_products(self.model, group, weight_gradients)
-                yield group.name, torch.stack([share if half else torch.zeros_like(share) for half in halves])
+                yield Share((group.name,), [len(share)],
+                            torch.stack([share if half else torch.zeros_like(share) for half in halves]))
         elif self.criterion.edges:
             for name, edge_sums in zip(names, self._edge_sums, strict=True):
                 values = edge_sums(by_layer, scale)
                 if values is not None:
-                    yield name, edge_sums.of_channels(of_halves(values))
-        elif by_layer:
-            values = self._sums(by_layer, self.criterion.part, None if scale is None else scale[self.criterion.part])
-            yield from zip(names, self._sums.of_channels(of_halves(values)), strict=True)
-
-    def _add_means(self, by_layer: ByLayer) -> None:
-        for layer, tensors in by_layer.items():
-            mean = tensors[0][MEAN].sum(0, dtype=torch.float64) if len(tensors) == 1 else \
-                torch.stack([tensor[MEAN].sum(0, dtype=torch.float64) for tensor in tensors]).mean(0)
-            known = self._means.get(layer)
-            self._means[layer] = mean if known is None else known + mean
+                    share = edge_sums.of_channels(of_halves(values))
+                    yield Share((name,), [share.shape[-1]], share)
+        elif joint is not None and self._sums.reads(joint.layers):
+            values = self._sums(joint, self.criterion.part, None if scale is None else scale[self.criterion.part])
+            yield Share(tuple(names), self._sums.channels, self._sums.of_channels(of_halves(values)))
 
     def _scale(self, length: Tensor | None) -> Tensor | None:
         """[P, N]: what makes each part that of an output gradient of length 1; over N too, where a minibatch counts as
@@ -194,7 +258,7 @@ class Totals:
 
     def _halves(self, count: int) -> tuple[range, range]:
         """Which of the next `count` samples (or minibatches) go to which half."""
-        first = (self._counts["even"] + self._counts["odd"]) % 2
+        first = self.next_half
         return range(first, count, 2), range(1 - first, count, 2)
 
     def scores(self) -> Scores:
@@ -203,6 +267,7 @@ class Totals:
         Raises FloatingPointError, naming the layer, where all passes were left out for NaN or infinity, or a total
         overflowed; RuntimeError where no group was measured.
         """
+        self.settle()
         layer = self.nonfinite_layer()
         if self.left_out and not self.samples:
             layer = self.nonfinite or "every backward pass"
@@ -213,11 +278,11 @@ class Totals:
                   in self._graph.groups for layer in sorted({edge.layer for edge in group.edges} - self._reached)[:1]}
         missed |= {group.name: self._untold[edge.layer] for group in self._graph.groups for edge in group.edges
                    if edge.layer in self._untold}
-        totals = {name: total.cpu() for name, total in self._totals.items() if name not in missed}
+        totals = {name: total.cpu() for name, total in self._totals.by_name().items() if name not in missed}
         if not totals:
             raise RuntimeError("nothing was measured whole: " + "; ".join(
                 f"{name}: {reason}" for name, reason in missed.items()))
-        means = {layer: (total / self._counts["samples"]).cpu() for layer, total in self._means.items()
+        means = {layer: (total / self._counts["samples"]).cpu() for layer, total in self._means.by_name().items()
                  if layer not in self._untold}
         even, odd = self._counts["even"], self._counts["odd"]
         scores = Scores({name: total.sum(0) for name, total in totals.items()}, self.origin, even + odd,
@@ -232,21 +297,26 @@ class Totals:
 
     def nonfinite_layer(self) -> str | None:
         """The first layer whose total is NaN or infinite; None when all are finite."""
-        if not self._totals:
+        self.settle()
+        totals = self._totals.by_name()
+        if not totals:
             return None
-        finite = torch.stack([torch.isfinite(total).all() for total in self._totals.values()])  # one look at the device
-        return None if finite.all() else list(self._totals)[int(finite.int().argmin())]
+        finite = torch.stack([torch.isfinite(total).all() for total in totals.values()])  # one look at the device
+        return None if finite.all() else list(totals)[int(finite.int().argmin())]
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and counts, to go on from."""
-        return {"origin": asdict(self.origin), "counts": dict(self._counts), "totals": dict(self._totals),
-                "means": dict(self._means), "reached": sorted(self._reached), "untold": dict(self._untold)}
+        self.settle()
+        return {"origin": asdict(self.origin), "counts": dict(self._counts), "totals": self._totals.by_name(),
+                "means": self._means.by_name(), "reached": sorted(self._reached), "untold": dict(self._untold)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`. Raises ValueError for the state of another model or another way of scoring."""
         if state["origin"] != asdict(self.origin):
             raise ValueError(f"state: it was made as {state['origin']}, these totals are {asdict(self.origin)}")
-        self._counts, self._totals, self._means = dict(state["counts"]), dict(state["totals"]), dict(state["means"])
+        self._pending.clear()
+        self._counts = dict(state["counts"])
+        self._totals, self._means = NamedSums(state["totals"]), NamedSums(state["means"])
         self._reached, self._untold = set(state["reached"]), dict(state.get("untold", {}))
 
     def all_reduce(self, device: torch.device, process_group: distributed.ProcessGroup | None = None) -> None:
@@ -254,8 +324,9 @@ class Totals:
 
         A process that has measured nothing takes part with zeros.
         """
-        own = {(kind, name): value for kind, values in (("totals", self._totals), ("means", self._means))
-               for name, value in values.items()}
+        self.settle()
+        sums = {"totals": self._totals.by_name(), "means": self._means.by_name()}
+        own = {(kind, name): value for kind, values in sums.items() for name, value in values.items()}
         parts: list[Any] = [None] * distributed.get_world_size(process_group)
         distributed.all_gather_object(parts, ({key: value.shape for key, value in own.items()}, self._reached,
                                               self._untold), group=process_group)
@@ -270,21 +341,8 @@ class Totals:
             whole = torch.cat([value.flatten() for value in values])
             distributed.all_reduce(whole, group=process_group)
             for (kind, name), part in zip(sorted(known), whole.split([value.numel() for value in values]), strict=True):
-                (self._totals if kind == "totals" else self._means)[name] = part.reshape(known[kind, name]).clone()
+                sums[kind][name] = part.reshape(known[kind, name]).clone()
+        self._totals, self._means = NamedSums(sums["totals"]), NamedSums(sums["means"])
         counts = torch.tensor(list(self._counts.values()), device=device)
         distributed.all_reduce(counts, group=process_group)
         self._counts = dict(zip(self._counts, counts.tolist(), strict=True))
-
-
-def _with_products(graph: ChannelGraph) -> ChannelGraph:
-    """The graph less streams that too many layers read for the products of all with each other."""
-    reasons = {group.name: reason for group in graph.groups if any(group.role("norm"))
-               and (reason := EdgeSums(group).too_many) is not None}
-    return replace(graph, groups=tuple(group for group in graph.groups if group.name not in reasons),
-                   skipped={**graph.skipped, **reasons})
-
-
-def _finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether some tensors hold no NaN and no infinity: one look at the device."""
-    return not tensors or bool(torch.isfinite(torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors]))
-                               .all())

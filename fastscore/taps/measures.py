@@ -23,8 +23,8 @@ class Measure:
     """What is measured at a tap: `compute(activation, gradient, channel_dim)` -> [P, N, C], for P `parts`.
 
     fused: (y, gradient, rest, low, high) -> the gradient of the input of the clamp that made y, from gradient + rest,
-    and `compute` of y and gradient with channels in dimension 1; one pass over memory on a CPU, where there is such an
-    operation. It may write to the gradient.
+    and `compute` of y and gradient with channels in dimension 1; one pass over memory where there is such an op.
+    It may write to the gradient.
     """
 
     parts: int
@@ -34,30 +34,22 @@ class Measure:
 
     def clamped(self, y: Tensor, g: Tensor, rest: Tensor | None, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
         """(gradient of the input of the clamp that made y, `compute` of y and g); `g` may be written to."""
-        if self.fused is not None and y.is_cpu and not ops.backends.portable():
+        if self.fused is not None:
             return self.fused(y, g, rest, *bounds)
         measured = self.compute(y, g, 1)
         return unclamped(g if rest is None else g + rest, y, bounds), measured
 
 
-def _sums(a: Tensor, g: Tensor, channel_dim: int) -> Tensor:
-    return _with_mean(a, *ops.channel_sums(a, g, channel_dim))
-
-
 def _clamped_sums(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: float) -> tuple[Tensor, Tensor]:
-    gradient, *sums = ops.clamp_backward(y, g, rest, low, high, overwrite=True)
-    return gradient, _with_mean(y, *sums)
-
-
-def _with_mean(a: Tensor, dot: Tensor, total: Tensor, gradient: Tensor) -> Tensor:
-    return torch.stack([dot, total.div_(max(a.numel() // max(total.numel(), 1), 1)), gradient])
+    return ops.clamp_backward_sums(y, g, rest, low, high, overwrite=True, mean=True)
 
 
 def _powers(a: Tensor, g: Tensor, channel_dim: int) -> Tensor:
-    return torch.stack(ops.channel_powers(a, g, channel_dim))
+    result: Tensor = torch.ops.fastscore.channel_powers(a, g, channel_dim)
+    return result
 
 
-SUMS = Measure(3, _sums, mean=1, fused=_clamped_sums)  # Σ a·g, the mean of a, Σ g
+SUMS = Measure(3, ops.channel_moments, mean=1, fused=_clamped_sums)  # Σ a·g, the mean of a, Σ g
 POWERS = Measure(2, _powers)  # Σ |a·g|, Σ (a·g)²
 DEGREES = {SUMS: (1, 0, 1), POWERS: (1, 2)}  # the power of the output gradient's length in each part
 MEAN = 1  # the part of SUMS that holds activations

@@ -17,7 +17,9 @@ ARGUMENTS = {
     "channel_powers": (A, G),
     "random_gradient": (IDS, 10, 5),
     "normalize_gradient": (G,),
+    "clamp_backward_": (A, G.clone(), None, -0.5, 0.5),
 }
+FUNCTIONS = [op for op in ARGUMENTS if op != "clamp_backward_"]  # of fastscore.ops; clamp_backward has its own test
 
 
 @pytest.fixture
@@ -45,7 +47,15 @@ def dot() -> None:
     ops.channel_dot(A, G)
 
 
-@pytest.mark.parametrize("op", ARGUMENTS)
+def test_clamp_backward_runs_the_reference(calls):
+    native = ops.clamp_backward(A, G, A.cos(), -0.5, 0.5)
+    with use_backend("reference"):
+        chosen = ops.clamp_backward(A, G, A.cos(), -0.5, 0.5)
+    assert calls == ["clamp_backward_", "channel_sums", "channel_sums"]
+    torch.testing.assert_close(chosen, native, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_reference_serves_cpu_tensors_inside_the_block_alone(op, calls):
     native = getattr(ops, op)(*ARGUMENTS[op])
     assert calls == []

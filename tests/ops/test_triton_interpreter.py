@@ -10,7 +10,7 @@ import pytest
 FOLDER = Path(__file__).parent / "triton_interpreter"
 
 
-@pytest.mark.parametrize("family", ["channel_sums", "random_gradient", "normalize_gradient", "ops"])
+@pytest.mark.parametrize("family", ["channel_sums", "clamp_backward", "random_gradient", "normalize_gradient", "ops"])
 def test_kernels_in_the_interpreter(family):
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from fastscore.ops.reference import result_dtype  # noqa: E402
-from fastscore.ops.triton import channel_sums, normalize_gradient, random_gradient  # noqa: E402
+from fastscore.ops.triton import channel_sums, clamp_backward, normalize_gradient, random_gradient  # noqa: E402
 from fastscore.ops.triton.common import Call  # noqa: E402
 from fastscore.ops.triton.launch import (  # noqa: E402
     plan_channel_sums,
@@ -27,7 +27,7 @@ from fastscore.ops.triton.launch import (  # noqa: E402
     plan_random_gradient,
 )
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMS = 132
 REGISTERS = 128  # of 65536 on a multiprocessor: the 16 warps that launch.py counts on are all resident
@@ -59,6 +59,7 @@ class Compiled(NamedTuple):
     loads: list[str]  # global loads, in order
     loop_loads: list[str]  # of them, those in a loop
     local_traffic: list[str]
+    wide_stores: list[str]  # of 16 bytes
     signature: tuple[str, ...]
 
 
@@ -97,6 +98,7 @@ def disassemble(kernel, folder: Path) -> Compiled:
         *map(int, numbers.groups()), [load for _, load in loads],
         [load for address, load in loads if any(start <= address <= end for start, end in back)],
         [text for _, text in code if re.search(r"\b(LDL|STL)\b", text)],
+        [text for _, text in code if "STG.E.128" in text],
         tuple(str(kind) for kind in kernel.src.signature.values()))
 
 
@@ -106,10 +108,15 @@ def channel_calls(reducer, dtype, shape, a_last=False, g_last=False, offset=0) -
     strides = [(c * p, 1, c) if last else (c * p, p, 1) for last in (a_last, g_last)]
     a, g = (torch.empty(n * c * p + offset, dtype=dtype, device="meta").as_strided(shape, stride, offset)
             for stride in strides)
-    outs = tuple(torch.empty(n * c, dtype=result_dtype(dtype), device="meta")
-                 for _ in range(channel_sums.SUMS[reducer]))
+    out = torch.empty(3, n * c, dtype=result_dtype(dtype), device="meta")
     plan = plan_channel_sums(shape, *strides, 1, dtype.itemsize, SMS)
-    return plan.layout, channel_sums.calls(plan, reducer, a, g, outs)
+    if reducer.startswith("clamp"):  # with the gradient of other readers, or without; all lie in memory as a does
+        rest = a if reducer == "clamp, rest" else None
+        return plan.layout, clamp_backward.calls(plan, a, g, rest, (0.0, float("inf")), out, mean=True)
+    return plan.layout, channel_sums.calls(plan, reducer, a, g, out, mean=reducer == "sums")
+
+
+CLAMPS = ("clamp", "clamp, rest")
 
 
 def assert_lean(compiled: Compiled) -> None:
@@ -130,6 +137,20 @@ def test_main_loops_load_16_bytes_and_spill_nothing(layout, reducer, dtype, arch
     assert chosen == layout
     assert len(main.loop_loads) >= 4  # two of each tensor
     assert set(main.loads) == {"LDG.E.128"}
+    for call in calls:
+        assert_lean(compile_call(call, tmp_path))
+
+
+@pytest.mark.parametrize("dtype", WIDE_AND_HALF, ids=str)
+@pytest.mark.parametrize("reducer", CLAMPS)
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_clamp_backward_loads_and_stores_16_bytes_and_spills_nothing(layout, reducer, dtype, architecture, tmp_path):
+    chosen, calls = channel_calls(reducer, dtype, (32, 256, 56 * 56), *LAYOUTS[layout])
+    main = compile_call(calls[0], tmp_path)
+    assert chosen == layout
+    assert len(main.loop_loads) >= (6 if reducer == "clamp, rest" else 4)  # two of each tensor
+    assert set(main.loads) == {"LDG.E.128"}
+    assert len(main.wide_stores) >= 2
     for call in calls:
         assert_lean(compile_call(call, tmp_path))
 

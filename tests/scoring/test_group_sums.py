@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.scoring import group_sums
-from fastscore.scoring.group_sums import EdgeSums, JointSums
+from fastscore.scoring.group_sums import EdgeSums, JointSums, SideBySide
 
 PARTS = 3  # Σ a·g, the mean of a, Σ g
 
@@ -48,11 +48,12 @@ def test_joint_sums_are_those_of_a_loop(case: tuple[list[ChannelGroup], dict[str
                                         part: int) -> None:
     groups, sums, scale = case
     joint = JointSums(groups)
-    if not any(edge.layer in sums for group in groups for edge in group.edges):
+    assert joint.reads(tuple(sums)) == any(edge.layer in sums for group in groups for edge in group.edges)
+    if not joint.reads(tuple(sums)):
         return  # no tap was reached: Totals does not ask
     samples = next(iter(sums.values()))[0].shape[1]
-    found = joint.of_channels(joint(sums, part, None if scale is None else scale[part]))
-    assert len(found) == len(groups)
+    found = joint.of_channels(joint(SideBySide.of(sums), part, None if scale is None else scale[part]))
+    found = found.split(joint.channels, -1)
     for group, values in zip(groups, found, strict=True):
         want = torch.zeros(1, samples, group.channels, dtype=torch.float64)
         for channel in range(group.channels):

@@ -5,6 +5,9 @@ The layout is no part of the kernel: a tile is BLOCK_C channels by BLOCK_P posit
 The compiler knows which stride is 1 and orders the threads of each load along it.
 """
 
+from collections.abc import Callable
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,10 +33,10 @@ def accumulate(totals, a, g, REDUCER: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["channels", "positions", "rows", "tiles"])
-def channel_sums_kernel(a, g, outs, channels, sizes, positions, a_strides, g_strides, rows, tiles,
-                        REDUCER: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-                        WIDE: tl.constexpr):
-    """a, g [N, C, *sizes] -> len(outs) times [splits, N·C]
+def channel_sums_kernel(a, g, out, channels, sizes, positions, a_strides, g_strides, rows, tiles,
+                        REDUCER: tl.constexpr, SUMS: tl.constexpr, MEAN: tl.constexpr, ALIGN: tl.constexpr,
+                        BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, WIDE: tl.constexpr):
+    """a, g [N, C, *sizes] -> out [splits, SUMS, N·C]; MEAN: which sum is divided by the positions, or -1.
 
     Program (i, split) takes BLOCK_C channels of one sample, and `tiles` tiles of their positions.
     """
@@ -51,7 +54,7 @@ def channel_sums_kernel(a, g, outs, channels, sizes, positions, a_strides, g_str
     a_rows = a + tl.multiple_of(c * a_strides[1], ALIGN[1][1])[:, None]
     g_rows = g + tl.multiple_of(c * g_strides[1], ALIGN[2][1])[:, None]
 
-    totals = (tl.zeros((BLOCK_C, BLOCK_P), SUM),) * len(outs)
+    totals = (tl.zeros((BLOCK_C, BLOCK_P), SUM),) * SUMS
     start = tl.program_id(1).to(INDEX) * tiles * BLOCK_P
     for first in range(start, tl.minimum(start + tiles * BLOCK_P, end), BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
@@ -60,61 +63,73 @@ def channel_sums_kernel(a, g, outs, channels, sizes, positions, a_strides, g_str
         g_tile = tl.load(g_rows + offsets(p, sizes, g_strides[2:], ALIGN[2][2])[None, :], mask, other=0.0)
         totals = accumulate(totals, a_tile.to(SUM), g_tile.to(SUM), REDUCER)
 
-    row = tl.program_id(1).to(tl.int64) * rows + n * channels + c
-    for i in tl.static_range(len(outs)):
-        tl.store(outs[i] + row, tl.sum(totals[i], axis=1), c_mask)
+    out += tl.program_id(1).to(tl.int64) * SUMS * rows + n * channels
+    for i in tl.static_range(SUMS):
+        total = tl.sum(totals[i], axis=1)
+        tl.store(out + i * rows + c, total / positions if i == MEAN else total, c_mask)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def combine_kernel(partials, outs, rows, splits, BLOCK_ROWS: tl.constexpr, BLOCK_SPLITS: tl.constexpr):
-    """Each of partials [splits, rows] -> outs [rows], always in the same order."""
+@triton.jit(do_not_specialize=["splits", "positions"])
+def combine_kernel(partials, out, rows, splits, positions, SUMS: tl.constexpr, MEAN: tl.constexpr,
+                   BLOCK_ROWS: tl.constexpr, BLOCK_SPLITS: tl.constexpr):
+    """partials [splits, SUMS, rows] -> out [SUMS, rows], always in the same order; MEAN as above."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    for i in tl.static_range(len(outs)):
-        total = tl.zeros((BLOCK_SPLITS, BLOCK_ROWS), outs[i].dtype.element_ty)
+    for i in tl.static_range(SUMS):
+        total = tl.zeros((BLOCK_SPLITS, BLOCK_ROWS), out.dtype.element_ty)
         for first in range(0, splits, BLOCK_SPLITS):
-            split = first + tl.arange(0, BLOCK_SPLITS)
-            mask = (split < splits)[:, None] & (row < rows)[None, :]
-            total += tl.load(partials[i] + (split.to(tl.int64) * rows)[:, None] + row[None, :], mask, other=0.0)
-        tl.store(outs[i] + row, tl.sum(total, axis=0), row < rows)
+            part = (first + tl.arange(0, BLOCK_SPLITS)).to(tl.int64) * SUMS + i
+            mask = (part < splits * SUMS)[:, None] & (row < rows)[None, :]
+            total += tl.load(partials + (part * rows)[:, None] + row[None, :], mask, other=0.0)
+        whole = tl.sum(total, axis=0)
+        tl.store(out + i * rows + row, whole / positions if i == MEAN else whole, row < rows)
 
 
-def calls(plan: ChannelLaunch, reducer: str, a: Tensor, g: Tensor, outs: tuple[Tensor, ...]) -> list[Call]:
-    """The launches that fill `outs`; partial sums, where there are any, are theirs alone."""
-    sums = outs
-    if plan.splits > 1:
-        sums = a.new_empty((len(outs), plan.splits, plan.rows), dtype=outs[0].dtype).unbind()
-    constants = {"REDUCER": reducer, "ALIGN": plan.align, "BLOCK_C": plan.block_c, "BLOCK_P": plan.block_p,
-                 "WIDE": plan.wide, "num_warps": plan.warps}
-    result = [Call(channel_sums_kernel, plan.grid, (a, g, sums, plan.channels, plan.sizes, plan.positions,
-                                                    *plan.strides, plan.rows, plan.tiles), constants)]
-    if plan.splits > 1:
-        result.append(Call(combine_kernel, plan.combine_grid, (sums, outs, plan.rows, plan.splits),
-                           {"BLOCK_ROWS": COMBINE_ROWS, "BLOCK_SPLITS": COMBINE_SPLITS, "num_warps": 1}))
-    return result
+def combined(plan: ChannelLaunch, sums: int, mean: int, out: Tensor, first: Callable[[Tensor, int], Call]
+             ) -> list[Call]:
+    """The launches that fill `out`: first(where the sums of each split go, MEAN), and what adds them up."""
+    if plan.splits == 1:
+        return [first(out, mean)]
+    partials = torch.empty((plan.splits, sums, plan.rows), dtype=out.dtype, device=out.device)
+    return [first(partials, -1),
+            Call(combine_kernel, plan.combine_grid, (partials, out, plan.rows, plan.splits, plan.positions),
+                 {"SUMS": sums, "MEAN": mean, "BLOCK_ROWS": COMBINE_ROWS, "BLOCK_SPLITS": COMBINE_SPLITS,
+                  "num_warps": 1})]
 
 
-def _reduce(reducer: str, a: Tensor, g: Tensor, channel_dim: int) -> tuple[Tensor, ...]:
+def calls(plan: ChannelLaunch, reducer: str, a: Tensor, g: Tensor, out: Tensor, mean: bool = False) -> list[Call]:
+    """The launches that fill `out`, [sums, N·C] in memory; partial sums, where there are any, are theirs alone."""
+    constants = {"REDUCER": reducer, "SUMS": SUMS[reducer], "ALIGN": plan.align, "BLOCK_C": plan.block_c,
+                 "BLOCK_P": plan.block_p, "WIDE": plan.wide, "num_warps": plan.warps}
+
+    def first(to: Tensor, mean: int) -> Call:
+        return Call(channel_sums_kernel, plan.grid, (a, g, to, plan.channels, plan.sizes, plan.positions, *plan.strides,
+                                                     plan.rows, plan.tiles), {**constants, "MEAN": mean})
+
+    return combined(plan, SUMS[reducer], 1 if mean else -1, out, first)
+
+
+def _reduce(reducer: str, a: Tensor, g: Tensor, channel_dim: int, mean: bool = False) -> Tensor:
     checks.check_pair(a, g, channel_dim)
-    shape = (a.shape[0], a.shape[channel_dim])
+    shape = (*[SUMS[reducer]] * (SUMS[reducer] > 1), a.shape[0], a.shape[channel_dim])
     if a.numel() == 0:
-        return tuple(a.new_zeros(shape, dtype=result_dtype(a.dtype)) for _ in range(SUMS[reducer]))
-    outs = tuple(a.new_empty(shape, dtype=result_dtype(a.dtype)) for _ in range(SUMS[reducer]))
+        return a.new_zeros(shape, dtype=result_dtype(a.dtype))
+    out = a.new_empty(shape, dtype=result_dtype(a.dtype))
     plan = plan_channel_sums(tuple(a.shape), a.stride(), g.stride(), channel_dim, a.element_size(),
                              multiprocessors(a.device))
-    run(calls(plan, reducer, a, g, outs), a.device)
-    return outs
+    run(calls(plan, reducer, a, g, out, mean), a.device)
+    return out
 
 
-def channel_sums(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, ...]:
-    """(Σ a·g, Σ a, Σ g), each [N, C]."""
-    return _reduce("sums", a, g, channel_dim)
+def channel_sums(a: Tensor, g: Tensor, channel_dim: int = 1, mean: bool = False) -> Tensor:
+    """[3, N, C]: Σ a·g, Σ a or the mean of a, Σ g."""
+    return _reduce("sums", a, g, channel_dim, mean)
 
 
 def channel_dot(a: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
     """Σ a·g, [N, C]."""
-    return _reduce("dot", a, g, channel_dim)[0]
+    return _reduce("dot", a, g, channel_dim)
 
 
-def channel_powers(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, ...]:
-    """(Σ |a·g|, Σ (a·g)²), each [N, C]."""
+def channel_powers(a: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
+    """[2, N, C]: Σ |a·g|, Σ (a·g)²."""
     return _reduce("powers", a, g, channel_dim)

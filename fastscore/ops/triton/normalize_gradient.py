@@ -27,22 +27,40 @@ def load_part(g, sizes, g_strides, length, n, split, ALIGN: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def widen(x):
-    """x in float64, where no square of a float32 overflows or vanishes."""
-    return x if x.dtype == tl.float64 else x.to(tl.float32).to(tl.float64)
-
-
-@triton.jit
-def narrow(x, DTYPE: tl.constexpr):
-    """Float64 x in DTYPE."""
-    return x if x.dtype == DTYPE else x.to(tl.float32).to(DTYPE)
+def power_of_two(exponent):
+    """2 to a power in the range of normal float32."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def square_length(part):
-    """Σ x² in float64."""
-    wide = widen(part)
-    return tl.sum(wide * wide)
+    """Σ x² in float64: of elements over a power of two near the largest, so that none overflows or vanishes. Few
+    devices are fast at float64, so that it is for scalars alone."""
+    if part.dtype == tl.float64:
+        return tl.sum(part * part)
+    wide = part.to(tl.float32)
+    largest = tl.max(tl.abs(wide))
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
+    exponent = tl.minimum(tl.maximum(exponent, -126), 126)
+    wide *= power_of_two(-exponent)
+    scale = power_of_two(exponent).to(tl.float64)
+    return tl.sum(wide * wide).to(tl.float64) * scale * scale
+
+
+@triton.jit
+def scaled(part, factor):
+    """part · factor (float64), in part's dtype: by two powers of two, which take no digit from a result in the normal
+    range, and a number from 1 to 2, in two parts, so that a product is rounded once."""
+    if part.dtype == tl.float64:
+        return part * factor
+    exponent = ((factor.to(tl.int64, bitcast=True) >> 52) & 0x7FF).to(tl.int32) - 1023
+    exponent = tl.minimum(tl.maximum(exponent, -200), 200)
+    exponent = tl.where(factor > 0, exponent, 0)  # 0 and NaN
+    first, second = power_of_two(exponent // 2), power_of_two(exponent - exponent // 2)
+    exact = factor / (first.to(tl.float64) * second.to(tl.float64))
+    rest = exact.to(tl.float32)
+    near_one = part.to(tl.float32) * first * second
+    return tl.fma(near_one, rest, near_one * (exact - rest.to(tl.float64)).to(tl.float32)).to(part.dtype)
 
 
 @triton.jit(do_not_specialize=["length", "splits"])
@@ -79,9 +97,9 @@ def normalize_gradient_kernel(g, partials, unit, lengths, sizes, g_strides, unit
     # A divisor of 0, or so small that its inverse is infinite, gives 0; NaN, which compares with nothing, stays NaN.
     divisor = tl.where(norm < eps, eps, norm)
     tiny = divisor < 2.0**-1022
-    scaled = tl.where(tiny, 0.0, widen(part) * (1.0 / tl.where(tiny, 1.0, divisor)))
+    factor = tl.where(tiny, 0.0, 1.0 / tl.where(tiny, 1.0, divisor))
     unit += tl.multiple_of(n * unit_strides[0], ALIGN[2][0])
-    tl.store(unit + offsets(p, sizes, unit_strides[1:], ALIGN[2][1]), narrow(scaled, part.dtype), mask)
+    tl.store(unit + offsets(p, sizes, unit_strides[1:], ALIGN[2][1]), scaled(part, factor), mask)
 
 
 def calls(plan: NormalizeLaunch, g: Tensor, eps: float, unit: Tensor, lengths: Tensor) -> list[Call]:

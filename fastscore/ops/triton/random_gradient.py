@@ -116,7 +116,7 @@ def random_gradient_kernel(ids, id_stride, partials, out, classes, splits, scale
             squares += tl.load(partials + n * splits + parts, parts < splits, other=0.0)
         scale /= tl.sqrt_rn(tl.sum(squares))
     k = 4 * first + tl.arange(0, 4 * QUADS)
-    tl.store(out + n * classes + k, values * scale, k < classes)
+    tl.store(out + n * classes + k, (values * scale).to(out.dtype.element_ty), k < classes)
 
 
 def calls(plan: RandomLaunch, sample_ids: Tensor, seed: int, probe: int, normal: bool, normalize: bool,
@@ -127,7 +127,7 @@ def calls(plan: RandomLaunch, sample_ids: Tensor, seed: int, probe: int, normal:
     length = "given" if not (normalize and normal) else "held" if plan.splits == 1 else "partials"
     ids, partials, result = (sample_ids, sample_ids.stride(0)), out, []
     if length == "partials":
-        partials = out.new_empty((plan.samples, plan.splits))
+        partials = torch.empty((plan.samples, plan.splits), device=out.device)
         result.append(Call(random_lengths_kernel, plan.grid,
                            (*ids, partials, plan.classes, plan.splits, seed, probe),
                            {"QUADS": plan.quads, "num_warps": plan.warps}))
@@ -139,10 +139,10 @@ def calls(plan: RandomLaunch, sample_ids: Tensor, seed: int, probe: int, normal:
 
 
 def random_gradient(sample_ids: Tensor, classes: int, seed: int, probe: int = 0, distribution: str = "normal",
-                    normalize: bool = True) -> Tensor:
-    """Random gradients, float32 [N, K]."""
-    checks.check_random(sample_ids, classes, seed, probe, distribution)
-    out = sample_ids.new_empty((sample_ids.shape[0], classes), dtype=torch.float32)
+                    normalize: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+    """Random gradients, [N, K]."""
+    checks.check_random(sample_ids, classes, seed, probe, distribution, dtype)
+    out = sample_ids.new_empty((sample_ids.shape[0], classes), dtype=dtype or torch.float32)
     multiprocessors(sample_ids.device)
     if out.numel():
         plan = plan_random_gradient(sample_ids.shape[0], classes)

@@ -2,6 +2,7 @@
 #include "simt.h"
 
 #include "channel_sums.cuh"
+#include "clamp_backward.cuh"
 #include "normalize_gradient.cuh"
 #include "random_gradient.cuh"
 
@@ -31,6 +32,10 @@ struct Partials {
     for (auto at = values.end() - kMargin; at != values.end(); ++at) simt::strays += *at == *at;
   }
 };
+
+int64_t parts_of(const Geometry& it, int64_t count) {
+  return it.split.splits == 1 ? 0 : it.split.splits * count * it.samples * it.channels;
+}
 
 }  // namespace
 
@@ -63,31 +68,43 @@ void start_at_split(int64_t split) { simt::first_split = split; }
 ChannelPlan plan_pair(const Pair* in, int32_t channel_dim, int32_t units) {
   const int sizes[] = {4, 8, 2, 2};
   return plan_channel_sums({in->a, in->g, sizes[in->dtype]}, in->sizes, in->strides_a, in->strides_g, in->dims,
-                           channel_dim, units);
+                           channel_dim, Places::of(units));
 }
 
 void channel_geometry(const Pair* in, int32_t channel_dim, int32_t units, Geometry* out) {
   *out = plan_pair(in, channel_dim, units).geometry;
 }
 
-void channel_sums(const Pair* in, int32_t channel_dim, int32_t units, int32_t count, void* const* out) {
+// out: [count, N, C], the second sum as a mean if so told.
+void channel_sums(const Pair* in, int32_t channel_dim, int32_t units, int32_t count, int32_t mean, void* out) {
   const ChannelPlan plan = plan_pair(in, channel_dim, units);
   const auto run = [&](auto reducer, auto type) {
     using Reducer = decltype(reducer);
     using T = decltype(type);
-    Sum<T>* sums[Reducer::kSums];
-    for (int k = 0; k < Reducer::kSums; ++k) sums[k] = static_cast<Sum<T>*>(out[k]);
-    const int64_t splits = plan.geometry.split.splits;
-    Partials<Sum<T>> partials(splits == 1 ? 0 : splits * Reducer::kSums * plan.geometry.samples *
-                                                    plan.geometry.channels);
-    launch_channel_sums<Reducer>(plan, static_cast<const T*>(in->a), static_cast<const T*>(in->g), sums,
-                                 partials.values.data(), simt::Launch{kThreads});
+    Partials<Sum<T>> partials(parts_of(plan.geometry, Reducer::kSums));
+    launch_channel_sums<Reducer>(plan, static_cast<const T*>(in->a), static_cast<const T*>(in->g),
+                                 static_cast<Sum<T>*>(out), partials.values.data(), mean, simt::Launch{kThreads});
     partials.check();
   };
   with_type(in->dtype, [&](auto type) {
     if (count == Dot::kSums) run(Dot{}, type);
     if (count == Sums::kSums) run(Sums{}, type);
     if (count == Powers::kSums) run(Powers{}, type);
+  });
+}
+
+// in->a: what the clamp made; in->g: the gradient, which is written to; rest: of the same strides, or null.
+void clamp_backward(const Pair* in, const void* rest, double low, double high, int32_t units, int32_t mean, void* out) {
+  with_type(in->dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto* y = static_cast<const T*>(in->a);
+    const ClampBackward<T> task{static_cast<T*>(const_cast<void*>(in->g)), static_cast<const T*>(rest), low, high};
+    const ChannelPlan plan = plan_channel_sums({y, task.g, sizeof(T), rest}, in->sizes, in->strides_a, in->strides_a,
+                                               in->dims, 1, Places::of(units));
+    Partials<Sum<T>> partials(parts_of(plan.geometry, Sums::kSums));
+    launch_clamp_backward(plan, y, task, static_cast<Sum<T>*>(out), partials.values.data(), mean,
+                          simt::Launch{kThreads});
+    partials.check();
   });
 }
 
@@ -110,9 +127,11 @@ int32_t normalize_gradient(const Pair* in, int32_t units, double eps, void* norm
 }
 
 void random_gradient(const int64_t* ids, int64_t samples, int64_t id_stride, int64_t classes, int64_t seed,
-                     uint32_t probe, int32_t normal, int32_t normalize, float* out) {
-  launch_random_gradient(plan_random_gradient(samples, id_stride, classes), ids, seed, probe, normal, normalize, out,
-                         simt::Launch{kThreads});
+                     uint32_t probe, int32_t normal, int32_t normalize, int32_t dtype, void* out) {
+  with_type(dtype, [&](auto type) {
+    launch_random_gradient(plan_random_gradient(samples, id_stride, classes), ids, seed, probe, normal, normalize,
+                           static_cast<decltype(type)*>(out), simt::Launch{kThreads});
+  });
 }
 
 void philox(const uint32_t* counter, const uint32_t* key, uint32_t* out) {

@@ -13,14 +13,14 @@ void sums(int64_t samples, int64_t channels, int64_t positions, bool channels_la
   const int64_t strides[] = {channels * positions, channels_last ? 1 : positions, channels_last ? channels : 1};
   const std::vector<float> a(samples * channels * positions, 0.5f), g(a);
   const Pair in{a.data(), g.data(), kFloat, 3, sizes, strides, strides};
-  std::vector<float> out[3];
-  void* pointers[3];
-  for (int k = 0; k < 3; ++k) {
-    out[k].resize(samples * channels);
-    pointers[k] = out[k].data();
-  }
-  channel_sums(&in, 1, units, 3, pointers);
-  std::printf("sums: %d splits, %g\n", int(plan_pair(&in, 1, units).geometry.split.splits), out[0][0]);
+  std::vector<float> out(3 * samples * channels);
+  channel_sums(&in, 1, units, 3, true, out.data());
+  std::printf("sums: %d splits, %g\n", int(plan_pair(&in, 1, units).geometry.split.splits), out[0]);
+  std::vector<float> changed(g);
+  const Pair clamp{a.data(), changed.data(), kFloat, 3, sizes, strides, strides};
+  if (channels_last) return;
+  clamp_backward(&clamp, g.data(), 0, 0.25, units, true, out.data());
+  std::printf("clamp: %g, %g\n", out[0], changed[0]);
 }
 
 void normalize(int64_t samples, int64_t length) {
@@ -35,7 +35,7 @@ void normalize(int64_t samples, int64_t length) {
 void random(int64_t samples, int64_t classes) {
   const std::vector<int64_t> ids(samples, 7);
   std::vector<float> out(samples * classes);
-  random_gradient(ids.data(), samples, 1, classes, 0, 0, true, true, out.data());
+  random_gradient(ids.data(), samples, 1, classes, 0, 0, true, true, kFloat, out.data());
   std::printf("random: %g\n", out[0]);
 }
 

@@ -130,18 +130,32 @@ class Shim:
         return result
 
     def channel(self, op: str, a: Tensor, g: Tensor, channel_dim: int = 1, units: int = 1, watched: bool = True,
-                first_split: int = 0) -> tuple[Tensor, ...]:
+                first_split: int = 0, mean: bool = False) -> tuple[Tensor, ...]:
         """channel_dot, channel_powers or channel_sums; every element of a and g must be read exactly once."""
         channel_dim %= a.dim()
         dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-        sums = [Padded((a.shape[0], a.shape[channel_dim]), dtype) for _ in range(SUMS_OF[op])]
-        pointers = (ctypes.c_void_p * len(sums))(*(sum_.tensor.data_ptr() for sum_ in sums))
+        sums = Padded((SUMS_OF[op], a.shape[0], a.shape[channel_dim]), dtype)
         tensors = (a, g) if watched else ()
         self._watch(*tensors)
         self.library.start_at_split(ctypes.c_int64(first_split))
-        self.library.channel_sums(ctypes.byref(Pair.of(a, g)), channel_dim, units, len(sums), pointers)
+        self.library.channel_sums(ctypes.byref(Pair.of(a, g)), channel_dim, units, SUMS_OF[op], mean,
+                                  ctypes.c_void_p(sums.tensor.data_ptr()))
         self._check(*tensors)
-        return tuple(sum_.checked() for sum_ in sums)
+        return sums.checked().unbind()
+
+    def clamp_backward(self, y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: float, units: int = 1,
+                       mean: bool = False) -> tuple[Tensor, ...]:
+        """The three sums; g is written to. Every element of y, g and rest must be read exactly once."""
+        sums = Padded((3, *y.shape[:2]), torch.float64 if y.dtype == torch.float64 else torch.float32)
+        tensors = (y, g) if rest is None else (y, g, rest)
+        self._watch(*tensors)
+        self.library.start_at_split(ctypes.c_int64(0))
+        self.library.clamp_backward(ctypes.byref(Pair.of(y, g)), ctypes.c_void_p(None if rest is None
+                                                                                 else rest.data_ptr()),
+                                    ctypes.c_double(low), ctypes.c_double(high), units, mean,
+                                    ctypes.c_void_p(sums.tensor.data_ptr()))
+        self._check(*tensors)
+        return sums.checked().unbind()
 
     def normalize_gradient(self, g: Tensor, eps: float = 0.0, units: int = 1) -> tuple[Tensor, Tensor, int]:
         """The scaled gradient, the lengths and the number of times that g was read."""
@@ -157,14 +171,14 @@ class Shim:
         return unit, norm.checked(), passes
 
     def random_gradient(self, ids: Tensor, classes: int, seed: int, probe: int = 0, distribution: str = "normal",
-                        normalize: bool = True) -> Tensor:
-        """float32 [N, K]."""
-        out = Padded((ids.shape[0], classes), torch.float32)
+                        normalize: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[N, K]."""
+        out = Padded((ids.shape[0], classes), dtype)
         self._watch()
         self.library.random_gradient(
             ctypes.c_void_p(ids.data_ptr()), ctypes.c_int64(ids.shape[0]), ctypes.c_int64(ids.stride(0)),
             ctypes.c_int64(classes), ctypes.c_int64(seed), ctypes.c_uint32(probe), distribution == "normal", normalize,
-            ctypes.c_void_p(out.tensor.data_ptr()))
+            DTYPES.index(dtype), ctypes.c_void_p(out.tensor.data_ptr()))
         self._check()
         return out.checked()
 

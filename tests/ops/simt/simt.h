@@ -26,6 +26,10 @@ struct dim3 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+using std::max;
 using std::min;
 
 inline thread_local dim3 threadIdx, blockIdx;
@@ -135,7 +139,13 @@ T __ldg(const T* address) {
   return *address;
 }
 
-inline void __stcg(uint4* address, uint4 value) {
+template <class T>
+T __ldcg(const T* address) {
+  return __ldg(address);
+}
+
+template <class T>
+void __stcg(T* address, T value) {
   simt::check_alignment(address, sizeof(value));
   *address = value;
 }

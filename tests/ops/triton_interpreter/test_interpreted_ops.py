@@ -14,7 +14,9 @@ ARGUMENTS = {
     "channel_powers": (A, G, 1),
     "random_gradient": (IDS, 10, 5),
     "normalize_gradient": (G, 1e-9),
+    "clamp_backward_": (A, G.clone(), G.cos(), -0.5, 0.5),
 }
+FUNCTIONS = [op for op in ARGUMENTS if op != "clamp_backward_"]
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
@@ -23,7 +25,14 @@ def test_opcheck(op):
         torch.library.opcheck(getattr(torch.ops.fastscore, op).default, ARGUMENTS[op])
 
 
-@pytest.mark.parametrize("op", ARGUMENTS)
+def test_clamp_backward_runs_the_triton_kernel(loads):
+    with ops.use_backend("triton"):
+        got = ops.clamp_backward(A, G, None, -0.5, 0.5)
+    assert loads.bytes == 2 * A.nbytes
+    torch.testing.assert_close(got, reference.clamp_backward(A, G, None, -0.5, 0.5), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_the_op_runs_the_triton_kernel(op, loads):
     with ops.use_backend("triton"):
         got = getattr(ops, op)(*ARGUMENTS[op])

@@ -1,0 +1,129 @@
+"""A batch through the prepared copy and back, and into totals, without a wait for the device in between."""
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.batches import Batch, Forward
+from fastscore.fastpath.graphs import Graphs
+from fastscore.fastpath.prepare import Prepared
+from fastscore.scoring import gradients, tokens
+from fastscore.scoring.diagnosis import first_nonfinite
+from fastscore.scoring.options import Probes
+from fastscore.scoring.pending import Flags, Pending, largest
+from fastscore.scoring.totals import Totals
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one batch gives, on the device. numbers: [the largest magnitude of the output, that of the loss or 0]."""
+
+    samples: int
+    numbers: Tensor
+    passes: list[Pending]
+
+    def copied(self) -> "Measured":
+        """The same in memory of its own."""
+        return replace(self, numbers=self.numbers.clone(), passes=[one.copied() for one in self.passes])
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A batch whose work is on its way. flags: its numbers. passes: how many it brought to the totals. replayed: by a
+    graph, which leaves no tensor to look at."""
+
+    totals: Totals
+    batch: Batch
+    flags: Flags
+    passes: int
+    replayed: bool
+
+
+class BatchPasses:
+    """Adds what the taps measure of batches to totals; a batch's numbers are looked at once the next is on its way.
+
+    model: the user's, to tell where NaN comes from. prepared: what runs in its place. graphs: what runs the work of a
+    batch. at_once: look at each batch's numbers before the next.
+    """
+
+    def __init__(self, model: nn.Module, forward: Forward, loss: gradients.Loss | None, probes: Probes,
+                 prepared: Prepared, graphs: Graphs[Measured], at_once: bool) -> None:
+        self._model, self._forward, self._loss, self._probes = model, forward, loss, probes
+        self._prepared, self._graphs, self._at_once = prepared, graphs, at_once
+        self._last: _Launched | None = None
+
+    def measure(self, totals: Totals, batch: Batch) -> int:
+        """Add what the taps measure of a batch to `totals`; the number of its samples.
+
+        Raises FloatingPointError, naming the layer, for NaN or infinity, ValueError for a loss that is not finite: of
+        this batch where it is looked at at once, else of the one before. Nothing of either is added then.
+        """
+        state: Hashable = totals.next_half
+        measured, replayed = self._graphs.run(lambda each: self._measure(totals, each), batch, Measured.copied, state)
+        totals.append(measured.passes)
+        previous, self._last = self._last, _Launched(totals, batch, Flags(measured.numbers), len(measured.passes),
+                                                     replayed)
+        self._check(previous)
+        if self._at_once:
+            self.finish()
+        return measured.samples
+
+    def finish(self) -> None:
+        """Look at the numbers of the last batch; raises as `measure` does."""
+        last, self._last = self._last, None
+        self._check(last)
+
+    def _measure(self, totals: Totals, batch: Batch) -> Measured:
+        taps = self._prepared.taps
+        with taps.one_pass(batch):
+            output = self._prepared.run(batch).movedim(taps.axes.output, 0)
+        assert taps.current is not None
+        valid = taps.current.valid
+        if self._prepared.compiled and valid is not None:
+            raise ValueError("compile: the batch has padding, which compiled taps do not know of; use compile=False")
+        most = largest([output])
+        loss = torch.zeros_like(most)
+        with totals.collecting() as passes:
+            if totals.origin.gradient == "loss":
+                value, sent = tokens.loss_and_gradient(output, batch, _of_returned(self._loss, taps.axes.output),
+                                                       totals.origin, valid)
+                loss = value.abs().to(most)
+                sent = sent / len(sent) if totals.criterion.minibatch and totals.origin.normalize else sent
+                totals.propagate(taps, output, sent, last=True)
+            else:
+                count = self._probes if isinstance(self._probes, int) else gradients.classes_of(output)
+                for probe in range(count):
+                    totals.probe(taps, output, last=probe == count - 1)
+        return Measured(len(output), torch.stack([most, loss]), passes)
+
+    def _check(self, launched: _Launched | None) -> None:
+        if launched is None:
+            return
+        output, loss = launched.flags.read()
+        if not math.isfinite(output) and (culprit := self._first_nonfinite(launched.batch)) is not None:
+            raise FloatingPointError(culprit)
+        if not math.isfinite(loss):
+            raise ValueError(f"loss: it is {loss}; check the labels, and the model's output for NaN")
+        if (layer := launched.totals.settle(launched.passes)) is not None:
+            raise FloatingPointError(self._first_nonfinite(launched.batch) or
+                                     f"{self._layer(launched) or layer}: NaN or infinity in the gradient that reaches "
+                                     "its channels")
+
+    def _layer(self, launched: _Launched) -> str | None:
+        """Where a pass that was replayed had NaN or infinity: found by running it again."""
+        if not launched.replayed:
+            return None
+        again = launched.totals.new_empty()
+        again.append(self._measure(again, launched.batch).passes)
+        return again.settle()
+
+    def _first_nonfinite(self, batch: Batch) -> str | None:
+        return first_nonfinite(self._model, batch, self._forward)
+
+
+def _of_returned(loss: gradients.Loss | None, dim: int) -> gradients.Loss | None:
+    """A loss of the output with its samples first, from one of the output as the model returns it."""
+    return loss if dim == 0 else lambda output, batch: (loss or gradients.cross_entropy)(output.movedim(0, dim), batch)
