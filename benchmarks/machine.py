@@ -59,7 +59,7 @@ def malloc() -> str:
 def facts(device: str) -> dict[str, str | int]:
     """What a table of figures is to say of itself: a column each."""
     processor = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "torch-pruning", "captum")}
+    versions = {name: _version(name) for name in ("torch", "torch-pruning", "captum")}
     return {"processor": processor, "threads": torch.get_num_threads(), "allocator": malloc(), **versions}
 
 
@@ -67,6 +67,13 @@ def describe(device: str) -> str:
     """The facts in a line or two, with how busy the machine is at this moment."""
     load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors"
     return f"{', '.join(f'{name} {value}' for name, value in facts(device).items())}\n{load}"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:

@@ -13,6 +13,7 @@ been compared with the float64 reference.
 """
 
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -37,11 +38,12 @@ from matplotlib import pyplot
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 CACHE = torch.cuda.get_device_properties(0).L2_cache_size if GPU else 32 * 2**20
-BATCHES = (32, 256) if GPU else (4,)
+BATCHES = tuple(map(int, os.environ.get("FASTSCORE_BATCHES", "32 256").split())) if GPU else (4,)
+UNTIL = float(os.environ.get("FASTSCORE_UNTIL", "inf"))  # seconds since 1970: no case is begun after that
 DTYPES = (torch.bfloat16, torch.float32) if GPU else (torch.float32,)
 STAGES = None if GPU else 1  # of a network, first to last
 REPEATS = 30 if GPU else 7
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(os.environ.get("FASTSCORE_RESULTS", Path(__file__).parents[1] / "results"))
 CLASSES = 1000
 
 
@@ -67,6 +69,11 @@ EAGER: dict[str, Callable[..., Any]] = {
                                     (a * g).square().sum((2, 3), dtype=torch.float32)),
     "normalize_gradient": lambda g: (nn.functional.normalize(g, eps=1e-30), g.norm(dim=1)),
 }
+
+
+def clamp_and_sums(y: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    """What clamp_backward does, by PyTorch's own operations."""
+    return torch.ops.aten.hardtanh_backward(g, y, -1.0, 1.0), *EAGER["channel_sums"](y, g)
 
 
 def kernels() -> list[str]:
@@ -139,7 +146,7 @@ def activations(network: str) -> list[tuple[int, ...]]:
 
 def cases() -> Iterator[tuple[str, tuple[int, ...], bool, torch.dtype]]:
     """(name, [N, C, H, W], channels last or not, dtype); a transformer's tokens are W, its layout channels last."""
-    layouts = {"resnet50": (False, True), "vit_b_16": (True,)}
+    layouts = {"resnet50": (False, True), "mobilenet_v2": (True,), "vit_b_16": (True,)}
     for network, batch, dtype in itertools.product(layouts, BATCHES, DTYPES):
         for channels, *positions in activations(network):
             shape = (batch, channels, *([1] * (2 - len(positions))), *positions)
@@ -179,6 +186,9 @@ def test_gpu_channel_sums(rows: list[Row | str]) -> None:
     if not GPU:
         print(f"\nGPU timings need a CUDA device, and torch {torch.__version__} finds none; this is the CPU part.")
     for case, shape, last, dtype in cases():
+        if time.time() > UNTIL:
+            rows.append(f"Out of time before {case}.")
+            break
         pairs = rotated(shape, last, dtype)
         moved = sum(x.nbytes for x in pairs[0])
         for name in ("channel_dot", "channel_sums", "channel_powers"):
@@ -191,6 +201,14 @@ def test_gpu_channel_sums(rows: list[Row | str]) -> None:
             functions["eager"] = prepared(EAGER[name], pairs)
             functions["compile"] = prepared(compiled(EAGER[name]), pairs)
             rows += [Row(case, name, *row) for row in timed(functions, moved, len(pairs))]
+        clamps = {}
+        for backend in kernels():
+            with chosen(backend):
+                y, g = pairs[0]
+                agree(ops.clamp_backward(y, g, None, -1.0, 1.0), reference.clamp_backward(y, g, None, -1.0, 1.0), 1e-3)
+                clamps[backend] = prepared(lambda y, g: ops.clamp_backward_sums(y, g, None, -1.0, 1.0, True), pairs)
+        clamps["eager"] = prepared(clamp_and_sums, pairs)
+        rows += [Row(case, "clamp_backward", *row) for row in timed(clamps, moved * 3 // 2, len(pairs))]
         copy = {"torch": prepared(lambda a, g: g.copy_(a), pairs)}
         rows += [Row(case, "copy", *row) for row in timed(copy, moved, len(pairs))]
 
@@ -260,7 +278,7 @@ def write(rows: list[Row | str]) -> None:
         share = f"{row.bandwidth / copies[row.case]:.2f}" if row.case in copies else ""
         lines.append(f"| {row.case} | {row.op} | {row.backend} | {1e6 * row.seconds:.1f} | {row.bandwidth:.1f} "
                      f"| {share} |")
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     target = RESULTS / DEVICE.type.replace("cuda", "gpu")
     target.with_suffix(".md").write_text("\n".join(lines) + "\n")
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
-from captum.attr import LayerGradientXActivation
 from torch import Tensor, nn
 
 import fastscore
@@ -89,6 +88,10 @@ class _Edge(nn.Module):
 
 def captum(task: Task) -> Run:
     """captum's LayerGradientXActivation of the loss of each sample, at the input of every layer that reads channels."""
+    try:
+        from captum.attr import LayerGradientXActivation
+    except ImportError as error:
+        raise CannotRun(f"captum is not installed ({error})") from error
     model, readout, edges = task.own_copy(hookable=True), squares(task.graph, task.images.device), {}
     for name in task.layers:
         edges[name] = _Edge()
@@ -209,6 +212,7 @@ CONTESTANTS: dict[str, Prepare] = {
     **{name: warmed(prepare) for name, prepare in _PEERS.items()},
     "fastscore, loss": fastscore_pass(gradient="loss"),
     "fastscore, random": fastscore_pass(),
+    "fastscore, random, no graph": fastscore_pass(graph=False),
     "fastscore, 2 probes": fastscore_pass(probes=2),
     "fastscore, bfloat16": fastscore_pass(precision="bfloat16"),
     "fastscore, bfloat16, 2 probes": fastscore_pass(precision="bfloat16", probes=2),
