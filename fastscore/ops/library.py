@@ -1,5 +1,6 @@
 """Loads the native kernels and tells PyTorch what each op returns without running it."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,5 +115,11 @@ def _followed(x: Tensor) -> bool:
 
 _autograd = torch.library.Library("fastscore", "IMPL", "Autograd")
 for _name, _fake in _FAKES.items():
+    if (_arguments := [each.name for each in getattr(torch.ops.fastscore, _name).default._schema.arguments]) \
+            != list(inspect.signature(_fake).parameters):
+        raise ImportError(f"fastscore's native library {LIBRARY} is of another version than the Python beside it: its "
+                          f"{_name} takes {', '.join(_arguments)}; rebuild it with "
+                          "`pip install --no-build-isolation --force-reinstall --no-deps .`, or in a source tree "
+                          "`python setup.py build_ext --inplace`")
     torch.library.register_fake(f"fastscore::{_name}", _fake)
     _autograd.impl(_name, _undifferentiable(_name), with_keyset=True)
