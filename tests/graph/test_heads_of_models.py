@@ -93,7 +93,8 @@ def test_an_encoder_and_a_decoder_that_share_an_embedding_lose_the_same_of_it(na
     with torch.no_grad():
         # T5 normalises in float32, whatever it is given
         torch.testing.assert_close(_logits(small, batch), masked, rtol=1e-4, atol=1e-5 * float(masked.abs().max()))
-    held = [module.weight for module in small.modules() if isinstance(module, nn.Embedding) and len(module.weight) == 50]
+    held = [module.weight for module in small.modules() if isinstance(module, nn.Embedding)
+            and len(module.weight) == 50]
     assert len(held) == 3
     assert all(weight is held[0] for weight in held)
     fastscore.save_pruned(small, tmp_path / "small.safetensors")

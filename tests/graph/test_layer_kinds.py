@@ -157,6 +157,29 @@ def test_a_repair_leaves_experts_and_mends_the_rest() -> None:
     batches = [{"input_ids": torch.randint(1, 50, (4, 8), generator=torch.Generator().manual_seed(n))}
                for n in range(4)]
     repaired = fastscore.reconstruct(model, result, batches, method="linear", ridges=(1e-3,), forward=_logits).model
-    for name, parameter in result.model.named_parameters():
-        mended = "o_proj" in name
-        assert torch.equal(parameter, dict(repaired.named_parameters())[name]) != mended, name
+    found = dict(repaired.named_parameters())
+    equal = {name: torch.equal(parameter, found[name]) for name, parameter in result.model.named_parameters()}
+    assert all(same for name, same in equal.items() if ".mlp." in name)
+    assert not equal["model.layers.0.self_attn.o_proj.weight"]
+
+
+@pytest.mark.parametrize("build", [_mixtral, _qwen])
+def test_the_stream_of_a_mixture_goes_through_its_experts(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    model = whole_way.noisy(build)
+    stream = "model.embed_tokens"
+    scores = fastscore.score(model, [TOKENS], progress=False)
+    options = {"scope": "layer", "compensate": False}
+    with untouched(model):
+        small = fastscore.prune(model, scores, TOKENS, channels=0.6, **options).model
+        with torch.no_grad(), fastscore.mask(model, scores, 0.4, TOKENS, **options) as removed:
+            masked = _logits(model, TOKENS)
+    kept = 16 - len(removed[stream])
+    assert kept < 16
+    with torch.no_grad():
+        torch.testing.assert_close(_logits(small, TOKENS), masked, rtol=1e-4, atol=1e-5 * float(masked.abs().max()))
+    gate, experts = small.model.layers[0].mlp.gate, small.model.layers[0].mlp.experts
+    assert (gate.weight.shape[1], gate.hidden_dim, experts.hidden_dim) == (kept,) * 3
+    fastscore.save_pruned(small, tmp_path / "small.safetensors")
+    loaded = fastscore.load_pruned(whole_way.noisy(build, seed=1), tmp_path / "small.safetensors").eval()
+    with torch.no_grad():
+        assert torch.equal(_logits(loaded, TOKENS), _logits(small, TOKENS))
