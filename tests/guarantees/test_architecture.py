@@ -8,7 +8,8 @@ import fastscore
 
 ROOT = Path(fastscore.__file__).parent
 # from the bottom; names on one floor do not import each other
-FLOORS = (("ops", "files", "rng", "plots", "tables", "progress", "arguments"), ("batches",), ("modules", "fingerprints"),
+FLOORS = (("ops", "files", "rng", "plots", "tables", "progress", "arguments"), ("batches",),
+          ("modules", "fingerprints"),
           ("graph", "taps"), ("fastpath",), ("scoring",), ("recovery",), ("pruning",), ("integrations",), ("cli",),
           ("__init__", "__main__"))
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

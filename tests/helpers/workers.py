@@ -45,6 +45,32 @@ def drop_in(model: nn.Module, x: Tensor, graph: Any = None, **options: Any) -> f
     return scorer
 
 
+def made_smaller(model: nn.Module) -> dict[str, Any]:
+    """What a model, in DistributedDataParallel or not, becomes by prune(), mask() and prune_iteratively(), the last
+    with steps of training in between, which processes take together."""
+    wrapped = isinstance(model, DistributedDataParallel)
+
+    def train(smaller: nn.Module) -> None:
+        smaller.train()
+        parallel = DistributedDataParallel(smaller) if wrapped else smaller
+        optimizer = torch.optim.SGD(smaller.parameters(), lr=1e-3)
+        (parallel(IMAGES[:4]).square().mean()).backward()
+        optimizer.step()
+        smaller.eval()
+
+    scores = fastscore.score(model, IMAGES.split(3), progress=False)
+    pruned = fastscore.prune(model, scores, IMAGES[:1], macs=0.6)
+    with torch.no_grad(), fastscore.mask(model, scores, 0.3, IMAGES[:1]) as removed:
+        masked = model(IMAGES[:4])
+    in_steps = fastscore.prune_iteratively(model, [IMAGES], steps=2, channels=0.6, finetune=train, progress=False)
+    model.zero_grad()
+    fastscore.random_backward(model(IMAGES[:3]), IMAGES[:3], seed=3)
+    inside = model.module if isinstance(model, DistributedDataParallel) else model
+    gradients = {name: parameter.grad for name, parameter in inside.named_parameters()}
+    return {"scores": dict(scores.totals), "pruned": pruned.model.state_dict(), "removed": dict(removed),
+            "masked": {"": masked}, "in steps": in_steps.model.state_dict(), "gradients": gradients}
+
+
 def work(rank: int, folder: str) -> None:
     """Everything that needs four processes, so that they start but once; the results go into files."""
     distributed.init_process_group("gloo", timeout=timedelta(seconds=600))
@@ -89,6 +115,8 @@ def work(rank: int, folder: str) -> None:
     scorer.all_reduce()
     save(scorer.scores(), "DDP")
     save(fastscore.score(wrapped, IMAGES.split(3), process_group=everyone, progress=False), "DDP, score")
+
+    torch.save(made_smaller(wrapped), f"{folder}/DDP, smaller {rank}")
 
     from torch.distributed.fsdp import fully_shard  # slow to import
     model = RESIDUAL.model()

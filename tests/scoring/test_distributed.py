@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import distributed
-from workers import IMAGES, RESIDUAL, WAYS, WORKERS, drop_in
+from workers import IMAGES, RESIDUAL, WAYS, WORKERS, drop_in, made_smaller
 
 import fastscore
 from fastscore import cli
@@ -97,6 +97,18 @@ def test_distributed_data_parallel(results: Path) -> None:
     for rank in range(WORKERS):
         assert_close(fastscore.Scores.load(results / f"DDP {rank}"), whole)
         assert_close(fastscore.Scores.load(results / f"DDP, score {rank}"), scored)
+
+
+def test_a_model_in_distributed_data_parallel_becomes_what_it_does_without(results: Path) -> None:
+    """By prune(), mask() and prune_iteratively(), with steps of training in common; no name is of the wrapper."""
+    whole = made_smaller(RESIDUAL.model())
+    for rank in range(WORKERS):
+        found = torch.load(results / f"DDP, smaller {rank}")
+        assert found.keys() == whole.keys()
+        for what, expected in whole.items():
+            assert found[what].keys() == expected.keys(), what
+            for name, value in expected.items():
+                torch.testing.assert_close(found[what][name], value, rtol=1e-9, atol=1e-12, msg=f"{what}: {name}")
 
 
 def test_fully_sharded(results: Path) -> None:
