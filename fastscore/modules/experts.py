@@ -1,5 +1,5 @@
-"""Experts of transformers, two parameters gate_up_proj [E, 2I, H] and down_proj [E, H, I], as two layers; and the weight
-[E, H] of a router, which chooses among them, as one.
+"""Experts of transformers, two parameters gate_up_proj [E, 2I, H] and down_proj [E, H, I], as two layers; and the
+weight [E, H] of a router, which chooses among them, as one.
 
 In evaluation copies, and in a user's model as long as it is tapped or masked, each of the two is an ExpertLinear under
 its own name, and rows go through it in order of tokens, whichever expert they choose: rows of one sample stay together.
