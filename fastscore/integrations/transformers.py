@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastscore.batches import Batch, map_tensors
+from fastscore.integrations.plain_transformers import save_pretrained
 from fastscore.modules.inspection import device_of
 from fastscore.rng import fork_rng
 from fastscore.scoring.scorer import Scorer
 from fastscore.scoring.scores import Scores
 
-__all__ = ["ScoreCallback", "forward"]
+__all__ = ["ScoreCallback", "forward", "save_pretrained"]
 
 
 def forward(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -1,0 +1,70 @@
+"""Pruned models of transformers as ordinary ones: written, loaded by from_pretrained, and generating alike."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from oracles import untouched
+
+import fastscore
+from fastscore.integrations.transformers import forward, save_pretrained
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 40, "max_position_embeddings": 32, "pad_token_id": 0}
+
+
+def _pruned(kind: str, **options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    family = {"Llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig),
+              "tied Llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig),
+              "Qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config),
+              "BERT": (transformers.BertForSequenceClassification, transformers.BertConfig)}[kind]
+    sizes = {name: value for name, value in SIZES.items() if kind != "BERT" or not name.startswith(("num_key", "head"))}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = family[0](family[1](**sizes, tie_word_embeddings="tied" in kind)).eval()
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    batch = {"input_ids": torch.randint(1, 40, (3, 7), generator=torch.Generator().manual_seed(1))}
+    scores = fastscore.score(model, [batch], forward=forward, progress=False)
+    return fastscore.prune(model, scores, batch, forward=forward, **options).model, batch
+
+
+@pytest.mark.parametrize("kind", ["Llama", "tied Llama", "Qwen3"])
+def test_from_pretrained_loads_what_was_pruned_alike_in_all_layers(kind: str, tmp_path: Path) -> None:
+    small, batch = _pruned(kind, channels=0.6, scope="layer", round_to=8, compensate=False)
+    with untouched(small):
+        save_pretrained(small, tmp_path)
+    loaded = type(small).from_pretrained(tmp_path)
+    assert loaded.config.hidden_size == small.get_input_embeddings().embedding_dim < 32
+    assert loaded.config.intermediate_size < 48
+    assert not any("Narrowed" in type(module).__name__ for module in loaded.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(forward(loaded, batch), forward(small, batch), rtol=1e-3, atol=1e-4)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    texts = [each.generate(batch["input_ids"], use_cache=cache, **options)
+             for each in (small, loaded) for cache in (True, False)]
+    assert all(torch.equal(text, texts[0]) for text in texts)
+    if kind == "tied Llama":
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(("kind", "options", "said"), [
+    ("Llama", {"macs": 0.6, "round_to": 8, "compensate": False}, "scope=\"layer\""),
+    ("Llama", {"channels": 0.6, "scope": "layer", "round_to": 8}, "lm_head.bias"),
+    ("Llama", {"channels": 0.66, "scope": "layer", "compensate": False}, "multiple of the number of attention heads"),
+    ("BERT", {"channels": 0.6, "scope": "layer", "compensate": False}, "LayerNorm that divides"),
+])
+def test_what_a_config_cannot_say_is_refused_with_the_way_out(kind: str, options: dict[str, Any], said: str,
+                                                              tmp_path: Path) -> None:
+    small, _ = _pruned(kind, **options)
+    with untouched(small), pytest.raises(ValueError, match=said) as caught:
+        save_pretrained(small, tmp_path / "out")
+    assert "save_pruned" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_models_of_transformers(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="no model of transformers"):
+        save_pretrained(torch.nn.Linear(2, 2), tmp_path)
