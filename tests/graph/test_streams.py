@@ -6,6 +6,7 @@ what became of it.
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,11 @@ def gated(model: nn.Module, group: ChannelGroup, x: Tensor, gate: Tensor) -> Ten
     return model(x)
 
 
+def _only(scores: fastscore.Scores, name: str) -> fastscore.Scores:
+    """Scores of one group: what has none stays. (ignore= would keep the stream, which every layer touches.)"""
+    return replace(scores, totals={name: scores.totals[name]})
+
+
 def _v(z: Tensor) -> Tensor:
     return torch.randn(z.shape, generator=torch.Generator().manual_seed(2), dtype=z.dtype)
 
@@ -292,11 +298,10 @@ def test_scores_are_those_of_a_gate(kind: str) -> None:
 def test_smaller_is_masked(kind: str, tmp_path: Path) -> None:
     model, batch = _network(kind), KINDS[kind][1](3)
     stream = _stream(kind, model)
-    scores = fastscore.score(model, [batch], progress=False)
-    alone = [name for name in scores if name != stream.name]
+    scores = _only(fastscore.score(model, [batch], progress=False), stream.name)
     count = stream.channels
     with untouched(model):
-        result = fastscore.prune(model, scores, batch, channels=1 - 3 / count, compensate=False, ignore=alone)
+        result = fastscore.prune(model, scores, batch, channels=1 - 3 / count, compensate=False)
         gone = result.removed[stream.name]
         assert len(gone) == 3
         gate = torch.ones(3, count, dtype=torch.float64)
@@ -305,14 +310,14 @@ def test_smaller_is_masked(kind: str, tmp_path: Path) -> None:
             want, got = gated(model, stream, batch, gate), result.model(batch)
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
             assert not torch.allclose(model(batch), want)
-            with fastscore.mask(model, scores, 3 / count, batch, compensate=False, ignore=alone):
+            with fastscore.mask(model, scores, 3 / count, batch, compensate=False):
                 torch.testing.assert_close(model(batch), want, rtol=1e-10, atol=1e-12)
     small = result.model
     assert sum(p.numel() for p in small.parameters()) == result.report.params[1]
     assert total_macs(small, batch) == result.report.macs[1]
     for unit in ("params", "macs"):
         before, after = getattr(result.report, unit)
-        again = fastscore.prune(model, scores, batch, compensate=False, ignore=alone, **{unit: after / before})
+        again = fastscore.prune(model, scores, batch, compensate=False, **{unit: after / before})
         assert {k: v.tolist() for k, v in again.removed.items()} == {k: v.tolist() for k, v in result.removed.items()}
     with torch.no_grad():
         torch.testing.assert_close(torch.export.export(small, (batch,)).module()(batch), got, rtol=0, atol=1e-12)
@@ -329,8 +334,8 @@ def test_smaller_is_masked(kind: str, tmp_path: Path) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in small.parameters())
     optimizer.step()
     assert small(batch).square().mean() < first
-    scores = fastscore.score(small, [batch], progress=False)  # and once more
-    again = fastscore.prune(small, scores, batch, channels=1 - 1 / (count - 3), compensate=False, ignore=alone)
+    scores = _only(fastscore.score(small, [batch], progress=False), stream.name)  # and once more
+    again = fastscore.prune(small, scores, batch, channels=1 - 1 / (count - 3), compensate=False)
     stream, gate = _stream(kind, small), torch.ones(3, count - 3, dtype=torch.float64)
     norms = [again.model.get_submodule(member.layer) for member in stream.role("norm")]
     assert all(isinstance(norm, NarrowedNorm) and norm.dense_width - norm.width == 4 * norm.dense_width // count
@@ -340,10 +345,9 @@ def test_smaller_is_masked(kind: str, tmp_path: Path) -> None:
 def test_a_repair_sees_the_stream_too() -> None:
     model = _network("LayerNorm before")
     batches = [torch.randint(0, WORDS, (8, TOKENS), generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    scores = fastscore.score(model, batches, progress=False)
-    alone = [name for name in scores if name != "embed"]
-    cut = fastscore.prune(model, scores, batches[0], channels=0.75, compensate=False, ignore=alone)
-    repaired = fastscore.prune(model, scores, batches[0], channels=0.75, calibration=batches, ignore=alone)
+    scores = _only(fastscore.score(model, batches, progress=False), "embed")
+    cut = fastscore.prune(model, scores, batches[0], channels=0.75, compensate=False)
+    repaired = fastscore.prune(model, scores, batches[0], channels=0.75, calibration=batches)
     assert len(cut.removed["embed"]) == len(repaired.removed["embed"]) == 2
     with torch.no_grad():
         far, near = (sum(float((small(x) - model(x)).square().mean()) for x in batches)
