@@ -43,7 +43,7 @@ def clamp_backward_kernel(y, g, rest, out, channels, sizes, positions, strides, 
         totals = accumulate(totals, clamped, gradient, "sums")
         if REST:
             gradient += tl.load(rest + at, mask, other=0.0).to(SUM)
-        outside = (clamped <= low.to(SUM)) | (clamped >= high.to(SUM))
+        outside = (clamped <= tl.full((1, 1), low, SUM)) | (clamped >= tl.full((1, 1), high, SUM))
         tl.store(g + at, tl.where(outside, 0.0, gradient).to(g.dtype.element_ty), mask)
 
     out += tl.program_id(1).to(tl.int64) * 3 * rows + n * channels
