@@ -70,7 +70,8 @@ def prune_command(scores: Scores, path: str) -> str:
         parts += ["--checkpoint", known["checkpoint"].rpartition(" (sha256 ")[0]]
     elif "weights" in known:
         parts += ["--weights", known["weights"]]
-    return shlex.join([*parts, *known.get("options", "").split(), "--scores", path])
+    images = ["--images", known["images"]] if "images" in known else []  # by which it is repaired
+    return shlex.join([*parts, *known.get("options", "").split(), "--scores", path, *images])
 
 
 def read_curve(path: str, scores: Scores) -> dict[str, Any]:

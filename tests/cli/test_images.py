@@ -34,8 +34,9 @@ def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("nets.py").write_text(NETS)
     Path("photos").mkdir()
-    pixels = torch.randint(256, (90, 130, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    for name in "abcd":
+    generator = torch.Generator().manual_seed(0)
+    for name in "abcdefgh":
+        pixels = torch.randint(256, (90, 130, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(f"photos/{name}.png")
     return Path("photos/a.png")
 
