@@ -23,6 +23,7 @@ TITLES = {"top1": "Top-1, %", "agreement": "Agreement with the dense network, %"
 CURVES = {DEFAULT: "fastscore, repaired (default)", MEAN: "the same channels, mean compensation",
           FORMER: "importance alone, mean compensation"}
 BEST = "Torch-Pruning, the best measured"
+OLDER = "older code"  # begins the note of a row that the present code has not measured
 
 
 def read(path: Path) -> Runs:
@@ -31,7 +32,8 @@ def read(path: Path) -> Runs:
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             runs[row["network"], row["method"], row["budget"]][row["draw"]] = {
-                field: float(row[field]) for field in ("macs", "params", "top1", "agreement", "kl", "seconds")}
+                **{field: float(row[field]) for field in ("macs", "params", "top1", "agreement", "kl", "seconds")},
+                "older": float(row["note"].startswith(OLDER))}
     return runs
 
 
@@ -48,8 +50,9 @@ def table(runs: Runs, network: str, field: str) -> list[str]:
     budgets = sorted({budget for name, _, budget in runs if name == network and budget != "1"}, reverse=True)
     lines = [f"| {TITLES[field]} | " + " | ".join(budgets) + " |", "|---" + "|---:" * len(budgets) + "|"]
     for method in METHODS:
-        cells = [cell((UNITS[field] * draw[field] for draw in runs.get((network, method, budget), {}).values()),
-                      2 if field == "kl" else 1) for budget in budgets]
+        found = [runs.get((network, method, budget), {}).values() for budget in budgets]
+        cells = [cell((UNITS[field] * draw[field] for draw in draws), 2 if field == "kl" else 1)
+                 + (" †" if any(draw.get("older") for draw in draws) else "") for draws in found]
         if any(cells):
             shown = f"**{method}**" if method == DEFAULT else method
             lines.append(f"| {shown} | " + " | ".join(cells) + " |")
@@ -57,14 +60,14 @@ def table(runs: Runs, network: str, field: str) -> list[str]:
 
 
 def worse(runs: Runs, field: str, better: int) -> tuple[int, int]:
-    """(cases, all cases) of network, draw and budget in which the default repair's `field` is worse than mean
+    """(cases, all cases) of network, draw and budget in which the default's `field` is worse than mean
     compensation's; better: 1 where more is better, -1 where less is."""
     count = total = 0
     for network, method, budget in runs:
         if method == DEFAULT:
             for draw, values in runs[network, method, budget].items():
                 without = runs.get((network, MEAN, budget), {}).get(draw)
-                if without:
+                if without and not values.get("older"):
                     total += 1
                     count += better * values[field] < better * without[field]
     return count, total
@@ -73,11 +76,12 @@ def worse(runs: Runs, field: str, better: int) -> tuple[int, int]:
 def page(runs: Runs) -> str:
     """All tables, in markdown."""
     lines = ["Written by `python -m benchmarks.recovery.page`. Columns are budgets, shares of the dense network's "
-             "MACs; mean ± standard deviation between draws of calibration images.", ""]
+             "MACs; mean ± standard deviation between draws of calibration images. †: measured by an earlier version, "
+             "and not since; such rows are not counted here.", ""]
     for field, better in (("kl", -1), ("agreement", 1), ("top1", 1)):
         count, total = worse(runs, field, better)
         if total:
-            lines.append(f"- {field}: the default repair is worse than mean compensation of the same channels in "
+            lines.append(f"- {field}: the default is worse than mean compensation alone in "
                          f"{count} of {total} cases ({100 * count / total:.1f} %) on judged images.")
     for network in dict.fromkeys(name for name, _, _ in runs):
         draws = runs.get((network, "dense", "1"), {})

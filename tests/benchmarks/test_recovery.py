@@ -162,10 +162,14 @@ def test_the_page_says_how_often_the_default_is_worse(tmp_path: Path) -> None:
     assert page.worse(runs, "kl", -1) == (1, 2)
     assert page.worse(runs, "top1", 1) == (0, 2)
     text = page.page(runs)
-    assert "kl: the default repair is worse than mean compensation of the same channels in 1 of 2 cases" in text
+    assert "kl: the default is worse than mean compensation alone in 1 of 2 cases" in text
     assert "| **per MAC / default** | 70.0 ± 14.1 |" in text
     best = page.curves(runs, "a")[page.BEST]
     assert best[1] == pytest.approx([40.0])
+    assert "†" not in text.partition("##")[2]
+    runs["a", page.DEFAULT, "0.8"]["1"]["older"] = 1.0
+    assert page.worse(runs, "kl", -1) == (1, 1)
+    assert "| **per MAC / default** | 70.0 ± 14.1 † |" in page.page(runs)
     page.draw(runs, tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 1000
 
