@@ -9,7 +9,6 @@ STABLE_TORCH_LIBRARY(fastscore, m) {
       "random_gradient(Tensor sample_ids, int classes, int seed, int probe=0, str distribution=\"normal\", "
       "bool normalize=True, ScalarType? dtype=None) -> Tensor");
   m.def("normalize_gradient(Tensor g, float eps=0.0) -> (Tensor, Tensor)");
-  m.def(
-      "clamp_backward_(Tensor y, Tensor(a!) g, Tensor? rest, float low, float high, bool mean=False) -> Tensor");
+  m.def("clamp_backward_(Tensor y, Tensor(a!) g, Tensor? rest, float low, float high, bool mean=False) -> Tensor");
   m.def("simd_tier() -> str");
 }

@@ -37,9 +37,7 @@ Tensor reduce(const Tensor& a, const Tensor& g, int64_t channel_dim, Op op, int 
   return sums;
 }
 
-Tensor channel_dot(const Tensor& a, const Tensor& g, int64_t channel_dim) {
-  return reduce(a, g, channel_dim, kDot, 1);
-}
+Tensor channel_dot(const Tensor& a, const Tensor& g, int64_t channel_dim) { return reduce(a, g, channel_dim, kDot, 1); }
 
 // [3, N, C]: Σ a·g, Σ a or the mean of a, Σ g.
 Tensor channel_sums(const Tensor& a, const Tensor& g, int64_t channel_dim, bool mean) {

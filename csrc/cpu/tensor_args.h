@@ -29,7 +29,8 @@ inline Dtype dtype_of(const Tensor& x) {
 // A contiguous tensor for results of inputs of `dtype`: float64 for float64, else float32.
 inline Tensor new_output(const int64_t* sizes, int dims, Dtype dtype) {
   int64_t strides[3];
-  for (int d = dims - 1; d >= 0; --d) strides[d] = d == dims - 1 ? 1 : strides[d + 1] * std::max<int64_t>(sizes[d + 1], 1);
+  for (int d = dims - 1; d >= 0; --d)
+    strides[d] = d == dims - 1 ? 1 : strides[d + 1] * std::max<int64_t>(sizes[d + 1], 1);
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dims, sizes, strides, dtype == Dtype::float64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),

@@ -1,7 +1,7 @@
 // Every sample of a gradient divided by its L2 norm. A sample that fits into the registers of a block is read once; a
-// longer or strided one twice, since its norm must be known before the first quotient. A thread's squares are of elements
-// over a power of two near the largest, so that none overflows or vanishes; double is for what threads have in common,
-// as few devices are fast at it.
+// longer or strided one twice, since its norm must be known before the first quotient. A thread's squares are of
+// elements over a power of two near the largest, so that none overflows or vanishes; double is for what threads have in
+// common, as few devices are fast at it.
 #pragma once
 
 #include "elements.cuh"

@@ -36,7 +36,8 @@ struct Operands {
   const void* rest = nullptr;
 };
 
-// Blocks of each kernel that run at once on the device: of sum_rows, sum_strided, and sum_columns with and without packs.
+// Blocks of each kernel that run at once on the device: of sum_rows, sum_strided, and sum_columns with and without
+// packs.
 struct Places {
   int64_t rows, strided, wide, narrow;
 
@@ -47,7 +48,8 @@ struct Places {
   }
 };
 
-// The first geometry that fills its waves, or the one that does so best. next(): the one to try after, false at the end.
+// The first geometry that fills its waves, or the one that does so best. next(): the one to try after, false at the
+// end.
 template <class Next>
 void choose_geometry(Geometry& it, int64_t places, Next next) {
   const auto filled = [places](const Geometry& of) { return fill(of.blocks * of.split.splits, places); };

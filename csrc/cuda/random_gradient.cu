@@ -27,8 +27,8 @@ Tensor random_gradient(const Tensor& sample_ids, int64_t classes, int64_t seed, 
   with_type(type, [&](auto element) {
     launch_random_gradient(plan_random_gradient(shape[0], sample_ids.stride(0), classes),
                            static_cast<const int64_t*>(sample_ids.const_data_ptr()), seed, uint32_t(probe),
-                           distribution == "normal", normalize,
-                           static_cast<decltype(element)*>(out.mutable_data_ptr()), device.launcher());
+                           distribution == "normal", normalize, static_cast<decltype(element)*>(out.mutable_data_ptr()),
+                           device.launcher());
   });
   return out;
 }

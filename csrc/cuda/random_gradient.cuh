@@ -81,7 +81,8 @@ template <class T, class Launch>
 void launch_random_gradient(const RandomPlan& it, const int64_t* ids, int64_t seed, uint32_t probe, bool normal,
                             bool normalize, T* out, Launch launch) {
   if (it.samples == 0 || it.classes == 0) return;
-  launch(normal ? random_rows<true, T> : random_rows<false, T>, it.blocks, int64_t(1), ids, it, seed, probe, normalize, out);
+  launch(normal ? random_rows<true, T> : random_rows<false, T>, it.blocks, int64_t(1), ids, it, seed, probe, normalize,
+         out);
 }
 
 }  // namespace fastscore::cuda

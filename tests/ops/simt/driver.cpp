@@ -115,8 +115,8 @@ int32_t normalize_gradient(const Pair* in, int32_t units, double eps, void* norm
     using T = decltype(type);
     const auto* g = static_cast<const T*>(in->a);
     auto* unit = static_cast<T*>(const_cast<void*>(in->g));
-    const NormalizePlan plan = plan_normalize_gradient(g, unit, sizeof(T), in->sizes, in->strides_a, in->strides_g,
-                                                       in->dims, units);
+    const NormalizePlan plan =
+        plan_normalize_gradient(g, unit, sizeof(T), in->sizes, in->strides_a, in->strides_g, in->dims, units);
     held = plan.held;
     Partials<double> partials(held ? 0 : plan.samples * plan.split.splits);
     launch_normalize_gradient(plan, g, eps, unit, static_cast<Sum<T>*>(norm), partials.values.data(),
