@@ -150,10 +150,14 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     leaks = verification.leaks(recording, found.groups)
     reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
                for group, where in leaks.items()}
-    reasons |= surgery_trial.refusals(recording, [group for group in found.groups if group.name not in leaks])
-    return replace(found, groups=tuple(group for group in found.groups if group.name not in reasons),
-                   skipped={**found.skipped, **reasons, **left}, blocks=branches), recording.layers_that_ran, \
-        {*left, *reasons}
+    tried = [group for group in found.groups if group.name not in leaks]
+    refused = surgery_trial.refusals(recording, tried)
+    joined = surgery_trial.together(recording, tried, refused)
+    made = {member.layer for group in joined for member in group.role("producer")}
+    reasons |= {name: why for name, why in refused.items() if name not in made}
+    found = replace(found, groups=tuple(group for group in tried if group.name not in refused),
+                    skipped={**found.skipped, **reasons, **left}, blocks=branches)
+    return _with_heads(eval_model, found, joined), recording.layers_that_ran, {*left, *reasons}
 
 
 def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGroup]) -> ChannelGraph:

@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import whole_way
 from oracles import untouched
 from torch import Tensor, nn
 
@@ -170,3 +172,30 @@ def test_what_the_weights_are_does_not_matter() -> None:
     """The trial compares layers by themselves, to rounding, in 16 bits too."""
     model, x = Beside().bfloat16(), torch.randn(2, 3, 5, 5).bfloat16()
     assert [group.name for group in trace(model, x).groups] == ["first", "second", "good"]
+
+
+class Reduction(nn.Module):
+    """SegFormer's: the code gives what a convolution makes the width of what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).reshape(len(x), x.shape[1], -1).mT
+
+
+class Reduced(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.reduce, self.head = nn.Conv2d(3, 8, 1), Reduction(), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.reduce(torch.relu(self.stem(x)))).mean(1))
+
+
+def test_groups_whose_widths_must_be_the_same_go_together(tmp_path: Path) -> None:
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    result = whole_way.check(Reduced, x, ["stem"], tmp_path)
+    assert [layer.weight.shape[0] for layer in (result.model.stem, result.model.reduce.conv)] == [4, 4]
+    assert not {"stem", "reduce.conv"} & set(trace(Reduced().double().eval(), x).skipped)
