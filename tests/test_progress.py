@@ -28,10 +28,10 @@ def by_macs(one: Any, two: Any, device: torch.device, patience: int = 1) -> Timi
 WORK: dict[str, Callable[[nn.Module, torch.Tensor, Any, bool], object]] = {
     "tracing": lambda model, x, scores, told: fastscore.score(copy.deepcopy(model), [x], progress=told),
     "timing": lambda model, x, scores, told: fastscore.prune(model, scores, x, latency=0.6, progress=told),
-    "repairing": lambda model, x, scores, told: fastscore.prune(model, scores, x, macs=0.6, calibration=[x] * 2,
-                                                                progress=told),
-    "judging": lambda model, x, scores, told: fastscore.prune(model, scores, x, agreement=0.5, calibration=[x],
-                                                              progress=told),
+    "repairing": lambda model, x, scores, told: fastscore.prune(
+        model, scores, x, macs=0.6, calibration=[x], repair="mean", progress=told),
+    "judging": lambda model, x, scores, told: fastscore.prune(
+        model, scores, x, agreement=0.9, calibration=[x], repair="mean", progress=told),
     "distilling": lambda model, x, scores, told: fastscore.distill(
         model, fastscore.prune(model, scores, x, macs=0.6, progress=told), [x] * 2, steps=2, progress=told),
 }
