@@ -13,8 +13,9 @@ from pathlib import Path
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")
 
 import torch
-import torchvision
+from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 
@@ -36,7 +37,7 @@ def write_data(folder: Path, size: int, count: int = 10) -> Path:
         top, left = (int(value) for value in torch.randint(0, size - side, (2,)))
         picture = torch.randint(0, 80, (3, size, size), dtype=torch.uint8)
         picture[2 * kind, top:top + side, left:left + side] = 255
-        torchvision.io.write_png(picture, str(folder / f"images/{number}.png"))
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"images/{number}.png")
         middle = [(left + side / 2) / size, (top + side / 2) / size, side / size, side / size]
         (folder / f"labels/{number}.txt").write_text(f"{kind} {' '.join(map(str, middle))}\n")
     path = folder / "data.yaml"
@@ -50,7 +51,7 @@ def main(macs: float = 0.8, epochs: int = 1, size: int = 64, out: str = "yolo") 
     data = write_data(Path(out), size)
     dense = DetectionModel("yolov8n.yaml", nc=2, verbose=False).eval()  # yours: YOLO("yolov8n.pt").model.eval()
     paths = sorted(Path(out, "images").glob("*.png"))
-    images = torch.stack([torchvision.io.read_image(str(path)) for path in paths]) / 255  # as its own loader makes them
+    images = torch.stack([pil_to_tensor(Image.open(path)) for path in paths]) / 255  # as its own loader makes them
 
     scores = fastscore.score(dense, images.split(2), forward=heads, progress=False)
     result = fastscore.prune(dense, scores, images[:2], macs=macs, forward=heads, progress=False)
