@@ -1,123 +1,93 @@
-"""Models that people use, each taken from scores to a step of training.
+"""Models that people use, each taken from scores to a step of training, and docs/models.md, which says what came of it.
 
-`python tests/helpers/architectures.py` writes the table of docs/models.md (some 20 minutes on one core), with NAME ...
-the lines of these models alone.
+`python tests/helpers/architectures.py` runs every model in a process of its own, forked one after another, and writes
+the page; with NAME ... (`*` and `?` are wildcards) the rows of these alone. Rows are added to a file as they come
+(--rows, default: models.jsonl in the folder for temporary files), and those that are in it are not run again: stopped,
+it goes on where it was. --page writes the page from what is in the file.
 """
 
-import functools
+import argparse
+import fnmatch
+import json
+import os
+import re
+import resource
+import signal
 import sys
+import tempfile
+import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from networks import UNet, randomize
+from networks import randomize
+from real_models import CASES, Case
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.batches import Forward, call_model, output_tensors
-from fastscore.cli import models
-from fastscore.graph.groups import ChannelGraph
+from fastscore.batches import Batch, Forward, map_tensors
 from fastscore.graph.tracing import trace
 from fastscore.pruning.masking import at_consumers
 from fastscore.recovery.compensation import removed_positions
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-SHARE = 0.7  # of the MACs that remains
-
-
-@dataclass(frozen=True)
-class Case:
-    """make: the model. image: its height and width. forward: how it is called, where not on the images alone.
-    small: in the ordinary run of the tests."""
-
-    name: str
-    make: Callable[[], nn.Module]
-    image: int = 64
-    forward: Forward = call_model
-    small: bool = False
+BUDGETS = (0.7, 0.85, 0.95)  # of the MACs that remain: the first that can be reached
+HEADINGS = ("model", "input", "MACs", "outputs can go", "shrink", "scores", "pruned to", "= masked", "exported",
+            "trained", "kept (share of the MACs)")
+MEMORY, SECONDS = 4 << 30, 300  # that a model may take
+_MODELS_OF = ("torchvision", "timm", "transformers", "diffusers", "smp", "ultralytics")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. channels: (scored, all that Conv and Linear layers make)."""
+    """A line of the table; what was not come to is "–".
+
+    macs: of layers with weights, one sample. outputs, shrink: shares of them, see fastscore.scoring.coverage. scores:
+    groups whose scores are what gates on them say, of those that have scores, and why there are none. pruned: share of
+    all MACs that remains. masked: whether the smaller model computes what the masked one does.
+    """
 
     name: str
-    image: int
-    channels: tuple[int, int]
-    pruned: str
-    exported: str
-    trained: str
-    left_alone: str
+    input: str
+    macs: float = 0.0
+    outputs: float = 0.0
+    shrink: float = 0.0
+    scores: str = "–"
+    pruned: str = "–"
+    masked: str = "–"
+    exported: str = "–"
+    trained: str = "–"
+    kept: str = ""
 
     def __str__(self) -> str:
-        scored = f"{self.channels[0]:,} of {self.channels[1]:,}"
-        return f"| {self.name} | {self.image} | {scored} | {self.pruned} | {self.exported} | {self.trained} | " \
-               f"{self.left_alone} |"
+        shares = ("–", "–", "–") if not self.macs else (f"{self.macs / 1e6:.3g} M", f"{self.outputs:.0%}",
+                                                        f"{self.shrink:.0%}")
+        return "| " + " | ".join((self.name.partition(":")[2] or self.name, self.input, *shares, self.scores,
+                                  self.pruned, self.masked, self.exported, self.trained, self.kept)) + " |"
 
 
-def torchvision_model(name: str, **options: Any) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # GoogLeNet's and Inception's initialisation
-        return models.torchvision_models().get_model(name, weights=None, **options)
+class Called(nn.Module):
+    """A model that is called as a Case says."""
+
+    def __init__(self, model: nn.Module, call: Forward) -> None:
+        super().__init__()
+        self.model, self._call = model, call
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._call(self.model, batch)
 
 
-def retinanet(model: nn.Module, images: Tensor) -> Tensor:
-    features = list(model.backbone(images).values())
-    return torch.cat([part.flatten(1) for part in model.head(features).values()], 1)
-
-
-def faster_rcnn(model: nn.Module, images: Tensor) -> Tensor:
-    """Of every anchor the objectness and offset, of one box the classes and offsets."""
-    features = model.backbone(images)
-    size = images.shape[-1]
-    boxes = [torch.tensor([[0.0, 0.0, size / 2, size / 2]])] * len(images)
-    pooled = model.roi_heads.box_roi_pool(features, boxes, [(size, size)] * len(images))
-    proposed = [level for levels in model.rpn.head(list(features.values())) for level in levels]
-    return torch.cat([part.flatten(1) for part in
-                      (*proposed, *model.roi_heads.box_predictor(model.roi_heads.box_head(pooled)))], 1)
-
-
-_SMALL = ["resnet18", "resnext50_32x4d", "vgg11", "densenet121", "mobilenet_v2", "mobilenet_v3_small", "mnasnet0_5",
-          "efficientnet_b0", "regnet_y_400mf", "shufflenet_v2_x0_5", "squeezenet1_1", "googlenet", "convnext_tiny"]
-_LARGE = ["alexnet", "resnet34", "resnet50", "resnet101", "resnet152", "resnext101_32x8d", "resnext101_64x4d",
-          "wide_resnet50_2", "wide_resnet101_2", "vgg11_bn", "vgg13", "vgg16", "vgg16_bn", "vgg19_bn", "densenet161",
-          "densenet169", "densenet201", "mobilenet_v3_large", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3",
-          "efficientnet_b1", "efficientnet_b3", "efficientnet_v2_s", "efficientnet_v2_m", "regnet_x_400mf",
-          "regnet_x_3_2gf", "regnet_y_8gf", "shufflenet_v2_x1_0", "shufflenet_v2_x2_0", "squeezenet1_0",
-          "convnext_small", "convnext_base"]
-_SIZES = {"inception_v3": 299, "vit_b_16": 224, "vit_b_32": 224, "swin_t": 64, "swin_v2_t": 64, "maxvit_t": 224}
-_TIMM = ["resnet50d", "resnet50", "resnetv2_50", "efficientnet_lite0", "tf_efficientnetv2_b0", "mobilenetv3_large_100",
-         "mobilenetv4_conv_small", "regnetx_002", "convnext_atto", "repvgg_a0", "ghostnet_100", "hrnet_w18_small",
-         "cspresnet50", "dla34", "res2net50_26w_4s", "resnest14d", "seresnet50", "mixnet_s", "hardcorenas_a",
-         "vgg11_bn", "densenet121", "xception41", "nfnet_f0", "fbnetc_100",
-         "vit_tiny_patch16_224", "deit_tiny_patch16_224", "beit_base_patch16_224"]
-
-CASES = [
-    *(Case(name, functools.partial(torchvision_model, name, num_classes=10), _SIZES.get(name, 64), small=name in _SMALL)
-      for name in [*_SMALL, *_LARGE, *_SIZES]),
-    Case("fcn_resnet50", functools.partial(torchvision_model, "fcn_resnet50", num_classes=5, weights_backbone=None)),
-    Case("deeplabv3_mobilenet_v3_large", functools.partial(
-        torchvision_model, "deeplabv3_mobilenet_v3_large", num_classes=5, weights_backbone=None)),
-    Case("lraspp_mobilenet_v3_large", functools.partial(
-        torchvision_model, "lraspp_mobilenet_v3_large", num_classes=5, weights_backbone=None), small=True),
-    Case("retinanet_resnet50_fpn", functools.partial(
-        torchvision_model, "retinanet_resnet50_fpn", num_classes=5, weights_backbone=None), 64, retinanet),
-    Case("fasterrcnn_mobilenet_v3_large_fpn", functools.partial(
-        torchvision_model, "fasterrcnn_mobilenet_v3_large_fpn", num_classes=5, weights_backbone=None), 64, faster_rcnn),
-    Case("U-Net with transposed convolutions", UNet, 32, small=True),
-    *(Case(f"timm:{name}", functools.partial(models.load, f"timm:{name}", classes=10), 224 if "_224" in name else 64,
-           small=name == "ghostnet_100") for name in _TIMM),
-]
-
-
-def prepared(case: Case) -> tuple[nn.Module, Tensor]:
-    """The model in evaluation mode with statistics that keep the signal alive down to its last layer, and 2 images."""
+def prepared(case: Case) -> tuple[nn.Module, Batch]:
+    """The model in evaluation mode with statistics that keep the signal alive down to its last layer, and 2 samples."""
     torch.manual_seed(0)
     model = case.make().float()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     for name, parameter in randomize(model).named_parameters():
         if name.endswith(("layer_scale", "gamma")):  # which start near zero, and so would all that is behind them
             nn.init.uniform_(parameter, 0.5, 1.5)
@@ -127,72 +97,165 @@ def prepared(case: Case) -> tuple[nn.Module, Tensor]:
             nn.init.uniform_(parameter, 0.0, 0.1)
     batchnorms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [module.momentum for module in batchnorms]
-    x = torch.randn(2, 3, case.image, case.image)
+    x = case.inputs(2)
     model.eval()
     for module in batchnorms:
         module.train()
         module.momentum = 1.0
     with torch.no_grad():
-        case.forward(model, torch.randn(4, 3, case.image, case.image))
+        case.forward(model, case.inputs(4))
     for module, momentum in zip(batchnorms, momenta, strict=True):
         module.momentum = momentum
     return model.eval(), x
 
 
-def check(case: Case) -> Row:
-    """Take a model from scores to a step of fine-tuning, with an assertion for each thing that the row says."""
+def row(case: Case) -> Row:
+    """What becomes of a model; where a step fails, the row says how, and ends there."""
+    found = Row(case.name, case.input)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in _steps(case):
+            try:
+                found = replace(found, **step())
+            except Exception as error:
+                if os.environ.get("FASTSCORE_RAISE"):
+                    raise
+                return replace(found, kept=f"{type(error).__name__}: {_one_line(str(error))}")
+    return found
+
+
+def _steps(case: Case) -> Iterator[Callable[[], dict[str, Any]]]:
+    """One after another, each giving fields of the row."""
     model, x = prepared(case)
-    scores = fastscore.score(model, [x], forward=case.forward, progress=False)
-    assert all(values.isfinite().all() for values in scores.values())
-    result = fastscore.prune(model, scores, x[:1], macs=SHARE, forward=case.forward, compensate=False)
-    before, after = result.report.macs
-    assert SHARE - 0.1 < after / before <= SHARE
-    check_mask(model, result.model, result.removed, x, case.forward)
-    made = sum(_width(layer) for layer in _layers(model))
-    scored = sum(_width(model.get_submodule(name)) for name in {
-        member.layer for group in trace(model, x[:1], case.forward).groups if group.name in scores
-        for member in group.role("producer")})
-    return Row(case.name, case.image, (scored, made), "yes", exported(result.model, x, case.forward),
-               trained(result.model, x, case.forward), reasons(scores.skipped, model))
+    scores = result = None
+
+    def scored() -> dict[str, Any]:
+        nonlocal scores
+        scores = fastscore.score(model, [x], forward=case.forward, progress=False)
+        assert all(values.isfinite().all() for values in scores.values())
+        cover = scores.coverage
+        kept: Counter[str] = Counter()
+        for layer, share in cover.kept.items():
+            kept[in_short(cover.reasons[layer])] += share
+        return {"macs": cover.macs, "outputs": cover.outputs, "shrink": cover.shrink, "scores": str(len(scores)),
+                "kept": "; ".join(f"{share:.0%} {reason}" for reason, share in kept.most_common(4) if share >= 0.005)}
+
+    def compared() -> dict[str, Any]:
+        right, wrong = as_gates_say(model, x, case.forward)
+        return {"scores": f"{right} of {len(scores)} exact" + (f"; wrong: {', '.join(wrong)}" if wrong else "")}
+
+    def pruned() -> dict[str, Any]:
+        nonlocal result
+        for budget in BUDGETS:
+            try:
+                result = fastscore.prune(model, scores, first(x), macs=budget, forward=case.forward, compensate=False)
+                break
+            except ValueError as error:
+                if "cannot be reached" not in str(error) or budget == BUDGETS[-1]:
+                    raise
+        before, after = result.report.macs
+        assert after <= budget * before, (before, after)
+        return {"pruned": f"{after / before:.2f}"}
+
+    yield scored
+    yield compared
+    yield pruned
+    yield lambda: {"masked": as_masked(model, result.model, result.removed, x, case.forward)}
+    yield lambda: {"exported": exported(model, result.model, x, case.forward)}
+    yield lambda: {"trained": trained(result.model, x, case.forward)}
 
 
-def check_mask(model: nn.Module, pruned: nn.Module, removed: dict[str, Tensor], x: Tensor, forward: Forward) -> None:
-    """The larger model, where consumers read the removed channels as zero, computes what the smaller one does."""
-    def run(model: nn.Module) -> Tensor:
-        (output,) = output_tensors(forward(model, x), "model")
-        return output
+def first(x: Batch, number: int = 0) -> Batch:
+    """One sample of a batch."""
+    return map_tensors(lambda tensor: tensor[number:number + 1], x)
 
-    graph: ChannelGraph = trace(model, x[:1], forward)
-    skip = any(isinstance(module, nn.GroupNorm) for module in model.modules())  # its statistics are of all channels
+
+def as_gates_say(model: nn.Module, x: Batch, forward: Forward) -> tuple[int, list[str]]:
+    """(groups whose scores are the derivatives by gates on the weights that read them, each sample by itself, those
+    whose are not).
+
+    A linear function of the output with fixed random weights is the loss.
+    """
     with torch.no_grad():
-        dense = run(model)
-        handles = list(at_consumers(model, removed_positions(graph.groups, removed), {}))
-        masked = run(model)
+        weights = torch.randn_like(forward(model, x), dtype=torch.float32)
+    scores = fastscore.score(model, [x], forward=forward, gradient="loss", normalize=False, progress=False,
+                             loss=lambda output, batch: (output * weights).sum())
+    called = Called(model, forward)
+    gates, factors = {}, {}
+    for group in trace(model, first(x), forward).groups:
+        if group.name in scores and all(isinstance(getattr(model.get_submodule(edge.layer), "weight", None), Tensor)
+                                        for edge in group.edges):
+            gates[group.name] = group, torch.ones(group.channels, requires_grad=True)
+    for group, gate in gates.values():
+        for edge in group.edges:
+            layer = model.get_submodule(edge.layer)
+            width = getattr(layer, "in_channels", layer.weight.shape[-1])
+            factor = torch.ones(width).index_put((edge.index,), gate[edge.channel])
+            factors[edge.layer] = factors.get(edge.layer, 1.0) * factor
+    gated = {f"model.{name}.weight": _times(model.get_submodule(name), factor) for name, factor in factors.items()}
+    total: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+    for number in range(2):
+        output = torch.func.functional_call(called, gated, (first(x, number),))
+        found = torch.autograd.grad((output * weights[number:number + 1]).sum(), [gate for _, gate in gates.values()],
+                                    allow_unused=True, retain_graph=True)
+        for (group, gate), s in zip(gates.values(), found, strict=True):
+            s = torch.zeros_like(gate) if s is None else s
+            units = torch.zeros(int(group.unit.max()) + 1).index_add(0, group.unit, s)
+            total[group.name] = total[group.name] + units[group.unit].square() / 2
+    largest = max((float(value.max()) for value in total.values()), default=0.0) ** 0.5
+    wrong = [name for name, value in total.items()
+             if not torch.allclose(scores[name].sqrt(), value.sqrt(), rtol=0,
+                                   atol=5e-3 * float(value.max()) ** 0.5 + 1e-4 * largest)]
+    return len(total) - len(wrong), wrong
+
+
+def _times(layer: nn.Module, factor: Tensor) -> Tensor:
+    """A layer's weight, what reads each input position times its factor."""
+    weight = layer.weight.detach()
+    if getattr(layer, "transposed", False):
+        return weight * factor.view(-1, *[1] * (weight.dim() - 1))
+    groups = getattr(layer, "groups", 1)
+    rows = factor.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
+    return weight * rows.view(*rows.shape, *[1] * (weight.dim() - 2))
+
+
+def as_masked(model: nn.Module, pruned: nn.Module, removed: dict[str, Tensor], x: Batch, forward: Forward) -> str:
+    """Whether the larger model, where consumers read removed channels as zero, computes what the smaller one does."""
+    groups = trace(model, first(x), forward).groups
+    with torch.no_grad():
+        dense = forward(model, x)
+        handles = list(at_consumers(model, removed_positions(groups, removed), {}))
+        masked = forward(model, x)
         for handle in handles:
             handle.remove()
-        smaller = run(pruned)
+        smaller = forward(pruned.eval(), x)
     assert smaller.shape == dense.shape
-    assert (dense - masked).abs().max() > 1e-3 * masked.abs().max()
-    if not skip:
-        torch.testing.assert_close(smaller, masked, rtol=1e-3, atol=1e-4 * float(masked.abs().max()))
+    assert (dense - masked).abs().max() > 1e-4 * masked.abs().max(), "nothing was masked"
+    if any(isinstance(module, nn.GroupNorm) for module in model.modules()):
+        return "GroupNorm"  # whose statistics are of all channels
+    error = float((smaller - masked).abs().max() / masked.abs().max())
+    assert error < 1e-3, f"the smaller model differs from the masked one by {error:.2g} of the largest value"
+    return "yes"
 
 
-def exported(model: nn.Module, x: Tensor, forward: Forward) -> str:
+def exported(dense: nn.Module, model: nn.Module, x: Batch, forward: Forward) -> str:
     """Through torch.export, and the same after it."""
-    if forward is not call_model:
-        return "–"
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    called = Called(model, forward).eval()
+    with torch.no_grad():
         try:
-            program = torch.export.export(model.eval(), (x,)).module()
+            program = torch.export.export(called, (x,)).module()
         except Exception as error:
-            return f"no: {type(error).__name__}"
-        (here,), (there,) = output_tensors(model(x), "model"), output_tensors(program(x), "model")
+            try:
+                torch.export.export(Called(dense, forward).eval(), (x,))
+            except Exception:
+                return "nor is the dense one"
+            return f"no: {type(error).__name__}: {_one_line(str(error))[:60]}"
+        here, there = called(x), program(x)
         torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-4 * float(here.abs().max()))
     return "yes"
 
 
-def trained(model: nn.Module, x: Tensor, forward: Forward) -> str:
+def trained(model: nn.Module, x: Batch, forward: Forward) -> str:
     """A step of SGD in training mode, auxiliary outputs and all, after which every weight that was reached differs."""
     model = model.train()
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -208,37 +271,6 @@ def trained(model: nn.Module, x: Tensor, forward: Forward) -> str:
     return "yes"
 
 
-def reasons(skipped: dict[str, str], model: nn.Module) -> str:
-    """What is kept and why, in short; the layers that make the output are not worth a word."""
-    kinds = {type(module).__name__ for module in model.modules()}
-    words: Counter[str] = Counter()
-    for reason in skipped.values():
-        if reason != "its channels are the model's output":
-            kind = next((kind for kind in sorted(kinds, key=len, reverse=True) if f"({kind})" in reason), None)
-            words[f"channels that pass through {kind}" if kind and "pass through" in reason else
-                  "channels that meet a parameter of the model's own" if "(Parameter)" in reason else
-                  "channels that a view divides" if "a view divides" in reason else
-                  "channels that the code cuts at fixed places" if "cut at places" in reason else
-                  "channels that are mixed or moved" if "tracer cannot follow" in reason else
-                  "channels all tied together" if "removed together" in reason else
-                  "layers that share a weight" if "shares its weight" in reason else
-                  "computed weights" if "parametrization" in reason else
-                  "layers that the images do not reach" if "does not run on" in reason else
-                  "layers of auxiliary heads" if "training alone" in reason else
-                  "channels that auxiliary heads read" if "no backward pass" in reason else
-                  "grouped or merging convolutions" if "grouped" in reason or "fixed sets" in reason else reason] += 1
-    return "; ".join(f"{count} × {word}" for word, count in sorted(words.items())) or "nothing"
-
-
-def _layers(model: nn.Module) -> Iterable[nn.Module]:
-    return (module for module in model.modules() if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
-            and not (isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.out_channels > 1))
-
-
-def _width(layer: nn.Module) -> int:
-    return int(layer.weight.shape[1 if getattr(layer, "transposed", False) else 0])
-
-
 def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
@@ -246,28 +278,121 @@ def _tensors(output: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in _tensors(value)] if not isinstance(output, str) else []
 
 
-def row(case: Case) -> Row:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return check(case)
+_IN_SHORT = (
+    (r"are the model's output", "the output"),
+    (r"pass through \S+ \((\w+)\)", r"through \1"),
+    (r"an operation runs over all its channels", "an operation over all channels"),
+    (r"\(Parameter\)", "meets a parameter"),
+    (r"a view divides", "a view divides it"),
+    (r"cut at places", "cut at fixed places"),
+    (r"tracer cannot follow", "mixed or moved"),
+    (r"removed together", "all tied together"),
+    (r"shares its weight", "shares a weight"),
+    (r"parametrization", "a computed weight"),
+    (r"does not run on", "not reached"),
+    (r"training alone", "an auxiliary head"),
+    (r"no backward pass", "an auxiliary head reads it"),
+    (r"grouped|fixed sets", "grouped"),
+    (r"the code of (\w+) reads", r"\1's own code reads it"),
+    (r"its channels go with", "goes with others"),
+    (r"^(\w+) does not run", r"\1 does not run smaller"),
+    (r"does not compute the same|computes something else", "another result when smaller"),
+)
 
 
-def main(names: list[str]) -> None:
+def in_short(reason: str) -> str:
+    """A reason in a few words."""
+    for pattern, words in _IN_SHORT:
+        if match := re.search(pattern, reason):
+            return match.expand(words)
+    return _one_line(re.sub(r"\b\w+(\.\w+)+\b", "…", reason))[:60]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.replace("|", "/").split())[:200]
+
+
+# the driver
+
+def chosen(names: list[str]) -> list[Case]:
+    """The cases that the names, or patterns, stand for; all without any."""
+    return [case for case in CASES if not names or any(fnmatch.fnmatch(case.name, name) for name in names)]
+
+
+def apart(case: Case, out: Path) -> None:
+    """Add a case's row to `out`, from a process of its own, within MEMORY and SECONDS."""
+    begun = time.monotonic()
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        signal.alarm(SECONDS)
+        try:
+            found = asdict(row(case)) | {"seconds": time.process_time()}
+        except BaseException as error:
+            found = asdict(Row(case.name, "–", kept=f"cannot be made: {type(error).__name__}: {_one_line(str(error))}"))
+        with out.open("a") as file:
+            file.write(json.dumps(found, ensure_ascii=False) + "\n")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if status:
+        with out.open("a") as file:
+            file.write(json.dumps(asdict(Row(case.name, "–", kept=f"stopped by signal {os.WTERMSIG(status)}")),
+                                  ensure_ascii=False) + "\n")
+    print(f"{case.name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+
+
+def read(path: Path) -> dict[str, Row]:
+    """Name -> row of what is in a file of rows; the latest of each."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = {}
+    for line in lines:
+        fields = json.loads(line)
+        fields.pop("seconds", None)
+        found[fields["name"]] = Row(**fields)
+    return found
+
+
+def write_page(rows: dict[str, Row]) -> None:
+    """The tables of docs/models.md, with a summary of each library before them."""
+    head, mark, _ = PAGE.read_text().partition("<!-- made by tests/helpers/architectures.py -->\n")
+    ordered = [rows[case.name] for case in CASES if case.name in rows]
+    library = {case.name: case.library for case in CASES}
+    parts = ["| library | models | scored | exact | pruned | = masked | exported | trained | outputs can go | shrink |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
+    groups = {name: [row for row in ordered if library[row.name] == name] for name in _MODELS_OF}
+    parts += [_summary(name, group) for name, group in (*groups.items(), ("all", ordered)) if group]
+    for name, group in groups.items():
+        parts += ["", f"## {name}", "", "| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|",
+                  *map(str, group)]
+    PAGE.write_text(head + mark + "\n".join(parts) + "\n")
+
+
+def _summary(name: str, rows: list[Row]) -> str:
+    scored = [row for row in rows if row.macs]
+    counts = [len(rows), len(scored), sum("exact" in row.scores and "wrong" not in row.scores for row in rows),
+              sum(row.pruned != "–" for row in rows), sum(row.masked in ("yes", "GroupNorm") for row in rows),
+              sum(row.exported == "yes" for row in rows), sum(row.trained == "yes" for row in rows)]
+    means = [sum(getattr(row, field) for row in scored) / max(len(scored), 1) for field in ("outputs", "shrink")]
+    return f"| {name} | " + " | ".join([*map(str, counts), *(f"{mean:.0%}" for mean in means)]) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--rows", type=Path, default=Path(tempfile.gettempdir()) / "models.jsonl")
+    parser.add_argument("--page", action="store_true", help="write the page from the file alone")
+    parser.add_argument("--again", action="store_true", help="run what is in the file, too")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    head, _, table = PAGE.read_text().partition("| model |")
-    rows = {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines()[2:]}
-    for case in CASES:
-        if not names or case.name in names:
-            try:
-                rows[case.name] = str(row(case))
-            except Exception as error:  # its line, if there is one, stays as it was: false
-                print(f"{case.name}: {type(error).__name__}: {str(error)[:600]}", file=sys.stderr, flush=True)
-                continue
-            print(rows[case.name], flush=True)
-    PAGE.write_text(head + "\n".join([
-        "| model | image | channels scored | pruned | exported | a step of training | kept (reason) |",
-        "|---|---|---|---|---|---|---|", *(rows[case.name] for case in CASES if case.name in rows)]) + "\n")
+    if not arguments.page:
+        for library in ("timm", "transformers", "diffusers", "segmentation_models_pytorch"):  # once, for all that fork
+            import_module(library)
+        known = {} if arguments.again else read(arguments.rows)
+        for case in chosen(arguments.names):
+            if case.name not in known:
+                apart(case, arguments.rows)
+    write_page(read(arguments.rows))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
