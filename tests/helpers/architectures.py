@@ -18,7 +18,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +33,10 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.batches import Batch, Forward, map_tensors
 from fastscore.graph.tracing import trace
+from fastscore.modules.channel_norms import norm_of
+from fastscore.modules.hooks import input_of, with_input
+from fastscore.modules.inspection import channel_dim
+from fastscore.modules.multihead_attention import replace_attention
 from fastscore.pruning.masking import at_consumers
 from fastscore.recovery.compensation import removed_positions
 
@@ -171,8 +176,8 @@ def first(x: Batch, number: int = 0) -> Batch:
 
 
 def as_gates_say(model: nn.Module, x: Batch, forward: Forward) -> tuple[int, list[str]]:
-    """(groups whose scores are the derivatives by gates on the weights that read them, each sample by itself, those
-    whose are not).
+    """(groups whose scores are the derivatives by gates where the channels are read, each sample by itself, those whose
+    are not).
 
     A linear function of the output with fixed random weights is the loss.
     """
@@ -180,28 +185,26 @@ def as_gates_say(model: nn.Module, x: Batch, forward: Forward) -> tuple[int, lis
         weights = torch.randn_like(forward(model, x), dtype=torch.float32)
     scores = fastscore.score(model, [x], forward=forward, gradient="loss", normalize=False, progress=False,
                              loss=lambda output, batch: (output * weights).sum())
-    called = Called(model, forward)
-    gates, factors = {}, {}
-    for group in trace(model, first(x), forward).groups:
-        if group.name in scores and all(isinstance(getattr(model.get_submodule(edge.layer), "weight", None), Tensor)
-                                        for edge in group.edges):
-            gates[group.name] = group, torch.ones(group.channels, requires_grad=True)
+    gates = {group.name: (group, torch.ones(group.channels, requires_grad=True))
+             for group in trace(model, first(x), forward).groups if group.name in scores}
+    read: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # layer -> (positions of its input, their gates)
     for group, gate in gates.values():
         for edge in group.edges:
-            layer = model.get_submodule(edge.layer)
-            width = getattr(layer, "in_channels", layer.weight.shape[-1])
-            factor = torch.ones(width).index_put((edge.index,), gate[edge.channel])
-            factors[edge.layer] = factors.get(edge.layer, 1.0) * factor
-    gated = {f"model.{name}.weight": _times(model.get_submodule(name), factor) for name, factor in factors.items()}
+            read[edge.layer].append((edge.index, gate[edge.channel]))
     total: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-    for number in range(2):
-        output = torch.func.functional_call(called, gated, (first(x, number),))
-        found = torch.autograd.grad((output * weights[number:number + 1]).sum(), [gate for _, gate in gates.values()],
-                                    allow_unused=True, retain_graph=True)
-        for (group, gate), s in zip(gates.values(), found, strict=True):
-            s = torch.zeros_like(gate) if s is None else s
-            units = torch.zeros(int(group.unit.max()) + 1).index_add(0, group.unit, s)
-            total[group.name] = total[group.name] + units[group.unit].square() / 2
+    with ExitStack() as attached:
+        for handle in replace_attention(model, read):  # whose output projection then runs as a layer
+            attached.enter_context(handle)
+        for name, positions in read.items():
+            attached.enter_context(_gated(model.get_submodule(name), positions))
+        for number in range(2):
+            output = forward(model, first(x, number))
+            found = torch.autograd.grad((output * weights[number:number + 1]).sum(),
+                                        [gate for _, gate in gates.values()], allow_unused=True, retain_graph=True)
+            for (group, gate), s in zip(gates.values(), found, strict=True):
+                s = torch.zeros_like(gate) if s is None else s
+                units = torch.zeros(int(group.unit.max()) + 1).index_add(0, group.unit, s)
+                total[group.name] = total[group.name] + units[group.unit].square() / 2
     largest = max((float(value.max()) for value in total.values()), default=0.0) ** 0.5
     wrong = [name for name, value in total.items()
              if not torch.allclose(scores[name].sqrt(), value.sqrt(), rtol=0,
@@ -209,14 +212,30 @@ def as_gates_say(model: nn.Module, x: Batch, forward: Forward) -> tuple[int, lis
     return len(total) - len(wrong), wrong
 
 
-def _times(layer: nn.Module, factor: Tensor) -> Tensor:
-    """A layer's weight, what reads each input position times its factor."""
-    weight = layer.weight.detach()
-    if getattr(layer, "transposed", False):
-        return weight * factor.view(-1, *[1] * (weight.dim() - 1))
-    groups = getattr(layer, "groups", 1)
-    rows = factor.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
-    return weight * rows.view(*rows.shape, *[1] * (weight.dim() - 2))
+def _gated(layer: nn.Module, gates: Sequence[tuple[Tensor, Tensor]]) -> Any:
+    """Gates on what a layer reads; on what statistics read, of a normalisation over channels."""
+    norm, dim = norm_of(layer), channel_dim(layer)
+
+    def gated(x: Tensor) -> Tensor:
+        shape = [1] * x.dim()
+        shape[dim] = -1
+        for index, gate in gates:
+            x = x * torch.ones(x.shape[dim]).index_put((index,), gate).view(shape)
+        return x
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return with_input(args, kwargs, gated(input_of(args, kwargs)))
+
+    def instead(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        x = input_of(args, kwargs)
+        centered, scale = norm.statistics(gated(x), x.shape[dim])
+        y = (x - (gated(x) - centered)) * scale
+        weight, bias = (getattr(layer, name, None) for name in ("weight", "bias"))
+        y = y if weight is None else y * norm.along_channels(weight + norm.offset)
+        return y if bias is None else y + norm.along_channels(bias)
+
+    return layer.register_forward_pre_hook(before, with_kwargs=True) if norm is None else \
+        layer.register_forward_hook(instead, with_kwargs=True)
 
 
 def as_masked(model: nn.Module, pruned: nn.Module, removed: dict[str, Tensor], x: Batch, forward: Forward) -> str:
