@@ -34,6 +34,7 @@ import fastscore
 from fastscore.batches import Batch, Forward, map_tensors
 from fastscore.graph.tracing import trace
 from fastscore.modules.channel_norms import norm_of
+from fastscore.modules.experts import replace_experts
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.multihead_attention import replace_attention
@@ -193,8 +194,8 @@ def as_gates_say(model: nn.Module, x: Batch, forward: Forward) -> tuple[int, lis
             read[edge.layer].append((edge.index, gate[edge.channel]))
     total: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
     with ExitStack() as attached:
-        for handle in replace_attention(model, read):  # whose output projection then runs as a layer
-            attached.enter_context(handle)
+        for handle in (*replace_experts(model, read), *replace_attention(model, read)):  # which then run as layers
+            attached.callback(handle.remove)
         for name, positions in read.items():
             attached.enter_context(_gated(model.get_submodule(name), positions))
         for number in range(2):
