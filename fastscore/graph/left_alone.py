@@ -23,7 +23,8 @@ def named(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
     A weight is a parameter of two or more dimensions; normalisations go with the layers before them. Where a module
     holds others, the key is the parameter's qualified name.
     """
-    covered = {member.layer for group in graph.groups for member in group.members}
+    # a layer that only reads channels makes others
+    covered = {member.layer for group in graph.groups for member in group.members if member.role != "consumer"}
     more: dict[str, str] = {}
     for name, module in model.named_modules():
         if name in covered or name in graph.skipped:

@@ -209,7 +209,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
         tied.update((producer, name) for producer in producers)
         tied.update((member.layer, name) for member in members if member.role == "tensor"
                     and layers[member.module].get_parameter(member.layer.rpartition(".")[2]).dim() > 1)
-    covered = {member.layer for group in groups for member in group.members}
+    covered = {member.layer for group in groups for member in group.members if member.role != "consumer"}
     skipped |= {layer: f"its channels go with those of {first}" for layer, first in tied.items()
                 if layer not in covered and layer not in skipped}
     return ChannelGraph(tuple(groups), skipped, graph.normalized_by)

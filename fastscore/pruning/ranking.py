@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward
 from fastscore.graph.groups import ChannelGroup
+from fastscore.modules.experts import ExpertLinear
 from fastscore.pruning.costs import Costs, Resource, channel_multiple
 from fastscore.pruning.layer_times import layer_seconds
 from fastscore.pruning.options import Budgets, Ranking, Scope
 from fastscore.scoring.scores import Scores
+
+_GROUPED_PRODUCT = 16  # bytes, of which strides are multiples (torch._grouped_mm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,23 @@ def rank_by_cost(model: nn.Module, groups: tuple[ChannelGroup, ...], scores: Sco
     cost_aware = counts_per_cost(scores, budgets, ranking.scope) if ranking.cost_aware is None else ranking.cost_aware
     per_channel = _cost_of_channels(model, costs, budgets, example_inputs, forward) if cost_aware else None
     multiple = channel_multiple(model) if ranking.round_to == "auto" else ranking.round_to
-    return removal_order(groups, scores, ranking.scope, multiple, ranking.floor, kinds, per_channel), per_channel
+    multiples = {group.name: math.lcm(multiple, _aligned(model, group)) for group in groups}
+    return removal_order(groups, scores, ranking.scope, multiples, ranking.floor, kinds, per_channel), per_channel
+
+
+def _aligned(model: nn.Module, group: ChannelGroup) -> int:
+    """What a group's width stays a multiple of whatever was asked for: experts whose rows begin at multiples of 16
+    bytes go on doing so, since PyTorch's product of all experts at once takes no others."""
+    multiple = 1
+    for member in group.role("consumer"):
+        layer = model.get_submodule(member.layer)
+        if isinstance(layer, ExpertLinear):
+            weight, positions = layer.weight, len(member.index.unique())
+            numbers = max(_GROUPED_PRODUCT // weight.dtype.itemsize, 1)
+            if weight.shape[-1] % numbers == 0:
+                channels = numbers * group.channels
+                multiple = math.lcm(multiple, channels // math.gcd(channels, positions))
+    return multiple
 
 
 def counts_per_cost(scores: Scores, budgets: Budgets, scope: Scope) -> bool:
@@ -62,7 +81,8 @@ def _cost_of_channels(model: nn.Module, costs: Costs, budgets: Budgets, example_
     return channel_costs(costs, "params" if budgets.params is not None and budgets.macs is None else "macs")
 
 
-def removal_order(groups: tuple[ChannelGroup, ...], scores: Scores, scope: Scope = "global", round_to: int = 1,
+def removal_order(groups: tuple[ChannelGroup, ...], scores: Scores, scope: Scope = "global",
+                  round_to: int | Mapping[str, int] = 1,
                   floor: float | Mapping[str, float] = 0.0, kinds: Mapping[str, str] | None = None,
                   channel_costs: Mapping[str, Tensor] | None = None) -> list[RemovalStep]:
     """The steps in which channels go, least important first; ties in order of group and channel.
@@ -73,7 +93,7 @@ def removal_order(groups: tuple[ChannelGroup, ...], scores: Scores, scope: Scope
         scope: "global" compares importances across groups; "layer" their rank within each group, so that all groups
             shrink alike; "isomorphic" their rank among the groups whose channels the same kinds of layers make, pass
             and read, so that all such classes shrink alike.
-        round_to: widths that remain are multiples of it (where a group is wide enough).
+        round_to: widths that remain are multiples of it (where a group is wide enough), or group -> its multiple.
         floor: the share of each group's channels that stays whatever the budget, or group -> share; at least one
             channel stays always.
         kinds: layer -> its kind, for "isomorphic"; see layer_kinds.
@@ -97,8 +117,9 @@ def removal_order(groups: tuple[ChannelGroup, ...], scores: Scores, scope: Scope
     for members in classes.values():
         steps = []
         for group in members:
+            multiple = round_to if isinstance(round_to, int) else round_to.get(group.name, 1)
             costs = torch.ones(group.channels) if channel_costs is None else channel_costs[group.name]
-            steps += _group_steps(group, scores[group.name].double(), costs, round_to, floors.get(group.name, 0.0))
+            steps += _group_steps(group, scores[group.name].double(), costs, multiple, floors.get(group.name, 0.0))
         steps.sort(key=lambda step: step.value)  # stable: ties keep the order of groups and channels
         order += steps if scope == "global" else _by_rank(steps, sum(group.channels for group in members))
     return sorted(order, key=lambda step: step.value)

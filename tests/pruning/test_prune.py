@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastscore
 from fastscore.graph.tracing import trace
+from fastscore.integrations.transformers import forward
 from fastscore.pruning.masking import at_consumers
 from fastscore.recovery.compensation import removed_positions
 
@@ -142,6 +143,26 @@ def test_a_layer_that_makes_a_part_of_the_channels_keeps_one() -> None:
         assert pruned(x).shape == (2, 2, 4, 4)
     with pytest.raises(ValueError, match=r"channels: 0\.2 cannot be reached: .* 0\.25 of the channels remain"):
         fastscore.prune(model, scores, x, channels=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_stay_as_wide_as_their_product_takes_them(dtype: torch.dtype) -> None:
+    """PyTorch's product of all experts at once takes rows of multiples of 16 bytes alone."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=30, num_local_experts=4, num_experts_per_tok=2)).to(dtype).eval()
+    batch = {"input_ids": torch.randint(0, 30, (2, 5))}
+    scores = fastscore.score(model, [batch], forward=forward, progress=False)
+    for share in (0.9, 0.8):
+        pruned = fastscore.prune(model, scores, batch, macs=share, forward=forward, compensate=False).model
+        experts = pruned.model.layers[0].mlp.experts
+        width = experts.down_proj.shape[-1]
+        assert width < 32
+        assert width * dtype.itemsize % 16 == 0
+        assert experts.gate_up_proj.shape[1] == 2 * width
+        assert forward(pruned, batch).isfinite().all()
 
 
 def test_ignored_layers_keep_their_width() -> None:
