@@ -1,33 +1,18 @@
-"""Models that people use, each taken from scores to a step of training, and docs/models.md, which says what came of it.
+"""Models that people use, each taken from scores to a step of training: a row for each, of what came of it."""
 
-`python tests/helpers/architectures.py` runs every model in a process of its own, forked one after another, and writes
-the page; with NAME ... (`*` and `?` are wildcards) the rows of these alone. Rows are added to a file as they come
-(--rows, default: models.jsonl in the folder for temporary files), and those that are in it are not run again: stopped,
-it goes on where it was. --page writes the page from what is in the file.
-"""
-
-import argparse
-import fnmatch
-import json
+import copy
 import os
 import re
-import resource
-import signal
-import sys
-import tempfile
-import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from importlib import import_module
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from networks import randomize
-from real_models import CASES, Case
+from real_models import Case
 from torch import Tensor, nn
 
 import fastscore
@@ -41,12 +26,9 @@ from fastscore.modules.multihead_attention import replace_attention
 from fastscore.pruning.masking import at_consumers
 from fastscore.recovery.compensation import removed_positions
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BUDGETS = (0.7, 0.85, 0.95)  # of the MACs that remain: the first that can be reached
 HEADINGS = ("model", "input", "MACs", "outputs can go", "shrink", "scores", "pruned to", "= masked", "exported",
             "trained", "kept (share of the MACs)")
-MEMORY, SECONDS = 4 << 30, 300  # that a model may take
-_MODELS_OF = ("torchvision", "timm", "transformers", "diffusers", "smp", "ultralytics")
 
 
 @dataclass(frozen=True)
@@ -126,7 +108,7 @@ def row(case: Case) -> Row:
             except Exception as error:
                 if os.environ.get("FASTSCORE_RAISE"):
                     raise
-                return replace(found, kept=f"{type(error).__name__}: {_one_line(str(error))}")
+                return replace(found, kept=f"{type(error).__name__}: {one_line(str(error))}")
     return found
 
 
@@ -148,6 +130,9 @@ def _steps(case: Case) -> Iterator[Callable[[], dict[str, Any]]]:
 
     def compared() -> dict[str, Any]:
         right, wrong = as_gates_say(model, x, case.forward)
+        if wrong:  # of random weights some are chaotic in float32
+            twice = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, x)
+            right, wrong = as_gates_say(copy.deepcopy(model).double(), twice, case.forward)
         return {"scores": f"{right} of {len(scores)} exact" + (f"; wrong: {', '.join(wrong)}" if wrong else "")}
 
     def pruned() -> dict[str, Any]:
@@ -183,10 +168,10 @@ def as_gates_say(model: nn.Module, x: Batch, forward: Forward) -> tuple[int, lis
     A linear function of the output with fixed random weights is the loss.
     """
     with torch.no_grad():
-        weights = torch.randn_like(forward(model, x), dtype=torch.float32)
+        weights = torch.randn_like(forward(model, x))
     scores = fastscore.score(model, [x], forward=forward, gradient="loss", normalize=False, progress=False,
                              loss=lambda output, batch: (output * weights).sum())
-    gates = {group.name: (group, torch.ones(group.channels, requires_grad=True))
+    gates = {group.name: (group, torch.ones(group.channels, dtype=weights.dtype, requires_grad=True))
              for group in trace(model, first(x), forward).groups if group.name in scores}
     read: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # layer -> (positions of its input, their gates)
     for group, gate in gates.values():
@@ -204,8 +189,8 @@ def as_gates_say(model: nn.Module, x: Batch, forward: Forward) -> tuple[int, lis
                                         [gate for _, gate in gates.values()], allow_unused=True, retain_graph=True)
             for (group, gate), s in zip(gates.values(), found, strict=True):
                 s = torch.zeros_like(gate) if s is None else s
-                units = torch.zeros(int(group.unit.max()) + 1).index_add(0, group.unit, s)
-                total[group.name] = total[group.name] + units[group.unit].square() / 2
+                units = torch.zeros(int(group.unit.max()) + 1, dtype=s.dtype).index_add(0, group.unit, s)
+                total[group.name] = total[group.name] + units[group.unit].square().float() / 2
     largest = max((float(value.max()) for value in total.values()), default=0.0) ** 0.5
     wrong = [name for name, value in total.items()
              if not torch.allclose(scores[name].sqrt(), value.sqrt(), rtol=0,
@@ -221,7 +206,7 @@ def _gated(layer: nn.Module, gates: Sequence[tuple[Tensor, Tensor]]) -> Any:
         shape = [1] * x.dim()
         shape[dim] = -1
         for index, gate in gates:
-            x = x * torch.ones(x.shape[dim]).index_put((index,), gate).view(shape)
+            x = x * torch.ones(x.shape[dim], dtype=gate.dtype).index_put((index,), gate).view(shape)
         return x
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -269,7 +254,7 @@ def exported(dense: nn.Module, model: nn.Module, x: Batch, forward: Forward) -> 
                 torch.export.export(Called(dense, forward).eval(), (x,))
             except Exception:
                 return "nor is the dense one"
-            return f"no: {type(error).__name__}: {_one_line(str(error))[:60]}"
+            return f"no: {type(error).__name__}: {one_line(str(error))[:60]}"
         here, there = called(x), program(x)
         torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-4 * float(here.abs().max()))
     return "yes"
@@ -325,94 +310,8 @@ def in_short(reason: str) -> str:
     for pattern, words in _IN_SHORT:
         if match := re.search(pattern, reason):
             return match.expand(words)
-    return _one_line(re.sub(r"\b\w+(\.\w+)+\b", "…", reason))[:60]
+    return one_line(re.sub(r"\b\w+(\.\w+)+\b", "…", reason))[:60]
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     return " ".join(text.replace("|", "/").split())[:200]
-
-
-# the driver
-
-def chosen(names: list[str]) -> list[Case]:
-    """The cases that the names, or patterns, stand for; all without any."""
-    return [case for case in CASES if not names or any(fnmatch.fnmatch(case.name, name) for name in names)]
-
-
-def apart(case: Case, out: Path) -> None:
-    """Add a case's row to `out`, from a process of its own, within MEMORY and SECONDS."""
-    begun = time.monotonic()
-    child = os.fork()
-    if not child:
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-        signal.alarm(SECONDS)
-        try:
-            found = asdict(row(case)) | {"seconds": time.process_time()}
-        except BaseException as error:
-            found = asdict(Row(case.name, "–", kept=f"cannot be made: {type(error).__name__}: {_one_line(str(error))}"))
-        with out.open("a") as file:
-            file.write(json.dumps(found, ensure_ascii=False) + "\n")
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if status:
-        with out.open("a") as file:
-            file.write(json.dumps(asdict(Row(case.name, "–", kept=f"stopped by signal {os.WTERMSIG(status)}")),
-                                  ensure_ascii=False) + "\n")
-    print(f"{case.name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
-
-
-def read(path: Path) -> dict[str, Row]:
-    """Name -> row of what is in a file of rows; the latest of each."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = {}
-    for line in lines:
-        fields = json.loads(line)
-        fields.pop("seconds", None)
-        found[fields["name"]] = Row(**fields)
-    return found
-
-
-def write_page(rows: dict[str, Row]) -> None:
-    """The tables of docs/models.md, with a summary of each library before them."""
-    head, mark, _ = PAGE.read_text().partition("<!-- made by tests/helpers/architectures.py -->\n")
-    ordered = [rows[case.name] for case in CASES if case.name in rows]
-    library = {case.name: case.library for case in CASES}
-    parts = ["| library | models | scored | exact | pruned | = masked | exported | trained | outputs can go | shrink |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
-    groups = {name: [row for row in ordered if library[row.name] == name] for name in _MODELS_OF}
-    parts += [_summary(name, group) for name, group in (*groups.items(), ("all", ordered)) if group]
-    for name, group in groups.items():
-        parts += ["", f"## {name}", "", "| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|",
-                  *map(str, group)]
-    PAGE.write_text(head + mark + "\n".join(parts) + "\n")
-
-
-def _summary(name: str, rows: list[Row]) -> str:
-    scored = [row for row in rows if row.macs]
-    counts = [len(rows), len(scored), sum("exact" in row.scores and "wrong" not in row.scores for row in rows),
-              sum(row.pruned != "–" for row in rows), sum(row.masked in ("yes", "GroupNorm") for row in rows),
-              sum(row.exported == "yes" for row in rows), sum(row.trained == "yes" for row in rows)]
-    means = [sum(getattr(row, field) for row in scored) / max(len(scored), 1) for field in ("outputs", "shrink")]
-    return f"| {name} | " + " | ".join([*map(str, counts), *(f"{mean:.0%}" for mean in means)]) + " |"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME")
-    parser.add_argument("--rows", type=Path, default=Path(tempfile.gettempdir()) / "models.jsonl")
-    parser.add_argument("--page", action="store_true", help="write the page from the file alone")
-    parser.add_argument("--again", action="store_true", help="run what is in the file, too")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if not arguments.page:
-        for library in ("timm", "transformers", "diffusers", "segmentation_models_pytorch"):  # once, for all that fork
-            import_module(library)
-        known = {} if arguments.again else read(arguments.rows)
-        for case in chosen(arguments.names):
-            if case.name not in known:
-                apart(case, arguments.rows)
-    write_page(read(arguments.rows))
-
-
-if __name__ == "__main__":
-    main()
