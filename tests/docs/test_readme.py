@@ -77,7 +77,8 @@ def test_its_figures_are_those_of_the_pages_it_names():
     assert re.findall(r"\*\*([\d.]+) times\*\*", README)[:2] == [str(value) for value in ratio.values()]
 
     rows = [*on_page().values(), *before().values()]
-    done = [row for row in rows if "wrong: " not in row and (row.split(" | ")[9:10] == ["yes"] or row.split(" | ")[5] == "yes")]
+    done = [row for row in rows if "wrong: " not in row
+            and (row.split(" | ")[9:10] == ["yes"] or row.split(" | ")[5] == "yes")]
     assert f"- {len(done)} of {len(rows)} models that people use" in README
 
 
