@@ -109,10 +109,17 @@ def shape_of(function: Any, output: int = 0) -> tuple[int, ...]:
 
 
 def saved_dims(function: Any, name: str, dims: int) -> list[int]:
-    """The dimensions that an autograd node keeps under `name`, counted from 0; [] where it keeps none."""
-    saved = getattr(function, name, ())
+    """The dimensions that an autograd node keeps under `name`, counted from 0; [] where it keeps none.
+
+    None is all of them, as in x.norm(); so is an empty tuple where an operation reduces, as in x.amax().
+    """
+    if not hasattr(function, name):
+        return []
+    saved = getattr(function, name)
+    if saved is None or (saved == () and function.name().startswith(_REDUCING)):
+        return list(range(dims))
     wrapped = ((dim - (1 << 64) if dim >= 1 << 63 else dim) for dim in (saved if isinstance(saved, tuple) else [saved]))
-    return [dim + dims if dim < 0 else dim for dim in wrapped if dim is not None]
+    return [dim + dims if dim < 0 else dim for dim in wrapped]
 
 
 def padding(function: Any, dim: int, dims: int) -> tuple[int, int]:

@@ -6,7 +6,8 @@ With x̂ what a layer of the smaller network reads (all kernel positions of it) 
     t ≈ W x̂ + b,   W = S + (C_tx̂ - S C_x̂x̂)(C_x̂x̂ + ridge·diag C_x̂x̂)⁻¹,   b = mu_t - W mu_x̂,
 
 a ridge regression that falls back to the weights S of the symmetric solution where the samples say nothing. The ridge
-of every layer is the one that errs least on samples held out; an infinite one leaves S. t is the dense layer's output;
+of every layer is the one that errs least on samples held out; an infinite one leaves S. A layer that has no bias, and
+has lost nothing that one makes good, gets none: moments are taken about 0 then. t is the dense layer's output;
 where the layer ends a branch beside a shortcut, t makes good what the shortcut has lost as well, so that errors do not
 add up from block to block. A regression shrinks, layer after layer, and what follows was trained on outputs that vary
 more: outputs are scaled to vary as the dense layer's do, what makes a loss good apart.
@@ -66,6 +67,13 @@ class Joint:
     def outputs(self, some: slice) -> "Joint":
         """Of some of the outputs of each block."""
         return Joint(self.count, self.x, self.t[:, some], self.xx, self.tx[:, some], self.tt[:, some])
+
+    def about_zero(self) -> "Joint":
+        """The same moments, not centred: a fit to them has a bias of 0."""
+        x, t = self.x, self.t
+        return Joint(self.count, torch.zeros_like(x), torch.zeros_like(t),
+                     self.xx + self.count * x[:, :, None] * x[:, None],
+                     self.tx + self.count * t[:, :, None] * x[:, None], self.tt + self.count * t.square())
 
     def all_reduce(self, process_group: distributed.ProcessGroup, device: torch.device) -> None:
         """Add up over processes, so that every one has the moments of all."""

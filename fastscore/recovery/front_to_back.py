@@ -34,7 +34,7 @@ ROWS = 20_000, 256  # as many are enough, and so many for each input of an outpu
 @dataclass(frozen=True)
 class Site:
     """A layer that can be refitted. kept: bool [C_out] of the dense one's outputs. norm: the BatchNorm that takes the
-    layer's bias over, None where it has, or gets, one. bytes: of its input and output, for a sample."""
+    layer's bias over, None where none does. bytes: of its input and output, for a sample."""
 
     kept: Tensor
     norm: str | None
@@ -133,7 +133,7 @@ def refit(dense: nn.Module, small: nn.Module, where: Mapping[str, Site], calibra
     """Refit the layers `where` says of `small`, in place.
 
     Args:
-        dense, small: in evaluation mode; `small` has a bias wherever a site has no norm.
+        dense, small: in evaluation mode. Layers of `small` that have no bias, nor a norm for it, get none.
         where: see `sites`.
         calibration: its `part` fits.
         ridges: layer -> its ridge; those that are not there are chosen by the samples held out, and written there.
@@ -173,6 +173,9 @@ def refit(dense: nn.Module, small: nn.Module, where: Mapping[str, Site], calibra
                     joint.all_reduce(process_group, device)
             if not joints[0].count:
                 continue
+            biased = site.norm is not None or layer.bias is not None
+            if not biased:
+                joints = [joint.about_zero() for joint in joints]
             if name not in ridges:
                 found = {ridge: fit(joints[0], start, ridge) for ridge in ((math.inf,) if wide else RIDGES)}
                 errors = {ridge: error(weight[:, asked], *(joint.outputs(asked) for joint in joints))
@@ -185,9 +188,9 @@ def refit(dense: nn.Module, small: nn.Module, where: Mapping[str, Site], calibra
             if wide:
                 weight = weights * weight.reshape(*weights.shape[:2], 1)
             layer.weight.copy_(weight.reshape(layer.weight.shape))
-            if site.norm is None:
+            if site.norm is None and biased:
                 layer.bias.copy_(shift)
-            else:
+            elif site.norm is not None:
                 norm: Any = small.get_submodule(site.norm)
                 norm.running_mean.sub_(shift.to(device))
 

@@ -129,7 +129,7 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
 def check_dense(model: nn.Module, result: Pruned) -> None:
     """Raise ValueError where `model` is not the one that `result` was pruned from: what is to go is gone already, or
     never was there, or leaves other widths."""
-    modules = {**dict(model.named_parameters()), **dict(model.named_modules())}
+    modules = {**dict(model.named_parameters()), **dict(model.named_buffers()), **dict(model.named_modules())}
     for (name, side), index in result.removed_indices.items():
         layer: Any = modules.get(name)
         width = getattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", None)
@@ -221,9 +221,6 @@ class _Bench:
         """The result, reconstructed front to back. ridges: layer -> of its asymmetric fit; those that are not there yet
         are chosen by the samples held out, and written there."""
         weights, added, _ = self._symmetric(ridge, part)
-        modules = dict(self._eval_model.named_modules())
-        added |= {name: torch.zeros(len(site.kept), dtype=torch.float64) for name, site in self._sites.items()
-                  if site.norm is None and name not in added and modules[name].bias is None}
         result = self._result.cut_again(self._model, weights, added)
         model = result.model
         modes = {module: module.training for module in model.modules()}

@@ -1,5 +1,6 @@
 """Parameters that the code of a module reads itself go with the channels that they meet."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,24 @@ def test_a_parameter_can_be_ignored_by_its_name() -> None:
         left = graph.without(model, [ignore])
         assert "stem" not in {group.name for group in left.groups}
         assert left.skipped["stem"].startswith("ignored with")
+
+
+class Normalised(nn.Module):
+    """By the length of a parameter, or by a statistic of all activations at once."""
+
+    def __init__(self, statistic: Callable[[Tensor], Tensor], of_parameter: bool) -> None:
+        super().__init__()
+        self.statistic, self.of_parameter = statistic, of_parameter
+        self.up, self.down, self.gain = nn.Linear(6, 8), nn.Linear(8, 5), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        return self.down(x * self.gain / self.statistic(self.gain if self.of_parameter else x))
+
+
+@pytest.mark.parametrize("of_parameter", [True, False])
+@pytest.mark.parametrize("statistic", [torch.norm, torch.std, torch.amax])
+def test_statistics_of_everything_run_over_channels(statistic: Callable[[Tensor], Tensor], of_parameter: bool) -> None:
+    graph = trace(Normalised(statistic, of_parameter).eval(), torch.randn(3, 6))
+    assert not graph.groups
+    assert "runs over all its channels" in graph.skipped["up"]

@@ -387,3 +387,33 @@ def test_recalibrate_takes_norms_that_were_told_to_keep_their_statistics() -> No
     assert not other[1].track_running_stats
     assert torch.equal(one[1].running_var, other[1].running_var)
     assert not torch.equal(one[1].running_mean, torch.zeros(4))
+
+
+class _Tables(nn.Module):
+    """Positions in a buffer, and a head without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.register_buffer("positions", torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.positions
+        return self.head(x + self.down(torch.relu(self.up(x))))
+
+
+@pytest.mark.parametrize("method", ["mean", "linear", "asymmetric"])
+@pytest.mark.parametrize("layer", ["embed", "up"])
+def test_budgets_hold_after_repair_and_buffers_go_too(layer: str, method: Any) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, batches = _Tables().double(), list(torch.randn(24, 4, 5, dtype=torch.float64).split(8))
+    scores = fastscore.score(model, batches, progress=False)
+    scores = replace(scores, totals={layer: scores.totals[layer]})
+    result = fastscore.prune(model, scores, batches[0], params=0.9, calibration=batches, repair=method, progress=False)
+    before, after = result.report.params
+    assert after == sum(parameter.numel() for parameter in result.model.parameters()) <= 0.9 * before
+    biased = {name for name, module in result.model.named_modules() if getattr(module, "bias", None) is not None}
+    assert biased == {"embed", "up", "down"} | ({"head"} if layer == "embed" else set())
+    assert result.model.positions.shape == (4, result.model.embed.out_features)
