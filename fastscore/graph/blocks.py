@@ -26,9 +26,11 @@ _SCALING = ("Mul", "Div", "NativeDropout", "ToCopy", "Clone", "Permute", "Transp
 
 @dataclass
 class _Call:
-    """The autograd nodes of what a module returned, and how many things that were: see ZeroBranch."""
+    """The autograd nodes of what a module returned and of what zeros take their shape from, and how many things it
+    returned: see ZeroBranch."""
 
     node: Any
+    source: Any
     returns: int
     shape: torch.Size
 
@@ -60,7 +62,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[ChannelG
     nodes = set[Any]()
     for name, module in candidates.items():  # outer modules come before inner ones that return the same
         call = calls[name][0] if len(calls[name]) == 1 else None
-        if call is None or call.node in nodes or not _is_added(call.node, readers) or not _alone(module, owners):
+        if call is None or call.node in nodes or not _is_added(call, readers) or not _alone(module, owners):
             continue
         nodes.add(call.node)
         found[name] = call
@@ -100,10 +102,12 @@ def _note(calls: list[_Call | None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         first = output[0] if isinstance(output, tuple) and output else output
         x = first_floating(args, kwargs)
-        plain = isinstance(first, Tensor) and first.grad_fn is not None and first.dim() > 1 and x is not None \
-            and x.shape == first.shape and x.dtype == first.dtype
-        calls.append(_Call(first.grad_fn, len(output) if isinstance(output, tuple) else 0, first.shape)
-                     if plain else None)
+        if isinstance(first, Tensor) and first.grad_fn is not None and first.dim() > 1 and x is not None \
+                and x.grad_fn is not None and x.shape == first.shape and x.dtype == first.dtype:
+            returns = len(output) if isinstance(output, tuple) else 0
+            calls.append(_Call(first.grad_fn, x.grad_fn, returns, first.shape))
+        else:
+            calls.append(None)
 
     return hook
 
@@ -123,15 +127,18 @@ def _readers(root: Any) -> Mapping[Any, list[Any]]:
     return readers
 
 
-def _is_added(node: Any, readers: Mapping[Any, list[Any]]) -> bool:
-    """Whether what a node makes is only added to something that it is computed from."""
-    begin = node
+def _is_added(call: _Call, readers: Mapping[Any, list[Any]]) -> bool:
+    """Whether what a module returned is only added to something that its input is, or is computed from.
+
+    It is its first input that says how long and wide the stream is: of a memory that is as long today it does not.
+    """
+    node = call.node
     while len(after := list(readers.get(node, ()))) == 1:
         reader = after[0]
         name = reader.name() if hasattr(reader, "name") else ""
         if name.startswith("Add") and not name.startswith(("Addmm", "Addbmm", "Addcmul", "Addcdiv")):
             others = [source for source, _ in reader.next_functions if source is not node]
-            return len(others) == 1 and others[0] is not None and _leads_to(begin, others[0])
+            return len(others) == 1 and others[0] is not None and _leads_to(call.source, others[0])
         if not name.startswith(_SCALING):
             return False
         node = reader
@@ -139,7 +146,9 @@ def _is_added(node: Any, readers: Mapping[Any, list[Any]]) -> bool:
 
 
 def _leads_to(node: Any, source: Any) -> bool:
-    """Whether `node` is computed from what `source` makes."""
+    """Whether `node` makes what `source` makes, or is computed from it."""
+    if node is source:
+        return True
     seen, work = {node}, [node]
     while work:
         for before, _ in work.pop().next_functions:

@@ -169,3 +169,31 @@ def test_importances_that_say_nothing_of_a_branch(options: dict[str, str], said:
     model, batch, _ = _case("steps")
     with pytest.raises(ValueError, match=rf"^units: .*{said}"):
         fastscore.score(model, [batch], units="blocks", progress=False, **options)
+
+
+class Crossed(nn.Module):
+    """Attention to a memory, which its module takes first, or second."""
+
+    def __init__(self, memory_first: bool) -> None:
+        super().__init__()
+        self.embed, self.source, self.head = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(8, 3)
+        self.cross, self.memory_first = _Cross(), memory_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory, x = self.source(x), self.embed(x)
+        return self.head(x + (self.cross(memory, x) if self.memory_first else self.cross(x, memory)))
+
+
+class _Cross(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.out = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return self.out((self.query(x) @ self.key(memory).mT).softmax(-1) @ self.query(memory))
+
+
+@pytest.mark.parametrize(("memory_first", "found"), [(False, ["cross"]), (True, [])])
+def test_zeros_are_as_long_as_the_stream_and_not_as_a_memory(memory_first: bool, found: list[str]) -> None:
+    graph = trace(Crossed(memory_first).eval(), torch.randn(2, 4, 5))
+    assert [group.name for group in graph.blocks] == found
