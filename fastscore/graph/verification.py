@@ -139,7 +139,10 @@ class Recording:
         module = self.layers[layer]
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            output: Tensor = OneNode.apply(args[0], module) if layer in self.norms and len(args) == 1 and not kwargs \
+            if layer in self.norms and (len(args) != 1 or kwargs):  # what it computes of these, nobody knows
+                unknown: Tensor = type(module).forward(module, *args, **kwargs)
+                return unknown
+            output: Tensor = OneNode.apply(args[0], module) if layer in self.norms \
                 else type(module).forward(module, *args, **kwargs)
             self.outputs[layer].append(output.detach().clone())
             if args:

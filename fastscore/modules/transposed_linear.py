@@ -17,6 +17,11 @@ def is_transposed(module: nn.Module) -> bool:
     return f"{type(module).__module__}.{type(module).__qualname__}" == _NAME
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is one, or a nn.Linear."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
 def widths(module: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of one."""
     inputs, outputs = module._parameters["weight"].shape  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ from fastscore.recovery.asymmetric import RIDGES, WIDEST, Joint, bias, error, fi
 from fastscore.recovery.calibration import Calibration, Part
 from fastscore.recovery.lockstep import Lockstep, Pass
 from fastscore.recovery.moments import POSITIONS
-from fastscore.recovery.rows import blocks_of, is_product, made_rows, read_rows, weight_rows
+from fastscore.recovery.rows import blocks_of, is_product, made_rows, read_rows, set_weight_rows, weight_rows
 from fastscore.recovery.shortcuts import Shortcut, shortcuts
 
 MEMORY = 3 << 27  # bytes of a layer's inputs and outputs that passes may hold while they halt
@@ -187,7 +187,7 @@ def refit(dense: nn.Module, small: nn.Module, where: Mapping[str, Site], calibra
             shift = bias(weight, joints[0].outputs(asked))
             if wide:
                 weight = weights * weight.reshape(*weights.shape[:2], 1)
-            layer.weight.copy_(weight.reshape(layer.weight.shape))
+            set_weight_rows(layer, weight)
             if site.norm is None and biased:
                 layer.bias.copy_(shift)
             elif site.norm is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from fastscore.batches import valid_tokens
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules.inspection import device_of
+from fastscore.modules.transposed_linear import is_linear
 
 POSITIONS = 256  # of each sample and call, as many are looked at
 WIDEST = 4096  # inputs whose moments are taken together: 128 MiB in float64
@@ -202,12 +203,12 @@ def rows_of(layer: nn.Module, x: Tensor, valid: Tensor | None = None, limit: int
     """[n, C_in]: the inputs of a Linear, or of a convolution at the positions that it reads, at most `limit` of each
     sample: a fixed random choice, the same for every sample of that size. valid: bool [N, T], tokens that are no
     padding. Raises ValueError for inputs without a dimension for samples."""
-    if x.dim() < (2 if isinstance(layer, nn.Linear) else len(layer.kernel_size) + 2):  # type: ignore[arg-type]
+    if x.dim() < (2 if is_linear(layer) else len(layer.kernel_size) + 2):  # type: ignore[arg-type]
         raise ValueError(f"{layer} reads {list(x.shape)}, without a dimension for samples: of a batch of one (its part "
                          "that is held out may be one) the model's code drops it, as squeeze() does; name the "
                          "dimensions to drop, or pass a forward= that brings it back")
     x = x.detach()
-    if isinstance(layer, nn.Linear):
+    if is_linear(layer):
         if valid is not None and x.dim() == 3 and x.shape[:2] == valid.shape:
             x = x[valid]
         x = x.reshape(-1, *x.shape[-2:]) if x.dim() > 2 else x[:, None]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.modules.experts import ExpertLinear
+from fastscore.modules.transposed_linear import is_linear, is_transposed
 from fastscore.recovery.moments import POSITIONS, rows_of
 
 
@@ -17,7 +18,7 @@ def blocks_of(layer: nn.Module) -> int:
 def read_rows(layer: nn.Module, x: Tensor, valid: Tensor | None = None, limit: int = POSITIONS) -> Tensor:
     """[n, G, K]: all that goes into each of some outputs of a Linear or a convolution, kernel positions and all, block
     by block; at most `limit` places of each sample."""
-    if isinstance(layer, nn.Linear):
+    if is_linear(layer):
         return rows_of(layer, x, valid, limit)[:, None]
     conv: Any = layer
     x = x.detach()
@@ -40,7 +41,7 @@ def read_rows(layer: nn.Module, x: Tensor, valid: Tensor | None = None, limit: i
 
 def made_rows(layer: nn.Module, y: Tensor, valid: Tensor | None = None, limit: int = POSITIONS) -> Tensor:
     """[n, C_out]: the outputs that belong to read_rows."""
-    if isinstance(layer, nn.Linear):
+    if is_linear(layer):
         return rows_of(layer, y, valid, limit)
     flat = y.detach().flatten(2)
     at = chosen(list(y.shape[2:]), limit)
@@ -60,8 +61,15 @@ def chosen(shape: list[int], limit: int) -> Tensor:
 def weight_rows(layer: nn.Module) -> Tensor:
     """float64 [G, O / G, K], as read_rows."""
     weight: Tensor = layer.weight.detach().double()  # type: ignore[operator]
+    weight = weight.t() if is_transposed(layer) else weight
     rows: Tensor = weight.unflatten(0, (blocks_of(layer), -1)).flatten(2)
     return rows
+
+
+def set_weight_rows(layer: nn.Module, rows: Tensor) -> None:
+    """Make [G, O / G, K], as read_rows, the weight of a layer, in place."""
+    weight: Any = layer.weight
+    weight.copy_(rows[0].t() if is_transposed(layer) else rows.reshape(weight.shape))
 
 
 def is_product(layer: nn.Module, x: Tensor, y: Tensor) -> bool:

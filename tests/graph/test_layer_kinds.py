@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,14 +71,15 @@ def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**batch).logits
 
 
-def test_a_conv1d_is_repaired_as_a_linear_is() -> None:
+@pytest.mark.parametrize("method", ["linear", "asymmetric"])
+def test_a_conv1d_is_repaired_as_a_linear_is(method: Any) -> None:
     batches = [{"input_ids": torch.randint(1, 50, (4, 8), generator=torch.Generator().manual_seed(n))}
                for n in range(6)]
     outputs = []
     for model in (whole_way.noisy(_gpt2), _as_linears(whole_way.noisy(_gpt2))):
         scores = fastscore.score(model, batches, progress=False)
         result = fastscore.prune(model, scores, TOKENS, channels=0.7, scope="layer")
-        repaired = fastscore.reconstruct(model, result, batches, method="linear", ridges=(1e-3,), forward=_logits)
+        repaired = fastscore.reconstruct(model, result, batches, method=method, ridges=(1e-3,), forward=_logits)
         outputs.append([_logits(each.model, TOKENS).detach() for each in (result, repaired)])
         assert not torch.allclose(*outputs[-1])
     for conv, linear in zip(*outputs, strict=True):
@@ -156,7 +158,7 @@ def test_a_repair_leaves_experts_and_mends_the_rest() -> None:
     result = fastscore.prune(model, scores, TOKENS, channels=0.5, scope="layer")
     batches = [{"input_ids": torch.randint(1, 50, (4, 8), generator=torch.Generator().manual_seed(n))}
                for n in range(4)]
-    repaired = fastscore.reconstruct(model, result, batches, method="linear", ridges=(1e-3,), forward=_logits).model
+    repaired = fastscore.reconstruct(model, result, batches, method=method, ridges=(1e-3,), forward=_logits).model
     found = dict(repaired.named_parameters())
     equal = {name: torch.equal(parameter, found[name]) for name, parameter in result.model.named_parameters()}
     assert all(same for name, same in equal.items() if ".mlp." in name)

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -427,3 +428,36 @@ def test_narrowed_norms_by_definition(centered: bool, dim: int) -> None:
         found = torch.autograd.grad(got, (some, small.weight), g)
         torch.testing.assert_close(found[0], wanted[0].index_select(dim, stays), rtol=close, atol=5 * close)
         torch.testing.assert_close(found[1], wanted[1][stays], rtol=close, atol=5 * close)
+
+
+class AddingRMSNorm(nn.Module):
+    """A norm that takes the stream beside the branch, and returns both, as those of inference kernels do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), 1e-3
+
+    def forward(self, x: Tensor, stream: Tensor | None = None) -> Any:
+        x = x if stream is None else x + stream
+        y = self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return y if stream is None else (y, x)
+
+
+class Adding(nn.Module):
+    """A branch and such norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.one, self.two = nn.Linear(5, WIDTH), AddingRMSNorm(WIDTH), AddingRMSNorm(WIDTH)
+        self.up, self.down, self.head = nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        y, x = self.two(self.down(F.gelu(self.up(self.one(x)))), x)
+        return self.head(y + x)
+
+
+def test_a_norm_that_is_called_with_more_is_kept_and_the_rest_goes_on() -> None:
+    graph = trace(Adding().eval(), torch.randn(3, TOKENS, 5))
+    assert [group.name for group in graph.groups] == ["up"]
+    assert {"embed", "down"} <= set(graph.skipped)
