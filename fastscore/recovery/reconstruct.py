@@ -163,12 +163,12 @@ class _Bench:
 
     def __init__(self, model: nn.Module, result: Pruned, calibration: Calibration, forward: Forward,
                  process_group: distributed.ProcessGroup | None, kept: KeptPasses) -> None:
+        check_dense(model, result)
         self._model, self._result, self._calibration = model, result, calibration
         self._forward, self._run, self._group = forward, checked_forward(forward), process_group
         self._eval_model = evaluation_copy(model)
         self._removed = {name: index for (name, side), index in result.removed_indices.items()
                          if side == "inputs" and not has_no_place(model, name)}
-        check_dense(model, result)
         self._example = calibration.first()
         try:
             with torch.enable_grad():
