@@ -19,7 +19,7 @@ def run(folder: Path, kernels: Path = KERNELS) -> subprocess.CompletedProcess[st
 def test_no_thread_reads_what_another_may_still_write(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert done.returncode == 0, done.stderr[-5000:]
-    assert len(done.stdout.splitlines()) == 6
+    assert len(done.stdout.splitlines()) == 8
 
 
 @pytest.mark.parametrize("name", ["elements.cuh", "channel_sums.cuh"])
