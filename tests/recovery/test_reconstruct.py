@@ -422,5 +422,5 @@ def test_budgets_hold_after_repair_and_buffers_go_too(layer: str, method: Any) -
 def test_a_model_with_other_layers_is_not_the_dense_one() -> None:
     model, batches = _Tables().double(), list(torch.randn(24, 4, 5, dtype=torch.float64).split(8))
     result = fastscore.prune(model, fastscore.score(model, batches, progress=False), batches[0], params=0.9)
-    with pytest.raises(ValueError, match="not the dense one that the result was pruned from: .* is not there"):
+    with pytest.raises(ValueError, match=r"not the dense one that the result was pruned from: .* is not there"):
         fastscore.reconstruct(nn.Sequential(nn.Linear(5, 20)).double(), result, batches)
