@@ -1,6 +1,7 @@
 """A budget in measured time, by clocks that are made up, and once by a real one (whose figures are not judged)."""
 
 import copy
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -32,7 +33,7 @@ SHARES = st.integers(1, 99).map(lambda percent: percent / 100)
 
 def descending(drops: list[int]) -> list[float]:
     """MACs that remain after each step."""
-    return [sum(drops[step:]) + 10.0 for step in range(len(drops) + 1)]
+    return [float(left) for left in itertools.accumulate(reversed(drops), initial=10)][::-1]
 
 
 @QUICK
