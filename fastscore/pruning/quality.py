@@ -1,11 +1,11 @@
 """A quality budget: the smallest network along the removal order that still decides as the dense one does.
 
 Candidates are found by bisection, each repaired, and judged on samples that no repair has seen. With a confidence, the
-samples to judge by are halved: on one half the bisection runs, the other tests what it has tried, from the largest
-network to the smallest, until one fails. Such a fixed sequence needs no correction for the number of tests (Marcus,
-Peritz, Gabriel 1976), and a single test is the exact binomial one (Clopper, Pearson 1934): the network that is returned
-agrees with the dense one less often than asked for with a probability of 1 - confidence at most, for samples drawn as
-the held-out ones were.
+samples to judge by are halved: on one half the bisection runs, the other tests what has passed there, and before it
+three larger networks, from the largest to the smallest, until one fails. Such a fixed sequence needs no correction for
+the number of tests (Marcus, Peritz, Gabriel 1976), and a single test is the exact binomial one (Clopper, Pearson 1934):
+the network that is returned agrees with the dense one less often than asked for with a probability of 1 - confidence at
+most, for samples drawn as the held-out ones were.
 """
 
 import bisect
@@ -33,6 +33,7 @@ from fastscore.recovery.held_out import Part, samples_in
 
 HELD_OUT = 4  # one of so many calibration samples judges where no others are given
 _BIT = 8  # of a sample's id, by which the samples to judge by are halved
+LARGER = (0.25, 0.5, 0.75)  # of what the largest network that passed lost: networks that are tested before it
 TOLERANCE = 0.005  # of the MACs: candidates nearer to each other are not told apart
 
 
@@ -184,7 +185,10 @@ def choose_steps(macs: Sequence[float], quality: Quality, find: Callable[[int], 
         rows[steps] = find(steps)
         return quality.holds(rows[steps])
 
-    passed = [steps for steps in search(macs, passes, tolerance) if quality.holds(rows[steps])]
+    passed = {steps for steps in search(macs, passes, tolerance) if quality.holds(rows[steps])}
+    if passed and quality.confidence is not None:  # bisection soon tries near neighbours alone, which fail together
+        gone = macs[0] - macs[min(passed)]
+        passed |= {bisect.bisect_left(macs, part * gone - macs[0], key=lambda left: -left) for part in LARGER}
     best = 0
     for steps in sorted(passed):
         if quality.confidence is not None:

@@ -103,6 +103,16 @@ def test_the_test_stops_at_the_first_that_fails() -> None:
     assert rows[3].agreement == 0.5
 
 
+def test_where_the_other_half_says_otherwise_a_larger_network_is_returned() -> None:
+    """Bisection's candidates soon lie side by side, and fail together; the dense network is not all that is left."""
+    macs = [1.0 - 0.01 * step for step in range(101)]
+    best, rows = choose_steps(macs, Quality(agreement=0.85, confidence=0.95),
+                              lambda steps: Divergence(0.95 if steps <= 40 else 0.5, 0.0, 250),
+                              lambda steps: Divergence(1.0 if steps <= 12 else 0.5, 0.0, 250))
+    assert 0 < best <= 12
+    assert [steps for steps, found in sorted(rows.items()) if found.agreement == 1.0] == [best]
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"agreement": 1.0}, r"agreement: 1\.0 is outside \(0, 1\)"), ({"kl": 0.0}, r"kl: 0\.0; it must be above 0"),
     ({"kl": math.inf}, "kl: inf"), ({"agreement": 0.9, "confidence": 1.0}, r"confidence: 1\.0 is outside"),
