@@ -36,8 +36,8 @@ class Pruned(Protocol):
 def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Batch], *, steps: int = 1000,
             temperature: float = 4.0, loss: Loss | None = None, features: Iterable[str] = (),
             feature_weight: float = 1.0, optimizer: OptimizerName | OptimizerMaker = "sgd",
-            lr: float | None = None, warmup: float = 0.05, precision: Literal["bfloat16", "float16"] | None = None,
-            held_out: Iterable[Batch] | None = None, looks: int = 20, patience: int | None = 10, seed: int = 0,
+            lr: float | None = None, warmup: float = 0.05, clip: float | None = 1.0,
+            precision: Literal["bfloat16", "float16"] | None = None, held_out: Iterable[Batch] | None = None, looks: int = 20, patience: int | None = 10, seed: int = 0,
             forward: Forward = call_model, resume: str | PathLike[str] | None = None,
             process_group: distributed.ProcessGroup | None = None, progress: bool = True) -> DistillationReport:
     """Train `smaller`, in place, to return what the dense `model` returns on unlabelled batches.
@@ -58,9 +58,10 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
             be a PruneResult, and they convolutions, Linears or normalisations.
         feature_weight: what their distance (the squared error as a share of the variance) counts beside the loss.
         optimizer: "sgd" (Nesterov momentum), "adamw", or parameters -> an optimizer.
-        lr: the highest learning rate (default: 0.01 for SGD, 0.003 for AdamW); the rate rises to it over the share
+        lr: the highest learning rate (default: 0.03 for SGD, 0.003 for AdamW); the rate rises to it over the share
             `warmup` of the steps, and falls to 0 along a cosine.
         warmup: see lr.
+        clip: the largest norm of the gradient of all weights together; longer ones are shortened to it. None: no limit.
         precision: of the passes, by torch.autocast; weights stay as they are. "float16" scales the loss.
         held_out: batches to judge by, not trained on. Default: one of 8 samples of `batches`, told by content, at most
             512; where a loader changes images at random, give your own.
@@ -89,7 +90,7 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
     removed = smaller.removed_indices if isinstance(smaller, Pruned) else {}
     network = smaller.model if isinstance(smaller, Pruned) else smaller
     _check(model, network, steps=steps, temperature=temperature, looks=looks, patience=patience, warmup=warmup,
-           feature_weight=feature_weight, precision=precision)
+           clip=clip, feature_weight=feature_weight, precision=precision)
     inner, wrapped = unwrapped(network), isinstance(network, DistributedDataParallel)
     group: Any = network.process_group if wrapped else process_group
     rank, size = (0, 1) if group is None else (distributed.get_rank(group), group.size())
@@ -99,13 +100,13 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
         dense = evaluation_copy(unwrapped(model))
         run = DistillationRun(dense, network, Objective(loss, temperature, FeatureMaps(dense, inner, features, removed),
                                               feature_weight), checked_forward(forward), data, group, precision,
-                   make_optimizer(inner.parameters(), optimizer, lr), seed)
+                   make_optimizer(inner.parameters(), optimizer, lr), seed, clip)
         if resume is not None:
             same = run_fingerprint(
                 inner, {"dense weights": run_fingerprint(dense, {})["weights"]}, steps=steps, seed=seed, loss=loss,
                 temperature=temperature, features=list(run.objective.maps.layers), feature_weight=feature_weight,
-                optimizer=optimizer, lr=lr, warmup=warmup, precision=precision, looks=looks, patience=patience,
-                processes=size)
+                optimizer=optimizer, lr=lr, warmup=warmup, clip=clip, precision=precision, looks=looks,
+                patience=patience, processes=size)
             run.keep_in(resume, same)
         with tqdm(total=steps, initial=run.step, unit=" steps", desc="distilling",
                   disable=not progress or rank > 0) as bar:
@@ -139,6 +140,8 @@ def _check(model: nn.Module, smaller: nn.Module, **numbers: Any) -> None:
     if numbers["temperature"] <= 0 or numbers["feature_weight"] < 0:
         raise ValueError(f"temperature, feature_weight: {numbers['temperature']}, {numbers['feature_weight']}; they "
                          "must be above 0, and 0 or more")
+    if numbers["clip"] is not None and numbers["clip"] <= 0:
+        raise ValueError(f"clip: {numbers['clip']}; it must be above 0, or None")
     if numbers["precision"] not in (None, *PRECISIONS):
         raise ValueError(f"precision: {numbers['precision']!r} is none of None, {', '.join(map(repr, PRECISIONS))}")
     own = {parameter.untyped_storage().data_ptr() for parameter in unwrapped(model).parameters()}

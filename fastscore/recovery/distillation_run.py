@@ -82,10 +82,10 @@ class DistillationRun:
     def __init__(self, dense: nn.Module, network: nn.Module, objective: Objective,
                  call: Callable[[nn.Module, Batch], Tensor], data: TrainingBatches,
                  group: distributed.ProcessGroup | None, precision: str | None, optimizer: torch.optim.Optimizer,
-                 seed: int) -> None:
+                 seed: int, clip: float | None) -> None:
         self._dense, self._network, self._smaller, self.objective = dense, network, unwrapped(network), objective
         self._call, self._data, self._judges, self._group = call, data, data.judges(), group
-        self._optimizer, self._seed, self.step = optimizer, seed, 0
+        self._optimizer, self._seed, self._clip, self.step = optimizer, seed, clip, 0
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._device, self._precision = device_of(self._smaller), precision
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "float16")
@@ -143,6 +143,9 @@ class DistillationRun:
         self._scaler.scale(loss).backward()
         if self._group is not None and self._network is self._smaller:
             self._average_gradients(len(got))
+        if self._clip is not None:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self._smaller.parameters(), self._clip)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         return loss.detach()

@@ -11,7 +11,7 @@ OptimizerMaker: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optim
 OptimizerName = Literal["sgd", "adamw"]
 # class, its settings, learning rate
 OPTIMIZERS: Mapping[str, tuple[Callable[..., torch.optim.Optimizer], Mapping[str, Any], float]] = {
-    "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}, 0.01),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}, 0.03),
     "adamw": (torch.optim.AdamW, {"weight_decay": 1e-4}, 3e-3),
 }
 

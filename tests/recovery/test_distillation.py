@@ -259,6 +259,24 @@ def test_the_learning_rate_rises_and_falls_along_a_cosine() -> None:
     assert schedule(0, 1, 0.0) == 1.0
 
 
+@pytest.mark.parametrize(("clip", "precision"), [(1.0, None), (0.01, None), (1.0, "float16"), (None, None)])
+def test_no_gradient_is_longer_than_clip(clip: float | None, precision: Any) -> None:
+    norms: list[float] = []
+
+    class Recording(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+            norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
+
+    distill(network(), network(1), IMAGES.split(32), steps=4, clip=clip, precision=precision, patience=None,
+            optimizer=lambda parameters: Recording(parameters, 0.01), **QUIET)
+    assert norms
+    if clip is None:
+        assert max(norms) > 1.0
+    else:
+        assert max(norms) == pytest.approx(clip, rel=1e-4)
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_mixed_precision(precision: Any) -> None:
     model, result = pruned()
