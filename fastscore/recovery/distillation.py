@@ -37,9 +37,10 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
             temperature: float = 4.0, loss: Loss | None = None, features: Iterable[str] = (),
             feature_weight: float = 1.0, optimizer: OptimizerName | OptimizerMaker = "sgd",
             lr: float | None = None, warmup: float = 0.05, clip: float | None = 1.0,
-            precision: Literal["bfloat16", "float16"] | None = None, held_out: Iterable[Batch] | None = None, looks: int = 20, patience: int | None = 10, seed: int = 0,
-            forward: Forward = call_model, resume: str | PathLike[str] | None = None,
-            process_group: distributed.ProcessGroup | None = None, progress: bool = True) -> DistillationReport:
+            precision: Literal["bfloat16", "float16"] | None = None, held_out: Iterable[Batch] | None = None,
+            looks: int = 20, patience: int | None = 10, seed: int = 0, forward: Forward = call_model,
+            resume: str | PathLike[str] | None = None, process_group: distributed.ProcessGroup | None = None,
+            progress: bool = True) -> DistillationReport:
     """Train `smaller`, in place, to return what the dense `model` returns on unlabelled batches.
 
     Held-out samples judge before the first step and at `looks` equally spaced steps; `smaller` ends with the weights
