@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--optimizers", nargs="+", choices=list(RATES), default=list(RATES))
     parser.add_argument("--temperatures", type=float, nargs="+", default=list(TEMPERATURES))
+    parser.add_argument("--clip", type=float, default=1.0, help="the longest gradient")
     parser.add_argument("--out", metavar="CSV", type=Path)
     arguments = parser.parse_args()
     if arguments.network and not arguments.data:
@@ -73,13 +74,13 @@ def main() -> None:
                 for lr in RATES[optimizer]:
                     smaller = copy.deepcopy(pruned)
                     report = fastscore.distill(model, smaller, images[:count].split(BATCH), steps=arguments.steps,
-                                               lr=lr, optimizer=optimizer, temperature=temperature, patience=None,
-                                               looks=5, progress=False)
+                                               lr=lr, optimizer=optimizer, temperature=temperature,
+                                               clip=arguments.clip, patience=None, looks=5, progress=False)
                     left = divergence(expected, outputs(smaller, test))
                     row = {"network": arguments.network or "digits", "steps": arguments.steps, "seed": seed,
                            "macs": macs, "images": count, "optimizer": optimizer, "lr": lr, "temperature": temperature,
                            "held_out_kl": round(report.best.kl, 4), "test_agreement": round(left.agreement, 4),
-                           "test_kl": round(left.kl, 4)}
+                           "test_kl": round(left.kl, 4), "clip": arguments.clip}
                     print(*row.values(), flush=True)
                     if arguments.out:
                         append(arguments.out, row)
