@@ -270,7 +270,8 @@ def test_command_writes_table_and_chart(tmp_path, monkeypatch, capsys):
 
     rows, facts = command("pass", "resnet18", "mobilenet_v2")
     assert [(row.model, row.contestant) for row in rows] == [
-        (model, contestant) for model in ("resnet18", "mobilenet_v2") for contestant in (BASELINE, "fastscore, random")]
+        (model, contestant) for model in ("resnet18", "mobilenet_v2")
+        for contestant in (BASELINE, "fastscore, random", "fastscore, random, no graph")]
     assert all(row.seconds > 0 and row.peak_mib > 0 for row in rows)
     assert facts["allocator"] == machine.malloc()
     assert machine.malloc() in capsys.readouterr().out
