@@ -277,10 +277,10 @@ def test_command_writes_table_and_chart(tmp_path, monkeypatch, capsys):
     assert machine.malloc() in capsys.readouterr().out
     assert (tmp_path / "peers.png").stat().st_size > 1000
     kept, _ = command("per-sample", "resnet18")
-    assert kept[:4] == rows
-    assert [(row.part, row.contestant) for row in kept[4:]] == [
+    assert kept[:6] == rows
+    assert [(row.part, row.contestant) for row in kept[6:]] == [
         ("per-sample", name) for name in ("Torch-Pruning, Hessian", "fastscore, random")]
-    assert kept[4].times_as_fast == 1
+    assert kept[6].times_as_fast == 1
 
 
 @torch._dynamo.config.patch(recompile_limit=1)
