@@ -107,7 +107,7 @@ def _built(model: PreTrainedModel, config: Any) -> PreTrainedModel:
             config.validate()  # of which some ask that heads divide the hidden size
         with torch.random.fork_rng(devices=[]):
             plain: PreTrainedModel = type(model)(config)
-    except Exception as error:
+    except Exception as error:  # each configuration and model checks in its own words
         said = " ".join(str(error).split())
         raise ValueError(f"model: {type(model).__name__} cannot be built with the widths that are left ({said}): prune "
                          f"with round_to=8 or the like, or {_WAY_OUT}") from error

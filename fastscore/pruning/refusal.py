@@ -21,7 +21,7 @@ def checked(attempt: Callable[[Removed], _Result], removed: Removed) -> _Result:
     """
     try:
         return attempt(removed)
-    except Exception as error:
+    except Exception as error:  # whatever the model's code does with a width that it does not expect
         names = _culprits(attempt, removed)
         does = f"returns {error}" if isinstance(error, OtherShape) else \
             f"does not run ({type(error).__name__}: {error})"
@@ -34,7 +34,7 @@ def _culprits(attempt: Callable[[Removed], object], removed: Removed) -> list[st
     def fails(names: list[str]) -> bool:
         try:
             attempt({name: removed[name] for name in names})
-        except Exception:
+        except Exception:  # likewise
             return True
         return False
 

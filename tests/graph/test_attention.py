@@ -395,7 +395,7 @@ OPTIONS = [dict(zip(("batch_first", "bias", "add_bias_kv", "add_zero_attn", "kdi
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_stand_in_computes_what_pytorch_does(options: dict[str, object]) -> None:
+def test_the_replacement_computes_what_pytorch_does(options: dict[str, object]) -> None:
     """Outputs and gradients, with every mask, to the bit in self-attention; elsewhere to rounding."""
     torch.manual_seed(0)
     module = nn.MultiheadAttention(8, 2, **options).train()
@@ -437,7 +437,7 @@ def test_the_stand_in_computes_what_pytorch_does(options: dict[str, object]) -> 
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_the_stand_in_without_a_batch() -> None:
+def test_the_replacement_without_a_batch() -> None:
     module, x = nn.MultiheadAttention(8, 2).eval(), torch.randn(5, 8)
     mask = torch.tensor([False] * 4 + [True])
     for call in ({}, {"need_weights": False}, {"key_padding_mask": mask}):

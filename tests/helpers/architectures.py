@@ -16,7 +16,7 @@ from real_models import Case
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.batches import Batch, Forward, map_tensors
+from fastscore.batches import Batch, Forward, checked_forward, map_tensors
 from fastscore.graph.tracing import trace
 from fastscore.modules.channel_norms import norm_of
 from fastscore.modules.experts import replace_experts
@@ -115,6 +115,7 @@ def row(case: Case) -> Row:
 def _steps(case: Case) -> Iterator[Callable[[], dict[str, Any]]]:
     """One after another, each giving fields of the row."""
     model, x = prepared(case)
+    call = checked_forward(case.forward)  # the tensor in a mapping of outputs
     scores = result = None
 
     def scored() -> dict[str, Any]:
@@ -129,10 +130,10 @@ def _steps(case: Case) -> Iterator[Callable[[], dict[str, Any]]]:
                 "kept": "; ".join(f"{share:.0%} {reason}" for reason, share in kept.most_common(4) if share >= 0.005)}
 
     def compared() -> dict[str, Any]:
-        right, wrong = as_gates_say(model, x, case.forward)
+        right, wrong = as_gates_say(model, x, call)
         if wrong:  # of random weights some are chaotic in float32
             twice = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, x)
-            right, wrong = as_gates_say(copy.deepcopy(model).double(), twice, case.forward)
+            right, wrong = as_gates_say(copy.deepcopy(model).double(), twice, call)
         return {"scores": f"{right} of {len(scores)} exact" + (f"; wrong: {', '.join(wrong)}" if wrong else "")}
 
     def pruned() -> dict[str, Any]:
@@ -151,8 +152,8 @@ def _steps(case: Case) -> Iterator[Callable[[], dict[str, Any]]]:
     yield scored
     yield compared
     yield pruned
-    yield lambda: {"masked": as_masked(model, result.model, result.removed, x, case.forward)}
-    yield lambda: {"exported": exported(model, result.model, x, case.forward)}
+    yield lambda: {"masked": as_masked(model, result.model, result.removed, x, call)}
+    yield lambda: {"exported": exported(model, result.model, x, call)}
     yield lambda: {"trained": trained(result.model, x, case.forward)}
 
 

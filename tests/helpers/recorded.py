@@ -62,7 +62,7 @@ class Tape(TorchDispatchMode):
                     old.detach().copy_(new)
 
 
-class StandIn:
+class HostRecorder:
     """A Recorder (see fastscore.fastpath.graphs) for a CPU. replays: how often each recording ran."""
 
     def __init__(self) -> None:

@@ -22,6 +22,7 @@ from fastscore.ops.reference import result_dtype  # noqa: E402
 from fastscore.ops.triton import channel_sums, clamp_backward, normalize_gradient, random_gradient  # noqa: E402
 from fastscore.ops.triton.common import Call  # noqa: E402
 from fastscore.ops.triton.launch import (  # noqa: E402
+    REGISTERS,
     plan_channel_sums,
     plan_normalize_gradient,
     plan_random_gradient,
@@ -30,7 +31,6 @@ from fastscore.ops.triton.launch import (  # noqa: E402
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMS = 132
-REGISTERS = 128  # of 65536 on a multiprocessor: the 16 warps that launch.py counts on are all resident
 WIDE_AND_HALF = (torch.float32, torch.bfloat16)  # where float16 compiles to what bfloat16 does
 ON_SM_90 = pytest.mark.parametrize("architecture", [90], indirect=True)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from networks import NETWORKS
-from recorded import NOT_PERMITTED, StandIn
+from recorded import NOT_PERMITTED, HostRecorder
 from torch import Tensor, nn
 
 import fastscore
@@ -13,12 +13,12 @@ from fastscore.fastpath import graphs
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+def recorder(monkeypatch: pytest.MonkeyPatch) -> HostRecorder:
     """CPUs have graphs, and take the path of a GPU."""
     monkeypatch.setenv("FASTSCORE_PORTABLE", "1")
-    recorder = StandIn()
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", recorder)
-    return recorder
+    on_host = HostRecorder()
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", on_host)
+    return on_host
 
 
 def inputs(name: str, *sizes: int) -> list[Tensor]:
@@ -52,13 +52,13 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_the_scores_of_replayed_passes_are_those_of_passes_that_run(stand_in: StandIn, option: str) -> None:
+def test_the_scores_of_replayed_passes_are_those_of_passes_that_run(recorder: HostRecorder, option: str) -> None:
     model = NETWORKS["residual"].model().float()
     batches: list[Any] = inputs("residual", 4, 4, 4, 4, 2)
     if option == "loss":
         batches = [(x, torch.arange(len(x)) % 2) for x in batches]
     scores, eager = both(model, batches, **OPTIONS[option])
-    assert sum(stand_in.replays) == 3  # the first ran as it was, and so did the last, which is smaller
+    assert sum(recorder.replays) == 3  # the first ran as it was, and so did the last, which is smaller
     assert scores.plan is not None
     assert eager.plan is not None
     # minibatches that count as one go to the halves in turn, which are two graphs
@@ -68,14 +68,14 @@ def test_the_scores_of_replayed_passes_are_those_of_passes_that_run(stand_in: St
 
 
 @pytest.mark.parametrize("name", ["mobile", "squeeze-excite"])
-def test_batches_of_odd_size_take_two_graphs_as_their_halves_differ(stand_in: StandIn, name: str) -> None:
+def test_batches_of_odd_size_take_two_graphs_as_their_halves_differ(recorder: HostRecorder, name: str) -> None:
     both(NETWORKS[name].model().float(), inputs(name, *[3] * 6))
-    assert stand_in.replays == [3, 2]
+    assert recorder.replays == [3, 2]
 
 
-def test_shapes_that_do_not_repeat_are_not_recorded(stand_in: StandIn) -> None:
+def test_shapes_that_do_not_repeat_are_not_recorded(recorder: HostRecorder) -> None:
     scores, _ = both(NETWORKS["residual"].model().float(), inputs("residual", 1, 2, 3))
-    assert stand_in.replays == []
+    assert recorder.replays == []
     assert scores.plan is not None
     assert scores.plan.graph == "no CUDA graph: no two batches in a row of one shape"
 
@@ -92,11 +92,11 @@ class Looks(nn.Module):
         return self.last(x if x.max().item() > -1 else -x)
 
 
-def test_a_model_that_waits_for_the_device_runs_as_it_is_and_the_plan_says_why(stand_in: StandIn) -> None:
+def test_a_model_that_waits_for_the_device_runs_as_it_is_and_the_plan_says_why(recorder: HostRecorder) -> None:
     torch.manual_seed(0)
     model, batches = Looks(), [torch.randn(2, 3, 6, 6) for _ in range(4)]
     scores, _ = both(model, batches)
-    assert stand_in.replays == []
+    assert recorder.replays == []
     assert scores.plan is not None
     assert scores.plan.graph == f"no CUDA graph: recording failed: Tensor.item: {NOT_PERMITTED}"
     with pytest.raises(RuntimeError, match=f'graph: True, but recording failed: .*{NOT_PERMITTED}; use graph="auto"'):
@@ -110,7 +110,7 @@ def test_a_graph_that_cannot_be_is_an_error_where_it_was_asked_for() -> None:
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2, 3])
-def test_nan_in_a_replayed_pass_is_named(stand_in: StandIn, bad: int) -> None:
+def test_nan_in_a_replayed_pass_is_named(recorder: HostRecorder, bad: int) -> None:
     batches = inputs("residual", 2, 2, 2, 2)
     batches[bad][1] = torch.nan
     with pytest.raises(FloatingPointError, match="batches: NaN or infinity in the input"):
@@ -143,7 +143,7 @@ class OverflowsBackward(nn.Module):
 
 @pytest.mark.parametrize("bad", [1, 2, 3])
 @pytest.mark.parametrize("graph", ["auto", False])
-def test_a_gradient_that_overflows_is_named_by_its_layer(stand_in: StandIn, bad: int, graph: Any) -> None:
+def test_a_gradient_that_overflows_is_named_by_its_layer(recorder: HostRecorder, bad: int, graph: Any) -> None:
     torch.manual_seed(0)
     batches = [torch.rand(2, 3) for _ in range(4)]
     batches[bad] *= 1e6

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastscore.ops import checks
 from fastscore.ops.reference import result_dtype
 from fastscore.ops.triton.common import Call, multiprocessors, offsets, run
-from fastscore.ops.triton.launch import COMBINE_ROWS, COMBINE_SPLITS, ChannelLaunch, plan_channel_sums
+from fastscore.ops.triton.launch import COMBINE_ROWS, COMBINE_SPLITS, REGISTERS, ChannelLaunch, plan_channel_sums
 
 SUMS = {"dot": 1, "sums": 3, "powers": 2}
 
@@ -99,7 +99,7 @@ def combined(plan: ChannelLaunch, sums: int, mean: int, out: Tensor, first: Call
 def calls(plan: ChannelLaunch, reducer: str, a: Tensor, g: Tensor, out: Tensor, mean: bool = False) -> list[Call]:
     """The launches that fill `out`, [sums, N·C] in memory; partial sums, where there are any, are theirs alone."""
     constants = {"REDUCER": reducer, "SUMS": SUMS[reducer], "ALIGN": plan.align, "BLOCK_C": plan.block_c,
-                 "BLOCK_P": plan.block_p, "WIDE": plan.wide, "num_warps": plan.warps}
+                 "BLOCK_P": plan.block_p, "WIDE": plan.wide, "num_warps": plan.warps, "maxnreg": REGISTERS}
 
     def first(to: Tensor, mean: int) -> Call:
         return Call(channel_sums_kernel, plan.grid, (a, g, to, plan.channels, plan.sizes, plan.positions, *plan.strides,

@@ -12,7 +12,7 @@ from fastscore.ops import checks
 from fastscore.ops.reference import result_dtype
 from fastscore.ops.triton.channel_sums import accumulate, combined
 from fastscore.ops.triton.common import Call, multiprocessors, offsets, run
-from fastscore.ops.triton.launch import ChannelLaunch, plan_channel_sums
+from fastscore.ops.triton.launch import REGISTERS, ChannelLaunch, plan_channel_sums
 
 
 @triton.jit(do_not_specialize=["channels", "positions", "rows", "tiles"])
@@ -56,7 +56,7 @@ def calls(plan: ChannelLaunch, y: Tensor, g: Tensor, rest: Tensor | None, bounds
           mean: bool = False) -> list[Call]:
     """The launches that write to `g` and fill `out`, [3, N·C] in memory. bounds: as y's dtype has them."""
     constants = {"REST": rest is not None, "ALIGN": plan.align, "BLOCK_C": plan.block_c, "BLOCK_P": plan.block_p,
-                 "WIDE": plan.wide, "num_warps": plan.warps}
+                 "WIDE": plan.wide, "num_warps": plan.warps, "maxnreg": REGISTERS}
 
     def first(to: Tensor, mean: int) -> Call:
         return Call(clamp_backward_kernel, plan.grid,

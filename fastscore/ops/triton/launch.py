@@ -24,6 +24,7 @@ WARPS = 4
 COLUMN_BYTES = 128
 MIXED_CHANNELS = 32
 PROGRAMS_PER_SM = 4  # 16 warps on each multiprocessor keep enough bytes in flight
+REGISTERS = 65536 // (PROGRAMS_PER_SM * WARPS * 32)  # of a thread, so that they are all resident
 TILES_PER_SPLIT = 4  # a shorter split costs more in its second kernel than it gains
 COMBINE_ROWS, COMBINE_SPLITS = 32, 32
 QUADS_PER_PROGRAM = 1024

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastscore.ops import checks
 from fastscore.ops.triton.common import Call, multiprocessors, run
-from fastscore.ops.triton.launch import RandomLaunch, plan_random_gradient
+from fastscore.ops.triton.launch import REGISTERS, RandomLaunch, plan_random_gradient
 
 
 @triton.jit
@@ -130,11 +130,11 @@ def calls(plan: RandomLaunch, sample_ids: Tensor, seed: int, probe: int, normal:
         partials = torch.empty((plan.samples, plan.splits), device=out.device)
         result.append(Call(random_lengths_kernel, plan.grid,
                            (*ids, partials, plan.classes, plan.splits, seed, probe),
-                           {"QUADS": plan.quads, "num_warps": plan.warps}))
+                           {"QUADS": plan.quads, "num_warps": plan.warps, "maxnreg": REGISTERS}))
     result.append(Call(random_gradient_kernel, plan.grid,
                        (*ids, partials, out, plan.classes, plan.splits, scale, seed, probe),
                        {"NORMAL": normal, "LENGTH": length, "ALIGN": plan.align, "QUADS": plan.quads,
-                        "BLOCK_SPLITS": 128, "num_warps": plan.warps}))
+                        "BLOCK_SPLITS": 128, "num_warps": plan.warps, "maxnreg": REGISTERS}))
     return result
 
 
