@@ -208,7 +208,7 @@ def test_a_real_network(tmp_path: Path) -> None:
 
 
 def test_attention_pruned_while_it_is_tapped(tmp_path: Path) -> None:
-    """PyTorch's attention has a replacement as long as a scorer is attached; the file knows the model as it is without."""
+    """PyTorch's attention is replaced as long as a scorer is attached; the file knows the model as it is without."""
 
     class Attending(nn.Module):
         def __init__(self) -> None:
