@@ -167,8 +167,10 @@ def _shapes_at_two_sizes(model: nn.Module, watched: Mapping[str, Watched], run: 
     if not isinstance(first, str) and not isinstance(second, str):
         return [first, second]
     count = _samples_of(example)
-    refusal = first if isinstance(first, str) else str(second)
-    return [_trial(model, watched, run, example, count)] if count > 1 else refusal + _ALONE
+    as_it_is = _tried(model, watched, run, example, count) if count > 1 else ""
+    if not isinstance(as_it_is, str):
+        return [as_it_is]
+    return (first if isinstance(first, str) else str(second)) + _ALONE
 
 
 def _samples_of(example: Batch) -> int:

@@ -73,16 +73,21 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         return [batches.checked_forward(forward)(model, batch)]
 
     def run_as_in_training(model: nn.Module, batch: batches.Batch = example_inputs) -> list[Tensor]:
-        with training_only.as_in_training(model):
-            return [output for output in batches.floating_tensors(forward(model, batch))
-                    if output.requires_grad or not torch.is_grad_enabled()]
+        with training_only.as_in_training(model) as returned:
+            try:
+                returned.append(forward(model, batch))
+            except Exception:  # of a forward= that expects what evaluation gives
+                if not returned:
+                    raise
+        tensors = {id(tensor): tensor for tensor in batches.floating_tensors(returned)}
+        return [tensor for tensor in tensors.values() if tensor.requires_grad or not torch.is_grad_enabled()]
 
     with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), \
             working(f"tracing {type(model).__name__}"):
         found, ran, explained = _traced(eval_model, run)
         inactive = training_only.callable_layers(eval_model) - ran
         if inactive:
-            with suppress(ValueError, TypeError):
+            with suppress(Exception):  # of a model's code that does not train
                 more, ran_in_training, explained_then = _traced(eval_model, run_as_in_training)
                 if ran <= ran_in_training:
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then

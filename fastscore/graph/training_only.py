@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch_pruning as tp
 from torch import nn
@@ -20,15 +21,18 @@ def callable_layers(model: nn.Module) -> set[str]:
 
 
 @contextmanager
-def as_in_training(model: nn.Module) -> Iterator[None]:
+def as_in_training(model: nn.Module) -> Iterator[list[Any]]:
     """In the block, modules of an evaluation copy that hold others take the way that they take in training; BatchNorm
-    and dropout stay as they are."""
+    and dropout stay as they are. Gives a list that what the model returns there is added to."""
     containers = [module for module in model.modules() if any(module.children())]
+    returned: list[Any] = []
+    handle = model.register_forward_hook(lambda module, args, output: returned.append(output))
     for module in containers:
         module.training = True
     try:
-        yield
+        yield returned
     finally:
+        handle.remove()
         for module in containers:
             module.training = False
 

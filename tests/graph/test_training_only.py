@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from fastscore.batches import call_model
 from fastscore.graph import training_only
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
+from fastscore.graph.tracing import trace
 
 
 def _group(name: str, *readers: str) -> ChannelGroup:
@@ -74,3 +76,24 @@ def test_layers_that_never_ran_are_named() -> None:
     found = training_only.with_skip_reasons(ChannelGraph((heads,), {}, {}), {"idle", "attention.out_proj"})
     assert set(found.skipped) == {"idle"}
     assert "does not run on example_inputs" in found.skipped["idle"]
+
+
+class TwoOutputs(Auxiliary):
+    """Logits alone in evaluation, a pair in training, as GoogLeNet and Inception."""
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """[N, 4] -> [N, 2]."""
+        x = self.norm(self.body(x))
+        return (self.head(x), self.auxiliary(x)) if self.training else self.head(x)
+
+
+def test_code_that_expects_what_evaluation_gives() -> None:
+    """forward= is the user's, and need not take what the model returns in training; heads that run there read still."""
+    model, x = TwoOutputs().eval(), torch.randn(5, 4)
+
+    def logits(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).float()
+
+    for forward in (call_model, logits):
+        (group,) = trace(model, x, forward).groups
+        assert (group.name, {member.layer for member in group.role("consumer")}) == ("body", {"head", "auxiliary.0"})
