@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,36 @@ _TENSOR = "__tensor__"
 def write(path: str | PathLike[str], form: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write `tensors` (on any device) and `header` (what JSON can hold) to `path`, whole or not at all.
 
-    form: what kind of file it is, with its version; `read` asks for the same. The file is written beside its place,
-    as PATH.part, and then moved there, so that whoever is killed meanwhile leaves the old one as it was.
+    form: what kind of file it is, with its version; `read` asks for the same. The file is written beside its place
+    and then moved there, so that whoever is killed meanwhile leaves the old one as it was.
     Raises FileNotFoundError where there is no folder for it.
     """
-    place = Path(path)
-    if not place.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {place.parent}; make it first")
     # clones, since safetensors takes no tensors that share their memory
     tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, tensor in tensors.items()}
     text = json.dumps(header)
-    part = place.with_name(place.name + ".part")
     contents = safetensors.torch.save(tensors, {"format": form, "header": text, "sha256": _checksum(text, tensors)})
-    with open(part, "wb") as file:
+    with whole(path) as part, open(part, "wb") as file:
         file.write(contents)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, place)
+
+
+@contextmanager
+def whole(path: str | PathLike[str]) -> Iterator[Path]:
+    """Where to write what is to lie at `path`: beside it, under another name of the same suffix, and moved there in the
+    end; gone, and `path` as it was, where the block raises. Raises FileNotFoundError where there is no folder for it.
+    """
+    place = Path(path)
+    if not place.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {place.parent}; make it first")
+    part = place.with_name(f"part-{place.name}")
+    try:
+        yield part
+        os.replace(part, place)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def read(path: str | PathLike[str], form: str, what: str, otherwise: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

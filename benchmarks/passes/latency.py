@@ -7,8 +7,8 @@ channels that remain; the models that were built and timed; the seconds that all
 
 import argparse
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
 
 import torch
 import torchvision
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fastscore
 from benchmarks import machine
+from fastscore.pruning.clocks import Clock
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2")
 SHARES = (0.8, 0.6, 0.4)
@@ -26,14 +27,16 @@ HEAD = f"{'network':<14}{'ranking':<18}{'asked':>7}{'measured':>10}{'±':>7}{'MA
        f"{'seconds':>9}"
 
 
-def rows(name: str, model: nn.Module, x: Tensor, shares: tuple[float, ...] = SHARES) -> Iterator[str]:
+def rows(name: str, model: nn.Module, x: Tensor, shares: Sequence[float] = SHARES,
+         rankings: Sequence[str] = tuple(RANKINGS), clock: Clock = "torch") -> Iterator[str]:
     """The rows of one network, by the magnitude of its weights; a budget out of reach says so in its row."""
     scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
-    for ranking, options in RANKINGS.items():
+    for ranking in rankings:
+        options = RANKINGS[ranking]
         for share in shares:
             start = time.perf_counter()
             try:
-                report = fastscore.prune(model, scores, x, latency=share, **options).report
+                report = fastscore.prune(model, scores, x, latency=share, clock=clock, **options).report
             except ValueError as error:
                 yield f"{name:<14}{ranking:<18}{share:>7.0%}  {error}"
                 continue
@@ -46,16 +49,23 @@ def rows(name: str, model: nn.Module, x: Tensor, shares: tuple[float, ...] = SHA
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", type=int, default=224, help="of the square images (default: %(default)s)")
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, metavar="NAME", help="torchvision's names")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, metavar="SHARE",
+                        help="of the time, to remain")
+    parser.add_argument("--rankings", nargs="+", choices=tuple(RANKINGS), default=tuple(RANKINGS))
+    parser.add_argument("--clock", choices=get_args(Clock), default="torch", help="what runs the networks")
     machine.add_arguments(parser)
     arguments = parser.parse_args()
     machine.settle(arguments)
-    print(f"{machine.describe(arguments.device)}; one image of {arguments.size}x{arguments.size}\n{HEAD}")
-    for name in NETWORKS:
+    print(f"{machine.describe(arguments.device)}; one image of {arguments.size}x{arguments.size}, "
+          f"timed by {arguments.clock}\n{HEAD}")
+    for name in arguments.networks:
         torch.manual_seed(0)
         layout = getattr(torch, arguments.layout.replace("contiguous", "contiguous_format"))
         model = getattr(torchvision.models, name)().eval().to(arguments.device, memory_format=layout)
         x = torch.randn(1, 3, arguments.size, arguments.size, device=arguments.device)
-        for row in rows(name, model, x.contiguous(memory_format=layout)):
+        for row in rows(name, model, x.contiguous(memory_format=layout), arguments.shares,
+                        arguments.rankings, arguments.clock):
             print(row, flush=True)
 
 

@@ -77,7 +77,8 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Tensor]:
 def _unwrapped(path: str | PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:
     """(The state dict in a file, what was said about the rest of it.)"""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint: there is no file {path}")
+        raise FileNotFoundError(f"checkpoint: {path} is a folder; name a file in it" if Path(path).is_dir() else
+                                f"checkpoint: there is no file {path}")
     if Path(path).suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path), []

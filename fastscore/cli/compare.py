@@ -6,7 +6,7 @@ import json
 import fastscore
 from fastscore import plots
 from fastscore.cli import options
-from fastscore.cli.curve import add_budgets
+from fastscore.cli.curve import add_budgets, budgets
 from fastscore.cli.options import Commands, add_command
 
 
@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--batch-size", type=options.positive, default=32, metavar="N", help="default: %(default)s")
     command.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
     command.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="LAYER",
-                         help="layers to leave alone, by name; * and ? are wildcards")
+                         help="layers to keep as they are, by name; * and ? are wildcards")
     add_budgets(command)
     options.add_repair(command)
     options.add_pixels(command)
@@ -38,6 +38,9 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Score by each criterion, prune to each budget, print, draw."""
+    asked = budgets(arguments)
+    if not any(asked.values()):
+        asked["macs"] = [0.9, 0.8, 0.7, 0.6, 0.5]
     options.check_folder(arguments.plot)
     if arguments.plot is not None:
         plots.check(arguments.plot)
@@ -45,9 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     work, judges = options.image_batches(arguments, prepare, judges=True)
     options.tell(f"images: {prepare}")
     found = fastscore.compare(options.model(arguments), work, arguments.importances,
-                              arguments.macs or (0.9, 0.8, 0.7, 0.6, 0.5), params=arguments.params,
-                              channels=arguments.channels, held_out=judges, repair=arguments.repair,
-                              seed=arguments.seed, ignore=arguments.ignore)
+                              **asked, held_out=judges, repair=arguments.repair,
+                              seed=arguments.seed, measured=arguments.measured, ignore=arguments.ignore)
     print(json.dumps(found.records()) if arguments.json else found)
     if arguments.plot is not None:
         found.plot(arguments.plot)

@@ -2,12 +2,13 @@
 
 import argparse
 import json
-from pathlib import Path
+from typing import Any
 
 import fastscore
-from fastscore import plots
+from fastscore import files, plots
 from fastscore.cli import options
 from fastscore.cli.options import Commands, add_command
+from fastscore.pruning.options import Budgets
 
 
 def add(commands: Commands) -> None:
@@ -36,11 +37,21 @@ def add_budgets(command: argparse.ArgumentParser) -> None:
     budget = command.add_mutually_exclusive_group()
     for resource, text in (("macs", "multiply-accumulates (default: 0.9 0.8 0.7 0.6 0.5)"), ("params", "parameters"),
                            ("channels", "channels")):
-        budget.add_argument(f"--{resource}", type=float, nargs="+", metavar="SHARE", help=f"of the {text}")
+        budget.add_argument(f"--{resource}", type=options.share, nargs="+", metavar="SHARE", help=f"of the {text}")
+
+
+def budgets(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Resource -> shares. Raises ValueError for one that is none."""
+    found = {name: getattr(arguments, name) for name in ("macs", "params", "channels")}
+    for name, shares in found.items():
+        for share in shares or ():
+            Budgets(**{name: share})
+    return found
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Score where there are no scores yet, prune to each budget, print, draw."""
+    asked = budgets(arguments)
     options.check_folder(arguments.plot, arguments.out)
     if arguments.plot is not None:
         plots.check(arguments.plot)
@@ -50,13 +61,14 @@ def run(arguments: argparse.Namespace) -> None:
     model = options.model(arguments)
     if scores is None:
         scores = options.scored(model, arguments, prepare, work)
-    found = fastscore.curve(model, scores, work, arguments.macs, params=arguments.params, channels=arguments.channels,
-                            held_out=judges, repair=arguments.repair, ignore=arguments.ignore)
+    found = fastscore.curve(model, scores, work, **asked, held_out=judges, repair=arguments.repair,
+                            measured=arguments.measured, ignore=arguments.ignore)
     print(json.dumps(found.records()) if arguments.json else found)
     if arguments.plot is not None:
         found.plot(arguments.plot)
     if arguments.out is not None:
         kept = {"resource": found.resource, "decisions": found.decisions, "note": found.note,
                 "notes": dict(scores.notes), "rows": found.records()}
-        Path(arguments.out).write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        with files.whole(arguments.out) as part:
+            part.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     options.wrote(arguments.plot, arguments.out)

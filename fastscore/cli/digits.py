@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from fastscore.progress import bar, shown
 from fastscore.pruning.costs import total_macs
 from fastscore.pruning.prune import prune
 from fastscore.scoring.engine import score
@@ -129,18 +129,16 @@ def run(networks: int = 5, seed: int = 0, epochs: int = EPOCHS, progress: bool =
     """Train networks with seeds seed, seed + 1, ...; prune and fine-tune each by every criterion; measure."""
     outcomes: dict[str, list[Outcome]] = {"dense": [], **{name: [] for name in IMPORTANCES}}
     steps = networks * (epochs + len(IMPORTANCES) * (len(SHARES) + FINE_TUNING_EPOCHS))
-    bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with _one_thread(), torch.random.fork_rng(devices=[]), tqdm(total=steps, disable=not progress,
-                                                                bar_format=bar_format) as bar:
+    with _one_thread(), torch.random.fork_rng(devices=[]), shown(progress), bar("demo", " rounds", steps) as told:
         for number in range(networks):
             digits = Digits.split(seed + number)
             torch.manual_seed(seed + number)
             model = network()
-            bar.set_description(f"network {number + 1} of {networks}, training")
-            outcomes["dense"].append(_train_dense(model, digits, epochs, bar.update))
+            told.set_description(f"network {number + 1} of {networks}, training")
+            outcomes["dense"].append(_train_dense(model, digits, epochs, told.update))
             for name, importance in IMPORTANCES.items():
-                bar.set_description(f"network {number + 1} of {networks}, {name}")
-                outcomes[name].append(_prune(model, importance, digits, seed + number, bar.update))
+                told.set_description(f"network {number + 1} of {networks}, {name}")
+                outcomes[name].append(_prune(model, importance, digits, seed + number, told.update))
     return Result(outcomes, len(digits.train[0]), len(digits.test[0]))
 
 

@@ -179,7 +179,8 @@ def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = No
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ValueError(f"images: {root} is not a folder")
+        raise ValueError(f"images: {root} is not a folder"
+                         + (f", but a file; give {root.parent}, or a folder of images" if root.is_file() else ""))
     paths = sorted(path for path in root.rglob("*")
                    if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
     if not paths:

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import itertools
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -64,9 +65,9 @@ def add_model(command: argparse.ArgumentParser, optional: bool = False) -> None:
                        "Python path or a .py file)")
     weights = model.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", metavar="FILE", help="state dict: safetensors, or torch.save")
-    weights.add_argument("--weights", metavar="NAME", help="torchvision's weights, e.g. DEFAULT (downloaded)")
+    weights.add_argument("--weights", metavar="NAME", help="torchvision's or timm's weights, e.g. DEFAULT (downloaded)")
     model.add_argument("--classes", type=positive, metavar="N",
-                       help="outputs of a torchvision model (default: its own)")
+                       help="outputs of a torchvision or timm model (default: its own)")
     model.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
 
 
@@ -76,6 +77,8 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
     scoring = command.add_argument_group("scoring")
     scoring.add_argument("--importance", choices=IMPORTANCES, default="taylor-sq",
                          help="default: %(default)s; the signed taylor needs a loss: fastscore.Scorer has it")
+    scoring.add_argument("--units", choices=("groups", "blocks"), default="groups",
+                         help="blocks: whole residual branches can go beside the channels (default: %(default)s)")
     scoring.add_argument("--reduction", choices=REDUCTIONS, default="sum",
                          help="over a channel's positions before the square or absolute value (default: %(default)s)")
     scoring.add_argument("--ablation", choices=ABLATIONS,
@@ -110,6 +113,9 @@ def add_repair(command: argparse.ArgumentParser) -> None:
                         "of four images, held out)")
     repair.add_argument("--no-repair", action="store_const", const=None, dest="repair",
                         help="cut only; --images then scores alone")
+    command.add_argument("--measured", action=argparse.BooleanOptionalAction,
+                         help="compare layers by what cutting them costs once it is repaired, not by importances "
+                         "alone: better, and slower (default: with --repair auto and asymmetric, where it can be)")
 
 
 def repairs(arguments: argparse.Namespace) -> bool:
@@ -120,7 +126,8 @@ def repairs(arguments: argparse.Namespace) -> bool:
 
 def ablation(arguments: argparse.Namespace) -> str:
     """What a channel's absence is compared with: its mean, which a repair gives back, where one follows."""
-    has_mean = (arguments.importance, arguments.reduction, "mean") in GRADIENT_IMPORTANCES
+    has_mean = arguments.units == "groups" and \
+        (arguments.importance, arguments.reduction, "mean") in GRADIENT_IMPORTANCES
     return arguments.ablation or ("mean" if has_mean and repairs(arguments) else "zero")
 
 
@@ -199,7 +206,7 @@ def scored(model: nn.Module, arguments: argparse.Namespace, prepare: images.Prep
     tell(f"images: {prepare}")
     scores = fastscore.score(model, batches, samples=samples, ablation=ablation(arguments),
                              **{name: getattr(arguments, name) for name in
-                                ("importance", "reduction", "layerwise", "probes", "distribution", "center",
+                                ("importance", "units", "reduction", "layerwise", "probes", "distribution", "center",
                                  "normalize", "seed", "ignore", "precision", "compile")}, **how)
     return replace(scores, notes=notes(arguments, prepare))
 
@@ -208,11 +215,7 @@ def notes(arguments: argparse.Namespace, prepare: images.Preprocessing) -> dict[
     """Where scores come from, to be kept with them: model, weights, what was made of the images, when, and by what."""
     known = {"model": arguments.model, "weights": arguments.weights, "checkpoint": arguments.checkpoint}
     if arguments.checkpoint is not None:
-        digest = hashlib.sha256()
-        with open(arguments.checkpoint, "rb") as file:
-            while part := file.read(2**20):
-                digest.update(part)
-        known["checkpoint"] += f" (sha256 {digest.hexdigest()})"
+        known["checkpoint"] += f" (sha256 {_sha256(arguments.checkpoint)})"
     elif arguments.model.startswith("hf:"):
         known["revision"] = hugging_face.revision(models.parse(arguments.model)[1])
     if arguments.importance not in WEIGHT_IMPORTANCES:
@@ -225,6 +228,14 @@ def notes(arguments: argparse.Namespace, prepare: images.Preprocessing) -> dict[
     return {name: value for name, value in known.items() if value is not None}
 
 
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def load_scores(arguments: argparse.Namespace) -> Scores:
     """The scores that `scores` names, whose notes fill in --size, --classes, --mean and --std where they are not given
     and the model is the one that was scored.
@@ -233,7 +244,13 @@ def load_scores(arguments: argparse.Namespace) -> Scores:
     """
     scores = Scores.load(arguments.scores)
     if arguments.model is None or scores.notes.get("model") != arguments.model:
+        if arguments.model is not None and "model" in scores.notes:
+            tell(f"{arguments.scores} is of {scores.notes['model']}, and this is {arguments.model}")
         return scores
+    file = vars(arguments).get("checkpoint")
+    weights = scores.notes.get("checkpoint", "other weights")
+    if file is not None and Path(file).is_file() and not weights.endswith(f"{_sha256(file)})"):
+        tell(f"{arguments.scores} is of {weights}, and {file} is another file")
     noted = Parser(prog="fastscore")
     add_pixels(noted)
     noted.add_argument("--classes", type=positive)
@@ -254,10 +271,18 @@ def example(arguments: argparse.Namespace, prepare: images.Preprocessing) -> Ten
 
 
 def check_folder(*paths: str | None) -> None:
-    """Raise ValueError, before any work, for a file to write in a folder that is not there."""
-    for path in paths:
-        if path is not None and not Path(path).parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {Path(path).parent} to write it in")
+    """Raise ValueError, before any work, for a file that could not be written: no folder, or a folder in its place."""
+    for path in map(Path, filter(None, paths)):
+        if not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent} to write it in; make it first")
+        if path.is_dir():
+            raise ValueError(f"{path}: it is a folder; name a file in it")
+        try:
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise ValueError(f"{path}: nothing can be written to {path.parent} ({error.strerror}); name a file "
+                             "elsewhere") from error
 
 
 def wrote(*paths: str | None) -> None:
@@ -265,6 +290,14 @@ def wrote(*paths: str | None) -> None:
     for path in paths:
         if path is not None:
             print(f"wrote {path} ({Path(path).stat().st_size / 1e6:.2f} MB)", file=sys.stderr)
+
+
+def share(text: str) -> float:
+    """A number, such as the share of a budget."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; a share such as 0.7 is meant") from None
 
 
 def positive(text: str) -> int:

@@ -10,6 +10,8 @@ from fastscore.cli import options
 from fastscore.cli.options import Commands, add_command, positive_or, tell
 from fastscore.pruning.clocks import Clock
 from fastscore.pruning.export import check_suffix, save
+from fastscore.pruning.options import Budgets, Ranking
+from fastscore.pruning.quality import Quality
 
 
 def add(commands: Commands) -> None:
@@ -30,14 +32,14 @@ def add(commands: Commands) -> None:
                                         "--agreement)")
     for unit, text in (("macs", "multiply-accumulates"), ("params", "parameters"), ("channels", "channels"),
                        ("latency", "time that two images take, measured here")):
-        budget.add_argument(f"--{unit}", type=float, metavar="SHARE", help=f"share of the {text}")
+        budget.add_argument(f"--{unit}", type=options.share, metavar="SHARE", help=f"share of the {text}")
     budget.add_argument("--clock", choices=get_args(Clock), default="torch",
                         help="what runs the models when --latency is measured; the last two on the CPU (default: "
                         "%(default)s)")
-    budget.add_argument("--agreement", type=float, metavar="SHARE",
+    budget.add_argument("--agreement", type=options.share, metavar="SHARE",
                         help="the smallest model that makes this share of the dense one's decisions, judged on images "
                         "that do not repair it")
-    budget.add_argument("--confidence", type=float, metavar="P",
+    budget.add_argument("--confidence", type=options.share, metavar="P",
                         help="--agreement then holds beyond those images with this probability, such as 0.95")
     command.add_argument("--scores", metavar="FILE", help="scores from `fastscore score --out`; otherwise scored now")
     options.add_scoring(command, command)
@@ -50,7 +52,7 @@ def add(commands: Commands) -> None:
                          "the importance reads gradients)")
     command.add_argument("--round-to", type=positive_or("auto"), default=1, metavar="N",
                          help="remaining widths are multiples of N; auto: of what the device likes")
-    command.add_argument("--floor", type=float, default=0.0, metavar="SHARE",
+    command.add_argument("--floor", type=options.share, default=0.0, metavar="SHARE",
                          help="share of each layer's channels that stays")
     command.add_argument("--compensate", action=argparse.BooleanOptionalAction,
                          help="add what removed channels gave on average to the biases of the layers that read them "
@@ -63,6 +65,9 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Score where there are no scores yet, prune, print, write."""
+    asked = Budgets(**{name: getattr(arguments, name) for name in ("channels", "params", "macs", "latency")})
+    Quality(arguments.agreement, None, arguments.confidence).alone(asked, True)  # before minutes of work
+    Ranking(arguments.scope, arguments.cost_aware, arguments.round_to, arguments.floor)
     options.check_folder(arguments.out)
     check_suffix(arguments.out)
     scores = None if arguments.scores is None else options.load_scores(arguments)
@@ -82,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     result = fastscore.prune(model, scores, example, **repair,
                              **{name: getattr(arguments, name) for name in
                                 ("channels", "params", "macs", "latency", "agreement", "confidence", "scope",
-                                 "clock", "cost_aware", "round_to", "floor", "compensate", "ignore")})
+                                 "clock", "cost_aware", "round_to", "floor", "compensate", "measured", "ignore")})
     save(result, example, arguments.out)
     print(json.dumps(asdict(result.report)) if arguments.json else result.report)
     tried = {row.name: row for row in result.report.repairs if row.name == "none" or row.chosen}

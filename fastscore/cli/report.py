@@ -12,6 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from fastscore import files
 from fastscore.batches import Batch, call_model
 from fastscore.cli import images, models, options
 from fastscore.cli.options import Commands, add_command, check_folder, wrote
@@ -43,7 +44,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--curve", metavar="JSON", help="what `fastscore curve --scores SCORES --out` measured: the "
                          "page then says it beside the budget")
     command.add_argument("--out", metavar="HTML", default="fastscore-report.html", help="default: %(default)s")
-    command.add_argument("--fraction", type=float, default=0.3, metavar="SHARE",
+    command.add_argument("--fraction", type=options.share, default=0.3, metavar="SHARE",
                          help="share of the channels that the page shows as going at first (default: %(default)s)")
     command.add_argument("--title", default="Channel scores", help="default: %(default)s")
 
@@ -133,13 +134,12 @@ def write(scores: Scores, path: str | PathLike[str], *, title: str = "Channel sc
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction: {fraction}; it is the share of channels to remove, 0 <= fraction < 1")
-    if not Path(path).parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {Path(path).parent}; make it first")
     page = resources.files("fastscore.cli").joinpath("report.html").read_text(encoding="utf-8")
     # "</script>" in a layer's name would end the data
     held = _data(scores, title, fraction, pruned) | {"costs": costs, "curve": curve, "command": command}
     data = json.dumps(held, ensure_ascii=True).replace("<", "\\u003c")
-    Path(path).write_text(page.replace("__DATA__", data), encoding="utf-8")
+    with files.whole(path) as part:
+        part.write_text(page.replace("__DATA__", data), encoding="utf-8")
 
 
 def _data(scores: Scores, title: str, fraction: float, pruned: PruneReport | None) -> dict[str, Any]:

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from fastscore.batches import Batch, Forward, call_model, first_samples, map_tensors
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
-from fastscore.progress import shown
+from fastscore.progress import bar, shown
 from fastscore.pruning.prune import prune
 from fastscore.pruning.quality import HELD_OUT, Judge
 from fastscore.pruning.result import PruneResult
@@ -186,12 +185,12 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
     else:
         options |= {"calibration": fit, "repair": repair}
     dense, device = evaluation_copy(model), device_of(model)
-    with fork_rng(device), shown(progress):
+    with fork_rng(device), shown(progress), bar("curve", " networks", len(budgets)) as told:
         example = example_of(batches, example_inputs, forward, device)
         judge = Judge(dense, judges, forward)
         rows, decisions = [], 0
-        for budget in tqdm(budgets, desc="curve", unit=" networks", disable=not progress):
-            result = prune(model, scores, example, **{resource: budget}, forward=forward, **options)
+        for budget in budgets:
+            result = prune(model, scores, example, forward=forward, **options | {resource: budget})
             bare = result.cut_again(model, {}, {}) if repair is not None else result
             cut, decisions = _point(judge, bare, evaluate)
             repaired = None if repair is None else _point(judge, result, evaluate)[0]
@@ -201,6 +200,7 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
             chosen = next((row for row in report.repairs if row.chosen), None)
             rows.append(CurveRow(budget, left["macs"], left["params"], left["channels"], cut, repaired,
                                  "none" if chosen is None else _named(chosen)))
+            told.update()
         own = None if evaluate is None else float(evaluate(dense))
     origin = scores.origin
     note = (f"ranked by {origin.importance}" + (f" ({origin.ablation} ablation)" if origin.ablation != "zero" else "")

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastscore import files
 from fastscore.batches import floating_tensors, output_tensors
 from fastscore.pruning.checkpoint import save_pruned
 from fastscore.pruning.result import PruneResult
@@ -36,7 +37,9 @@ def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | Pat
     model = model.model if isinstance(model, PruneResult) else model
     modes = {module: module.training for module in model.modules()}
     try:
-        _WRITERS[suffix](model.eval() if suffix == ".pt" else plain(model.eval(), example_inputs), example_inputs, path)
+        with files.whole(path) as part:
+            _WRITERS[suffix](model.eval() if suffix == ".pt" else plain(model.eval(), example_inputs), example_inputs,
+                             part)
     finally:
         for module, training in modes.items():
             module.training = training

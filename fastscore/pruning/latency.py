@@ -194,7 +194,7 @@ def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Budgets,
                     other, counted[steps] = build(channels_of(order[:steps]))
                     built[steps] = runner(clock, other.eval(), example_inputs, forward)
                 measured[steps] = replace(time_pair(whole, built[steps], device, patience), clock=clock)
-                told.set_postfix_str(f"{measured[steps].share:.1%} of the time for {share:.1%}", refresh=False)
+                told.set_postfix_str(f"{measured[steps].share:.1%} of the time for {share:.1%}")
                 told.update()
                 return measured[steps].share
 

@@ -35,7 +35,8 @@ class Budgets:
         for name, share in self.given.items():
             check_number(name, share, "0.5")
             if not 0 < share <= 1:
-                raise ValueError(f"{name}: {share} is outside (0, 1]; it is the share that remains")
+                raise ValueError(f"{name}: {share} is outside (0, 1]; it is the share that remains"
+                                 + (f": {share / 100:g} for {share:g} %" if 2 <= share <= 100 else ", such as 0.7"))
 
     @property
     def given(self) -> dict[str, float]:

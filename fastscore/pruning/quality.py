@@ -61,7 +61,7 @@ class Quality:
                 check_number(name, value, "0.98" if name != "kl" else "0.01")
         if self.agreement is not None and not 0 < self.agreement < 1:
             raise ValueError(f"agreement: {self.agreement} is outside (0, 1); it is the share of samples on which both "
-                             "networks decide alike")
+                             "networks decide alike, such as 0.98")
         if self.kl is not None and not 0 < self.kl < math.inf:
             raise ValueError(f"kl: {self.kl}; it must be above 0")
         if self.confidence is not None and not 0 < self.confidence < 1:
@@ -257,7 +257,7 @@ def select_by_quality(macs: Sequence[float], build: Callable[[int], PruneResult]
             dense_macs, left = built[steps].report.macs
             remains[steps] = left / dense_macs
         found = judge(built[steps].model)
-        tried.set_postfix_str(f"{remains[steps]:.1%} of the MACs: agreement {found.agreement:.1%}", refresh=False)
+        tried.set_postfix_str(f"{remains[steps]:.1%} of the MACs: agreement {found.agreement:.1%}")
         tried.update()
         if quality.confidence is not None and found.decisions != judge.samples:
             raise ValueError(f"confidence: the model makes {found.decisions} decisions about {judge.samples} samples; "

@@ -8,7 +8,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from fastscore.batches import Batch, Forward, call_model, checked_forward
 from fastscore.fingerprints import run_fingerprint
@@ -16,6 +15,7 @@ from fastscore.graph.surgery import RemovedIndices
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
+from fastscore.progress import bar, shown
 from fastscore.recovery.distillation_run import PRECISIONS, DistillationReport, DistillationRun, Loss, Objective
 from fastscore.recovery.features import FeatureMaps
 from fastscore.recovery.optimizers import OptimizerMaker, OptimizerName, make_optimizer
@@ -109,9 +109,8 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
                 optimizer=optimizer, lr=lr, warmup=warmup, clip=clip, precision=precision, looks=looks,
                 patience=patience, processes=size)
             run.keep_in(resume, same)
-        with tqdm(total=steps, initial=run.step, unit=" steps", desc="distilling",
-                  disable=not progress or rank > 0) as bar:
-            return run.to(steps, looks, patience, warmup, bar)
+        with shown(progress and rank == 0), bar("distilling", " steps", steps, run.step) as told:
+            return run.to(steps, looks, patience, warmup, told)
 
 
 @contextmanager

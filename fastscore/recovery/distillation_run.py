@@ -15,6 +15,7 @@ from torch import Tensor, distributed, nn
 from fastscore.batches import Batch, valid_tokens
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
+from fastscore.progress import Bar
 from fastscore.recovery.divergence import divergence
 from fastscore.recovery.features import FeatureMaps
 from fastscore.recovery.optimizers import schedule
@@ -93,7 +94,7 @@ class DistillationRun:
         self._file: RunFile | None = None
         self._norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self._smaller.modules())
 
-    def to(self, steps: int, looks: int, patience: int | None, warmup: float, bar: Any) -> DistillationReport:
+    def to(self, steps: int, looks: int, patience: int | None, warmup: float, bar: Bar) -> DistillationReport:
         """Go on to `steps`, or until nothing gets better; the best weights are then in the network."""
         if not self._looks:
             self._look(0.0)

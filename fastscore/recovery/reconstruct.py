@@ -258,7 +258,7 @@ class _Bench:
             rows.append(Repair(name, ridge, recalibrated, found.agreement, found.kl))
             if name not in best or found.kl < best[name][0].kl:
                 best[name] = rows[-1], result
-            bar.set_postfix_str(f"{name}: agreement {found.agreement:.1%}", refresh=False)
+            bar.set_postfix_str(f"{name}: agreement {found.agreement:.1%}")
             bar.update()
 
         corrections: dict[str, float] = {}

@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from os import PathLike
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 from torch import Tensor, distributed, nn
-from tqdm import tqdm
 
 from fastscore.batches import MASK, Batch, Forward, call_model, first_input, first_samples, mappings
 from fastscore.fastpath.graphs import Graphs
@@ -18,7 +17,7 @@ from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped, without_checkpoints
-from fastscore.progress import shown
+from fastscore.progress import bar, shown
 from fastscore.rng import fork_rng
 from fastscore.scoring import gradients, options
 from fastscore.scoring.batch_passes import BatchPasses, Measured
@@ -146,9 +145,11 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         run = Run(totals, same, data, persistence)
         passes = BatchPasses(model, forward, loss, probes, prepared, graphs,
                              at_once=persistence.checkpoint is not None or samples == "auto")
-        with prepared.taps, run, _bar(run, sampling, execution) as bar:
+        total = None if sampling.limit is None else sampling.limit // run.size
+        with prepared.taps, run, shown(progress and run.rank == 0), \
+                bar("scoring", " samples", total, run.samples) as told:
             for totals, batch in run:
-                bar.update(passes.measure(totals, batch))
+                told.update(passes.measure(totals, batch))
                 if samples == "auto" and _settled(totals, agreement):
                     break
             passes.finish()
@@ -162,12 +163,6 @@ def _why_eager(prepared: Prepared, totals: Totals, graph: bool | Literal["auto"]
                (totals.criterion.filters, f"{totals.origin.importance} reads gradients of weights on the host"),
                (any(MASK in mapping for mapping in mappings(example)), "the padding of each batch is looked at"))
     return next((reason for holds, reason in reasons if holds), "")
-
-
-def _bar(run: Run, sampling: Sampling, execution: Execution) -> "tqdm[NoReturn]":
-    total = None if sampling.limit is None else sampling.limit // run.size
-    return tqdm(total=total, initial=run.samples, unit=" samples", desc="scoring",
-                disable=not execution.progress or run.rank > 0)
 
 
 def _settled(totals: Totals, agreement: tuple[float, float]) -> bool:

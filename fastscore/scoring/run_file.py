@@ -40,7 +40,7 @@ class RunFile:
         another number of processes."""
         if not self.path.exists():
             others = sorted(other.name for other in self.path.parent.glob(f"{self._whole.name}*-of-*")
-                            if not other.name.endswith((f"-of-{self._size}", ".part")))
+                            if not other.name.endswith(f"-of-{self._size}"))
             if others:
                 raise ValueError(f"resume: {others[0]} was written by another number of processes than these "
                                  f"{self._size}; start as many again, or remove it")

@@ -1,6 +1,7 @@
 """The command line as a user meets it: real pictures, checkpoints of every kind, and input that cannot be used."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +212,16 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     ((*SCORE, "--images", "damaged"), "damaged/half.jpg cannot be decoded"),
     ((*PRUNE, "--images", "photos"), "name a budget"),
     ((*PRUNE, "--images", "photos", "--macs", "1.5"), "macs: 1.5"),
+    ((*PRUNE, "--images", "photos", "--macs", "70"), "it is the share that remains: 0.7 for 70 %"),
+    ((*PRUNE, "--images", "photos", "--macs", "70%"), "'70%' is no number; a share such as 0.7"),
+    ((*PRUNE, "--images", "damaged", "--macs", "0"), "macs: 0.0 is outside (0, 1]"),  # said before images are read
+    (("curve", *MODEL, "--images", "damaged", "--params", "70"), "params: 70.0 is outside (0, 1]"),
+    (("compare", *MODEL, "--images", "damaged", "--macs", "0"), "macs: 0.0 is outside (0, 1]"),
+    ((*PRUNE, "--images", "damaged", "--macs", "0.5", "--floor", "10"), "floor: 10.0 is outside [0, 1]"),
+    ((*SCORE, "--images", "photos/flowers/flower.JPG"), "is not a folder, but a file; give photos/flowers"),
+    ((*OWN, "--checkpoint", "photos"), "checkpoint: photos is a folder; name a file in it"),
+    ((*SCORE, "--images", "damaged", "--out", "empty"), "empty: it is a folder; name a file in it"),
+    ((*SCORE, "--images", "damaged", "--out", "/proc/s.safetensors"), "nothing can be written to /proc"),
     ((*PRUNE, "--images", "photos", "--macs", "0.000001"), "cannot be reached"),
     ((*PRUNE, "--scores", "net.safetensors", "--macs", "0.5"), "not a fastscore score file"),
     ((*PRUNE, "--scores", "no.safetensors", "--macs", "0.5"), "no.safetensors"),
@@ -246,6 +257,32 @@ def test_scores_of_another_model_are_refused(folder, capsys):
     main(["score", "nets:grey", "--images", "photos", "--size", "32", "--mean", "0", "--out", "g.safetensors"])
     assert main([*PRUNE, "--scores", "g.safetensors", "--macs", "0.5"]) == 2
     assert "scores: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_scores_of_another_file_of_weights_are_named(folder, capsys):
+    for seed, file in enumerate(("one.pt", "other.pt")):
+        torch.save(models.load("nets:build", seed=seed).state_dict(), file)
+    own = ("nets:build", "--images", "photos", "--size", "48")
+    main(["score", *own, "--checkpoint", "one.pt", "--out", "s.safetensors"])
+    for file, said in (("one.pt", False), ("other.pt", True)):
+        assert main(["prune", *own, "--checkpoint", file, "--scores", "s.safetensors", "--no-repair", "--macs", "0.7",
+                     "--out", "small.safetensors"]) == 0
+        assert ("s.safetensors is of one.pt (sha256 " in capsys.readouterr().err) is said
+
+
+@pytest.mark.parametrize("name", ["small.onnx", "small.pt2", "small.pt", "small.safetensors"])
+def test_a_file_stays_as_it_was_where_writing_fails(folder, name, monkeypatch):
+    def fails(*arguments, **options):
+        raise OSError("no space")
+
+    model, images = models.load("nets:build"), torch.randn(2, 3, 48, 48)
+    small = fastscore.prune(model, fastscore.score(model, [images], importance="magnitude-l2"), images, macs=0.7)
+    Path(name).write_text("the old one")
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="no space"):
+        fastscore.save(small, images, name)
+    assert Path(name).read_text() == "the old one"
+    assert not list(Path().glob("part-*"))
 
 
 def test_weights_that_cannot_be_fetched(folder, capsys, monkeypatch):
