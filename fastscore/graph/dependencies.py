@@ -75,7 +75,7 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         positions: dict[tuple[Any, Any], np.ndarray] = {}
         work = [(root, pruner.prune_out_channels, channels << 32 | channels)]
         obstacle = None
-        while work and obstacle is None:
+        while obstacle is None and (work or self._rest_of_grouped(positions, work)):
             node, function, arrived = work.pop()
             known = positions.get((node, function))
             if known is None:
@@ -103,6 +103,28 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
             if product := next(products, None):  # which what comes after it is not to blame for
                 obstacle = f"a product with other activations ({product}) takes them where they cannot be followed"
         return positions, obstacle
+
+    def _rest_of_grouped(self, positions: Positions, work: list[tuple[Any, Any, np.ndarray]]) -> bool:
+        """Put to `work` the other channels of what works in groups of them on a concatenation; whether there are any.
+
+        The same place in each group goes at once, whoever makes the channels: they are numbered as those of the root
+        that lie at the same place.
+        """
+        for (node, function), at in positions.items():
+            module = node.module
+            reads = node.type == OPTYPE.GN or (node.type == OPTYPE.CONV and function.__name__ == "prune_in_channels")
+            sections = getattr(module, "num_groups" if node.type == OPTYPE.GN else "groups", 1) if reads else 1
+            width = channel_buffers.surgeon(module).get_in_channels(module) if sections > 1 else 0
+            if not width or len(known := np.unique(at >> 32)) == width:
+                continue
+            period = width // sections
+            channel = np.full(period, -1)
+            channel[known % period] = (at & index_maps.CHANNEL)[np.searchsorted(at >> 32, known)]
+            rest = np.setdiff1d(np.arange(width), known)
+            if (channel[rest % period] >= 0).all():
+                work.append((node, function, rest << 32 | channel[rest % period]))
+                return True
+        return False
 
     def dim_of(self, node: Any) -> int | None:
         """The dimension that holds the channels in a node's output; None where none does."""

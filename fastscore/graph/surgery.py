@@ -17,6 +17,7 @@ Side = Literal["inputs", "outputs", "heads", "block", Dim]
 _DIMS: tuple[Dim, ...] = get_args(Dim)
 _SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "norm": "outputs", "gate": "outputs",
                                "consumer": "inputs", "heads": "heads", "block": "block"}
+_WIDTH = "channels"  # attribute of a module, such as diffusers' up- and downsamplers, that compares its input with it
 # (layer, its inputs or its outputs; or an attention module, its heads; or a parameter, a dimension of it) -> positions
 # that go, int64, ascending: a surgery whole, for any copy of the model
 RemovedIndices: TypeAlias = Mapping[tuple[str, Side], Tensor]
@@ -63,6 +64,9 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     shared = _shared_parameters(model)
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
+    for (name, side), index in indices.items():
+        if side == "inputs" and not experts.is_expert_parameter(model, name):
+            _narrow_owner(model, name, len(index))
     # chosen beforehand: a grouped convolution that has lost inputs can look like a depthwise one
     surgeons = {name: channel_buffers.surgeon(model.get_submodule(name))
                 for name, side in indices if side in ("inputs", "outputs")
@@ -94,6 +98,13 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
 def remove_channels(model: nn.Module, groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]) -> nn.Module:
     """Take the channels of `removed` (group -> int64 [R]) out of every layer of `model`, in place; returns it."""
     return remove_indices(model, removed_indices(groups, removed))
+
+
+def _narrow_owner(model: nn.Module, name: str, gone: int) -> None:
+    """Take what a layer's inputs lose off the width that the module which holds it keeps, where it is theirs."""
+    owner, layer = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
+    if isinstance(layer, nn.modules.conv._ConvNd) and vars(owner).get(_WIDTH) == layer.in_channels:
+        setattr(owner, _WIDTH, layer.in_channels - gone)
 
 
 def _shared_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:

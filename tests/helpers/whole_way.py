@@ -44,7 +44,13 @@ def sums(model: nn.Module, group: ChannelGroup, batch: Any, v: Tensor) -> Tensor
             name = edge.layer if edge.layer in parameters else f"{edge.layer}.weight"
             weight = weights.get(name, parameters[name].detach())
             dim = _input_dim(model, edge.layer, weight)
-            whole = torch.ones(weight.shape[dim], dtype=torch.float64).index_put((edge.index,), gate[edge.channel])
+            groups = 1 if edge.layer in parameters else getattr(model.get_submodule(edge.layer), "groups", 1)
+            whole = torch.ones(weight.shape[dim] * groups, dtype=torch.float64).index_put((edge.index,),
+                                                                                          gate[edge.channel])
+            if groups > 1:  # [out, in / groups, ...]: of each output the inputs of its group
+                whole = whole.view(groups, -1).repeat_interleave(len(weight) // groups, 0).flatten()
+                weights[name] = (weight.flatten(0, 1) * whole.view(-1, *[1] * (weight.dim() - 2))).view_as(weight)
+                continue
             weights[name] = weight * whole.view(-1, *[1] * (weight.dim() - 1 - dim))
         (z,) = _tensor(torch.func.functional_call(model, weights, *(((), one) if isinstance(one, dict) else ((one,),))))
         rows.append(torch.autograd.grad((z * v[n]).sum(), gate)[0])
