@@ -20,6 +20,9 @@ class Table(ABC):
     def _remarks(self) -> Sequence[str]:
         """What is said below them."""
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {len(self.records())} rows; {next(iter(self._remarks), '')}>"
+
     def to_pandas(self) -> Any:
         """A DataFrame of `records()`. Raises ImportError, naming the way out, without pandas."""
         return frame(self.records())

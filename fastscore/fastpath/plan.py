@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ class PlannedTap:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(tables.Table):
     """How a model is scored; str() is a table.
 
     taps: where each stands. folded: BatchNorm -> the layer that it was folded into. not_folded: BatchNorm -> why it was
@@ -48,9 +49,10 @@ class Plan:
     def __repr__(self) -> str:
         return f"<Plan: {self._summary}>"
 
-    def _repr_html_(self) -> str:
-        return tables.html([{"tap": tap.layer, "reads": "x".join(map(str, tap.reads)), "KiB": tap.bytes / 1024,
-                             "note": tap.note} for tap in self.taps], self._summary, *self._remarks)
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each tap."""
+        return [{"tap": tap.layer, "reads": "x".join(map(str, tap.reads)), "KiB": tap.bytes / 1024, "note": tap.note}
+                for tap in self.taps]
 
     @property
     def _summary(self) -> str:
@@ -61,7 +63,7 @@ class Plan:
 
     @property
     def _remarks(self) -> list[str]:
-        return [self.graph] * bool(self.graph) + \
+        return [self._summary, *[self.graph] * bool(self.graph)] + \
             [f"{name}: not folded: {reason}" for name, reason in self.not_folded.items()] \
             + [f"{name}: not packed: {reason}" for name, reason in self.not_packed.items()]
 
@@ -70,7 +72,7 @@ class Plan:
                 *((tap.layer, "x".join(map(str, tap.reads)), f"{tap.bytes / 1024:.1f}", tap.note)
                   for tap in self.taps)]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = [self._summary, *self._remarks]
+        lines = self._remarks
         lines += [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip()
                   for row in rows]
         return "\n".join(lines)

@@ -18,7 +18,7 @@ from fastscore.scoring.scores import Scores
 Importances = Sequence[str] | Mapping[str, str | Mapping[str, Any] | Scores]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison(Mapping[str, Curve], Drawn):
     """What compare() found: criterion -> its Curve.
 

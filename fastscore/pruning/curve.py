@@ -85,7 +85,7 @@ class Drawn(Table):
         curves(self._lines, path)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Curve(Drawn):
     """What curve() found.
 

@@ -44,7 +44,7 @@ _PRUNING = set(inspect.signature(prune).parameters) - _OURS
 _TRIES = 4  # at a latency that is measured anew
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class IterativeResult(PruneResult):
     """A PruneResult, from the model that was given to the last one.
 

@@ -3,16 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
+from typing import Any
 
 from torch import Tensor, nn
 
 from fastscore.graph.surgery import RemovedIndices
 from fastscore.pruning.report import PruneReport
 from fastscore.pruning.surgery import Surgery
+from fastscore.tables import Table
 
 
 @dataclass(frozen=True)
-class PruneResult:
+class PruneResult(Table):
     """What prune() returns.
 
     Attributes:
@@ -47,10 +49,15 @@ class PruneResult:
         return replace(self, model=pruned, report=report, new_biases=surgery.new_biases)
 
     def __repr__(self) -> str:
-        return f"<PruneResult: {type(self.model).__name__}, {self.report!r}>"
+        return f"<{type(self).__name__}: {type(self.model).__name__}, {self.report!r}>"
 
-    def _repr_html_(self) -> str:
-        return self.report._repr_html_()
+    def records(self) -> list[dict[str, Any]]:
+        """Those of the report."""
+        return self.report.records()
+
+    @property
+    def _remarks(self) -> list[str]:
+        return self.report._remarks
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the channels and MACs of each layer before and after, to an image file.

@@ -21,6 +21,7 @@ from fastscore.recovery.features import FeatureMaps
 from fastscore.recovery.optimizers import schedule
 from fastscore.recovery.training_batches import Position, TrainingBatches, on_device
 from fastscore.scoring.run_file import RunFile
+from fastscore.tables import Table
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,8 +45,8 @@ class Look:
     judged: float
 
 
-@dataclass(frozen=True)
-class DistillationReport:
+@dataclass(frozen=True, repr=False)
+class DistillationReport(Table):
     """What distill() did. best: the look whose weights the smaller network has. steps: done, of `planned`."""
 
     looks: tuple[Look, ...]
@@ -59,9 +60,16 @@ class DistillationReport:
         for look in self.looks:
             said = f"{look.judged:>13.4g}" if own else f"{look.agreement:>9.1%} {look.kl:>8.3g}"
             lines.append(f"{look.step:>7} {look.loss:>14.4g} {said}{'  best' if look.step == self.best.step else ''}")
-        if self.steps < self.planned:
-            lines.append(f"stopped after {self.steps} of {self.planned} steps: held-out samples saw nothing better")
-        return "\n".join(lines)
+        return "\n".join(lines + self._remarks[1:])
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each look."""
+        return [asdict(look) for look in self.looks]
+
+    @property
+    def _remarks(self) -> list[str]:
+        early = f"stopped after {self.steps} of {self.planned} steps: held-out samples saw nothing better"
+        return [f"best after {self.best.step} of {self.steps} steps"] + [early] * (self.steps < self.planned)
 
 
 class Objective:

@@ -79,6 +79,7 @@ def test_the_report_is_the_truth_and_the_budget_holds(name: str, budget: dict[st
     assert repr(result) == f"<PruneResult: {type(result.model).__name__}, <PruneReport: {remains}>>"
     assert all(f"<td>{row.layer}</td><td>{row.channels[0]:,}</td><td>{row.channels[1]:,}</td>" in result._repr_html_()
                for row in report.groups)
+    assert result.to_pandas().equals(report.to_pandas())
     table = report.to_pandas()
     assert table.layer.tolist() == [row.layer for row in report.groups]
     assert list(zip(table.macs_before, table.macs_after, strict=True)) == [row.macs for row in report.groups]

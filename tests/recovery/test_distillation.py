@@ -200,7 +200,11 @@ def test_it_stops_where_nothing_gets_better() -> None:
     report = distill(model, copy.deepcopy(model), IMAGES.split(32), steps=40, looks=20, patience=3, loss=never_better,
                      **QUIET)
     assert (report.best.step, report.steps, report.planned) == (0, 8, 40)
-    assert str(report).endswith("stopped after 8 of 40 steps: held-out samples saw nothing better")
+    said = "stopped after 8 of 40 steps: held-out samples saw nothing better"
+    assert str(report).endswith(said)
+    assert repr(report) == f"<DistillationReport: {len(report.looks)} rows; best after 0 of 8 steps>"
+    assert said in report._repr_html_()
+    assert list(report.to_pandas()["step"]) == [look.step for look in report.looks]
     whole = distill(model, copy.deepcopy(model), IMAGES.split(32), steps=10, patience=None, loss=never_better, **QUIET)
     assert whole.steps == 10
 
