@@ -204,10 +204,16 @@ def scored(model: nn.Module, arguments: argparse.Namespace, prepare: images.Prep
         batches = images.batches(paths, prepare, arguments.batch_size)
     samples: int | Literal["auto"] = "auto" if arguments.samples == "auto" else sum(map(len, batches.chunks))
     tell(f"images: {prepare}")
-    scores = fastscore.score(model, batches, samples=samples, ablation=ablation(arguments),
-                             **{name: getattr(arguments, name) for name in
-                                ("importance", "units", "reduction", "layerwise", "probes", "distribution", "center",
-                                 "normalize", "seed", "ignore", "precision", "compile")}, **how)
+    try:
+        scores = fastscore.score(model, batches, samples=samples, ablation=ablation(arguments),
+                                 **{name: getattr(arguments, name) for name in
+                                    ("importance", "units", "reduction", "layerwise", "probes", "distribution",
+                                     "center", "normalize", "seed", "ignore", "precision", "compile")}, **how)
+    except KeyboardInterrupt:
+        if "resume" not in how:
+            tell("nothing is kept of this scoring; `fastscore score --resume FILE --out SCORES` can be stopped and go "
+                 "on, and --scores takes what it writes")
+        raise
     return replace(scores, notes=notes(arguments, prepare))
 
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import fastscore
 from fastscore.cli import options
 from fastscore.cli.options import Commands, add_command, positive_or, tell
+from fastscore.pruning import clocks
 from fastscore.pruning.clocks import Clock
 from fastscore.pruning.export import check_suffix, save
 from fastscore.pruning.options import Budgets, Ranking
@@ -73,6 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     scores = None if arguments.scores is None else options.load_scores(arguments)
     prepare = options.preprocessing(arguments)
     model = options.model(arguments)
+    clocks.check(arguments.clock, arguments.latency, model, options.example(arguments, prepare))
     repair: dict[str, Any] = {}
     work = None
     if options.repairs(arguments):

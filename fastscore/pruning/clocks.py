@@ -17,12 +17,15 @@ Call: TypeAlias = Callable[[], object]
 _PACKAGES = {"torch": (), "onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino",)}
 
 
-def check(clock: str, model: nn.Module, example_inputs: Batch) -> None:
-    """Raise ValueError for an unknown clock, or a model or inputs that it does not take; ImportError without it."""
+def check(clock: str, latency: float | None, model: nn.Module, example_inputs: Batch) -> None:
+    """Raise ValueError for an unknown clock, one without a budget to measure, or a model or inputs that it does not
+    take; ImportError without it."""
     if clock not in get_args(Clock):
         raise ValueError(f"clock: {clock!r} is none of {', '.join(get_args(Clock))}")
     if clock == "torch":
         return
+    if latency is None:
+        raise ValueError(f"clock: {clock!r} measures a budget in time, which latency= is: give both or neither")
     for package in _PACKAGES[clock]:
         try:
             importlib.import_module(package)

@@ -75,11 +75,6 @@ def _write_program(model: nn.Module, example_inputs: Tensor, path: str | PathLik
 
 
 def _write_onnx(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError("writing .onnx needs two more packages: pip install 'torch-fastscore[onnx]'") from error
     torch.onnx.export(model, (example_inputs,), path, dynamo=True, dynamic_shapes=_free_batch(), external_data=False,
                       input_names=["input"], output_names=["output"], verbose=False)
 
@@ -92,9 +87,16 @@ _WRITERS = {".pt2": _write_program, ".onnx": _write_onnx, ".pt": _write_module}
 
 
 def check_suffix(path: str | PathLike[str]) -> str:
-    """The suffix of a model file that `save` can write. Raises ValueError for any other."""
+    """The suffix of a model file that `save` can write. Raises ValueError for any other, ImportError for .onnx without
+    its packages."""
     suffix = Path(path).suffix
     if suffix not in (".safetensors", *_WRITERS):
         raise ValueError(f"out: {path}: its suffix must be .safetensors (weights and a recipe), .pt2 (torch.export), "
                          ".onnx or .pt (the module itself, as a pickle)")
+    if suffix == ".onnx":
+        try:
+            import onnx  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise ImportError("writing .onnx needs two more packages: pip install 'torch-fastscore[onnx]'") from error
     return suffix

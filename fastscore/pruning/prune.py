@@ -120,9 +120,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     if calibration is not None and compensate is False:
         raise ValueError("calibration: it is there to repair by, which compensate=False forbids: give one of them")
     means = resolve_compensate(compensate, scores)
-    if latency is None and clock != "torch":
-        raise ValueError(f"clock: {clock!r} measures a budget in time, which latency= is: give both or neither")
-    clocks.check(clock, model, example_inputs)
+    clocks.check(clock, latency, model, example_inputs)
     with shown(progress):
         graph = scored_graph(model, scores, example_inputs, forward, ignore)
     eval_model = evaluation_copy(model)

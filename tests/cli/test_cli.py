@@ -304,9 +304,25 @@ def test_without_torchvision_or_onnx_it_says_what_to_install(folder, capsys, mon
         patch.setitem(sys.modules, "torchvision.models", None)
         assert main([*SCORE, "--images", "photos"]) == 2
         assert "torch-fastscore[vision]" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert main(["prune", *MODEL, "--importance", "random", "--macs", "0.5", "--out", "small.onnx"]) == 2
-    assert "torch-fastscore[onnx]" in capsys.readouterr().err
+    monkeypatch.setattr(fastscore, "score", lambda *arguments, **options: pytest.fail("said after the work"))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxscript", None)
+        assert main(["prune", *MODEL, "--importance", "random", "--macs", "0.5", "--out", "small.onnx"]) == 2
+        assert "torch-fastscore[onnx]" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert main([*PRUNE, "--importance", "random", "--latency", "0.5", "--clock", "openvino"]) == 2
+    assert "torch-fastscore[openvino]" in capsys.readouterr().err
+
+
+def test_interrupted_while_prune_scores_it_says_what_can_be_stopped(folder, capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fastscore, "score", interrupted)
+    assert main([*PRUNE, "--images", "photos", "--macs", "0.5"]) == 130
+    said = capsys.readouterr().err
+    assert "`fastscore score --resume FILE --out SCORES` can be stopped" in said
+    assert said.endswith("fastscore: interrupted\n")
 
 
 def test_info_names_versions_and_every_backend():

@@ -66,7 +66,7 @@ def test_what_a_clock_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match="clock: onnxruntime runs models of one tensor, and example_inputs are "):
             fastscore.prune(model, scores, {"x": x}, latency=0.5, clock="onnxruntime", forward=called)
         with pytest.raises(ValueError, match="clock: openvino runs on the CPU here, and the model is on meta: move it"):
-            clocks.check("openvino", nn.Linear(2, 2, device="meta"), x)
+            clocks.check("openvino", 0.5, nn.Linear(2, 2, device="meta"), x)
         monkeypatch.setitem(sys.modules, "openvino", None)
         with pytest.raises(ImportError, match=r"pip install 'torch-fastscore\[openvino\]'"):
             fastscore.prune(model, scores, x, latency=0.5, clock="openvino")
