@@ -37,6 +37,9 @@ _LAYERS = (
     ("query", "key", "value", "dense"),
     ("to_q", "to_k", "to_v", "to_out.0"),
     ("q", "k", "v", "proj"),
+    ("q", "kv", "kv", "proj"),
+    ("to_q", "to_kv", "to_kv", "to_out"),
+    ("to_q", "to_kv", "to_kv", "to_out.0"),
     ("q", "k", "v", "o"),
 )
 _TOLERANCE = 0.05  # of a channel's length; bfloat16 rounds to 0.004 of each value
@@ -124,6 +127,13 @@ def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
             yield _Guess(name, _group(query, rows, output, count, shared, width, _tables(module, count)))
             if shared == count:
                 yield _Guess(name, _group(query, {query: _rows_of_heads(count, width)}, output, count, shared, width))
+        elif k is v and q.out_features == out.in_features:
+            shared, rest = divmod(k.out_features, 2 * width)
+            if rest or shared < 1 or count % shared:
+                continue
+            once = _rows(shared, width, count // shared)
+            yield _Guess(name, _group(query, {query: torch.arange(count * width), key: torch.cat([once, once])}, output,
+                                      count, shared, width, _tables(module, count)))
         elif q.out_features == out.in_features and k.out_features == v.out_features:
             shared, rest = divmod(k.out_features, width)
             if rest or shared < 1 or count % shared:

@@ -12,12 +12,13 @@ from fastscore.modules import multihead_attention
 # attribute -> what it counts; of the module or of a child
 _COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")
 _KEY_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-_WIDTHS = ("attn_dim", "all_head_size", "inner_dim", "all_head_dim", "split_size")
+_WIDTHS = ("attn_dim", "all_head_size", "inner_dim", "all_head_dim", "split_size", "dim_out")
 _HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head", "d_kv")
 # parameter or buffer of the module -> (dimension that holds heads, times that it holds them all)
 _TENSORS = {"in_proj_weight": (0, 3), "in_proj_bias": (0, 3), "q_proj_weight": (0, 1), "k_proj_weight": (0, 1),
             "v_proj_weight": (0, 1), "bias_k": (2, 1), "bias_v": (2, 1), "q_bias": (0, 1), "k_bias": (0, 1),
-            "v_bias": (0, 1), "relative_position_bias_table": (1, 1), "logit_scale": (0, 1)}
+            "v_bias": (0, 1), "relative_position_bias_table": (1, 1), "logit_scale": (0, 1),
+            "temperature": (0, 1)}
 PROJECTIONS = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 

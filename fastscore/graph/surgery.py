@@ -64,6 +64,10 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     shared = _shared_parameters(model)
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
+    layers = [name for name, side in indices if side in ("inputs", "outputs")]
+    for handle in multihead_attention.replace_attention(model, [
+            name for name in layers if not experts.is_expert_parameter(model, name)]):
+        handle.make_permanent()  # whose code takes the width of a stream for that of heads
     for (name, side), index in indices.items():
         if side == "inputs" and not experts.is_expert_parameter(model, name):
             _narrow_owner(model, name, len(index))

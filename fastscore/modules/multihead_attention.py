@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fastscore.modules import windowed_attention
+from fastscore.modules import own_width, windowed_attention
+
+
+_SEPARATE = "qkv_bias_separate"  # of timm's attention: False has it read the weight of its layer without calling it
 
 
 class SequenceFirstLinear(nn.Linear):
@@ -133,24 +136,33 @@ def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> 
     """Put MultiheadAttention in the place of each nn.MultiheadAttention of a model, whose parameters stay.
 
     Each nn.TransformerEncoder then calls its layers on plain tensors. The modules that
-    fastscore.modules.windowed_attention knows are replaced alike; subclasses, and modules whose out_proj is no plain
+    fastscore.modules.windowed_attention and own_width know are replaced alike; subclasses, and modules whose out_proj is no plain
     Linear, stay as they are.
 
     Args:
         model: changed in place.
-        called: names of layers; only modules whose output projection is among them are changed. None: all.
+        called: names of layers; only modules whose output projection is among them are changed, and encoders that hold
+            one. None: all; (): encoders alone.
 
     Yields:
         For each change, a handle that undoes it, or makes it permanent.
     """
     wanted = None if called is None else {id(model.get_submodule(name)) for name in called}
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
+        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False) and (
+                not wanted or any(id(inner.out_proj) in wanted for inner in module.modules()
+                                  if isinstance(inner, nn.MultiheadAttention))):
             yield Handle([(module, "use_nested_tensor", False)])  # only its layers' fused path takes nested ones
         qualified = f"{type(module).__module__}.{type(module).__qualname__}"
         kind, output = windowed_attention.REPLACEMENTS.get(qualified, (None, ""))
         if kind is not None and (wanted is None or id(module.get_submodule(output)) in wanted):
             yield Handle([(module, "__class__", kind)])
+        found = own_width.replacement(module)
+        if found is not None and (wanted is None or id(found[1]) in wanted):
+            yield Handle([(module, "__class__", found[0])])
+        if module.__dict__.get(_SEPARATE) is False and (wanted is None or any(
+                id(layer) in wanted for layer in module.children())):
+            yield Handle([(module, _SEPARATE, True)])
         if type(module) is not nn.MultiheadAttention or (wanted is not None and id(module.out_proj) not in wanted):
             continue
         if type(module.out_proj) in (NonDynamicallyQuantizableLinear, nn.Linear):

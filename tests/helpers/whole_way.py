@@ -1,5 +1,6 @@
 """From data to a smaller model and a file of it, checked at every step: what holds for channels of every kind."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.graph.groups import ChannelGroup
+from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.tracing import trace
 
 
@@ -35,12 +36,17 @@ def sums(model: nn.Module, group: ChannelGroup, batch: Any, v: Tensor) -> Tensor
     A gate on what all rows read is one on the weights that read it; samples are run one by one. So neither taps nor
     the order of rows has a part in it.
     """
+    model = copy.deepcopy(model)
+    gates: list[Tensor] = []  # that of the sample that runs
+    for edge in group.role("norm"):
+        _gate_statistics(model.get_submodule(edge.layer), edge, gates)
     rows, parameters = [], dict(model.named_parameters())
     for n in range(len(v)):
         one = {key: value[n:n + 1] for key, value in batch.items()} if isinstance(batch, Mapping) else batch[n:n + 1]
         gate = torch.ones(group.channels, dtype=torch.float64, requires_grad=True)
+        gates[:] = [gate]
         weights: dict[str, Tensor] = {}
-        for edge in group.edges:
+        for edge in group.role("consumer"):
             name = edge.layer if edge.layer in parameters else f"{edge.layer}.weight"
             weight = weights.get(name, parameters[name].detach())
             dim = _input_dim(model, edge.layer, weight)
@@ -56,6 +62,19 @@ def sums(model: nn.Module, group: ChannelGroup, batch: Any, v: Tensor) -> Tensor
         rows.append(torch.autograd.grad((z * v[n]).sum(), gate)[0])
     s = torch.stack(rows)
     return torch.stack([s[:, group.unit == unit].sum(1) for unit in group.unit], 1)
+
+
+def _gate_statistics(norm: nn.Module, edge: Member, gates: list[Tensor]) -> None:
+    """Have a LayerNorm, or RMSNorm, of the last dimension count a channel as its gate says, by definition."""
+    assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
+
+    def forward(x: Tensor) -> Tensor:
+        counted = x * torch.ones(x.shape[-1], dtype=x.dtype).index_put((edge.index,), gates[0][edge.channel])
+        mean = counted.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x.new_zeros(())
+        y = (x - mean) / ((counted - mean).square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+        return y + norm.bias if isinstance(norm, nn.LayerNorm) else y
+
+    norm.forward = forward
 
 
 def _input_dim(model: nn.Module, layer: str, weight: Tensor) -> int:

@@ -1,0 +1,124 @@
+"""Attention modules whose code takes the width of what they read (`B, N, C = x.shape`) for that of what their heads
+make, which is another one once heads, or channels of the stream, are gone.
+
+Such a module gets a class of its own: the same code, but for C, which is what its output projection reads.
+"""
+
+import ast
+import inspect
+import textwrap
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+_QUERIES, _OUTPUTS = ("qkv", "q", "to_q", "query", "q_proj"), ("proj", "o_proj", "out_proj", "to_out")
+_COUNTS = ("num_heads", "heads", "n_heads", "num_attention_heads")
+_WIDTH = "attended_width"
+_found: dict[type[nn.Module], type[nn.Module] | None] = {}
+
+
+class _OwnWidth:
+    """What the classes made here have besides the code of their modules."""
+
+    _reads: type[nn.Module]
+
+    @property
+    def attended_width(self) -> int:
+        """Of what the heads make, and the output projection reads."""
+        projection = output_projection(self)  # type: ignore[arg-type]
+        assert projection is not None
+        return projection.in_features
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _new, (self._reads,), self.__dict__.copy()
+
+
+def _new(cls: type[nn.Module]) -> nn.Module:
+    made: nn.Module = object.__new__(with_own_width(cls) or cls)
+    return made
+
+
+def output_projection(module: nn.Module) -> nn.Linear | None:
+    """The layer that reads what the heads of an attention module make; None where it has none of a usual name."""
+    found = (module._modules.get(name) for name in _OUTPUTS)
+    return next((layer for layer in found if isinstance(layer, nn.Linear)), None)
+
+
+def replacement(module: nn.Module) -> tuple[type[nn.Module], nn.Linear] | None:
+    """(the class that computes the same of the width that the heads have, the output projection); None for a module
+    whose heads are, today, not as wide as what it reads, or whose code does not ask for the width of that."""
+    projection = output_projection(module)
+    if projection is None or isinstance(module, _OwnWidth) or not any(name in vars(module) for name in _COUNTS):
+        return None
+    read = next((layer.in_features for name in _QUERIES if isinstance(layer := module._modules.get(name), nn.Linear)),
+                None)
+    cls = with_own_width(type(module)) if read == projection.in_features else None
+    return None if cls is None else (cls, projection)
+
+
+def with_own_width(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The class whose forward reads `attended_width`; None where its code does not ask for a width, or has none."""
+    if cls not in _found:
+        code = _rewritten(cls.forward)
+        _found[cls] = None
+        if code is not None:
+            forward = FunctionType(code, cls.forward.__globals__, "forward", cls.forward.__defaults__)
+            forward.__kwdefaults__ = cls.forward.__kwdefaults__
+            _found[cls] = type(cls.__name__, (_OwnWidth, cls), {
+                "forward": forward, "_reads": cls, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    return _found[cls]
+
+
+def _rewritten(forward: Any) -> CodeType | None:
+    """The code of a function, with the last dimension of its first tensor's shape replaced; None where it has none.
+
+    A function with decorators, or that refers to what stands around it, stays as it is.
+    """
+    if not isinstance(forward, FunctionType) or forward.__closure__:
+        return None
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):  # a class that was not written in a file
+        return None
+    function = tree.body[0]
+    if not isinstance(function, ast.FunctionDef) or function.decorator_list or len(function.args.args) < 2:
+        return None
+    body: list[ast.stmt] = []
+    changed, x = False, function.args.args[1].arg
+    for number, statement in enumerate(function.body):
+        body.append(statement)
+        if (name := _width_name(statement, x)) is not None:
+            changed = True
+            more = ast.parse(f"{name} = {function.args.args[0].arg}.{_WIDTH}").body[0]
+            body.append(ast.copy_location(more, statement))
+        if any(isinstance(node, ast.Name) and node.id == x and isinstance(node.ctx, ast.Store)
+               for node in ast.walk(statement)):
+            body += function.body[number + 1:]  # x is something else from here on
+            break
+    if not changed:
+        return None
+    function.body = body
+    function.returns = None
+    for argument in ast.walk(function.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    function.args.defaults, function.args.kw_defaults = [], [None] * len(function.args.kwonlyargs)
+    ast.fix_missing_locations(ast.increment_lineno(tree, forward.__code__.co_firstlineno - 1))
+    compiled = compile(tree, forward.__code__.co_filename, "exec")
+    return next(code for code in compiled.co_consts if isinstance(code, CodeType))
+
+
+def _width_name(statement: ast.stmt, x: str) -> str | None:
+    """Of `..., name = x.shape` (or x.size()), of three or more names, the last; None for all other statements."""
+    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+        return None
+    target, value = statement.targets[0], statement.value
+    if isinstance(value, ast.Call) and not value.args:
+        value = value.func
+    shape = isinstance(value, ast.Attribute) and value.attr in ("shape", "size") \
+        and isinstance(value.value, ast.Name) and value.value.id == x
+    if not shape or not isinstance(target, ast.Tuple) or len(target.elts) < 3:
+        return None
+    last = target.elts[-1]
+    return last.id if isinstance(last, ast.Name) and last.id != "_" else None
