@@ -16,7 +16,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastscore.modules import own_width, windowed_attention
 
-
 _SEPARATE = "qkv_bias_separate"  # of timm's attention: False has it read the weight of its layer without calling it
 
 
@@ -135,9 +134,9 @@ class MultiheadAttention(nn.Module):
 def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> Iterator["Handle"]:
     """Put MultiheadAttention in the place of each nn.MultiheadAttention of a model, whose parameters stay.
 
-    Each nn.TransformerEncoder then calls its layers on plain tensors. The modules that
-    fastscore.modules.windowed_attention and own_width know are replaced alike; subclasses, and modules whose out_proj is no plain
-    Linear, stay as they are.
+    Each nn.TransformerEncoder then calls its layers on plain tensors. The modules that fastscore.modules'
+    windowed_attention and own_width know are replaced alike; subclasses, and modules whose out_proj is no plain Linear,
+    stay as they are.
 
     Args:
         model: changed in place.
