@@ -58,10 +58,10 @@ def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: s
 def parse(spec: str) -> tuple[str, str]:
     """("torchvision", "timm", "hf" or a module, the name in it). Raises ValueError for what is no spec."""
     source, _, name = spec.partition(":") if spec.startswith("hf:") else spec.rpartition(":")
-    if not source or not name:
+    weights = Path(spec).suffix in (".pth", ".pt", ".th", ".ckpt", ".bin", ".safetensors")  # C:\net.pth has a colon
+    if not source or not name or weights:
         raise ValueError(f"model: {spec!r} is none of torchvision:NAME, timm:NAME, hf:NAME and module:function"
-                         + (f"; a file of weights needs one of them, and --checkpoint {spec}" if Path(spec).suffix in
-                            (".pth", ".pt", ".th", ".ckpt", ".bin", ".safetensors") else ""))
+                         + (f"; a file of weights needs one of them, and --checkpoint {spec}" if weights else ""))
     return source, name
 
 

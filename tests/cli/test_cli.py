@@ -184,6 +184,7 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
 @pytest.mark.parametrize(("arguments", "named"), [
     (("score", "resnet18"), "none of torchvision:NAME, timm:NAME, hf:NAME and module:function"),
     (("score", "net.safetensors"), "a file of weights needs one of them, and --checkpoint net.safetensors"),
+    (("score", "C:\\nets\\net.pth"), "a file of weights needs one of them, and --checkpoint C:\\nets\\net.pth"),
     (("info", "no.safetensors"), "no.safetensors: there is no such file; info reads scores and pruned models"),
     (("score", "torchvision:resnet81", "--images", "photos"), "near it: resnet"),
     (("score", "torchvision:resnet18", "--weights", "BEST", "--images", "photos"), "IMAGENET1K_V1"),
