@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from fastscore.fastpath.fusion import FusedLayers
 from fastscore.fastpath.observation import Observation, observe
 from fastscore.fastpath.plan import Plan, planned_tap
 from fastscore.fastpath.precision import PRECISIONS, cast, check_runs, described
+from fastscore.modules.hooks import OwnHook
 from fastscore.taps.taps import Taps
 
 
@@ -163,6 +165,22 @@ def _cast_down(prepared: Prepared) -> None:
         check_runs(prepared.copy, prepared.arrange(prepared.example), prepared.forward, prepared.precision)
 
 
+def _mend_gradients(prepared: Prepared) -> None:
+    """PyTorch's BatchNorm, on a CPU, sends back a wrong gradient of a single sample from tokens: where what it is given
+    is [1, C, H, W] in memory as [H, W, C], and its input is not. It is given the same numbers in the input's order."""
+    if prepared.compiled:
+        return
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if len(output) == 1 and output.dim() > 2 and output.requires_grad and output.device.type == "cpu" \
+                and output.is_contiguous():
+            output.register_hook(lambda gradient: gradient.contiguous())
+
+    for module in prepared.copy.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_hook(OwnHook(hook))
+
+
 def _compile(prepared: Prepared) -> None:
     """Through torch.compile, taps included."""
     if prepared.compiled:
@@ -171,7 +189,7 @@ def _compile(prepared: Prepared) -> None:
 
 
 STAGES: tuple[Callable[[Prepared], None], ...] = (
-    _observe, _cast_up, _fold, _channels_last, _pack, _verify_or_undo, _cast_down, _compile)
+    _observe, _cast_up, _fold, _channels_last, _pack, _verify_or_undo, _cast_down, _mend_gradients, _compile)
 
 
 def _close(x: Tensor, before: Tensor) -> bool:

@@ -266,3 +266,44 @@ def test_stages_come_in_the_order_that_the_readme_gives() -> None:
     rows = [line.split("|")[1].strip() for line in readme.splitlines() if line.startswith("| ")][1:]
     stages = [stage.__name__.lstrip("_").replace("_", " ") for stage in prepare.STAGES]
     assert [row.replace(" ", "_") for row in rows] == [stage.replace(" ", "_") for stage in stages]
+
+
+class Scaled(nn.Module):
+    """What a BatchNorm does in evaluation mode, by sums and products."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.scale = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
+        self.shift = norm.bias.detach() - norm.running_mean * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, ...] -> the same."""
+        shape = (-1, *[1] * (x.dim() - 2))
+        return x * self.scale.view(shape) + self.shift.view(shape)
+
+
+class Tokens(nn.Module):
+    """A convolution over space and time, whose normalised output is read as tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.norm = nn.Conv3d(3, 8, 2), nn.Conv3d(8, 6, 1), nn.BatchNorm3d(6)
+        self.last, self.up, self.head = nn.LayerNorm(6), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, T, H, W] -> [N, L, 3]."""
+        x = self.norm(self.two(self.one(x).relu()).relu()).flatten(2).transpose(1, 2)
+        return self.head(self.up(self.last(x)).relu())
+
+
+def test_gradients_of_a_single_sample_through_a_batchnorm() -> None:
+    """PyTorch's own are wrong on a CPU, of one sample whose channels come last in the gradient alone."""
+    torch.manual_seed(0)
+    model = randomize(Tokens()).double().eval()
+    x = torch.randn(1, 3, 4, 4, 3, dtype=torch.float64)
+    scores = [fastscore.score(model, [x], importance="molchanov-group", gradient="loss", normalize=False,
+                              loss=lambda output, batch: output.square().sum(), progress=False)]
+    model.norm = Scaled(model.norm)
+    scores.append(fastscore.score(model, [x], importance="molchanov-group", gradient="loss", normalize=False,
+                                  loss=lambda output, batch: output.square().sum(), progress=False))
+    torch.testing.assert_close(scores[0]["one"], scores[1]["one"])
