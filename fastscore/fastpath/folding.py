@@ -70,8 +70,8 @@ class Folding:
         self._before.clear()
 
 
-def _identity(x: Tensor) -> Tensor:
-    return x
+def _identity(input: Tensor) -> Tensor:  # as BatchNorm calls it, where code calls it by keyword
+    return input
 
 
 def _why_not(layer: nn.Module, norm: nn.Module, flat: bool) -> str | None:

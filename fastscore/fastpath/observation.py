@@ -47,7 +47,7 @@ def observe(eval_model: nn.Module, taps: Taps, example: Batch, run: Forward) -> 
     handles = [module.register_forward_hook(recorder.after(name), with_kwargs=True)
                for name, module in eval_model.named_modules()]
     if recorder.repeating:
-        handles += [eval_model.get_submodule(layer).register_forward_pre_hook(recorder.before(layer))
+        handles += [eval_model.get_submodule(layer).register_forward_pre_hook(recorder.before(layer), with_kwargs=True)
                     for layer in taps.points]
     try:
         with taps, taps.one_pass(example):
@@ -102,14 +102,14 @@ class _Recorder:
             if type(module) in CLAMPS and name in self._bare:
                 self._clamped[output.grad_fn] = clamp_bounds(module)
             if name in self.repeating:
-                self._upsampled.setdefault(name, []).append((args[0], output))
+                self._upsampled.setdefault(name, []).append((input_of(args, kwargs), output))
             return output
 
         return hook
 
-    def before(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def before(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         """A forward pre-hook for the tapped layer of that name."""
-        return lambda module, args: self._reads.setdefault(name, []).extend(args[:1])
+        return lambda module, args, kwargs: self._reads.setdefault(name, []).append(input_of(args, kwargs))
 
     def earlier(self, readers: Mapping[Any, list[Any]]) -> dict[str, tuple[TapPoint, tuple[int, ...]]]:
         """Tapped layer -> the tap before the up-sampling that it alone reads, and the shape there."""

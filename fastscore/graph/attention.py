@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastscore.graph import heads, surgery
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import parameter_owners, parametrized, shares_parameters
 
 _Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -262,7 +263,8 @@ def _randomized(module: nn.Module) -> nn.Module:
 def _input(module: nn.Module, layer: str, call: _Call) -> Tensor | None:
     """What `layer` reads in a call of `module`; None where it is not called."""
     seen: list[Tensor] = []
-    handle = module.get_submodule(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    handle = module.get_submodule(layer).register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(input_of(args, kwargs).detach()), with_kwargs=True)
     args, kwargs = copy.deepcopy(call)
     try:
         with torch.no_grad():

@@ -3,6 +3,7 @@ tokens."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch_pruning as tp
@@ -25,23 +26,33 @@ def cut(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
 
 
 def randomize_constants(model: nn.Module) -> None:
-    """Make those that hold one number throughout, as layer scales of 1e-6 do before training, random in [0.5, 1.5).
+    """Make those that hold one number throughout, as layer scales of 1e-6 do before training, random in [0.5, 1.5); and
+    biases, and what BatchNorms have for each channel.
 
-    In place, for a copy that is traced: what hardly shows cannot be followed.
+    In place, for a copy that is traced: what hardly shows cannot be followed, and who reads one entry of a bias that is
+    zero reads another after training.
     """
     generator = torch.Generator().manual_seed(0)
-    random: dict[int, nn.Parameter] = {}
+    random: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor | None) -> None:
+        if tensor is not None and tensor.is_floating_point() and tensor.numel() > 1 and id(tensor) not in random and \
+                bool((tensor == tensor.flatten()[0]).all()):
+            values = (0.5 + torch.rand(tensor.shape, generator=generator)).to(tensor)
+            random[id(tensor)] = nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else \
+                values
+
     for module in model.modules():
-        if tp.ops.module2type(module) != tp.ops.OPTYPE.ELEMENTWISE:
-            continue
+        own = tp.ops.module2type(module) == tp.ops.OPTYPE.ELEMENTWISE
         for parameter in module._parameters.values():
-            if parameter is not None and parameter.is_floating_point() and parameter.numel() > 1 and \
-                    bool((parameter == parameter.flatten()[0]).all()):
-                values = 0.5 + torch.rand(parameter.shape, generator=generator)
-                random[id(parameter)] = nn.Parameter(values.to(parameter), parameter.requires_grad)
+            if parameter is not None and (own or parameter.dim() == 1):
+                note(parameter)
+        for buffer in module._buffers.values() if isinstance(module, nn.modules.batchnorm._NormBase) else ():
+            note(buffer)
     for module in model.modules():  # one that several hold stays one
-        module._parameters.update({name: random[id(parameter)] for name, parameter in module._parameters.items()
-                                   if id(parameter) in random})
+        of_module: tuple[dict[str, Any], ...] = module._parameters, module._buffers
+        for held in of_module:
+            held.update({name: random[id(tensor)] for name, tensor in held.items() if id(tensor) in random})
 
 
 @contextmanager

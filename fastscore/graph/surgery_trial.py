@@ -1,8 +1,10 @@
 """Groups tried by surgery, on a copy, before they are offered: whoever scores them can prune them.
 
-Some channels of every group go at once. The smaller copy then runs with the outputs that the whole model's layers had,
-so that each layer, and each stretch of code between layers, is judged by itself: it must run, layers must read what
-they read before at the channels that stay, and must make of it what they made with the others read as zero.
+Some channels of every group go at once, and then others, so that each goes once: code that reads one fixed entry of a
+parameter, or its largest, shows only where that entry goes. The smaller copy then runs with the outputs that the whole
+model's layers had, so that each layer, and each stretch of code between layers, is judged by itself: it must run,
+layers must read what they read before at the channels that stay, and must make of it what they made with the others
+read as zero.
 """
 
 import re
@@ -17,8 +19,9 @@ from torch import Tensor, nn
 
 from fastscore.graph import surgery
 from fastscore.graph.groups import ChannelGroup
-from fastscore.graph.verification import Recording, close
+from fastscore.graph.verification import Recording, close, read_by
 from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.hooks import with_input
 from fastscore.modules.inspection import channel_dim
 
 _PLACE = re.compile(r"\(([^ ()]+) \(\w+\)")  # in a reason: the module that does not run
@@ -130,8 +133,13 @@ def _culprit(recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, 
 
 
 def _try(recording: Recording, groups: Sequence[ChannelGroup]) -> _Findings:
+    """What is wrong with one part of the channels gone, or with the other."""
+    return _try_part(recording, groups, 0) or _try_part(recording, groups, 1)
+
+
+def _try_part(recording: Recording, groups: Sequence[ChannelGroup], part: int) -> _Findings:
     found = _Findings()
-    removed = {group.name: _some_units(group) for group in groups}
+    removed = {group.name: _some_units(group, part) for group in groups}
     gone = surgery.removed_indices(groups, removed)
     small: nn.Module = recording.model
     try:
@@ -146,15 +154,16 @@ def _try(recording: Recording, groups: Sequence[ChannelGroup]) -> _Findings:
     return found
 
 
-def _some_units(group: ChannelGroup) -> Tensor:
-    """Channels to go, int64: about half of the units, at random; an odd number of units stays, of one or another."""
-    units = int(group.unit.max()) + 1
-    generator = torch.Generator().manual_seed(zlib.crc32(group.name.encode()))
-    stay = units // 2 | 1
-    stay += 2 * (zlib.crc32(group.name.encode()) % 2) if units > 7 else 0  # groups of one width lose not all alike
-    gone = torch.ones(units, dtype=torch.bool)
-    gone[torch.randperm(units, generator=generator)[:stay]] = False
-    return gone[group.unit].nonzero()[:, 0]
+def _some_units(group: ChannelGroup, part: int) -> Tensor:
+    """Channels to go, int64: about half of the units, at random; an odd number of units stays, of one or another. Those
+    that stay in part 0 go in part 1."""
+    units, seed = int(group.unit.max()) + 1, zlib.crc32(group.name.encode())
+    first = units // 2 | 1
+    first -= 2 * (seed % 2) if units > 7 else 0  # groups of one width lose not all alike
+    rest = units - first
+    order = torch.randperm(units, generator=torch.Generator().manual_seed(seed))
+    stay = order[:first] if part == 0 else order[first:first + rest - 1 + rest % 2]
+    return torch.ones(units, dtype=torch.bool).index_fill(0, stay, False)[group.unit].nonzero()[:, 0]
 
 
 def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.RemovedIndices,
@@ -175,12 +184,13 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
             return computed
         expected = _kept(full, dim, gone_out)
         before = recording.inputs[name][call]
-        if before is None or not args:
+        x = read_by(args, kwargs)
+        if before is None or x is None:
             return expected
         read = _kept(before, dim, gone_in)
-        if args[0].shape != read.shape or not _alike(args[0], read):
+        if x.shape != read.shape or not _alike(x, read):
             found.layers.setdefault(name, f"{name} reads something else where some channels are gone: the code before "
-                                          "it depends on how many there are")
+                                          "it depends on which and how many there are")
             return expected
         try:
             made: Tensor = type(layer).forward(layer, *args, **kwargs)
@@ -189,7 +199,8 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
                                           f"({_said(error)})")
             return expected
         masked = before if gone_in is None else before.index_fill(dim, gone_in.to(before.device), 0)
-        want = _kept(type(whole).forward(whole, masked, *args[1:], **kwargs), dim, gone_out)
+        args, kwargs = with_input(args, kwargs, masked)
+        want = _kept(type(whole).forward(whole, *args, **kwargs), dim, gone_out)
         if made.shape != want.shape or not _alike(made, want):
             found.layers.setdefault(name, f"{name} ({type(layer).__name__}) computes something else with fewer "
                                           "channels: its weight is computed from all of them")

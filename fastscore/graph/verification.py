@@ -84,7 +84,10 @@ class Recording:
         self._dims = {name: channel_dim(layer) for name, layer in self.layers.items()}
         self.outputs: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
         self._read: list[tuple[str, Tensor, int]] = []  # while recording: what layers read, and its version then
+        self._made: list[tuple[str, Tensor, int]] = []  # while recording: views that layers made, and their version
         self.overwritten = set[str]()  # layers whose input is written to after they have read it
+        self.lost = set[str]()  # Linears whose output is a view that is written to: autograd's graph lacks their node
+        self.transformed = set[str]()  # layers that run under torch.func, as in torch.vmap
         self.first_layers = set[str]()  # those that read what no layer has made, in one call at least
 
     def forget_norms(self, but: Container[str]) -> None:
@@ -107,8 +110,10 @@ class Recording:
             with _replaced(self.model, {layer: self._record(layer) for layer in self.outputs} | self._instance_norms()):
                 yield
             self.overwritten = {layer for layer, x, version in self._read if x._version != version}
+            self.lost = {layer for layer, x, version in self._made if x._version != version}
         finally:
             self._read.clear()
+            self._made.clear()
 
     def _instance_norms(self) -> dict[str, Callable[..., Tensor]]:
         """Forwards that show none of the views by which an InstanceNorm has samples and channels in one dimension."""
@@ -139,15 +144,21 @@ class Recording:
         module = self.layers[layer]
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            if layer in self.norms and (len(args) != 1 or kwargs):  # what it computes of these, nobody knows
+            x = read_by(args, kwargs)
+            if layer in self.norms and (len(args) + len(kwargs) != 1 or x is None):  # computed of what, nobody knows
                 unknown: Tensor = type(module).forward(module, *args, **kwargs)
                 return unknown
-            output: Tensor = OneNode.apply(args[0], module) if layer in self.norms \
-                else type(module).forward(module, *args, **kwargs)
+            output: Tensor = OneNode.apply(x, module) if layer in self.norms else \
+                OneNode.apply(x, module, module.weight) if layer in self.lost else \
+                type(module).forward(module, *args, **kwargs)
+            if output._is_view() and type(module).forward is nn.Linear.forward:
+                self._made.append((layer, output, output._version))
             self.outputs[layer].append(output.detach().clone())
-            if args:
-                self._read.append((layer, args[0], args[0]._version))
-                if not args[0].requires_grad:
+            if torch._C._functorch.maybe_get_level(output) != -1:
+                self.transformed.add(layer)
+            if x is not None:
+                self._read.append((layer, x, x._version))
+                if not x.requires_grad:
                     self.first_layers.add(layer)
             return output
 
@@ -156,7 +167,7 @@ class Recording:
     @property
     def inputs(self) -> Mapping[str, list[Tensor | None]]:
         """Layer -> what it read in each call, where layers give what they gave in the recorded run, and a GroupNorm
-        what it reads; None where that is no positional argument."""
+        what it reads; None where that is no tensor."""
         return self._replayed[0]
 
     @property
@@ -184,7 +195,8 @@ class Recording:
                 if output is None:  # one call more than before
                     computed: Tensor = type(module).forward(module, *args, **kwargs)
                     return computed
-                see(layer, call, args[0] if args and not _looks_at_shape(module, args[0]) else None)
+                x = read_by(args, kwargs)
+                see(layer, call, None if x is None or _looks_at_shape(module, x) else x)
                 return _changed(output, self._dims[layer], made[layer]) if layer in made else output.clone()
 
             return forward
@@ -195,10 +207,10 @@ class Recording:
     def replay(self, forwards: Mapping[str, Callable[..., Tensor]], model: nn.Module) -> Tensor:
         """The output of a run of `model`, a copy of the recorded one, whose layers compute `forwards` in place of their
         own, and whose GroupNorms pass on what they read."""
-        def skip(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
-            return args[0]  # the statistics of a GroupNorm depend on all its channels, its positions do not
+        def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+            return read_by(args, kwargs)  # the statistics of a GroupNorm depend on all its channels, its positions not
 
-        handles = [module.register_forward_hook(skip) for module in model.modules()
+        handles = [module.register_forward_hook(skip, with_kwargs=True) for module in model.modules()
                    if isinstance(module, nn.GroupNorm)]
         torch.manual_seed(0)
         try:
@@ -207,6 +219,12 @@ class Recording:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def read_by(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a layer is called on, by position or by keyword; None where that is no tensor, but a shape, say."""
+    x = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+    return x if isinstance(x, Tensor) else None
 
 
 def _looks_at_shape(module: nn.Module, x: Tensor) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastscore.modules.hooks import input_of
 from fastscore.modules.response_norms import ResponseNorm
 
 _EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")
@@ -90,9 +91,10 @@ class NarrowedNorm(nn.Module):
     weight: Tensor | None
     bias: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Of x's shape and dtype."""
-        return self.channel_norm(x, self._parameters.get("weight"), self._parameters.get("bias"), self.dense_width)
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Of the shape and dtype of the one tensor that it is called on, by whatever keyword the dense norm had."""
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        return self.channel_norm(input_of(args, kwargs), weight, bias, self.dense_width)
 
     def extra_repr(self) -> str:
         """Widths, and what is computed."""
@@ -110,14 +112,22 @@ def norm_of(module: nn.Module) -> ChannelNorm | ResponseNorm | None:
     size = width(module)
     if size is None:
         return None
-    key = (type(module), size, *((name, value) for name, value in vars(module).items()
-                                 if isinstance(value, (bool, int, float, str, tuple)) and name != "training"),
+    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    if not all(isinstance(value, _PLAIN) for value in own.values()):  # what it computes may depend on what is in there
+        return _find(module, size)
+    key = (type(module), size, *own.items(),
            *((name, parameter is None) for name, parameter in module._parameters.items()))
     if key not in _found:
-        _found[key] = next((norm for norm in _candidates(module) if _computes(module, norm, size)), None)
+        _found[key] = _find(module, size)
     return _found[key]
 
 
+def _find(module: nn.Module, size: int) -> ChannelNorm | ResponseNorm | None:
+    return next((norm for norm in _candidates(module) if _computes(module, norm, size)), None)
+
+
+_PLAIN = (bool, int, float, str, tuple, torch.Size, torch.dtype, type(None))
+_OF_EVERY_MODULE = set(vars(nn.Module()))
 _found: dict[Any, ChannelNorm | ResponseNorm | None] = {}
 
 
@@ -205,10 +215,11 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class OneNode(torch.autograd.Function):
-    """A module's forward as one node of autograd's graph, which leads to its input alone."""
+    """A module's forward as one node of autograd's graph, which leads to its input, and to those of its parameters that
+    are given."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
+    def forward(ctx: Any, x: Tensor, module: nn.Module, *parameters: Tensor) -> Tensor:
         y: Tensor = type(module).forward(module, x)
         return y.clone() if y._is_view() else y  # which may be written to
 

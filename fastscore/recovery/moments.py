@@ -15,6 +15,7 @@ from torch import Tensor, distributed, nn
 
 from fastscore.batches import valid_tokens
 from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import device_of
 from fastscore.modules.transposed_linear import is_linear
 
@@ -169,7 +170,7 @@ class InputMoments:
     def __enter__(self) -> "InputMoments":
         for name, moments in self.moments.items():
             layer = self._model.get_submodule(name)
-            self._handles.append(layer.register_forward_pre_hook(self._hook(name, moments)))
+            self._handles.append(layer.register_forward_pre_hook(self._hook(name, moments), with_kwargs=True))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -181,10 +182,10 @@ class InputMoments:
         """Before each batch: padding among its tokens does not count."""
         self._valid = valid_tokens(batch)
 
-    def _hook(self, name: str, moments: Moments) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def _hook(self, name: str, moments: Moments) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.calls[name] += 1
-            moments.add(rows_of(layer, args[0], self._valid))
+            moments.add(rows_of(layer, input_of(args, kwargs), self._valid))
 
         return hook
 

@@ -8,7 +8,9 @@ import torch
 import whole_way
 from torch import Tensor, nn
 
+import fastscore
 from fastscore.graph.tracing import trace
+from fastscore.modules.channel_norms import norm_of
 
 
 class Block(nn.Module):
@@ -127,3 +129,59 @@ def test_statistics_of_everything_run_over_channels(statistic: Callable[[Tensor]
     graph = trace(Normalised(statistic, of_parameter).eval(), torch.randn(3, 6))
     assert not graph.groups
     assert "runs over all its channels" in graph.skipped["up"]
+
+
+class ReadElsewhere(nn.Module):
+    """One number, made of a parameter or buffer that is cut with the channels, meets all of them."""
+
+    def __init__(self, number: Callable[["ReadElsewhere"], Tensor]) -> None:
+        super().__init__()
+        self.number = number
+        self.up, self.norm, self.down = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 5, 1)
+        self.gain, self.scale = nn.Parameter(torch.randn(8)), nn.PReLU(8)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2.0)
+        with torch.no_grad():
+            self.scale.weight.copy_(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, 5, H, W]."""
+        return self.down(self.scale(self.norm(self.up(x))) * self.gain[:, None, None] * self.number(self))
+
+
+@pytest.mark.parametrize("number", [
+    lambda net: (net.gain[:, None] * net.gain[None, :])[0][:, None, None], lambda net: net.norm.running_mean[0],
+    lambda net: net.norm.weight[-1] + net.norm.bias[-1], lambda net: net.scale.weight.max(),
+    lambda net: net.up.bias[0], lambda net: net.up.weight.abs().max(), lambda net: net.down.weight.abs().max(),
+    lambda net: net.gain.detach().abs().median()],
+    ids=["products", "a running mean", "a last entry", "the largest slope", "a bias", "the largest weight made with",
+         "the largest weight read with", "a median"])
+def test_what_is_cut_and_read_elsewhere_is_kept(number: Callable[[ReadElsewhere], Tensor]) -> None:
+    """A value at a fixed entry, or of all entries, reaches channels that stay, whichever goes."""
+    for seed in range(2):  # each has the largest somewhere else
+        torch.manual_seed(seed)
+        model, x = ReadElsewhere(number).eval(), torch.randn(2, 3, 4, 4)
+        assert trace(model, x).groups == ()
+    del model.number
+    model.number = lambda net: torch.ones(())
+    scores = fastscore.score(model, [x], progress=False)
+    assert list(scores) == ["up"]
+
+
+class Scaled(nn.Module):
+    """A LayerNorm whose output is multiplied by a tensor that is neither parameter nor buffer."""
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.weight, self.eps, self.scale = nn.Parameter(torch.ones(8)), 1e-3, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 8] -> the same."""
+        return nn.functional.layer_norm(x, (8,), self.weight, None, self.eps) * self.scale
+
+
+def test_norms_of_one_class_are_told_apart_by_the_tensors_that_they_hold() -> None:
+    """Whichever comes first."""
+    plain, scaled = Scaled(torch.ones(())), Scaled(torch.arange(8.0))
+    for norm, known in ((plain, True), (scaled, False), (plain, True)):
+        assert (norm_of(norm) is not None) == known
