@@ -98,16 +98,19 @@ def _holds_layers(module: nn.Module) -> bool:
         and getattr(module, "layer_idx", None) != 0  # whose keys tell the cache of a decoder how long it is
 
 
-def _note(calls: list[_Call | None]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _note(calls: list[_Call | None]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) and output else output
         x = first_floating(args, kwargs)
-        if isinstance(first, Tensor) and first.grad_fn is not None and first.dim() > 1 and x is not None \
-                and x.grad_fn is not None and x.shape == first.shape and x.dtype == first.dtype:
-            returns = len(output) if isinstance(output, tuple) else 0
-            calls.append(_Call(first.grad_fn, x.grad_fn, returns, first.shape))
-        else:
+        if not (isinstance(first, Tensor) and first.grad_fn is not None and first.dim() > 1 and x is not None
+                and x.grad_fn is not None and x.shape == first.shape and x.dtype == first.dtype):
             calls.append(None)
+            return output
+        if first._is_view():  # of which autograd would lose sight where it is written to
+            first = first.clone()
+            output = (first, *output[1:]) if isinstance(output, tuple) else first
+        calls.append(_Call(first.grad_fn, x.grad_fn, len(output) if isinstance(output, tuple) else 0, first.shape))
+        return output
 
     return hook
 

@@ -89,7 +89,7 @@ class ChannelGraph:
     its output. samples: where the samples lie in what layers read. macs: layer, or parameter that the code of its
     module reads -> MACs of the products with it, of one sample. uncounted: operation that no formula knows -> where it
     ran. blocks: residual branches that can go whole, a group of one channel each, which are no part of `groups` (see
-    fastscore.graph.blocks.with_blocks).
+    fastscore.graph.blocks.with_blocks). training_only: layers that run in training alone.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -99,6 +99,7 @@ class ChannelGraph:
     macs: Mapping[str, float] = field(default_factory=dict)
     uncounted: Mapping[str, str] = field(default_factory=dict)
     blocks: tuple[ChannelGroup, ...] = ()
+    training_only: frozenset[str] = frozenset()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -170,7 +170,7 @@ def _shapes_at_two_sizes(model: nn.Module, watched: Mapping[str, Watched], run: 
     as_it_is = _tried(model, watched, run, example, count) if count > 1 else ""
     if not isinstance(as_it_is, str):
         return [as_it_is]
-    return (first if isinstance(first, str) else str(second)) + _ALONE
+    return (as_it_is or (first if isinstance(first, str) else str(second))) + _ALONE
 
 
 def _samples_of(example: Batch) -> int:

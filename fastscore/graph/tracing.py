@@ -17,6 +17,7 @@ from fastscore.graph import (
     cache,
     channel_buffers,
     dependencies,
+    in_place,
     index_maps,
     left_alone,
     own_tensors,
@@ -53,7 +54,8 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
 
     Raises:
         TypeError: the model returns no tensor, or torch.jit made it; example inputs that hold none.
-        ValueError: it cannot run on the example inputs, or its parameters are sharded.
+        ValueError: it cannot run on the example inputs, writes over what its gradients need, or its parameters are
+            sharded.
     """
     model = unwrapped(model)
     if not callable(forward):
@@ -93,7 +95,15 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
         samples = example_inputs if samples is None else batches.map_tensors(batches.usable, samples)
-        axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples)
+        try:
+            axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            layer = in_place.overwritten(eval_model, run)
+            raise ValueError(f"{type(model).__name__}: its code writes in place to what {layer or 'an operation'} has "
+                             "read, so that no gradient can be computed, here or in training: write "
+                             "`x = x + branch(x)`, where it says `x += branch(x)`") from error
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained))
     graph = replace(graph, samples=axes, **_products(eval_model, example_inputs, forward, axes.batch))
     cache.put(model, example_inputs, forward, graph)
@@ -142,6 +152,11 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     try:
         with recording.record():
             graph.build(eval_model, first_run)
+        if recording.lost:
+            graph.release()
+            graph = dependencies.Graph()
+            with recording.record():
+                graph.build(eval_model, first_run)
     except batches.OutputError:
         raise
     except Exception as error:  # the tracer raises whatever its guesses run into
@@ -157,12 +172,24 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
                for group, where in leaks.items()}
     tried = [group for group in found.groups if group.name not in leaks]
     refused = surgery_trial.refusals(recording, tried)
+    if found.groups and len(refused) == len(tried):
+        _check_runs_again(eval_model, whole)
     joined = surgery_trial.together(recording, tried, refused)
     made = {member.layer for group in joined for member in group.role("producer")}
     reasons |= {name: why for name, why in refused.items() if name not in made}
     found = replace(found, groups=tuple(group for group in tried if group.name not in refused),
                     skipped={**found.skipped, **reasons, **left}, blocks=branches)
     return _with_heads(eval_model, found, joined), recording.layers_that_ran, {*left, *reasons}
+
+
+def _check_runs_again(eval_model: nn.Module, whole: Callable[[nn.Module], Tensor]) -> None:
+    """Raise ValueError for a model that has run once, and does not again: no group is to blame then."""
+    try:
+        whole(evaluation_copy(eval_model))
+    except Exception as error:  # of the model's code, or forward=
+        raise ValueError(f"{type(eval_model).__name__}: it ran on example_inputs, and a copy of it does not "
+                         f"({type(error).__name__}: {error}): the model, and forward=, must run each time, on copies, "
+                         "too") from error
 
 
 def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGroup]) -> ChannelGraph:
@@ -184,7 +211,8 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
     for name, module in layers.items():
         node = graph.module2node.get(module)
         if node is None and tp.ops.module2type(module) in LAYERS and name not in called_otherwise:
-            skipped[name] = "the output does not depend on it"
+            skipped[name] = "it runs under torch.func (vmap, say), where nothing can be followed or measured" \
+                if name in recording.transformed else "the output does not depend on it"
         if node is None or node.type not in PRODUCERS or name in seen:
             continue
         positions, reason = graph.positions_of(node)

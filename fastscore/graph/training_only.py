@@ -56,7 +56,8 @@ def merge(graph: ChannelGraph, in_training: ChannelGraph, inactive: set[str]) ->
     there = {group.name for group in groups}
     skipped = {**graph.skipped, **{name: why for name, why in in_training.skipped.items()
                                    if name in inactive or name not in graph.skipped}, **unread}
-    return replace(graph, groups=groups, skipped={name: why for name, why in skipped.items() if name not in there})
+    return replace(graph, groups=groups, skipped={name: why for name, why in skipped.items() if name not in there},
+                   training_only=frozenset(inactive))
 
 
 def _extends(group: ChannelGroup, other: ChannelGroup) -> bool:

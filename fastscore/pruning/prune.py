@@ -123,6 +123,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     clocks.check(clock, latency, model, example_inputs)
     with shown(progress):
         graph = scored_graph(model, scores, example_inputs, forward, ignore)
+    if not graph.groups:
+        raise ValueError(f"ignore: it leaves no channel that can go from {type(model).__name__}: ignore fewer layers")
     eval_model = evaluation_copy(model)
     plan = partial(plan_surgery, model, eval_model, graph, scores if means else None, example_inputs, forward)
     compensation = say_compensation(means, compensate, scores) if calibration is None else ""
@@ -188,7 +190,9 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
 
 
 def _is_measured(asked: bool | None, scores: Scores, scope: Scope, calibration: object, repair: Method) -> bool:
-    """Whether groups are measured. Raises ValueError where they are to be and cannot."""
+    """Whether groups are measured. Raises ValueError where they are to be and cannot, TypeError for no bool."""
+    if asked is not None and not isinstance(asked, bool):
+        raise TypeError(f"measured: {asked!r:.80}, where True, False or None is meant")
     possible = calibration is not None and scope == "global" and measurable(scores)
     if asked and not possible:
         raise ValueError('measured: it takes calibration=batches, scope="global", and scores without a sign that read '

@@ -145,7 +145,8 @@ class PruneReport(Table):
 
     @property
     def _remains(self) -> str:
-        return "remains: " + ", ".join(f"{after / max(before, 1):.1%} of the {unit}" for unit, (before, after) in
+        return "remains: " + ", ".join(f"{after / before if before else 1:.1%} of the {unit}"
+                                       for unit, (before, after) in
                                        (("channels", self.channels), ("MACs", self.macs), ("parameters", self.params)))
 
     def __str__(self) -> str:

@@ -47,6 +47,9 @@ def check_scores(graph: ChannelGraph, scores: Scores) -> None:
     """Raise ValueError, naming the layer, where `scores` are not those of the model that `graph` was traced from."""
     widths = {group.name: group.channels for group in graph.groups}
     for layer in scores:
+        if layer not in widths and layer in graph.skipped:
+            raise ValueError(f"scores: they know channels of {layer}, which cannot go from this model on these "
+                             f"example_inputs: {graph.skipped[layer]}")
         if layer not in widths:
             raise ValueError(f"scores: they belong to another model, which has a prunable layer {layer}; this one has "
                              "none of that name: score this model")

@@ -273,9 +273,8 @@ class Totals:
             layer = self.nonfinite or "every backward pass"
         if layer is not None:
             raise FloatingPointError(f"{layer}: NaN or infinity in its activations or gradients")
-        missed = {group.name: f"no backward pass came to {layer}, which reads its channels: it runs under no_grad, "
-                  "in a checkpoint(use_reentrant=True) that probes cannot pass, or without a loss" for group
-                  in self._graph.groups for layer in sorted({edge.layer for edge in group.edges} - self._reached)[:1]}
+        missed = {group.name: self._why_missed(layer) for group in self._graph.groups
+                  for layer in sorted({edge.layer for edge in group.edges} - self._reached)[:1]}
         missed |= {group.name: self._untold[edge.layer] for group in self._graph.groups for edge in group.edges
                    if edge.layer in self._untold}
         totals = {name: total.cpu() for name, total in self._totals.by_name().items() if name not in missed}
@@ -294,6 +293,13 @@ class Totals:
             raise FloatingPointError(f"{layer}: its importances are beyond float32: use normalize=True, a smaller loss "
                                      'scale, or importance="taylor-abs", which squares nothing')
         return scores
+
+    def _why_missed(self, layer: str) -> str:
+        if layer in self._graph.training_only:
+            return f"{layer} reads its channels, and runs in training alone: measure it there (a Scorer, in training " \
+                   "mode), or take it out of the model"
+        return f"no backward pass came to {layer}, which reads its channels: it runs under no_grad, in a " \
+               "checkpoint(use_reentrant=True) that probes cannot pass, or without a loss"
 
     def nonfinite_layer(self) -> str | None:
         """The first layer whose total is NaN or infinite; None when all are finite."""

@@ -133,3 +133,18 @@ def test_a_product_of_activations_is_to_blame_not_the_softmax_after_it() -> None
         assert graph.skipped[layer] == "a product with other activations (BmmBackward0) takes them where they cannot " \
                                        "be followed"
     assert graph.skipped["k"] == "its channels go with those of q"
+
+
+def test_layers_under_vmap_have_the_reason() -> None:
+    """Of the output they are not independent."""
+    class PerRow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.three, self.last = (nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.three(torch.vmap(lambda row: self.two(self.one(row).relu()))(x)).relu())
+
+    graph = trace(PerRow(), torch.randn(3, 4))
+    assert [group.name for group in graph.groups] == ["three"]
+    assert all(graph.skipped[layer].startswith("it runs under torch.func (vmap, say)") for layer in ("one", "two"))

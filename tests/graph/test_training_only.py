@@ -1,8 +1,10 @@
 """Layers that run in training alone."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+import fastscore
 from fastscore.batches import call_model
 from fastscore.graph import training_only
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
@@ -97,3 +99,18 @@ def test_code_that_expects_what_evaluation_gives() -> None:
     for forward in (call_model, logits):
         (group,) = trace(model, x, forward).groups
         assert (group.name, {member.layer for member in group.role("consumer")}) == ("body", {"head", "auxiliary.0"})
+
+
+def test_the_reason_of_what_they_read_is_theirs() -> None:
+    """score() runs models in evaluation mode; both ways out that the reason names are ways out."""
+    torch.manual_seed(0)
+    model, x = TwoOutputs(), torch.randn(6, 4)
+    with pytest.raises(RuntimeError, match=r"auxiliary.0 reads its channels, and runs in training alone: .*Scorer.*"
+                                           "or take it out of the model"):
+        fastscore.score(model.eval(), [x], progress=False)
+    scorer = fastscore.Scorer(model.train(), x, gradient="loss", output=list)
+    with scorer:
+        sum(output.square().sum() for output in model(x)).backward()
+    assert list(scorer.scores()) == ["body"]
+    model.auxiliary = None
+    assert list(fastscore.score(model.eval(), [x], progress=False)) == ["body"]

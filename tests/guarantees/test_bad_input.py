@@ -101,6 +101,7 @@ def test_scores_that_are_none_and_a_folder_for_a_file(tmp_path: Path) -> None:
     (lambda m, s: fastscore.prune(m, s, X, macs=0.5, ignore=3), "ignore"),
     (lambda m, s: fastscore.prune(m, s, X, macs=0.5, forward="forward"), "forward"),
     (lambda m, s: fastscore.prune(m, s, X, macs=0.5, calibration="x"), "calibration"),
+    (lambda m, s: fastscore.prune(m, s, X, macs=0.5, measured="yes"), "measured"),
     *((lambda m, s, x=x: fastscore.prune(m, s, x, macs=0.5), "example_inputs")
       for x in ("x", None, 3, (2, 3, 8, 8), X.numpy())),
     (lambda m, s: fastscore.mask(m, s, 0.3, "x").__enter__(), "example_inputs"),
@@ -145,6 +146,9 @@ def test_everything_ignored() -> None:
             lambda: score(model, ignore=[nn.Conv2d]))
     refused(ValueError, r"^ignore: 'stem\.1x' matches no layer.*did you mean stem\.1", model,
             lambda: score(model, ignore="stem.1x"))
+    scores = score(model)
+    refused(ValueError, "^ignore: it leaves no channel that can go", model,
+            lambda: fastscore.prune(model, scores, X, channels=0.5, ignore="*"))
 
 
 # Numbers
@@ -288,6 +292,40 @@ def test_scores_of_another_model() -> None:
                     lambda scores=scores: fastscore.prune(model, scores, X, macs=0.5, inplace=True),
                     lambda scores=scores: fastscore.mask(model, scores, 0.3, X).__enter__()):
             refused(ValueError, f"^scores: .*({message})", model, act)
+
+
+def test_scores_of_channels_that_are_kept_now() -> None:
+    """The same model, called so that a layer's channels cannot go: told so, and no word of another model."""
+    model = trained()
+    scores = score(model)
+    layer = next(iter(scores))
+
+    def all_needed(model: nn.Module, x: Tensor) -> Tensor:
+        output = model(x)
+        return output + model.get_submodule(layer)(x).mean() if layer in dict(model.named_modules()) else output
+
+    refused(ValueError, rf"^scores: they know channels of {layer}, which cannot go from this model on these", model,
+            lambda: fastscore.prune(model, scores, X, macs=0.5, forward=all_needed))
+
+
+@pytest.mark.parametrize("bears", [1, 4, 8])
+def test_a_forward_that_runs_once_and_not_again(bears: int) -> None:
+    """No layer is to blame, and none is named."""
+    calls = 0
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > bears:
+            raise Mine("no more")
+        return model(x)
+
+    model = trained()
+    if bears == 1:  # its own exception, where nothing is tried
+        refused(Mine, "no more", model, lambda: score(model, forward=forward))
+    else:
+        refused(ValueError, r"it ran on example_inputs, and a copy of it does not \(Mine: no more\)", model,
+                lambda: score(model, forward=forward))
 
 
 # Exceptions of the user's own

@@ -1,0 +1,33 @@
+"""Code that writes to a tensor whose values a gradient needs, as `x += branch(norm(x))` does."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastscore.batches import tensors_of
+
+
+def overwritten(model: nn.Module, run: Callable[[nn.Module], object]) -> str | None:
+    """The innermost module of a model that reads, first of all, what is written to afterwards; None where none does.
+
+    Args:
+        model: an evaluation copy.
+        run: (model) -> its outputs, on an example.
+    """
+    read: list[tuple[str, Tensor, int]] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            read.extend((name, x, x._version) for x in tensors_of((args, kwargs)))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(name), with_kwargs=True)
+               for name, module in model.named_modules() if not module._modules]
+    try:
+        run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return next((name for name, x, version in read if x._version != version), None)
