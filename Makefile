@@ -1,4 +1,4 @@
-# What a contributor runs. `pytest` runs lint and type too: tests/docs/test_lint.py takes them from here.
+# What a contributor runs. Tests run lint and type too: tests/docs/test_lint.py takes them from here.
 PYTHON ?= python
 
 .PHONY: build lint type test bench
@@ -14,7 +14,7 @@ type:
 	$(PYTHON) -m mypy
 
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 bench:
 	$(PYTHON) -m benchmarks.ops.bandwidth
