@@ -78,16 +78,27 @@ def unavailable(backend: str) -> str:
 
 def _lazy(op: str) -> Callable[..., Any]:
     """The Triton function of `op`, imported when it is first called."""
+    function: Callable[..., Any] | None = None
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            module = importlib.import_module(f"fastscore.ops.triton.{FAMILIES[op]}")
-        except ModuleNotFoundError as error:
-            if error.name != "triton":
-                raise
-            raise RuntimeError(f"fastscore::{op} on a GPU needs Triton or a native library with CUDA kernels: "
-                               "pip install triton, or install a wheel that has them") from error
-        return getattr(module, op)(*args, **kwargs)
+        nonlocal function
+        if function is None:
+            function = _imported(op)
+        return function(*args, **kwargs)
+
     return call
+
+
+def _imported(op: str) -> Callable[..., Any]:
+    try:
+        module = importlib.import_module(f"fastscore.ops.triton.{FAMILIES[op]}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise RuntimeError(f"fastscore::{op} on a GPU needs Triton or a native library with CUDA kernels: "
+                           "pip install triton, or install a wheel that has them") from error
+    function: Callable[..., Any] = getattr(module, op)
+    return function
 
 
 def _of_reference(op: str) -> Callable[..., Any]:

@@ -97,7 +97,8 @@ def check_gradient(g: Tensor, eps: float) -> None:
 def check_writable(args: Sequence[Any], place: int, names: Sequence[str]) -> None:
     """Raises unless the tensor at `place` can be written to: no part of it is another element or argument."""
     x, name = args[place], names[place]
-    if x.numel() and any(size > 1 and not stride for size, stride in zip(x.shape, x.stride(), strict=True)):
+    if not x.is_contiguous() and x.numel() and any(
+            size > 1 and not stride for size, stride in zip(x.shape, x.stride(), strict=True)):
         raise RuntimeError(f"{name} is neither contiguous nor channels last: some of its elements are one in memory, "
                            f"and it is written to; pass {name}.clone(memory_format=torch.contiguous_format)")
     for other, y in zip(names, args, strict=False):

@@ -88,6 +88,7 @@ def _undifferentiable(name: str) -> Callable[..., Any]:
     """Autograd's kernel of an op. Scores are read, never differentiated: results don't require grad, and where PyTorch
     would take them for constants without a word, an error says so."""
     op = getattr(torch.ops.fastscore, name).default
+    names = [argument.name for argument in op._schema.arguments]
     writes = [place for place, argument in enumerate(op._schema.arguments) if argument.is_write]
 
     def kernel(keyset: Any, *args: Any) -> Any:
@@ -98,7 +99,7 @@ def _undifferentiable(name: str) -> Callable[..., Any]:
                                        "by torch.func or in forward mode: call the op on "
                                        f"{argument.name}.detach(), or outside of it")
         for place in writes:
-            checks.check_writable(args, place, [argument.name for argument in op._schema.arguments])
+            checks.check_writable(args, place, names)
             if not args[place].is_inference():
                 torch.autograd.graph.increment_version(args[place])
         return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)

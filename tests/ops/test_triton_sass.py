@@ -31,6 +31,7 @@ from fastscore.ops.triton.launch import (  # noqa: E402
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMS = 132
+META = torch.device("meta")
 WIDE_AND_HALF = (torch.float32, torch.bfloat16)  # where float16 compiles to what bfloat16 does
 ON_SM_90 = pytest.mark.parametrize("architecture", [90], indirect=True)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -111,9 +112,9 @@ def channel_calls(reducer, dtype, shape, a_last=False, g_last=False, offset=0) -
     out = torch.empty(3, n * c, dtype=result_dtype(dtype), device="meta")
     plan = plan_channel_sums(shape, *strides, 1, dtype.itemsize, SMS)
     if reducer.startswith("clamp"):  # with the gradient of other readers, or without; all lie in memory as a does
-        rest = a if reducer == "clamp, rest" else None
-        return plan.layout, clamp_backward.calls(plan, a, g, rest, (0.0, float("inf")), out, mean=True)
-    return plan.layout, channel_sums.calls(plan, reducer, a, g, out, mean=reducer == "sums")
+        launch = clamp_backward.launch(plan, META, dtype, reducer == "clamp, rest", (0.0, float("inf")), mean=True)
+        return plan.layout, launch.calls((a, g, a, out))
+    return plan.layout, channel_sums.launch(plan, META, dtype, reducer, mean=reducer == "sums").calls((a, g, out))
 
 
 CLAMPS = ("clamp", "clamp, rest")
@@ -209,7 +210,8 @@ def test_more_than_2_to_the_31_elements(layout, architecture, tmp_path):
 @pytest.mark.parametrize("classes", [1000, 50257])
 def test_random_gradient_spills_nothing(classes, normal, normalize, architecture, tmp_path):
     ids, out = torch.empty(32, dtype=torch.int64, device="meta"), torch.empty(32, classes, device="meta")
-    for call in random_gradient.calls(plan_random_gradient(32, classes), ids, 2**40, 0, normal, normalize, out):
+    launch = random_gradient.launch(plan_random_gradient(32, classes), META, 1, normal, normalize)
+    for call in launch.calls((ids, out), (2**40, 0)):
         assert_lean(compile_call(call, tmp_path))
 
 
@@ -218,7 +220,7 @@ def test_random_gradient_spills_nothing(classes, normal, normalize, architecture
 def test_normalize_gradient_loads_16_bytes_and_spills_nothing(classes, dtype, architecture, tmp_path):
     g, unit = torch.empty(2, 32, classes, dtype=dtype, device="meta")
     plan = plan_normalize_gradient(tuple(g.shape), g.stride(), unit.stride(), dtype.itemsize)
-    for call in normalize_gradient.calls(plan, g, 0.0, unit, torch.empty(32, device="meta")):
+    for call in normalize_gradient.launch(plan, META, 0.0).calls((g, unit, torch.empty(32, device="meta"))):
         compiled = compile_call(call, tmp_path)
         assert "LDG.E.128" in compiled.loads
         assert_lean(compiled)

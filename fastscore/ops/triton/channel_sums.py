@@ -5,7 +5,7 @@ The layout is no part of the kernel: a tile is BLOCK_C channels by BLOCK_P posit
 The compiler knows which stride is 1 and orders the threads of each load along it.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastscore.ops import checks
 from fastscore.ops.reference import result_dtype
-from fastscore.ops.triton.common import Call, multiprocessors, offsets, run
-from fastscore.ops.triton.launch import COMBINE_ROWS, COMBINE_SPLITS, REGISTERS, ChannelLaunch, plan_channel_sums
+from fastscore.ops.triton.common import Launch, Step, keep, multiprocessors, offsets, register_limit
+from fastscore.ops.triton.launch import COMBINE_ROWS, COMBINE_SPLITS, ChannelLaunch, plan_channel_sums
 
 SUMS = {"dot": 1, "sums": 3, "powers": 2}
 
@@ -84,39 +84,49 @@ def combine_kernel(partials, out, rows, splits, positions, SUMS: tl.constexpr, M
         tl.store(out + i * rows + row, whole / positions if i == MEAN else whole, row < rows)
 
 
-def combined(plan: ChannelLaunch, sums: int, mean: int, out: Tensor, first: Callable[[Tensor, int], Call]
-             ) -> list[Call]:
-    """The launches that fill `out`: first(where the sums of each split go, MEAN), and what adds them up."""
+def launched(plan: ChannelLaunch, device: torch.device, dtype: torch.dtype, sums: int, mean: int, first: Step
+             ) -> Launch:
+    """The launch of a step that sums into the last of its tensors, and of what adds up the parts where rows are split.
+
+    mean: MEAN of the last step. dtype: of the sums.
+    """
+    def of(step: Step, mean: int, *tensors: int) -> Step:
+        return step._replace(tensors=tensors, options={**step.options, "MEAN": mean})
+
+    *inputs, out = first.tensors
     if plan.splits == 1:
-        return [first(out, mean)]
-    partials = torch.empty((plan.splits, sums, plan.rows), dtype=out.dtype, device=out.device)
-    return [first(partials, -1),
-            Call(combine_kernel, plan.combine_grid, (partials, out, plan.rows, plan.splits, plan.positions),
-                 {"SUMS": sums, "MEAN": mean, "BLOCK_ROWS": COMBINE_ROWS, "BLOCK_SPLITS": COMBINE_SPLITS,
-                  "num_warps": 1})]
+        return Launch(device, (of(first, mean, *first.tensors),))
+    combine = Step(combine_kernel, plan.combine_grid, (), (plan.rows, plan.splits, plan.positions),
+                   {"SUMS": sums, "BLOCK_ROWS": COMBINE_ROWS, "BLOCK_SPLITS": COMBINE_SPLITS, "num_warps": 1})
+    return Launch(device, (of(first, -1, *inputs, out + 1), of(combine, mean, out + 1, out)),
+                  ((plan.splits, sums, plan.rows), dtype))
 
 
-def calls(plan: ChannelLaunch, reducer: str, a: Tensor, g: Tensor, out: Tensor, mean: bool = False) -> list[Call]:
-    """The launches that fill `out`, [sums, N·C] in memory; partial sums, where there are any, are theirs alone."""
-    constants = {"REDUCER": reducer, "SUMS": SUMS[reducer], "ALIGN": plan.align, "BLOCK_C": plan.block_c,
-                 "BLOCK_P": plan.block_p, "WIDE": plan.wide, "num_warps": plan.warps, "maxnreg": REGISTERS}
+def launch(plan: ChannelLaunch, device: torch.device, dtype: torch.dtype, reducer: str, mean: bool = False) -> Launch:
+    """Of a, g and out, [sums, N·C] in memory; dtype: of the activations."""
+    return launched(plan, device, result_dtype(dtype), SUMS[reducer], 1 if mean else -1, Step(
+        channel_sums_kernel, plan.grid, (0, 1, 2),
+        (plan.channels, plan.sizes, plan.positions, *plan.strides, plan.rows, plan.tiles),
+        {"REDUCER": reducer, "SUMS": SUMS[reducer], "ALIGN": plan.align, "BLOCK_C": plan.block_c,
+         "BLOCK_P": plan.block_p, "WIDE": plan.wide, "num_warps": plan.warps, **register_limit()}))
 
-    def first(to: Tensor, mean: int) -> Call:
-        return Call(channel_sums_kernel, plan.grid, (a, g, to, plan.channels, plan.sizes, plan.positions, *plan.strides,
-                                                     plan.rows, plan.tiles), {**constants, "MEAN": mean})
 
-    return combined(plan, SUMS[reducer], 1 if mean else -1, out, first)
+_launches: dict[Any, tuple[Launch, tuple[int, ...], torch.dtype]] = {}
 
 
 def _reduce(reducer: str, a: Tensor, g: Tensor, channel_dim: int, mean: bool = False) -> Tensor:
-    checks.check_pair(a, g, channel_dim)
-    shape = (*[SUMS[reducer]] * (SUMS[reducer] > 1), a.shape[0], a.shape[channel_dim])
-    if a.numel() == 0:
-        return a.new_zeros(shape, dtype=result_dtype(a.dtype))
-    out = a.new_empty(shape, dtype=result_dtype(a.dtype))
-    plan = plan_channel_sums(tuple(a.shape), a.stride(), g.stride(), channel_dim, a.element_size(),
-                             multiprocessors(a.device))
-    run(calls(plan, reducer, a, g, out, mean), a.device)
+    key = (reducer, channel_dim, mean, a.shape, a.stride(), a.dtype, a.device, g.shape, g.stride(), g.dtype, g.device)
+    known = _launches.get(key)
+    if known is None:
+        checks.check_pair(a, g, channel_dim)
+        shape = (*[SUMS[reducer]] * (SUMS[reducer] > 1), a.shape[0], a.shape[channel_dim])
+        if a.numel() == 0:
+            return a.new_zeros(shape, dtype=result_dtype(a.dtype))
+        plan = plan_channel_sums(tuple(a.shape), a.stride(), g.stride(), channel_dim, a.element_size(),
+                                 multiprocessors(a.device))
+        known = keep(_launches, key, (launch(plan, a.device, a.dtype, reducer, mean), shape, result_dtype(a.dtype)))
+    out = a.new_empty(known[1], dtype=known[2])
+    known[0]((a, g, out))
     return out
 
 

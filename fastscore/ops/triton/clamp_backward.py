@@ -4,15 +4,18 @@
 Tiles are those of channel_sums. Every element of the gradient is read, and then written, by one program.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastscore.ops import checks
 from fastscore.ops.reference import result_dtype
-from fastscore.ops.triton.channel_sums import accumulate, combined
-from fastscore.ops.triton.common import Call, multiprocessors, offsets, run
-from fastscore.ops.triton.launch import REGISTERS, ChannelLaunch, plan_channel_sums
+from fastscore.ops.triton.channel_sums import accumulate, launched
+from fastscore.ops.triton.common import Launch, Step, keep, multiprocessors, offsets, register_limit
+from fastscore.ops.triton.launch import ChannelLaunch, plan_channel_sums
 
 
 @triton.jit(do_not_specialize=["channels", "positions", "rows", "tiles"])
@@ -52,27 +55,33 @@ def clamp_backward_kernel(y, g, rest, out, channels, sizes, positions, strides, 
         tl.store(out + i * rows + c, total / positions if i == MEAN else total, c_mask)
 
 
-def calls(plan: ChannelLaunch, y: Tensor, g: Tensor, rest: Tensor | None, bounds: tuple[float, float], out: Tensor,
-          mean: bool = False) -> list[Call]:
-    """The launches that write to `g` and fill `out`, [3, N·C] in memory. bounds: as y's dtype has them."""
-    constants = {"REST": rest is not None, "ALIGN": plan.align, "BLOCK_C": plan.block_c, "BLOCK_P": plan.block_p,
-                 "WIDE": plan.wide, "num_warps": plan.warps, "maxnreg": REGISTERS}
+def launch(plan: ChannelLaunch, device: torch.device, dtype: torch.dtype, rest: bool, bounds: tuple[float, float],
+           mean: bool = False) -> Launch:
+    """Of y, g, the rest (or y), and out, [3, N·C] in memory. dtype: of y. bounds: as it has them."""
+    return launched(plan, device, result_dtype(dtype), 3, 1 if mean else -1, Step(
+        clamp_backward_kernel, plan.grid, (0, 1, 2, 3),
+        (plan.channels, plan.sizes, plan.positions, plan.strides[0], plan.rows, plan.tiles, *bounds),
+        {"REST": rest, "ALIGN": plan.align, "BLOCK_C": plan.block_c, "BLOCK_P": plan.block_p, "WIDE": plan.wide,
+         "num_warps": plan.warps, **register_limit()}))
 
-    def first(to: Tensor, mean: int) -> Call:
-        return Call(clamp_backward_kernel, plan.grid,
-                    (y, g, y if rest is None else rest, to, plan.channels, plan.sizes, plan.positions, plan.strides[0],
-                     plan.rows, plan.tiles, *bounds), {**constants, "MEAN": mean})
 
-    return combined(plan, 3, 1 if mean else -1, out, first)
+_launches: dict[Any, tuple[Launch, tuple[int, ...], torch.dtype]] = {}
 
 
 def clamp_backward_(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: float, mean: bool = False) -> Tensor:
     """[3, N, C] as channel_sums of y and g; the gradient of the clamp's input is in g then."""
-    checks.check_clamp(y, g, rest)
-    checks.check_same_strides(y, g, rest)
-    out = y.new_empty((3, *y.shape[:2]), dtype=result_dtype(y.dtype))
-    if y.numel() == 0:
-        return out.zero_()
-    plan = plan_channel_sums(tuple(y.shape), y.stride(), y.stride(), 1, y.element_size(), multiprocessors(y.device))
-    run(calls(plan, y, g, rest, checks.rounded((low, high), y.dtype), out, mean), y.device)
+    key = (low, high, mean, y.shape, y.stride(), y.dtype, y.device, g.shape, g.stride(), g.dtype, g.device,
+           rest if rest is None else (rest.shape, rest.stride(), rest.dtype, rest.device))
+    known = _launches.get(key)
+    if known is None:
+        checks.check_clamp(y, g, rest)
+        checks.check_same_strides(y, g, rest)
+        shape, dtype = (3, *y.shape[:2]), result_dtype(y.dtype)
+        if y.numel() == 0:
+            return y.new_zeros(shape, dtype=dtype)
+        plan = plan_channel_sums(tuple(y.shape), y.stride(), y.stride(), 1, y.element_size(), multiprocessors(y.device))
+        bounds = checks.rounded((low, high), y.dtype)
+        known = keep(_launches, key, (launch(plan, y.device, y.dtype, rest is not None, bounds, mean), shape, dtype))
+    out = y.new_empty(known[1], dtype=known[2])
+    known[0]((y, g, y if rest is None else rest, out))
     return out

@@ -5,6 +5,8 @@ Squares are summed in float64, so neither tiny nor huge gradients lose their len
 is read once; a longer one is read twice, first for its length.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from fastscore.ops import checks
 from fastscore.ops.reference import result_dtype
-from fastscore.ops.triton.common import Call, multiprocessors, offsets, run
+from fastscore.ops.triton.common import Launch, Step, keep, multiprocessors, offsets
 from fastscore.ops.triton.launch import NormalizeLaunch, plan_normalize_gradient
 
 
@@ -102,27 +104,35 @@ def normalize_gradient_kernel(g, partials, unit, lengths, sizes, g_strides, unit
     tl.store(unit + offsets(p, sizes, unit_strides[1:], ALIGN[2][1]), scaled(part, factor), mask)
 
 
-def calls(plan: NormalizeLaunch, g: Tensor, eps: float, unit: Tensor, lengths: Tensor) -> list[Call]:
-    """The launches that fill `unit` and `lengths`."""
-    shape = (plan.sizes, plan.strides[0])
+def launch(plan: NormalizeLaunch, device: torch.device, eps: float) -> Launch:
+    """Of g, the unit gradient and the lengths."""
     constants = {"ALIGN": plan.align, "BLOCK": plan.block, "WIDE": plan.wide, "num_warps": plan.warps}
-    partials, result = lengths, []
-    if plan.splits > 1:
-        partials = g.new_empty((plan.samples, plan.splits), dtype=torch.float64)
-        result.append(Call(lengths_kernel, plan.grid, (g, partials, *shape, plan.length, plan.splits), constants))
-    result.append(Call(normalize_gradient_kernel, plan.grid,
-                       (g, partials, unit, lengths, *shape, plan.strides[1], plan.length, plan.splits, eps),
-                       {**constants, "HELD": plan.splits == 1, "BLOCK_SPLITS": 128}))
-    return result
+    held, lengths, partials = plan.splits == 1, 2, 3
+    scale = Step(normalize_gradient_kernel, plan.grid, (0, lengths if held else partials, 1, lengths),
+                 (plan.sizes, *plan.strides, plan.length, plan.splits, eps),
+                 {**constants, "HELD": held, "BLOCK_SPLITS": 128})
+    if held:
+        return Launch(device, (scale,))
+    measure = Step(lengths_kernel, plan.grid, (0, partials), (plan.sizes, plan.strides[0], plan.length, plan.splits),
+                   constants)
+    return Launch(device, (measure, scale), ((plan.samples, plan.splits), torch.float64))
+
+
+_launches: dict[Any, tuple[Launch, torch.dtype]] = {}
 
 
 def normalize_gradient(g: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
     """(g / max(‖g‖, eps) per sample, ‖g‖ [N])"""
-    checks.check_gradient(g, eps)
-    unit = torch.empty_like(g)
-    lengths = g.new_zeros((g.shape[0],), dtype=result_dtype(g.dtype))
-    multiprocessors(g.device)
-    if g.numel():
+    key = (eps, g.shape, g.stride(), g.dtype, g.device)
+    known, unit = _launches.get(key), torch.empty_like(g)
+    if known is None:
+        checks.check_gradient(g, eps)
+        sums = result_dtype(g.dtype)
+        multiprocessors(g.device)
+        if g.numel() == 0:
+            return unit, g.new_zeros((g.shape[0],), dtype=sums)
         plan = plan_normalize_gradient(tuple(g.shape), g.stride(), unit.stride(), g.element_size())
-        run(calls(plan, g, eps, unit, lengths), g.device)
+        known = keep(_launches, key, (launch(plan, g.device, eps), sums))
+    lengths = g.new_empty((g.shape[0],), dtype=known[1])
+    known[0]((g, unit, lengths))
     return unit, lengths

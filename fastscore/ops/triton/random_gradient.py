@@ -6,6 +6,7 @@ than writing it, reading it back and writing it again.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -13,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastscore.ops import checks
-from fastscore.ops.triton.common import Call, multiprocessors, run
-from fastscore.ops.triton.launch import REGISTERS, RandomLaunch, plan_random_gradient
+from fastscore.ops.triton.common import Launch, Step, keep, multiprocessors, register_limit
+from fastscore.ops.triton.launch import RandomLaunch, plan_random_gradient
 
 
 @triton.jit
@@ -86,7 +87,7 @@ def random_values(ids, first, classes, seed, probe, NORMAL: tl.constexpr, QUADS:
 
 
 @triton.jit(do_not_specialize=["id_stride", "classes", "splits", "seed", "probe"])
-def random_lengths_kernel(ids, id_stride, partials, classes, splits, seed: tl.int64, probe: tl.int64,
+def random_lengths_kernel(ids, partials, seed: tl.int64, probe: tl.int64, id_stride, classes, splits,
                           QUADS: tl.constexpr):
     """ids [N] -> squared lengths of the parts of each normal gradient, partials [N, splits]"""
     n, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
@@ -95,7 +96,7 @@ def random_lengths_kernel(ids, id_stride, partials, classes, splits, seed: tl.in
 
 
 @triton.jit(do_not_specialize=["id_stride", "classes", "splits", "seed", "probe"])
-def random_gradient_kernel(ids, id_stride, partials, out, classes, splits, scale, seed: tl.int64, probe: tl.int64,
+def random_gradient_kernel(ids, partials, out, seed: tl.int64, probe: tl.int64, id_stride, classes, splits, scale,
                            NORMAL: tl.constexpr, LENGTH: tl.constexpr, ALIGN: tl.constexpr, QUADS: tl.constexpr,
                            BLOCK_SPLITS: tl.constexpr):
     """ids [N] -> out [N, K]
@@ -119,23 +120,23 @@ def random_gradient_kernel(ids, id_stride, partials, out, classes, splits, scale
     tl.store(out + n * classes + k, (values * scale).to(out.dtype.element_ty), k < classes)
 
 
-def calls(plan: RandomLaunch, sample_ids: Tensor, seed: int, probe: int, normal: bool, normalize: bool,
-          out: Tensor) -> list[Call]:
-    """The launches that fill `out` [N, K]."""
+def launch(plan: RandomLaunch, device: torch.device, id_stride: int, normal: bool, normalize: bool) -> Launch:
+    """Of the sample ids and out, [N, K]; numbers: seed and probe."""
     # Signs all have length √K.
     scale = 1 / math.sqrt(plan.classes) if normalize and not normal else 1.0
     length = "given" if not (normalize and normal) else "held" if plan.splits == 1 else "partials"
-    ids, partials, result = (sample_ids, sample_ids.stride(0)), out, []
-    if length == "partials":
-        partials = torch.empty((plan.samples, plan.splits), device=out.device)
-        result.append(Call(random_lengths_kernel, plan.grid,
-                           (*ids, partials, plan.classes, plan.splits, seed, probe),
-                           {"QUADS": plan.quads, "num_warps": plan.warps, "maxnreg": REGISTERS}))
-    result.append(Call(random_gradient_kernel, plan.grid,
-                       (*ids, partials, out, plan.classes, plan.splits, scale, seed, probe),
-                       {"NORMAL": normal, "LENGTH": length, "ALIGN": plan.align, "QUADS": plan.quads,
-                        "BLOCK_SPLITS": 128, "num_warps": plan.warps, "maxnreg": REGISTERS}))
-    return result
+    constants, out, partials = {"QUADS": plan.quads, "num_warps": plan.warps, **register_limit()}, 1, 2
+    sizes = (id_stride, plan.classes, plan.splits)
+    draw = Step(random_gradient_kernel, plan.grid, (0, partials if length == "partials" else out, out),
+                (*sizes, scale), {**constants, "NORMAL": normal, "LENGTH": length, "ALIGN": plan.align,
+                                  "BLOCK_SPLITS": 128})
+    if length != "partials":
+        return Launch(device, (draw,))
+    return Launch(device, (Step(random_lengths_kernel, plan.grid, (0, partials), sizes, constants), draw),
+                  ((plan.samples, plan.splits), torch.float32))
+
+
+_launches: dict[Any, Launch] = {}
 
 
 def random_gradient(sample_ids: Tensor, classes: int, seed: int, probe: int = 0, distribution: str = "normal",
@@ -143,8 +144,14 @@ def random_gradient(sample_ids: Tensor, classes: int, seed: int, probe: int = 0,
     """Random gradients, [N, K]."""
     checks.check_random(sample_ids, classes, seed, probe, distribution, dtype)
     out = sample_ids.new_empty((sample_ids.shape[0], classes), dtype=dtype or torch.float32)
-    multiprocessors(sample_ids.device)
-    if out.numel():
+    key = (classes, distribution, normalize, dtype, sample_ids.shape, sample_ids.stride(), sample_ids.device)
+    known = _launches.get(key)
+    if known is None:
+        multiprocessors(sample_ids.device)
+        if out.numel() == 0:
+            return out
         plan = plan_random_gradient(sample_ids.shape[0], classes)
-        run(calls(plan, sample_ids, seed, probe, distribution == "normal", normalize, out), sample_ids.device)
+        known = keep(_launches, key, launch(plan, sample_ids.device, sample_ids.stride(0), distribution == "normal",
+                                            normalize))
+    known((sample_ids, out), (seed, probe))
     return out

@@ -11,7 +11,6 @@ from torch import Tensor
 from fastscore.ops import reference
 from fastscore.ops.triton import channel_sums as kernels
 from fastscore.ops.triton import traffic
-from fastscore.ops.triton.common import run
 from fastscore.ops.triton.launch import ChannelLaunch, plan_channel_sums
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -32,7 +31,7 @@ def check(a: Tensor, g: Tensor, reducer: str, channel_dim: int = 1, sms: int = S
     plan = plan_channel_sums(tuple(a.shape), a.stride(), g.stride(), channel_dim, a.element_size(), sms)
     dtype = reference.result_dtype(a.dtype)
     sums, buffer = output(plan.rows * kernels.SUMS[reducer], dtype)
-    run(kernels.calls(plan, reducer, a, g, sums, mean), CPU)
+    kernels.launch(plan, CPU, a.dtype, reducer, mean)((a, g, sums))
     exact, magnitude = terms(a, g, reducer, channel_dim)
     outs = sums.view(kernels.SUMS[reducer], -1).clone()
     if mean:

@@ -8,7 +8,6 @@ from torch import Tensor
 from fastscore.ops import reference
 from fastscore.ops.triton import normalize_gradient as kernels
 from fastscore.ops.triton import traffic
-from fastscore.ops.triton.common import run
 from fastscore.ops.triton.launch import NORMALIZE_BLOCK, plan_normalize_gradient
 
 CPU = torch.device("cpu")
@@ -23,7 +22,7 @@ def check(g: Tensor, eps: float = 0.0) -> None:
     unit, buffer = poisoned(tuple(g.shape), torch.empty_like(g).stride(), g.dtype)
     norm, norm_buffer = output(len(g), reference.result_dtype(g.dtype))
     plan = plan_normalize_gradient(tuple(g.shape), g.stride(), unit.stride(), g.element_size())
-    run(kernels.calls(plan, g, eps, unit, norm), CPU)
+    kernels.launch(plan, CPU, eps)((g, unit, norm))
     exact_unit, exact_norm = reference.normalize_gradient(g.double(), eps)
     tolerance = ULPS[g.dtype] * torch.finfo(g.dtype).eps
     torch.testing.assert_close(unit.double(), exact_unit, rtol=tolerance, atol=torch.finfo(g.dtype).smallest_normal,

@@ -13,7 +13,6 @@ from torch import Tensor
 from fastscore.ops import reference
 from fastscore.ops.triton import random_gradient as kernels
 from fastscore.ops.triton import traffic
-from fastscore.ops.triton.common import run
 from fastscore.ops.triton.launch import RandomLaunch, plan_random_gradient
 
 CPU = torch.device("cpu")
@@ -86,8 +85,9 @@ def test_normals_of_every_kind_of_word():
 
 def generate(sample_ids: Tensor, classes: int, seed: int, probe: int, normal: bool, normalize: bool) -> Tensor:
     out, buffer = output(len(sample_ids) * classes, torch.float32)
-    run(kernels.calls(plan_random_gradient(len(sample_ids), classes), sample_ids, seed, probe, normal, normalize,
-                      out.view(len(sample_ids), classes)), CPU)
+    plan = plan_random_gradient(len(sample_ids), classes)
+    launch = kernels.launch(plan, CPU, sample_ids.stride(0), normal, normalize)
+    launch((sample_ids, out.view(len(sample_ids), classes)), (seed, probe))
     assert untouched(buffer)
     return out.view(len(sample_ids), classes)
 
@@ -110,7 +110,7 @@ def test_every_kind_of_launch(distribution, normalize, poisoned_memory):
 def test_a_gradient_of_more_programs_than_one_load_of_lengths():
     """Programs of eight classes stand for those of 4096."""
     plan, out = RandomLaunch(samples=1, classes=1037, quads=2, splits=130), torch.empty(1, 1037)
-    run(kernels.calls(plan, IDS[:1], 3, 0, True, True, out), CPU)
+    kernels.launch(plan, CPU, 1, True, True)((IDS[:1], out), (3, 0))
     torch.testing.assert_close(out, reference.random_gradient(IDS[:1], 1037, 3), rtol=1e-6, atol=0)
 
 
