@@ -11,4 +11,5 @@ STABLE_TORCH_LIBRARY(fastscore, m) {
   m.def("normalize_gradient(Tensor g, float eps=0.0) -> (Tensor, Tensor)");
   m.def("clamp_backward_(Tensor y, Tensor(a!) g, Tensor? rest, float low, float high, bool mean=False) -> Tensor");
   m.def("simd_tier() -> str");
+  m.def("cuda_runtime() -> int");
 }

@@ -210,6 +210,21 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@lru_cache
+def has_float64(device: torch.device) -> bool:
+    """Whether `device` computes in float64; Apple's and some of Intel's do not."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).add_(1)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def with_float64(tensor: Tensor) -> Tensor:
+    """`tensor` where float64 is to be had: on its device, or else on the CPU."""
+    return tensor if has_float64(tensor.device) else tensor.cpu()
+
+
 def usable(tensor: Tensor) -> Tensor:
     """A tensor that can be followed: none made under inference_mode, which autograd does not take, and none of a
     subclass that adds nothing to operations, whose results are views that in-place layers write to."""

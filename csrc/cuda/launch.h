@@ -50,7 +50,7 @@ class DeviceGuard {
     const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device_);
     STD_TORCH_CHECK(false, "cuda:", device_, " has compute capability ", major, ".", minor,
                     ", but fastscore's CUDA kernels need ", kOldestMajor,
-                    ".0 or newer; move the tensors to the CPU, or use fastscore.ops.use_backend(\"reference\")");
+                    ".0 or newer; move the tensors to the CPU, or use fastscore.ops.use_backend(\"composite\")");
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;

@@ -80,13 +80,20 @@ def facts() -> dict[str, dict[str, str]]:
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "threads": str(torch.get_num_threads()),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
+        "gpu": _gpu(),
         "library": str(library.LIBRARY),
     }
     rows = {row.name: f"unavailable: {row.unavailable}" if row.unavailable
             else f"serves {row.serves}" if row.serves else "available, not in use" for row in backends()}
     rows["cpu"] += f" (SIMD: {library.simd_tier()})"
     return {"versions": versions, "machine": machine, "backends": rows}
+
+
+def _gpu() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}{' (ROCm)' if torch.version.hip else ''}"
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return "none that torch can use" if found is None else found.type
 
 
 def table(facts: dict[str, dict[str, str]]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastscore.batches import with_float64
 from fastscore.modules.inspection import hooked, parametrized
 
 # exact types: a subclass may do anything
@@ -41,19 +42,22 @@ class Folding:
 
     def _fold(self, layer: Any, norm: Any) -> None:
         self._before.append((layer, norm, layer.weight, layer.bias))
-        scale = (norm.running_var.double() + norm.eps).rsqrt()
-        shift = layer.bias - norm.running_mean.double() if layer.bias is not None else -norm.running_mean.double()
-        scale = scale if norm.weight is None else scale * norm.weight
-        shift = shift * scale if norm.bias is None else shift * scale + norm.bias
-        weight = layer.weight
+        weight, mean, variance = (with_float64(x.detach()) for x in (layer.weight, norm.running_mean, norm.running_var))
+        bias, factor, offset = (None if x is None else with_float64(x.detach())
+                                for x in (layer.bias, norm.weight, norm.bias))
+        scale = (variance.double() + norm.eps).rsqrt()
+        shift = -mean.double() if bias is None else bias - mean.double()
+        scale = scale if factor is None else scale * factor
+        shift = shift * scale if offset is None else shift * scale + offset
         groups = layer.groups if getattr(layer, "transposed", False) else None  # then [in, out / groups, ...]
         rows = weight.flatten(1) if groups is None else weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
         # computed in float64 and rounded once, without a copy of the weight that is twice as large
         rows = torch.mul(rows, scale.reshape(-1, *[1] * (rows.dim() - 1)), out=torch.empty_like(rows))
         new = rows.reshape(weight.shape) if groups is None else \
             rows.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-        layer.weight = nn.Parameter(new, requires_grad=False)
-        layer.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
+        device = layer.weight.device
+        layer.weight = nn.Parameter(new.to(device), requires_grad=False)
+        layer.bias = nn.Parameter(shift.to(weight.dtype).to(device), requires_grad=False)
         vars(norm)["forward"] = _identity
 
     def undo(self, reason: str) -> None:

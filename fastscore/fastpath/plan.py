@@ -32,8 +32,9 @@ class Plan(tables.Table):
     not. packed: layers whose weights were prepacked for both directions -> the bounds of the clamp (ReLU, ...) that
     they end in, or None. not_packed: Conv2d and Linear that run as they are -> why.
     precision: of the forward and backward pass; sums are float32 or wider. layout: memory format of the activations.
-    compiled: whether torch.compile has made the forward and backward pass. graph: how many CUDA graphs ran it, or why
-    none did; empty for a plan that has not run.
+    compiled: whether torch.compile has made the forward and backward pass. kernels: what measures at the taps, and why
+    that where it is not what would be fastest. graph: how many CUDA graphs ran it, or why none did; empty for a plan
+    that has not run.
     """
 
     taps: tuple[PlannedTap, ...]
@@ -44,6 +45,7 @@ class Plan(tables.Table):
     precision: str = "float32"
     layout: str = "contiguous"
     compiled: bool = False
+    kernels: str = ""
     graph: str = ""
 
     def __repr__(self) -> str:
@@ -63,7 +65,8 @@ class Plan(tables.Table):
 
     @property
     def _remarks(self) -> list[str]:
-        return [self._summary, *[self.graph] * bool(self.graph)] + \
+        ran = [f"measured by {self.kernels}"] * bool(self.kernels) + [self.graph] * bool(self.graph)
+        return [self._summary, *ran] + \
             [f"{name}: not folded: {reason}" for name, reason in self.not_folded.items()] \
             + [f"{name}: not packed: {reason}" for name, reason in self.not_packed.items()]
 

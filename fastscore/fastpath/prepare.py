@@ -15,6 +15,7 @@ from fastscore.fastpath.observation import Observation, observe
 from fastscore.fastpath.plan import Plan, planned_tap
 from fastscore.fastpath.precision import PRECISIONS, cast, check_runs, described
 from fastscore.modules.hooks import OwnHook
+from fastscore.ops.backends import serving
 from fastscore.taps.taps import Taps
 
 
@@ -63,7 +64,8 @@ class Prepared:
         packed, not_packed = ({}, {}) if self.layers is None else (self.layers.packed, self.layers.not_packed)
         return Plan(taps, self.folding.folded, self.folding.not_folded, packed, not_packed,
                     described(self.dtype, self.observation.output.device),
-                    "channels_last" if self.channels_last else "contiguous", self.compiled)
+                    "channels_last" if self.channels_last else "contiguous", self.compiled,
+                    serving(seen.output.device))
 
 
 def prepare(eval_model: nn.Module, taps: Taps, normalized_by: Mapping[str, str], example: Batch, forward: Forward,

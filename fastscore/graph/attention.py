@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fastscore.batches import with_float64
 from fastscore.graph import heads, surgery
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -276,7 +277,7 @@ def _input(module: nn.Module, layer: str, call: _Call) -> Tensor | None:
 
 def _close(x: Tensor, expected: Tensor) -> bool:
     """Channel by channel, to rounding in any dtype: a wrong head, of random weights, differs by its own size."""
-    x, expected = x.flatten(0, -2).double(), expected.flatten(0, -2).double()
+    x, expected = (with_float64(each.flatten(0, -2)).double() for each in (x, expected))
     return bool(((x - expected).norm(dim=0) <= _TOLERANCE * expected.norm(dim=0)).all())
 
 

@@ -1,7 +1,8 @@
 """Which backend serves each device, why the others do not, and how to choose one of them for a while.
 
 PyTorch's dispatcher does the choosing: the native library registers C++ kernels for the CPU and, where it was built
-with them, CUDA kernels. Where it was not, Triton kernels take their place. Triton is imported when one is called.
+with them, CUDA kernels. Where it was not, or they cannot run (an older driver, ROCm), Triton kernels take their place,
+imported when one is called. Where there is no Triton, and on every other device, a few of PyTorch's own operations do.
 """
 
 import importlib
@@ -13,9 +14,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from fastscore.ops import library, reference
+from fastscore.ops import composite, library, reference
 
-BackendName = Literal["cuda", "triton", "reference"]
+BackendName = Literal["cuda", "triton", "composite", "reference"]
 
 FAMILIES = {
     "channel_sums": "channel_sums",
@@ -51,9 +52,22 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _native_unusable() -> str:
+    """Why the library's CUDA kernels run on no GPU here; empty if they do. No device is asked: CUDA would start."""
+    if not NATIVE_CUDA:
+        return f"{library.LIBRARY.name} has no CUDA kernels: install a wheel that has, or build where nvcc is found"
+    if torch.version.hip:
+        return f"torch {torch.__version__} is built for ROCm, whose devices run Triton's kernels"
+    driver = library.cuda_driver() if torch.version.cuda else 0
+    if 0 < driver // 1000 < library.CUDA_RUNTIME // 1000:
+        return (f"{library.LIBRARY.name} is built with CUDA {library.CUDA_RUNTIME // 1000}, and the driver is for CUDA "
+                f"{driver // 1000}.{driver % 1000 // 10}: update the NVIDIA driver")
+    return ""
+
+
 def _no_device() -> str:
     """Why kernels cannot run on a GPU here; empty if they can."""
-    if torch.version.cuda is None:
+    if torch.version.cuda is None and not torch.version.hip:
         return f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch"
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no CUDA device: check the driver with nvidia-smi"
@@ -66,9 +80,7 @@ def _no_device() -> str:
 def unavailable(backend: str) -> str:
     """Why `backend` cannot be used here, and what to do; empty if it can."""
     if backend == "cuda":
-        if not NATIVE_CUDA:
-            return f"{library.LIBRARY.name} has no CUDA kernels: install a wheel that has, or build where nvcc is found"
-        return _no_device()
+        return _native_unusable() or _no_device()
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed: pip install triton"
@@ -101,6 +113,11 @@ def _imported(op: str) -> Callable[..., Any]:
     return function
 
 
+def _of_composite(op: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(composite, op)
+    return function
+
+
 def _of_reference(op: str) -> Callable[..., Any]:
     """The reference of `op` as its schema has it: several results of one shape are one tensor."""
     function, returns = getattr(reference, op), getattr(torch.ops.fastscore, op).default._schema.returns
@@ -112,25 +129,32 @@ def _of_reference(op: str) -> Callable[..., Any]:
     return call
 
 
-def _register(backend: str) -> torch.library.Library:
+_KERNELS: dict[str, Callable[[str], Callable[..., Any]]] = {
+    "triton": _lazy, "composite": _of_composite, "reference": _of_reference}
+"""Backend in Python -> op -> its function, called as the op's schema says."""
+
+
+def _register(backend: str, *devices: str) -> torch.library.Library:
     """Puts the kernels of `backend` before those registered earlier, until the library is destroyed."""
-    overrides = torch.library.Library("fastscore", "IMPL")
+    registered = torch.library.Library("fastscore", "IMPL")
     for op in FAMILIES:
-        if backend == "triton":
-            kernel = _lazy(op)
-            devices = ["CUDA", "CPU"] if _interpreting() else ["CUDA"]
-        else:
-            kernel = _of_reference(op)
-            devices = ["CUDA", "CPU"]
         for device in devices:
-            overrides.impl(op, kernel, device)
-    return overrides
+            if (backend, op, device) != ("composite", "random_gradient", "CPU"):  # which calls the CPU's
+                registered.impl(op, _KERNELS[backend](op), device)
+    return registered
 
 
-_default = None if NATIVE_CUDA else torch.library.Library("fastscore", "IMPL")
-if _default is not None:
-    for _op in FAMILIES:
-        _default.impl(_op, _lazy(_op), "CUDA")
+def _of_gpus() -> BackendName:
+    """What serves GPUs while nothing else is chosen."""
+    if not _native_unusable():
+        return "cuda"
+    return "composite" if importlib.util.find_spec("triton") is None else "triton"
+
+
+GPU_BACKEND: BackendName = _of_gpus()
+_defaults = [_register("composite", "CompositeExplicitAutograd")]
+if GPU_BACKEND != "cuda":
+    _defaults.append(_register(GPU_BACKEND, "CUDA"))
 
 _selected: BackendName | None = None
 _overrides: torch.library.Library | None = None
@@ -140,19 +164,27 @@ def _select(backend: BackendName | None) -> None:
     global _selected, _overrides
     if _overrides is not None:
         _overrides._destroy()
-    _overrides = _register(backend) if backend in ("triton", "reference") else None
+    _overrides = None
+    if backend in _KERNELS:
+        _overrides = _register(backend, "CUDA", *["CPU"] * _serves_cpu(backend))
     _selected = backend
+
+
+def _serves_cpu(backend: str | None) -> bool:
+    """Whether choosing `backend` takes CPU tensors from the CPU's kernels."""
+    return backend in ("composite", "reference") or (backend == "triton" and _interpreting())
 
 
 @contextmanager
 def use_backend(name: BackendName) -> Iterator[None]:
     """Inside, every op on a GPU runs on the backend `name`, whoever calls it; for tests and benchmarks.
 
-    "reference" serves CPU tensors as well, and so does "triton" under its interpreter (TRITON_INTERPRET=1). The choice
-    holds for the whole process, nests, and ends with the block, also by an exception.
+    "composite" and "reference" serve CPU tensors as well, and so does "triton" under its interpreter
+    (TRITON_INTERPRET=1). The choice holds for the whole process, nests, and ends with the block, also by an exception.
 
     Args:
-        name: "cuda", "triton" or "reference".
+        name: "cuda", "triton", "composite" (a few operations of PyTorch, which any device has) or "reference" (exact,
+            and slow).
 
     Raises:
         ValueError: there is no backend of that name.
@@ -172,11 +204,26 @@ def use_backend(name: BackendName) -> Iterator[None]:
 
 def backends() -> list[Backend]:
     """Every backend: what it serves now, or why it cannot be used."""
-    gpu = _selected or ("cuda" if NATIVE_CUDA else "triton")
-    everywhere = _selected == "reference" or (_selected == "triton" and _interpreting())
-    rows = [Backend("cpu", "" if everywhere else "cpu", "")]
+    chosen = _selected if _serves_cpu(_selected) else None
+    rows = [Backend("cpu", "" if chosen else "cpu", "")]
     for name in get_args(BackendName):
         reason = unavailable(name)
-        serves = [device for device, here in (("cpu", name == _selected and everywhere), ("cuda", name == gpu)) if here]
+        serves = ["cpu"] * (name == chosen) + ["cuda"] * (name == (_selected or GPU_BACKEND)) \
+            + ["every other device"] * (name == "composite")
         rows.append(Backend(name, "" if reason else ", ".join(serves), reason))
     return rows
+
+
+_NAMES = {"cuda": "CUDA kernels", "triton": "Triton kernels", "reference": "the reference",
+          "composite": "operations of PyTorch in place of kernels"}
+
+
+def serving(device: torch.device) -> str:
+    """What serves `device` now, in words, for a plan; and why that, where it is not what would be fastest."""
+    if device.type == "cpu" and not _serves_cpu(_selected):
+        return f"CPU kernels ({library.simd_tier()})"
+    if device.type not in ("cpu", "cuda"):
+        return f"{_NAMES['composite']}: there is none for {device.type}"
+    name = _selected or GPU_BACKEND
+    because = "chosen by use_backend()" if _selected else _native_unusable()
+    return f"{_NAMES[name]}{': ' if because else ''}{because}"

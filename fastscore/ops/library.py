@@ -1,5 +1,6 @@
 """Loads the native kernels and tells PyTorch what each op returns without running it."""
 
+import ctypes
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,21 @@ def load(folder: Path) -> Path:
 
 
 LIBRARY = load(Path(__file__).resolve().parent.parent)
+
+
+# The version of CUDA that the library's kernels need, as 13000; 0 without any, and in a library of before.
+CUDA_RUNTIME: int = torch.ops.fastscore.cuda_runtime() if hasattr(torch.ops.fastscore, "cuda_runtime") \
+    and torch._C._dispatch_has_kernel_for_dispatch_key("fastscore::cuda_runtime", "CompositeExplicitAutograd") else 0
+
+
+def cuda_driver() -> int:
+    """The newest version of CUDA that the NVIDIA driver knows, as 13000; 0 where there is none. Starts nothing."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    version = ctypes.c_int()
+    return 0 if driver.cuDriverGetVersion(ctypes.byref(version)) else version.value
 
 
 def simd_tier() -> str:

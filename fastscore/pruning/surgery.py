@@ -37,9 +37,9 @@ class Surgery:
         shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.data, parameter.requires_grad)
                                   for parameter in self._model.parameters() if type(parameter) is nn.Parameter}
         pruned = self.apply(copy.deepcopy(self._model, shared))
-        own = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}
+        own = {parameter.untyped_storage()._cdata for parameter in self._model.parameters()}
         for parameter in pruned.parameters():
-            if parameter.untyped_storage().data_ptr() in own:
+            if parameter.untyped_storage()._cdata in own:
                 parameter.data = parameter.data.clone()
         remove_copied_hooks(pruned)
         return pruned

@@ -56,10 +56,10 @@ class Joint:
         x, t = (x - mean_x).transpose(0, 1), (t - mean_t).transpose(0, 1)
         total = self.count + count
         share = self.count * count / total
-        dx, dt = mean_x.double().cpu() - self.x, mean_t.double().cpu() - self.t
-        self.xx += (x.transpose(1, 2) @ x).double().cpu() + share * dx[:, :, None] * dx[:, None]
-        self.tx += (t.transpose(1, 2) @ x).double().cpu() + share * dt[:, :, None] * dx[:, None]
-        self.tt += t.square().sum(1).double().cpu() + share * dt.square()
+        dx, dt = mean_x.cpu().double() - self.x, mean_t.cpu().double() - self.t
+        self.xx += (x.transpose(1, 2) @ x).cpu().double() + share * dx[:, :, None] * dx[:, None]
+        self.tx += (t.transpose(1, 2) @ x).cpu().double() + share * dt[:, :, None] * dx[:, None]
+        self.tt += t.square().sum(1).cpu().double() + share * dt.square()
         self.x += dx * (count / total)
         self.t += dt * (count / total)
         self.count = total

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward
+from fastscore.batches import Batch, Forward, with_float64
 from fastscore.graph.groups import ChannelGroup
 from fastscore.modules import experts
 from fastscore.modules.channel_norms import norm_of
@@ -88,9 +88,9 @@ def mean_contributions(model: nn.Module, means: Mapping[str, Tensor], example_in
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             dim, x = channel_dim(module), input_of(args, kwargs)
             shape = x.shape[1:] if dim % x.dim() else x.shape  # one without a batch has its channels first
-            constant = torch.zeros(2, *shape, dtype=torch.float64, device=x.device)  # the second gives the bias
+            constant = with_float64(x.new_zeros(2, *shape)).double()  # the second gives the bias
             constant[0].movedim(dim if dim < 0 else dim - 1, -1).copy_(mean)
-            exact = copy.deepcopy(module).double()
+            exact = copy.deepcopy(module).to(constant.device).double()
             args, kwargs = with_input(args, kwargs, constant)
             y = type(exact).forward(exact, *args, **kwargs)  # past the hooks
             found[name].append((y[:1] - y[1:]).movedim(dim, 0).flatten(1).mean(1))
@@ -116,5 +116,5 @@ def add_to_biases(model: nn.Module, added: Mapping[str, Tensor]) -> None:
         layer = model.get_submodule(name)
         old: Tensor | None = layer.bias  # type: ignore[assignment]
         like: Tensor = layer.weight if old is None else old  # type: ignore[assignment]
-        value = value if old is None else old.detach().double() + value.to(old.device)
+        value = value if old is None else with_float64(old.detach()).double() + value.to(with_float64(old).device)
         layer.bias = nn.Parameter(value.to(like.device, like.dtype), like.requires_grad)

@@ -144,9 +144,9 @@ def _check(model: nn.Module, smaller: nn.Module, **numbers: Any) -> None:
         raise ValueError(f"clip: {numbers['clip']}; it must be above 0, or None")
     if numbers["precision"] not in (None, *PRECISIONS):
         raise ValueError(f"precision: {numbers['precision']!r} is none of None, {', '.join(map(repr, PRECISIONS))}")
-    own = {parameter.untyped_storage().data_ptr() for parameter in unwrapped(model).parameters()}
+    own = {parameter.untyped_storage()._cdata for parameter in unwrapped(model).parameters()}
     for name, parameter in unwrapped(smaller).named_parameters():
-        if parameter.untyped_storage().data_ptr() in own:
+        if parameter.untyped_storage()._cdata in own:
             raise ValueError(f"smaller: {name} shares its memory with the dense model, which would change as it "
                              "learns: train a copy.deepcopy() (prune(inplace=True) leaves no dense model)")
     if not any(parameter.requires_grad for parameter in smaller.parameters()):

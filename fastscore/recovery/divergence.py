@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed
 
+from fastscore.batches import with_float64
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -55,7 +57,7 @@ def divergence(dense: Iterable[Tensor], smaller: Iterable[Tensor],
 
 def _logits(output: Tensor) -> Tensor:
     """float64 [decisions, K]."""
-    x = output.detach().double()
+    x = with_float64(output.detach()).double()
     if x.dim() == 1:
         x = x[:, None]
     if x.dim() > 3:  # [N, K, H, W]

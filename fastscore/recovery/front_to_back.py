@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from fastscore.batches import Batch, Forward, valid_tokens
+from fastscore.batches import Batch, Forward, valid_tokens, with_float64
 from fastscore.graph.surgery import RemovedIndices
 from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import device_of
@@ -192,7 +192,8 @@ def refit(dense: nn.Module, small: nn.Module, where: Mapping[str, Site], calibra
                 layer.bias.copy_(shift)
             elif site.norm is not None:
                 norm: Any = small.get_submodule(site.norm)
-                norm.running_mean.sub_(shift.to(device))
+                mean = with_float64(norm.running_mean)
+                norm.running_mean.copy_(mean - shift.to(mean.device))
 
 
 def _limits(where: Mapping[str, Site], calibration: Calibration) -> dict[str, float]:

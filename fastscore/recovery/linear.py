@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastscore.batches import with_float64
 from fastscore.recovery.moments import Moments
 
 NOISE = 1e-6  # of the largest eigenvalue: about what float32 products carry, below which a direction is not known
@@ -65,7 +66,7 @@ def kept_channels(index: Tensor, removed: Tensor) -> Tensor:
 
 def rewired(layer: nn.Module, x: InputEstimate) -> Tensor:
     """The layer's weight, float64 and of the shape it has, once it reads mixing·x in place of x."""
-    weight: Any = layer.weight.detach().double()  # type: ignore[operator]
+    weight: Any = with_float64(layer.weight.detach()).double()  # type: ignore[operator]
     index, mixing = x.index.to(weight.device), x.mixing.to(weight.device)
     if isinstance(layer, nn.Linear):
         new = torch.empty_like(weight)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from fastscore.batches import valid_tokens
+from fastscore.batches import valid_tokens, with_float64
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import device_of
@@ -57,11 +57,11 @@ class Moments:
             else x[:, None, None]  # [n, G, P, C]
         mean = x.mean(0)
         x = x - mean
-        rest = x.mean(0).double()  # what rounding left of the mean
+        rest = with_float64(x.mean(0)).double()  # what rounding left of the mean
         flat = x.movedim(1, 0).flatten(1, 2)
-        scatter = torch.matmul(flat.transpose(1, 2), flat).double()
+        scatter = with_float64(torch.matmul(flat.transpose(1, 2), flat)).double()
         scatter -= len(rows) * rest.transpose(1, 2) @ rest
-        self._merge(len(rows), (mean.double() + rest).cpu(), scatter.cpu())
+        self._merge(len(rows), (with_float64(mean).double() + rest).cpu(), scatter.cpu())
 
     def joined(self, other: "Moments") -> "Moments":
         """The moments of what both saw."""

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastscore.batches import with_float64
 from fastscore.modules.experts import ExpertLinear
 from fastscore.modules.transposed_linear import is_linear, is_transposed
 from fastscore.recovery.moments import POSITIONS, rows_of
@@ -60,7 +61,7 @@ def chosen(shape: list[int], limit: int) -> Tensor:
 
 def weight_rows(layer: nn.Module) -> Tensor:
     """float64 [G, O / G, K], as read_rows."""
-    weight: Tensor = layer.weight.detach().double()  # type: ignore[operator]
+    weight = with_float64(layer.weight.detach()).double()  # type: ignore[operator]
     weight = weight.t() if is_transposed(layer) else weight
     rows: Tensor = weight.unflatten(0, (blocks_of(layer), -1)).flatten(2)
     return rows
@@ -77,9 +78,9 @@ def is_product(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
     if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or x.dim() != y.dim() \
             or isinstance(layer, ExpertLinear):
         return False
-    rows, made = read_rows(layer, x), made_rows(layer, y)
+    rows, made = read_rows(layer, with_float64(x)), made_rows(layer, with_float64(y))
     if len(rows) != len(made):
         return False
-    bias = 0.0 if layer.bias is None else layer.bias.detach().double()
+    bias = 0.0 if layer.bias is None else with_float64(layer.bias.detach()).double()
     expected = torch.einsum("ngk,gok->ngo", rows.double(), weight_rows(layer)).flatten(1) + bias
     return bool((expected - made).abs().max() <= 1e-3 * made.abs().max().clamp(min=1e-6))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastscore import ops
+from fastscore.batches import with_float64
 from fastscore.ops.checks import FLOATING
 
 Loss: TypeAlias = Callable[[Tensor, Any], Tensor]
@@ -51,21 +52,21 @@ def random_gradient(output: Tensor, ids: Tensor, seed: int, probe: int, distribu
         raise ValueError(f"probe: {probe}, but a basis of {classes} outputs has directions 0 to {classes - 1} alone")
     ids = ids.to(output.device)
     if distribution == "basis":
-        gradient = output.new_zeros(len(ids), classes, dtype=torch.float64)
+        gradient = with_float64(output.new_zeros(len(ids), classes)).double()
         gradient[:, probe] = 1 if normalize else math.sqrt(classes)
         gradient = _centred(gradient) if center else gradient
     elif distribution == "orthogonal":
         first = probe - probe % (classes - center)
         draws = [ops.random_gradient(ids, classes, seed, each, "normal", False) for each in range(first, probe + 1)]
-        gradient = _last_direction(torch.stack(draws, 2).double(), normalize, center)
+        gradient = _last_direction(with_float64(torch.stack(draws, 2)).double(), normalize, center)
     else:
         direct = not center and output.dtype in FLOATING
         gradient = ops.random_gradient(ids, classes, seed, probe, distribution, normalize and not center,
                                        output.dtype if direct else None)
         if center:
-            gradient = _centred(gradient.double())
+            gradient = _centred(with_float64(gradient).double())
             gradient = ops.normalize_gradient(gradient)[0] if normalize else gradient
-    return gradient.reshape(output.shape).to(output.dtype)
+    return gradient.reshape(output.shape).to(output)
 
 
 def _centred(gradient: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastscore.batches import has_float64
 from fastscore.taps.passes import ForwardPass
 
 
@@ -80,7 +81,8 @@ class Pending:
 
 def largest(tensors: Sequence[Tensor]) -> Tensor:
     """The largest magnitude among them, float64 scalar: NaN or infinite as soon as one of them is."""
-    found = [torch.linalg.vector_norm(tensor.detach(), torch.inf, dtype=torch.float64) for tensor in tensors
+    found = [torch.linalg.vector_norm(tensor.detach(), torch.inf, dtype=torch.float64) if has_float64(tensor.device)
+             else torch.linalg.vector_norm(tensor.detach(), torch.inf).cpu().double() for tensor in tensors
              if tensor.numel()]
     if not found:
         return torch.zeros((), dtype=torch.float64)

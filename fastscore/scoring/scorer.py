@@ -210,7 +210,7 @@ def _read(totals: Totals, output_dim: int, taps: Taps, done: ForwardPass) -> Non
         if any(len(part) != samples for part in parts):
             raise ValueError(f"output: its tensors have {', '.join(str(len(part)) for part in parts)} rows, not "
                              "one for each sample in all of them")
-        lengths = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts]
+        lengths = [torch.linalg.vector_norm(batches.with_float64(part), dim=1, dtype=torch.float64) for part in parts]
         length = torch.linalg.vector_norm(torch.stack(lengths), dim=0)
     sums = taps.by_sample(done.rows(), done, gradients[0])
     totals.settle()

@@ -151,7 +151,9 @@ class Totals:
         no length tells. done: the forward pass.
         """
         self._untold.update((layer, reason) for layer, reason in sums if isinstance(reason, str))
-        measured = [(layer, tensor.detach()) for layer, tensor in sums if isinstance(tensor, Tensor)]
+        measured = [(layer, batches.with_float64(tensor.detach())) for layer, tensor in sums
+                    if isinstance(tensor, Tensor)]
+        valid = None if valid is None else batches.with_float64(valid)
         by_layer: dict[str, list[Tensor]] = {}
         for layer, tensor in measured:
             by_layer.setdefault(layer, []).append(tensor if valid is None else tensor[:, valid])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from fastscore.batches import with_float64
 from fastscore.graph import heads
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules import experts
@@ -22,7 +23,7 @@ def _filter_norm(p: int) -> WeightImportance:
         total = torch.zeros(group.channels, dtype=torch.float64)
         for member, name in filter_parameters(model, group):
             if not name.endswith("bias"):
-                weight = model.get_parameter(name).detach().double().cpu()
+                weight = with_float64(model.get_parameter(name).detach()).double().cpu()
                 total += _joint(group, member, _by_position(model, member, name, weight).abs().pow(p).sum(1))
         return total.pow(1 / p)
 
@@ -35,7 +36,7 @@ def _bn_scale(model: nn.Module, group: ChannelGroup, seed: int) -> Tensor | None
     for member in group.role("channelwise", "gate"):
         layer = model.get_submodule(member.layer)
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.affine:
-            scale = layer.weight.detach().double().abs().cpu()
+            scale = with_float64(layer.weight.detach()).double().abs().cpu()
             scales.append(_joint(group, member, scale) / _joint(group, member, torch.ones_like(scale)))
     return torch.stack(scales).mean(0) if scales else None
 
@@ -67,7 +68,7 @@ def filter_products(model: nn.Module, group: ChannelGroup, gradients: Mapping[st
     total = torch.zeros(group.channels, dtype=torch.float64)
     for member, name in filter_parameters(model, group):
         if name in gradients:
-            product = model.get_parameter(name).detach().double() * gradients[name]
+            product = with_float64(model.get_parameter(name).detach()).double() * with_float64(gradients[name])
             total += _joint(group, member, _by_position(model, member, name, product.cpu()).square().sum(1))
     return total
 

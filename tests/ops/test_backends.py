@@ -1,5 +1,6 @@
 """Which backend serves an op: the choice, its scope, and what is said where there is none."""
 
+import json
 import subprocess
 import sys
 
@@ -118,7 +119,7 @@ def test_a_device_older_than_the_targets(monkeypatch):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match=r"name is 'cpu', but has to be one of \('cuda', 'triton', 'reference'\)"):
+    with pytest.raises(ValueError, match=r"name is 'cpu', but has to be one of \('cuda', 'triton', 'composite', 'ref"):
         use_backend("cpu").__enter__()
 
 
@@ -139,12 +140,58 @@ def test_reasons(name, patch, reason, monkeypatch):
 
 def test_rows_for_info():
     rows = {row.name: row for row in backends.backends()}
-    assert list(rows) == ["cpu", "cuda", "triton", "reference"]
-    assert rows["cpu"].serves == "cpu"
+    assert list(rows) == ["cpu", "cuda", "triton", "composite", "reference"]
+    assert (rows["cpu"].serves, rows["composite"].serves) == ("cpu", "every other device")
     assert all(row.unavailable == backends.unavailable(row.name) for row in rows.values())
     with use_backend("reference"):
         rows = {row.name: row for row in backends.backends()}
     assert (rows["reference"].serves, rows["cpu"].serves) == ("cpu, cuda", "")
+
+
+ENVIRONMENTS = {  # driver, what the library needs, torch's CUDA and ROCm, Triton -> what serves GPUs, and why
+    "a new driver": (13000, 13000, "13.0", None, True, "cuda", ""),
+    "an old driver": (12080, 13000, "12.8", None, True, "triton", "and the driver is for CUDA 12.8: update the NVIDIA"),
+    "nor Triton": (12080, 13000, "12.8", None, False, "composite", "built with CUDA 13, and the driver is for CUDA"),
+    "an old library": (12080, 12040, "12.8", None, True, "cuda", ""),
+    "ROCm": (0, 13000, None, "6.4", True, "triton", "is built for ROCm, whose devices run Triton's kernels"),
+}
+
+
+@pytest.fixture(scope="module")
+def serving() -> dict[str, dict[str, str]]:
+    """What serves GPUs in each environment, found in a process whose library has CUDA kernels."""
+    facts: dict[str, dict[str, str]] = json.loads(run(f"""if True:
+        import importlib, json, sys, torch
+        from fastscore.ops import backends, library
+        native, facts = torch._C._dispatch_has_kernel_for_dispatch_key, {{}}
+        torch._C._dispatch_has_kernel_for_dispatch_key = lambda op, key: key == "CUDA" or native(op, key)
+        for name, (driver, needs, cuda, hip, triton, *_) in {ENVIRONMENTS!r}.items():
+            library.CUDA_RUNTIME, library.cuda_driver = needs, lambda: driver
+            torch.version.cuda, torch.version.hip = cuda, hip
+            sys.modules.pop("triton", None)
+            if not triton:
+                sys.modules["triton"] = None
+            backends._defaults.clear()
+            backends = importlib.reload(backends)
+            table = torch._C._dispatch_dump_table("fastscore::channel_dot").splitlines()
+            facts[name] = {{
+                "chosen": backends.GPU_BACKEND, "plan": backends.serving(torch.device("cuda:0")),
+                "kernel": next((row for row in table if row.startswith("CUDA:")), ""),
+                "xpu": backends.serving(torch.device("xpu")), "why": backends.unavailable("cuda")}}
+        print(json.dumps(facts))"""))
+    return facts
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_what_serves_gpus_follows_what_can_run(name, serving):
+    *_, chosen, why = ENVIRONMENTS[name]
+    facts = serving[name]
+    assert facts["chosen"] == chosen
+    assert facts["plan"].startswith(backends._NAMES[chosen])
+    assert why in facts["plan"]
+    assert why in facts["why"]
+    assert ("backends.py" in facts["kernel"]) == (chosen != "cuda" or not backends.NATIVE_CUDA)
+    assert facts["xpu"] == "operations of PyTorch in place of kernels: there is none for xpu"
 
 
 def run(code: str) -> str:

@@ -137,5 +137,5 @@ def multiprocessors(device: torch.device) -> int:
     if capability < OLDEST_CAPABILITY:
         raise RuntimeError(f"{torch.cuda.get_device_name(device)} ({device}) has compute capability "
                            f"{capability[0]}.{capability[1]}, but the GPU kernels need 8.0 (Ampere) or newer; move the "
-                           "tensors to the CPU, or use fastscore.ops.use_backend('reference')")
+                           "tensors to the CPU, or use fastscore.ops.use_backend('composite')")
     return torch.cuda.get_device_properties(device).multi_processor_count
