@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastscore.fastpath import packed_layers
@@ -43,6 +44,7 @@ class FusedLayers:
                 reason = _why_not(module, inputs.get(name))
                 if reason is not None:
                     self.not_packed[name] = reason
+                    self._arrange(module)
                     continue
                 self.packed[name] = clamp = bounds.get(name)
                 fast = packed_layers.Convolution(module, inputs[name][2:], clamp) if type(module) is nn.Conv2d \
@@ -55,6 +57,8 @@ class FusedLayers:
                 self._run(module, packed_layers.Linear(module.in_proj_weight, module.in_proj_bias), function="in_proj")
             elif type(module) in CLAMPS and "forward" not in vars(module):
                 self._clamp(module, clamp_bounds(module))
+            elif isinstance(module, nn.ConvTranspose2d):
+                self._arrange(module)
 
     def release(self, model: nn.Module, before: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
         """Let the packed layers hold the weights that they had, which take no memory of their own; for good."""
@@ -98,6 +102,21 @@ class FusedLayers:
 
         return run
 
+    def _arrange(self, module: nn.Module) -> None:
+        """A convolution that runs as it is gets gradients in its output's memory format: of two, a GPU's kernels
+        would turn its input, too."""
+        if isinstance(module, nn.Linear) or "forward" in vars(module):
+            return
+        plain = module.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            y = plain(*args, **kwargs)
+            if _in_channels_last(y) and y.requires_grad:
+                y.register_hook(_to_channels_last)
+            return y
+
+        self._replace(module, "forward", run)
+
     def _clamp(self, module: Any, bounds: ClampBounds) -> None:
         layer = packed_layers.Clamp(bounds, bool(module.inplace))
 
@@ -109,6 +128,15 @@ class FusedLayers:
             return clamped(x, layer, bounds, self._taps, self._readers)
 
         self._replace(module, "forward", run)
+
+
+def _in_channels_last(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _to_channels_last(g: Tensor) -> Tensor:
+    """`g` where channels lie closer together than columns, be it in a part of a larger tensor; else a copy."""
+    return g if 0 < g.stride(1) < g.stride(3) else g.contiguous(memory_format=torch.channels_last)
 
 
 def clamp_bounds(module: Any) -> ClampBounds:
