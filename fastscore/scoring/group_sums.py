@@ -103,6 +103,7 @@ class EdgeSums:
         self.group = group
         self.units = int(group.unit.max()) + 1
         self._edges = [(edge.layer, _edge_index(group, edge)) for edge in group.edges]
+        self._on: dict[torch.device, tuple[list[tuple[str, _EdgeIndex]], Tensor]] = {}  # the same, and units, elsewhere
 
     @property
     def too_many(self) -> str | None:
@@ -117,10 +118,11 @@ class EdgeSums:
 
         None where no tap of the group was reached. Raises ValueError for edges whose products would not fit.
         """
-        reached = [(sums.double() if scale is None else sums * scale[:, :, None], where)
-                   for layer, where in self._edges for sums in by_layer.get(layer, ())]
-        if not reached:
+        device = next((sums.device for layer, _ in self._edges for sums in by_layer.get(layer, ())), None)
+        if device is None:
             return None
+        reached = [(sums.to(device).double() if scale is None else sums.to(device) * scale[:, :, None], where)
+                   for layer, where in self._indices(device)[0] for sums in by_layer.get(layer, ())]
         if (1 + sum(where.most for _, where in reached)) ** 2 * self.units > _MAX_PRODUCTS:
             raise ValueError(f'{self.group.name}: ablation="mean" needs the products of its '
                              f'{sum(where.most for _, where in reached)} places in consumers with each other, which '
@@ -131,14 +133,20 @@ class EdgeSums:
 
     def _spread(self, values: Tensor, where: "_EdgeIndex") -> Tensor:
         """[N, C_in] -> [E, N, U]: what several positions of the input hold for the same unit, one after another."""
-        position, unit, rank = (part.to(values.device) for part in where[:3])
         spread = values.new_zeros(where.most, self.units, len(values))
-        spread[rank, unit] = values.t()[position]
+        spread[where.rank, where.unit] = values.t()[where.position]
         return spread.transpose(1, 2)
 
     def of_channels(self, values: Tensor) -> Tensor:
         """[..., U] -> [..., C]: every channel of a unit gets the unit's."""
-        return values[..., self.group.unit.to(values.device)]
+        return values[..., self._indices(values.device)[1]]
+
+    def _indices(self, device: torch.device) -> tuple[list[tuple[str, "_EdgeIndex"]], Tensor]:
+        """The edges and the channels' units on `device`, copied there once: a copy in each pass would be waited for."""
+        if device not in self._on:
+            self._on[device] = [(layer, _EdgeIndex(*(part.to(device) for part in where[:3]), where.most))
+                                for layer, where in self._edges], self.group.unit.to(device)
+        return self._on[device]
 
 
 class _EdgeIndex(NamedTuple):

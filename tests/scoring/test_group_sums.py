@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.scoring import group_sums
@@ -107,3 +108,32 @@ def test_edges_whose_products_would_not_fit_are_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(group_sums, "_MAX_PRODUCTS", 4 * 4 * 4 - 1)
     with pytest.raises(ValueError, match=r'^a: ablation="mean" needs the products of its 3 places.*ablation="zero"'):
         EdgeSums(group)(sums, None)
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default and "device" in (kwargs or {}) \
+            and torch.device(kwargs["device"]) != args[0].device
+        return func(*args, **(kwargs or {}))
+
+
+def test_indices_go_to_a_device_once() -> None:
+    """A copy in each pass is waited for, and no CUDA graph bears it."""
+    index = torch.arange(4)
+    edges = EdgeSums(ChannelGroup("group", 4, index // 2, tuple(
+        Member(layer, "consumer", index, index) for layer in ("a", "b"))))
+    sums = {layer: [torch.randn(PARTS, 3, 4, device="meta")] for layer in ("a", "b")}
+    counts = []
+    for _ in range(3):
+        with Copies() as copies:
+            values = edges(sums, None)
+            assert values is not None
+            assert edges.of_channels(values).shape[-1] == 4
+        counts.append(copies.count)
+    assert counts == [7, 0, 0]
