@@ -14,9 +14,10 @@ import fastscore
 from fastscore.scoring.batch_passes import BatchPasses
 from fastscore.taps.measures import unclamped
 
-FAMILIES = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5", "mobilenet_v2",
-            "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_0", "vgg11_bn"]
-NIGHTLY = ["efficientnet_v2_s", "inception_v3", "maxvit_t", "regnet_x_400mf", "resnext50_32x4d", "wide_resnet50_2"]
+FAMILIES = ["densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small",
+            "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_0", "vgg11_bn"]
+NIGHTLY = ["alexnet", "convnext_tiny", "efficientnet_v2_s", "inception_v3", "maxvit_t", "regnet_x_400mf",
+           "resnext50_32x4d", "wide_resnet50_2"]
 SIZES = {"inception_v3": 96, "maxvit_t": 224}  # others take 64 x 64
 
 
