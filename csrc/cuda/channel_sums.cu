@@ -59,9 +59,7 @@ Tensor channel_powers(const Tensor& a, const Tensor& g, int64_t channel_dim) {
 // The version of CUDA that a driver has to know for these kernels to run, as 13000.
 int64_t cuda_runtime() { return CUDART_VERSION; }
 
-STABLE_TORCH_LIBRARY_IMPL(fastscore, CompositeExplicitAutograd, m) {
-  m.impl("cuda_runtime", TORCH_BOX(&cuda_runtime));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastscore, CompositeExplicitAutograd, m) { m.impl("cuda_runtime", TORCH_BOX(&cuda_runtime)); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastscore, CUDA, m) {
   m.impl("channel_sums", TORCH_BOX(&channel_sums));

@@ -144,7 +144,8 @@ class EdgeSums:
     def _indices(self, device: torch.device) -> tuple[list[tuple[str, "_EdgeIndex"]], Tensor]:
         """The edges and the channels' units on `device`, copied there once: a copy in each pass would be waited for."""
         if device not in self._on:
-            self._on[device] = [(layer, _EdgeIndex(*(part.to(device) for part in where[:3]), where.most))
+            self._on[device] = [(layer, where._replace(position=where.position.to(device), unit=where.unit.to(device),
+                                                       rank=where.rank.to(device)))
                                 for layer, where in self._edges], self.group.unit.to(device)
         return self._on[device]
 
