@@ -29,10 +29,10 @@ HEAD = f"{'network':<14}{'ranking':<18}{'asked':>7}{'measured':>10}{'±':>7}{'MA
 
 
 def rows(name: str, model: nn.Module, x: Tensor, shares: Sequence[float] = SHARES,
-         rankings: Sequence[str] = tuple(RANKINGS), clock: Clock = "torch") -> Iterator[str]:
+         rankings: Sequence[str] | None = None, clock: Clock = "torch") -> Iterator[str]:
     """The rows of one network, by the magnitude of its weights; a budget out of reach says so in its row."""
     scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
-    for ranking in rankings:
+    for ranking in RANKINGS if rankings is None else rankings:
         options = RANKINGS[ranking]
         for share in shares:
             start, busy = time.perf_counter(), time.process_time()

@@ -11,6 +11,8 @@ from fastscore.pruning.costs import Costs
 from fastscore.recovery.reconstruct import Repair
 from fastscore.tables import Table
 
+UNSTEADY = 0.05  # uncertainty of a share of the time, above which the report warns
+
 
 @dataclass(frozen=True)
 class GroupReport:
@@ -169,6 +171,10 @@ class PruneReport(Table):
                          f"with {tried.channels:.1%} of the channels, "
                          f"{tried.macs:.1%} of the MACs"
                          + ("" if tried.timing.clock == "torch" else f", by {tried.timing.clock}"))
+        lines += ["the clock was unsteady: measured again, the share may be another by "
+                  f"{tried.timing.uncertainty:.0%} of the dense model's time; time on a machine that does nothing else"
+                  for tried in self.candidates
+                  if tried.chosen and tried.timing.uncertainty > UNSTEADY]
         lines += map(str, self.judged)
         lines += map(str, self.repairs)
         lines += [f"{layer}: kept ({reason})" for layer, reason in self.skipped.items()]
