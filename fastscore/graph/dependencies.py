@@ -115,7 +115,10 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
             reads = node.type == OPTYPE.GN or (node.type == OPTYPE.CONV and function.__name__ == "prune_in_channels")
             sections = getattr(module, "num_groups" if node.type == OPTYPE.GN else "groups", 1) if reads else 1
             width = channel_buffers.surgeon(module).get_in_channels(module) if sections > 1 else 0
-            if not width or len(known := np.unique(at >> 32)) == width:
+            if not width:
+                continue
+            known = np.unique(at >> 32)
+            if len(known) >= width or known[-1] >= width:  # all are there; or their number changes on the way
                 continue
             period = width // sections
             channel = np.full(period, -1)
