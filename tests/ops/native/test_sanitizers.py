@@ -1,10 +1,12 @@
 """The C++ kernels for the CPU, without PyTorch, under the compiler's sanitizers.
 
-AddressSanitizer in a normal run. With FASTSCORE_NIGHTLY=1 the other sanitizers too, whose builds take a minute, and the
-whole native library under the tests of the ops: `python tests/ops/native/sanitized.py`.
+AddressSanitizer in a normal run. With FASTSCORE_NIGHTLY=1 the other sanitizers too, whose builds take a minute, the
+kernels for aarch64 in an emulator, and the whole native library under the tests of the ops:
+`python tests/ops/native/sanitized.py`.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +41,21 @@ def test_kernels(sanitizers, tmp_path):
     result = run(build(tmp_path / "driver", sanitizers))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert "baseline: 161 layouts" in result.stdout
+
+
+@pytest.mark.skipif(not NIGHTLY, reason="half a minute, and Debian's g++-aarch64-linux-gnu and qemu-user")
+def test_aarch64(tmp_path):
+    """Built by a cross compiler, with NEON's instructions, and run by an emulator."""
+    tools = [shutil.which(tool) for tool in ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump", "qemu-aarch64")]
+    assert all(tools), "install g++-aarch64-linux-gnu and qemu-user"
+    compiler, objdump, emulator = tools
+    program = str(tmp_path / "driver")
+    subprocess.run([compiler, *FLAGS, *map(str, SOURCES), "-static", "-o", program, "-lpthread"], check=True)
+    code = subprocess.run([objdump, "-d", program], capture_output=True, text=True, check=True).stdout
+    assert len(re.findall(r"\bf(?:mla|mul|add)\s+v\d+\.(?:4s|2d)", code)) > 500
+    result = subprocess.run([emulator, program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert result.stdout == "baseline: 161 layouts\n"
 
 
 @pytest.mark.skipif(not NIGHTLY, reason="minutes: a build of its own, then all op tests")
