@@ -141,7 +141,7 @@ def by_sample(rows: Tensor, axis: SampleAxis | Untold, layer: str, samples: int,
     if samples == 1:  # whatever is there belongs to it
         axis = SampleAxis(0, 1, rows.shape[1])
     if isinstance(axis, Untold):
-        return axis.reason
+        return spread(rows, samples, mean) if not axis.reached and _no_gradient(rows, mean) else axis.reason
     factors = axis.factors(rows.shape[1], samples, fixed)
     if factors is None:
         return f"{layer} read {rows.shape[1]} rows for {samples} samples, in another layout than when it was traced"
@@ -163,6 +163,11 @@ def by_token(rows: Tensor, axis: SampleAxis | Untold, layer: str, samples: int, 
         return f"{layer} read {rows.shape[1]} rows for {samples} samples of {tokens} tokens"
     in_order: Tensor = rows.unflatten(1, (factors[0], samples, factors[1])).transpose(1, 2).flatten(1, 3)
     return in_order
+
+
+def _no_gradient(rows: Tensor, mean: int | None) -> bool:
+    """Whether none came in this pass either, as behind a dead ReLU: then what counts is zero for every sample."""
+    return not any(bool(part.any()) for number, part in enumerate(rows) if number != mean)
 
 
 def spread(rows: Tensor, samples: int, mean: int | None) -> Tensor:

@@ -60,7 +60,8 @@ def check_left_alone(network: RandomNetwork, graph: ChannelGraph) -> None:
     """What is left alone touches the input, the output or a cut, or has but one unit; or shares a layer with such."""
     for layer, reason in graph.skipped.items():
         if layer not in network.producers:  # a depthwise convolution makes no channels of its own
-            assert reason == "its channels go with others that are kept" or "the code of Owned reads" in reason
+            assert reason == "its channels go with others that are kept" or "the code of Owned reads" in reason \
+                or reason.removeprefix("its channels go with those of ") in graph.skipped
             continue
         units, near = set(network.producers[layer]), network.near(layer)
         hostile = near & (network.fixed | network.bound) or len(units) == 1 or not units & network.read
@@ -192,6 +193,7 @@ FAILURES = {
     183: "a grouped convolution that has lost half its inputs looks like a depthwise one",
     192: "the first layer of a group makes but one of a chunk's halves",
     203: "channels that move to where others of their half were, which only some halves show",
+    205: "layers that nothing but a gradient of zero comes to, whose scores are zero",
     221: "a convolution that is called on the input and on its own output",
 }
 
