@@ -1,18 +1,18 @@
 """What the channels of each group are worth once they are repaired: measured, group by group.
 
-Importances rank the channels of a group well, and groups against each other less so: what a linear repair gives back
-differs from group to group, and the more of a group goes, the less it is. So a share of each group's channels, the
-least important first, is taken out of the dense network alone, the layers that read them are reconstructed, and the KL
-divergence from the dense network is measured on samples held out from that. With S the summed importance of what went,
+What a linear repair gives back differs from channel to channel (see fastscore.pruning.redundancy) and from group to
+group, and the more of a group goes, the less it is. So a share of each group's channels, those that go first, is taken
+out of the dense network alone, the layers that read them are reconstructed, and the KL divergence from the dense
+network is measured on samples held out from that. With S the summed values of what went,
 
     KL ≈ S · exp(a + b · share),
 
 a and b fitted to some shares of the group, is what every prefix of its channels costs; what it grows by from step to
-step takes the place of the importances.
+step takes the place of the values.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastscore.batches import Batch, Forward, checked_forward
-from fastscore.graph.groups import ChannelGroup
+from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.surgery import removed_indices
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar
+from fastscore.pruning import redundancy
 from fastscore.pruning.ranking import RemovalStep
 from fastscore.pruning.surgery import Surgery
 from fastscore.recovery.calibration import Calibration
@@ -36,9 +37,10 @@ from fastscore.scoring.scores import Scores
 SHARES = (0.25, 0.5, 0.75)
 SAMPLES = 48  # of those held out, as many judge
 RIDGE = 0.01
-LIMITS = 1e-3, 10.0  # of KL / S
+LIMITS = 1e-4, 10.0  # of KL / S
 
 Curves = Mapping[str, tuple[float, float]]  # group -> (a, b)
+Ranked = Callable[[Mapping[str, Tensor]], list[RemovalStep]]
 
 
 def measurable(scores: Scores) -> bool:
@@ -48,17 +50,18 @@ def measurable(scores: Scores) -> bool:
         all(bool((values >= 0).all()) for values in scores.values())
 
 
-def measure(model: nn.Module, eval_model: nn.Module, groups: Sequence[ChannelGroup], scores: Scores,
-            order: Sequence[RemovalStep], batches: Iterable[Batch], forward: Forward,
-            process_group: distributed.ProcessGroup | None) -> Curves:
-    """(a, b) of each group.
+def measured_order(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, scores: Scores, ranked: Ranked,
+                   channel_costs: Mapping[str, Tensor] | None, batches: Iterable[Batch], forward: Forward,
+                   process_group: distributed.ProcessGroup | None) -> list[RemovalStep]:
+    """The steps in which channels go, by what was measured.
 
     Args:
         model: the dense model; it stays as it is.
         eval_model: an evaluation copy of it.
-        groups: of the model.
+        graph: of the model.
         scores: their importances.
-        order: the steps in which channels go, those of each group in their order.
+        ranked: the steps by given values.
+        channel_costs: as for removal_order.
         batches: to fit on, and one of four samples to judge by: see fastscore.reconstruct.
         forward: how the model is called.
         process_group: processes that share the work.
@@ -67,7 +70,7 @@ def measure(model: nn.Module, eval_model: nn.Module, groups: Sequence[ChannelGro
         ValueError: batches that the model cannot take.
     """
     calibration = Calibration(batches, device_of(model), forward, process_group)
-    run, trials = checked_forward(forward), _trials(groups, scores, order)
+    run, groups = checked_forward(forward), graph.groups
     measured: dict[str, list[tuple[float, float]]] = defaultdict(list)
     with torch.no_grad():
         example = calibration.first()
@@ -83,6 +86,10 @@ def measure(model: nn.Module, eval_model: nn.Module, groups: Sequence[ChannelGro
             raise ValueError(f"calibration: the model cannot take its batches ({error}); give what the model takes, or "
                              "forward=") from error
         inputs.finish(process_group)
+        values = {group.name: redundancy.values(eval_model, group, scores[group.name], inputs.moments,
+                                                graph.normalized_by) for group in groups if group.name in scores}
+        order = ranked(values)
+        trials = _trials(groups, values, order)
         limit = -(-4 * SAMPLES // calibration.size)
         judges = [batch for number, batch in calibration.numbered("held out") if number < limit]
         with InputMoments(eval_model, index) as looked_at:  # which names what a sample alone would break
@@ -91,7 +98,7 @@ def measure(model: nn.Module, eval_model: nn.Module, groups: Sequence[ChannelGro
                 looked_at.start(batch)
                 dense.append(run(eval_model, batch))
         with bar("measuring groups", " cuts", len(trials)) as done:
-            for group, gone, share, importance in trials:
+            for group, gone, share, value in trials:
                 removed = {group.name: gone}
                 found = {name: estimate_inputs(inputs.moments[name], where, RIDGE)
                          for name, where in removed_positions((group,), removed).items() if name in inputs.calls}
@@ -100,14 +107,14 @@ def measure(model: nn.Module, eval_model: nn.Module, groups: Sequence[ChannelGro
                 added = mean_contributions(eval_model, constants, example, forward)
                 small = Surgery(model, removed_indices((group,), removed), added, weights).copy().eval()
                 kl = divergence(dense, (run(small, batch) for batch in judges), process_group).kl
-                measured[group.name].append((share, kl / importance))
+                measured[group.name].append((share, kl / value))
                 done.update()
-    return {name: _line(points) for name, points in measured.items()}
+    return reordered(order, groups, values, {name: _line(points) for name, points in measured.items()}, channel_costs)
 
 
-def _trials(groups: Sequence[ChannelGroup], scores: Scores, order: Sequence[RemovalStep]
+def _trials(groups: Sequence[ChannelGroup], values: Mapping[str, Tensor], order: Sequence[RemovalStep]
             ) -> list[tuple[ChannelGroup, Tensor, float, float]]:
-    """(group, the first channels of it to go, their share, their importance): what is tried."""
+    """(group, the first channels of it to go, their share, their summed values): what is tried."""
     found = []
     for group in groups:
         gone: list[int] = []
@@ -116,9 +123,9 @@ def _trials(groups: Sequence[ChannelGroup], scores: Scores, order: Sequence[Remo
             gone += step.channels
             if shares and len(gone) >= shares[0] * group.channels:
                 index = torch.tensor(sorted(gone))
-                importance = float(scores[group.name][index].double().sum())
-                if importance > 0:
-                    found.append((group, index, len(gone) / group.channels, importance))
+                value = float(values[group.name][index].double().sum())
+                if value > 0:
+                    found.append((group, index, len(gone) / group.channels, value))
                 shares = [share for share in shares if share * group.channels > len(gone)]
     return found
 
@@ -132,11 +139,11 @@ def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return float(logs.mean() - slope * shares.mean()), slope
 
 
-def reordered(order: Sequence[RemovalStep], groups: Iterable[ChannelGroup], scores: Scores, curves: Curves,
-              channel_costs: Mapping[str, Tensor] | None) -> list[RemovalStep]:
+def reordered(order: Sequence[RemovalStep], groups: Iterable[ChannelGroup], values: Mapping[str, Tensor],
+              curves: Curves, channel_costs: Mapping[str, Tensor] | None) -> list[RemovalStep]:
     """The steps by what was measured; the steps of a group keep their order.
 
-    Groups in which nothing could be measured have the others' mean. channel_costs: as for removal_order.
+    values: of the groups' channels. Groups in which nothing could be measured have the others' mean. channel_costs: as for removal_order.
     """
     if not curves:
         return list(order)
@@ -148,7 +155,7 @@ def reordered(order: Sequence[RemovalStep], groups: Iterable[ChannelGroup], scor
         name, index = step.group, torch.tensor(step.channels)
         a, b = curves.get(name, usual)
         gone[name] += len(step.channels)
-        summed[name] += float(scores[name][index].double().sum())
+        summed[name] += float(values[name][index].double().sum())
         kl = float(np.exp(a + b * gone[name] / widths[name])) * summed[name]
         cost = float(len(index) if channel_costs is None else channel_costs[name][index].sum())
         value = (kl - before[name]) / cost if cost > 0 else float("inf")

@@ -18,10 +18,10 @@ from fastscore.pruning import clocks
 from fastscore.pruning.clocks import Clock
 from fastscore.pruning.costs import Costs, MacsWithout
 from fastscore.pruning.latency import select_by_latency
-from fastscore.pruning.measured import measurable, measure, reordered
+from fastscore.pruning.measured import measurable, measured_order
 from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate, say_compensation
 from fastscore.pruning.quality import HELD_OUT, Quality, build_after, macs_along, select_by_quality
-from fastscore.pruning.ranking import rank_by_cost
+from fastscore.pruning.ranking import ranker
 from fastscore.pruning.recipes import no_biases
 from fastscore.pruning.refusal import checked
 from fastscore.pruning.report import Candidate, Judged, new_report
@@ -161,16 +161,16 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             counted = partial(macs_without, eval_model, graph.groups, example_inputs, checked_forward(forward),
                               graph.samples.batch)
             costs.learn_products(counted)
-        order, per_channel = rank_by_cost(eval_model, graph.groups, scores, costs, budgets, ranking, example_inputs,
-                                          forward)
+        ranked, per_channel = ranker(eval_model, graph.groups, scores, costs, budgets, ranking, example_inputs, forward)
         fit, judges = calibration, held_out
         if quality.given:
             assert calibration is not None
             fit, judges = split(calibration, held_out, HELD_OUT, "calibration")
         if _is_measured(measured, scores, scope, fit, repair):
             assert fit is not None
-            curves = measure(model, eval_model, graph.groups, scores, order, fit, forward, process_group)
-            order = reordered(order, graph.groups, scores, curves, per_channel)
+            order = measured_order(model, eval_model, graph, scores, ranked, per_channel, fit, forward, process_group)
+        else:
+            order = ranked(scores)
         if quality.given:
             assert judges is not None
             result, judged = select_by_quality(

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,19 +35,24 @@ def rank(model: nn.Module, groups: tuple[ChannelGroup, ...], scores: Scores, cos
 
     costs: of the whole model, left as they are. Raises ValueError for a floor of a group that there is not.
     """
-    return rank_by_cost(model, groups, scores, costs, budgets, ranking, example_inputs, forward)[0]
+    return ranker(model, groups, scores, costs, budgets, ranking, example_inputs, forward)[0](scores)
 
 
-def rank_by_cost(model: nn.Module, groups: tuple[ChannelGroup, ...], scores: Scores, costs: Costs, budgets: Budgets,
-                 ranking: Ranking, example_inputs: Batch, forward: Forward
-                 ) -> tuple[list[RemovalStep], dict[str, Tensor] | None]:
-    """As `rank`, with what each channel costs; None where that does not count."""
+def ranker(model: nn.Module, groups: tuple[ChannelGroup, ...], scores: Scores, costs: Costs, budgets: Budgets,
+           ranking: Ranking, example_inputs: Batch, forward: Forward
+           ) -> tuple[Callable[[Mapping[str, Tensor]], list[RemovalStep]], dict[str, Tensor] | None]:
+    """(`rank` by the scores, or by what stands in for them, as a function; what each channel costs, None where that
+    does not count)."""
     kinds = layer_kinds(model, groups) if ranking.scope == "isomorphic" else None
     cost_aware = counts_per_cost(scores, budgets, ranking.scope) if ranking.cost_aware is None else ranking.cost_aware
     per_channel = _cost_of_channels(model, costs, budgets, example_inputs, forward) if cost_aware else None
     multiple = channel_multiple(model) if ranking.round_to == "auto" else ranking.round_to
     multiples = {group.name: math.lcm(multiple, _aligned(model, group)) for group in groups}
-    return removal_order(groups, scores, ranking.scope, multiples, ranking.floor, kinds, per_channel), per_channel
+
+    def ranked(values: Mapping[str, Tensor]) -> list[RemovalStep]:
+        return removal_order(groups, values, ranking.scope, multiples, ranking.floor, kinds, per_channel)
+
+    return ranked, per_channel
 
 
 def _aligned(model: nn.Module, group: ChannelGroup) -> int:
@@ -81,7 +86,7 @@ def _cost_of_channels(model: nn.Module, costs: Costs, budgets: Budgets, example_
     return channel_costs(costs, "params" if budgets.params is not None and budgets.macs is None else "macs")
 
 
-def removal_order(groups: tuple[ChannelGroup, ...], scores: Scores, scope: Scope = "global",
+def removal_order(groups: tuple[ChannelGroup, ...], scores: Mapping[str, Tensor], scope: Scope = "global",
                   round_to: int | Mapping[str, int] = 1,
                   floor: float | Mapping[str, float] = 0.0, kinds: Mapping[str, str] | None = None,
                   channel_costs: Mapping[str, Tensor] | None = None) -> list[RemovalStep]:

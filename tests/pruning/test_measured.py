@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ import fastscore
 from fastscore.batches import call_model
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.pruning.measured import LIMITS, SHARES, _line, measurable, measure, reordered
+from fastscore.pruning import measured
+from fastscore.pruning.measured import LIMITS, SHARES, _line, measurable, measured_order, reordered
 from fastscore.pruning.ranking import RemovalStep, removal_order
 from fastscore.recovery.divergence import divergence
 
@@ -44,23 +46,29 @@ def case() -> tuple[nn.Module, list[Tensor], fastscore.Scores]:
     return model, batches, replace(scores, totals=totals)
 
 
-def test_what_others_tell_costs_nothing_and_the_rest_what_it_does() -> None:
+def test_what_others_tell_costs_nothing_and_the_rest_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches, scores = case()
-    groups, eval_model = trace(model, batches[0]).groups, evaluation_copy(model)
-    order = removal_order(groups, scores)
+    graph, eval_model = trace(model, batches[0]), evaluation_copy(model)
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(measured, "reordered", lambda order, groups, values, curves, costs: seen.update(
+        values=values, curves=curves) or list(order))
     with untouched(model):
-        curves = measure(model, eval_model, groups, scores, order, batches, call_model, None)
-    assert curves.keys() == {"copied", "plain"}
+        measured_order(model, eval_model, graph, scores, lambda values: removal_order(graph.groups, values), None,
+                       batches, call_model, None)
+    values, curves = seen["values"], seen["curves"]
+    assert curves.keys() == values.keys() == {"copied", "plain"}
 
-    gone = sorted(scores["plain"].argsort()[:2].tolist())  # a quarter, cut and repaired as a user would
-    some = replace(scores, totals={"plain": scores.totals["plain"]})
+    gone = sorted(values["plain"].argsort()[:2].tolist())  # a quarter, cut and repaired as a user would
+    lowest = torch.ones_like(scores.totals["plain"])
+    lowest[..., gone] = 0
+    some = replace(scores, totals={"plain": lowest})
     cut = fastscore.prune(model, some, batches[0], channels=0.75, ignore=["copied"])
     assert cut.removed["plain"].tolist() == gone
     repaired = fastscore.reconstruct(model, cut, batches, "linear", ridges=(0.01,)).model
     with torch.no_grad():
         kl = divergence(map(model, batches), map(repaired, batches)).kl
     a, b = curves["plain"]
-    found = math.exp(a + b / 4) * float(scores["plain"][gone].sum())
+    found = math.exp(a + b / 4) * float(values["plain"][gone].sum())
     assert found == pytest.approx(kl, rel=1.0)  # other samples, and a line through three shares
 
 
