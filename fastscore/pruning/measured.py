@@ -143,7 +143,8 @@ def reordered(order: Sequence[RemovalStep], groups: Iterable[ChannelGroup], valu
               curves: Curves, channel_costs: Mapping[str, Tensor] | None) -> list[RemovalStep]:
     """The steps by what was measured; the steps of a group keep their order.
 
-    values: of the groups' channels. Groups in which nothing could be measured have the others' mean. channel_costs: as for removal_order.
+    values: of the groups' channels. channel_costs: as for removal_order. Groups in which nothing could be measured have
+    the others' mean.
     """
     if not curves:
         return list(order)

@@ -76,7 +76,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             fastscore.reconstruct, which takes them, `repair` as its method, and process_group. It compensates with
             means of its own, whatever the scores hold; report.repairs says what each repair gave.
         repair: "auto", "linear", "asymmetric" or "mean".
-        measured: compare groups by what the loss of their channels costs once it is repaired, measured on calibration
+        measured: within a group, channels that others can stand in for go first (see fastscore.pruning.redundancy);
+            groups are compared by what the loss of their channels costs once it is repaired, measured on calibration
             samples that are held out: three cuts of each group alone, each judged on 48 samples (see
             fastscore.pruning.measured). None: where `repair` is "auto" or "asymmetric", the scope is "global" and
             importances are of one sign and measure how the outputs change. False: importances alone.
