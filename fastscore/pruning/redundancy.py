@@ -101,8 +101,8 @@ def _readers(model: nn.Module, group: ChannelGroup, unit: Tensor, moments: Mappi
     found = []
     for name in dict.fromkeys(member.layer for member in group.role("consumer")):
         layer = model.get_submodule(name)
-        if name not in moments or not _is_plain(layer):
-            continue
+        if name not in moments or not _is_plain(layer) or len(moments[name].index) != getattr(layer, "groups", 1):
+            continue  # also one that reads too many inputs for moments of them together
         seen = moments[name]
         units = torch.full((seen.index.numel(),), -1, dtype=torch.int64)
         for member in group.role("consumer"):

@@ -176,3 +176,6 @@ def test_what_goes_together_or_is_read_by_nothing_known_keeps_its_importance() -
     assert torch.equal(redundancy.values(model, pairs, importances, moments, normalized_by), importances.double())
     still = {"reader": Moments(moments["reader"].index)}
     assert torch.equal(redundancy.values(model, group, importances, still, normalized_by), importances.double())
+    alone = {"reader": Moments(torch.arange(C).reshape(C, 1, 1))}  # of a layer that reads very many inputs
+    alone["reader"].add(torch.randn(8, C))
+    assert torch.equal(redundancy.values(model, group, importances, alone, normalized_by), importances.double())
