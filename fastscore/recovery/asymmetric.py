@@ -6,7 +6,8 @@ With x̂ what a layer of the smaller network reads (all kernel positions of it) 
     t ≈ W x̂ + b,   W = S + (C_tx̂ - S C_x̂x̂)(C_x̂x̂ + ridge·diag C_x̂x̂)⁻¹,   b = mu_t - W mu_x̂,
 
 a ridge regression that falls back to the weights S of the symmetric solution where the samples say nothing. The ridge
-of every layer is a multiple of the one that errs least on samples held out; an infinite one leaves S. A layer that has
+of every layer is the one that errs least on samples held out, or a multiple of it, where what each layer has fitted too
+closely adds up; an infinite one leaves S. A layer that has
 no bias, and has lost nothing that one makes good, gets none: moments are taken about 0 then. t is the dense layer's
 output; where the layer ends a branch beside a shortcut, t makes good what the shortcut has lost as well, so that errors
 do not add up from block to block. A regression shrinks, layer after layer, and what follows was trained on outputs that

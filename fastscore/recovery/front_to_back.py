@@ -28,7 +28,6 @@ from fastscore.recovery.shortcuts import Shortcut, shortcuts
 
 MEMORY = 3 << 27  # bytes of a layer's inputs and outputs that passes may hold while they halt
 FEWEST = 64  # samples, whatever they hold
-STIFFER = 8  # than a layer alone would be best: what each has fitted too closely adds up from layer to layer
 ROWS = 20_000, 256  # as many are enough, and so many for each input of an output: fewer places of each sample do
 
 
@@ -181,7 +180,7 @@ def refit(dense: nn.Module, small: nn.Module, where: Mapping[str, Site], calibra
                 found = {ridge: fit(joints[0], start, ridge) for ridge in ((math.inf,) if wide else RIDGES)}
                 errors = {ridge: error(weight[:, asked], *(joint.outputs(asked) for joint in joints))
                           for ridge, weight in found.items()}
-                ridges[name] = STIFFER * min(errors, key=lambda ridge: errors[ridge])
+                ridges[name] = min(errors, key=lambda ridge: errors[ridge])
             fitted = fit(joints[0], start, ridges[name])
             alone = slice(0, asked.start or None)
             weight = fitted[:, asked] - fitted[:, alone] + rescaled(fitted[:, alone], joints[0].outputs(alone))

@@ -35,6 +35,7 @@ from fastscore.rng import fork_rng
 
 Method = Literal["mean", "linear", "asymmetric", "auto"]
 RIDGES = (0.1, 0.01, 0.001)
+STIFFNESSES = (1, 8)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Repair:
     """A repair that was tried, and how far the smaller network then was from the dense one on samples held out.
 
     name: what was done. ridge: of a linear reconstruction, None of anything else. recalibrated: whether the BatchNorms
-    were, after that. chosen: whether it is the one returned, then fitted on the held-out samples too.
+    were, after that. chosen: whether it is the one returned, then fitted on the held-out samples too. stiffness: of an
+    asymmetric one: how many times the ridge that is best for a layer alone every layer has.
     """
 
     name: str
@@ -51,9 +53,11 @@ class Repair:
     agreement: float
     kl: float
     chosen: bool = False
+    stiffness: int = 1
 
     def __str__(self) -> str:
         ridge = "" if self.ridge is None else f", ridge {self.ridge:g}"
+        ridge += f", stiffness {self.stiffness}" if self.stiffness != 1 else ""
         after = ", BatchNorms recalibrated" if self.recalibrated else ""
         return (f"{'chosen' if self.chosen else 'tried'}: {self.name}{ridge}{after}: agreement {self.agreement:.1%}, "
                 f"KL {self.kl:.3g}")
@@ -253,9 +257,9 @@ class _Bench:
         rows: list[Repair] = []
         best: dict[str, tuple[Repair, Any]] = {}  # of each name
 
-        def add(name: str, ridge: float | None, result: Any, recalibrated: bool = False) -> None:
+        def add(name: str, ridge: float | None, result: Any, recalibrated: bool = False, stiffness: int = 1) -> None:
             found = self._judge(result)
-            rows.append(Repair(name, ridge, recalibrated, found.agreement, found.kl))
+            rows.append(Repair(name, ridge, recalibrated, found.agreement, found.kl, stiffness=stiffness))
             if name not in best or found.kl < best[name][0].kl:
                 best[name] = rows[-1], result
             bar.set_postfix_str(f"{name}: agreement {found.agreement:.1%}")
@@ -271,15 +275,18 @@ class _Bench:
         if method in ("asymmetric", "auto"):
             start = best["linear"][0].ridge
             assert start is not None
-            add("asymmetric", start, self._asymmetric(start, "fit", corrections))
+            for stiffness in STIFFNESSES:
+                stiff = {name: stiffness * each for name, each in corrections.items()} or corrections
+                add("asymmetric", start, self._asymmetric(start, "fit", stiff), stiffness=stiffness)
         names = ("mean", "linear", "asymmetric") if method == "auto" else (method,)
         chosen, result = min((best[name] for name in names), key=lambda pair: pair[0].kl)
         if method == "auto" and running_norms(self._result.model):
-            add(chosen.name, chosen.ridge, self._recalibrated(result, "fit"), True)
+            add(chosen.name, chosen.ridge, self._recalibrated(result, "fit"), True, chosen.stiffness)
             chosen = best[chosen.name][0]
         best.clear()  # models
         ridge = math.inf if chosen.ridge is None else chosen.ridge
-        final = self._asymmetric(ridge, "all", corrections) if chosen.name == "asymmetric" \
+        stiff = {name: chosen.stiffness * each for name, each in corrections.items()}
+        final = self._asymmetric(ridge, "all", stiff) if chosen.name == "asymmetric" \
             else self._linear(ridge, "all")
         if chosen.recalibrated:
             final = self._recalibrated(final, "all")
