@@ -35,7 +35,7 @@ from fastscore.rng import fork_rng
 
 Method = Literal["mean", "linear", "asymmetric", "auto"]
 RIDGES = (0.1, 0.01, 0.001)
-STIFFNESSES = (1, 8)
+STIFFNESSES = (1.0, 8.0)
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Repair:
     agreement: float
     kl: float
     chosen: bool = False
-    stiffness: int = 1
+    stiffness: float = 1.0
 
     def __str__(self) -> str:
         ridge = "" if self.ridge is None else f", ridge {self.ridge:g}"
-        ridge += f", stiffness {self.stiffness}" if self.stiffness != 1 else ""
+        ridge += f", stiffness {self.stiffness:g}" if self.stiffness != 1 else ""
         after = ", BatchNorms recalibrated" if self.recalibrated else ""
         return (f"{'chosen' if self.chosen else 'tried'}: {self.name}{ridge}{after}: agreement {self.agreement:.1%}, "
                 f"KL {self.kl:.3g}")
@@ -257,7 +257,8 @@ class _Bench:
         rows: list[Repair] = []
         best: dict[str, tuple[Repair, Any]] = {}  # of each name
 
-        def add(name: str, ridge: float | None, result: Any, recalibrated: bool = False, stiffness: int = 1) -> None:
+        def add(name: str, ridge: float | None, result: Any, recalibrated: bool = False, stiffness: float = 1.0
+                ) -> None:
             found = self._judge(result)
             rows.append(Repair(name, ridge, recalibrated, found.agreement, found.kl, stiffness=stiffness))
             if name not in best or found.kl < best[name][0].kl:

@@ -18,7 +18,7 @@ import fastscore
 from fastscore.batches import call_model
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.recovery import front_to_back
+from fastscore.recovery import front_to_back, reconstruct
 from fastscore.recovery.asymmetric import Joint, bias, error, fit, rescaled
 from fastscore.recovery.calibration import Calibration
 from fastscore.recovery.front_to_back import refit, sites
@@ -241,3 +241,31 @@ def test_on_every_network(name: str) -> None:
     assert torch.isfinite(repaired.model(x)).all()
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in repaired.model.modules())
     assert repaired.report.params[1] == sum(parameter.numel() for parameter in repaired.model.parameters())
+
+
+def test_held_out_samples_take_one_of_two_stiffnesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ridges of all layers, times one number; the last fit, on all samples, is as stiff as the best."""
+    seen: list[tuple[str, dict[str, float]]] = []
+
+    def spy(*args: Any) -> None:
+        refit(*args)
+        seen.append((args[4], dict(args[5])))
+
+    monkeypatch.setattr(reconstruct, "refit", spy)
+    network = NETWORKS["residual"]
+    model, batches = network.model(), list(network.inputs(24).split(8))
+    scores = fastscore.score(model, batches, ablation="mean", progress=False)
+    cut = fastscore.prune(model, scores, batches[0][:1], channels=0.6)
+    for stiffnesses in ((1.0, 8.0), (1.0, 0.01)):
+        monkeypatch.setattr(reconstruct, "STIFFNESSES", stiffnesses)
+        seen.clear()
+        rows = fastscore.reconstruct(model, cut, batches, method="asymmetric").report.repairs
+        tried = [row for row in rows if row.name == "asymmetric"]
+        assert [row.stiffness for row in tried] == list(stiffnesses)
+        (best,) = (row for row in rows if row.chosen)
+        assert best.kl == min(row.kl for row in tried)
+        assert (f", stiffness {best.stiffness:g}:" in str(best)) == (best.stiffness != 1)
+        (_, ridges), (_, other), (part, last) = seen
+        assert part == "all"
+        assert other == {name: stiffnesses[1] * ridge for name, ridge in ridges.items()}
+        assert last == {name: best.stiffness * ridge for name, ridge in ridges.items()}
