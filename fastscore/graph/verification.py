@@ -7,7 +7,7 @@ the groups claim for those channels.
 
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -35,7 +35,10 @@ def leaks(recording: "Recording", groups: Sequence[ChannelGroup]) -> dict[str, s
     Returns:
         Name of a group -> a layer whose input changes with its channels, or "the output".
     """
-    where = _verify(recording, groups) if groups else None
+    if not groups:
+        return {}
+    assert recording.inputs is not None  # of the model as it is, before anything is changed
+    where = _verify(recording, groups)
     if where is None:
         return {}
     found = {group.name: alone for group in groups if (alone := _verify(recording, [group])) is not None}
@@ -46,12 +49,15 @@ def _verify(recording: "Recording", groups: Sequence[ChannelGroup]) -> str | Non
     # a generator for each group: what shows among the others shows alone
     generators = [torch.Generator().manual_seed(zlib.crc32(group.name.encode())) for group in groups]
     made, read = _channels_at(groups, "producer", "norm"), _channels_at(groups, "consumer", "norm")
+    held = list(_held(recording.model, groups))
     for _ in range(_PAIRS):
         half = torch.cat([torch.rand(len(group.unit), generator=generator)[group.unit] < 0.5
                           for group, generator in zip(groups, generators, strict=True)])
         for side in (half, ~half):
-            where = recording.leak({layer: index[side[channel]] for layer, (index, channel) in made.items()},
-                                    {layer: index[side[channel]] for layer, (index, channel) in read.items()})
+            with _entries_changed((owner, name, dim, index[side[channel]])
+                                  for owner, name, dim, index, channel in held):
+                where = recording.leak({layer: index[side[channel]] for layer, (index, channel) in made.items()},
+                                       {layer: index[side[channel]] for layer, (index, channel) in read.items()})
             if where is not None:
                 return where
     return None
@@ -67,6 +73,40 @@ def _channels_at(groups: Sequence[ChannelGroup], *roles: Role) -> dict[str, tupl
         begin += len(group.unit)
     return {layer: (torch.cat(index), torch.cat(channel))
             for layer, pairs in found.items() for index, channel in [zip(*pairs, strict=True)]}
+
+
+def _held(model: nn.Module, groups: Sequence[ChannelGroup]) -> Iterator[tuple[nn.Module, str, int, Tensor, Tensor]]:
+    """(module, name there, dimension, positions, the channel at each, counted through all groups) of each parameter and
+    buffer that loses channels, but for those of layers that make or read them."""
+    begin = 0
+    for group in groups:
+        for member in group.role("tensor", "channelwise"):
+            owner, name = model.get_submodule(member.module), member.layer.rpartition(".")[2]
+            own = {name: owner._parameters[name]} if member.role == "tensor" else \
+                {**owner._parameters, **owner._buffers}
+            for key, tensor in own.items():
+                if tensor is not None and tensor.dim() > member.dim and \
+                        tensor.shape[member.dim] > int(member.index.max()):
+                    yield owner, key, member.dim, member.index, member.channel + begin
+        begin += len(group.unit)
+
+
+@contextmanager
+def _entries_changed(held: Iterable[tuple[nn.Module, str, int, Tensor]]) -> Iterator[None]:
+    """In the block, (module, name there, dimension, positions) hold other numbers, positive where they were."""
+    before: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for owner, name, dim, index in held:
+            kept: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
+            old: Tensor = kept[name]
+            before.append((kept, name, old))
+            new, at = old.detach().clone(), index.to(old.device)
+            new.index_copy_(dim, at, new.index_select(dim, at) * 1.5 + 0.5)
+            kept[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        yield
+    finally:
+        for kept, name, old in reversed(before):
+            kept[name] = old
 
 
 class Recording:

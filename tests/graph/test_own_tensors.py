@@ -153,9 +153,10 @@ class ReadElsewhere(nn.Module):
     lambda net: (net.gain[:, None] * net.gain[None, :])[0][:, None, None], lambda net: net.norm.running_mean[0],
     lambda net: net.norm.weight[-1] + net.norm.bias[-1], lambda net: net.scale.weight.max(),
     lambda net: net.up.bias[0], lambda net: net.up.weight.abs().max(), lambda net: net.down.weight.abs().max(),
-    lambda net: net.gain.detach().abs().median()],
+    lambda net: net.gain.detach().abs().median(), lambda net: 1 + 1e-4 * net.norm.weight[0],
+    lambda net: 1 + 1e-4 * net.norm.running_mean[0]],
     ids=["products", "a running mean", "a last entry", "the largest slope", "a bias", "the largest weight made with",
-         "the largest weight read with", "a median"])
+         "the largest weight read with", "a median", "a little of a weight", "a little of a mean"])
 def test_what_is_cut_and_read_elsewhere_is_kept(number: Callable[[ReadElsewhere], Tensor]) -> None:
     """A value at a fixed entry, or of all entries, reaches channels that stay, whichever goes."""
     for seed in range(2):  # each has the largest somewhere else
