@@ -23,6 +23,7 @@ from fastscore.modules.experts import replace_experts
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.multihead_attention import replace_attention
+from fastscore.modules.response_norms import ResponseNorm
 from fastscore.pruning.masking import at_consumers
 from fastscore.recovery.compensation import removed_positions
 
@@ -225,11 +226,18 @@ def _gated(layer: nn.Module, gates: Sequence[tuple[Tensor, Tensor]]) -> Any:
 
     def instead(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = input_of(args, kwargs)
-        centered, scale = norm.statistics(gated(x), x.shape[dim])
-        y = (x - (gated(x) - centered)) * scale
-        weight, bias = (getattr(layer, name, None) for name in ("weight", "bias"))
-        y = y if weight is None else y * norm.along_channels(weight + norm.offset)
-        return y if bias is None else y + norm.along_channels(bias)
+        weight, bias = (None if value is None else value.flatten().view(-1, *[1] * (-1 - norm.dim))
+                        for value in (getattr(layer, name, None) for name in ("weight", "bias")))
+        if isinstance(norm, ResponseNorm):  # of which the mean over channels reads gates
+            norms, gated_norms = (torch.linalg.vector_norm(value, dim=(-3, -2) if norm.dim == -1 else (-2, -1),
+                                                           keepdim=True) for value in (x, gated(x)))
+            scaled = x * norms / (gated_norms.mean(norm.dim, keepdim=True) + norm.eps)
+            y = x + (scaled if weight is None else scaled * weight)
+        else:
+            centered, scale = norm.statistics(gated(x), x.shape[dim])
+            y = (x - (gated(x) - centered)) * scale
+            y = y if weight is None else y * (weight + norm.offset)
+        return y if bias is None else y + bias
 
     return layer.register_forward_pre_hook(before, with_kwargs=True) if norm is None else \
         layer.register_forward_hook(instead, with_kwargs=True)
