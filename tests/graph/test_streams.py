@@ -117,18 +117,19 @@ class Merged(nn.Module):
 
 
 class Places(nn.Embedding):
-    """An embedding of positions that takes the length from what it is given, as BART's does."""
+    """An embedding of positions that takes the length from a tensor, as BART's does, or from a shape, as Marian's."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(torch.arange(x.shape[1]))
+    def forward(self, x: Tensor | torch.Size) -> Tensor:
+        return super().forward(torch.arange((x.shape if isinstance(x, Tensor) else x)[1]))
 
 
 class SharedEmbeddings(nn.Module):
     """Two streams, of an encoder and a decoder, whose embeddings hold one weight, and so does a third that never runs,
     as in T5 and BART."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_shape: bool = False) -> None:
         super().__init__()
+        self.by_shape = by_shape
         self.shared, self.embed, self.other = (nn.Embedding(WORDS, WIDTH) for _ in range(3))
         self.embed.weight = self.other.weight = self.shared.weight
         self.places = Places(TOKENS, WIDTH)
@@ -137,7 +138,7 @@ class SharedEmbeddings(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.embed(x), self.other(x.flip(1))
-        y = self.one(self.norms[0](first + self.places(first))).tanh()
+        y = self.one(self.norms[0](first + self.places(first.shape if self.by_shape else first))).tanh()
         return self.head(y * self.two(self.norms[1](second)).tanh()).mean(1)
 
 
@@ -172,6 +173,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], str, in
     "ConvNeXt": (ConvNeXt, _noise(3, 8, 8), "stem", WIDTH, 3),
     "ConvNeXt, last": (ConvNeXt, _noise(3, 8, 8), "step", 10, 1),
     "shared embeddings": (SharedEmbeddings, _words, "embed", WIDTH, 2),
+    "places by shape": (lambda: SharedEmbeddings(by_shape=True), _words, "embed", WIDTH, 2),
     "two in one": (Merged, _noise(TOKENS, 5), "embed", WIDTH, 2),
     "global responses": (lambda: Responses(ConvNextV2GRN(WIDTH), True), _noise(3, 8, 8), "up", WIDTH, 1),
     "global responses of images": (lambda: Responses(GlobalResponseNorm(WIDTH, channels_last=False), False),
