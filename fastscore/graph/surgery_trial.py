@@ -9,6 +9,7 @@ read as zero.
 
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -139,7 +140,12 @@ def _try(recording: Recording, groups: Sequence[ChannelGroup]) -> _Findings:
 
 def _try_part(recording: Recording, groups: Sequence[ChannelGroup], part: int) -> _Findings:
     found = _Findings()
-    removed = {group.name: _some_units(group, part) for group in groups}
+    before = Counter[int]()  # groups of each number of units: those that meet are not to lose the same number
+    removed = dict[str, Tensor]()
+    for group in groups:
+        units = int(group.unit.max()) + 1
+        removed[group.name] = _some_units(group, part, before[units])
+        before[units] += 1
     gone = surgery.removed_indices(groups, removed)
     small: nn.Module = recording.model
     try:
@@ -154,12 +160,15 @@ def _try_part(recording: Recording, groups: Sequence[ChannelGroup], part: int) -
     return found
 
 
-def _some_units(group: ChannelGroup, part: int) -> Tensor:
-    """Channels to go, int64: about half of the units, at random; an odd number of units stays, of one or another. Those
-    that stay in part 0 go in part 1."""
+def _some_units(group: ChannelGroup, part: int, before: int) -> Tensor:
+    """Channels to go, int64: about half of the units, at random; an odd number of units stays, if it can be, and
+    another than of the group of as many units before it: `before` were tried beside it. Those that stay in part 0 go in
+    part 1."""
     units, seed = int(group.unit.max()) + 1, zlib.crc32(group.name.encode())
-    first = units // 2 | 1
-    first -= 2 * (seed % 2) if units > 7 else 0  # groups of one width lose not all alike
+    numbers = list(range(units // 2 | 1, units // 4, -2))
+    if len(numbers) == 1 and units > 3:
+        numbers.append(2)
+    first = numbers[before % len(numbers)]
     rest = units - first
     order = torch.randperm(units, generator=torch.Generator().manual_seed(seed))
     stay = order[:first] if part == 0 else order[first:first + rest - 1 + rest % 2]

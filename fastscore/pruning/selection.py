@@ -57,7 +57,8 @@ def check_scores(graph: ChannelGraph, scores: Scores) -> None:
             raise ValueError(f"scores: {layer} has {widths[layer]} channels and the scores know {len(scores[layer])}; "
                              "the model was changed since (pruned?): score it again")
     if scores.origin.fingerprint != graph.fingerprint:
-        raise ValueError("scores: they belong to a model whose layers are connected differently; score this model")
+        raise ValueError("scores: they belong to a model whose layers are connected differently; score this model, or "
+                         "give example_inputs with as many samples as a batch that was scored")
 
 
 def steps_needed(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float],

@@ -132,6 +132,32 @@ def test_a_linear_that_knows_how_many_inputs_it_has() -> None:
     assert [group.name for group in trace(model, torch.randn(2, 4)).groups] == ["2"]
 
 
+class AsWide(nn.Module):
+    """Code that takes what a convolution makes to be as wide as what it reads, as in Segformer's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.reduce = nn.Conv2d(6, WIDTH, 1), nn.Conv2d(WIDTH, WIDTH, 2, 2)
+        self.out = nn.Linear(WIDTH, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 6, H, W] -> the same."""
+        y = self.embed(x).tanh()
+        rows = self.reduce(y).reshape(len(y), y.shape[1], -1).transpose(1, 2)
+        return x + self.out(rows.tanh()).mean(1)[:, :, None, None]
+
+
+def test_groups_of_one_width_that_meet_lose_different_numbers() -> None:
+    """Whatever they are called: prune() takes what it likes of each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(AsWide() for _ in range(3)), nn.Conv2d(6, 2, 1)).double().eval()
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    scores = fastscore.score(model, [x], progress=False)
+    assert list(scores) == ["0.embed", "1.embed", "2.embed"]  # with the channels of their `reduce`
+    for budget in (0.8, 0.4):
+        fastscore.prune(model, scores, x, macs=budget, compensate=False)
+
+
 def test_every_culprit_among_many_is_found() -> None:
     """Two of six, and no other, by bisection."""
     class Net(nn.Module):

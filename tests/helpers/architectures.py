@@ -16,7 +16,7 @@ from real_models import Case
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.batches import Batch, Forward, checked_forward, map_tensors
+from fastscore.batches import Batch, Forward, call_model, checked_forward, map_tensors
 from fastscore.graph.tracing import trace
 from fastscore.modules.channel_norms import norm_of
 from fastscore.modules.experts import replace_experts
@@ -78,7 +78,7 @@ def prepared(case: Case) -> tuple[nn.Module, Batch]:
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     for name, parameter in randomize(model).named_parameters():
-        if "layer_scale" in name or name.endswith("gamma"):  # which start near zero, and so would all that is behind them
+        if "layer_scale" in name or name.endswith("gamma"):  # which start near zero, as would all behind them
             nn.init.uniform_(parameter, 0.5, 1.5)
         if not parameter.any():  # a head that starts at zero says nothing of what is before it
             nn.init.normal_(parameter, 0, 0.1)
@@ -118,6 +118,7 @@ def _steps(case: Case) -> Iterator[Callable[[], dict[str, Any]]]:
     model, x = prepared(case)
     call = checked_forward(case.forward)  # the tensor in a mapping of outputs
     scores = result = None
+    example = first(x) if case.forward is call_model else x  # what score() traces the model with
 
     def scored() -> dict[str, Any]:
         nonlocal scores
@@ -131,17 +132,18 @@ def _steps(case: Case) -> Iterator[Callable[[], dict[str, Any]]]:
                 "kept": "; ".join(f"{share:.0%} {reason}" for reason, share in kept.most_common(4) if share >= 0.005)}
 
     def compared() -> dict[str, Any]:
-        right, wrong = as_gates_say(model, x, call)
+        right, wrong = as_gates_say(model, x, example, call)
         if wrong:  # of random weights some are chaotic in float32
-            twice = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, x)
-            right, wrong = as_gates_say(copy.deepcopy(model).double(), twice, call)
+            twice = [map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, batch)
+                     for batch in (x, example)]
+            right, wrong = as_gates_say(copy.deepcopy(model).double(), *twice, call)
         return {"scores": f"{right} of {len(scores)} exact" + (f"; wrong: {', '.join(wrong)}" if wrong else "")}
 
     def pruned() -> dict[str, Any]:
         nonlocal result
         for budget in BUDGETS:
             try:
-                result = fastscore.prune(model, scores, first(x), macs=budget, forward=case.forward, compensate=False)
+                result = fastscore.prune(model, scores, example, macs=budget, forward=case.forward, compensate=False)
                 break
             except ValueError as error:
                 if "cannot be reached" not in str(error) or budget == BUDGETS[-1]:
@@ -153,7 +155,7 @@ def _steps(case: Case) -> Iterator[Callable[[], dict[str, Any]]]:
     yield scored
     yield compared
     yield pruned
-    yield lambda: {"masked": as_masked(model, result.model, result.removed, x, call)}
+    yield lambda: {"masked": as_masked(model, result.model, result.removed, x, example, call)}
     yield lambda: {"exported": exported(model, result.model, x, call)}
     yield lambda: {"trained": trained(result.model, x, case.forward)}
 
@@ -163,18 +165,18 @@ def first(x: Batch, number: int = 0) -> Batch:
     return map_tensors(lambda tensor: tensor[number:number + 1], x)
 
 
-def as_gates_say(model: nn.Module, x: Batch, forward: Forward) -> tuple[int, list[str]]:
+def as_gates_say(model: nn.Module, x: Batch, example: Batch, forward: Forward) -> tuple[int, list[str]]:
     """(groups whose scores are the derivatives by gates where the channels are read, each sample by itself, those whose
     are not).
 
-    A linear function of the output with fixed random weights is the loss.
+    A linear function of the output with fixed random weights is the loss. example: what score() traces the model with.
     """
     with torch.no_grad():
         weights = torch.randn_like(forward(model, x))
     scores = fastscore.score(model, [x], forward=forward, gradient="loss", normalize=False, progress=False,
                              loss=lambda output, batch: (output * weights).sum())
     gates = {group.name: (group, torch.ones(group.channels, dtype=weights.dtype, requires_grad=True))
-             for group in trace(model, first(x), forward).groups if group.name in scores}
+             for group in trace(model, example, forward).groups if group.name in scores}
     read: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # layer -> (positions of its input, their gates)
     for group, gate in gates.values():
         for edge in group.edges:
@@ -243,9 +245,10 @@ def _gated(layer: nn.Module, gates: Sequence[tuple[Tensor, Tensor]]) -> Any:
         layer.register_forward_hook(instead, with_kwargs=True)
 
 
-def as_masked(model: nn.Module, pruned: nn.Module, removed: dict[str, Tensor], x: Batch, forward: Forward) -> str:
+def as_masked(model: nn.Module, pruned: nn.Module, removed: dict[str, Tensor], x: Batch, example: Batch,
+              forward: Forward) -> str:
     """Whether the larger model, where consumers read removed channels as zero, computes what the smaller one does."""
-    groups = trace(model, first(x), forward).groups
+    groups = trace(model, example, forward).groups
     with torch.no_grad():
         dense = forward(model, x)
         handles = list(at_consumers(model, removed_positions(groups, removed), {}))

@@ -250,8 +250,8 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("SegformerForSemanticSegmentation", "SegformerConfig", {
         **_STAGES, "num_attention_heads": [1, 2, 3, 4], "decoder_hidden_size": 16}, "pixels 64"),
     ("DPTForSemanticSegmentation", "DPTConfig", {
-        **_HF_VIT, "is_hybrid": False, "backbone_out_indices": [0, 1, 1, 1], "neck_hidden_sizes": [8, 8, 16, 16],
-        "fusion_hidden_size": 16, "use_auxiliary_head": False}, "pixels"),
+        **_HF_VIT, "num_hidden_layers": 4, "is_hybrid": False, "backbone_out_indices": [0, 1, 2, 3],
+        "neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 16, "use_auxiliary_head": False}, "pixels"),
     ("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", _AUDIO, "sound"),
     ("HubertForSequenceClassification", "HubertConfig", _AUDIO, "sound"),
     ("ASTForAudioClassification", "ASTConfig", {
