@@ -1,15 +1,26 @@
 """The evaluation copy: a model that shares the parameters of the user's, and may be changed at will."""
 
 import copy
+from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastscore.batches import tensors_of
 from fastscore.modules import experts, multihead_attention, transposed_linear
 from fastscore.modules.wrappers import check_whole
 
 _OF_EVERY_MODULE = set(vars(nn.Module()))
+
+
+def computed_tensors(model: nn.Module) -> list[Tensor]:
+    """The tensors with a history that modules hold, in plain objects too, and copy.deepcopy() refuses: a weight that
+    weight_norm computes, what RAFT keeps of its last call."""
+    held: list[Any] = [value for module in model.modules() for name, value in vars(module).items()
+                       if name == "_buffers" or name not in _OF_EVERY_MODULE]
+    known = (nn.Module, Tensor, type, ModuleType)
+    held += [vars(value) for value in held if hasattr(value, "__dict__") and not isinstance(value, known)]
+    return [tensor for tensor in tensors_of(held) if not tensor.is_leaf]
 
 
 def evaluation_copy(model: nn.Module) -> nn.Module:
@@ -29,9 +40,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     check_whole(model)
     shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
                               for parameter in model.parameters()}
-    for module in model.modules():  # weight_norm keeps the weight that it computes, others biases by device
-        held = (value for name, value in vars(module).items() if name == "_buffers" or name not in _OF_EVERY_MODULE)
-        shared |= {id(tensor): tensor.detach() for value in held for tensor in tensors_of(value) if not tensor.is_leaf}
+    shared |= {id(tensor): tensor.detach() for tensor in computed_tensors(model)}
     eval_model: nn.Module = copy.deepcopy(model, shared)
     eval_model.eval()  # which some models have written anew, without returning themselves
     for handle in multihead_attention.replace_attention(eval_model):

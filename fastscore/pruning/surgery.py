@@ -11,7 +11,7 @@ from fastscore.batches import Batch, Forward, checked_forward
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.surgery import RemovedIndices, remove_channels, remove_indices, removed_indices
 from fastscore.modules.counting import count
-from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.evaluation_copy import computed_tensors, evaluation_copy
 from fastscore.modules.hooks import remove_copied_hooks
 from fastscore.modules.transposed_linear import is_transposed
 from fastscore.pruning import recipes
@@ -36,6 +36,7 @@ class Surgery:
         # .data: detach() would share autograd's count of changes with the model's own, for good
         shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.data, parameter.requires_grad)
                                   for parameter in self._model.parameters() if type(parameter) is nn.Parameter}
+        shared |= {id(tensor): tensor.detach().clone() for tensor in computed_tensors(self._model)}
         pruned = self.apply(copy.deepcopy(self._model, shared))
         own = {parameter.untyped_storage()._cdata for parameter in self._model.parameters()}
         for parameter in pruned.parameters():

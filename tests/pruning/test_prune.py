@@ -353,3 +353,38 @@ def test_torchvision(name: str) -> None:
         for handle in handles:
             handle.remove()
         assert (model(x) - masked).abs().max() > 1e-3 * masked.abs().max()
+
+
+class LastCall:
+    """A plain object with what a call left behind, as RAFT's block of correlations."""
+
+    pyramid: list[Tensor]
+
+
+class Keeping(nn.Module):
+    """Holds tensors with a history, which copy.deepcopy() refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
+        self.normed = nn.utils.weight_norm(nn.Conv2d(2, 2, 1))
+        self.kept = LastCall()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        self.kept.pyramid = [x, x.mean((2, 3))]
+        return self.normed(self.last(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_model_that_holds_what_a_step_of_training_made() -> None:
+    torch.manual_seed(0)
+    model, x = Keeping().eval(), torch.randn(2, 3, 4, 4)
+    scores = fastscore.score(model, [x], progress=False)
+    with torch.no_grad(), fastscore.mask(model, scores, 0.5, x, compensate=False):
+        masked = model(x)
+    model(x).sum().backward()
+    pruned = fastscore.prune(model, scores, x, channels=0.5, compensate=False).model
+    assert width(pruned, "first") == 3
+    torch.testing.assert_close(pruned(x), masked)
+    pruned(x).sum().backward()
