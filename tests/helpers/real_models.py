@@ -101,8 +101,6 @@ def _torchvision() -> list[Case]:
             torchvision_model, "ssdlite320_mobilenet_v3_large", **detector), 320, ssd),
         *(Case(name, functools.partial(torchvision_model, name, num_classes=10), batch=clip)
           for name in ("r3d_18", "mc3_18", "r2plus1d_18")),
-        Case("s3d", functools.partial(torchvision_model, "s3d", num_classes=10),
-             batch=functools.partial(_random, 3, 16, 64, 64)),
         Case("swin3d_t", functools.partial(torchvision_model, "swin3d_t", num_classes=10), batch=clip),
         Case("raft_small", functools.partial(torchvision_model, "raft_small"), forward=last_flow,
              batch=functools.partial(_random, 6, 128, 128)),
@@ -156,7 +154,7 @@ def timm_model(name: str, **options: Any) -> nn.Module:
 
 
 def _timm() -> list[Case]:
-    sizes = {"maxvit_pico_rw_256": 256, "crossvit_9_240": 240}
+    sizes = {"maxvit_pico_rw_256": 256, "crossvit_9_240": 240, "inception_v4": 128}
     return [Case(f"timm:{name}", functools.partial(timm_model, name, **options), sizes.get(name, image),
                  small=name == "ghostnet_100") for names, image, options in _TIMM for name in names.split()]
 
