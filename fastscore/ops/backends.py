@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from torch import Tensor
 
 from fastscore.ops import composite, library, reference
 
@@ -114,8 +115,17 @@ def _imported(op: str) -> Callable[..., Any]:
 
 
 def _of_composite(op: str) -> Callable[..., Any]:
+    """It serves whatever has no kernel, and so sees tensors that are not dense, too."""
     function: Callable[..., Any] = getattr(composite, op)
-    return function
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, Tensor) and (x.layout != torch.strided or x.is_quantized):
+                kind = "quantized" if x.is_quantized else str(x.layout)
+                raise TypeError(f"fastscore::{op} takes dense tensors, not {kind} ones: use to_dense() or dequantize()")
+        return function(*args, **kwargs)
+
+    return call
 
 
 def _of_reference(op: str) -> Callable[..., Any]:

@@ -1,5 +1,7 @@
 """The ops as operations of PyTorch, for devices without kernels: against the reference, and in score()."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +25,15 @@ def test_every_op_has_one_for_any_device() -> None:
         for key in ("XPU", "MPS", "PrivateUse1", "HPU", "XLA"):
             assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastscore::{op}", key)
         assert callable(getattr(composite, op))
+
+
+@pytest.mark.parametrize("made", [torch.Tensor.to_sparse, lambda x: x.to_sparse_csr(),
+                                  lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8)])
+def test_tensors_that_are_not_dense_are_refused(made: Callable[[Tensor], Tensor]) -> None:
+    x = made(torch.ones(2, 3))
+    for op, args in (("channel_powers", (x, x)), ("channel_sums", (x, x)), ("normalize_gradient", (x,))):
+        with pytest.raises((TypeError, RuntimeError), match=r"dense|Could not run"):
+            getattr(torch.ops.fastscore, op)(*args)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
