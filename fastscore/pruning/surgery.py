@@ -12,7 +12,6 @@ from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.surgery import RemovedIndices, remove_channels, remove_indices, removed_indices
 from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import computed_tensors, evaluation_copy
-from fastscore.modules.experts import put_projections_back
 from fastscore.modules.hooks import remove_copied_hooks
 from fastscore.modules.transposed_linear import is_transposed
 from fastscore.pruning import recipes
@@ -43,7 +42,6 @@ class Surgery:
         for parameter in pruned.parameters():
             if parameter.untyped_storage()._cdata in own:
                 parameter.data = parameter.data.clone()
-        put_projections_back(pruned)
         remove_copied_hooks(pruned)
         return pruned
 
