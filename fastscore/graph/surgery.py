@@ -16,7 +16,7 @@ Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
 Side = Literal["inputs", "outputs", "heads", "block", Dim]
 _DIMS: tuple[Dim, ...] = get_args(Dim)
 _SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "norm": "outputs", "gate": "outputs",
-                               "consumer": "inputs", "reader": "inputs", "heads": "heads", "block": "block"}
+                               "consumer": "inputs", "heads": "heads", "block": "block"}
 # what modules keep of the widths of convolutions that they hold: diffusers' up- and downsamplers of what they read,
 # torchvision's VisionTransformer of what it makes of patches
 _OF_OWNERS = {"inputs": "channels", "outputs": "hidden_dim"}

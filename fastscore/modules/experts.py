@@ -101,7 +101,7 @@ class ProjectionLinear(RouterLinear):
     def __init__(self, weight: nn.Parameter, owner: nn.Module, name: str) -> None:
         super().__init__(weight, owner, name)
         if name == PROJECTIONS[0]:
-            self._parameters["bias"] = owner._parameters[_BIAS]
+            self.bias = owner._parameters[_BIAS]
             owner._parameters[_BIAS] = None
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -111,7 +111,7 @@ class ProjectionLinear(RouterLinear):
     def _without(self, side: Literal["inputs", "outputs"], index: Sequence[int]) -> nn.Module:
         bias = self.bias
         if side == "outputs" and bias is not None:
-            self._parameters["bias"] = _cut(bias[:, None], side, torch.tensor(index))
+            self.bias = _cut(bias[:, None], side, torch.tensor(index))
             self.bias.data = self.bias.data[:, 0]
         return super()._without(side, index)
 

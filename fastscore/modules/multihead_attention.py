@@ -196,7 +196,6 @@ def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> 
                 id(layer) in wanted for layer in module.children())):
             yield Handle([(module, _SEPARATE, True)])
         if _is_replaced(module) and (wanted is None or id(module.out_proj) in wanted):
-            assert isinstance(module.out_proj, nn.Module)
             yield Handle([(module, "__class__", MultiheadAttention),
                           (module.out_proj, "__class__", SequenceFirstLinear)])
 
