@@ -176,7 +176,7 @@ def _mend_gradients(prepared: Prepared) -> None:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if len(output) == 1 and output.dim() > 2 and output.requires_grad and output.device.type == "cpu" \
                 and output.is_contiguous():
-            output.register_hook(lambda gradient: gradient.contiguous())
+            output.register_hook(lambda gradient: None if gradient is None else gradient.contiguous())
 
     for module in prepared.copy.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

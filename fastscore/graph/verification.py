@@ -93,7 +93,7 @@ def _held(model: nn.Module, groups: Sequence[ChannelGroup]) -> Iterator[tuple[nn
 
 @contextmanager
 def _entries_changed(held: Iterable[tuple[nn.Module, str, int, Tensor]]) -> Iterator[None]:
-    """In the block, (module, name there, dimension, positions) hold other numbers, positive where they were."""
+    """In the block, (module, name there, dimension, positions) hold numbers further from zero."""
     before: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for owner, name, dim, index in held:
@@ -101,7 +101,8 @@ def _entries_changed(held: Iterable[tuple[nn.Module, str, int, Tensor]]) -> Iter
             old: Tensor = kept[name]
             before.append((kept, name, old))
             new, at = old.detach().clone(), index.to(old.device)
-            new.index_copy_(dim, at, new.index_select(dim, at) * 1.5 + 0.5)
+            part = new.index_select(dim, at)
+            new.index_copy_(dim, at, part * 1.5 + torch.where(part < 0, -0.5, 0.5).to(part))
             kept[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         yield
     finally:
@@ -236,7 +237,7 @@ class Recording:
                     computed: Tensor = type(module).forward(module, *args, **kwargs)
                     return computed
                 x = read_by(args, kwargs)
-                see(layer, call, None if x is None or _looks_at_shape(module, x) else x)
+                see(layer, call, None if x is None or _looks_at_shape(module, x) else unwrapped(x))
                 return _changed(output, self._dims[layer], made[layer]) if layer in made else output.clone()
 
             return forward
@@ -265,6 +266,13 @@ def read_by(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """What a layer is called on, by position or by keyword; None where that is no tensor, but a shape, say."""
     x = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
     return x if isinstance(x, Tensor) else None
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """All that torch.func takes part by part, whose parts cannot be compared while it does."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def _looks_at_shape(module: nn.Module, x: Tensor) -> bool:

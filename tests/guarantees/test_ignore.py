@@ -115,7 +115,7 @@ def suggested(message: str) -> dict[str, Any]:
     return {"ignore": names.split(", ")[:1]}
 
 
-KEEP, FEWER = "keep the channels that it depends on: ignore=", "or ignore fewer layers"
+KEEP, FEWER = "keep the channels that it depends on: ignore=", "ignore fewer layers"
 MESSAGES: dict[str, tuple[str, Callable[[], Callable[..., Any]], Callable[[str], dict[str, Any]]]] = {
     # what says "ignore" in it, how to get there, what the message says to do
     "it does not run": (KEEP, prune_too_far, named),
@@ -127,6 +127,8 @@ MESSAGES: dict[str, tuple[str, Callable[[], Callable[..., Any]], Callable[[str],
     "macs": (FEWER, lambda: out_of_reach(macs=0.001), asked_for("macs")),
     "a floor": (FEWER, lambda: out_of_reach(channels=0.4, floor=0.7), lambda message: {"floor": 0.0}),
     "ignored": (FEWER, lambda: out_of_reach(macs=0.4, ignore=["stem", "block1"]), lambda message: {"ignore": []}),
+    "everything": ("it leaves no channel that can go", lambda: out_of_reach(macs=0.8, ignore=["*"]),
+                   lambda message: {"ignore": []}),
     "latency": (FEWER, lambda: too_slow(0.1), asked_for("latency")),
     "too many products": ('leave it out with ignore=["', flattened, named),
     "no means": ("or leave out what makes them: ignore=", without_means, named),
@@ -170,6 +172,10 @@ def test_what_is_ignored_stays_as_it_is() -> None:
         assert {side for _, side in free} >= {"inputs", "outputs"}
         for name, module in model.named_modules():
             if not name or len(list(module.parameters())) == len(list(model.parameters())):
+                continue
+            if model is encoder and name == "1":  # which holds all that can go
+                with pytest.raises(ValueError, match="leaves no channel that can go"):
+                    fastscore.prune(model, scores, x, channels=0.6, ignore=[name])
                 continue
             small = fastscore.prune(model, scores, x, channels=0.6, ignore=[name]).model
             for key, before in module.named_parameters():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastscore
-from fastscore import Scores
+from fastscore import Scores, progress
 
 
 def assert_same(one: Scores, other: Scores, tolerance: float = 2e-5) -> None:
@@ -175,7 +175,9 @@ def test_forward_may_call_the_model_more_than_once() -> None:
         torch.testing.assert_close(twice.totals[layer], a[layer] + 3 * b[layer])
 
 
-def test_progress_goes_to_stderr_and_can_be_silenced(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_goes_to_stderr_and_can_be_silenced(capsys: pytest.CaptureFixture[str],
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "BETWEEN_LINES", 0.0)
     network = NETWORKS["plain"]
     fastscore.score(network.model(), [network.inputs()], progress=False)
     assert capsys.readouterr() == ("", "")
