@@ -140,8 +140,8 @@ def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> 
 
     Args:
         model: changed in place.
-        called: names of layers; only modules whose output projection is among them are changed, and encoders that hold
-            one. None: all; (): encoders alone.
+        called: names of layers; only modules whose output projection is among them are changed (of those that own_width
+            knows, any of whose layers is), and encoders that hold one. None: all; (): encoders alone.
 
     Yields:
         For each change, a handle that undoes it, or makes it permanent.
@@ -157,7 +157,7 @@ def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> 
         if kind is not None and (wanted is None or id(module.get_submodule(output)) in wanted):
             yield Handle([(module, "__class__", kind)])
         found = own_width.replacement(module)
-        if found is not None and (wanted is None or id(found[1]) in wanted):
+        if found is not None and (wanted is None or any(id(layer) in wanted for layer in module.children())):
             yield Handle([(module, "__class__", found[0])])
         if module.__dict__.get(_SEPARATE) is False and (wanted is None or any(
                 id(layer) in wanted for layer in module.children())):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 from whole_way import check, noisy
 
@@ -141,3 +142,18 @@ def test_defaults_and_positions_in_the_file_are_kept() -> None:
     assert made.forward.__code__.co_filename == __file__
     assert made.forward.__code__.co_firstlineno == Plain.forward.__code__.co_firstlineno
     assert own_width.with_own_width(nn.Linear) is None
+
+
+def test_attention_that_reads_less_and_makes_as_much() -> None:
+    """A pool whose projection no group has: what it reads is narrower, in the model that is returned, too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 12), nn.GELU(), AttentionPoolLatent(12, num_heads=3), nn.Linear(12, 4)).eval()
+    x = torch.randn(2, 6, 5)
+    scores = fastscore.score(model, [x], progress=False)
+    others = [name for name in scores if name != "0"]
+    result = fastscore.prune(model, scores, x[:1], channels=0.7, compensate=False, ignore=others)
+    assert set(result.removed) == {"0"}
+    fraction = 1 - result.report.channels[1] / result.report.channels[0]
+    with fastscore.mask(model, scores, fraction, x[:1], compensate=False, ignore=others) as masked:
+        assert torch.equal(masked["0"], result.removed["0"])
+        torch.testing.assert_close(result.model(x), model(x))

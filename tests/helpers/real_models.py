@@ -124,7 +124,7 @@ _TIMM: tuple[tuple[str, int, dict[str, Any]], ...] = (
      "nfnet_f0 eca_nfnet_l0 fbnetc_100 dpn48b edgenext_xx_small fasternet_t0 hgnet_tiny hgnetv2_b0 inception_next_atto "
      "inception_v4 lcnet_050 mobileone_s0 gcresnext26ts lambda_resnet26t eca_resnext26ts rdnet_tiny repghostnet_050 "
      "repvit_m0_9 resnetblur18 resnetv2_50d_gn resnetv2_50x1_bit resnetv2_50d_evos resnetv2_50d_frn rexnet_100 "
-     "selecsls42b skresnet18 starnet_s050 tresnet_m ese_vovnet19b_slim visformer_tiny ecaresnet26t resnetaa50 "
+     "selecsls42b skresnet18 starnet_s050 tresnet_m ese_vovnet19b_slim ecaresnet26t resnetaa50 "
      "legacy_seresnet18 test_mambaout efficientvit_b0 poolformer_s12 caformer_s18 convformer_s18 pvt_v2_b0 "
      "pvt_v2_b2_li tf_efficientnet_cc_b0_4e tinynet_e", 64, {}),
     ("vit_tiny_patch16_224 deit_tiny_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224 "
@@ -139,7 +139,8 @@ _TIMM: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("efficientvit_m0 swiftformer_xs mobilevit_xxs mobilevitv2_050 fastvit_t8 shvit_s1 nextvit_small convmixer_768_32",
      128, {}),
     ("efficientformer_l1 efficientformerv2_s0 levit_128s levit_conv_128s coat_lite_tiny crossvit_9_240 davit_tiny "
-     "gcvit_xxtiny hiera_tiny_224 mvitv2_tiny nest_tiny tiny_vit_5m_224 twins_pcpvt_small twins_svt_small volo_d1_224 "
+     "visformer_tiny gcvit_xxtiny hiera_tiny_224 mvitv2_tiny nest_tiny tiny_vit_5m_224 twins_pcpvt_small "
+     "twins_svt_small volo_d1_224 "
      "pit_ti_224 coatnet_nano_rw_224 maxvit_pico_rw_256 tnt_s_patch16_224 swin_tiny_patch4_window7_224 "
      "swinv2_cr_tiny_224 vit_tiny_r_s16_p8_224 sequencer2d_s focalnet_tiny_srf vitamin_small_224", 224, {}),
     ("swinv2_tiny_window8_256 botnet26t_256 halonet26t maxvit_tiny_rw_256", 256, {}),
