@@ -134,9 +134,10 @@ def _in_channels_last(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _to_channels_last(g: Tensor) -> Tensor:
-    """`g` where channels lie closer together than columns, be it in a part of a larger tensor; else a copy."""
-    return g if 0 < g.stride(1) < g.stride(3) else g.contiguous(memory_format=torch.channels_last)
+def _to_channels_last(g: Tensor | None) -> Tensor | None:
+    """`g` where channels lie closer together than columns, be it in a part of a larger tensor; else a copy. None, which
+    a function behind may send for zeros, stays."""
+    return g if g is None or 0 < g.stride(1) < g.stride(3) else g.contiguous(memory_format=torch.channels_last)
 
 
 def clamp_bounds(module: Any) -> ClampBounds:

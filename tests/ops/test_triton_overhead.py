@@ -63,7 +63,7 @@ FAMILIES = (channel_sums, clamp_backward, normalize_gradient, random_gradient)
 
 
 @pytest.fixture(autouse=True)
-def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _recording_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(driver, "_active", Driver())
     monkeypatch.setattr(backends, "_interpreting", lambda: True)  # Triton serves the CPU
     for family in FAMILIES:
