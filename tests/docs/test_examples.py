@@ -64,7 +64,7 @@ def test_a_training_loop_with_the_drop_in_trains_the_same_network() -> None:
 def test_a_decoder_loses_a_fifth_and_generates() -> None:
     dense, small = example("decoder").main()
     sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (dense, small)]
-    assert 0.75 * sizes[0] < sizes[1] <= 0.8 * sizes[0]
+    assert 0.75 < sizes[1] / sizes[0] <= 0.8
     prompt = torch.tensor([[5, 6, 7, 8, 9]])
     expected = (torch.arange(5) + 10) % 24  # it counts on
     for model in (dense, small):
@@ -75,7 +75,7 @@ def test_a_decoder_loses_a_fifth_and_generates() -> None:
 
 def test_a_detector_keeps_its_outputs() -> None:
     dense, small, images = example("detection").main(macs=0.8)
-    assert total_macs(small, images[:1]) <= 0.8 * total_macs(dense, images[:1])
+    assert total_macs(small, images[:1]) / total_macs(dense, images[:1]) <= 0.8
     with torch.no_grad():
         for (name, one), other in zip(dense(images).items(), small(images).values(), strict=True):
             assert one.shape == other.shape, name
@@ -128,4 +128,4 @@ def test_the_notebook_runs_cell_after_cell(capsys: pytest.CaptureFixture[str]) -
     dense, small = (float(share) / 100 for share in said)
     assert dense > 0.9
     assert small > 0.9
-    assert names["result"].report.macs[1] <= 0.5 * names["result"].report.macs[0]
+    assert names["result"].report.macs[1] / names["result"].report.macs[0] <= 0.5
