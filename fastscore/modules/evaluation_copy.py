@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastscore.batches import tensors_of
 from fastscore.modules import experts, multihead_attention, transposed_linear
+from fastscore.modules.modes import enter_evaluation
 from fastscore.modules.wrappers import check_whole
 
 _OF_EVERY_MODULE = set(vars(nn.Module()))
@@ -42,7 +43,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
                               for parameter in model.parameters()}
     shared |= {id(tensor): tensor.detach() for tensor in computed_tensors(model)}
     eval_model: nn.Module = copy.deepcopy(model, shared)
-    eval_model.eval()  # which some models have written anew, without returning themselves
+    enter_evaluation(eval_model)
     for handle in multihead_attention.replace_attention(eval_model):
         handle.make_permanent()
     for experts_handle in experts.replace_experts(eval_model):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastscore import files
 from fastscore.batches import floating_tensors, output_tensors
+from fastscore.modules.modes import evaluating
 from fastscore.pruning.checkpoint import save_pruned
 from fastscore.pruning.result import PruneResult
 
@@ -35,14 +36,8 @@ def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | Pat
         raise ValueError(f"example_inputs: {len(example_inputs)} sample, which {suffix} would take for the only size "
                          "there is: give two or more")
     model = model.model if isinstance(model, PruneResult) else model
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with files.whole(path) as part:
-            _WRITERS[suffix](model.eval() if suffix == ".pt" else plain(model.eval(), example_inputs), example_inputs,
-                             part)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), files.whole(path) as part:
+        _WRITERS[suffix](model if suffix == ".pt" else plain(model, example_inputs), example_inputs, part)
 
 
 class _Plain(nn.Module):

@@ -14,6 +14,7 @@ from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.surgery import RemovedIndices
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
+from fastscore.modules.modes import modes_kept
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import bar, shown
 from fastscore.recovery.distillation_run import PRECISIONS, DistillationReport, DistillationRun, Loss, Objective
@@ -116,17 +117,15 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
 @contextmanager
 def _in_training(network: nn.Module) -> Iterator[None]:
     """Modes and gradients come back on leaving; weights and statistics too, where an exception ends it."""
-    modes = {module: module.training for module in network.modules()}
     gradients = [(parameter, parameter.grad) for parameter in network.parameters()]
     before = {name: value.detach().clone() for name, value in network.state_dict().items()}
     try:
-        yield
+        with modes_kept(network):
+            yield
     except BaseException:
         network.load_state_dict(before)
         raise
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for parameter, gradient in gradients:
             parameter.grad = gradient
 

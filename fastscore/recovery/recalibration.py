@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastscore.batches import Batch, Forward, call_model, check_iterable
 from fastscore.modules.inspection import device_of
+from fastscore.modules.modes import evaluating
 from fastscore.recovery.calibration import share_of
 from fastscore.rng import fork_rng
 
@@ -72,17 +73,15 @@ def running_norms(model: nn.Module) -> dict[str, Any]:
 def _measuring(model: nn.Module, norms: Mapping[str, Any]) -> Iterator[None]:
     """BatchNorms in training mode, averaging from nothing, and all else in evaluation mode; modes, settings and the
     states of random numbers come back, and the statistics too where an exception ends it."""
-    modes = {module: module.training for module in model.modules()}
     settings = {name: (norm.momentum, norm.track_running_stats) for name, norm in norms.items()}
     before = {name: [getattr(norm, key).clone() for key in _STATISTICS] for name, norm in norms.items()}
     try:
-        model.eval()
-        for norm in norms.values():
-            norm.track_running_stats = True  # what is False keeps statistics as they are, which evaluation goes by
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.training = True
-        with fork_rng(device_of(model)):
+        with evaluating(model), fork_rng(device_of(model)):
+            for norm in norms.values():
+                norm.track_running_stats = True  # what is False keeps statistics as they are, which evaluation goes by
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.training = True
             yield
     except BaseException:
         for name, norm in norms.items():
@@ -90,8 +89,6 @@ def _measuring(model: nn.Module, norms: Mapping[str, Any]) -> Iterator[None]:
                 getattr(norm, key).copy_(value)
         raise
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for name, norm in norms.items():
             norm.momentum, norm.track_running_stats = settings[name]
 

@@ -21,6 +21,7 @@ from fastscore.graph.surgery import RemovedIndices
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
+from fastscore.modules.modes import evaluating
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import bar, shown
 from fastscore.recovery.calibration import Calibration, Part
@@ -227,13 +228,10 @@ class _Bench:
         weights, added, _ = self._symmetric(ridge, part)
         result = self._result.cut_again(self._model, weights, added)
         model = result.model
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        refit(self._eval_model, model, {name: replace(site, norm=None if name in added else site.norm)
-                                        for name, site in self._sites.items()},
-              self._calibration, part, ridges, self._forward, self._group)
-        for module, mode in modes.items():
-            module.training = mode
+        with evaluating(model):
+            refit(self._eval_model, model, {name: replace(site, norm=None if name in added else site.norm)
+                                            for name, site in self._sites.items()},
+                  self._calibration, part, ridges, self._forward, self._group)
         return result
 
     def _recalibrated(self, result: Any, part: Part) -> Any:
@@ -243,14 +241,9 @@ class _Bench:
 
     def _judge(self, result: Any) -> Divergence:
         model = result.model
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
+        with evaluating(model):
             return divergence(self._outputs.rows, (self._run(model, batch).cpu()
                                               for batch in self._calibration.part("held out")), self._group)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
 
     def best(self, method: Method, ridges: tuple[float, ...], bar: Any) -> Any:
         """The result repaired by `method`, and the rows of what was tried, which move `bar`."""
