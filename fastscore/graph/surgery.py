@@ -1,8 +1,9 @@
 """Surgery: channels go out of every layer that makes, passes or reads them. Nothing here chooses them."""
 
+import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from fastscore.graph import channel_buffers, heads, own_tensors
 from fastscore.graph.groups import ChannelGroup, Role
 from fastscore.modules import experts, multihead_attention
+from fastscore.modules.evaluation_copy import computed_tensors
+from fastscore.modules.hooks import remove_copied_hooks
 from fastscore.modules.zero_branch import put_zeros
 
 Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
@@ -97,6 +100,23 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
         parameter.requires_grad_(trainable[name])
         parameter.data = parameter.data.contiguous(memory_format=formats[name])
     return model
+
+
+def smaller_copy(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """What `change`, a surgery in place, makes of a copy of `model`, which stays as it is and shares no memory with it.
+    """
+    # surgery makes new weights of most: those that are still the model's own afterwards are copied then
+    # .data: detach() would share autograd's count of changes with the model's own, for good
+    shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.data, parameter.requires_grad)
+                              for parameter in model.parameters() if type(parameter) is nn.Parameter}
+    shared |= {id(tensor): tensor.detach().clone() for tensor in computed_tensors(model)}
+    pruned = change(copy.deepcopy(model, shared))
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    for parameter in pruned.parameters():
+        if parameter.untyped_storage()._cdata in own:
+            parameter.data = parameter.data.clone()
+    remove_copied_hooks(pruned)
+    return pruned
 
 
 def remove_channels(model: nn.Module, groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]) -> nn.Module:

@@ -140,24 +140,29 @@ def _try(recording: Recording, groups: Sequence[ChannelGroup]) -> _Findings:
 
 def _try_part(recording: Recording, groups: Sequence[ChannelGroup], part: int) -> _Findings:
     found = _Findings()
-    before = Counter[int]()  # groups of each number of units: those that meet are not to lose the same number
-    removed = dict[str, Tensor]()
-    for group in groups:
-        units = int(group.unit.max()) + 1
-        removed[group.name] = _some_units(group, part, before[units])
-        before[units] += 1
-    gone = surgery.removed_indices(groups, removed)
+    gone = surgery.removed_indices(groups, some_channels(groups, part))
     small: nn.Module = recording.model
     try:
         small = surgery.remove_indices(evaluation_copy(recording.model), gone)
         output = recording.replay({name: _watched(recording, small, name, gone, found) for name in recording.outputs},
                                   small)
     except Exception as error:  # whatever the model's code does with a width that it does not expect
-        found.elsewhere = "does not run", f" ({_where(small, error.__traceback__)}: {_said(error)})"
+        found.elsewhere = "does not run", f" ({where(small, error.__traceback__)}: {said(error)})"
         return found
     if output.shape != recording.output.shape or not _alike(output, recording.output):
         found.elsewhere = "returns something else", ""
     return found
+
+
+def some_channels(groups: Sequence[ChannelGroup], part: int) -> dict[str, Tensor]:
+    """Group -> channels to go, int64; those that stay in part 0 go in part 1."""
+    before = Counter[int]()  # groups of each number of units: those that meet are not to lose the same number
+    removed = dict[str, Tensor]()
+    for group in groups:
+        units = int(group.unit.max()) + 1
+        removed[group.name] = _some_units(group, part, before[units])
+        before[units] += 1
+    return removed
 
 
 def _some_units(group: ChannelGroup, part: int, before: int) -> Tensor:
@@ -206,7 +211,7 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
             made: Tensor = type(layer).forward(layer, *args, **kwargs)
         except Exception as error:
             found.layers.setdefault(name, f"{name} ({type(layer).__name__}) does not run with fewer channels "
-                                          f"({_said(error)})")
+                                          f"({said(error)})")
             return expected
         masked = before if gone_in is None else before.index_fill(dim, gone_in.to(before.device), 0)
         args, kwargs = with_input(args, kwargs, masked)
@@ -234,7 +239,7 @@ def _alike(x: Tensor, expected: Tensor) -> bool:
     return bool(close(x, expected, rounding=torch.finfo(x.dtype).eps ** (1 / 3)).all())
 
 
-def _where(model: nn.Module, traceback: TracebackType | None) -> str:
+def where(model: nn.Module, traceback: TracebackType | None) -> str:
     """The innermost module of `model` whose code an exception came through."""
     names: Mapping[int, str] = {id(module): name for name, module in model.named_modules()}
     where: nn.Module = model
@@ -248,7 +253,7 @@ def _where(model: nn.Module, traceback: TracebackType | None) -> str:
     return f"{name} ({type(where).__name__})" if name else type(where).__name__
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     """An exception in one line."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines and lines[0] else type(error).__name__

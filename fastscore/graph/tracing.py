@@ -21,6 +21,7 @@ from fastscore.graph import (
     index_maps,
     left_alone,
     own_tensors,
+    returned_trial,
     sample_axes,
     surgery_trial,
     training_only,
@@ -94,6 +95,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
                 if ran <= ran_in_training:
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
+        found = returned_trial.offered(model, eval_model, found, run)
         samples = example_inputs if samples is None else batches.map_tensors(batches.usable, samples)
         try:
             axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples)

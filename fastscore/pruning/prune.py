@@ -23,7 +23,7 @@ from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensat
 from fastscore.pruning.quality import HELD_OUT, Quality, build_after, macs_along, select_by_quality
 from fastscore.pruning.ranking import ranker
 from fastscore.pruning.recipes import no_biases
-from fastscore.pruning.refusal import checked
+from fastscore.pruning.refusal import checked, repaired
 from fastscore.pruning.report import Candidate, Judged, new_report
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.selection import check_removable, scored_graph, select
@@ -136,14 +136,17 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
                       means or calibration is not None, graph.samples.batch)
         dense = costs.by_group()
 
+        def run(smaller: nn.Module) -> int:
+            """MACs of a smaller model, as it is."""
+            return verify(smaller, example_inputs, forward, costs.returned.shape, graph.samples.batch)
+
         def cut(removed: Mapping[str, Tensor]) -> tuple[Surgery, nn.Module, int]:
             """(what was done, the smaller model, its MACs)."""
             surgery = plan(removed)
 
             def attempt(gone: Mapping[str, Tensor]) -> tuple[nn.Module, int]:
                 pruned = (surgery if gone is removed else plan(gone)).copy()
-                return pruned, verify(pruned, example_inputs, forward, costs.returned.shape,
-                                      graph.samples.batch)
+                return pruned, run(pruned)
 
             return surgery, *checked(attempt, removed)
 
@@ -155,7 +158,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             made = PruneResult(pruned, report, removed, surgery.removed_indices, surgery.new_biases)
             if fit is None or not removed:
                 return made
-            return reconstruct(model, made, fit, repair, forward=forward, process_group=process_group)
+            return repaired(reconstruct(model, made, fit, repair, forward=forward, process_group=process_group), run)
 
         counted: MacsWithout | None = None
         if budgets.macs is not None or quality.given:
@@ -186,7 +189,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     result = replace(result, report=replace(result.report, judged=judged))
     if inplace:
         surgery = Surgery(model, result.removed_indices, no_biases(model, result.new_biases))
-        return replace(result, model=replay(model, result.model, surgery))
+        with fork_rng(device_of(model)):
+            return replace(result, model=replay(model, result.model, surgery, run))
     return result
 
 

@@ -1,16 +1,35 @@
 """Where a smaller model does not run, or returns something else: which layers to ignore, so that it does."""
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Removed = Mapping[str, Tensor]  # group -> the channels that go, int64 [R]
 _Result = TypeVar("_Result")
 
 
+class _HasModel(Protocol):
+    @property
+    def model(self) -> nn.Module: ...
+
+
+_Pruned = TypeVar("_Pruned", bound=_HasModel)
+
+
 class OtherShape(RuntimeError):
     """What a smaller model returns in place of what the dense one does."""
+
+
+class DoesNotRun(RuntimeError):
+    """Where a smaller model stops, and what was said there."""
+
+
+def does(error: Exception) -> str:
+    """What a smaller model does in place of running, in words."""
+    if isinstance(error, OtherShape):
+        return f"returns {error}"
+    return f"does not run ({error if isinstance(error, DoesNotRun) else f'{type(error).__name__}: {error}'})"
 
 
 def checked(attempt: Callable[[Removed], _Result], removed: Removed) -> _Result:
@@ -23,10 +42,19 @@ def checked(attempt: Callable[[Removed], _Result], removed: Removed) -> _Result:
         return attempt(removed)
     except Exception as error:  # whatever the model's code does with a width that it does not expect
         names = _culprits(attempt, removed)
-        does = f"returns {error}" if isinstance(error, OtherShape) else \
-            f"does not run ({type(error).__name__}: {error})"
         advice = f"keep the channels that it depends on: ignore={names}" if names else "tried again, it did not fail"
-        raise RuntimeError(f"the pruned model {does}: its forward depends on a width that changed; {advice}") from error
+        raise RuntimeError(f"the pruned model {does(error)}: its forward depends on a width that changed; {advice}"
+                           ) from error
+
+
+def repaired(result: _Pruned, run: Callable[[nn.Module], object]) -> _Pruned:
+    """A result whose model ran before it was repaired, and does so now. Raises RuntimeError where it does not."""
+    try:
+        run(result.model)
+    except Exception as error:  # likewise
+        raise RuntimeError(f"the pruned model {does(error)} once it is repaired, and did before: leave calibration= out"
+                           ) from error
+    return result
 
 
 def _culprits(attempt: Callable[[Removed], object], removed: Removed) -> list[str]:

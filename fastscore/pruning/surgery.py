@@ -1,21 +1,21 @@
 """prune()'s surgery: biases grow, channels go, and the recipe is kept; and whether what is left still runs."""
 
-import copy
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward, checked_forward
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
-from fastscore.graph.surgery import RemovedIndices, remove_channels, remove_indices, removed_indices
-from fastscore.modules.counting import count
-from fastscore.modules.evaluation_copy import computed_tensors, evaluation_copy
-from fastscore.modules.hooks import remove_copied_hooks
+from fastscore.graph.surgery import RemovedIndices, remove_channels, remove_indices, removed_indices, smaller_copy
+from fastscore.graph.surgery_trial import said, where
+from fastscore.modules.counting import Count, count
+from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.modes import evaluating
 from fastscore.modules.transposed_linear import is_transposed
+from fastscore.modules.undo import undone_on_error
 from fastscore.pruning import recipes
-from fastscore.pruning.refusal import OtherShape, checked
+from fastscore.pruning.refusal import DoesNotRun, OtherShape, checked, does
 from fastscore.recovery.compensation import add_to_biases, mean_contributions, removed_means, removed_positions
 from fastscore.scoring.scores import Scores
 
@@ -32,18 +32,7 @@ class Surgery:
 
     def copy(self) -> nn.Module:
         """A smaller model; the model itself stays as it is."""
-        # surgery makes new weights of most: those that are still the model's own afterwards are copied then
-        # .data: detach() would share autograd's count of changes with the model's own, for good
-        shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.data, parameter.requires_grad)
-                                  for parameter in self._model.parameters() if type(parameter) is nn.Parameter}
-        shared |= {id(tensor): tensor.detach().clone() for tensor in computed_tensors(self._model)}
-        pruned = self.apply(copy.deepcopy(self._model, shared))
-        own = {parameter.untyped_storage()._cdata for parameter in self._model.parameters()}
-        for parameter in pruned.parameters():
-            if parameter.untyped_storage()._cdata in own:
-                parameter.data = parameter.data.clone()
-        remove_copied_hooks(pruned)
-        return pruned
+        return smaller_copy(self._model, self.apply)
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Make `model` (the one given, or a copy) smaller, in place; returns it."""
@@ -70,14 +59,22 @@ def plan_surgery(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, s
     return Surgery(model, removed_indices(graph.groups, removed), added)
 
 
-def replay(model: nn.Module, pruned: nn.Module, surgery: Surgery) -> nn.Module:
-    """Make `model` what `pruned` is, which `surgery` made of it and a repair changed since, in place; returns it."""
-    surgery.apply(model)
-    values = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
-    with torch.no_grad():
-        for name, own in (*model.named_parameters(), *model.named_buffers()):
-            if not torch.equal(own, values[name]):
-                own.copy_(values[name])
+def replay(model: nn.Module, pruned: nn.Module, surgery: Surgery, check: Callable[[nn.Module], int]) -> nn.Module:
+    """Make `model` what `pruned` is, which `surgery` made of it and a repair changed since, in place; returns it.
+
+    Raises RuntimeError where `check` does not like the model then, which is as it was again.
+    """
+    try:
+        with undone_on_error(model):
+            surgery.apply(model)
+            values = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
+            for name, own in (*model.named_parameters(), *model.named_buffers()):
+                if not torch.equal(own, values[name]):
+                    own.data = values[name].data
+            check(model)
+    except Exception as error:  # whatever the model's code does that its copy's does not
+        raise RuntimeError(f"the model, pruned in place, {does(error)}, and a copy of it does run: leave inplace= "
+                           "out, and take the copy, result.model") from error
     return model
 
 
@@ -86,16 +83,20 @@ def verify(model: nn.Module, example_inputs: Batch, forward: Forward, expected: 
 
     batch_dim: the dimension of the example inputs that counts samples.
 
-    Raises OtherShape where it returns another shape than `expected`, and whatever a model raises that no longer fits
-    together.
+    Raises OtherShape where it returns another shape than `expected`, DoesNotRun where it no longer fits together.
     """
-    modes = {name: module.training for name, module in model.named_modules()}
-    counted = count(model.eval(), example_inputs, checked_forward(forward), batch_dim)
+    with evaluating(model):
+        counted = _counted(model, example_inputs, checked_forward(forward), batch_dim)
     if counted.returned.shape != expected:
         raise OtherShape(f"{tuple(counted.returned.shape)} instead of {tuple(expected)}")
-    for name, module in model.named_modules():
-        module.training = modes[name]
     return counted.macs
+
+
+def _counted(model: nn.Module, example_inputs: Batch, forward: Forward, batch_dim: int) -> Count:
+    try:
+        return count(model, example_inputs, forward, batch_dim)
+    except Exception as error:  # whatever a model raises that no longer fits together
+        raise DoesNotRun(f"{where(model, error.__traceback__)}: {said(error)}") from error
 
 
 def macs_without(model: nn.Module, groups: Iterable[ChannelGroup], example_inputs: Batch,
@@ -104,5 +105,5 @@ def macs_without(model: nn.Module, groups: Iterable[ChannelGroup], example_input
 
     Raises RuntimeError where it does not run, with the groups to ignore.
     """
-    return checked(lambda gone: count(remove_channels(evaluation_copy(model), groups, gone), example_inputs,
-                                      forward, batch_dim).macs, removed)
+    return checked(lambda gone: _counted(remove_channels(evaluation_copy(model), groups, gone), example_inputs,
+                                         forward, batch_dim).macs, removed)

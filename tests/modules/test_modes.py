@@ -98,10 +98,17 @@ def test_each_comes_back_by_its_own_train() -> None:
     model[1].eval()
     modes = [module.training for module in model.modules()]
     weight = model[2].weight.detach().clone()
-    with pytest.raises(KeyError), evaluating(model):
-        model(X)
-        assert model[2].merged and model[5].kept and not any(module.training for module in model.modules())
-        raise KeyError
+
+    def failing() -> None:
+        with evaluating(model):
+            model(X)
+            assert model[2].merged
+            assert model[5].kept
+            assert not any(module.training for module in model.modules())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing()
     assert modes == [module.training for module in model.modules()]
     assert not model[2].merged
     assert not model[5].kept

@@ -1,0 +1,61 @@
+"""The model as prune() would return it, run once before any group is offered.
+
+The trial by surgery (surgery_trial) cuts an evaluation copy, whose attention runs its projections as layers and whose
+experts are layers. What is returned is a copy of the user's own model, with its code, hooks and settings: that must run
+with fewer channels, too.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.graph import surgery
+from fastscore.graph.groups import ChannelGraph, ChannelGroup
+from fastscore.graph.surgery_trial import said, some_channels, where
+from fastscore.modules.experts import ExpertLinear
+from fastscore.modules.modes import evaluating
+
+Run = Callable[[nn.Module], Sequence[Tensor]]
+
+
+def offered(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, run: Run) -> ChannelGraph:
+    """The graph of `model`, less the groups without some of whose channels a copy of it does not run.
+
+    Args:
+        model: the user's, which stays as it is.
+        eval_model: its evaluation copy.
+        graph: of it; its groups have been tried on the evaluation copy.
+        run: calls a model on the example inputs, and gives what it returns.
+    """
+    refused: dict[str, str] = {}
+    # experts take some widths alone, which ranking sees to
+    left = [group for group in graph.groups if not any(
+        isinstance(eval_model.get_submodule(member.module), ExpertLinear) for member in group.members)]
+    if left and _fault(model, left, run) and not _fault(model, [], run):  # else no group is to blame
+        while left and (why := _fault(model, left, run)):
+            good, bad = 0, len(left)  # so many of the first groups go well, or fail
+            while bad - good > 1:
+                middle = (good + bad) // 2
+                if found := _fault(model, left[:middle], run):
+                    bad, why = middle, found
+                else:
+                    good = middle
+            refused[left.pop(bad - 1).name] = why
+    return replace(graph, groups=tuple(group for group in graph.groups if group.name not in refused),
+                   skipped={**graph.skipped, **refused})
+
+
+def _fault(model: nn.Module, groups: Sequence[ChannelGroup], run: Run) -> str:
+    """What a copy of `model` does without some channels of each of `groups`; nothing where it runs."""
+    removed = some_channels(groups, 0)
+    small: nn.Module = model
+    try:
+        small = surgery.smaller_copy(model, lambda whole: surgery.remove_channels(whole, groups, removed))
+        with torch.no_grad(), evaluating(small):
+            run(small)
+    except Exception as error:  # whatever the model's code does with a width that it does not expect
+        return ("the model that prune() would return does not run with fewer channels there "
+                f"({where(small, error.__traceback__)}: {said(error)})")
+    return ""
