@@ -20,13 +20,13 @@ from fastscore.pruning.costs import Costs, MacsWithout
 from fastscore.pruning.latency import select_by_latency
 from fastscore.pruning.measured import measurable, measured_order
 from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate, say_compensation
-from fastscore.pruning.quality import HELD_OUT, Quality, build_after, macs_along, select_by_quality
+from fastscore.pruning.quality import HELD_OUT, Quality, build_after, select_by_quality
 from fastscore.pruning.ranking import ranker
 from fastscore.pruning.recipes import no_biases
 from fastscore.pruning.refusal import checked, repaired
 from fastscore.pruning.report import Candidate, Judged, new_report
 from fastscore.pruning.result import PruneResult
-from fastscore.pruning.selection import check_removable, scored_graph, select
+from fastscore.pruning.selection import check_removable, macs_along, scored_graph, select
 from fastscore.pruning.surgery import Surgery, macs_without, plan_surgery, replay, verify
 from fastscore.recovery.held_out import split
 from fastscore.recovery.reconstruct import Method, reconstruct
@@ -177,9 +177,11 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             order = ranked(scores)
         if quality.given:
             assert judges is not None
+            assert counted is not None
             result, judged = select_by_quality(
-                macs_along(order, costs), lambda steps: build_after(order[:steps], costs, partial(build, fit=fit)),
-                quality, eval_model, judges, forward)
+                macs_along(order, costs, counted),
+                lambda steps: build_after(order[:steps], costs, partial(build, fit=fit)), quality, eval_model, judges,
+                forward)
         elif budgets.latency is None:
             result = build(select(order, costs, budgets.counted, counted), calibration)
         else:

@@ -1,14 +1,13 @@
 """A quality budget: the smallest network along the removal order that still decides as the dense one does.
 
-Candidates are found by bisection, each repaired, and judged on samples that no repair has seen. With a confidence, the
-samples to judge by are halved: on one half the bisection runs, the other tests what has passed there, and before it
-three larger networks, from the largest to the smallest, until one fails. Such a fixed sequence needs no correction for
-the number of tests (Marcus, Peritz, Gabriel 1976), and a single test is the exact binomial one (Clopper, Pearson 1934):
-the network that is returned agrees with the dense one less often than asked for with a probability of 1 - confidence at
-most, for samples drawn as the held-out ones were.
+Candidates are found by bisection in the MACs that are counted, each repaired, and judged on samples that no repair has
+seen. With a confidence, the samples to judge by are halved: on one half the bisection runs, the other tests what has
+passed there, and before it three larger networks, from the largest to the smallest, until one fails. Such a fixed
+sequence needs no correction for the number of tests (Marcus, Peritz, Gabriel 1976), and a single test is the exact
+binomial one (Clopper, Pearson 1934): the network that is returned agrees with the dense one less often than asked for
+with a probability of 1 - confidence at most, for samples drawn as the held-out ones were.
 """
 
-import bisect
 import functools
 import math
 from collections import defaultdict
@@ -28,6 +27,7 @@ from fastscore.pruning.options import Budgets
 from fastscore.pruning.ranking import RemovalStep
 from fastscore.pruning.report import Judged
 from fastscore.pruning.result import PruneResult
+from fastscore.pruning.selection import MacsLeft
 from fastscore.recovery.divergence import Divergence, divergence
 from fastscore.recovery.held_out import Part, samples_in
 
@@ -119,20 +119,18 @@ def least_share(successes: int, trials: int, confidence: float) -> float:
     return low
 
 
-def search(macs: Sequence[float], passes: Callable[[int], bool], tolerance: float = TOLERANCE) -> list[int]:
+def search(macs: MacsLeft, passes: Callable[[int], bool], tolerance: float = TOLERANCE) -> list[int]:
     """The numbers of steps that were tried, by bisection in MACs; the largest that passed is the one to take.
 
     Args:
-        macs: what remains after 0, 1, 2, ... steps of the removal order, descending; none, and it passes untried.
+        macs: what remains after 0, 1, 2, ... steps of the removal order; after none, it passes untried.
         passes: whether a network after so many steps is good enough.
         tolerance: a share of macs[0]; the search ends where the next step up from the largest that passed fails, or is
             a network smaller by less than this.
     """
     low, high, tried = 0, len(macs), list[int]()
-    while high - low > 1 and macs[low] - macs[min(high, len(macs) - 1)] > tolerance * macs[0]:
-        middle = (macs[low] + (macs[high] if high < len(macs) else macs[-1])) / 2
-        steps = bisect.bisect_left(macs, -middle, key=lambda left: -left)
-        steps = min(max(steps, low + 1), high - 1)
+    while high - low > 1 and macs[low] - macs[least := min(high, len(macs) - 1)] > tolerance * macs[0]:
+        steps = min(macs.steps_to((macs[low] + macs[least]) / 2, low, least), high - 1)
         tried.append(steps)
         low, high = (steps, high) if passes(steps) else (low, steps)
     return tried
@@ -168,7 +166,7 @@ class Judge:
                 yield self._call(network, map_tensors(lambda tensor: tensor.to(self._device), batch))
 
 
-def choose_steps(macs: Sequence[float], quality: Quality, find: Callable[[int], Divergence],
+def choose_steps(macs: MacsLeft, quality: Quality, find: Callable[[int], Divergence],
                  test: Callable[[int], Divergence], tolerance: float = TOLERANCE) -> tuple[int, dict[int, Divergence]]:
     """(steps to take, steps that were tried -> what decided about them).
 
@@ -188,7 +186,7 @@ def choose_steps(macs: Sequence[float], quality: Quality, find: Callable[[int], 
     passed = {steps for steps in search(macs, passes, tolerance) if quality.holds(rows[steps])}
     if passed and quality.confidence is not None:  # bisection soon tries near neighbours alone, which fail together
         gone = macs[0] - macs[min(passed)]
-        passed |= {bisect.bisect_left(macs, part * gone - macs[0], key=lambda left: -left) for part in LARGER}
+        passed |= {macs.steps_to(macs[0] - part * gone, 0, min(passed)) for part in LARGER}
     best = 0
     for steps in sorted(passed):
         if quality.confidence is not None:
@@ -197,17 +195,6 @@ def choose_steps(macs: Sequence[float], quality: Quality, find: Callable[[int], 
                 break
         best = steps
     return best, rows
-
-
-def macs_along(order: Sequence[RemovalStep], costs: Costs) -> list[float]:
-    """The MACs that remain after 0, 1, 2, ... steps; `costs`, whole, are so again afterwards."""
-    left = [costs.totals["macs"]]
-    for step in order:
-        costs.remove(step.group, step.channels)
-        left.append(costs.totals["macs"])
-    for step in reversed(order):
-        costs.restore(step.group, step.channels)
-    return left
 
 
 def build_after(steps: Sequence[RemovalStep], costs: Costs,
@@ -224,7 +211,7 @@ def build_after(steps: Sequence[RemovalStep], costs: Costs,
             costs.restore(step.group, step.channels)
 
 
-def select_by_quality(macs: Sequence[float], build: Callable[[int], PruneResult], quality: Quality, dense: nn.Module,
+def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quality: Quality, dense: nn.Module,
                       held_out: Iterable[Batch], forward: Forward,
                       tolerance: float = TOLERANCE) -> tuple[PruneResult, tuple[Judged, ...]]:
     """(the smallest network that holds, all that were judged, from the largest to the smallest).

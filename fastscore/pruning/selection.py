@@ -3,7 +3,7 @@
 import bisect
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -61,6 +61,43 @@ def check_scores(graph: ChannelGraph, scores: Scores) -> None:
                          "give example_inputs with as many samples as a batch that was scored")
 
 
+class MacsLeft:
+    """MACs that remain after 0, 1, 2, ... steps of a removal order, each counted when it is first asked for.
+
+    Args:
+        foreseen: what is expected there; it says where to look.
+        count: steps -> what remains in truth; less with more steps.
+    """
+
+    def __init__(self, foreseen: Sequence[float], count: Callable[[int], float]) -> None:
+        self._foreseen, self._count = foreseen, count
+        self._counted: dict[int, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._foreseen)
+
+    def __getitem__(self, steps: int) -> float:
+        if not 0 <= steps < len(self):
+            raise IndexError(steps)
+        if steps not in self._counted:
+            self._counted[steps] = self._count(steps)
+        return self._counted[steps]
+
+    def steps_to(self, limit: float, low: int, high: int) -> int:
+        """The fewest steps after which at most `limit` remains: more than `low`, after which more does, and no more
+        than `high`, after which no more does, or which is one step more than there are."""
+        off, tried = 0.0, 0
+        while high - low > 1:
+            guess = bisect.bisect_left(self._foreseen, off - limit, key=lambda macs: -macs)
+            if tried % 3 == 2:
+                guess = (low + high) // 2
+            guess = min(max(guess, low + 1), high - 1)
+            tried += 1
+            off = self[guess] - self._foreseen[guess]
+            low, high = (low, guess) if self[guess] <= limit else (guess, high)
+        return high
+
+
 def steps_needed(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float],
                  macs_without: MacsWithout | None = None) -> int:
     """How many of `steps`, in order, must go for every budget to hold; they are gone from `costs` afterwards.
@@ -74,26 +111,24 @@ def steps_needed(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resour
     others: dict[Resource, float] = {unit: share for unit, share in budgets.items() if unit != "macs"}
     least = _foreseen_steps(steps, costs, others)
     restore(steps[:least], costs)
+    left = macs_along(steps, costs, macs_without)
+    high = left.steps_to(budgets["macs"] * costs.dense["macs"] * (1 + 1e-12), least - 1, len(left))
+    if high > len(steps):
+        raise _out_of_reach("macs", budgets["macs"], left[len(steps)] / costs.dense["macs"])
+    for step in steps[:high]:
+        costs.remove(step.group, step.channels)
+    costs.totals["macs"] = left[high]
+    return high
+
+
+def macs_along(steps: Sequence[RemovalStep], costs: Costs, macs_without: MacsWithout) -> MacsLeft:
+    """What remains along `steps`; `costs`, whole, are so again afterwards."""
     foreseen = [costs.totals["macs"]]
     for step in steps:
         costs.remove(step.group, step.channels)
         foreseen.append(costs.totals["macs"])
-    limit = budgets["macs"] * costs.dense["macs"] * (1 + 1e-12)
-    counted: dict[int, int] = {}
-    low, high, off = least - 1, len(steps) + 1, 0.0  # low steps are too few, high are enough
-    while high - low > 1:
-        guess = bisect.bisect_left(foreseen, off - limit, key=lambda macs: -macs)
-        if len(counted) % 3 == 2:
-            guess = (low + high) // 2
-        guess = min(max(guess, low + 1), high - 1)
-        counted[guess] = macs_without(channels_of(steps[:guess]))
-        off = counted[guess] - foreseen[guess]
-        low, high = (low, guess) if counted[guess] <= limit else (guess, high)
-    if high > len(steps):
-        raise _out_of_reach("macs", budgets["macs"], counted[len(steps)] / costs.dense["macs"])
-    restore(steps[high:], costs)
-    costs.totals["macs"] = counted[high]
-    return high
+    restore(steps, costs)
+    return MacsLeft(foreseen, lambda count: macs_without(channels_of(steps[:count])))
 
 
 def _foreseen_steps(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float]) -> int:

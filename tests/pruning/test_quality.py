@@ -1,6 +1,7 @@
 """A quality budget: the search against brute force, the bound against SciPy and by resampling."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import beta
 
 from fastscore.pruning.quality import Quality, choose_steps, least_share, search
+from fastscore.pruning.selection import MacsLeft
 from fastscore.recovery.divergence import Divergence
 
 
@@ -28,16 +30,34 @@ def test_so_many_samples_are_needed(agreement: float, confidence: float) -> None
         assert least_share(needed - 1, needed - 1, confidence) < agreement + 1e-9
 
 
+def counted(macs: Sequence[float], foreseen: Sequence[float] | None = None) -> MacsLeft:
+    return MacsLeft(foreseen or macs, macs.__getitem__)
+
+
+@given(st.lists(st.floats(0.01, 5.0), min_size=1, max_size=60), st.data())
+def test_a_number_of_steps_is_found_by_what_is_counted(steps: list[float], data: Any) -> None:
+    """However far off what was foreseen is; and in a few looks where it is near."""
+    macs = [sum(steps) - sum(steps[:count]) for count in range(len(steps) + 1)]
+    wrong = sorted(data.draw(st.lists(st.floats(-9.0, 9.0), min_size=len(macs), max_size=len(macs))), reverse=True)
+    low = data.draw(st.integers(0, len(steps) - 1))
+    high = data.draw(st.integers(low + 1, len(steps)))
+    limit = data.draw(st.floats(macs[high], macs[low], exclude_max=True))
+    expected = next(count for count, left in enumerate(macs) if left <= limit)
+    assert counted(macs, wrong).steps_to(limit, low, high) == expected
+    left = counted(macs, [0.9 * each for each in macs])
+    assert left.steps_to(limit, low, high) == expected
+
+
 @given(st.lists(st.floats(0.01, 5.0), min_size=1, max_size=60), st.data())
 def test_the_search_finds_what_trying_all_finds(steps: list[float], data: Any) -> None:
     macs = [sum(steps) - sum(steps[:count]) for count in range(len(steps) + 1)]
     last_good = data.draw(st.integers(0, len(steps)))
-    tried = search(macs, lambda count: count <= last_good, tolerance=0.0)
+    tried = search(counted(macs), lambda count: count <= last_good, tolerance=0.0)
     good = [count for count in tried if count <= last_good]
     assert max(good, default=0) == last_good  # what is best of all, where a smaller network never agrees better
     assert len(tried) == len(set(tried))
     assert 0 not in tried
-    coarse = search(macs, lambda count: count <= last_good, tolerance=0.1)
+    coarse = search(counted(macs), lambda count: count <= last_good, tolerance=0.1)
     found = max([0, *(count for count in coarse if count <= last_good)])
     assert macs[found] - macs[last_good] <= 0.1 * macs[0] + 1e-9
     assert len(coarse) <= len(tried)
@@ -46,8 +66,8 @@ def test_the_search_finds_what_trying_all_finds(steps: list[float], data: Any) -
 @pytest.mark.parametrize("last_good", [0, 1, 333, 1022, 1023])
 def test_it_halves_what_is_left(last_good: int) -> None:
     macs = list(range(1024, 0, -1))
-    assert len(search(macs, lambda count: count <= last_good, tolerance=0.0)) <= 11
-    assert len(search(macs, lambda count: count <= last_good)) <= 8  # to half a percent of the MACs
+    assert len(search(counted(macs), lambda count: count <= last_good, tolerance=0.0)) <= 11
+    assert len(search(counted(macs), lambda count: count <= last_good)) <= 8  # to half a percent of the MACs
 
 
 def population(seed: int) -> tuple[torch.Tensor, list[float]]:
@@ -74,11 +94,11 @@ def test_violations_over_200_resampled_splits_are_at_most_5_percent(target: floa
             share = float(agrees[steps, drawn[part]].double().mean())
             return Divergence(share, 0.0, drawn.shape[1])
 
-        best, _ = choose_steps(macs, quality, lambda steps: found(steps, 0), lambda steps: found(steps, 1))
+        best, _ = choose_steps(counted(macs), quality, lambda steps: found(steps, 0), lambda steps: found(steps, 1))
         violations += bool(truth[best] < target)
         removed.append(best)
-        loose, _ = choose_steps(macs, Quality(agreement=target), lambda steps: found(steps, 0), lambda steps: found(
-            steps, 1))
+        loose, _ = choose_steps(counted(macs), Quality(agreement=target), lambda steps: found(steps, 0),
+                                lambda steps: found(steps, 1))
         without += bool(truth[loose] < target)
     print(f"agreement {target}, {judges} samples: {violations} violations of 200, {without} without the bound; "
           f"{sum(removed) / 200:.1f} of {int((truth >= target).nonzero().max())} steps go")
@@ -95,8 +115,8 @@ def test_the_test_stops_at_the_first_that_fails() -> None:
         asked.append(steps)
         return Divergence(0.5 if steps == 3 else 1.0, 0.0, 1000)
 
-    best, rows = choose_steps(macs, Quality(agreement=0.9, confidence=0.95), lambda steps: Divergence(1.0, 0.0, 1000),
-                              test, tolerance=0.0)
+    best, rows = choose_steps(counted(macs), Quality(agreement=0.9, confidence=0.95),
+                              lambda steps: Divergence(1.0, 0.0, 1000), test, tolerance=0.0)
     assert asked == [*range(asked[0], 4)][-len(asked):]
     assert 4 not in asked
     assert best < 3
@@ -106,7 +126,7 @@ def test_the_test_stops_at_the_first_that_fails() -> None:
 def test_where_the_other_half_says_otherwise_a_larger_network_is_returned() -> None:
     """Bisection's candidates soon lie side by side, and fail together; the dense network is not all that is left."""
     macs = [1.0 - 0.01 * step for step in range(101)]
-    best, rows = choose_steps(macs, Quality(agreement=0.85, confidence=0.95),
+    best, rows = choose_steps(counted(macs), Quality(agreement=0.85, confidence=0.95),
                               lambda steps: Divergence(0.95 if steps <= 40 else 0.5, 0.0, 250),
                               lambda steps: Divergence(1.0 if steps <= 12 else 0.5, 0.0, 250))
     assert 0 < best <= 12

@@ -1,6 +1,7 @@
 """MACs that are told are those that run, for one sample, against closed forms: wherever samples lie, and in whatever
 search."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.graph.tracing import trace
-from fastscore.pruning import latency
+from fastscore.pruning import latency, quality
 from fastscore.pruning.report import Timing
+from fastscore.pruning.selection import MacsLeft
 
 TOKENS, WIDTH = 40, 16
 
@@ -63,6 +65,68 @@ def test_a_search_by_time_tells_what_each_network_costs(scored: tuple[nn.Module,
     result = fastscore.prune(model, scores, x, latency=0.5)
     assert sorted(row.macs for row in result.report.candidates) == sorted(tried)
     assert next(row.macs for row in result.report.candidates if row.chosen) == by_hand(result.model) / by_hand(model)
+
+
+class Watched(nn.Module):
+    """A product that grows with two widths at once, of which a layer's inputs know nothing: no sum over channels
+    foresees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.last = nn.Linear(5, 24), nn.Linear(24, 20), nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x).relu()
+        z = self.two(y).relu()
+        with torch.no_grad():
+            assert (y.mT @ z).isfinite().all()
+        return self.last(z).mean(1)
+
+
+def macs_of(model: nn.Module) -> int:
+    one, two, t = model.one.out_features, model.two.out_features, 7
+    return t * (5 * one + 2 * one * two + 3 * two)
+
+
+def test_a_search_by_quality_walks_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every network that it tries halves, in true MACs, what is left between the smallest that held and the largest
+    that did not; and the one that is returned is the last that holds."""
+    torch.manual_seed(0)
+    model, x = Watched().eval(), torch.randn(2, 7, 5)
+    scores = fastscore.score(model, [x], progress=False)
+    seen: dict[str, Any] = {"tried": []}
+    own = quality.select_by_quality
+
+    def watched(macs: MacsLeft, build: Callable[[int], fastscore.PruneResult], *rest: Any) -> Any:
+        def noted(steps: int) -> fastscore.PruneResult:
+            seen["tried"].append(steps)
+            return build(steps)
+
+        found = own(macs, noted, *rest, tolerance=0.0)
+        seen.update(true=[macs_of(build(steps).model) for steps in range(len(macs))], foreseen=macs._foreseen)
+        return found
+
+    monkeypatch.setattr("fastscore.pruning.prune.select_by_quality", watched)
+    result = fastscore.prune(model, scores, x, kl=5e-5, repair="mean", compensate=None,
+                             calibration=[torch.randn(8, 7, 5) for _ in range(4)])
+    true, foreseen = seen["true"], seen["foreseen"]
+    assert true[0] == foreseen[0] == macs_of(model)
+    assert foreseen[-1] < 0 < true[-1]  # far off
+    assert true == sorted(set(true), reverse=True)
+    judged = {round(row.macs * true[0]): row for row in result.report.judged}
+    assert {true[steps] for steps in seen["tried"]} - {true[0]} == set(judged)
+    assert all(row.macs == macs / true[0] for macs, row in judged.items())
+    low, high = 0, len(true)
+    for steps in dict.fromkeys(step for step in seen["tried"] if step):
+        middle = (true[low] + true[min(high, len(true) - 1)]) / 2
+        halving = next(count for count, macs in enumerate(true) if macs <= middle)
+        assert steps == min(halving, high - 1)
+        low, high = (steps, high) if judged[true[steps]].kl <= 5e-5 else (low, steps)
+    assert high == low + 1
+    assert macs_of(result.model) == result.report.macs[1] == true[low]
+    assert 0 < low < len(true) - 1
+    assert judged[true[low]].chosen
+    assert judged[true[high]].kl > 5e-5  # the next step up fails
 
 
 @pytest.mark.parametrize("samples", [1, 3, 7])
