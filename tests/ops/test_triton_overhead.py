@@ -109,7 +109,7 @@ def test_a_launch_takes_few_calls_of_python(name: str) -> None:
     op, kernels = CASES[name]
     op()
     names: list[str] = []
-    sys.setprofile(lambda frame, event, _: names.append(frame.f_code.co_qualname) if event == "call" else None)
+    sys.setprofile(lambda frame, event, _: names.append(frame.f_code.co_name) if event == "call" else None)
     try:
         op()
     finally:
