@@ -61,9 +61,8 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     for (name, side), index in indices.items():
         if side == "block":
             put_zeros(model, name, int(index))
-    gone = tuple(f"{name}." for name, side in indices if side == "block")
-    indices = {(name, side): index for (name, side), index in indices.items()
-               if side != "block" and not f"{name}.".startswith(gone)}
+    gone = removed_branches(indices)
+    indices = {(name, side): index for (name, side), index in indices.items() if not gone(name)}
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     shared = _shared_parameters(model)
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
@@ -117,6 +116,12 @@ def smaller_copy(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> 
             parameter.data = parameter.data.clone()
     remove_copied_hooks(pruned)
     return pruned
+
+
+def removed_branches(indices: RemovedIndices) -> Callable[[str], bool]:
+    """Whether a module of that name goes with a residual branch: is it, or stands in it."""
+    branches = tuple(f"{name}." for name, side in indices if side == "block")
+    return lambda name: f"{name}.".startswith(branches)
 
 
 def remove_channels(model: nn.Module, groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]) -> nn.Module:

@@ -120,7 +120,7 @@ class Costs:
                 positions = np.bincount(member.channel.numpy(), minlength=group.channels).tolist()
                 losses[tuple(positions)].append((cost, member.role == "consumer"))
         # group of a branch -> the layers that go with it
-        self._blocks = {name: self._layers_of(model, name, per_layer, counted_parameters)
+        self._blocks = {name: self._layers_inside(model, name, per_layer)
                         for name, group in self.groups.items() if any(group.role("block"))}
         self.totals: dict[Resource, float] = {
             "channels": sum(group.channels for group in self.groups.values()),
@@ -129,15 +129,20 @@ class Costs:
         }
         self.dense: Mapping[Resource, float] = dict(self.totals)
 
-    def _layers_of(self, model: nn.Module, block: str, macs: Mapping[str, float], counted: set[int]
-                   ) -> list[LayerCost]:
-        """The layers of a block that lose channels, and what all else in it costs as one more."""
-        block_of = f"{block}."
-        inside = [cost for name, cost in self.layers.items() if f"{name}.".startswith(block_of)]
+    def _layers_inside(self, model: nn.Module, block: str, macs: Mapping[str, float]) -> dict[str, LayerCost]:
+        """The layers of a block that lose channels, and what all else in it costs as one more, under the block's name
+        (with an addition where that is a layer already: an attention that loses heads)."""
+        inside = {name: cost for name, cost in self.layers.items() if f"{name}.".startswith(f"{block}.")}
         params = sum(parameter.numel() for parameter in model.get_submodule(block).parameters())
-        rest = LayerCost(1, 1, True, macs.get(block, 0.0) - sum(cost.macs for cost in inside), 0.0,
-                         params - sum(cost.params for cost in inside))
-        return [*inside, rest]
+        rest = LayerCost(1, 1, True, macs.get(block, 0.0) - sum(cost.macs for cost in inside.values()), 0.0,
+                         params - sum(cost.params for cost in inside.values()))
+        name = f"{block} (all else)" if block in self.layers else block
+        self.layers[name] = rest
+        return {**inside, name: rest}
+
+    def layers_of(self, group: str) -> Iterable[str]:
+        """The layers whose costs change where channels of a group go: of a branch, all that it holds."""
+        return self._blocks.get(group) or {member.layer for member in self.groups[group].members}
 
     def remove(self, group: str, channels: Iterable[int]) -> None:
         """Take channels of a group away."""
@@ -184,14 +189,14 @@ class Costs:
             layers = {member.layer: self.layers[member.layer] for member in group.members
                       if member.layer in self.layers and member.role != "consumer" and member.layer not in counted}
             counted.update(layers)
-            own = self._blocks.get(group.name) or list(layers.values())
-            rows.append((sum(layer.macs for layer in own), sum(layer.params for layer in own)))
+            own = self._blocks.get(group.name) or layers
+            rows.append((sum(layer.macs for layer in own.values()), sum(layer.params for layer in own.values())))
         return rows
 
     def _change(self, group: str, channels: Iterable[int], sign: int) -> None:
         channels = tuple(channels)
         macs = params = 0.0
-        for cost in self._blocks.get(group, ()) if channels else ():
+        for cost in self._blocks.get(group, {}).values() if channels else ():
             cost.present = True
             macs += sign * cost.macs
             params += sign * cost.params

@@ -149,8 +149,8 @@ def foreseen_times(order: Sequence[RemovalStep], costs: Costs, seconds: Mapping[
     whole = {name: layer.width for name, layer in costs.layers.items()}
 
     def of_group(group: str) -> float:
-        layers = {member.layer for member in costs.groups[group].members}
-        return math.fsum(seconds[name] * costs.layers[name].width / whole[name] for name in layers)
+        layers = {name: costs.layers[name] for name in costs.layers_of(group)}
+        return math.fsum(seconds[name] * layer.width / whole[name] for name, layer in layers.items() if layer.present)
 
     left = [math.fsum(seconds[name] for name in whole)]
     for step in order:

@@ -202,6 +202,7 @@ def _is_measured(asked: bool | None, scores: Scores, scope: Scope, calibration: 
         raise TypeError(f"measured: {asked!r:.80}, where True, False or None is meant")
     possible = calibration is not None and scope == "global" and measurable(scores)
     if asked and not possible:
-        raise ValueError('measured: it takes calibration=batches, scope="global", and scores without a sign that read '
-                         "gradients (taylor-sq, taylor-abs): give them, or leave measured= out")
+        raise ValueError('measured: it takes calibration=batches, scope="global", and scores of channels (units='
+                         '"groups") without a sign that read gradients (taylor-sq, taylor-abs): give them, or leave '
+                         "measured= out")
     return possible and repair in ("auto", "asymmetric") if asked is None else asked

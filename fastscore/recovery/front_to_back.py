@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastscore.batches import Batch, Forward, valid_tokens, with_float64
-from fastscore.graph.surgery import RemovedIndices
+from fastscore.graph.surgery import RemovedIndices, removed_branches
 from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import device_of
 from fastscore.recovery.asymmetric import RIDGES, WIDEST, Joint, bias, error, fit, rescaled
@@ -44,7 +44,8 @@ class Site:
 
 def sites(dense: nn.Module, example: Batch, forward: Forward, removed: RemovedIndices,
           normalized_by: Mapping[str, str]) -> dict[str, Site]:
-    """The layers that can be refitted, in the order they run, from the first that has lost inputs.
+    """The layers that can be refitted, in the order they run, from the first that has lost inputs, or that was in a
+    branch which went.
 
     Those that are called several times, are no plain matrix product, or compute their weights keep what they have.
     dense: an evaluation copy.
@@ -76,10 +77,12 @@ def sites(dense: nn.Module, example: Batch, forward: Forward, removed: RemovedIn
     for handle in handles:
         handle.remove()
     order = list(found)
-    lost = [order.index(name) for name, side in removed if side == "inputs" and name in found]
+    gone = removed_branches(removed)
+    lost = [number for number, name in enumerate(order) if (name, "inputs") in removed or gone(name)]
+    beside = {name: shortcut for name, shortcut in beside.items() if not gone(shortcut.module)}
     return {name: Site(found[name].kept, found[name].norm, beside.get(name), found[name].bytes)
             for name in order[min(lost, default=len(order)):]
-            if calls[name] == 1 and not hasattr(modules[name], "parametrizations")}
+            if calls[name] == 1 and not hasattr(modules[name], "parametrizations") and not gone(name)}
 
 
 class _Run:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastscore.batches import Batch, Forward, call_model, checked_forward
-from fastscore.graph.surgery import RemovedIndices
+from fastscore.graph.surgery import RemovedIndices, removed_branches
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
@@ -172,8 +172,9 @@ class _Bench:
         self._model, self._result, self._calibration = model, result, calibration
         self._forward, self._run, self._group = forward, checked_forward(forward), process_group
         self._eval_model = evaluation_copy(model)
+        gone = removed_branches(result.removed_indices)
         self._removed = {name: index for (name, side), index in result.removed_indices.items()
-                         if side == "inputs" and not has_no_place(model, name)}
+                         if side == "inputs" and not gone(name) and not has_no_place(model, name)}
         self._example = calibration.first()
         try:
             with torch.enable_grad():

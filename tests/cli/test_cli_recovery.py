@@ -11,6 +11,7 @@ from PIL import Image
 
 import fastscore
 from fastscore.cli import images, main, models
+from fastscore.modules.zero_branch import ZeroBranch
 from fastscore.recovery.reconstruct import reconstruct
 
 NETS = """
@@ -19,6 +20,19 @@ from torch import nn
 def build():
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
+
+class Residual(nn.Module):
+    def __init__(self, width, scale):
+        super().__init__()
+        self.branch = nn.Sequential(nn.Conv2d(8, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 8, 1))
+        self.scale = scale
+
+    def forward(self, x):
+        return x + self.scale * self.branch(x)
+
+def residual():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), Residual(6, 0.3), Residual(8, 0.01),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
 """
 MODEL = ("nets.py:build", "--size", "12", "--images", "photos", "--batch-size", "8")
 PREPARE = images.Preprocessing(12, 12, (0.0,) * 3, (1.0,) * 3)
@@ -96,6 +110,30 @@ def test_the_smallest_that_agrees(capsys: pytest.CaptureFixture[str]) -> None:
                                held_out=batches("held out"), repair="mean")
     assert report["macs"] == list(expected.report.macs)
     assert [row["agreement"] for row in report["judged"]] == [row.agreement for row in expected.report.judged]
+
+
+def test_branches_go_and_what_is_left_is_repaired(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["prune", "nets.py:residual", *MODEL[1:], "--units", "blocks", "--out", "small.safetensors"]
+    assert main([*arguments, "--macs", "0.3"]) == 0
+    told = capsys.readouterr()
+    assert "no residual branch" not in told.err
+    model, example = models.load("nets.py:residual", seed=0), torch.zeros(2, 3, 12, 12)
+    scores = fastscore.score(model, batches(), units="blocks", progress=False)
+    expected = fastscore.prune(model, scores, example, calibration=batches(), macs=0.3)
+    assert "3.branch" in expected.removed
+    assert "\n".join(map(str, expected.report.repairs)) in told.out
+    small = fastscore.load_pruned(models.load("nets.py:residual", seed=1), "small.safetensors")
+    assert isinstance(small.get_submodule("3.branch"), ZeroBranch)
+    same(small, expected.model)
+    assert main([*arguments, "--agreement", "0.9", "--repair", "asymmetric"]) == 0
+    assert "chosen: asymmetric" in capsys.readouterr().out
+    small = fastscore.load_pruned(models.load("nets.py:residual", seed=1), "small.safetensors")
+    assert isinstance(small.get_submodule("3.branch"), ZeroBranch)
+
+
+def test_a_model_without_branches_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", *MODEL, "--units", "blocks", "--out", "s.safetensors"]) == 0
+    assert "no residual branch of this model is a module of its own" in capsys.readouterr().err
 
 
 def test_a_curve(capsys: pytest.CaptureFixture[str]) -> None:

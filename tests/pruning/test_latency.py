@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import fastscore
 from benchmarks.passes import latency as benchmark
+from fastscore.graph.blocks import with_blocks
 from fastscore.graph.tracing import trace
 from fastscore.pruning import latency
 from fastscore.pruning.costs import Costs, total_macs
@@ -29,6 +30,20 @@ from fastscore.pruning.selection import rounded_up
 
 QUICK = settings(max_examples=150, deadline=None, derandomize=True)
 SHARES = st.integers(1, 99).map(lambda percent: percent / 100)
+
+
+class Branches(nn.Module):
+    """Two branches that are added to a stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.one, self.two = (nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 6)) for width in (4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.one(x)
+        return self.head(x + self.two(x))
 
 
 def descending(drops: list[int]) -> list[float]:
@@ -284,3 +299,27 @@ def test_the_benchmark_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -
         assert figures[1] == figures[3] <= 60  # time is MACs
         assert figures[5] >= 2
         assert "latency: 0.001 cannot be reached" in refused
+
+
+def test_a_branch_that_goes_takes_the_time_of_all_that_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the layers that are left, and a second for what the branch does beside them."""
+    model, x = Branches().eval(), torch.randn(2, 4, 5)
+    graph = with_blocks(trace(model, x))
+    costs = Costs(model, graph.groups, x)
+    seconds = {name: 1.0 + number for number, name in enumerate(costs.layers)}
+    order = [RemovalStep(group, (channel,), 0.0) for group, channel in (("one.0", 1), ("one", 0), ("one.0", 2),
+                                                                        ("two", 0))]
+    foreseen = foreseen_times(order, costs, seconds)
+    whole, one, two = (math.fsum(second for name, second in seconds.items() if name.startswith(part))
+                       for part in ("", "one", "two"))
+    assert {"one", "one.0", "one.2", "two"} < set(seconds)
+    assert foreseen == pytest.approx([whole, whole - (seconds["one.0"] + seconds["one.2"]) / 4, whole - one,
+                                      whole - one, whole - one - two])
+    assert costs.totals == costs.dense
+    in_macs(monkeypatch)
+    scores = fastscore.score(model, [x], units="blocks", progress=False)
+    for share in (0.8, 0.6, 0.4):
+        report = fastscore.prune(model, scores, x, latency=share).report
+        (chosen,) = (tried for tried in report.candidates if tried.chosen)
+        assert chosen.timing.share <= share
+        assert chosen.timing.share == pytest.approx(report.macs[1] / report.macs[0])
