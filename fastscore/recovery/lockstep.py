@@ -92,20 +92,18 @@ class Pass:
         return found
 
     def end(self) -> None:
-        """Leave the pass where it is."""
-        if self._thread is not None and not self._over:
-            self._ending = True
-            self._resume()
-        if self._thread is not None:
+        """Leave the pass where it is: halted, or, where Ctrl-C came in between, running, or about to start."""
+        self._ending = True
+        self._go.release()
+        if self._thread is not None and self._thread.is_alive():
             self._thread.join()
 
     def halt(self, name: str, x: Tensor) -> None:
         """In the pass's own thread: wait here, where it is to go no further."""
-        if name != self._target:
-            return
-        self._target, self._found = None, x
-        self._halted.release()
-        self._go.acquire()
+        if name == self._target and not self._ending:
+            self._target, self._found = None, x
+            self._halted.release()
+            self._go.acquire()
         if self._ending:
             raise _End
 
@@ -115,13 +113,17 @@ class Pass:
                                             daemon=True)
             self._thread.start()
         self._passes.running = self
-        self._go.release()
-        self._halted.acquire()
-        self._passes.running = None
+        try:
+            self._go.release()
+            self._halted.acquire()
+        finally:
+            self._passes.running = None
 
     def _run(self, surroundings: Callable[[], Any]) -> None:
         self._go.acquire()
         try:
+            if self._ending:
+                return
             with surroundings():
                 self._passes.forward(self._passes.model, self._batch)
         except _End:

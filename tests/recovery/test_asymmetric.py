@@ -226,6 +226,48 @@ def test_an_error_in_a_pass_is_raised_where_it_was_told_to_go_on() -> None:
     assert threading.active_count() == threads
 
 
+@pytest.mark.parametrize("where", ["before it starts", "as it starts", "as it runs", "as it halts"])
+def test_passes_end_wherever_the_caller_is_interrupted(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while one pass is halted and another on its way; what would wait forever is found by a time limit."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    threads, ended = threading.active_count(), []
+    start, acquire = threading.Thread.start, threading.Semaphore.acquire
+
+    def starts(thread: threading.Thread) -> None:
+        if where == "as it starts":
+            start(thread)
+        raise KeyboardInterrupt
+
+    def waits(semaphore: threading.Semaphore, *args: Any) -> bool:
+        if threading.current_thread() is main:
+            if where == "as it halts":
+                acquire(semaphore)
+            raise KeyboardInterrupt
+        return acquire(semaphore, *args)
+
+    def run() -> None:
+        with Lockstep(model, call_model, "input", ["0", "2"], {}) as passes, monkeypatch.context() as patch:
+            halted, other = passes.begin(torch.randn(2, 3)), passes.begin(torch.randn(2, 3))
+            halted.to("0")
+            if where in ("as it runs", "as it halts"):
+                patch.setattr(threading.Semaphore, "acquire", waits)
+            else:
+                patch.setattr(threading.Thread, "start", starts)
+            other.to("0")
+
+    def interrupted() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        ended.append(True)
+
+    main = threading.Thread(target=interrupted, daemon=True)
+    main.start()
+    main.join(60)
+    assert ended
+    assert threading.active_count() == threads
+    assert not any(module._forward_pre_hooks for module in model)
+
+
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_on_every_network(name: str) -> None:
     network = NETWORKS[name]
