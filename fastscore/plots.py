@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastscore import files
+
 COLOUR, REMOVED = "#0b6e99", "#d9730d"
 LABELLED_LAYERS = 60  # more names than this do not fit under an axis
 
@@ -20,6 +22,12 @@ def figure(width: float = 6.4, height: float = 4.8) -> Any:
     except ImportError as error:
         raise ImportError(f"plots need matplotlib ({error}): pip install 'torch-fastscore[plot]'") from error
     return Figure((width, height), layout="constrained")
+
+
+def save(drawing: Any, path: str | PathLike[str]) -> None:
+    """Write a figure, whole or not at all."""
+    with files.whole(path) as part:
+        drawing.savefig(part, dpi=150)
 
 
 def check(path: str | PathLike[str]) -> None:
@@ -64,7 +72,7 @@ def importances(scores: Mapping[str, Tensor], path: str | PathLike[str], fractio
     axes.set_title("a dot for each channel, a bar at the median" + ("; red: how many are zero" if zeros else "")
                    + (f"; orange: the {count:,} lowest, {fraction:.0%} of all" if count else ""), fontsize=9)
     plain(axes)
-    drawing.savefig(path, dpi=150)
+    save(drawing, path)
 
 
 def lowest(scores: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:

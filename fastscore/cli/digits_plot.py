@@ -47,7 +47,7 @@ def draw(result: Result, path: str | PathLike[str]) -> None:
         plots.plain(axes)
     curves.xaxis.set_major_formatter("{x:.0%}")
     curves.legend(frameon=False, loc="lower left")
-    drawing.savefig(path, dpi=150)
+    plots.save(drawing, path)
 
 
 def _moments(rows: Sequence[Sequence[float]]) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ from os import PathLike
 from typing import Any
 
 from fastscore import plots
-from fastscore.plots import COLOUR, LABELLED_LAYERS, REMOVED, plain
+from fastscore.plots import COLOUR, LABELLED_LAYERS, REMOVED, plain, save
 from fastscore.pruning.report import PruneReport
 
 
@@ -41,7 +41,7 @@ def pruning(report: PruneReport, path: str | PathLike[str]) -> None:
         panels[2].set_title("measured share of the time against the share of the MACs; orange: the one returned",
                             fontsize=9)
         plain(panels[2])
-    drawing.savefig(path, dpi=150)
+    save(drawing, path)
 
 
 def curves(found: Mapping[str, Any], path: str | PathLike[str]) -> None:
@@ -73,4 +73,4 @@ def curves(found: Mapping[str, Any], path: str | PathLike[str]) -> None:
             axes.yaxis.set_major_formatter(lambda share, position: f"{share:.0%}")
             axes.legend(fontsize=8, frameon=False)
         plain(axes)
-    drawing.savefig(path, dpi=150)
+    save(drawing, path)

@@ -1,0 +1,112 @@
+"""Ctrl-C at any moment of a long command: one line, exit code 130, and no file that was not there before."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fastscore.cli import main
+from fastscore.pruning import latency
+
+NETS = """
+import os, pathlib, signal, time
+from torch import nn
+
+class Net(nn.Sequential):
+    calls = 0
+
+    def forward(self, x):
+        Net.calls += 1
+        if Net.calls == int(os.environ.get("STOP", 0)):
+            os.kill(os.getpid(), signal.SIGINT)
+        if Net.calls == int(os.environ.get("SLEEP", 0)):
+            pathlib.Path(os.environ["REACHED"]).touch()
+            time.sleep(60)
+        return super().forward(x)
+
+def build():
+    return Net(nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(),
+               nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+"""
+MODEL = ["nets.py:build", "--size", "12", "--images", "photos", "--batch-size", "4"]
+COMMANDS = {
+    "repair": ["prune", *MODEL, "--macs", "0.6", "--repair", "asymmetric", "--out", "small.safetensors"],
+    "latency": ["prune", *MODEL, "--latency", "0.99", "--no-repair", "--out", "small.onnx"],
+    "curve": ["curve", *MODEL, "--macs", "0.8", "0.5", "--repair", "linear", "--out", "c.json", "--plot", "c.png"],
+    "compare": ["compare", *MODEL, "--importances", "taylor-sq", "random", "--macs", "0.6", "--repair", "mean",
+                "--plot", "c.png"]}
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A working directory with nets.py, whose model is interrupted in call $STOP, and 16 images."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(latency, "_SECONDS", 0.01)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    Path("nets.py").write_text(NETS)
+    Path("photos").mkdir()
+    pixels = torch.randint(256, (16, 12, 12, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(f"photos/{number:02}.png")
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def files() -> set[str]:
+    return {path.name for path in Path().iterdir()} - {"__pycache__"}
+
+
+def run(command: str, monkeypatch: pytest.MonkeyPatch, stop: int = 0) -> tuple[int, int]:
+    """(exit code, calls of the model)"""
+    sys.modules.pop("nets", None)
+    monkeypatch.setenv("STOP", str(stop))
+    code = main(COMMANDS[command])
+    return code, int(sys.modules["nets"].Net.calls)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_interrupted_in_the_middle(command: str, monkeypatch: pytest.MonkeyPatch,
+                                   capsys: pytest.CaptureFixture[str]) -> None:
+    before = files()
+    if command == "latency":  # whose calls depend on the clock
+        calls = 400
+    else:
+        code, calls = run(command, monkeypatch)
+        assert code == 0
+        for name in files() - before:
+            Path(name).unlink()
+    for share in (0.1, 0.5, 0.95):
+        capsys.readouterr()
+        assert run(command, monkeypatch, max(round(share * calls), 1))[0] == 130
+        said = capsys.readouterr()
+        assert said.err.splitlines()[-1] == "fastscore: interrupted"
+        assert "Traceback" not in said.err
+        assert said.out == ""
+        assert files() == before
+
+
+def test_a_process_of_its_own_and_a_signal_from_outside() -> None:
+    """In the middle of the repair; by a process, since there is no other way to see Python's own last words."""
+    before = files()
+    environment = {**os.environ, "SLEEP": "60", "REACHED": "reached"}
+    process = subprocess.Popen([sys.executable, "-m", "fastscore", *COMMANDS["repair"]], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=environment,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    until = time.monotonic() + 120
+    while not Path("reached").exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "fastscore: interrupted"
+    assert "Traceback" not in err
+    assert out == ""
+    assert files() == before | {"reached"}
