@@ -1,18 +1,16 @@
 """What Torch-Pruning's tracer knows about a model: which node follows which, and where channels lie in each."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from fastscore.graph import channel_buffers, index_maps
 from fastscore.graph.index_maps import IndexMap
+from fastscore.graph.noted_calls import NotedCalls, outputs_of
 from fastscore.modules import channel_norms
 
 OPTYPE = tp.ops.OPTYPE
@@ -49,7 +47,7 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         for module in model.modules():
             if channel_norms.norm_of(module) is not None:
                 self.CUSTOMIZED_PRUNERS[type(module)] = channel_buffers.NORMS
-        with _NotedCalls() as self._calls, _outputs_of(self._channel_buffers()) as made:
+        with NotedCalls() as self._calls, outputs_of(self._channel_buffers()) as made:
             self.module2node = self._trace(model, None, run, output_transform=None)
         self._find_norms()
         self._find_channel_buffers(made)
@@ -336,44 +334,6 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
     def _is_traced(self, function: Any) -> bool:
         return function is not None and ("AccumulateGrad" not in function.name() or any(
             function.variable is parameter for parameter, _ in self.unwrapped_parameters))
-
-
-@contextmanager
-def _outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Any]]]:
-    """Module -> the autograd function of the tensor that it returned, in each call within the block."""
-    made: dict[nn.Module, list[Any]] = {}
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        made.setdefault(module, []).append(output.grad_fn if isinstance(output, Tensor) else None)
-
-    handles = [module.register_forward_hook(note) for module in modules]
-    try:
-        yield made
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _NotedCalls(TorchFunctionMode):
-    """Notes what autograd does not keep: splits into parts of a given width (which look like those of chunk()), and the
-    widths that a concatenation joins, those of tensors that need no gradient included."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fixed_splits: list[Any] = []
-        self.concatenated: list[tuple[Any, list[int]]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if func in (torch.split, Tensor.split) and output and output[0].grad_fn is not None:
-            self.fixed_splits.append(output[0].grad_fn)
-        if func in (torch.cat, torch.concat, torch.concatenate) and output.grad_fn is not None:
-            tensors = args[0] if args else kwargs["tensors"]
-            dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-            self.concatenated.append((output.grad_fn, [tensor.shape[dim] if tensor.dim() > 1 else tensor.numel()
-                                                       for tensor in tensors]))
-        return output
 
 
 def _shape(node: Any) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import torch_pruning as tp
 from torch import nn
 
 from fastscore.graph.dependencies import CHANNELWISE, LAYERS
-from fastscore.graph.groups import ChannelGraph
+from fastscore.graph.groups import READS, ChannelGraph
 
 # what has a reason of its own; of any other module: that its code reads the weight
 _REASONS: tuple[tuple[type[nn.Module], str], ...] = (
@@ -24,7 +24,7 @@ def named(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
     holds others, the key is the parameter's qualified name.
     """
     # a layer that only reads channels makes others
-    covered = {member.layer for group in graph.groups for member in group.members if member.role != "consumer"}
+    covered = {member.layer for group in graph.groups for member in group.members if member.role not in READS}
     more: dict[str, str] = {}
     for name, module in model.named_modules():
         if name in covered or name in graph.skipped:

@@ -19,7 +19,7 @@ Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
 Side = Literal["inputs", "outputs", "heads", "block", Dim]
 _DIMS: tuple[Dim, ...] = get_args(Dim)
 _SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "norm": "outputs", "gate": "outputs",
-                               "consumer": "inputs", "heads": "heads", "block": "block"}
+                               "consumer": "inputs", "reader": "inputs", "heads": "heads", "block": "block"}
 _WIDTH = "channels"  # attribute of a module, such as diffusers' up- and downsamplers, that compares its input with it
 # (layer, its inputs or its outputs; or an attention module, its heads; or a parameter, a dimension of it) -> positions
 # that go, int64, ascending: a surgery whole, for any copy of the model

@@ -1,6 +1,6 @@
 """Finding the channel groups of a model, through Torch-Pruning's dependency graph, and trying them on the model."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,6 @@ from fastscore.graph import (
     attention,
     blocks,
     cache,
-    channel_buffers,
     dependencies,
     in_place,
     index_maps,
@@ -25,10 +24,12 @@ from fastscore.graph import (
     sample_axes,
     surgery_trial,
     training_only,
+    units,
+    unread,
     verification,
 )
 from fastscore.graph.dependencies import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
-from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member, Role
+from fastscore.graph.groups import READS, ChannelGraph, ChannelGroup, Member, Role
 from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of, parameter_owners, parametrized, shares_parameters
@@ -139,13 +140,16 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
                      ) -> tuple[ChannelGraph, set[str], set[str]]:
     """`_traced`, where buffers are constants."""
     graph = dependencies.Graph()
-    has_run = False
+    has_run, unused = False, set[str]()
 
     def first_run(model: nn.Module, batch: object) -> list[Tensor]:
         nonlocal has_run
-        outputs = run(model)
+        with unread.Outputs(model) as made:
+            outputs = run(model)
         has_run = True
-        return outputs
+        more = made.unread(outputs)
+        unused.update(more)
+        return [*outputs, *more.values()]
 
     def whole(eval_model: nn.Module) -> Tensor:
         return torch.cat([output.flatten() for output in run(eval_model)])
@@ -164,11 +168,15 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     except Exception as error:  # the tracer raises whatever its guesses run into
         blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
         raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}") from error
+    if unused and recording.shows_in_output(unused):
+        unused.clear()
     branches = blocks.find(eval_model, whole)
     heads, left = attention.find(eval_model, whole)
-    found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording), heads)
+    found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording, unused),
+                        heads)
     graph.release()
-    recording.forget_norms(but={member.layer for group in found.groups for member in group.role("norm")})
+    recording.forget_norms(but={member.layer for group in found.groups
+                                for member in group.role("norm", "channelwise")})
     leaks = verification.leaks(recording, found.groups)
     reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
                for group, where in leaks.items()}
@@ -201,8 +209,9 @@ def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGr
 
 
 def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set[str]],
-            recording: verification.Recording) -> ChannelGraph:
-    """taken: role -> layers that play it in groups of heads, and in no other. recording: of the run that was traced."""
+            recording: verification.Recording, unused: Container[str]) -> ChannelGraph:
+    """taken: role -> layers that play it in groups of heads, and in no other. recording: of the run that was traced.
+    unused: layers that ran, and that the output does not depend on: they may read what can go."""
     groups: list[ChannelGroup] = []
     skipped: dict[str, str] = {}
     tied: dict[str, str] = {}  # producers of what is left alone -> the first of them
@@ -212,14 +221,18 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
     owners = parameter_owners(model)
     for name, module in layers.items():
         node = graph.module2node.get(module)
-        if node is None and tp.ops.module2type(module) in LAYERS and name not in called_otherwise:
+        kind = tp.ops.module2type(module)
+        if (name in unused and kind in PRODUCERS) or (node is None and kind in LAYERS
+                                                      and name not in called_otherwise):
             skipped[name] = "it runs under torch.func (vmap, say), where nothing can be followed or measured" \
                 if name in recording.transformed else "the output does not depend on it"
+            continue
         if node is None or node.type not in PRODUCERS or name in seen:
             continue
         positions, reason = graph.positions_of(node)
         members = [member for key in positions if (member := _member(graph, key, positions[key])) is not None]
         members += _uncalled(graph, layers, members)
+        members = [unread.without_edge(member) if member.layer in unused else member for member in members]
         producers = [member.layer for member in members if member.role == "producer"]
         if reason is None and graph.chunks_others(positions):
             skipped[name] = "its channels are cut into equal parts together with others (SplitBackward0)"
@@ -233,9 +246,9 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
              if member.layer in taken.get(member.role, ())), None)
         if reason is None:
             channels = graph.get_out_channels(module)
-            unit = _units(layers, channels, members, graph.chunks(positions))
+            unit = units.units_of(layers, channels, members, graph.chunks(positions))
             if int(unit.max()) > 0:
-                groups.append(ChannelGroup(name, channels, unit, tuple(_first_channel_of_each_index(members))))
+                groups.append(ChannelGroup(name, channels, unit, tuple(units.first_channel_of_each_index(members))))
                 for producer in producers:
                     skipped.pop(producer, None)
                 continue
@@ -244,7 +257,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
         tied.update((producer, name) for producer in producers)
         tied.update((member.layer, name) for member in members if member.role == "tensor"
                     and layers[member.module].get_parameter(member.layer.rpartition(".")[2]).dim() > 1)
-    covered = {member.layer for group in groups for member in group.members if member.role != "consumer"}
+    covered = {member.layer for group in groups for member in group.members if member.role not in READS}
     skipped |= {layer: f"its channels go with those of {first}" for layer, first in tied.items()
                 if layer not in covered and layer not in skipped}
     return ChannelGraph(tuple(groups), skipped, graph.normalized_by)
@@ -286,7 +299,7 @@ def _why_not(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
             if reason is not None:
                 return reason
             continue
-        width = _width(layer, member.role)
+        width = units.width_of(layer, member.role)
         if width is not None and int(member.index.max()) >= width:
             return f"their number changes on the way to {member.layer}"
         if parametrized(layer):
@@ -296,7 +309,7 @@ def _why_not(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
             return f"{member.layer} has a parameter {own[0]} besides weight and bias, which cannot lose channels yet"
         if shares_parameters(layer, owners) and not _tied_alike(layers, member, members, owners):
             return f"{member.layer} shares its weight with another layer"
-        if width is not None and _sections(layer, member.role) > 1 and len(member.index) < width:
+        if width is not None and units.sections_of(layer, member.role) > 1 and len(member.index) < width:
             return f"{member.layer} is grouped and works on other channels too"
     return None
 
@@ -334,63 +347,3 @@ def _tied_alike(layers: Mapping[str, nn.Module], member: Member, members: Sequen
              and layers[other.layer]._parameters.get("weight") is weight is not None
              and torch.equal(other.index, member.index) and torch.equal(other.channel, member.channel)}
     return len(alike) == owners[id(weight)] and (bias is None or owners[id(bias)] == 1)
-
-
-def _units(layers: Mapping[str, nn.Module], channels: int, members: list[Member],
-           chunks: Iterable[tuple[int, np.ndarray]]) -> Tensor:
-    """The unit of each channel, int64 [C], numbered from 0 in order of first channel: see ChannelGroup."""
-    parent = list(range(channels))
-
-    def root(channel: int) -> int:
-        while parent[channel] != channel:
-            parent[channel] = parent[parent[channel]]
-            channel = parent[channel]
-        return channel
-
-    def tie(one: int, other: int) -> None:
-        low, high = sorted((root(one), root(other)))
-        parent[high] = low
-
-    def same_position(period: int, positions: Iterable[Sequence[int]]) -> None:
-        first_at: dict[int, int] = {}
-        for position, channel in positions:
-            tie(first_at.setdefault(position % period if period else position, channel), channel)
-
-    for member in members:
-        layer = layers[member.module]
-        # A grouped convolution (or norm) keeps its groups equally wide, so the same number in each goes at once.
-        sections = _sections(layer, member.role)
-        width = None if member.role == "tensor" else _width(layer, member.role)
-        period = width // sections if width is not None and sections > 1 else 0
-        if period or (member.index[1:] == member.index[:-1]).any():  # sorted: equal positions are neighbours
-            same_position(period, zip(member.index.tolist(), member.channel.tolist(), strict=True))
-    for width, positions in chunks:  # chunk() takes equal parts of whatever is left
-        same_position(width, zip((positions >> 32).tolist(), (positions & index_maps.CHANNEL).tolist(), strict=True))
-    roots = [root(channel) for channel in range(channels)]
-    number = {value: i for i, value in enumerate(sorted(set(roots)))}
-    return torch.tensor([number[value] for value in roots], dtype=torch.int64)
-
-
-def _sections(layer: nn.Module, role: Role) -> int:
-    """Into how many groups of equal width a grouped convolution or norm divides its channels; 1 for other layers."""
-    if role == "tensor":
-        return 1
-    return int(getattr(layer, "num_groups" if role == "channelwise" else "groups", 1))
-
-
-def _width(layer: nn.Module, role: Role) -> int | None:
-    """Channels of the layer's output (its input, for a consumer); None for a PReLU with one slope for all."""
-    pruner = channel_buffers.surgeon(layer)
-    width: int | None = pruner.get_in_channels(layer) if role == "consumer" else pruner.get_out_channels(layer)
-    return width
-
-
-def _first_channel_of_each_index(members: list[Member]) -> Iterator[Member]:
-    """Members with each position named once: where tied channels meet, the lowest stands for them."""
-    for member in members:
-        first = member.index[1:] != member.index[:-1]  # positions are sorted by (index, channel)
-        if first.all():
-            yield member
-            continue
-        keep = torch.cat([torch.tensor([True]), first])
-        yield replace(member, index=member.index[keep], channel=member.channel[keep])

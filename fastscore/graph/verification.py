@@ -7,7 +7,7 @@ the groups claim for those channels.
 
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.graph.dependencies import PRODUCERS
-from fastscore.graph.groups import ChannelGroup, Role
+from fastscore.graph.groups import READS, ChannelGroup, Role
 from fastscore.modules.channel_norms import OneNode, norm_of
 from fastscore.modules.inspection import channel_dim
 
@@ -48,7 +48,8 @@ def leaks(recording: "Recording", groups: Sequence[ChannelGroup]) -> dict[str, s
 def _verify(recording: "Recording", groups: Sequence[ChannelGroup]) -> str | None:
     # a generator for each group: what shows among the others shows alone
     generators = [torch.Generator().manual_seed(zlib.crc32(group.name.encode())) for group in groups]
-    made, read = _channels_at(groups, "producer", "norm"), _channels_at(groups, "consumer", "norm")
+    made = _channels_at(groups, recording.norms, "producer")
+    read = _channels_at(groups, recording.norms, *READS)
     held = list(_held(recording.model, groups))
     for _ in range(_PAIRS):
         half = torch.cat([torch.rand(len(group.unit), generator=generator)[group.unit] < 0.5
@@ -63,12 +64,16 @@ def _verify(recording: "Recording", groups: Sequence[ChannelGroup]) -> str | Non
     return None
 
 
-def _channels_at(groups: Sequence[ChannelGroup], *roles: Role) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer -> (its positions, the channel at each, counted through all groups), int64."""
+def _channels_at(groups: Sequence[ChannelGroup], norms: Container[str], *roles: Role
+                 ) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer that plays one of `roles`, or is one of `norms` -> (its positions, the channel at each, counted through
+    all groups), int64."""
     found: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     begin = 0
     for group in groups:
-        for member in group.role(*roles):
+        for member in group.members:
+            if member.role not in roles and member.layer not in norms:
+                continue
             found[member.layer].append((member.index, member.channel + begin))
         begin += len(group.unit)
     return {layer: (torch.cat(index), torch.cat(channel))
@@ -180,6 +185,16 @@ class Recording:
         if not found and not close(output, self.output).all():
             return "the output"
         return found[0] if found else None
+
+    def shows_in_output(self, layers: Collection[str]) -> bool:
+        """Whether the output depends on what `layers` make, by whatever way: autograd does not see all of them."""
+        made = {layer: torch.arange(self.outputs[layer][0].shape[self._dims[layer]]) for layer in layers
+                if self.outputs.get(layer)}
+        try:
+            output = self._replay_changed(made, lambda layer, call, x: None)
+        except Exception:  # of the model's code, which looks at them
+            return True
+        return not close(output, self.output).all()
 
     def _record(self, layer: str) -> Callable[..., Tensor]:
         module = self.layers[layer]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastscore import batches
 from fastscore.graph import heads
-from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.graph.groups import READS, ChannelGroup, Member
 from fastscore.modules.counting import count
 from fastscore.modules.experts import ExpertLinear
 from fastscore.modules.inspection import device_of
@@ -118,7 +118,7 @@ class Costs:
                         and not isinstance(layer, ExpertLinear):
                     cost.bias_below = cost.inputs
                 positions = np.bincount(member.channel.numpy(), minlength=group.channels).tolist()
-                losses[tuple(positions)].append((cost, member.role == "consumer"))
+                losses[tuple(positions)].append((cost, member.role in READS))
         # group of a branch -> the layers that go with it
         self._blocks = {name: self._layers_inside(model, name, per_layer)
                         for name, group in self.groups.items() if any(group.role("block"))}
@@ -187,7 +187,7 @@ class Costs:
         rows = []
         for group in self.groups.values():
             layers = {member.layer: self.layers[member.layer] for member in group.members
-                      if member.layer in self.layers and member.role != "consumer" and member.layer not in counted}
+                      if member.layer in self.layers and member.role not in READS and member.layer not in counted}
             counted.update(layers)
             own = self._blocks.get(group.name) or layers
             rows.append((sum(layer.macs for layer in own.values()), sum(layer.params for layer in own.values())))

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from fastscore.graph import heads
-from fastscore.graph.groups import ChannelGraph
+from fastscore.graph.groups import READS, ChannelGraph
 from fastscore.modules.weight_products import weight_name
 
 _SHOWN = 3  # of the reasons
-_READERS = {"consumer", "norm"}
+_READERS = {*READS, "norm"}
 _TIED = "its channels go with those of "
 
 

@@ -39,7 +39,7 @@ def check_groups(network: RandomNetwork, graph: ChannelGraph) -> None:
         for member in group.members:
             if member.role in ("channelwise", "tensor"):
                 continue
-            of_layer = {"producer": network.producers, "consumer": network.consumers,
+            of_layer = {"producer": network.producers, "consumer": network.consumers, "reader": network.consumers,
                         "norm": network.norms}[member.role][member.layer]
             for position, channel in zip(member.index.tolist(), member.channel.tolist(), strict=True):
                 assert of_layer[position] == units[channel], f"{group.name}: {member.layer} at {position}"

@@ -14,7 +14,7 @@ import torch
 from networks import UNet
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward, call_model
+from fastscore.batches import Batch, Forward, call_model, concat_outputs, floating_tensors
 from fastscore.cli import models
 
 
@@ -382,11 +382,15 @@ def yolo(config: str, **options: Any) -> nn.Module:
 
 
 def yolo_output(model: nn.Module, images: Tensor) -> Tensor:
-    """What the head says of every anchor, before boxes are chosen."""
-    output = model(images)
-    while not isinstance(output, Tensor):
-        output = output[0] if not isinstance(output, dict) else next(iter(output.values()))
-    return output
+    """What the heads say of every anchor, before boxes are chosen, and the prototypes of masks: what is decoded, and of
+    two heads, as v10 and 26 train them, what the other one says too."""
+    returned = model(images)
+    decoded = floating_tensors(returned[0] if isinstance(returned, tuple) else returned)
+    heads = returned[1] if isinstance(returned, tuple) and isinstance(returned[1], dict) else {}
+    if "one2one" in heads:
+        decoded += [heads["one2one"][name] for name in ("boxes", "scores", "mask_coefficient")
+                    if name in heads["one2one"]]
+    return concat_outputs(decoded)
 
 
 def _segmentation() -> list[Case]:

@@ -1,0 +1,47 @@
+"""What a traced run shows beside what autograd keeps of it."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Any]]]:
+    """Module -> the autograd function of the tensor that it returned, in each call within the block."""
+    made: dict[nn.Module, list[Any]] = {}
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        made.setdefault(module, []).append(output.grad_fn if isinstance(output, Tensor) else None)
+
+    handles = [module.register_forward_hook(note) for module in modules]
+    try:
+        yield made
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class NotedCalls(TorchFunctionMode):
+    """Notes what autograd does not keep: splits into parts of a given width (which look like those of chunk()), and the
+    widths that a concatenation joins, those of tensors that need no gradient included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fixed_splits: list[Any] = []
+        self.concatenated: list[tuple[Any, list[int]]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func in (torch.split, Tensor.split) and output and output[0].grad_fn is not None:
+            self.fixed_splits.append(output[0].grad_fn)
+        if func in (torch.cat, torch.concat, torch.concatenate) and output.grad_fn is not None:
+            tensors = args[0] if args else kwargs["tensors"]
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+            self.concatenated.append((output.grad_fn, [tensor.shape[dim] if tensor.dim() > 1 else tensor.numel()
+                                                       for tensor in tensors]))
+        return output

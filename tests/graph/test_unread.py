@@ -1,0 +1,88 @@
+"""Layers that run, and that nothing is asked of: they read channels that go, and lose them too."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from whole_way import check, noisy
+
+import fastscore
+from fastscore.graph.tracing import trace
+
+
+class TwoHeads(nn.Module):
+    """Returns what one of its heads makes, and keeps what the other does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.other, self.last = nn.Linear(8, 6), nn.Linear(6, 2)
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.embed(x).tanh())
+        self.kept = self.last(self.other(x).relu()).detach()
+        return self.head(x)
+
+
+def test_a_head_that_is_not_asked_for(tmp_path: Path) -> None:
+    """The channels that it reads go, by brute force; what it makes stays, with the reason, and it runs on."""
+    small = check(TwoHeads, torch.randn(2, 5, generator=torch.Generator().manual_seed(1)).double(), ["embed"],
+                  tmp_path).model
+    assert small.other.in_features == small.head.in_features < 8
+    assert (small.other.out_features, small.last.in_features) == (6, 6)
+    assert small.kept.shape == (2, 2)
+
+
+def test_an_output_that_a_forward_drops() -> None:
+    """As a model does that returns features and logits, of which one is wanted."""
+    class Both(TwoHeads):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.norm(self.embed(x).tanh())
+            return self.head(x), self.last(self.other(x).relu())
+
+    def logits(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch)[0]
+
+    model, x = noisy(Both), torch.randn(2, 5).double()
+    graph = trace(model, x, logits)
+    (group,) = graph.groups
+    assert {member.layer for member in group.role("consumer", "reader")} == {"head", "other"}
+    assert graph.skipped["other"] == graph.skipped["last"] == "the output does not depend on it"
+    scores = fastscore.score(model, [x], forward=logits, progress=False)
+    small = fastscore.prune(model, scores, x, channels=0.5, forward=logits).model
+    assert [part.shape for part in small(x)] == [(2, 3), (2, 2)]
+
+
+def test_what_autograd_does_not_see_is_no_unread_layer() -> None:
+    """A way to the output through detach(): nothing can be said of what the channels do there, and so it is left."""
+    class Detached(TwoHeads):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.kept.sum(1, keepdim=True)
+
+    model, x = noisy(Detached), torch.randn(2, 5).double()
+    group = next(group for group in trace(model, x).groups if group.name == "embed")
+    assert {edge.layer for edge in group.edges} == {"head", "other", "norm"}
+    with pytest.raises(RuntimeError, match="no backward pass came to other"):
+        fastscore.score(model, [x], progress=False)
+
+
+class DeadNorm(TwoHeads):
+    """The head that is not asked for begins with a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).tanh()
+        self.kept = self.last(self.other(self.inner(x)).relu()).detach()
+        return self.head(self.norm(x))
+
+
+def test_a_norm_that_nothing_comes_of(tmp_path: Path) -> None:
+    """It is narrowed, and no edge."""
+    small = check(DeadNorm, torch.randn(2, 5, generator=torch.Generator().manual_seed(1)).double(), ["embed"],
+                  tmp_path).model
+    assert small.inner.width == small.head.in_features < 8
