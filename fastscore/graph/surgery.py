@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastscore.graph import channel_buffers, heads, own_tensors
 from fastscore.graph.groups import ChannelGroup, Role
 from fastscore.modules import experts, multihead_attention
+from fastscore.modules.computed_weights import make_plain
 from fastscore.modules.evaluation_copy import computed_tensors
 from fastscore.modules.hooks import remove_copied_hooks
 from fastscore.modules.zero_branch import put_zeros
@@ -63,6 +64,7 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
             put_zeros(model, name, int(index))
     gone = removed_branches(indices)
     indices = {(name, side): index for (name, side), index in indices.items() if not gone(name)}
+    make_plain(model, (name for name, _ in indices))
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     shared = _shared_parameters(model)
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}

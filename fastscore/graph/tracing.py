@@ -30,6 +30,7 @@ from fastscore.graph import (
 )
 from fastscore.graph.dependencies import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
 from fastscore.graph.groups import READS, ChannelGraph, ChannelGroup, Member, Role
+from fastscore.modules.computed_weights import PLAIN
 from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of, parameter_owners, parametrized, shares_parameters
@@ -305,7 +306,7 @@ def _why_not(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         if parametrized(layer):
             return f"the weight of {member.layer} is computed (a parametrization): remove it first"
         own = [name for name in layer._parameters if name not in ("weight", "bias")]
-        if own:
+        if own and type(layer) not in PLAIN:  # which do not read them
             return f"{member.layer} has a parameter {own[0]} besides weight and bias, which cannot lose channels yet"
         if shares_parameters(layer, owners) and not _tied_alike(layers, member, members, owners):
             return f"{member.layer} shares its weight with another layer"

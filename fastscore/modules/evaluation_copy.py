@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastscore.batches import tensors_of
-from fastscore.modules import experts, multihead_attention, transposed_linear
+from fastscore.modules import computed_weights, experts, multihead_attention, transposed_linear
 from fastscore.modules.modes import enter_evaluation
 from fastscore.modules.wrappers import check_whole
 
@@ -31,8 +31,9 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
         model: any module; it is left as it is.
 
     Returns:
-        A module of the same class, whose nn.MultiheadAttention runs its projections as layers, and where transformers'
-        Conv1D is nn.Linear and its experts are two layers (see fastscore.modules).
+        A module of the same class, whose nn.MultiheadAttention runs its projections as layers, where transformers'
+        Conv1D is nn.Linear and its experts are two layers, and where layers that compute their weight are plain ones
+        (see fastscore.modules).
 
     Raises:
         TypeError: torch.jit made it.
@@ -50,4 +51,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
         experts_handle.make_permanent()
     for module in filter(transposed_linear.is_transposed, list(eval_model.modules())):
         transposed_linear.become_linear(module)
+    for module in eval_model.modules():
+        if (weight := computed_weights.computed_weight(module)) is not None:
+            computed_weights.become_plain(module, weight, keep=True)
     return eval_model

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.graph.surgery import remove_indices
+from fastscore.modules.computed_weights import computed_weights
 from fastscore.modules.wrappers import unwrapped
 from fastscore.pruning import recipes
 from fastscore.pruning.result import PruneResult
@@ -19,7 +20,7 @@ def rebuild_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, result
 
     It is of the same class, with the same parameter groups and settings; state tensors of a parameter's shape
     (momentum, Adam's moments) lose what the parameter lost, others of one element are copied. A bias that compensation
-    added joins the group of its layer's weight, without state.
+    added joins the group of its layer's weight, without state, and a weight that was computed and is held now has none.
 
     Args:
         optimizer: of `model`, the one that was pruned; it is left as it is.
@@ -71,7 +72,7 @@ def _successors(model: nn.Module, result: PruneResult) -> Mapping[str, list[tupl
     """Parameter of `model` -> the parameters of `result.model` that are made of it, and of which of its elements.
 
     The surgery is done once more, on a copy whose elements hold their own numbers: whatever surgery does, they tell.
-    A new bias follows its layer's weight, with no elements.
+    A new bias follows its layer's weight, with no elements, and so does a weight that was computed and is held now.
     """
     starts, count, numbered = {}, 1, {}  # from 1: a new bias is 0
     for name, parameter in model.named_parameters():
@@ -85,13 +86,14 @@ def _successors(model: nn.Module, result: PruneResult) -> Mapping[str, list[tupl
     now, made = dict(result.model.named_parameters()), dict(numbered_model.named_parameters())
     if {name: p.shape for name, p in now.items()} != {name: p.shape for name, p in made.items()}:
         raise ValueError("result: it is not what pruning the model gave, or was changed since")
+    fresh = {f"{name}.weight" for name in computed_weights(model, (name for name, _ in result.removed_indices))}
     first = torch.tensor(list(starts.values()))
     found: dict[str, list[tuple[nn.Parameter, Tensor]]] = {name: [] for name in starts}
     for name, numbers in made.items():
-        elements = numbers.detach().long()
+        elements = torch.zeros(numbers.shape, dtype=torch.int64) if name in fresh else numbers.detach().long()
         last = int(elements.max()) if elements.numel() else starts[name]
         source = list(starts)[int(torch.searchsorted(first, last, right=True)) - 1] if last else \
-            name.removesuffix("bias") + "weight"
+            name if name in fresh else name.removesuffix("bias") + "weight"
         found[source].append((now[name], elements - starts[source] if last else elements[:0]))
     return found
 

@@ -154,7 +154,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             """The smaller model; `costs` are without what was removed."""
             surgery, pruned, macs_left = cut(removed)
             report = new_report(graph, dense, costs, macs_left, pruned, removed, candidates, scores.notes,
-                                compensation)
+                                compensation, surgery.made_plain)
             made = PruneResult(pruned, report, removed, surgery.removed_indices, surgery.new_biases)
             if fit is None or not removed:
                 return made

@@ -185,16 +185,21 @@ class PruneReport(Table):
 
 def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs: Costs, macs: int, pruned: nn.Module,
                removed: Mapping[str, Tensor], candidates: tuple[Candidate, ...],
-               notes: Mapping[str, str], compensation: str) -> PruneReport:
+               notes: Mapping[str, str], compensation: str, made_plain: Sequence[str] = ()) -> PruneReport:
     """The report of `pruned`, which has lost `removed` (group -> int64 [R]).
 
     dense: (MACs, parameters) of each group as it was, see Costs.by_group. costs: without what was removed. macs: of
-    `pruned`, counted. compensation: what stands in for what was removed.
+    `pruned`, counted. compensation: what stands in for what was removed. made_plain: layers that computed their weight
+    and hold it now.
     """
     rows = tuple(GroupReport(group.name, (group.channels, group.channels - len(removed.get(group.name, ()))),
                              (round(was[0]), round(now[0])), (round(was[1]), round(now[1])))
                  for group, was, now in zip(graph.groups, dense, costs.by_group(), strict=True))
     params = sum(parameter.numel() for parameter in pruned.parameters())
+    if made_plain:
+        more = f" and {len(made_plain) - 1} like it" if made_plain[1:] else ""
+        notes = {**notes, "weights": f"{made_plain[0]}{more} computed its weight from its parameters, and lost "
+                                     "channels: it holds that weight now, and training goes on without the computation"}
     return PruneReport(rows, (int(costs.dense["channels"]), int(costs.totals["channels"])),
                        (int(costs.dense["macs"]), macs), (int(costs.dense["params"]), params), graph.skipped,
                        candidates, notes=dict(notes), uncounted=costs.uncounted, compensation=compensation)

@@ -9,6 +9,7 @@ from fastscore.batches import Batch, Forward, checked_forward
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.surgery import RemovedIndices, remove_channels, remove_indices, removed_indices, smaller_copy
 from fastscore.graph.surgery_trial import said, where
+from fastscore.modules.computed_weights import computed_weights, make_plain
 from fastscore.modules.counting import Count, count
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.modes import evaluating
@@ -27,6 +28,7 @@ class Surgery:
     def __init__(self, model: nn.Module, removed_indices: RemovedIndices, added: Mapping[str, Tensor],
                  weights: Mapping[str, Tensor] | None = None) -> None:
         self._model, self.removed_indices, self._added, self._weights = model, removed_indices, added, weights or {}
+        self.made_plain = tuple(computed_weights(model, (name for name, _ in removed_indices)))
         self.new_biases = tuple(name for name in added if model.get_submodule(name).bias is None)
         self._recipe = recipes.extend(model, removed_indices, self.new_biases)
 
@@ -36,6 +38,7 @@ class Surgery:
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Make `model` (the one given, or a copy) smaller, in place; returns it."""
+        make_plain(model, self.made_plain)
         add_to_biases(model, self._added)
         for name, value in self._weights.items():
             layer = model.get_submodule(name)

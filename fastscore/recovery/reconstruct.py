@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 from fastscore.batches import Batch, Forward, call_model, checked_forward
 from fastscore.graph.surgery import RemovedIndices, removed_branches
 from fastscore.graph.tracing import trace
+from fastscore.modules.computed_weights import computed_weight
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.modes import evaluating
@@ -231,7 +232,8 @@ class _Bench:
         model = result.model
         with evaluating(model):
             refit(self._eval_model, model, {name: replace(site, norm=None if name in added else site.norm)
-                                            for name, site in self._sites.items()},
+                                            for name, site in self._sites.items()
+                                            if computed_weight(model.get_submodule(name)) is None},
                   self._calibration, part, ridges, self._forward, self._group)
         return result
 

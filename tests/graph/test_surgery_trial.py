@@ -18,12 +18,12 @@ WIDTH = 8
 
 
 class Standardised(nn.Conv2d):
-    """A convolution that standardises each filter over all its inputs."""
+    """A convolution that standardises each filter over all its inputs, and does not leave it at that."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C', H, W]."""
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        return self._conv_forward(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+        return 2 * self._conv_forward(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
 
 
 class Equalised(nn.Linear):
@@ -31,7 +31,7 @@ class Equalised(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C] -> [N, C']."""
-        return F.linear(x, self.weight / self.weight.shape[1] ** 0.5, self.bias)
+        return F.linear(x.relu(), self.weight / self.weight.shape[1] ** 0.5, self.bias)
 
 
 class Fixed(nn.Module):

@@ -79,6 +79,16 @@ class OverChannels(nn.Module):
         return y if self.bias is None else y + self.bias[:, None, None]
 
 
+class Standardised(nn.Conv2d):
+    """Computes its weight from its parameters, of all inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C', H', W']."""
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        weight = weight / (weight.square().sum((1, 2, 3), keepdim=True) + 0.1).sqrt()
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
 class Owned(nn.Module):
     """A parameter of its own meets each channel, in one of the ways that models have."""
 
@@ -248,7 +258,8 @@ class _Generator:
             return None
         value, size = self.values[source], self.rng.choice((1, 3))
         out = self.new_labels(width or self.rng.choice(WIDTHS))
-        layer = nn.Conv2d(len(value.labels), len(out), size, padding=size // 2, bias=self.rng.random() < 0.5)
+        kind = Standardised if self.more and self.rng.random() < 0.3 else nn.Conv2d
+        layer = kind(len(value.labels), len(out), size, padding=size // 2, bias=self.rng.random() < 0.5)
         return self.call("conv", source, out, value.size, layer)
 
     def grouped(self) -> int | None:

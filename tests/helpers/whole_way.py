@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.tracing import trace
+from fastscore.modules.computed_weights import computed_weight
+from fastscore.modules.inspection import channel_dim
 
 
 def run(model: nn.Module, batch: Any) -> Tensor:
@@ -40,13 +43,17 @@ def sums(model: nn.Module, group: ChannelGroup, batch: Any, v: Tensor) -> Tensor
     gates: list[Tensor] = []  # that of the sample that runs
     for edge in group.role("norm"):
         _gate_statistics(model.get_submodule(edge.layer), edge, gates)
+    read = [edge for edge in group.role("consumer") if edge.layer in dict(model.named_modules())
+            and computed_weight(model.get_submodule(edge.layer)) is not None]
+    for edge in read:  # whose weight is another one once a parameter is gated
+        model.get_submodule(edge.layer).register_forward_pre_hook(partial(_gate_input, edge, gates))
     rows, parameters = [], dict(model.named_parameters())
     for n in range(len(v)):
         one = {key: value[n:n + 1] for key, value in batch.items()} if isinstance(batch, Mapping) else batch[n:n + 1]
         gate = torch.ones(group.channels, dtype=torch.float64, requires_grad=True)
         gates[:] = [gate]
         weights: dict[str, Tensor] = {}
-        for edge in group.role("consumer"):
+        for edge in (edge for edge in group.role("consumer") if not any(edge is other for other in read)):
             name = edge.layer if edge.layer in parameters else f"{edge.layer}.weight"
             weight = weights.get(name, parameters[name].detach())
             dim = _input_dim(model, edge.layer, weight)
@@ -62,6 +69,14 @@ def sums(model: nn.Module, group: ChannelGroup, batch: Any, v: Tensor) -> Tensor
         rows.append(torch.autograd.grad((z * v[n]).sum(), gate)[0])
     s = torch.stack(rows)
     return torch.stack([s[:, group.unit == unit].sum(1) for unit in group.unit], 1)
+
+
+def _gate_input(edge: Member, gates: list[Tensor], layer: nn.Module, args: tuple[Tensor]) -> Tensor:
+    """What a layer is to read: its input times the gates of the edge."""
+    shape = [1] * args[0].dim()
+    shape[channel_dim(layer)] = -1
+    width = args[0].shape[channel_dim(layer)]
+    return args[0] * torch.ones(width, dtype=torch.float64).index_put((edge.index,), gates[0][edge.channel]).view(shape)
 
 
 def _gate_statistics(norm: nn.Module, edge: Member, gates: list[Tensor]) -> None:

@@ -1,0 +1,122 @@
+"""Layers of a class of their own that compute their weight from their parameters in every pass, as weight
+standardisation does: of all inputs, so that a layer which loses some would compute another one.
+
+In evaluation copies, and in a model that pruning returns where it loses something, such a layer is a plain Conv or
+Linear that holds the weight it computed. Parametrizations and weight_norm, which can be removed, stay what they are.
+"""
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+PLAIN: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_OWN = {"weight", "bias"}
+
+
+def computed_weight(layer: nn.Module) -> Tensor | None:
+    """The weight that a layer computes of its parameters alone; None of any other layer.
+
+    It is run in evaluation mode on two inputs of its own, and must hand what it reads, its own bias and settings to
+    one product, with the same weight both times, and return that as it is: then the product is all that it does.
+    """
+    plain = _plain(layer)
+    if plain is None or type(layer).forward is plain.forward or "forward" in vars(layer) or layer._modules or \
+            layer._buffers:
+        return None
+    own = layer._parameters.get("weight")
+    if own is None:  # it is computed by a parametrization, or not yet there
+        return None
+    first, second = (_product(layer, own, seed) for seed in (0, 1))
+    if first is None or second is None or first is own or first.shape != own.shape or not torch.equal(first, second):
+        return None
+    return first
+
+
+def become_plain(layer: nn.Module, weight: Tensor, keep: bool = False) -> None:
+    """Make a layer the Conv or Linear that holds `weight`, in place.
+
+    Args:
+        layer: of which computed_weight() has said `weight`.
+        weight: what it holds from now on.
+        keep: the layer's other parameters stay beside it, unused, so that they are counted.
+    """
+    own, plain = layer._parameters["weight"], _plain(layer)
+    assert own is not None
+    assert plain is not None
+    layer.__class__ = plain
+    layer._parameters["weight"] = nn.Parameter(weight.detach(), own.requires_grad)
+    for name in [] if keep else [name for name in layer._parameters if name not in _OWN]:
+        del layer._parameters[name]
+
+
+def computed_weights(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Those of `names` that are layers of a model which compute their weight -> that weight."""
+    modules = dict(model.named_modules())
+    found = ((name, computed_weight(modules[name])) for name in dict.fromkeys(names) if name in modules)
+    return {name: weight for name, weight in found if weight is not None}
+
+
+def make_plain(model: nn.Module, names: Iterable[str]) -> None:
+    """Make those of `names`, layers of a model, plain that compute their weight, in place."""
+    for name, weight in computed_weights(model, names).items():
+        become_plain(model.get_submodule(name), weight)
+
+
+def _plain(layer: nn.Module) -> type[nn.Module] | None:
+    """The class of PyTorch that a layer's class is made from."""
+    return next((plain for plain in PLAIN if isinstance(layer, plain)), None)
+
+
+def _product(layer: nn.Module, own: nn.Parameter, seed: int) -> Tensor | None:
+    """The weight of the one product that the layer's forward is, on a random input, of another size for each seed."""
+    if isinstance(layer, nn.Linear):
+        shape = [1 + seed, layer.in_features]
+    else:
+        conv: Any = layer
+        extent = [step * (kernel - 1) + 1 for step, kernel in zip(conv.dilation, conv.kernel_size, strict=True)]
+        shape = [1, conv.in_channels, *(size + seed * (size + 1) for size in extent)]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(own)
+    with _evaluated(layer), torch.no_grad(), _Calls() as calls:
+        try:
+            output = type(layer).forward(layer, x)  # without the user's hooks
+        except Exception:  # of a layer that takes something else
+            return None
+    if len(calls.made) != 1:
+        return None
+    arguments, made = calls.made[0]
+    settings = [name for name in _ARGUMENTS[3:] if name in arguments and arguments[name] != getattr(layer, name, None)]
+    if output is not made or arguments["input"] is not x or settings or \
+            arguments.get("bias") is not layer._parameters.get("bias"):
+        return None
+    weight: Tensor = arguments["weight"]
+    return weight
+
+
+@contextmanager
+def _evaluated(layer: nn.Module) -> Any:
+    mode, layer.training = layer.training, False
+    try:
+        yield
+    finally:
+        layer.training = mode
+
+
+class _Calls(TorchFunctionMode):
+    """Notes the products of a Conv or Linear that run in the block: (arguments by name, what came of it)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[dict[str, Any], Any]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if any(func is known for known in _FUNCTIONS):
+            self.made.append(({**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}, output))
+        return output
