@@ -23,16 +23,17 @@ class ShiftedWindowAttention(nn.Module):
     relative_position_index: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, H, W, C] -> [N, H, W, C]."""
-        height, width = x.shape[1:3]
-        size = self.window_size
-        x = F.pad(x, (0, 0, 0, -width % size[1], 0, -height % size[0]))
-        shape = x.shape[1:3]
-        shift = [0 if side >= whole else by for side, whole, by in zip(size, shape, self.shift_size, strict=True)]
-        x = _windows(x.roll([-by for by in shift], (1, 2)), size)
+        """[N, H, W, C] -> [N, H, W, C]; of a video [N, T, H, W, C] -> the same."""
+        whole, dims = x.shape[1:-1], range(1, x.dim() - 1)
+        size = self._window(whole)
+        padding = [(0, -part % side) for part, side in zip(whole, size, strict=True)]
+        x = F.pad(x, [0, 0, *(amount for each in reversed(padding) for amount in each)])
+        shape = x.shape[1:-1]
+        shift = [0 if side >= part else by for side, part, by in zip(size, shape, self.shift_size, strict=True)]
+        x = _windows(x.roll([-by for by in shift], tuple(dims)), size)
         qkv = F.linear(x, self.qkv.weight, self._bias()).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # [N, windows, heads, L, D] each
-        products = self._products(q, k) + self._position_bias()
+        products = self._products(q, k) + self._position_bias(math.prod(size))
         if any(shift):
             region = _windows(_regions(shape, size, shift, x.device)[None, ..., None], size)[0, :, :, 0]
             apart = region[:, :, None] != region[:, None, :]
@@ -40,10 +41,19 @@ class ShiftedWindowAttention(nn.Module):
         weights = F.dropout(products.softmax(-1), self.attention_dropout, self.training)
         read = (weights @ v).transpose(2, 3).flatten(3)
         y = F.dropout(self.proj(read), self.dropout, self.training)
-        y = y.unflatten(2, size).unflatten(1, [side // part for side, part in zip(shape, size, strict=True)])
-        y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2).roll(shift, (1, 2))
-        output: Tensor = y[:, :height, :width].contiguous()
-        return output
+        y = y.unflatten(2, size).unflatten(1, [part // side for part, side in zip(shape, size, strict=True)])
+        for dim in dims:  # each number of a window beside the places in it
+            y = y.movedim(len(size) + dim, 2 * dim)
+        for dim in dims:
+            y = y.flatten(dim, dim + 1)
+        y = y.roll(shift, tuple(dims))
+        for dim, part in zip(dims, whole, strict=True):
+            y = y.narrow(dim, 0, part)
+        return y.contiguous()
+
+    def _window(self, whole: torch.Size) -> list[int]:
+        """The size of a window in an input of that size."""
+        return self.window_size
 
     def _bias(self) -> Tensor | None:
         return self.qkv.bias
@@ -52,13 +62,21 @@ class ShiftedWindowAttention(nn.Module):
         products: Tensor = (q * q.shape[-1] ** -0.5) @ k.mT
         return products
 
-    def _position_bias(self) -> Tensor:
+    def _position_bias(self, tokens: int) -> Tensor:
         """[1, heads, L, L]."""
-        return self._placed(self.relative_position_bias_table)
+        return self._placed(self.relative_position_bias_table, tokens)
 
-    def _placed(self, table: Tensor) -> Tensor:
-        tokens = math.prod(self.window_size)
-        return table[self.relative_position_index.flatten()].view(tokens, tokens, -1).permute(2, 0, 1)[None]
+    def _placed(self, table: Tensor, tokens: int) -> Tensor:
+        every = math.prod(self.window_size)
+        index = self.relative_position_index.view(every, every)[:tokens, :tokens]
+        return table[index.flatten()].view(tokens, tokens, -1).permute(2, 0, 1)[None]
+
+
+class ShiftedWindowAttention3d(ShiftedWindowAttention):
+    """torchvision's Swin attention of videos: a window is no larger than the input, and then not shifted."""
+
+    def _window(self, whole: torch.Size) -> list[int]:
+        return [min(side, part) for side, part in zip(self.window_size, whole, strict=True)]
 
 
 class ShiftedWindowAttentionV2(ShiftedWindowAttention):
@@ -79,8 +97,8 @@ class ShiftedWindowAttentionV2(ShiftedWindowAttention):
         scale = self.logit_scale.clamp(max=math.log(100.0)).exp()
         return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * scale
 
-    def _position_bias(self) -> Tensor:
-        return 16 * torch.sigmoid(self._placed(self.cpb_mlp(self.relative_coords_table).flatten(0, -2)))
+    def _position_bias(self, tokens: int) -> Tensor:
+        return 16 * torch.sigmoid(self._placed(self.cpb_mlp(self.relative_coords_table).flatten(0, -2), tokens))
 
 
 class RelativePositionAttention(nn.Module):
@@ -107,20 +125,26 @@ class RelativePositionAttention(nn.Module):
 REPLACEMENTS: dict[str, tuple[type[nn.Module], str]] = {
     "torchvision.models.swin_transformer.ShiftedWindowAttention": (ShiftedWindowAttention, "proj"),
     "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": (ShiftedWindowAttentionV2, "proj"),
+    "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d": (ShiftedWindowAttention3d, "proj"),
     "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": (RelativePositionAttention, "merge"),
 }
 
 
 def _windows(x: Tensor, size: list[int]) -> Tensor:
-    """[N, H, W, C] -> [N, windows, L, C]."""
-    x = x.unflatten(2, (-1, size[1])).unflatten(1, (-1, size[0]))
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    """[N, *places, C] -> [N, windows, L, C]."""
+    dims = len(size)
+    for dim in reversed(range(dims)):
+        x = x.unflatten(1 + dim, (-1, size[dim]))
+    for dim in range(1, dims):  # the numbers of windows to the front
+        x = x.movedim(1 + 2 * dim, 1 + dim)
+    return x.flatten(1 + dims, 2 * dims).flatten(1, dims)
 
 
 def _regions(shape: torch.Size, size: list[int], shift: list[int], device: torch.device) -> Tensor:
-    """int64 [H, W]: places with different numbers are no neighbours but for the shift."""
-    numbers = []
+    """int64 of that shape: places with different numbers are no neighbours but for the shift."""
+    numbers = torch.zeros((), dtype=torch.int64, device=device)
     for whole, side, by in zip(shape, size, shift, strict=True):
         place = torch.arange(whole, device=device)
-        numbers.append((place >= whole - side).long() + (place >= whole - by).long() if by else torch.zeros_like(place))
-    return numbers[0][:, None] * 3 + numbers[1]
+        number = (place >= whole - side).long() + (place >= whole - by).long() if by else torch.zeros_like(place)
+        numbers = numbers[..., None] * 3 + number
+    return numbers

@@ -182,9 +182,21 @@ def _swin(version: int) -> nn.Module:
                                               downsample_layer=merging, stochastic_depth_prob=0.0, mlp_ratio=2)
 
 
+class VideoSwin(torchvision.models.video.swin_transformer.SwinTransformer3d):
+    """Four frames of each image, and windows that are longer than that: some of their places are never read."""
+
+    def __init__(self) -> None:
+        super().__init__([1, 1, 2], 8, [2, 2], [2, 4], [8, 3, 4], 2, stochastic_depth_prob=0.0, num_classes=5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, 16, 16] -> [N, 5]."""
+        return super().forward(x.unflatten(2, (4, 4)))
+
+
 WINDOWED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "Swin": (lambda: _swin(1), "features.3.1.attn.qkv"),
     "Swin V2": (lambda: _swin(2), "features.3.1.attn.qkv"),
+    "Swin of videos": (VideoSwin, "features.0.1.attn.qkv"),
     "MaxViT": (lambda: torchvision.models.MaxVit((16, 16), 8, 2, [8], [1], 4, 0.0, num_classes=5),
                "blocks.0.layers.0.layers.grid_attention.attn_layer.1.to_qkv"),
 }
