@@ -360,9 +360,15 @@ def diffusion(model: nn.Module, batch: Any) -> Tensor:
     return model(**batch).sample
 
 
+def coding(model: nn.Module, batch: Any) -> Tensor:
+    """What an autoencoder makes of its latents, as in training: AutoencoderTiny's own forward rounds them to bytes,
+    through which no gradient comes back."""
+    return model.decode(model.encode(batch["sample"]).latents).sample
+
+
 def _diffusers() -> list[Case]:
-    return [Case(f"diffusers:{name}", functools.partial(diffusers_model, name, options), forward=diffusion, batch=batch)
-            for name, options, batch in _DIFFUSERS]
+    return [Case(f"diffusers:{name}", functools.partial(diffusers_model, name, options), batch=batch,
+                 forward=coding if name == "AutoencoderTiny" else diffusion) for name, options, batch in _DIFFUSERS]
 
 
 # segmentation-models-pytorch and ultralytics
