@@ -49,7 +49,8 @@ class ShiftedWindowAttention(nn.Module):
         y = y.roll(shift, tuple(dims))
         for dim, part in zip(dims, whole, strict=True):
             y = y.narrow(dim, 0, part)
-        return y.contiguous()
+        output: Tensor = y.contiguous()
+        return output
 
     def _window(self, whole: torch.Size) -> list[int]:
         """The size of a window in an input of that size."""
