@@ -25,8 +25,9 @@ from fastscore.pruning.ranking import RemovalStep
 from fastscore.pruning.report import Candidate, Timing
 from fastscore.pruning.selection import channels_of, restore, rounded_up, steps_needed
 
-# The search ends with a candidate whose share of the dense model's time is below the budget by no more than this, or
-# where one that is over it is foreseen to take no more than this share of the dense model's time more.
+# The search ends with a candidate whose share of the dense model's time is below the budget by no more than this (or
+# than it is uncertain by), or where one that is over it is foreseen to take no more than this share of the dense
+# model's time more.
 TOLERANCE = 0.02
 _ROUNDS, _SECONDS = 9, 0.4  # the least of each for one measurement
 _EXTRAPOLATED = 3  # candidates over the budget, after which the smallest network of all is measured
@@ -71,7 +72,8 @@ def time_pair(dense: Call, other: Call, device: torch.device, patience: int = 1)
     return Timing((statistics.median(row[0] for row in rows), statistics.median(row[1] for row in rows)), uncertainty)
 
 
-def search_steps(foreseen: Sequence[float], start: int, share: float, measure: Callable[[int, int], float]) -> int:
+def search_steps(foreseen: Sequence[float], start: int, share: float, measure: Callable[[int, int], float],
+                 uncertainty: Callable[[int], float] = lambda steps: 0.0) -> int:
     """How many steps to take for a measured time of at most `share`, as few as can be told.
 
     foreseen: the time after each number of steps, descending, in any unit. start: the least number of steps.
@@ -79,8 +81,10 @@ def search_steps(foreseen: Sequence[float], start: int, share: float, measure: C
     foreseen, to within noise. The first candidate is the one for which the budget is foreseen; as long as none is below
     the budget, the next one follows from what the last one gained. Then candidates are aimed at the budget along a
     straight line between the nearest two, or halve what lies between them, in turn. What is found is measured again,
-    twice as long, and must hold again; otherwise the search goes on. After _MANY measurements TOLERANCE doubles with
-    each: a noisy clock tells no better. Raises ValueError, naming what was reached, when no candidate holds.
+    twice as long, and must hold again; otherwise the search goes on. uncertainty(steps): of what was measured last of a
+    candidate; where it is above TOLERANCE, so is what the search settles for, since no other candidate could be told
+    from this one. After _MANY measurements TOLERANCE doubles with each, too. Raises ValueError, naming what was
+    reached, when no candidate holds.
     """
     most, whole = len(foreseen) - 1, foreseen[0]
     slow: dict[int, float] = {0: 1.0}  # steps -> measured share
@@ -126,7 +130,8 @@ def search_steps(foreseen: Sequence[float], start: int, share: float, measure: C
             try_out(min(max(beyond(low), low + 1), most))
             continue
         high = min(candidates)
-        close = foreseen[low] - foreseen[high] <= tolerance() * whole or fast[high] >= share - tolerance()
+        least = max(tolerance(), uncertainty(high))
+        close = foreseen[low] - foreseen[high] <= least * whole or fast[high] >= share - least
         if close or high in (start, low + 1):
             if high in confirmed:
                 return high
@@ -198,7 +203,7 @@ def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Budgets,
                 told.update()
                 return measured[steps].share
 
-            steps = search_steps(foreseen, start, share, measure)
+            steps = search_steps(foreseen, start, share, measure, lambda steps: measured[steps].uncertainty)
     for step in order[:steps]:
         costs.remove(step.group, step.channels)
     shares = [{unit: row[unit] / costs.dense[unit] for unit in costs.dense} for row in left]

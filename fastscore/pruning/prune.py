@@ -55,7 +55,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             exactly or from below, by less than any one removed step.
         latency: what remains of the time that one call takes on the example inputs, measured on the present device,
             beside the dense model, in medians. A few candidates along the removal order, chosen by the time that each
-            layer takes, are built and timed until one is below the budget by at most 0.02, twice, or little separates
+            layer takes, are built and timed until one is below the budget by little, twice, or little separates
             it from one that is over it (see fastscore.pruning.latency); report.candidates is the curve.
         scope: "global" compares channels of all layers; "layer" shrinks all layers alike; "isomorphic" compares within
             each class of groups that are made, passed and read by the same kinds of layers, and shrinks all classes
