@@ -38,19 +38,29 @@ struct Powers {
 // quarter of the bandwidth beyond the caches.
 constexpr int64_t kPrefetchBytes = 1536;
 
-// A row's operand in memory, or one value that stands for the whole row.
+// A row's operand: elements next to each other, elements `step` apart, or one value that stands for the whole row.
 template <class T>
 struct Dense {
   const T* p;
+  FASTSCORE_INLINE explicit Dense(const T* p, int64_t) : p(p) {}
   FASTSCORE_INLINE Vector<T> at(int64_t i) const { return load(p + i); }
   FASTSCORE_INLINE Vector<T> at(int64_t i, int n) const { return load(p + i, n); }
   FASTSCORE_INLINE void prefetch_from(int64_t i) const { prefetch(p + i, kPrefetchBytes); }
 };
 
 template <class T>
+struct Strided {
+  const T* p;
+  int64_t step;
+  FASTSCORE_INLINE Vector<T> at(int64_t i) const { return load_strided(p + i * step, step); }
+  FASTSCORE_INLINE Vector<T> at(int64_t i, int n) const { return load_strided(p + i * step, step, n); }
+  FASTSCORE_INLINE void prefetch_from(int64_t) const {}
+};
+
+template <class T>
 struct Repeated {
   Sum<T> value;
-  explicit Repeated(const T* p) : value(load(p, 1)[0]) {}
+  FASTSCORE_INLINE explicit Repeated(const T* p, int64_t) : value(load(p, 1)[0]) {}
   FASTSCORE_INLINE Vector<T> at(int64_t) const { return Vector<T>{} + value; }
   FASTSCORE_INLINE Vector<T> at(int64_t, int n) const { return repeat_some<Vector<T>>(value, n); }
   FASTSCORE_INLINE void prefetch_from(int64_t) const {}
@@ -77,8 +87,17 @@ struct Row {
   FASTSCORE_INLINE void add(A a, G g, int64_t length) {
     int64_t i = 0;
     for (; i + Chains * kW <= length; i += Chains * kW) add_vectors<Chains>(a, g, i);
+    if constexpr (Chains > 2) {
+      if (i + 2 * kW <= length) {
+        add_vectors<2>(a, g, i);
+        i += 2 * kW;
+      }
+    }
     if constexpr (Chains > 1) {
-      for (; i + kW <= length; i += kW) add_vectors<1>(a, g, i);
+      if (i + kW <= length) {
+        Reducer::add(sums[Chains - 2], a.at(i), g.at(i));
+        i += kW;
+      }
     }
     if (i < length) Reducer::add(sums[Chains - 1], a.at(i, int(length - i)), g.at(i, int(length - i)));
   }
@@ -117,9 +136,10 @@ struct Item {
   }
 };
 
-template <class T, class Reducer, template <class> class G, int Chains>
+template <class T, class Reducer, template <class> class A, template <class> class G, int Chains>
 void rows_in_chains(const Reduction& reduction, const Item<T, Reducer>& item) {
   constexpr int kW = kWidth<T>;
+  const Dim& inner = reduction.positions.inner();
   for (int64_t first = 0; first < item.channels; first += kW) {
     const int count = first + kW < item.channels ? kW : int(item.channels - first);
     Vector<T> lanes[Reducer::kSums][kW];
@@ -128,7 +148,7 @@ void rows_in_chains(const Reduction& reduction, const Item<T, Reducer>& item) {
       const T* g = item.g + (first + c) * reduction.channel.g;
       Row<T, Reducer, Chains> row;
       reduction.positions.runs(item.begin, item.end, [&](int64_t offset_a, int64_t offset_g, int64_t length) {
-        row.add(Dense<T>{a + offset_a}, G<T>{g + offset_g}, length);
+        row.add(A<T>{a + offset_a, inner.a}, G<T>{g + offset_g, inner.g}, length);
       });
       for (int k = 0; k < Reducer::kSums; ++k) lanes[k][c] = row.lanes(k);
     }
@@ -139,28 +159,37 @@ void rows_in_chains(const Reduction& reduction, const Item<T, Reducer>& item) {
   }
 }
 
-template <class T, class Reducer, template <class> class G>
+template <class T, class Reducer, template <class> class A, template <class> class G>
 void rows(const Reduction& reduction, const Item<T, Reducer>& item) {
   if (reduction.chunk < 8 * kWidth<T>) {
-    rows_in_chains<T, Reducer, G, 1>(reduction, item);  // short rows overlap one another
+    rows_in_chains<T, Reducer, A, G, 1>(reduction, item);  // short rows overlap one another
   } else {
-    rows_in_chains<T, Reducer, G, 4>(reduction, item);
+    rows_in_chains<T, Reducer, A, G, 4>(reduction, item);
   }
 }
 
+// Some positions of all channels of an item; `position` is the step between positions.
+template <class T, template <class> class Operand>
+struct Columns {
+  const T* a;
+  const T* g;
+  Dim position, channel;
+
+  FASTSCORE_INLINE Operand<T> a_at(int p) const { return Operand<T>{a + p * position.a, channel.a}; }
+  FASTSCORE_INLINE Operand<T> g_at(int p) const { return Operand<T>{g + p * position.g, channel.g}; }
+};
+
 // Sums of channels c to c + Vectors · width over `positions` positions, added to what `sums` holds unless these are
 // the first.
-template <class T, class Reducer, int Vectors>
-FASTSCORE_INLINE void add_channels(const T* a, const T* g, const Dim& stride, int positions, bool first, int64_t c,
-                                   Sum<T>* const* sums) {
+template <class T, class Reducer, int Vectors, class Columns>
+FASTSCORE_INLINE void add_channels(const Columns& from, int positions, bool first, int64_t c, Sum<T>* const* sums) {
   constexpr int kW = kWidth<T>;
   Vector<T> group[Vectors][Reducer::kSums] = {};
   for (int p = 0; p < positions; ++p) {
-    const T* at_a = a + p * stride.a + c;
-    const T* at_g = g + p * stride.g + c;
-    prefetch(at_a, positions * stride.a * int64_t(sizeof(T)));  // the next group
-    prefetch(at_g, positions * stride.g * int64_t(sizeof(T)));
-    for (int v = 0; v < Vectors; ++v) Reducer::add(group[v], load(at_a + v * kW), load(at_g + v * kW));
+    const auto a = from.a_at(p), g = from.g_at(p);
+    prefetch(a.p + c * from.channel.a, positions * from.position.a * int64_t(sizeof(T)));  // the next group
+    prefetch(g.p + c * from.channel.g, positions * from.position.g * int64_t(sizeof(T)));
+    for (int v = 0; v < Vectors; ++v) Reducer::add(group[v], a.at(c + v * kW), g.at(c + v * kW));
   }
   for (int v = 0; v < Vectors; ++v) {
     for (int k = 0; k < Reducer::kSums; ++k) {
@@ -170,22 +199,20 @@ FASTSCORE_INLINE void add_channels(const T* a, const T* g, const Dim& stride, in
   }
 }
 
-template <class T, class Reducer>
-FASTSCORE_INLINE void add_positions(const T* a, const T* g, const Dim& stride, int positions, bool first,
-                                    int64_t channels, Sum<T>* const* sums) {
+template <class T, class Reducer, class Columns>
+FASTSCORE_INLINE void add_positions(const Columns& from, int positions, bool first, int64_t channels,
+                                    Sum<T>* const* sums) {
   constexpr int kW = kWidth<T>;
   // A whole cache line of each position at a time: lines of positions a power of two apart evict one another.
   constexpr int kLine = 64 / sizeof(T) / kW, kVectors = kLine < 1 ? 1 : kLine > 4 ? 4 : kLine;
   int64_t c = 0;
   for (; c + kVectors * kW <= channels; c += kVectors * kW) {
-    add_channels<T, Reducer, kVectors>(a, g, stride, positions, first, c, sums);
+    add_channels<T, Reducer, kVectors>(from, positions, first, c, sums);
   }
-  for (; c + kW <= channels; c += kW) add_channels<T, Reducer, 1>(a, g, stride, positions, first, c, sums);
+  for (; c + kW <= channels; c += kW) add_channels<T, Reducer, 1>(from, positions, first, c, sums);
   if (const int rest = int(channels - c)) {
     Vector<T> group[Reducer::kSums] = {};
-    for (int p = 0; p < positions; ++p) {
-      Reducer::add(group, load(a + p * stride.a + c, rest), load(g + p * stride.g + c, rest));
-    }
+    for (int p = 0; p < positions; ++p) Reducer::add(group, from.a_at(p).at(c, rest), from.g_at(p).at(c, rest));
     for (int k = 0; k < Reducer::kSums; ++k) {
       Sum<T>* sum = sums[k] + c;
       store_some(sum, first ? group[k] : load(sum, rest) + group[k], rest);
@@ -193,30 +220,67 @@ FASTSCORE_INLINE void add_positions(const T* a, const T* g, const Dim& stride, i
   }
 }
 
-template <class T, class Reducer>
-void columns(const Reduction& reduction, const Item<T, Reducer>& item) {
+// Adds `length` positions; returns false, since what follows is not the first.
+template <class T, class Reducer, class Columns>
+FASTSCORE_INLINE bool add_stretch(Columns from, int64_t length, bool first, int64_t channels, Sum<T>* const* sums) {
   constexpr int kPositions = 8;
-  Dim stride = reduction.positions.inner();
+  for (; length >= 2 * kPositions; length -= kPositions) {
+    add_positions<T, Reducer>(from, kPositions, first, channels, sums);
+    from.a += kPositions * from.position.a;
+    from.g += kPositions * from.position.g;
+    first = false;
+  }
+  add_positions<T, Reducer>(from, int(length), first, channels, sums);
+  return false;
+}
+
+template <class T, class Reducer, template <class> class Operand>
+void columns(const Reduction& reduction, const Item<T, Reducer>& item) {
+  Columns<T, Operand> from{nullptr, nullptr, reduction.positions.inner(), reduction.channel};
   const T* channels_g = item.g;
   T copy[kMaxColumnTile];
-  if (reduction.channel.g != 1) {
+  if (!reduction.strided && reduction.channel.g != 1) {
     for (int64_t c = 0; c < item.channels; ++c) copy[c] = item.g[c * reduction.channel.g];
     channels_g = copy;
-    stride.g = 0;
+    from.position.g = 0;
   }
   bool first = true;
   reduction.positions.runs(item.begin, item.end, [&](int64_t offset_a, int64_t offset_g, int64_t length) {
-    const T* a = item.a + offset_a;
-    const T* g = channels_g + offset_g;
-    for (; length >= 2 * kPositions; length -= kPositions) {
-      add_positions<T, Reducer>(a, g, stride, kPositions, first, item.channels, item.sums);
-      a += kPositions * stride.a;
-      g += kPositions * stride.g;
-      first = false;
-    }
-    add_positions<T, Reducer>(a, g, stride, int(length), first, item.channels, item.sums);
-    first = false;
+    from.a = item.a + offset_a;
+    from.g = channels_g + offset_g;
+    first = add_stretch<T, Reducer>(from, length, first, item.channels, item.sums);
   });
+}
+
+// Few channels, whose positions follow one another without a gap: as many positions as fill whole vectors count as one
+// of as many times the channels, and what these give is added up at the end.
+constexpr int64_t kFewChannels = 64;
+
+template <class T, class Reducer>
+void few_columns(const Reduction& reduction, const Item<T, Reducer>& item) {
+  constexpr int64_t kW = kWidth<T>;
+  const int64_t channels = item.channels;
+  int64_t joined = 1;
+  while (joined * channels % kW != 0 || joined * channels < 4 * kW) joined *= 2;
+  const int64_t wide = joined * channels;
+  Sum<T> wide_sums[Reducer::kSums][kFewChannels * kW] = {};
+  Sum<T>* sums[Reducer::kSums];
+  for (int k = 0; k < Reducer::kSums; ++k) sums[k] = wide_sums[k];
+  reduction.positions.runs(item.begin, item.end, [&](int64_t offset_a, int64_t offset_g, int64_t length) {
+    const int64_t whole = length / joined, rest = length % joined;
+    Columns<T, Dense> from{item.a + offset_a, item.g + offset_g, {0, wide, wide}, {0, 1, 1}};
+    add_stretch<T, Reducer>(from, whole, false, wide, sums);
+    from.a += whole * wide;
+    from.g += whole * wide;
+    add_positions<T, Reducer>(from, 1, false, rest * channels, sums);
+  });
+  for (int k = 0; k < Reducer::kSums; ++k) {
+    for (int64_t c = 0; c < channels; ++c) {
+      Sum<T> sum = 0;
+      for (int64_t i = c; i < wide; i += channels) sum += sums[k][i];
+      item.sums[k][c] = sum;
+    }
+  }
 }
 
 // Channels by positions: vector c holds channel c, and zeros stand beyond the edges.
@@ -225,25 +289,11 @@ FASTSCORE_INLINE void load_square(const T* p, int64_t channel_stride, int64_t po
                                   int positions, Vector<T>* square) {
   constexpr int kW = kWidth<T>;
   const auto load_line = [&](const T* line, int n) { return n == kW ? load(line) : load(line, n); };
-  if (channel_stride == 1) {
-    for (int i = 0; i < kW; ++i) {
-      square[i] = i < positions ? load_line(p + i * position_stride, channels) : Vector<T>{};
-    }
-    transpose<kW>(square);
-    return;
-  }
-  for (int c = 0; c < kW; ++c) {
-    const T* line = p + c * channel_stride;
-    if (c >= channels) {
-      square[c] = Vector<T>{};
-    } else if (position_stride == 1) {
-      square[c] = load_line(line, positions);
-    } else {
-      T copy[kW] = {};
-      for (int i = 0; i < positions; ++i) copy[i] = line[i * position_stride];
-      square[c] = load(static_cast<const T*>(copy));
-    }
-  }
+  const bool across = channel_stride == 1;  // a line holds channels, or else positions
+  const int64_t step = across ? position_stride : channel_stride;
+  const int lines = across ? positions : channels, length = across ? channels : positions;
+  for (int i = 0; i < kW; ++i) square[i] = i < lines ? load_line(p + i * step, length) : Vector<T>{};
+  if (across) transpose<kW>(square);
 }
 
 template <class T, class Reducer>
@@ -272,20 +322,28 @@ void squares(const Reduction& reduction, const Item<T, Reducer>& item) {
   }
 }
 
+template <class T, class Reducer>
+void (*walk_of(const Reduction& reduction))(const Reduction&, const Item<T, Reducer>&) {
+  const Dim &inner = reduction.positions.inner(), &channel = reduction.channel;
+  switch (reduction.path) {
+    case Path::squares: return squares<T, Reducer>;
+    case Path::rows:
+      if (reduction.strided) return rows<T, Reducer, Strided, Strided>;
+      return inner.g == 0 ? rows<T, Reducer, Dense, Repeated> : rows<T, Reducer, Dense, Dense>;
+    default:
+      if (reduction.strided) return columns<T, Reducer, Strided>;
+      if (channel.size < kFewChannels && inner.a == channel.size && inner.g == channel.size && channel.g == 1)
+        return few_columns<T, Reducer>;
+      return columns<T, Reducer, Dense>;
+  }
+}
+
 // Items [begin, end) of a reduction.
 template <class T, class Reducer>
 void channel_sums(const Reduction& reduction, int64_t begin, int64_t end) {
+  const auto walk = walk_of<T, Reducer>(reduction);
   for (int64_t i = begin; i < end; ++i) {
-    const Item<T, Reducer> item(reduction, i);
-    if (reduction.path == Path::columns) {
-      columns(reduction, item);
-    } else if (reduction.path == Path::squares) {
-      squares(reduction, item);
-    } else if (reduction.positions.inner().g == 0) {
-      rows<T, Reducer, Repeated>(reduction, item);
-    } else {
-      rows<T, Reducer, Dense>(reduction, item);
-    }
+    walk(reduction, Item<T, Reducer>(reduction, i));
   }
 }
 

@@ -6,11 +6,12 @@ namespace fastscore::cpu {
 namespace {
 
 // Positions per chunk: long enough that a partial sum costs nothing, short enough to feed many threads from one sample
-// and to bound the rounding error. Rows in one stretch spread a chunk over many sums; all else adds it to few.
-constexpr int64_t kStretchChunk = 4096, kChunk = 512;
+// and to bound the rounding error. A row's stretches spread over as many sums as they are long, up to kMostSums, each of
+// which gets about kAdditions; all else adds a chunk to few sums.
+constexpr int64_t kMostSums = 64, kAdditions = 64, kChunk = 512;
 // Channels per tile: a tile's sums stay in the first-level cache (columns), whole cache lines of channels are read
-// (squares), items are of some size (rows).
-constexpr int64_t kColumnTile = kMaxColumnTile, kSquareTile = 32, kRowItem = 16384;
+// (squares), items are of some size and fill the vectors that lanes are added up in (rows).
+constexpr int64_t kColumnTile = kMaxColumnTile, kSquareTile = 32, kRowItem = 16384, kRowTile = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -57,21 +58,26 @@ void choose_path(Reduction& reduction) {
   const Dim& inner = reduction.positions.inner();
   Dim& channel = reduction.channel;
   const bool columns =
-      channel.a == 1 && (channel.g == 1 || reduction.positions.repeats_g()) && (channel.size >= 4 || positions == 1);
-  if (columns && (positions == 1 || inner.a != 1)) {
+      channel.a == 1 && (channel.g == 1 || reduction.positions.repeats_g()) && (channel.size > 1 || positions == 1);
+  const bool rows = inner.a == 1 && (inner.g == 1 || inner.g == 0);
+  const bool squares = (channel.a == 1 && inner.g == 1) || (inner.a == 1 && channel.g == 1);
+  reduction.strided = !columns && !rows && !squares;
+  if (reduction.strided) {
+    const bool near = channel.size > 1 && channel.a + channel.g < inner.a + inner.g;
+    reduction.path = near || positions == 1 ? Path::columns : Path::rows;
+  } else if (columns && (positions == 1 || inner.a != 1)) {
     reduction.path = Path::columns;
   } else {
-    reduction.path = inner.a == 1 && (inner.g == 1 || inner.g == 0) ? Path::rows : Path::squares;
+    reduction.path = rows ? Path::rows : Path::squares;
   }
   if (reduction.path == Path::rows || positions == 1) merge_samples(reduction);
-  const int64_t longest = reduction.path == Path::rows && reduction.positions.depth == 1 ? kStretchChunk : kChunk;
+  const int64_t stretch = reduction.positions.depth == 1 ? kMostSums : std::min(inner.size, kMostSums);
+  const int64_t longest = reduction.path == Path::rows ? stretch * kAdditions : kChunk;
   reduction.chunks = std::max<int64_t>(ceil_div(positions, longest), 1);
   reduction.chunk = ceil_div(positions, reduction.chunks);
   const int64_t widest = reduction.path == Path::columns   ? kColumnTile
                          : reduction.path == Path::squares ? kSquareTile
-                         : reduction.chunks > 1
-                             ? 1
-                             : std::max<int64_t>(kRowItem / std::max<int64_t>(reduction.chunk, 1), 1);
+                                                           : ceil_div(kRowItem / std::max<int64_t>(reduction.chunk, 1) + 1, kRowTile) * kRowTile;
   reduction.tile = std::max<int64_t>(std::min(widest, channel.size), 1);
   reduction.tiles = ceil_div(channel.size, reduction.tile);
 }

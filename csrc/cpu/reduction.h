@@ -35,25 +35,34 @@ struct Dims {
       if (begin < end) f(begin * last.a, begin * last.g, end - begin);
       return;
     }
-    while (begin < end) {
-      int64_t rest = begin / last.size, first = begin % last.size;
-      int64_t offset_a = first * last.a, offset_g = first * last.g;
-      for (int d = depth - 2; d >= 0; --d) {
-        const int64_t index = rest % dim[d].size;
-        rest /= dim[d].size;
-        offset_a += index * dim[d].a;
-        offset_g += index * dim[d].g;
-      }
+    int64_t index[kMaxDims], offset_a = 0, offset_g = 0, rest = begin;
+    for (int d = depth - 1; d >= 0; --d) {
+      index[d] = rest % dim[d].size;
+      rest /= dim[d].size;
+      offset_a += index[d] * dim[d].a;
+      offset_g += index[d] * dim[d].g;
+    }
+    for (int64_t first = index[depth - 1]; begin < end; first = 0) {
       const int64_t left = last.size - first, length = left < end - begin ? left : end - begin;
       f(offset_a, offset_g, length);
       begin += length;
+      offset_a -= first * last.a;
+      offset_g -= first * last.g;
+      for (int d = depth - 2; d >= 0; --d) {  // the next stretch, as an odometer counts
+        offset_a += dim[d].a;
+        offset_g += dim[d].g;
+        if (++index[d] < dim[d].size) break;
+        offset_a -= dim[d].size * dim[d].a;
+        offset_g -= dim[d].size * dim[d].g;
+        index[d] = 0;
+      }
     }
   }
 };
 
 // rows: positions lie next to each other (g may repeat one value). columns: channels do (g may repeat its channels'
-// values at every position). squares: anything else, by squares of channels and positions that are transposed in
-// registers.
+// values at every position). squares: positions do in one tensor, channels in the other; squares of both are transposed
+// in registers. Where nothing lies next to each other, rows or columns are `strided`: whichever has the smaller steps.
 enum class Path { rows, columns, squares };
 
 // An item is (sample, chunk of positions, tile of channels); the split follows from the shape alone, so that the
@@ -61,6 +70,7 @@ enum class Path { rows, columns, squares };
 // sample has several chunks.
 struct Reduction {
   Path path;
+  bool strided;
   Dim sample, channel;
   Dims positions;
   int64_t chunk, chunks;  // positions per chunk; chunks per sample

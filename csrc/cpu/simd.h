@@ -108,6 +108,42 @@ FASTSCORE_INLINE Vector<T> load(const T* p, int n) {
 }
 #endif
 
+template <class V, std::size_t... I>
+FASTSCORE_INLINE V every_second(V x, V y, std::index_sequence<I...>) {
+  constexpr int kLanes = sizeof...(I);
+  return __builtin_shufflevector(x, y, (2 * I < kLanes ? 2 * I : 2 * I + 1)...);
+}
+
+// Elements `step` apart; reads nothing behind the last.
+template <class T>
+FASTSCORE_INLINE Vector<T> load_strided(const T* p, int64_t step) {
+  constexpr int kW = kWidth<T>;
+  if (step == 2) return every_second(load(p), load(p + kW - 1), std::make_index_sequence<kW>());
+  if constexpr (sizeof(T) == 2) {
+    HalfBits v;
+    for (int i = 0; i < kW; ++i) v[i] = p[i * step].bits;
+    return widen(T{}, v);
+  } else {
+    Vector<T> v;
+    for (int i = 0; i < kW; ++i) v[i] = p[i * step];
+    return v;
+  }
+}
+
+// The first n of them, n below the width, and zeros.
+template <class T>
+FASTSCORE_INLINE Vector<T> load_strided(const T* p, int64_t step, int n) {
+  constexpr int kW = kWidth<T>;
+  if (step == 2) {
+    const Vector<T> x = 2 * n > kW ? load(p) : load(p, 2 * n - 1);
+    const Vector<T> y = 2 * n > kW ? load(p + kW - 1, 2 * n - kW) : Vector<T>{};
+    return every_second(x, y, std::make_index_sequence<kW>());
+  }
+  T copy[kW] = {};
+  for (int i = 0; i < n; ++i) copy[i] = p[i * step];
+  return load(static_cast<const T*>(copy));
+}
+
 template <class V, class S>
 FASTSCORE_INLINE void store(S* p, V v) {
   memcpy(p, &v, sizeof v);
