@@ -48,9 +48,7 @@ Tensor clamp_backward_(const Tensor& y, Tensor g, const std::optional<Tensor>& r
   task.low = low;
   task.high = high;
   choose_path(reduction);
-  if (reduction.path == Path::squares && reduction.channel.a == 1)
-    reduction.path = Path::columns;  // few channels, all the same
-  STD_TORCH_CHECK(reduction.path != Path::squares && reduction.positions.depth == 1,
+  STD_TORCH_CHECK(reduction.path != Path::squares && !reduction.strided && reduction.positions.depth == 1,
                   "y is neither contiguous nor channels last; copy y, g and rest, as in y.contiguous()");
   const auto kernel = kernels().clamp_backward[int(dtype)];
   run_reduction(reduction, dtype, 3, [&](int64_t begin, int64_t end) { kernel(task, begin, end); });

@@ -6,8 +6,8 @@ namespace fastscore::cpu {
 namespace {
 
 // Positions per chunk: long enough that a partial sum costs nothing, short enough to feed many threads from one sample
-// and to bound the rounding error. A row's stretches spread over as many sums as they are long, up to kMostSums, each of
-// which gets about kAdditions; all else adds a chunk to few sums.
+// and to bound the rounding error. A row's stretches spread over as many sums as they are long, up to kMostSums, each
+// of which gets about kAdditions; all else adds a chunk to few sums.
 constexpr int64_t kMostSums = 64, kAdditions = 64, kChunk = 512;
 // Channels per tile: a tile's sums stay in the first-level cache (columns), whole cache lines of channels are read
 // (squares), items are of some size and fill the vectors that lanes are added up in (rows).
@@ -75,9 +75,10 @@ void choose_path(Reduction& reduction) {
   const int64_t longest = reduction.path == Path::rows ? stretch * kAdditions : kChunk;
   reduction.chunks = std::max<int64_t>(ceil_div(positions, longest), 1);
   reduction.chunk = ceil_div(positions, reduction.chunks);
-  const int64_t widest = reduction.path == Path::columns   ? kColumnTile
-                         : reduction.path == Path::squares ? kSquareTile
-                                                           : ceil_div(kRowItem / std::max<int64_t>(reduction.chunk, 1) + 1, kRowTile) * kRowTile;
+  const int64_t widest = reduction.path == Path::columns ? kColumnTile
+                         : reduction.path == Path::squares
+                             ? kSquareTile
+                             : ceil_div(kRowItem / std::max<int64_t>(reduction.chunk, 1) + 1, kRowTile) * kRowTile;
   reduction.tile = std::max<int64_t>(std::min(widest, channel.size), 1);
   reduction.tiles = ceil_div(channel.size, reduction.tile);
 }

@@ -108,6 +108,18 @@ FASTSCORE_INLINE Vector<T> load(const T* p, int n) {
 }
 #endif
 
+// x · y + z, rounded once where the tier has an instruction for it.
+constexpr bool kMultiplyAdd = kVectorBytes > 16;
+FASTSCORE_INLINE Vector<float> multiply_add(Vector<float> x, Vector<float> y, Vector<float> z) {
+#if FASTSCORE_VECTOR_BYTES == 64
+  return (Vector<float>)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z);
+#elif FASTSCORE_VECTOR_BYTES == 32
+  return (Vector<float>)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
+#else
+  return x * y + z;
+#endif
+}
+
 template <class V, std::size_t... I>
 FASTSCORE_INLINE V every_second(V x, V y, std::index_sequence<I...>) {
   constexpr int kLanes = sizeof...(I);

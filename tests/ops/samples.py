@@ -23,6 +23,7 @@ SHAPES = [
     ((1, 2, 71, 73), 1),     # rows in two chunks
     ((1, 20, 24, 23), 1),    # columns in two chunks
     ((2, 1030, 3, 1), 1),    # columns in two tiles
+    ((2, 63, 9, 5), 1),      # few channels, more lanes than a vector has
     ((0, 3, 4, 4), 1), ((2, 0, 4, 4), 1), ((2, 3, 0, 4), 1), ((0, 0), 1),
 ]
 
@@ -53,6 +54,7 @@ LAYOUTS: dict[str, Layout] = {
     "cropped": lambda x, c: poisoned(x, list(range(x.dim())), gap=1),
     "cropped_channels_last": lambda x, c: poisoned(x, _channels_last(x, c), gap=2),
     "every_other": lambda x, c: poisoned(x, list(range(x.dim())), step=2),
+    "every_third_channels_last": lambda x, c: poisoned(x, _channels_last(x, c), step=3),
     "reversed": lambda x, c: poisoned(x, list(range(x.dim()))[::-1]),
 }
 
