@@ -25,7 +25,10 @@ struct Strided {
   int64_t step;
   FASTSCORE_INLINE Vector<T> at(int64_t i) const { return load_strided(p + i * step, step); }
   FASTSCORE_INLINE Vector<T> at(int64_t i, int n) const { return load_strided(p + i * step, step, n); }
-  FASTSCORE_INLINE void prefetch_from(int64_t) const {}
+  FASTSCORE_INLINE void prefetch_from(int64_t i) const {
+    const int64_t bytes = kWidth<T> * step * int64_t(sizeof(T));
+    for (int64_t line = 0; line < bytes && line < 256; line += 64) prefetch(p + i * step, kPrefetchBytes + line);
+  }
 };
 
 template <class T>
