@@ -5,10 +5,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.graph import channel_buffers, index_maps
+from fastscore.graph.cut_widths import Cut, Width
+from fastscore.graph.groups import Member
 from fastscore.graph.index_maps import IndexMap
 from fastscore.graph.noted_calls import NotedCalls, outputs_of
 from fastscore.modules import channel_norms
@@ -133,14 +136,12 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
 
     def chunks(self, positions: Positions) -> Iterator[tuple[int, np.ndarray]]:
         """(width of a part, positions) for each split of the channels into equal parts."""
-        return ((node.grad_fn._saved_split_size, at) for (node, _), at in positions.items()
-                if node.type == OPTYPE.SPLIT and hasattr(node.grad_fn, "_saved_split_size") and self._cuts(node))
+        return ((width, at) for (node, _), at in positions.items() if (width := self._chunk(node)) is not None)
 
     def chunks_others(self, positions: Positions) -> bool:
         """Whether channels that are not among `positions` are split into equal parts together with those that are."""
         return any(len(np.unique(at >> 32)) < node.grad_fn._saved_self_sym_sizes[self._dims[node]]
-                   for (node, _), at in positions.items()
-                   if node.type == OPTYPE.SPLIT and hasattr(node.grad_fn, "_saved_split_size") and self._cuts(node))
+                   for (node, _), at in positions.items() if self._chunk(node) is not None)
 
     def pads_others(self, positions: Positions) -> bool:
         """Whether some of `positions` hold constants padded beside other channels: as many, whatever goes."""
@@ -177,10 +178,8 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         if any(source in self._dims and index_maps.runs_over(node.grad_fn, self._dims[source], len(_shape(source)))
                for source in node.inputs):
             return f"{_RUNS_OVER} ({node.grad_fn.name()})"
-        fixed = node.type == OPTYPE.SLICE or hasattr(node.grad_fn, "_saved_split_sizes") or (
-            node.type == OPTYPE.SPLIT and any(node.grad_fn is function for function in self._calls.fixed_splits))
         cropped = self._is_padded(node) and min(self._padding(node)) < 0
-        if cropped or (fixed and self._cuts(node)):
+        if cropped or (self._is_fixed(node) and not self._widths(node)):
             return f"its channels are cut at positions that the model's code fixes ({node.grad_fn.name()})"
         if node.type == OPTYPE.DEPTHWISE_CONV and node.module.in_channels != node.module.out_channels:
             return f"{node._name} adds channels up in fixed sets"
@@ -191,6 +190,55 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
     def _cuts(self, node: Any) -> bool:
         """Whether a split or slice is along the dimension that holds the channels."""
         return node in self._dims and _saved_dim(node) == self._dims[node]
+
+    def _is_fixed(self, node: Any) -> bool:
+        """Whether the code says where channels are split, or sliced; chunk() takes equal parts of whatever is left."""
+        fixed = node.type == OPTYPE.SLICE or hasattr(node.grad_fn, "_saved_split_sizes") or (
+            node.type == OPTYPE.SPLIT and self._noted(node) is not None)
+        return fixed and self._cuts(node)
+
+    def _noted(self, node: Any) -> Cut | None:
+        return next((cut for cut in self._calls.cuts if cut.function is node.grad_fn), None)
+
+    def _widths(self, node: Any) -> list[Width] | None:
+        """What modules keep of the places of a split, or slice, along the channels; None where that is nothing."""
+        cut, function = self._noted(node), node.grad_fn
+        if cut is None:
+            return None
+        whole = function._saved_self_sym_sizes[self._dims[node]]
+        if node.type == OPTYPE.SLICE:
+            part = _slice(function, whole)
+            return cut.of_bounds([at for at in (part.begin, part.end) if 0 < at < whole]) if part.step == 1 else None
+        if hasattr(function, "_saved_split_sizes"):
+            return cut.of_sizes(function._saved_split_sizes)
+        size = function._saved_split_size
+        return cut.of_sizes([size] * (whole // size)) if whole % size == 0 else None
+
+    def _chunk(self, node: Any) -> int | None:
+        """The width of the equal parts that channels are split into; None where they are not, or need not be equal."""
+        if node.type != OPTYPE.SPLIT or not self._cuts(node):
+            return None
+        if hasattr(node.grad_fn, "_saved_split_size"):
+            width: int = node.grad_fn._saved_split_size
+            return width
+        widths = self._widths(node)
+        return widths[0].end if widths is not None and len(widths) == 1 else None
+
+    def kept_widths(self, positions: Positions) -> Iterator[Member]:
+        """The members of a group that are numbers which modules keep of its channels."""
+        known = set[tuple[str, str]]()
+        for (node, _), at in positions.items():
+            if not self._is_fixed(node):
+                continue
+            cut = self._noted(node)
+            for width in self._widths(node) or () if cut is not None else ():
+                assert cut is not None
+                name, position = self._module2name[cut.module], at >> 32
+                inside = (position >= width.begin) & (position < width.end)
+                if (name, width.attribute) not in known and inside.any():
+                    known.add((name, width.attribute))
+                    yield Member(name, "width", torch.from_numpy(position[inside] - width.begin),
+                                 torch.from_numpy(at[inside] & index_maps.CHANNEL), attribute=width.attribute)
 
     def _channel_buffers(self) -> list[nn.Module]:
         return [module for module in self.model.modules() if channel_buffers.width(module) is not None]

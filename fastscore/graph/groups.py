@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastscore.modules.sample_axis import SampleAxes
 
 Role = Literal["producer", "consumer", "channelwise", "norm", "heads", "gate", "tensor", "branch", "block",
-               "reader"]
+               "reader", "width"]
 READS: tuple[Role, ...] = ("consumer", "reader")  # whose inputs the channels are
 Units = Literal["groups", "norms", "blocks"]
 Ignore = Iterable[str | type | nn.Module]
@@ -34,8 +34,9 @@ class Member:
     them: see fastscore.modules.channel_norms), `heads` (an attention module, for what it has once for each head),
     `gate` (a BatchNorm whose output is the channels: see norm_gates), `branch` (a residual branch, all whose output is
     one channel) or `block` (the same module, which goes with it, and returns `index[0]` things: see
-    fastscore.graph.blocks), or `tensor` (a parameter that the code of a module reads itself, such as a layer scale or
-    an embedding of positions: `layer` is its qualified name, and its dimension `dim` holds the channels). index,
+    fastscore.graph.blocks), `width` (a module that keeps in `attribute` how many of the channels there are: see
+    fastscore.graph.cut_widths), or `tensor` (a parameter that the code of a module reads itself, such as a layer scale
+    or an embedding of positions: `layer` is its qualified name, and its dimension `dim` holds the channels). index,
     channel: int64 [M]; position `index[m]` of the layer's output (its input, for a consumer or reader) carries the
     group's channel `channel[m]`; in the projections of queries and keys, the rows that go with it. For `heads`, head
     `index[m]` begins at channel `channel[m]`.
@@ -46,6 +47,7 @@ class Member:
     index: Tensor
     channel: Tensor
     dim: int = 0
+    attribute: str = ""
 
     @property
     def module(self) -> str:
@@ -109,7 +111,7 @@ class ChannelGraph:
         digest = hashlib.sha256()
         for group in self.groups:
             for member in group.members:
-                role = f"dim{member.dim}" if member.role == "tensor" else member.role
+                role = f"dim{member.dim}" if member.role == "tensor" else member.role + member.attribute
                 digest.update(f"{group.name}\0{group.channels}\0{member.layer}\0{role}\0".encode())
                 digest.update(member.index.numpy().tobytes() + member.channel.numpy().tobytes())
         return digest.hexdigest()

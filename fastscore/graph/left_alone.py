@@ -24,7 +24,8 @@ def named(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
     holds others, the key is the parameter's qualified name.
     """
     # a layer that only reads channels makes others
-    covered = {member.layer for group in graph.groups for member in group.members if member.role not in READS}
+    covered = {member.layer for group in graph.groups for member in group.members
+               if member.role not in (*READS, "width")}
     more: dict[str, str] = {}
     for name, module in model.named_modules():
         if name in covered or name in graph.skipped:

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fastscore.graph.cut_widths import Cut, cut_of
+
+_SPLITS = (torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes)
+
 
 @contextmanager
 def outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Any]]]:
@@ -26,19 +30,21 @@ def outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[An
 
 
 class NotedCalls(TorchFunctionMode):
-    """Notes what autograd does not keep: splits into parts of a given width (which look like those of chunk()), and the
-    widths that a concatenation joins, those of tensors that need no gradient included."""
+    """Notes what autograd does not keep: splits into parts of a given width (which look like those of chunk()) and
+    slices, with the module whose code they stand in, and the widths that a concatenation joins, those of tensors that
+    need no gradient included."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fixed_splits: list[Any] = []
+        self.cuts: list[Cut] = []
         self.concatenated: list[tuple[Any, list[int]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if func in (torch.split, Tensor.split) and output and output[0].grad_fn is not None:
-            self.fixed_splits.append(output[0].grad_fn)
+        part = output[0] if func in _SPLITS and output else output if func is Tensor.__getitem__ else None
+        if part is not None and part.grad_fn is not None and (cut := cut_of(part.grad_fn)) is not None:
+            self.cuts.append(cut)
         if func in (torch.cat, torch.concat, torch.concatenate) and output.grad_fn is not None:
             tensors = args[0] if args else kwargs["tensors"]
             dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))

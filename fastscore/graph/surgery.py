@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.graph import channel_buffers, heads, own_tensors
+from fastscore.graph.cut_widths import SIDE, narrow
 from fastscore.graph.groups import ChannelGroup, Role
 from fastscore.modules import experts, multihead_attention
 from fastscore.modules.computed_weights import make_plain
@@ -17,7 +18,7 @@ from fastscore.modules.hooks import remove_copied_hooks
 from fastscore.modules.zero_branch import put_zeros
 
 Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
-Side = Literal["inputs", "outputs", "heads", "block", Dim]
+Side: TypeAlias = str  # "inputs", "outputs", "heads", "block", a Dim, or SIDE and what a module keeps
 _DIMS: tuple[Dim, ...] = get_args(Dim)
 _SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "norm": "outputs", "gate": "outputs",
                                "consumer": "inputs", "reader": "inputs", "heads": "heads", "block": "block"}
@@ -43,7 +44,8 @@ def removed_indices(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor
             for member, index in group.removed_at(removed[group.name]):
                 if member.role == "branch":
                     continue  # its block says what goes
-                side = _DIMS[member.dim] if member.role == "tensor" else _SIDES[member.role]
+                side = _DIMS[member.dim] if member.role == "tensor" else \
+                    f"{SIDE}{member.attribute}" if member.role == "width" else _SIDES[member.role]
                 indices[member.layer, side].append(index)
     return {key: index for key, parts in indices.items() if len(index := torch.cat(parts).unique())}
 
@@ -84,9 +86,12 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
             own_tensors.cut(model, name, _DIMS.index(side), index)
             continue
         if side in ("inputs", "outputs") and name not in surgeons:
-            experts.cut(model, name, side, index)
+            experts.cut(model, name, "inputs" if side == "inputs" else "outputs", index)
             continue
         layer = model.get_submodule(name)
+        if side.startswith(SIDE):
+            narrow(layer, side.removeprefix(SIDE), len(index))
+            continue
         if side == "heads":
             heads.remove(layer, index)
             for handle in multihead_attention.replace_attention(model, called=()):

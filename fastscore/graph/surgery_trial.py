@@ -177,7 +177,11 @@ def _some_units(group: ChannelGroup, part: int, before: int) -> Tensor:
     rest = units - first
     order = torch.randperm(units, generator=torch.Generator().manual_seed(seed))
     stay = order[:first] if part == 0 else order[first:first + rest - 1 + rest % 2]
-    return torch.ones(units, dtype=torch.bool).index_fill(0, stay, False)[group.unit].nonzero()[:, 0]
+    gone = torch.ones(units, dtype=torch.bool).index_fill(0, stay, False)
+    for member in group.members:  # of a part of the channels one stays as well
+        if 0 < len(member.channel) < group.channels and gone[group.unit[member.channel]].all():
+            gone[group.unit[member.channel[0]]] = False
+    return gone[group.unit].nonzero()[:, 0]
 
 
 def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.RemovedIndices,

@@ -249,6 +249,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
             channels = graph.get_out_channels(module)
             unit = units.units_of(layers, channels, members, graph.chunks(positions))
             if int(unit.max()) > 0:
+                members += graph.kept_widths(positions)
                 groups.append(ChannelGroup(name, channels, unit, tuple(units.first_channel_of_each_index(members))))
                 for producer in producers:
                     skipped.pop(producer, None)
@@ -258,7 +259,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
         tied.update((producer, name) for producer in producers)
         tied.update((member.layer, name) for member in members if member.role == "tensor"
                     and layers[member.module].get_parameter(member.layer.rpartition(".")[2]).dim() > 1)
-    covered = {member.layer for group in groups for member in group.members if member.role not in READS}
+    covered = {member.layer for group in groups for member in group.members if member.role not in (*READS, "width")}
     skipped |= {layer: f"its channels go with those of {first}" for layer, first in tied.items()
                 if layer not in covered and layer not in skipped}
     return ChannelGraph(tuple(groups), skipped, graph.normalized_by)

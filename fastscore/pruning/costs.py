@@ -108,6 +108,8 @@ class Costs:
         for group in self.groups.values():
             losses = self._losses[group.name] = defaultdict(list)
             for member in () if any(group.role("block")) else group.members:
+                if member.role == "width":  # a number
+                    continue
                 layer, own = model.get_submodule(member.module), per_layer.get(member.layer, 0.0)
                 if member.layer not in self.layers:
                     self.layers[member.layer] = _heads_cost(member, layer, per_layer) if member.role == "heads" \
@@ -142,7 +144,8 @@ class Costs:
 
     def layers_of(self, group: str) -> Iterable[str]:
         """The layers whose costs change where channels of a group go: of a branch, all that it holds."""
-        return self._blocks.get(group) or {member.layer for member in self.groups[group].members}
+        return self._blocks.get(group) or {member.layer for member in self.groups[group].members
+                                             if member.role != "width"}
 
     def remove(self, group: str, channels: Iterable[int]) -> None:
         """Take channels of a group away."""

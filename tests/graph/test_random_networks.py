@@ -37,7 +37,7 @@ def check_groups(network: RandomNetwork, graph: ChannelGraph) -> None:
         assert len(same) == len(set(units)) == int(group.unit.max()) + 1, f"{group.name}: units differ"
         claimed: dict[str, set[int]] = {}
         for member in group.members:
-            if member.role in ("channelwise", "tensor"):
+            if member.role in ("channelwise", "tensor", "width"):
                 continue
             of_layer = {"producer": network.producers, "consumer": network.consumers, "reader": network.consumers,
                         "norm": network.norms}[member.role][member.layer]

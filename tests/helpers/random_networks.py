@@ -89,6 +89,18 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
+class Swapped(nn.Module):
+    """Cuts its input at a place that it keeps, and puts the parts the other way round."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same."""
+        return torch.cat(x.split(self.sizes, 1)[::-1], 1)
+
+
 class Owned(nn.Module):
     """A parameter of its own meets each channel, in one of the ways that models have."""
 
@@ -313,6 +325,15 @@ class _Generator:
         return self.add("over channels", (source,), value.labels, value.size, lambda layer, x: layer(x),
                         OverChannels(self.rng.random() < 0.6, len(value.labels)), counts=value.labels)
 
+    def swapped(self) -> int | None:
+        source = self.pick(lambda value: len(value.labels) > 2)
+        if source is None:
+            return None
+        value = self.values[source]
+        at = self.rng.randrange(1, len(value.labels) // 2)  # of equal parts each loses as much
+        return self.add("swapped", (source,), value.labels[at:] + value.labels[:at], value.size,
+                        lambda layer, x: layer(x), Swapped([at, len(value.labels) - at]))
+
     def owned(self) -> int | None:
         """A parameter that no layer of PyTorch's holds: a layer scale, a gain, an embedding of positions."""
         source = self.pick()
@@ -483,7 +504,7 @@ class _Generator:
                 (self.conv, 5), (self.channelwise, 4), (self.activation, 5), (self.residual, 3), (self.combine, 3),
                 (self.concat, 2), (self.halves, 2), (self.grouped, 1), (self.transposed, 1), (self.again, 1),
                 (self.resize, 2), (self.squeeze_excite, 1), (self.hostile, 1)]
-            options += [(self.owned, 5), (self.over_channels, 4)] if self.more else []
+            options += [(self.owned, 5), (self.over_channels, 4), (self.swapped, 4)] if self.more else []
             steps, weights = zip(*options, strict=True)
             for step in self.rng.choices(steps, weights, k=length or self.rng.randrange(4, 14)):
                 step()

@@ -1,0 +1,95 @@
+"""Splits and slices at places that a module keeps in attributes, `x.split(self.splits, 1)` or `x[:, :self.width]`: with
+fewer channels, surgery writes new numbers there.
+
+Which attributes these are is read off the code that runs and their values; that they are is found out as everything
+else is: by surgery on a copy.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+SIDE = "width "  # before the attribute, in what surgery takes out of a module
+
+
+@dataclass(frozen=True)
+class Width:
+    """A number of channels that a module keeps: of those that lie at `begin` to `end` where its code cuts.
+
+    attribute: its name; `name.2` is the third number of a list, `name//2` twice the number.
+    """
+
+    attribute: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A split, or slice, of a tensor.
+
+    function: of autograd, for its output. module: whose code it stands in. kept: attributes that this code reads ->
+    their numbers.
+    """
+
+    function: Any
+    module: nn.Module
+    kept: Mapping[str, int | list[int]]
+
+    def of_sizes(self, sizes: Sequence[int]) -> list[Width] | None:
+        """What is kept of a split into parts of these sizes; None where that is nothing. Of parts that are all alike
+        and known by one number the first stands for all."""
+        begins = [sum(sizes[:i]) for i in range(len(sizes))]
+        places = list(zip(begins, [*begins[1:], sum(sizes)], strict=True))
+        for name, value in self.kept.items():
+            if value == list(sizes):
+                return [Width(f"{name}.{i}", *place) for i, place in enumerate(places)]
+        if len(set(sizes)) == 1:
+            found = next((form for times, form in ((1, "{}"), (2, "{}//2")) if self._named(sizes[0] * times)), None)
+            return None if found is None else [Width(found.format(self._named(sizes[0] * (1 if found == "{}" else 2))),
+                                                     *places[0])]
+        names = [self._named(size) for size in sizes]
+        if len(set(names) - {""}) < len(sizes):
+            return None
+        return [Width(name, *place) for name, place in zip(names, places, strict=True)]
+
+    def of_bounds(self, bounds: Sequence[int]) -> list[Width] | None:
+        """What is kept of a slice that begins, or ends, at `bounds`; None where that is nothing."""
+        names = [self._named(bound) for bound in bounds]
+        return [Width(name, 0, bound) for name, bound in zip(names, bounds, strict=True)] if all(names) else None
+
+    def _named(self, number: int) -> str:
+        return next((name for name, value in self.kept.items() if value == number), "")
+
+
+def cut_of(function: Any) -> Cut | None:
+    """The split or slice that has just run, called by whatever has called this."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(owner, nn.Module):
+            numbers = {name: _numbers(vars(owner).get(name)) for name in code.co_names}
+            return Cut(function, owner, {name: value for name, value in numbers.items() if value is not None})
+        frame = frame.f_back
+    return None
+
+
+def narrow(module: nn.Module, attribute: str, gone: int) -> None:
+    """Take `gone` channels off what a module keeps."""
+    name, _, place = attribute.removesuffix("//2").partition(".")
+    times = 2 if attribute.endswith("//2") else 1
+    value: Any = vars(module)[name]
+    setattr(module, name, type(value)(number - gone * (at == int(place)) for at, number in enumerate(value)) if place
+            else value - gone * times)
+
+
+def _numbers(value: object) -> int | list[int] | None:
+    if type(value) is int:
+        return value
+    numbers = list(value) if type(value) in (list, tuple) else []  # type: ignore[call-overload]
+    return numbers if numbers and all(type(number) is int for number in numbers) else None
