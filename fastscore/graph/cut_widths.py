@@ -80,10 +80,13 @@ def cut_of(function: Any) -> Cut | None:
 
 
 def narrow(module: nn.Module, attribute: str, gone: int) -> None:
-    """Take `gone` channels off what a module keeps."""
+    """Take `gone` channels off what a module keeps. Raises ValueError where it keeps nothing of that name."""
     name, _, place = attribute.removesuffix("//2").partition(".")
     times = 2 if attribute.endswith("//2") else 1
-    value: Any = vars(module)[name]
+    value: Any = vars(module).get(name)
+    if _numbers(value) is None:
+        raise ValueError(f"{type(module).__name__} keeps no number of channels in {name}, as the model did that was "
+                         "pruned: build the dense model as it was")
     setattr(module, name, type(value)(number - gone * (at == int(place)) for at, number in enumerate(value)) if place
             else value - gone * times)
 
