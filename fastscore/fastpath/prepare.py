@@ -36,10 +36,12 @@ class Prepared:
     precision: str | None
     compiled: bool
     channels_last: bool = False
+    any_format: bool = True  # False: the model's code depends on where numbers lie in memory
     observation: Observation = field(init=False)
     dtype: torch.dtype = field(init=False)  # of the passes
     folding: Folding = field(init=False)
     layers: FusedLayers | None = None
+    formats: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # parameters, and as they lay in memory
     unfolded: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # layer -> its weight and bias
 
     def run(self, batch: Batch) -> Tensor:
@@ -122,8 +124,13 @@ def _fold(prepared: Prepared) -> None:
 def _channels_last(prepared: Prepared) -> None:
     """The memory format that convolutions are fastest in."""
     prepared.channels_last = any(isinstance(module, nn.Conv2d) for module in prepared.copy.modules())
-    if prepared.channels_last:
-        prepared.copy._apply(to_channels_last)  # Module.to() would refuse a parameter of five dimensions
+    if not prepared.channels_last:
+        return
+    for module in prepared.copy.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):  # other tensors may be read by code as they lie in memory
+            prepared.formats += [(parameter, parameter.data) for parameter in module._parameters.values()
+                                 if parameter is not None]
+            module._apply(to_channels_last, recurse=False)  # Module.to() would refuse a parameter of five dimensions
 
 
 def _pack(prepared: Prepared) -> None:
@@ -133,7 +140,7 @@ def _pack(prepared: Prepared) -> None:
 
 
 def _packed(prepared: Prepared) -> FusedLayers | None:
-    if prepared.compiled or prepared.taps.weights:
+    if prepared.compiled or prepared.taps.weights or not prepared.any_format:
         return None
     return FusedLayers(prepared.copy, prepared.taps, prepared.observation.clamps, prepared.folding.folded,
                        prepared.observation.inputs)
@@ -141,17 +148,43 @@ def _packed(prepared: Prepared) -> FusedLayers | None:
 
 def _verify_or_undo(prepared: Prepared) -> None:
     """Everything back as it was, where the output became another one."""
-    if prepared.folding.folded or prepared.layers is not None:
-        torch.manual_seed(0)  # whatever is drawn, is drawn again
+    if prepared.folding.folded or prepared.layers is not None or prepared.channels_last:
+        fault = _fault(prepared)
+        if fault == _STOPS and prepared.channels_last:  # a view, say, of what lies otherwise in memory
+            _undo_format(prepared)
+            fault = _fault(prepared)
+        if fault:
+            if prepared.layers is not None:
+                prepared.layers.undo(fault)
+            prepared.folding.undo(fault)
+            if prepared.channels_last and _fault(prepared):
+                _undo_format(prepared)
+    prepared.folding.make_permanent()
+    prepared.formats.clear()
+
+
+_STOPS = "the model did not run afterwards"
+
+
+def _fault(prepared: Prepared) -> str:
+    """What is wrong with the output since the copy was changed; nothing where it is as it was."""
+    torch.manual_seed(0)  # whatever is drawn, is drawn again
+    try:
         with torch.no_grad():
             output = prepared.forward(prepared.copy, prepared.arrange(prepared.example))
-        before = prepared.observation.output
-        if not _close(output.to(before.dtype), before):
-            reason = "the model's output was another one afterwards"
-            if prepared.layers is not None:
-                prepared.layers.undo(reason)
-            prepared.folding.undo(reason)
-    prepared.folding.make_permanent()
+    except Exception:  # of the model's code
+        return _STOPS
+    before = prepared.observation.output
+    return "" if _close(output.to(before.dtype), before) else "the model's output was another one afterwards"
+
+
+def _undo_format(prepared: Prepared) -> None:
+    """Layers as they lay in memory, and none that would hand on anything else."""
+    if prepared.layers is not None:
+        prepared.layers.undo("the model's code depends on where numbers lie in memory")
+    for parameter, data in prepared.formats:
+        parameter.data = data
+    prepared.channels_last = prepared.any_format = False
 
 
 def _cast_down(prepared: Prepared) -> None:

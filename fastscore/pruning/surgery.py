@@ -43,8 +43,9 @@ class Surgery:
         for name, value in self._weights.items():
             layer = model.get_submodule(name)
             old: Tensor = layer.weight  # type: ignore[assignment]
-            value = value.t().contiguous() if is_transposed(layer) else value
-            layer.weight = nn.Parameter(value.to(old.device, old.dtype), old.requires_grad)
+            value = value.t() if is_transposed(layer) else value
+            # in memory as the old one lies: what a convolution makes follows it, and a view() in the model's code that
+            layer.weight = nn.Parameter(torch.empty_like(old).copy_(value), old.requires_grad)
         recipes.attach(model, self._recipe)
         return remove_indices(model, self.removed_indices)
 
