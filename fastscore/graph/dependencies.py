@@ -1,7 +1,6 @@
 """What Torch-Pruning's tracer knows about a model: which node follows which, and where channels lie in each."""
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -76,7 +75,7 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         channels = np.arange(pruner.get_out_channels(root.module))
         positions: dict[tuple[Any, Any], np.ndarray] = {}
         work = [(root, pruner.prune_out_channels, channels << 32 | channels)]
-        obstacle = astray = None
+        obstacle = None
         while obstacle is None and (work or self._rest_of_grouped(positions, work)):
             node, function, arrived = work.pop()
             known = positions.get((node, function))
@@ -92,9 +91,6 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
                 positions[node, function] = np.union1d(known, new)
             if self._is_padded(node) and new[-1] >> 32 >= _shape(node)[self._dims[node]]:
                 obstacle = f"their number changes on the way to {node.grad_fn.name()}"  # and they come round for ever
-            elif node.type in TRANSPARENT and node in self._dims and new[-1] >> 32 >= math.prod(_shape(node)):  # a step
-                astray = f"their number changes on the way to {node.grad_fn.name()}"
-                continue  # what keeps them may lie elsewhere
             for dependency in node.dependencies:
                 if dependency.is_triggered_by(function):
                     onward = new
@@ -102,7 +98,6 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
                         onward = follow(onward)
                     if len(onward):
                         work.append((dependency.target, dependency.handler, onward))
-        obstacle = obstacle or astray
         if obstacle is not None and obstacle.startswith(_RUNS_OVER):
             products = (node.grad_fn.name() for node, _ in positions
                         if node.type == OPTYPE.ELEMENTWISE and index_maps.multiplies(node.grad_fn))
