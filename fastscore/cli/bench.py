@@ -28,7 +28,7 @@ Clock = Callable[[], float]
 def add(commands: Commands) -> None:
     """The command and its options."""
     command = add_command(
-        commands, "bench", run, "how fast this machine is: the kernels, and the scoring of a model",
+        commands, "bench", run, "[MODEL] ", "how fast this machine is: the kernels, and the scoring of a model",
         "Measure how many bytes the kernels read in a second here, beside what the memory gives;\n"
         "for a model, also what scoring a batch costs beside training on it.",
         "fastscore bench\n"
@@ -36,7 +36,8 @@ def add(commands: Commands) -> None:
         "fastscore bench nets.py:build --size 64 --device cpu --json")
     options.add_model(command, optional=True)
     options.add_pixels(command)
-    command.add_argument("--batch-size", type=options.positive, default=8, metavar="N", help="default: %(default)s")
+    command.add_argument("--batch-size", type=options.positive, default=8, metavar="N",
+                         help="images at once (default: %(default)s)")
     command.add_argument("--seconds", type=options.positive, default=3, metavar="S",
                          help="for the kernels, about (default: %(default)s)")
     command.set_defaults(seed=0)

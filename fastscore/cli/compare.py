@@ -13,7 +13,8 @@ from fastscore.cli.options import Commands, add_command
 def add(commands: Commands) -> None:
     """The command and its options."""
     command = add_command(
-        commands, "compare", run, "which criterion ranks best, at equal budgets, all repaired alike",
+        commands, "compare", run, "MODEL --images FOLDER ",
+        "which criterion ranks best, at equal budgets, all repaired alike",
         "Score by several criteria, prune to the same budgets, repair all alike, and say how often each smaller model\n"
         "decides as the dense one does, on images that neither scored nor repaired.",
         "fastscore compare torchvision:mobilenet_v2 --weights DEFAULT --images photos --macs 0.85 0.7\n"
@@ -25,7 +26,8 @@ def add(commands: Commands) -> None:
                          default=["taylor-sq", "magnitude-l2", "random"],
                          help=f"of {', '.join(options.IMPORTANCES)} (default: taylor-sq magnitude-l2 random)")
     command.add_argument("--samples", type=options.positive, metavar="N", help="draw N of the images (default: all)")
-    command.add_argument("--batch-size", type=options.positive, default=32, metavar="N", help="default: %(default)s")
+    command.add_argument("--batch-size", type=options.positive, default=32, metavar="N",
+                         help="images at once (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
     command.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="LAYER",
                          help="layers to keep as they are, by name; * and ? are wildcards")

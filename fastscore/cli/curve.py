@@ -14,7 +14,8 @@ from fastscore.pruning.options import Budgets
 def add(commands: Commands) -> None:
     """The command and its options."""
     command = add_command(
-        commands, "curve", run, "how much can go: budget against agreement with the dense model",
+        commands, "curve", run, "MODEL --images FOLDER ",
+        "how much can go: budget against agreement with the dense model",
         "Prune to several budgets, repair, and say how often each smaller model decides as the dense one does, on\n"
         "images that neither scored nor repaired.",
         "fastscore curve torchvision:mobilenet_v2 --weights DEFAULT --images photos\n"

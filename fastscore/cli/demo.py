@@ -11,7 +11,7 @@ from fastscore.cli.options import Commands, add_command, add_json, check_folder,
 def add(commands: Commands) -> None:
     """The command and its options."""
     command = add_command(
-        commands, "demo", run, "train, score, prune, repair and fine-tune a small network: a minute or two",
+        commands, "demo", run, "", "train, score, prune, repair and fine-tune a small network: a minute or two",
         "Train small networks on scikit-learn's digits, prune them to half their MACs by fastscore, by magnitude and\n"
         "at random, repair them without labels, fine-tune them briefly with, and compare.",
         "fastscore demo\nfastscore demo --networks 1 --seed 3 --out demo.png")

@@ -23,7 +23,7 @@ _PACKAGES = ("torch-fastscore", "torch", "triton", "torch-pruning", "torchvision
 def add(commands: Commands) -> None:
     """The command and its options."""
     command = add_command(
-        commands, "info", run, "what is installed here, and what scoring a model will do",
+        commands, "info", run, "[MODEL or SCORES] ", "what is installed here, and what scoring a model will do",
         "Versions, and which kernels serve which device on this machine, or why they do not.\n"
         "For a model: how its images are prepared, and what is made of it to score it, layer by layer.\n"
         "For a file of scores or of a pruned model: where it comes from.",

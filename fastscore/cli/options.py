@@ -41,11 +41,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"fastscore: error: {message} (see {self.prog} --help)\n")
 
 
-def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str, description: str,
-                examples: str) -> Parser:
-    """A command of `fastscore`: run is called with its arguments. text: of one line; examples: a command a line."""
+def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], None], usage: str, text: str,
+                description: str, examples: str) -> Parser:
+    """A command of `fastscore`: run is called with its arguments. usage: what it cannot do without; text: of one line;
+    examples: a command a line."""
     lines = "".join(f"\n  {line}" for line in examples.strip().splitlines())
-    command: Parser = commands.add_parser(name, help=text, description=description, epilog=f"examples:{lines}",
+    command: Parser = commands.add_parser(name, usage=f"fastscore {name} {usage}[options]", help=text,
+                                          description=description, epilog=f"examples:{lines}",
                                           formatter_class=argparse.RawDescriptionHelpFormatter)
     command.set_defaults(run=run)
     return command
@@ -64,7 +66,7 @@ def add_model(command: argparse.ArgumentParser, optional: bool = False) -> None:
                        "module:function for a function that returns a torch.nn.Module (the module is a name on the "
                        "Python path or a .py file)")
     weights = model.add_mutually_exclusive_group()
-    weights.add_argument("--checkpoint", metavar="FILE", help="state dict: safetensors, or torch.save")
+    weights.add_argument("--checkpoint", metavar="FILE", help="your weights: a state dict, safetensors or torch.save")
     weights.add_argument("--weights", metavar="NAME", help="torchvision's or timm's weights, e.g. DEFAULT (downloaded)")
     model.add_argument("--classes", type=positive, metavar="N",
                        help="outputs of a torchvision or timm model (default: its own)")
@@ -75,32 +77,36 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
     """How to score, and on which images; `folder` gets --images."""
     folder.add_argument("--images", metavar="FOLDER", help="unlabelled images, subfolders included")
     scoring = command.add_argument_group("scoring")
-    scoring.add_argument("--importance", choices=IMPORTANCES, default="taylor-sq",
-                         help="default: %(default)s; the signed taylor needs a loss: fastscore.Scorer has it")
+    scoring.add_argument("--importance", choices=IMPORTANCES, default="taylor-sq", metavar="NAME",
+                         help=f"{', '.join(IMPORTANCES)} (default: %(default)s); the signed taylor needs a loss, which "
+                         "fastscore.Scorer takes")
     scoring.add_argument("--units", choices=("groups", "blocks"), default="groups",
                          help="blocks: whole residual branches can go beside the channels (default: %(default)s)")
     scoring.add_argument("--reduction", choices=REDUCTIONS, default="sum",
-                         help="over a channel's positions before the square or absolute value (default: %(default)s)")
+                         help="sum a channel's positions before the square or absolute value is taken, or take it of "
+                         "each element (default: %(default)s)")
     scoring.add_argument("--ablation", choices=ABLATIONS,
-                         help="what a channel's absence is compared with (default: mean where a repair follows and the "
-                         "importance has it, else zero)")
+                         help="what stands in for a removed channel: zero, or its mean (default: mean where a repair "
+                         "follows and the importance has it, else zero)")
     scoring.add_argument("--layerwise", choices=tuple(LAYERWISE), default="none",
                          help="divide each layer's scores by their norm or mean (default: %(default)s)")
     scoring.add_argument("--probes", type=of_sampling("probes"), default=1, metavar="N",
-                         help="random gradients for each image, or exact: one for each output (default: %(default)s)")
+                         help="random gradients for each image; exact: one for each output (default: %(default)s)")
     scoring.add_argument("--distribution", choices=[name for name in DISTRIBUTIONS if name != "basis"],
-                         default="normal", help="of the random gradients (default: %(default)s)")
+                         default="normal", help="distribution of the random gradients (default: %(default)s)")
     scoring.add_argument("--center", action="store_true",
                          help="take the direction that a softmax does not see out of the random gradients")
     scoring.add_argument("--no-normalize", action="store_false", dest="normalize",
                          help="leave the gradients' lengths as drawn, instead of 1")
     scoring.add_argument("--samples", type=of_sampling("samples"), metavar="N",
-                         help="draw N of the images, or auto: as many as it takes (default: all)")
-    scoring.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: %(default)s")
-    scoring.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
+                         help="draw N of the images; auto: as many as it takes for scores to settle (default: all)")
+    scoring.add_argument("--batch-size", type=positive, default=32, metavar="N",
+                         help="images at once (default: %(default)s)")
+    scoring.add_argument("--seed", type=int, default=0, metavar="N",
+                         help="of every random choice (default: %(default)s)")
     scoring.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="LAYER",
                          help="layers to keep as they are, by name; * and ? are wildcards")
-    scoring.add_argument("--precision", choices=PRECISIONS, help="that the passes run in (default: the model's)")
+    scoring.add_argument("--precision", choices=PRECISIONS, help="of the scoring passes (default: the model's)")
     scoring.add_argument("--compile", action="store_true", help="run the passes through torch.compile")
     add_pixels(command)
 
@@ -109,13 +115,13 @@ def add_repair(command: argparse.ArgumentParser) -> None:
     """How a smaller model is repaired on the images."""
     repair = command.add_mutually_exclusive_group()
     repair.add_argument("--repair", choices=get_args(Method), default="auto",
-                        help="with --images, what the smaller model is given back (default: whatever does best on one "
-                        "of four images, held out)")
+                        help="how the layers that are left take over from what went, fitted to --images (default: "
+                        "auto, whichever does best on one of four images, held out)")
     repair.add_argument("--no-repair", action="store_const", const=None, dest="repair",
-                        help="cut only; --images then scores alone")
+                        help="cut only; --images are then used for scoring alone")
     command.add_argument("--measured", action=argparse.BooleanOptionalAction,
-                         help="compare layers by what cutting them costs once it is repaired, not by importances "
-                         "alone: better, and slower (default: with --repair auto and asymmetric, where it can be)")
+                         help="before cutting, measure what a cut of each layer costs after repair, and compare layers "
+                         "by that: better, and slower (default: with --repair auto and asymmetric, where possible)")
 
 
 def repairs(arguments: argparse.Namespace) -> bool:
@@ -152,9 +158,10 @@ def image_batches(arguments: argparse.Namespace, prepare: images.Preprocessing,
 def add_pixels(command: argparse.ArgumentParser) -> None:
     """What becomes of an image before the model sees it."""
     pixels = command.add_argument_group("preprocessing (default: that of the weights, or of hf's processor)")
-    pixels.add_argument("--size", type=positive, metavar="PIXELS", help="of the square that the model sees")
-    pixels.add_argument("--mean", type=float, nargs="+", metavar="X", help="3 numbers, or 1 for grey images")
-    pixels.add_argument("--std", type=float, nargs="+", metavar="X")
+    pixels.add_argument("--size", type=positive, metavar="PIXELS", help="side of the square that the model sees")
+    pixels.add_argument("--mean", type=float, nargs="+", metavar="X",
+                        help="subtracted from pixels in [0, 1]: 3 numbers, or 1 for grey images")
+    pixels.add_argument("--std", type=float, nargs="+", metavar="X", help="and then divided by: as many")
 
 
 def model(arguments: argparse.Namespace) -> nn.Module:

@@ -18,7 +18,7 @@ from fastscore.pruning.quality import Quality
 def add(commands: Commands) -> None:
     """The command and its options."""
     command = add_command(
-        commands, "prune", run, "write a smaller model",
+        commands, "prune", run, "MODEL --images FOLDER --macs SHARE --out FILE ", "write a smaller model",
         "Remove the least important channels until a budget holds, and write what remains.",
         "fastscore prune torchvision:mobilenet_v2 --weights DEFAULT --scores scores.safetensors --macs 0.7 "
         "--out small.pt2\n"
@@ -35,26 +35,26 @@ def add(commands: Commands) -> None:
                        ("latency", "time that two images take, measured here")):
         budget.add_argument(f"--{unit}", type=options.share, metavar="SHARE", help=f"share of the {text}")
     budget.add_argument("--clock", choices=get_args(Clock), default="torch",
-                        help="what runs the models when --latency is measured; the last two on the CPU (default: "
+                        help="the runtime in which --latency is measured; the last two on the CPU (default: "
                         "%(default)s)")
     budget.add_argument("--agreement", type=options.share, metavar="SHARE",
-                        help="the smallest model that makes this share of the dense one's decisions, judged on images "
-                        "that do not repair it")
+                        help="instead of a budget: the smallest model that agrees with the dense one on this share of "
+                        "images, judged on some that do not repair it")
     budget.add_argument("--confidence", type=options.share, metavar="P",
-                        help="--agreement then holds beyond those images with this probability, such as 0.95")
+                        help="such as 0.95: with this probability, --agreement holds beyond the images that judge")
     command.add_argument("--scores", metavar="FILE", help="scores from `fastscore score --out`; otherwise scored now")
     options.add_scoring(command, command)
     options.add_repair(command)
     command.add_argument("--scope", choices=("global", "layer", "isomorphic"), default="global",
-                         help="compare channels of all layers, shrink all layers alike, or compare channels of layers "
-                         "of one kind (default: %(default)s)")
+                         help="global: the least important channels of all layers go; layer: all layers shrink alike; "
+                         "isomorphic: as global, among layers of one kind (default: %(default)s)")
     command.add_argument("--cost-aware", action=argparse.BooleanOptionalAction,
                          help="rank by importance per MAC (or parameter, or second; default: with such a budget, where "
                          "the importance reads gradients)")
     command.add_argument("--round-to", type=positive_or("auto"), default=1, metavar="N",
-                         help="remaining widths are multiples of N; auto: of what the device likes")
+                         help="make widths multiples of N; auto: of what this device runs fastest")
     command.add_argument("--floor", type=options.share, default=0.0, metavar="SHARE",
-                         help="share of each layer's channels that stays")
+                         help="share of each layer's channels that stays, whatever the budget (default: one channel)")
     command.add_argument("--compensate", action=argparse.BooleanOptionalAction,
                          help="add what removed channels gave on average to the biases of the layers that read them "
                          "(default: where the scores hold that average)")

@@ -30,7 +30,7 @@ _GRADIENTS = {"random": "random, no labels", "loss": "of the loss", "none": "non
 def add(commands: Commands) -> None:
     """The command and its options."""
     command = add_command(
-        commands, "report", run, "a page to look at scores in a browser",
+        commands, "report", run, "SCORES [MODEL] ", "a page to look at scores in a browser",
         "Write scores as one HTML file that opens without a network: sortable layers, their importances, and which\n"
         "channels are removed at a budget. With the model, budgets are in MACs and parameters, too.",
         "fastscore report scores.safetensors --out scores.html\n"

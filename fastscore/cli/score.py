@@ -21,7 +21,8 @@ from fastscore.scoring.weights import WEIGHT_IMPORTANCES
 def add(commands: Commands) -> None:
     """The command and its options."""
     command = add_command(
-        commands, "score", run, "score every channel of a model on unlabelled images",
+        commands, "score", run, "MODEL --images FOLDER --out FILE ",
+        "score every channel of a model on unlabelled images",
         "Score every channel of a model on a folder of unlabelled images.",
         "fastscore score torchvision:mobilenet_v2 --weights DEFAULT --images photos --out scores.safetensors\n"
         "fastscore score nets.py:build --checkpoint net.safetensors --images photos --size 64 --plot scores.png\n"
@@ -35,9 +36,9 @@ def add(commands: Commands) -> None:
     long.add_argument("--resume", metavar="FILE", help="keep the run in FILE; the same command goes on from there, "
                       "after whatever stopped it, to the same scores")
     long.add_argument("--fixed-order", action="store_true",
-                      help="add up in an order that does not depend on the number of processes (64 at most)")
+                      help="the same bits, whatever the number of processes (64 at most)")
     long.add_argument("--timeout", type=options.positive, default=30, metavar="MINUTES",
-                      help="that one process waits for another (default: %(default)s)")
+                      help="how long one process waits for another (default: %(default)s)")
     command.add_argument("--out", metavar="FILE", help="write the scores: a safetensors file, for prune --scores")
     command.add_argument("--plot", metavar="PNG", help="draw each layer's scores")
     options.add_json(command, "the scores")

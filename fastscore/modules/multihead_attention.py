@@ -158,7 +158,7 @@ def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> 
             yield Handle([(module, "__class__", kind)])
         found = own_width.replacement(module)
         if found is not None and (wanted is None or any(id(layer) in wanted for layer in module.children())):
-            yield Handle([(module, "__class__", found[0])])
+            yield Handle([(module, "__class__", found)])
         if module.__dict__.get(_SEPARATE) is False and (wanted is None or any(
                 id(layer) in wanted for layer in module.children())):
             yield Handle([(module, _SEPARATE, True)])

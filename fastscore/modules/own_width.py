@@ -45,16 +45,15 @@ def output_projection(module: nn.Module) -> nn.Linear | None:
     return next((layer for layer in found if isinstance(layer, nn.Linear)), None)
 
 
-def replacement(module: nn.Module) -> tuple[type[nn.Module], nn.Linear] | None:
-    """(the class that computes the same of the width that the heads have, the output projection); None for a module
-    whose heads are, today, not as wide as what it reads, or whose code does not ask for the width of that."""
+def replacement(module: nn.Module) -> type[nn.Module] | None:
+    """The class that computes the same of the width that the heads have; None for a module whose heads are, today, not
+    as wide as what it reads, or whose code does not ask for the width of that."""
     projection = output_projection(module)
     if projection is None or isinstance(module, _OwnWidth) or not any(name in vars(module) for name in _COUNTS):
         return None
     read = next((layer.in_features for name in _QUERIES if isinstance(layer := module._modules.get(name), nn.Linear)),
                 None)
-    cls = with_own_width(type(module)) if read == projection.in_features else None
-    return None if cls is None else (cls, projection)
+    return with_own_width(type(module)) if read == projection.in_features else None
 
 
 def with_own_width(cls: type[nn.Module]) -> type[nn.Module] | None:

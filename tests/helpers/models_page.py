@@ -26,11 +26,6 @@ from real_models import CASES, Case
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 MEMORY, SECONDS = 4 << 30, 300  # that a model may take: bytes, and seconds of the processor
-_BEFORE = """## Before
-
-Models that an earlier version scored, pruned to 70 %, exported and trained for a step, and whose scores were not
-compared with gates; a row goes when its model is run again.
-"""
 _MODELS_OF = ("torchvision", "timm", "transformers", "diffusers", "smp", "ultralytics")
 
 
@@ -74,9 +69,9 @@ def read(path: Path) -> dict[str, Row]:
 
 
 def on_page() -> dict[str, str]:
-    """Name -> line of the page, of the models that were run since the page has this form."""
+    """Name -> line of the page."""
     found, library = {}, ""
-    for line in PAGE.read_text().partition(_BEFORE.splitlines()[0])[0].splitlines():
+    for line in PAGE.read_text().splitlines():
         if line.startswith("## "):
             library = line.removeprefix("## ")
         elif library and line.startswith("| ") and not line.startswith("| model |"):
@@ -85,16 +80,9 @@ def on_page() -> dict[str, str]:
     return found
 
 
-def before() -> dict[str, str]:
-    """Name -> line of the page, of the models that were not."""
-    lines = PAGE.read_text().partition(_BEFORE.splitlines()[0])[2].splitlines()
-    return {line.split(" | ")[0].removeprefix("| "): line for line in lines
-            if line.startswith("| ") and not line.startswith("| model |")}
-
-
 def write_page(rows: dict[str, Row]) -> None:
     """The tables of docs/models.md, with a summary of each library before them."""
-    known, earlier = on_page(), before()
+    known = on_page()
     head, mark, _ = PAGE.read_text().partition("<!-- made by tests/helpers/models_page.py -->\n")
     lines = known | {name: str(row) for name, row in rows.items()}
     parts = ["| library | models | all scores exact | pruned | = masked | exported | trained | outputs can go | "
@@ -106,10 +94,6 @@ def write_page(rows: dict[str, Row]) -> None:
     for name, group in groups.items():
         if group:
             parts += ["", f"## {name}", "", "| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|", *group]
-    left = [earlier[case.name] for case in CASES if case.name in earlier and case.name not in lines]
-    if left:
-        parts += ["", _BEFORE, "| model | image | channels scored | pruned | exported | a step of training | "
-                  "kept (reason) |", "|---" * 7 + "|", *left]
     PAGE.write_text(head + mark + "\n".join(parts) + "\n")
 
 
