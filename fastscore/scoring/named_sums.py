@@ -50,3 +50,11 @@ class NamedSums:
         for key in self._joint:
             found.update(self._taken_apart(key))
         return {name: found[name] for name in self._order}
+
+    def nonfinite(self) -> str | None:
+        """The first name whose sums hold NaN or infinity; None where all are finite."""
+        sums = self.by_name()
+        if not sums:
+            return None
+        finite = torch.stack([torch.isfinite(values).all() for values in sums.values()])  # one look at the device
+        return None if finite.all() else list(sums)[int(finite.int().argmin())]

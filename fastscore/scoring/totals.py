@@ -270,7 +270,7 @@ class Totals:
         overflowed; RuntimeError where no group was measured.
         """
         self.settle()
-        layer = self.nonfinite_layer()
+        layer = self._totals.nonfinite()
         if self.left_out and not self.samples:
             layer = self.nonfinite or "every backward pass"
         if layer is not None:
@@ -302,15 +302,6 @@ class Totals:
                    "mode), or take it out of the model"
         return f"no backward pass came to {layer}, which reads its channels: it runs under no_grad, in a " \
                "checkpoint(use_reentrant=True) that probes cannot pass, or without a loss"
-
-    def nonfinite_layer(self) -> str | None:
-        """The first layer whose total is NaN or infinite; None when all are finite."""
-        self.settle()
-        totals = self._totals.by_name()
-        if not totals:
-            return None
-        finite = torch.stack([torch.isfinite(total).all() for total in totals.values()])  # one look at the device
-        return None if finite.all() else list(totals)[int(finite.int().argmin())]
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and counts, to go on from."""
