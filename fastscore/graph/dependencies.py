@@ -1,6 +1,7 @@
 """What Torch-Pruning's tracer knows about a model: which node follows which, and where channels lie in each."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -27,6 +28,7 @@ TRANSPARENT = {OPTYPE.ELEMENTWISE, OPTYPE.CONCAT, OPTYPE.SPLIT, OPTYPE.RESHAPE, 
                OPTYPE.SLICE}
 
 _RUNS_OVER = "an operation runs over all its channels"
+_MOST_ARRIVALS = 100  # at one node, each time at new places: more than there are branches that end somewhere
 _UNKNOWN = OPTYPE.MHA  # of modules that are no ChannelNorm, and stop whatever comes to them
 
 # (node, pruning function) -> int64 [M], ascending: where channels of the root lie in the node's output or input, in
@@ -75,7 +77,8 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         channels = np.arange(pruner.get_out_channels(root.module))
         positions: dict[tuple[Any, Any], np.ndarray] = {}
         work = [(root, pruner.prune_out_channels, channels << 32 | channels)]
-        obstacle = None
+        arrivals = Counter[tuple[Any, Any]]()
+        obstacle = endless = None
         while obstacle is None and (work or self._rest_of_grouped(positions, work)):
             node, function, arrived = work.pop()
             known = positions.get((node, function))
@@ -83,12 +86,16 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
                 new = positions[node, function] = arrived
                 obstacle = self._obstacle(node, function)
             else:
-                if len(arrived) == len(known) and (arrived == known).all():
+                if endless or (len(arrived) == len(known) and (arrived == known).all()):
                     continue  # as most that comes back is: no need to sort
                 new = np.setdiff1d(arrived, known, assume_unique=True)
                 if not len(new):
                     continue
                 positions[node, function] = np.union1d(known, new)
+                arrivals[node, function] += 1
+                if arrivals[node, function] >= _MOST_ARRIVALS:
+                    endless = f"they come round for ever, to other places each time ({node.grad_fn.name()})"
+                    continue  # a better reason may lie where they have not been
             if self._is_padded(node) and new[-1] >> 32 >= _shape(node)[self._dims[node]]:
                 obstacle = f"their number changes on the way to {node.grad_fn.name()}"  # and they come round for ever
             for dependency in node.dependencies:
@@ -98,6 +105,7 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
                         onward = follow(onward)
                     if len(onward):
                         work.append((dependency.target, dependency.handler, onward))
+        obstacle = obstacle or endless
         if obstacle is not None and obstacle.startswith(_RUNS_OVER):
             products = (node.grad_fn.name() for node, _ in positions
                         if node.type == OPTYPE.ELEMENTWISE and index_maps.multiplies(node.grad_fn))

@@ -48,7 +48,7 @@ COMMANDS = {
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A working directory with nets.py, whose model is interrupted in call $STOP, and 16 images."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if not (Path(place) / "nets.py").exists()])
     monkeypatch.setattr(latency, "_SECONDS", 0.01)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     Path("nets.py").write_text(NETS)

@@ -186,3 +186,30 @@ def test_the_stream_of_a_mixture_goes_through_its_experts(build: Callable[[], nn
     loaded = fastscore.load_pruned(whole_way.noisy(build, seed=1), tmp_path / "small.safetensors").eval()
     with torch.no_grad():
         assert torch.equal(_logits(loaded, TOKENS), _logits(small, TOKENS))
+
+
+class _Recurrent(nn.Module):
+    """An LSTM between layers; in float64 its steps are operations that the tracer sees."""
+
+    def __init__(self, layers: int, both: bool) -> None:
+        super().__init__()
+        self.embed, self.hidden, self.last = nn.Linear(6, 8), nn.Linear(20 if both else 10, 9), nn.Linear(9, 3)
+        self.rnn = nn.LSTM(8, 10, layers, batch_first=True, bidirectional=both)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.hidden(self.rnn(self.embed(x).tanh())[0][:, -1]).relu())
+
+
+@pytest.mark.parametrize(("layers", "both"), [(1, False), (2, True)])
+def test_the_steps_of_a_recurrence_come_to_an_end(layers: int, both: bool) -> None:
+    """Channels that are followed round and round, wider each time, once ran for ever."""
+    model = whole_way.noisy(lambda: _Recurrent(layers, both))
+    x = torch.randn(3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with untouched(model):
+        scores = fastscore.score(model, [x], progress=False)
+        small = fastscore.prune(model, scores, x, channels=0.5, compensate=False).model
+        with torch.no_grad(), fastscore.mask(model, scores, 0.5, x, compensate=False):
+            expected = model(x)
+    assert list(scores) == ["hidden"]
+    assert "rnn (LSTM), which cannot lose channels yet" in scores.skipped["embed"]
+    torch.testing.assert_close(small(x), expected)

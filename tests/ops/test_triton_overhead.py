@@ -4,6 +4,7 @@ A stand-in for the CUDA driver takes the launches, on tensors of the CPU; what i
 Triton's own launch hands it. All else is as on a GPU: the dispatcher, and kernels compiled for sm_90.
 """
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -109,11 +110,13 @@ def test_a_launch_takes_few_calls_of_python(name: str) -> None:
     op, kernels = CASES[name]
     op()
     names: list[str] = []
+    gc.disable()  # or what it calls for other tests' leavings counts, too
     sys.setprofile(lambda frame, event, _: names.append(frame.f_code.co_name) if event == "call" else None)
     try:
         op()
     finally:
         sys.setprofile(None)
+        gc.enable()
     checks = {"random_gradient": 1, "clamp_backward_": 8}.get(name, 0)  # of numbers, and of what is written to
     assert len(names) <= 12 + checks + 6 * kernels, names
     assert not any("import" in each for each in names)
