@@ -12,8 +12,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph.dependencies import LAYERS
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
+from fastscore.graph.nodes import LAYERS
 from fastscore.graph.verification import close
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import parameter_owners

@@ -11,32 +11,21 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.graph import channel_buffers, index_maps
-from fastscore.graph.cut_widths import Cut, Width
 from fastscore.graph.groups import Member
 from fastscore.graph.index_maps import IndexMap
+from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, TRANSPARENT, Nodes, shape, slice_of
 from fastscore.graph.noted_calls import NotedCalls, outputs_of
 from fastscore.modules import channel_norms
 
-OPTYPE = tp.ops.OPTYPE
-# What a group may pass through, and the part it plays there. A depthwise convolution and a normalisation work on each
-# channel alone: they lose the channel, but neither make it nor end it.
-CHANNELWISE = {OPTYPE.DEPTHWISE_CONV, OPTYPE.BN, OPTYPE.GN, OPTYPE.IN, OPTYPE.PRELU}
-LAYERS = {OPTYPE.CONV, OPTYPE.LINEAR}
-PRODUCERS = LAYERS | {OPTYPE.EMBED}
-NORM = OPTYPE.LN  # of nodes: any normalisation over channels, and nothing else
-TRANSPARENT = {OPTYPE.ELEMENTWISE, OPTYPE.CONCAT, OPTYPE.SPLIT, OPTYPE.RESHAPE, OPTYPE.UNBIND, OPTYPE.EXPAND,
-               OPTYPE.SLICE}
-
 _RUNS_OVER = "an operation runs over all its channels"
 _MOST_ARRIVALS = 100  # at one node, each time at new places: more than there are branches that end somewhere
-_UNKNOWN = OPTYPE.MHA  # of modules that are no ChannelNorm, and stop whatever comes to them
 
 # (node, pruning function) -> int64 [M], ascending: where channels of the root lie in the node's output or input, in
 # the form of fastscore.graph.index_maps
 Positions: TypeAlias = Mapping[tuple[Any, Any], np.ndarray]
 
 
-class Graph(tp.DependencyGraph):  # type: ignore[misc]
+class Graph(Nodes):
     """Torch-Pruning's graph of a model, whose dependencies know how channels move along them.
 
     Torch-Pruning guesses widths from the neighbours, wrongly or for hours where much is rearranged; autograd knows the
@@ -56,7 +45,7 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
             self.module2node = self._trace(model, None, run, output_transform=None)
         self._find_norms()
         self._find_channel_buffers(made)
-        self._dims: dict[Any, int] = {}
+        self._dims = {}
         self._find_dims()
         for node in self.module2node.values():
             if node.type == OPTYPE.PARAMETER:
@@ -96,7 +85,7 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
                 if arrivals[node, function] >= _MOST_ARRIVALS:
                     endless = f"they come round for ever, to other places each time ({node.grad_fn.name()})"
                     continue  # a better reason may lie where they have not been
-            if self._is_padded(node) and new[-1] >> 32 >= _shape(node)[self._dims[node]]:
+            if self._is_padded(node) and new[-1] >> 32 >= shape(node)[self._dims[node]]:
                 obstacle = f"their number changes on the way to {node.grad_fn.name()}"  # and they come round for ever
             for dependency in node.dependencies:
                 if dependency.is_triggered_by(function):
@@ -138,10 +127,6 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
                 return True
         return False
 
-    def dim_of(self, node: Any) -> int | None:
-        """The dimension that holds the channels in a node's output; None where none does."""
-        return self._dims.get(node)
-
     def chunks(self, positions: Positions) -> Iterator[tuple[int, np.ndarray]]:
         """(width of a part, positions) for each split of the channels into equal parts."""
         return ((width, at) for (node, _), at in positions.items() if (width := self._chunk(node)) is not None)
@@ -157,17 +142,9 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
             if self._is_padded(node):
                 before, after = self._padding(node)
                 position = at >> 32
-                if ((position < before) | (position >= _shape(node)[self._dims[node]] - after)).any():
+                if ((position < before) | (position >= shape(node)[self._dims[node]] - after)).any():
                     return True
         return False
-
-    @property
-    def normalized_by(self) -> dict[str, str]:
-        """Conv or Linear -> the BatchNorm that alone reads its output."""
-        pairs = ((node, node.outputs[0]) for node in self.module2node.values()
-                 if node.type in LAYERS | {OPTYPE.DEPTHWISE_CONV} and len(node.outputs) == 1)
-        return {self._module2name[layer.module]: self._module2name[norm.module] for layer, norm in pairs
-                if norm.type == OPTYPE.BN and norm.inputs == [layer]}
 
     def _obstacle(self, node: Any, function: Any) -> str | None:
         """Why channels that come to a node cannot be removed; None where they can."""
@@ -175,7 +152,7 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
             return f"a view divides its channels over several dimensions ({node.grad_fn.name()})"
         if node.type == OPTYPE.PARAMETER and node in self._dims:
             return None  # one number, or more, for each channel
-        if node.type == NORM and (width := channel_norms.width(node.module)) != _shape(node)[self._dims[node]]:
+        if node.type == NORM and (width := channel_norms.width(node.module)) != shape(node)[self._dims[node]]:
             return f"{node._name} normalises over {width} of several dimensions"
         if node.type not in PRODUCERS | CHANNELWISE | TRANSPARENT | {NORM, OPTYPE.OUTPUT}:
             return f"its channels pass through {node._name or type(node.module).__name__} " \
@@ -183,7 +160,7 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         reads = node.type in LAYERS and function.__name__ == "prune_in_channels"
         if node.type == OPTYPE.OUTPUT or not (node.outputs or reads):
             return "its channels are the model's output"
-        if any(source in self._dims and index_maps.runs_over(node.grad_fn, self._dims[source], len(_shape(source)))
+        if any(source in self._dims and index_maps.runs_over(node.grad_fn, self._dims[source], len(shape(source)))
                for source in node.inputs):
             return f"{_RUNS_OVER} ({node.grad_fn.name()})"
         cropped = self._is_padded(node) and min(self._padding(node)) < 0
@@ -194,43 +171,6 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         if node.type == OPTYPE.CONV and node.module.transposed and node.module.groups > 1:
             return f"{node._name} is a grouped transposed convolution, which cannot lose channels yet"
         return None
-
-    def _cuts(self, node: Any) -> bool:
-        """Whether a split or slice is along the dimension that holds the channels."""
-        return node in self._dims and _saved_dim(node) == self._dims[node]
-
-    def _is_fixed(self, node: Any) -> bool:
-        """Whether the code says where channels are split, or sliced; chunk() takes equal parts of whatever is left."""
-        fixed = node.type == OPTYPE.SLICE or hasattr(node.grad_fn, "_saved_split_sizes") or (
-            node.type == OPTYPE.SPLIT and self._noted(node) is not None)
-        return fixed and self._cuts(node)
-
-    def _noted(self, node: Any) -> Cut | None:
-        return next((cut for cut in self._calls.cuts if cut.function is node.grad_fn), None)
-
-    def _widths(self, node: Any) -> list[Width] | None:
-        """What modules keep of the places of a split, or slice, along the channels; None where that is nothing."""
-        cut, function = self._noted(node), node.grad_fn
-        if cut is None:
-            return None
-        whole = function._saved_self_sym_sizes[self._dims[node]]
-        if node.type == OPTYPE.SLICE:
-            part = _slice(function, whole)
-            return cut.of_bounds([at for at in (part.begin, part.end) if 0 < at < whole]) if part.step == 1 else None
-        if hasattr(function, "_saved_split_sizes"):
-            return cut.of_sizes(function._saved_split_sizes)
-        size = function._saved_split_size
-        return cut.of_sizes([size] * (whole // size)) if whole % size == 0 else None
-
-    def _chunk(self, node: Any) -> int | None:
-        """The width of the equal parts that channels are split into; None where they are not, or need not be equal."""
-        if node.type != OPTYPE.SPLIT or not self._cuts(node):
-            return None
-        if hasattr(node.grad_fn, "_saved_split_size"):
-            width: int = node.grad_fn._saved_split_size
-            return width
-        widths = self._widths(node)
-        return widths[0].end if widths is not None and len(widths) == 1 else None
 
     def kept_widths(self, positions: Positions) -> Iterator[Member]:
         """The members of a group that are numbers which modules keep of its channels."""
@@ -248,79 +188,6 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
                     yield Member(name, "width", torch.from_numpy(position[inside] - width.begin),
                                  torch.from_numpy(at[inside] & index_maps.CHANNEL), attribute=width.attribute)
 
-    def _channel_buffers(self) -> list[nn.Module]:
-        return [module for module in self.model.modules() if channel_buffers.width(module) is not None]
-
-    def _find_norms(self) -> None:
-        """Nodes of normalisations over channels are of the type NORM, and no others."""
-        for node in self.module2node.values():
-            if node.type in (OPTYPE.CUSTOMIZED, NORM) and isinstance(node.module, nn.Module):
-                known = channel_norms.norm_of(node.module) is not None
-                node.type = NORM if known else _UNKNOWN
-
-    def _find_channel_buffers(self, made: Mapping[nn.Module, list[Any]]) -> None:
-        """Where a module with buffers of one number for each channel has run, it loses channels as a PReLU does.
-
-        made: module -> the autograd function of its output, in each call.
-        """
-        nodes = {node.grad_fn: node for node in self.module2node.values() if node.type == OPTYPE.ELEMENTWISE}
-        for module, functions in made.items():
-            if len(functions) == 1 and (node := nodes.get(functions[0])) is not None:
-                node.module, node.type, node.dim_is_known = module, OPTYPE.PRELU, False
-
-    def _is_padded(self, node: Any) -> bool:
-        """Whether constants are padded along the dimension that holds the channels."""
-        return node in self._dims and self._padding(node) != (0, 0)
-
-    def _padding(self, node: Any) -> tuple[int, int]:
-        return index_maps.padding(node.grad_fn, self._dims[node], len(_shape(node)))
-
-    def _find_dims(self) -> None:
-        """The dimension that holds the channels, in the output of every layer and of what comes after it."""
-        work = [node for node in self.module2node.values()
-                if node.type in PRODUCERS | CHANNELWISE | {NORM} and not hasattr(node, "dim_is_known")]
-        for node in work:
-            last = node.type in (OPTYPE.LINEAR, OPTYPE.EMBED)
-            norm = channel_norms.norm_of(node.module) if node.type == NORM else None
-            self._dims[node] = len(_shape(node)) + (-1 if norm is None else norm.dim) if last or norm else 1
-        while work:
-            node = work.pop()
-            for onward in node.outputs:
-                if onward not in self._dims:
-                    self._dims[onward] = self._dim_after(node, onward)
-                    work.append(onward)
-        work = [node for node in self._dims if node.type in TRANSPARENT]
-        while work:  # back to parameters that meet channels, through what is made of them before they do
-            node = work.pop()
-            for source in node.inputs:
-                if source not in self._dims and (dim := self._dim_before(source, node)) is not None:
-                    self._dims[source] = dim
-                    if source.type in TRANSPARENT:
-                        work.append(source)
-
-    def _dim_after(self, node: Any, onward: Any) -> int:
-        dim, before, after = self._dims[node], _shape(node), _shape(onward)
-        if onward.type != OPTYPE.RESHAPE:
-            return index_maps.channel_dim(onward.grad_fn, dim, before, after)
-        found = index_maps.view(dim, before, after) if dim < len(before) else None
-        if found is None:
-            onward.type = OPTYPE.CUSTOMIZED  # its channels lie along more than one dimension from here on
-        return dim if found is None else found[0]
-
-    def _dim_before(self, source: Any, node: Any) -> int | None:
-        """The dimension of a node's input that comes to hold its channels; None where none does alone."""
-        dim, before, after = self._dims[node], _shape(source), _shape(node)
-        if node.type == OPTYPE.RESHAPE:
-            moved = [found[0] if (found := index_maps.view(at, before, after)) is not None and not found[1] else None
-                     for at in range(len(before))]
-        elif index_maps.contracts(node.grad_fn):
-            return None
-        else:
-            gone = index_maps.saved_dims(node.grad_fn, "_saved_dim", len(before)) if len(before) > len(after) else ()
-            moved = [None if at in gone else index_maps.channel_dim(node.grad_fn, at, before, after)
-                     for at in range(len(before))]
-        return next((at for at, where in enumerate(moved) if where == dim and before[at] > 1), None)
-
     def _connect(self, node: Any) -> None:
         """The dependencies between a node and its inputs, both ways, with their index maps."""
         pruner = self.get_pruner_of_module(node.module)
@@ -337,7 +204,7 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
             if begins:
                 end = begins[number] + index_maps.shape_of(*edge)[self._dims[node]]
                 maps.append(index_maps.Inverse(index_maps.SliceMap(begins[number], end)))
-            elif node in self._dims and index_maps.is_broadcast(node.grad_fn, self._dims[node], _shape(source)):
+            elif node in self._dims and index_maps.is_broadcast(node.grad_fn, self._dims[node], shape(source)):
                 maps.append(index_maps.Lost())  # what has one value for all channels has none of them
             elif (moved := self._index_map(source, node)) is not None:
                 maps.append(moved)
@@ -363,15 +230,15 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         """From the channels of a node's one input to its output's; None where each stays where it is."""
         if self._is_padded(node):
             before, _ = self._padding(node)
-            return index_maps.Inverse(index_maps.SliceMap(before, before + _shape(source)[self._dims[node]]))
+            return index_maps.Inverse(index_maps.SliceMap(before, before + shape(source)[self._dims[node]]))
         if node.type == OPTYPE.SLICE and self._cuts(node):
-            return _slice(node.grad_fn, _shape(source)[self._dims[node]])
+            return slice_of(node.grad_fn, shape(source)[self._dims[node]])
         if source not in self._dims:
             return None
         if node.type == OPTYPE.RESHAPE:
-            found = index_maps.view(self._dims[source], _shape(source), _shape(node))
+            found = index_maps.view(self._dims[source], shape(source), shape(node))
             return found[1] if found is not None and found[1] else None
-        return index_maps.regrouped(node.grad_fn, self._dims[source], _shape(source))
+        return index_maps.regrouped(node.grad_fn, self._dims[source], shape(source))
 
     def _begins(self, node: Any) -> list[int]:
         """Where each traced input of a concatenation begins. What no layer made has a width, but no node."""
@@ -390,18 +257,3 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
     def _is_traced(self, function: Any) -> bool:
         return function is not None and ("AccumulateGrad" not in function.name() or any(
             function.variable is parameter for parameter, _ in self.unwrapped_parameters))
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    return tuple(node.module.shape) if node.type == OPTYPE.PARAMETER else index_maps.shape_of(node.grad_fn)
-
-
-def _saved_dim(node: Any) -> int | None:
-    dims = index_maps.saved_dims(node.grad_fn, "_saved_dim", len(_shape(node)))
-    return dims[0] if len(dims) == 1 else None
-
-
-def _slice(function: Any, size: int) -> index_maps.SliceMap:
-    begin, end = (bound + size if bound < 0 else min(bound, size) for bound in
-                  (function._saved_start, function._saved_end))
-    return index_maps.SliceMap(begin, end, function._saved_step)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch_pruning as tp
 from torch import nn
 
-from fastscore.graph.dependencies import CHANNELWISE, LAYERS
 from fastscore.graph.groups import READS, ChannelGraph
+from fastscore.graph.nodes import CHANNELWISE, LAYERS
 
 # what has a reason of its own; of any other module: that its code reads the weight
 _REASONS: tuple[tuple[type[nn.Module], str], ...] = (

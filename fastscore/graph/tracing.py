@@ -28,8 +28,8 @@ from fastscore.graph import (
     unread,
     verification,
 )
-from fastscore.graph.dependencies import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
 from fastscore.graph.groups import READS, ChannelGraph, ChannelGroup, Member, Role
+from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
 from fastscore.modules.computed_weights import PLAIN
 from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import evaluation_copy

@@ -8,8 +8,8 @@ from typing import Any
 import torch_pruning as tp
 from torch import nn
 
-from fastscore.graph.dependencies import LAYERS
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
+from fastscore.graph.nodes import LAYERS
 
 
 def callable_layers(model: nn.Module) -> set[str]:

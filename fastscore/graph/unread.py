@@ -10,8 +10,8 @@ from typing import Any
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph.dependencies import PRODUCERS
 from fastscore.graph.groups import Member, Role
+from fastscore.graph.nodes import PRODUCERS
 from fastscore.modules.channel_norms import norm_of
 
 

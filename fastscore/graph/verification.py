@@ -16,8 +16,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph.dependencies import PRODUCERS
 from fastscore.graph.groups import READS, ChannelGroup, Role
+from fastscore.graph.nodes import PRODUCERS
 from fastscore.modules.channel_norms import OneNode, norm_of
 from fastscore.modules.inspection import channel_dim
 

@@ -1,0 +1,169 @@
+"""What each node of Torch-Pruning's graph is, and where the channels lie in its output."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch_pruning as tp
+from torch import nn
+
+from fastscore.graph import channel_buffers, index_maps
+from fastscore.graph.cut_widths import Cut, Width
+from fastscore.graph.noted_calls import NotedCalls
+from fastscore.modules import channel_norms
+
+OPTYPE = tp.ops.OPTYPE
+# What a group may pass through, and the part it plays there. A depthwise convolution and a normalisation work on each
+# channel alone: they lose the channel, but neither make it nor end it.
+CHANNELWISE = {OPTYPE.DEPTHWISE_CONV, OPTYPE.BN, OPTYPE.GN, OPTYPE.IN, OPTYPE.PRELU}
+LAYERS = {OPTYPE.CONV, OPTYPE.LINEAR}
+PRODUCERS = LAYERS | {OPTYPE.EMBED}
+NORM = OPTYPE.LN  # of nodes: any normalisation over channels, and nothing else
+TRANSPARENT = {OPTYPE.ELEMENTWISE, OPTYPE.CONCAT, OPTYPE.SPLIT, OPTYPE.RESHAPE, OPTYPE.UNBIND, OPTYPE.EXPAND,
+               OPTYPE.SLICE}
+_UNKNOWN = OPTYPE.MHA  # of modules that are no ChannelNorm, and stop whatever comes to them
+
+
+class Nodes(tp.DependencyGraph):  # type: ignore[misc]
+    """Torch-Pruning's graph of a model before its nodes depend on each other."""
+
+    model: nn.Module
+    _module2name: dict[nn.Module, str]
+    _calls: NotedCalls
+    _dims: dict[Any, int]  # node -> the dimension that holds the channels in its output
+
+    def _channel_buffers(self) -> list[nn.Module]:
+        return [module for module in self.model.modules() if channel_buffers.width(module) is not None]
+
+    def _find_norms(self) -> None:
+        """Nodes of normalisations over channels are of the type NORM, and no others."""
+        for node in self.module2node.values():
+            if node.type in (OPTYPE.CUSTOMIZED, NORM) and isinstance(node.module, nn.Module):
+                known = channel_norms.norm_of(node.module) is not None
+                node.type = NORM if known else _UNKNOWN
+
+    def _find_channel_buffers(self, made: Mapping[nn.Module, list[Any]]) -> None:
+        """Where a module with buffers of one number for each channel has run, it loses channels as a PReLU does.
+
+        made: module -> the autograd function of its output, in each call.
+        """
+        nodes = {node.grad_fn: node for node in self.module2node.values() if node.type == OPTYPE.ELEMENTWISE}
+        for module, functions in made.items():
+            if len(functions) == 1 and (node := nodes.get(functions[0])) is not None:
+                node.module, node.type, node.dim_is_known = module, OPTYPE.PRELU, False
+
+    def _find_dims(self) -> None:
+        """The dimension that holds the channels, in the output of every layer and of what comes after it."""
+        work = [node for node in self.module2node.values()
+                if node.type in PRODUCERS | CHANNELWISE | {NORM} and not hasattr(node, "dim_is_known")]
+        for node in work:
+            last = node.type in (OPTYPE.LINEAR, OPTYPE.EMBED)
+            norm = channel_norms.norm_of(node.module) if node.type == NORM else None
+            self._dims[node] = len(shape(node)) + (-1 if norm is None else norm.dim) if last or norm else 1
+        while work:
+            node = work.pop()
+            for onward in node.outputs:
+                if onward not in self._dims:
+                    self._dims[onward] = self._dim_after(node, onward)
+                    work.append(onward)
+        work = [node for node in self._dims if node.type in TRANSPARENT]
+        while work:  # back to parameters that meet channels, through what is made of them before they do
+            node = work.pop()
+            for source in node.inputs:
+                if source not in self._dims and (dim := self._dim_before(source, node)) is not None:
+                    self._dims[source] = dim
+                    if source.type in TRANSPARENT:
+                        work.append(source)
+
+    def _dim_after(self, node: Any, onward: Any) -> int:
+        dim, before, after = self._dims[node], shape(node), shape(onward)
+        if onward.type != OPTYPE.RESHAPE:
+            return index_maps.channel_dim(onward.grad_fn, dim, before, after)
+        found = index_maps.view(dim, before, after) if dim < len(before) else None
+        if found is None:
+            onward.type = OPTYPE.CUSTOMIZED  # its channels lie along more than one dimension from here on
+        return dim if found is None else found[0]
+
+    def _dim_before(self, source: Any, node: Any) -> int | None:
+        """The dimension of a node's input that comes to hold its channels; None where none does alone."""
+        dim, before, after = self._dims[node], shape(source), shape(node)
+        if node.type == OPTYPE.RESHAPE:
+            moved = [found[0] if (found := index_maps.view(at, before, after)) is not None and not found[1] else None
+                     for at in range(len(before))]
+        elif index_maps.contracts(node.grad_fn):
+            return None
+        else:
+            gone = index_maps.saved_dims(node.grad_fn, "_saved_dim", len(before)) if len(before) > len(after) else ()
+            moved = [None if at in gone else index_maps.channel_dim(node.grad_fn, at, before, after)
+                     for at in range(len(before))]
+        return next((at for at, where in enumerate(moved) if where == dim and before[at] > 1), None)
+
+    def dim_of(self, node: Any) -> int | None:
+        """The dimension that holds the channels in a node's output; None where none does."""
+        return self._dims.get(node)
+
+    @property
+    def normalized_by(self) -> dict[str, str]:
+        """Conv or Linear -> the BatchNorm that alone reads its output."""
+        pairs = ((node, node.outputs[0]) for node in self.module2node.values()
+                 if node.type in LAYERS | {OPTYPE.DEPTHWISE_CONV} and len(node.outputs) == 1)
+        return {self._module2name[layer.module]: self._module2name[norm.module] for layer, norm in pairs
+                if norm.type == OPTYPE.BN and norm.inputs == [layer]}
+
+    def _is_padded(self, node: Any) -> bool:
+        """Whether constants are padded along the dimension that holds the channels."""
+        return node in self._dims and self._padding(node) != (0, 0)
+
+    def _padding(self, node: Any) -> tuple[int, int]:
+        return index_maps.padding(node.grad_fn, self._dims[node], len(shape(node)))
+
+    def _cuts(self, node: Any) -> bool:
+        """Whether a split or slice is along the dimension that holds the channels."""
+        return node in self._dims and _saved_dim(node) == self._dims[node]
+
+    def _is_fixed(self, node: Any) -> bool:
+        """Whether the code says where channels are split, or sliced; chunk() takes equal parts of whatever is left."""
+        fixed = node.type == OPTYPE.SLICE or hasattr(node.grad_fn, "_saved_split_sizes") or (
+            node.type == OPTYPE.SPLIT and self._noted(node) is not None)
+        return fixed and self._cuts(node)
+
+    def _noted(self, node: Any) -> Cut | None:
+        return next((cut for cut in self._calls.cuts if cut.function is node.grad_fn), None)
+
+    def _widths(self, node: Any) -> list[Width] | None:
+        """What modules keep of the places of a split, or slice, along the channels; None where that is nothing."""
+        cut, function = self._noted(node), node.grad_fn
+        if cut is None:
+            return None
+        whole = function._saved_self_sym_sizes[self._dims[node]]
+        if node.type == OPTYPE.SLICE:
+            part = slice_of(function, whole)
+            return cut.of_bounds([at for at in (part.begin, part.end) if 0 < at < whole]) if part.step == 1 else None
+        if hasattr(function, "_saved_split_sizes"):
+            return cut.of_sizes(function._saved_split_sizes)
+        size = function._saved_split_size
+        return cut.of_sizes([size] * (whole // size)) if whole % size == 0 else None
+
+    def _chunk(self, node: Any) -> int | None:
+        """The width of the equal parts that channels are split into; None where they are not, or need not be equal."""
+        if node.type != OPTYPE.SPLIT or not self._cuts(node):
+            return None
+        if hasattr(node.grad_fn, "_saved_split_size"):
+            width: int = node.grad_fn._saved_split_size
+            return width
+        widths = self._widths(node)
+        return widths[0].end if widths is not None and len(widths) == 1 else None
+
+
+def shape(node: Any) -> tuple[int, ...]:
+    return tuple(node.module.shape) if node.type == OPTYPE.PARAMETER else index_maps.shape_of(node.grad_fn)
+
+
+def _saved_dim(node: Any) -> int | None:
+    dims = index_maps.saved_dims(node.grad_fn, "_saved_dim", len(shape(node)))
+    return dims[0] if len(dims) == 1 else None
+
+
+def slice_of(function: Any, size: int) -> index_maps.SliceMap:
+    begin, end = (bound + size if bound < 0 else min(bound, size) for bound in
+                  (function._saved_start, function._saved_end))
+    return index_maps.SliceMap(begin, end, function._saved_step)
