@@ -2,7 +2,7 @@
 
 import copy
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -24,8 +24,14 @@ def computed_tensors(model: nn.Module) -> list[Tensor]:
     return [tensor for tensor in tensors_of(held) if not tensor.is_leaf]
 
 
+def _writes_to_its_weight(module: nn.Module) -> TypeGuard[nn.Embedding | nn.EmbeddingBag]:
+    """Whether every forward pass scales rows of the weight, in place, to a norm."""
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+
+
 def evaluation_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` in evaluation mode with frozen parameters, which share their memory with the model's own.
+    """A copy of `model` in evaluation mode with frozen parameters, which share their memory with the model's own unless
+    a forward pass writes to them.
 
     Args:
         model: any module; it is left as it is.
@@ -42,6 +48,8 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     check_whole(model)
     shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
                               for parameter in model.parameters()}
+    shared |= {id(module.weight): nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+               for module in model.modules() if _writes_to_its_weight(module)}
     shared |= {id(tensor): tensor.detach() for tensor in computed_tensors(model)}
     eval_model: nn.Module = copy.deepcopy(model, shared)
     enter_evaluation(eval_model)

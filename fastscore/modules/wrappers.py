@@ -49,12 +49,15 @@ def check_whole(model: nn.Module) -> None:
     """Refuse a model of which no copy can be made that runs, or whose layers cannot be seen.
 
     Raises:
-        TypeError: torch.jit made it.
-        ValueError: its parameters are sharded, hold no values, or were made under torch.inference_mode.
+        TypeError: torch.jit made it, or a part of it.
+        ValueError: its parameters are sharded, hold no values, or were made under torch.inference_mode; a part of it is
+            compiled.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(f"model: {type(model).__name__}, which torch.jit made, has no layers that could be measured or "
-                        "made smaller: pass the nn.Module that it was made from, and script or trace the smaller one")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            part = f"{name} ({type(module).__name__})" if name else type(module).__name__
+            raise TypeError(f"model: {part}, which torch.jit made, has no layers that could be measured or made "
+                            "smaller: pass the nn.Module that it was made from, and script or trace the smaller one")
     for name, parameter in model.named_parameters():
         if parameter.is_meta or parameter.is_inference():
             raise ValueError(f"model: {name} " + (
@@ -62,6 +65,10 @@ def check_whole(model: nn.Module) -> None:
                 "was made under torch.inference_mode, of which no gradient can be taken: make the model outside of it, "
                 "or under torch.no_grad"))
     for name, module in model.named_modules():
+        if name and "dynamo_ctx" in vars(module):
+            raise ValueError(f"model: {name} is what torch.compile made of a part, whose layers are not seen when they "
+                             f"run: put the part itself back (its _orig_mod, not {name}), and compile it in the "
+                             "smaller model, or by its own compile(); a whole model may be compiled")
         if any(cls.__name__ in _SHARDED for cls in type(module).__mro__):
             raise ValueError(
                 f"model: the parameters of {name or type(model).__name__} are sharded, and what is done here is done "

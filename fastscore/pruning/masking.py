@@ -78,7 +78,8 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
         else:
             added = mean_contributions(eval_model, means, example_inputs, forward) if means else {}
             branches = [group for group in graph.groups if group.name in removed and any(group.role("block"))]
-            handles = itertools.chain(at_consumers(model, positions, added), blocks.zero_outputs(model, branches))
+            read = removed_positions(graph.groups, removed, "reader")  # by those, too, whose output is a choice alone
+            handles = itertools.chain(at_consumers(model, read, added), blocks.zero_outputs(model, branches))
     with uncompiled(wrapper), ExitStack() as attached:
         for handle in handles:
             attached.enter_context(handle)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward, with_float64
-from fastscore.graph.groups import ChannelGroup
+from fastscore.graph.groups import ChannelGroup, Role
 from fastscore.modules import experts
 from fastscore.modules.channel_norms import norm_of
 from fastscore.modules.hooks import input_of, with_input
@@ -24,17 +24,18 @@ from fastscore.modules.inspection import channel_dim
 from fastscore.modules.transposed_linear import is_transposed, widths
 
 
-def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping[str, Tensor],
+                      *more: Role) -> dict[str, Tensor]:
     """Layer where channels end -> the positions of its input (its output, for a gate) that are gone, int64. A
     normalisation's are those that its statistics read.
 
-    removed: group -> int64 [R].
+    removed: group -> int64 [R]. more: roles that count as ends, too.
     """
     positions: dict[str, list[Tensor]] = defaultdict(list)
     for group in channel_groups:
         if group.name in removed:
             for member, index in group.removed_at(removed[group.name]):
-                if member.role in ("consumer", "norm", "gate"):
+                if member.role in ("consumer", "norm", "gate", *more):
                     positions[member.layer].append(index)
     return {layer: index for layer, parts in positions.items() if len(index := torch.cat(parts))}
 

@@ -86,3 +86,27 @@ def test_a_norm_that_nothing_comes_of(tmp_path: Path) -> None:
     small = check(DeadNorm, torch.randn(2, 5, generator=torch.Generator().manual_seed(1)).double(), ["embed"],
                   tmp_path).model
     assert small.inner.width == small.head.in_features < 8
+
+
+class _Chosen(nn.Module):
+    """Tokens that a layer chooses, whose output is nothing but a choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.choice = nn.Linear(5, 7), nn.Linear(7, 1)
+        self.next, self.last = nn.Linear(7, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.hidden(x).relu()
+        index = self.choice(y)[..., 0].topk(3, 1).indices
+        return self.last(self.next(y.gather(1, index[..., None].expand(-1, -1, y.shape[-1]))).relu().mean(1))
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.4, 0.6])
+def test_a_choice_reads_zero_where_channels_are_masked(fraction: float) -> None:
+    torch.manual_seed(0)
+    model, x = _Chosen().double().eval(), torch.randn(8, 6, 5, dtype=torch.float64)
+    scores = fastscore.score(model, [x], progress=False)
+    small = fastscore.prune(model, scores, x, channels=1 - fraction, scope="layer", compensate=False).model
+    with torch.no_grad(), fastscore.mask(model, scores, fraction, x, scope="layer", compensate=False):
+        torch.testing.assert_close(small(x), model(x))

@@ -1,5 +1,6 @@
 """Modules whose own train() does more than set a flag: what each needs comes back, and nobody's weights are written."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,25 @@ def test_what_prune_returns_can_be_trained_and_then_evaluated(calibration: list[
         trained = small(X)
         torch.testing.assert_close(small.eval()(X), trained)
     assert not torch.allclose(before, trained)
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(9, 6, max_norm=0.5)
+        self.bags = nn.EmbeddingBag(9, 6, max_norm=0.5)
+        self.hidden, self.last = nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.hidden(self.tokens(x).mean(1) + self.bags(x)).relu())
+
+
+def test_a_forward_pass_that_scales_its_weight() -> None:
+    """An embedding with max_norm= writes to its weight whenever it runs: to that of the copy, here."""
+    model, x = _Scaled().eval(), torch.randint(9, (3, 4))
+    with untouched(model):
+        scores = fastscore.score(model, [x], progress=False)
+        small = fastscore.prune(model, scores, x, channels=0.6, compensate=False).model
+    expected = copy.deepcopy(model)
+    with torch.no_grad(), fastscore.mask(expected, scores, 0.4, x, compensate=False):
+        torch.testing.assert_close(small(x), expected(x))

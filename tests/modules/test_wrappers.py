@@ -117,3 +117,18 @@ def test_checkpoints_of_other_threads_stay() -> None:
         assert runs[4:] == ["MainThread"] * 2
     step()
     assert runs[6:] == ["MainThread"] * 4
+
+
+@pytest.mark.parametrize(("make", "error", "said"), [
+    (torch.jit.script, TypeError, r"^model: 1 \(RecursiveScriptModule\), which torch\.jit made, .* was made from"),
+    (lambda part: torch.compile(part, backend="eager"), ValueError, r"^model: 1 is what torch\.compile made of a part"),
+])
+def test_a_part_whose_layers_are_not_seen(make: Callable[[nn.Module], nn.Module], error: type[Exception],
+                                          said: str) -> None:
+    part = nn.Sequential(nn.Linear(5, 6), nn.ReLU())
+    model, x = nn.Sequential(nn.Linear(3, 5), make(part), nn.Linear(6, 4), nn.Linear(4, 2)), torch.randn(2, 3)
+    for call in (lambda: fastscore.score(model, [x], progress=False), lambda: fastscore.Scorer(model, x)):
+        with untouched(model), pytest.raises(error, match=said):
+            call()
+    model[1] = part
+    assert list(fastscore.score(model, [x], progress=False)) == ["0", "1.0", "2"]
