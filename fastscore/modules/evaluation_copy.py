@@ -42,8 +42,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
         (see fastscore.modules).
 
     Raises:
-        TypeError: torch.jit made it.
-        ValueError: its parameters are sharded.
+        TypeError, ValueError: those of fastscore.modules.wrappers.check_whole.
     """
     check_whole(model)
     shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
