@@ -68,13 +68,28 @@ class Cut:
 
 def cut_of(function: Any) -> Cut | None:
     """The split or slice that has just run, called by whatever has called this."""
-    frame: FrameType | None = sys._getframe(1)
+    found = _calling_frame()
+    if found is None:
+        return None
+    owner, names = found
+    numbers = {name: _numbers(vars(owner).get(name)) for name in names}
+    return Cut(function, owner, {name: value for name, value in numbers.items() if value is not None})
+
+
+def calling_module() -> nn.Module | None:
+    """The innermost module whose code calls whatever has called this."""
+    found = _calling_frame()
+    return None if found is None else found[0]
+
+
+def _calling_frame() -> tuple[nn.Module, tuple[str, ...]] | None:
+    """The innermost module whose code runs, and the names that this code reads."""
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
         owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if isinstance(owner, nn.Module):
-            numbers = {name: _numbers(vars(owner).get(name)) for name in code.co_names}
-            return Cut(function, owner, {name: value for name, value in numbers.items() if value is not None})
+            return owner, code.co_names
         frame = frame.f_back
     return None
 

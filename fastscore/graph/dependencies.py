@@ -41,7 +41,7 @@ class Graph(Nodes):
         for module in model.modules():
             if channel_norms.norm_of(module) is not None:
                 self.CUSTOMIZED_PRUNERS[type(module)] = channel_buffers.NORMS
-        with NotedCalls() as self._calls, outputs_of(self._channel_buffers()) as made:
+        with NotedCalls(self._weights()) as self._calls, outputs_of(self._channel_buffers()) as made:
             self.module2node = self._trace(model, None, run, output_transform=None)
         self._find_norms()
         self._find_channel_buffers(made)
@@ -52,6 +52,18 @@ class Graph(Nodes):
                 node._name = self._param_to_name[node.module]
             self._connect(node)
         self._tie_embeddings()
+
+    @property
+    def read_elsewhere(self) -> dict[str, str]:
+        """Layer -> the class of a module whose code reads the layer's weight, and is not the layer's own."""
+        return self._calls.read_elsewhere
+
+    def _weights(self) -> dict[int, dict[str, nn.Module]]:
+        held: dict[int, dict[str, nn.Module]] = {}
+        for module, name in self._module2name.items():
+            if tp.ops.module2type(module) in PRODUCERS and isinstance(weight := module._parameters.get("weight"), Tensor):
+                held.setdefault(id(weight), {})[name] = module
+        return held
 
     def release(self) -> None:
         """Forget the nodes, which refer to each other and to all that autograd kept, so that it is gone at once."""

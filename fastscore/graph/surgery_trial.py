@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.graph import surgery
+from fastscore.graph.differences import close
 from fastscore.graph.groups import ChannelGroup
-from fastscore.graph.verification import Recording, close, read_by, unwrapped
+from fastscore.graph.verification import Recording, read_by, unwrapped
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import with_input
 from fastscore.modules.inspection import channel_dim
@@ -30,10 +31,11 @@ _PLACE = re.compile(r"\(([^ ()]+) \(\w+\)")  # in a reason: the module that does
 
 @dataclass
 class _Findings:
-    """layers: layer -> what is wrong with what it reads or makes. elsewhere: what the model does instead, and details,
-    where no layer's own place is wrong."""
+    """layers: layer -> what is wrong with what it reads or makes. misread: those of them that read something else.
+    elsewhere: what the model does instead, and details, where no layer's own place is wrong."""
 
     layers: dict[str, str] = field(default_factory=dict)
+    misread: set[str] = field(default_factory=set)
     elsewhere: tuple[str, str] | None = None
 
     def __bool__(self) -> bool:
@@ -61,7 +63,7 @@ def refusals(recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, 
     refused: dict[str, str] = {}
     left = list(groups)
     while left and (found := _try(recording, left)):
-        suspects = {layer: _suspects(layer, left) for layer in found.layers}
+        suspects = {layer: _suspects(layer, left, layer in found.misread) for layer in found.layers}
         blamed = {groups[0].name: found.layers[layer] for layer, groups in suspects.items() if len(groups) == 1}
         if not blamed:  # several groups meet there, or it is in no layer's own place
             blamed = _culprit(recording, next(iter(suspects.values()), [])) or _culprit(recording, left) or \
@@ -111,11 +113,11 @@ def _alike_wide(group: ChannelGroup, other: ChannelGroup) -> bool:
     return bool(made[0] & read[1] or made[1] & read[0])
 
 
-def _suspects(layer: str, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """The groups that a layer reads, if any; else those that it makes."""
+def _suspects(layer: str, groups: Sequence[ChannelGroup], misread: bool) -> list[ChannelGroup]:
+    """The groups that a layer reads, if any; else those that it makes, which are not to blame for what it reads."""
     roles = {group.name: {member.role for member in group.members if member.layer == layer} for group in groups}
     return [group for group in groups if "consumer" in roles[group.name]] or \
-        [group for group in groups if roles[group.name]]
+        [group for group in groups if roles[group.name] - ({"producer"} if misread else set())]
 
 
 def _culprit(recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, str]:
@@ -207,6 +209,7 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
             return expected
         read, x = _kept(before, dim, gone_in), unwrapped(x)
         if x.shape != read.shape or not _alike(x, read):
+            found.misread.add(name)
             found.layers.setdefault(name, f"{name} reads something else where some channels are gone: the code before "
                                           "it depends on which and how many there are")
         if name in found.layers or name in recording.transformed:

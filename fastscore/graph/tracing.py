@@ -20,6 +20,7 @@ from fastscore.graph import (
     index_maps,
     left_alone,
     own_tensors,
+    reasons,
     returned_trial,
     sample_axes,
     surgery_trial,
@@ -176,21 +177,25 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording, unused),
                         heads)
     graph.release()
+    readers = graph.read_elsewhere
     recording.forget_norms(but={member.layer for group in found.groups
                                 for member in group.role("norm", "channelwise")})
     leaks = verification.leaks(recording, found.groups)
-    reasons = {group: f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
-               for group, where in leaks.items()}
+    members = {group.name: group.members for group in found.groups}
+    kept = {group: reasons.of_leak(where, members[group], recording, readers)
+            for group, where in leaks.items()}
     tried = [group for group in found.groups if group.name not in leaks]
     refused = surgery_trial.refusals(recording, tried)
     if found.groups and len(refused) == len(tried):
         _check_runs_again(eval_model, whole)
     joined = surgery_trial.together(recording, tried, refused)
     made = {member.layer for group in joined for member in group.role("producer")}
-    reasons |= {name: why for name, why in refused.items() if name not in made}
+    kept |= {name: reasons.read_elsewhere(members[name], readers) or why
+             for name, why in refused.items() if name not in made}
     found = replace(found, groups=tuple(group for group in tried if group.name not in refused),
-                    skipped={**found.skipped, **reasons, **left}, blocks=branches)
-    return _with_heads(eval_model, found, joined), recording.layers_that_ran, {*left, *reasons}
+                    skipped={**found.skipped, **kept, **left}, blocks=branches)
+    ran = recording.layers_that_ran
+    return _with_heads(eval_model, found, joined), ran, {*left, *kept, *(readers.keys() - ran)}
 
 
 def _check_runs_again(eval_model: nn.Module, whole: Callable[[nn.Module], Tensor]) -> None:
@@ -216,6 +221,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
     groups: list[ChannelGroup] = []
     skipped: dict[str, str] = {}
     tied: dict[str, str] = {}  # producers of what is left alone -> the first of them
+    untraced: list[str] = []
     seen = set(taken["producer"])
     called_otherwise = set[str]().union(*taken.values())  # by an attention's own function
     layers = dict(model.named_modules())
@@ -225,8 +231,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
         kind = tp.ops.module2type(module)
         if (name in unused and kind in PRODUCERS) or (node is None and kind in LAYERS
                                                       and name not in called_otherwise):
-            skipped[name] = "it runs under torch.func (vmap, say), where nothing can be followed or measured" \
-                if name in recording.transformed else "the output does not depend on it"
+            untraced.append(name)
             continue
         if node is None or node.type not in PRODUCERS or name in seen:
             continue
@@ -242,7 +247,8 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
             skipped[name] = "constants are padded to its channels, as many whatever goes (ConstantPadNdBackward0)"
             continue  # the layer whose channels they are padded to may come yet
         seen.update(producers)
-        reason = reason or _why_not(layers, members, owners, recording) or next(
+        reason = reason and (reasons.read_elsewhere(members, graph.read_elsewhere) or reason)
+        reason = reason or reasons.of_group(layers, members, owners, recording) or next(
             (f"its channels run into the heads of {member.layer}" for member in members
              if member.layer in taken.get(member.role, ())), None)
         if reason is None:
@@ -259,6 +265,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
         tied.update((producer, name) for producer in producers)
         tied.update((member.layer, name) for member in members if member.role == "tensor"
                     and layers[member.module].get_parameter(member.layer.rpartition(".")[2]).dim() > 1)
+    skipped |= reasons.of_untraced(untraced, recording, graph.read_elsewhere)
     covered = {member.layer for group in groups for member in group.members if member.role not in (*READS, "width")}
     skipped |= {layer: f"its channels go with those of {first}" for layer, first in tied.items()
                 if layer not in covered and layer not in skipped}
@@ -283,39 +290,6 @@ def _member(graph: Any, key: tuple[Any, Any], positions: np.ndarray) -> Member |
     return Member(graph._module2name[node.module], role, index, channel)
 
 
-def _why_not(layers: Mapping[str, nn.Module], members: list[Member], owners: Mapping[int, int],
-             recording: verification.Recording) -> str | None:
-    """Why the layers of a group cannot be pruned; None where they can. owners: id of a parameter -> modules with it."""
-    consumers = {member.layer for member in members if member.role == "consumer"}
-    if not consumers:
-        return "no Conv or Linear reads its channels"
-    for layer_name in sorted(consumers.intersection(recording.first_layers)):
-        return f"{layer_name} is called on the model's input as well"
-    norms = {member.layer for member in members if member.role == "norm"}
-    for layer_name in sorted((consumers | norms).intersection(recording.overwritten)):
-        return f"what {layer_name} reads is written to in place afterwards, so that nothing can be measured there"
-    for member in members:
-        layer = layers[member.module]
-        if member.role == "tensor":
-            reason = _tensor_why_not(layer, member, owners)
-            if reason is not None:
-                return reason
-            continue
-        width = units.width_of(layer, member.role)
-        if width is not None and int(member.index.max()) >= width:
-            return f"their number changes on the way to {member.layer}"
-        if parametrized(layer):
-            return f"the weight of {member.layer} is computed (a parametrization): remove it first"
-        own = [name for name in layer._parameters if name not in ("weight", "bias")]
-        if own and type(layer) not in PLAIN:  # which do not read them
-            return f"{member.layer} has a parameter {own[0]} besides weight and bias, which cannot lose channels yet"
-        if shares_parameters(layer, owners) and not _tied_alike(layers, member, members, owners):
-            return f"{member.layer} shares its weight with another layer"
-        if width is not None and units.sections_of(layer, member.role) > 1 and len(member.index) < width:
-            return f"{member.layer} is grouped and works on other channels too"
-    return None
-
-
 def _uncalled(graph: dependencies.Graph, layers: Mapping[str, nn.Module], members: Sequence[Member]
               ) -> Iterator[Member]:
     """Embeddings that never run, but hold the weight of one of `members`, as the one that T5 shares does."""
@@ -324,28 +298,3 @@ def _uncalled(graph: dependencies.Graph, layers: Mapping[str, nn.Module], member
     for name, module in layers.items() if weights else ():
         if isinstance(module, nn.Embedding) and module not in graph.module2node and id(module.weight) in weights:
             yield replace(weights[id(module.weight)], layer=name)
-
-
-def _tensor_why_not(module: nn.Module, member: Member, owners: Mapping[int, int]) -> str | None:
-    """The same, of a parameter that a module's code reads itself."""
-    parameter = module._parameters.get(member.layer.rpartition(".")[2])
-    if parameter is None or isinstance(module, nn.utils.parametrize.ParametrizationList):
-        return f"{member.layer} is computed (a parametrization): remove it first"
-    if int(member.index.max()) >= parameter.shape[member.dim]:
-        return f"their number changes on the way to {member.layer}"
-    if owners[id(parameter)] > 1:
-        return f"{member.layer} is shared with another module"
-    return None
-
-
-def _tied_alike(layers: Mapping[str, nn.Module], member: Member, members: Sequence[Member],
-                owners: Mapping[int, int]) -> bool:
-    """Whether all layers that hold the weight of `member` lose the same of it, as an embedding and a head tied to it
-    do; biases are held by one each."""
-    weight, bias = (layers[member.layer]._parameters.get(name) for name in ("weight", "bias"))
-    kinds: dict[Role, type[nn.Module]] = {"producer": nn.Embedding, "consumer": nn.Linear}  # of [.., C] weights
-    alike = {other.layer for other in members
-             if other.role in kinds and isinstance(layers[other.layer], kinds[other.role])
-             and layers[other.layer]._parameters.get("weight") is weight is not None
-             and torch.equal(other.index, member.index) and torch.equal(other.channel, member.channel)}
-    return len(alike) == owners[id(weight)] and (bias is None or owners[id(bias)] == 1)

@@ -16,6 +16,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from fastscore.graph.differences import changed, close, differ
 from fastscore.graph.groups import READS, ChannelGroup, Role
 from fastscore.graph.nodes import PRODUCERS
 from fastscore.modules.channel_norms import OneNode, norm_of
@@ -134,7 +135,8 @@ class Recording:
         self.overwritten = set[str]()  # layers whose input is written to after they have read it
         self.lost = set[str]()  # Linears whose output is a view that is written to: autograd's graph lacks their node
         self.transformed = set[str]()  # layers that run under torch.func, as in torch.vmap
-        self.first_layers = set[str]()  # those that read what no layer has made, in one call at least
+        self.first_layers = set[str]()  # those that read what no gradient comes back from, in one call at least
+        self.without_gradients = set[str]()  # those that run under torch.no_grad, or inference_mode, in one call
 
     def forget_norms(self, but: Container[str]) -> None:
         """From now on normalisations run as they are, but for those of `but`: what is read there is of no concern."""
@@ -155,8 +157,8 @@ class Recording:
         try:
             with _replaced(self.model, {layer: self._record(layer) for layer in self.outputs} | self._instance_norms()):
                 yield
-            self.overwritten = {layer for layer, x, version in self._read if x._version != version}
-            self.lost = {layer for layer, x, version in self._made if x._version != version}
+            self.overwritten = {layer for layer, x, version in self._read if _version(x) != version}
+            self.lost = {layer for layer, x, version in self._made if _version(x) != version}
         finally:
             self._read.clear()
             self._made.clear()
@@ -175,7 +177,7 @@ class Recording:
 
         def compare(layer: str, call: int, x: Tensor | None) -> None:
             known = before[layer][call]
-            if known is not None and x is not None and _differ(x, known, self._dims[layer], read.get(layer)):
+            if known is not None and x is not None and differ(x, known, self._dims[layer], read.get(layer)):
                 found.append(layer)
 
         try:
@@ -188,13 +190,21 @@ class Recording:
 
     def shows_in_output(self, layers: Collection[str]) -> bool:
         """Whether the output depends on what `layers` make, by whatever way: autograd does not see all of them."""
-        made = {layer: torch.arange(self.outputs[layer][0].shape[self._dims[layer]]) for layer in layers
-                if self.outputs.get(layer)}
         try:
-            output = self._replay_changed(made, lambda layer, call, x: None)
+            output = self._replay_changed(self._whole(layers), lambda layer, call, x: None)
         except Exception:  # of the model's code, which looks at them
             return True
         return not close(output, self.output).all()
+
+    def read_by_others(self, layers: Collection[str]) -> str | None:
+        """Where what `layers` make shows: the output, or a layer that is none of them; None where it does not."""
+        everything = {layer: torch.arange(x.shape[self._dims[layer]]) for layer in layers
+                      for x in self.inputs[layer][:1] if x is not None}
+        return self.leak(self._whole(layers), everything)
+
+    def _whole(self, layers: Collection[str]) -> Positions:
+        return {layer: torch.arange(self.outputs[layer][0].shape[self._dims[layer]]) for layer in layers
+                if self.outputs.get(layer)}
 
     def _record(self, layer: str) -> Callable[..., Tensor]:
         module = self.layers[layer]
@@ -208,14 +218,16 @@ class Recording:
                 OneNode.apply(x, module, module.weight) if layer in self.lost else \
                 type(module).forward(module, *args, **kwargs)
             if output._is_view() and type(module).forward is nn.Linear.forward:
-                self._made.append((layer, output, output._version))
+                self._made.append((layer, output, _version(output)))
             self.outputs[layer].append(output.detach().clone())
             if torch._C._functorch.maybe_get_level(output) != -1:
                 self.transformed.add(layer)
             if x is not None:
-                self._read.append((layer, x, x._version))
+                self._read.append((layer, x, _version(x)))
                 if not x.requires_grad:
                     self.first_layers.add(layer)
+            if not torch.is_grad_enabled():
+                self.without_gradients.add(layer)
             return output
 
         return forward
@@ -253,7 +265,7 @@ class Recording:
                     return computed
                 x = read_by(args, kwargs)
                 see(layer, call, None if x is None or _looks_at_shape(module, x) else unwrapped(x))
-                return _changed(output, self._dims[layer], made[layer]) if layer in made else output.clone()
+                return changed(output, self._dims[layer], made[layer]) if layer in made else output.clone()
 
             return forward
 
@@ -283,6 +295,10 @@ def read_by(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     return x if isinstance(x, Tensor) else None
 
 
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
 def unwrapped(x: Tensor) -> Tensor:
     """All that torch.func takes part by part, whose parts cannot be compared while it does."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -305,39 +321,3 @@ def _replaced(model: nn.Module, forwards: Mapping[str, Callable[..., Tensor]]) -
     finally:
         for layer in forwards:
             del vars(model.get_submodule(layer))["forward"]
-
-
-def _changed(x: Tensor, dim: int, index: Tensor) -> Tensor:
-    """A copy of x, strides and all, that differs from it at `index` of `dim`, and nowhere else by a bit."""
-    scale, shift = x.new_ones(x.shape[dim]), x.new_full((x.shape[dim],), -0.0)
-    index = index.to(x.device)
-    sizes = [-1 if at == dim % x.dim() else 1 for at in range(x.dim())]
-    scale, shift = (per_channel.index_fill_(0, index, value).view(sizes) for per_channel, value in
-                    ((scale, -1.5), (shift, 1.0)))
-    return torch.mul(x, scale, out=torch.empty_like(x)).add_(shift)
-
-
-def _differ(x: Tensor, before: Tensor, dim: int, excused: Tensor | None) -> bool:
-    """Whether x differs from what it was at a position of `dim` that is not excused."""
-    if x.shape != before.shape:  # rows that are picked by what the channels hold
-        return True
-    if not x.numel():
-        return False
-    difference = (x - before).abs() if x.is_floating_point() else (x != before).byte()
-    # not the least bit, as most of it is; NaN is not 0
-    unequal = difference.movedim(dim, 0).reshape(x.shape[dim], -1).amax(1) != 0
-    if excused is not None:
-        unequal[excused.to(unequal.device)] = False
-    index = unequal.nonzero().flatten()
-    return len(index) > 0 and not close(x.index_select(dim, index), before.index_select(dim, index), before).all()
-
-
-def close(x: Tensor, before: Tensor, scale: Tensor | None = None, rounding: float | None = None) -> Tensor:
-    """Element by element, bool, to `rounding` (of sums in another order) at the scale of `scale` (`before`).
-
-    NaN is close to NaN.
-    """
-    scale = before if scale is None else scale
-    largest = float(scale.abs().nan_to_num(0, 0, 0).max()) if scale.numel() else 0.0
-    rounding = 16 * torch.finfo(before.dtype).eps if rounding is None else rounding
-    return torch.isclose(x, before, rtol=rounding, atol=rounding * largest, equal_nan=True)

@@ -1,0 +1,40 @@
+"""Tensors that differ at some channels: made so, and told apart."""
+
+import torch
+from torch import Tensor
+
+
+def changed(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """A copy of x, strides and all, that differs from it at `index` of `dim`, and nowhere else by a bit."""
+    scale, shift = x.new_ones(x.shape[dim]), x.new_full((x.shape[dim],), -0.0)
+    index = index.to(x.device)
+    sizes = [-1 if at == dim % x.dim() else 1 for at in range(x.dim())]
+    scale, shift = (per_channel.index_fill_(0, index, value).view(sizes) for per_channel, value in
+                    ((scale, -1.5), (shift, 1.0)))
+    return torch.mul(x, scale, out=torch.empty_like(x)).add_(shift)
+
+
+def differ(x: Tensor, before: Tensor, dim: int, excused: Tensor | None) -> bool:
+    """Whether x differs from what it was at a position of `dim` that is not excused."""
+    if x.shape != before.shape:  # rows that are picked by what the channels hold
+        return True
+    if not x.numel():
+        return False
+    difference = (x - before).abs() if x.is_floating_point() else (x != before).byte()
+    # not the least bit, as most of it is; NaN is not 0
+    unequal = difference.movedim(dim, 0).reshape(x.shape[dim], -1).amax(1) != 0
+    if excused is not None:
+        unequal[excused.to(unequal.device)] = False
+    index = unequal.nonzero().flatten()
+    return len(index) > 0 and not close(x.index_select(dim, index), before.index_select(dim, index), before).all()
+
+
+def close(x: Tensor, before: Tensor, scale: Tensor | None = None, rounding: float | None = None) -> Tensor:
+    """Element by element, bool, to `rounding` (of sums in another order) at the scale of `scale` (`before`).
+
+    NaN is close to NaN.
+    """
+    scale = before if scale is None else scale
+    largest = float(scale.abs().nan_to_num(0, 0, 0).max()) if scale.numel() else 0.0
+    rounding = 16 * torch.finfo(before.dtype).eps if rounding is None else rounding
+    return torch.isclose(x, before, rtol=rounding, atol=rounding * largest, equal_nan=True)

@@ -1,0 +1,119 @@
+"""Why a group of channels is kept: what its layers are, and what the run that was traced has shown of them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from fastscore.graph import units
+from fastscore.graph.groups import Member, Role
+from fastscore.graph.verification import Recording
+from fastscore.modules.computed_weights import PLAIN
+from fastscore.modules.inspection import parametrized, shares_parameters
+
+
+def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Mapping[int, int],
+             recording: Recording) -> str | None:
+    """Why the layers of a group cannot be pruned; None where they can. owners: id of a parameter -> modules with it."""
+    consumers = {member.layer for member in members if member.role == "consumer"}
+    if not consumers:
+        return "no Conv or Linear reads its channels"
+    for layer_name in sorted(consumers.intersection(recording.first_layers)):
+        if layer_name in recording.without_gradients:
+            return f"{layer_name} runs under torch.no_grad() as well, where nothing can be measured"
+        return f"{layer_name} is called as well on what no layer makes (the model's input, a constant, or what " \
+               "detach() gives)"
+    norms = {member.layer for member in members if member.role == "norm"}
+    for layer_name in sorted((consumers | norms).intersection(recording.overwritten)):
+        return f"what {layer_name} reads is written to in place afterwards, so that nothing can be measured there"
+    for member in members:
+        layer = layers[member.module]
+        if member.role == "tensor":
+            reason = _of_tensor(layer, member, owners)
+            if reason is not None:
+                return reason
+            continue
+        width = units.width_of(layer, member.role)
+        if width is not None and int(member.index.max()) >= width:
+            return f"their number changes on the way to {member.layer}"
+        if parametrized(layer):
+            return f"the weight of {member.layer} is computed (a parametrization): remove it first"
+        own = [name for name in layer._parameters if name not in ("weight", "bias")]
+        if own and type(layer) not in PLAIN:  # which do not read them
+            return f"{member.layer} has a parameter {own[0]} besides weight and bias, which cannot lose channels yet"
+        if shares_parameters(layer, owners) and not _tied_alike(layers, member, members, owners):
+            return f"{member.layer} shares its weight with another layer"
+        if width is not None and units.sections_of(layer, member.role) > 1 and len(member.index) < width:
+            return f"{member.layer} is grouped and works on other channels too"
+    return None
+
+
+def of_untraced(names: Sequence[str], recording: Recording, readers: Mapping[str, str]) -> dict[str, str]:
+    """Why layers of which no gradient comes back are kept.
+
+    Args:
+        names: of the layers.
+        recording: of a run of the model, which nothing has been changed in yet.
+        readers: see `read_elsewhere`.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        if name in recording.transformed:
+            found[name] = "it runs under torch.func (vmap, say), where nothing can be followed or measured"
+        elif name in recording.without_gradients:
+            found[name] = "it runs under torch.no_grad(), where nothing can be measured"
+        elif name in readers and name not in recording.layers_that_ran:
+            found[name] = f"the code of {readers[name]} reads its weight, and does not call it"
+    rest = {name for name in names if name not in found}
+    show = recording.read_by_others(rest) is not None  # one of them, or more
+    for name in rest:
+        where = recording.read_by_others({name}) if show else None
+        found[name] = _without_gradient(where, recording) if where else "the output does not depend on it"
+    return {name: found[name] for name in names}
+
+
+def of_leak(where: str, members: Iterable[Member], recording: Recording, readers: Mapping[str, str]) -> str:
+    """Why a group is kept whose channels show at `where`, and are not known to come there."""
+    if where in recording.first_layers:
+        return _without_gradient(where, recording)
+    return read_elsewhere(members, readers) or \
+        f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
+
+
+def read_elsewhere(members: Iterable[Member], readers: Mapping[str, str]) -> str | None:
+    """That a weight of a group is read by code of another module than its own; None where none is.
+
+    readers: layer -> the class of that module.
+    """
+    return next((f"the code of {readers[member.layer]} reads the weight of {member.layer} as well"
+                 for member in members if member.layer in readers), None)
+
+
+def _without_gradient(where: str, recording: Recording) -> str:
+    how = "torch.no_grad()" if where in recording.without_gradients else "detach(), say"
+    return f"{where} reads its channels where no gradient comes back ({how})"
+
+
+def _of_tensor(module: nn.Module, member: Member, owners: Mapping[int, int]) -> str | None:
+    """The same, of a parameter that a module's code reads itself."""
+    parameter = module._parameters.get(member.layer.rpartition(".")[2])
+    if parameter is None or isinstance(module, nn.utils.parametrize.ParametrizationList):
+        return f"{member.layer} is computed (a parametrization): remove it first"
+    if int(member.index.max()) >= parameter.shape[member.dim]:
+        return f"their number changes on the way to {member.layer}"
+    if owners[id(parameter)] > 1:
+        return f"{member.layer} is shared with another module"
+    return None
+
+
+def _tied_alike(layers: Mapping[str, nn.Module], member: Member, members: Sequence[Member],
+                owners: Mapping[int, int]) -> bool:
+    """Whether all layers that hold the weight of `member` lose the same of it, as an embedding and a head tied to it
+    do; biases are held by one each."""
+    weight, bias = (layers[member.layer]._parameters.get(name) for name in ("weight", "bias"))
+    kinds: dict[Role, type[nn.Module]] = {"producer": nn.Embedding, "consumer": nn.Linear}  # of [.., C] weights
+    alike = {other.layer for other in members
+             if other.role in kinds and isinstance(layers[other.layer], kinds[other.role])
+             and layers[other.layer]._parameters.get("weight") is weight is not None
+             and torch.equal(other.index, member.index) and torch.equal(other.channel, member.channel)}
+    return len(alike) == owners[id(weight)] and (bias is None or owners[id(bias)] == 1)

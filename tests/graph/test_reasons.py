@@ -1,0 +1,135 @@
+"""What is kept is kept for a reason that is true, and what is beside it goes."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastscore
+from fastscore.graph.tracing import trace
+
+
+class Chain(nn.Module):
+    """Five Linears, which a case calls in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.last = (nn.Linear(6, 6) for _ in range(5))
+
+
+class Autoencoder(Chain):
+    """Encodes by layers, and decodes by their weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(self.a(x).relu()).relu()
+        decoded = F.linear(F.linear(h, self.b.weight.t()).relu(), self.a.weight.t())
+        return self.last(self.d(self.c(decoded).relu()).relu())
+
+
+class Detached(Chain):
+    """A layer reads what no gradient comes back from, beside one that reads what it does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        return self.last(self.d((self.b(x.detach()) + self.c(x)).relu()).relu())
+
+
+class OnlyDetached(Chain):
+    """And with nothing beside it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.d(self.c(self.b(self.a(x).relu().detach()).relu()).relu()).relu())
+
+
+class WithoutGradients(Chain):
+    """The first layers run under torch.no_grad."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.b(self.a(x).relu())
+        return self.last(self.d(self.c(x).relu()).relu())
+
+
+class Inference(WithoutGradients):
+    """Or under torch.inference_mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            x = self.b(self.a(x).relu())
+        return self.last(self.d(self.c(x.clone()).relu()).relu())
+
+
+class FixedPoint(Chain):
+    """Iterates without gradients, and once with them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, x = torch.zeros_like(x), self.a(x)
+        with torch.no_grad():
+            for _ in range(2):
+                z = (x + self.c(self.b(z).relu())).tanh()
+        return self.last(self.d((x + self.c(self.b(z).relu())).tanh()).relu())
+
+
+class FromZero(Chain):
+    """Iterates from zeros, with gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, x = torch.zeros_like(x), self.a(x)
+        for _ in range(2):
+            z = (x + self.c(self.b(z).relu())).tanh()
+        return self.last(self.d(z).relu())
+
+
+class NeverCalled(Chain):
+    """A layer that only holds a weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(self.a(x).relu(), self.b.weight, self.b.bias)
+        return self.last(self.d(self.c(x.relu()).relu()).relu())
+
+
+_HEAD = {"last": "its channels are the model's output"}
+_READ = "the code of {0} reads the weight of {1} as well"
+_OFF = "it runs under torch.no_grad(), where nothing can be measured"
+CASES: Mapping[type[Chain], tuple[list[str], dict[str, str]]] = {
+    Autoencoder: (["c", "d"], {"a": _READ.format("Autoencoder", "a"), "b": _READ.format("Autoencoder", "b")}),
+    Detached: (["b", "d"], {"a": "b reads its channels where no gradient comes back (detach(), say)"}),
+    OnlyDetached: (["b", "c", "d"], {"a": "b reads its channels where no gradient comes back (detach(), say)"}),
+    WithoutGradients: (["c", "d"], {"a": _OFF, "b": _OFF}),
+    Inference: (["c", "d"], {"a": _OFF, "b": _OFF}),
+    FixedPoint: (["d"], {"a": "b reads its channels where no gradient comes back (torch.no_grad())",
+                         "b": "c runs under torch.no_grad() as well, where nothing can be measured",
+                         "c": "its channels go with others that are kept"}),
+    FromZero: (["b", "d"], {"a": "b is called as well on what no layer makes (the model's input, a constant, or what "
+                                 "detach() gives)", "c": "its channels go with those of a"}),
+    NeverCalled: (["c", "d"], {"a": "the tracer cannot follow its channels to c: an operation mixes or moves them",
+                               "b": "the code of NeverCalled reads its weight, and does not call it"}),
+}
+
+
+@pytest.mark.parametrize("build", CASES)
+def test_the_reason_is_true_and_the_rest_goes(build: type[Chain]) -> None:
+    """The smaller model computes what the masked one does."""
+    groups, reasons = CASES[build]
+    torch.manual_seed(0)
+    model, x = build().double().eval(), torch.randn(3, 6, dtype=torch.float64)
+    graph = trace(model, x)
+    assert ([group.name for group in graph.groups], graph.skipped) == (groups, reasons | _HEAD)
+    scores = fastscore.score(model, [x], progress=False)
+    for share in (0.4, 0.8):
+        small = fastscore.prune(model, scores, x, channels=share, scope="layer", compensate=False).model
+        with torch.no_grad(), fastscore.mask(model, scores, 1 - share, x, scope="layer", compensate=False):
+            torch.testing.assert_close(small(x), model(x))
+
+
+def test_a_model_that_runs_without_gradients_says_so() -> None:
+    """Of none of its layers is it true that the output does not depend on it."""
+    class Off(Chain):
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.b(self.a(x).relu()).relu())
+
+    with pytest.raises(ValueError, match=r"no channel that can be scored\n(.*\n)*  a: it runs under torch.no_grad"):
+        fastscore.score(Off(), [torch.randn(3, 6)], progress=False)
