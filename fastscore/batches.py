@@ -1,6 +1,8 @@
-"""How a batch reaches a model: tensors, (input, ...) tuples, or dicts of keyword arguments."""
+"""How a batch reaches a model: tensors, (input, ...) tuples, dicts of keyword arguments, or dataclasses."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -36,7 +38,8 @@ def check_iterable(batches: object, argument: str) -> None:
 
 
 def call_model(model: nn.Module, batch: Batch) -> Any:
-    """Call `model` on a batch: a tensor as it is, the first element of a tuple or list, a dict as keyword arguments."""
+    """Call `model` on a batch: a tensor, or a dataclass, as it is, of a tuple or list the first element, a dict as
+    keyword arguments."""
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (tuple, list)):
@@ -76,6 +79,9 @@ def _named_tensors(returned: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(returned, (tuple, list)):
         for place, value in enumerate(returned):
             yield from _named_tensors(value, f"{name}[{place}]")
+    else:
+        for key, value in _fields(returned).items():
+            yield from _named_tensors(value, f"{name}.{key}")
 
 
 def output_selector(output: Output | None) -> Outputs:
@@ -111,14 +117,26 @@ def checked_forward(run: Forward, outputs: Outputs = output_tensors) -> Callable
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    """`batch` with `function` applied to each of its tensors, through tuples, lists and dicts."""
+    """`batch` with `function` applied to each of its tensors, through tuples, lists, mappings and dataclasses, all of
+    which stay what they are."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        return {key: map_tensors(function, value) for key, value in batch.items()}
+        values = {key: map_tensors(function, value) for key, value in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return values
+        made = copy.copy(batch)
+        for key, value in values.items():
+            made[key] = value
+        return made
     if isinstance(batch, (tuple, list)):
-        values = [map_tensors(function, value) for value in batch]
-        return values if isinstance(batch, list) else tuple(values)
+        parts = [map_tensors(function, value) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else parts if isinstance(batch, list) else tuple(parts)
+    if _fields(batch):
+        made = copy.copy(batch)
+        for name, value in _fields(batch).items():
+            object.__setattr__(made, name, map_tensors(function, value))  # of a frozen one, too
+        return made
     return batch
 
 
@@ -126,8 +144,22 @@ def tensors_of(batch: Batch) -> Iterator[Tensor]:
     """The tensors of a batch, depth first."""
     if isinstance(batch, Tensor):
         yield batch
-    for value in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ():
+    for value in _parts(batch):
         yield from tensors_of(value)
+
+
+def _parts(batch: Batch) -> Iterable[Any]:
+    """What a container holds."""
+    if isinstance(batch, (tuple, list)):
+        return batch
+    return batch.values() if isinstance(batch, Mapping) else _fields(batch).values()
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass; none of anything else."""
+    if not is_dataclass(value) or isinstance(value, (type, Mapping)):
+        return {}
+    return {field.name: getattr(value, field.name) for field in fields(value) if hasattr(value, field.name)}
 
 
 def mappings(batch: Batch) -> Iterator[Mapping[str, Any]]:
@@ -157,7 +189,8 @@ def first_input(inputs: Any) -> Tensor:
     """The tensor that tells samples apart: the first in a batch, or among a forward call's (args, kwargs)."""
     tensor = first_tensor(inputs)
     if tensor is None:
-        raise TypeError("batches: the model is called without a tensor, so its samples cannot be told apart")
+        raise TypeError("batches: the model is called without a tensor, so its samples cannot be told apart: give "
+                        "tensors, or tuples, lists, dicts or dataclasses of them")
     return tensor
 
 

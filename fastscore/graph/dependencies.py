@@ -61,7 +61,8 @@ class Graph(Nodes):
     def _weights(self) -> dict[int, dict[str, nn.Module]]:
         held: dict[int, dict[str, nn.Module]] = {}
         for module, name in self._module2name.items():
-            if tp.ops.module2type(module) in PRODUCERS and isinstance(weight := module._parameters.get("weight"), Tensor):
+            weight = module._parameters.get("weight") if tp.ops.module2type(module) in PRODUCERS else None
+            if weight is not None:
                 held.setdefault(id(weight), {})[name] = module
         return held
 

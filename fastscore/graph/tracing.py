@@ -31,10 +31,9 @@ from fastscore.graph import (
 )
 from fastscore.graph.groups import READS, ChannelGraph, ChannelGroup, Member, Role
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
-from fastscore.modules.computed_weights import PLAIN
 from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.modules.inspection import device_of, parameter_owners, parametrized, shares_parameters
+from fastscore.modules.inspection import device_of, parameter_owners
 from fastscore.modules.wrappers import unwrapped, without_checkpoints
 from fastscore.progress import working
 from fastscore.rng import fork_rng

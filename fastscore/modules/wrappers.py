@@ -1,5 +1,6 @@
 """What stands around a model, or around parts of it, for training: on several devices, or with less memory."""
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.utils import checkpoint
 
 _SHARDED = ("FSDPModule", "FullyShardedDataParallel")  # fully_shard and its forerunner, slow to import
@@ -50,14 +52,19 @@ def check_whole(model: nn.Module) -> None:
 
     Raises:
         TypeError: torch.jit made it, or a part of it.
-        ValueError: its parameters are sharded, hold no values, or were made under torch.inference_mode; a part of it is
-            compiled.
+        ValueError: its parameters are sharded, hold no values or have no shape yet, or were made under
+            torch.inference_mode; a part of it is compiled, or in DistributedDataParallel.
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             part = f"{name} ({type(module).__name__})" if name else type(module).__name__
             raise TypeError(f"model: {part}, which torch.jit made, has no layers that could be measured or made "
                             "smaller: pass the nn.Module that it was made from, and script or trace the smaller one")
+    for name, tensor in _held(model):
+        if is_lazy(tensor):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            raise ValueError(f"model: {name} ({type(owner).__name__}) has no shape before the model has run: call it "
+                             "once, model(batch), first")
     for name, parameter in model.named_parameters():
         if parameter.is_meta or parameter.is_inference():
             raise ValueError(f"model: {name} " + (
@@ -69,6 +76,9 @@ def check_whole(model: nn.Module) -> None:
             raise ValueError(f"model: {name} is what torch.compile made of a part, whose layers are not seen when they "
                              f"run: put the part itself back (its _orig_mod, not {name}), and compile it in the "
                              "smaller model, or by its own compile(); a whole model may be compiled")
+        if name and isinstance(module, DistributedDataParallel):
+            raise ValueError(f"model: {name} is a part in DistributedDataParallel, of which no copy can be made: put "
+                             f"{name}.module in its place, and wrap the whole model")
         if any(cls.__name__ in _SHARDED for cls in type(module).__mro__):
             raise ValueError(
                 f"model: the parameters of {name or type(model).__name__} are sharded, and what is done here is done "
@@ -76,6 +86,12 @@ def check_whole(model: nn.Module) -> None:
                 "model, options=StateDictOptions(full_state_dict=True)) into a model that is not sharded; or use a "
                 "Scorer in the training loop, with the ChannelGraph that fastscore.graph.tracing.trace found before "
                 "sharding")
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters and buffers of a model, module by module, with their names."""
+    for name, module in model.named_modules():
+        yield from itertools.chain(module.named_parameters(name, False), module.named_buffers(name, False))
 
 
 _blocks: Counter[int] = Counter()  # thread -> blocks of without_checkpoints that it is in

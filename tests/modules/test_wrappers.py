@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,3 +133,32 @@ def test_a_part_whose_layers_are_not_seen(make: Callable[[nn.Module], nn.Module]
             call()
     model[1] = part
     assert list(fastscore.score(model, [x], progress=False)) == ["0", "1.0", "2"]
+
+
+def test_a_part_in_distributed_data_parallel_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    """No copy can be made of it. DataParallel's can."""
+    part, x = nn.Sequential(nn.Linear(5, 6), nn.ReLU()), torch.randn(2, 3)
+    model = nn.Sequential(nn.Linear(3, 5), nn.DataParallel(part), nn.Linear(6, 4), nn.Linear(4, 2))
+    assert list(fastscore.score(model, [x], progress=False)) == ["0", "1.module.0", "2"]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model[1] = nn.parallel.DistributedDataParallel(part)
+        with untouched(model), pytest.raises(ValueError, match=r"^model: 1 is a part in DistributedDataParallel, .*"
+                                                               r"put 1\.module in its place, and wrap the whole model"):
+            fastscore.score(model, [x], progress=False)
+        model[1] = model[1].module
+        whole = nn.parallel.DistributedDataParallel(model)
+        assert list(fastscore.score(whole, [x], progress=False)) == ["0", "1.0", "2"]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LazyLinear(6), lambda: nn.LazyBatchNorm1d(affine=False)])
+def test_a_layer_without_a_shape_is_named_with_the_way_out(make: Callable[[], nn.Module]) -> None:
+    """Parameter or buffer."""
+    model, x = nn.Sequential(nn.Linear(3, 5), make(), nn.ReLU(), nn.LazyLinear(4), nn.Linear(4, 2)), torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r"^model: 1\.(weight|running_mean) \(Lazy\w+\) has no shape before the model "
+                                         r"has run: call it once, model\(batch\), first"):
+        fastscore.score(model, [x], progress=False)
+    model(x)
+    assert {"0", "3"} <= set(fastscore.score(model, [x], progress=False))
