@@ -4,11 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fastscore.graph import units
 from fastscore.graph.groups import Member, Role
 from fastscore.graph.verification import Recording
-from fastscore.modules.computed_weights import PLAIN
+from fastscore.modules.computed_weights import PLAIN, unused_parameters
 from fastscore.modules.inspection import parametrized, shares_parameters
 
 
@@ -37,8 +39,8 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         if width is not None and int(member.index.max()) >= width:
             return f"their number changes on the way to {member.layer}"
         if parametrized(layer):
-            return f"the weight of {member.layer} is computed (a parametrization): remove it first"
-        own = [name for name in layer._parameters if name not in ("weight", "bias")]
+            return f"the weight of {member.layer} is computed (a parametrization): remove it first{_by(layer)}"
+        own = [name for name in layer._parameters if name not in ("weight", "bias", *unused_parameters(layer))]
         if own and type(layer) not in PLAIN:  # which do not read them
             return f"{member.layer} has a parameter {own[0]} besides weight and bias, which cannot lose channels yet"
         if shares_parameters(layer, owners) and not _tied_alike(layers, member, members, owners):
@@ -87,6 +89,18 @@ def read_elsewhere(members: Iterable[Member], readers: Mapping[str, str]) -> str
     """
     return next((f"the code of {readers[member.layer]} reads the weight of {member.layer} as well"
                  for member in members if member.layer in readers), None)
+
+
+def _by(layer: nn.Module) -> str:
+    """How what computes a layer's weight is removed."""
+    utils = "torch.nn.utils"
+    if nn.utils.parametrize.is_parametrized(layer, "weight"):
+        return f', by {utils}.parametrize.remove_parametrizations(layer, "weight")'
+    hooks = list(layer._forward_pre_hooks.values())
+    if any(isinstance(hook, SpectralNorm) for hook in hooks):
+        return f", by {utils}.remove_spectral_norm(layer)"
+    return f', by {utils}.prune.remove(layer, "weight")' if any(isinstance(hook, BasePruningMethod) for hook in hooks) \
+        else ""
 
 
 def _without_gradient(where: str, recording: Recording) -> str:

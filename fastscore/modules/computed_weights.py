@@ -2,30 +2,39 @@
 standardisation does: of all inputs, so that a layer which loses some would compute another one.
 
 In evaluation copies, and in a model that pruning returns where it loses something, such a layer is a plain Conv or
-Linear that holds the weight it computed. Parametrizations and weight_norm, which can be removed, stay what they are.
+Linear that holds the weight it computed; and one with weight_norm, of either kind, is what it was without it, which can
+learn the same. Other parametrizations, which hold a weight to what it would learn away, stay what they are.
 """
 
 from collections.abc import Iterable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 PLAIN: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _OWN = {"weight", "bias"}
+_PARAMETRIZED = ("parametrizations.weight.original0", "parametrizations.weight.original1")
+_HOOKED = ("weight_g", "weight_v")
+_UNUSED = "_unused_parameters"  # of a layer that became plain: what is counted, and does nothing
 
 
 def computed_weight(layer: nn.Module) -> Tensor | None:
     """The weight that a layer computes of its parameters alone; None of any other layer.
 
-    It is run in evaluation mode on two inputs of its own, and must hand what it reads, its own bias and settings to
-    one product, with the same weight both times, and return that as it is: then the product is all that it does.
+    One with weight_norm is asked. Any other is run in evaluation mode on two inputs of its own, and must hand what it
+    reads, its own bias and settings to one product, with the same weight both times, and return that as it is: then the
+    product is all that it does.
     """
+    if weight_norm(layer) is not None:
+        return _normalized(layer)
     plain = _plain(layer)
     if plain is None or type(layer).forward is plain.forward or "forward" in vars(layer) or layer._modules or \
             layer._buffers:
@@ -47,13 +56,67 @@ def become_plain(layer: nn.Module, weight: Tensor, keep: bool = False) -> None:
         weight: what it holds from now on.
         keep: the layer's other parameters stay beside it, unused, so that they are counted.
     """
-    own, plain = layer._parameters["weight"], _plain(layer)
+    own, plain, normalized = layer._parameters.get("weight"), _plain(layer), weight_norm(layer)
+    if normalized is not None:
+        gain, own = (layer.get_parameter(name) for name in normalized)
+        _without_weight_norm(layer)
+        layer._parameters[_HOOKED[0]] = gain
+    else:
+        assert plain is not None
+        layer.__class__ = plain
     assert own is not None
-    assert plain is not None
-    layer.__class__ = plain
     layer._parameters["weight"] = nn.Parameter(weight.detach(), own.requires_grad)
-    for name in [] if keep else [name for name in layer._parameters if name not in _OWN]:
+    more = [name for name in layer._parameters if name not in _OWN] if normalized is None else [_HOOKED[0]]
+    if keep:
+        vars(layer)[_UNUSED] = tuple(more)
+    for name in [] if keep else more:
         del layer._parameters[name]
+
+
+def unused_parameters(layer: nn.Module) -> tuple[str, ...]:
+    """Those that a layer which became plain has kept, and does not read."""
+    names: tuple[str, ...] = vars(layer).get(_UNUSED, ())
+    return names
+
+
+def weight_norm(layer: nn.Module) -> tuple[str, str] | None:
+    """The names of the gains and of the directions that a layer's weight is computed from; None where it is not, or by
+    more than that."""
+    if nn.utils.parametrize.is_parametrized(layer):
+        held: Any = layer.parametrizations
+        known = set(held) == {"weight"} and [type(each) for each in held["weight"]] == [parametrizations._WeightNorm]
+        return _PARAMETRIZED if known else None
+    hooks = [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
+    return _HOOKED if [hook.name for hook in hooks] == ["weight"] and "weight" in vars(layer) else None
+
+
+def weight_source(model: nn.Module, layer: str) -> str:
+    """The qualified name of the parameter that a layer's weight is, or is computed from."""
+    names = weight_norm(model.get_submodule(layer))
+    return f"{layer}.{'weight' if names is None else names[1]}"
+
+
+def _normalized(layer: nn.Module) -> Tensor:
+    """The weight of a layer with weight_norm."""
+    with torch.no_grad():
+        if nn.utils.parametrize.is_parametrized(layer):
+            return cast(Tensor, layer.weight).detach()
+        hook = next(hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, WeightNorm))
+        return cast(Tensor, hook.compute_weight(layer))
+
+
+def _without_weight_norm(layer: nn.Module) -> None:
+    """Take it off a layer, which has no weight then. remove_parametrizations() would change the class, which copies of
+    a layer share."""
+    if nn.utils.parametrize.is_parametrized(layer):
+        del layer._modules["parametrizations"]
+        layer.__class__ = type(layer).__bases__[0]
+        return
+    for key in [key for key, hook in layer._forward_pre_hooks.items() if isinstance(hook, WeightNorm)]:
+        del layer._forward_pre_hooks[key]
+    for name in _HOOKED:
+        del layer._parameters[name]
+    del vars(layer)["weight"]
 
 
 def computed_weights(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:

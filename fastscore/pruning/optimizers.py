@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.graph.surgery import remove_indices
-from fastscore.modules.computed_weights import computed_weights
+from fastscore.modules.computed_weights import computed_weights, weight_source
+from fastscore.modules.evaluation_copy import computed_tensors
 from fastscore.modules.wrappers import unwrapped
 from fastscore.pruning import recipes
 from fastscore.pruning.result import PruneResult
@@ -80,20 +81,22 @@ def _successors(model: nn.Module, result: PruneResult) -> Mapping[str, list[tupl
         numbers = torch.arange(count, count + parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
         numbered[id(parameter)] = nn.Parameter(numbers, requires_grad=False)
         count += parameter.numel()
-    numbered_model: nn.Module = copy.deepcopy(model, numbered)
+    shared: dict[int, Any] = {**numbered, **{id(tensor): tensor.detach() for tensor in computed_tensors(model)}}
+    numbered_model: nn.Module = copy.deepcopy(model, shared)
     recipes.add_biases(numbered_model, result.new_biases)
     remove_indices(numbered_model, result.removed_indices)
     now, made = dict(result.model.named_parameters()), dict(numbered_model.named_parameters())
     if {name: p.shape for name, p in now.items()} != {name: p.shape for name, p in made.items()}:
         raise ValueError("result: it is not what pruning the model gave, or was changed since")
-    fresh = {f"{name}.weight" for name in computed_weights(model, (name for name, _ in result.removed_indices))}
+    fresh = {f"{name}.weight": weight_source(model, name)
+             for name in computed_weights(model, (name for name, _ in result.removed_indices))}
     first = torch.tensor(list(starts.values()))
     found: dict[str, list[tuple[nn.Parameter, Tensor]]] = {name: [] for name in starts}
     for name, numbers in made.items():
         elements = torch.zeros(numbers.shape, dtype=torch.int64) if name in fresh else numbers.detach().long()
         last = int(elements.max()) if elements.numel() else starts[name]
         source = list(starts)[int(torch.searchsorted(first, last, right=True)) - 1] if last else \
-            name if name in fresh else name.removesuffix("bias") + "weight"
+            fresh.get(name, name.removesuffix("bias") + "weight")
         found[source].append((now[name], elements - starts[source] if last else elements[:0]))
     return found
 

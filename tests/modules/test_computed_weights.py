@@ -1,12 +1,16 @@
 """Layers that compute their weight from their parameters lose channels as those do that hold it."""
 
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import untouched
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from whole_way import check, noisy
 
 import fastscore
@@ -125,6 +129,82 @@ def test_an_optimizer_goes_on() -> None:
     for new, old in ((small.inner.bias, optimizer.state[model.inner.bias]["momentum_buffer"][stays]),
                      (small.stem.gain, optimizer.state[model.stem.gain]["momentum_buffer"])):
         assert torch.equal(rebuilt.state[new]["momentum_buffer"], old)
+
+
+def _legacy(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
+class Causal(nn.Conv1d):
+    """Pads what it reads itself, as convolutions of sound do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, T] -> [N, C', T]."""
+        return super().forward(F.pad(x, (self.kernel_size[0] - 1, 0)))
+
+
+class Codec(nn.Module):
+    """An autoencoder of sound, whose layers are all normalised by `norm`."""
+
+    def __init__(self, norm: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.inner = norm(Causal(2, 8, 3)), norm(nn.Conv1d(8, 6, 3, padding=1, bias=False))
+        self.up, self.last = norm(nn.ConvTranspose1d(6, 8, 4, 2, 1)), norm(nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.elu(self.stem(x))
+        return self.last(F.elu(self.up(F.elu(self.inner(x)))).mean(2))
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, _legacy])
+def test_weight_norm(norm: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    """Either form of it, by brute force, from data to a file: what loses channels holds its weight, and is of the class
+    that it had; the model that was given is what it was."""
+    model, x = noisy(lambda: Codec(norm)), _x(2, 6)
+    before = {name: type(layer) for name, layer in model.named_children()}
+    with untouched(model):
+        scores = fastscore.score(model, [x], progress=False)
+        result = fastscore.prune(model, scores, x, channels=0.5, scope="layer", compensate=False)
+    assert {name: type(layer) for name, layer in model.named_children()} == before
+    assert list(scores) == ["stem", "inner", "up"]
+    assert {name: type(layer) for name, layer in result.model.named_children()} == {
+        "stem": Causal, "inner": nn.Conv1d, "up": nn.ConvTranspose1d, "last": nn.Linear}
+    assert result.report.params == tuple(sum(parameter.numel() for parameter in each.parameters())
+                                         for each in (model, result.model))
+    check(lambda: Codec(norm), x, ["stem", "inner", "up"], tmp_path, only=False)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, _legacy])
+def test_an_optimizer_of_weight_norm_goes_on(norm: Callable[[nn.Module], nn.Module]) -> None:
+    """Its groups hold what there is now."""
+    model, x = noisy(lambda: Codec(norm)), _x(2, 6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    result = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=0.5, ignore=["stem"])
+    rebuilt = fastscore.rebuild_optimizer(optimizer, model, result)
+    assert {id(p) for group in rebuilt.param_groups for p in group["params"]} == set(map(id, result.model.parameters()))
+
+
+@pytest.mark.parametrize(("norm", "way", "remove"), [
+    (nn.utils.parametrizations.spectral_norm, "parametrize.remove_parametrizations",
+     lambda layer: nn.utils.parametrize.remove_parametrizations(layer, "weight")),
+    (nn.utils.parametrizations.orthogonal, "parametrize.remove_parametrizations",
+     lambda layer: nn.utils.parametrize.remove_parametrizations(layer, "weight")),
+    (nn.utils.spectral_norm, "remove_spectral_norm", nn.utils.remove_spectral_norm),
+    (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), "prune.remove",
+     lambda layer: prune.remove(layer, "weight"))])
+def test_what_would_be_learned_away_is_kept_with_the_way_out(norm: Callable[[nn.Module], nn.Module], way: str,
+                                                             remove: Callable[[nn.Module], nn.Module]) -> None:
+    """And the way leads there."""
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4)
+    norm(model[2])
+    graph = trace(model, x)
+    assert (graph.groups, set(graph.skipped) >= {"0", "2", "4"}) == ((), True)
+    assert re.fullmatch(r"the weight of 2 is computed \(.*\): remove it first, by torch\.nn\.utils\."
+                        + re.escape(way) + r"\(.*\)", graph.skipped["0"])
+    remove(model[2])
+    assert [group.name for group in trace(model, x).groups] == ["0", "2"]
 
 
 class Padded(Standardised):
