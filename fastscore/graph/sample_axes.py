@@ -34,7 +34,7 @@ MIXED = "what {0} reads of one sample reaches the outputs of others, so that sam
 IRREGULAR = "the rows that {0} reads are in no regular order of samples (routed, or gathered)"
 UNREACHED = "no gradient comes back to {0} from the samples that were tried, which would tell its rows apart"
 AMBIGUOUS = "which row that {0} reads is of which sample cannot be told from the gradients that come back"
-_ALONE = ": it is scored where batches have one sample each"
+ALONE = ": it is scored where batches have one sample each"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Ba
             trials.append(more)
             found = _resolve([*otherwise, *trials])
     calls = {layer: tuple(axis if isinstance(axis, SampleAxis) else
-                          Untold(axis.format(layer) + _ALONE, axis != UNREACHED) for axis in of_layer)
+                          Untold(axis.format(layer) + ALONE, axis != UNREACHED) for axis in of_layer)
              for layer, of_layer in found.items()}
     return SampleAxes(calls, axes[0] or 0, inputs, values, second)
 
@@ -170,7 +170,7 @@ def _shapes_at_two_sizes(model: nn.Module, watched: Mapping[str, Watched], run: 
     as_it_is = _tried(model, watched, run, example, count) if count > 1 else ""
     if not isinstance(as_it_is, str):
         return [as_it_is]
-    return (as_it_is or (first if isinstance(first, str) else str(second))) + _ALONE
+    return (as_it_is or (first if isinstance(first, str) else str(second))) + ALONE
 
 
 def _samples_of(example: Batch) -> int:

@@ -222,7 +222,8 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
             return expected
         masked = before if gone_in is None else before.index_fill(dim, gone_in.to(before.device), 0)
         args, kwargs = with_input(args, kwargs, masked)
-        want = _kept(type(whole).forward(whole, *args, **kwargs), dim, gone_out)
+        with recording.parameters_of(name, call):
+            want = _kept(type(whole).forward(whole, *args, **kwargs), dim, gone_out)
         if made.shape != want.shape or not _alike(made, want):
             found.layers.setdefault(name, f"{name} ({type(layer).__name__}) computes something else with fewer "
                                           "channels: its weight is computed from all of them")

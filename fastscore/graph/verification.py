@@ -134,6 +134,7 @@ class Recording:
         self._made: list[tuple[str, Tensor, int]] = []  # while recording: views that layers made, and their version
         self.overwritten = set[str]()  # layers whose input is written to after they have read it
         self.lost = set[str]()  # Linears whose output is a view that is written to: autograd's graph lacks their node
+        self.swapped: dict[tuple[str, int], dict[str, Any]] = {}  # (layer, call) -> parameters that were put in for it
         self.transformed = set[str]()  # layers that run under torch.func, as in torch.vmap
         self.first_layers = set[str]()  # those that read what no gradient comes back from, in one call at least
         self.without_gradients = set[str]()  # those that run under torch.no_grad, or inference_mode, in one call
@@ -154,8 +155,9 @@ class Recording:
         """The model is run once in the block, by whoever it may be, and its layers' outputs are kept."""
         for outputs in self.outputs.values():
             outputs.clear()
+        own = {layer: dict(module._parameters) for layer, module in self.layers.items()}
         try:
-            with _replaced(self.model, {layer: self._record(layer) for layer in self.outputs} | self._instance_norms()):
+            with _replaced(self.model, {layer: self._record(layer, own[layer]) for layer in self.outputs} | self._instance_norms()):
                 yield
             self.overwritten = {layer for layer, x, version in self._read if _version(x) != version}
             self.lost = {layer for layer, x, version in self._made if _version(x) != version}
@@ -206,7 +208,9 @@ class Recording:
         return {layer: torch.arange(self.outputs[layer][0].shape[self._dims[layer]]) for layer in layers
                 if self.outputs.get(layer)}
 
-    def _record(self, layer: str) -> Callable[..., Tensor]:
+    def _record(self, layer: str, own: Mapping[str, Any]) -> Callable[..., Tensor]:
+        """A layer's forward, which notes what there is to note. own: its parameters, where it is not run with others,
+        as by torch.func.functional_call."""
         module = self.layers[layer]
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -219,6 +223,9 @@ class Recording:
                 type(module).forward(module, *args, **kwargs)
             if output._is_view() and type(module).forward is nn.Linear.forward:
                 self._made.append((layer, output, _version(output)))
+            if any(module._parameters.get(name) is not parameter for name, parameter in own.items()):
+                self.swapped[layer, len(self.outputs[layer])] = {
+                    name: None if held is None else held.detach() for name, held in module._parameters.items()}
             self.outputs[layer].append(output.detach().clone())
             if torch._C._functorch.maybe_get_level(output) != -1:
                 self.transformed.add(layer)
@@ -287,6 +294,17 @@ class Recording:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def parameters_of(self, layer: str, call: int) -> Iterator[None]:
+        """In the block, a layer of the recorded model holds the parameters that it had in the call of that number."""
+        held = self.layers[layer]._parameters
+        own = dict(held)
+        held.update(self.swapped.get((layer, call), {}))
+        try:
+            yield
+        finally:
+            held.update(own)
 
 
 def read_by(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from fastscore.graph.blocks import with_blocks
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Ignore, Role, norm_gates
+from fastscore.graph.sample_axes import ALONE
 from fastscore.modules.experts import is_expert_parameter
 from fastscore.modules.inspection import channel_dim
 from fastscore.scoring.scores import Origin
@@ -50,9 +51,19 @@ def groups_to_score(model: nn.Module, graph: ChannelGraph, origin: Origin, ignor
                          "give [N, ...] and forward=lambda model, batch: model(batch.transpose(0, 1))")
     origin = replace(origin, fingerprint=graph.fingerprint)
     graph = graph.without(model, ignore)
-    graph = graph.told_apart() if apart else graph
+    found, graph = graph, graph.told_apart() if apart else graph
     if not graph.groups:
         reasons = "".join(f"\n  {layer}: {reason}" for layer, reason in graph.skipped.items())
         nothing = "it has no BatchNorm" if origin.units == "norms" else "it has no Conv or Linear"
-        raise ValueError(f"{type(model).__name__} has no channel that can be scored{reasons or ': ' + nothing}")
+        raise ValueError(f"{type(model).__name__} has no channel that can be scored{reasons or ': ' + nothing}"
+                         + (_way_out(graph.skipped[group.name] for group in found.groups) if found.groups else ""))
     return graph, origin
+
+
+def _way_out(reasons: Iterable[str]) -> str:
+    """What to give instead of a batch whose samples nothing can tell apart, for `reasons`."""
+    said = set(reasons)
+    if all(reason.endswith(ALONE) for reason in said):
+        return "\ngive batches of one sample each"
+    return "\ngive batches [N, ...], and where the model takes samples second, forward=lambda model, batch: " \
+           "model(batch.transpose(0, 1))" if any("counts samples" in reason for reason in said) else ""

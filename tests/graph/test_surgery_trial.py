@@ -225,3 +225,31 @@ def test_groups_whose_widths_must_be_the_same_go_together(tmp_path: Path) -> Non
     result = whole_way.check(Reduced, x, ["stem"], tmp_path)
     assert [layer.weight.shape[0] for layer in (result.model.stem, result.model.reduce.conv)] == [4, 4]
     assert not {"stem", "reduce.conv"} & set(trace(Reduced().double().eval(), x).skipped)
+
+
+class Swapped(Beside):
+    """A layer that runs with what is computed of its parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, 4]."""
+        computed = {name: self.compute(value) for name, value in self.second.named_parameters()}
+        x = torch.func.functional_call(self.second, computed, (F.relu(self.first(x)),))
+        return self.last(F.relu(self.good(x.tanh()))).mean((2, 3))
+
+
+@pytest.mark.parametrize(("compute", "groups"), [(lambda w: 1.5 * w, ["first", "second", "good"]),
+                                                 (lambda w: w - w.mean(), ["good"])])
+def test_parameters_that_are_put_in_for_a_call(compute: Callable[[Tensor], Tensor], groups: list[str], tmp_path: Path
+                                               ) -> None:
+    """By torch.func.functional_call: computed of each number alone, or of all, which a smaller layer has not."""
+    def build() -> nn.Module:
+        model = Swapped()
+        model.compute = compute
+        return model
+
+    x = torch.randn(3, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole_way.check(build, x, groups, tmp_path)
+    kept = trace(build().double().eval(), x).skipped
+    assert kept["last"] == "its channels are the model's output"
+    assert all(kept[name] == "the code of Swapped reads the weight of second as well"
+               for name in {"first", "second"} - set(groups))

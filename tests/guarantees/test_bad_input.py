@@ -411,3 +411,49 @@ def test_the_users_hook_raises_in_a_later_batch() -> None:
     model.block2.conv1.register_forward_hook(hook)
     refused(Mine, None, model, lambda: score(model, [X, X[:2]]))
     assert calls > 1
+
+
+class SequenceFirst(nn.Module):
+    """[T, N, 6] -> [N, 2]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.last = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.two(self.one(x).relu().mean(0)).relu())
+
+
+class SampleBySample(SequenceFirst):
+    """[N, T, 6] -> [N, 2], in a loop."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([super(SampleBySample, self).forward(rows) for rows in x])
+
+
+@pytest.mark.parametrize("frames", [4, 3])
+def test_samples_that_come_second_have_a_way_out(frames: int) -> None:
+    """As many frames as samples, or not; and the way leads there."""
+    model, x = SequenceFirst().double().eval(), torch.randn(3, frames, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"no channel that can be scored\n(.*\n)*give batches \[N, \.\.\.\], and where the "
+                                         r"model takes samples second, forward=lambda model, batch: model\(batch\."
+                                         r"transpose\(0, 1\)\)$"):
+        fastscore.score(model, [x.transpose(0, 1)], progress=False)
+    scores, *alone = (fastscore.score(model, [part], forward=lambda model, batch: model(batch.transpose(0, 1)),
+                                      progress=False) for part in (x, *x.split(1)))
+    for name in ("one", "two"):
+        torch.testing.assert_close(scores[name], torch.stack([each[name] for each in alone]).mean(0))
+
+
+def test_a_loop_over_samples_has_a_way_out() -> None:
+    """And the way leads there."""
+    model, x = SampleBySample().double().eval(), torch.randn(3, 4, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"no channel that can be scored\n(.*\n)*give batches of one sample each$"):
+        fastscore.score(model, [x], progress=False)
+    scores = fastscore.score(model, x.split(1), progress=False)
+    assert list(scores) == ["one", "two"]
+    expected = fastscore.score(model, [x], forward=lambda model, batch: SequenceFirst.forward(
+        model, batch.transpose(0, 1)), progress=False)
+    for name in scores:
+        torch.testing.assert_close(scores[name], expected[name])
+    fastscore.prune(model, scores, x, channels=0.5)
