@@ -155,9 +155,9 @@ class Recording:
         """The model is run once in the block, by whoever it may be, and its layers' outputs are kept."""
         for outputs in self.outputs.values():
             outputs.clear()
-        own = {layer: dict(module._parameters) for layer, module in self.layers.items()}
+        noted = {layer: self._record(layer, dict(self.layers[layer]._parameters)) for layer in self.outputs}
         try:
-            with _replaced(self.model, {layer: self._record(layer, own[layer]) for layer in self.outputs} | self._instance_norms()):
+            with _replaced(self.model, noted | self._instance_norms()):
                 yield
             self.overwritten = {layer for layer, x, version in self._read if _version(x) != version}
             self.lost = {layer for layer, x, version in self._made if _version(x) != version}

@@ -435,8 +435,8 @@ class SampleBySample(SequenceFirst):
 def test_samples_that_come_second_have_a_way_out(frames: int) -> None:
     """As many frames as samples, or not; and the way leads there."""
     model, x = SequenceFirst().double().eval(), torch.randn(3, frames, 6, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"no channel that can be scored\n(.*\n)*give batches \[N, \.\.\.\], and where the "
-                                         r"model takes samples second, forward=lambda model, batch: model\(batch\."
+    with pytest.raises(ValueError, match=r"no channel that can be scored\n(.*\n)*give batches \[N, \.\.\.\], and where "
+                                         r"the model takes samples second, forward=lambda model, batch: model\(batch\."
                                          r"transpose\(0, 1\)\)$"):
         fastscore.score(model, [x.transpose(0, 1)], progress=False)
     scores, *alone = (fastscore.score(model, [part], forward=lambda model, batch: model(batch.transpose(0, 1)),
