@@ -167,6 +167,10 @@ class Graph(Nodes):
             return None  # one number, or more, for each channel
         if node.type == NORM and (width := channel_norms.width(node.module)) != shape(node)[self._dims[node]]:
             return f"{node._name} normalises over {width} of several dimensions"
+        if node.type == OPTYPE.PARAMETER:
+            owner, _, key = node._name.rpartition(".")
+            kind = type(self.model.get_submodule(owner)).__name__
+            return f"the code of {kind} takes its channels together with its {key}, which cannot lose channels yet"
         if node.type not in PRODUCERS | CHANNELWISE | TRANSPARENT | {NORM, OPTYPE.OUTPUT}:
             return f"its channels pass through {node._name or type(node.module).__name__} " \
                    f"({type(node.module).__name__}), which cannot lose channels yet"

@@ -1,6 +1,6 @@
 """Why a group of channels is kept: what its layers are, and what the run that was traced has shown of them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -40,6 +40,10 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
             return f"their number changes on the way to {member.layer}"
         if parametrized(layer):
             return f"the weight of {member.layer} is computed (a parametrization): remove it first{_by(layer)}"
+        observer = layer._modules.get("weight_fake_quant")
+        if observer is not None and any(map(int, getattr(observer, "observer_enabled", ()))):
+            return f"{type(observer).__name__} goes on changing the range of the weight of {member.layer}: prune the " \
+                   "model before it is prepared for quantization (prepare_qat)"
         own = [name for name in layer._parameters if name not in ("weight", "bias", *unused_parameters(layer))]
         if own and type(layer) not in PLAIN:  # which do not read them
             return f"{member.layer} has a parameter {own[0]} besides weight and bias, which cannot lose channels yet"
@@ -50,11 +54,13 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
     return None
 
 
-def of_untraced(names: Sequence[str], recording: Recording, readers: Mapping[str, str]) -> dict[str, str]:
+def of_untraced(names: Sequence[str], idle: Collection[str], recording: Recording, readers: Mapping[str, str]
+                ) -> dict[str, str]:
     """Why layers of which no gradient comes back are kept.
 
     Args:
         names: of the layers.
+        idle: all layers that ran, and of which none comes back, normalisations included.
         recording: of a run of the model, which nothing has been changed in yet.
         readers: see `read_elsewhere`.
     """
@@ -67,7 +73,7 @@ def of_untraced(names: Sequence[str], recording: Recording, readers: Mapping[str
         elif name in readers and name not in recording.layers_that_ran:
             found[name] = f"the code of {readers[name]} reads its weight, and does not call it"
     rest = {name for name in names if name not in found}
-    show = recording.read_by_others(rest) is not None  # one of them, or more
+    show = recording.read_by_others(rest.union(idle)) is not None  # one of them, or more
     for name in rest:
         where = recording.read_by_others({name}) if show else None
         found[name] = _without_gradient(where, recording) if where else "the output does not depend on it"

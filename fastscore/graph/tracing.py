@@ -1,6 +1,6 @@
 """Finding the channel groups of a model, through Torch-Pruning's dependency graph, and trying them on the model."""
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -169,11 +169,12 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     except Exception as error:  # the tracer raises whatever its guesses run into
         blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
         raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}") from error
+    idle = frozenset(unused)
     if unused and recording.shows_in_output(unused):
         unused.clear()
     branches = blocks.find(eval_model, whole)
     heads, left = attention.find(eval_model, whole)
-    found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording, unused),
+    found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording, unused, idle),
                         heads)
     graph.release()
     readers = graph.read_elsewhere
@@ -214,9 +215,10 @@ def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGr
 
 
 def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set[str]],
-            recording: verification.Recording, unused: Container[str]) -> ChannelGraph:
+            recording: verification.Recording, unused: Container[str], idle: Collection[str]) -> ChannelGraph:
     """taken: role -> layers that play it in groups of heads, and in no other. recording: of the run that was traced.
-    unused: layers that ran, and that the output does not depend on: they may read what can go."""
+    unused: layers that ran, and that the output does not depend on: they may read what can go. idle: those of which no
+    gradient comes back."""
     groups: list[ChannelGroup] = []
     skipped: dict[str, str] = {}
     tied: dict[str, str] = {}  # producers of what is left alone -> the first of them
@@ -264,7 +266,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
         tied.update((producer, name) for producer in producers)
         tied.update((member.layer, name) for member in members if member.role == "tensor"
                     and layers[member.module].get_parameter(member.layer.rpartition(".")[2]).dim() > 1)
-    skipped |= reasons.of_untraced(untraced, recording, graph.read_elsewhere)
+    skipped |= reasons.of_untraced(untraced, idle, recording, graph.read_elsewhere)
     covered = {member.layer for group in groups for member in group.members if member.role not in (*READS, "width")}
     skipped |= {layer: f"its channels go with those of {first}" for layer, first in tied.items()
                 if layer not in covered and layer not in skipped}

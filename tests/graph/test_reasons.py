@@ -1,11 +1,13 @@
 """What is kept is kept for a reason that is true, and what is beside it goes."""
 
+import copy
 from collections.abc import Mapping
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.ao import quantization
 
 import fastscore
 from fastscore.graph.tracing import trace
@@ -90,11 +92,39 @@ class NeverCalled(Chain):
         return self.last(self.d(self.c(x.relu()).relu()).relu())
 
 
+class Unasked(Chain):
+    """Layers, with a normalisation between them, that the output does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        self.c(self.norm(self.b(x)))
+        return self.last(self.d(x).relu())
+
+
+class Together(Chain):
+    """An operation of several tensors, a parameter of one number for each channel among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.scaled_dot_product_attention(self.a(x)[:, None], self.rows[None], self.rows[None])[:, 0] + self.b(x)
+        return self.last(self.d(self.c(x).relu()).relu())
+
+
 _HEAD = {"last": "its channels are the model's output"}
 _READ = "the code of {0} reads the weight of {1} as well"
+_TOGETHER = "the code of Together takes its channels together with its rows, which cannot lose channels yet"
 _OFF = "it runs under torch.no_grad(), where nothing can be measured"
 CASES: Mapping[type[Chain], tuple[list[str], dict[str, str]]] = {
     Autoencoder: (["c", "d"], {"a": _READ.format("Autoencoder", "a"), "b": _READ.format("Autoencoder", "b")}),
+    Unasked: (["a", "d"], dict.fromkeys("bc", "the output does not depend on it")),
+    Together: (["c", "d"], {"a": _TOGETHER, "b": _TOGETHER, "rows": "the code of Together reads its rows [4, 6], which meets no channels that can go"}),
     Detached: (["b", "d"], {"a": "b reads its channels where no gradient comes back (detach(), say)"}),
     OnlyDetached: (["b", "c", "d"], {"a": "b reads its channels where no gradient comes back (detach(), say)"}),
     WithoutGradients: (["c", "d"], {"a": _OFF, "b": _OFF}),
@@ -133,3 +163,20 @@ def test_a_model_that_runs_without_gradients_says_so() -> None:
 
     with pytest.raises(ValueError, match=r"no channel that can be scored\n(.*\n)*  a: it runs under torch.no_grad"):
         fastscore.score(Off(), [torch.randn(3, 6)], progress=False)
+
+
+def test_a_model_that_is_prepared_for_quantization_has_a_way_out() -> None:
+    """Its ranges follow what comes, in evaluation mode, too: a smaller model would have others than the masked one."""
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), torch.randn(8, 4)
+
+    def prepared(model: nn.Module) -> nn.Module:
+        model.qconfig = quantization.default_qat_qconfig
+        model = quantization.prepare_qat(model.train())
+        model(x)
+        return model.eval()
+
+    assert trace(prepared(copy.deepcopy(model)), x).skipped["0"] == \
+        "FakeQuantize goes on changing the range of the weight of 0: prune the model before it is prepared for " \
+        "quantization (prepare_qat)"
+    small = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=0.6).model
+    assert prepared(small)(x).shape == (8, 2)

@@ -310,7 +310,7 @@ _IN_SHORT = (
     (r"are the model's output", "the output"),
     (r"pass through \S+ \((\w+)\)", r"through \1"),
     (r"an operation runs over all its channels", "an operation over all channels"),
-    (r"\(Parameter\)", "meets a parameter"),
+    (r"takes its channels together with", "through Parameter"),
     (r"a view divides", "a view divides it"),
     (r"cut at places", "cut at fixed places"),
     (r"tracer cannot follow", "mixed or moved"),
