@@ -124,7 +124,8 @@ _OFF = "it runs under torch.no_grad(), where nothing can be measured"
 CASES: Mapping[type[Chain], tuple[list[str], dict[str, str]]] = {
     Autoencoder: (["c", "d"], {"a": _READ.format("Autoencoder", "a"), "b": _READ.format("Autoencoder", "b")}),
     Unasked: (["a", "d"], dict.fromkeys("bc", "the output does not depend on it")),
-    Together: (["c", "d"], {"a": _TOGETHER, "b": _TOGETHER, "rows": "the code of Together reads its rows [4, 6], which meets no channels that can go"}),
+    Together: (["c", "d"], {"a": _TOGETHER, "b": _TOGETHER,
+                            "rows": "the code of Together reads its rows [4, 6], which meets no channels that can go"}),
     Detached: (["b", "d"], {"a": "b reads its channels where no gradient comes back (detach(), say)"}),
     OnlyDetached: (["b", "c", "d"], {"a": "b reads its channels where no gradient comes back (detach(), say)"}),
     WithoutGradients: (["c", "d"], {"a": _OFF, "b": _OFF}),
