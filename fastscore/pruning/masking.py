@@ -1,7 +1,9 @@
 """mask(): the channels that prune() would remove, read as zero (or as their means), without surgery."""
 
+import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from fastscore.arguments import check_number
 from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph import blocks
-from fastscore.graph.groups import Ignore
+from fastscore.graph.groups import ChannelGroup, Ignore
 from fastscore.modules import experts, multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook, input_of, with_input
@@ -37,9 +39,9 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
          forward: Forward = call_model) -> Iterator[Mapping[str, Tensor]]:
     """Within the block, the `fraction` of channels with the lowest scores reads as zero in every consumer.
 
-    The model computes what it would compute without those channels (but for a GroupNorm, whose statistics are those of
-    all channels until surgery); no parameter changes, and the hooks go on leaving. With scores of units="norms" the
-    outputs of BatchNorms are set instead, in a copy.
+    The model computes what it would compute without those channels: a GroupNorm, too, takes the statistics of those
+    that stay. No parameter changes, and the hooks go on leaving. With scores of units="norms" the outputs of BatchNorms
+    are set instead, in a copy.
 
     Args:
         model: the model that was scored.
@@ -79,7 +81,8 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
             added = mean_contributions(eval_model, means, example_inputs, forward) if means else {}
             branches = [group for group in graph.groups if group.name in removed and any(group.role("block"))]
             read = removed_positions(graph.groups, removed, "reader")  # by those, too, whose output is a choice alone
-            handles = itertools.chain(at_consumers(model, read, added), blocks.zero_outputs(model, branches))
+            handles = itertools.chain(at_consumers(model, read, added), at_group_norms(model, graph.groups, removed),
+                                      blocks.zero_outputs(model, branches))
     with uncompiled(wrapper), ExitStack() as attached:
         for handle in handles:
             attached.enter_context(handle)
@@ -96,6 +99,20 @@ def at_consumers(model: nn.Module, positions: Mapping[str, Tensor],
         yield model.get_submodule(name).register_forward_pre_hook(_zero(index), with_kwargs=True)
     for name, value in added.items():  # before the hooks that the layer has: it is part of the layer, as its bias is
         yield model.get_submodule(name).register_forward_hook(_add(value), prepend=True)
+
+
+def at_group_norms(model: nn.Module, groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]
+                   ) -> Iterator[RemovableHandle]:
+    """Hooks by which GroupNorms compute of the channels that stay what a smaller one does; what they make of the
+    others, which nothing reads, stays as it is."""
+    positions: dict[str, list[Tensor]] = defaultdict(list)
+    for group in groups:
+        for member, index in group.removed_at(removed[group.name]) if group.name in removed else ():
+            if isinstance(model.get_submodule(member.module), nn.GroupNorm):
+                positions[member.layer].append(index)
+    for name, parts in positions.items():
+        yield model.get_submodule(name).register_forward_hook(_narrowed(torch.cat(parts)), with_kwargs=True,
+                                                              prepend=True)
 
 
 def at_gates(model: nn.Module, positions: Mapping[str, Tensor],
@@ -117,6 +134,19 @@ def _zero(index: Tensor) -> Callable[..., Any]:
 def _add(value: Tensor) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return output + _along_channels(value, module, output)
+
+    return OwnHook(hook)
+
+
+def _narrowed(gone: Tensor) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        x = input_of(args, kwargs)
+        stays = torch.ones(x.shape[1], dtype=torch.bool).index_fill(0, gone.cpu(), False).nonzero()[:, 0].to(x.device)
+        narrow: Any = copy.copy(module)
+        narrow.num_channels = len(stays)
+        narrow._parameters = {name: None if parameter is None else parameter.index_select(0, stays)
+                              for name, parameter in module._parameters.items()}
+        return output.index_copy(1, stays, type(module).forward(narrow, x.index_select(1, stays)))
 
     return OwnHook(hook)
 

@@ -101,9 +101,7 @@ def _summary(name: str, lines: list[str]) -> str:
     cells = [dict(zip(HEADINGS, line.strip("| ").split(" | "), strict=False)) for line in lines]
     counts = [len(cells), sum("exact" in row["scores"] and "wrong" not in row["scores"] for row in cells),
               sum(row["pruned to"] != "–" for row in cells),
-              f"{sum(row['= masked'] == 'yes' for row in cells)} (and "
-              f"{sum(row['= masked'] == 'GroupNorm' for row in cells)} with GroupNorm)",
-              *(sum(row[step] == "yes" for row in cells) for step in ("exported", "trained"))]
+              *(sum(row[step] == "yes" for row in cells) for step in ("= masked", "exported", "trained"))]
     shares = [[int(row[column].rstrip("%")) for row in cells if row["MACs"] != "–"]
               for column in ("outputs can go", "shrink")]
     means = [f"{sum(values) / max(len(values), 1):.0f}%" for values in shares]

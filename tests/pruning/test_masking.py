@@ -1,5 +1,7 @@
 """The mask, surgery, and what zeroing a channel where it is made would do instead."""
 
+from dataclasses import replace
+
 import oracles
 import pytest
 import torch
@@ -71,7 +73,7 @@ def test_nothing_leaks_without_bias_and_shift() -> None:
 
 
 def test_group_norm_is_pruned_with_the_statistics_of_what_remains() -> None:
-    """The one layer where surgery is not the mask: the mean and variance are those of fewer channels."""
+    """And so is the mask: the mean and variance are those of fewer channels."""
     torch.manual_seed(0)
     model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 5, 3), nn.ReLU(),
                                     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3))).double()
@@ -84,6 +86,10 @@ def test_group_norm_is_pruned_with_the_statistics_of_what_remains() -> None:
         y = torch.nn.functional.group_norm(y, 2, model[1].weight[kept], model[1].bias[kept]).relu()
         y = torch.nn.functional.conv2d(y, model[3].weight[:, kept], model[3].bias)
         exact = model[4:](y)
+        totals = {"0": torch.tensor([2.0, 1, 2, 2] * 2), "3": torch.full((5,), 9.0)}
+        with fastscore.mask(model, replace(magnitudes(model, x), totals=totals), 2 / 13, x) as removed:
+            assert removed["0"].tolist() == [1, 5]
+            torch.testing.assert_close(model(x), exact, rtol=1e-10, atol=1e-12)
     pruned = remove_channels(model, (group,), {"0": torch.tensor([1, 5])})
     torch.testing.assert_close(pruned(x), exact, rtol=1e-10, atol=1e-12)
 
