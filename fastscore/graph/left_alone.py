@@ -35,7 +35,10 @@ def named(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
                 whole = f"{name}.{key}".lstrip(".")
                 if whole in covered:
                     continue
-                more[whole if module._modules or not name else name] = _reason(module, key, parameter)
+                holder = isinstance(module, (nn.ParameterList, nn.ParameterDict))  # whose code reads nothing
+                reader, _, own = name.rpartition(".") if holder else (name, "", "")
+                more[whole if module._modules or not name or holder else name] = _reason(
+                    model.get_submodule(reader), f"{own}.{key}".lstrip("."), parameter)
     return replace(graph, skipped={**graph.skipped, **more})
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 
@@ -66,7 +66,10 @@ def of_untraced(names: Sequence[str], idle: Collection[str], recording: Recordin
     """
     found: dict[str, str] = {}
     for name in names:
-        if name in recording.transformed:
+        weight = recording.layers[name].weight if name in recording.layers else None
+        if isinstance(weight, Tensor) and not weight.is_floating_point():
+            found[name] = f"its weight is of {weight.dtype}, of which no gradient is taken"
+        elif name in recording.transformed:
             found[name] = "it runs under torch.func (vmap, say), where nothing can be followed or measured"
         elif name in recording.without_gradients:
             found[name] = "it runs under torch.no_grad(), where nothing can be measured"

@@ -93,6 +93,7 @@ def at_consumers(model: nn.Module, positions: Mapping[str, Tensor],
                  added: Mapping[str, Tensor]
                  ) -> Iterator[RemovableHandle | multihead_attention.Handle | experts.Handle]:
     """Hooks by which layers read zero at `positions` of their inputs, and add float64 [C_out] to their outputs."""
+    yield from multihead_attention.replace_attention(model, called=())  # hooks take no nested tensors
     yield from experts.replace_experts(model, positions)
     yield from multihead_attention.replace_attention(model, positions)
     for name, index in positions.items():

@@ -148,3 +148,37 @@ def test_layers_under_vmap_have_the_reason() -> None:
     graph = trace(PerRow(), torch.randn(3, 4))
     assert [group.name for group in graph.groups] == ["three"]
     assert all(graph.skipped[layer].startswith("it runs under torch.func (vmap, say)") for layer in ("one", "two"))
+
+
+def test_parameters_in_a_list_are_named_one_by_one() -> None:
+    """The module that holds the list is what reads them."""
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.ParameterList([torch.randn(6, 4), torch.randn(5, 6)])
+            self.one, self.two = nn.Linear(5, 7), nn.Linear(7, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one((x @ self.weights[0].t()).relu() @ self.weights[1].t()).relu())
+
+    skipped = trace(Listed(), torch.randn(3, 4)).skipped
+    assert {name: reason for name, reason in skipped.items() if name != "two"} == {
+        f"weights.{place}": f"the code of Listed reads its weights.{place} {shape}, which meets no channels that can go"
+        for place, shape in enumerate(([6, 4], [5, 6]))}
+
+
+def test_complex_weights_say_so() -> None:
+    """And what is real goes."""
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = (nn.Linear(4, 4, dtype=torch.complex64) for _ in range(2))
+            self.three, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.three(self.two(self.one(torch.complex(x, x)).tanh()).abs()).relu())
+
+    graph = trace(Complex(), torch.randn(3, 4))
+    assert [group.name for group in graph.groups] == ["three"]
+    assert [graph.skipped[name] for name in ("one", "two")] == \
+        ["its weight is of torch.complex64, of which no gradient is taken"] * 2

@@ -246,3 +246,28 @@ def test_norm_gates_without_means_are_not_compensated() -> None:
         pass
     with torch.no_grad(), fastscore.mask(model, scores, 0.3, x) as removed:
         assert sum(map(len, removed.values())) == -int(-0.3 * sum(map(len, scores.values())) // 1)
+
+
+def test_padding_is_told_to_an_encoder_that_nests_tensors() -> None:
+    """As it does without gradients, in evaluation mode; the encoder is what it was afterwards."""
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            padding = x[..., 0] == 0
+            return self.encoder(x, src_key_padding_mask=padding).masked_fill(padding[..., None], 0)[:, :3]
+
+    torch.manual_seed(0)
+    model, x = Padded().double().eval(), torch.randn(3, 5, 8, dtype=torch.float64)
+    x[0, 3:] = x[1, 4:] = 0
+    scores = magnitudes(model, x)
+    ffn = {"ignore": ["*.self_attn"], "compensate": False}
+    with torch.no_grad(), fastscore.mask(model, scores, 0.5, x, **ffn):
+        masked = model(x)
+    assert model.encoder.use_nested_tensor
+    small = fastscore.prune(model, scores, x, channels=0.5, **ffn).model
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), masked)
+        assert (model(x) - masked).abs().max() > 0.01
