@@ -9,6 +9,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fastscore.graph import units
 from fastscore.graph.groups import Member, Role
+from fastscore.graph.surgery_trial import said
 from fastscore.graph.verification import Recording
 from fastscore.modules.computed_weights import PLAIN, unused_parameters
 from fastscore.modules.inspection import parametrized, shares_parameters
@@ -52,6 +53,17 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         if width is not None and units.sections_of(layer, member.role) > 1 and len(member.index) < width:
             return f"{member.layer} is grouped and works on other channels too"
     return None
+
+
+def of_what_cannot_be_verified(recording: Recording) -> dict[str, str]:
+    """Layer that ran -> why nothing that is found out about it can be verified; empty where it can."""
+    try:
+        assert recording.inputs is not None
+    except Exception as error:  # of code that takes gradients of its own, say
+        reason = "the model's code does not run where its layers give what they gave before " \
+                 f"({said(error)}), which is how channels are followed"
+        return dict.fromkeys(sorted(recording.layers_that_ran), reason)
+    return {}
 
 
 def of_untraced(names: Sequence[str], idle: Collection[str], recording: Recording, readers: Mapping[str, str]
@@ -113,7 +125,7 @@ def _by(layer: nn.Module) -> str:
 
 
 def _without_gradient(where: str, recording: Recording) -> str:
-    how = "torch.no_grad()" if where in recording.without_gradients else "detach(), say"
+    how = "torch.no_grad()" if where in recording.without_gradients else "detach(), or a choice by them"
     return f"{where} reads its channels where no gradient comes back ({how})"
 
 

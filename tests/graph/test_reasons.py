@@ -92,6 +92,16 @@ class NeverCalled(Chain):
         return self.last(self.d(self.c(x.relu()).relu()).relu())
 
 
+class Chosen(Chain):
+    """A layer decides which rows are read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        rows = x[:, None] * torch.arange(1.0, 4).to(x)[None, :, None]
+        best = self.c(self.b(rows).relu())[..., 0].argmax(1)
+        return self.last(self.d(rows[torch.arange(len(x)), best]).relu())
+
+
 class Unasked(Chain):
     """Layers, with a normalisation between them, that the output does not depend on."""
 
@@ -120,14 +130,16 @@ class Together(Chain):
 _HEAD = {"last": "its channels are the model's output"}
 _READ = "the code of {0} reads the weight of {1} as well"
 _TOGETHER = "the code of Together takes its channels together with its rows, which cannot lose channels yet"
+_CUT_OFF = "{0} reads its channels where no gradient comes back (detach(), or a choice by them)"
 _OFF = "it runs under torch.no_grad(), where nothing can be measured"
 CASES: Mapping[type[Chain], tuple[list[str], dict[str, str]]] = {
     Autoencoder: (["c", "d"], {"a": _READ.format("Autoencoder", "a"), "b": _READ.format("Autoencoder", "b")}),
+    Chosen: (["a", "d"], {"c": _CUT_OFF.format("d"), "b": _CUT_OFF.format("c")}),
     Unasked: (["a", "d"], dict.fromkeys("bc", "the output does not depend on it")),
     Together: (["c", "d"], {"a": _TOGETHER, "b": _TOGETHER,
                             "rows": "the code of Together reads its rows [4, 6], which meets no channels that can go"}),
-    Detached: (["b", "d"], {"a": "b reads its channels where no gradient comes back (detach(), say)"}),
-    OnlyDetached: (["b", "c", "d"], {"a": "b reads its channels where no gradient comes back (detach(), say)"}),
+    Detached: (["b", "d"], {"a": _CUT_OFF.format("b")}),
+    OnlyDetached: (["b", "c", "d"], {"a": _CUT_OFF.format("b")}),
     WithoutGradients: (["c", "d"], {"a": _OFF, "b": _OFF}),
     Inference: (["c", "d"], {"a": _OFF, "b": _OFF}),
     FixedPoint: (["d"], {"a": "b reads its channels where no gradient comes back (torch.no_grad())",
@@ -181,3 +193,17 @@ def test_a_model_that_is_prepared_for_quantization_has_a_way_out() -> None:
         "quantization (prepare_qat)"
     small = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=0.6).model
     assert prepared(small)(x).shape == (8, 2)
+
+
+def test_a_model_that_takes_gradients_of_its_own_is_left_alone() -> None:
+    """An energy, whose gradient is the output: of what its layers gave before there is none."""
+    class Force(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                energy = self.last(self.b(self.a(x).tanh()).tanh()).sum()
+                return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+    with pytest.raises(ValueError, match=r"no channel that can be scored\n(.*\n)*  a: the model's code does not run "
+                                         r"where its layers give what they gave before \(RuntimeError: .*\), which"):
+        fastscore.score(Force(), [torch.randn(3, 6)], progress=False)
