@@ -89,7 +89,8 @@ def main() -> None:
     for draw in options.draws:
         for name in options.networks:
             measure(name, NETWORKS[name](options.data), draw, options.methods, options.budgets,
-                    options.out / "recovery.csv", options.scores or options.data / "scores", options.again, options.device)
+                    options.out / "recovery.csv", options.scores or options.data / "scores", options.again,
+                    options.device)
 
 
 if __name__ == "__main__":
