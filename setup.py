@@ -1,4 +1,4 @@
-"""Builds fastscore/_C, the native kernels: one abi3 library for every Python >= 3.10 and torch >= 2.13.
+"""Builds fastscore/_C, the native kernels: one abi3 library for every Python >= 3.10 and torch >= 2.11.
 
 CUDA kernels go into it where nvcc is found, in CUDA_HOME or on the PATH; no GPU is needed, nor a torch with CUDA.
 FASTSCORE_CUDA=0 leaves them out, FASTSCORE_CUDA=1 makes their absence an error. MAX_JOBS bounds what runs at once.
@@ -16,7 +16,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-MACROS = [("TORCH_TARGET_VERSION", "0x020d000000000000")]  # torch 2.13
+MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]  # torch 2.11
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno",
              "-fno-trapping-math", "-Wall", "-Wno-psabi", "-Wno-ignored-attributes"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--compiler-options", "-fPIC,-fvisibility=hidden,-g0", "--threads", "2"]

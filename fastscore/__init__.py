@@ -1,6 +1,6 @@
 """fastscore: which channels of a trained network matter, without labels, and a smaller network without the rest."""
 
-from fastscore import ops
+from fastscore import interrupts, ops  # noqa: F401 (interrupts first: it hears Ctrl-C while torch is imported)
 from fastscore.pruning.checkpoint import load_pruned, save_pruned
 from fastscore.pruning.compare import compare
 from fastscore.pruning.curve import curve

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks.paper.data import Images
 from benchmarks.recovery.contestants import METHODS, applicable, smaller
 from benchmarks.recovery.judge import log_probabilities, verdict
 from benchmarks.recovery.networks import NETWORKS, Task
@@ -39,10 +40,11 @@ def keys(path: Path) -> set[tuple[str, ...]]:
 
 
 def measure(name: str, task: Task, draw: int, methods: list[str], budgets: list[float], path: Path,
-            scores: Path, again: bool = False) -> None:
+            scores: Path, again: bool = False, device: str = "cpu") -> None:
     """Append to the CSV at `path` the rows of one network and draw that it does not have."""
     done = set() if again else keys(path)
-    calibration, judged = task.draw(draw)
+    task.model.to(device)
+    calibration, judged = (Images(part.images.to(device), part.labels.to(device)) for part in task.draw(draw))
     before = macs(task.model, judged.images), sum(parameter.numel() for parameter in task.model.parameters())
     by_head: dict[str, dict[float, list[str]]] = {}
     for method, budget in itertools.product(applicable(task, methods), budgets):
@@ -78,6 +80,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD",
                         help=f"of {'; '.join(METHODS)}")
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--again", action="store_true", help="measure anew what is there")
     parser.add_argument("--scores", type=Path, help="folder in which scores are kept (default: DATA/scores)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recovery"))
@@ -86,7 +89,8 @@ def main() -> None:
     for draw in options.draws:
         for name in options.networks:
             measure(name, NETWORKS[name](options.data), draw, options.methods, options.budgets,
-                    options.out / "recovery.csv", options.scores or options.data / "scores", options.again)
+                    options.out / "recovery.csv", options.scores or options.data / "scores", options.again,
+                    options.device)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -34,6 +35,21 @@ inline int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
   return value;
+}
+
+// The stream that PyTorch works on. Asked for by name, as this library must also load where PyTorch has no CUDA library to
+// link to; the stable ABI's own way to it came with torch 2.13.
+inline cudaStream_t current_stream(int device) {
+  using Getter = AOTITorchError (*)(int32_t, void**);
+  static const auto getter = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(getter, "this PyTorch has no CUDA streams that fastscore's CUDA kernels can find; "
+                          "use fastscore.ops.use_backend(\"triton\")");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(getter(device, &stream) == 0, "PyTorch does not say which CUDA stream is current");
+  return static_cast<cudaStream_t>(stream);
 }
 
 // Makes a tensor's device the current one, and the former one current again at the end, as PyTorch does: not if that
@@ -67,8 +83,7 @@ class DeviceGuard {
 
   // Launches kernels of `blocks` × `splits` blocks on the caller's stream.
   auto launcher() const {
-    const auto stream = static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device_).nativeHandle());
-    return [stream](auto kernel, int64_t blocks, int64_t splits, auto... arguments) {
+    return [stream = current_stream(device_)](auto kernel, int64_t blocks, int64_t splits, auto... arguments) {
       STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "a tensor of ", blocks,
                       " blocks of rows is more than one CUDA launch takes; split the batch");
       kernel<<<dim3(uint32_t(blocks), uint32_t(splits)), kThreads, 0, stream>>>(arguments...);

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastscore import __version__
+from fastscore import __version__, interrupts
 from fastscore.cli import bench, compare, curve, demo, info, prune, report, score
 from fastscore.cli.options import Parser
 from fastscore.cli.processes import ProcessLostError
@@ -30,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     What fastscore did not raise itself (an error inside the user's model, say) keeps its traceback; Python's own exit
     code is then 1.
     """
-    arguments = parser().parse_args(argv)
     try:
+        interrupts.raise_again()
+        arguments = parser().parse_args(argv)
         arguments.run(arguments)
     except (ValueError, TypeError, FloatingPointError, ImportError, OSError, ProcessLostError) as error:
         if not _raised_here(error):
@@ -40,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastscore: error: {text}", file=sys.stderr)
         return 1 if isinstance(error, ProcessLostError) else 2
     except KeyboardInterrupt:
-        print("fastscore: interrupted", file=sys.stderr)
-        return 130
+        print(interrupts.SAID, file=sys.stderr)
+        return interrupts.EXIT_CODE
     return 0
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastscore import ops
 from fastscore.cli import options
+from fastscore.cli.argument_types import positive
 from fastscore.cli.options import Commands, add_command
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
@@ -36,9 +37,9 @@ def add(commands: Commands) -> None:
         "fastscore bench nets.py:build --size 64 --device cpu --json")
     options.add_model(command, optional=True)
     options.add_pixels(command)
-    command.add_argument("--batch-size", type=options.positive, default=8, metavar="N",
+    command.add_argument("--batch-size", type=positive, default=8, metavar="N",
                          help="images at once (default: %(default)s)")
-    command.add_argument("--seconds", type=options.positive, default=3, metavar="S",
+    command.add_argument("--seconds", type=positive, default=3, metavar="S",
                          help="for the kernels, about (default: %(default)s)")
     command.set_defaults(seed=0)
     options.add_json(command, "what was measured")
@@ -48,9 +49,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure, print."""
     passed = None
     if arguments.model is not None:
-        shape = options.preprocessing(arguments).shape
-        batch = torch.randn(arguments.batch_size, *shape, generator=torch.Generator().manual_seed(arguments.seed))
-        passed = passes(options.model(arguments), batch.to(options.device(arguments)))
+        prepare = options.preprocessing(arguments)
+        drawn = torch.Generator().manual_seed(arguments.seed)
+        batch = torch.randn(arguments.batch_size, *prepare.shape, generator=drawn)
+        passed = passes(options.model(arguments, prepare), batch.to(options.device(arguments)))
     rows = kernels(options.device(arguments), arguments.seconds)
     print(json.dumps({"kernels": rows, "passes": passed}) if arguments.json else table(rows, passed))
 

@@ -23,6 +23,14 @@ _COUNTER = "num_batches_tracked"  # of a BatchNorm, which only momentum=None rea
 _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace, pathlib.PosixPath]
 
 
+class ResizedError(ValueError):
+    """A checkpoint that fits, but for a layer of another number of outputs: `outputs`, in the checkpoint."""
+
+    def __init__(self, what: str, outputs: int) -> None:
+        super().__init__(what)
+        self.outputs = outputs
+
+
 def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> str:
     """Read `path` into `model`; what was done for it in one line, "" where the file was a state dict of this model.
 
@@ -60,7 +68,9 @@ def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> str:
                  ("the model lacks", [key for key in unexpected if key not in unneeded]), ("other shapes:", resized))
                 if keys]
     if problems:
-        raise ValueError(f"checkpoint: {path} does not fit {type(model).__name__}: {'; '.join(problems)}")
+        what = f"checkpoint: {path} does not fit {type(model).__name__}: {'; '.join(problems)}"
+        widths = {len(tensor) for key, tensor in fitting.items() if tensor.shape != own[key].shape and tensor.dim()}
+        raise ResizedError(what, widths.pop()) if len(problems) == len(widths) == 1 else ValueError(what)
     if left or unneeded:
         notes.append(f"left: {_some([*left, *unneeded])}")
     if counters:
@@ -101,12 +111,12 @@ def _unwrapped(path: str | PathLike[str]) -> tuple[dict[str, Tensor], list[str]]
                          "model.state_dict() with torch.save")
     if names:
         notes.insert(0, f"under {' / '.join(map(repr, names))}")
-    state = {}
-    for key, tensor in content.items():
-        for wrapper in _WRAPPERS:
-            key = key.replace(wrapper, "")
-        state[key] = tensor
-    return state, notes
+    state = content
+    for wrapper in _WRAPPERS:
+        if any(wrapper in key for key in state):
+            notes.append(f"{wrapper!r} taken out of its names")
+            state = {key.replace(wrapper, ""): tensor for key, tensor in state.items()}
+    return dict(state), notes
 
 
 def _load(path: str | PathLike[str]) -> Any:

@@ -6,6 +6,7 @@ import json
 import fastscore
 from fastscore import plots
 from fastscore.cli import options
+from fastscore.cli.argument_types import IMPORTANCES, importance, positive
 from fastscore.cli.curve import add_budgets, budgets
 from fastscore.cli.options import Commands, add_command
 
@@ -22,11 +23,11 @@ def add(commands: Commands) -> None:
         "--importances taylor-sq taylor-abs random --plot compared.png")
     options.add_model(command)
     command.add_argument("--images", metavar="FOLDER", required=True, help="unlabelled images, subfolders included")
-    command.add_argument("--importances", nargs="+", choices=options.IMPORTANCES, metavar="NAME",
+    command.add_argument("--importances", nargs="+", type=importance, metavar="NAME",
                          default=["taylor-sq", "magnitude-l2", "random"],
-                         help=f"of {', '.join(options.IMPORTANCES)} (default: taylor-sq magnitude-l2 random)")
-    command.add_argument("--samples", type=options.positive, metavar="N", help="draw N of the images (default: all)")
-    command.add_argument("--batch-size", type=options.positive, default=32, metavar="N",
+                         help=f"of {', '.join(IMPORTANCES)} (default: taylor-sq magnitude-l2 random)")
+    command.add_argument("--samples", type=positive, metavar="N", help="draw N of the images (default: all)")
+    command.add_argument("--batch-size", type=positive, default=32, metavar="N",
                          help="images at once (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
     command.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="LAYER",
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     prepare = options.preprocessing(arguments)
     work, judges = options.image_batches(arguments, prepare, judges=True)
     options.tell(f"images: {prepare}")
-    found = fastscore.compare(options.model(arguments), work, arguments.importances,
+    found = fastscore.compare(options.model(arguments, prepare), work, arguments.importances,
                               **asked, held_out=judges, repair=arguments.repair,
                               seed=arguments.seed, measured=arguments.measured, ignore=arguments.ignore)
     print(json.dumps(found.records()) if arguments.json else found)

@@ -7,6 +7,7 @@ from typing import Any
 import fastscore
 from fastscore import files, plots
 from fastscore.cli import options
+from fastscore.cli.argument_types import share
 from fastscore.cli.options import Commands, add_command
 from fastscore.pruning.options import Budgets
 
@@ -38,15 +39,15 @@ def add_budgets(command: argparse.ArgumentParser) -> None:
     budget = command.add_mutually_exclusive_group()
     for resource, text in (("macs", "multiply-accumulates (default: 0.9 0.8 0.7 0.6 0.5)"), ("params", "parameters"),
                            ("channels", "channels")):
-        budget.add_argument(f"--{resource}", type=options.share, nargs="+", metavar="SHARE", help=f"of the {text}")
+        budget.add_argument(f"--{resource}", type=share, nargs="+", metavar="SHARE", help=f"of the {text}")
 
 
 def budgets(arguments: argparse.Namespace) -> dict[str, Any]:
     """Resource -> shares. Raises ValueError for one that is none."""
     found = {name: getattr(arguments, name) for name in ("macs", "params", "channels")}
     for name, shares in found.items():
-        for share in shares or ():
-            Budgets(**{name: share})
+        for each in shares or ():
+            Budgets(**{name: each})
     return found
 
 
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     scores = None if arguments.scores is None else options.load_scores(arguments)
     prepare = options.preprocessing(arguments)
     work, judges = options.image_batches(arguments, prepare, judges=True)
-    model = options.model(arguments)
+    model = options.model(arguments, prepare)
     if scores is None:
         scores = options.scored(model, arguments, prepare, work)
     found = fastscore.curve(model, scores, work, **asked, held_out=judges, repair=arguments.repair,

@@ -5,7 +5,8 @@ import json
 from dataclasses import asdict
 
 from fastscore import plots
-from fastscore.cli.options import Commands, add_command, add_json, check_folder, positive, wrote
+from fastscore.cli.argument_types import positive
+from fastscore.cli.options import Commands, add_command, add_json, check_folder, wrote
 
 
 def add(commands: Commands) -> None:

@@ -106,6 +106,9 @@ def preprocessing(spec: str, weights: str | None = None, size: int | None = None
     Raises:
         ValueError: where the size is not known, or the model takes no plain images.
     """
+    if mean is not None and not all(0 <= value <= 1 for value in mean):
+        raise ValueError(f"mean: {' '.join(f'{value:g}' for value in mean)}; it is taken from pixels in [0, 1]: divide "
+                         "--mean and --std by 255 where they are meant for pixels up to 255")
     known = {"torchvision": _of_torchvision, "timm": _of_timm, "hf": _of_hugging_face}.get(parse(spec)[0])
     if known is None:
         if size is None:

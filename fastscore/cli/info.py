@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(notes) if arguments.json else table(notes))
         return
     prepare = options.preprocessing(arguments)
-    scores = fastscore.score(options.model(arguments), [options.example(arguments, prepare)], progress=False)
+    scores = fastscore.score(options.model(arguments, prepare), [options.example(arguments, prepare)], progress=False)
     assert scores.coverage is not None
     alone = "".join(f"\n{line}" for line in (*scores.coverage.lines(), *(
         f"{layer}: kept ({reason})" for layer, reason in scores.skipped.items())))

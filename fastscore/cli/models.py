@@ -13,10 +13,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastscore.batches import OutputError, output_tensors
 from fastscore.cli import hugging_face
-from fastscore.cli.checkpoints import load_checkpoint
+from fastscore.cli.checkpoints import ResizedError, load_checkpoint
 
 
 def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: str | None = None,
@@ -49,10 +50,32 @@ def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: s
         else:
             model = {"torchvision": _torchvision, "timm": _timm}.get(source, _call)(spec, weights, classes)
     if checkpoint is not None:
-        note = load_checkpoint(model, checkpoint)
+        try:
+            note = load_checkpoint(model, checkpoint)
+        except ResizedError as error:
+            hint = f": if it is of {error.outputs} classes, --classes {error.outputs}" \
+                if classes is None and source in ("torchvision", "timm") and error.outputs else ""
+            raise ValueError(f"{error}{hint}") from error
         if note and tell is not None:
             tell(note)
     return model.eval()
+
+
+def check_runs(model: nn.Module, spec: str, example: Tensor) -> None:
+    """Raise ValueError for a model that does not take [N, channels, height, width] such as `example`, or does not
+    return one tensor."""
+    shape = " x ".join(map(str, example.shape[1:]))
+    try:
+        with torch.no_grad():
+            output_tensors(model(example), type(model).__name__)
+    except OutputError as error:
+        raise ValueError(f"model: {str(error).partition(';')[0]}; the command line takes models that return one "
+                         "tensor: name a function that returns yours inside a module whose forward returns that tensor"
+                         ) from error
+    except Exception as error:  # whatever the model's own code raises
+        raise ValueError(f"model: {spec} cannot run on images of {shape} ({type(error).__name__}: {error}); --size "
+                         "says how large they are, and one number each after --mean and --std makes them grey"
+                         ) from error
 
 
 def parse(spec: str) -> tuple[str, str]:

@@ -16,17 +16,14 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.cli import hugging_face, images, models, processes
+from fastscore.cli.argument_types import IMPORTANCES, importance, of_sampling, positive
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.pruning.quality import HELD_OUT
 from fastscore.recovery.reconstruct import Method
-from fastscore.scoring.criteria import ABLATIONS, GRADIENT_IMPORTANCES, LAYERWISE, NAMES, REDUCTIONS
+from fastscore.scoring.criteria import ABLATIONS, GRADIENT_IMPORTANCES, LAYERWISE, REDUCTIONS
 from fastscore.scoring.gradients import DISTRIBUTIONS
-from fastscore.scoring.options import Sampling
 from fastscore.scoring.scores import Scores
 from fastscore.scoring.weights import WEIGHT_IMPORTANCES
-
-# A random gradient has mean zero, and with it the signed `taylor`: only noise would remain.
-IMPORTANCES = [name for name in NAMES if name != "taylor"]
 
 _OF_THE_MODEL = ("size", "classes", "mean", "std")  # options that every command on one model needs
 
@@ -77,7 +74,7 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
     """How to score, and on which images; `folder` gets --images."""
     folder.add_argument("--images", metavar="FOLDER", help="unlabelled images, subfolders included")
     scoring = command.add_argument_group("scoring")
-    scoring.add_argument("--importance", choices=IMPORTANCES, default="taylor-sq", metavar="NAME",
+    scoring.add_argument("--importance", type=importance, default="taylor-sq", metavar="NAME",
                          help=f"{', '.join(IMPORTANCES)} (default: %(default)s); the signed taylor needs a loss, which "
                          "fastscore.Scorer takes")
     scoring.add_argument("--units", choices=("groups", "blocks"), default="groups",
@@ -164,14 +161,17 @@ def add_pixels(command: argparse.ArgumentParser) -> None:
     pixels.add_argument("--std", type=float, nargs="+", metavar="X", help="and then divided by: as many")
 
 
-def model(arguments: argparse.Namespace) -> nn.Module:
-    """The model that the arguments name, on its device."""
+def model(arguments: argparse.Namespace, prepare: images.Preprocessing) -> nn.Module:
+    """The model that the arguments name, on its device. Raises ValueError where it does not take images so prepared, or
+    returns more than a tensor."""
     if arguments.checkpoint is None and arguments.weights is None and \
             arguments.model.startswith(("torchvision:", "timm:")):
         tell("random weights; give --checkpoint or --weights for trained ones")
     made = models.load(arguments.model, checkpoint=arguments.checkpoint, weights=arguments.weights,
                        classes=arguments.classes, seed=arguments.seed, tell=tell)
-    return made.to(device(arguments))
+    made = made.to(device(arguments))
+    models.check_runs(made, arguments.model, example(arguments, prepare))
+    return made
 
 
 def tell(line: str) -> None:
@@ -306,44 +306,3 @@ def wrote(*paths: str | None) -> None:
     for path in paths:
         if path is not None:
             print(f"wrote {path} ({Path(path).stat().st_size / 1e6:.2f} MB)", file=sys.stderr)
-
-
-def share(text: str) -> float:
-    """A number, such as the share of a budget."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number; a share such as 0.7 is meant") from None
-
-
-def positive(text: str) -> int:
-    """An integer of 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: it must be 1 or more")
-    return value
-
-
-def of_sampling(name: str) -> Callable[[str], int | str]:
-    """What fastscore.score takes for `probes` or `samples`: an integer, or a word."""
-    def convert(text: str) -> int | str:
-        value = int(text) if text.lstrip("-").isdigit() else text
-        try:
-            Sampling(**{name: value})  # type: ignore[arg-type]
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-        return value
-
-    return convert
-
-
-def positive_or(word: str) -> Callable[[str], int | str]:
-    """An integer of 1 or more, or `word`."""
-    def convert(text: str) -> int | str:
-        if text == word:
-            return word
-        if not text.lstrip("-").isdigit():
-            raise argparse.ArgumentTypeError(f"{text}: it must be {word}, or 1 or more")
-        return positive(text)
-
-    return convert

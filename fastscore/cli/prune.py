@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 import fastscore
 from fastscore.cli import options
-from fastscore.cli.options import Commands, add_command, positive_or, tell
+from fastscore.cli.argument_types import positive_or, share
+from fastscore.cli.options import Commands, add_command, tell
 from fastscore.pruning import clocks
 from fastscore.pruning.clocks import Clock
 from fastscore.pruning.export import check_suffix, save
@@ -33,14 +34,14 @@ def add(commands: Commands) -> None:
                                         "--agreement)")
     for unit, text in (("macs", "multiply-accumulates"), ("params", "parameters"), ("channels", "channels"),
                        ("latency", "time that two images take, measured here")):
-        budget.add_argument(f"--{unit}", type=options.share, metavar="SHARE", help=f"share of the {text}")
+        budget.add_argument(f"--{unit}", type=share, metavar="SHARE", help=f"share of the {text}")
     budget.add_argument("--clock", choices=get_args(Clock), default="torch",
                         help="the runtime in which --latency is measured; the last two on the CPU (default: "
                         "%(default)s)")
-    budget.add_argument("--agreement", type=options.share, metavar="SHARE",
+    budget.add_argument("--agreement", type=share, metavar="SHARE",
                         help="instead of a budget: the smallest model that agrees with the dense one on this share of "
                         "images, judged on some that do not repair it")
-    budget.add_argument("--confidence", type=options.share, metavar="P",
+    budget.add_argument("--confidence", type=share, metavar="P",
                         help="such as 0.95: with this probability, --agreement holds beyond the images that judge")
     command.add_argument("--scores", metavar="FILE", help="scores from `fastscore score --out`; otherwise scored now")
     options.add_scoring(command, command)
@@ -53,7 +54,7 @@ def add(commands: Commands) -> None:
                          "the importance reads gradients)")
     command.add_argument("--round-to", type=positive_or("auto"), default=1, metavar="N",
                          help="make widths multiples of N; auto: of what this device runs fastest")
-    command.add_argument("--floor", type=options.share, default=0.0, metavar="SHARE",
+    command.add_argument("--floor", type=share, default=0.0, metavar="SHARE",
                          help="share of each layer's channels that stays, whatever the budget (default: one channel)")
     command.add_argument("--compensate", action=argparse.BooleanOptionalAction,
                          help="add what removed channels gave on average to the biases of the layers that read them "
@@ -67,13 +68,16 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Score where there are no scores yet, prune, print, write."""
     asked = Budgets(**{name: getattr(arguments, name) for name in ("channels", "params", "macs", "latency")})
+    if not asked.given and arguments.agreement is None:
+        raise ValueError("budget: name what is to remain: --macs 0.7, --params, --channels or --latency, or "
+                         "--agreement 0.98 for as little as will do")
     Quality(arguments.agreement, None, arguments.confidence).alone(asked, True)  # before minutes of work
     Ranking(arguments.scope, arguments.cost_aware, arguments.round_to, arguments.floor)
     options.check_folder(arguments.out)
     check_suffix(arguments.out)
     scores = None if arguments.scores is None else options.load_scores(arguments)
     prepare = options.preprocessing(arguments)
-    model = options.model(arguments)
+    model = options.model(arguments, prepare)
     clocks.check(arguments.clock, arguments.latency, model, options.example(arguments, prepare))
     repair: dict[str, Any] = {}
     work = None

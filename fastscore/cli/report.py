@@ -15,6 +15,7 @@ from torch import nn
 from fastscore import files
 from fastscore.batches import Batch, call_model
 from fastscore.cli import images, models, options
+from fastscore.cli.argument_types import positive, share
 from fastscore.cli.options import Commands, add_command, check_folder, wrote
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.pruning.costs import Costs, Resource
@@ -39,12 +40,12 @@ def add(commands: Commands) -> None:
     command.add_argument("scores", metavar="SCORES", help="scores from `fastscore score --out`")
     command.add_argument("model", metavar="MODEL", nargs="?", help="the model that was scored, for budgets in MACs and "
                          "parameters; no weights are needed")
-    command.add_argument("--classes", type=options.positive, metavar="N", help="outputs of a torchvision or timm model")
+    command.add_argument("--classes", type=positive, metavar="N", help="outputs of a torchvision or timm model")
     options.add_pixels(command)
     command.add_argument("--curve", metavar="JSON", help="what `fastscore curve --scores SCORES --out` measured: the "
                          "page then says it beside the budget")
     command.add_argument("--out", metavar="HTML", default="fastscore-report.html", help="default: %(default)s")
-    command.add_argument("--fraction", type=options.share, default=0.3, metavar="SHARE",
+    command.add_argument("--fraction", type=share, default=0.3, metavar="SHARE",
                          help="share of the channels that the page shows as going at first (default: %(default)s)")
     command.add_argument("--title", default="Channel scores", help="default: %(default)s")
 

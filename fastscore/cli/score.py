@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastscore import plots
 from fastscore.cli import options, processes
+from fastscore.cli.argument_types import positive
 from fastscore.cli.options import Commands, add_command
 from fastscore.scoring.options import Checkpoint
 from fastscore.scoring.weights import WEIGHT_IMPORTANCES
@@ -37,7 +38,7 @@ def add(commands: Commands) -> None:
                       "after whatever stopped it, to the same scores")
     long.add_argument("--fixed-order", action="store_true",
                       help="the same bits, whatever the number of processes (64 at most)")
-    long.add_argument("--timeout", type=options.positive, default=30, metavar="MINUTES",
+    long.add_argument("--timeout", type=positive, default=30, metavar="MINUTES",
                       help="how long one process waits for another (default: %(default)s)")
     command.add_argument("--out", metavar="FILE", help="write the scores: a safetensors file, for prune --scores")
     command.add_argument("--plot", metavar="PNG", help="draw each layer's scores")
@@ -53,8 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
     rank, _ = processes.rank_and_world_size()
     with processes.group(options.device(arguments), timedelta(minutes=arguments.timeout)) as group, \
             _kept(arguments) as checkpoint:
-        scores = options.scored(options.model(arguments), arguments, prepare, resume=checkpoint, process_group=group,
-                                fixed_order=arguments.fixed_order)
+        scores = options.scored(options.model(arguments, prepare), arguments, prepare, resume=checkpoint,
+                                process_group=group, fixed_order=arguments.fixed_order)
     if rank > 0:
         return
     print(json.dumps({"origin": asdict(scores.origin), "samples": scores.samples, "skipped": dict(scores.skipped),
@@ -62,6 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
           if arguments.json else scores)
     if arguments.out is not None:
         scores.save(arguments.out)
+    elif not (arguments.json or arguments.plot or arguments.resume):
+        options.tell("nothing is kept of these scores; --out FILE keeps them, for prune --scores and report")
     if arguments.plot is not None:
         scores.plot(arguments.plot)
     kept = arguments.resume is not None and Path(arguments.resume).is_file()  # of several processes each has its own

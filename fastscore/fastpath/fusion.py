@@ -1,4 +1,4 @@
-"""Which layers of an evaluation copy run packed on a CPU, and which clamp is fused into the layer before it."""
+"""Which layers of an evaluation copy run packed on a CPU or fused by cuDNN, and which clamp goes into which layer."""
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.fastpath import packed_layers
+from fastscore.fastpath import cudnn_layers, packed_layers
 from fastscore.fastpath.fused_taps import clamped, packed
 from fastscore.fastpath.packed_layers import ClampBounds
 from fastscore.modules.inspection import hooked, parametrized
@@ -41,15 +41,13 @@ class FusedLayers:
         bounds = {layer: clamps[norm] for norm, layer in folded.items() if norm in clamps} | dict(clamps)
         for name, module in model.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                reason = _why_not(module, inputs.get(name))
+                reason, clamp = _why_not(module, inputs.get(name), bounds.get(name)), bounds.get(name)
                 if reason is not None:
                     self.not_packed[name] = reason
                     self._arrange(module)
                     continue
-                self.packed[name] = clamp = bounds.get(name)
-                fast = packed_layers.Convolution(module, inputs[name][2:], clamp) if type(module) is nn.Conv2d \
-                    else packed_layers.Linear(module.weight, module.bias, clamp)
-                self._run(module, fast, clamp)
+                self.packed[name] = clamp
+                self._run(module, _fast(module, inputs[name], clamp), clamp)
             elif type(module) in NORMS and name not in folded and _plain(module):
                 self._run(module, packed_layers.BatchNorm(module, bounds.get(name)), bounds.get(name))
             elif type(module) is MultiheadAttention and module.in_proj_weight is not None \
@@ -151,15 +149,24 @@ def _plain(norm: Any) -> bool:
         and "forward" not in vars(norm)
 
 
-def _why_not(layer: Any, shape: tuple[int, ...] | None) -> str | None:
-    """Why `layer` cannot be packed; None where it can. shape: of its input, if it has run."""
+def _fast(layer: Any, shape: tuple[int, ...], clamp: ClampBounds | None) -> packed_layers.Layer:
+    """`layer`, for which `_why_not` has no reason, for inputs of `shape`."""
+    if cudnn_layers.available(layer, clamp):
+        return cudnn_layers.Convolution(layer)
+    return packed_layers.Convolution(layer, shape[2:], clamp) if type(layer) is nn.Conv2d else \
+        packed_layers.Linear(layer.weight, layer.bias, clamp)
+
+
+def _why_not(layer: Any, shape: tuple[int, ...] | None, clamp: ClampBounds | None) -> str | None:
+    """Why `layer` cannot be packed; None where it can. shape: of its input, if it has run. clamp: what it ends in."""
     checks = (
         (parametrized(layer), "its weight is computed (a parametrization)"),
         (type(layer) not in LAYERS, f"{type(layer).__name__} may do more than its base class"),
         ("forward" in vars(layer), "its forward() is the model's own"),
         (portable(), "FASTSCORE_PORTABLE=1 asks for the path of a GPU"),
-        (not packed_layers.available(layer.weight),
-         f"there is no oneDNN for {layer.weight.dtype} on {layer.weight.device}"),
+        (not packed_layers.available(layer.weight) and not cudnn_layers.available(layer, clamp),
+         f"there is no oneDNN for {layer.weight.dtype} on {layer.weight.device}"
+         + ", and cuDNN fuses no more than a convolution and its ReLU" * layer.weight.is_cuda),
         (shape is None, "it has not run in its weight's own dtype"),
         (type(layer) is nn.Conv2d and len(shape or ()) != 4, "it does not run on [N, C, H, W]"),
         (getattr(layer, "padding_mode", "zeros") != "zeros", "its padding is not of zeros"),

@@ -25,7 +25,7 @@ def load(folder: Path) -> Path:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         raise ImportError(f"fastscore's native library {found[0]} does not load into torch {torch.__version__}: "
-                          f"{error.__cause__ or error}. It needs torch >= 2.13: upgrade torch, or rebuild in the "
+                          f"{error.__cause__ or error}. It needs torch >= 2.11: upgrade torch, or rebuild in the "
                           "source tree with `pip install --no-build-isolation --force-reinstall --no-deps .`"
                           ) from error
     return found[0]

@@ -34,6 +34,19 @@ def grey():
 def number():
     return 3
 
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        features = self.net(x)
+        return self.head(features.mean((2, 3))), features
+
+def two():
+    return Two()
+
 def wide(width):
     return nn.Linear(3, width)
 
@@ -205,13 +218,22 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     ((*SCORE, "--images", "empty"), "images: there is none in empty"),
     ((*SCORE, "--images", "photos", "--samples", "3"), "holds 2 images"),
     ((*SCORE, "--images", "photos", "--samples", "0"), "1 or more"),
-    ((*SCORE, "--images", "photos", "--importance", "taylor"), "invalid choice"),
+    ((*SCORE, "--images", "photos", "--importance", "taylor"), "for gradients of a loss, fastscore.Scorer"),
+    ((*SCORE, "--images", "photos", "--importance", "tailor"), "'tailor' is none of taylor-abs, taylor-sq"),
+    (("compare", *MODEL, "--images", "photos", "--importances", "random", "taylor"), "taylor-sq or taylor-abs"),
+    ((*SCORE, "--images", "photos", "--mean", "124", "116", "104", "--std", "58", "57", "57"),
+     "mean: 124 116 104; it is taken from pixels in [0, 1]: divide --mean and --std by 255"),
+    (("score", "nets:grey", *OWN[2:]), "cannot run on images of 3 x 48 x 48 (RuntimeError: "),
+    (("score", "nets:grey", *OWN[2:]), "one number each after --mean and --std makes them grey"),
+    (("score", "nets:two", *OWN[2:]), "returns tuple with [0] [2, 5], [1] [2, 8, 46, 46]; the command line takes"),
+    (("score", "torchvision:resnet18", "--images", "photos", "--checkpoint", "ten.pt"),
+     "fc.weight (10, 512) for (1000, 512), fc.bias (10,) for (1000,): if it is of 10 classes, --classes 10"),
     ((*SCORE, "--images", "photos", "--mean", "0.5", "0.5"), "mean and std"),
     ((*SCORE, "--images", "photos", "--ignore", "nothing"), "nothing"),
     ((*SCORE, "--images", "photos", "--out", "nowhere/s.safetensors"), "no folder nowhere"),
     ((*SCORE, "--images", "photos", "--plot", "s.plot"), "suffix is one of"),
     ((*SCORE, "--images", "damaged"), "damaged/half.jpg cannot be decoded"),
-    ((*PRUNE, "--images", "photos"), "name a budget"),
+    ((*PRUNE, "--images", "photos"), "budget: name what is to remain: --macs 0.7, --params"),
     ((*PRUNE, "--images", "photos", "--macs", "1.5"), "macs: 1.5"),
     ((*PRUNE, "--images", "photos", "--macs", "70"), "it is the share that remains: 0.7 for 70 %"),
     ((*PRUNE, "--images", "photos", "--macs", "70%"), "'70%' is no number; a share such as 0.7"),
@@ -237,6 +259,8 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
 def test_input_that_cannot_be_used_is_one_line_and_exit_code_2(folder, capsys, arguments, named):
     Path("empty").mkdir()
     Path("damaged").mkdir()
+    if "ten.pt" in arguments:
+        torch.save(models.load("torchvision:resnet18", classes=10).state_dict(), "ten.pt")
     whole = Path("photos/flowers/flower.JPG").read_bytes()
     Path("damaged/half.jpg").write_bytes(whole[:100])
     before = set(Path().rglob("*"))
@@ -334,3 +358,11 @@ def test_info_names_versions_and_every_backend():
     assert facts["backends"]["cpu"].startswith("serves cpu")
     for row in backends():
         assert row.unavailable in facts["backends"][row.name]
+
+
+def test_scores_that_are_not_kept_are_announced(folder, capsys):
+    assert main([*SCORE, "--images", "photos"]) == 0
+    assert "note: nothing is kept of these scores; --out FILE keeps them" in capsys.readouterr().err
+    for option in (["--out", "s.safetensors"], ["--json"], ["--resume", "run.ckpt"]):
+        assert main([*SCORE, "--images", "photos", *option]) == 0
+        assert "nothing is kept" not in capsys.readouterr().err

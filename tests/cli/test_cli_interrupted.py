@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fastscore
 from fastscore.cli import main
 from fastscore.pruning import latency
 
@@ -64,6 +65,12 @@ def files() -> set[str]:
     return {path.name for path in Path().iterdir()} - {"__pycache__"}
 
 
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    until = time.monotonic() + 120
+    while not path.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+
+
 def run(command: str, monkeypatch: pytest.MonkeyPatch, stop: int = 0) -> tuple[int, int]:
     """(exit code, calls of the model)"""
     sys.modules.pop("nets", None)
@@ -100,9 +107,7 @@ def test_a_process_of_its_own_and_a_signal_from_outside() -> None:
     process = subprocess.Popen([sys.executable, "-m", "fastscore", *COMMANDS["repair"]], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, env=environment,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    until = time.monotonic() + 120
-    while not Path("reached").exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.02)
+    wait_for(Path("reached"), process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -110,3 +115,27 @@ def test_a_process_of_its_own_and_a_signal_from_outside() -> None:
     assert "Traceback" not in err
     assert out == ""
     assert files() == before | {"reached"}
+
+
+@pytest.mark.parametrize(("started", "quiet"), [(["-m", "fastscore", "info"], True), (["bin/fastscore", "info"], True),
+                                                (["train.py"], False)])
+def test_while_torch_is_imported(started: list[str], quiet: bool) -> None:
+    """Which takes seconds: by the command nothing is said but that; what others start keeps Python's own way."""
+    Path("bin").mkdir()
+    Path("bin/fastscore").write_text("import sys\nfrom fastscore.cli import main\nsys.exit(main())\n")
+    Path("train.py").write_text("import fastscore\n")
+    Path("slow/torch").mkdir(parents=True)
+    Path("slow/torch/__init__.py").write_text("import pathlib, time\npathlib.Path('reached').touch()\ntime.sleep(60)\n")
+    library = str(Path(fastscore.__file__).parents[1])
+    process = subprocess.Popen([sys.executable, *started], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": os.pathsep.join(["slow", library])},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    wait_for(Path("reached"), process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert out == ""
+    if quiet:
+        assert (process.returncode, err) == (130, "fastscore: interrupted\n")
+    else:
+        assert "KeyboardInterrupt" in err
+        assert process.returncode == -signal.SIGINT

@@ -49,10 +49,10 @@ def channel_sums_kernel(a, g, out, channels, sizes, positions, a_strides, g_stri
     c_mask = c < channels // ALIGN[0][0] * ALIGN[0][0]
     end = positions // ALIGN[0][1] * ALIGN[0][1]
 
-    a += tl.multiple_of(n * a_strides[0], ALIGN[1][0])
-    g += tl.multiple_of(n * g_strides[0], ALIGN[2][0])
-    a_rows = a + tl.multiple_of(c * a_strides[1], ALIGN[1][1])[:, None]
-    g_rows = g + tl.multiple_of(c * g_strides[1], ALIGN[2][1])[:, None]
+    a += tl.multiple_of(n * a_strides[0], tl.constexpr(ALIGN[1][0]))
+    g += tl.multiple_of(n * g_strides[0], tl.constexpr(ALIGN[2][0]))
+    a_rows = a + tl.multiple_of(c * a_strides[1], tl.constexpr(ALIGN[1][1]))[:, None]
+    g_rows = g + tl.multiple_of(c * g_strides[1], tl.constexpr(ALIGN[2][1]))[:, None]
 
     totals = (tl.zeros((BLOCK_C, BLOCK_P), SUM),) * SUMS
     start = tl.program_id(1).to(INDEX) * tiles * BLOCK_P

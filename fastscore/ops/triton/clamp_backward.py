@@ -33,7 +33,8 @@ def clamp_backward_kernel(y, g, rest, out, channels, sizes, positions, strides, 
     c = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < channels // ALIGN[0][0] * ALIGN[0][0]
     end = positions // ALIGN[0][1] * ALIGN[0][1]
-    row_offsets = tl.multiple_of(n * strides[0], ALIGN[1][0]) + tl.multiple_of(c * strides[1], ALIGN[1][1])[:, None]
+    row_offsets = tl.multiple_of(n * strides[0], tl.constexpr(ALIGN[1][0])) \
+        + tl.multiple_of(c * strides[1], tl.constexpr(ALIGN[1][1]))[:, None]
 
     totals = (tl.zeros((BLOCK_C, BLOCK_P), SUM),) * 3
     start = tl.program_id(1).to(INDEX) * tiles * BLOCK_P

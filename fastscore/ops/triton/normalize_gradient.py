@@ -24,7 +24,7 @@ def load_part(g, sizes, g_strides, length, n, split, ALIGN: tl.constexpr, BLOCK:
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     p = split.to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     mask = p < length // ALIGN[0] * ALIGN[0]
-    g += tl.multiple_of(n * g_strides[0], ALIGN[1][0])
+    g += tl.multiple_of(n * g_strides[0], tl.constexpr(ALIGN[1][0]))
     return tl.load(g + offsets(p, sizes, g_strides[1:], ALIGN[1][1]), mask, other=0.0), p, mask
 
 
@@ -100,7 +100,7 @@ def normalize_gradient_kernel(g, partials, unit, lengths, sizes, g_strides, unit
     divisor = tl.where(norm < eps, eps, norm)
     tiny = divisor < 2.0**-1022
     factor = tl.where(tiny, 0.0, 1.0 / tl.where(tiny, 1.0, divisor))
-    unit += tl.multiple_of(n * unit_strides[0], ALIGN[2][0])
+    unit += tl.multiple_of(n * unit_strides[0], tl.constexpr(ALIGN[2][0]))
     tl.store(unit + offsets(p, sizes, unit_strides[1:], ALIGN[2][1]), scaled(part, factor), mask)
 
 

@@ -16,7 +16,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parents[3]
 FLAGS = ["-O1", "-g1", "-std=c++20", "-fPIC", "-fno-omit-frame-pointer", "-ffp-contract=fast", "-Wno-psabi",
-         "-Wno-ignored-attributes", "-DTORCH_TARGET_VERSION=0x020d000000000000", "-fsanitize=address,undefined",
+         "-Wno-ignored-attributes", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-fsanitize=address,undefined",
          "-fno-sanitize-recover=undefined"]
 
 
