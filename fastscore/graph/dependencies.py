@@ -170,7 +170,8 @@ class Graph(Nodes):
         if node.type == OPTYPE.PARAMETER:
             owner, _, key = node._name.rpartition(".")
             kind = type(self.model.get_submodule(owner)).__name__
-            return f"the code of {kind} takes its channels together with its {key}, which cannot lose channels yet"
+            who = f"{owner} ({kind})" if owner else kind
+            return f"the code of {who} takes its channels together with its {key}, which cannot lose channels yet"
         if node.type not in PRODUCERS | CHANNELWISE | TRANSPARENT | {NORM, OPTYPE.OUTPUT}:
             return f"its channels pass through {node._name or type(node.module).__name__} " \
                    f"({type(node.module).__name__}), which cannot lose channels yet"

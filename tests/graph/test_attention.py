@@ -333,7 +333,7 @@ class NoneCalled(Apart):
 
 def _parametrized() -> nn.Module:
     attention = Apart()
-    nn.utils.parametrizations.weight_norm(attention.k_proj)
+    nn.utils.parametrizations.spectral_norm(attention.k_proj)
     return attention
 
 
