@@ -27,7 +27,7 @@ def check_example(batch: Batch, argument: str) -> None:
         shown = repr(batch) if len(repr(batch)) < 60 else type(batch).__name__
         advice = "; torch.from_numpy makes one of an array" if type(batch).__module__ == "numpy" else ""
         raise TypeError(f"{argument}: {shown}, where a batch is meant: a tensor [N, ...], a tuple that begins with "
-                        f"one, or a dict of keyword arguments{advice}")
+                        f"one, a dict of keyword arguments, or a dataclass{advice}")
 
 
 def check_iterable(batches: object, argument: str) -> None:

@@ -57,8 +57,8 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
 
     Args:
         model: Any module.
-        batches: Tensors [N, ...], tuples (the first element is the input) or dicts (keyword arguments). They are moved
-            to the model's device.
+        batches: Tensors [N, ...], tuples (the first element is the input), dicts (keyword arguments) or dataclasses
+            (what the model is called on). They are moved to the model's device.
         importance: "taylor", "taylor-abs" or "taylor-sq" (activation x gradient); "molchanov-bn" or "molchanov-group",
             from the gradients of whole batches; or "magnitude-l1", "magnitude-l2", "bn-scale", "random", which read
             only weights.
