@@ -131,7 +131,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
         return made
     if isinstance(batch, (tuple, list)):
         parts = [map_tensors(function, value) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else parts if isinstance(batch, list) else tuple(parts)
+        return batch._make(parts) if hasattr(batch, "_make") else parts if isinstance(batch, list) else tuple(parts)
     if _fields(batch):
         made = copy.copy(batch)
         for name, value in _fields(batch).items():

@@ -94,7 +94,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         if inactive:
             with suppress(Exception):  # of a model's code that does not train
                 more, ran_in_training, explained_then = _traced(eval_model, run_as_in_training)
-                if ran <= ran_in_training:
+                if ran <= ran_in_training and (more.groups or not found.groups):
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
         found = returned_trial.offered(model, eval_model, found, run)
