@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.pruning.report import PruneReport
-from fastscore.recovery.divergence import divergence
+from fastscore.recovery.divergence import divergence, judged_by
 from fastscore.recovery.reconstruct import Method, Repair
 
 BUDGETS: dict[str, float] = {"channels": 0.6}
@@ -374,6 +374,15 @@ def test_divergence_is_agreement_and_kl_for_every_kind_of_output() -> None:
 def test_a_repair_says_what_it_was() -> None:
     assert str(Repair("linear", 0.01, True, 0.9, 0.12, True)) == \
         "chosen: linear, ridge 0.01, BatchNorms recalibrated: agreement 90.0%, KL 0.12"
+
+
+@pytest.mark.parametrize(("decisions", "said"), [
+    (1, "judged by 1 decision about samples that are new: few, so a share of them may well be off by 50 points"),
+    (25, "judged by 25 decisions about samples that are new: few, so a share of them may well be off by 10 points"),
+    (1000, "judged by 1,000 decisions about samples that are new")])
+def test_figures_say_how_many_decisions_they_rest_on(decisions: int, said: str) -> None:
+    """The standard error of a share is at most 1/2 by the root of the number."""
+    assert judged_by(decisions, "are new") == said
 
 
 def test_recalibrate_takes_norms_that_were_told_to_keep_their_statistics() -> None:
