@@ -37,16 +37,17 @@ inline int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-// The stream that PyTorch works on. Asked for by name, as this library must also load where PyTorch has no CUDA library to
-// link to; the stable ABI's own way to it came with torch 2.13.
+// The stream that PyTorch works on. Asked for by name, as this library must also load where PyTorch has no CUDA library
+// to link to; the stable ABI's own way to it came with torch 2.13.
 inline cudaStream_t current_stream(int device) {
   using Getter = AOTITorchError (*)(int32_t, void**);
   static const auto getter = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
-  STD_TORCH_CHECK(getter, "this PyTorch has no CUDA streams that fastscore's CUDA kernels can find; "
-                          "use fastscore.ops.use_backend(\"triton\")");
+  STD_TORCH_CHECK(getter,
+                  "this PyTorch has no CUDA streams that fastscore's CUDA kernels can find; "
+                  "use fastscore.ops.use_backend(\"triton\")");
   void* stream = nullptr;
   STD_TORCH_CHECK(getter(device, &stream) == 0, "PyTorch does not say which CUDA stream is current");
   return static_cast<cudaStream_t>(stream);

@@ -15,19 +15,23 @@ from fastscore.cli.options import Commands, add_command
 from fastscore.ops import library
 from fastscore.ops.backends import backends
 from fastscore.pruning.checkpoint import read_notes
+from fastscore.pruning.export import read_exported_notes
 from fastscore.scoring.scores import Scores
 
+_NONE = {"notes": "none: it was not made by the command line"}
 _PACKAGES = ("torch-fastscore", "torch", "triton", "torch-pruning", "torchvision")
 
 
 def add(commands: Commands) -> None:
     """The command and its options."""
     command = add_command(
-        commands, "info", run, "[MODEL or SCORES] ", "what is installed here, and what scoring a model will do",
+        commands, "info", run, "[MODEL or FILE] ", "what is installed here, and what scoring a model will do",
         "Versions, and which kernels serve which device on this machine, or why they do not.\n"
         "For a model: how its images are prepared, and what is made of it to score it, layer by layer.\n"
-        "For a file of scores or of a pruned model: where it comes from.",
-        "fastscore info\nfastscore info --json\nfastscore info torchvision:resnet18\nfastscore info scores.safetensors")
+        "For a file of scores or of a pruned model (.safetensors, .pt2, .onnx): where it comes from,\n"
+        "and what remains.",
+        "fastscore info\nfastscore info --json\nfastscore info torchvision:resnet18\n"
+        "fastscore info scores.safetensors\nfastscore info small.onnx")
     options.add_model(command, optional=True)
     options.add_pixels(command)
     command.set_defaults(seed=0)
@@ -40,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         known = facts()
         print(json.dumps(known) if arguments.json else table(known))
         return
-    if arguments.model.endswith(".safetensors"):
+    if arguments.model.endswith((".safetensors", ".pt2", ".onnx")):
         notes = {arguments.model: file_notes(arguments.model)}
         print(json.dumps(notes) if arguments.json else table(notes))
         return
@@ -62,11 +66,13 @@ def file_notes(path: str) -> dict[str, str]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such file; info reads scores and pruned models, or MODEL: "
                                 "torchvision:NAME, timm:NAME, hf:NAME or module:function")
+    if not path.endswith(".safetensors"):
+        return read_exported_notes(path) or _NONE
     try:
         notes = Scores.load(path).notes
     except ValueError:
         notes = read_notes(path)
-    return dict(notes) or {"notes": "none: it was not made by the command line"}
+    return dict(notes) or _NONE
 
 
 def facts() -> dict[str, dict[str, str]]:

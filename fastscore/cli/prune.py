@@ -14,6 +14,7 @@ from fastscore.pruning.clocks import Clock
 from fastscore.pruning.export import check_suffix, save
 from fastscore.pruning.options import Budgets, Ranking
 from fastscore.pruning.quality import Quality
+from fastscore.recovery.divergence import judged_by
 
 
 def add(commands: Commands) -> None:
@@ -99,6 +100,6 @@ def run(arguments: argparse.Namespace) -> None:
     tried = {row.name: row for row in result.report.repairs if row.name == "none" or row.chosen}
     if len(tried) > 1:
         before, after = tried.pop("none"), next(iter(tried.values()))
-        tell(f"agreement with the dense model on images held out from the repair: {before.agreement:.1%} before it, "
-             f"{after.agreement:.1%} after it (KL {before.kl:.3g}, {after.kl:.3g})")
+        tell(f"agreement with the dense model: {before.agreement:.1%} before the repair, {after.agreement:.1%} after "
+             f"it (KL {before.kl:.3g}, {after.kl:.3g}), {judged_by(after.decisions, 'it is not fitted to')}")
     options.wrote(arguments.out)

@@ -31,10 +31,10 @@ class Plan(tables.Table):
     taps: where each stands. folded: BatchNorm -> the layer that it was folded into. not_folded: BatchNorm -> why it was
     not. packed: layers whose weights were prepacked for both directions, or that cuDNN fuses with their ReLU -> the
     bounds of the clamp (ReLU, ...) that they end in, or None. not_packed: Conv2d and Linear that run as they are ->
-    why. precision: of the forward and backward pass; sums are float32 or wider. layout: memory format of the
-    activations. compiled: whether torch.compile has made the forward and backward pass. kernels: what measures at the
-    taps, and why that where it is not what would be fastest. graph: how many CUDA graphs ran it, or why none did; empty
-    for a plan that has not run.
+    why. precision: of the forward and backward pass; sums are float32 or wider. layout: of the activations in memory.
+    compiled: whether torch.compile has made the forward and backward pass. kernels: what measures at the taps, and why
+    that where it is not what would be fastest. graph: how many CUDA graphs ran it, or why none did; empty for a plan
+    that has not run.
     """
 
     taps: tuple[PlannedTap, ...]

@@ -19,8 +19,8 @@ def save_pruned(pruned: nn.Module | PruneResult, path: str | PathLike[str]) -> N
     """Write what prune() made, fine-tuned since or not, to a safetensors file, whole or not at all.
 
     The file holds the model's state dict and a JSON header: the recipe (what was removed from which layer, once or
-    several times, in the dense model's numbering), the dense model's structure, where a result is given what its report
-    notes, and a checksum over everything.
+    several times, in the dense model's numbering), the dense model's structure, where a result is given where it
+    comes from and what remains, and a checksum over everything.
 
     Args:
         pruned: the smaller model, or the result that holds it.
@@ -30,7 +30,7 @@ def save_pruned(pruned: nn.Module | PruneResult, path: str | PathLike[str]) -> N
         ValueError: a model that prune() did not make.
         FileNotFoundError: a folder that is not there.
     """
-    model, notes = (pruned.model, dict(pruned.report.notes)) if isinstance(pruned, PruneResult) else (pruned, {})
+    model, notes = (pruned.model, pruned.report.kept_notes) if isinstance(pruned, PruneResult) else (pruned, {})
     recipe, state = recipe_and_state(model)
     files.write(path, _FORM, {"recipe": recipe, "notes": notes}, state)
 

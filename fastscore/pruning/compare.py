@@ -10,6 +10,7 @@ from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph.groups import Ignore
 from fastscore.pruning.curve import Curve, Drawn, Evaluate, curve
 from fastscore.pruning.quality import HELD_OUT
+from fastscore.recovery.divergence import judged_by
 from fastscore.recovery.held_out import split
 from fastscore.recovery.reconstruct import Method
 from fastscore.scoring.engine import score
@@ -122,6 +123,6 @@ def compare(model: nn.Module, batches: Iterable[Batch],
                              forward=forward, progress=progress, **options)
     decisions = next(iter(curves.values())).decisions
     given = any(isinstance(how, Scores) for how in named.values())
-    note = (f"{'not repaired' if repair is None else f'all repaired alike ({repair})'}; judged by {decisions:,} "
-            f"decisions about samples that {'no repair has' if given else 'neither score nor repair have'} seen")
+    note = (f"{'not repaired' if repair is None else f'all repaired alike ({repair})'}; "
+            + judged_by(decisions, f"{'no repair has' if given else 'neither score nor repair have'} seen"))
     return Comparison(curves, note)

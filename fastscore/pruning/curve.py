@@ -17,6 +17,7 @@ from fastscore.progress import bar, shown
 from fastscore.pruning.prune import prune
 from fastscore.pruning.quality import HELD_OUT, Judge
 from fastscore.pruning.result import PruneResult
+from fastscore.recovery.divergence import judged_by
 from fastscore.recovery.held_out import split
 from fastscore.recovery.reconstruct import Method
 from fastscore.rng import fork_rng
@@ -120,8 +121,7 @@ class Curve(Drawn):
                     line += f"   {point.agreement:>20.1%} {point.kl:>8.3g}"
                     line += "" if point.metric is None else f" {point.metric:>8.4g}"
             lines.append(line)
-        return "\n".join([*lines, f"judged by {self.decisions:,} decisions about samples that no repair has seen",
-                          self.note])
+        return "\n".join([*lines, judged_by(self.decisions, "no repair has seen"), self.note])
 
     def records(self) -> list[dict[str, Any]]:
         """A flat dict for each budget."""

@@ -1,7 +1,11 @@
 """A smaller model out to a file, in the format that its suffix names."""
 
+import json
+import zipfile
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +39,29 @@ def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | Pat
     if suffix != ".pt" and len(example_inputs) < 2:
         raise ValueError(f"example_inputs: {len(example_inputs)} sample, which {suffix} would take for the only size "
                          "there is: give two or more")
-    model = model.model if isinstance(model, PruneResult) else model
+    model, notes = (model.model, model.report.kept_notes) if isinstance(model, PruneResult) else (model, {})
     with evaluating(model), files.whole(path) as part:
-        _WRITERS[suffix](model if suffix == ".pt" else plain(model, example_inputs), example_inputs, part)
+        _WRITERS[suffix](model if suffix == ".pt" else plain(model, example_inputs), example_inputs, part, notes)
+
+
+def read_exported_notes(path: str | PathLike[str]) -> dict[str, str]:
+    """What a .pt2 or .onnx file that `save` wrote of a PruneResult says of where the model comes from; no code of the
+    file's is run.
+
+    Raises ValueError for a file that is neither, or damaged; ImportError for .onnx without its package.
+    """
+    try:
+        if Path(path).suffix == ".onnx":
+            return {entry.key.removeprefix(_NOTE): entry.value for entry in _onnx().load(path).metadata_props
+                    if entry.key.startswith(_NOTE)}
+        with zipfile.ZipFile(path) as archive:
+            kept = [name for name in archive.namelist() if name.endswith(f"/extra/{_NOTES}")]
+            found: dict[str, str] = json.loads(archive.read(kept[0])) if kept else {}
+            return found
+    except ImportError:
+        raise
+    except Exception as error:  # of zip, JSON or protobuf, which have no class in common
+        raise ValueError(f"{path}: it cannot be read ({type(error).__name__}: {error}); write it again") from error
 
 
 class _Plain(nn.Module):
@@ -61,23 +85,28 @@ def plain(model: nn.Module, example_inputs: Tensor) -> nn.Module:
     return _Plain(model).eval()
 
 
-def _write_module(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) -> None:
+def _write_module(model: nn.Module, example_inputs: Tensor, path: Path, notes: Mapping[str, str]) -> None:
     torch.save(model, path)
 
 
-def _write_program(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) -> None:
-    torch.export.save(torch.export.export(model, (example_inputs,), dynamic_shapes=_free_batch()), path)
+def _write_program(model: nn.Module, example_inputs: Tensor, path: Path, notes: Mapping[str, str]) -> None:
+    program = torch.export.export(model, (example_inputs,), dynamic_shapes=_free_batch())
+    torch.export.save(program, path, extra_files={_NOTES: json.dumps(notes)} if notes else None)
 
 
-def _write_onnx(model: nn.Module, example_inputs: Tensor, path: str | PathLike[str]) -> None:
-    torch.onnx.export(model, (example_inputs,), path, dynamo=True, dynamic_shapes=_free_batch(), external_data=False,
-                      input_names=["input"], output_names=["output"], verbose=False)
+def _write_onnx(model: nn.Module, example_inputs: Tensor, path: Path, notes: Mapping[str, str]) -> None:
+    program = torch.onnx.export(model, (example_inputs,), dynamo=True, dynamic_shapes=_free_batch(),
+                                input_names=["input"], output_names=["output"], verbose=False)
+    assert program is not None
+    program.model.metadata_props.update({f"{_NOTE}{name}": text for name, text in notes.items()})
+    program.save(path, external_data=False)
 
 
 def _free_batch() -> tuple[dict[int, torch.export.Dim]]:
     return ({0: torch.export.Dim("batch")},)
 
 
+_NOTES, _NOTE = "fastscore.json", "fastscore "  # of .pt2: a file in it; of .onnx: in front of each name in its metadata
 _WRITERS = {".pt2": _write_program, ".onnx": _write_onnx, ".pt": _write_module}
 
 
@@ -89,9 +118,15 @@ def check_suffix(path: str | PathLike[str]) -> str:
         raise ValueError(f"out: {path}: its suffix must be .safetensors (weights and a recipe), .pt2 (torch.export), "
                          ".onnx or .pt (the module itself, as a pickle)")
     if suffix == ".onnx":
-        try:
-            import onnx  # noqa: F401
-            import onnxscript  # noqa: F401
-        except ImportError as error:
-            raise ImportError("writing .onnx needs two more packages: pip install 'torch-fastscore[onnx]'") from error
+        _onnx()
     return suffix
+
+
+def _onnx() -> Any:
+    """The package. Raises ImportError, saying what to install."""
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(".onnx needs two more packages: pip install 'torch-fastscore[onnx]'") from error
+    return onnx

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastscore.graph.groups import ChannelGraph
 from fastscore.pruning.costs import Costs
+from fastscore.recovery.divergence import judged_by
 from fastscore.recovery.reconstruct import Repair
 from fastscore.tables import Table
 
@@ -136,6 +137,13 @@ class PruneReport(Table):
                    tuple(Judged(**row) for row in data.get("judged", ())), data.get("uncounted", {}),
                    data.get("compensation", ""))
 
+    @property
+    def kept_notes(self) -> dict[str, str]:
+        """What a file of the model says of it: the notes, what remains, and the repair that was chosen."""
+        chosen = [str(row).removeprefix("chosen: ") for row in self.repairs if row.chosen]
+        return {**self.notes, "remains": self._remains.removeprefix("remains: "), **({"repair": chosen[0]} if chosen
+                                                                                    else {})}
+
     def records(self) -> list[dict[str, Any]]:
         """A row for each group of channels: what there was, and what remains."""
         return [{"layer": row.layer} | {f"{unit}_{when}": value for unit in ("channels", "macs", "params")
@@ -176,6 +184,8 @@ class PruneReport(Table):
                   for tried in self.candidates
                   if tried.chosen and tried.timing.uncertainty > UNSTEADY]
         lines += map(str, self.judged)
+        if self.repairs and self.repairs[0].decisions:  # a report of an older file does not say
+            lines.append(f"repairs, {judged_by(self.repairs[0].decisions, 'they are not fitted to')}")
         lines += map(str, self.repairs)
         lines += [f"{layer}: kept ({reason})" for layer, reason in self.skipped.items()]
         lines += [f"MACs: without those of {operation}, which no formula counts, in {places}"

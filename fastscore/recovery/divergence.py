@@ -1,5 +1,6 @@
 """How far a smaller network's decisions are from the dense one's: no labels needed."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,6 +23,13 @@ class Divergence:
 
     def __str__(self) -> str:
         return f"agreement {self.agreement:.1%}, KL {self.kl:.3g}"
+
+
+def judged_by(decisions: int, samples: str) -> str:
+    """What a share of decisions about some samples rests on; of fewer than 100, by how much it may be off, too."""
+    few = "" if decisions >= 100 else \
+        f": few, so a share of them may well be off by {50 / math.sqrt(decisions):.0f} points"
+    return f"judged by {decisions:,} decision{'s'[:decisions != 1]} about samples that {samples}{few}"
 
 
 def divergence(dense: Iterable[Tensor], smaller: Iterable[Tensor],

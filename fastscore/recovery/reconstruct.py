@@ -46,7 +46,8 @@ class Repair:
 
     name: what was done. ridge: of a linear reconstruction, None of anything else. recalibrated: whether the BatchNorms
     were, after that. chosen: whether it is the one returned, then fitted on the held-out samples too. stiffness: of an
-    asymmetric one: how many times the ridge that is best for a layer alone every layer has.
+    asymmetric one: how many times the ridge that is best for a layer alone every layer has. decisions: how many were
+    compared.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Repair:
     kl: float
     chosen: bool = False
     stiffness: float = 1.0
+    decisions: int = 0
 
     def __str__(self) -> str:
         ridge = "" if self.ridge is None else f", ridge {self.ridge:g}"
@@ -256,7 +258,8 @@ class _Bench:
         def add(name: str, ridge: float | None, result: Any, recalibrated: bool = False, stiffness: float = 1.0
                 ) -> None:
             found = self._judge(result)
-            rows.append(Repair(name, ridge, recalibrated, found.agreement, found.kl, stiffness=stiffness))
+            rows.append(Repair(name, ridge, recalibrated, found.agreement, found.kl, stiffness=stiffness,
+                               decisions=found.decisions))
             if name not in best or found.kl < best[name][0].kl:
                 best[name] = rows[-1], result
             bar.set_postfix_str(f"{name}: agreement {found.agreement:.1%}")

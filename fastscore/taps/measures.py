@@ -49,7 +49,18 @@ def _powers(a: Tensor, g: Tensor, channel_dim: int) -> Tensor:
     return result
 
 
-SUMS = Measure(3, ops.channel_moments, mean=1, fused=_clamped_sums)  # Σ a·g, the mean of a, Σ g
+def _moments(a: Tensor, g: Tensor, channel_dim: int) -> Tensor:
+    """ops.channel_moments, in a backward pass: past the op's kernel for autograd, which is Python and most of what a
+    small layer's tap costs; torch.compile does not follow that."""
+    if torch.compiler.is_compiling():
+        return ops.channel_moments(a, g, channel_dim)
+    with torch._C._AutoDispatchBelowAutograd():
+        result: Tensor = _channel_sums(a, g, channel_dim, True)
+    return result
+
+
+_channel_sums = torch.ops.fastscore.channel_sums.default
+SUMS = Measure(3, _moments, mean=1, fused=_clamped_sums)  # Σ a·g, the mean of a, Σ g
 POWERS = Measure(2, _powers)  # Σ |a·g|, Σ (a·g)²
 DEGREES = {SUMS: (1, 0, 1), POWERS: (1, 2)}  # the power of the output gradient's length in each part
 MEAN = 1  # the part of SUMS that holds activations

@@ -60,7 +60,7 @@ class Taps:
         self._apart = apart
         self._propagating = self._in_one_pass = False
         self._backward = BackwardPasses()
-        self._seen: set[str] = set()  # layers whose taps have run
+        self._unseen: dict[str, RemovableHandle] = {}  # layers whose taps have not run -> what says so
         self._handles: list[RemovableHandle | multihead_attention.Handle | experts.Handle] = []
 
     def attach(self) -> None:
@@ -78,18 +78,18 @@ class Taps:
                 else module.register_forward_pre_hook(self._tap_input(module, layer, point), with_kwargs=True))
         if self._on_pass is not None:
             self._handles += [weight.register_hook(self._receive_weight(name)) for name, weight in self.weights.items()]
-            self._handles += [weight.register_hook(self._check_seen(layer)) for layer in self.points
-                              if isinstance(weight := getattr(self.model.get_submodule(layer), "weight", None),
-                                            nn.Parameter) and weight.requires_grad]
+            self._unseen = {layer: weight.register_hook(_never_seen(layer)) for layer in self.points
+                            if isinstance(weight := getattr(self.model.get_submodule(layer), "weight", None),
+                                          nn.Parameter) and weight.requires_grad}
 
     def detach(self) -> None:
         """Remove the hooks and hand over what is finished. Harmless when nothing is attached."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._unseen.values()):
             handle.remove()
         self._handles.clear()
+        self._unseen.clear()
         self.flush()
         self.current = None
-        self._seen.clear()
 
     def __enter__(self) -> "Taps":
         self.attach()
@@ -249,7 +249,8 @@ class Taps:
             owner = pass_of(layer, self.current, self._backward.running)
             known = self._axis(layer, owner)
             axis = known if isinstance(known, SampleAxis) else SampleAxis()
-            self._seen.add(layer)
+            if layer in self._unseen:
+                self._unseen.pop(layer).remove()
             tap = self._published
             if tap is not None and tap.y is x and layer in tap.readers and point.fits(x) and axis.dim == 0:
                 assert self.current is not None
@@ -258,7 +259,7 @@ class Taps:
                 return tap.tapped
             valid = self._padding(x, layer, point, axis, owner)
             rows = self._in_rows(x.detach(), point.channel_dim, axis)[0] if valid is None else valid
-            gate = self.gate(len(rows), x.shape[point.channel_dim], x)
+            gate = self.gate(rows.shape[0], x.shape[point.channel_dim], x)
             if owner is not None:
                 owner.gates.append(Tapped(layer, gate, self._of_rows(x, layer, point, known, valid)))
         else:
@@ -320,16 +321,6 @@ class Taps:
         finally:
             self._preallocated = {}
 
-    def _check_seen(self, layer: str) -> Callable[[Tensor], None]:
-        def check(gradient: Tensor) -> None:
-            if layer not in self._seen:
-                raise RuntimeError(f"{layer}: a backward pass reached its weight, but the forward pass went past its "
-                                   "tap. Attach the scorer before the forward pass, and to a model that torch.compile "
-                                   "has made before that first runs (afterwards, torch.compiler.reset() makes it look "
-                                   "for hooks again); and call the model itself, not its parts")
-
-        return check
-
     def _receive_weight(self, name: str) -> Callable[[Tensor], None]:
         def receive(gradient: Tensor) -> None:
             if self.current is not None and not self._propagating:
@@ -346,3 +337,14 @@ class Taps:
         if self._on_pass is not None:
             self._backward.watch_outputs(done, self._outputs(returned, type(module).__name__),
                                          lambda: self._propagating)
+
+
+def _never_seen(layer: str) -> Callable[[Tensor], None]:
+    """For the weight of a layer whose tap has not run."""
+    def check(gradient: Tensor) -> None:
+        raise RuntimeError(f"{layer}: a backward pass reached its weight, but the forward pass went past its tap. "
+                           "Attach the scorer before the forward pass, and to a model that torch.compile has made "
+                           "before that first runs (afterwards, torch.compiler.reset() makes it look for hooks again); "
+                           "and call the model itself, not its parts")
+
+    return check

@@ -9,34 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
+from interruptible import MODEL, calls, folder, run
 
 import fastscore
-from fastscore.cli import main
 from fastscore.pruning import latency
 
-NETS = """
-import os, pathlib, signal, time
-from torch import nn
-
-class Net(nn.Sequential):
-    calls = 0
-
-    def forward(self, x):
-        Net.calls += 1
-        if Net.calls == int(os.environ.get("STOP", 0)):
-            os.kill(os.getpid(), signal.SIGINT)
-        if Net.calls == int(os.environ.get("SLEEP", 0)):
-            pathlib.Path(os.environ["REACHED"]).touch()
-            time.sleep(60)
-        return super().forward(x)
-
-def build():
-    return Net(nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(),
-               nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
-"""
-MODEL = ["nets.py:build", "--size", "12", "--images", "photos", "--batch-size", "4"]
 COMMANDS = {
     "repair": ["prune", *MODEL, "--macs", "0.6", "--repair", "asymmetric", "--out", "small.safetensors"],
     "latency": ["prune", *MODEL, "--latency", "0.99", "--no-repair", "--out", "small.onnx"],
@@ -47,18 +24,9 @@ COMMANDS = {
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A working directory with nets.py, whose model is interrupted in call $STOP, and 16 images."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [place for place in sys.path if not (Path(place) / "nets.py").exists()])
     monkeypatch.setattr(latency, "_SECONDS", 0.01)
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
-    Path("nets.py").write_text(NETS)
-    Path("photos").mkdir()
-    pixels = torch.randint(256, (16, 12, 12, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
-    for number, image in enumerate(pixels):
-        Image.fromarray(image).save(f"photos/{number:02}.png")
-    yield
-    signal.signal(signal.SIGINT, handler)
+    with folder(tmp_path, monkeypatch, images=16):
+        yield
 
 
 def files() -> set[str]:
@@ -71,28 +39,17 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.02)
 
 
-def run(command: str, monkeypatch: pytest.MonkeyPatch, stop: int = 0) -> tuple[int, int]:
-    """(exit code, calls of the model)"""
-    sys.modules.pop("nets", None)
-    monkeypatch.setenv("STOP", str(stop))
-    code = main(COMMANDS[command])
-    return code, int(sys.modules["nets"].Net.calls)
-
-
 @pytest.mark.parametrize("command", COMMANDS)
-def test_interrupted_in_the_middle(command: str, monkeypatch: pytest.MonkeyPatch,
-                                   capsys: pytest.CaptureFixture[str]) -> None:
-    before = files()
-    if command == "latency":  # whose calls depend on the clock
-        calls = 400
-    else:
-        code, calls = run(command, monkeypatch)
-        assert code == 0
+def test_interrupted_in_the_middle(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before, last = files(), 400
+    if command != "latency":  # whose calls depend on the clock
+        assert run(COMMANDS[command]) == 0
+        last = calls()
         for name in files() - before:
             Path(name).unlink()
     for share in (0.1, 0.5, 0.95):
         capsys.readouterr()
-        assert run(command, monkeypatch, max(round(share * calls), 1))[0] == 130
+        assert run(COMMANDS[command], max(round(share * last), 1)) == 130
         said = capsys.readouterr()
         assert said.err.splitlines()[-1] == "fastscore: interrupted"
         assert "Traceback" not in said.err

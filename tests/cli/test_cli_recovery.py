@@ -77,7 +77,8 @@ def test_prune_repairs_by_default_and_says_so(capsys: pytest.CaptureFixture[str]
     assert "\n".join(map(str, expected.report.repairs)) in said.out
     before = expected.report.repairs[0]
     (after,) = [row for row in expected.report.repairs if row.chosen]
-    assert f"held out from the repair: {before.agreement:.1%} before it, {after.agreement:.1%} after it" in said.err
+    assert f"{before.agreement:.1%} before the repair, {after.agreement:.1%} after it" in said.err
+    assert "judged by 10 decisions about samples that it is not fitted to: few, so" in said.err
     same(fastscore.load_pruned(dense, "small.safetensors"), expected.model)
 
 

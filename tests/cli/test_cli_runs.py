@@ -2,68 +2,35 @@
 
 import argparse
 import json
-import os
 import shlex
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import interruptible
 import pytest
 import torch
-from PIL import Image
+from interruptible import MODEL, folder
 
 import fastscore
 from fastscore import cli
-from fastscore.cli import bench, main, models
+from fastscore.cli import bench, models
 from fastscore.scoring import run_file
 
-NETS = """
-import os, signal
-import torch
-from torch import nn
-
-class Net(nn.Sequential):
-    calls = 0
-
-    def forward(self, x):
-        if len(x) == 4:  # scoring; tracing takes fewer
-            Net.calls += 1
-            if Net.calls == int(os.environ.get("STOP", 0)):
-                os.kill(os.getpid(), signal.SIGINT)
-        return super().forward(x)
-
-def build():
-    return Net(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2), nn.ReLU(),
-               nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
-"""
-SCORE = ["score", "nets.py:build", "--images", "photos", "--size", "12", "--batch-size", "4"]
+SCORE = ["score", *MODEL]
 
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A working directory with nets.py, whose model is interrupted in batch $STOP, and 17 images."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(run_file, "SHARE", float("inf"))
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
-    Path("nets.py").write_text(NETS)
-    Path("photos").mkdir()
-    pixels = torch.randint(256, (17, 12, 12, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
-    for number, image in enumerate(pixels):
-        Image.fromarray(image).save(f"photos/{number:02}.png")
-    yield
-    signal.signal(signal.SIGINT, handler)
+    monkeypatch.setenv("SAMPLES", "4")  # scoring; tracing takes fewer
+    with folder(tmp_path, monkeypatch, images=17):
+        yield
 
 
 def run(*arguments: str, stop: int = 0) -> int:
-    """The command's exit code, as in a process of its own."""
-    sys.modules.pop("nets", None)
-    os.environ["STOP"] = str(stop)
-    try:
-        return main(arguments)
-    finally:
-        del os.environ["STOP"]
+    """The command's exit code; Ctrl-C in batch number `stop`."""
+    return interruptible.run(arguments, stop)
 
 
 def assert_same_bits(one: str, other: str) -> None:

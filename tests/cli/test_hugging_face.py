@@ -99,8 +99,16 @@ def test_a_saved_folder_is_scored_shown_and_pruned(vit: nn.Module, capsys: pytes
     logits = onnxruntime.InferenceSession("m.onnx").run(None, {"input": x.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
     capsys.readouterr()
-    assert main(["info", "m.safetensors", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["m.safetensors"]["preprocessing"] == said
+    kept = []
+    for name in ("m.safetensors", "m.pt2", "m.onnx"):
+        assert main(["info", name, "--json"]) == 0
+        kept.append(json.loads(capsys.readouterr().out)[name])
+    assert kept[0]["preprocessing"] == said
+    assert "% of the parameters" in kept[0]["remains"]
+    assert kept[0] == kept[1] == kept[2]
+    Path("m.pt2").write_bytes(Path("m.pt2").read_bytes()[:1000])
+    assert main(["info", "m.pt2"]) == 2
+    assert "m.pt2: it cannot be read (BadZipFile" in capsys.readouterr().err
 
 
 def test_a_checkpoint_takes_the_place_of_the_saved_weights(vit: nn.Module) -> None:

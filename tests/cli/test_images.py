@@ -90,10 +90,14 @@ def test_what_was_assumed_is_said_and_kept(photo: Path, capsys: pytest.CaptureFi
     assert main(["report", "s.safetensors", "nets.py:build", "--out", "s.html"]) == 0
     held = json.loads(re.search(r'id="data">(.*?)</script>', Path("s.html").read_text(), re.DOTALL)[1])
     assert held["costs"]["macs"]["dense"]["macs"] == total_macs(models.load("nets.py:build"), torch.zeros(1, 3, 32, 32))
-    for file in ("s.safetensors", "m.safetensors"):
-        capsys.readouterr()
-        assert main(["info", file, "--json"]) == 0
-        assert json.loads(capsys.readouterr().out) == {file: notes}
+    dense, small = json.loads(told.out)["macs"]
+    capsys.readouterr()
+    assert main(["info", "s.safetensors", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"s.safetensors": notes}
+    assert main(["info", "m.safetensors", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["m.safetensors"]
+    assert f"{small / dense:.1%} of the MACs" in found.pop("remains")
+    assert found == notes
     assert main(["info", "c.safetensors"]) == 2
 
 
