@@ -64,7 +64,7 @@ inline constexpr int kHeldToClamp = kRest ? 2 : 3;
 template <bool kRest, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     clamp_rows(const T* y, ClampBackward<T> task, Geometry it, Outputs<Sum<T>> out) {
-  constexpr int kHeld = kHeldToClamp<kRest>;
+  constexpr int kHeld = kHeldToClamp<kRest>, kEdges = sizeof(T) == 8 ? 1 : 3;
   const RowPart at(it);
   Sum<T> sum[kRowWidth<T>][Sums::kSums] = {};
   if (at.inside) {
@@ -84,10 +84,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
         const int i = first + j * step;
         if (pack + j * it.lanes < packs) held[j].load(from + i, to + i, rest + i);
       }
-#pragma unroll 2
-      for (int number = at.lane; number < edges; number += it.lanes) {
-        const int i = run.edge(number);
-        pass_element<kRest>(sum[0], bounds, from + i, to + i, rest + i);
+      for (int number = at.lane; number < edges; number += kEdges * it.lanes) {
+        Sum<T> of_y[kEdges], of_g[kEdges], of_rest[kEdges];
+#pragma unroll
+        for (int j = 0; j < kEdges; ++j) {
+          if (number + j * it.lanes >= edges) continue;
+          const int i = run.edge(number + j * it.lanes);
+          of_y[j] = load(from + i);
+          of_g[j] = widen(__ldcg(to + i));
+          of_rest[j] = kRest ? load(rest + i) : Sum<T>(-0.0);
+        }
+#pragma unroll
+        for (int j = 0; j < kEdges; ++j) {
+          if (number + j * it.lanes >= edges) continue;
+          to[run.edge(number + j * it.lanes)] = bounds.pass(sum[j % kRowWidth<T>], of_y[j], of_g[j], of_rest[j]);
+        }
       }
       edges = 0;
 #pragma unroll
