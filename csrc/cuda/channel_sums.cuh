@@ -57,9 +57,14 @@ __device__ __forceinline__ void add_elements(S (&sum)[kWidth][Reducer::kSums], i
 }
 
 template <class Reducer, class T, class S, int kWidth>
-__device__ __forceinline__ void add_loaded(S (&sum)[kWidth][Reducer::kSums], const Pack<T>& a, const Pack<T>& g) {
+__device__ __forceinline__ void add_pack(S (&sum)[kWidth][Reducer::kSums], const Pack<T>& a, const Pack<T>& g) {
 #pragma unroll
   for (int j = 0; j < Pack<T>::kSize; ++j) Reducer::add(sum[j % kWidth], widen(a, j), widen(g, j));
+}
+
+template <class Reducer, class T, class S>
+__device__ __forceinline__ void add_loaded(S (&sum)[Pack<T>::kSize][Reducer::kSums], Pack<T> a, Pack<T> g) {
+  add_pack<Reducer>(sum, a, g);
 }
 
 template <class Reducer, class T, class S>
@@ -95,7 +100,7 @@ __device__ __forceinline__ void add_run(S (&sum)[kWidth][Reducer::kSums], const 
     edges = 0;
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
-      if (pack + j * lanes < packs) add_loaded<Reducer>(sum, held_a[j], held_g[j]);
+      if (pack + j * lanes < packs) add_pack<Reducer>(sum, held_a[j], held_g[j]);
     }
     pack += kHeld * lanes;
   } while (pack < packs);

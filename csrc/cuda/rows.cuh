@@ -13,7 +13,7 @@ inline constexpr int kHeldPairs = sizeof(T) == 8 ? 2 : 3;
 
 // Accumulators of a lane for each sum: enough for short chains, and few enough to leave registers to loads.
 template <class T>
-inline constexpr int kRowWidth = Pack<T>::kSize < 4 ? Pack<T>::kSize : 4;
+inline constexpr int kRowWidth = sizeof(T) == 8 ? 1 : 4;
 
 // Where one kernel writes: sum k of row n·C + c goes to sums[(split · kSums + k) · rows + row].
 template <class S>
