@@ -69,7 +69,6 @@ peers() { # WHAT TF32 BATCH CONTESTANTS...
 
 ours=("Torch-Pruning, Taylor" "captum" "plain hooks" "forward and backward" "fastscore, random")
 step environment 90 bash -c environment
-step checks 100 "$python" -m pytest -q -p no:cacheprovider benchmarks/ops/test_gpu_checks.py
 FASTSCORE_BATCHES=32 step kernels 130 "$python" -m pytest -q -p no:cacheprovider -s benchmarks/ops/test_gpu.py
 peers float32 0 $small "${ours[@]}"
 peers float32 0 $large "${ours[@]}"
@@ -79,7 +78,8 @@ step profile 40 "$python" -m benchmarks.passes.profile_pass --device "$device" -
   --batch $small --size $size --out "$out"
 step training-step 45 "$python" -m benchmarks.passes.training_step --device "$device" --layout channels_last \
   --models $networks --batch $small --size $size --rounds $rounds --layers 20
-peers compiled 0 $small "Torch-Pruning, Taylor" "plain hooks, frozen, compiled" "fastscore, compiled"
+step checks 200 "$python" -m pytest -q -p no:cacheprovider benchmarks/ops/test_gpu_checks.py
+step pipeline 150 "$python" -m pytest -q -p no:cacheprovider benchmarks/passes/test_gpu_pipeline.py
 
 printf '%d s in all, %d steps failed; everything is in %s\n' $((SECONDS - start)) "$failed" "$out" \
   | tee -a "$out/summary.txt"

@@ -7,6 +7,7 @@
 #include "../math.h"
 #include "elements.cuh"
 #include "plan_channel_sums.cuh"
+#include "rows.cuh"
 
 namespace fastscore::cuda {
 
@@ -40,38 +41,30 @@ struct Powers {
   }
 };
 
-// Where one kernel writes: sum k of row n·C + c goes to sums[(split · kSums + k) · rows + row].
-template <class S>
-struct Outputs {
-  S* sums;
-  int64_t rows;
-  S divisor;  // of the sum that is a mean
-
-  template <class Reducer>
-  __device__ __forceinline__ void store(int64_t split, int k, int64_t row, S value) const {
-    sums[(split * Reducer::kSums + k) * rows + row] = k == Reducer::kMean ? value / divisor : value;
-  }
-};
-
-// Adds the pairs that load(i, &a, &g) gives for i = lane, lane + lanes, ... below length, over kWidth accumulators.
-template <class Reducer, int kWidth, class S, class Load>
-__device__ __forceinline__ void add_elements(S (&sum)[kWidth][Reducer::kSums], int64_t length, int lane, int lanes,
+// Adds the pairs that load(i, &a, &g) gives for i = lane, lane + lanes, ... below length, kAtOnce at a time.
+template <class Reducer, int kAtOnce, int kWidth, class S, class Load>
+__device__ __forceinline__ void add_elements(S (&sum)[kWidth][Reducer::kSums], int length, int lane, int lanes,
                                              Load load) {
-  for (int64_t base = lane; base < length; base += int64_t(kWidth) * lanes) {
+  for (int base = lane; base < length; base += kAtOnce * lanes) {
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      const int64_t i = base + int64_t(j) * lanes;
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = base + j * lanes;
       S a = 0, g = 0;
       if (i < length) load(i, &a, &g);
-      Reducer::add(sum[j], a, g);
+      Reducer::add(sum[j % kWidth], a, g);
     }
   }
 }
 
-template <class Reducer, class T, class S, int kSize>
-__device__ __forceinline__ void add_loaded(S (&sum)[kSize][Reducer::kSums], const Pack<T>& a, const Pack<T>& g) {
+template <class Reducer, class T, class S, int kWidth>
+__device__ __forceinline__ void add_pack(S (&sum)[kWidth][Reducer::kSums], const Pack<T>& a, const Pack<T>& g) {
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) Reducer::add(sum[j], widen(a.value[j]), widen(g.value[j]));
+  for (int j = 0; j < Pack<T>::kSize; ++j) Reducer::add(sum[j % kWidth], widen(a, j), widen(g, j));
+}
+
+template <class Reducer, class T, class S>
+__device__ __forceinline__ void add_loaded(S (&sum)[Pack<T>::kSize][Reducer::kSums], Pack<T> a, Pack<T> g) {
+  add_pack<Reducer>(sum, a, g);
 }
 
 template <class Reducer, class T, class S>
@@ -79,87 +72,64 @@ __device__ __forceinline__ void add_loaded(S (&sum)[1][Reducer::kSums], T a, T g
   Reducer::add(sum[0], widen(a), widen(g));
 }
 
-// The lane's share of a contiguous run: single elements up to a 16-byte boundary, packs, single elements.
-template <class Reducer, class T, class S>
-__device__ __forceinline__ void add_run(S (&sum)[Pack<T>::kSize][Reducer::kSums], const T* a, const T* g,
-                                        int64_t length, int lane, int lanes) {
-  const auto add_range = [&](int64_t begin, int64_t end) {
-    add_elements<Reducer>(sum, end - begin, lane, lanes, [=](int64_t i, S* x, S* y) {
-      *x = load(a + begin + i);
-      *y = load(g + begin + i);
-    });
-  };
-  constexpr int kSize = Pack<T>::kSize;
-  const int64_t head = elements_to_boundary(a, g, length);
-  add_range(0, head);
-  const int64_t packed = (length - head) / kSize * kSize, step = int64_t(lanes) * kSize;
-  const T *pack_a = a + head, *pack_g = g + head;
-  int64_t i = int64_t(lane) * kSize;
-  for (; i + step < packed; i += 2 * step) {
-    const Pack<T> a0 = load_pack(pack_a + i), g0 = load_pack(pack_g + i);
-    const Pack<T> a1 = load_pack(pack_a + i + step), g1 = load_pack(pack_g + i + step);
-    add_loaded<Reducer>(sum, a0, g0);
-    add_loaded<Reducer>(sum, a1, g1);
-  }
-  if (i < packed) add_loaded<Reducer>(sum, load_pack(pack_a + i), load_pack(pack_g + i));
-  add_range(head + packed, length);
-}
-
-// Ends the kernels whose lanes share a row: everything into accumulator 0, then over the lanes, then out.
-template <class Reducer, int kWidth, class S>
-__device__ __forceinline__ void finish_row(S (&sum)[kWidth][Reducer::kSums], bool write, int64_t row, int lanes,
-                                           const Outputs<S>& out) {
+// The lane's share of a contiguous run: all the packs that it holds are on their way before the first is added.
+template <class Reducer, class T, class S, int kWidth>
+__device__ __forceinline__ void add_run(S (&sum)[kWidth][Reducer::kSums], const T* a, const T* g, int length, int lane,
+                                        int lanes) {
+  const Run<T> run(int(elements_to_boundary(a, g, length)), length);
+  const int packs = run.packed / Pack<T>::kSize;
+  const int64_t step = int64_t(lanes) * Pack<T>::kSize;
+  const T *next_a = a + run.head + lane * Pack<T>::kSize, *next_g = g + run.head + lane * Pack<T>::kSize;
+  constexpr int kHeld = kHeldPairs<T>, kEdges = sizeof(T) == 8 ? 1 : 3;
+  int pack = lane, edges = run.edges;
+  do {
+    Pack<T> held_a[kHeld], held_g[kHeld];
 #pragma unroll
-  for (int width = kWidth / 2; width > 0; width /= 2) {
-#pragma unroll
-    for (int j = 0; j < width; ++j) {
-#pragma unroll
-      for (int k = 0; k < Reducer::kSums; ++k) sum[j][k] += sum[j + width][k];
+    for (int j = 0; j < kHeld; ++j) {
+      if (pack + j * lanes < packs) {
+        held_a[j] = load_pack(next_a);
+        held_g[j] = load_pack(next_g);
+      }
+      next_a += step;
+      next_g += step;
     }
-  }
-  sum_over_lanes(sum[0], lanes);
-  if (!write) return;
+    add_elements<Reducer, kEdges>(sum, edges, lane, lanes, [&](int number, S* x, S* y) {
+      *x = load(a + run.edge(number));
+      *y = load(g + run.edge(number));
+    });
+    edges = 0;
 #pragma unroll
-  for (int k = 0; k < Reducer::kSums; ++k) out.template store<Reducer>(blockIdx.y, k, row, sum[0][k]);
+    for (int j = 0; j < kHeld; ++j) {
+      if (pack + j * lanes < packs) add_pack<Reducer>(sum, held_a[j], held_g[j]);
+    }
+    pack += kHeld * lanes;
+  } while (pack < packs);
 }
 
 template <class Reducer, class T>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kThreads, kRowBlocksAtOnce)
     sum_rows(const T* a, const T* g, Geometry it, Outputs<Sum<T>> out) {
-  const int lane = threadIdx.x & (it.lanes - 1);
-  const int64_t row = int64_t(blockIdx.x) * (kThreads / it.lanes) + threadIdx.x / it.lanes;
-  const bool inside = row < it.samples * it.channels;
-  Sum<T> sum[Pack<T>::kSize][Reducer::kSums] = {};
-  if (inside) {
-    const int64_t n = divide(row, it.channels), c = row - n * it.channels;
-    const int64_t begin = blockIdx.y * it.split.segment;
-    add_run<Reducer>(sum, a + n * it.sample.a + c * it.channel.a + begin,
-                     g + n * it.sample.g + c * it.channel.g + begin, min(it.split.segment, it.positions - begin), lane,
-                     it.lanes);
-  }
-  finish_row<Reducer>(sum, inside && lane == 0, row, it.lanes, out);
+  const RowPart at(it);
+  Sum<T> sum[kRowWidth<T>][Reducer::kSums] = {};
+  if (at.inside) add_run<Reducer>(sum, a + at.start.a, g + at.start.g, at.length, at.lane, it.lanes);
+  finish_row<Reducer>(sum, at, it.lanes, out);
 }
 
 template <class Reducer, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     sum_strided(const T* a, const T* g, Geometry it, Walk walk, Outputs<Sum<T>> out) {
-  using S = Sum<T>;
-  const int lane = threadIdx.x & (it.lanes - 1);
-  const int64_t row = int64_t(blockIdx.x) * (kThreads / it.lanes) + threadIdx.x / it.lanes;
-  const bool inside = row < it.samples * it.channels;
-  S sum[kStridedWidth][Reducer::kSums] = {};
-  if (inside) {
-    const int64_t n = divide(row, it.channels), c = row - n * it.channels;
-    const T* row_a = a + n * it.sample.a + c * it.channel.a;
-    const T* row_g = g + n * it.sample.g + c * it.channel.g;
+  const RowPart at(it);
+  Sum<T> sum[kStridedWidth][Reducer::kSums] = {};
+  if (at.inside) {
     const int64_t begin = blockIdx.y * it.split.segment;
-    add_elements<Reducer>(sum, min(it.split.segment, it.positions - begin), lane, it.lanes, [&](int64_t i, S* x, S* y) {
-      const Strides at = offset(walk, begin + i);
-      *x = load(row_a + at.a);
-      *y = load(row_g + at.g);
+    const T *row_a = a + at.start.a - begin, *row_g = g + at.start.g - begin;
+    add_elements<Reducer, kStridedWidth>(sum, at.length, at.lane, it.lanes, [&](int i, Sum<T>* x, Sum<T>* y) {
+      const Strides from_row = offset(walk, begin + i);
+      *x = load(row_a + from_row.a);
+      *y = load(row_g + from_row.g);
     });
   }
-  finish_row<Reducer>(sum, inside && lane == 0, row, it.lanes, out);
+  finish_row<Reducer>(sum, at, it.lanes, out);
 }
 
 // The first sample and channel of a block of columns, and those of a thread in it, which has kSize channels.
@@ -239,23 +209,25 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocksAtOnce)
   finish_columns<Reducer, kSize>(sum, it, at, out);
 }
 
-// partials: [split][sum][row] -> [row] for every sum; four accumulators keep the loads of one thread in flight.
+// partials: [split][sum][row] -> [sum][row], a thread to each; eight accumulators keep its loads in flight.
 template <class Reducer, class S>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     add_partials(const S* partials, int64_t splits, Outputs<S> out) {
-  constexpr int kSums = Reducer::kSums;
-  const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x, rows = out.rows;
-  if (row >= rows) return;
+  constexpr int kWidth = 8;
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, sums = Reducer::kSums * out.rows;
+  if (i >= sums) return;
+  S total[kWidth] = {};
+  for (int64_t split = 0; split < splits; split += kWidth) {
 #pragma unroll
-  for (int k = 0; k < kSums; ++k) {
-    const S* part = partials + k * rows + row;
-    S total[4] = {};
-    for (int64_t split = 0; split < splits; split += 4) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) total[j] += split + j < splits ? part[(split + j) * kSums * rows] : S(0);
-    }
-    out.template store<Reducer>(0, k, row, (total[0] + total[1]) + (total[2] + total[3]));
+    for (int j = 0; j < kWidth; ++j) total[j] += split + j < splits ? partials[(split + j) * sums + i] : S(0);
   }
+#pragma unroll
+  for (int width = kWidth / 2; width > 0; width /= 2) {
+#pragma unroll
+    for (int j = 0; j < width; ++j) total[j] += total[j + width];
+  }
+  const int k = int(i >= out.rows) + int(i >= 2 * out.rows);
+  out.template store<Reducer>(0, k, i - k * out.rows, total[0]);
 }
 
 // Every launch of one op, in order; launch(kernel, blocks, splits, arguments...) is the device's or a test's.
@@ -270,8 +242,8 @@ void launch_reduction(const ChannelPlan& plan, S* sums, S* partials, bool mean, 
   const Outputs<S> result{sums, rows, S(mean ? std::max<int64_t>(it.positions, 1) : 1)}, parts{partials, rows, S(1)};
   first(split ? parts : result);
   if (split) {
-    launch(add_partials<Reducer, S>, ceil_divide(rows, kThreads), int64_t(1), static_cast<const S*>(partials),
-           it.split.splits, result);
+    launch(add_partials<Reducer, S>, ceil_divide(Reducer::kSums * rows, kThreads), int64_t(1),
+           static_cast<const S*>(partials), it.split.splits, result);
   }
 }
 

@@ -23,10 +23,9 @@ struct Bounds {
       : low(widen(narrow<T>(it.low))), high(widen(narrow<T>(it.high))) {}
 
   // The gradient of the clamp's input; NaN in y lets it through.
-  __device__ __forceinline__ T pass(Sum<T> (&sum)[Sums::kSums], T y, T g, Sum<T> rest) const {
-    const Sum<T> a = widen(y), b = widen(g);
-    Sums::add(sum, a, b);
-    return narrow<T>(a <= low || a >= high ? Sum<T>(0) : b + rest);
+  __device__ __forceinline__ T pass(Sum<T> (&sum)[Sums::kSums], Sum<T> y, Sum<T> g, Sum<T> rest) const {
+    Sums::add(sum, y, g);
+    return narrow<T>(y <= low || y >= high ? Sum<T>(0) : g + rest);
   }
 };
 
@@ -34,60 +33,82 @@ template <bool kRest, class T>
 __device__ __forceinline__ void pass_element(Sum<T> (&sum)[Sums::kSums], const Bounds<T>& bounds, const T* y, T* g,
                                              const T* rest) {
   // no -0.0 comes of adding -0.0
-  *g = bounds.pass(sum, __ldg(y), __ldcg(g), kRest ? load(rest) : Sum<T>(-0.0));
+  *g = bounds.pass(sum, load(y), widen(__ldcg(g)), kRest ? load(rest) : Sum<T>(-0.0));
 }
 
-// What one thread reads at once.
+// What one 16-byte load brings of each tensor.
 template <bool kRest, class T>
 struct ClampPacks {
   Pack<T> y, g, rest;
 
-  __device__ __forceinline__ ClampPacks(const T* from_y, const T* from_g, const T* from_rest)
-      : y(load_pack(from_y)), g(load_pack_to_change(from_g)), rest{} {
+  __device__ __forceinline__ void load(const T* from_y, const T* from_g, const T* from_rest) {
+    y = load_pack(from_y);
+    g = load_pack_to_change(from_g);
     if constexpr (kRest) rest = load_pack(from_rest);
   }
 
-  __device__ __forceinline__ void pass(Sum<T> (&sum)[Pack<T>::kSize][Sums::kSums], const Bounds<T>& bounds, T* to) {
+  template <int kWidth>
+  __device__ __forceinline__ void pass(Sum<T> (&sum)[kWidth][Sums::kSums], const Bounds<T>& bounds, T* to) {
 #pragma unroll
     for (int j = 0; j < Pack<T>::kSize; ++j) {
-      g.value[j] = bounds.pass(sum[j], y.value[j], g.value[j], kRest ? widen(rest.value[j]) : Sum<T>(-0.0));
+      g.value[j] = bounds.pass(sum[j % kWidth], widen(y, j), widen(g, j), kRest ? widen(rest, j) : Sum<T>(-0.0));
     }
     store_pack(to, g);
   }
 };
 
+// Packs of each tensor that a lane of clamp_rows has in flight, as far as registers go.
+template <bool kRest>
+inline constexpr int kHeldToClamp = kRest ? 2 : 3;
+
 template <bool kRest, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     clamp_rows(const T* y, ClampBackward<T> task, Geometry it, Outputs<Sum<T>> out) {
-  constexpr int kSize = Pack<T>::kSize;
-  const int lane = threadIdx.x & (it.lanes - 1);
-  const int64_t row = int64_t(blockIdx.x) * (kThreads / it.lanes) + threadIdx.x / it.lanes;
-  const bool inside = row < it.samples * it.channels;
-  Sum<T> sum[kSize][Sums::kSums] = {};
-  if (inside) {
+  constexpr int kHeld = kHeldToClamp<kRest>, kEdges = sizeof(T) == 8 ? 1 : 3;
+  const RowPart at(it);
+  Sum<T> sum[kRowWidth<T>][Sums::kSums] = {};
+  if (at.inside) {
     const Bounds<T> bounds(task);
-    const int64_t n = divide(row, it.channels), begin = blockIdx.y * it.split.segment;
-    const int64_t at = n * it.sample.a + (row - n * it.channels) * it.channel.a + begin;
-    const int64_t length = min(it.split.segment, it.positions - begin);
-    const T *from = y + at, *rest = kRest ? task.rest + at : nullptr;
-    T* to = task.g + at;
-    int64_t head = elements_to_boundary(from, to, length);
-    if (kRest && elements_to_boundary(from, rest, length) != head) head = length;
-    for (int64_t i = lane; i < head; i += it.lanes) pass_element<kRest>(sum[0], bounds, from + i, to + i, rest + i);
-    const int64_t packed = head + (length - head) / kSize * kSize, step = int64_t(it.lanes) * kSize;
-    int64_t i = head + int64_t(lane) * kSize;
-    constexpr bool kTwoAtOnce = !kRest || sizeof(T) > 2;  // else registers run out
-    for (; kTwoAtOnce && i + step < packed; i += 2 * step) {
-      ClampPacks<kRest, T> first(from + i, to + i, rest + i), second(from + i + step, to + i + step, rest + i + step);
-      first.pass(sum, bounds, to + i);
-      second.pass(sum, bounds, to + i + step);
-    }
-    for (; i < packed; i += step) ClampPacks<kRest, T>(from + i, to + i, rest + i).pass(sum, bounds, to + i);
-    for (i = packed + lane; i < length; i += it.lanes) {
-      pass_element<kRest>(sum[0], bounds, from + i, to + i, rest + i);
-    }
+    const T *from = y + at.start.a, *rest = kRest ? task.rest + at.start.a : nullptr;
+    T* to = task.g + at.start.a;
+    int head = int(elements_to_boundary(from, to, at.length));
+    if (kRest && elements_to_boundary(from, rest, at.length) != head) head = at.length;
+    const Run<T> run(head, at.length);
+    const int packs = run.packed / Pack<T>::kSize;
+    int pack = at.lane, edges = run.edges;
+    do {
+      ClampPacks<kRest, T> held[kHeld];
+      const int first = run.head + pack * Pack<T>::kSize, step = it.lanes * Pack<T>::kSize;
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j) {
+        const int i = first + j * step;
+        if (pack + j * it.lanes < packs) held[j].load(from + i, to + i, rest + i);
+      }
+      for (int number = at.lane; number < edges; number += kEdges * it.lanes) {
+        Sum<T> of_y[kEdges], of_g[kEdges], of_rest[kEdges];
+#pragma unroll
+        for (int j = 0; j < kEdges; ++j) {
+          if (number + j * it.lanes >= edges) continue;
+          const int i = run.edge(number + j * it.lanes);
+          of_y[j] = load(from + i);
+          of_g[j] = widen(__ldcg(to + i));
+          of_rest[j] = kRest ? load(rest + i) : Sum<T>(-0.0);
+        }
+#pragma unroll
+        for (int j = 0; j < kEdges; ++j) {
+          if (number + j * it.lanes >= edges) continue;
+          to[run.edge(number + j * it.lanes)] = bounds.pass(sum[j % kRowWidth<T>], of_y[j], of_g[j], of_rest[j]);
+        }
+      }
+      edges = 0;
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j) {
+        if (pack + j * it.lanes < packs) held[j].pass(sum, bounds, to + first + j * step);
+      }
+      pack += kHeld * it.lanes;
+    } while (pack < packs);
   }
-  finish_row<Sums>(sum, inside && lane == 0, row, it.lanes, out);
+  finish_row<Sums>(sum, at, it.lanes, out);
 }
 
 // kSize channels to a thread, as sum_columns.
@@ -105,7 +126,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     for (int64_t p = begin + at.lane; p < end; p += it.lanes) {
       const int64_t i = p * stride;
       if constexpr (kSize == 1) pass_element<kRest>(sum[0], bounds, from + i, to + i, rest + i);
-      else ClampPacks<kRest, T>(from + i, to + i, rest + i).pass(sum, bounds, to + i);
+      else {
+        ClampPacks<kRest, T> packs;
+        packs.load(from + i, to + i, rest + i);
+        packs.pass(sum, bounds, to + i);
+      }
     }
   }
   finish_columns<Sums, kSize>(sum, it, at, out);

@@ -13,6 +13,7 @@ inline constexpr int kThreads = 256;  // of every block
 inline constexpr int kWarp = 32;
 inline constexpr int kBlocksAtOnce = 3;        // on one multiprocessor: leaves 80 registers to a thread
 inline constexpr int kColumnBlocksAtOnce = 4;  // columns make do with 64
+inline constexpr int kRowBlocksAtOnce = 4;     // so do rows
 
 template <class T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -47,6 +48,21 @@ __device__ __forceinline__ Pack<T> load_pack(const T* address) {
   Pack<T> pack;
   memcpy(&pack, &bits, sizeof(bits));
   return pack;
+}
+
+// Element j of a pack. Of two bfloat16 in a word, each is a float32 once the other's bits are out of its way.
+template <class T>
+__device__ __forceinline__ Sum<T> widen(const Pack<T>& pack, int j) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    uint32_t word[4];
+    memcpy(word, &pack, sizeof(word));
+    const uint32_t bits = j % 2 ? word[j / 2] & 0xffff0000u : word[j / 2] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof(value));
+    return value;
+  } else {
+    return widen(pack.value[j]);
+  }
 }
 
 // What this kernel writes later: the read-only path of __ldg is for what nobody does.

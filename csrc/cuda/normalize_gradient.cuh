@@ -40,7 +40,9 @@ inline NormalizePlan plan_normalize_gradient(const void* g, const void* unit, in
       (reinterpret_cast<uintptr_t>(g) - reinterpret_cast<uintptr_t>(unit)) % 16 == 0 && apart % pack == 0;
   it.held = it.walk.contiguous() && in_step && packs <= kThreads * kHeldPacks;
   it.lanes = it.held ? std::max(power_of_two_from(ceil_divide(packs, 4), kThreads), kWarp) : kThreads;
-  it.blocks = ceil_divide(it.samples, kThreads / it.lanes);
+  const auto blocks = [&it] { return ceil_divide(it.samples, kThreads / it.lanes); };
+  while (it.lanes < std::min<int64_t>(packs, kThreads) && blocks() < multiprocessors) it.lanes *= 2;
+  it.blocks = blocks();
   it.split = it.held ? Split{it.length, 1}
                      : split_reduction(it.length, int64_t(kThreads) * pack, it.blocks,
                                        int64_t(multiprocessors) * kBlocksPerMultiprocessor);
@@ -84,7 +86,8 @@ struct Factor {
       const int exponent = min(max(int(bits >> 52) - 1023, -200), 200);
       first = power_of_two(exponent / 2);
       second = power_of_two(exponent - exponent / 2);
-      const double exact = factor / (double(first) * double(second));
+      // what dividing by the two gives, exactly
+      const double exact = factor * power_of_two(-(exponent / 2)) * power_of_two(exponent / 2 - exponent);
       rest = float(exact);
       less = float(exact - double(rest));
     }
@@ -158,7 +161,8 @@ struct Squares<float, kSize> {
     float total = 0;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) total += sum[j];
-    return double(total) / (double(scale) * double(scale));
+    const double inverse = power_of_two(-exponent_of(scale));
+    return double(total) * inverse * inverse;
   }
 };
 

@@ -14,6 +14,7 @@ enum class Layout : int { rows, columns, strided };
 struct Geometry {
   Layout layout;
   bool wide;  // columns: 16-byte loads; rows find out for themselves
+  bool even;  // samples follow each other as channels do
   int64_t samples, channels, positions;
   Strides sample, channel, position;
   int lanes;          // threads of a block that share one reduction
@@ -22,7 +23,14 @@ struct Geometry {
   int64_t blocks;  // times split.splits
 };
 
-inline constexpr int kStridedWidth = 4;  // accumulators of a thread that loads single elements
+// How full waves of blocks have to be; a single one may be enough with fewer.
+struct Enough {
+  double of_waves, of_one;
+};
+
+inline constexpr Enough kEnoughRows{0.85, 0.5};  // half a wave has loads enough in flight for a device's bandwidth
+inline constexpr int kLeastLanes = 4;            // of a row, so that each of its sums can end up with a lane of its own
+inline constexpr int kStridedWidth = 4;          // accumulators of a thread that loads single elements
 
 struct ChannelPlan {
   Geometry geometry;
@@ -43,36 +51,45 @@ struct Places {
 
   // As the kernels' launch bounds promise.
   static Places of(int64_t multiprocessors) {
-    return {multiprocessors * kBlocksAtOnce, multiprocessors * kBlocksAtOnce, multiprocessors * kColumnBlocksAtOnce,
+    return {multiprocessors * kRowBlocksAtOnce, multiprocessors * kBlocksAtOnce, multiprocessors * kColumnBlocksAtOnce,
             multiprocessors * kColumnBlocksAtOnce};
   }
 };
 
-// The first geometry that fills its waves, or the one that does so best. next(): the one to try after, false at the
-// end.
+// The first geometry that fills its waves enough, or the one that does so best. next(): the one to try after, false at
+// the end.
 template <class Next>
-void choose_geometry(Geometry& it, int64_t places, Next next) {
+void choose_geometry(Geometry& it, int64_t places, Enough enough, Next next) {
   const auto filled = [places](const Geometry& of) { return fill(of.blocks * of.split.splits, places); };
+  const auto full = [&](const Geometry& of) {
+    return filled(of) >= (of.blocks * of.split.splits <= places ? enough.of_one : enough.of_waves);
+  };
   Geometry tried = it;
-  while (filled(it) < kFull && next(tried)) {
+  while (!full(it) && next(tried)) {
     if (filled(tried) > filled(it)) it = tried;
   }
 }
 
-// Four packs to a lane, or fewer, or more and rows in parts, where that fills the device better.
+// Four packs to a lane, but no more than a warp to a row: what the lanes have in common costs as much for a row of one
+// pack as for one of a hundred. More lanes where that fills the device better, and at last rows in parts.
 inline void plan_rows(Geometry& it, int pack, int64_t places) {
   const int64_t packs = ceil_divide(it.positions, pack);
-  const auto with_lanes = [=](Geometry& of, int lanes) {
+  const auto with_lanes = [=](Geometry& of, int lanes, bool whole) {
     of.lanes = lanes;
     of.blocks = ceil_divide(of.samples * of.channels, kThreads / lanes);
-    of.split = split_reduction(of.positions, int64_t(lanes) * pack, of.blocks, places);
+    of.split = split_reduction(of.positions, int64_t(lanes) * pack, of.blocks,
+                               whole ? std::max<int64_t>(of.blocks, 1) : places);
   };
-  const int usual = power_of_two_from(ceil_divide(packs, 4), kThreads), most = power_of_two_from(packs, kThreads);
-  with_lanes(it, usual);
+  const int usual = std::max(power_of_two_from(ceil_divide(packs, 4), kWarp), kLeastLanes);
+  with_lanes(it, usual, true);
+  const bool many = it.blocks > 3 * places;  // waves, so that filling them is no reason to leave a lane with one pack
+  const int most = std::max(power_of_two_from(many ? ceil_divide(packs, 2) : packs, kThreads), usual);
   int more = usual, fewer = usual;
-  choose_geometry(it, places, [&](Geometry& of) {
-    if (more < most) with_lanes(of, more *= 2);
-    else if (fewer > kWarp) with_lanes(of, fewer /= 2);
+  bool whole = true;
+  choose_geometry(it, places, kEnoughRows, [&](Geometry& of) {
+    if (more < most) with_lanes(of, more *= 2, true);
+    else if (fewer > kLeastLanes) with_lanes(of, fewer /= 2, true);
+    else if (whole) with_lanes(of, most, whole = false);
     else return false;
     return true;
   });
@@ -94,7 +111,7 @@ inline void plan_columns(Geometry& it, int pack, int64_t places) {
   };
   const int widest = power_of_two_from(vectors, kWarp), narrowest = std::min(widest, it.wide ? 8 : kWarp);
   with_tile(it, widest, lanes_of(4, widest));
-  choose_geometry(it, places, [&](Geometry& of) {
+  choose_geometry(it, places, {kFull, kFull}, [&](Geometry& of) {
     if (of.lanes < lanes_of(1, of.channel_lanes)) {
       with_tile(of, of.channel_lanes, of.lanes * 2);
     } else if (of.channel_lanes > narrowest) {
@@ -109,7 +126,7 @@ inline void plan_columns(Geometry& it, int pack, int64_t places) {
 // Eight lanes to a row and so 32 rows to a block: where one tensor has its positions contiguous and the other its
 // channels, the block reads whole 32-byte sectors of both.
 inline void plan_strided(Geometry& it, int64_t places) {
-  it.lanes = power_of_two_from(ceil_divide(it.positions, 4), 8);
+  it.lanes = std::max(power_of_two_from(ceil_divide(it.positions, 4), 8), kLeastLanes);
   it.blocks = ceil_divide(it.samples * it.channels, kThreads / it.lanes);
   it.split = split_reduction(it.positions, int64_t(it.lanes) * kStridedWidth, it.blocks, places);
 }
@@ -123,6 +140,7 @@ inline ChannelPlan plan_channel_sums(Operands in, const int64_t* sizes, const in
   it.channels = sizes[channel_dim];
   it.sample = {strides_a[0], strides_g[0]};
   it.channel = {strides_a[channel_dim], strides_g[channel_dim]};
+  it.even = it.sample.a == it.channels * it.channel.a && it.sample.g == it.channels * it.channel.g;
   it.positions = 1;
   for (int d = 1; d < dims; ++d) {
     if (d == channel_dim) continue;

@@ -1,5 +1,6 @@
-// A random gradient per sample, a pure function of (seed, sample id, probe, class). Every value is made twice, once for
-// the norm and once to be written: cheaper than writing it, reading it back and writing it again.
+// A random gradient per sample, a pure function of (seed, sample id, probe, class). A thread keeps its first four
+// values until the norm is known, and makes those that follow twice: cheaper than writing, reading back and writing
+// again.
 #pragma once
 
 #include "../math.h"
@@ -17,7 +18,7 @@ struct RandomPlan {
 
 inline RandomPlan plan_random_gradient(int64_t samples, int64_t id_stride, int64_t classes) {
   RandomPlan it{samples, classes, id_stride, 1, 0};
-  it.lanes = power_of_two_from(ceil_divide(classes, 16), kThreads);
+  it.lanes = power_of_two_from(ceil_divide(classes, 4), kThreads);
   it.blocks = ceil_divide(samples, kThreads / it.lanes);
   return it;
 }
@@ -46,22 +47,30 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t n = int64_t(blockIdx.x) * (kThreads / it.lanes) + threadIdx.x / it.lanes;
   const bool inside = n < it.samples;
   const int64_t id = inside ? ids[n * it.id_stride] : 0, quads = inside ? (it.classes + 3) / 4 : 0;
-  float value[4];
+  const auto make = [&](int64_t quad, float (&value)[4]) {
+    random_values<kNormal>(random_words(id, uint32_t(quad), probe, seed), value);
+  };
+  float first[4] = {};
+  if (lane < quads) make(lane, first);
   float factor = 1;
   if (normalize) {
     double squares[1] = {0};
-    for (int64_t quad = lane; quad < quads; quad += it.lanes) {
-      random_values<kNormal>(random_words(id, uint32_t(quad), probe, seed), value);
+    const auto add = [&](int64_t quad, const float (&value)[4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (4 * quad + i < it.classes) squares[0] += double(value[i]) * value[i];
       }
+    };
+    if (lane < quads) add(lane, first);
+    for (int64_t quad = lane + it.lanes; quad < quads; quad += it.lanes) {
+      float value[4];
+      make(quad, value);
+      add(quad, value);
     }
     sum_over_lanes(squares, it.lanes);
     factor = float(1 / sqrt(squares[0]));
   }
-  for (int64_t quad = lane; quad < quads; quad += it.lanes) {
-    random_values<kNormal>(random_words(id, uint32_t(quad), probe, seed), value);
+  const auto write = [&](int64_t quad, float (&value)[4]) {
     T* to = out + n * it.classes + 4 * quad;
 #pragma unroll
     for (int i = 0; i < 4; ++i) value[i] *= factor;
@@ -73,6 +82,12 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (4 * quad + i < it.classes) to[i] = narrow<T>(value[i]);
       }
     }
+  };
+  if (lane < quads) write(lane, first);
+  for (int64_t quad = lane + it.lanes; quad < quads; quad += it.lanes) {
+    float value[4];
+    make(quad, value);
+    write(quad, value);
   }
 }
 

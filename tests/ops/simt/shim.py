@@ -37,7 +37,7 @@ class Split(ctypes.Structure):
 class Geometry(ctypes.Structure):
     """csrc/cuda/plan_channel_sums.cuh, struct Geometry."""
 
-    _fields_ = [("layout", ctypes.c_int), ("wide", ctypes.c_bool), ("samples", ctypes.c_int64),
+    _fields_ = [("layout", ctypes.c_int), ("wide", ctypes.c_bool), ("even", ctypes.c_bool), ("samples", ctypes.c_int64),
                 ("channels", ctypes.c_int64), ("positions", ctypes.c_int64), ("sample", Strides), ("channel", Strides),
                 ("position", Strides), ("lanes", ctypes.c_int), ("channel_lanes", ctypes.c_int), ("split", Split),
                 ("blocks", ctypes.c_int64)]

@@ -133,6 +133,8 @@ T __shfl_xor_sync(uint32_t, T value, int mask) {
   return value;
 }
 
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
 template <class T>
 T __ldg(const T* address) {
   simt::record(address, sizeof(T));

@@ -17,11 +17,11 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 PTX = ("sm_80", "sm_120")  # for devices between the targets, such as sm_87, and beyond
 OPS = ("channel_sums", "clamp_backward_", "channel_dot", "channel_powers", "random_gradient", "normalize_gradient")
 # Registers of a thread: three blocks of 256 threads to a multiprocessor have 80 each, two have 128.
-MOST_REGISTERS = {"normalize_held": 128, "scale": 80, "sum_squares": 80, "sum_rows": 80, "sum_columns": 64,
+MOST_REGISTERS = {"normalize_held": 128, "scale": 80, "sum_squares": 80, "sum_rows": 64, "sum_columns": 64,
                   "sum_strided": 80, "add_partials": 80, "random_rows": 80, "clamp_rows": 80, "clamp_columns": 80}
-LOADS = {"sum_rows": 4, "sum_columns": 4, "normalize_held": 8, "sum_squares": 2, "scale": 2, "clamp_rows": 3,
+LOADS = {"sum_rows": 4, "sum_columns": 4, "normalize_held": 8, "sum_squares": 2, "scale": 2, "clamp_rows": 6,
          "clamp_columns": 2}
-STORES = {"normalize_held": 8, "scale": 2, "clamp_rows": 1, "clamp_columns": 1}
+STORES = {"normalize_held": 8, "scale": 2, "clamp_rows": 2, "clamp_columns": 1}
 WIDE = re.compile(r"D(ADD|MUL|FMA)")  # arithmetic in float64
 
 

@@ -22,7 +22,7 @@ def test_no_thread_reads_what_another_may_still_write(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == 8
 
 
-@pytest.mark.parametrize("name", ["elements.cuh", "channel_sums.cuh"])
+@pytest.mark.parametrize("name", ["elements.cuh", "rows.cuh", "channel_sums.cuh"])
 def test_a_missing_barrier_is_caught(tmp_path: Path, name: str) -> None:
     kernels = tmp_path / "csrc" / "cuda"
     shutil.copytree(KERNELS, kernels)

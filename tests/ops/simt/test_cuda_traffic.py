@@ -81,7 +81,7 @@ def test_waves_of_blocks_are_filled(shim: Shim, network: str) -> None:
         x = torch.empty(batch, *shape, dtype=dtype, device="meta")
         for each in (x, x.to(memory_format=torch.channels_last)) if x.dim() == 4 else (x,):
             geometry = shim.geometry(each, each, 1 if x.dim() == 4 else x.dim() - 1, units)
-            places = units * (4 if LAYOUTS[geometry.layout] == "columns" else 3)  # as the launch bounds promise
+            places = units * 4  # as the launch bounds promise
             waves = -(-geometry.blocks * geometry.split.splits // places)
             if waves > 1 and len(shape) > 1:
                 fills.append(geometry.blocks * geometry.split.splits / (waves * places))
