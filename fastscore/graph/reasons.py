@@ -55,12 +55,15 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
     return None
 
 
-def of_what_cannot_be_verified(recording: Recording) -> dict[str, str]:
-    """Layer that ran -> why nothing that is found out about it can be verified; empty where it can."""
+def of_gradients_of_its_own(recording: Recording) -> dict[str, str]:
+    """Layer that ran -> why nothing that is found out about it can be verified: the model's code takes gradients, of
+    which there are none where layers give what they gave before; empty where it does not."""
     try:
         assert recording.inputs is not None
-    except Exception as error:  # of code that takes gradients of its own, say
-        reason = "the model's code does not run where its layers give what they gave before " \
+    except RuntimeError as error:
+        if "not require grad" not in str(error):
+            raise
+        reason = "the model's code takes gradients of its own, through layers that give what they gave before " \
                  f"({said(error)}), which is how channels are followed"
         return dict.fromkeys(sorted(recording.layers_that_ran), reason)
     return {}

@@ -169,7 +169,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     except Exception as error:  # the tracer raises whatever its guesses run into
         blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
         raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}") from error
-    if unverified := reasons.of_what_cannot_be_verified(recording):
+    if unverified := reasons.of_gradients_of_its_own(recording):
         graph.release()
         return ChannelGraph((), unverified, {}), recording.layers_that_ran, set(unverified)
     idle = frozenset(unused)
