@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastscore.batches import with_float64
 from fastscore.graph import heads, surgery
 from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.modules import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import parameter_owners, parametrized, shares_parameters
@@ -145,8 +146,12 @@ def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
                                       count, shared, width, _tables(module, count)))
     total, alone = heads.count(module), _linear(module, _OUTPUT_ALONE)
     held = [tensor for tensor in heads.tensors(module) if tensor in heads.PROJECTIONS]
-    if name and total and alone is not None and held and alone.in_features % total == 0:
-        yield _Guess(name, _group("", {}, _OUTPUT_ALONE, total, total, alone.in_features // total))
+    made = [layer for layer in multihead_attention.PROJECTIONS if layer in module._modules]
+    if name and total and alone is not None and (held or made) and alone.in_features % total == 0:
+        width = alone.in_features // total
+        rows = {layer: _rows_of_blocks(total, total, width) if layer == made[0] == multihead_attention.PROJECTIONS[0]
+                else torch.arange(total * width) for layer in made}
+        yield _Guess(name, _group("", rows, _OUTPUT_ALONE, total, total, width))
 
 
 def _tables(module: nn.Module, count: int) -> list[str]:

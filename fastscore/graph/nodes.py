@@ -1,6 +1,6 @@
 """What each node of Torch-Pruning's graph is, and where the channels lie in its output."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch_pruning as tp
@@ -20,6 +20,7 @@ PRODUCERS = LAYERS | {OPTYPE.EMBED}
 NORM = OPTYPE.LN  # of nodes: any normalisation over channels, and nothing else
 TRANSPARENT = {OPTYPE.ELEMENTWISE, OPTYPE.CONCAT, OPTYPE.SPLIT, OPTYPE.RESHAPE, OPTYPE.UNBIND, OPTYPE.EXPAND,
                OPTYPE.SLICE}
+_OF_LINEARS = ("View", "UnsafeView", "Transpose", "AddBackward")  # what stands behind the product of a Linear
 _UNKNOWN = OPTYPE.MHA  # of modules that are no ChannelNorm, and stop whatever comes to them
 
 
@@ -65,6 +66,9 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
                 if onward not in self._dims:
                     self._dims[onward] = self._dim_after(node, onward)
                     work.append(onward)
+        for node in [node for node in self.module2node.values() if node.type == OPTYPE.LINEAR]:
+            for source in _read_by(node):  # what no layer made has its channels where the layer reads them
+                self._dims.setdefault(source, len(shape(source)) - 1)
         work = [node for node in self._dims if node.type in TRANSPARENT]
         while work:  # back to parameters that meet channels, through what is made of them before they do
             node = work.pop()
@@ -156,6 +160,25 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
 
 def shape(node: Any) -> tuple[int, ...]:
     return tuple(node.module.shape) if node.type == OPTYPE.PARAMETER else index_maps.shape_of(node.grad_fn)
+
+
+def _read_by(linear: Any) -> Iterator[Any]:
+    """The nodes that the products of a Linear read, in each of its calls: at most a bias and views stand between."""
+    work = [linear] if index_maps.contracts(linear.grad_fn) else list(linear.inputs)
+    while work:
+        node = work.pop()
+        if node.type not in TRANSPARENT | {OPTYPE.LINEAR} or not hasattr(node.grad_fn, "name"):
+            continue
+        if index_maps.contracts(node.grad_fn):
+            yield from (source for source in node.inputs if source.type in TRANSPARENT | {OPTYPE.PARAMETER}
+                        and shape(source) and not _name(source).startswith("TBackward"))
+        elif len(node.inputs) == 1 and _name(node).startswith(_OF_LINEARS):
+            work += node.inputs
+
+
+def _name(node: Any) -> str:
+    name: str = node.grad_fn.name() if hasattr(node.grad_fn, "name") else ""
+    return name
 
 
 def _saved_dim(node: Any) -> int | None:

@@ -22,7 +22,9 @@ Side: TypeAlias = str  # "inputs", "outputs", "heads", "block", a Dim, or SIDE a
 _DIMS: tuple[Dim, ...] = get_args(Dim)
 _SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "norm": "outputs", "gate": "outputs",
                                "consumer": "inputs", "reader": "inputs", "heads": "heads", "block": "block"}
-_WIDTH = "channels"  # attribute of a module, such as diffusers' up- and downsamplers, that compares its input with it
+# what modules keep of the widths of convolutions that they hold: diffusers' up- and downsamplers of what they read,
+# torchvision's VisionTransformer of what it makes of patches
+_OF_OWNERS = {"inputs": "channels", "outputs": "hidden_dim"}
 # (layer, its inputs or its outputs; or an attention module, its heads; or a parameter, a dimension of it) -> positions
 # that go, int64, ascending: a surgery whole, for any copy of the model
 RemovedIndices: TypeAlias = Mapping[tuple[str, Side], Tensor]
@@ -72,11 +74,11 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
     layers = [name for name, side in indices if side in ("inputs", "outputs")]
     for handle in multihead_attention.replace_attention(model, [
-            name for name in layers if not experts.is_expert_parameter(model, name)]):
+            name for name in layers if not experts.is_expert_parameter(model, name)]) if layers else ():
         handle.make_permanent()  # whose code takes the width of a stream for that of heads
     for (name, side), index in indices.items():
-        if side == "inputs" and not experts.is_expert_parameter(model, name):
-            _narrow_owner(model, name, len(index))
+        if side in _OF_OWNERS and not experts.is_expert_parameter(model, name):
+            _narrow_owner(model, name, side, len(index))
     # chosen beforehand: a grouped convolution that has lost inputs can look like a depthwise one
     surgeons = {name: channel_buffers.surgeon(model.get_submodule(name))
                 for name, side in indices if side in ("inputs", "outputs")
@@ -93,7 +95,7 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
             narrow(layer, side.removeprefix(SIDE), len(index))
             continue
         if side == "heads":
-            heads.remove(layer, index)
+            heads.remove(layer, index, [key for key in heads.PROJECTIONS if (f"{name}.{key}", "outputs") in indices])
             for handle in multihead_attention.replace_attention(model, called=()):
                 handle.make_permanent()
             continue
@@ -136,11 +138,13 @@ def remove_channels(model: nn.Module, groups: Iterable[ChannelGroup], removed: M
     return remove_indices(model, removed_indices(groups, removed))
 
 
-def _narrow_owner(model: nn.Module, name: str, gone: int) -> None:
-    """Take what a layer's inputs lose off the width that the module which holds it keeps, where it is theirs."""
+def _narrow_owner(model: nn.Module, name: str, side: str, gone: int) -> None:
+    """Take what a layer loses off the width that the module which holds it keeps, where it is the layer's."""
     owner, layer = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
-    if isinstance(layer, nn.modules.conv._ConvNd) and vars(owner).get(_WIDTH) == layer.in_channels:
-        setattr(owner, _WIDTH, layer.in_channels - gone)
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        width = layer.in_channels if side == "inputs" else layer.out_channels
+        if vars(owner).get(_OF_OWNERS[side]) == width:
+            setattr(owner, _OF_OWNERS[side], width - gone)
 
 
 def _shared_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:

@@ -1,5 +1,5 @@
-"""Experts of transformers, two parameters gate_up_proj [E, 2I, H] and down_proj [E, H, I], as two layers; and the
-weight [E, H] of a router, which chooses among them, as one.
+"""Experts of transformers, two parameters gate_up_proj [E, 2I, H] and down_proj [E, H, I], as two layers; the weight
+[E, H] of a router, which chooses among them, as one; and the projections that nn.MultiheadAttention holds itself.
 
 In evaluation copies, and in a user's model as long as it is tapped or masked, each of the two is an ExpertLinear under
 its own name, and rows go through it in order of tokens, whichever expert they choose: rows of one sample stay together.
@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastscore.modules.multihead_attention import PROJECTIONS, projections
+
 _NAMES = ("gate_up_proj", "down_proj")
 _ROUTER = ("weight",)
+_BIAS = "in_proj_bias"
 # what transformers says of a class whose code is that of _Experts
 _SETTINGS = {"is_transposed": False, "has_gate": True, "has_bias": False, "has_post_expert_norm": False,
              "_is_expert_parallel": False}
@@ -91,6 +94,34 @@ class RouterLinear(ExpertLinear):
         return NotImplemented
 
 
+class ProjectionLinear(RouterLinear):
+    """A projection of queries, keys and values in the place of a parameter of nn.MultiheadAttention, and of its bias,
+    where that goes with no other projection."""
+
+    def __init__(self, weight: nn.Parameter, owner: nn.Module, name: str) -> None:
+        super().__init__(weight, owner, name)
+        if name == PROJECTIONS[0]:
+            self.bias = owner._parameters[_BIAS]
+            owner._parameters[_BIAS] = None
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """[N, L, inputs] -> [N, L, outputs], by rows in the order [L, N], as there: to the bit."""
+        return F.linear(x.transpose(0, 1), self.weight, self.bias).transpose(0, 1)
+
+    def _without(self, side: Literal["inputs", "outputs"], index: Sequence[int]) -> nn.Module:
+        bias = self.bias
+        if side == "outputs" and bias is not None:
+            self.bias = _cut(bias[:, None], side, torch.tensor(index))
+            self.bias.data = self.bias.data[:, 0]
+        return super()._without(side, index)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.bias is not None:
+            owner = prefix[:-len(PROJECTIONS[0]) - 1]
+            destination[f"{owner}{_BIAS}"] = self.bias if keep_vars else self.bias.detach()
+
+
 class _Product(torch.autograd.Function):
     """One node of autograd, however many experts there are: whoever follows channels sees one layer."""
 
@@ -156,7 +187,8 @@ def _kind(change: type, cls: type) -> type:
 
 
 def replace_experts(model: nn.Module, called: Iterable[str] | None = None) -> Iterator["Handle"]:
-    """Make the two parameters of each module of experts two layers, which compute the same, and a router's weight one.
+    """Make the two parameters of each module of experts two layers, which compute the same, and a router's weight, or a
+    projection of nn.MultiheadAttention, one.
 
     Args:
         model: changed in place.
@@ -171,6 +203,8 @@ def replace_experts(model: nn.Module, called: Iterable[str] | None = None) -> It
             yield Handle(module, _NAMES, ExpertLinear, _Experts)
         elif (wanted is None or name in wanted) and routes(module):
             yield Handle(module, _ROUTER, RouterLinear, _Renamed)
+        elif (wanted is None or name in wanted) and (held := projections(module)):
+            yield Handle(module, held, ProjectionLinear)
 
 
 def holds_experts(module: nn.Module) -> bool:
@@ -199,7 +233,8 @@ def is_expert_parameter(model: nn.Module, name: str) -> bool:
     """Whether `name` is the qualified name of a parameter that replace_experts makes a layer, as a user has it."""
     owner, _, key = name.rpartition(".")
     return (key in _NAMES and holds_experts(model.get_submodule(owner))) or \
-        (key in _ROUTER and routes(model.get_submodule(owner)))
+        (key in _ROUTER and routes(model.get_submodule(owner))) or \
+        (key in PROJECTIONS and key in projections(model.get_submodule(owner)))
 
 
 def cut(model: nn.Module, name: str, side: Literal["inputs", "outputs"], index: Tensor) -> None:
@@ -227,14 +262,17 @@ def _cut(weight: Tensor, side: Literal["inputs", "outputs"], index: Tensor) -> n
 class Handle:
     """A module whose parameters `names` are layers of a `kind` until `remove`, and its class changed."""
 
-    def __init__(self, module: nn.Module, names: tuple[str, ...], kind: type[ExpertLinear], change: type) -> None:
+    def __init__(self, module: nn.Module, names: tuple[str, ...], kind: type[ExpertLinear],
+                 change: type | None = None) -> None:
         self._module: nn.Module | None = module
-        self._class, self._names = type(module), names
+        self._class, self._names = None if change is None else type(module), names
+        self._order = list(module._parameters)
         for name in names:
             weight = module._parameters.pop(name)
             assert weight is not None
             module.add_module(name, kind(weight, module, name))
-        module.__class__ = _kind(change, type(module))
+        if change is not None:
+            module.__class__ = _kind(change, type(module))
 
     def remove(self) -> None:
         """Give the module back what it had."""
@@ -244,7 +282,12 @@ class Handle:
         for name in self._names:
             layer = module._modules.pop(name)
             module._parameters[name] = layer._parameters["weight"]  # type: ignore[union-attr]
-        module.__class__ = self._class
+            if name == PROJECTIONS[0]:
+                module._parameters[_BIAS] = layer._parameters["bias"]  # type: ignore[union-attr]
+        held = {name: module._parameters.pop(name) for name in self._order}
+        module._parameters.update(held)
+        if self._class is not None:
+            module.__class__ = self._class
 
     def make_permanent(self) -> None:
         """Let the module be what it is now for good."""

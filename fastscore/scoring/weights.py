@@ -76,6 +76,7 @@ def filter_products(model: nn.Module, group: ChannelGroup, gradients: Mapping[st
 def filter_parameters(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[Member, str]]:
     """(layer, qualified name of a weight or bias) of everything that makes the group's channels: Conv, Linear,
     Embedding, and the projections that an attention module holds itself."""
+    producers = {member.layer for member in group.role("producer")}
     for member in group.role("producer", "channelwise", "heads"):
         if experts.is_expert_parameter(model, member.layer):
             yield member, member.layer
@@ -84,7 +85,7 @@ def filter_parameters(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[M
         dense = isinstance(layer, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)) or is_transposed(layer)
         own = heads.PROJECTIONS if member.role == "heads" else ("weight", "bias") if dense else ()
         for name, parameter in layer.named_parameters(recurse=False):
-            if name in own and parameter is not None:
+            if name in own and parameter is not None and f"{member.layer}.{name}" not in producers:
                 yield member, f"{member.layer}.{name}"
 
 
@@ -94,7 +95,7 @@ def _by_position(model: nn.Module, member: Member, name: str, values: Tensor) ->
         return heads.by_head(name.rpartition(".")[2], values, len(member.index))
     if experts.is_expert_parameter(model, member.layer) or \
             isinstance(model.get_submodule(member.layer), experts.ExpertLinear):  # [E, outputs, inputs]
-        return values.transpose(0, 1).flatten(1)
+        return values.transpose(0, 1).flatten(1) if values.dim() > 2 else values
     return _by_output(model.get_submodule(member.layer), values) if values.dim() > 1 else values[:, None]
 
 
