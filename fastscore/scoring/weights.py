@@ -95,7 +95,8 @@ def _by_position(model: nn.Module, member: Member, name: str, values: Tensor) ->
         return heads.by_head(name.rpartition(".")[2], values, len(member.index))
     if experts.is_expert_parameter(model, member.layer) or \
             isinstance(model.get_submodule(member.layer), experts.ExpertLinear):  # [E, outputs, inputs]
-        return values.transpose(0, 1).flatten(1) if values.dim() > 2 else values
+        return values.transpose(0, 1).flatten(1) if values.dim() > 2 else values.flatten(1) if values.dim() > 1 \
+            else values[:, None]
     return _by_output(model.get_submodule(member.layer), values) if values.dim() > 1 else values[:, None]
 
 
