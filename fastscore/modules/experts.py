@@ -271,6 +271,8 @@ class Handle:
             weight = module._parameters.pop(name)
             assert weight is not None
             module.add_module(name, kind(weight, module, name))
+        others = {name: module._modules.pop(name) for name in list(module._modules) if name not in names}
+        module._modules.update(others)  # behind them, so that parameters come in the order that they had
         if change is not None:
             module.__class__ = _kind(change, type(module))
 
