@@ -123,6 +123,7 @@ def smaller_copy(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> 
     for parameter in pruned.parameters():
         if parameter.untyped_storage()._cdata in own:
             parameter.data = parameter.data.clone()
+    experts.put_projections_back(pruned)
     remove_copied_hooks(pruned)
     return pruned
 

@@ -259,6 +259,28 @@ def _cut(weight: Tensor, side: Literal["inputs", "outputs"], index: Tensor) -> n
     return nn.Parameter(weight.detach().index_select(dim, stays.to(weight.device)), weight.requires_grad)
 
 
+def held_projections(module: nn.Module) -> dict[str, Tensor | None]:
+    """Names that the projections which run as layers of a module have as its parameters -> what they hold."""
+    held: dict[str, Tensor | None] = {}
+    for name, layer in module._modules.items():
+        if isinstance(layer, ProjectionLinear):
+            held[name] = layer.weight
+            if name == PROJECTIONS[0]:
+                held[_BIAS] = layer._parameters["bias"]
+    return held
+
+
+def put_projections_back(model: nn.Module) -> None:
+    """Make projections parameters again, in place: of a copy of a model that is tapped."""
+    for module in model.modules():
+        held = held_projections(module)
+        for name in held:
+            module._modules.pop(name, None)
+        others = {name: value for name, value in module._parameters.items() if name not in held}
+        module._parameters.clear()
+        module._parameters.update(held | others)  # type: ignore[arg-type]
+
+
 class Handle:
     """A module whose parameters `names` are layers of a `kind` until `remove`, and its class changed."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastscore.graph.surgery import RemovedIndices, Side, remove_indices
+from fastscore.modules.experts import ProjectionLinear, held_projections
 from fastscore.modules.multihead_attention import SequenceFirstLinear
 from fastscore.recovery.compensation import add_to_biases
 
@@ -42,7 +43,10 @@ def structure(model: nn.Module) -> dict[str, str]:
         own_kind: type = type(module)
         kind = _SAME.get(own_kind, own_kind)
         settings = module.extra_repr() if kind.__module__.startswith("torch.nn") else ""
-        own = {**module._parameters, **module._buffers}
+        if isinstance(module, ProjectionLinear):
+            continue
+        own = {**held_projections(module), **{key: value for key, value in module._parameters.items()
+                                              if value is not None}, **module._buffers}
         shapes = [f"{key} {list(tensor.shape)}" for key, tensor in own.items() if tensor is not None]
         lines[name] = " ".join([f"{kind.__name__}({settings})", *shapes])
     return lines
