@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from fastscore.fastpath import cudnn_layers, packed_layers
 from fastscore.fastpath.fused_taps import clamped, packed
 from fastscore.fastpath.packed_layers import ClampBounds
-from fastscore.modules.experts import ProjectionLinear
 from fastscore.modules.inspection import hooked, parametrized
 from fastscore.modules.multihead_attention import SequenceFirstLinear
+from fastscore.modules.projections import ProjectionLinear
 from fastscore.ops.backends import portable
 from fastscore.taps.taps import Taps
 

@@ -8,7 +8,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.modules import channel_norms, experts, transposed_linear
+from fastscore.modules import channel_norms, parameter_layers, transposed_linear
 
 
 def width(module: nn.Module) -> int | None:
@@ -26,7 +26,7 @@ def width(module: nn.Module) -> int | None:
 
 def surgeon(module: nn.Module) -> Any:
     """What has prune_in_channels, prune_out_channels, get_in_channels and get_out_channels of (module, positions)."""
-    if isinstance(module, experts.ExpertLinear):
+    if isinstance(module, parameter_layers.ParameterLinear):
         return module
     if transposed_linear.is_transposed(module):
         return _TRANSPOSED

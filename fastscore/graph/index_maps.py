@@ -18,7 +18,8 @@ _REDUCING = ("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Aminmax", "Var", "Std
 
 _PRODUCTS = ("Mm", "Bmm", "Addbmm", "Baddbmm", "Mv", "Dot", "ScaledDotProduct", "Cdist", "Einsum")
 _CONTRACTING = ("Mm", "Bmm", "Addmm", "Addbmm", "Baddbmm", "Mv", "Addmv", "Dot", "Linear", "Convolution", "Embedding",
-                "Index", "Gather", "ScaledDotProduct", "Cdist", "Einsum", "Roll", "Flip", "Unfold")
+                "Index", "Gather", "ScaledDotProduct", "Cdist", "Einsum", "Roll", "Flip", "Unfold",
+                "PartOfProjection")  # the last is of fastscore.modules.projections
 
 
 class IndexMap(Protocol):

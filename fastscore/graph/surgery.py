@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastscore.graph import channel_buffers, heads, own_tensors
 from fastscore.graph.cut_widths import SIDE, narrow
 from fastscore.graph.groups import ChannelGroup, Role
-from fastscore.modules import experts, multihead_attention
+from fastscore.modules import held_weights, multihead_attention
 from fastscore.modules.computed_weights import make_plain
 from fastscore.modules.evaluation_copy import computed_tensors
 from fastscore.modules.hooks import remove_copied_hooks
@@ -74,21 +74,21 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
     layers = [name for name, side in indices if side in ("inputs", "outputs")]
     for handle in multihead_attention.replace_attention(model, [
-            name for name in layers if not experts.is_expert_parameter(model, name)]) if layers else ():
+            name for name in layers if not held_weights.is_held(model, name)]) if layers else ():
         handle.make_permanent()  # whose code takes the width of a stream for that of heads
     for (name, side), index in indices.items():
-        if side in _OF_OWNERS and not experts.is_expert_parameter(model, name):
+        if side in _OF_OWNERS and not held_weights.is_held(model, name):
             _narrow_owner(model, name, side, len(index))
     # chosen beforehand: a grouped convolution that has lost inputs can look like a depthwise one
     surgeons = {name: channel_buffers.surgeon(model.get_submodule(name))
                 for name, side in indices if side in ("inputs", "outputs")
-                and not experts.is_expert_parameter(model, name)}
+                and not held_weights.is_held(model, name)}
     for (name, side), index in indices.items():
         if side in _DIMS:
             own_tensors.cut(model, name, _DIMS.index(side), index)
             continue
         if side in ("inputs", "outputs") and name not in surgeons:
-            experts.cut(model, name, "inputs" if side == "inputs" else "outputs", index)
+            held_weights.cut(model, name, "inputs" if side == "inputs" else "outputs", index)
             continue
         layer = model.get_submodule(name)
         if side.startswith(SIDE):
@@ -123,7 +123,7 @@ def smaller_copy(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> 
     for parameter in pruned.parameters():
         if parameter.untyped_storage()._cdata in own:
             parameter.data = parameter.data.clone()
-    experts.put_projections_back(pruned)
+    held_weights.put_all_back(pruned)
     remove_copied_hooks(pruned)
     return pruned
 

@@ -7,7 +7,7 @@ model as long as it is tapped or masked, and for good where heads were removed.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastscore.modules import own_width, windowed_attention
+from fastscore.modules.parameter_layers import HoldsLayers
 
 _SEPARATE = "qkv_bias_separate"  # of timm's attention: False has it read the weight of its layer without calling it
 
 
-# what nn.MultiheadAttention holds itself and multiplies by: see fastscore.modules.experts.ProjectionLinear
+# what nn.MultiheadAttention holds itself and multiplies by: see fastscore.modules.projections
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -31,7 +32,7 @@ class SequenceFirstLinear(nn.Linear):
         return super().forward(x.transpose(0, 1)).transpose(0, 1)
 
 
-class MultiheadAttention(nn.Module):
+class MultiheadAttention(HoldsLayers, nn.Module):
     """What nn.MultiheadAttention computes, with num_heads x head_dim of any width; made by `replace_attention` alone.
 
     Parameters as there: in_proj_weight [3·H·D, E], or q_proj_weight [H·D, E], k_proj_weight and v_proj_weight; out_proj
@@ -111,21 +112,13 @@ class MultiheadAttention(nn.Module):
                 .squeeze(-2).contiguous()
             return q, k, v
         if isinstance(weight, nn.Module):
-            made = {id(x): _product(x, weight, bias).chunk(3, -1) for x in (query, key, value)}
-            q, k, v = (made[id(x)][part].contiguous() for part, x in enumerate((query, key, value)))
+            q, k, v = (weight(x.transpose(0, 1), part).transpose(0, 1).chunk(3, -1)[part].contiguous()
+                       for part, x in enumerate((query, key, value)))
             return q, k, v
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.chunk(3)
         biases = (None, None, None) if bias is None else bias.chunk(3)
         return tuple(_product(x, w, b) for x, w, b in  # type: ignore[return-value]
                      zip((query, key, value), weights, biases, strict=True))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in PROJECTIONS:
-            if name in self._modules and f"{prefix}{name}" in state_dict:
-                state_dict[f"{prefix}{name}.weight"] = state_dict.pop(f"{prefix}{name}")
-                if name == PROJECTIONS[0] and f"{prefix}in_proj_bias" in state_dict:
-                    state_dict[f"{prefix}{name}.bias"] = state_dict.pop(f"{prefix}in_proj_bias")
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, source: int, samples: int,
               dtype: torch.dtype) -> Tensor | None:
@@ -158,7 +151,7 @@ def projections(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in PROJECTIONS if module._parameters.get(name) is not None)
 
 
-def _is_replaced(module: nn.Module) -> bool:
+def _is_replaced(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     """Whether it is PyTorch's own, whose place MultiheadAttention takes."""
     return type(module) is nn.MultiheadAttention and type(module.out_proj) in (NonDynamicallyQuantizableLinear,
                                                                                nn.Linear, SequenceFirstLinear)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastscore.graph.surgery import RemovedIndices, Side, remove_indices
-from fastscore.modules.experts import ProjectionLinear, held_projections
 from fastscore.modules.multihead_attention import SequenceFirstLinear
+from fastscore.modules.parameter_layers import ParameterLinear
 from fastscore.recovery.compensation import add_to_biases
 
 K = TypeVar("K", bound=Hashable)
@@ -43,10 +43,13 @@ def structure(model: nn.Module) -> dict[str, str]:
         own_kind: type = type(module)
         kind = _SAME.get(own_kind, own_kind)
         settings = module.extra_repr() if kind.__module__.startswith("torch.nn") else ""
-        if isinstance(module, ProjectionLinear):
+        if isinstance(module, ParameterLinear):  # as long as the model is tapped
             continue
-        own = {**held_projections(module), **{key: value for key, value in module._parameters.items()
-                                              if value is not None}, **module._buffers}
+        held: dict[str, Tensor | None] = {}
+        for layer in module.children():
+            held |= layer.held if isinstance(layer, ParameterLinear) else {}
+        own = {**module._parameters, **module._buffers}
+        own = {**held, **{key: tensor for key, tensor in own.items() if key not in held}}
         shapes = [f"{key} {list(tensor.shape)}" for key, tensor in own.items() if tensor is not None]
         lines[name] = " ".join([f"{kind.__name__}({settings})", *shapes])
     return lines

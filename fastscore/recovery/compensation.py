@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward, with_float64
 from fastscore.graph.groups import ChannelGroup, Role
-from fastscore.modules import experts
+from fastscore.modules import held_weights
 from fastscore.modules.channel_norms import norm_of
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim
+from fastscore.modules.parameter_layers import ParameterLinear
 from fastscore.modules.transposed_linear import is_transposed, widths
 
 
@@ -42,10 +43,10 @@ def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping
 
 def has_no_place(model: nn.Module, name: str) -> bool:
     """Whether what reads channels has no bias that could take a mean in: experts, and norms."""
-    if experts.is_expert_parameter(model, name):
+    if held_weights.is_held(model, name):
         return True
     layer = model.get_submodule(name)
-    return isinstance(layer, experts.ExpertLinear) or norm_of(layer) is not None
+    return isinstance(layer, ParameterLinear) or norm_of(layer) is not None
 
 
 def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], positions: Mapping[str, Tensor],

@@ -11,8 +11,9 @@ from whole_way import check, noisy
 
 import fastscore
 from fastscore import Scorer
-from fastscore.modules.experts import ProjectionLinear, replace_experts
+from fastscore.modules import held_weights
 from fastscore.modules.multihead_attention import replace_attention
+from fastscore.modules.projections import ProjectionLinear
 
 WIDTH = 12
 
@@ -112,7 +113,7 @@ def test_a_layer_for_a_projection_computes_the_same_and_is_taken_back() -> None:
     model, x = noisy(KINDS["to itself"][0]), _x()
     handles = [*replace_attention(model)]
     expected, names = model(x), dict(model.state_dict())
-    handles += replace_experts(model)
+    handles += held_weights.replace(model)
     assert isinstance(model.block.attn.in_proj_weight, ProjectionLinear)
     assert torch.equal(model(x), expected)
     assert set(model.state_dict()) == set(names)
