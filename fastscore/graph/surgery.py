@@ -73,8 +73,7 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     shared = _shared_parameters(model)
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
     layers = [name for name, side in indices if side in ("inputs", "outputs")]
-    for handle in multihead_attention.replace_attention(model, [
-            name for name in layers if not held_weights.is_held(model, name)]) if layers else ():
+    for handle in multihead_attention.replace_attention(model, layers) if layers else ():
         handle.make_permanent()  # whose code takes the width of a stream for that of heads
     for (name, side), index in indices.items():
         if side in _OF_OWNERS and not held_weights.is_held(model, name):

@@ -21,7 +21,7 @@ ROUTER = ("weight",)
 _SETTINGS = {"is_transposed": False, "has_gate": True, "has_bias": False, "has_post_expert_norm": False,
              "_is_expert_parallel": False}
 # widths that the code keeps beside its parameters: (parameter, side) -> attributes
-_WIDTHS: Mapping[tuple[str, str], tuple[str, ...]] = {
+WIDTHS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("down_proj", "inputs"): ("intermediate_dim", "intermediate_size", "ffn_dim"),
     ("gate_up_proj", "inputs"): ("hidden_dim", "hidden_size"), ("weight", "inputs"): ("hidden_dim", "hidden_size")}
 
@@ -30,7 +30,7 @@ class ExpertLinear(ParameterLinear):
     """[rows, inputs], int64 [rows] -> [rows, outputs]: each row times the matrix of its expert, of weight
     [experts, outputs, inputs]."""
 
-    widths = _WIDTHS
+    widths = WIDTHS
 
     def forward(self, x: Tensor, expert: Tensor) -> Tensor:  # type: ignore[override]
         """[rows, inputs] -> [rows, outputs]; rows of no expert are zero."""
@@ -41,7 +41,7 @@ class ExpertLinear(ParameterLinear):
 class RouterLinear(ParameterLinear):
     """A Linear in the place of a parameter [outputs, inputs]: F.linear(x, it) runs it."""
 
-    widths = _WIDTHS
+    widths = WIDTHS
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -42,9 +42,8 @@ def cut(model: nn.Module, name: str, side: Side, index: Tensor) -> None:
     """Take inputs or outputs `index` (int64), of all experts, out of such a parameter, in place."""
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
-    kinds = _kinds(module)
-    assert kinds is not None
-    module._parameters[key] = without_rows(getattr(module, key), module, key, kinds.layer, side, index)
+    widths = experts.WIDTHS.get((key, side), ())
+    module._parameters[key] = without_rows(getattr(module, key), module, widths, side, index)
 
 
 _NAMES = {*experts.NAMES, *experts.ROUTER, *multihead_attention.PROJECTIONS}

@@ -194,12 +194,13 @@ def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> 
 
 
 def _layer(model: nn.Module, name: str) -> nn.Module:
-    """The layer of that qualified name; of a projection that an attention holds, its output projection."""
+    """The layer of that qualified name; of a parameter the module that holds it, or, of a projection, the output
+    projection there."""
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     if key in PROJECTIONS and isinstance(output := getattr(module, "out_proj", None), nn.Module):
         return output
-    return model.get_submodule(name)
+    return module if key in module._parameters else model.get_submodule(name)
 
 
 class Handle:

@@ -5,7 +5,7 @@ parameter; state dicts have the parameter's own name all the while. Before and a
 was, with narrower parameters.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -67,7 +67,7 @@ class ParameterLinear(nn.Linear):
 
     def _without(self, side: Side, index: Sequence[int]) -> nn.Module:
         owner, name = self._of
-        self.weight = without_rows(self.weight, owner, name, type(self), side, torch.tensor(index))
+        self.weight = without_rows(self.weight, owner, self.widths.get((name, side), ()), side, torch.tensor(index))
         self._measure()
         return self
 
@@ -145,11 +145,12 @@ def put_back(module: nn.Module) -> None:
     module.__class__ = vars(type(module)).get("_before", type(module))
 
 
-def without_rows(weight: Tensor, owner: nn.Module, name: str, layer: type[ParameterLinear], side: Side,
-                 index: Tensor) -> nn.Parameter:
-    """The weight less the inputs or outputs `index` (int64); its module's numbers follow."""
+def without_rows(weight: Tensor, owner: nn.Module, attributes: Iterable[str], side: Side, index: Tensor
+                 ) -> nn.Parameter:
+    """The weight less the inputs or outputs `index` (int64); those of its module's `attributes` that are its width
+    follow."""
     new = without(weight, weight.dim() - (1 if side == "inputs" else 2), index)
-    for attribute in layer.widths.get((name, side), ()):
+    for attribute in attributes:
         if vars(owner).get(attribute) == weight.shape[-1]:
             setattr(owner, attribute, new.shape[-1])
     return new

@@ -11,6 +11,8 @@ from whole_way import check, noisy
 
 import fastscore
 from fastscore import Scorer
+from fastscore.graph.surgery import remove_channels, smaller_copy
+from fastscore.graph.tracing import trace
 from fastscore.modules import held_weights
 from fastscore.modules.multihead_attention import replace_attention
 from fastscore.modules.projections import ProjectionLinear
@@ -106,6 +108,16 @@ def test_vision_transformer_of_torchvision(tmp_path: Path) -> None:
                    ["conv_proj", "encoder.layers.encoder_layer_0.self_attention",
                     "encoder.layers.encoder_layer_0.mlp.0"], tmp_path)
     assert result.model.hidden_dim == result.model.conv_proj.out_channels < WIDTH
+
+
+def test_what_an_attention_reads_goes_alone() -> None:
+    """And the smaller model runs as it is, whose heads and output stay."""
+    model, x = noisy(KINDS["a probe"][0]), _x()
+    group = next(group for group in trace(model, x).groups if group.name == "embed")
+    gone = torch.tensor([1, 4, 5])
+    small = smaller_copy(model, lambda whole: remove_channels(whole, [group], {"embed": gone}))
+    model.block.attn.in_proj_weight.data[:, gone] = 0
+    torch.testing.assert_close(small(x), model(x))
 
 
 def test_a_layer_for_a_projection_computes_the_same_and_is_taken_back() -> None:
