@@ -5,23 +5,20 @@ keys and values, all heads that do. Rows of the query, key and value projections
 are is known by name; every guess is tried: the module, with random weights, must read the same without some heads.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastscore.batches import with_float64
-from fastscore.graph import heads, surgery
+from fastscore.graph import attention_calls, heads, surgery
+from fastscore.graph.attention_calls import Call
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import parameter_owners, parametrized, shares_parameters
-
-_Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 # where an attention module has its projections: query, key, value (one name where they are one layer), output
 _LAYERS = (
@@ -46,7 +43,7 @@ _LAYERS = (
     ("q", "k", "v", "o"),
 )
 _TOLERANCE = 0.05  # of a channel's length; bfloat16 rounds to 0.004 of each value
-_POSITIONS = ("cpb_mlp.2",)  # layers that make a bias for each head, of the places of tokens
+_POSITIONS = ("cpb_mlp.2", "relative_attention_bias")  # layers that make a bias for each head, of places of tokens
 _TABLES = ("relative_position_bias_table",)  # parameters of a child, [places, heads]
 _OUTPUT_ALONE = "out_proj"  # of a module that holds the other projections itself, as nn.MultiheadAttention does
 
@@ -80,28 +77,44 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[tuple[Chann
     guesses = {name: found for name, module in model.named_modules() if (found := list(_guesses(name, module)))}
     if not guesses:
         return (), {}
-    calls = _calls(model, guesses, run)
+    calls = attention_calls.record(model, {name: _heads_of(found[0].group) for name, found in guesses.items()}, run)
     owners = parameter_owners(model)
     groups: list[ChannelGroup] = []
     skipped: dict[str, str] = {}
     # an attention before the block that it stands in
-    for name in sorted(calls, key=lambda name: len(name.split(".")) if name else 0, reverse=True):
-        found = guesses[name]
-        if found[0].whole().name in {group.name for group in groups}:
+    for names in sorted(calls.together, key=lambda names: len(names[0].split(".")) if names[0] else 0, reverse=True):
+        firsts = [guesses[name][0].whole().name for name in names]
+        if not {group.name for group in groups}.isdisjoint(firsts):
             continue
-        module = model.get_submodule(name)
-        computed = _computed(module, found[0].group, owners)
-        reasons = [computed] if computed else []
-        for guess in () if computed else found:
-            reason = _difference(module, guess.group, calls[name])
-            if reason is None:
-                groups.append(guess.whole())
-                skipped.pop(found[0].whole().name, None)
-                break
-            reasons.append(reason)
-        else:
-            skipped.setdefault(found[0].whole().name, reasons[0])
+        tried = [_tried(model.get_submodule(name), guesses[name], calls.of[name], owners) for name in names]
+        fitting = [guess.whole() for guess in tried if isinstance(guess, _Guess)]
+        if len(fitting) == len(tried) and all(torch.equal(group.unit, fitting[0].unit) for group in fitting):
+            groups.append(replace(fitting[0], members=tuple(member for group in fitting for member in group.members)))
+            for first in firsts:
+                skipped.pop(first, None)
+            continue
+        for first, guess in zip(firsts, tried, strict=True):
+            skipped.setdefault(first, guess if isinstance(guess, str) else
+                               "its heads go with those of other layers, which keep them")
     return tuple(groups), skipped
+
+
+def _tried(module: nn.Module, guesses: Sequence[_Guess], call: Call, owners: Mapping[int, int]) -> _Guess | str:
+    """The first guess that the module bears out; or why it does not the likeliest."""
+    computed = _computed(module, guesses[0].group, owners)
+    if computed is not None:
+        return computed
+    reasons = []
+    for guess in guesses:
+        reason = _difference(module, guess.group, call)
+        if reason is None:
+            return guess
+        reasons.append(reason)
+    return reasons[0]
+
+
+def _heads_of(group: ChannelGroup) -> int:
+    return len(next(group.role("heads")).index)
 
 
 def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
@@ -124,9 +137,7 @@ def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
             shared, rest = divmod(q.out_features - out.in_features, 2 * width)
             if rest or shared < 1 or count % shared:
                 continue
-            rows = {query: _rows_of_blocks(count, shared, width)}
-            rows |= {position: torch.arange(count) * width for position in _POSITIONS
-                     if (layer := _linear(module, position)) is not None and layer.out_features == count}
+            rows = {query: _rows_of_blocks(count, shared, width), **_biases(module, count, width)}
             yield _Guess(name, _group(query, rows, output, count, shared, width, _tables(module, count)))
             if shared == count:
                 yield _Guess(name, _group(query, {query: _rows_of_heads(count, width)}, output, count, shared, width))
@@ -142,8 +153,8 @@ def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
             if rest or shared < 1 or count % shared:
                 continue
             once = _rows(shared, width, count // shared)
-            yield _Guess(name, _group(query, {query: torch.arange(count * width), key: once, value: once}, output,
-                                      count, shared, width, _tables(module, count)))
+            rows = {query: torch.arange(count * width), key: once, value: once, **_biases(module, count, width)}
+            yield _Guess(name, _group(query, rows, output, count, shared, width, _tables(module, count)))
     total, alone = heads.count(module), _linear(module, _OUTPUT_ALONE)
     held = [tensor for tensor in heads.tensors(module) if tensor in heads.PROJECTIONS]
     made = [layer for layer in multihead_attention.PROJECTIONS if layer in module._modules]
@@ -152,6 +163,17 @@ def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
         rows = {layer: _rows_of_blocks(total, total, width) if layer == made[0] == multihead_attention.PROJECTIONS[0]
                 else torch.arange(total * width) for layer in made}
         yield _Guess(name, _group("", rows, _OUTPUT_ALONE, total, total, width))
+
+
+def _biases(module: nn.Module, count: int, width: int) -> dict[str, Tensor]:
+    """The layers of a module that make a number for each head -> the channel that it stands for, int64 [count]."""
+    layers = {name: module.get_submodule(name) for name in _POSITIONS if _has(module, name)}
+    return {name: torch.arange(count) * width for name, layer in layers.items()
+            if getattr(layer, "out_features", getattr(layer, "embedding_dim", None)) == count}
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return any(name == path for path, _ in module.named_modules())
 
 
 def _tables(module: nn.Module, count: int) -> list[str]:
@@ -196,27 +218,6 @@ def _linear(module: nn.Module, name: str) -> nn.Linear | None:
     return module if isinstance(module, nn.Linear) else None
 
 
-def _calls(model: nn.Module, names: Iterable[str], run: Callable[[nn.Module], Any]) -> dict[str, _Call]:
-    """The arguments of the first call of each module, copied: a cache of keys and values would grow."""
-    calls: dict[str, _Call] = {}
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name not in calls:
-                calls[name] = copy.deepcopy((args, kwargs))
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(record(name), with_kwargs=True) for name in names]
-    try:
-        with torch.no_grad():
-            run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
 def _computed(module: nn.Module, group: ChannelGroup, owners: Mapping[int, int]) -> str | None:
     """Why the weights of an attention module cannot lose rows; None where they can."""
     for member in group.members:
@@ -229,21 +230,21 @@ def _computed(module: nn.Module, group: ChannelGroup, owners: Mapping[int, int])
     return None
 
 
-def _difference(module: nn.Module, group: ChannelGroup, call: _Call) -> str | None:
+def _difference(module: nn.Module, group: ChannelGroup, call: Call) -> str | None:
     """How the input of the output projection differs where some heads are gone, at those that are not; None if not."""
-    output = next(group.role("consumer")).layer
+    output, each = next(group.role("consumer")).layer, next(group.role("heads"))
     units = int(group.unit.max()) + 1
     if units == 1:
         return "it has one head, or one for all keys and values"
     dense = _randomized(evaluation_copy(module))
-    before = _input(dense, output, call)
+    before = call.input_of(output, dense)
     if before is None:
         return f"{type(module).__name__} does not call {output}: it reads its weights elsewhere"
     for bit in range((units - 1).bit_length()):  # any two heads part at some bit
         gone = (group.unit >> bit) % 2 == 1
         try:
             small = surgery.remove_channels(evaluation_copy(dense), [group], {group.name: gone.nonzero()[:, 0]})
-            after = _input(small, output, call)
+            after = call.of_heads(each.index[~gone[each.channel]]).input_of(output, small)
             assert after is not None
         except Exception as error:  # whatever the module's code does with a width that it does not expect
             return f"{type(module).__name__} does not run with fewer heads ({type(error).__name__}: " \
@@ -264,20 +265,6 @@ def _randomized(module: nn.Module) -> nn.Module:
                 values = torch.randn(parameter.shape, generator=generator) / fan_in ** 0.5
                 owner._parameters[name] = nn.Parameter(values.to(parameter), requires_grad=False)
     return module
-
-
-def _input(module: nn.Module, layer: str, call: _Call) -> Tensor | None:
-    """What `layer` reads in a call of `module`; None where it is not called."""
-    seen: list[Tensor] = []
-    handle = module.get_submodule(layer).register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(input_of(args, kwargs).detach()), with_kwargs=True)
-    args, kwargs = copy.deepcopy(call)
-    try:
-        with torch.no_grad():
-            module(*args, **kwargs)
-    finally:
-        handle.remove()
-    return seen[0] if seen else None
 
 
 def _close(x: Tensor, expected: Tensor) -> bool:
