@@ -35,6 +35,8 @@ _LAYERS = (
     ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
     ("attention.query", "attention.key", "attention.value", "output.dense"),
     ("query", "key", "value", "dense"),
+    ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"),
+    ("Wqkv", "Wqkv", "Wqkv", "Wo"),
     ("to_q", "to_k", "to_v", "to_out.0"),
     ("q", "k", "v", "proj"),
     ("q", "kv", "kv", "proj"),

@@ -166,8 +166,8 @@ def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> 
 
     Args:
         model: changed in place.
-        called: names of layers; only modules whose output projection is among them are changed (of those that own_width
-            knows, any of whose layers is), and encoders that hold one. None: all; (): encoders alone.
+        called: names of layers; only modules whose output projection is among them are changed (of those that
+            windowed_attention and own_width know, any of whose layers is), and encoders that hold one. None: all; (): encoders alone.
 
     Yields:
         For each change, a handle that undoes it, or makes it permanent.
@@ -179,8 +179,8 @@ def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> 
                                   if isinstance(inner, nn.MultiheadAttention))):
             yield Handle([(module, "use_nested_tensor", False)])  # only its layers' fused path takes nested ones
         qualified = f"{type(module).__module__}.{type(module).__qualname__}"
-        kind, output = windowed_attention.REPLACEMENTS.get(qualified, (None, ""))
-        if kind is not None and (wanted is None or id(module.get_submodule(output)) in wanted):
+        kind = windowed_attention.REPLACEMENTS.get(qualified)
+        if kind is not None and (wanted is None or any(id(layer) in wanted for layer in module.children())):
             yield Handle([(module, "__class__", kind)])
         found = own_width.replacement(module)
         if found is not None and (wanted is None or any(id(layer) in wanted for layer in module.children())):

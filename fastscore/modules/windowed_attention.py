@@ -31,7 +31,7 @@ class ShiftedWindowAttention(nn.Module):
         shape = x.shape[1:-1]
         shift = [0 if side >= part else by for side, part, by in zip(size, shape, self.shift_size, strict=True)]
         x = _windows(x.roll([-by for by in shift], tuple(dims)), size)
-        qkv = F.linear(x, self.qkv.weight, self._bias()).unflatten(-1, (3, self.num_heads, -1))
+        qkv = self._qkv(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # [N, windows, heads, L, D] each
         products = self._products(q, k) + self._position_bias(math.prod(size))
         if any(shift):
@@ -56,8 +56,9 @@ class ShiftedWindowAttention(nn.Module):
         """The size of a window in an input of that size."""
         return self.window_size
 
-    def _bias(self) -> Tensor | None:
-        return self.qkv.bias
+    def _qkv(self, x: Tensor) -> Tensor:
+        made: Tensor = self.qkv(x)
+        return made
 
     def _products(self, q: Tensor, k: Tensor) -> Tensor:
         products: Tensor = (q * q.shape[-1] ** -0.5) @ k.mT
@@ -87,12 +88,11 @@ class ShiftedWindowAttentionV2(ShiftedWindowAttention):
     cpb_mlp: nn.Module
     relative_coords_table: Tensor
 
-    def _bias(self) -> Tensor | None:
-        bias = self.qkv.bias
-        if bias is None:
-            return None
-        q, k, v = bias.chunk(3)
-        return torch.cat([q, torch.zeros_like(k), v])
+    def _qkv(self, x: Tensor) -> Tensor:
+        if self.qkv.bias is None:
+            return super()._qkv(x)
+        q, k, v = self.qkv.bias.chunk(3)
+        return F.linear(x, self.qkv.weight, torch.cat([q, torch.zeros_like(k), v]))
 
     def _products(self, q: Tensor, k: Tensor) -> Tensor:
         scale = self.logit_scale.clamp(max=math.log(100.0)).exp()
@@ -122,12 +122,12 @@ class RelativePositionAttention(nn.Module):
         return output
 
 
-# qualified name of a class -> what computes the same, and the name of the output projection
-REPLACEMENTS: dict[str, tuple[type[nn.Module], str]] = {
-    "torchvision.models.swin_transformer.ShiftedWindowAttention": (ShiftedWindowAttention, "proj"),
-    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": (ShiftedWindowAttentionV2, "proj"),
-    "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d": (ShiftedWindowAttention3d, "proj"),
-    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": (RelativePositionAttention, "merge"),
+# qualified name of a class -> what computes the same
+REPLACEMENTS: dict[str, type[nn.Module]] = {
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": ShiftedWindowAttention,
+    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": ShiftedWindowAttentionV2,
+    "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d": ShiftedWindowAttention3d,
+    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": RelativePositionAttention,
 }
 
 
