@@ -5,8 +5,9 @@ keys and values, all heads that do. Rows of the query, key and value projections
 are is known by name; every guess is tried: the module, with random weights, must read the same without some heads.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,8 +46,9 @@ _LAYERS = (
     ("q", "k", "v", "o"),
 )
 _TOLERANCE = 0.05  # of a channel's length; bfloat16 rounds to 0.004 of each value
-_POSITIONS = ("cpb_mlp.2", "relative_attention_bias")  # layers that make a bias for each head, of places of tokens
-_TABLES = ("relative_position_bias_table",)  # parameters of a child, [places, heads]
+# layers that make a bias for each head, of places of tokens
+_POSITIONS = ("cpb_mlp.2", "self.continuous_position_bias_mlp.2", "relative_attention_bias")
+_TABLES = {"relative_position_bias_table": 1, "logit_scale": 0}  # parameters of a child -> where heads lie in them
 _OUTPUT_ALONE = "out_proj"  # of a module that holds the other projections itself, as nn.MultiheadAttention does
 
 
@@ -178,19 +180,19 @@ def _has(module: nn.Module, name: str) -> bool:
     return any(name == path for path, _ in module.named_modules())
 
 
-def _tables(module: nn.Module, count: int) -> list[str]:
-    """Names of parameters of a module's children that hold something for each head along their second dimension."""
-    return [f"{name}.{key}" for name, child in module.named_children() for key in _TABLES
-            if (table := child._parameters.get(key)) is not None and table.dim() == 2 and table.shape[1] == count]
+def _tables(module: nn.Module, count: int) -> dict[str, int]:
+    """Names of parameters of a module's children that hold something for each head -> the dimension of heads."""
+    return {f"{name}.{key}": dim for name, child in module.named_children() for key, dim in _TABLES.items()
+            if (table := child._parameters.get(key)) is not None and table.dim() > dim and table.shape[dim] == count}
 
 
 def _group(name: str, rows: dict[str, Tensor], output: str, count: int, shared: int, width: int,
-           tables: Iterable[str] = ()) -> ChannelGroup:
+           tables: Mapping[str, int] = MappingProxyType({})) -> ChannelGroup:
     """rows: layer -> the channel of each of its outputs, int64. count: heads; shared: heads of keys and values."""
     channels = torch.arange(count * width)
     members = [Member(layer, "producer", torch.arange(len(channel)), channel) for layer, channel in rows.items()]
     every = torch.arange(count)
-    members += [Member(table, "tensor", every, every * width, 1) for table in tables]
+    members += [Member(table, "tensor", every, every * width, dim) for table, dim in tables.items()]
     members += [Member("", "heads", every, every * width), Member(output, "consumer", channels, channels)]
     return ChannelGroup(name, count * width, channels // (width * (count // shared)), tuple(members))
 

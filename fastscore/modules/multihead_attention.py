@@ -167,7 +167,8 @@ def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> 
     Args:
         model: changed in place.
         called: names of layers; only modules whose output projection is among them are changed (of those that
-            windowed_attention and own_width know, any of whose layers is), and encoders that hold one. None: all; (): encoders alone.
+            windowed_attention and own_width know, any of whose layers is), and encoders that hold one. None: all;
+            (): encoders alone.
 
     Yields:
         For each change, a handle that undoes it, or makes it permanent.
@@ -181,7 +182,7 @@ def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> 
         qualified = f"{type(module).__module__}.{type(module).__qualname__}"
         kind = windowed_attention.REPLACEMENTS.get(qualified)
         if kind is not None and (wanted is None or any(id(layer) in wanted for layer in module.children())):
-            yield Handle([(module, "__class__", kind)])
+            yield Handle([(module, "__class__", kind), *windowed_attention.layers(module, kind)])
         found = own_width.replacement(module)
         if found is not None and (wanted is None or any(id(layer) in wanted for layer in module.children())):
             yield Handle([(module, "__class__", found)])

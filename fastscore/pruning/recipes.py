@@ -14,12 +14,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fastscore.graph.surgery import RemovedIndices, Side, remove_indices
 from fastscore.modules.multihead_attention import SequenceFirstLinear
 from fastscore.modules.parameter_layers import ParameterLinear
+from fastscore.modules.windowed_attention import LinearWithoutKeyBias
 from fastscore.recovery.compensation import add_to_biases
 
 K = TypeVar("K", bound=Hashable)
 _ATTRIBUTE = "_fastscore_recipe"
-# The output projection of an attention has another type while the model is tapped: see multihead_attention.
-_SAME: Mapping[type, type] = {NonDynamicallyQuantizableLinear: nn.Linear, SequenceFirstLinear: nn.Linear}
+# The projections of some attentions have another type while the model is tapped: see multihead_attention.
+_SAME: Mapping[type, type] = {NonDynamicallyQuantizableLinear: nn.Linear, SequenceFirstLinear: nn.Linear,
+                              LinearWithoutKeyBias: nn.Linear}
 
 
 class Recipe(TypedDict):

@@ -23,6 +23,7 @@ from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.parameter_layers import ParameterLinear
 from fastscore.modules.transposed_linear import is_transposed, widths
+from fastscore.modules.windowed_attention import LinearWithoutKeyBias
 
 
 def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping[str, Tensor],
@@ -95,7 +96,10 @@ def mean_contributions(model: nn.Module, means: Mapping[str, Tensor], example_in
             exact = copy.deepcopy(module).to(constant.device).double()
             args, kwargs = with_input(args, kwargs, constant)
             y = type(exact).forward(exact, *args, **kwargs)  # past the hooks
-            found[name].append((y[:1] - y[1:]).movedim(dim, 0).flatten(1).mean(1))
+            added = (y[:1] - y[1:]).movedim(dim, 0).flatten(1).mean(1)
+            if isinstance(module, LinearWithoutKeyBias):
+                added.chunk(3)[1].zero_()
+            found[name].append(added)
 
         return hook
 
