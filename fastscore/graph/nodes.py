@@ -49,7 +49,8 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
         """
         nodes = {node.grad_fn: node for node in self.module2node.values() if node.type == OPTYPE.ELEMENTWISE}
         for module, functions in made.items():
-            if len(functions) == 1 and (node := nodes.get(functions[0])) is not None:
+            if len(functions) == 1 and (node := nodes.get(functions[0])) is not None and \
+                    channel_buffers.width(module) in shape(node):
                 node.module, node.type, node.dim_is_known = module, OPTYPE.PRELU, False
 
     def _find_dims(self) -> None:
