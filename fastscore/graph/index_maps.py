@@ -180,6 +180,17 @@ def view(dim: int, before: Sequence[int], after: Sequence[int]) -> tuple[int, Vi
     return None
 
 
+def divided(dim: int, before: Sequence[int], at: int, after: Sequence[int]) -> IndexMap | None:
+    """The map of a view that makes several dimensions of `dim`, of which `at` holds the channels, which are repeated
+    along the others. None where `at` is none of them."""
+    behind, inside = math.prod(before[dim + 1:]), math.prod(after[at + 1:])
+    whole = before[dim] * behind
+    if not behind or inside % behind or whole % (inside * after[at]) or \
+            whole not in (math.prod(after[i:]) for i in range(at + 1)):
+        return None
+    return Inverse(ViewMap(after[at], inside // behind, whole // (inside * after[at])))
+
+
 def channel_dim(function: Any, dim: int, before: Sequence[int], after: Sequence[int]) -> int:
     """Where the channels that lie along `dim` of the input lie in the output of an operation that is no view."""
     name: str = function.name() if hasattr(function, "name") else ""

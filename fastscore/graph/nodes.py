@@ -61,17 +61,40 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
             last = node.type in (OPTYPE.LINEAR, OPTYPE.EMBED)
             norm = channel_norms.norm_of(node.module) if node.type == NORM else None
             self._dims[node] = len(shape(node)) + (-1 if norm is None else norm.dim) if last or norm else 1
-        while work:
-            node = work.pop()
-            for onward in node.outputs:
-                if onward not in self._dims:
-                    self._dims[onward] = self._dim_after(node, onward)
-                    work.append(onward)
+        divided = self._follow(work)
         for node in [node for node in self.module2node.values() if node.type == OPTYPE.LINEAR]:
             for source in _read_by(node):  # what no layer made has its channels where the layer reads them
                 self._dims.setdefault(source, len(shape(source)) - 1)
+        self._follow_back()
+        while divided:  # of several dimensions, channels are what meets channels further on
+            onward = next((view for view in divided if view in self._dims), next(iter(divided)))
+            node = divided.pop(onward)
+            if self._divided(node, onward) is None:
+                onward.type = OPTYPE.CUSTOMIZED  # its channels lie along more than one dimension from here on
+                self._dims[onward] = self._dims[node]
+            divided |= {view: source for view, source in self._follow([onward]).items() if view not in divided}
+            self._follow_back()
+
+    def _follow(self, work: list[Any]) -> dict[Any, Any]:
+        """Find the dimensions of what comes after nodes whose own are known, but for views that divide it: each of
+        these -> the node before it."""
+        divided: dict[Any, Any] = {}
+        while work:
+            node = work.pop()
+            for onward in node.outputs:
+                if onward in self._dims:
+                    continue
+                if (dim := self._dim_after(node, onward)) is None:
+                    divided[onward] = node
+                else:
+                    self._dims[onward] = dim
+                    work.append(onward)
+        return divided
+
+    def _follow_back(self) -> None:
+        """To parameters that meet channels, through what is made of them before they do."""
         work = [node for node in self._dims if node.type in TRANSPARENT]
-        while work:  # back to parameters that meet channels, through what is made of them before they do
+        while work:
             node = work.pop()
             for source in node.inputs:
                 if source not in self._dims and (dim := self._dim_before(source, node)) is not None:
@@ -79,14 +102,18 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
                     if source.type in TRANSPARENT:
                         work.append(source)
 
-    def _dim_after(self, node: Any, onward: Any) -> int:
+    def _dim_after(self, node: Any, onward: Any) -> int | None:
         dim, before, after = self._dims[node], shape(node), shape(onward)
         if onward.type != OPTYPE.RESHAPE:
             return index_maps.channel_dim(onward.grad_fn, dim, before, after)
         found = index_maps.view(dim, before, after) if dim < len(before) else None
-        if found is None:
-            onward.type = OPTYPE.CUSTOMIZED  # its channels lie along more than one dimension from here on
-        return dim if found is None else found[0]
+        return None if found is None else found[0]
+
+    def _divided(self, node: Any, onward: Any) -> index_maps.IndexMap | None:
+        """The map of a view that divides channels over several dimensions, of which one is known to hold them."""
+        dim, before = self._dims[node], shape(node)
+        at = self._dims.get(onward)
+        return None if at is None or dim >= len(before) else index_maps.divided(dim, before, at, shape(onward))
 
     def _dim_before(self, source: Any, node: Any) -> int | None:
         """The dimension of a node's input that comes to hold its channels; None where none does alone."""
