@@ -5,7 +5,7 @@ keys and values, all heads that do. Rows of the query, key and value projections
 are is known by name; every guess is tried: the module, with random weights, must read the same without some heads.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -68,12 +68,14 @@ class _Guess:
         return replace(self.group, name=qualified(self.group.name), members=members)
 
 
-def find(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
+def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[str] = ()
+         ) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
     """The groups of heads in a model.
 
     Args:
         model: an evaluation copy.
         run: run(model) runs it on example inputs.
+        unused: layers that the output does not depend on.
 
     Returns:
         The groups, and the name of each other group of heads -> why they are left alone.
@@ -89,6 +91,9 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[tuple[Chann
     for names in sorted(calls.together, key=lambda names: len(names[0].split(".")) if names[0] else 0, reverse=True):
         firsts = [guesses[name][0].whole().name for name in names]
         if not {group.name for group in groups}.isdisjoint(firsts):
+            continue
+        if all(edge.layer in unused for name in names for edge in guesses[name][0].whole().edges):
+            skipped |= dict.fromkeys(firsts, "the output does not depend on it")
             continue
         tried = [_tried(model.get_submodule(name), guesses[name], calls.of[name], owners) for name in names]
         fitting = [guess.whole() for guess in tried if isinstance(guess, _Guess)]
