@@ -49,6 +49,8 @@ _TOLERANCE = 0.05  # of a channel's length; bfloat16 rounds to 0.004 of each val
 # layers that make a bias for each head, of places of tokens
 _POSITIONS = ("cpb_mlp.2", "self.continuous_position_bias_mlp.2", "relative_attention_bias")
 _TABLES = {"relative_position_bias_table": 1, "logit_scale": 0}  # parameters of a child -> where heads lie in them
+# queries, keys and values of other tokens, which are attended to together with the first, and what reads their heads
+_ADDED, _ADDED_OUTPUTS = ("add_q_proj", "add_k_proj", "add_v_proj"), ("to_add_out",)
 _OUTPUT_ALONE = "out_proj"  # of a module that holds the other projections itself, as nn.MultiheadAttention does
 
 
@@ -162,8 +164,12 @@ def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
             if rest or shared < 1 or count % shared:
                 continue
             once = _rows(shared, width, count // shared)
-            rows = {query: torch.arange(count * width), key: once, value: once, **_biases(module, count, width)}
-            yield _Guess(name, _group(query, rows, output, count, shared, width, _tables(module, count)))
+            rows = {query: torch.arange(count * width), key: once, value: once}
+            rows |= {added: rows[layer] for layer, added in zip((query, key, value), _ADDED, strict=True)
+                     if (beside := _linear(module, added)) is not None and beside.out_features == len(rows[layer])}
+            yield _Guess(name, _group(query, rows | _biases(module, count, width), output, count, shared, width,
+                                      _tables(module, count), [layer for layer in _ADDED_OUTPUTS if (
+                                          beside := _linear(module, layer)) and beside.in_features == count * width]))
     total, alone = heads.count(module), _linear(module, _OUTPUT_ALONE)
     held = [tensor for tensor in heads.tensors(module) if tensor in heads.PROJECTIONS]
     made = [layer for layer in multihead_attention.PROJECTIONS if layer in module._modules]
@@ -192,13 +198,15 @@ def _tables(module: nn.Module, count: int) -> dict[str, int]:
 
 
 def _group(name: str, rows: dict[str, Tensor], output: str, count: int, shared: int, width: int,
-           tables: Mapping[str, int] = MappingProxyType({})) -> ChannelGroup:
-    """rows: layer -> the channel of each of its outputs, int64. count: heads; shared: heads of keys and values."""
+           tables: Mapping[str, int] = MappingProxyType({}), outputs: Sequence[str] = ()) -> ChannelGroup:
+    """rows: layer -> the channel of each of its outputs, int64. count: heads; shared: heads of keys and values.
+    outputs: layers that read heads beside `output`."""
     channels = torch.arange(count * width)
     members = [Member(layer, "producer", torch.arange(len(channel)), channel) for layer, channel in rows.items()]
     every = torch.arange(count)
     members += [Member(table, "tensor", every, every * width, dim) for table, dim in tables.items()]
-    members += [Member("", "heads", every, every * width), Member(output, "consumer", channels, channels)]
+    members += [Member("", "heads", every, every * width)]
+    members += [Member(layer, "consumer", channels, channels) for layer in (output, *outputs)]
     return ChannelGroup(name, count * width, channels // (width * (count // shared)), tuple(members))
 
 
@@ -241,26 +249,29 @@ def _computed(module: nn.Module, group: ChannelGroup, owners: Mapping[int, int])
 
 def _difference(module: nn.Module, group: ChannelGroup, call: Call) -> str | None:
     """How the input of the output projection differs where some heads are gone, at those that are not; None if not."""
-    output, each = next(group.role("consumer")).layer, next(group.role("heads"))
+    outputs, each = [edge.layer for edge in group.role("consumer")], next(group.role("heads"))
     units = int(group.unit.max()) + 1
     if units == 1:
         return "it has one head, or one for all keys and values"
     dense = _randomized(evaluation_copy(module))
-    before = call.input_of(output, dense)
-    if before is None:
-        return f"{type(module).__name__} does not call {output}: it reads its weights elsewhere"
+    before = call.inputs_of(outputs, dense)
+    if unread := [layer for layer, x in before.items() if x is None]:
+        return f"{type(module).__name__} does not call {unread[0]}: it reads its weights elsewhere"
     for bit in range((units - 1).bit_length()):  # any two heads part at some bit
         gone = (group.unit >> bit) % 2 == 1
         try:
             small = surgery.remove_channels(evaluation_copy(dense), [group], {group.name: gone.nonzero()[:, 0]})
-            after = call.of_heads(each.index[~gone[each.channel]]).input_of(output, small)
-            assert after is not None
+            after = call.of_heads(each.index[~gone[each.channel]]).inputs_of(outputs, small)
         except Exception as error:  # whatever the module's code does with a width that it does not expect
             return f"{type(module).__name__} does not run with fewer heads ({type(error).__name__}: " \
                    f"{str(error).splitlines()[0] if str(error) else ''})"
-        expected = before[..., ~gone.to(before.device)]
-        if after.shape != expected.shape or not _close(after, expected):
-            return f"{type(module).__name__} computes something else with fewer heads"
+        for layer, x in after.items():
+            whole = before[layer]
+            assert x is not None
+            assert whole is not None
+            expected = whole[..., ~gone.to(whole.device)]
+            if x.shape != expected.shape or not _close(x, expected):
+                return f"{type(module).__name__} computes something else with fewer heads"
     return None
 
 

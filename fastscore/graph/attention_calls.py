@@ -32,18 +32,27 @@ class Call:
         return replace(self, args=tuple(narrow(place, value) for place, value in enumerate(self.args)),
                        kwargs={name: narrow(name, value) for name, value in self.kwargs.items()})
 
-    def input_of(self, layer: str, module: nn.Module) -> Tensor | None:
-        """What `layer` reads in this call of `module`; None where it is not called."""
-        seen: list[Tensor] = []
-        handle = module.get_submodule(layer).register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append(input_of(args, kwargs).detach()), with_kwargs=True)
+    def inputs_of(self, layers: Iterable[str], module: nn.Module) -> dict[str, Tensor | None]:
+        """What each of `layers` reads in this call of `module`; None where it is not called."""
+        seen: dict[str, Tensor | None] = dict.fromkeys(layers)
+
+        def see(layer: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if seen[layer] is None:
+                    seen[layer] = input_of(args, kwargs).detach()
+
+            return hook
+
+        handles = [module.get_submodule(layer).register_forward_pre_hook(see(layer), with_kwargs=True)
+                   for layer in seen]
         args, kwargs = copy.deepcopy((self.args, self.kwargs))
         try:
             with torch.no_grad():
                 module(*args, **kwargs)
         finally:
-            handle.remove()
-        return seen[0] if seen else None
+            for handle in handles:
+                handle.remove()
+        return seen
 
 
 @dataclass
