@@ -51,6 +51,8 @@ _POSITIONS = ("cpb_mlp.2", "self.continuous_position_bias_mlp.2", "relative_atte
 _TABLES = {"relative_position_bias_table": 1, "logit_scale": 0}  # parameters of a child -> where heads lie in them
 # queries, keys and values of other tokens, which are attended to together with the first, and what reads their heads
 _ADDED, _ADDED_OUTPUTS = ("add_q_proj", "add_k_proj", "add_v_proj"), ("to_add_out",)
+_BASE = "base_layer"  # a child of PEFT's adapters, and what they have beside it
+_BESIDE: Mapping[str, str] = {"producer": "lora_B", "consumer": "lora_A"}
 _OUTPUT_ALONE = "out_proj"  # of a module that holds the other projections itself, as nn.MultiheadAttention does
 
 
@@ -82,7 +84,8 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[st
     Returns:
         The groups, and the name of each other group of heads -> why they are left alone.
     """
-    guesses = {name: found for name, module in model.named_modules() if (found := list(_guesses(name, module)))}
+    guesses = {name: found for name, module in model.named_modules()
+               if (found := [_adapted(module, guess) for guess in _guesses(name, module)])}
     if not guesses:
         return (), {}
     calls = attention_calls.record(model, {name: _heads_of(found[0].group) for name, found in guesses.items()}, run)
@@ -126,6 +129,19 @@ def _tried(module: nn.Module, guesses: Sequence[_Guess], call: Call, owners: Map
 
 def _heads_of(group: ChannelGroup) -> int:
     return len(next(group.role("heads")).index)
+
+
+def _adapted(module: nn.Module, guess: _Guess) -> _Guess:
+    """The same, where PEFT's adapters stand for layers: what lies beside a layer makes, or reads, what that does."""
+    def parts(member: Member) -> list[str]:
+        layer = module.get_submodule(member.layer) if member.role in _BESIDE else module
+        if _BASE not in layer._modules or member.role not in _BESIDE:
+            return [member.layer]
+        beside = getattr(layer, _BESIDE[member.role], nn.ModuleDict())
+        return [f"{member.layer}.{_BASE}", *(f"{member.layer}.{_BESIDE[member.role]}.{name}" for name in beside)]
+
+    members = tuple(replace(member, layer=part) for member in guess.group.members for part in parts(member))
+    return replace(guess, group=replace(guess.group, members=members))
 
 
 def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
@@ -232,6 +248,7 @@ def _linear(module: nn.Module, name: str) -> nn.Linear | None:
         if child is None:
             return None
         module = child
+    module = module._modules.get(_BASE) or module
     return module if isinstance(module, nn.Linear) else None
 
 

@@ -25,6 +25,8 @@ from fastscore.modules.parameter_layers import ParameterLinear
 from fastscore.modules.transposed_linear import is_transposed, widths
 from fastscore.modules.windowed_attention import LinearWithoutKeyBias
 
+_ADAPTERS = {"lora_A", "lora_B"}
+
 
 def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping[str, Tensor],
                       *more: Role) -> dict[str, Tensor]:
@@ -43,8 +45,9 @@ def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping
 
 
 def has_no_place(model: nn.Module, name: str) -> bool:
-    """Whether what reads channels has no bias that could take a mean in: experts, and norms."""
-    if held_weights.is_held(model, name):
+    """Whether what reads channels has no bias that could take a mean in: experts, norms, and the ranks of an adapter,
+    which PEFT merges without one."""
+    if held_weights.is_held(model, name) or not _ADAPTERS.isdisjoint(name.split(".")[:-1]):
         return True
     layer = model.get_submodule(name)
     return isinstance(layer, ParameterLinear) or norm_of(layer) is not None
