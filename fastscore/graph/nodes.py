@@ -61,26 +61,30 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
             last = node.type in (OPTYPE.LINEAR, OPTYPE.EMBED)
             norm = channel_norms.norm_of(node.module) if node.type == NORM else None
             self._dims[node] = len(shape(node)) + (-1 if norm is None else norm.dim) if last or norm else 1
-        divided = self._follow(work)
+        divided = self._follow(work)[0]
         for node in [node for node in self.module2node.values() if node.type == OPTYPE.LINEAR]:
             for source in _read_by(node):  # what no layer made has its channels where the layer reads them
                 self._dims.setdefault(source, len(shape(source)) - 1)
-        self._follow_back()
+        self._follow_back(list(self._dims))
         while divided:  # of several dimensions, channels are what meets channels further on
             onward = next((view for view in divided if view in self._dims), next(iter(divided)))
             node = divided.pop(onward)
             if self._divided(node, onward) is None:
                 onward.type = OPTYPE.CUSTOMIZED  # its channels lie along more than one dimension from here on
                 self._dims[onward] = self._dims[node]
-            divided |= {view: source for view, source in self._follow([onward]).items() if view not in divided}
-            self._follow_back()
+            more, found = self._follow([onward])
+            divided |= {view: source for view, source in more.items() if view not in divided}
+            self._follow_back(found)
 
-    def _follow(self, work: list[Any]) -> dict[Any, Any]:
-        """Find the dimensions of what comes after nodes whose own are known, but for views that divide it: each of
-        these -> the node before it."""
+    def _follow(self, work: list[Any]) -> tuple[dict[Any, Any], list[Any]]:
+        """Find the dimensions of what comes after nodes whose own are known, but for views that divide it.
+
+        Returns (each of these views -> the node before it, all nodes whose dimensions are known now)."""
         divided: dict[Any, Any] = {}
+        found = list[Any]()
         while work:
             node = work.pop()
+            found.append(node)
             for onward in node.outputs:
                 if onward in self._dims:
                     continue
@@ -89,11 +93,11 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
                 else:
                     self._dims[onward] = dim
                     work.append(onward)
-        return divided
+        return divided, found
 
-    def _follow_back(self) -> None:
+    def _follow_back(self, work: list[Any]) -> None:
         """To parameters that meet channels, through what is made of them before they do."""
-        work = [node for node in self._dims if node.type in TRANSPARENT]
+        work = [node for node in work if node.type in TRANSPARENT]
         while work:
             node = work.pop()
             for source in node.inputs:

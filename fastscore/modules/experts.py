@@ -48,7 +48,7 @@ class RouterLinear(ParameterLinear):
         """What PyTorch calls where a function is given one as a tensor."""
         if func is F.linear and len(args) == 2 and isinstance(args[1], cls) and not kwargs:
             return args[1](args[0])
-        return NotImplemented
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class _Product(torch.autograd.Function):

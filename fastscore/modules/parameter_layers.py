@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 Side: TypeAlias = Literal["inputs", "outputs"]
 
@@ -40,6 +41,28 @@ class ParameterLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
         return F.linear(x, self.weight, self.bias)
+
+    # code that reads the parameter itself reads it still
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+            return getattr(super().__getattr__("weight"), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.weight[index]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What PyTorch calls where a function is given one as a tensor."""
+        if getattr(func, "__name__", "") in ("eq", "ne", "__eq__", "__ne__"):  # as where it is looked for in a list
+            return NotImplemented
+        args, kwargs = tree_map(lambda each: each.weight if isinstance(each, ParameterLinear) else each,
+                                (args, kwargs or {}))
+        return func(*args, **kwargs)
 
     @property
     def held(self) -> dict[str, nn.Parameter | None]:

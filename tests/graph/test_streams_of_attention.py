@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 from whole_way import check, noisy
@@ -135,6 +136,32 @@ def test_a_layer_for_a_projection_computes_the_same_and_is_taken_back() -> None:
     assert isinstance(model.block.attn.in_proj_weight, nn.Parameter)
     assert list(dict(model.named_parameters())) == list(dict(KINDS["to itself"][0]().named_parameters()))
     assert type(model.block.attn) is nn.MultiheadAttention
+
+
+class ReadElsewhere(nn.Module):
+    """Code that runs the weights of an attention by itself, and a part of them once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attn = nn.Linear(5, WIDTH), nn.MultiheadAttention(WIDTH, 3)
+        self.inner, self.head = nn.Linear(WIDTH, 7), nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, attn = self.embed(x).transpose(0, 1), self.attn
+        y, _ = F.multi_head_attention_forward(x, x, x, WIDTH, 3, attn.in_proj_weight, attn.in_proj_bias, None, None,
+                                              False, 0.0, attn.out_proj.weight, attn.out_proj.bias, self.training)
+        y = y + x @ attn.in_proj_weight[:WIDTH].t() * attn.in_proj_weight.shape[1]
+        return self.head(self.inner(y).tanh()).mean(0)
+
+
+def test_code_that_reads_projections_itself_reads_them_still() -> None:
+    """Its own channels stay, and all else is scored and goes."""
+    model, x = noisy(ReadElsewhere), _x()
+    scores = fastscore.score(model, [x], progress=False)
+    assert list(scores) == ["inner"]
+    small = fastscore.prune(model, scores, x, channels=0.5, compensate=False).model
+    with torch.no_grad(), fastscore.mask(model, scores, 0.5, x, compensate=False):
+        torch.testing.assert_close(small(x), model(x))
 
 
 def test_a_training_loop_and_magnitudes_see_projections() -> None:
