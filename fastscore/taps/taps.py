@@ -282,8 +282,7 @@ class Taps:
         if owner is None or owner.valid is None or point.channel_dim != -1 or self._sample_dims > 1:
             return None
         valid = owner.valid
-        if x.dim() == 2 and isinstance(self.model.get_submodule(layer), experts.ExpertLinear) \
-                and len(x) % valid.numel() == 0:
+        if isinstance(self.model.get_submodule(layer), experts.ExpertLinear) and len(x) % valid.numel() == 0:
             valid = valid.repeat_interleave(len(x) // valid.numel(), 1)  # a row for each expert that a token chooses
         fits = x.dim() > 1 and axis.fits(x, len(valid)) and axis.first(x.detach(), len(valid)).shape[:-1] == valid.shape
         return valid if fits else None
