@@ -15,6 +15,8 @@ from fastscore import Scorer
 from fastscore.graph.surgery import remove_channels, smaller_copy
 from fastscore.graph.tracing import trace
 from fastscore.modules import held_weights
+from fastscore.modules.counting import count
+from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.multihead_attention import replace_attention
 from fastscore.modules.projections import ProjectionLinear
 
@@ -162,6 +164,20 @@ def test_code_that_reads_projections_itself_reads_them_still() -> None:
     small = fastscore.prune(model, scores, x, channels=0.5, compensate=False).model
     with torch.no_grad(), fastscore.mask(model, scores, 0.5, x, compensate=False):
         torch.testing.assert_close(small(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["to itself", "a memory as wide"])
+def test_layers_for_projections_cost_what_the_attention_does(kind: str) -> None:
+    """Queries of a memory are products with a third of the weight each, and so are their gradients."""
+    model, x = noisy(KINDS[kind][0]), _x()
+    assert count(evaluation_copy(model), x).macs == count(model, x).macs
+    model(x).square().sum().backward()
+    weight, bias = model.block.attn.in_proj_weight, model.block.attn.in_proj_bias
+    expected = weight.grad, bias.grad
+    weight.grad = bias.grad = None
+    with Scorer(model, x):
+        model(x).square().sum().backward()
+    torch.testing.assert_close((weight.grad, bias.grad), expected)
 
 
 def test_a_training_loop_and_magnitudes_see_projections() -> None:
