@@ -4,6 +4,7 @@
 """
 
 import argparse
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ def main(macs: float = 0.5, out: str = "small.onnx", epochs: int = 4) -> dict[st
         optimizer.zero_grad()
     found["fine-tuned"] = digits.accuracy(small.eval(), *data.test)
 
-    fastscore.save(small, data.train[0][:2], out)
+    fastscore.save(replace(result, model=small), data.train[0][:2], out)  # given the result, the file says what remains
     for stage, accuracy in found.items():
         print(f"{stage:10} {accuracy:6.1%}")
     return found
@@ -48,3 +49,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="small.onnx", help=".onnx, .pt2 or .safetensors (default: %(default)s)")
     arguments = parser.parse_args()
     main(arguments.macs, arguments.out)
+    print(f"wrote {arguments.out}; where it comes from: fastscore info {arguments.out}")

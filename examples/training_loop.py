@@ -55,3 +55,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="scores.safetensors", help="default: %(default)s")
     arguments = parser.parse_args()
     main(arguments.epochs, arguments.out)
+    print(f"wrote {arguments.out}; to look at it: fastscore report {arguments.out}")

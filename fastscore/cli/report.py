@@ -23,6 +23,7 @@ from fastscore.pruning.options import Budgets, Ranking, resolve_compensate
 from fastscore.pruning.ranking import rank
 from fastscore.pruning.report import PruneReport
 from fastscore.pruning.selection import check_removable, scored_graph
+from fastscore.recovery.divergence import judged_by
 from fastscore.scoring.scores import Scores
 
 _GRADIENTS = {"random": "random, no labels", "loss": "of the loss", "none": "none: it reads weights"}
@@ -84,7 +85,8 @@ def read_curve(path: str, scores: Scores) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         resource, notes, rows = found["resource"], found["notes"], found["rows"]
-        right = resource in ("macs", "params", "channels") and all(row["cut_agreement"] <= 1 for row in rows)
+        right = resource in ("macs", "params", "channels") and found["decisions"] >= 1 and \
+            all(row["cut_agreement"] <= 1 for row in rows)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"curve: {path} is not what fastscore curve --out writes ({type(error).__name__})") from error
     if not right:
@@ -137,6 +139,8 @@ def write(scores: Scores, path: str | PathLike[str], *, title: str = "Channel sc
         raise ValueError(f"fraction: {fraction}; it is the share of channels to remove, 0 <= fraction < 1")
     page = resources.files("fastscore.cli").joinpath("report.html").read_text(encoding="utf-8")
     # "</script>" in a layer's name would end the data
+    if curve is not None:
+        curve = curve | {"judged": judged_by(curve["decisions"], "no repair has seen")}
     held = _data(scores, title, fraction, pruned) | {"costs": costs, "curve": curve, "command": command}
     data = json.dumps(held, ensure_ascii=True).replace("<", "\\u003c")
     with files.whole(path) as part:

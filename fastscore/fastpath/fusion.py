@@ -11,11 +11,12 @@ from fastscore.fastpath import cudnn_layers, packed_layers
 from fastscore.fastpath.fused_taps import clamped, packed
 from fastscore.fastpath.packed_layers import ClampBounds
 from fastscore.modules.inspection import hooked, parametrized
-from fastscore.modules.multihead_attention import MultiheadAttention, SequenceFirstLinear
+from fastscore.modules.multihead_attention import SequenceFirstLinear
+from fastscore.modules.projections import ProjectionLinear
 from fastscore.ops.backends import portable
 from fastscore.taps.taps import Taps
 
-LAYERS = (nn.Conv2d, nn.Linear, SequenceFirstLinear)  # exact types, as the others
+LAYERS = (nn.Conv2d, nn.Linear, SequenceFirstLinear, ProjectionLinear)  # exact types, as the others
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CLAMPS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 
@@ -50,9 +51,6 @@ class FusedLayers:
                 self._run(module, _fast(module, inputs[name], clamp), clamp)
             elif type(module) in NORMS and name not in folded and _plain(module):
                 self._run(module, packed_layers.BatchNorm(module, bounds.get(name)), bounds.get(name))
-            elif type(module) is MultiheadAttention and module.in_proj_weight is not None \
-                    and f"{name}.out_proj".lstrip(".") in inputs and packed_layers.available(module.in_proj_weight):
-                self._run(module, packed_layers.Linear(module.in_proj_weight, module.in_proj_bias), function="in_proj")
             elif type(module) in CLAMPS and "forward" not in vars(module):
                 self._clamp(module, clamp_bounds(module))
             elif isinstance(module, nn.ConvTranspose2d):
@@ -79,9 +77,8 @@ class FusedLayers:
         self._changed.append((module, name))
         vars(module)[name] = function
 
-    def _run(self, module: nn.Module, layer: packed_layers.Layer, clamp: ClampBounds | None = None,
-             function: str = "forward") -> None:
-        self._replace(module, function, self._packed_forward(layer) if clamp is None
+    def _run(self, module: nn.Module, layer: packed_layers.Layer, clamp: ClampBounds | None = None) -> None:
+        self._replace(module, "forward", self._packed_forward(layer) if clamp is None
                       else self._packed_clamped_forward(layer, clamp))
 
     def _packed_forward(self, layer: packed_layers.Layer) -> Callable[[Tensor], Tensor]:

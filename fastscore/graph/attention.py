@@ -5,22 +5,21 @@ keys and values, all heads that do. Rows of the query, key and value projections
 are is known by name; every guess is tried: the module, with random weights, must read the same without some heads.
 """
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastscore.batches import with_float64
-from fastscore.graph import heads, surgery
+from fastscore.graph import attention_calls, heads, surgery
+from fastscore.graph.attention_calls import Call
 from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.modules import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import parameter_owners, parametrized, shares_parameters
-
-_Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 # where an attention module has its projections: query, key, value (one name where they are one layer), output
 _LAYERS = (
@@ -37,6 +36,8 @@ _LAYERS = (
     ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
     ("attention.query", "attention.key", "attention.value", "output.dense"),
     ("query", "key", "value", "dense"),
+    ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"),
+    ("Wqkv", "Wqkv", "Wqkv", "Wo"),
     ("to_q", "to_k", "to_v", "to_out.0"),
     ("q", "k", "v", "proj"),
     ("q", "kv", "kv", "proj"),
@@ -45,8 +46,13 @@ _LAYERS = (
     ("q", "k", "v", "o"),
 )
 _TOLERANCE = 0.05  # of a channel's length; bfloat16 rounds to 0.004 of each value
-_POSITIONS = ("cpb_mlp.2",)  # layers that make a bias for each head, of the places of tokens
-_TABLES = ("relative_position_bias_table",)  # parameters of a child, [places, heads]
+# layers that make a bias for each head, of places of tokens
+_POSITIONS = ("cpb_mlp.2", "self.continuous_position_bias_mlp.2", "relative_attention_bias")
+_TABLES = {"relative_position_bias_table": 1, "logit_scale": 0}  # parameters of a child -> where heads lie in them
+# queries, keys and values of other tokens, which are attended to together with the first, and what reads their heads
+_ADDED, _ADDED_OUTPUTS = ("add_q_proj", "add_k_proj", "add_v_proj"), ("to_add_out",)
+_BASE = "base_layer"  # a child of PEFT's adapters, and what they have beside it
+_BESIDE: Mapping[str, str] = {"producer": "lora_B", "consumer": "lora_A"}
 _OUTPUT_ALONE = "out_proj"  # of a module that holds the other projections itself, as nn.MultiheadAttention does
 
 
@@ -66,41 +72,76 @@ class _Guess:
         return replace(self.group, name=qualified(self.group.name), members=members)
 
 
-def find(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
+def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[str] = ()
+         ) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
     """The groups of heads in a model.
 
     Args:
         model: an evaluation copy.
         run: run(model) runs it on example inputs.
+        unused: layers that the output does not depend on.
 
     Returns:
         The groups, and the name of each other group of heads -> why they are left alone.
     """
-    guesses = {name: found for name, module in model.named_modules() if (found := list(_guesses(name, module)))}
+    guesses = {name: found for name, module in model.named_modules()
+               if (found := [_adapted(module, guess) for guess in _guesses(name, module)])}
     if not guesses:
         return (), {}
-    calls = _calls(model, guesses, run)
+    calls = attention_calls.record(model, {name: _heads_of(found[0].group) for name, found in guesses.items()}, run)
     owners = parameter_owners(model)
     groups: list[ChannelGroup] = []
     skipped: dict[str, str] = {}
     # an attention before the block that it stands in
-    for name in sorted(calls, key=lambda name: len(name.split(".")) if name else 0, reverse=True):
-        found = guesses[name]
-        if found[0].whole().name in {group.name for group in groups}:
+    for names in sorted(calls.together, key=lambda names: len(names[0].split(".")) if names[0] else 0, reverse=True):
+        firsts = [guesses[name][0].whole().name for name in names]
+        if not {group.name for group in groups}.isdisjoint(firsts):
             continue
-        module = model.get_submodule(name)
-        computed = _computed(module, found[0].group, owners)
-        reasons = [computed] if computed else []
-        for guess in () if computed else found:
-            reason = _difference(module, guess.group, calls[name])
-            if reason is None:
-                groups.append(guess.whole())
-                skipped.pop(found[0].whole().name, None)
-                break
-            reasons.append(reason)
-        else:
-            skipped.setdefault(found[0].whole().name, reasons[0])
+        if all(edge.layer in unused for name in names for edge in guesses[name][0].whole().edges):
+            skipped |= dict.fromkeys(firsts, "the output does not depend on it")
+            continue
+        tried = [_tried(model.get_submodule(name), guesses[name], calls.of[name], owners) for name in names]
+        fitting = [guess.whole() for guess in tried if isinstance(guess, _Guess)]
+        if len(fitting) == len(tried) and all(torch.equal(group.unit, fitting[0].unit) for group in fitting):
+            groups.append(replace(fitting[0], members=tuple(member for group in fitting for member in group.members)))
+            for first in firsts:
+                skipped.pop(first, None)
+            continue
+        for first, guess in zip(firsts, tried, strict=True):
+            skipped.setdefault(first, guess if isinstance(guess, str) else
+                               "its heads go with those of other layers, which keep them")
     return tuple(groups), skipped
+
+
+def _tried(module: nn.Module, guesses: Sequence[_Guess], call: Call, owners: Mapping[int, int]) -> _Guess | str:
+    """The first guess that the module bears out; or why it does not the likeliest."""
+    computed = _computed(module, guesses[0].group, owners)
+    if computed is not None:
+        return computed
+    reasons = []
+    for guess in guesses:
+        reason = _difference(module, guess.group, call)
+        if reason is None:
+            return guess
+        reasons.append(reason)
+    return reasons[0]
+
+
+def _heads_of(group: ChannelGroup) -> int:
+    return len(next(group.role("heads")).index)
+
+
+def _adapted(module: nn.Module, guess: _Guess) -> _Guess:
+    """The same, where PEFT's adapters stand for layers: what lies beside a layer makes, or reads, what that does."""
+    def parts(member: Member) -> list[str]:
+        layer = module.get_submodule(member.layer) if member.role in _BESIDE else module
+        if _BASE not in layer._modules or member.role not in _BESIDE:
+            return [member.layer]
+        beside = getattr(layer, _BESIDE[member.role], nn.ModuleDict())
+        return [f"{member.layer}.{_BASE}", *(f"{member.layer}.{_BESIDE[member.role]}.{name}" for name in beside)]
+
+    members = tuple(replace(member, layer=part) for member in guess.group.members for part in parts(member))
+    return replace(guess, group=replace(guess.group, members=members))
 
 
 def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
@@ -123,9 +164,7 @@ def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
             shared, rest = divmod(q.out_features - out.in_features, 2 * width)
             if rest or shared < 1 or count % shared:
                 continue
-            rows = {query: _rows_of_blocks(count, shared, width)}
-            rows |= {position: torch.arange(count) * width for position in _POSITIONS
-                     if (layer := _linear(module, position)) is not None and layer.out_features == count}
+            rows = {query: _rows_of_blocks(count, shared, width), **_biases(module, count, width)}
             yield _Guess(name, _group(query, rows, output, count, shared, width, _tables(module, count)))
             if shared == count:
                 yield _Guess(name, _group(query, {query: _rows_of_heads(count, width)}, output, count, shared, width))
@@ -141,28 +180,49 @@ def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
             if rest or shared < 1 or count % shared:
                 continue
             once = _rows(shared, width, count // shared)
-            yield _Guess(name, _group(query, {query: torch.arange(count * width), key: once, value: once}, output,
-                                      count, shared, width, _tables(module, count)))
+            rows = {query: torch.arange(count * width), key: once, value: once}
+            rows |= {added: rows[layer] for layer, added in zip((query, key, value), _ADDED, strict=True)
+                     if (beside := _linear(module, added)) is not None and beside.out_features == len(rows[layer])}
+            yield _Guess(name, _group(query, rows | _biases(module, count, width), output, count, shared, width,
+                                      _tables(module, count), [layer for layer in _ADDED_OUTPUTS if (
+                                          beside := _linear(module, layer)) and beside.in_features == count * width]))
     total, alone = heads.count(module), _linear(module, _OUTPUT_ALONE)
     held = [tensor for tensor in heads.tensors(module) if tensor in heads.PROJECTIONS]
-    if name and total and alone is not None and held and alone.in_features % total == 0:
-        yield _Guess(name, _group("", {}, _OUTPUT_ALONE, total, total, alone.in_features // total))
+    made = [layer for layer in multihead_attention.PROJECTIONS if layer in module._modules]
+    if name and total and alone is not None and (held or made) and alone.in_features % total == 0:
+        width = alone.in_features // total
+        rows = {layer: _rows_of_blocks(total, total, width) if layer == made[0] == multihead_attention.PROJECTIONS[0]
+                else torch.arange(total * width) for layer in made}
+        yield _Guess(name, _group("", rows, _OUTPUT_ALONE, total, total, width))
 
 
-def _tables(module: nn.Module, count: int) -> list[str]:
-    """Names of parameters of a module's children that hold something for each head along their second dimension."""
-    return [f"{name}.{key}" for name, child in module.named_children() for key in _TABLES
-            if (table := child._parameters.get(key)) is not None and table.dim() == 2 and table.shape[1] == count]
+def _biases(module: nn.Module, count: int, width: int) -> dict[str, Tensor]:
+    """The layers of a module that make a number for each head -> the channel that it stands for, int64 [count]."""
+    layers = {name: module.get_submodule(name) for name in _POSITIONS if _has(module, name)}
+    return {name: torch.arange(count) * width for name, layer in layers.items()
+            if getattr(layer, "out_features", getattr(layer, "embedding_dim", None)) == count}
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return any(name == path for path, _ in module.named_modules())
+
+
+def _tables(module: nn.Module, count: int) -> dict[str, int]:
+    """Names of parameters of a module's children that hold something for each head -> the dimension of heads."""
+    return {f"{name}.{key}": dim for name, child in module.named_children() for key, dim in _TABLES.items()
+            if (table := child._parameters.get(key)) is not None and table.dim() > dim and table.shape[dim] == count}
 
 
 def _group(name: str, rows: dict[str, Tensor], output: str, count: int, shared: int, width: int,
-           tables: Iterable[str] = ()) -> ChannelGroup:
-    """rows: layer -> the channel of each of its outputs, int64. count: heads; shared: heads of keys and values."""
+           tables: Mapping[str, int] = MappingProxyType({}), outputs: Sequence[str] = ()) -> ChannelGroup:
+    """rows: layer -> the channel of each of its outputs, int64. count: heads; shared: heads of keys and values.
+    outputs: layers that read heads beside `output`."""
     channels = torch.arange(count * width)
     members = [Member(layer, "producer", torch.arange(len(channel)), channel) for layer, channel in rows.items()]
     every = torch.arange(count)
-    members += [Member(table, "tensor", every, every * width, 1) for table in tables]
-    members += [Member("", "heads", every, every * width), Member(output, "consumer", channels, channels)]
+    members += [Member(table, "tensor", every, every * width, dim) for table, dim in tables.items()]
+    members += [Member("", "heads", every, every * width)]
+    members += [Member(layer, "consumer", channels, channels) for layer in (output, *outputs)]
     return ChannelGroup(name, count * width, channels // (width * (count // shared)), tuple(members))
 
 
@@ -188,28 +248,8 @@ def _linear(module: nn.Module, name: str) -> nn.Linear | None:
         if child is None:
             return None
         module = child
+    module = module._modules.get(_BASE) or module
     return module if isinstance(module, nn.Linear) else None
-
-
-def _calls(model: nn.Module, names: Iterable[str], run: Callable[[nn.Module], Any]) -> dict[str, _Call]:
-    """The arguments of the first call of each module, copied: a cache of keys and values would grow."""
-    calls: dict[str, _Call] = {}
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name not in calls:
-                calls[name] = copy.deepcopy((args, kwargs))
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(record(name), with_kwargs=True) for name in names]
-    try:
-        with torch.no_grad():
-            run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
 
 
 def _computed(module: nn.Module, group: ChannelGroup, owners: Mapping[int, int]) -> str | None:
@@ -224,28 +264,31 @@ def _computed(module: nn.Module, group: ChannelGroup, owners: Mapping[int, int])
     return None
 
 
-def _difference(module: nn.Module, group: ChannelGroup, call: _Call) -> str | None:
+def _difference(module: nn.Module, group: ChannelGroup, call: Call) -> str | None:
     """How the input of the output projection differs where some heads are gone, at those that are not; None if not."""
-    output = next(group.role("consumer")).layer
+    outputs, each = [edge.layer for edge in group.role("consumer")], next(group.role("heads"))
     units = int(group.unit.max()) + 1
     if units == 1:
         return "it has one head, or one for all keys and values"
     dense = _randomized(evaluation_copy(module))
-    before = _input(dense, output, call)
-    if before is None:
-        return f"{type(module).__name__} does not call {output}: it reads its weights elsewhere"
+    before = call.inputs_of(outputs, dense)
+    if unread := [layer for layer, x in before.items() if x is None]:
+        return f"{type(module).__name__} does not call {unread[0]}: it reads its weights elsewhere"
     for bit in range((units - 1).bit_length()):  # any two heads part at some bit
         gone = (group.unit >> bit) % 2 == 1
         try:
             small = surgery.remove_channels(evaluation_copy(dense), [group], {group.name: gone.nonzero()[:, 0]})
-            after = _input(small, output, call)
-            assert after is not None
+            after = call.of_heads(each.index[~gone[each.channel]]).inputs_of(outputs, small)
         except Exception as error:  # whatever the module's code does with a width that it does not expect
             return f"{type(module).__name__} does not run with fewer heads ({type(error).__name__}: " \
                    f"{str(error).splitlines()[0] if str(error) else ''})"
-        expected = before[..., ~gone.to(before.device)]
-        if after.shape != expected.shape or not _close(after, expected):
-            return f"{type(module).__name__} computes something else with fewer heads"
+        for layer, x in after.items():
+            whole = before[layer]
+            assert x is not None
+            assert whole is not None
+            expected = whole[..., ~gone.to(whole.device)]
+            if x.shape != expected.shape or not _close(x, expected):
+                return f"{type(module).__name__} computes something else with fewer heads"
     return None
 
 
@@ -259,20 +302,6 @@ def _randomized(module: nn.Module) -> nn.Module:
                 values = torch.randn(parameter.shape, generator=generator) / fan_in ** 0.5
                 owner._parameters[name] = nn.Parameter(values.to(parameter), requires_grad=False)
     return module
-
-
-def _input(module: nn.Module, layer: str, call: _Call) -> Tensor | None:
-    """What `layer` reads in a call of `module`; None where it is not called."""
-    seen: list[Tensor] = []
-    handle = module.get_submodule(layer).register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(input_of(args, kwargs).detach()), with_kwargs=True)
-    args, kwargs = copy.deepcopy(call)
-    try:
-        with torch.no_grad():
-            module(*args, **kwargs)
-    finally:
-        handle.remove()
-    return seen[0] if seen else None
 
 
 def _close(x: Tensor, expected: Tensor) -> bool:

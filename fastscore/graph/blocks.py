@@ -77,8 +77,12 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[ChannelG
 
 
 def with_blocks(graph: ChannelGraph) -> ChannelGraph:
-    """The graph's groups, and its residual branches as groups beside them."""
-    return replace(graph, groups=(*graph.groups, *graph.blocks))
+    """The graph's groups, and its residual branches as groups beside them; one that is called as a group of heads is
+    gets a name of its own."""
+    names = {group.name for group in graph.groups}
+    branches = (replace(branch, name=f"{branch.name} (whole)") if branch.name in names else branch
+                for branch in graph.blocks)
+    return replace(graph, groups=(*graph.groups, *branches))
 
 
 def zero_outputs(model: nn.Module, groups: "list[ChannelGroup]") -> Iterator[Any]:

@@ -8,25 +8,27 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.modules import channel_norms, experts, transposed_linear
+from fastscore.modules import channel_norms, parameter_layers, transposed_linear
+
+_COUNTS = ("num_features", "channels")  # attributes that say how many there are
 
 
 def width(module: nn.Module) -> int | None:
-    """For how many channels a module keeps numbers, if in buffers alone and one for each, as FrozenBatchNorm2d does.
+    """For how many channels a module keeps numbers, if in buffers alone and one for each, as FrozenBatchNorm2d does, or
+    a filter, as anti-aliasing pools do.
 
     None for modules that Torch-Pruning knows, that hold other modules or parameters, and whose buffers differ.
     """
     if tp.ops.module2type(module) != tp.ops.OPTYPE.ELEMENTWISE or module._modules or module._parameters:
         return None
-    sizes = {buffer.numel() for _, buffer in _per_channel(module)}
-    whole = all(buffer is None or buffer.numel() == 1 or max(buffer.shape) == buffer.numel()
-                for buffer in module._buffers.values())
-    return sizes.pop() if len(sizes) == 1 and whole else None
+    dims = [(buffer, _channel_dim(buffer)) for _, buffer in _per_channel(module)]
+    sizes = {None if dim is None else buffer.shape[dim] for buffer, dim in dims}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def surgeon(module: nn.Module) -> Any:
     """What has prune_in_channels, prune_out_channels, get_in_channels and get_out_channels of (module, positions)."""
-    if isinstance(module, experts.ExpertLinear):
+    if isinstance(module, parameter_layers.ParameterLinear):
         return module
     if transposed_linear.is_transposed(module):
         return _TRANSPOSED
@@ -42,10 +44,18 @@ def _per_channel(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, buffer) for name, buffer in module._buffers.items() if buffer is not None and buffer.numel() > 1)
 
 
+def _channel_dim(buffer: Tensor) -> int | None:
+    """The dimension of a buffer that holds something for each channel; None where no one does."""
+    longest = max(range(buffer.dim()), key=lambda dim: buffer.shape[dim])
+    if buffer.shape[longest] == buffer.numel():
+        return longest
+    return 0 if buffer.dim() > 2 and buffer.shape[0] > 1 == buffer.shape[1] else None
+
+
 def _cut(module: nn.Module, index: Sequence[int]) -> None:
     """Take `index` out of each per-channel buffer."""
     for name, buffer in list(_per_channel(module)):
-        dim = max(range(buffer.dim()), key=lambda dim: buffer.shape[dim])
+        dim = _channel_dim(buffer) or 0
         stays = torch.ones(buffer.shape[dim], dtype=torch.bool)
         stays[list(index)] = False
         module._buffers[name] = buffer.index_select(dim, stays.nonzero()[:, 0].to(buffer.device))
@@ -57,8 +67,9 @@ class _Buffers(tp.function.BasePruningFunc):  # type: ignore[misc]
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
         channels = width(layer)
         _cut(layer, idxs)
-        if channels is not None and getattr(layer, "num_features", None) == channels:
-            layer.num_features = channels - len(idxs)  # type: ignore[assignment]
+        for name in _COUNTS:
+            if channels is not None and vars(layer).get(name) == channels:
+                setattr(layer, name, channels - len(idxs))
         return layer
 
     prune_in_channels = prune_out_channels

@@ -255,7 +255,9 @@ class Graph(Nodes):
             return None
         if node.type == OPTYPE.RESHAPE:
             found = index_maps.view(self._dims[source], shape(source), shape(node))
-            return found[1] if found is not None and found[1] else None
+            if found is None:
+                return self._divided(source, node)
+            return found[1] if found[1] else None
         return index_maps.regrouped(node.grad_fn, self._dims[source], shape(source))
 
     def _begins(self, node: Any) -> list[int]:

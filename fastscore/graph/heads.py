@@ -1,7 +1,7 @@
 """What an attention module has once for each head, beside the layers that make and read its heads."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def by_head(name: str, values: Tensor, heads: int) -> Tensor:
     return values.movedim(dim, 0).reshape(times, heads, -1).transpose(0, 1).flatten(1)
 
 
-def remove(module: nn.Module, index: Tensor) -> None:
+def remove(module: nn.Module, index: Tensor, apart: Collection[str] = ()) -> None:
     """Take heads out of what a module itself holds, in place: its tensors and its counts.
 
     Parameters are new objects afterwards. The layers below it lose their channels elsewhere.
@@ -51,6 +51,7 @@ def remove(module: nn.Module, index: Tensor) -> None:
     Args:
         module: an attention module.
         index: the heads that go, int64 [R].
+        apart: names of tensors that lose their part elsewhere.
     """
     for handle in multihead_attention.replace_attention(module):  # PyTorch's own cannot be narrower than its embedding
         handle.make_permanent()
@@ -59,7 +60,7 @@ def remove(module: nn.Module, index: Tensor) -> None:
     if total is None:
         return  # it takes as many heads as its layers make
     kept = torch.ones(total, dtype=torch.bool).index_fill(0, index.cpu(), False).nonzero()[:, 0]
-    for name in tensors(module):
+    for name in [name for name in tensors(module) if name not in apart]:
         dim, times = _TENSORS[name]
         old = getattr(module, name)
         rows = torch.arange(old.shape[dim]).reshape(times, total, -1)[:, kept].flatten()

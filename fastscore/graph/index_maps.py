@@ -18,7 +18,8 @@ _REDUCING = ("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Aminmax", "Var", "Std
 
 _PRODUCTS = ("Mm", "Bmm", "Addbmm", "Baddbmm", "Mv", "Dot", "ScaledDotProduct", "Cdist", "Einsum")
 _CONTRACTING = ("Mm", "Bmm", "Addmm", "Addbmm", "Baddbmm", "Mv", "Addmv", "Dot", "Linear", "Convolution", "Embedding",
-                "Index", "Gather", "ScaledDotProduct", "Cdist", "Einsum", "Roll", "Flip", "Unfold")
+                "Index", "Gather", "ScaledDotProduct", "Cdist", "Einsum", "Roll", "Flip", "Unfold",
+                "PartOfProjection")  # the last is of fastscore.modules.projections
 
 
 class IndexMap(Protocol):
@@ -177,6 +178,17 @@ def view(dim: int, before: Sequence[int], after: Sequence[int]) -> tuple[int, Vi
         if inside and inner % inside == 0 and size * inside % max(channels * inner, 1) == 0:
             return at, ViewMap(channels, inner // inside, size * inside // max(channels * inner, 1))
     return None
+
+
+def divided(dim: int, before: Sequence[int], at: int, after: Sequence[int]) -> IndexMap | None:
+    """The map of a view that makes several dimensions of `dim`, of which `at` holds the channels, which are repeated
+    along the others. None where `at` is none of them."""
+    behind, inside = math.prod(before[dim + 1:]), math.prod(after[at + 1:])
+    whole = before[dim] * behind
+    if not behind or inside % behind or whole % (inside * after[at]) or \
+            whole not in (math.prod(after[i:]) for i in range(at + 1)):
+        return None
+    return Inverse(ViewMap(after[at], inside // behind, whole // (inside * after[at])))
 
 
 def channel_dim(function: Any, dim: int, before: Sequence[int], after: Sequence[int]) -> int:

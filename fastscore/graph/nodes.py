@@ -1,6 +1,6 @@
 """What each node of Torch-Pruning's graph is, and where the channels lie in its output."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch_pruning as tp
@@ -20,6 +20,7 @@ PRODUCERS = LAYERS | {OPTYPE.EMBED}
 NORM = OPTYPE.LN  # of nodes: any normalisation over channels, and nothing else
 TRANSPARENT = {OPTYPE.ELEMENTWISE, OPTYPE.CONCAT, OPTYPE.SPLIT, OPTYPE.RESHAPE, OPTYPE.UNBIND, OPTYPE.EXPAND,
                OPTYPE.SLICE}
+_OF_LINEARS = ("View", "UnsafeView", "Transpose", "AddBackward")  # what stands behind the product of a Linear
 _UNKNOWN = OPTYPE.MHA  # of modules that are no ChannelNorm, and stop whatever comes to them
 
 
@@ -48,7 +49,8 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
         """
         nodes = {node.grad_fn: node for node in self.module2node.values() if node.type == OPTYPE.ELEMENTWISE}
         for module, functions in made.items():
-            if len(functions) == 1 and (node := nodes.get(functions[0])) is not None:
+            if len(functions) == 1 and (node := nodes.get(functions[0])) is not None and \
+                    channel_buffers.width(module) in shape(node):
                 node.module, node.type, node.dim_is_known = module, OPTYPE.PRELU, False
 
     def _find_dims(self) -> None:
@@ -59,14 +61,44 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
             last = node.type in (OPTYPE.LINEAR, OPTYPE.EMBED)
             norm = channel_norms.norm_of(node.module) if node.type == NORM else None
             self._dims[node] = len(shape(node)) + (-1 if norm is None else norm.dim) if last or norm else 1
+        divided = self._follow(work)[0]
+        for node in [node for node in self.module2node.values() if node.type == OPTYPE.LINEAR]:
+            for source in _read_by(node):  # what no layer made has its channels where the layer reads them
+                self._dims.setdefault(source, len(shape(source)) - 1)
+        self._follow_back(list(self._dims))
+        while divided:  # of several dimensions, channels are what meets channels further on
+            onward = next((view for view in divided if view in self._dims), next(iter(divided)))
+            node = divided.pop(onward)
+            if self._divided(node, onward) is None:
+                onward.type = OPTYPE.CUSTOMIZED  # its channels lie along more than one dimension from here on
+                self._dims[onward] = self._dims[node]
+            more, found = self._follow([onward])
+            divided |= {view: source for view, source in more.items() if view not in divided}
+            self._follow_back(found)
+
+    def _follow(self, work: list[Any]) -> tuple[dict[Any, Any], list[Any]]:
+        """Find the dimensions of what comes after nodes whose own are known, but for views that divide it.
+
+        Returns (each of these views -> the node before it, all nodes whose dimensions are known now)."""
+        divided: dict[Any, Any] = {}
+        found = list[Any]()
         while work:
             node = work.pop()
+            found.append(node)
             for onward in node.outputs:
-                if onward not in self._dims:
-                    self._dims[onward] = self._dim_after(node, onward)
+                if onward in self._dims:
+                    continue
+                if (dim := self._dim_after(node, onward)) is None:
+                    divided[onward] = node
+                else:
+                    self._dims[onward] = dim
                     work.append(onward)
-        work = [node for node in self._dims if node.type in TRANSPARENT]
-        while work:  # back to parameters that meet channels, through what is made of them before they do
+        return divided, found
+
+    def _follow_back(self, work: list[Any]) -> None:
+        """To parameters that meet channels, through what is made of them before they do."""
+        work = [node for node in work if node.type in TRANSPARENT]
+        while work:
             node = work.pop()
             for source in node.inputs:
                 if source not in self._dims and (dim := self._dim_before(source, node)) is not None:
@@ -74,14 +106,18 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
                     if source.type in TRANSPARENT:
                         work.append(source)
 
-    def _dim_after(self, node: Any, onward: Any) -> int:
+    def _dim_after(self, node: Any, onward: Any) -> int | None:
         dim, before, after = self._dims[node], shape(node), shape(onward)
         if onward.type != OPTYPE.RESHAPE:
             return index_maps.channel_dim(onward.grad_fn, dim, before, after)
         found = index_maps.view(dim, before, after) if dim < len(before) else None
-        if found is None:
-            onward.type = OPTYPE.CUSTOMIZED  # its channels lie along more than one dimension from here on
-        return dim if found is None else found[0]
+        return None if found is None else found[0]
+
+    def _divided(self, node: Any, onward: Any) -> index_maps.IndexMap | None:
+        """The map of a view that divides channels over several dimensions, of which one is known to hold them."""
+        dim, before = self._dims[node], shape(node)
+        at = self._dims.get(onward)
+        return None if at is None or dim >= len(before) else index_maps.divided(dim, before, at, shape(onward))
 
     def _dim_before(self, source: Any, node: Any) -> int | None:
         """The dimension of a node's input that comes to hold its channels; None where none does alone."""
@@ -156,6 +192,25 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
 
 def shape(node: Any) -> tuple[int, ...]:
     return tuple(node.module.shape) if node.type == OPTYPE.PARAMETER else index_maps.shape_of(node.grad_fn)
+
+
+def _read_by(linear: Any) -> Iterator[Any]:
+    """The nodes that the products of a Linear read, in each of its calls: at most a bias and views stand between."""
+    work = [linear] if index_maps.contracts(linear.grad_fn) else list(linear.inputs)
+    while work:
+        node = work.pop()
+        if node.type not in TRANSPARENT | {OPTYPE.LINEAR} or not hasattr(node.grad_fn, "name"):
+            continue
+        if index_maps.contracts(node.grad_fn):
+            yield from (source for source in node.inputs if source.type in TRANSPARENT | {OPTYPE.PARAMETER}
+                        and shape(source) and not _name(source).startswith("TBackward"))
+        elif len(node.inputs) == 1 and _name(node).startswith(_OF_LINEARS):
+            work += node.inputs
+
+
+def _name(node: Any) -> str:
+    name: str = node.grad_fn.name() if hasattr(node.grad_fn, "name") else ""
+    return name
 
 
 def _saved_dim(node: Any) -> int | None:

@@ -23,6 +23,14 @@ def cut(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
     stays = torch.ones(old.shape[dim], dtype=torch.bool).index_fill(0, index.cpu(), False).nonzero()[:, 0]
     new = old.detach().index_select(dim, stays.to(old.device))
     setattr(owner, key, nn.Parameter(new, old.requires_grad) if key in owner._parameters else new)
+    for name, value in list(vars(owner).items()):  # the shape that the code gives it, as timm's Scale does
+        if type(value) is tuple and _is_shape(value, old.shape[dim]):
+            setattr(owner, name, tuple(new.shape[dim] if size == old.shape[dim] else size for size in value))
+
+
+def _is_shape(value: tuple[object, ...], width: int) -> bool:
+    """Whether it is one by which a vector of that width meets channels: all other sizes are 1."""
+    return width > 1 and value.count(width) == 1 and value.count(1) == len(value) - 1
 
 
 def randomize_constants(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastscore.graph import channel_buffers, heads, own_tensors
 from fastscore.graph.cut_widths import SIDE, narrow
 from fastscore.graph.groups import ChannelGroup, Role
-from fastscore.modules import experts, multihead_attention
+from fastscore.modules import held_weights, multihead_attention
 from fastscore.modules.computed_weights import make_plain
 from fastscore.modules.evaluation_copy import computed_tensors
 from fastscore.modules.hooks import remove_copied_hooks
@@ -22,7 +22,9 @@ Side: TypeAlias = str  # "inputs", "outputs", "heads", "block", a Dim, or SIDE a
 _DIMS: tuple[Dim, ...] = get_args(Dim)
 _SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "norm": "outputs", "gate": "outputs",
                                "consumer": "inputs", "reader": "inputs", "heads": "heads", "block": "block"}
-_WIDTH = "channels"  # attribute of a module, such as diffusers' up- and downsamplers, that compares its input with it
+# what modules keep of the widths of convolutions that they hold: diffusers' up- and downsamplers of what they read,
+# torchvision's VisionTransformer of what it makes of patches
+_OF_OWNERS = {"inputs": "channels", "outputs": "hidden_dim"}
 # (layer, its inputs or its outputs; or an attention module, its heads; or a parameter, a dimension of it) -> positions
 # that go, int64, ascending: a surgery whole, for any copy of the model
 RemovedIndices: TypeAlias = Mapping[tuple[str, Side], Tensor]
@@ -71,29 +73,28 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     shared = _shared_parameters(model)
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
     layers = [name for name, side in indices if side in ("inputs", "outputs")]
-    for handle in multihead_attention.replace_attention(model, [
-            name for name in layers if not experts.is_expert_parameter(model, name)]):
+    for handle in multihead_attention.replace_attention(model, layers) if layers else ():
         handle.make_permanent()  # whose code takes the width of a stream for that of heads
     for (name, side), index in indices.items():
-        if side == "inputs" and not experts.is_expert_parameter(model, name):
-            _narrow_owner(model, name, len(index))
+        if side in _OF_OWNERS and not held_weights.is_held(model, name):
+            _narrow_owner(model, name, side, len(index))
     # chosen beforehand: a grouped convolution that has lost inputs can look like a depthwise one
     surgeons = {name: channel_buffers.surgeon(model.get_submodule(name))
                 for name, side in indices if side in ("inputs", "outputs")
-                and not experts.is_expert_parameter(model, name)}
+                and not held_weights.is_held(model, name)}
     for (name, side), index in indices.items():
         if side in _DIMS:
             own_tensors.cut(model, name, _DIMS.index(side), index)
             continue
         if side in ("inputs", "outputs") and name not in surgeons:
-            experts.cut(model, name, "inputs" if side == "inputs" else "outputs", index)
+            held_weights.cut(model, name, "inputs" if side == "inputs" else "outputs", index)
             continue
         layer = model.get_submodule(name)
         if side.startswith(SIDE):
             narrow(layer, side.removeprefix(SIDE), len(index))
             continue
         if side == "heads":
-            heads.remove(layer, index)
+            heads.remove(layer, index, [key for key in heads.PROJECTIONS if (f"{name}.{key}", "outputs") in indices])
             for handle in multihead_attention.replace_attention(model, called=()):
                 handle.make_permanent()
             continue
@@ -121,6 +122,7 @@ def smaller_copy(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> 
     for parameter in pruned.parameters():
         if parameter.untyped_storage()._cdata in own:
             parameter.data = parameter.data.clone()
+    held_weights.put_all_back(pruned)
     remove_copied_hooks(pruned)
     return pruned
 
@@ -136,11 +138,13 @@ def remove_channels(model: nn.Module, groups: Iterable[ChannelGroup], removed: M
     return remove_indices(model, removed_indices(groups, removed))
 
 
-def _narrow_owner(model: nn.Module, name: str, gone: int) -> None:
-    """Take what a layer's inputs lose off the width that the module which holds it keeps, where it is theirs."""
+def _narrow_owner(model: nn.Module, name: str, side: str, gone: int) -> None:
+    """Take what a layer loses off the width that the module which holds it keeps, where it is the layer's."""
     owner, layer = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
-    if isinstance(layer, nn.modules.conv._ConvNd) and vars(owner).get(_WIDTH) == layer.in_channels:
-        setattr(owner, _WIDTH, layer.in_channels - gone)
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        width = layer.in_channels if side == "inputs" else layer.out_channels
+        if vars(owner).get(_OF_OWNERS[side]) == width:
+            setattr(owner, _OF_OWNERS[side], width - gone)
 
 
 def _shared_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:

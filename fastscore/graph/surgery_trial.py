@@ -83,15 +83,16 @@ def together(recording: Recording, groups: Sequence[ChannelGroup], refused: Mapp
         refused: names of those that fail -> why.
 
     Returns:
-        Groups that run, each made of some of `refused`: channel by channel, of those that read each other.
+        Groups that run, each made of some of `refused`, channel by channel.
     """
     found, used = list[ChannelGroup](), set[str]()
     left = [group for group in groups if group.name in refused]
     for group in left:
         joined, reason = group, refused[group.name]
-        while group.name not in used and (place := _PLACE.search(reason)):
+        while group.name not in used and "does not run" in reason:
+            place = _PLACE.search(reason)
             partner = next((other for other in left if other is not group and other.name not in used
-                            and other.name.startswith(f"{place[1]}.") and _alike_wide(joined, other)), None)
+                            and _may_join(joined, other, "" if place is None else f"{place[1]}.")), None)
             if partner is None:
                 break
             used.add(partner.name)
@@ -104,9 +105,14 @@ def together(recording: Recording, groups: Sequence[ChannelGroup], refused: Mapp
     return found
 
 
-def _alike_wide(group: ChannelGroup, other: ChannelGroup) -> bool:
-    """Whether one of two groups of the same width is made by a layer that reads the other."""
+def _may_join(group: ChannelGroup, other: ChannelGroup, place: str) -> bool:
+    """Whether two groups of the same width meet where the model does not run: in the module of a name that ends with a
+    dot, of which the other's first layer is one and reads the first, or is read by it; or in its own code."""
     if not torch.equal(group.unit, other.unit):
+        return False
+    if not place:
+        return True
+    if not other.name.startswith(place):
         return False
     made, read = ([{member.layer for member in each.role(role)} for each in (group, other)]
                   for role in ("producer", "consumer"))

@@ -176,7 +176,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     if unused and recording.shows_in_output(unused):
         unused.clear()
     branches = blocks.find(eval_model, whole)
-    heads, left = attention.find(eval_model, whole)
+    heads, left = attention.find(eval_model, whole, unused)
     found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording, unused, idle),
                         heads)
     graph.release()

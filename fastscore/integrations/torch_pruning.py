@@ -19,7 +19,8 @@ class Importance:
 
     The model must have the names it was scored with: the pruner's model is the one that was scored, not a wrapper
     around it. Groups that have no score (see scores.skipped), or only some of whose channels have one, are kept; so are
-    attention heads whose queries, keys and values come from one layer. GroupNormPruner.regularize() needs a score for
+    attention heads whose queries, keys and values come from one layer, and the streams that nn.MultiheadAttention
+    reads, of which Torch-Pruning takes the same part out of every head. GroupNormPruner.regularize() needs a score for
     every group: give it such layers as ignored_layers.
 
     Args:
@@ -47,6 +48,8 @@ class Importance:
         """
         graph = group._DG
         scores = self._current(graph, group)
+        if any(isinstance(item.dep.target.module, nn.MultiheadAttention) for item in group):
+            return None
         made = [(item, scores[layer].double()) for item in group
                 if _makes_channels(layer := graph._module2name.get(item.dep.target.module), item.dep.target.module,
                                    scores) and graph.is_out_channel_pruning_fn(item.dep.handler)]

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 
 from fastscore.batches import tensors_of
-from fastscore.modules import computed_weights, experts, multihead_attention, transposed_linear
+from fastscore.modules import computed_weights, held_weights, multihead_attention, transposed_linear
 from fastscore.modules.modes import enter_evaluation
 from fastscore.modules.wrappers import check_whole
 
@@ -54,8 +54,8 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     enter_evaluation(eval_model)
     for handle in multihead_attention.replace_attention(eval_model):
         handle.make_permanent()
-    for experts_handle in experts.replace_experts(eval_model):
-        experts_handle.make_permanent()
+    for parameters in held_weights.replace(eval_model):
+        parameters.make_permanent()
     for module in filter(transposed_linear.is_transposed, list(eval_model.modules())):
         transposed_linear.become_linear(module)
     for module in eval_model.modules():

@@ -7,7 +7,7 @@ model as long as it is tapped or masked, and for good where heads were removed.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastscore.modules import own_width, windowed_attention
+from fastscore.modules.parameter_layers import HoldsLayers
 
 _SEPARATE = "qkv_bias_separate"  # of timm's attention: False has it read the weight of its layer without calling it
+
+
+# what nn.MultiheadAttention holds itself and multiplies by: see fastscore.modules.projections
+PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 class SequenceFirstLinear(nn.Linear):
@@ -27,7 +32,7 @@ class SequenceFirstLinear(nn.Linear):
         return super().forward(x.transpose(0, 1)).transpose(0, 1)
 
 
-class MultiheadAttention(nn.Module):
+class MultiheadAttention(HoldsLayers, nn.Module):
     """What nn.MultiheadAttention computes, with num_heads x head_dim of any width; made by `replace_attention` alone.
 
     Parameters as there: in_proj_weight [3·H·D, E], or q_proj_weight [H·D, E], k_proj_weight and v_proj_weight; out_proj
@@ -40,11 +45,11 @@ class MultiheadAttention(nn.Module):
     dropout: float
     batch_first: bool
     add_zero_attn: bool
-    in_proj_weight: Tensor | None
+    in_proj_weight: Tensor | nn.Module | None
     in_proj_bias: Tensor | None
-    q_proj_weight: Tensor
-    k_proj_weight: Tensor
-    v_proj_weight: Tensor
+    q_proj_weight: Tensor | nn.Module
+    k_proj_weight: Tensor | nn.Module
+    v_proj_weight: Tensor | nn.Module
     bias_k: Tensor | None
     bias_v: Tensor | None
     out_proj: nn.Module
@@ -98,22 +103,21 @@ class MultiheadAttention(nn.Module):
             return output.squeeze(1), None if weights is None else weights.squeeze(0)
         return output.transpose(0, 1) if self.batch_first else output, weights
 
-    def in_proj(self, x: Tensor) -> Tensor:
-        """Queries, keys and values of [L, N, E], side by side: [L, N, 3·H·D]."""
-        assert self.in_proj_weight is not None
-        return F.linear(x, self.in_proj_weight, self.in_proj_bias)
-
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[L, N, E] each -> [L, N, H·D] each."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if weight is not None and query is key and key is value:
             # contiguous parts of one product, as PyTorch makes them
-            q, k, v = self.in_proj(query).unflatten(-1, (3, -1)).unsqueeze(0).transpose(0, -2) \
+            q, k, v = _product(query, weight, bias).unflatten(-1, (3, -1)).unsqueeze(0).transpose(0, -2) \
                 .squeeze(-2).contiguous()
+            return q, k, v
+        if isinstance(weight, nn.Module):
+            q, k, v = (weight(x.transpose(0, 1), part).transpose(0, 1).chunk(3, -1)[part].contiguous()
+                       for part, x in enumerate((query, key, value)))
             return q, k, v
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.chunk(3)
         biases = (None, None, None) if bias is None else bias.chunk(3)
-        return tuple(F.linear(x, w, b) for x, w, b in  # type: ignore[return-value]
+        return tuple(_product(x, w, b) for x, w, b in  # type: ignore[return-value]
                      zip((query, key, value), weights, biases, strict=True))
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, source: int, samples: int,
@@ -131,6 +135,28 @@ class MultiheadAttention(nn.Module):
         return mask
 
 
+def _product(x: Tensor, weight: Tensor | nn.Module, bias: Tensor | None) -> Tensor:
+    """[L, N, E] times a weight, or through a layer of it, which may have the bias: [L, N, outputs]."""
+    if isinstance(weight, nn.Module):
+        made: Tensor = weight(x.transpose(0, 1)).transpose(0, 1).contiguous()
+        return made if bias is None else made + bias
+    return F.linear(x, weight, bias)
+
+
+def projections(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of nn.MultiheadAttention, or what stands for it, that it multiplies by; of all other
+    modules none."""
+    if not _is_replaced(module) and type(module) is not MultiheadAttention:
+        return ()
+    return tuple(name for name in PROJECTIONS if module._parameters.get(name) is not None)
+
+
+def _is_replaced(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
+    """Whether it is PyTorch's own, whose place MultiheadAttention takes."""
+    return type(module) is nn.MultiheadAttention and type(module.out_proj) in (NonDynamicallyQuantizableLinear,
+                                                                               nn.Linear, SequenceFirstLinear)
+
+
 def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> Iterator["Handle"]:
     """Put MultiheadAttention in the place of each nn.MultiheadAttention of a model, whose parameters stay.
 
@@ -140,33 +166,42 @@ def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> 
 
     Args:
         model: changed in place.
-        called: names of layers; only modules whose output projection is among them are changed (of those that own_width
-            knows, any of whose layers is), and encoders that hold one. None: all; (): encoders alone.
+        called: names of layers; only modules whose output projection is among them are changed (of those that
+            windowed_attention and own_width know, any of whose layers is), and encoders that hold one. None: all;
+            (): encoders alone.
 
     Yields:
         For each change, a handle that undoes it, or makes it permanent.
     """
-    wanted = None if called is None else {id(model.get_submodule(name)) for name in called}
+    wanted = None if called is None else {id(_layer(model, name)) for name in called}
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False) and (
                 not wanted or any(id(inner.out_proj) in wanted for inner in module.modules()
                                   if isinstance(inner, nn.MultiheadAttention))):
             yield Handle([(module, "use_nested_tensor", False)])  # only its layers' fused path takes nested ones
         qualified = f"{type(module).__module__}.{type(module).__qualname__}"
-        kind, output = windowed_attention.REPLACEMENTS.get(qualified, (None, ""))
-        if kind is not None and (wanted is None or id(module.get_submodule(output)) in wanted):
-            yield Handle([(module, "__class__", kind)])
+        kind = windowed_attention.REPLACEMENTS.get(qualified)
+        if kind is not None and (wanted is None or any(id(layer) in wanted for layer in module.children())):
+            yield Handle([(module, "__class__", kind), *windowed_attention.layers(module, kind)])
         found = own_width.replacement(module)
         if found is not None and (wanted is None or any(id(layer) in wanted for layer in module.children())):
             yield Handle([(module, "__class__", found)])
         if module.__dict__.get(_SEPARATE) is False and (wanted is None or any(
                 id(layer) in wanted for layer in module.children())):
             yield Handle([(module, _SEPARATE, True)])
-        if type(module) is not nn.MultiheadAttention or (wanted is not None and id(module.out_proj) not in wanted):
-            continue
-        if type(module.out_proj) in (NonDynamicallyQuantizableLinear, nn.Linear):
+        if _is_replaced(module) and (wanted is None or id(module.out_proj) in wanted):
             yield Handle([(module, "__class__", MultiheadAttention),
                           (module.out_proj, "__class__", SequenceFirstLinear)])
+
+
+def _layer(model: nn.Module, name: str) -> nn.Module:
+    """The layer of that qualified name; of a parameter the module that holds it, or, of a projection, the output
+    projection there."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if key in PROJECTIONS and isinstance(output := getattr(module, "out_proj", None), nn.Module):
+        return output
+    return module if key in module._parameters else model.get_submodule(name)
 
 
 class Handle:

@@ -3,10 +3,23 @@ from the same attributes, with any number of heads and with projections
 that run as layers (see multihead_attention.py)."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class LinearWithoutKeyBias(nn.Linear):
+    """Queries, keys and values of torchvision's Swin V2, which has zeros for the bias of the keys, whatever is held."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., 3·H·D]."""
+        if self.bias is None:
+            return F.linear(x, self.weight)
+        third = torch.arange(len(self.bias), device=x.device) // (len(self.bias) // 3)
+        return F.linear(x, self.weight, self.bias * (third != 1))
 
 
 class ShiftedWindowAttention(nn.Module):
@@ -21,6 +34,7 @@ class ShiftedWindowAttention(nn.Module):
     proj: nn.Linear
     relative_position_bias_table: Tensor
     relative_position_index: Tensor
+    qkv_class: type[nn.Linear] = nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, H, W, C] -> [N, H, W, C]; of a video [N, T, H, W, C] -> the same."""
@@ -31,7 +45,7 @@ class ShiftedWindowAttention(nn.Module):
         shape = x.shape[1:-1]
         shift = [0 if side >= part else by for side, part, by in zip(size, shape, self.shift_size, strict=True)]
         x = _windows(x.roll([-by for by in shift], tuple(dims)), size)
-        qkv = F.linear(x, self.qkv.weight, self._bias()).unflatten(-1, (3, self.num_heads, -1))
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # [N, windows, heads, L, D] each
         products = self._products(q, k) + self._position_bias(math.prod(size))
         if any(shift):
@@ -55,9 +69,6 @@ class ShiftedWindowAttention(nn.Module):
     def _window(self, whole: torch.Size) -> list[int]:
         """The size of a window in an input of that size."""
         return self.window_size
-
-    def _bias(self) -> Tensor | None:
-        return self.qkv.bias
 
     def _products(self, q: Tensor, k: Tensor) -> Tensor:
         products: Tensor = (q * q.shape[-1] ** -0.5) @ k.mT
@@ -86,13 +97,7 @@ class ShiftedWindowAttentionV2(ShiftedWindowAttention):
     logit_scale: Tensor
     cpb_mlp: nn.Module
     relative_coords_table: Tensor
-
-    def _bias(self) -> Tensor | None:
-        bias = self.qkv.bias
-        if bias is None:
-            return None
-        q, k, v = bias.chunk(3)
-        return torch.cat([q, torch.zeros_like(k), v])
+    qkv_class = LinearWithoutKeyBias
 
     def _products(self, q: Tensor, k: Tensor) -> Tensor:
         scale = self.logit_scale.clamp(max=math.log(100.0)).exp()
@@ -122,13 +127,20 @@ class RelativePositionAttention(nn.Module):
         return output
 
 
-# qualified name of a class -> what computes the same, and the name of the output projection
-REPLACEMENTS: dict[str, tuple[type[nn.Module], str]] = {
-    "torchvision.models.swin_transformer.ShiftedWindowAttention": (ShiftedWindowAttention, "proj"),
-    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": (ShiftedWindowAttentionV2, "proj"),
-    "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d": (ShiftedWindowAttention3d, "proj"),
-    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": (RelativePositionAttention, "merge"),
+# qualified name of a class -> what computes the same
+REPLACEMENTS: dict[str, type[nn.Module]] = {
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": ShiftedWindowAttention,
+    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": ShiftedWindowAttentionV2,
+    "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d": ShiftedWindowAttention3d,
+    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": RelativePositionAttention,
 }
+
+
+def layers(module: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """(layer of a module that becomes of `kind`, "__class__", what class it has then), where that is another one."""
+    layer = module._modules.get("qkv")
+    if issubclass(kind, ShiftedWindowAttention) and type(layer) is nn.Linear and kind.qkv_class is not nn.Linear:
+        yield layer, "__class__", kind.qkv_class
 
 
 def _windows(x: Tensor, size: list[int]) -> Tensor:

@@ -19,8 +19,8 @@ from fastscore import batches
 from fastscore.graph import heads
 from fastscore.graph.groups import READS, ChannelGroup, Member
 from fastscore.modules.counting import count
-from fastscore.modules.experts import ExpertLinear
 from fastscore.modules.inspection import device_of
+from fastscore.recovery.compensation import has_no_place
 
 Resource = Literal["channels", "params", "macs"]
 MacsWithout: TypeAlias = Callable[[Mapping[str, Tensor]], int]  # group -> int64 [R] that are gone -> MACs that run then
@@ -117,13 +117,13 @@ class Costs:
                         else _layer_cost(layer, own, counted_parameters)
                 cost = self.layers[member.layer]
                 if compensate and member.role == "consumer" and model.get_submodule(member.layer).bias is None \
-                        and not isinstance(layer, ExpertLinear):
+                        and not has_no_place(model, member.layer):
                     cost.bias_below = cost.inputs
                 positions = np.bincount(member.channel.numpy(), minlength=group.channels).tolist()
                 losses[tuple(positions)].append((cost, member.role in READS))
         # group of a branch -> the layers that go with it
-        self._blocks = {name: self._layers_inside(model, name, per_layer)
-                        for name, group in self.groups.items() if any(group.role("block"))}
+        self._blocks = {name: self._layers_inside(model, block.layer, per_layer)
+                        for name, group in self.groups.items() for block in group.role("block")}
         self.totals: dict[Resource, float] = {
             "channels": sum(group.channels for group in self.groups.values()),
             "params": sum(parameter.numel() for parameter in model.parameters()),

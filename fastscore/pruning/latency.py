@@ -22,7 +22,7 @@ from fastscore.pruning.costs import Costs, MacsWithout
 from fastscore.pruning.layer_times import layer_seconds
 from fastscore.pruning.options import Budgets
 from fastscore.pruning.ranking import RemovalStep
-from fastscore.pruning.report import Candidate, Timing
+from fastscore.pruning.report import UNSTEADY, Candidate, Timing
 from fastscore.pruning.selection import channels_of, restore, rounded_up, steps_needed
 
 # The search ends with a candidate whose share of the dense model's time is below the budget by no more than this (or
@@ -124,9 +124,11 @@ def search_steps(foreseen: Sequence[float], start: int, share: float, measure: C
         candidates = [steps for steps in fast if steps > low] if start not in fast else [start]
         if not candidates:
             if most in slow:
+                unsteady = f" (± {unsure:.1%}: the clock was unsteady; time on a machine that does nothing else)" \
+                    if (unsure := uncertainty(most)) > UNSTEADY else ""
                 raise ValueError(f"latency: {share:g} cannot be reached: with every removable channel gone, "
-                                 f"{rounded_up(slow[most])} of the dense model's time was measured; ask for more, "
-                                 "lower the floor, or ignore fewer layers")
+                                 f"{rounded_up(slow[most])} of the dense model's time was measured{unsteady}; ask for "
+                                 "more, lower the floor, or ignore fewer layers")
             try_out(min(max(beyond(low), low + 1), most))
             continue
         high = min(candidates)

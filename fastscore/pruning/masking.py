@@ -15,7 +15,7 @@ from fastscore.arguments import check_number
 from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph import blocks
 from fastscore.graph.groups import ChannelGroup, Ignore
-from fastscore.modules import experts, multihead_attention
+from fastscore.modules import held_weights, multihead_attention, parameter_layers
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook, input_of, with_input
 from fastscore.modules.inspection import channel_dim, device_of
@@ -74,7 +74,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
         removed = select(order, costs, budgets.counted)
         positions = removed_positions(graph.groups, removed)
         means = removed_means(model, scores.means, positions, graph.groups) if compensate else {}
-        handles: Iterator[RemovableHandle | multihead_attention.Handle | experts.Handle]
+        handles: Iterator[RemovableHandle | multihead_attention.Handle | parameter_layers.Handle]
         if scores.origin.units == "norms":
             handles = at_gates(model, positions, means)
         else:
@@ -91,10 +91,10 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
 
 def at_consumers(model: nn.Module, positions: Mapping[str, Tensor],
                  added: Mapping[str, Tensor]
-                 ) -> Iterator[RemovableHandle | multihead_attention.Handle | experts.Handle]:
+                 ) -> Iterator[RemovableHandle | multihead_attention.Handle | parameter_layers.Handle]:
     """Hooks by which layers read zero at `positions` of their inputs, and add float64 [C_out] to their outputs."""
     yield from multihead_attention.replace_attention(model, called=())  # hooks take no nested tensors
-    yield from experts.replace_experts(model, positions)
+    yield from held_weights.replace(model, positions)
     yield from multihead_attention.replace_attention(model, positions)
     for name, index in positions.items():
         yield model.get_submodule(name).register_forward_pre_hook(_zero(index), with_kwargs=True)

@@ -13,12 +13,15 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastscore.graph.surgery import RemovedIndices, Side, remove_indices
 from fastscore.modules.multihead_attention import SequenceFirstLinear
+from fastscore.modules.parameter_layers import ParameterLinear
+from fastscore.modules.windowed_attention import LinearWithoutKeyBias
 from fastscore.recovery.compensation import add_to_biases
 
 K = TypeVar("K", bound=Hashable)
 _ATTRIBUTE = "_fastscore_recipe"
-# The output projection of an attention has another type while the model is tapped: see multihead_attention.
-_SAME: Mapping[type, type] = {NonDynamicallyQuantizableLinear: nn.Linear, SequenceFirstLinear: nn.Linear}
+# The projections of some attentions have another type while the model is tapped: see multihead_attention.
+_SAME: Mapping[type, type] = {NonDynamicallyQuantizableLinear: nn.Linear, SequenceFirstLinear: nn.Linear,
+                              LinearWithoutKeyBias: nn.Linear}
 
 
 class Recipe(TypedDict):
@@ -42,7 +45,13 @@ def structure(model: nn.Module) -> dict[str, str]:
         own_kind: type = type(module)
         kind = _SAME.get(own_kind, own_kind)
         settings = module.extra_repr() if kind.__module__.startswith("torch.nn") else ""
+        if isinstance(module, ParameterLinear):  # as long as the model is tapped
+            continue
+        held: dict[str, Tensor | None] = {}
+        for layer in module.children():
+            held |= layer.held if isinstance(layer, ParameterLinear) else {}
         own = {**module._parameters, **module._buffers}
+        own = {**held, **{key: tensor for key, tensor in own.items() if key not in held}}
         shapes = [f"{key} {list(tensor.shape)}" for key, tensor in own.items() if tensor is not None]
         lines[name] = " ".join([f"{kind.__name__}({settings})", *shapes])
     return lines

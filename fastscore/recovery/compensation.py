@@ -17,11 +17,15 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward, with_float64
 from fastscore.graph.groups import ChannelGroup, Role
-from fastscore.modules import experts
+from fastscore.modules import held_weights
 from fastscore.modules.channel_norms import norm_of
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim
+from fastscore.modules.parameter_layers import ParameterLinear
 from fastscore.modules.transposed_linear import is_transposed, widths
+from fastscore.modules.windowed_attention import LinearWithoutKeyBias
+
+_ADAPTERS = {"lora_A", "lora_B"}
 
 
 def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping[str, Tensor],
@@ -41,11 +45,12 @@ def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping
 
 
 def has_no_place(model: nn.Module, name: str) -> bool:
-    """Whether what reads channels has no bias that could take a mean in: experts, and norms."""
-    if experts.is_expert_parameter(model, name):
+    """Whether what reads channels has no bias that could take a mean in: experts, norms, and the ranks of an adapter,
+    which PEFT merges without one."""
+    if held_weights.is_held(model, name) or not _ADAPTERS.isdisjoint(name.split(".")[:-1]):
         return True
     layer = model.get_submodule(name)
-    return isinstance(layer, experts.ExpertLinear) or norm_of(layer) is not None
+    return isinstance(layer, ParameterLinear) or norm_of(layer) is not None
 
 
 def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], positions: Mapping[str, Tensor],
@@ -94,7 +99,10 @@ def mean_contributions(model: nn.Module, means: Mapping[str, Tensor], example_in
             exact = copy.deepcopy(module).to(constant.device).double()
             args, kwargs = with_input(args, kwargs, constant)
             y = type(exact).forward(exact, *args, **kwargs)  # past the hooks
-            found[name].append((y[:1] - y[1:]).movedim(dim, 0).flatten(1).mean(1))
+            added = (y[:1] - y[1:]).movedim(dim, 0).flatten(1).mean(1)
+            if isinstance(module, LinearWithoutKeyBias):
+                added.chunk(3)[1].zero_()
+            found[name].append(added)
 
         return hook
 

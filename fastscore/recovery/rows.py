@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches import with_float64
-from fastscore.modules.experts import ExpertLinear
+from fastscore.modules.parameter_layers import ParameterLinear
 from fastscore.modules.transposed_linear import is_linear, is_transposed
 from fastscore.recovery.moments import POSITIONS, rows_of
 
@@ -76,7 +76,7 @@ def set_weight_rows(layer: nn.Module, rows: Tensor) -> None:
 def is_product(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
     """Whether the layer does make y of x as the rows say: a Linear or a convolution that is none of another kind."""
     if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or x.dim() != y.dim() \
-            or isinstance(layer, ExpertLinear):
+            or isinstance(layer, ParameterLinear):
         return False
     rows, made = read_rows(layer, with_float64(x)), made_rows(layer, with_float64(y))
     if len(rows) != len(made):

@@ -8,7 +8,7 @@ from torch import nn
 from fastscore.graph.blocks import with_blocks
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Ignore, Role, norm_gates
 from fastscore.graph.sample_axes import ALONE
-from fastscore.modules.experts import is_expert_parameter
+from fastscore.modules.held_weights import is_held
 from fastscore.modules.inspection import channel_dim
 from fastscore.scoring.scores import Origin
 from fastscore.taps.gates import TapPoint
@@ -19,7 +19,7 @@ def tap_points(model: nn.Module, groups: Iterable[ChannelGroup], windowed: bool 
 
     windowed: a tap reads only the positions that its layer reads, where it skips some.
     """
-    return {edge.layer: TapPoint(-1) if is_expert_parameter(model, edge.layer) else
+    return {edge.layer: TapPoint(-1) if is_held(model, edge.layer) else
             TapPoint(edge.dim, output=True) if edge.role == "branch" else
             _tap_point(model.get_submodule(edge.layer), edge.role, windowed)
             for group in groups for edge in group.edges}

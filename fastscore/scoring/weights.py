@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from fastscore.batches import with_float64
 from fastscore.graph import heads
 from fastscore.graph.groups import ChannelGroup, Member
-from fastscore.modules import experts
+from fastscore.modules import held_weights
+from fastscore.modules.parameter_layers import ParameterLinear
 from fastscore.modules.transposed_linear import is_transposed
 
 # (model, group, seed) -> [C]; None where the criterion says nothing about the group
@@ -76,15 +77,16 @@ def filter_products(model: nn.Module, group: ChannelGroup, gradients: Mapping[st
 def filter_parameters(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[Member, str]]:
     """(layer, qualified name of a weight or bias) of everything that makes the group's channels: Conv, Linear,
     Embedding, and the projections that an attention module holds itself."""
+    producers = {member.layer for member in group.role("producer")}
     for member in group.role("producer", "channelwise", "heads"):
-        if experts.is_expert_parameter(model, member.layer):
+        if held_weights.is_held(model, member.layer):
             yield member, member.layer
             continue
         layer = model.get_submodule(member.layer)
         dense = isinstance(layer, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)) or is_transposed(layer)
         own = heads.PROJECTIONS if member.role == "heads" else ("weight", "bias") if dense else ()
         for name, parameter in layer.named_parameters(recurse=False):
-            if name in own and parameter is not None:
+            if name in own and parameter is not None and f"{member.layer}.{name}" not in producers:
                 yield member, f"{member.layer}.{name}"
 
 
@@ -92,10 +94,11 @@ def _by_position(model: nn.Module, member: Member, name: str, values: Tensor) ->
     """Values of the shape of the parameter called `name` -> a row for each position (or head) of the member."""
     if member.role == "heads":
         return heads.by_head(name.rpartition(".")[2], values, len(member.index))
-    if experts.is_expert_parameter(model, member.layer) or \
-            isinstance(model.get_submodule(member.layer), experts.ExpertLinear):  # [E, outputs, inputs]
-        return values.transpose(0, 1).flatten(1)
-    return _by_output(model.get_submodule(member.layer), values) if values.dim() > 1 else values[:, None]
+    if values.dim() == 1:
+        return values[:, None]
+    if held_weights.is_held(model, member.layer) or isinstance(model.get_submodule(member.layer), ParameterLinear):
+        return values.transpose(0, 1).flatten(1) if values.dim() > 2 else values  # [E, outputs, inputs] of experts
+    return _by_output(model.get_submodule(member.layer), values)
 
 
 def _by_output(layer: nn.Module, weight: Tensor) -> Tensor:

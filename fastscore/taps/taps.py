@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastscore.batches import Outputs, output_tensors
-from fastscore.modules import experts, multihead_attention
+from fastscore.modules import experts, held_weights, multihead_attention, parameter_layers
 from fastscore.modules.hooks import OwnHook, input_of, with_input
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, by_sample, by_token, rows_first, spread
 from fastscore.taps.gates import FusedTap, Gate, NormGate, TapPoint
@@ -61,7 +61,7 @@ class Taps:
         self._propagating = self._in_one_pass = False
         self._backward = BackwardPasses()
         self._unseen: dict[str, RemovableHandle] = {}  # layers whose taps have not run -> what says so
-        self._handles: list[RemovableHandle | multihead_attention.Handle | experts.Handle] = []
+        self._handles: list[RemovableHandle | multihead_attention.Handle | parameter_layers.Handle] = []
 
     def attach(self) -> None:
         """Set the hooks. Raises RuntimeError when they are set already."""
@@ -69,7 +69,7 @@ class Taps:
             raise RuntimeError("these taps are attached already: detach() first")
         self._handles = [self.model.register_forward_pre_hook(self._hook(self._begin), with_kwargs=True),
                          self.model.register_forward_hook(self._hook(self._end))]
-        self._handles += experts.replace_experts(self.model, self.points)
+        self._handles += held_weights.replace(self.model, self.points)
         self._handles += multihead_attention.replace_attention(self.model, self.points)
         for layer, point in self.points.items():
             module = self.model.get_submodule(point.module or layer)

@@ -235,6 +235,7 @@ def test_measured_agreement_stands_beside_the_budget(scores: Scores, tmp_path: P
         return f"{curve.rows[row].repaired.agreement:.1%} at {curve.rows[row].macs:.1%} of the MACs".replace("%", " %")
 
     page = shown(path, fraction=70, unit="macs")
+    assert f"judged by {curve.decisions} decisions about samples that no repair has seen: few, so" in page
     assert f"measured: {said(2)}, {said(1)}<" in page  # steps are wide here: 59 % is what 70 % leaves
     assert [row[5] for row in rows(page, "curve")] == [f"{row.repaired.agreement:.1%}".replace("%", " %")
                                                        for row in curve.rows]
@@ -242,7 +243,7 @@ def test_measured_agreement_stands_beside_the_budget(scores: Scores, tmp_path: P
     assert "agreement was measured for budgets in MACs<" in shown(path, fraction=80, unit="params")
     for broken, named in (({**written, "notes": {"model": "nets.py:build", "date": "yesterday"}}, "other scores, whose "
                            "date is yesterday and not today"), ({"rows": []}, r"not what fastscore curve --out writes"),
-                          ({**written, "resource": "hours"}, "not what")):
+                          ({**written, "resource": "hours"}, "not what"), ({**written, "decisions": 0}, "not what")):
         file.write_text(json.dumps(broken))
         with pytest.raises(ValueError, match=named):
             html_report.read_curve(str(file), kept)
@@ -278,3 +279,12 @@ def test_a_narrow_window_holds_all_of_it(width: int, scores: Scores, tmp_path: P
     assert width - 30 < seen <= width
     assert reach <= seen
     assert bars_cut_off == 0
+
+
+@needs_browser
+@pytest.mark.parametrize("images", [" --images photos", ""])
+def test_that_prune_measures_is_said_where_it_does(images: str, scores: Scores, tmp_path: Path) -> None:
+    path = tmp_path / "r.html"
+    html_report.write(scores, path, command=f"fastscore prune nets.py:build --scores s{images}")
+    hidden = re.search(r'id="measuring"([^>]*)>', shown(path))[1]
+    assert ("hidden" in hidden) is not bool(images)

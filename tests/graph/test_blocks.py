@@ -11,6 +11,7 @@ import torch
 import transformers
 from oracles import untouched
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 import fastscore
 from fastscore.graph.tracing import trace
@@ -141,6 +142,22 @@ def test_branches_go_with_channels_under_one_budget(name: str, tmp_path: Path) -
     assert _run(small, batch).square().mean() < first
     again = fastscore.score(small, [batch], units="blocks", forward=_run, progress=False)
     assert not set(gone) & set(again)
+
+
+def test_a_branch_and_its_heads_have_names_of_their_own() -> None:
+    """The heads of nn.MultiheadAttention are called as the module is, which is a branch."""
+    torch.manual_seed(0)
+    model, x = VisionTransformer(8, 4, 1, 3, 12, 8, num_classes=4).eval(), torch.randn(3, 3, 8, 8)
+    nn.init.normal_(model.heads.head.weight)
+    attention = "encoder.layers.encoder_layer_0.self_attention"
+    scores = fastscore.score(model, [x], units="blocks", progress=False)
+    assert (len(scores[attention]), len(scores[f"{attention} (whole)"])) == (12, 1)
+    for name in (attention, f"{attention} (whole)"):
+        least = replace(scores, totals={other: total * (other != name) for other, total in scores.totals.items()})
+        result = fastscore.prune(model, least, x, channels=0.8, compensate=False)
+        assert name in result.removed
+        with torch.no_grad(), fastscore.mask(model, least, 0.2, x, compensate=False):
+            torch.testing.assert_close(result.model(x), model(x))
 
 
 def test_generation_with_and_without_a_cache_is_the_same() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import whole_way
 from networks import randomize
 from oracles import untouched
+from timm.layers import BlurPool2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -88,8 +90,26 @@ def test_buffers_go_with_their_channels(name: str) -> None:
                 assert after.num_features == before.num_features - gone
 
 
+class Anchored(nn.Module):
+    """Convolutions with anti-aliasing pools between them, one of which says how many channels it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), BlurPool2d(8), nn.Conv2d(8, 6, 3), nn.ReLU(),
+                                 BlurPool2d(stride=1), nn.Conv2d(6, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).mean((2, 3))
+
+
+def test_filters_of_anti_aliasing_pools_go_with_their_channels(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    pool = whole_way.check(Anchored, x, ["net.0", "net.3"], tmp_path).model.net[2]
+    assert (pool.channels, tuple(pool.filt.shape)) == (4, (4, 1, 3, 3))
+
+
 def test_only_modules_with_one_number_for_each_channel_have_a_width() -> None:
-    """And none that Torch-Pruning knows, that holds parameters or modules, or whose buffers differ."""
+    """Or a filter; and none that Torch-Pruning knows, that holds parameters or modules, or whose buffers differ."""
     def holding(*shapes: tuple[int, ...]) -> nn.Module:
         module = nn.Module()
         for number, shape in enumerate(shapes):
@@ -98,7 +118,8 @@ def test_only_modules_with_one_number_for_each_channel_have_a_width() -> None:
 
     assert channel_buffers.width(FrozenBatchNorm2d(5)) == 5
     assert channel_buffers.width(holding((4,), (1, 4, 1, 1), ())) == 4
-    for other in (holding(), holding(()), holding((4,), (5,)), holding((3, 1, 5, 5)), holding((4,), (2, 4)),
+    assert channel_buffers.width(holding((3, 1, 5, 5))) == 3
+    for other in (holding(), holding(()), holding((4,), (5,)), holding((3, 2, 5, 5)), holding((4,), (2, 4)),
                   nn.BatchNorm2d(4), nn.Sequential(FrozenBatchNorm2d(4)), nn.Identity(), nn.Conv2d(1, 2, 3)):
         assert channel_buffers.width(other) is None
     learned = holding((4,))

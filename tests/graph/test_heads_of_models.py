@@ -10,6 +10,7 @@ import torch
 import transformers
 import whole_way
 from torch import nn
+from torchvision.models import swin_transformer as swin
 
 import fastscore
 
@@ -34,12 +35,36 @@ def _swin() -> nn.Module:
         image_size=16, patch_size=2, embed_dim=8, depths=[2], num_heads=[4], window_size=4, num_labels=5))
 
 
+def _swinv2() -> nn.Module:
+    return transformers.Swinv2ForImageClassification(transformers.Swinv2Config(
+        image_size=16, patch_size=2, embed_dim=8, depths=[2], num_heads=[4], window_size=4, num_labels=5))
+
+
+def _deberta() -> nn.Module:
+    return transformers.DebertaV2ForSequenceClassification(transformers.DebertaV2Config(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=12,
+        max_position_embeddings=16, relative_attention=True, position_buckets=4, pos_att_type=["p2c", "c2p"],
+        share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False, type_vocab_size=0))
+
+
+def _modernbert() -> nn.Module:
+    return transformers.ModernBertForSequenceClassification(transformers.ModernBertConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2))
+
+
 # name -> (model, batch, group, shapes of parameters after half of the heads are gone)
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str, dict[str, tuple[int, ...]]]] = {
     "BEiT": (_beit, PIXELS, "beit.layers.0.attention.q_proj",
              {"beit.layers.0.relative_position_bias.relative_position_bias_table": (52, 2)}),
     "Swin": (_swin, PIXELS, "swin.encoder.layers.0.blocks.1.attention.q_proj",
              {"swin.encoder.layers.0.blocks.1.attention.relative_position_bias.relative_position_bias_table": (49, 2)}),
+    "Swin V2": (_swinv2, PIXELS, "swinv2.encoder.layers.0.blocks.1.attention.self.query",
+                {"swinv2.encoder.layers.0.blocks.1.attention.self.logit_scale": (2, 1, 1),
+                 "swinv2.encoder.layers.0.blocks.1.attention.self.continuous_position_bias_mlp.2.weight": (2, 512)}),
+    "DeBERTa": (_deberta, TOKENS, "deberta.encoder.layer.0.attention.self.query_proj",
+                {"deberta.encoder.layer.0.attention.self.value_proj.weight": (8, 16)}),
+    "ModernBERT": (_modernbert, TOKENS, "model.layers.0.attn.Wqkv", {"model.layers.0.attn.Wqkv.weight": (24, 16)}),
 }
 
 
@@ -48,6 +73,26 @@ def test_whole_way(name: str, tmp_path: Path) -> None:
     build, batch, group, shapes = MODELS[name]
     small = whole_way.check(build, batch, [group], tmp_path, only=False).model
     assert {key: tuple(small.get_parameter(key).shape) for key in shapes} == shapes
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_heads_and_streams_of_torchvisions_swin(version: int, tmp_path: Path) -> None:
+    """The smaller model's windows are as wide as what it reads, and merged four by four; biases of keys, which V2 does
+    not read, take no mean in."""
+    def build() -> nn.Module:
+        kinds = {} if version == 1 else {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+        return swin.SwinTransformer([2, 2], 8, [2, 1], [2, 4], [2, 2], num_classes=5, **kinds)
+
+    groups = ["features.0.0", "features.2.reduction", *(f"features.{at}.{layer}" for at in ("1.0", "1.1", "3.0")
+                                                        for layer in ("attn.qkv", "mlp.0"))]
+    small = whole_way.check(build, PIXELS["pixel_values"], groups, tmp_path, only=version == 1).model
+    assert small.features[1][1].attn.qkv.weight.shape == (12, 4)
+    assert small.features[2].reduction.weight.shape == (8, 16)
+    model, x = whole_way.noisy(build), PIXELS["pixel_values"]
+    scores = fastscore.score(model, [x], progress=False)
+    small = fastscore.prune(model, scores, x, channels=0.6, scope="layer").model
+    with torch.no_grad(), fastscore.mask(model, scores, 0.4, x, scope="layer"):
+        torch.testing.assert_close(small(x), model(x))
 
 
 def test_a_config_that_others_share_stays_what_it_is(tmp_path: Path) -> None:

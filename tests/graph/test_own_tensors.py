@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import whole_way
+from timm.models.metaformer import Scale
 from torch import Tensor, nn
 
 import fastscore
@@ -57,6 +58,20 @@ class Patches(nn.Module):
         return self.head((x * self.gains[0] + branch * self.gains[1])[:, 0])
 
 
+class Scales(nn.Module):
+    """timm's own, which keeps the shape by which it meets an image, or tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up, self.down = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 12, 1), nn.Conv2d(12, 8, 1)
+        self.images, self.tokens, self.head = Scale(8), Scale(8, use_nchw=False), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.images(x) + self.down(torch.relu(self.up(x)))
+        return self.head(self.tokens(x.flatten(2).mean(-1)))
+
+
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
@@ -64,7 +79,8 @@ IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1), d
     (ConvNet, ["stem", "blocks.0.up", "blocks.1.up"],
      {"blocks.0.layer_scale": (4, 1, 1), "blocks.1.layer_scale": (4, 1, 1)}),
     (Patches, ["embed", "up"], {"cls_token": (1, 1, 4), "pos_embed": (1, 17, 4), "alpha": (1, 1, 4), "beta": (4,),
-                                "gains": (2, 4), "scalar": (1,)})])
+                                "gains": (2, 4), "scalar": (1,)}),
+    (Scales, ["stem", "up"], {"images.scale": (4,), "tokens.scale": (4,)})])
 def test_whole_way(build: type[nn.Module], groups: list[str], cut: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
     result = whole_way.check(build, IMAGES, groups, tmp_path)
     parameters = dict(result.model.named_parameters())

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.batches import Batch, Forward, call_model, checked_forward, map_tensors
 from fastscore.graph.tracing import trace
+from fastscore.modules import held_weights
 from fastscore.modules.channel_norms import norm_of
-from fastscore.modules.experts import replace_experts
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.multihead_attention import replace_attention
@@ -183,7 +183,7 @@ def as_gates_say(model: nn.Module, x: Batch, example: Batch, forward: Forward) -
             read[edge.layer].append((edge.index, gate[edge.channel]))
     total: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
     with ExitStack() as attached:
-        for handle in (*replace_experts(model, read), *replace_attention(model, read)):  # which then run as layers
+        for handle in (*held_weights.replace(model, read), *replace_attention(model, read)):  # which then run as layers
             attached.callback(handle.remove)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -93,25 +93,6 @@ def finite_difference(model: nn.Module, group: Group, x: Tensor, v: Tensor, step
     return torch.stack(columns, 1)
 
 
-def alone(model: nn.Module, found: Any, x: Tensor, v: Tensor) -> Tensor:
-    """s [N, C]: the derivative of v_n·z_n with respect to gates on a group's channels, sample n run by itself.
-
-    found: a ChannelGroup, of which only the positions and units are read.
-    """
-    rows = []
-    for n in range(len(x)):
-        gate = torch.ones(found.channels, dtype=torch.float64, requires_grad=True)
-        weights = {}
-        for edge in found.edges:  # a gate on what every row reads is one on the weight that reads it
-            weight = model.get_parameter(f"{edge.layer}.weight").detach()
-            factors = torch.ones(weight.shape[1], dtype=torch.float64).index_put((edge.index,), gate[edge.channel])
-            weights[f"{edge.layer}.weight"] = weight * factors.view(-1, *[1] * (weight.dim() - 2))
-        z = torch.func.functional_call(model, weights, (x[n:n + 1],))
-        rows.append(torch.autograd.grad((z[0] * v[n]).sum(), gate)[0])
-    s = torch.stack(rows)
-    return torch.stack([s[:, found.unit == unit].sum(1) for unit in found.unit], 1)
-
-
 def elements(model: nn.Module, group: Group, x: Tensor, v: Tensor) -> list[tuple[Tensor, list[list[int]]]]:
     """[(a·g with channels first [C_in, N, ...], positions)] for each consumer edge of the group and each call of it."""
     seen: list[tuple[Tensor, str]] = []

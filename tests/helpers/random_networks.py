@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from networks import randomize
+from random_attention import HEADS, Attend
 from torch import Tensor, nn
 
 SIZE = 8  # pixels of the input, each way
@@ -42,6 +43,7 @@ class Step:
     makes: list[int] | None = None
     fixes: list[int] = field(default_factory=list)
     counts: list[int] | None = None  # what the statistics of a normalisation over channels count
+    within: list[tuple[str, list[int] | None, list[int]]] = field(default_factory=list)  # layers in it: the same
 
 
 class Program(nn.Module):
@@ -171,6 +173,11 @@ def gated(network: RandomNetwork, x: Tensor, scale: Callable[[int], Tensor | flo
         factors = [torch.as_tensor(scale(unit), dtype=torch.float64).expand(len(x)) for unit in units]
         network.model.get_submodule(layer).gate = torch.stack(factors, 1)
     for layer, units in network.consumers.items():
+        if ".attn." in layer:
+            owner, _, weight = layer.partition(".attn.")
+            factors = [torch.as_tensor(scale(unit), dtype=torch.float64).expand(len(x)) for unit in units]
+            network.model.get_submodule(owner).gates[weight] = torch.stack(factors, 1)
+            continue
         module = network.model.get_submodule(layer)
 
         def multiply(module: nn.Module, args: tuple[Tensor, ...], units: list[int] = units) -> tuple[Tensor, ...]:
@@ -185,6 +192,9 @@ def gated(network: RandomNetwork, x: Tensor, scale: Callable[[int], Tensor | flo
     finally:
         for layer in network.norms:
             network.model.get_submodule(layer).gate = None
+        for module in network.model.layers.children():
+            if isinstance(module, Attend):
+                module.gates.clear()
         for handle in handles:
             handle.remove()
 
@@ -193,7 +203,7 @@ def sums(network: RandomNetwork, x: Tensor, v: Tensor) -> dict[int, Tensor]:
     """unit -> s [N], the directional derivative of v·z: by autograd through gates."""
     units = sorted(network.read)
     gates = {unit: torch.ones(len(x), dtype=torch.float64, requires_grad=True) for unit in units}
-    z = gated(network, x, gates.__getitem__)
+    z = gated(network, x, lambda unit: gates.get(unit, 1.0))  # of those that nothing reads
     found = torch.autograd.grad((z * v).sum(), list(gates.values()), allow_unused=True)
     return {unit: torch.zeros(len(x), dtype=torch.float64) if s is None else s
             for unit, s in zip(units, found, strict=True)}
@@ -325,8 +335,27 @@ class _Generator:
         return self.add("over channels", (source,), value.labels, value.size, lambda layer, x: layer(x),
                         OverChannels(self.rng.random() < 0.6, len(value.labels)), counts=value.labels)
 
+    def attended(self) -> int | None:
+        """PyTorch's own attention of pixels to each other, or to those of another value."""
+        source = self.pick(lambda value: len(value.labels) % HEADS == 0)
+        if source is None:
+            return None
+        x = self.values[source].labels
+        other = self.pick() if self.rng.random() < 0.4 else None
+        memory = x if other is None else self.values[other].labels
+        layer, out = Attend(len(x), None if other is None else len(memory)), self.new_labels(len(x))
+        heads = [label for label in self.new_labels(HEADS) for _ in range(len(x) // HEADS)]
+        names = layer.names()
+        fused = names[0] == names[1]
+        within = [(".attn", None, heads), (".attn.out_proj", heads, out)]
+        within += [(f".attn.{names[0]}", x, heads * 3)] if fused else [
+            (f".attn.{name}", read, heads) for name, read in zip(names, (x, memory, memory), strict=True)]
+        sources = (source,) if other is None else (source, other)
+        return self.add("attended", sources, out, self.values[source].size, lambda layer, *values: layer(*values),
+                        layer, within=within, ties=[(x, memory)] if fused else [])
+
     def swapped(self) -> int | None:
-        source = self.pick(lambda value: len(value.labels) > 2)
+        source = self.pick(lambda value: len(value.labels) > 3)
         if source is None:
             return None
         value = self.values[source]
@@ -504,7 +533,8 @@ class _Generator:
                 (self.conv, 5), (self.channelwise, 4), (self.activation, 5), (self.residual, 3), (self.combine, 3),
                 (self.concat, 2), (self.halves, 2), (self.grouped, 1), (self.transposed, 1), (self.again, 1),
                 (self.resize, 2), (self.squeeze_excite, 1), (self.hostile, 1)]
-            options += [(self.owned, 5), (self.over_channels, 4), (self.swapped, 4)] if self.more else []
+            if self.more:
+                options += [(self.owned, 5), (self.over_channels, 4), (self.swapped, 4), (self.attended, 4)]
             steps, weights = zip(*options, strict=True)
             for step in self.rng.choices(steps, weights, k=length or self.rng.randrange(4, 14)):
                 step()
@@ -523,21 +553,24 @@ class _Generator:
         in_vain = [step for step in self.steps if any(step is other for other in dead)]
         # what no layer reads in vain, nobody follows
         alive = {step.layer for step in self.steps if not any(step is other for other in dead)}
-        ends = [i for i, step in enumerate(self.steps) if step.layer not in alive and (step.makes or step.counts)]
+        ends = [i for i, step in enumerate(self.steps) if step.layer not in alive
+                and (step.makes or step.counts or step.within)]
         behind = {j for i in ends for j in self.steps_behind(i + 1)}
         followed = [step for i, step in enumerate(self.steps)
                     if i in behind or not any(step is other for other in in_vain)]
         for step in [*(step for step in self.steps if not any(step is other for other in dead)), *in_vain]:
-            for known, labels in ((consumers, step.reads), (producers, step.makes)):
-                if labels is not None:
-                    first = known.setdefault(f"layers.{step.layer}", labels)
-                    step.ties.append((first, labels))
+            for name, reads, makes in (("", step.reads, step.makes), *step.within):
+                for known, labels in ((consumers, reads), (producers, makes)):
+                    if labels is not None:
+                        first = known.setdefault(f"layers.{step.layer}{name}", labels)
+                        step.ties.append((first, labels))
             for ties in step.ties if any(step is other for other in followed) else []:
                 self.tie(*ties)
         fixed = [label for step in self.steps for label in step.fixes]
         if self.seed % 5 == 0:  # what runs to no end
             fixed += [label for step in dead for source in step.sources for label in self.values[source].labels]
             fixed += [label for step in dead for label in consumers.get(f"layers.{step.layer}", [])]
+            fixed += [label for step in dead for _, reads, makes in step.within for label in [*(reads or []), *makes]]
 
         def units(labels: list[int]) -> list[int]:
             return [self.unit(label) for label in labels]

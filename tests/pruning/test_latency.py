@@ -308,6 +308,15 @@ def test_a_noisy_machine_is_measured_for_longer(monkeypatch: pytest.MonkeyPatch)
         assert timing.share == pytest.approx(1, abs=noise / 3 + 1e-9)
 
 
+@pytest.mark.parametrize(("uncertainty", "said"), [
+    (0.02, "0.9 of the dense model's time was measured; ask for more"),
+    (0.3, r"0.9 of the dense model's time was measured \(± 30.0%: the clock was unsteady; time on a machine that does "
+          "nothing else\\); ask for more")])
+def test_a_budget_out_of_reach_says_what_the_clock_is_worth(uncertainty: float, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^latency: 0.5 cannot be reached: with every removable channel gone, {said}"):
+        latency.search_steps([1.0, 0.8, 0.6, 0.4], 0, 0.5, lambda steps, patience: 0.9, lambda steps: uncertainty)
+
+
 def test_the_benchmark_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     in_macs(monkeypatch)
     monkeypatch.delitem(benchmark.RANKINGS, "round_to auto")  # narrower networks than any hardware likes

@@ -11,6 +11,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
+import whole_way
 from random_layouts import generate
 from torch import Tensor, nn
 
@@ -251,7 +252,7 @@ def test_a_batch_is_worth_its_samples_alone(case: tuple[nn.Module, Tensor, set[s
     single = score(model, list(x.split(1)), v, x)  # the way out that the reasons name
     assert set(single) == {group.name for group in graph.groups}
     for group in graph.groups:
-        want = oracles.alone(model, group, x, v).square().mean(0)
+        want = whole_way.sums(model, group, x, v).square().mean(0)
         for found in (scores, parts, single):
             if group.name in found:
                 torch.testing.assert_close(found[group.name].double(), want, rtol=1e-6, atol=1e-30,
@@ -286,7 +287,7 @@ def test_random_layouts(seed: int) -> None:
     assert set(scores) >= {group.name for group in graph.groups} - network.untold, model.layouts
     for group in graph.groups:
         if group.name in scores:
-            s = oracles.alone(model, group, x, v).square()
+            s = whole_way.sums(model, group, x, v).square()
             want = (s.sum(0) + s[:3].sum(0)) / (len(x) + 3)
             torch.testing.assert_close(scores[group.name].double(), want, rtol=1e-6, atol=1e-12,
                                        msg=lambda text, name=group.name: f"{name} of {model.layouts}: {text}")
@@ -322,7 +323,7 @@ def test_a_model_that_takes_its_samples_second() -> None:
     graph = trace(BatchFirst().eval(), x)
     assert {f"net.{name}" for name in scores} == {group.name for group in graph.groups}
     for group in graph.groups:
-        want = oracles.alone(BatchFirst().eval(), group, x, v).square().mean(0)
+        want = whole_way.sums(BatchFirst().eval(), group, x, v).square().mean(0)
         for found in (scores, scorer.scores()):
             torch.testing.assert_close(found[group.name.removeprefix("net.")].double(), want, rtol=1e-6, atol=1e-30)
     whole, parts = (fastscore.score(model, batches, progress=False, forward=forward)
@@ -345,7 +346,7 @@ def test_a_layer_called_by_keyword() -> None:
     scores, graph = score(model, [x], v, x), trace(model, x)
     assert set(scores) == {"one", "two"}
     for group in graph.groups:
-        want = oracles.alone(model, group, x, v).square().mean(0)
+        want = whole_way.sums(model, group, x, v).square().mean(0)
         torch.testing.assert_close(scores[group.name].double(), want, rtol=1e-6, atol=1e-30)
     small = fastscore.prune(model, scores, x, channels=0.6)
     with torch.no_grad(), fastscore.mask(model, scores, 0.4, x):

@@ -1,0 +1,112 @@
+"""How a model calls its attention modules, and what they hand on to each other."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.batches import tensors_of
+from fastscore.modules.hooks import input_of
+
+
+@dataclass(frozen=True)
+class Call:
+    """The first call of a module.
+
+    args, kwargs: copies, since a cache of keys and values would grow. handed: the arguments, by position or keyword,
+    that hold a bias for each head in their second dimension.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    handed: frozenset[int | str] = frozenset()
+
+    def of_heads(self, kept: Tensor) -> "Call":
+        """The same call, but for the biases of heads that are not `kept` (int64)."""
+        def narrow(place: int | str, value: Any) -> Any:
+            return value.index_select(1, kept.to(value.device)) if place in self.handed else value
+
+        return replace(self, args=tuple(narrow(place, value) for place, value in enumerate(self.args)),
+                       kwargs={name: narrow(name, value) for name, value in self.kwargs.items()})
+
+    def inputs_of(self, layers: Iterable[str], module: nn.Module) -> dict[str, Tensor | None]:
+        """What each of `layers` reads in this call of `module`; None where it is not called."""
+        seen: dict[str, Tensor | None] = dict.fromkeys(layers)
+
+        def see(layer: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if seen[layer] is None:
+                    seen[layer] = input_of(args, kwargs).detach()
+
+            return hook
+
+        handles = [module.get_submodule(layer).register_forward_pre_hook(see(layer), with_kwargs=True)
+                   for layer in seen]
+        args, kwargs = copy.deepcopy((self.args, self.kwargs))
+        try:
+            with torch.no_grad():
+                module(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+
+@dataclass
+class Calls:
+    """Those of the modules `of`, by name; and `together`, those that take what another of them returned: a bias for
+    each head, as T5's layers do of the first."""
+
+    of: dict[str, Call] = field(default_factory=dict)
+    together: list[list[str]] = field(default_factory=list)
+
+
+def record(model: nn.Module, heads: Mapping[str, int], run: Callable[[nn.Module], Any]) -> Calls:
+    """The calls of modules in one run of a model. heads: name of each module -> how many it has."""
+    calls = Calls()
+    returned: dict[int, tuple[Tensor, str]] = {}  # which are kept, so that no other tensor has their ids
+
+    def before(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name in calls.of:
+                return
+            given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+            handed = {place: returned[id(value)][1] for place, value in given.items()
+                      if id(value) in returned and _is_bias(value, heads[name])}
+            calls.of[name] = Call(*copy.deepcopy((args, kwargs)), frozenset(handed))
+            _join(calls.together, name, handed.values())
+
+        return hook
+
+    def after(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            for tensor in tensors_of(output):
+                if _is_bias(tensor, heads[name]):
+                    returned.setdefault(id(tensor), (tensor, name))
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(before(name), with_kwargs=True) for name in heads]
+    handles += [model.get_submodule(name).register_forward_hook(after(name)) for name in heads]
+    try:
+        with torch.no_grad():
+            run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _is_bias(value: object, heads: int) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4 and value.shape[1] == heads > 1
+
+
+def _join(together: list[list[str]], name: str, makers: Iterable[str]) -> None:
+    """Put a module to those whose biases it takes."""
+    rows = [row for row in together if not {*makers}.isdisjoint(row)]
+    for row in rows:
+        together.remove(row)
+    together.append(list(dict.fromkeys([*(each for row in rows for each in row), *makers, name])))

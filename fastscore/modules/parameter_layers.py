@@ -1,0 +1,194 @@
+"""A parameter that a module's own code multiplies by, as a layer, which can be tapped, followed and cut as others are.
+
+In evaluation copies, and in a user's model as long as it is tapped or masked, such a layer stands under the name of the
+parameter; state dicts have the parameter's own name all the while. Before and after surgery a user's model is what it
+was, with narrower parameters.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+Side: TypeAlias = Literal["inputs", "outputs"]
+
+
+class ParameterLinear(nn.Linear):
+    """A Linear of the parameter `name` of a module, and of its bias; made by `Handle`."""
+
+    # widths that the code of a module keeps beside its parameters: (parameter, side) -> attributes
+    widths: ClassVar[Mapping[tuple[str, str], tuple[str, ...]]] = {}
+
+    def __init__(self, owner: nn.Module, name: str, bias_name: str) -> None:
+        nn.Module.__init__(self)
+        self._of = owner, name  # no child of it, that is
+        self.bias_name = bias_name
+        weight = owner._parameters.pop(name)
+        assert weight is not None
+        self.weight = weight
+        self.register_parameter("bias", owner._parameters.get(bias_name))
+        if bias_name:
+            owner._parameters[bias_name] = None
+        self._measure()
+
+    def _measure(self) -> None:
+        self.out_features, self.in_features = self.weight.shape[-2:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        return F.linear(x, self.weight, self.bias)
+
+    # code that reads the parameter itself reads it still
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+            return getattr(super().__getattr__("weight"), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.weight[index]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What PyTorch calls where a function is given one as a tensor."""
+        if getattr(func, "__name__", "") in ("eq", "ne", "__eq__", "__ne__"):  # as where it is looked for in a list
+            return NotImplemented
+        args, kwargs = tree_map(lambda each: each.weight if isinstance(each, ParameterLinear) else each,
+                                (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @property
+    def held(self) -> dict[str, nn.Parameter | None]:
+        """What the module has in the place of this layer."""
+        bias = {self.bias_name: self._parameters["bias"]} if self.bias_name else {}
+        return {self._of[1]: self._parameters["weight"], **bias}
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        """As Torch-Pruning's functions do of a Linear: without the outputs `idxs`, in place."""
+        if self.bias is not None:
+            self.bias = without(self.bias, 0, torch.tensor(idxs))
+        return self._without("outputs", idxs)
+
+    def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        """Without the inputs `idxs`, in place."""
+        return self._without("inputs", idxs)
+
+    def get_out_channels(self, layer: nn.Module) -> int:
+        """How many outputs there are."""
+        return self.out_features
+
+    def get_in_channels(self, layer: nn.Module) -> int:
+        """How many inputs there are."""
+        return self.in_features
+
+    def _without(self, side: Side, index: Sequence[int]) -> nn.Module:
+        owner, name = self._of
+        self.weight = without_rows(self.weight, owner, self.widths.get((name, side), ()), side, torch.tensor(index))
+        self._measure()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        around = prefix[:-len(self._of[1]) - 1]
+        destination.update({f"{around}{name}": held if keep_vars else held.detach()
+                            for name, held in self.held.items() if held is not None})
+
+
+class HoldsLayers:
+    """Of a module that holds such layers: loads the names that it has outside of this file."""
+
+    def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, layer in self._modules.items():
+            if isinstance(layer, ParameterLinear):
+                for own, held in ((name, "weight"), (layer.bias_name, "bias")):
+                    if own and f"{prefix}{own}" in state_dict:
+                        state_dict[f"{prefix}{name}.{held}"] = state_dict.pop(f"{prefix}{own}")
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """What becomes of a module.
+
+    names: of its parameters that become layers. layer: of which class. change: what its own class is made from besides;
+    None: it loads state dicts as HoldsLayers does already. biases: of those of `names` that have one, its name.
+    """
+
+    names: tuple[str, ...]
+    layer: type[ParameterLinear]
+    change: type | None = None
+    biases: Mapping[str, str] = field(default_factory=dict)
+
+
+class Handle:
+    """A module whose parameters are layers until `remove`."""
+
+    def __init__(self, module: nn.Module, kinds: Kinds) -> None:
+        self._module: nn.Module | None = module
+        for name in kinds.names:
+            module.add_module(name, kinds.layer(module, name, kinds.biases.get(name, "")))
+        others = {name: module._modules.pop(name) for name in list(module._modules) if name not in kinds.names}
+        module._modules.update(others)  # behind them, so that parameters come in the order that they had
+        if kinds.change is not None:
+            module.__class__ = _changed(kinds.change, type(module))
+
+    def remove(self) -> None:
+        """Give the module back what it had."""
+        if self._module is not None:
+            put_back(self._module)
+        self._module = None
+
+    def make_permanent(self) -> None:
+        """Let the module be what it is now for good."""
+        self._module = None
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.remove()
+
+
+def put_back(module: nn.Module) -> None:
+    """Make the layers that a module's parameters have become parameters again, in place."""
+    layers = {name: layer for name, layer in module._modules.items() if isinstance(layer, ParameterLinear)}
+    held: dict[str, nn.Parameter | None] = {}
+    for name, layer in layers.items():
+        held |= layer.held
+        del module._modules[name]
+    others = {name: value for name, value in module._parameters.items() if name not in held}
+    module._parameters.clear()
+    module._parameters.update(held | others)  # in the order that they had
+    module.__class__ = vars(type(module)).get("_before", type(module))
+
+
+def without_rows(weight: Tensor, owner: nn.Module, attributes: Iterable[str], side: Side, index: Tensor
+                 ) -> nn.Parameter:
+    """The weight less the inputs or outputs `index` (int64); those of its module's `attributes` that are its width
+    follow."""
+    new = without(weight, weight.dim() - (1 if side == "inputs" else 2), index)
+    for attribute in attributes:
+        if vars(owner).get(attribute) == weight.shape[-1]:
+            setattr(owner, attribute, new.shape[-1])
+    return new
+
+
+def without(weight: Tensor, dim: int, index: Tensor) -> nn.Parameter:
+    """A parameter less the positions `index` (int64) of `dim`."""
+    stays = torch.ones(weight.shape[dim], dtype=torch.bool).index_fill(0, index.cpu(), False).nonzero()[:, 0]
+    return nn.Parameter(weight.detach().index_select(dim, stays.to(weight.device)), weight.requires_grad)
+
+
+_CHANGED: dict[tuple[type, type], type] = {}  # (what is changed, a class) -> the class, with that changed
+
+
+def _changed(change: type, cls: type) -> type:
+    if (change, cls) not in _CHANGED:
+        _CHANGED[change, cls] = type(cls.__name__, (change, cls), {"_before": cls})
+    return _CHANGED[change, cls]
