@@ -97,6 +97,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
                 if ran <= ran_in_training and (more.groups or not found.groups):
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
+        found = training_only.read_in_training(eval_model, found)
         found = returned_trial.offered(model, eval_model, found, run)
         samples = example_inputs if samples is None else batches.map_tensors(batches.usable, samples)
         try:
