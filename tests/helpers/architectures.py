@@ -317,6 +317,7 @@ _IN_SHORT = (
     (r"shares its weight", "shares a weight"),
     (r"parametrization", "a computed weight"),
     (r"does not run on", "not reached"),
+    (r"the code of \w+ reads .* in training alone", "meets a parameter in training alone"),
     (r"and runs in training alone", "an auxiliary head reads it"),
     (r"training alone", "an auxiliary head"),
     (r"no backward pass", "no gradient comes back"),
