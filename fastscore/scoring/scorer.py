@@ -44,9 +44,10 @@ class Scorer:
         gradient: "loss" or "random".
         normalize: Divide each sample's score by the length of its output gradient (by the square of it where the score
             is quadratic): what scaling the gradient to length 1 would give, since backward passes are linear. This also
-            cancels the 1/N of a mean loss and a loss scale. In training mode BatchNorm mixes the samples of a batch,
-            and the division is approximate. "molchanov-group" reads the weight gradients of a whole batch, which cannot
-            be divided: it takes normalize=False with gradient="loss".
+            cancels the 1/N of a mean loss and a loss scale. In training mode BatchNorm mixes the samples of a batch:
+            the division is then approximate, and by no less than the root mean square of the batch's lengths.
+            "molchanov-group" reads the weight gradients of a whole batch, which cannot be divided: it takes
+            normalize=False with gradient="loss".
         units, reduction, ablation, layerwise, center: See fastscore.score.
         seed, distribution: Of the random gradients.
         sample_dims: 2 where each token of an output [N, T, ...] is a sample: see fastscore.score.
@@ -212,6 +213,25 @@ def _read(totals: Totals, output_dim: int, taps: Taps, done: ForwardPass) -> Non
                              "one for each sample in all of them")
         lengths = [torch.linalg.vector_norm(batches.with_float64(part), dim=1, dtype=torch.float64) for part in parts]
         length = torch.linalg.vector_norm(torch.stack(lengths), dim=0)
+        if _mixes_samples(taps.model):
+            length = _no_shorter_than_usual(length, valid)
     sums = taps.by_sample(done.rows(), done, gradients[0])
     totals.settle()
     totals.add(sums, samples, length, weight_gradients=done.weight_gradients, valid=valid)
+
+
+def _mixes_samples(model: nn.Module) -> bool:
+    """Whether a BatchNorm normalises by the statistics of the batch: then the gradient of one sample's output comes to
+    the activations of all."""
+    return any(module.training for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+
+
+def _no_shorter_than_usual(length: Tensor, valid: Tensor | None) -> Tensor:
+    """Lengths [N], but of no sample less than their root mean square; zero stays zero.
+
+    What comes to a sample from the gradients of others does not shrink with its own: divided by the length of one that
+    the loss is done with (1e-8 of the others', say), it would outweigh all else.
+    """
+    counted = torch.ones_like(length) if valid is None else valid.to(length.dtype)
+    usual = ((length.square() * counted).sum() / counted.sum()).sqrt()
+    return torch.where(length == 0, length, torch.maximum(length, usual))

@@ -292,8 +292,9 @@ class Totals:
         scores = replace(scores, coverage=coverage(self.model, self._graph, totals, scores.skipped))
         layer = next((name for name in scores if not torch.isfinite(scores[name]).all()), None)
         if layer is not None:
-            raise FloatingPointError(f"{layer}: its importances are beyond float32: use normalize=True, a smaller loss "
-                                     'scale, or importance="taylor-abs", which squares nothing')
+            raise FloatingPointError(f"{layer}: its importances are beyond float32: use "
+                                     + ("" if self.origin.normalize else "normalize=True, a smaller loss scale, or ")
+                                     + 'importance="taylor-abs", which squares nothing')
         return scores
 
     def _why_missed(self, layer: str) -> str:
