@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastscore.modules.parameter_layers import ParameterLinear
 from fastscore.modules.sample_axis import SampleAxes
 
 Role = Literal["producer", "consumer", "channelwise", "norm", "heads", "gate", "tensor", "branch", "block",
@@ -181,6 +182,8 @@ def matching_layers(model: nn.Module, ignore: Ignore) -> set[str]:
     names: dict[str, object] = {name: module for name, module in model.named_modules() if name}
     names |= {name: parameter for name, parameter in model.named_parameters()  # those that a module's own code reads
               if not name.endswith((".weight", ".bias"))}
+    names |= {f"{name.rpartition('.')[0]}.{held}".lstrip("."): layer for name, layer in model.named_modules()
+              if isinstance(layer, ParameterLinear) for held in layer.held}  # as the user has them
     matched: set[str] = set()
     if not isinstance(ignore, (str, type, nn.Module, Iterable)):
         raise TypeError(f"ignore: {ignore!r:.80}, where names of layers, module types or modules are meant")
