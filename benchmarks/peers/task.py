@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.peers.measure import Stopwatch
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.tracing import trace
-from fastscore.modules import multihead_attention
+from fastscore.modules import held_weights, multihead_attention
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,12 @@ class Task:
 
     @classmethod
     def of(cls, model: nn.Module, images: Tensor, labels: Tensor, ignored: tuple[str, ...] = ()) -> "Task":
-        """Score all channel groups that fastscore finds, but for `ignored`."""
-        return cls(model, images, labels, trace(model, images[:1]).without(model, ignored), ignored)
+        """Score all channel groups that fastscore finds, but for `ignored`, and those that parameters read which are no
+        layers, such as nn.MultiheadAttention's projections: nobody else can hook these."""
+        graph = trace(model, images[:1])
+        ignored = (*ignored, *(group.name for group in graph.groups
+                               if any(held_weights.is_held(model, edge.layer) for edge in group.edges)))
+        return cls(model, images, labels, graph.without(model, ignored), ignored)
 
     @classmethod
     def random(cls, name: str, images: int, size: int, device: str = "cpu", layout: str = "contiguous") -> "Task":

@@ -215,10 +215,17 @@ def test_a_convolution_that_is_called_twice_is_not_folded() -> None:
     assert not scores.plan.folded
 
 
-@pytest.mark.parametrize("computed", [weight_norm, weight_parametrization, spectral_norm])
-def test_computed_weights_are_left_alone_and_the_others_are_scored(computed) -> None:
-    """A group that such a weight makes or reads has a reason instead of a score."""
+@pytest.mark.parametrize("computed", [weight_norm, weight_parametrization])
+def test_a_weight_that_is_computed_from_rows_alone_is_folded_as_what_it_is(computed) -> None:
     model = classifier(computed(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3))
+    scores = assert_scored_as_it_is(model, inputs(4, 3, 9, 9))
+    assert scores.plan.folded == {"1": "0"}
+    assert list(scores) == ["0", "3", "5"]
+
+
+def test_computed_weights_are_left_alone_and_the_others_are_scored() -> None:
+    """A group that such a weight makes or reads has a reason instead of a score."""
+    model = classifier(spectral_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3))
     scores = assert_scored_as_it_is(model, inputs(4, 3, 9, 9))
     assert "computed" in scores.skipped["0"]
     assert "computed" in scores.plan.not_folded["1"]
