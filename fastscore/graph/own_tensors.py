@@ -35,7 +35,7 @@ def _is_shape(value: tuple[object, ...], width: int) -> bool:
 
 def randomize_constants(model: nn.Module) -> None:
     """Make those that hold one number throughout, as layer scales of 1e-6 do before training, random in [0.5, 1.5); and
-    biases, and what BatchNorms have for each channel.
+    biases, and what BatchNorms have for each channel (their means in [-0.5, 0.5)).
 
     In place, for a copy that is traced: what hardly shows cannot be followed, and who reads one entry of a bias that is
     zero reads another after training.
@@ -43,10 +43,10 @@ def randomize_constants(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     random: dict[int, Tensor] = {}
 
-    def note(tensor: Tensor | None) -> None:
+    def note(tensor: Tensor | None, centre: float = 1.0) -> None:
         if tensor is not None and tensor.is_floating_point() and tensor.numel() > 1 and id(tensor) not in random and \
                 bool((tensor == tensor.flatten()[0]).all()):
-            values = (0.5 + torch.rand(tensor.shape, generator=generator)).to(tensor)
+            values = (centre - 0.5 + torch.rand(tensor.shape, generator=generator)).to(tensor)
             random[id(tensor)] = nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else \
                 values
 
@@ -55,8 +55,8 @@ def randomize_constants(model: nn.Module) -> None:
         for parameter in module._parameters.values():
             if parameter is not None and (own or parameter.dim() == 1):
                 note(parameter)
-        for buffer in module._buffers.values() if isinstance(module, nn.modules.batchnorm._NormBase) else ():
-            note(buffer)
+        for name, buffer in module._buffers.items() if isinstance(module, nn.modules.batchnorm._NormBase) else ():
+            note(buffer, float(name != "running_mean"))  # means above zero would leave ReLUs nothing
     for module in model.modules():  # one that several hold stays one
         of_module: tuple[dict[str, Any], ...] = module._parameters, module._buffers
         for held in of_module:

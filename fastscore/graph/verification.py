@@ -99,7 +99,7 @@ def _held(model: nn.Module, groups: Sequence[ChannelGroup]) -> Iterator[tuple[nn
 
 @contextmanager
 def _entries_changed(held: Iterable[tuple[nn.Module, str, int, Tensor]]) -> Iterator[None]:
-    """In the block, (module, name there, dimension, positions) hold numbers further from zero."""
+    """In the block, (module, name there, dimension, positions) hold other numbers."""
     before: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for owner, name, dim, index in held:
@@ -107,13 +107,21 @@ def _entries_changed(held: Iterable[tuple[nn.Module, str, int, Tensor]]) -> Iter
             old: Tensor = kept[name]
             before.append((kept, name, old))
             new, at = old.detach().clone(), index.to(old.device)
-            part = new.index_select(dim, at)
-            new.index_copy_(dim, at, part * 1.5 + torch.where(part < 0, -0.5, 0.5).to(part))
+            new.index_copy_(dim, at, _another(new.index_select(dim, at)))
             kept[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         yield
     finally:
         for kept, name, old in reversed(before):
             kept[name] = old
+
+
+def _another(part: Tensor) -> Tensor:
+    """Numbers further from zero; of integers, which may be places in a tensor, closer ones."""
+    if part.dtype == torch.bool:
+        return ~part
+    if not part.is_floating_point() and not part.is_complex():
+        return torch.where(part > 0, part - 1, part + 1)
+    return part * 1.5 + torch.where(part < 0, -0.5, 0.5).to(part)
 
 
 class Recording:

@@ -226,3 +226,34 @@ def test_tables_that_a_model_holds_lose_channels_or_keep_them_with_the_reason(na
     fastscore.save_pruned(pruned, tmp_path / "small.safetensors")
     loaded = fastscore.load_pruned(lambda: Held(shape, meet).double(), tmp_path / "small.safetensors").eval()
     assert torch.equal(loaded(x), small(x))
+
+
+class Chooses(nn.Module):
+    """A buffer of a whole number, or a choice, for each channel."""
+
+    def __init__(self, table: Tensor, meet: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.meet = meet
+        self.register_buffer("table", table)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.meet(x, self.table.view(1, -1, 1, 1))
+
+
+@pytest.mark.parametrize(("table", "meet"), [
+    (torch.arange(8), lambda x, t: x * t),
+    (torch.arange(8).int(), lambda x, t: x + t),
+    (torch.arange(8) > 3, lambda x, t: x.masked_fill(t, 0)),
+    (torch.arange(8) > 3, lambda x, t: torch.where(t, x, x.sigmoid())),
+], ids=["int64", "int32", "mask", "choice"])
+def test_whole_numbers_and_choices_go_with_their_channels(table: Tensor, meet: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Chooses(table, meet), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1),
+                          nn.Flatten()).double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    scores = fastscore.score(model, [x], progress=False)
+    assert list(scores) == ["0"]
+    small = fastscore.prune(model, scores, x, channels=0.5, compensate=False).model
+    assert len(small[1].table) == 4
+    with torch.no_grad(), fastscore.mask(model, scores, 0.5, x, compensate=False):
+        torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-12)

@@ -202,3 +202,15 @@ def test_norms_of_one_class_are_told_apart_by_the_tensors_that_they_hold() -> No
     plain, scaled = Scaled(torch.ones(())), Scaled(torch.arange(8.0))
     for norm, known in ((plain, True), (scaled, False), (plain, True)):
         assert (norm_of(norm) is not None) == known
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_fresh_batchnorms_leave_the_traced_copy_alive(affine: bool) -> None:
+    """With the statistics that they begin with, and without biases, or with biases of many numbers."""
+    torch.manual_seed(0)
+    layers = [layer for width in (3, 8, 8, 8) for layer in (
+        nn.Conv2d(width, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8, affine=affine), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    assert len(fastscore.score(model, [torch.randn(4, 3, 12, 12)], progress=False)) == 4
