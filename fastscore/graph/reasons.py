@@ -20,7 +20,9 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
     """Why the layers of a group cannot be pruned; None where they can. owners: id of a parameter -> modules with it."""
     consumers = {member.layer for member in members if member.role == "consumer"}
     if not consumers:
-        return "no Conv or Linear reads its channels"
+        one = any(units.width_of(layers[member.module], member.role) == 1 for member in members
+                  if member.role == "producer")
+        return "it is one channel, which has to stay" if one else "no Conv or Linear reads its channels"
     for layer_name in sorted(consumers.intersection(recording.first_layers)):
         if layer_name in recording.without_gradients:
             return f"{layer_name} runs under torch.no_grad() as well, where nothing can be measured"

@@ -207,3 +207,8 @@ def test_a_model_that_takes_gradients_of_its_own_is_left_alone() -> None:
     with pytest.raises(ValueError, match=r"no channel that can be scored\n(.*\n)*  a: the model's code takes "
                                          r"gradients of its own, .*\(RuntimeError: .*\), which is how channels are"):
         fastscore.score(Force(), [torch.randn(3, 6)], progress=False)
+
+
+def test_a_single_channel_has_to_stay() -> None:
+    model = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 1), nn.Sigmoid(), nn.Linear(1, 5))
+    assert trace(model, torch.randn(2, 10)).skipped["2"] == "it is one channel, which has to stay"
