@@ -47,8 +47,8 @@ def observe(eval_model: nn.Module, taps: Taps, example: Batch, run: Forward) -> 
     handles = [module.register_forward_hook(recorder.after(name), with_kwargs=True)
                for name, module in eval_model.named_modules()]
     if recorder.repeating:
-        handles += [eval_model.get_submodule(layer).register_forward_pre_hook(recorder.before(layer), with_kwargs=True)
-                    for layer in taps.points]
+        handles += [eval_model.get_submodule(point.owner(layer)).register_forward_pre_hook(recorder.before(layer), with_kwargs=True)
+                    for layer, point in taps.points.items()]
     try:
         with taps, taps.one_pass(example):
             output: Tensor = run(eval_model, example)
@@ -68,6 +68,9 @@ class _Recorder:
 
     def __init__(self, eval_model: nn.Module, points: Mapping[str, TapPoint]) -> None:
         self.points = points
+        self._taps_of = defaultdict[str, dict[str, TapPoint]](dict)  # module -> name of a tap there -> where it stands
+        for layer, point in points.items():
+            self._taps_of[point.owner(layer)][layer] = point
         self.shapes: dict[str, list[tuple[int, ...]]] = {}
         self.dims: dict[str, set[int]] = {}  # Linear -> how many dimensions its outputs have
         self.inputs: dict[str, tuple[int, ...]] = {}
@@ -83,10 +86,10 @@ class _Recorder:
         """A forward hook for the module of that name."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if name in self.points:
+            for layer, point in self._taps_of.get(name, {}).items():
                 made = output[0] if isinstance(output, tuple) else output
-                x = made if self.points[name].output else input_of(args, kwargs)
-                self.shapes.setdefault(name, []).append(tuple(x.shape))
+                x = made if point.output else input_of(args, kwargs)
+                self.shapes.setdefault(layer, []).append(tuple(x.shape))
             if isinstance(module, nn.Linear):
                 self.dims.setdefault(name, set()).add(output.dim())
             if not isinstance(output, Tensor):

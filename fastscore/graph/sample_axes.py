@@ -39,10 +39,12 @@ ALONE = ": it is scored where batches have one sample each"
 
 @dataclass(frozen=True)
 class Watched:
-    """A tensor to look at: a layer's input, or its output. channel_dim: where its channels are."""
+    """A tensor to look at: a layer's input, or its output. channel_dim: where its channels are. module: the layer's
+    name, where what is looked at has another."""
 
     channel_dim: int
     output: bool = False
+    module: str = ""
 
 
 @dataclass
@@ -76,7 +78,7 @@ def of_graph(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training
     """
     watched = {edge.layer: Watched(channel_dim(model.get_submodule(edge.layer)))
                for group in graph.groups for edge in group.edges}
-    watched |= {edge.layer: Watched(edge.dim, output=True) for group in graph.blocks for edge in group.edges}
+    watched |= {edge.tap: Watched(edge.dim, True, edge.layer) for group in graph.blocks for edge in group.edges}
     watched |= {name: Watched(1, output=True) for name, module in model.named_modules()
                 if isinstance(module, nn.modules.batchnorm._BatchNorm)}
     axes = find(model, watched, run, example) if watched else SampleAxes()
@@ -242,7 +244,7 @@ def _watching(model: nn.Module, watched: Mapping[str, Watched], trial: _Trial) -
 
     handles = [model.register_forward_pre_hook(on_model, with_kwargs=True)]
     for layer, what in watched.items():
-        module = model.get_submodule(layer)
+        module = model.get_submodule(what.module or layer)
         handles.append(module.register_forward_hook(on_output(layer, what)) if what.output else
                        module.register_forward_pre_hook(on_input(layer, what), with_kwargs=True))
     try:

@@ -197,9 +197,11 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     kept |= {name: reasons.read_elsewhere(members[name], readers) or why
              for name, why in refused.items() if name not in made}
     found = replace(found, groups=tuple(group for group in tried if group.name not in refused),
-                    skipped={**found.skipped, **kept, **left}, blocks=branches)
+                    skipped={**found.skipped, **kept, **left})
+    found = _with_heads(eval_model, found, joined)
     ran = recording.layers_that_ran
-    return _with_heads(eval_model, found, joined), ran, {*left, *kept, *(readers.keys() - ran)}
+    found = replace(found, blocks=blocks.that_go(eval_model, whole, branches, found.groups))
+    return found, ran, {*left, *kept, *(readers.keys() - ran)}
 
 
 def _check_runs_again(eval_model: nn.Module, whole: Callable[[nn.Module], Tensor]) -> None:

@@ -122,8 +122,10 @@ class Costs:
                 positions = np.bincount(member.channel.numpy(), minlength=group.channels).tolist()
                 losses[tuple(positions)].append((cost, member.role in READS))
         # group of a branch -> the layers that go with it
-        self._blocks = {name: self._layers_inside(model, block.layer, per_layer)
-                        for name, group in self.groups.items() for block in group.role("block")}
+        self._blocks: dict[str, dict[str, LayerCost]] = defaultdict(dict)
+        for name, group in self.groups.items():
+            for block in group.role("block", "passed"):
+                self._blocks[name] |= self._layers_inside(model, block.layer, per_layer)
         self.totals: dict[Resource, float] = {
             "channels": sum(group.channels for group in self.groups.values()),
             "params": sum(parameter.numel() for parameter in model.parameters()),

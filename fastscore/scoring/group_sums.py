@@ -59,7 +59,7 @@ class JointSums:
         self._edges: dict[str, list[tuple[Tensor, Tensor]]] = {}  # layer -> (positions, units) of each group in it
         for group, start in zip(groups, starts, strict=False):
             for edge in group.edges:
-                self._edges.setdefault(edge.layer, []).append((edge.index, group.unit[edge.channel] + start))
+                self._edges.setdefault(edge.tap, []).append((edge.index, group.unit[edge.channel] + start))
         self._rows: dict[tuple[object, ...], _Rows] = {}
 
     def __call__(self, measured: SideBySide, part: int, scale: Tensor | None) -> Tensor:
@@ -102,7 +102,7 @@ class EdgeSums:
     def __init__(self, group: ChannelGroup) -> None:
         self.group = group
         self.units = int(group.unit.max()) + 1
-        self._edges = [(edge.layer, _edge_index(group, edge)) for edge in group.edges]
+        self._edges = [(edge.tap, _edge_index(group, edge)) for edge in group.edges]
         self._on: dict[torch.device, tuple[list[tuple[str, _EdgeIndex]], Tensor]] = {}  # the same, and units, elsewhere
 
     @property

@@ -15,12 +15,12 @@ from fastscore.taps.gates import TapPoint
 
 
 def tap_points(model: nn.Module, groups: Iterable[ChannelGroup], windowed: bool = True) -> dict[str, TapPoint]:
-    """Layer -> where its tap stands, for every edge of the groups.
+    """Layer (or name of a tap: see Member.tap) -> where its tap stands, for every edge of the groups.
 
     windowed: a tap reads only the positions that its layer reads, where it skips some.
     """
-    return {edge.layer: TapPoint(-1) if is_held(model, edge.layer) else
-            TapPoint(edge.dim, output=True) if edge.role == "branch" else
+    return {edge.tap: TapPoint(-1) if is_held(model, edge.layer) else
+            TapPoint(edge.dim, output=True, module=edge.layer) if edge.role == "branch" else
             _tap_point(model.get_submodule(edge.layer), edge.role, windowed)
             for group in groups for edge in group.edges}
 

@@ -276,9 +276,9 @@ class Totals:
         if layer is not None:
             raise FloatingPointError(f"{layer}: NaN or infinity in its activations or gradients")
         missed = {group.name: self._why_missed(layer) for group in self._graph.groups
-                  for layer in sorted({edge.layer for edge in group.edges} - self._reached)[:1]}
-        missed |= {group.name: self._untold[edge.layer] for group in self._graph.groups for edge in group.edges
-                   if edge.layer in self._untold}
+                  for layer in sorted({edge.tap for edge in group.edges} - self._reached)[:1]}
+        missed |= {group.name: self._untold[edge.tap] for group in self._graph.groups for edge in group.edges
+                   if edge.tap in self._untold}
         totals = {name: total.cpu() for name, total in self._totals.by_name().items() if name not in missed}
         if not totals:
             raise RuntimeError("nothing was measured whole: " + "; ".join(

@@ -16,7 +16,8 @@ class TapPoint:
     """Where a tap stands: the dimension that holds the channels, of the layer's input or of its output.
 
     window: what the layer reads of its input, where that is not all; no gradient comes back to the rest. module: the
-    module at whose input the tap stands, where it is not the layer itself but one before it. statistics: whether what
+    module at whose input the tap stands, where it is not the layer itself but one before it; or at whose output, where
+    the tap has a name of its own. statistics: whether what
     is measured is the input of a normalisation, and its gradient through mean and mean square alone. Where the samples
     lie is another matter: see fastscore.modules.sample_axis.
     """
@@ -26,6 +27,10 @@ class TapPoint:
     window: tuple[slice, ...] = ()
     module: str = ""
     statistics: bool = False
+
+    def owner(self, layer: str) -> str:
+        """The layer whose tap it is, where it goes by that name."""
+        return self.module if self.module and self.output else layer
 
     def fits(self, x: Tensor) -> bool:
         """Whether all of `x`, [N, C, ...], is what is measured here."""

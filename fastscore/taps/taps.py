@@ -69,8 +69,9 @@ class Taps:
             raise RuntimeError("these taps are attached already: detach() first")
         self._handles = [self.model.register_forward_pre_hook(self._hook(self._begin), with_kwargs=True),
                          self.model.register_forward_hook(self._hook(self._end))]
-        self._handles += held_weights.replace(self.model, self.points)
-        self._handles += multihead_attention.replace_attention(self.model, self.points)
+        layers = [point.owner(layer) for layer, point in self.points.items()]
+        self._handles += held_weights.replace(self.model, layers)
+        self._handles += multihead_attention.replace_attention(self.model, layers)
         for layer, point in self.points.items():
             module = self.model.get_submodule(point.module or layer)
             self._handles.append(
@@ -78,8 +79,8 @@ class Taps:
                 else module.register_forward_pre_hook(self._tap_input(module, layer, point), with_kwargs=True))
         if self._on_pass is not None:
             self._handles += [weight.register_hook(self._receive_weight(name)) for name, weight in self.weights.items()]
-            self._unseen = {layer: weight.register_hook(_never_seen(layer)) for layer in self.points
-                            if isinstance(weight := getattr(self.model.get_submodule(layer), "weight", None),
+            self._unseen = {layer: weight.register_hook(_never_seen(layer)) for layer, point in self.points.items()
+                            if isinstance(weight := getattr(self.model.get_submodule(point.owner(layer)), "weight", None),
                                           nn.Parameter) and weight.requires_grad}
 
     def detach(self) -> None:
@@ -282,7 +283,7 @@ class Taps:
         if owner is None or owner.valid is None or point.channel_dim != -1 or self._sample_dims > 1:
             return None
         valid = owner.valid
-        if isinstance(self.model.get_submodule(layer), experts.ExpertLinear) and len(x) % valid.numel() == 0:
+        if isinstance(self.model.get_submodule(point.owner(layer)), experts.ExpertLinear) and len(x) % valid.numel() == 0:
             valid = valid.repeat_interleave(len(x) // valid.numel(), 1)  # a row for each expert that a token chooses
         fits = x.dim() > 1 and axis.fits(x, len(valid)) and axis.first(x.detach(), len(valid)).shape[:-1] == valid.shape
         return valid if fits else None
