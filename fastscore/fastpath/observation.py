@@ -47,8 +47,8 @@ def observe(eval_model: nn.Module, taps: Taps, example: Batch, run: Forward) -> 
     handles = [module.register_forward_hook(recorder.after(name), with_kwargs=True)
                for name, module in eval_model.named_modules()]
     if recorder.repeating:
-        handles += [eval_model.get_submodule(point.owner(layer)).register_forward_pre_hook(recorder.before(layer), with_kwargs=True)
-                    for layer, point in taps.points.items()]
+        handles += [eval_model.get_submodule(point.owner(layer)).register_forward_pre_hook(
+            recorder.before(layer), with_kwargs=True) for layer, point in taps.points.items()]
     try:
         with taps, taps.one_pass(example):
             output: Tensor = run(eval_model, example)

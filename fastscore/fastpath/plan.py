@@ -89,5 +89,6 @@ def planned_tap(layer: str, point: TapPoint, axis: SampleAxis | Untold, shape: t
     dim = axis.dim if isinstance(axis, SampleAxis) else 0
     places = shape[dim] // samples
     reads = ((places,) if places > 1 else ()) + shape[:dim] + shape[dim + 1:]
-    note = f"before {point.module}" if point.module and not point.output else "what its stride reads" if point.window else ""
+    note = f"before {point.module}" if point.module and not point.output else \
+        "what its stride reads" if point.window else ""
     return PlannedTap(layer, reads, 2 * math.prod(reads) * dtype.itemsize, note)

@@ -19,7 +19,7 @@ from fastscore.modules.parameter_layers import ParameterLinear
 from fastscore.modules.sample_axis import SampleAxes
 
 Role = Literal["producer", "consumer", "channelwise", "norm", "heads", "gate", "tensor", "branch", "block",
-               "passed", "reader", "width"]
+               "reader", "width"]
 READS: tuple[Role, ...] = ("consumer", "reader")  # whose inputs the channels are
 Units = Literal["groups", "norms", "blocks"]
 Ignore = Iterable[str | type | nn.Module]
@@ -34,11 +34,11 @@ class Member:
     BatchNorm, PReLU or depthwise convolution between them), `norm` (a normalisation over them, whose statistics read
     them: see fastscore.modules.channel_norms), `heads` (an attention module, for what it has once for each head),
     `gate` (a BatchNorm whose output is the channels: see norm_gates), `branch` (a residual branch, all whose output is
-    one channel), `block` (the same module, which goes with it, and returns `index[0]` things) or `passed` (one that runs
-    for it alone, and hands on what it reads: see fastscore.graph.blocks), `width` (a module that keeps in `attribute` how many of the channels there are: see
-    fastscore.graph.cut_widths), or `tensor` (a parameter that the code of a module reads itself, such as a layer scale
-    or an embedding of positions: `layer` is its qualified name, and its dimension `dim` holds the channels). index,
-    channel: int64 [M]; position `index[m]` of the layer's output (its input, for a consumer or reader) carries the
+    one channel) or `block` (the same module, or one that runs for it alone, which goes with it, and returns `index[0]`
+    things: see fastscore.graph.blocks), `width` (a module that keeps in `attribute` how many of the channels there
+    are: see fastscore.graph.cut_widths), or `tensor` (a parameter that the code of a module reads itself, such as a
+    layer scale or an embedding of positions: `layer` is its qualified name, and its dimension `dim` holds the
+    channels). index, channel: int64 [M]; position `index[m]` of the layer's output (its input, for a consumer or reader) carries the
     group's channel `channel[m]`; in the projections of queries and keys, the rows that go with it. For `heads`, head
     `index[m]` begins at channel `channel[m]`.
     """
@@ -139,7 +139,7 @@ class ChannelGraph:
         skipped, groups = dict(self.skipped), []
         for group in self.groups:
             hits = [name for member in group.members for name in (member.layer, member.module) if name in ignored]
-            hits += [layer for member in group.role("block", "passed") for layer in sorted(ignored)
+            hits += [layer for member in group.role("block") for layer in sorted(ignored)
                      if layer.startswith(f"{member.layer}.")]
             if not hits:
                 groups.append(group)

@@ -15,17 +15,16 @@ from fastscore.modules import held_weights, multihead_attention
 from fastscore.modules.computed_weights import make_plain
 from fastscore.modules.evaluation_copy import computed_tensors
 from fastscore.modules.hooks import remove_copied_hooks
-from fastscore.modules.zero_branch import put_bypass, put_zeros
+from fastscore.modules.zero_branch import put_zeros
 
 Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
-Side: TypeAlias = str  # "inputs", "outputs", "heads", "block", "passed", a Dim, or SIDE and what a module keeps
+Side: TypeAlias = str  # "inputs", "outputs", "heads", "block", a Dim, or SIDE and what a module keeps
 _DIMS: tuple[Dim, ...] = get_args(Dim)
 _SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "norm": "outputs", "gate": "outputs",
-                               "consumer": "inputs", "reader": "inputs", "heads": "heads", "block": "block", "passed": "passed"}
+                               "consumer": "inputs", "reader": "inputs", "heads": "heads", "block": "block"}
 # what modules keep of the widths of convolutions that they hold: diffusers' up- and downsamplers of what they read,
 # torchvision's VisionTransformer of what it makes of patches
 _OF_OWNERS = {"inputs": "channels", "outputs": "hidden_dim"}
-_BRANCH = {"block": put_zeros, "passed": put_bypass}
 # (layer, its inputs or its outputs; or an attention module, its heads; or a parameter, a dimension of it) -> positions
 # that go, int64, ascending: a surgery whole, for any copy of the model
 RemovedIndices: TypeAlias = Mapping[tuple[str, Side], Tensor]
@@ -65,8 +64,8 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
         as the old ones did.
     """
     for (name, side), index in indices.items():
-        if side in _BRANCH:
-            _BRANCH[side](model, name, int(index))
+        if side == "block":
+            put_zeros(model, name, int(index))
     gone = removed_branches(indices)
     indices = {(name, side): index for (name, side), index in indices.items() if not gone(name)}
     make_plain(model, (name for name, _ in indices))
@@ -130,7 +129,7 @@ def smaller_copy(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> 
 
 def removed_branches(indices: RemovedIndices) -> Callable[[str], bool]:
     """Whether a module of that name goes with a residual branch: is it, or stands in it."""
-    branches = tuple(f"{name}." for name, side in indices if side in _BRANCH)
+    branches = tuple(f"{name}." for name, side in indices if side == "block")
     return lambda name: f"{name}.".startswith(branches)
 
 

@@ -1,4 +1,4 @@
-"""What stands where a residual branch was: zeros, of the shape of its input, and what hands that on to them."""
+"""What stands where a residual branch was: zeros, of the shape of its input."""
 
 from typing import Any
 
@@ -31,15 +31,6 @@ class ZeroBranch(nn.Module):
         return f"returns={self.returns}" if self.returns else ""
 
 
-class Bypass(ZeroBranch):
-    """Hands on what it reads first."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The first floating-point tensor that it is given."""
-        x = first_floating(args, kwargs)
-        return (x, *[None] * (self.returns - 1)) if self.returns else x
-
-
 def first_floating(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The first floating-point tensor among the arguments of a call; None where there is none."""
     return next((tensor for tensor in tensors_of((args, kwargs)) if tensor.is_floating_point()), None)
@@ -48,11 +39,6 @@ def first_floating(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | No
 def put_zeros(model: nn.Module, name: str, returns: int) -> None:
     """Put zeros in the place of the branch of that qualified name, in place."""
     put(model, name, ZeroBranch(returns).train(model.get_submodule(name).training))
-
-
-def put_bypass(model: nn.Module, name: str, returns: int) -> None:
-    """Put what hands on its input in the place of the module of that qualified name, in place."""
-    put(model, name, Bypass(returns).train(model.get_submodule(name).training))
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

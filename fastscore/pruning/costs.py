@@ -124,7 +124,7 @@ class Costs:
         # group of a branch -> the layers that go with it
         self._blocks: dict[str, dict[str, LayerCost]] = defaultdict(dict)
         for name, group in self.groups.items():
-            for block in group.role("block", "passed"):
+            for block in group.role("block"):
                 self._blocks[name] |= self._layers_inside(model, block.layer, per_layer)
         self.totals: dict[Resource, float] = {
             "channels": sum(group.channels for group in self.groups.values()),

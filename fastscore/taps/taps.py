@@ -80,8 +80,8 @@ class Taps:
         if self._on_pass is not None:
             self._handles += [weight.register_hook(self._receive_weight(name)) for name, weight in self.weights.items()]
             self._unseen = {layer: weight.register_hook(_never_seen(layer)) for layer, point in self.points.items()
-                            if isinstance(weight := getattr(self.model.get_submodule(point.owner(layer)), "weight", None),
-                                          nn.Parameter) and weight.requires_grad}
+                            if isinstance(weight := getattr(self._owner(layer, point), "weight", None), nn.Parameter)
+                            and weight.requires_grad}
 
     def detach(self) -> None:
         """Remove the hooks and hand over what is finished. Harmless when nothing is attached."""
@@ -270,6 +270,9 @@ class Taps:
             NormGate.apply(x, read.detach(), gate, self.model.get_submodule(layer), self, point, axis, valid)
         return gated
 
+    def _owner(self, layer: str, point: TapPoint) -> nn.Module:
+        return self.model.get_submodule(point.owner(layer))
+
     def _axis(self, layer: str, owner: ForwardPass | None) -> SampleAxis | Untold:
         """Where the samples lie in what a layer that runs now reads, or why that is not known."""
         if owner is None or torch._C._current_graph_task_id() != -1:
@@ -283,7 +286,7 @@ class Taps:
         if owner is None or owner.valid is None or point.channel_dim != -1 or self._sample_dims > 1:
             return None
         valid = owner.valid
-        if isinstance(self.model.get_submodule(point.owner(layer)), experts.ExpertLinear) and len(x) % valid.numel() == 0:
+        if isinstance(self._owner(layer, point), experts.ExpertLinear) and len(x) % valid.numel() == 0:
             valid = valid.repeat_interleave(len(x) // valid.numel(), 1)  # a row for each expert that a token chooses
         fits = x.dim() > 1 and axis.fits(x, len(valid)) and axis.first(x.detach(), len(valid)).shape[:-1] == valid.shape
         return valid if fits else None
