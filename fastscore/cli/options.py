@@ -221,9 +221,8 @@ def scored(model: nn.Module, arguments: argparse.Namespace, prepare: images.Prep
             tell("nothing is kept of this scoring; `fastscore score --resume FILE --out SCORES` can be stopped and go "
                  "on, and --scores takes what it writes")
         raise
-    branches = {name for name, module in model.named_modules() if any(True for _ in module.children())}
-    if arguments.units == "blocks" and not any(len(scores[name]) == 1 for name in branches & scores.keys()):
-        tell("units: no residual branch of this model is a module of its own, so channels alone can go")
+    if arguments.units == "blocks" and all(len(scores[name]) > 1 for name in scores):
+        tell("units: this model has no residual branch that can go whole, so channels alone can go")
     return replace(scores, notes=notes(arguments, prepare))
 
 

@@ -38,9 +38,9 @@ class Member:
     things: see fastscore.graph.blocks), `width` (a module that keeps in `attribute` how many of the channels there
     are: see fastscore.graph.cut_widths), or `tensor` (a parameter that the code of a module reads itself, such as a
     layer scale or an embedding of positions: `layer` is its qualified name, and its dimension `dim` holds the
-    channels). index, channel: int64 [M]; position `index[m]` of the layer's output (its input, for a consumer or reader) carries the
-    group's channel `channel[m]`; in the projections of queries and keys, the rows that go with it. For `heads`, head
-    `index[m]` begins at channel `channel[m]`.
+    channels). index, channel: int64 [M]; position `index[m]` of the layer's output (its input, for a consumer or
+    reader) carries the group's channel `channel[m]`; in the projections of queries and keys, the rows that go with it.
+    For `heads`, head `index[m]` begins at channel `channel[m]`.
     """
 
     layer: str

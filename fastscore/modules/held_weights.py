@@ -38,6 +38,20 @@ def is_held(model: nn.Module, name: str) -> bool:
     return kinds is not None and key in kinds.names
 
 
+def bias_of(model: nn.Module, name: str) -> Tensor | None:
+    """The bias that goes with such a parameter."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    kinds = _kinds(module)
+    return None if kinds is None else module._parameters.get(kinds.biases.get(key, ""))
+
+
+def inputs_of(model: nn.Module, name: str) -> int:
+    """How many channels such a parameter is multiplied by."""
+    owner, _, key = name.rpartition(".")
+    return int(getattr(model.get_submodule(owner), key).shape[-1])
+
+
 def cut(model: nn.Module, name: str, side: Side, index: Tensor) -> None:
     """Take inputs or outputs `index` (int64), of all experts, out of such a parameter, in place."""
     owner, _, key = name.rpartition(".")

@@ -20,7 +20,7 @@ from fastscore.graph import heads
 from fastscore.graph.groups import READS, ChannelGroup, Member
 from fastscore.modules.counting import count
 from fastscore.modules.inspection import device_of
-from fastscore.recovery.compensation import has_no_place
+from fastscore.recovery.compensation import gets_bias
 
 Resource = Literal["channels", "params", "macs"]
 MacsWithout: TypeAlias = Callable[[Mapping[str, Tensor]], int]  # group -> int64 [R] that are gone -> MACs that run then
@@ -116,8 +116,7 @@ class Costs:
                         else _tensor_cost(member, layer) if member.role == "tensor" \
                         else _layer_cost(layer, own, counted_parameters)
                 cost = self.layers[member.layer]
-                if compensate and member.role == "consumer" and model.get_submodule(member.layer).bias is None \
-                        and not has_no_place(model, member.layer):
+                if compensate and member.role == "consumer" and gets_bias(model, member.layer):
                     cost.bias_below = cost.inputs
                 positions = np.bincount(member.channel.numpy(), minlength=group.channels).tolist()
                 losses[tuple(positions)].append((cost, member.role in READS))

@@ -9,6 +9,7 @@ from fastscore.batches import Batch, Forward, checked_forward
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.surgery import RemovedIndices, remove_channels, remove_indices, removed_indices, smaller_copy
 from fastscore.graph.surgery_trial import said, where
+from fastscore.modules import held_weights
 from fastscore.modules.computed_weights import computed_weights, make_plain
 from fastscore.modules.counting import Count, count
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -29,7 +30,8 @@ class Surgery:
                  weights: Mapping[str, Tensor] | None = None) -> None:
         self._model, self.removed_indices, self._added, self._weights = model, removed_indices, added, weights or {}
         self.made_plain = tuple(computed_weights(model, (name for name, _ in removed_indices)))
-        self.new_biases = tuple(name for name in added if model.get_submodule(name).bias is None)
+        self.new_biases = tuple(name for name in added if not held_weights.is_held(model, name)
+                                and model.get_submodule(name).bias is None)
         self._recipe = recipes.extend(model, removed_indices, self.new_biases)
 
     def copy(self) -> nn.Module:
@@ -39,6 +41,7 @@ class Surgery:
     def apply(self, model: nn.Module) -> nn.Module:
         """Make `model` (the one given, or a copy) smaller, in place; returns it."""
         make_plain(model, self.made_plain)
+        held = list(held_weights.replace(model, [*self._added, *self._weights]))
         add_to_biases(model, self._added)
         for name, value in self._weights.items():
             layer = model.get_submodule(name)
@@ -46,6 +49,8 @@ class Surgery:
             value = value.t() if is_transposed(layer) else value
             # in memory as the old one lies: what a convolution makes follows it, and a view() in the model's code that
             layer.weight = nn.Parameter(torch.empty_like(old).copy_(value), old.requires_grad)
+        for handle in held:
+            handle.remove()
         recipes.attach(model, self._recipe)
         return remove_indices(model, self.removed_indices)
 

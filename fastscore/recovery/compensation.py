@@ -25,7 +25,8 @@ from fastscore.modules.parameter_layers import ParameterLinear
 from fastscore.modules.transposed_linear import is_transposed, widths
 from fastscore.modules.windowed_attention import LinearWithoutKeyBias
 
-_ADAPTERS = {"lora_A", "lora_B"}
+_ADAPTERS = {"lora_A", "lora_B"}  # beside a layer that PEFT calls so:
+_ADAPTED = "base_layer"
 
 
 def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping[str, Tensor],
@@ -45,12 +46,32 @@ def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping
 
 
 def has_no_place(model: nn.Module, name: str) -> bool:
-    """Whether what reads channels has no bias that could take a mean in: experts, norms, and the ranks of an adapter,
-    which PEFT merges without one."""
-    if held_weights.is_held(model, name) or not _ADAPTERS.isdisjoint(name.split(".")[:-1]):
-        return True
+    """Whether what reads channels has no bias that could take a mean in: experts, norms, projections that
+    nn.MultiheadAttention holds without biases or one by one; an adapter beside a layer that has none, where it does not
+    read what that reads."""
+    if held_weights.is_held(model, name):
+        return held_weights.bias_of(model, name) is None
+    if (beside := adapted(name)) is not None:
+        try:
+            layer = model.get_submodule(beside)
+        except AttributeError:
+            return True
+        return not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) or (
+            getattr(layer, "bias", None) is None and "lora_A" not in name.split("."))
     layer = model.get_submodule(name)
-    return isinstance(layer, ParameterLinear) or norm_of(layer) is not None
+    return layer.bias is None if isinstance(layer, ParameterLinear) else norm_of(layer) is not None
+
+
+def gets_bias(model: nn.Module, name: str) -> bool:
+    """Whether what reads channels, of an evaluation copy, gets a bias that it had not once a mean goes into it."""
+    return model.get_submodule(name).bias is None and adapted(name) is None and not has_no_place(model, name)
+
+
+def adapted(name: str) -> str | None:
+    """The layer beside which an adapter stands, of which `name` is a part: PEFT merges adapters without biases."""
+    parts = name.split(".")
+    at = next((place for place, part in enumerate(parts[:-1]) if part in _ADAPTERS), None)
+    return None if at is None else ".".join([*parts[:at], _ADAPTED])
 
 
 def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], positions: Mapping[str, Tensor],
@@ -65,9 +86,8 @@ def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], posi
     for name, index in positions.items():
         if has_no_place(model, name):
             continue
-        layer = model.get_submodule(name)
-        width = widths(layer)[0] if is_transposed(layer) else next(
-            getattr(layer, width) for width in ("in_features", "in_channels", "num_features") if hasattr(layer, width))
+        width = held_weights.inputs_of(model, name) if held_weights.is_held(model, name) else \
+            _inputs_of(model.get_submodule(name))
         mean = activation_means.get(name)
         if mean is None or mean.shape != (width,):
             known = "no mean activations" if mean is None else f"means of shape {tuple(mean.shape)}"
@@ -81,17 +101,31 @@ def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], posi
     return found
 
 
+def _inputs_of(layer: nn.Module) -> int:
+    if is_transposed(layer):
+        return widths(layer)[0]
+    width: int = next(getattr(layer, width) for width in ("in_features", "in_channels", "num_features")
+                      if hasattr(layer, width))
+    return width
+
+
 def mean_contributions(model: nn.Module, means: Mapping[str, Tensor], example_inputs: Batch,
                   forward: Forward) -> dict[str, Tensor]:
     """Layer -> float64 [C_out]: what a constant input adds to its output, averaged over output positions and calls.
 
+    What a constant input of an adapter adds counts for the layer beside it.
+
     model: an evaluation copy, which runs once on `example_inputs` to show the shape of each layer's input; layers that
-    it does not call are left out. means: layer -> float64 [C_in], the constant input at each channel.
+    it does not call are left out, and projections of queries, keys or values alone, whose means are not told apart.
+    means: layer -> float64 [C_in], the constant input at each channel.
     """
     found: dict[str, list[Tensor]] = defaultdict(list)
+    beside: dict[str, dict[str, list[Tensor]]] = defaultdict(dict)  # layer -> adapter -> what that adds in each call
 
     def contribution_of(name: str, mean: Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            if is_part(module, args, kwargs):
+                return
             dim, x = channel_dim(module), input_of(args, kwargs)
             shape = x.shape[1:] if dim % x.dim() else x.shape  # one without a batch has its channels first
             constant = with_float64(x.new_zeros(2, *shape)).double()  # the second gives the bias
@@ -106,20 +140,68 @@ def mean_contributions(model: nn.Module, means: Mapping[str, Tensor], example_in
 
         return hook
 
+    def beside_layer(name: str, layer: str) -> Any:
+        def hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if found[name] and (added := _through(owner, args, kwargs, name, layer, found[name].pop())) is not None:
+                beside[layer].setdefault(name, []).append(added)
+
+        return hook
+
     handles = [model.get_submodule(name).register_forward_hook(contribution_of(name, mean), with_kwargs=True)
                for name, mean in means.items()]
+    handles += [model.get_submodule(layer.rpartition(".")[0]).register_forward_hook(
+        beside_layer(name, layer), with_kwargs=True) for name in means if (layer := adapted(name)) is not None]
     with torch.no_grad():
         forward(model, example_inputs)
     for handle in handles:
         handle.remove()
-    return {name: torch.stack(calls).mean(0) for name, calls in found.items()}
+    added = {name: torch.stack(calls).mean(0) for name, calls in found.items() if calls}
+    for layer, adapters in beside.items():
+        more = torch.stack([torch.stack(calls).mean(0) for calls in adapters.values()]).sum(0)
+        added[layer] = added[layer] + more if layer in added else more
+    return added
+
+
+def is_part(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call makes queries, keys or values alone, each maybe of something else."""
+    return isinstance(layer, ParameterLinear) and len(args) + len(kwargs) > 1
+
+
+def _through(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter: str, layer: str, value: Tensor
+             ) -> Tensor | None:
+    """float64 [C_out]: what the bias of a layer must grow by for `owner`, which holds it and an adapter beside it, to
+    return what it does where `value` is added to what that part of the adapter makes. None where none does."""
+    exact = copy.deepcopy(owner).to(value.device).double()
+    for module in exact.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    x = input_of(args, kwargs)
+    args, kwargs = with_input(args, kwargs, torch.zeros_like(x[:1], dtype=torch.float64, device=value.device))
+    prefix = layer.removesuffix(_ADAPTED)
+
+    def adding(name: str, value: Tensor) -> Tensor:
+        inner = exact.get_submodule(name.removeprefix(prefix))
+        dim = channel_dim(inner)
+
+        def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return (output.movedim(dim, -1) + value).movedim(-1, dim)
+
+        handle = inner.register_forward_hook(add)
+        made: Tensor = type(exact).forward(exact, *args, **kwargs)
+        handle.remove()
+        return made.movedim(channel_dim(exact.get_submodule(_ADAPTED)), 0).flatten(1).mean(1)
+
+    nothing = adding(layer, value.new_zeros(()))
+    added = adding(adapter, value) - nothing
+    close = torch.allclose(adding(layer, added) - nothing, added, rtol=1e-6, atol=1e-9 * float(added.abs().max()))
+    return added if close else None
 
 
 def add_to_biases(model: nn.Module, added: Mapping[str, Tensor]) -> None:
     """Add float64 [C_out] to the bias of each layer, in place; a layer without one gets one, trained if its weight is.
 
-    model: before surgery, which then takes from the biases what belongs to outputs that go. The biases are new
-    parameters, rounded once to the dtype of the old ones (of the weight).
+    model: before surgery, which then takes from the biases what belongs to outputs that go; what modules hold
+    themselves must be layers. The biases are new parameters, rounded once to the dtype of the old ones (of the weight).
     """
     for name, value in added.items():
         layer = model.get_submodule(name)

@@ -17,6 +17,7 @@ from fastscore.batches import valid_tokens, with_float64
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import device_of
+from fastscore.modules.parameter_layers import ParameterLinear
 from fastscore.modules.transposed_linear import is_linear
 
 POSITIONS = 256  # of each sample and call, as many are looked at
@@ -184,6 +185,8 @@ class InputMoments:
 
     def _hook(self, name: str, moments: Moments) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if isinstance(layer, ParameterLinear) and len(args) + len(kwargs) > 1:
+                return  # queries, keys or values alone, each maybe of something else
             self.calls[name] += 1
             moments.add(rows_of(layer, input_of(args, kwargs), self._valid))
 

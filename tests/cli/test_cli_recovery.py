@@ -134,7 +134,7 @@ def test_branches_go_and_what_is_left_is_repaired(capsys: pytest.CaptureFixture[
 
 def test_a_model_without_branches_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", *MODEL, "--units", "blocks", "--out", "s.safetensors"]) == 0
-    assert "no residual branch of this model is a module of its own" in capsys.readouterr().err
+    assert "this model has no residual branch that can go whole" in capsys.readouterr().err
 
 
 def test_a_curve(capsys: pytest.CaptureFixture[str]) -> None:
