@@ -7,9 +7,10 @@ import os
 
 import architectures
 import pytest
+import reach
 import torch
 from architectures import row
-from models_page import on_page
+from models_page import PAGE, on_page
 from oracles import untouched
 from real_models import CASES, Case
 
@@ -33,6 +34,13 @@ def test_the_page_is_true(case: Case) -> None:
 
 def test_the_page_has_a_line_for_a_member_of_each_family() -> None:
     assert {case.name for case in CASES if case.small} <= ON_PAGE.keys() <= {case.name for case in CASES}
+
+
+@pytest.mark.parametrize("family", reach.FAMILIES, ids=lambda family: family.name)
+def test_each_family_can_shrink_by_what_was_asked_for(family: reach.Family) -> None:
+    """By the rows of the page, each of which is checked above."""
+    assert {row: share for row in family.rows if not (share := reach.shrinks(ON_PAGE, row)) >= family.wanted} == {}
+    assert set(reach.table(ON_PAGE)) <= set(PAGE.read_text().splitlines())
 
 
 @pytest.mark.parametrize("name", ["retinanet_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from networks import UNet
+from super_resolution import EDSR
 from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward, call_model, concat_outputs, floating_tensors
@@ -105,6 +106,7 @@ def _torchvision() -> list[Case]:
         Case("raft_small", functools.partial(torchvision_model, "raft_small"), forward=last_flow,
              batch=functools.partial(_random, 6, 128, 128)),
         Case("U-Net with transposed convolutions", UNet, 32, small=True),
+        Case("EDSR", EDSR, 32, small=True),
     ]
 
 
@@ -211,6 +213,7 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
      "text"),
     ("ElectraForSequenceClassification", "ElectraConfig", {**_BERT, "embedding_size": 32}, "text"),
     ("AlbertForSequenceClassification", "AlbertConfig", {**_BERT, "embedding_size": 16}, "text"),
+    ("MPNetForSequenceClassification", "MPNetConfig", _BERT, "text"),
     ("DebertaV2ForSequenceClassification", "DebertaV2Config", _BERT, "text"),
     ("ModernBertForSequenceClassification", "ModernBertConfig", {**_BERT, "pad_token_id": 0}, "text"),
     ("MobileBertForSequenceClassification", "MobileBertConfig", {
