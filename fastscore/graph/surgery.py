@@ -22,9 +22,9 @@ Side: TypeAlias = str  # "inputs", "outputs", "heads", "block", a Dim, or SIDE a
 _DIMS: tuple[Dim, ...] = get_args(Dim)
 _SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "norm": "outputs", "gate": "outputs",
                                "consumer": "inputs", "reader": "inputs", "heads": "heads", "block": "block"}
-# what modules keep of the widths of convolutions that they hold: diffusers' up- and downsamplers of what they read,
-# torchvision's VisionTransformer of what it makes of patches
-_OF_OWNERS = {"inputs": "channels", "outputs": "hidden_dim"}
+# what modules keep of the widths of convolutions that they hold: diffusers' up- and downsamplers, and the embeddings of
+# patches of transformers, of what they read, torchvision's VisionTransformer of what it makes of patches
+_OF_OWNERS = {"inputs": ("channels", "num_channels"), "outputs": ("hidden_dim",)}
 # (layer, its inputs or its outputs; or an attention module, its heads; or a parameter, a dimension of it) -> positions
 # that go, int64, ascending: a surgery whole, for any copy of the model
 RemovedIndices: TypeAlias = Mapping[tuple[str, Side], Tensor]
@@ -143,8 +143,9 @@ def _narrow_owner(model: nn.Module, name: str, side: str, gone: int) -> None:
     owner, layer = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
     if isinstance(layer, nn.modules.conv._ConvNd):
         width = layer.in_channels if side == "inputs" else layer.out_channels
-        if vars(owner).get(_OF_OWNERS[side]) == width:
-            setattr(owner, _OF_OWNERS[side], width - gone)
+        for key in _OF_OWNERS[side]:
+            if vars(owner).get(key) == width:
+                setattr(owner, key, width - gone)
 
 
 def _shared_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:

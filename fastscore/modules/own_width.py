@@ -1,7 +1,8 @@
 """Attention modules whose code takes the width of what they read (`B, N, C = x.shape`) for that of what their heads
 make, which is another one once heads, or channels of the stream, are gone.
 
-Such a module gets a class of its own: the same code, but for C, which is what its output projection reads.
+Such a module gets a class of its own: the same code, but for C where it is about heads, or after their products, which
+is what its output projection reads.
 """
 
 import ast
@@ -14,6 +15,7 @@ from torch import nn
 
 _QUERIES, _OUTPUTS = ("qkv", "q", "to_q", "query", "q_proj"), ("proj", "o_proj", "out_proj", "to_out")
 _COUNTS = ("num_heads", "heads", "n_heads", "num_attention_heads")
+_PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "einsum")
 _WIDTH = "attended_width"
 _found: dict[type[nn.Module], type[nn.Module] | None] = {}
 
@@ -83,21 +85,16 @@ def _rewritten(forward: Any) -> CodeType | None:
     function = tree.body[0]
     if not isinstance(function, ast.FunctionDef) or function.decorator_list or len(function.args.args) < 2:
         return None
-    body: list[ast.stmt] = []
-    changed, x = False, function.args.args[1].arg
+    x, widths = function.args.args[1].arg, _Widths(function.args.args[0].arg)
     for number, statement in enumerate(function.body):
-        body.append(statement)
         if (name := _width_name(statement, x)) is not None:
-            changed = True
-            more = ast.parse(f"{name} = {function.args.args[0].arg}.{_WIDTH}").body[0]
-            body.append(ast.copy_location(more, statement))
-        if any(isinstance(node, ast.Name) and node.id == x and isinstance(node.ctx, ast.Store)
-               for node in ast.walk(statement)):
-            body += function.body[number + 1:]  # x is something else from here on
-            break
-    if not changed:
+            widths.names.add(name)
+        else:
+            function.body[number] = widths.visit(statement)
+        widths.stored |= any(isinstance(node, ast.Name) and node.id == x and isinstance(node.ctx, ast.Store)
+                             for node in ast.walk(statement))
+    if not widths.changed:
         return None
-    function.body = body
     function.returns = None
     for argument in ast.walk(function.args):
         if isinstance(argument, ast.arg):
@@ -106,6 +103,48 @@ def _rewritten(forward: Any) -> CodeType | None:
     ast.fix_missing_locations(ast.increment_lineno(tree, forward.__code__.co_firstlineno - 1))
     compiled = compile(tree, forward.__code__.co_filename, "exec")
     return next(code for code in compiled.co_consts if isinstance(code, CodeType))
+
+
+class _Widths(ast.NodeTransformer):
+    """Has code read the width of the heads where it reads `names`: in statements about heads, and from the first
+    product of activations on. What comes before has the width of what the module reads, as where that becomes an image.
+
+    owner: what the code calls its module. stored: whether what it was given is something else by now.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self.names: set[str] = set()
+        self.changed = self.stored = False
+        self._owner, self._multiplied, self._here = owner, False, False
+
+    def visit(self, node: ast.AST) -> Any:
+        """The node with that changed in it."""
+        if not isinstance(node, ast.stmt) or hasattr(node, "body"):
+            return super().visit(node)
+        inner = list(ast.walk(node))
+        self._multiplied |= any(_multiplies(part) for part in inner)
+        self._here = self._multiplied or any(isinstance(part, ast.Attribute) and part.attr in _COUNTS for part in inner)
+        changed = self.generic_visit(node)
+        self._here = False
+        self.names -= {part.id for part in inner if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+        return changed
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        """The width of the heads, or the name as it is."""
+        if not (self._here and node.id in self.names and isinstance(node.ctx, ast.Load)):
+            return node
+        self.changed = True
+        owner = ast.copy_location(ast.Name(self._owner, ast.Load()), node)
+        return ast.copy_location(ast.Attribute(owner, _WIDTH, ast.Load()), node)
+
+
+def _multiplies(node: ast.AST) -> bool:
+    """Whether it is a product of activations, or of attention."""
+    if isinstance(node, ast.BinOp):
+        return isinstance(node.op, ast.MatMult)
+    function = node.func if isinstance(node, ast.Call) else None
+    name = getattr(function, "attr", getattr(function, "id", ""))
+    return name in _PRODUCTS
 
 
 def _width_name(statement: ast.stmt, x: str) -> str | None:

@@ -64,6 +64,22 @@ class Pooled(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 
+class Reduced(Pooled):
+    """Of a pyramid (PVT, Twins): an image of what it reads, smaller, has the keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sr, self.norm = nn.Conv2d(WIDTH, WIDTH, (2, 1), (2, 1)), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q = self.q(x).reshape(B, N, self.num_heads, -1).transpose(1, 2)
+        x = self.sr(x.mT.reshape(B, C, 2, 3)).reshape(B, C, -1).mT
+        k, v = self.kv(self.norm(x)).reshape(B, -1, 2, self.num_heads, 4).permute(2, 0, 3, 1, 4)
+        x = (q @ k.mT / 2).softmax(-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))
+
+
 class Model(nn.Module):
     """A residual stream through one attention and one MLP."""
 
@@ -83,10 +99,10 @@ def _x() -> Tensor:
     return torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1)).double()
 
 
-@pytest.mark.parametrize("attention", [Plain, Across, Pooled])
+@pytest.mark.parametrize("attention", [Plain, Across, Pooled, Reduced])
 def test_heads_and_the_stream_go(attention: type[nn.Module], tmp_path: Path) -> None:
     """Each without the other: everything from data to a file, by brute force."""
-    heads = "attn.q" if attention is Pooled else "attn.qkv"
+    heads = "attn.q" if issubclass(attention, Pooled) else "attn.qkv"
     small = check(lambda: Model(attention), _x(), ["embed", heads, "mlp.0"], tmp_path).model
     assert small.attn.num_heads < HEADS
     assert small.attn.proj.in_features == 4 * small.attn.num_heads != small.embed.out_features
