@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches import with_float64
-from fastscore.graph import attention_calls, heads, surgery
+from fastscore.graph import attention_calls
 from fastscore.graph.attention_calls import Call
+from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy

@@ -12,9 +12,9 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph.differences import close
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.graph.nodes import LAYERS
+from fastscore.graph.trials.differences import close
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import parameter_owners
 from fastscore.modules.zero_branch import first_floating, put, put_zeros

@@ -10,7 +10,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph import channel_buffers, index_maps
+from fastscore.graph import index_maps
+from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.groups import Member
 from fastscore.graph.index_maps import IndexMap
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, TRANSPARENT, Nodes, shape, slice_of

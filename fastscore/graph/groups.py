@@ -29,18 +29,18 @@ Ignore = Iterable[str | type | nn.Module]
 class Member:
     """Where a group's channels lie in one layer.
 
-    layer: qualified module name. role: `producer` (a Conv, Linear or Embedding that makes the channels), `consumer` (a
-    Conv or Linear that reads them), `reader` (one of which nothing comes: see fastscore.graph.unread), `channelwise` (a
-    BatchNorm, PReLU or depthwise convolution between them), `norm` (a normalisation over them, whose statistics read
-    them: see fastscore.modules.channel_norms), `heads` (an attention module, for what it has once for each head),
-    `gate` (a BatchNorm whose output is the channels: see norm_gates), `branch` (a residual branch, all whose output is
-    one channel) or `block` (the same module, which goes with it, and returns `index[0]` things: see
+    layer: qualified module name. role: `producer` (a Conv, Linear or Embedding that makes the channels), `consumer`
+    (a Conv or Linear that reads them), `reader` (one of which nothing comes: see fastscore.graph.kept.unread),
+    `channelwise` (a BatchNorm, PReLU or depthwise convolution between them), `norm` (a normalisation over them, whose
+    statistics read them: see fastscore.modules.channel_norms), `heads` (an attention module, for what it has once for
+    each head), `gate` (a BatchNorm whose output is the channels: see norm_gates), `branch` (a residual branch, all
+    whose output is one channel) or `block` (the same module, which goes with it, and returns `index[0]` things: see
     fastscore.graph.blocks), `width` (a module that keeps in `attribute` how many of the channels there are: see
-    fastscore.graph.cut_widths), or `tensor` (a parameter that the code of a module reads itself, such as a layer scale
-    or an embedding of positions: `layer` is its qualified name, and its dimension `dim` holds the channels). index,
-    channel: int64 [M]; position `index[m]` of the layer's output (its input, for a consumer or reader) carries the
-    group's channel `channel[m]`; in the projections of queries and keys, the rows that go with it. For `heads`, head
-    `index[m]` begins at channel `channel[m]`.
+    fastscore.graph.cutting.cut_widths), or `tensor` (a parameter that the code of a module reads itself, such as a
+    layer scale or an embedding of positions: `layer` is its qualified name, and its dimension `dim` holds the
+    channels). index, channel: int64 [M]; position `index[m]` of the layer's output (its input, for a consumer or
+    reader) carries the group's channel `channel[m]`; in the projections of queries and keys, the rows that go with
+    it. For `heads`, head `index[m]` begins at channel `channel[m]`.
     """
 
     layer: str

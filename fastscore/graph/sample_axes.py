@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastscore.batches import Batch, first_tensor, map_tensors
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.routing import Decisions
-from fastscore.graph.trial_inputs import batch_of, has_masks, other_masks, randomize_zeros
+from fastscore.graph.trials.trial_inputs import batch_of, has_masks, other_masks, randomize_zeros
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, joined_axis

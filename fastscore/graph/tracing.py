@@ -11,26 +11,12 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore import batches
-from fastscore.graph import (
-    attention,
-    blocks,
-    cache,
-    dependencies,
-    in_place,
-    index_maps,
-    left_alone,
-    own_tensors,
-    reasons,
-    returned_trial,
-    sample_axes,
-    surgery_trial,
-    training_only,
-    units,
-    unread,
-    verification,
-)
+from fastscore.graph import attention, blocks, cache, dependencies, in_place, index_maps, sample_axes, units
+from fastscore.graph.cutting import own_tensors
 from fastscore.graph.groups import READS, ChannelGraph, ChannelGroup, Member, Role
+from fastscore.graph.kept import left_alone, reasons, training_only, unread
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
+from fastscore.graph.trials import returned_trial, surgery_trial, verification
 from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of, parameter_owners

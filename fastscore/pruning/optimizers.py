@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph.surgery import remove_indices
+from fastscore.graph.cutting.surgery import remove_indices
 from fastscore.modules.computed_weights import computed_weights, weight_source
 from fastscore.modules.evaluation_copy import computed_tensors
 from fastscore.modules.wrappers import unwrapped

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fastscore.graph.surgery import RemovedIndices, Side, remove_indices
+from fastscore.graph.cutting.surgery import RemovedIndices, Side, remove_indices
 from fastscore.modules.multihead_attention import SequenceFirstLinear
 from fastscore.modules.parameter_layers import ParameterLinear
 from fastscore.modules.windowed_attention import LinearWithoutKeyBias

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastscore.batches import Batch, Forward, call_model, checked_forward
-from fastscore.graph.surgery import RemovedIndices, removed_branches
+from fastscore.graph.cutting.surgery import RemovedIndices, removed_branches
 from fastscore.graph.tracing import trace
 from fastscore.modules.computed_weights import computed_weight
 from fastscore.modules.evaluation_copy import evaluation_copy

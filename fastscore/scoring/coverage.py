@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from fastscore.graph import heads
+from fastscore.graph.cutting import heads
 from fastscore.graph.groups import READS, ChannelGraph
 from fastscore.modules.weight_products import weight_name
 

@@ -12,7 +12,7 @@ from whole_way import check, noisy
 
 import fastscore
 from fastscore import Scorer
-from fastscore.graph.surgery import remove_channels, smaller_copy
+from fastscore.graph.cutting.surgery import remove_channels, smaller_copy
 from fastscore.graph.tracing import trace
 from fastscore.modules import held_weights
 from fastscore.modules.counting import count

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore import Scores
-from fastscore.graph.surgery import remove_channels
+from fastscore.graph.cutting.surgery import remove_channels
 from fastscore.graph.tracing import trace
 from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import evaluation_copy

@@ -9,8 +9,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fastscore.graph import units
 from fastscore.graph.groups import Member, Role
-from fastscore.graph.surgery_trial import said
-from fastscore.graph.verification import Recording
+from fastscore.graph.trials.surgery_trial import said
+from fastscore.graph.trials.verification import Recording
 from fastscore.modules.computed_weights import PLAIN, unused_parameters
 from fastscore.modules.inspection import parametrized, shares_parameters
 

@@ -8,8 +8,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph import channel_buffers, heads, own_tensors
-from fastscore.graph.cut_widths import SIDE, narrow
+from fastscore.graph.cutting import channel_buffers, heads, own_tensors
+from fastscore.graph.cutting.cut_widths import SIDE, narrow
 from fastscore.graph.groups import ChannelGroup, Role
 from fastscore.modules import held_weights, multihead_attention
 from fastscore.modules.computed_weights import make_plain
