@@ -13,6 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fastscore.wording import counted
+
 # Under which name training loops keep the weights; of several in one file the first is taken.
 ENVELOPES = ("state_dict", "model_state_dict", "model", "net", "network", "model_ema", "ema_state_dict",
              "state_dict_ema", "ema", "weights", "module")
@@ -76,7 +78,7 @@ def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> str:
     if counters:
         notes.append(f"without {_some(counters)}, which evaluation does not read")
     model.load_state_dict(fitting, strict=False)
-    return f"checkpoint: {path}: {len(fitting)} tensors taken; {'; '.join(notes)}" if notes else ""
+    return f"checkpoint: {path}: {counted(len(fitting), 'tensor')} taken; {'; '.join(notes)}" if notes else ""
 
 
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastscore.cli import hugging_face
 from fastscore.cli.models import parse, timm_settings, torchvision_models, torchvision_weights
+from fastscore.wording import counted
 
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # Pillow's numbers
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -191,7 +192,7 @@ def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = No
     if samples is None:
         return paths
     if samples != "auto" and samples > len(paths):
-        raise ValueError(f"samples: {samples}, but {root} holds {len(paths)} images")
+        raise ValueError(f"samples: {samples}, but {root} holds {counted(len(paths), 'image')}")
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))
     if samples == "auto":
         return [paths[i] for i in order.tolist()]

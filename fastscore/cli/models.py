@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastscore.batches import OutputError, output_tensors
 from fastscore.cli import hugging_face
 from fastscore.cli.checkpoints import ResizedError, load_checkpoint
+from fastscore.wording import counted
 
 
 def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: str | None = None,
@@ -53,7 +54,7 @@ def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: s
         try:
             note = load_checkpoint(model, checkpoint)
         except ResizedError as error:
-            hint = f": if it is of {error.outputs} classes, --classes {error.outputs}" \
+            hint = f": if it is of {counted(error.outputs, 'class', 'classes')}, --classes {error.outputs}" \
                 if classes is None and source in ("torchvision", "timm") and error.outputs else ""
             raise ValueError(f"{error}{hint}") from error
         if note and tell is not None:

@@ -34,6 +34,7 @@ from fastscore.recovery.linear import InputEstimate, estimate_inputs, rewired
 from fastscore.recovery.moments import InputMoments, Moments, layouts
 from fastscore.recovery.recalibration import recalibrate_on, running_norms
 from fastscore.rng import fork_rng
+from fastscore.wording import counted
 
 Method = Literal["mean", "linear", "asymmetric", "auto"]
 RIDGES = (0.1, 0.01, 0.001)
@@ -143,8 +144,8 @@ def check_dense(model: nn.Module, result: Pruned) -> None:
         width = getattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", None)
         if layer is None or (side == "inputs" and width is not None and int(index.max()) >= width):
             raise ValueError(f"model: it is not the dense one that the result was pruned from: {name} "
-                             f"{'is not there' if layer is None else f'reads only {width} channels'}; give the model "
-                             "that went into prune(), which inplace=True overwrites")
+                             f"{'is not there' if width is None else 'reads only ' + counted(width, 'channel')}; "
+                             "give the model that went into prune(), which inplace=True overwrites")
     cut = dict(result.cut_again(model, {}, {}).model.named_parameters())
     for name, parameter in result.model.named_parameters():
         if name in cut and cut[name].shape != parameter.shape:

@@ -75,7 +75,8 @@ def vit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, china: Path) -> nn.Modu
     return model.eval()
 
 
-def test_a_saved_folder_is_scored_shown_and_pruned(vit: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_saved_folder_is_scored_shown_and_pruned(vit: nn.Module, capsys: pytest.CaptureFixture[str],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = models.load("hf:vit")
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), vit.state_dict().values(), strict=True))
     assert main(["info", "hf:vit", "--json"]) == 0
@@ -88,24 +89,26 @@ def test_a_saved_folder_is_scored_shown_and_pruned(vit: nn.Module, capsys: pytes
     assert main(["report", "s.safetensors", "hf:vit", "--out", "r.html"]) == 0
     assert said in Path("r.html").read_text()
     x = torch.randn(3, 3, 32, 32)
-    for name in ("m.safetensors", "m.onnx", "m.pt2"):
+    for name in ("m.safetensors", "m.onnx", "m.pt2", "m.pt"):
         assert main(["prune", "hf:vit", "--scores", "s.safetensors", "--params", "0.9", "--out", name]) == 0
     config = transformers.AutoConfig.from_pretrained("vit")
     small = fastscore.load_pruned(lambda: transformers.AutoModelForImageClassification.from_config(config),
                                   "m.safetensors").eval()
     with torch.no_grad():
         expected = small(x).logits
+        assert torch.equal(torch.load("m.pt", weights_only=False)(x).logits, expected)
     assert torch.equal(torch.export.load("m.pt2").module()(x), expected)
     logits = onnxruntime.InferenceSession("m.onnx").run(None, {"input": x.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
     capsys.readouterr()
     kept = []
-    for name in ("m.safetensors", "m.pt2", "m.onnx"):
+    monkeypatch.setattr(torch, "load", None)  # no pickle is read for it
+    for name in ("m.safetensors", "m.pt2", "m.onnx", "m.pt"):
         assert main(["info", name, "--json"]) == 0
         kept.append(json.loads(capsys.readouterr().out)[name])
     assert kept[0]["preprocessing"] == said
     assert "% of the parameters" in kept[0]["remains"]
-    assert kept[0] == kept[1] == kept[2]
+    assert kept[0] == kept[1] == kept[2] == kept[3]
     Path("m.pt2").write_bytes(Path("m.pt2").read_bytes()[:1000])
     assert main(["info", "m.pt2"]) == 2
     assert "m.pt2: it cannot be read (BadZipFile" in capsys.readouterr().err
