@@ -1,6 +1,7 @@
 """Checkpoints as people have them: whatever stands around the weights is taken off and said. No code of theirs runs."""
 
 import argparse
+import hashlib
 import pathlib
 import pickle
 from collections.abc import Callable, Mapping
@@ -84,6 +85,16 @@ def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> str:
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, Tensor]:
     """The state dict in a file; no code of the file's is run. Raises ValueError where there is none."""
     return _unwrapped(path)[0]
+
+
+def sha256(*paths: str | PathLike[str]) -> str:
+    """Of all these files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def _unwrapped(path: str | PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:

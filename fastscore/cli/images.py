@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastscore.cli import hugging_face
+from fastscore.cli.checkpoints import sha256
 from fastscore.cli.models import parse, timm_settings, torchvision_models, torchvision_weights
 from fastscore.wording import counted
 
@@ -92,17 +93,19 @@ class Preprocessing:
 
 
 def preprocessing(spec: str, weights: str | None = None, size: int | None = None,
-                  mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Preprocessing:
+                  mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+                  checkpoint: str | PathLike[str] | None = None) -> Preprocessing:
     """How the model `spec` (see fastscore.cli.models.load) wants its images.
 
-    For torchvision and timm: the preprocessing of `weights`, or of the default weights (mostly ImageNet). For hf: that
-    of its image processor. For others only the size is asked for, and without mean and std values stay within [0, 1],
-    which `source` says.
+    For torchvision and timm: the preprocessing of `weights`, of those of torchvision whose file `checkpoint` is, or of
+    the default weights (mostly ImageNet). For hf: that of its image processor. For others only the size is asked for,
+    and without mean and std values stay within [0, 1], which `source` says.
 
     Args:
         spec: names the model.
         weights: torchvision's or timm's.
         size, mean, std: replace what is known.
+        checkpoint: the file that the model's weights come from, if they do.
 
     Raises:
         ValueError: where the size is not known, or the model takes no plain images.
@@ -118,7 +121,7 @@ def preprocessing(spec: str, weights: str | None = None, size: int | None = None
         return Preprocessing(size, size, tuple(mean or (0.0,) * channels), tuple(std or (1.0,) * channels),
                              source="as given" if mean and std else
                              f"assumed: {spec} does not say what it was trained with; --mean and --std do")
-    base = known(spec, weights)
+    base = known(spec, weights, checkpoint)
     given = [name for name, value in (("size", size), ("mean", mean), ("std", std)) if value is not None]
     source = base.source + (f", but for {', '.join(given)} as given" if given else "")
     if size is not None:
@@ -127,25 +130,31 @@ def preprocessing(spec: str, weights: str | None = None, size: int | None = None
     return replace(base, mean=tuple(mean or base.mean), std=tuple(std or base.std), source=source)
 
 
-def _of_torchvision(spec: str, weights: str | None) -> Preprocessing:
+def _of_torchvision(spec: str, weights: str | None, checkpoint: str | PathLike[str] | None) -> Preprocessing:
     entry = torchvision_weights(spec, weights or "DEFAULT")
+    said = ""
+    if checkpoint is not None:
+        found = sha256(checkpoint) if Path(checkpoint).is_file() else ""
+        same = [each for each in type(entry) if found and f"-{found[:8]}." in each.url]  # as torchvision names files
+        entry, said = (same[0], ", whose file it is") if same else (entry, f", assumed for {checkpoint}")
     preset: Any = entry.transforms()
     if not hasattr(preset, "crop_size"):
         raise ValueError(f"model: {spec} is not an image classifier")
     return Preprocessing(preset.resize_size[0], preset.crop_size[0], tuple(preset.mean), tuple(preset.std),
-                         preset.interpolation.value, source=f"as torchvision's {entry}")
+                         preset.interpolation.value, source=f"as torchvision's {entry}{said}")
 
 
-def _of_timm(spec: str, weights: str | None) -> Preprocessing:
+def _of_timm(spec: str, weights: str | None, checkpoint: str | PathLike[str] | None) -> Preprocessing:
     known = timm_settings(spec, weights)
     size, crop = known.input_size[-1], known.crop_mode
     return Preprocessing(math.floor(size / known.crop_pct), size, tuple(known.mean), tuple(known.std),
                          known.interpolation, squash=crop == "squash",
                          source=f"as timm's {known.architecture}.{known.tag}"
-                         + ("" if crop in ("center", "squash") else f", whose crop mode {crop} is replaced"))
+                         + ("" if crop in ("center", "squash") else f", whose crop mode {crop} is replaced")
+                         + ("" if checkpoint is None else f", assumed for {checkpoint}"))
 
 
-def _of_hugging_face(spec: str, weights: str | None) -> Preprocessing:
+def _of_hugging_face(spec: str, weights: str | None, checkpoint: str | PathLike[str] | None) -> Preprocessing:
     """What its image processor says, held against what the processor makes of a picture."""
     name = parse(spec)[1]
     processor = hugging_face.processor(name)

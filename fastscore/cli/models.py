@@ -144,10 +144,14 @@ def _timm_name(spec: str, weights: str | None) -> tuple[Any, str]:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models())
         raise ValueError(f"model: timm has no {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+    name, _, own = name.partition(".")  # "resnet50.a1_in1k" names weights, too
     known = [tag.partition(".")[2] for tag in timm.list_pretrained(f"{name}.*")]
-    if weights is not None and weights != "DEFAULT" and weights not in known:
-        raise ValueError(f"weights: timm has no {weights!r} for {name}; it has {', '.join(['DEFAULT', *known])}")
-    return timm, name if weights in (None, "DEFAULT") else f"{name}.{weights}"
+    asked = own if weights in (None, "DEFAULT") else weights
+    if asked and asked not in known:
+        raise ValueError(f"weights: timm has no {asked!r} for {name}; it has {', '.join(['DEFAULT', *known])}")
+    if own and asked != own:
+        raise ValueError(f"weights: {spec} names {own}, and --weights {asked}; give one of them")
+    return timm, f"{name}.{asked}" if asked else name
 
 
 def _timm(spec: str, weights: str | None, classes: int | None) -> nn.Module:

@@ -5,12 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import onnxruntime
 import pytest
 import sklearn.datasets
+import timm
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 import fastscore
@@ -119,6 +122,54 @@ def test_a_checkpoint_takes_the_place_of_the_saved_weights(vit: nn.Module) -> No
     torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in state.items()}}, "c.ckpt")
     loaded = models.load("hf:vit", checkpoint="c.ckpt").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Name of a repository -> a folder for its files, in a cache as huggingface_hub keeps it; no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def folder(name: str) -> Path:
+        repository = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(COMMIT)
+        (repository / "snapshots" / COMMIT).mkdir(parents=True)
+        return repository / "snapshots" / COMMIT
+
+    return folder
+
+
+def test_a_name_of_the_hub_is_read_from_its_cache(vit: nn.Module, hub: Callable[[str], Path]) -> None:
+    kept = hub("someone/vit")
+    for path in Path("vit").iterdir():
+        path.rename(kept / path.name)
+    assert main(["score", "hf:someone/vit", "--images", "photos", "--out", "s.safetensors"]) == 0
+    notes = fastscore.Scores.load("s.safetensors").notes
+    assert notes["revision"] == COMMIT
+    assert notes["preprocessing"].endswith("(as the ViTImageProcessor of hf:someone/vit)")
+    loaded = models.load("hf:someone/vit")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), vit.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(("spec", "weights"), [
+    ("timm:test_resnet", "DEFAULT"), ("timm:test_resnet", "r160_in1k"), ("timm:test_resnet.r160_in1k", "DEFAULT")])
+def test_weights_of_timm_are_read_from_the_cache_of_its_hub(hub: Callable[[str], Path], spec: str, weights: str,
+                                                            china: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(china.parent)
+    trained = timm.create_model("test_resnet")
+    torch.nn.init.constant_(trained.fc.bias, 0.25)
+    save_file(trained.state_dict(), hub("timm/test_resnet.r160_in1k") / "model.safetensors")
+    loaded = models.load(spec, weights=weights)
+    assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    if spec != "timm:test_resnet":
+        assert main(["prune", spec, "--weights", weights, "--importance", "magnitude-l2", "--params", "0.8", "--out",
+                     "small.safetensors"]) == 0
+        small = fastscore.load_pruned(models.load(spec), "small.safetensors")
+        assert torch.equal(small.fc.bias, trained.fc.bias)
 
 
 @pytest.mark.parametrize(("arguments", "named"), [
