@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import pathlib
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -136,7 +137,10 @@ def _load(path: str | PathLike[str]) -> Any:
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:  # the last: cut short
+        with open(path, "rb") as file:
+            if file.read(2) == b"PK" and not zipfile.is_zipfile(path):  # what torch.save writes, without its end
+                raise ValueError(f"checkpoint: {path} is cut short, or damaged; copy it again") from error
         raise ValueError(
             f"checkpoint: {path} holds more than tensors{_foreign(path)}, or is damaged; reading it could run code. "
             f"If you trust it, run once torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), "

@@ -110,17 +110,19 @@ def preprocessing(spec: str, weights: str | None = None, size: int | None = None
     Raises:
         ValueError: where the size is not known, or the model takes no plain images.
     """
-    if mean is not None and not all(0 <= value <= 1 for value in mean):
-        raise ValueError(f"mean: {' '.join(f'{value:g}' for value in mean)}; it is taken from pixels in [0, 1]: divide "
-                         "--mean and --std by 255 where they are meant for pixels up to 255")
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and not all(0 <= value <= 1 for value in values):
+            raise ValueError(f"{name}: {' '.join(f'{value:g}' for value in values)}; pixels are in [0, 1]: divide "
+                             "--mean and --std by 255 where they are meant for pixels up to 255")
     known = {"torchvision": _of_torchvision, "timm": _of_timm, "hf": _of_hugging_face}.get(parse(spec)[0])
     if known is None:
         if size is None:
             raise ValueError(f"size: {spec} does not say how large its images are; give --size")
         channels = len(mean or std or (0, 0, 0))
+        half = "mean as given, std " if mean else "std as given, mean " if std else ""
         return Preprocessing(size, size, tuple(mean or (0.0,) * channels), tuple(std or (1.0,) * channels),
                              source="as given" if mean and std else
-                             f"assumed: {spec} does not say what it was trained with; --mean and --std do")
+                             f"{half}assumed: {spec} does not say what it was trained with; --mean and --std do")
     base = known(spec, weights, checkpoint)
     given = [name for name, value in (("size", size), ("mean", mean), ("std", std)) if value is not None]
     source = base.source + (f", but for {', '.join(given)} as given" if given else "")
@@ -192,8 +194,8 @@ def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = No
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ValueError(f"images: {root} is not a folder"
-                         + (f", but a file; give {root.parent}, or a folder of images" if root.is_file() else ""))
+        raise ValueError(f"images: {root} is not a folder, but a file; give {root.parent}, or a folder of images"
+                         if root.is_file() else f"images: there is no folder {root} (looked in {Path.cwd()})")
     paths = sorted(path for path in root.rglob("*")
                    if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
     if not paths:

@@ -279,9 +279,15 @@ def example(arguments: argparse.Namespace, prepare: images.Preprocessing) -> Ten
     return torch.zeros(2, *prepare.shape, device=device(arguments))
 
 
-def check_folder(*paths: str | None) -> None:
-    """Raise ValueError, before any work, for a file that could not be written: no folder, or a folder in its place."""
-    for path in map(Path, filter(None, paths)):
+def check_out(arguments: argparse.Namespace) -> None:
+    """Raise ValueError, before any work, for a file that could not be written (no folder, or a folder in its place), or
+    would take the place of one that is read."""
+    read = {name: Path(value) for name in ("scores", "checkpoint", "curve") if (value := vars(arguments).get(name))}
+    written = {name: Path(value) for name in ("out", "plot", "resume") if (value := vars(arguments).get(name))}
+    for name, path in written.items():
+        for other, file in {**read, **written}.items():
+            if name != other and path.resolve() == file.resolve():
+                raise ValueError(f"{name}: {path} is the file of {other}, too; name another")
         if not path.parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.parent} to write it in; make it first")
         if path.is_dir():

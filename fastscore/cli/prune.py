@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
                          "--agreement 0.98 for as little as will do")
     Quality(arguments.agreement, None, arguments.confidence).alone(asked, True)  # before minutes of work
     Ranking(arguments.scope, arguments.cost_aware, arguments.round_to, arguments.floor)
-    options.check_folder(arguments.out)
+    options.check_out(arguments)
     check_suffix(arguments.out)
     scores = None if arguments.scores is None else options.load_scores(arguments)
     prepare = options.preprocessing(arguments)
