@@ -50,7 +50,11 @@ def load_pruned(model: nn.Module | Callable[[], nn.Module], path: str | PathLike
         FileNotFoundError: no such file.
         ValueError: a file that is foreign, truncated or altered, or a dense model that is not built as the one that was
             pruned.
+        TypeError: no model, nor a function.
     """
+    if not callable(model):  # as modules are
+        raise TypeError(f"model: {type(model).__name__}; give the dense model, or a function that builds it, and then "
+                        "the file")
     header, state = files.read(path, _FORM, "pruned model", "save it again with fastscore.save_pruned")
     dense = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
     try:

@@ -258,6 +258,7 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     ((*PRUNE, "--images", "photos", "--macs", "0.000001"), "cannot be reached"),
     ((*PRUNE, "--scores", "net.safetensors", "--macs", "0.5"), "not a fastscore score file"),
     ((*PRUNE, "--scores", "no.safetensors", "--macs", "0.5"), "no.safetensors"),
+    ((*PRUNE, "--scores", "pruned.safetensors", "--macs", "0.5"), "it is fastscore-pruned-1, not a fastscore sco"),
     ((*PRUNE, "--scores", "small.pt2", "--macs", "0.5"), "out: small.pt2 is the file of scores, too; name another"),
     ((*OWN, "--checkpoint", "net.safetensors", "--out", "photos/../net.safetensors"), "is the file of checkpoint, too"),
     ((*OWN, "--resume", "run", "--out", "run"), "out: run is the file of resume, too; name another"),
@@ -275,6 +276,11 @@ def test_input_that_cannot_be_used_is_one_line_and_exit_code_2(folder, capsys, a
     Path("damaged").mkdir()
     if "ten.pt" in arguments:
         torch.save(models.load("torchvision:resnet18", classes=10).state_dict(), "ten.pt")
+    if "pruned.safetensors" in arguments:
+        model = models.load("nets:build")
+        x = torch.zeros(1, 3, 8, 8)
+        scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
+        fastscore.save_pruned(fastscore.prune(model, scores, x, channels=0.8), "pruned.safetensors")
     if "cut.pt" in arguments:
         torch.save(models.load("nets:build").state_dict(), "cut.pt")
         Path("cut.pt").write_bytes(Path("cut.pt").read_bytes()[:-100])
