@@ -105,6 +105,11 @@ def _unwrapped(path: str | PathLike[str]) -> tuple[dict[str, Tensor], list[str]]
                                 f"checkpoint: there is no file {path}")
     if Path(path).suffix == ".safetensors":
         try:
+            with safetensors.safe_open(str(path), "pt") as file:
+                kind = (file.metadata() or {}).get("format", "")
+            if kind.startswith("fastscore-"):
+                raise ValueError(f"checkpoint: {path} is {kind}, not a state dict; what prune wrote comes from a "
+                                 f"function that returns fastscore.load_pruned(<the dense model>, {str(path)!r}): name that")
             return safetensors.torch.load_file(path), []
         except safetensors.SafetensorError as error:
             raise ValueError(f"checkpoint: {path} is not a readable safetensors file: {error}") from error

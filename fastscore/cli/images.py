@@ -186,7 +186,7 @@ def _of_hugging_face(spec: str, weights: str | None, checkpoint: str | PathLike[
 
 
 def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = None, seed: int = 0) -> list[Path]:
-    """The images in `folder` and below, hidden files aside: all, sorted, or `samples` of them drawn with `seed`.
+    """The images in `folder` and below, links followed, hidden ones aside: all, sorted, or `samples` drawn with `seed`.
 
     "auto": all, in an order drawn with `seed`, so that the first few stand for all.
 
@@ -196,8 +196,7 @@ def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = No
     if not root.is_dir():
         raise ValueError(f"images: {root} is not a folder, but a file; give {root.parent}, or a folder of images"
                          if root.is_file() else f"images: there is no folder {root} (looked in {Path.cwd()})")
-    paths = sorted(path for path in root.rglob("*")
-                   if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
+    paths = sorted(path for path in _shown(root, frozenset()) if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(f"images: there is none in {root} (looked for {', '.join(SUFFIXES)})")
     if samples is None:
@@ -208,6 +207,19 @@ def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = No
     if samples == "auto":
         return [paths[i] for i in order.tolist()]
     return sorted(paths[i] for i in order[:samples].tolist())
+
+
+def _shown(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """The files in `folder` and below whose names, and folders, do not begin with a dot; above: where it lies, so that
+    a link back to there ends."""
+    within = above | {folder.resolve()}
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_file():
+            yield path
+        elif path.is_dir() and path.resolve() not in within:
+            yield from _shown(path, within)
 
 
 class ImageBatches:

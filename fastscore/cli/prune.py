@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, get_args
 
 import fastscore
@@ -90,6 +90,10 @@ def run(arguments: argparse.Namespace) -> None:
                          "--no-repair nor --no-compensate")
     if scores is None:
         scores = options.scored(model, arguments, prepare, work)
+    repaired_on = f"{arguments.images}: {prepare}"
+    if repair and repaired_on != f"{scores.notes.get('images')}: {scores.notes.get('preprocessing')}":
+        tell(f"repaired on {repaired_on}")  # not on what was scored
+        scores = replace(scores, notes={**scores.notes, "repaired on": repaired_on})
     example = options.example(arguments, prepare)
     result = fastscore.prune(model, scores, example, **repair,
                              **{name: getattr(arguments, name) for name in

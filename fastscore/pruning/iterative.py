@@ -213,7 +213,7 @@ class _Run:
         header, state = files.read(path, _FORM, "checkpoint of prune_iteratively", "delete it to start again")
         differing = [name for name in same if header["same"].get(name) != same[name]]
         if differing:
-            raise ValueError(f"resume: {path} is of another run, with another {', another '.join(differing)}; give "
+            raise ValueError(f"resume: {path} is of another run, which differs in {', '.join(differing)}; give "
                              "the same model and arguments, or delete it to start again")
         self.reports = [PruneReport.of(report) for report in header["reports"]]
         self.removed = {layer: torch.tensor(index) for layer, index in header["removed"].items()}

@@ -128,6 +128,34 @@ def test_a_file_of_torchvision_is_known_by_its_hash(photo: Path, monkeypatch: py
     assert images.preprocessing("timm:resnet18", checkpoint="mine.pth").source.endswith(", assumed for mine.pth")
 
 
+def test_folders_by_links_are_read_and_hidden_ones_are_not(photo: Path) -> None:
+    names = images.find("photos")
+    Path("elsewhere").mkdir()
+    photo.rename("elsewhere/a.png")
+    Path("photos/linked").symlink_to(Path("elsewhere").resolve())
+    Path("elsewhere/back").symlink_to(Path("photos").resolve())
+    Path("photos/.ipynb_checkpoints").mkdir()
+    Path("photos/.ipynb_checkpoints/a-checkpoint.png").write_bytes(b"")
+    assert images.find("photos") == sorted([*names[1:], Path("photos/linked/a.png")])
+
+
+def test_images_of_a_repair_are_kept_where_they_are_not_those_of_the_scores(
+        photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("others").mkdir()
+    for path in Path("photos").iterdir():
+        path.rename(f"others/{path.name}") if path.name > "d" else None
+    assert main(["score", "nets.py:build", "--size", "32", "--images", "photos", "--out", "s.safetensors"]) == 0
+    notes = fastscore.Scores.load("s.safetensors").notes
+    for given, more in ((("photos",), None), (("others",), f"others: {notes['preprocessing']}"),
+                        (("photos", "--size", "48"), f"photos: {notes['preprocessing'].replace('32', '48')}")):
+        capsys.readouterr()
+        assert main(["prune", "nets.py:build", "--scores", "s.safetensors", "--macs", "0.8", "--out", "m.safetensors",
+                     "--images", *given]) == 0
+        assert (f"note: repaired on {more}" in capsys.readouterr().err) is (more is not None)
+        main(["info", "m.safetensors", "--json"])
+        assert json.loads(capsys.readouterr().out)["m.safetensors"].get("repaired on") == more
+
+
 def test_tags_of_timm() -> None:
     assert images.preprocessing("timm:resnet50.a1_in1k").source == "as timm's resnet50.a1_in1k"
     for spec, asked in (("timm:resnet50.nothing", None), ("timm:resnet50", "nothing")):
