@@ -109,7 +109,7 @@ def _unwrapped(path: str | PathLike[str]) -> tuple[dict[str, Tensor], list[str]]
                 kind = (file.metadata() or {}).get("format", "")
             if kind.startswith("fastscore-"):
                 raise ValueError(f"checkpoint: {path} is {kind}, not a state dict; what prune wrote comes from a "
-                                 f"function that returns fastscore.load_pruned(<the dense model>, {str(path)!r}): name that")
+                                 f"function that returns fastscore.load_pruned(<the dense model>, {str(path)!r})")
             return safetensors.torch.load_file(path), []
         except safetensors.SafetensorError as error:
             raise ValueError(f"checkpoint: {path} is not a readable safetensors file: {error}") from error
