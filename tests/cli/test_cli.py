@@ -259,7 +259,7 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     ((*PRUNE, "--images", "photos", "--macs", "0.000001"), "cannot be reached"),
     ((*PRUNE, "--scores", "net.safetensors", "--macs", "0.5"), "not a fastscore score file"),
     ((*PRUNE, "--scores", "no.safetensors", "--macs", "0.5"), "no.safetensors"),
-    ((*PRUNE, "--scores", "pruned.safetensors", "--macs", "0.5"), "it is fastscore-pruned-1, not a fastscore sco"),
+    ((*PRUNE, "--scores", "pruned.safetensors", "--macs", "0.5"), "(fastscore-scores-3) but fastscore-pruned-1"),
     ((*PRUNE, "--scores", "small.pt2", "--macs", "0.5"), "out: small.pt2 is the file of scores, too; name another"),
     ((*OWN, "--checkpoint", "net.safetensors", "--out", "photos/../net.safetensors"), "is the file of checkpoint, too"),
     ((*OWN, "--resume", "run", "--out", "run"), "out: run is the file of resume, too; name another"),
