@@ -87,7 +87,7 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
             node = work.pop()
             found.append(node)
             for onward in node.outputs:
-                if onward in self._dims:
+                if onward in self._dims or onward.type == _UNKNOWN:  # whose last operation says nothing of its own
                     continue
                 if (dim := self._dim_after(node, onward)) is None:
                     divided[onward] = node
