@@ -47,6 +47,23 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
     return model(batch)
 
 
+def way_out(forward: Forward, batch: Batch) -> str:
+    """How call_model called a model on a batch that it does not take so, and how it is called otherwise; empty where
+    that was not call_model, or says nothing new."""
+    if getattr(forward, "checks", forward) is not call_model or isinstance(batch, Tensor):
+        return ""
+    kind, whole = type(batch).__name__, "forward=lambda model, batch: model(batch)"
+    if isinstance(batch, Mapping):
+        return f". It was called with the keywords {', '.join(map(str, batch))}: where it takes the {kind} itself, pass " \
+               f"{whole}"
+    if isinstance(batch, (tuple, list)):
+        return f". It was called on the first element of the {kind}: where it takes the whole, pass {whole}, or model(*" \
+               "batch)"
+    part = next(name for name, value in _fields(batch).items() if first_tensor(value) is not None)
+    return f". It was called on the {kind} itself: where it takes a part, pass forward=lambda model, batch: " \
+           f"model(batch.{part})"
+
+
 def output_tensors(returned: Any, model: str) -> list[Tensor]:
     """The tensor that the output gradient of `model` (its name) starts from: what it returned, or the only one in that.
 
@@ -113,6 +130,7 @@ def checked_forward(run: Forward, outputs: Outputs = output_tensors) -> Callable
     def run_and_check(model: nn.Module, batch: Batch) -> Tensor:
         return concat_outputs(outputs(run(model, batch), type(model).__name__))
 
+    run_and_check.checks = run  # type: ignore[attr-defined]
     return run_and_check
 
 

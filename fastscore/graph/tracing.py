@@ -75,7 +75,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
 
     with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), \
             working(f"tracing {type(model).__name__}"):
-        found, ran, explained = _traced(eval_model, run)
+        found, ran, explained = _traced(eval_model, run, batches.way_out(forward, example_inputs))
         inactive = training_only.callable_layers(eval_model) - ran
         if inactive:
             with suppress(Exception):  # of a model's code that does not train
@@ -111,10 +111,11 @@ def _products(eval_model: nn.Module, example_inputs: batches.Batch, forward: bat
     return {"macs": counted.weights, "uncounted": counted.uncounted}
 
 
-def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> tuple[ChannelGraph, set[str], set[str]]:
+def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], otherwise: str = ""
+            ) -> tuple[ChannelGraph, set[str], set[str]]:
     """(the groups of one way of running an evaluation copy, the layers that ran, those that are left alone with a
-    reason that came of trying them)."""
-    plain = _traced_as_it_is(eval_model, run)
+    reason that came of trying them). otherwise: what is said where the model cannot be called so."""
+    plain = _traced_as_it_is(eval_model, run, otherwise)
     if not plain[2]:
         return plain
     with own_tensors.buffers_as_parameters(eval_model) as any_buffers, suppress(Exception):  # of code that writes there
@@ -124,7 +125,7 @@ def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> 
     return plain
 
 
-def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]]
+def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], otherwise: str = ""
                      ) -> tuple[ChannelGraph, set[str], set[str]]:
     """`_traced`, where buffers are constants."""
     graph = dependencies.Graph()
@@ -155,7 +156,8 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         raise
     except Exception as error:  # the tracer raises whatever its guesses run into
         blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
-        raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}") from error
+        advice = "" if has_run or isinstance(error, RuntimeError) else otherwise  # as of shapes
+        raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}{advice}") from error
     if unverified := reasons.of_gradients_of_its_own(recording):
         graph.release()
         return ChannelGraph((), unverified, {}), recording.layers_that_ran, set(unverified)

@@ -3,8 +3,9 @@
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -99,6 +100,41 @@ def test_a_model_that_is_called_with_too_little() -> None:
     """A TypeError of the model's own."""
     with pytest.raises(ValueError, match=r"^Bilinear: it cannot run on example_inputs: TypeError: .*input2"):
         Scorer(nn.Bilinear(3, 3, 2).double(), X)
+
+
+class Images(NamedTuple):
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass
+class Scene:
+    images: Tensor
+    labels: Tensor
+
+
+class Takes(nn.Module):
+    """A model, called on what `part` finds in its input."""
+
+    def __init__(self, part: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.net, self.part = RESIDUAL.model(), part
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.net(self.part(batch))
+
+
+@pytest.mark.parametrize(("part", "batch", "forward"), [
+    (lambda batch: batch.images, Images(X, torch.arange(4)), "model(batch)"),
+    (lambda batch: batch, Scene(X, torch.arange(4)), "model(batch.images)"),
+    (lambda batch: batch["images"], {"images": X}, "model(batch)")])
+def test_a_batch_that_the_model_takes_otherwise_has_a_way_out(part: Callable[[Any], Tensor], batch: Any,
+                                                              forward: str) -> None:
+    model, want = Takes(part), score(RESIDUAL.model())
+    for act in (lambda: score(model, [batch]), lambda: Scorer(model, batch)):
+        refused(ValueError, re.escape(f"forward=lambda model, batch: {forward}"), model, act)
+    found = score(model, [batch], forward=eval(f"lambda model, batch: {forward}"))
+    assert all(torch.equal(found[f"net.{layer}"], values) for layer, values in want.items())
 
 
 @pytest.mark.parametrize(("model", "x", "reason"), [
