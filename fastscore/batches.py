@@ -52,16 +52,15 @@ def way_out(forward: Forward, batch: Batch) -> str:
     that was not call_model, or says nothing new."""
     if getattr(forward, "checks", forward) is not call_model or isinstance(batch, Tensor):
         return ""
-    kind, whole = type(batch).__name__, "forward=lambda model, batch: model(batch)"
+    kind, how = type(batch).__name__, "pass forward=lambda model, batch: model"
     if isinstance(batch, Mapping):
-        return f". It was called with the keywords {', '.join(map(str, batch))}: where it takes the {kind} itself, pass " \
-               f"{whole}"
-    if isinstance(batch, (tuple, list)):
-        return f". It was called on the first element of the {kind}: where it takes the whole, pass {whole}, or model(*" \
-               "batch)"
-    part = next(name for name, value in _fields(batch).items() if first_tensor(value) is not None)
-    return f". It was called on the {kind} itself: where it takes a part, pass forward=lambda model, batch: " \
-           f"model(batch.{part})"
+        called, takes = f"with the keywords {', '.join(map(str, batch))}", f"the {kind} itself, {how}(batch)"
+    elif isinstance(batch, (tuple, list)):
+        called, takes = f"on the first element of the {kind}", f"the whole, {how}(batch), or model(*batch)"
+    else:
+        part = next(name for name, value in _fields(batch).items() if first_tensor(value) is not None)
+        called, takes = f"on the {kind} itself", f"a part, {how}(batch.{part})"
+    return f". It was called {called}: where it takes {takes}"
 
 
 def output_tensors(returned: Any, model: str) -> list[Tensor]:

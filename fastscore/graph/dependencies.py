@@ -162,6 +162,9 @@ class Graph(Nodes):
 
     def _obstacle(self, node: Any, function: Any) -> str | None:
         """Why channels that come to a node cannot be removed; None where they can."""
+        if (part := getattr(node.grad_fn, "scripted", None)) is not None:
+            return f"its channels pass through {self._module2name[part]} ({part.part.original_name}), which " \
+                   "torch.jit made, and which cannot lose channels"
         if node.type == OPTYPE.CUSTOMIZED:
             return f"a view divides its channels over several dimensions ({node.grad_fn.name()})"
         if node.type == OPTYPE.PARAMETER and node in self._dims:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import files
+from fastscore.modules import scripted
 from fastscore.modules.wrappers import unwrapped
 from fastscore.pruning import recipes
 from fastscore.pruning.result import PruneResult
@@ -56,7 +57,7 @@ def load_pruned(model: nn.Module | Callable[[], nn.Module], path: str | PathLike
         raise TypeError(f"model: {type(model).__name__}; give the dense model, or a function that builds it, and then "
                         "the file")
     header, state = files.read(path, _FORM, "pruned model", "save it again with fastscore.save_pruned")
-    dense = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+    dense = copy.deepcopy(model, scripted.copies(model)) if isinstance(model, nn.Module) else model()
     try:
         return load_state(recipes.apply(dense, header["recipe"]), state)
     except ValueError as error:

@@ -96,7 +96,7 @@ def _roles(model: nn.Module, name: str, roles: Mapping[str, set[str]]) -> set[st
 def _parameters(model: nn.Module, name: str) -> Collection[str]:
     """Names of the parameters of the module of that name; none where it is a parameter's."""
     try:
-        return model.get_submodule(name)._parameters
+        return model.get_submodule(name)._parameters.keys()
     except AttributeError:
         return ()
 

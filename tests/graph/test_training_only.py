@@ -58,7 +58,7 @@ def test_readers_are_added_and_nothing_else() -> None:
     """Whatever inactive layers alone read is named; what a trace as in training loses, or finds first, changes
     nothing."""
     evaluated = ChannelGraph((_group("a", "head"), _group("lost", "head"), _group("less", "head", "other")),
-                             {"b": "no Conv or Linear is found to read its channels", "c": "ignored", "late": "mixed"}, {})
+                             {"b": "its channels are the output", "c": "ignored", "late": "mixed"}, {})
     trained = ChannelGraph((_group("a", "head", "auxiliary.0"), _group("b", "auxiliary.0"), _group("less", "head"),
                             _group("late", "head")), {"lost": "mixed", "auxiliary.0": "the output"}, {})
     found = training_only.merge(evaluated, trained, {"auxiliary.0"})
