@@ -209,6 +209,13 @@ class Graph(Nodes):
                     known.add((name, width.attribute))
                     yield Member(name, "width", torch.from_numpy(position[inside] - width.begin),
                                  torch.from_numpy(at[inside] & index_maps.CHANNEL), attribute=width.attribute)
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Transformer):  # whose code asks whether what it is called on has as many
+                inside = set(module.modules())
+                norms = (at for (node, _), at in positions.items() if node.type == NORM and node.module in inside)
+                for at in itertools.islice(norms, 1):
+                    yield Member(name, "width", torch.from_numpy(at >> 32),
+                                 torch.from_numpy(at & index_maps.CHANNEL), attribute="d_model")
 
     def _connect(self, node: Any) -> None:
         """The dependencies between a node and its inputs, both ways, with their index maps."""
