@@ -222,7 +222,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
     for name, module in layers.items():
         node = graph.module2node.get(module)
         kind = tp.ops.module2type(module)
-        if (name in unused and kind in PRODUCERS) or (node is None and kind in LAYERS
+        if (name in unused and kind in PRODUCERS) or (node is None and kind in PRODUCERS
                                                       and name not in called_otherwise):
             untraced.append(name)
             continue
@@ -258,8 +258,9 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
         tied.update((producer, name) for producer in producers)
         tied.update((member.layer, name) for member in members if member.role == "tensor"
                     and layers[member.module].get_parameter(member.layer.rpartition(".")[2]).dim() > 1)
-    skipped |= reasons.of_untraced(untraced, idle, recording, graph.read_elsewhere)
     covered = {member.layer for group in groups for member in group.members if member.role not in (*READS, "width")}
+    untraced = [name for name in untraced if name not in covered]  # as of an embedding whose weight another one holds
+    skipped |= reasons.of_untraced(untraced, idle, recording, graph.read_elsewhere)
     skipped |= {layer: f"its channels go with those of {first}" for layer, first in tied.items()
                 if layer not in covered and layer not in skipped}
     return ChannelGraph(tuple(groups), skipped, graph.normalized_by)

@@ -179,6 +179,32 @@ def test_the_reason_is_true_and_the_rest_goes(build: type[Chain]) -> None:
             torch.testing.assert_close(small(x), model(x))
 
 
+class Embeddings(nn.Module):
+    """One that goes nowhere, one that is not called, one without gradients, one whose weight the model's code reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.unread, self.idle, self.off, self.held, self.places = (nn.Embedding(9, 6) for _ in range(6))
+        self.a, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unread(x)
+        with torch.no_grad():
+            off = self.off(x)
+        x = self.read(x) + self.places(x.flip(0)) + off
+        return self.last(self.a(x).relu()).mean(1) + self.held.weight.sum()
+
+
+def test_embeddings_that_do_not_go_say_why() -> None:
+    graph = trace(Embeddings().eval(), torch.tensor([[1, 5, 2], [3, 0, 7]]))
+    skipped = dict(graph.skipped)
+    assert "RuntimeError" in skipped.pop("read")  # what is made without gradients stays as wide
+    assert ([group.name for group in graph.groups], skipped) == (["a"], {
+        "places": "its channels go with others that are kept",
+        "unread": "the output does not depend on it", "idle": "the output does not depend on it", "off": _OFF,
+        "held": "the code of Embeddings reads its weight, and does not call it", **_HEAD})
+
+
 class NormAndActivation(nn.LayerNorm):
     """Of images, as timm has them: the activation writes to a view."""
 
