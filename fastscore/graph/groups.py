@@ -131,23 +131,28 @@ class ChannelGraph:
             ValueError: an entry matches no layer of `model`.
         """
         ignored = matching_layers(model, ignore)
-        skipped, groups = dict(self.skipped), []
+        reasons = dict[str, str]()
         for group in self.groups:
             hits = [name for member in group.members for name in (member.layer, member.module) if name in ignored]
             hits += [layer for member in group.role("block") for layer in sorted(ignored)
                      if layer.startswith(f"{member.layer}.")]
-            if not hits:
-                groups.append(group)
-            else:
-                skipped[group.name] = "ignored" if group.name in hits else f"ignored with {hits[0]}"
-        return replace(self, groups=tuple(groups), skipped=skipped)
+            if hits:
+                reasons[group.name] = "ignored" if group.name in hits else f"ignored with {hits[0]}"
+        return self._less(reasons)
 
     def told_apart(self) -> "ChannelGraph":
         """This graph less the groups whose samples cannot be told apart in a batch of several."""
         untold = {group.name: reason for group in self.groups for edge in group.edges
                   if (reason := self.samples.reason(edge.layer)) is not None}
-        return replace(self, groups=tuple(group for group in self.groups if group.name not in untold),
-                       skipped={**self.skipped, **untold})
+        return self._less(untold)
+
+    def _less(self, reasons: Mapping[str, str]) -> "ChannelGraph":
+        """This graph without some groups, whose layers are kept. reasons: name of a group -> why."""
+        groups = tuple(group for group in self.groups if group.name not in reasons)
+        made = {member.layer for group in groups for member in group.role("producer")}
+        tied = {member.layer: f"its channels go with those of {group.name}" for group in self.groups
+                if group.name in reasons for member in group.role("producer") if member.layer not in made}
+        return replace(self, groups=groups, skipped={**self.skipped, **tied, **reasons})
 
 
 def norm_gates(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
