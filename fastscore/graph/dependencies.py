@@ -211,8 +211,8 @@ class Graph(Nodes):
                                  torch.from_numpy(at[inside] & index_maps.CHANNEL), attribute=width.attribute)
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Transformer):  # whose code asks whether what it is called on has as many
-                inside = set(module.modules())
-                norms = (at for (node, _), at in positions.items() if node.type == NORM and node.module in inside)
+                parts = set(module.modules())
+                norms = (at for (node, _), at in positions.items() if node.type == NORM and node.module in parts)
                 for at in itertools.islice(norms, 1):
                     yield Member(name, "width", torch.from_numpy(at >> 32),
                                  torch.from_numpy(at & index_maps.CHANNEL), attribute="d_model")

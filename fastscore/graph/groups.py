@@ -138,15 +138,15 @@ class ChannelGraph:
                      if layer.startswith(f"{member.layer}.")]
             if hits:
                 reasons[group.name] = "ignored" if group.name in hits else f"ignored with {hits[0]}"
-        return self._less(reasons)
+        return self.less(reasons)
 
     def told_apart(self) -> "ChannelGraph":
         """This graph less the groups whose samples cannot be told apart in a batch of several."""
         untold = {group.name: reason for group in self.groups for edge in group.edges
                   if (reason := self.samples.reason(edge.layer)) is not None}
-        return self._less(untold)
+        return self.less(untold)
 
-    def _less(self, reasons: Mapping[str, str]) -> "ChannelGraph":
+    def less(self, reasons: Mapping[str, str]) -> "ChannelGraph":
         """This graph without some groups, whose layers are kept. reasons: name of a group -> why."""
         groups = tuple(group for group in self.groups if group.name not in reasons)
         made = {member.layer for group in groups for member in group.role("producer")}
