@@ -47,6 +47,22 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
     return model(batch)
 
 
+def way_out(forward: Forward, batch: Batch) -> str:
+    """How call_model called a model on a batch that it does not take so, and how it is called otherwise; empty where
+    that was not call_model, or says nothing new."""
+    if getattr(forward, "checks", forward) is not call_model or isinstance(batch, Tensor):
+        return ""
+    kind, how = type(batch).__name__, "pass forward=lambda model, batch: model"
+    if isinstance(batch, Mapping):
+        called, takes = f"with the keywords {', '.join(map(str, batch))}", f"the {kind} itself, {how}(batch)"
+    elif isinstance(batch, (tuple, list)):
+        called, takes = f"on the first element of the {kind}", f"the whole, {how}(batch), or model(*batch)"
+    else:
+        part = next(name for name, value in _fields(batch).items() if first_tensor(value) is not None)
+        called, takes = f"on the {kind} itself", f"a part, {how}(batch.{part})"
+    return f". It was called {called}: where it takes {takes}"
+
+
 def output_tensors(returned: Any, model: str) -> list[Tensor]:
     """The tensor that the output gradient of `model` (its name) starts from: what it returned, or the only one in that.
 
@@ -113,6 +129,7 @@ def checked_forward(run: Forward, outputs: Outputs = output_tensors) -> Callable
     def run_and_check(model: nn.Module, batch: Batch) -> Tensor:
         return concat_outputs(outputs(run(model, batch), type(model).__name__))
 
+    run_and_check.checks = run  # type: ignore[attr-defined]
     return run_and_check
 
 

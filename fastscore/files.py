@@ -70,7 +70,9 @@ def read(path: str | PathLike[str], form: str, what: str, otherwise: str) -> tup
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error}); {otherwise}") from error
     if metadata.get("format") != form:
-        raise ValueError(f"{path}: not a fastscore {what} of this version ({form}); {otherwise}")
+        found = metadata.get("format", "")
+        but = f" but {found}" if found.startswith("fastscore-") else ""
+        raise ValueError(f"{path}: not a fastscore {what} of this version ({form}){but}; {otherwise}")
     text = metadata.get("header", "")
     if _checksum(text, tensors) != metadata.get("sha256"):
         raise ValueError(f"{path}: its contents do not match its checksum; copy it again, or {otherwise}")

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from fastscore.wording import counted
+
 Record = Mapping[str, Any]
 
 
@@ -21,7 +23,7 @@ class Table(ABC):
         """What is said below them."""
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {len(self.records())} rows; {next(iter(self._remarks), '')}>"
+        return f"<{type(self).__name__}: {counted(len(self.records()), 'row')}; {next(iter(self._remarks), '')}>"
 
     def to_pandas(self) -> Any:
         """A DataFrame of `records()`. Raises ImportError, naming the way out, without pandas."""

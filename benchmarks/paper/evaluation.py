@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from benchmarks.paper.data import Images
 from fastscore import Scores
 from fastscore.fastpath.folding import Folding
+from fastscore.graph.cutting.surgery import remove_channels
 from fastscore.graph.groups import ChannelGroup, norm_gates
-from fastscore.graph.surgery import remove_channels
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.recovery.compensation import add_to_biases, mean_contributions, removed_means, removed_positions

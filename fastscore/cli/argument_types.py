@@ -30,9 +30,12 @@ def share(text: str) -> float:
 
 def positive(text: str) -> int:
     """An integer of 1 or more."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: it must be 1 or more")
+        raise argparse.ArgumentTypeError(f"{text}: it must be a whole number, 1 or more")
     return value
 
 

@@ -1,8 +1,10 @@
 """Checkpoints as people have them: whatever stands around the weights is taken off and said. No code of theirs runs."""
 
 import argparse
+import hashlib
 import pathlib
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -12,6 +14,8 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from fastscore.wording import counted
 
 # Under which name training loops keep the weights; of several in one file the first is taken.
 ENVELOPES = ("state_dict", "model_state_dict", "model", "net", "network", "model_ema", "ema_state_dict",
@@ -76,12 +80,22 @@ def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> str:
     if counters:
         notes.append(f"without {_some(counters)}, which evaluation does not read")
     model.load_state_dict(fitting, strict=False)
-    return f"checkpoint: {path}: {len(fitting)} tensors taken; {'; '.join(notes)}" if notes else ""
+    return f"checkpoint: {path}: {counted(len(fitting), 'tensor')} taken; {'; '.join(notes)}" if notes else ""
 
 
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, Tensor]:
     """The state dict in a file; no code of the file's is run. Raises ValueError where there is none."""
     return _unwrapped(path)[0]
+
+
+def sha256(*paths: str | PathLike[str]) -> str:
+    """Of all these files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def _unwrapped(path: str | PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:
@@ -91,6 +105,11 @@ def _unwrapped(path: str | PathLike[str]) -> tuple[dict[str, Tensor], list[str]]
                                 f"checkpoint: there is no file {path}")
     if Path(path).suffix == ".safetensors":
         try:
+            with safetensors.safe_open(str(path), "pt") as file:
+                kind = (file.metadata() or {}).get("format", "")
+            if kind.startswith("fastscore-"):
+                raise ValueError(f"checkpoint: {path} is {kind}, not a state dict; what prune wrote comes from a "
+                                 f"function that returns fastscore.load_pruned(<the dense model>, {str(path)!r})")
             return safetensors.torch.load_file(path), []
         except safetensors.SafetensorError as error:
             raise ValueError(f"checkpoint: {path} is not a readable safetensors file: {error}") from error
@@ -123,7 +142,10 @@ def _load(path: str | PathLike[str]) -> Any:
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:  # the last: cut short
+        with open(path, "rb") as file:
+            if file.read(2) == b"PK" and not zipfile.is_zipfile(path):  # what torch.save writes, without its end
+                raise ValueError(f"checkpoint: {path} is cut short, or damaged; copy it again") from error
         raise ValueError(
             f"checkpoint: {path} holds more than tensors{_foreign(path)}, or is damaged; reading it could run code. "
             f"If you trust it, run once torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), "

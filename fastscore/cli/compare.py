@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     asked = budgets(arguments)
     if not any(asked.values()):
         asked["macs"] = [0.9, 0.8, 0.7, 0.6, 0.5]
-    options.check_folder(arguments.plot)
+    options.check_out(arguments)
     if arguments.plot is not None:
         plots.check(arguments.plot)
     prepare = options.preprocessing(arguments)

@@ -54,7 +54,7 @@ def budgets(arguments: argparse.Namespace) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> None:
     """Score where there are no scores yet, prune to each budget, print, draw."""
     asked = budgets(arguments)
-    options.check_folder(arguments.plot, arguments.out)
+    options.check_out(arguments)
     if arguments.plot is not None:
         plots.check(arguments.plot)
     scores = None if arguments.scores is None else options.load_scores(arguments)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from fastscore import plots
 from fastscore.cli.argument_types import positive
-from fastscore.cli.options import Commands, add_command, add_json, check_folder, wrote
+from fastscore.cli.options import Commands, add_command, add_json, check_out, wrote
 
 
 def add(commands: Commands) -> None:
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, score, prune, compare."""
     from fastscore.cli import digits, digits_plot
 
-    check_folder(arguments.out)
+    check_out(arguments)
     plots.check(arguments.out)
     result = digits.run(arguments.networks, arguments.seed)
     print(json.dumps(asdict(result)) if arguments.json else result)

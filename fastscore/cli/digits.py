@@ -15,6 +15,7 @@ from fastscore.progress import bar, shown
 from fastscore.pruning.costs import total_macs
 from fastscore.pruning.prune import prune
 from fastscore.scoring.engine import score
+from fastscore.wording import counted
 
 IMPORTANCES = {"fastscore": "taylor-sq", "magnitude": "magnitude-l2", "random": "random"}
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the MACs, what remains
@@ -99,7 +100,7 @@ class Result:
 
     def __str__(self) -> str:
         networks = len(self.outcomes["dense"])
-        lines = [f"{networks} network{'s' if networks > 1 else ''}, each trained on {self.train_images:,} digits and "
+        lines = [f"{counted(networks, 'network')}, each trained on {self.train_images:,} digits and "
                  f"tested on the other {self.test_images:,}" + ("; mean ± standard deviation" if networks > 1 else ""),
                  "",
                  f"{'':10} {'test accuracy':>14} {'repaired':>14} {'fine-tuned':>14} {'MACs':>11} {'parameters':>11} "

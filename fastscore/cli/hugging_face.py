@@ -1,6 +1,5 @@
 """Image classifiers of Hugging Face's transformers, by name or by the folder that save_pretrained wrote."""
 
-import hashlib
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from fastscore.cli.checkpoints import sha256
 
 _INSTALL = "pip install 'torch-fastscore[transformers]'"
 Found = TypeVar("Found")
@@ -47,14 +48,9 @@ def revision(name: str) -> str:
     """Which weights `name` stands for: the hash of a folder's files of weights; of the hub, its commit."""
     files = sorted(path for kind in ("*.safetensors", "*.bin") for path in Path(name).glob(kind))
     if not files:
-        found = _named(name, lambda: _transformers().AutoConfig.from_pretrained(name))
-        return getattr(found, "_commit_hash", None) or "unknown"
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while part := file.read(2**20):
-                digest.update(part)
-    return f"sha256 {digest.hexdigest()}"
+        config = _named(name, lambda: _transformers().utils.cached_file(name, "config.json"))
+        return Path(config).parent.name  # snapshots/COMMIT/config.json in the hub's cache
+    return f"sha256 {sha256(*files)}"
 
 
 def _transformers() -> Any:

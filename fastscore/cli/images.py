@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fastscore.cli import hugging_face
+from fastscore.cli.checkpoints import sha256
 from fastscore.cli.models import parse, timm_settings, torchvision_models, torchvision_weights
+from fastscore.wording import counted
 
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # Pillow's numbers
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -91,33 +93,37 @@ class Preprocessing:
 
 
 def preprocessing(spec: str, weights: str | None = None, size: int | None = None,
-                  mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Preprocessing:
+                  mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+                  checkpoint: str | PathLike[str] | None = None) -> Preprocessing:
     """How the model `spec` (see fastscore.cli.models.load) wants its images.
 
-    For torchvision and timm: the preprocessing of `weights`, or of the default weights (mostly ImageNet). For hf: that
-    of its image processor. For others only the size is asked for, and without mean and std values stay within [0, 1],
-    which `source` says.
+    For torchvision and timm: the preprocessing of `weights`, of those of torchvision whose file `checkpoint` is, or of
+    the default weights (mostly ImageNet). For hf: that of its image processor. For others only the size is asked for,
+    and without mean and std values stay within [0, 1], which `source` says.
 
     Args:
         spec: names the model.
         weights: torchvision's or timm's.
         size, mean, std: replace what is known.
+        checkpoint: the file that the model's weights come from, if they do.
 
     Raises:
         ValueError: where the size is not known, or the model takes no plain images.
     """
-    if mean is not None and not all(0 <= value <= 1 for value in mean):
-        raise ValueError(f"mean: {' '.join(f'{value:g}' for value in mean)}; it is taken from pixels in [0, 1]: divide "
-                         "--mean and --std by 255 where they are meant for pixels up to 255")
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and not all(0 <= value <= 1 for value in values):
+            raise ValueError(f"{name}: {' '.join(f'{value:g}' for value in values)}; pixels are in [0, 1]: divide "
+                             "--mean and --std by 255 where they are meant for pixels up to 255")
     known = {"torchvision": _of_torchvision, "timm": _of_timm, "hf": _of_hugging_face}.get(parse(spec)[0])
     if known is None:
         if size is None:
             raise ValueError(f"size: {spec} does not say how large its images are; give --size")
         channels = len(mean or std or (0, 0, 0))
+        half = "mean as given, std " if mean else "std as given, mean " if std else ""
         return Preprocessing(size, size, tuple(mean or (0.0,) * channels), tuple(std or (1.0,) * channels),
                              source="as given" if mean and std else
-                             f"assumed: {spec} does not say what it was trained with; --mean and --std do")
-    base = known(spec, weights)
+                             f"{half}assumed: {spec} does not say what it was trained with; --mean and --std do")
+    base = known(spec, weights, checkpoint)
     given = [name for name, value in (("size", size), ("mean", mean), ("std", std)) if value is not None]
     source = base.source + (f", but for {', '.join(given)} as given" if given else "")
     if size is not None:
@@ -126,25 +132,31 @@ def preprocessing(spec: str, weights: str | None = None, size: int | None = None
     return replace(base, mean=tuple(mean or base.mean), std=tuple(std or base.std), source=source)
 
 
-def _of_torchvision(spec: str, weights: str | None) -> Preprocessing:
+def _of_torchvision(spec: str, weights: str | None, checkpoint: str | PathLike[str] | None) -> Preprocessing:
     entry = torchvision_weights(spec, weights or "DEFAULT")
+    said = ""
+    if checkpoint is not None:
+        found = sha256(checkpoint) if Path(checkpoint).is_file() else ""
+        same = [each for each in type(entry) if found and f"-{found[:8]}." in each.url]  # as torchvision names files
+        entry, said = (same[0], ", whose file it is") if same else (entry, f", assumed for {checkpoint}")
     preset: Any = entry.transforms()
     if not hasattr(preset, "crop_size"):
         raise ValueError(f"model: {spec} is not an image classifier")
     return Preprocessing(preset.resize_size[0], preset.crop_size[0], tuple(preset.mean), tuple(preset.std),
-                         preset.interpolation.value, source=f"as torchvision's {entry}")
+                         preset.interpolation.value, source=f"as torchvision's {entry}{said}")
 
 
-def _of_timm(spec: str, weights: str | None) -> Preprocessing:
+def _of_timm(spec: str, weights: str | None, checkpoint: str | PathLike[str] | None) -> Preprocessing:
     known = timm_settings(spec, weights)
     size, crop = known.input_size[-1], known.crop_mode
     return Preprocessing(math.floor(size / known.crop_pct), size, tuple(known.mean), tuple(known.std),
                          known.interpolation, squash=crop == "squash",
                          source=f"as timm's {known.architecture}.{known.tag}"
-                         + ("" if crop in ("center", "squash") else f", whose crop mode {crop} is replaced"))
+                         + ("" if crop in ("center", "squash") else f", whose crop mode {crop} is replaced")
+                         + ("" if checkpoint is None else f", assumed for {checkpoint}"))
 
 
-def _of_hugging_face(spec: str, weights: str | None) -> Preprocessing:
+def _of_hugging_face(spec: str, weights: str | None, checkpoint: str | PathLike[str] | None) -> Preprocessing:
     """What its image processor says, held against what the processor makes of a picture."""
     name = parse(spec)[1]
     processor = hugging_face.processor(name)
@@ -174,7 +186,7 @@ def _of_hugging_face(spec: str, weights: str | None) -> Preprocessing:
 
 
 def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = None, seed: int = 0) -> list[Path]:
-    """The images in `folder` and below, hidden files aside: all, sorted, or `samples` of them drawn with `seed`.
+    """The images in `folder` and below, links followed, hidden ones aside: all, sorted, or `samples` drawn with `seed`.
 
     "auto": all, in an order drawn with `seed`, so that the first few stand for all.
 
@@ -182,20 +194,32 @@ def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = No
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ValueError(f"images: {root} is not a folder"
-                         + (f", but a file; give {root.parent}, or a folder of images" if root.is_file() else ""))
-    paths = sorted(path for path in root.rglob("*")
-                   if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
+        raise ValueError(f"images: {root} is not a folder, but a file; give {root.parent}, or a folder of images"
+                         if root.is_file() else f"images: there is no folder {root} (looked in {Path.cwd()})")
+    paths = sorted(path for path in _shown(root, frozenset()) if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(f"images: there is none in {root} (looked for {', '.join(SUFFIXES)})")
     if samples is None:
         return paths
     if samples != "auto" and samples > len(paths):
-        raise ValueError(f"samples: {samples}, but {root} holds {len(paths)} images")
+        raise ValueError(f"samples: {samples}, but {root} holds {counted(len(paths), 'image')}")
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))
     if samples == "auto":
         return [paths[i] for i in order.tolist()]
     return sorted(paths[i] for i in order[:samples].tolist())
+
+
+def _shown(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """The files in `folder` and below whose names, and folders, do not begin with a dot; above: where it lies, so that
+    a link back to there ends."""
+    within = above | {folder.resolve()}
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_file():
+            yield path
+        elif path.is_dir() and path.resolve() not in within:
+            yield from _shown(path, within)
 
 
 class ImageBatches:

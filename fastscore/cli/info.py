@@ -18,7 +18,7 @@ from fastscore.pruning.checkpoint import read_notes
 from fastscore.pruning.export import read_exported_notes
 from fastscore.scoring.scores import Scores
 
-_NONE = {"notes": "none: it was not made by the command line"}
+_NONE = {"notes": "none: fastscore did not prune it; give weights as --checkpoint, behind the name of their model"}
 _PACKAGES = ("torch-fastscore", "torch", "triton", "torch-pruning", "torchvision")
 
 
@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
         commands, "info", run, "[MODEL or FILE] ", "what is installed here, and what scoring a model will do",
         "Versions, and which kernels serve which device on this machine, or why they do not.\n"
         "For a model: how its images are prepared, and what is made of it to score it, layer by layer.\n"
-        "For a file of scores or of a pruned model (.safetensors, .pt2, .onnx): where it comes from,\n"
+        "For a file of scores or of a pruned model (.safetensors, .pt2, .onnx, .pt): where it comes from,\n"
         "and what remains.",
         "fastscore info\nfastscore info --json\nfastscore info torchvision:resnet18\n"
         "fastscore info scores.safetensors\nfastscore info small.onnx")
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         known = facts()
         print(json.dumps(known) if arguments.json else table(known))
         return
-    if arguments.model.endswith((".safetensors", ".pt2", ".onnx")):
+    if arguments.model.endswith((".safetensors", ".pt2", ".onnx", ".pt")):
         notes = {arguments.model: file_notes(arguments.model)}
         print(json.dumps(notes) if arguments.json else table(notes))
         return

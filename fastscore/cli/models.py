@@ -1,5 +1,6 @@
 """Models by name: a spec and a checkpoint in, a module out."""
 
+import copy
 import difflib
 import importlib
 import importlib.util
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from fastscore.batches import OutputError, output_tensors
 from fastscore.cli import hugging_face
 from fastscore.cli.checkpoints import ResizedError, load_checkpoint
+from fastscore.wording import counted
 
 
 def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: str | None = None,
@@ -26,8 +28,9 @@ def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: s
 
     Args:
         spec: "torchvision:NAME", "timm:NAME", "hf:NAME" or "hf:FOLDER" for an image classifier of transformers, or
-            "module:function" for a function (or class) that returns a module; the module is imported from the current
-            directory or the Python path, or given as a path that ends in .py.
+            "module:function" for a function (or class) that returns a module, or for the network itself, of which a
+            copy is taken; the Python module is imported from the current directory or the Python path, or given as a
+            path that ends in .py.
         checkpoint: safetensors, or what torch.load(weights_only=True) reads, with whatever training loops and wrappers
             put around the weights: see fastscore.cli.checkpoints.
         weights: torchvision's or timm's own, by name or "DEFAULT", downloaded when they are not cached. hf: has its
@@ -53,7 +56,7 @@ def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: s
         try:
             note = load_checkpoint(model, checkpoint)
         except ResizedError as error:
-            hint = f": if it is of {error.outputs} classes, --classes {error.outputs}" \
+            hint = f": if it is of {counted(error.outputs, 'class', 'classes')}, --classes {error.outputs}" \
                 if classes is None and source in ("torchvision", "timm") and error.outputs else ""
             raise ValueError(f"{error}{hint}") from error
         if note and tell is not None:
@@ -65,6 +68,10 @@ def check_runs(model: nn.Module, spec: str, example: Tensor) -> None:
     """Raise ValueError for a model that does not take [N, channels, height, width] such as `example`, or does not
     return one tensor."""
     shape = " x ".join(map(str, example.shape[1:]))
+    dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
+    if dtype != torch.float32:
+        raise ValueError(f"model: {spec} is in {str(dtype).removeprefix('torch.')}, and images are in float32; name a "
+                         "function that returns model.float(): --precision computes in half precision all the same")
     try:
         with torch.no_grad():
             output_tensors(model(example), type(model).__name__)
@@ -83,8 +90,10 @@ def parse(spec: str) -> tuple[str, str]:
     source, _, name = spec.partition(":") if spec.startswith("hf:") else spec.rpartition(":")
     weights = Path(spec).suffix in (".pth", ".pt", ".th", ".ckpt", ".bin", ".safetensors")  # C:\net.pth has a colon
     if not source or not name or weights:
-        raise ValueError(f"model: {spec!r} is none of torchvision:NAME, timm:NAME, hf:NAME and module:function"
-                         + (f"; a file of weights needs one of them, and --checkpoint {spec}" if weights else ""))
+        hint = f"; a file of weights needs one of them, and --checkpoint {spec}" if weights else \
+            f"; name the function in it: {spec}:build" if spec.endswith(".py") else \
+            f"; torchvision:{spec}?" if spec.isidentifier() else ""
+        raise ValueError(f"model: {spec!r} is none of torchvision:NAME, timm:NAME, hf:NAME and module:function{hint}")
     return source, name
 
 
@@ -143,10 +152,14 @@ def _timm_name(spec: str, weights: str | None) -> tuple[Any, str]:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models())
         raise ValueError(f"model: timm has no {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+    name, _, own = name.partition(".")  # "resnet50.a1_in1k" names weights, too
     known = [tag.partition(".")[2] for tag in timm.list_pretrained(f"{name}.*")]
-    if weights is not None and weights != "DEFAULT" and weights not in known:
-        raise ValueError(f"weights: timm has no {weights!r} for {name}; it has {', '.join(['DEFAULT', *known])}")
-    return timm, name if weights in (None, "DEFAULT") else f"{name}.{weights}"
+    asked = own if weights in (None, "DEFAULT") else weights
+    if asked and asked not in known:
+        raise ValueError(f"weights: timm has no {asked!r} for {name}; it has {', '.join(['DEFAULT', *known])}")
+    if own and asked != own:
+        raise ValueError(f"weights: {spec} names {own}, and --weights {asked}; give one of them")
+    return timm, f"{name}.{asked}" if asked else name
 
 
 def _timm(spec: str, weights: str | None, classes: int | None) -> nn.Module:
@@ -172,8 +185,12 @@ def _call(spec: str, weights: str | None, classes: int | None) -> nn.Module:
     with _importable(path.parent if path.suffix == ".py" else Path()):
         module = _of_file(path) if path.suffix == ".py" else _of_name(source)
         make: Any = getattr(module, name, None)
+        if isinstance(make, nn.Module):
+            return copy.deepcopy(make)
         if not callable(make):
-            raise ValueError(f"model: {source} has no function {name!r}")
+            own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+            raise ValueError(f"model: {source} has no function {name!r}"
+                             + (f"; it has {', '.join(own)}" if own else ""))
         try:
             inspect.signature(make).bind()
         except TypeError as error:

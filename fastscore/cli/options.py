@@ -1,7 +1,6 @@
 """Options that several commands have, and what becomes of them: a model, its images, its scores."""
 
 import argparse
-import hashlib
 import itertools
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.cli import hugging_face, images, models, processes
 from fastscore.cli.argument_types import IMPORTANCES, importance, of_sampling, positive
+from fastscore.cli.checkpoints import sha256
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.pruning.quality import HELD_OUT
 from fastscore.recovery.reconstruct import Method
@@ -191,7 +191,8 @@ def device(arguments: argparse.Namespace) -> torch.device:
 
 def preprocessing(arguments: argparse.Namespace) -> images.Preprocessing:
     """How the model wants its images."""
-    return images.preprocessing(arguments.model, arguments.weights, arguments.size, arguments.mean, arguments.std)
+    return images.preprocessing(arguments.model, arguments.weights, arguments.size, arguments.mean, arguments.std,
+                                vars(arguments).get("checkpoint"))
 
 
 def scored(model: nn.Module, arguments: argparse.Namespace, prepare: images.Preprocessing,
@@ -230,7 +231,7 @@ def notes(arguments: argparse.Namespace, prepare: images.Preprocessing) -> dict[
     """Where scores come from, to be kept with them: model, weights, what was made of the images, when, and by what."""
     known = {"model": arguments.model, "weights": arguments.weights, "checkpoint": arguments.checkpoint}
     if arguments.checkpoint is not None:
-        known["checkpoint"] += f" (sha256 {_sha256(arguments.checkpoint)})"
+        known["checkpoint"] += f" (sha256 {sha256(arguments.checkpoint)})"
     elif arguments.model.startswith("hf:"):
         known["revision"] = hugging_face.revision(models.parse(arguments.model)[1])
     if arguments.importance not in WEIGHT_IMPORTANCES:
@@ -241,14 +242,6 @@ def notes(arguments: argparse.Namespace, prepare: images.Preprocessing) -> dict[
     known["date"] = datetime.now(timezone.utc).isoformat(" ", "minutes")
     known["versions"] = f"fastscore {fastscore.__version__}, torch {torch.__version__}"
     return {name: value for name, value in known.items() if value is not None}
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def load_scores(arguments: argparse.Namespace) -> Scores:
@@ -264,7 +257,7 @@ def load_scores(arguments: argparse.Namespace) -> Scores:
         return scores
     file = vars(arguments).get("checkpoint")
     weights = scores.notes.get("checkpoint", "other weights")
-    if file is not None and Path(file).is_file() and not weights.endswith(f"{_sha256(file)})"):
+    if file is not None and Path(file).is_file() and not weights.endswith(f"{sha256(file)})"):
         tell(f"{arguments.scores} is of {weights}, and {file} is another file")
     noted = Parser(prog="fastscore")
     add_pixels(noted)
@@ -285,9 +278,15 @@ def example(arguments: argparse.Namespace, prepare: images.Preprocessing) -> Ten
     return torch.zeros(2, *prepare.shape, device=device(arguments))
 
 
-def check_folder(*paths: str | None) -> None:
-    """Raise ValueError, before any work, for a file that could not be written: no folder, or a folder in its place."""
-    for path in map(Path, filter(None, paths)):
+def check_out(arguments: argparse.Namespace) -> None:
+    """Raise ValueError, before any work, for a file that could not be written (no folder, or a folder in its place), or
+    would take the place of one that is read."""
+    read = {name: Path(value) for name in ("scores", "checkpoint", "curve") if (value := vars(arguments).get(name))}
+    written = {name: Path(value) for name in ("out", "plot", "resume") if (value := vars(arguments).get(name))}
+    for name, path in written.items():
+        for other, file in {**read, **written}.items():
+            if name != other and path.resolve() == file.resolve():
+                raise ValueError(f"{name}: {path} is the file of {other}, too; name another")
         if not path.parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.parent} to write it in; make it first")
         if path.is_dir():

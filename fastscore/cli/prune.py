@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, get_args
 
 import fastscore
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
                          "--agreement 0.98 for as little as will do")
     Quality(arguments.agreement, None, arguments.confidence).alone(asked, True)  # before minutes of work
     Ranking(arguments.scope, arguments.cost_aware, arguments.round_to, arguments.floor)
-    options.check_folder(arguments.out)
+    options.check_out(arguments)
     check_suffix(arguments.out)
     scores = None if arguments.scores is None else options.load_scores(arguments)
     prepare = options.preprocessing(arguments)
@@ -90,6 +90,10 @@ def run(arguments: argparse.Namespace) -> None:
                          "--no-repair nor --no-compensate")
     if scores is None:
         scores = options.scored(model, arguments, prepare, work)
+    repaired_on = f"{arguments.images}: {prepare}"
+    if repair and repaired_on != f"{scores.notes.get('images')}: {scores.notes.get('preprocessing')}":
+        tell(f"repaired on {repaired_on}")  # not on what was scored
+        scores = replace(scores, notes={**scores.notes, "repaired on": repaired_on})
     example = options.example(arguments, prepare)
     result = fastscore.prune(model, scores, example, **repair,
                              **{name: getattr(arguments, name) for name in

@@ -16,7 +16,7 @@ from fastscore import files
 from fastscore.batches import Batch, call_model
 from fastscore.cli import images, models, options
 from fastscore.cli.argument_types import positive, share
-from fastscore.cli.options import Commands, add_command, check_folder, wrote
+from fastscore.cli.options import Commands, add_command, check_out, wrote
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.pruning.costs import Costs, Resource
 from fastscore.pruning.options import Budgets, Ranking, resolve_compensate
@@ -53,7 +53,7 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read scores, write the page."""
-    check_folder(arguments.out)
+    check_out(arguments)
     scores, costs = options.load_scores(arguments), None
     curve = None if arguments.curve is None else read_curve(arguments.curve, scores)
     if arguments.model is not None:

@@ -47,7 +47,7 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Score, print, write; of several processes, the first prints and writes."""
-    options.check_folder(arguments.out, arguments.plot, arguments.resume)
+    options.check_out(arguments)
     if arguments.plot is not None:
         plots.check(arguments.plot)
     prepare = options.preprocessing(arguments)

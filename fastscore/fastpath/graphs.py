@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastscore.batches import Batch, map_tensors, tensors_of
+from fastscore.wording import counted
 
 T = TypeVar("T")
 _MOST = 4  # graphs, each of which keeps the memory of a pass
@@ -64,7 +65,7 @@ class Graphs(Generic[T]):
         """What came of it, for a plan; empty where there are no graphs."""
         if self._recorder is None:
             return ""
-        recorded = f"{len(self._recorded)} CUDA graph{'s' if len(self._recorded) > 1 else ''}"
+        recorded = counted(len(self._recorded), "CUDA graph")
         return recorded if self._recorded else f"no CUDA graph: {self.reason or 'no two batches in a row of one shape'}"
 
     def run(self, work: Callable[[Batch], T], batch: Batch, copied: Callable[[T], T], state: Hashable = None

@@ -11,6 +11,7 @@ from fastscore import tables
 from fastscore.fastpath.packed_layers import ClampBounds
 from fastscore.modules.sample_axis import SampleAxis, Untold
 from fastscore.taps.gates import TapPoint
+from fastscore.wording import counted
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class Plan(tables.Table):
     @property
     def _summary(self) -> str:
         every = sum(tap.bytes for tap in self.taps)
-        return (f"{self.precision}, {self.layout}{', compiled' if self.compiled else ''}; {len(self.taps)} taps read "
-                f"{every / 2**20:.2f} MiB for each sample; {len(self.folded)} BatchNorms folded; {len(self.packed)} "
-                f"layers packed, {sum(bounds is not None for bounds in self.packed.values())} of them with a clamp")
+        return (f"{self.precision}, {self.layout}{', compiled' if self.compiled else ''}; "
+                f"{counted(len(self.taps), 'tap reads', 'taps read')} {every / 2**20:.2f} MiB for each sample; "
+                f"{counted(len(self.folded), 'BatchNorm')} folded; {counted(len(self.packed), 'layer')} packed, "
+                f"{sum(bounds is not None for bounds in self.packed.values())} of them with a clamp")
 
     @property
     def _remarks(self) -> list[str]:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches import with_float64
-from fastscore.graph import attention_calls, heads, surgery
+from fastscore.graph import attention_calls
 from fastscore.graph.attention_calls import Call
+from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.modules.inspection import parameter_owners, parametrized, shares_parameters
+from fastscore.modules.inspection import parameter_owners, parametrized, shared_parameters
 
 # where an attention module has its projections: query, key, value (one name where they are one layer), output
 _LAYERS = (
@@ -259,8 +260,8 @@ def _computed(module: nn.Module, group: ChannelGroup, owners: Mapping[int, int])
         shown = member.layer or type(module).__name__
         if parametrized(layer):
             return f"the weight of {shown} is computed (a parametrization): remove it first"
-        if shares_parameters(layer, owners):
-            return f"{shown} shares its weight with another layer"
+        if shared := shared_parameters(layer, owners):
+            return f"{shown} shares its {shared} with another layer"
     return None
 
 

@@ -14,12 +14,12 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph import surgery
-from fastscore.graph.differences import close
+from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.graph.nodes import LAYERS
 from fastscore.graph.residual_sums import Call, added_at, note, readers_of, runs_before, within
-from fastscore.graph.surgery_trial import some_channels
+from fastscore.graph.trials.differences import close
+from fastscore.graph.trials.surgery_trial import some_channels
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import channel_dim, parameter_owners

@@ -4,6 +4,7 @@ A graph is handed out again only while the model is the same object, holds the s
 and is called in the same way on inputs of the same shape. It is forgotten with the model.
 """
 
+import inspect
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
@@ -65,7 +66,7 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
     # Whatever else a forward may read: settings by value, lists of them too, all else by what object it is.
     own = [(name, _value(value)) for name, value in vars(module).items()
            if name != "training" and not (name.startswith("_") and name in _OF_EVERY_MODULE)]
-    return held, hooks, own, id(type(module).forward)
+    return held, hooks, own, id(inspect.getattr_static(type(module), "forward"))
 
 
 _OF_EVERY_MODULE = set(vars(nn.Module()))

@@ -10,7 +10,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph import channel_buffers, index_maps
+from fastscore.graph import index_maps
+from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.groups import Member
 from fastscore.graph.index_maps import IndexMap
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, TRANSPARENT, Nodes, shape, slice_of
@@ -161,6 +162,9 @@ class Graph(Nodes):
 
     def _obstacle(self, node: Any, function: Any) -> str | None:
         """Why channels that come to a node cannot be removed; None where they can."""
+        if (part := getattr(node.grad_fn, "scripted", None)) is not None:
+            return f"its channels pass through {self._module2name[part]} ({part.part.original_name}), which " \
+                   "torch.jit made, and which cannot lose channels"
         if node.type == OPTYPE.CUSTOMIZED:
             return f"a view divides its channels over several dimensions ({node.grad_fn.name()})"
         if node.type == OPTYPE.PARAMETER and node in self._dims:
@@ -205,6 +209,13 @@ class Graph(Nodes):
                     known.add((name, width.attribute))
                     yield Member(name, "width", torch.from_numpy(position[inside] - width.begin),
                                  torch.from_numpy(at[inside] & index_maps.CHANNEL), attribute=width.attribute)
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Transformer):  # whose code asks whether what it is called on has as many
+                parts = set(module.modules())
+                norms = (at for (node, _), at in positions.items() if node.type == NORM and node.module in parts)
+                for at in itertools.islice(norms, 1):
+                    yield Member(name, "width", torch.from_numpy(at >> 32),
+                                 torch.from_numpy(at & index_maps.CHANNEL), attribute="d_model")
 
     def _connect(self, node: Any) -> None:
         """The dependencies between a node and its inputs, both ways, with their index maps."""

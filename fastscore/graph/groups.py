@@ -29,18 +29,18 @@ Ignore = Iterable[str | type | nn.Module]
 class Member:
     """Where a group's channels lie in one layer.
 
-    layer: qualified module name. role: `producer` (a Conv, Linear or Embedding that makes the channels), `consumer` (a
-    Conv or Linear that reads them), `reader` (one of which nothing comes: see fastscore.graph.unread), `channelwise` (a
-    BatchNorm, PReLU or depthwise convolution between them), `norm` (a normalisation over them, whose statistics read
-    them: see fastscore.modules.channel_norms), `heads` (an attention module, for what it has once for each head),
-    `gate` (a BatchNorm whose output is the channels: see norm_gates), `branch` (a residual branch, all whose output is
-    one channel) or `block` (the same module, or one that runs for it alone, which goes with it, and returns `index[0]`
-    things: see fastscore.graph.blocks), `width` (a module that keeps in `attribute` how many of the channels there
-    are: see fastscore.graph.cut_widths), or `tensor` (a parameter that the code of a module reads itself, such as a
-    layer scale or an embedding of positions: `layer` is its qualified name, and its dimension `dim` holds the
-    channels). index, channel: int64 [M]; position `index[m]` of the layer's output (its input, for a consumer or
-    reader) carries the group's channel `channel[m]`; in the projections of queries and keys, the rows that go with it.
-    For `heads`, head `index[m]` begins at channel `channel[m]`.
+    layer: qualified module name. role: `producer` (a Conv, Linear or Embedding that makes the channels), `consumer`
+    (a Conv or Linear that reads them), `reader` (one of which nothing comes: see fastscore.graph.kept.unread),
+    `channelwise` (a BatchNorm, PReLU or depthwise convolution between them), `norm` (a normalisation over them, whose
+    statistics read them: see fastscore.modules.channel_norms), `heads` (an attention module, for what it has once for
+    each head), `gate` (a BatchNorm whose output is the channels: see norm_gates), `branch` (a residual branch, all
+    whose output is one channel) or `block` (the same module, or one that runs for it alone, which goes with it, and
+    returns `index[0]` things: see fastscore.graph.blocks), `width` (a module that keeps in `attribute` how many of the
+    channels there are: see fastscore.graph.cutting.cut_widths), or `tensor` (a parameter that the code of a module
+    reads itself, such as a layer scale or an embedding of positions: `layer` is its qualified name, and its dimension
+    `dim` holds the channels). index, channel: int64 [M]; position `index[m]` of the layer's output (its input, for a
+    consumer or reader) carries the group's channel `channel[m]`; in the projections of queries and keys, the rows that
+    go with it. For `heads`, head `index[m]` begins at channel `channel[m]`.
     """
 
     layer: str
@@ -136,23 +136,28 @@ class ChannelGraph:
             ValueError: an entry matches no layer of `model`.
         """
         ignored = matching_layers(model, ignore)
-        skipped, groups = dict(self.skipped), []
+        reasons = dict[str, str]()
         for group in self.groups:
             hits = [name for member in group.members for name in (member.layer, member.module) if name in ignored]
             hits += [layer for member in group.role("block") for layer in sorted(ignored)
                      if layer.startswith(f"{member.layer}.")]
-            if not hits:
-                groups.append(group)
-            else:
-                skipped[group.name] = "ignored" if group.name in hits else f"ignored with {hits[0]}"
-        return replace(self, groups=tuple(groups), skipped=skipped)
+            if hits:
+                reasons[group.name] = "ignored" if group.name in hits else f"ignored with {hits[0]}"
+        return self.less(reasons)
 
     def told_apart(self) -> "ChannelGraph":
         """This graph less the groups whose samples cannot be told apart in a batch of several."""
         untold = {group.name: reason for group in self.groups for edge in group.edges
                   if (reason := self.samples.reason(edge.tap)) is not None}
-        return replace(self, groups=tuple(group for group in self.groups if group.name not in untold),
-                       skipped={**self.skipped, **untold})
+        return self.less(untold)
+
+    def less(self, reasons: Mapping[str, str]) -> "ChannelGraph":
+        """This graph without some groups, whose layers are kept. reasons: name of a group -> why."""
+        groups = tuple(group for group in self.groups if group.name not in reasons)
+        made = {member.layer for group in groups for member in group.role("producer")}
+        tied = {member.layer: f"its channels go with those of {group.name}" for group in self.groups
+                if group.name in reasons for member in group.role("producer") if member.layer not in made}
+        return replace(self, groups=groups, skipped={**self.skipped, **tied, **reasons})
 
 
 def norm_gates(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:

@@ -6,8 +6,9 @@ from typing import Any
 import torch_pruning as tp
 from torch import nn
 
-from fastscore.graph import channel_buffers, index_maps
-from fastscore.graph.cut_widths import Cut, Width
+from fastscore.graph import index_maps
+from fastscore.graph.cutting import channel_buffers
+from fastscore.graph.cutting.cut_widths import Cut, Width
 from fastscore.graph.noted_calls import NotedCalls
 from fastscore.modules import channel_norms
 
@@ -86,7 +87,7 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
             node = work.pop()
             found.append(node)
             for onward in node.outputs:
-                if onward in self._dims:
+                if onward in self._dims or onward.type == _UNKNOWN:  # whose last operation says nothing of its own
                     continue
                 if (dim := self._dim_after(node, onward)) is None:
                     divided[onward] = node

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.batches import tensors_of
-from fastscore.graph.cut_widths import Cut, calling_module, cut_of
+from fastscore.graph.cutting.cut_widths import Cut, calling_module, cut_of
 
 _SPLITS = (torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes)
 

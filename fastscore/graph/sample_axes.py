@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from fastscore.batches import Batch, first_tensor, map_tensors
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.routing import Decisions
-from fastscore.graph.trial_inputs import batch_of, has_masks, other_masks, randomize_zeros
+from fastscore.graph.trials.trial_inputs import batch_of, has_masks, other_masks, randomize_zeros
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, joined_axis
+from fastscore.wording import counted
 
 _SIZES = (2, 3, 4, 5, 7)  # of batches: the first two as a rule, the others where those leave a choice
 _DECISIONS = 2  # runs in which the model's code decides otherwise about what a batch holds
@@ -114,7 +115,7 @@ def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Ba
     values = called_with[-1].numel() // trials[-1].size if inputs is not None else 0
     if None in axes or not axes:
         shown = ", ".join(str(list(output.shape)) for output in trials[-1].outputs)
-        reason = f"no dimension of the output ({shown} for {trials[-1].size} samples) counts samples"
+        reason = f"no dimension of the output ({shown} for {counted(trials[-1].size, 'sample')}) counts samples"
         return SampleAxes(dict.fromkeys(watched, (Untold(reason),)), 0, inputs, values)
     second = len(trials) > 1 and _second_dimension(model, run, batch_of(example, _SIZES[1]), trials[-1].outputs[0])
     batch = batch_of(example, trials[-1].size) if len(trials) > 1 else example
@@ -205,7 +206,7 @@ def _tried(model: nn.Module, watched: Mapping[str, Watched], run: Run, batch: Ba
     try:
         return _trial(model, watched, run, batch, size, grad)
     except Exception as error:  # whatever the model's code does with a batch of another size
-        return f"the model does not run on {size} samples ({type(error).__name__}: {error})"
+        return f"the model does not run on {counted(size, 'sample')} ({type(error).__name__}: {error})"
 
 
 def _trial(model: nn.Module, watched: Mapping[str, Watched], run: Run, batch: Batch, size: int, grad: bool = True

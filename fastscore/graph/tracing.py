@@ -11,26 +11,12 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore import batches
-from fastscore.graph import (
-    attention,
-    blocks,
-    cache,
-    dependencies,
-    in_place,
-    index_maps,
-    left_alone,
-    own_tensors,
-    reasons,
-    returned_trial,
-    sample_axes,
-    surgery_trial,
-    training_only,
-    units,
-    unread,
-    verification,
-)
+from fastscore.graph import attention, blocks, cache, dependencies, in_place, index_maps, sample_axes, units
+from fastscore.graph.cutting import own_tensors
 from fastscore.graph.groups import READS, ChannelGraph, ChannelGroup, Member, Role
+from fastscore.graph.kept import left_alone, reasons, training_only, unread
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
+from fastscore.graph.trials import returned_trial, surgery_trial, verification
 from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of, parameter_owners
@@ -89,7 +75,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
 
     with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), \
             working(f"tracing {type(model).__name__}"):
-        found, ran, explained = _traced(eval_model, run)
+        found, ran, explained = _traced(eval_model, run, batches.way_out(forward, example_inputs))
         inactive = training_only.callable_layers(eval_model) - ran
         if inactive:
             with suppress(Exception):  # of a model's code that does not train
@@ -125,10 +111,11 @@ def _products(eval_model: nn.Module, example_inputs: batches.Batch, forward: bat
     return {"macs": counted.weights, "uncounted": counted.uncounted}
 
 
-def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> tuple[ChannelGraph, set[str], set[str]]:
+def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], otherwise: str = ""
+            ) -> tuple[ChannelGraph, set[str], set[str]]:
     """(the groups of one way of running an evaluation copy, the layers that ran, those that are left alone with a
-    reason that came of trying them)."""
-    plain = _traced_as_it_is(eval_model, run)
+    reason that came of trying them). otherwise: what is said where the model cannot be called so."""
+    plain = _traced_as_it_is(eval_model, run, otherwise)
     if not plain[2]:
         return plain
     with own_tensors.buffers_as_parameters(eval_model) as any_buffers, suppress(Exception):  # of code that writes there
@@ -138,7 +125,7 @@ def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> 
     return plain
 
 
-def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]]
+def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], otherwise: str = ""
                      ) -> tuple[ChannelGraph, set[str], set[str]]:
     """`_traced`, where buffers are constants."""
     graph = dependencies.Graph()
@@ -169,7 +156,8 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         raise
     except Exception as error:  # the tracer raises whatever its guesses run into
         blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
-        raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}") from error
+        advice = "" if has_run or isinstance(error, RuntimeError) else otherwise  # as of shapes
+        raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}{advice}") from error
     if unverified := reasons.of_gradients_of_its_own(recording):
         graph.release()
         return ChannelGraph((), unverified, {}), recording.layers_that_ran, set(unverified)
@@ -236,7 +224,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
     for name, module in layers.items():
         node = graph.module2node.get(module)
         kind = tp.ops.module2type(module)
-        if (name in unused and kind in PRODUCERS) or (node is None and kind in LAYERS
+        if (name in unused and kind in PRODUCERS) or (node is None and kind in PRODUCERS
                                                       and name not in called_otherwise):
             untraced.append(name)
             continue
@@ -272,8 +260,9 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
         tied.update((producer, name) for producer in producers)
         tied.update((member.layer, name) for member in members if member.role == "tensor"
                     and layers[member.module].get_parameter(member.layer.rpartition(".")[2]).dim() > 1)
-    skipped |= reasons.of_untraced(untraced, idle, recording, graph.read_elsewhere)
     covered = {member.layer for group in groups for member in group.members if member.role not in (*READS, "width")}
+    untraced = [name for name in untraced if name not in covered]  # as of an embedding whose weight another one holds
+    skipped |= reasons.of_untraced(untraced, idle, recording, graph.read_elsewhere)
     skipped |= {layer: f"its channels go with those of {first}" for layer, first in tied.items()
                 if layer not in covered and layer not in skipped}
     return ChannelGraph(tuple(groups), skipped, graph.normalized_by)

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph import channel_buffers, index_maps
+from fastscore.graph import index_maps
+from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.groups import READS, Member, Role
 
 

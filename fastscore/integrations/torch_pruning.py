@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.scoring.scores import Scores
+from fastscore.wording import counted
 
 __all__ = ["Importance"]
 
@@ -128,6 +129,7 @@ def _misfit(scores: Scores, graph: Any, layers: set[str | None] | None) -> str |
                     "pruner the model that was scored")
         width = graph.get_out_channels(modules[layer])
         if _makes_channels(layer, modules[layer], scores) and width != len(scores[layer]):
-            return (f"scores: {layer} has {width} channels and the scores know {len(scores[layer])}; it was pruned "
-                    "since: score it again for each step, with Importance(lambda: fastscore.score(model, ...))")
+            return (f"scores: {layer} has {counted(width, 'channel')} and the scores know {len(scores[layer])}; it "
+                    "was pruned since: score it again for each step, with "
+                    "Importance(lambda: fastscore.score(model, ...))")
     return None

@@ -84,8 +84,9 @@ def count(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
             attached.enter_context(handle)
         attached.enter_context(_without_fused_attention())
         for name, module in model.named_modules():  # the counter knows names below the whole model's own call alone
-            attached.enter_context(module.register_forward_pre_hook(entering(name)))
-            attached.enter_context(module.register_forward_hook(leaving(name)))
+            if not isinstance(module, torch.jit.ScriptModule):  # which has no such hooks
+                attached.enter_context(module.register_forward_pre_hook(entering(name)))
+                attached.enter_context(module.register_forward_hook(leaving(name)))
         with products, counter:
             returned = forward(model, example_inputs)
     uncounted = {operation: ", ".join(places) for operation, places in products.unknown.items()}

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 
 from fastscore.batches import tensors_of
-from fastscore.modules import computed_weights, held_weights, multihead_attention, transposed_linear
+from fastscore.modules import computed_weights, held_weights, multihead_attention, scripted, transposed_linear
 from fastscore.modules.modes import enter_evaluation
 from fastscore.modules.wrappers import check_whole
 
@@ -38,7 +38,8 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
 
     Returns:
         A module of the same class, whose nn.MultiheadAttention runs its projections as layers, where transformers'
-        Conv1D is nn.Linear and its experts are two layers, and where layers that compute their weight are plain ones
+        Conv1D is nn.Linear and its experts are two layers, where layers that compute their weight are plain ones, and
+        what torch.jit made is one module
         (see fastscore.modules).
 
     Raises:
@@ -49,6 +50,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
                               for parameter in model.parameters()}
     shared |= {id(module.weight): nn.Parameter(module.weight.detach().clone(), requires_grad=False)
                for module in model.modules() if _writes_to_its_weight(module)}
+    shared |= {id(part): scripted.opaque(part) for _, part in scripted.outermost(model)}
     shared |= {id(tensor): tensor.detach() for tensor in computed_tensors(model)}
     eval_model: nn.Module = copy.deepcopy(model, shared)
     enter_evaluation(eval_model)

@@ -27,9 +27,11 @@ def parameter_owners(model: nn.Module) -> Mapping[int, int]:
     return Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
 
 
-def shares_parameters(module: nn.Module, owners: Mapping[int, int]) -> bool:
-    """Whether another module holds one of the module's own parameters too. owners: as parameter_owners gives them."""
-    return any(owners[id(parameter)] > 1 for parameter in module._parameters.values() if parameter is not None)
+def shared_parameters(module: nn.Module, owners: Mapping[int, int]) -> str:
+    """Which of the module's own parameters another module holds too, in words; empty where that is none of them.
+    owners: as parameter_owners gives them."""
+    return " and ".join(name for name, parameter in module._parameters.items()
+                        if parameter is not None and owners[id(parameter)] > 1)
 
 
 def channel_dim(layer: nn.Module) -> int:

@@ -43,7 +43,7 @@ def _new(cls: type[nn.Module]) -> nn.Module:
 
 def output_projection(module: nn.Module) -> nn.Linear | None:
     """The layer that reads what the heads of an attention module make; None where it has none of a usual name."""
-    found = (module._modules.get(name) for name in _OUTPUTS)
+    found = (getattr(module, name, None) for name in _OUTPUTS)
     return next((layer for layer in found if isinstance(layer, nn.Linear)), None)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastscore.batches import first_tensor
+from fastscore.wording import counted
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ def by_sample(rows: Tensor, axis: SampleAxis | Untold, layer: str, samples: int,
         return spread(rows, samples, mean) if not axis.reached and _no_gradient(rows, mean) else axis.reason
     factors = axis.factors(rows.shape[1], samples, fixed)
     if factors is None:
-        return f"{layer} read {rows.shape[1]} rows for {samples} samples, in another layout than when it was traced"
+        return (f"{layer} read {counted(rows.shape[1], 'row')} for {counted(samples, 'sample')}, in another layout "
+                "than when it was traced")
     if math.prod(factors) == 1:
         return rows
     places = rows.unflatten(1, (factors[0], samples, factors[1]))
@@ -160,7 +162,8 @@ def by_token(rows: Tensor, axis: SampleAxis | Untold, layer: str, samples: int, 
         return axis.reason
     factors = axis.factors(rows.shape[1], samples)
     if factors is None or math.prod(factors) != tokens:
-        return f"{layer} read {rows.shape[1]} rows for {samples} samples of {tokens} tokens"
+        return (f"{layer} read {counted(rows.shape[1], 'row')} for {counted(samples, 'sample')} of "
+                f"{counted(tokens, 'token')}")
     in_order: Tensor = rows.unflatten(1, (factors[0], samples, factors[1])).transpose(1, 2).flatten(1, 3)
     return in_order
 

@@ -51,15 +51,13 @@ def check_whole(model: nn.Module) -> None:
     """Refuse a model of which no copy can be made that runs, or whose layers cannot be seen.
 
     Raises:
-        TypeError: torch.jit made it, or a part of it.
+        TypeError: torch.jit made it.
         ValueError: its parameters are sharded, hold no values or have no shape yet, or were made under
             torch.inference_mode; a part of it is compiled, or in DistributedDataParallel.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            part = f"{name} ({type(module).__name__})" if name else type(module).__name__
-            raise TypeError(f"model: {part}, which torch.jit made, has no layers that could be measured or made "
-                            "smaller: pass the nn.Module that it was made from, and script or trace the smaller one")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model: {type(model).__name__}, which torch.jit made, has no layers that could be measured or "
+                        "made smaller: pass the nn.Module that it was made from, and script or trace the smaller one")
     for name, tensor in _held(model):
         if is_lazy(tensor):
             owner = model.get_submodule(name.rpartition(".")[0])

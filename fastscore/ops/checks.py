@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastscore.wording import counted
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DISTRIBUTIONS = ("normal", "rademacher")
 
@@ -29,7 +31,7 @@ def check_pair(a: Tensor, g: Tensor, channel_dim: int) -> None:
     _floating("a", a)
     dims = a.dim()
     if dims < 2:
-        raise ValueError(f"a has {dims} dimension(s), but needs samples and channels; unsqueeze the missing one")
+        raise ValueError(f"a has {counted(dims, 'dimension')}, but needs samples and channels; unsqueeze one")
     if not -dims < channel_dim < dims or channel_dim == 0:
         raise ValueError(f"channel_dim is {channel_dim}, but has to be 1 to {dims - 1} or {1 - dims} to -1 for "
                          f"{dims} dimensions (dimension 0 counts the samples)")
@@ -49,7 +51,7 @@ def check_clamp(y: Tensor, g: Tensor, rest: Tensor | None) -> None:
             raise ValueError(f"y is on {y.device} and {name} is on {x.device}; move one of them")
     _floating("y", y)
     if y.dim() < 2:
-        raise ValueError(f"y has {y.dim()} dimension(s), but needs samples and channels; unsqueeze the missing one")
+        raise ValueError(f"y has {counted(y.dim(), 'dimension')}, but needs samples and channels; unsqueeze one")
 
 
 def check_same_strides(y: Tensor, *gradients: Tensor | None) -> None:

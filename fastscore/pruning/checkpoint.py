@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import files
+from fastscore.modules import scripted
 from fastscore.modules.wrappers import unwrapped
 from fastscore.pruning import recipes
 from fastscore.pruning.result import PruneResult
@@ -50,9 +51,13 @@ def load_pruned(model: nn.Module | Callable[[], nn.Module], path: str | PathLike
         FileNotFoundError: no such file.
         ValueError: a file that is foreign, truncated or altered, or a dense model that is not built as the one that was
             pruned.
+        TypeError: no model, nor a function.
     """
+    if not callable(model):  # as modules are
+        raise TypeError(f"model: {type(model).__name__}; give the dense model, or a function that builds it, and then "
+                        "the file")
     header, state = files.read(path, _FORM, "pruned model", "save it again with fastscore.save_pruned")
-    dense = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+    dense = copy.deepcopy(model, scripted.copies(model)) if isinstance(model, nn.Module) else model()
     try:
         return load_state(recipes.apply(dense, header["recipe"]), state)
     except ValueError as error:

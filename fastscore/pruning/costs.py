@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import batches
-from fastscore.graph import heads
+from fastscore.graph.cutting import heads
 from fastscore.graph.groups import READS, ChannelGroup, Member
 from fastscore.modules.counting import count
 from fastscore.modules.inspection import device_of

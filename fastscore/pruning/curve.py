@@ -121,7 +121,7 @@ class Curve(Drawn):
                     line += f"   {point.agreement:>20.1%} {point.kl:>8.3g}"
                     line += "" if point.metric is None else f" {point.metric:>8.4g}"
             lines.append(line)
-        return "\n".join([*lines, judged_by(self.decisions, "no repair has seen"), self.note])
+        return "\n".join([*lines, *reversed(self._remarks)])
 
     def records(self) -> list[dict[str, Any]]:
         """A flat dict for each budget."""
@@ -137,7 +137,7 @@ class Curve(Drawn):
 
     @property
     def _remarks(self) -> list[str]:
-        return [self.note]
+        return [self.note, judged_by(self.decisions, "no repair has seen")]
 
     @property
     def _lines(self) -> dict[str, "Curve"]:

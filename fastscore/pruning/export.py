@@ -45,10 +45,10 @@ def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | Pat
 
 
 def read_exported_notes(path: str | PathLike[str]) -> dict[str, str]:
-    """What a .pt2 or .onnx file that `save` wrote of a PruneResult says of where the model comes from; no code of the
-    file's is run.
+    """What a .pt, .pt2 or .onnx file that `save` wrote of a PruneResult says of where the model comes from; no code of
+    the file's is run.
 
-    Raises ValueError for a file that is neither, or damaged; ImportError for .onnx without its package.
+    Raises ValueError for a file that is none of them, or damaged; ImportError for .onnx without its package.
     """
     try:
         if Path(path).suffix == ".onnx":
@@ -87,6 +87,9 @@ def plain(model: nn.Module, example_inputs: Tensor) -> nn.Module:
 
 def _write_module(model: nn.Module, example_inputs: Tensor, path: Path, notes: Mapping[str, str]) -> None:
     torch.save(model, path)
+    if notes:
+        with zipfile.ZipFile(path, "a") as archive:  # which torch.load reads by the names that it knows
+            archive.writestr(f"{archive.namelist()[0].partition('/')[0]}/extra/{_NOTES}", json.dumps(notes))
 
 
 def _write_program(model: nn.Module, example_inputs: Tensor, path: Path, notes: Mapping[str, str]) -> None:
@@ -106,7 +109,7 @@ def _free_batch() -> tuple[dict[int, torch.export.Dim]]:
     return ({0: torch.export.Dim("batch")},)
 
 
-_NOTES, _NOTE = "fastscore.json", "fastscore "  # of .pt2: a file in it; of .onnx: in front of each name in its metadata
+_NOTES, _NOTE = "fastscore.json", "fastscore "  # a file in .pt and .pt2; before each name in the metadata of .onnx
 _WRITERS = {".pt2": _write_program, ".onnx": _write_onnx, ".pt": _write_module}
 
 

@@ -16,6 +16,7 @@ from fastscore.arguments import check_number
 from fastscore.batches import Batch, call_model, first_samples, first_tensor, map_tensors
 from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.groups import matching_layers
+from fastscore.modules import scripted
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
@@ -213,13 +214,13 @@ class _Run:
         header, state = files.read(path, _FORM, "checkpoint of prune_iteratively", "delete it to start again")
         differing = [name for name in same if header["same"].get(name) != same[name]]
         if differing:
-            raise ValueError(f"resume: {path} is of another run, with another {', another '.join(differing)}; give "
+            raise ValueError(f"resume: {path} is of another run, which differs in {', '.join(differing)}; give "
                              "the same model and arguments, or delete it to start again")
         self.reports = [PruneReport.of(report) for report in header["reports"]]
         self.removed = {layer: torch.tensor(index) for layer, index in header["removed"].items()}
         self.removed_indices = dict(recipes.indices_of(header["recipe"]))
         self.new_biases = tuple(header["recipe"]["biases"])
-        model = recipes.apply(copy.deepcopy(self.dense), header["recipe"])
+        model = recipes.apply(copy.deepcopy(self.dense, scripted.copies(self.dense)), header["recipe"])
         recipes.attach(model, recipes.extend(self.dense, self.removed_indices, self.new_biases))
         self.current = load_state(model, state)
         for name, module in self.current.named_modules():

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastscore.batches import Batch, Forward, checked_forward
+from fastscore.graph.cutting.surgery import removed_indices
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
-from fastscore.graph.surgery import removed_indices
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar
 from fastscore.pruning import redundancy

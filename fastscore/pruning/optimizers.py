@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph.surgery import remove_indices
+from fastscore.graph.cutting.surgery import remove_indices
+from fastscore.modules import scripted
 from fastscore.modules.computed_weights import computed_weights, weight_source
 from fastscore.modules.evaluation_copy import computed_tensors
 from fastscore.modules.wrappers import unwrapped
@@ -81,7 +82,12 @@ def _successors(model: nn.Module, result: PruneResult) -> Mapping[str, list[tupl
         numbers = torch.arange(count, count + parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
         numbered[id(parameter)] = nn.Parameter(numbers, requires_grad=False)
         count += parameter.numel()
-    shared: dict[int, Any] = {**numbered, **{id(tensor): tensor.detach() for tensor in computed_tensors(model)}}
+    parts = scripted.copies(model)
+    for _, part in scripted.outermost(model):
+        for parameter, old in zip(parts[id(part)].parameters(), part.parameters(), strict=True):
+            parameter.data = numbered[id(old)].data
+    computed = {id(tensor): tensor.detach() for tensor in computed_tensors(model)}
+    shared: dict[int, Any] = {**numbered, **parts, **computed}
     numbered_model: nn.Module = copy.deepcopy(model, shared)
     recipes.add_biases(numbered_model, result.new_biases)
     remove_indices(numbered_model, result.removed_indices)

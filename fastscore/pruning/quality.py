@@ -30,6 +30,7 @@ from fastscore.pruning.result import PruneResult
 from fastscore.pruning.selection import MacsLeft
 from fastscore.recovery.divergence import Divergence, divergence
 from fastscore.recovery.held_out import Part, samples_in
+from fastscore.wording import counted
 
 HELD_OUT = 4  # one of so many calibration samples judges where no others are given
 _BIT = 8  # of a sample's id, by which the samples to judge by are halved
@@ -247,9 +248,9 @@ def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quali
         tried.set_postfix_str(f"{remains[steps]:.1%} of the MACs: agreement {found.agreement:.1%}")
         tried.update()
         if quality.confidence is not None and found.decisions != judge.samples:
-            raise ValueError(f"confidence: the model makes {found.decisions} decisions about {judge.samples} samples; "
-                             "those about one sample are no independent trials, and no bound counts them: leave "
-                             "confidence out")
+            raise ValueError(f"confidence: the model makes {counted(found.decisions, 'decision')} about "
+                             f"{counted(judge.samples, 'sample')}; those about one sample are no independent "
+                             "trials, and no bound counts them: leave confidence out")
         if not quality.holds(found):
             built.pop(steps)
         return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fastscore.graph.surgery import RemovedIndices, Side, remove_indices
+from fastscore.graph.cutting.surgery import RemovedIndices, Side, remove_indices
 from fastscore.modules.multihead_attention import SequenceFirstLinear
 from fastscore.modules.parameter_layers import ParameterLinear
 from fastscore.modules.windowed_attention import LinearWithoutKeyBias
@@ -42,7 +42,8 @@ def structure(model: nn.Module) -> dict[str, str]:
     """Module -> its type, its settings where it is torch's own, and the shapes of its parameters and buffers."""
     lines = {}
     for name, module in model.named_modules():
-        own_kind: type = type(module)
+        # copies of what was traced are of another kind than itself
+        own_kind: type = torch.jit.ScriptModule if isinstance(module, torch.jit.ScriptModule) else type(module)
         kind = _SAME.get(own_kind, own_kind)
         settings = module.extra_repr() if kind.__module__.startswith("torch.nn") else ""
         if isinstance(module, ParameterLinear):  # as long as the model is tapped

@@ -11,6 +11,7 @@ from fastscore.pruning.costs import Costs
 from fastscore.recovery.divergence import judged_by
 from fastscore.recovery.reconstruct import Repair
 from fastscore.tables import Table
+from fastscore.wording import counted
 
 UNSTEADY = 0.05  # uncertainty of a share of the time, above which the report warns
 
@@ -90,7 +91,7 @@ class Judged:
     def __str__(self) -> str:
         least = "" if self.bound == self.agreement else f" (at least {self.bound:.1%})"
         return (f"{'chosen' if self.chosen else 'judged'}: {self.macs:.1%} of the MACs: agreement {self.agreement:.1%}"
-                f"{least}, KL {self.kl:.3g}, {self.decisions:,} decisions")
+                f"{least}, KL {self.kl:.3g}, {counted(self.decisions, 'decision')}")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastscore.graph.surgery import RemovedIndices
+from fastscore.graph.cutting.surgery import RemovedIndices
 from fastscore.pruning.report import PruneReport
 from fastscore.pruning.surgery import Surgery
 from fastscore.tables import Table

@@ -16,6 +16,7 @@ from fastscore.graph.tracing import trace
 from fastscore.pruning.costs import Costs, MacsWithout, Resource
 from fastscore.pruning.ranking import RemovalStep
 from fastscore.scoring.scores import Scores
+from fastscore.wording import counted
 
 
 def scored_graph(model: nn.Module, scores: Scores, example_inputs: Batch, forward: Forward,
@@ -54,8 +55,8 @@ def check_scores(graph: ChannelGraph, scores: Scores) -> None:
             raise ValueError(f"scores: they belong to another model, which has a prunable layer {layer}; this one has "
                              "none of that name: score this model")
         if len(scores[layer]) != widths[layer]:
-            raise ValueError(f"scores: {layer} has {widths[layer]} channels and the scores know {len(scores[layer])}; "
-                             "the model was changed since (pruned?): score it again")
+            raise ValueError(f"scores: {layer} has {counted(widths[layer], 'channel')} and the scores know "
+                             f"{len(scores[layer])}; the model was changed since (pruned?): score it again")
     if scores.origin.fingerprint != graph.fingerprint:
         raise ValueError("scores: they belong to a model whose layers are connected differently; score this model, or "
                          "give example_inputs with as many samples as a batch that was scored")

@@ -6,9 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward, checked_forward
+from fastscore.graph.cutting.surgery import (
+    RemovedIndices,
+    remove_channels,
+    remove_indices,
+    removed_indices,
+    smaller_copy,
+)
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
-from fastscore.graph.surgery import RemovedIndices, remove_channels, remove_indices, removed_indices, smaller_copy
-from fastscore.graph.surgery_trial import said, where
+from fastscore.graph.trials.surgery_trial import said, where
 from fastscore.modules import held_weights
 from fastscore.modules.computed_weights import computed_weights, make_plain
 from fastscore.modules.counting import Count, count

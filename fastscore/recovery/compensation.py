@@ -24,6 +24,7 @@ from fastscore.modules.inspection import channel_dim
 from fastscore.modules.parameter_layers import ParameterLinear
 from fastscore.modules.transposed_linear import is_transposed, widths
 from fastscore.modules.windowed_attention import LinearWithoutKeyBias
+from fastscore.wording import counted
 
 _ADAPTERS = {"lora_A", "lora_B"}  # beside a layer that PEFT calls so:
 _ADAPTED = "base_layer"
@@ -92,8 +93,8 @@ def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], posi
         if mean is None or mean.shape != (width,):
             known = "no mean activations" if mean is None else f"means of shape {tuple(mean.shape)}"
             makers = [group.name for group in channel_groups if any(edge.layer == name for edge in group.edges)]
-            raise ValueError(f"{name}: the scores hold {known} for its {width} channels: score this model with a "
-                             f"taylor importance, or leave out what makes them: ignore={makers}")
+            raise ValueError(f"{name}: the scores hold {known} for its {counted(width, 'channel')}: score this model "
+                             f"with a taylor importance, or leave out what makes them: ignore={makers}")
         if not torch.isfinite(mean).all():
             raise FloatingPointError(f"{name}: NaN or infinity in its mean activations (scores.means)")
         mean = mean.double().cpu()

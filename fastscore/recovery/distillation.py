@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastscore.batches import Batch, Forward, call_model, checked_forward
 from fastscore.fingerprints import run_fingerprint
-from fastscore.graph.surgery import RemovedIndices
+from fastscore.graph.cutting.surgery import RemovedIndices
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.modes import modes_kept

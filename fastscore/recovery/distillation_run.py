@@ -22,6 +22,7 @@ from fastscore.recovery.optimizers import schedule
 from fastscore.recovery.training_batches import Position, TrainingBatches, on_device
 from fastscore.scoring.run_file import RunFile
 from fastscore.tables import Table
+from fastscore.wording import counted
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,8 +69,8 @@ class DistillationReport(Table):
 
     @property
     def _remarks(self) -> list[str]:
-        early = f"stopped after {self.steps} of {self.planned} steps: held-out samples saw nothing better"
-        return [f"best after {self.best.step} of {self.steps} steps"] + [early] * (self.steps < self.planned)
+        early = f"stopped after {self.steps} of {counted(self.planned, 'step')}: held-out samples saw nothing better"
+        return [f"best after {self.best.step} of {counted(self.steps, 'step')}"] + [early] * (self.steps < self.planned)
 
 
 class Objective:

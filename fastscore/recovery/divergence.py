@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from fastscore.batches import with_float64
+from fastscore.wording import counted
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def judged_by(decisions: int, samples: str) -> str:
     """What a share of decisions about some samples rests on; of fewer than 100, by how much it may be off, too."""
     few = "" if decisions >= 100 else \
         f": few, so a share of them may well be off by {50 / math.sqrt(decisions):.0f} points"
-    return f"judged by {decisions:,} decision{'s'[:decisions != 1]} about samples that {samples}{few}"
+    return f"judged by {counted(decisions, 'decision')} about samples that {samples}{few}"
 
 
 def divergence(dense: Iterable[Tensor], smaller: Iterable[Tensor],

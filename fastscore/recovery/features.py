@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastscore.graph.surgery import RemovedIndices
+from fastscore.graph.cutting.surgery import RemovedIndices
 from fastscore.modules.inspection import channel_dim
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastscore.batches import Batch, Forward, valid_tokens, with_float64
-from fastscore.graph.surgery import RemovedIndices, removed_branches
+from fastscore.graph.cutting.surgery import RemovedIndices, removed_branches
 from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import device_of
 from fastscore.recovery.asymmetric import RIDGES, WIDEST, Joint, bias, error, fit, rescaled

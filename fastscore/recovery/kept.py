@@ -11,7 +11,7 @@ from torch import distributed, nn
 
 from fastscore.batches import Batch, Forward
 from fastscore.fingerprints import digest_of, run_fingerprint
-from fastscore.graph.surgery import RemovedIndices
+from fastscore.graph.cutting.surgery import RemovedIndices
 from fastscore.modules.inspection import device_of
 from fastscore.scoring.run_file import RunFile, remaining
 

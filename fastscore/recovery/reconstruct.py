@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastscore.batches import Batch, Forward, call_model, checked_forward
-from fastscore.graph.surgery import RemovedIndices, removed_branches
+from fastscore.graph.cutting.surgery import RemovedIndices, removed_branches
 from fastscore.graph.tracing import trace
+from fastscore.modules import scripted
 from fastscore.modules.computed_weights import computed_weight
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
@@ -34,6 +35,7 @@ from fastscore.recovery.linear import InputEstimate, estimate_inputs, rewired
 from fastscore.recovery.moments import InputMoments, Moments, layouts
 from fastscore.recovery.recalibration import recalibrate_on, running_norms
 from fastscore.rng import fork_rng
+from fastscore.wording import counted
 
 Method = Literal["mean", "linear", "asymmetric", "auto"]
 RIDGES = (0.1, 0.01, 0.001)
@@ -143,8 +145,8 @@ def check_dense(model: nn.Module, result: Pruned) -> None:
         width = getattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", None)
         if layer is None or (side == "inputs" and width is not None and int(index.max()) >= width):
             raise ValueError(f"model: it is not the dense one that the result was pruned from: {name} "
-                             f"{'is not there' if layer is None else f'reads only {width} channels'}; give the model "
-                             "that went into prune(), which inplace=True overwrites")
+                             f"{'is not there' if width is None else 'reads only ' + counted(width, 'channel')}; "
+                             "give the model that went into prune(), which inplace=True overwrites")
     cut = dict(result.cut_again(model, {}, {}).model.named_parameters())
     for name, parameter in result.model.named_parameters():
         if name in cut and cut[name].shape != parameter.shape:
@@ -240,7 +242,7 @@ class _Bench:
         return result
 
     def _recalibrated(self, result: Any, part: Part) -> Any:
-        model = copy.deepcopy(result.model)
+        model = copy.deepcopy(result.model, scripted.copies(result.model))
         recalibrate_on(model, self._calibration.part(part), self._forward, self._group)
         return replace(result, model=model)
 

@@ -9,6 +9,7 @@ import torch
 from fastscore.batches import Batch, map_tensors
 from fastscore.fingerprints import digest_of
 from fastscore.recovery.held_out import check_batches, held_out_rows, samples_in, take_rows
+from fastscore.wording import counted
 
 HELD_OUT = 8  # one of so many samples judges and is never trained on
 JUDGES = 512  # as many of these are looked at, at most
@@ -69,8 +70,8 @@ class TrainingBatches:
                 break
         if not kept:
             raise ValueError("batches: there is none, or none that holds a sample" if not read else
-                             f"batches: of their {read} samples, none is among the one of {HELD_OUT} that are held out "
-                             "to judge by; give more, or held_out=")
+                             f"batches: they hold {counted(read, 'sample')}, and none is among the one of "
+                             f"{HELD_OUT} that are held out to judge by; give more, or held_out=")
         return found[self._rank::self._size]
 
     def __call__(self, start: Position, least: int) -> Iterator[tuple[Batch, Position]]:

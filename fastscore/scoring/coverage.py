@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from fastscore.graph import heads
+from fastscore.graph.cutting import heads
 from fastscore.graph.groups import READS, ChannelGraph
 from fastscore.modules.weight_products import weight_name
 
@@ -96,7 +96,7 @@ def _roles(model: nn.Module, name: str, roles: Mapping[str, set[str]]) -> set[st
 def _parameters(model: nn.Module, name: str) -> Collection[str]:
     """Names of the parameters of the module of that name; none where it is a parameter's."""
     try:
-        return model.get_submodule(name)._parameters
+        return model.get_submodule(name)._parameters.keys()
     except AttributeError:
         return ()
 

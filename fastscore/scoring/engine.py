@@ -175,15 +175,16 @@ def _score_weights(model: nn.Module, graph: ChannelGraph, origin: Origin, ignore
     graph, origin = groups_to_score(model, graph, origin, ignore)
     importance = origin.importance
     totals: dict[str, Tensor] = {}
-    skipped = dict(graph.skipped)
+    unsaid: dict[str, str] = {}
     for group in graph.groups:
         values = WEIGHT_IMPORTANCES[importance](model, group, origin.seed)
         if values is None:
-            skipped[group.name] = f"{importance} says nothing about it"
+            unsaid[group.name] = f"{importance} says nothing about it"
         elif not torch.isfinite(values).all():
             raise FloatingPointError(f"{group.name}: NaN or infinity in the weights of its channels")
         else:
             totals[group.name] = values
     if not totals:
         raise ValueError(f"importance: {importance} says nothing about any layer of {type(model).__name__}")
+    skipped = graph.less(unsaid).skipped
     return Scores(totals, origin, skipped=skipped, coverage=coverage(model, graph, totals, skipped))

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastscore import ops
 from fastscore.batches import with_float64
 from fastscore.ops.checks import FLOATING
+from fastscore.wording import counted
 
 Loss: TypeAlias = Callable[[Tensor, Any], Tensor]
 
@@ -41,15 +42,16 @@ def random_gradient(output: Tensor, ids: Tensor, seed: int, probe: int, distribu
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution: {distribution!r} is none of {', '.join(DISTRIBUTIONS)}")
     if len(ids) != len(output):
-        raise ValueError(f"output: it has {len(output)} rows for {len(ids)} samples; pass a forward that returns "
-                         "one for each sample")
+        raise ValueError(f"output: it has {counted(len(output), 'row')} for {counted(len(ids), 'sample')}; pass a "
+                         "forward that returns one for each sample")
     if classes == 0:
         raise ValueError(f"output: {list(output.shape)} holds no value for a gradient to start from")
     if center and classes == 1:
         raise ValueError("center: the output has a single value for each sample, of which nothing is left without its "
                          "mean; use center=False")
     if distribution == "basis" and not 0 <= probe < classes:
-        raise ValueError(f"probe: {probe}, but a basis of {classes} outputs has directions 0 to {classes - 1} alone")
+        raise ValueError(f"probe: {probe}, but a basis of {counted(classes, 'output')} has directions 0 to "
+                         f"{classes - 1} alone")
     ids = ids.to(output.device)
     if distribution == "basis":
         gradient = with_float64(output.new_zeros(len(ids), classes)).double()

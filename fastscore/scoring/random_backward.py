@@ -5,6 +5,7 @@ from torch import Tensor
 from fastscore import fingerprints
 from fastscore.batches import Batch, first_input
 from fastscore.scoring import gradients
+from fastscore.wording import counted
 
 
 def random_backward(output: Tensor, inputs: Batch = None, *, seed: int = 0, probe: int = 0,
@@ -53,7 +54,7 @@ def random_backward(output: Tensor, inputs: Batch = None, *, seed: int = 0, prob
     told_apart = output if inputs is None else first_input(inputs)
     if told_apart.dim() == 0 or len(told_apart) != len(output):
         raise ValueError(f"inputs: the first tensor has shape {list(told_apart.shape)} where the output has "
-                         f"{len(output)} rows; pass the tensor that holds the samples, or None")
+                         f"{counted(len(output), 'row')}; pass the tensor that holds the samples, or None")
     ids = fingerprints.sample_ids(told_apart)
     gradient = gradients.random_gradient(output, ids, seed, probe, distribution, normalize, center)
     output.backward(gradient, retain_graph=retain_graph)

@@ -48,7 +48,7 @@ class RunFile:
         state = files.read_state(self.path, self._form, self._what, "remove it to start over", self._device)
         differing = [name for name, value in self._identity.items() if state["identity"].get(name) != value]
         if differing:
-            raise ValueError(f"resume: {self.path} is of another run, with another {', another '.join(differing)}; "
+            raise ValueError(f"resume: {self.path} is of another run, which differs in {', '.join(differing)}; "
                              "name another file, or remove it to start over")
         return state
 

@@ -174,8 +174,8 @@ def _check_alike(identity: Mapping[str, Any], process_group: distributed.Process
     for rank, other in enumerate(found):
         differing = [name for name in identity if other[name] != found[0][name]]
         if differing:
-            raise ValueError(f"process_group: process {rank} has another {', another '.join(differing)} than process "
-                             "0; give all of them the same")
+            raise ValueError(f"process_group: process {rank} differs from process 0 in {', '.join(differing)}; "
+                             "give all of them the same")
 
 
 def _copy(state: Mapping[str, Any]) -> dict[str, Any]:

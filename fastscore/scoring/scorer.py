@@ -21,6 +21,7 @@ from fastscore.scoring.scores import Origin, Scores
 from fastscore.scoring.totals import Totals
 from fastscore.taps.passes import ForwardPass
 from fastscore.taps.taps import Taps
+from fastscore.wording import counted
 
 _FORM = "fastscore-scorer-1"
 
@@ -160,7 +161,7 @@ class Scorer:
         scores = self._totals.scores()
         if self.left_out:
             where = f", the last at {self._totals.nonfinite}" if self._totals.nonfinite else ""
-            passes = f"{self.left_out} backward pass{'' if self.left_out == 1 else 'es'}"
+            passes = counted(self.left_out, "backward pass", "backward passes")
             warnings.warn(f"{passes} brought NaN or infinity; left out, with the samples{where}", stacklevel=2)
         return scores
 

@@ -14,6 +14,7 @@ from fastscore.scoring import criteria as importances
 from fastscore.scoring.coverage import Coverage
 from fastscore.scoring.gradients import DISTRIBUTIONS
 from fastscore.scoring.weights import WEIGHT_IMPORTANCES
+from fastscore.wording import counted
 
 if TYPE_CHECKING:  # only the type of a field that passes through
     from fastscore.fastpath.plan import Plan
@@ -139,8 +140,9 @@ class Scores(Mapping[str, Tensor], tables.Table):
         if not 0 < fraction < 1:
             raise ValueError(f"fraction: {fraction}; it is the share of channels to remove, 0 < fraction < 1")
         if not 0 < self.half_passes < self.passes:
-            raise ValueError(f"overlap: it takes two samples or more that were measured; these are {self.half_passes} "
-                             f"and {self.passes - self.half_passes} passes")
+            raise ValueError("overlap: it takes two samples or more that were measured; its halves are of "
+                             f"{counted(self.half_passes, 'pass', 'passes')} and "
+                             f"{counted(self.passes - self.half_passes, 'pass', 'passes')}")
         halves = [torch.cat([self._finished(total / self.half_passes) for total in self.half_totals.values()]),
                   torch.cat([self._finished((self.totals[layer] - total) / (self.passes - self.half_passes))
                              for layer, total in self.half_totals.items()])]
@@ -253,14 +255,16 @@ class Scores(Mapping[str, Tensor], tables.Table):
 
     def __repr__(self) -> str:
         channels = sum(total.shape[-1] for total in self.totals.values())
-        return f"<Scores: {self._made}; {channels:,} channels of {len(self)} layers; {len(self.skipped)} layers kept>"
+        return (f"<Scores: {self._made}; {counted(channels, 'channel')} of {counted(len(self), 'layer')}; "
+                f"{counted(len(self.skipped), 'layer')} kept>")
 
     @property
     def _made(self) -> str:
         """How they were made, in short."""
         origin = self.origin
         gradient = "" if origin.gradient == "none" else \
-            f", {origin.gradient} gradient{', normalized' if origin.normalize else ''}, {self.samples} samples"
+            f", {origin.gradient} gradient{', normalized' if origin.normalize else ''}, " + \
+            counted(self.samples, "sample")
         return f"{origin.importance} ({origin.reduction}){gradient}"
 
     @property
@@ -268,7 +272,8 @@ class Scores(Mapping[str, Tensor], tables.Table):
         lines = [self._made, *([] if self.coverage is None else self.coverage.lines())]
         lines += [f"{layer}: kept ({reason})" for layer, reason in self.skipped.items()]
         if self.zero_gradients:
-            lines.append(f"{self.zero_gradients} output gradients were zero throughout and say nothing of any channel")
+            lines.append(f"{counted(self.zero_gradients, 'output gradient was', 'output gradients were')} zero "
+                         "throughout, which says nothing of any channel")
         return lines
 
 

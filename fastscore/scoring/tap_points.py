@@ -13,6 +13,8 @@ from fastscore.modules.inspection import channel_dim
 from fastscore.scoring.scores import Origin
 from fastscore.taps.gates import TapPoint
 
+_SECOND = "forward=lambda model, batch: model(batch.transpose(0, 1))"
+
 
 def tap_points(model: nn.Module, groups: Iterable[ChannelGroup], windowed: bool = True) -> dict[str, TapPoint]:
     """Layer (or name of a tap: see Member.tap) -> where its tap stands, for every edge of the groups.
@@ -47,8 +49,8 @@ def groups_to_score(model: nn.Module, graph: ChannelGraph, origin: Origin, ignor
     elif origin.units == "blocks":
         graph = with_blocks(graph)
     if graph.samples.second and origin.gradient != "none":
-        raise ValueError("batches: their second dimension counts samples, [T, N, ...], by what the output depends on; "
-                         "give [N, ...] and forward=lambda model, batch: model(batch.transpose(0, 1))")
+        raise ValueError("batches, or example_inputs: their second dimension counts samples, [T, N, ...], by what the "
+                         f"output depends on; give [N, ...] and {_SECOND}")
     origin = replace(origin, fingerprint=graph.fingerprint)
     graph = graph.without(model, ignore)
     found, graph = graph, graph.told_apart() if apart else graph
@@ -65,5 +67,5 @@ def _way_out(reasons: Iterable[str]) -> str:
     said = set(reasons)
     if all(reason.endswith(ALONE) for reason in said):
         return "\ngive batches of one sample each"
-    return "\ngive batches [N, ...], and where the model takes samples second, forward=lambda model, batch: " \
-           "model(batch.transpose(0, 1))" if any("counts samples" in reason for reason in said) else ""
+    counted = any("counts samples" in reason for reason in said)
+    return f"\ngive batches [N, ...], and where the model takes samples second, {_SECOND}" if counted else ""

@@ -287,7 +287,7 @@ class Totals:
                  if layer not in self._untold}
         even, odd = self._counts["even"], self._counts["odd"]
         scores = Scores({name: total.sum(0) for name, total in totals.items()}, self.origin, even + odd,
-                        self.samples, {**self._graph.skipped, **missed}, means,
+                        self.samples, self._graph.less(missed).skipped, means,
                         {name: total[0] for name, total in totals.items()}, even, self._counts["zero_gradients"])
         scores = replace(scores, coverage=coverage(self.model, self._graph, totals, scores.skipped))
         layer = next((name for name in scores if not torch.isfinite(scores[name]).all()), None)

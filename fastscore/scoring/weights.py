@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches import with_float64
-from fastscore.graph import heads
+from fastscore.graph.cutting import heads
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules import held_weights
 from fastscore.modules.parameter_layers import ParameterLinear

@@ -47,6 +47,11 @@ class Two(nn.Module):
 def two():
     return Two()
 
+network = build()
+
+def half():
+    return grey().half()
+
 def wide(width):
     return nn.Linear(3, width)
 
@@ -196,6 +201,9 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
 
 @pytest.mark.parametrize(("arguments", "named"), [
     (("score", "resnet18"), "none of torchvision:NAME, timm:NAME, hf:NAME and module:function"),
+    (("score", "resnet18"), "module:function; torchvision:resnet18?"),
+    (("score", "nets.py"), "module:function; name the function in it: nets.py:build"),
+    (("score", "nets:half", *OWN[2:]), "nets:half is in float16, and images are in float32; name a function that"),
     (("score", "net.safetensors"), "a file of weights needs one of them, and --checkpoint net.safetensors"),
     (("score", "C:\\nets\\net.pth"), "a file of weights needs one of them, and --checkpoint C:\\nets\\net.pth"),
     (("info", "no.safetensors"), "no.safetensors: there is no such file; info reads scores and pruned models"),
@@ -203,7 +211,7 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     (("score", "torchvision:resnet18", "--weights", "BEST", "--images", "photos"), "IMAGENET1K_V1"),
     (("score", "torchvision:fcn_resnet50", "--images", "photos"), "not an image classifier"),
     (("score", "elsewhere:build", "--size", "48", "--images", "photos"), "no module 'elsewhere'"),
-    (("score", "nets:built", "--size", "48", "--images", "photos"), "no function 'built'"),
+    (("score", "nets:built", "--size", "48", "--images", "photos"), "no function 'built'; it has build, grey, "),
     (("score", "nets:number", "--size", "48", "--images", "photos"), "returns int"),
     (("score", "nets:wide", "--size", "48", "--images", "photos"),
      "nets:wide cannot be called without arguments (missing a required argument: 'width'); write a function"),
@@ -211,10 +219,12 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     ((*OWN, "--weights", "DEFAULT"), "weights: only torchvision"),
     ((*OWN, "--checkpoint", "no.pth"), "there is no file no.pth"),
     ((*OWN, "--checkpoint", "nets.py"), "nets.py holds more than"),
+    ((*OWN, "--checkpoint", "pruned.safetensors"), "is fastscore-pruned-1, not a state dict; what prune wrote comes"),
+    ((*OWN, "--checkpoint", "cut.pt"), "cut.pt is cut short, or damaged; copy it again"),
     (("score", "nets:grey", *OWN[2:], "--checkpoint", "net.safetensors"), "does not fit"),
     ((*SCORE, "--device", "abacus", "--images", "photos"), "device: abacus"),
     (SCORE, "images: taylor-sq needs a folder"),
-    ((*SCORE, "--images", "nowhere"), "images: nowhere is not a folder"),
+    ((*SCORE, "--images", "nowhere"), "images: there is no folder nowhere (looked in "),
     ((*SCORE, "--images", "empty"), "images: there is none in empty"),
     ((*SCORE, "--images", "photos", "--samples", "3"), "holds 2 images"),
     ((*SCORE, "--images", "photos", "--samples", "0"), "1 or more"),
@@ -222,7 +232,8 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     ((*SCORE, "--images", "photos", "--importance", "tailor"), "'tailor' is none of taylor-abs, taylor-sq"),
     (("compare", *MODEL, "--images", "photos", "--importances", "random", "taylor"), "taylor-sq or taylor-abs"),
     ((*SCORE, "--images", "photos", "--mean", "124", "116", "104", "--std", "58", "57", "57"),
-     "mean: 124 116 104; it is taken from pixels in [0, 1]: divide --mean and --std by 255"),
+     "mean: 124 116 104; pixels are in [0, 1]: divide --mean and --std by 255"),
+    ((*SCORE, "--images", "photos", "--std", "58", "57", "57"), "std: 58 57 57; pixels are in [0, 1]: divide"),
     (("score", "nets:grey", *OWN[2:]), "cannot run on images of 3 x 48 x 48 (RuntimeError: "),
     (("score", "nets:grey", *OWN[2:]), "one number each after --mean and --std makes them grey"),
     (("score", "nets:two", *OWN[2:]), "returns tuple with [0] [2, 5], [1] [2, 8, 46, 46]; the command line takes"),
@@ -248,6 +259,11 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     ((*PRUNE, "--images", "photos", "--macs", "0.000001"), "cannot be reached"),
     ((*PRUNE, "--scores", "net.safetensors", "--macs", "0.5"), "not a fastscore score file"),
     ((*PRUNE, "--scores", "no.safetensors", "--macs", "0.5"), "no.safetensors"),
+    ((*PRUNE, "--scores", "pruned.safetensors", "--macs", "0.5"), "(fastscore-scores-3) but fastscore-pruned-1"),
+    ((*PRUNE, "--scores", "small.pt2", "--macs", "0.5"), "out: small.pt2 is the file of scores, too; name another"),
+    ((*OWN, "--checkpoint", "net.safetensors", "--out", "photos/../net.safetensors"), "is the file of checkpoint, too"),
+    ((*OWN, "--resume", "run", "--out", "run"), "out: run is the file of resume, too; name another"),
+    ((*SCORE, "--images", "photos", "--size", "32x32"), "--size: 32x32: it must be a whole number, 1 or more"),
     (("prune", *MODEL, "--images", "photos", "--macs", "0.5", "--out", "small.pkl"), "suffix"),
     ((*PRUNE, "--images", "photos", "--agreement", "0.9", "--no-repair"), "agreement: it is judged on images, and by"),
     ((*PRUNE, "--importance", "random", "--agreement", "0.9"), "give --images FOLDER, and neither"),
@@ -261,6 +277,14 @@ def test_input_that_cannot_be_used_is_one_line_and_exit_code_2(folder, capsys, a
     Path("damaged").mkdir()
     if "ten.pt" in arguments:
         torch.save(models.load("torchvision:resnet18", classes=10).state_dict(), "ten.pt")
+    if "pruned.safetensors" in arguments:
+        model = models.load("nets:build")
+        x = torch.zeros(1, 3, 8, 8)
+        scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
+        fastscore.save_pruned(fastscore.prune(model, scores, x, channels=0.8), "pruned.safetensors")
+    if "cut.pt" in arguments:
+        torch.save(models.load("nets:build").state_dict(), "cut.pt")
+        Path("cut.pt").write_bytes(Path("cut.pt").read_bytes()[:-100])
     whole = Path("photos/flowers/flower.JPG").read_bytes()
     Path("damaged/half.jpg").write_bytes(whole[:100])
     before = set(Path().rglob("*"))
@@ -276,6 +300,13 @@ def test_input_that_cannot_be_used_is_one_line_and_exit_code_2(folder, capsys, a
     assert said.err.splitlines()[-1] == complaint[0]
     assert said.out == ""
     assert {path for path in Path().rglob("*") if "__pycache__" not in path.parts} <= before
+
+
+def test_a_network_can_be_named_in_place_of_its_function(folder):
+    """A copy of it, so that a checkpoint changes nothing in the user's module."""
+    first, second = models.load("nets:network"), models.load("nets:network", checkpoint="net.safetensors")
+    assert not torch.equal(first[0].weight, second[0].weight)
+    assert torch.equal(models.load("nets:network")[0].weight, first[0].weight)
 
 
 def test_scores_of_another_model_are_refused(folder, capsys):

@@ -75,10 +75,10 @@ def test_interrupted_before_anything_was_scored(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(("change", "named"), [
-    (["--seed", "1"], "another weights, another seed;"), (["--probes", "2"], "another probes;"),
-    (["--samples", "9"], "another data;"), (["--batch-size", "5"], "another data;"),
-    (["--mean", "0", "0", "0.5"], "another data;"), (["--importance", "magnitude-l1"], "reads the weights alone"),
-    (["--ignore", "0"], "another ignored")])
+    (["--seed", "1"], "differs in weights, seed;"), (["--probes", "2"], "differs in probes;"),
+    (["--samples", "9"], "differs in data;"), (["--batch-size", "5"], "differs in data;"),
+    (["--mean", "0", "0", "0.5"], "differs in data;"), (["--importance", "magnitude-l1"], "reads the weights alone"),
+    (["--ignore", "0"], "differs in ignored")])
 def test_a_run_of_another_kind_is_refused(capsys: pytest.CaptureFixture[str], change: list[str], named: str) -> None:
     assert run(*SCORE, "--resume", "s.ckpt", stop=3) == 130
     kept = Path("s.ckpt").read_bytes()

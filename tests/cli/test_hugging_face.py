@@ -5,12 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import onnxruntime
 import pytest
 import sklearn.datasets
+import timm
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 import fastscore
@@ -75,7 +78,8 @@ def vit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, china: Path) -> nn.Modu
     return model.eval()
 
 
-def test_a_saved_folder_is_scored_shown_and_pruned(vit: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_saved_folder_is_scored_shown_and_pruned(vit: nn.Module, capsys: pytest.CaptureFixture[str],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = models.load("hf:vit")
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), vit.state_dict().values(), strict=True))
     assert main(["info", "hf:vit", "--json"]) == 0
@@ -88,24 +92,26 @@ def test_a_saved_folder_is_scored_shown_and_pruned(vit: nn.Module, capsys: pytes
     assert main(["report", "s.safetensors", "hf:vit", "--out", "r.html"]) == 0
     assert said in Path("r.html").read_text()
     x = torch.randn(3, 3, 32, 32)
-    for name in ("m.safetensors", "m.onnx", "m.pt2"):
+    for name in ("m.safetensors", "m.onnx", "m.pt2", "m.pt"):
         assert main(["prune", "hf:vit", "--scores", "s.safetensors", "--params", "0.9", "--out", name]) == 0
     config = transformers.AutoConfig.from_pretrained("vit")
     small = fastscore.load_pruned(lambda: transformers.AutoModelForImageClassification.from_config(config),
                                   "m.safetensors").eval()
     with torch.no_grad():
         expected = small(x).logits
+        assert torch.equal(torch.load("m.pt", weights_only=False)(x).logits, expected)
     assert torch.equal(torch.export.load("m.pt2").module()(x), expected)
     logits = onnxruntime.InferenceSession("m.onnx").run(None, {"input": x.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
     capsys.readouterr()
     kept = []
-    for name in ("m.safetensors", "m.pt2", "m.onnx"):
+    monkeypatch.setattr(torch, "load", None)  # no pickle is read for it
+    for name in ("m.safetensors", "m.pt2", "m.onnx", "m.pt"):
         assert main(["info", name, "--json"]) == 0
         kept.append(json.loads(capsys.readouterr().out)[name])
     assert kept[0]["preprocessing"] == said
     assert "% of the parameters" in kept[0]["remains"]
-    assert kept[0] == kept[1] == kept[2]
+    assert kept[0] == kept[1] == kept[2] == kept[3]
     Path("m.pt2").write_bytes(Path("m.pt2").read_bytes()[:1000])
     assert main(["info", "m.pt2"]) == 2
     assert "m.pt2: it cannot be read (BadZipFile" in capsys.readouterr().err
@@ -116,6 +122,54 @@ def test_a_checkpoint_takes_the_place_of_the_saved_weights(vit: nn.Module) -> No
     torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in state.items()}}, "c.ckpt")
     loaded = models.load("hf:vit", checkpoint="c.ckpt").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Name of a repository -> a folder for its files, in a cache as huggingface_hub keeps it; no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def folder(name: str) -> Path:
+        repository = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(COMMIT)
+        (repository / "snapshots" / COMMIT).mkdir(parents=True)
+        return repository / "snapshots" / COMMIT
+
+    return folder
+
+
+def test_a_name_of_the_hub_is_read_from_its_cache(vit: nn.Module, hub: Callable[[str], Path]) -> None:
+    kept = hub("someone/vit")
+    for path in Path("vit").iterdir():
+        path.rename(kept / path.name)
+    assert main(["score", "hf:someone/vit", "--images", "photos", "--out", "s.safetensors"]) == 0
+    notes = fastscore.Scores.load("s.safetensors").notes
+    assert notes["revision"] == COMMIT
+    assert notes["preprocessing"].endswith("(as the ViTImageProcessor of hf:someone/vit)")
+    loaded = models.load("hf:someone/vit")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), vit.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(("spec", "weights"), [
+    ("timm:test_resnet", "DEFAULT"), ("timm:test_resnet", "r160_in1k"), ("timm:test_resnet.r160_in1k", "DEFAULT")])
+def test_weights_of_timm_are_read_from_the_cache_of_its_hub(hub: Callable[[str], Path], spec: str, weights: str,
+                                                            china: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(china.parent)
+    trained = timm.create_model("test_resnet")
+    torch.nn.init.constant_(trained.fc.bias, 0.25)
+    save_file(trained.state_dict(), hub("timm/test_resnet.r160_in1k") / "model.safetensors")
+    loaded = models.load(spec, weights=weights)
+    assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    if spec != "timm:test_resnet":
+        assert main(["prune", spec, "--weights", weights, "--importance", "magnitude-l2", "--params", "0.8", "--out",
+                     "small.safetensors"]) == 0
+        small = fastscore.load_pruned(models.load(spec), "small.safetensors")
+        assert torch.equal(small.fc.bias, trained.fc.bias)
 
 
 @pytest.mark.parametrize(("arguments", "named"), [

@@ -1,5 +1,6 @@
 """Images are prepared as those that the weights were made with; it is said in a line and kept with what comes of it."""
 
+import hashlib
 import json
 import re
 import shlex
@@ -10,6 +11,7 @@ import pytest
 import timm
 import timm.data
 import torch
+import torchvision
 from PIL import Image
 
 import fastscore
@@ -111,3 +113,53 @@ def test_what_was_given_is_not_assumed(photo: Path, capsys: pytest.CaptureFixtur
     assert "note: size 16, mean 0.5, std 0.2: as g.safetensors says" in capsys.readouterr().err
     assert "mean 0.5 0.5 0.5, std 0.25 0.25 0.25 (as given)" in said
     assert "assumed" not in said
+
+
+def test_a_file_of_torchvision_is_known_by_its_hash(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--checkpoint mobilenet_v2-b0353104.pth, whatever the file is called, is prepared for as those weights were."""
+    weights = torchvision.models.MobileNet_V2_Weights
+    torch.save({"x": torch.zeros(2)}, "mine.pth")
+    digest = hashlib.sha256(Path("mine.pth").read_bytes()).hexdigest()
+    other = images.preprocessing("torchvision:mobilenet_v2", checkpoint="mine.pth")
+    assert (other.resize, other.source) == (232, f"as torchvision's {weights.IMAGENET1K_V2}, assumed for mine.pth")
+    monkeypatch.setattr(weights.IMAGENET1K_V1.value, "url", f"https://somewhere/mobilenet_v2-{digest[:8]}.pth")
+    known = images.preprocessing("torchvision:mobilenet_v2", checkpoint="mine.pth")
+    assert (known.resize, known.source) == (256, f"as torchvision's {weights.IMAGENET1K_V1}, whose file it is")
+    assert images.preprocessing("timm:resnet18", checkpoint="mine.pth").source.endswith(", assumed for mine.pth")
+
+
+def test_folders_by_links_are_read_and_hidden_ones_are_not(photo: Path) -> None:
+    names = images.find("photos")
+    Path("elsewhere").mkdir()
+    photo.rename("elsewhere/a.png")
+    Path("photos/linked").symlink_to(Path("elsewhere").resolve())
+    Path("elsewhere/back").symlink_to(Path("photos").resolve())
+    Path("photos/.ipynb_checkpoints").mkdir()
+    Path("photos/.ipynb_checkpoints/a-checkpoint.png").write_bytes(b"")
+    assert images.find("photos") == sorted([*names[1:], Path("photos/linked/a.png")])
+
+
+def test_images_of_a_repair_are_kept_where_they_are_not_those_of_the_scores(
+        photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("others").mkdir()
+    for path in Path("photos").iterdir():
+        path.rename(f"others/{path.name}") if path.name > "d" else None
+    assert main(["score", "nets.py:build", "--size", "32", "--images", "photos", "--out", "s.safetensors"]) == 0
+    notes = fastscore.Scores.load("s.safetensors").notes
+    for given, more in ((("photos",), None), (("others",), f"others: {notes['preprocessing']}"),
+                        (("photos", "--size", "48"), f"photos: {notes['preprocessing'].replace('32', '48')}")):
+        capsys.readouterr()
+        assert main(["prune", "nets.py:build", "--scores", "s.safetensors", "--macs", "0.8", "--out", "m.safetensors",
+                     "--images", *given]) == 0
+        assert (f"note: repaired on {more}" in capsys.readouterr().err) is (more is not None)
+        main(["info", "m.safetensors", "--json"])
+        assert json.loads(capsys.readouterr().out)["m.safetensors"].get("repaired on") == more
+
+
+def test_tags_of_timm() -> None:
+    assert images.preprocessing("timm:resnet50.a1_in1k").source == "as timm's resnet50.a1_in1k"
+    for spec, asked in (("timm:resnet50.nothing", None), ("timm:resnet50", "nothing")):
+        with pytest.raises(ValueError, match="weights: timm has no 'nothing' for resnet50; it has DEFAULT, a1_in1k"):
+            images.preprocessing(spec, asked)
+    with pytest.raises(ValueError, match=r"weights: timm:resnet50\.a1_in1k names a1_in1k, and --weights a2_in1k"):
+        images.preprocessing("timm:resnet50.a1_in1k", "a2_in1k")

@@ -73,6 +73,18 @@ def test_a_decoder_loses_a_fifth_and_generates() -> None:
         assert torch.equal(made[0, 5:], expected)
 
 
+def test_a_vision_transformer_in_its_trainer() -> None:
+    module = example("vision_transformer")
+    found = module.main(params=0.7, out="vit.safetensors")
+    assert found["dense"] > 0.8
+    assert found["repaired"] > found["dense"] - 0.05
+    assert found["trained on"] > found["dense"] - 0.05
+    dense = module.network()
+    small = fastscore.load_pruned(dense, "vit.safetensors")
+    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (dense, small)]
+    assert 0.65 < sizes[1] / sizes[0] <= 0.7
+
+
 def test_a_detector_keeps_its_outputs() -> None:
     dense, small, images = example("detection").main(macs=0.8)
     assert total_macs(small, images[:1]) / total_macs(dense, images[:1]) <= 0.8

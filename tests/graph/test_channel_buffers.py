@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import fastscore
-from fastscore.graph import channel_buffers
+from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.tracing import trace
 from fastscore.pruning.costs import Costs
 

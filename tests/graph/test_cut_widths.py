@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from whole_way import check, noisy
 
 import fastscore
-from fastscore.graph.cut_widths import Cut, Width
+from fastscore.graph.cutting.cut_widths import Cut, Width
 from fastscore.graph.tracing import trace
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from whole_way import check, noisy, sums
 
 import fastscore
-from fastscore.graph.surgery import remove_channels
+from fastscore.graph.cutting.surgery import remove_channels
 from fastscore.graph.tracing import trace
 
 

@@ -127,6 +127,17 @@ class Together(Chain):
         return self.last(self.d(self.c(x).relu()).relu())
 
 
+class OneBias(Chain):
+    """Two layers with one bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b.bias = self.a.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.d(self.c(self.b(self.a(x).relu()).relu()).relu()).relu())
+
+
 _HEAD = {"last": "its channels are the model's output"}
 _READ = "the code of {0} reads the weight of {1} as well"
 _TOGETHER = "the code of Together takes its channels together with its rows, which cannot lose channels yet"
@@ -147,6 +158,7 @@ CASES: Mapping[type[Chain], tuple[list[str], dict[str, str]]] = {
                          "c": "its channels go with others that are kept"}),
     FromZero: (["b", "d"], {"a": "b is called as well on what no layer makes (the model's input, a constant, or what "
                                  "detach() gives)", "c": "its channels go with those of a"}),
+    OneBias: (["c", "d"], {name: f"{name} shares its bias with another layer" for name in "ab"}),
     NeverCalled: (["c", "d"], {"a": "the tracer cannot follow its channels to c: an operation mixes or moves them",
                                "b": "the code of NeverCalled reads its weight, and does not call it"}),
 }
@@ -165,6 +177,63 @@ def test_the_reason_is_true_and_the_rest_goes(build: type[Chain]) -> None:
         small = fastscore.prune(model, scores, x, channels=share, scope="layer", compensate=False).model
         with torch.no_grad(), fastscore.mask(model, scores, 1 - share, x, scope="layer", compensate=False):
             torch.testing.assert_close(small(x), model(x))
+
+
+class Embeddings(nn.Module):
+    """One that goes nowhere, one that is not called, one without gradients, one whose weight the model's code reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.unread, self.idle, self.off, self.held, self.places = (nn.Embedding(9, 6) for _ in range(6))
+        self.a, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unread(x)
+        with torch.no_grad():
+            off = self.off(x)
+        x = self.read(x) + self.places(x.flip(0)) + off
+        return self.last(self.a(x).relu()).mean(1) + self.held.weight.sum()
+
+
+def test_embeddings_that_do_not_go_say_why() -> None:
+    graph = trace(Embeddings().eval(), torch.tensor([[1, 5, 2], [3, 0, 7]]))
+    skipped = dict(graph.skipped)
+    assert "RuntimeError" in skipped.pop("read")  # what is made without gradients stays as wide
+    assert ([group.name for group in graph.groups], skipped) == (["a"], {
+        "places": "its channels go with others that are kept",
+        "unread": "the output does not depend on it", "idle": "the output does not depend on it", "off": _OFF,
+        "held": "the code of Embeddings reads its weight, and does not call it", **_HEAD})
+
+
+class NormAndActivation(nn.LayerNorm):
+    """Of images, as timm has them: the activation writes to a view."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+class Gated(nn.Module):
+    """A gate on what comes of such a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.narrow, self.gate, self.last = (
+            nn.Conv2d(3, 6, 1), NormAndActivation(6), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        return self.last(x * self.gate(self.narrow(x.mean((2, 3), keepdim=True)).relu()).sigmoid())
+
+
+def test_the_last_operation_of_a_module_does_not_tell_where_its_channels_lie() -> None:
+    graph = trace(Gated().eval(), torch.randn(1, 3, 6, 6))
+    passes = "its channels pass through norm (NormAndActivation), which cannot lose channels yet"
+    assert ([group.name for group in graph.groups], graph.skipped) == (
+        ["narrow"], {"stem": passes, "gate": passes, "last": "its channels are the model's output"})
 
 
 def test_a_model_that_runs_without_gradients_says_so() -> None:

@@ -40,7 +40,8 @@ class Net(nn.Module):
 @pytest.fixture
 def other_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The evaluation copy replaces what the model that is returned has, as it does with attention."""
-    from fastscore.graph import surgery_trial, tracing
+    from fastscore.graph import tracing
+    from fastscore.graph.trials import surgery_trial
 
     own = evaluation_copy.evaluation_copy
 

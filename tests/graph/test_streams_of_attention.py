@@ -12,7 +12,7 @@ from whole_way import check, noisy
 
 import fastscore
 from fastscore import Scorer
-from fastscore.graph.surgery import remove_channels, smaller_copy
+from fastscore.graph.cutting.surgery import remove_channels, smaller_copy
 from fastscore.graph.tracing import trace
 from fastscore.modules import held_weights
 from fastscore.modules.counting import count
@@ -67,6 +67,17 @@ class Encoder(nn.Module):
         return self.layers(x)
 
 
+class EncoderAndDecoder(nn.Module):
+    """PyTorch's own, whose code asks for its width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Transformer(WIDTH, 3, 1, 1, 8, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return self.both(x[:, :4], x)
+
+
 class Probe(nn.Module):
     """SigLIP's head: a learned token asks all others."""
 
@@ -87,6 +98,10 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
                                   ["embed", "beside", "block.attn"]),
     "PyTorch's layer": (lambda: Model(Encoder), ["embed", "block.layers.layers.0.self_attn",
                                                  "block.layers.layers.0.linear1"]),
+    "an encoder and a decoder": (lambda: Model(EncoderAndDecoder), ["embed", *(
+        f"block.both.{part}" for part in (
+            "encoder.layers.0.self_attn", "encoder.layers.0.linear1", "decoder.layers.0.self_attn",
+            "decoder.layers.0.multihead_attn", "decoder.layers.0.linear1"))]),
     "a probe": (lambda: Model(Probe), ["embed", "block.attn", "block.attn.out_proj"]),
 }
 

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.batches import call_model
-from fastscore.graph import training_only
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
+from fastscore.graph.kept import training_only
 from fastscore.graph.tracing import trace
 
 
@@ -58,7 +58,7 @@ def test_readers_are_added_and_nothing_else() -> None:
     """Whatever inactive layers alone read is named; what a trace as in training loses, or finds first, changes
     nothing."""
     evaluated = ChannelGraph((_group("a", "head"), _group("lost", "head"), _group("less", "head", "other")),
-                             {"b": "no Conv or Linear reads its channels", "c": "ignored", "late": "mixed"}, {})
+                             {"b": "its channels are the output", "c": "ignored", "late": "mixed"}, {})
     trained = ChannelGraph((_group("a", "head", "auxiliary.0"), _group("b", "auxiliary.0"), _group("less", "head"),
                             _group("late", "head")), {"lost": "mixed", "auxiliary.0": "the output"}, {})
     found = training_only.merge(evaluated, trained, {"auxiliary.0"})

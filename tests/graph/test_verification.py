@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastscore.graph import verification
 from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.graph.trials import verification
 from fastscore.modules.evaluation_copy import evaluation_copy
 
 

@@ -8,7 +8,7 @@ import fastscore
 
 ROOT = Path(fastscore.__file__).parent
 # from the bottom; names on one floor do not import each other
-FLOORS = (("interrupts", "ops", "files", "rng", "tables", "progress", "arguments"), ("batches", "plots"),
+FLOORS = (("wording",), ("interrupts", "ops", "files", "rng", "progress", "arguments"), ("tables", "batches", "plots"),
           ("modules", "fingerprints"),
           ("graph", "taps"), ("fastpath",), ("scoring",), ("recovery",), ("pruning",), ("integrations",), ("cli",),
           ("__init__", "__main__"))

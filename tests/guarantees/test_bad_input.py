@@ -1,43 +1,21 @@
-"""What is wrong is named, before anything changes; and whatever the user's code raises, the model is as it was."""
+"""What is wrong is named, before anything changes, and the way out that is named leads there."""
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from networks import NETWORKS
 from oracles import untouched
+from refusals import RESIDUAL, X, refused, score, trained
 from torch import Tensor, nn
 
 import fastscore
 from fastscore import Scorer
-
-RESIDUAL = NETWORKS["residual"]
-X = RESIDUAL.inputs(4)
-
-
-def score(model: nn.Module, batches: Any = (X,), **options: Any) -> fastscore.Scores:
-    return fastscore.score(model, batches, progress=False, **options)
-
-
-def trained(name: str = "residual") -> nn.Module:
-    """In training mode, half frozen, with gradients: as a model is in the middle of something."""
-    network = NETWORKS[name]
-    model = network.model()
-    model(network.inputs(4)).square().sum().backward()
-    model.train()
-    next(model.children()).requires_grad_(False)
-    return model
-
-
-def refused(error: type[BaseException], message: str | None, model: nn.Module, act: Callable[[], Any]) -> None:
-    with untouched(model), pytest.raises(error, match=message):
-        act()
-
 
 # Models
 
@@ -122,6 +100,41 @@ def test_a_model_that_is_called_with_too_little() -> None:
     """A TypeError of the model's own."""
     with pytest.raises(ValueError, match=r"^Bilinear: it cannot run on example_inputs: TypeError: .*input2"):
         Scorer(nn.Bilinear(3, 3, 2).double(), X)
+
+
+class Images(NamedTuple):
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass
+class Scene:
+    images: Tensor
+    labels: Tensor
+
+
+class Takes(nn.Module):
+    """A model, called on what `part` finds in its input."""
+
+    def __init__(self, part: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.net, self.part = RESIDUAL.model(), part
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.net(self.part(batch))
+
+
+@pytest.mark.parametrize(("part", "batch", "forward"), [
+    (lambda batch: batch.images, Images(X, torch.arange(4)), "model(batch)"),
+    (lambda batch: batch, Scene(X, torch.arange(4)), "model(batch.images)"),
+    (lambda batch: batch["images"], {"images": X}, "model(batch)")])
+def test_a_batch_that_the_model_takes_otherwise_has_a_way_out(part: Callable[[Any], Tensor], batch: Any,
+                                                              forward: str) -> None:
+    model, want = Takes(part), score(RESIDUAL.model())
+    for act in (lambda: score(model, [batch]), lambda: Scorer(model, batch)):
+        refused(ValueError, re.escape(f"forward=lambda model, batch: {forward}"), model, act)
+    found = score(model, [batch], forward=eval(f"lambda model, batch: {forward}"))
+    assert all(torch.equal(found[f"net.{layer}"], values) for layer, values in want.items())
 
 
 @pytest.mark.parametrize(("model", "x", "reason"), [
@@ -306,111 +319,6 @@ def test_scores_of_channels_that_are_kept_now() -> None:
 
     refused(ValueError, rf"^scores: they know channels of {layer}, which cannot go from this model on these", model,
             lambda: fastscore.prune(model, scores, X, macs=0.5, forward=all_needed))
-
-
-@pytest.mark.parametrize("bears", [1, 4, 8])
-def test_a_forward_that_runs_once_and_not_again(bears: int) -> None:
-    """No layer is to blame, and none is named."""
-    calls = 0
-
-    def forward(model: nn.Module, x: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls > bears:
-            raise Mine("no more")
-        return model(x)
-
-    model = trained()
-    if bears == 1:  # its own exception, where nothing is tried
-        refused(Mine, "no more", model, lambda: score(model, forward=forward))
-    else:
-        refused(ValueError, r"it ran on example_inputs, and a copy of it does not \(Mine: no more\)", model,
-                lambda: score(model, forward=forward))
-
-
-# Exceptions of the user's own
-
-class Mine(Exception):
-    """Raised by the user's code."""
-
-
-def failing(*args: Any, **kwargs: Any) -> Any:
-    raise Mine
-
-
-def interrupted(*args: Any, **kwargs: Any) -> Any:
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("fail", [failing, interrupted])
-def test_the_users_code_raises(fail: Callable[..., Any]) -> None:
-    error = Mine if fail is failing else KeyboardInterrupt
-    model = trained()
-    y = torch.zeros(4, dtype=torch.int64)
-
-    def loader() -> Iterator[Tensor]:
-        yield X
-        torch.rand(3)
-        fail()
-
-    calls = 0
-
-    def forward(model: nn.Module, batch: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls > 16:  # past tracing
-            fail()
-        return model(batch)
-
-    refused(error, None, model, lambda: score(model, loader()))
-    refused(error, None, model, lambda: score(model, [(X, y)], gradient="loss", loss=fail))
-    refused(error, None, model, lambda: score(model, [X] * 20, forward=forward))
-    assert calls > 16
-
-    def loop(scorer: Scorer) -> None:
-        with scorer:
-            F.cross_entropy(model.eval()(X), y)
-            model.train()
-            fail()
-
-    for gradient in ("loss", "random"):
-        scorer = Scorer(model, X, gradient=gradient)  # type: ignore[arg-type]
-        model.train()
-        running = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        refused(error, None, model, lambda: loop(scorer))  # noqa: B023
-        assert all(torch.equal(buffer, running[name]) for name, buffer in model.named_buffers())
-
-
-@pytest.mark.parametrize("fail", [failing, interrupted])
-@pytest.mark.parametrize("register", [lambda m, hook: m.register_forward_hook(hook),
-                                      lambda m, hook: m.register_forward_pre_hook(hook)])
-def test_the_users_hook_raises(register: Callable[..., Any], fail: Callable[..., Any]) -> None:
-    model = trained()
-    scores = score(model)
-    register(model.block2.conv1, fail)
-    error = (Mine, ValueError) if fail is failing else KeyboardInterrupt
-    for act in (lambda: score(model), lambda: Scorer(model, X), lambda: fastscore.prune(model, scores, X, macs=0.5),
-                lambda: fastscore.prune(model, scores, X, macs=0.5, inplace=True),
-                lambda: fastscore.mask(model, scores, 0.3, X).__enter__()):
-        with untouched(model), pytest.raises(error) as caught:  # type: ignore[arg-type]
-            act()
-        chain = [caught.value, caught.value.__cause__]
-        assert any(isinstance(link, (Mine, KeyboardInterrupt)) for link in chain)
-
-
-def test_the_users_hook_raises_in_a_later_batch() -> None:
-    model = trained()
-    calls = 0
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal calls
-        calls += 1
-        if len(output) == 2:
-            raise Mine
-
-    model.block2.conv1.register_forward_hook(hook)
-    refused(Mine, None, model, lambda: score(model, [X, X[:2]]))
-    assert calls > 1
 
 
 class SequenceFirst(nn.Module):

@@ -8,9 +8,17 @@ import torch
 from events import logged
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import fastscore
+from fastscore.cli import digits
 from fastscore.integrations.transformers import ScoreCallback
 
 
@@ -29,12 +37,12 @@ def samples(count: int = 20) -> list[dict[str, Tensor]]:
              "attention_mask": (torch.arange(8) < 5 + i % 4).long()} for i in range(count)]
 
 
-def train(model: nn.Module, folder: Path, *callbacks: Any, **options: Any) -> None:
+def train(model: nn.Module, folder: Path, *callbacks: Any, data: Any = None, **options: Any) -> None:
     arguments = TrainingArguments(**{
         "output_dir": str(folder), "use_cpu": True, "report_to": [], "per_device_train_batch_size": 4,
         "num_train_epochs": 1, "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
         "learning_rate": 0.01, **options})
-    Trainer(model, arguments, train_dataset=samples(), callbacks=list(callbacks)).train()
+    Trainer(model, arguments, train_dataset=data or samples(), callbacks=list(callbacks)).train()
 
 
 def with_loss(model: nn.Module) -> fastscore.Scores:
@@ -80,6 +88,24 @@ def test_mixed_precision_accumulated_gradients_and_checkpointing(use_reentrant: 
     assert callback.scores.samples == 20
     for layer in whole:
         assert float((callback.scores[layer] - whole[layer]).abs().max()) < 0.1 * float(whole[layer].max()), layer
+
+
+def test_scores_of_a_vision_transformer_are_those_of_its_images(tmp_path: Path) -> None:
+    """Real digits; with a learning rate of zero the network stays what score() sees."""
+    torch.manual_seed(0)
+    model, callback = ViTForImageClassification(ViTConfig(
+        image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, num_labels=10, hidden_dropout_prob=0.0)), ScoreCallback()
+    images, labels = (values[:20] for values in digits.Digits.split(0).train)
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
+    train(model, tmp_path, callback, data=rows, learning_rate=0.0)
+    whole = fastscore.score(model, [{"pixel_values": images}], gradient="loss", progress=False,
+                            loss=lambda output, batch: nn.functional.cross_entropy(output, labels))
+    assert callback.scores.samples == 20
+    assert set(callback.scores) == set(whole)
+    assert "vit.embeddings.patch_embeddings.projection" in whole
+    for layer in whole:
+        torch.testing.assert_close(callback.scores[layer], whole[layer], rtol=1e-4, atol=1e-9)
 
 
 def test_random_gradients_are_refused() -> None:

@@ -227,3 +227,8 @@ def test_attention_pruned_while_it_is_tapped(tmp_path: Path) -> None:
     loaded = fastscore.load_pruned(lambda: Attending().eval(), tmp_path / "p")
     with torch.no_grad():
         assert torch.equal(loaded(x), result.model(x))
+
+
+def test_a_file_in_the_place_of_the_model_is_told() -> None:
+    with pytest.raises(TypeError, match="model: str; give the dense model, or a function that builds it, and then the"):
+        fastscore.load_pruned("p", NETWORKS["mlp"].model)

@@ -6,7 +6,7 @@ from networks import NETWORKS, Network
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastscore.graph.surgery import remove_channels
+from fastscore.graph.cutting.surgery import remove_channels
 from fastscore.graph.tracing import trace
 from fastscore.pruning.costs import Costs, total_macs
 

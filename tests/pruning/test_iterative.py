@@ -204,9 +204,9 @@ def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) 
     fastscore.prune_iteratively(model, batches, **arguments)
     for change, named in (({"steps": 3}, "steps"), ({"macs": 0.4}, "shares"), ({"seed": 3}, "seed"),
                           ({"schedule": "linear"}, "schedule"), ({"ignore": ["stem"]}, "ignore")):
-        with untouched(model), pytest.raises(ValueError, match=f"^resume: .* another {named}"):
+        with untouched(model), pytest.raises(ValueError, match=f"^resume: .* differs in {named}"):
             fastscore.prune_iteratively(model, batches, **{**arguments, **change})
-    with pytest.raises(ValueError, match=r"^resume: .* another weights"):
+    with pytest.raises(ValueError, match=r"^resume: .* differs in weights"):
         fastscore.prune_iteratively(RESIDUAL.model(seed=3), batches, **arguments)
     contents = path.read_bytes()
     path.write_bytes(contents[:-5])

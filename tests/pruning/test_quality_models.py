@@ -157,6 +157,7 @@ def test_a_curve_says_what_is_left_and_how_well_it_decides(trained: Trained, tmp
     assert (tmp_path / "curve.png").stat().st_size > 5000
     assert repr(found) == "<Curve: 2 rows; ranked by taylor-sq; repaired: linear>"
     shown = found._repr_html_()
+    assert "judged by 599 decisions" in shown
     assert shown.count("<tr>") == 3
     assert html.unescape(shown).count("linear") == 3
     assert found.records()[1]["repaired_kl"] == found.rows[1].repaired.kl  # type: ignore[union-attr]

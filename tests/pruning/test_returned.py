@@ -9,7 +9,7 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.graph import returned_trial
+from fastscore.graph.trials import returned_trial
 from fastscore.pruning.result import PruneResult
 
 X = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

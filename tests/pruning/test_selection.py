@@ -15,8 +15,8 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
+from fastscore.graph.cutting.surgery import remove_indices, removed_indices
 from fastscore.graph.groups import ChannelGroup, Member
-from fastscore.graph.surgery import remove_indices, removed_indices
 from fastscore.graph.tracing import trace
 from fastscore.pruning.costs import Costs, channel_multiple, total_macs
 from fastscore.pruning.ranking import RemovalStep, channel_costs, layer_kinds, removal_order

@@ -15,7 +15,7 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.graph.surgery import remove_channels
+from fastscore.graph.cutting.surgery import remove_channels
 from fastscore.graph.tracing import trace
 from fastscore.pruning.costs import Costs
 from fastscore.recovery.compensation import add_to_biases

@@ -2,61 +2,19 @@
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from decisive import IMAGES, QUIET, network, pruned, same, seeded, state
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastscore
 from fastscore.recovery.distillation import distill
 from fastscore.recovery.distillation_run import Objective
-from fastscore.recovery.features import FeatureMaps
-from fastscore.recovery.optimizers import schedule
 from fastscore.recovery.training_batches import HELD_OUT, TrainingBatches
-
-QUIET: dict[str, Any] = {"progress": False}
-
-
-def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
-
-
-def network(seed: int = 0, width: int = 16) -> nn.Sequential:
-    """With everything that has a state or draws random numbers, BatchNorm and dropout; decisive about IMAGES."""
-    def make() -> nn.Sequential:
-        model = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
-                              nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
-                              nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(width, 5))
-        model[9].weight.data *= 10
-        with torch.no_grad():
-            for _ in range(30):
-                model(IMAGES)  # statistics that are those of the images
-        return model.eval()
-
-    return seeded(make, seed)
-
-
-IMAGES = seeded(lambda: torch.randn(96, 3, 6, 6) + 2 * torch.randn(96, 3, 1, 1), 7)
-
-
-def pruned() -> tuple[nn.Module, fastscore.PruneResult]:
-    model = network()
-    scores = fastscore.score(model, IMAGES.split(32), **QUIET)
-    return model, fastscore.prune(model, scores, IMAGES[:1], macs=0.4, compensate=False)
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
 class Fewer(nn.Module):
@@ -247,111 +205,6 @@ def test_held_out_samples_of_ones_own() -> None:
     distill(network(), smaller, [IMAGES[:64]], held_out=[IMAGES[64:]], steps=2, looks=1, **QUIET)
     assert smaller.seen[True] == set(IMAGES[:64, 0, 0, 0].tolist())
     assert smaller.seen[False] == set(IMAGES[64:, 0, 0, 0].tolist())
-
-
-def test_the_learning_rate_rises_and_falls_along_a_cosine() -> None:
-    rates: list[float] = []
-
-    class Recording(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
-            rates.append(self.param_groups[0]["lr"])
-
-    distill(network(), network(1), IMAGES.split(32), steps=20, warmup=0.2, patience=None,
-            optimizer=lambda parameters: Recording(parameters, 0.4), **QUIET)
-    assert rates[:4] == pytest.approx([0.08, 0.16, 0.24, 0.32])
-    assert rates[4:] == pytest.approx([0.2 * (1 + math.cos(math.pi * step / 16)) for step in range(16)])
-    assert schedule(0, 1, 0.0) == 1.0
-
-
-@pytest.mark.parametrize(("clip", "precision"), [(1.0, None), (0.01, None), (1.0, "float16"), (None, None)])
-def test_no_gradient_is_longer_than_clip(clip: float | None, precision: Any) -> None:
-    norms: list[float] = []
-
-    class Recording(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
-            gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
-            norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
-
-    distill(network(), network(1), IMAGES.split(32), steps=4, clip=clip, precision=precision, patience=None,
-            optimizer=lambda parameters: Recording(parameters, 0.01), **QUIET)
-    assert norms
-    if clip is None:
-        assert max(norms) > 1.0
-    else:
-        assert max(norms) == pytest.approx(clip, rel=1e-4)
-
-
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_mixed_precision(precision: Any) -> None:
-    model, result = pruned()
-    dtypes = set()
-    result.model[0].register_forward_hook(lambda module, args, output: dtypes.add((module.training, output.dtype)))
-    report = distill(model, result, IMAGES.split(16), steps=60, lr=0.003, precision=precision, **QUIET)
-    assert report.best.kl < 0.6 * report.looks[0].kl
-    assert dtypes == {(True, getattr(torch, precision)), (False, torch.float32)}  # judged in full
-    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.float32}
-
-
-def test_feature_maps_of_the_channels_that_are_left() -> None:
-    model, result = pruned()
-    model.eval()
-    result.model.eval()
-    gone = result.removed_indices["3", "outputs"]
-    assert len(gone)
-    with FeatureMaps(model, result.model, ["7"], result.removed_indices) as maps:
-        model(IMAGES)
-        result.model(IMAGES)
-        with pytest.raises(ValueError, match=r"features: 7 returns \[96, 16\] .*: pass the PruneResult"):
-            maps.distance()
-    with FeatureMaps(model, result.model, ["3", "9"], result.removed_indices) as maps:
-        model(IMAGES)
-        result.model(IMAGES)
-        found = maps.distance()
-    stays = [channel for channel in range(16) if channel not in gone.tolist()]
-    expected = []
-    for layer, channels in ((3, stays), (9, list(range(5)))):
-        dense, small = model[:layer + 1](IMAGES)[:, channels], result.model[:layer + 1](IMAGES)
-        expected.append(float(((small - dense) ** 2).mean() / dense.var(unbiased=False)))
-    assert float(found) == pytest.approx(sum(expected) / 2, rel=1e-5)
-
-
-def test_feature_maps_are_learnt_too() -> None:
-    distances = []
-    for weight in (0.0, 10.0):
-        model, result = pruned()
-        distill(model, result, IMAGES.split(32), steps=60, features=["3"], feature_weight=weight, lr=0.003,
-                patience=None, **QUIET)
-        model.eval()
-        result.model.eval()
-        with FeatureMaps(model, result.model, ["3"], result.removed_indices) as maps:
-            model(IMAGES)
-            result.model(IMAGES)
-            distances.append(float(maps.distance()))
-    assert distances[1] < 0.8 * distances[0]
-
-
-class Tokens(nn.Module):
-    """[N, T] and its mask -> [N, T, 4]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.linear = nn.Embedding(11, 8), nn.Linear(8, 4)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.linear(self.embedding(input_ids))
-
-
-def test_padding_is_no_decision() -> None:
-    ids = seeded(lambda: torch.randint(1, 10, (40, 6)))
-    mask = (torch.arange(6) < seeded(lambda: torch.randint(2, 6, (40, 1)))).long()
-    ends = []
-    for padding in (0, 10):
-        dense, smaller = seeded(Tokens), seeded(Tokens, 1)
-        batch = {"input_ids": torch.where(mask == 1, ids, padding), "attention_mask": mask}
-        report = distill(dense, smaller, [batch], held_out=[batch], steps=5, **QUIET)
-        ends.append((report, state(smaller.linear)))
-    assert ends[0][0] == ends[1][0]
-    assert same(ends[0][1], ends[1][1])
 
 
 def test_not_a_number_is_named_and_the_network_comes_back() -> None:

@@ -103,7 +103,7 @@ def test_another_run_is_told(tmp_path: Path) -> None:
     file = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         repaired(Stopping(2, 1), file)
-    with pytest.raises(ValueError, match=r"resume: .*run is of another run, with another removed;"):
+    with pytest.raises(ValueError, match=r"resume: .*run is of another run, which differs in removed;"):
         repaired(BATCHES, file, channels=0.7)
     with pytest.raises(ValueError, match=r"batches: the first 6 are not those in .*run, or not in that order"):
         repaired([*BATCHES[:4], BATCHES[5], BATCHES[4]], file)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore import Scores
-from fastscore.graph.surgery import remove_channels
+from fastscore.graph.cutting.surgery import remove_channels
 from fastscore.graph.tracing import trace
 from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -172,3 +172,14 @@ def test_what_no_formula_knows_is_named() -> None:
     coverage = fastscore.score(model, [torch.randn(N, 6)], progress=False).coverage
     assert dict(coverage.uncounted) == {"aten::_fft_r2c": "3"}
     assert coverage.lines()[-1] == "  not counted: aten::_fft_r2c, in 3"
+
+
+def test_every_layer_of_a_group_that_is_left_out_is_named() -> None:
+    """In the scores, too, and each with the reason of its group."""
+    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(2)
+    stream = next(group for group in trace(model, x).groups if len(list(group.role("producer"))) > 1)
+    scores = fastscore.score(model, [x], ignore=[stream.name], progress=False)
+    others = {member.layer for member in stream.role("producer")} - {stream.name}
+    assert others
+    assert {scores.skipped[layer] for layer in others} == {f"its channels go with those of {stream.name}"}
+    assert {scores.coverage.reasons[layer] for layer in {*others, stream.name}} == {"ignored"}

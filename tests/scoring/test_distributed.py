@@ -75,9 +75,9 @@ def test_another_number_of_processes_does_not_go_on(results: Path) -> None:
 def test_processes_that_do_not_agree_all_say_so(results: Path) -> None:
     for rank in range(WORKERS):
         said = (results / f"another seed {rank}").read_text()
-        assert said.startswith("process_group: process 2 has another seed than process 0")
+        assert said.startswith("process_group: process 2 differs from process 0 in seed;")
         said = (results / f"other weights {rank}").read_text()
-        assert said.startswith("process_group: process 1 has another weights than process 0")
+        assert said.startswith("process_group: process 1 differs from process 0 in weights;")
 
 
 def test_all_reduce_of_scorers(results: Path) -> None:

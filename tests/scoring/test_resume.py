@@ -201,16 +201,16 @@ class TestRefused:
         assert path.read_bytes() == before
 
     def test_other_weights(self, path: Path) -> None:
-        self.refused(path, r"^resume: .*s\.ckpt is of another run, with another weights; ", model=RESIDUAL.model(1))
+        self.refused(path, r"^resume: .*s\.ckpt is of another run, which differs in weights; ", model=RESIDUAL.model(1))
         model = RESIDUAL.model()
         model.stem[1].running_var[2] += 1e-12
-        self.refused(path, "another weights;", model=model)
+        self.refused(path, "differs in weights;", model=model)
 
     def test_other_layers(self, path: Path) -> None:
         model = RESIDUAL.model()
         model.block1.relu = nn.LeakyReLU(0.2)
-        self.refused(path, "another model;", model=model)
-        self.refused(path, "another model, another weights, another fingerprint", NETWORKS["plain"].inputs(4).split(2),
+        self.refused(path, "differs in model;", model=model)
+        self.refused(path, "differs in model, weights, fingerprint", NETWORKS["plain"].inputs(4).split(2),
                      NETWORKS["plain"].model())
 
     @pytest.mark.parametrize(("options", "named"), [
@@ -219,7 +219,7 @@ class TestRefused:
         ({"fixed_order": True}, "fixed_order"), ({"distribution": "rademacher"}, "distribution"),
         ({"forward": lambda model, batch: model(batch)}, "forward"), ({"center": True}, "center")])
     def test_another_way_of_scoring(self, path: Path, options: dict[str, Any], named: str) -> None:
-        self.refused(path, f"another {named};", **options)
+        self.refused(path, f"differs in {named};", **options)
 
     def test_other_batches(self, path: Path) -> None:
         changed = [batch.clone() for batch in BATCHES]

@@ -58,10 +58,10 @@ class TestImages:
         other = images.Preprocessing(8, 8, (0.4,) * 3, (0.25,) * 3)
         for batches in (images.batches(paths[1:], self.PREPARE, 3), images.batches(paths, self.PREPARE, 4),
                         images.batches(paths[::-1], self.PREPARE, 3), images.batches(paths, other, 3)):
-            with pytest.raises(ValueError, match="another data;"):
+            with pytest.raises(ValueError, match="differs in data;"):
                 score(batches, model, resume=tmp_path / "s.ckpt")
         Image.new("RGB", (640, 480)).save(paths[5])
-        with pytest.raises(ValueError, match="another data;"):
+        with pytest.raises(ValueError, match="differs in data;"):
             score(images.batches(paths, self.PREPARE, 3), model, resume=tmp_path / "s.ckpt")
 
     def test_slices_hold_every_image_once(self, paths: list[Path]) -> None:

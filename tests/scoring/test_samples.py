@@ -298,9 +298,9 @@ def test_a_model_that_takes_its_samples_second() -> None:
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0), 2).double().eval()
     x, v = torch.randn(4, 4, 6, dtype=torch.float64), torch.randn(4, 4, 6, dtype=torch.float64)
-    with oracles.untouched(model), pytest.raises(ValueError, match=r"^batches: their second dimension .* forward="):
+    with oracles.untouched(model), pytest.raises(ValueError, match=r"^batches, or .*: their second dimension"):
         fastscore.score(model, [x.transpose(0, 1)], progress=False)
-    with pytest.raises(ValueError, match=r"^batches: their second dimension .* forward="):
+    with pytest.raises(ValueError, match=r"or example_inputs: their second dimension .* forward="):
         Scorer(model, x.transpose(0, 1))
 
     class BatchFirst(nn.Module):

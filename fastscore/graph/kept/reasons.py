@@ -9,10 +9,10 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fastscore.graph import units
 from fastscore.graph.groups import Member, Role
-from fastscore.graph.surgery_trial import said
-from fastscore.graph.verification import Recording
+from fastscore.graph.trials.surgery_trial import said
+from fastscore.graph.trials.verification import Recording
 from fastscore.modules.computed_weights import PLAIN, unused_parameters
-from fastscore.modules.inspection import parametrized, shares_parameters
+from fastscore.modules.inspection import parametrized, shared_parameters
 
 
 def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Mapping[int, int],
@@ -22,7 +22,7 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
     if not consumers:
         one = any(units.width_of(layers[member.module], member.role) == 1 for member in members
                   if member.role == "producer")
-        return "it is one channel, which has to stay" if one else "no Conv or Linear reads its channels"
+        return "it is one channel, which has to stay" if one else "no Conv or Linear is found to read its channels"
     for layer_name in sorted(consumers.intersection(recording.first_layers)):
         if layer_name in recording.without_gradients:
             return f"{layer_name} runs under torch.no_grad() as well, where nothing can be measured"
@@ -50,8 +50,9 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         own = [name for name in layer._parameters if name not in ("weight", "bias", *unused_parameters(layer))]
         if own and type(layer) not in PLAIN:  # which do not read them
             return f"{member.layer} has a parameter {own[0]} besides weight and bias, which cannot lose channels yet"
-        if shares_parameters(layer, owners) and not _tied_alike(layers, member, members, owners):
-            return f"{member.layer} shares its weight with another layer"
+        shared = shared_parameters(layer, owners)
+        if shared and not _tied_alike(layers, member, members, owners):
+            return f"{member.layer} shares its {shared} with another layer"
         if width is not None and units.sections_of(layer, member.role) > 1 and len(member.index) < width:
             return f"{member.layer} is grouped and works on other channels too"
     return None

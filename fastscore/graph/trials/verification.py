@@ -16,9 +16,9 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph.differences import changed, close, differ
 from fastscore.graph.groups import READS, ChannelGroup, Role
 from fastscore.graph.nodes import PRODUCERS
+from fastscore.graph.trials.differences import changed, close, differ
 from fastscore.modules.channel_norms import OneNode, norm_of
 from fastscore.modules.inspection import channel_dim
 

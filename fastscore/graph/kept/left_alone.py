@@ -6,7 +6,8 @@ import torch_pruning as tp
 from torch import nn
 
 from fastscore.graph.groups import READS, ChannelGraph
-from fastscore.graph.nodes import CHANNELWISE, LAYERS
+from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
+from fastscore.modules.scripted import Scripted
 
 # what has a reason of its own; of any other module: that its code reads the weight
 _REASONS: tuple[tuple[type[nn.Module], str], ...] = (
@@ -30,6 +31,11 @@ def named(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
     for name, module in model.named_modules():
         if name in covered or name in graph.skipped:
             continue
+        if isinstance(module, Scripted):
+            if any(parameter.dim() > 1 for parameter in module.parameters()):
+                more[name] = f"torch.jit made it ({module.part.original_name}), and its layers are not seen when it " \
+                             "runs: put the nn.Module there that it was made from, and script it in the smaller model"
+            continue
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() > 1:
                 whole = f"{name}.{key}".lstrip(".")
@@ -47,6 +53,6 @@ def _reason(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
     known = next((reason for cls, reason in _REASONS if isinstance(module, cls)), None)
     if known is not None:
         return known.format(kind=kind)
-    if tp.ops.module2type(module) in LAYERS | CHANNELWISE:
+    if tp.ops.module2type(module) in PRODUCERS | CHANNELWISE:
         return "its channels go with others that are kept"
     return f"the code of {kind} reads its {key} {list(parameter.shape)}, which meets no channels that can go"

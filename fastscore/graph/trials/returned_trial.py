@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph import surgery
+from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
-from fastscore.graph.surgery_trial import said, some_channels, where
+from fastscore.graph.trials.surgery_trial import said, some_channels, where
 from fastscore.modules.experts import ExpertLinear
 from fastscore.modules.modes import evaluating
 

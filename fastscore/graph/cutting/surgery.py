@@ -8,10 +8,10 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph import channel_buffers, heads, own_tensors
-from fastscore.graph.cut_widths import SIDE, narrow
+from fastscore.graph.cutting import channel_buffers, heads, own_tensors
+from fastscore.graph.cutting.cut_widths import SIDE, narrow
 from fastscore.graph.groups import ChannelGroup, Role
-from fastscore.modules import held_weights, multihead_attention
+from fastscore.modules import held_weights, multihead_attention, scripted
 from fastscore.modules.computed_weights import make_plain
 from fastscore.modules.evaluation_copy import computed_tensors
 from fastscore.modules.hooks import remove_copied_hooks
@@ -116,6 +116,7 @@ def smaller_copy(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> 
     # .data: detach() would share autograd's count of changes with the model's own, for good
     shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.data, parameter.requires_grad)
                               for parameter in model.parameters() if type(parameter) is nn.Parameter}
+    shared |= scripted.copies(model)
     shared |= {id(tensor): tensor.detach().clone() for tensor in computed_tensors(model)}
     pruned = change(copy.deepcopy(model, shared))
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}

@@ -9,7 +9,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph import channel_buffers
+from fastscore.graph.cutting import channel_buffers
 
 
 def cut(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
@@ -68,7 +68,8 @@ def buffers_as_parameters(model: nn.Module) -> Iterator[bool]:
     """In the block, the floating-point buffers that the code of a module reads itself are parameters of it, which the
     tracer follows; whether there is any.
 
-    For a copy that is traced. Buffers of a module that has nothing else are left to fastscore.graph.channel_buffers.
+    For a copy that is traced. Buffers of a module that has nothing else are left to
+    fastscore.graph.cutting.channel_buffers.
     """
     promoted: list[tuple[nn.Module, str, Tensor]] = []
     made: dict[int, nn.Parameter] = {}

@@ -1,0 +1,1 @@
+"""Channels taken out of layers, buffers, parameters and the widths that code holds."""

@@ -1,0 +1,1 @@
+"""Groups of channels tried on copies of the model, before they are offered."""

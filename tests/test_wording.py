@@ -1,0 +1,24 @@
+"""Numbers in sentences."""
+
+import pytest
+import torch
+
+import fastscore
+from fastscore.wording import counted
+
+
+@pytest.mark.parametrize(("number", "said"), [(0, "0 passes"), (1, "1 pass"), (2, "2 passes"), (1024, "1,024 passes")])
+def test_one_is_not_many(number: int, said: str) -> None:
+    assert counted(number, "pass", "passes") == said
+    assert counted(number, "row") == said.replace("passes", "rows").replace("pass", "row")
+
+
+def test_what_is_one_is_said_so() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    scores = fastscore.score(model, [torch.randn(1, 4)], progress=False)
+    assert repr(scores) == "<Scores: taylor-sq (sum), random gradient, normalized, 1 sample; " \
+        "3 channels of 1 layer; 1 layer kept>"
+    assert "1 tap reads" in repr(scores.plan)
+    curve = fastscore.curve(model, scores, [torch.randn(64, 4)], macs=(0.9,), repair=None)
+    assert repr(curve).startswith("<Curve: 1 row; ")
