@@ -66,13 +66,10 @@ def _mobile() -> tuple[nn.Module, list[str]]:
     se = timm.layers.SqueezeExcite
     return _images(mobilenetv2.InvertedResidual(8, 8, 1, 2), mobilenetv2.InvertedResidual(8, 8, 2, 2),
                    efficientnet.MBConv(config, 0.0, nn.BatchNorm2d),
-                   timm.models._efficientnet_blocks.InvertedResidual(8, 8, exp_ratio=2.0, se_layer=se)
-                   ), ["3.conv", "5.block", "6"]
-
-
-def _convnext() -> tuple[nn.Module, list[str]]:
-    layer = transformers.models.convnext.modeling_convnext.ConvNextLayer(transformers.ConvNextConfig(), 8)
-    return _images(convnext.CNBlock(8, 0.5, 0.0), timm.models.convnext.ConvNeXtBlock(8), layer), ["3.block", "4", "5"]
+                   timm.models._efficientnet_blocks.InvertedResidual(8, 8, exp_ratio=2.0, se_layer=se),
+                   convnext.CNBlock(8, 0.5, 0.0), timm.models.convnext.ConvNeXtBlock(8),
+                   transformers.models.convnext.modeling_convnext.ConvNextLayer(transformers.ConvNextConfig(), 8)
+                   ), ["3.conv", "5.block", "6", "7.block", "8", "9"]
 
 
 def _swin() -> tuple[nn.Module, list[str]]:
@@ -81,7 +78,7 @@ def _swin() -> tuple[nn.Module, list[str]]:
                    last=True), [f"{i}.{part}" for i in (4, 5) for part in ("attn", "mlp")]
 
 
-IMAGES = {"ResNet": _resnet, "MobileNet": _mobile, "ConvNeXt": _convnext, "Swin": _swin}
+IMAGES = {"ResNet": _resnet, "MobileNet, ConvNeXt": _mobile, "Swin": _swin}
 
 
 def _run(model: nn.Module, batch: Any) -> Tensor:

@@ -31,8 +31,8 @@ _MODELS_OF = ("torchvision", "timm", "transformers", "diffusers", "smp", "ultral
 
 
 _REACH = "How much of each family can shrink"
-_REACH_SAYS = ("The share of the MACs in layers that shrink, the least of the rows named; before: outputs that can go",
-               "/ layers that shrink, when this was set out. `python tests/helpers/models_page.py` writes this.")
+_REACH_SAYS = ("The shares of the MACs in layers whose outputs can go / that shrink, the least of the rows; wanted:",
+               "of those that shrink. `python tests/helpers/models_page.py --page` writes this from the rows below.")
 
 
 def chosen(names: list[str]) -> list[Case]:

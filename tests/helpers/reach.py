@@ -12,8 +12,8 @@ HEADINGS = ("family", "before", "now", "wanted", "rows")
 
 @dataclass(frozen=True)
 class Family:
-    """rows: of the page. wanted: percent of the MACs in layers that shrink. before: the shares whose outputs could go,
-    and that shrank, before any of this was done, where they were measured."""
+    """rows: of the page. wanted: percent of the MACs in layers that shrink; 0 where nothing was asked for. before: the
+    shares whose outputs could go, and that shrank, before any of this was done, where they were measured."""
 
     name: str
     wanted: int
@@ -51,21 +51,32 @@ FAMILIES = (
     *(Family(f"timm: {name.split('_')[0]}", 80, tuple(f"timm:{row}" for row in name.split())) for name in (
         "efficientvit_b0", "fastvit_t8", "edgenext_xx_small", "hiera_tiny_224", "xcit_nano_12_p16_224", "davit_tiny",
         "cait_xxs24_224")),
+    Family("timm: EfficientViT (MSRA)", 0, ("timm:efficientvit_m0",)),
+    Family("PVT", 0, ("timm:pvt_v2_b0", *_hugging_face("PvtForImageClassification")), "42 / 76%"),
+    Family("OLMo 2", 0, _hugging_face("Olmo2ForCausalLM")),
+    Family("BLOOM", 0, _hugging_face("BloomForCausalLM")),
+    Family("MPNet", 0, _hugging_face("MPNetForSequenceClassification")),
+    Family("Mamba", 0, _hugging_face("MambaForCausalLM"), "nothing"),
+    Family("RAFT", 0, ("raft_small",)),
 )
 
 
-def shrinks(lines: Mapping[str, str], row: str) -> float:
-    """Percent of the MACs in layers that shrink, in that row of the page; NaN where it says nothing."""
-    share = lines[row].split(" | ")[4] if row in lines else ""
-    return float(share.rstrip("%")) if share.endswith("%") else math.nan
+def shares(lines: Mapping[str, str], row: str) -> tuple[float, float]:
+    """Percent of the MACs in layers whose outputs can go, and that shrink, in that row of the page; NaN where it says
+    nothing."""
+    cells = lines[row].split(" | ")[3:5] if row in lines else ["", ""]
+    outputs, shrink = (float(cell.rstrip("%")) if cell.endswith("%") else math.nan for cell in cells)
+    return outputs, shrink
 
 
 def table(lines: Mapping[str, str]) -> list[str]:
     """A line for each family, the least of its rows; lines: name of a row -> that line of the page."""
     found = ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
     for family in FAMILIES:
-        least = min((shrinks(lines, row) for row in family.rows), key=lambda share: -1 if math.isnan(share) else share)
         rows = ", ".join(row.partition(":")[2] or row for row in family.rows)
-        now = "not run" if math.isnan(least) else f"{least:.0f}%"
-        found.append(f"| {family.name} | {family.before} | {now} | {family.wanted}% | {rows} |")
+        outputs, shrink = (sorted(of, key=lambda share: -1 if math.isnan(share) else share)[0]
+                           for of in zip(*(shares(lines, row) for row in family.rows), strict=True))
+        now = "not run" if math.isnan(outputs + shrink) else f"{outputs:.0f} / {shrink:.0f}%"
+        wanted = f"{family.wanted}%" if family.wanted else "–"
+        found.append(f"| {family.name} | {family.before} | {now} | {wanted} | {rows} |")
     return found
