@@ -85,7 +85,7 @@ FASTSCORE_INLINE Vector<T> load(const T* p) {
   return widen(T{}, v);
 }
 
-// The first n elements, n below the width, and zeros; reads no other byte.
+// The first n elements, n below the width (load_bits: up to it), and zeros; reads no other byte.
 #if FASTSCORE_VECTOR_BYTES == 64
 FASTSCORE_INLINE Vector<float> load(const float* p, int n) {
   return (Vector<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
@@ -99,12 +99,26 @@ template <class T>
 FASTSCORE_INLINE Vector<T> load(const T* p, int n) {
   return widen(T{}, (HalfBits)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
 }
+
+FASTSCORE_INLINE HalfBits load_bits(const uint16_t* p, int n) {
+  return (HalfBits)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
+}
 #else
 template <class T>
 FASTSCORE_INLINE Vector<T> load(const T* p, int n) {
   T copy[kWidth<T>] = {};
   for (int i = 0; i < n; ++i) copy[i] = p[i];
   return load(static_cast<const T*>(copy));
+}
+
+FASTSCORE_INLINE HalfBits load_bits(const uint16_t* p, int n) {
+  HalfBits v = {};
+  if (n == int(sizeof v / 2)) {
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
 }
 #endif
 
@@ -199,6 +213,18 @@ FASTSCORE_INLINE void store_elements(T* p, Vector<T> v, int n) {
     store_some(&p->bits, elements, n);
   } else {
     store_some(p, v, n);
+  }
+}
+
+// The first n lanes, n up to the width, of `wide`, which is what `from` holds; 0 where the lane of `not_these` is set.
+template <class T, class M>
+FASTSCORE_INLINE void store_unless(M not_these, T* p, const T* from, Vector<T> wide, int n) {
+  if constexpr (sizeof(T) == 2) {  // without rounding anew
+    typedef int16_t HalfMask __attribute__((vector_size(kVectorBytes / 2)));
+    const HalfBits elements = load_bits(&from->bits, n);
+    store_some(&p->bits, elements & ~(HalfBits) __builtin_convertvector(not_these, HalfMask), n);
+  } else {
+    store_some(p, not_these ? Vector<T>{} : wide, n);
   }
 }
 

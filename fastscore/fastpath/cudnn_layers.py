@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.fastpath.packed_layers import ClampBounds
+from fastscore.fastpath.packed_layers import RELU, ClampBounds
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-RELU: ClampBounds = (0.0, float("inf"))  # the one clamp that cuDNN knows
 
 
 def available(layer: Any, clamp: ClampBounds | None) -> bool:

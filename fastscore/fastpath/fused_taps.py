@@ -19,12 +19,16 @@ def packed(x: Tensor, layer: Layer, taps: Taps) -> Tensor:
     return y
 
 
-def clamped(x: Tensor, layer: Layer, bounds: ClampBounds, taps: Taps, readers: Container[str]) -> Tensor:
-    """layer(x), which ends in a clamp; a tap on it is published for the first of `readers`, if it is tapped."""
-    if not _in_graph(x):
-        return layer.forward(x)
+def clamped(x: Tensor, layer: Layer, bounds: ClampBounds, taps: Taps, readers: Container[str],
+            other: Tensor | None = None) -> Tensor:
+    """layer(x), which ends in a clamp; a tap on it is published for the first of `readers`, if it is tapped.
+
+    other: what is added before the clamp, by a layer that can.
+    """
+    if not _in_graph(x) and (other is None or not _in_graph(other)):
+        return _forward(layer, x, other)
     gate = taps.gate(len(x), layer.channels(x), x)
-    y, tapped = _Clamped.apply(x, gate, layer, bounds, taps)
+    y, tapped = _Clamped.apply(x, other, gate, layer, bounds, taps)
     # its readers send back a gradient that nothing else holds: it may be written to
     taps.publish(FusedTap(y, tapped, gate, readers))
     rest: Tensor = y
@@ -45,12 +49,13 @@ class _Packed(torch.autograd.Function):
 
 
 class _Clamped(torch.autograd.Function):
-    """(x, gate) -> layer(x), which ends in a clamp, twice: for the other readers, and for a tap."""
+    """(x, other, gate) -> layer(x), which ends in a clamp, twice: for the other readers, and for a tap. other: added
+    before the clamp, if it is not None."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, layer: Layer, bounds: ClampBounds, taps: Taps
+    def forward(ctx: Any, x: Tensor, other: Tensor | None, gate: Tensor, layer: Any, bounds: ClampBounds, taps: Taps
                 ) -> tuple[Tensor, Tensor]:
-        y = layer.forward(x)
+        y = _forward(layer, x, other)
         if y is x:
             ctx.mark_dirty(x)
         ctx.save_for_backward(y)
@@ -61,13 +66,20 @@ class _Clamped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, rest: Tensor | None, tapped: Tensor | None
-                 ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+                 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         (y,) = ctx.saved_tensors
         if tapped is None:
             g, measured = None if rest is None else unclamped(rest, y, ctx.bounds), None
         else:
             g, measured = ctx.taps.measure.clamped(y, tapped, rest, ctx.bounds)
-        return None if g is None else ctx.layer.backward(g, ctx.shape), measured, None, None, None
+        through_layer, through_sum = (g is not None and needed for needed in ctx.needs_input_grad[:2])
+        return (ctx.layer.backward(g, ctx.shape) if through_layer else None, g if through_sum else None, measured,
+                None, None, None)
+
+
+def _forward(layer: Any, x: Tensor, other: Tensor | None) -> Tensor:
+    y: Tensor = layer.forward(x) if other is None else layer.add_relu(x, other)
+    return y
 
 
 def _in_graph(x: Tensor) -> bool:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.fastpath import cudnn_layers, packed_layers
+from fastscore.fastpath.deferred import computed, deferred
 from fastscore.fastpath.fused_taps import clamped, packed
-from fastscore.fastpath.packed_layers import ClampBounds
+from fastscore.fastpath.packed_layers import RELU, ClampBounds
 from fastscore.modules.inspection import hooked, parametrized
 from fastscore.modules.multihead_attention import SequenceFirstLinear
 from fastscore.modules.projections import ProjectionLinear
@@ -26,12 +27,15 @@ class FusedLayers:
 
     taps: on the copy; a clamp publishes a tap on its output. clamps: module -> the bounds of the clamp that alone reads
     its output. folded: BatchNorm -> the layer that it went into. inputs: Conv2d or Linear -> shape of its input.
-    packed: Conv2d and Linear -> the clamp that they end in, or None. not_packed: those that run as they are -> why.
+    sums: module -> the bounds of the clamp that alone reads the sum which alone reads the module's output.
+    packed: Conv2d and Linear -> the clamp that they end in, or None. added: those that have waited for what is added to
+    their output, and taken the ReLU of the sum. not_packed: those that run as they are -> why.
     """
 
     def __init__(self, model: nn.Module, taps: Taps, clamps: Mapping[str, ClampBounds], folded: Mapping[str, str],
-                 inputs: Mapping[str, tuple[int, ...]]) -> None:
+                 inputs: Mapping[str, tuple[int, ...]], sums: Mapping[str, ClampBounds]) -> None:
         self.packed: dict[str, ClampBounds | None] = {}
+        self.added: set[str] = set()
         self.not_packed: dict[str, str] = {}
         self._taps: Taps = weakref.proxy(taps)  # which hold the model, whose layers hold what is made here
         self._changed: list[tuple[nn.Module, str]] = []
@@ -39,7 +43,8 @@ class FusedLayers:
         self._readers = {name for name, module in model.named_modules() if type(module) in LAYERS
                          and not hooked(module) and not parametrized(module) and "forward" not in vars(module)}
         self._rectified: Callable[[], Tensor | None] = lambda: None  # what a layer has clamped already, last
-        bounds = {layer: clamps[norm] for norm, layer in folded.items() if norm in clamps} | dict(clamps)
+        bounds, sums = (dict(found) | {layer: found[norm] for norm, layer in folded.items() if norm in found}
+                        for found in (clamps, sums))
         for name, module in model.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 reason, clamp = _why_not(module, inputs.get(name), bounds.get(name)), bounds.get(name)
@@ -48,7 +53,11 @@ class FusedLayers:
                     self._arrange(module)
                     continue
                 self.packed[name] = clamp
-                self._run(module, _fast(module, inputs[name], clamp), clamp)
+                layer = _fast(module, inputs[name], clamp)
+                if sums.get(name) == RELU and clamp is None and packed_layers.adds(layer):
+                    self._replace(module, "forward", self._deferred_forward(name, layer))
+                else:
+                    self._run(module, layer, clamp)
             elif type(module) in NORMS and name not in folded and _plain(module):
                 self._run(module, packed_layers.BatchNorm(module, bounds.get(name)), bounds.get(name))
             elif type(module) in CLAMPS and "forward" not in vars(module):
@@ -72,6 +81,7 @@ class FusedLayers:
         self._changed.clear()
         self.not_packed |= dict.fromkeys(self.packed, reason)
         self.packed.clear()
+        self.added.clear()
 
     def _replace(self, module: nn.Module, name: str, function: Callable[[Tensor], Tensor]) -> None:
         self._changed.append((module, name))
@@ -84,6 +94,24 @@ class FusedLayers:
     def _packed_forward(self, layer: packed_layers.Layer) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
             return packed(x, layer, self._taps)
+
+        return run
+
+    def _deferred_forward(self, name: str, layer: Any) -> Callable[[Tensor], Tensor]:
+        """The module of the ReLU, behind the addition, has nothing left to do."""
+
+        def add(x: Tensor, other: Tensor) -> Tensor | None:
+            if not layer.takes(x, other):
+                return None
+            y = clamped(x, layer, RELU, self._taps, self._readers, other)
+            self._rectified = weakref.ref(y)
+            self.added.add(name)
+            return y
+
+        def run(x: Tensor) -> Tensor:
+            x = self._taps.claim(x)
+            return packed(x, layer, self._taps) if x.is_inference() else \
+                deferred(name, x, lambda x: packed(x, layer, self._taps), add)
 
         return run
 
@@ -116,6 +144,7 @@ class FusedLayers:
         layer = packed_layers.Clamp(bounds, bool(module.inplace))
 
         def run(x: Tensor) -> Tensor:
+            x = computed(x)
             if x is self._rectified():
                 return x
             if layer.in_place and x._is_view():  # which autograd lets no function change that returns two tensors

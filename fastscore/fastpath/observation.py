@@ -26,7 +26,8 @@ class Observation:
     output: the model's. samples: N. shapes: tapped layer -> shape of what its tap reads, in each call. earlier: tapped
     layer -> where its tap could stand as well, before an up-sampling, and the shape that it would read there. flat:
     Linear layers whose output is [N, C]. inputs: layer -> shape of its input, but for those under autocast. clamps:
-    layer or BatchNorm -> the bounds of the clamp that alone reads its output.
+    layer or BatchNorm -> the bounds of the clamp that alone reads its output. sums: the same, of the clamp that alone
+    reads the sum which alone reads that output.
     """
 
     output: Tensor
@@ -35,6 +36,7 @@ class Observation:
     flat: set[str]
     inputs: dict[str, tuple[int, ...]]
     clamps: dict[str, ClampBounds]
+    sums: dict[str, ClampBounds]
     samples: int
 
 
@@ -60,7 +62,7 @@ def observe(eval_model: nn.Module, taps: Taps, example: Batch, run: Forward) -> 
     earlier = recorder.earlier(readers) if taps.measure is SUMS else {}
     return Observation(output.detach(), recorder.shapes, earlier,
                        {name for name, found in recorder.dims.items() if found == {2}}, recorder.inputs,
-                       recorder.clamps(readers), max(output.shape[taps.axes.output], 1))
+                       recorder.clamps(readers), recorder.sums(readers), max(output.shape[taps.axes.output], 1))
 
 
 class _Recorder:
@@ -130,6 +132,32 @@ class _Recorder:
         return {name: self._clamped[reader] for name, (node, *more) in self._made.items()
                 if not more and node is not None
                 for reader in readers[node] if reader in self._clamped and len(readers[node]) == 1}
+
+    def sums(self, readers: Mapping[Any, list[Any]]) -> dict[str, ClampBounds]:
+        """Convolution, or BatchNorm behind one, that runs once -> the bounds of the clamp that alone reads the sum
+        which alone reads its output; where nothing has changed the convolution's input in place."""
+        found, first = {}, set()
+        for name, (node, *more) in self._made.items():
+            if more or node is None or [reader.name() for reader in readers[node]] != ["AddBackward0"]:
+                continue
+            (addition,) = readers[node]
+            if addition._saved_alpha == 1 and len(readers[addition]) == 1 and readers[addition][0] in self._clamped \
+                    and _keeps_input(node):
+                found[name] = addition
+                first |= {addition} if addition.next_functions[0][0] is node else set()
+        # of two, the one that the other is added to, which may be in place
+        return {name: self._clamped[readers[addition][0]] for name, addition in found.items()
+                if addition not in first or addition.next_functions[0][0] is self._made[name][0]}
+
+
+def _keeps_input(node: Any) -> bool:
+    """Whether `node` is that of a convolution, or of what alone it reads is, whose input is as it was."""
+    if node.name() != "ConvolutionBackward0":
+        node = node.next_functions[0][0]
+    try:
+        return node is not None and node.name() == "ConvolutionBackward0" and node._saved_input is not None
+    except RuntimeError:  # it was changed in place since
+        return False
 
 
 def _is_nearest_upsample(module: nn.Module) -> bool:

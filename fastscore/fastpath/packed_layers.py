@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from fastscore.ops.backends import portable
 
 ClampBounds: TypeAlias = tuple[float, float]  # low, high: of a clamp
+RELU: ClampBounds = (0.0, math.inf)
 DTYPES = (torch.float32, torch.bfloat16)
+ADDING_DTYPES = (torch.bfloat16,)  # in float32 oneDNN reads what it adds so slowly that it gains nothing
 _SAMPLES = 16  # batch size that weights are prepacked for: a single sample wants another layout, more do not
 
 _ops = torch.ops.mkldnn
@@ -44,7 +46,7 @@ def available(weight: Tensor) -> bool:
 def _epilogue(clamp: ClampBounds | None) -> tuple[str, list[float], str]:
     if clamp is None:
         return "none", [], ""
-    return ("relu", [], "") if clamp == (0.0, math.inf) else ("hardtanh", list(clamp), "")
+    return ("relu", [], "") if clamp == RELU else ("hardtanh", list(clamp), "")
 
 
 class _PrepackedWeight:
@@ -80,6 +82,7 @@ class Convolution:
 
     def __init__(self, layer: nn.Conv2d, size: Sequence[int], clamp: ClampBounds | None = None) -> None:
         self.bias, self.epilogue, self.width = layer.bias, _epilogue(clamp), layer.out_channels
+        self.dtype = layer.weight.dtype
         self.stride, self.dilation, self.groups = list(layer.stride), list(layer.dilation), layer.groups
         self.padding = [int(pad) for pad in layer.padding]
         self.kernel_extent = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
@@ -102,6 +105,19 @@ class Convolution:
         """[N, C_in, H, W] -> [N, C_out, H', W']."""
         y: Tensor = _ops._convolution_pointwise(x, self.weight(x), self.bias, self.padding, self.stride, self.dilation,
                                                 self.groups, *self.epilogue)
+        return y
+
+    def takes(self, x: Tensor, other: Tensor) -> bool:
+        """Whether `add_relu` does what an addition and a ReLU do."""
+        shape = (len(x), self.width, *((each - 1) // s + 1 for each, s in
+                                       zip(self._unstrided(x.shape[2:]), self.stride, strict=True)))
+        return (other.shape == shape and other.dtype == x.dtype and other.layout == x.layout
+                and other.device == x.device and other.is_contiguous(memory_format=torch.channels_last))
+
+    def add_relu(self, x: Tensor, other: Tensor) -> Tensor:
+        """relu(forward(x) + other), where it `takes` that and is not clamped itself."""
+        y: Tensor = _ops._convolution_pointwise.binary(x, other, self.weight(x), self.bias, self.padding, self.stride,
+                                                       self.dilation, self.groups, "add", 1.0, "relu", [], None)
         return y
 
     def backward(self, g: Tensor, shape: torch.Size) -> Tensor:
@@ -141,6 +157,11 @@ class Convolution:
         wide = torch.empty((*x.shape[:2], *size), dtype=x.dtype, memory_format=torch.channels_last).zero_()
         wide[:, :, ::self.stride[0], ::self.stride[1]] = x
         return wide
+
+
+def adds(layer: Layer) -> bool:
+    """Whether `layer` is one convolution with an addition and a ReLU inside, and faster so than with both behind it."""
+    return isinstance(layer, Convolution) and layer.groups == 1 and layer.dtype in ADDING_DTYPES
 
 
 class Linear:

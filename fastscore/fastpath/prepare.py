@@ -63,9 +63,10 @@ class Prepared:
         seen = self.observation
         taps = tuple(planned_tap(layer, self.taps.points[layer], self.taps.axes.of(layer), shapes[0], seen.samples,
                                  self.dtype) for layer, shapes in seen.shapes.items())
-        packed, not_packed = ({}, {}) if self.layers is None else (self.layers.packed, self.layers.not_packed)
+        packed, not_packed, added = ({}, {}, set()) if self.layers is None else \
+            (self.layers.packed, self.layers.not_packed, self.layers.added)
         return Plan(taps, self.folding.folded, self.folding.not_folded, packed, not_packed,
-                    described(self.dtype, self.observation.output.device),
+                    tuple(name for name in packed if name in added), described(self.dtype, seen.output.device),
                     "channels_last" if self.channels_last else "contiguous", self.compiled,
                     serving(seen.output.device))
 
@@ -143,7 +144,7 @@ def _packed(prepared: Prepared) -> FusedLayers | None:
     if prepared.compiled or prepared.taps.weights or not prepared.any_format:
         return None
     return FusedLayers(prepared.copy, prepared.taps, prepared.observation.clamps, prepared.folding.folded,
-                       prepared.observation.inputs)
+                       prepared.observation.inputs, prepared.observation.sums)
 
 
 def _verify_or_undo(prepared: Prepared) -> None:
@@ -211,8 +212,8 @@ def _mend_gradients(prepared: Prepared) -> None:
                 and output.is_contiguous():
             output.register_hook(lambda gradient: None if gradient is None else gradient.contiguous())
 
-    for module in prepared.copy.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    for name, module in prepared.copy.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and name not in prepared.folding.folded:
             module.register_forward_hook(OwnHook(hook))
 
 
