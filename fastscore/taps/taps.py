@@ -20,7 +20,7 @@ from fastscore.batches import Outputs, output_tensors
 from fastscore.modules import experts, held_weights, multihead_attention, parameter_layers
 from fastscore.modules.hooks import OwnHook, input_of, with_input
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, by_sample, by_token, rows_first, spread
-from fastscore.taps.gates import FusedTap, Gate, NormGate, TapPoint
+from fastscore.taps.gates import ExpertGate, FusedTap, Gate, NormGate, TapPoint
 from fastscore.taps.measures import Measure
 from fastscore.taps.passes import BackwardPasses, ForwardPass, Tapped
 from fastscore.taps.recompute import pass_of
@@ -206,7 +206,8 @@ class Taps:
         def hand_over_view(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if module is not own or not self._listening(layer):
                 return None
-            return with_input(args, kwargs, self._gated(input_of(args, kwargs), layer, point))
+            return with_input(args, kwargs, self._gated(input_of(args, kwargs), layer, point,
+                                                        args[1] if point.experts else None))
 
         return self._hook(hand_over_view)
 
@@ -243,7 +244,8 @@ class Taps:
         return tap.tapped
 
     def _gated(self, x: Tensor, layer: str, point: TapPoint, read: Tensor | None = None) -> Tensor:
-        """x as the gate hands it on. read: what the layer that made x has read, where that is what is measured."""
+        """x as the gate hands it on. read: what the layer that made x has read, where that is what is measured; of
+        experts, which one reads each row."""
         gate, valid = self._preallocated.get(layer), None
         if gate is None:
             owner = pass_of(layer, self.current, self._backward.running)
@@ -259,12 +261,14 @@ class Taps:
                 return tap.tapped
             valid = self._padding(x, layer, point, axis, owner)
             rows = self._in_rows(x.detach(), point.channel_dim, axis)[0] if valid is None else valid
-            gate = self.gate(rows.shape[0], x.shape[point.channel_dim], x)
+            gate = self.gate(rows.shape[0], x.shape[point.channel_dim] + point.experts, x)
             if owner is not None:
                 owner.gates.append(Tapped(layer, gate, self._of_rows(x, layer, point, known, valid)))
         else:
             known = self.axes.of(layer)
             axis = known if isinstance(known, SampleAxis) else SampleAxis()
+        if point.experts:
+            return ExpertGate.apply(x, read, gate, self, point, axis, valid)  # type: ignore[no-any-return]
         gated: Tensor = Gate.apply(x, gate, self, point, axis, valid) if read is None else \
             NormGate.apply(x, read.detach(), gate, self.model.get_submodule(layer), self, point, axis, valid)
         return gated
