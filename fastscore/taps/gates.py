@@ -33,6 +33,10 @@ class TapPoint:
         """Whether all of `x`, [N, C, ...], is what is measured here."""
         return self.channel_dim % x.dim() == 1 and not self.window and not self.experts
 
+    def expert_of(self, args: tuple[Any, ...]) -> Tensor | None:
+        """Of what the last layer of experts is called on, which one reads each row, int64; None of all others."""
+        return args[1] if self.experts else None
+
 
 class FusedTap(NamedTuple):
     """A tap on `y`, [N, C, ...], that another backward function measures.

@@ -206,8 +206,7 @@ class Taps:
         def hand_over_view(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if module is not own or not self._listening(layer):
                 return None
-            return with_input(args, kwargs, self._gated(input_of(args, kwargs), layer, point,
-                                                        args[1] if point.experts else None))
+            return with_input(args, kwargs, self._gated(input_of(args, kwargs), layer, point, point.expert_of(args)))
 
         return self._hook(hand_over_view)
 
@@ -244,8 +243,7 @@ class Taps:
         return tap.tapped
 
     def _gated(self, x: Tensor, layer: str, point: TapPoint, read: Tensor | None = None) -> Tensor:
-        """x as the gate hands it on. read: what the layer that made x has read, where that is what is measured; of
-        experts, which one reads each row."""
+        """x as the gate hands it on. read: what the layer that made x has read, if that counts; or rows' experts."""
         gate, valid = self._preallocated.get(layer), None
         if gate is None:
             owner = pass_of(layer, self.current, self._backward.running)
@@ -267,9 +265,8 @@ class Taps:
         else:
             known = self.axes.of(layer)
             axis = known if isinstance(known, SampleAxis) else SampleAxis()
-        if point.experts:
-            return ExpertGate.apply(x, read, gate, self, point, axis, valid)  # type: ignore[no-any-return]
         gated: Tensor = Gate.apply(x, gate, self, point, axis, valid) if read is None else \
+            ExpertGate.apply(x, read, gate, self, point, axis, valid) if point.experts else \
             NormGate.apply(x, read.detach(), gate, self.model.get_submodule(layer), self, point, axis, valid)
         return gated
 
@@ -283,9 +280,8 @@ class Taps:
     def _padding(self, x: Tensor, layer: str, point: TapPoint, axis: SampleAxis, owner: ForwardPass | None
                  ) -> Tensor | None:
         """Which tokens of x are no padding, bool [N, T]; None where it has none, or tokens are samples."""
-        if owner is None or owner.valid is None or point.channel_dim != -1 or self._sample_dims > 1:
+        if owner is None or (valid := owner.valid) is None or point.channel_dim != -1 or self._sample_dims > 1:
             return None
-        valid = owner.valid
         if isinstance(self.model.get_submodule(layer), experts.ExpertLinear) and len(x) % valid.numel() == 0:
             valid = valid.repeat_interleave(len(x) // valid.numel(), 1)  # a row for each expert that a token chooses
         fits = x.dim() > 1 and axis.fits(x, len(valid)) and axis.first(x.detach(), len(valid)).shape[:-1] == valid.shape
