@@ -40,11 +40,15 @@ def keys(path: Path) -> set[tuple[str, ...]]:
 
 
 def measure(name: str, task: Task, draw: int, methods: list[str], budgets: list[float], path: Path,
-            scores: Path, again: bool = False, device: str = "cpu") -> None:
-    """Append to the CSV at `path` the rows of one network and draw that it does not have."""
+            scores: Path, again: bool = False, device: str = "cpu", calibrate: int | None = None) -> None:
+    """Append to the CSV at `path` the rows of one network and draw that it does not have.
+
+    calibrate: as many of the draw's images calibrate, None for all; the same ones judge.
+    """
     done = set() if again else keys(path)
     task.model.to(device)
     calibration, judged = (Images(part.images.to(device), part.labels.to(device)) for part in task.draw(draw))
+    calibration = Images(calibration.images[:calibrate], calibration.labels[:calibrate])
     before = macs(task.model, judged.images), sum(parameter.numel() for parameter in task.model.parameters())
     by_head: dict[str, dict[float, list[str]]] = {}
     for method, budget in itertools.product(applicable(task, methods), budgets):
@@ -54,8 +58,9 @@ def measure(name: str, task: Task, draw: int, methods: list[str], budgets: list[
         dense = log_probabilities(task.model, judged.images)
         if (name, str(draw), "dense", "1") not in done:
             write(path, [name, draw, "dense", 1, 1, 1, *vars(verdict(dense, dense, judged.labels)).values(), 0, ""])
+    kept = scores / (f"{name}-{draw}" if calibrate is None else f"{name}-{draw}-{calibrate}")
     for head, wanted in by_head.items():
-        bar = tqdm(smaller(task, calibration.images, wanted, draw, scores / f"{name}-{draw}"), mininterval=10,
+        bar = tqdm(smaller(task, calibration.images, wanted, draw, kept), mininterval=10,
                    desc=f"{name}, draw {draw}, {head}", total=sum(map(len, wanted.values())))
         for found in bar:
             shares = macs(found.model, judged.images) / before[0], \
@@ -83,14 +88,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--again", action="store_true", help="measure anew what is there")
     parser.add_argument("--scores", type=Path, help="folder in which scores are kept (default: DATA/scores)")
+    parser.add_argument("--calibrate", type=int, metavar="IMAGES", help="calibrate with so many of a draw's alone; "
+                        "rows go to OUT/recovery-IMAGES.csv")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recovery"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="torch_pruning")
+    file = "recovery.csv" if options.calibrate is None else f"recovery-{options.calibrate}.csv"
     for draw in options.draws:
         for name in options.networks:
-            measure(name, NETWORKS[name](options.data), draw, options.methods, options.budgets,
-                    options.out / "recovery.csv", options.scores or options.data / "scores", options.again,
-                    options.device)
+            measure(name, NETWORKS[name](options.data), draw, options.methods, options.budgets, options.out / file,
+                    options.scores or options.data / "scores", options.again, options.device, options.calibrate)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from fastscore.graph import index_maps
 from fastscore.graph.cutting import channel_buffers
+from fastscore.graph.cutting.cut_widths import Width
 from fastscore.graph.groups import Member
 from fastscore.graph.index_maps import IndexMap
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, TRANSPARENT, Nodes, shape, slice_of
-from fastscore.graph.noted_calls import NotedCalls, outputs_of
-from fastscore.modules import channel_norms
+from fastscore.graph.noted_calls import NotedCalls, outputs_of, states_given
+from fastscore.modules import channel_norms, recurrent
 
 _RUNS_OVER = "an operation runs over all its channels"
 _MOST_ARRIVALS = 100  # at one node, each time at new places: more than there are branches that end somewhere
@@ -42,7 +43,10 @@ class Graph(Nodes):
         for module in model.modules():
             if channel_norms.norm_of(module) is not None:
                 self.CUSTOMIZED_PRUNERS[type(module)] = channel_buffers.NORMS
-        with NotedCalls(self._weights()) as self._calls, outputs_of(self._channel_buffers()) as made:
+        states = [module for module in model.modules() if recurrent.state_layers(module)]
+        self.IGNORED_LAYERS_IN_TRACING = states  # whose parts the tracer is to see
+        with NotedCalls(self._weights()) as self._calls, outputs_of(self._channel_buffers()) as made, \
+                states_given(states) as self._given:
             self.module2node = self._trace(model, None, run, output_transform=None)
         self._find_norms()
         self._find_channel_buffers(made)
@@ -53,6 +57,7 @@ class Graph(Nodes):
                 node._name = self._param_to_name[node.module]
             self._connect(node)
         self._tie_embeddings()
+        self._tie_states()
 
     @property
     def read_elsewhere(self) -> dict[str, str]:
@@ -197,13 +202,9 @@ class Graph(Nodes):
     def kept_widths(self, positions: Positions) -> Iterator[Member]:
         """The members of a group that are numbers which modules keep of its channels."""
         known = set[tuple[str, str]]()
-        for (node, _), at in positions.items():
-            if not self._is_fixed(node):
-                continue
-            cut = self._noted(node)
-            for width in self._widths(node) or () if cut is not None else ():
-                assert cut is not None
-                name, position = self._module2name[cut.module], at >> 32
+        for (node, function), at in positions.items():
+            for owner, width in itertools.chain(self._cut_widths(node), self._widths_of_zeros(node, function)):
+                name, position = self._module2name[owner], at >> 32
                 inside = (position >= width.begin) & (position < width.end)
                 if (name, width.attribute) not in known and inside.any():
                     known.add((name, width.attribute))
@@ -216,6 +217,18 @@ class Graph(Nodes):
                 for at in itertools.islice(norms, 1):
                     yield Member(name, "width", torch.from_numpy(at >> 32),
                                  torch.from_numpy(at & index_maps.CHANNEL), attribute="d_model")
+
+    def _cut_widths(self, node: Any) -> Iterator[tuple[nn.Module, Width]]:
+        """(module, what it keeps) of a split or slice."""
+        if self._is_fixed(node) and (cut := self._noted(node)) is not None:
+            yield from ((cut.module, width) for width in self._widths(node) or ())
+
+    def _widths_of_zeros(self, node: Any, function: Any) -> Iterator[tuple[nn.Module, Width]]:
+        """(module, what it keeps) of zeros that a recurrent module is given as its state, where a node reads that."""
+        if recurrent.reads_state(node.module) and function.__name__ == "prune_in_channels":
+            for zeros in self._given.get(node.module.owner, ()):
+                if (found := self._calls.width_of(zeros)) is not None:
+                    yield found[0], Width(found[1], 0, zeros.shape[-1])
 
     def _connect(self, node: Any) -> None:
         """The dependencies between a node and its inputs, both ways, with their index maps."""
@@ -249,11 +262,21 @@ class Graph(Nodes):
             if node.type == OPTYPE.EMBED:
                 sharing.setdefault(id(node.module.weight), []).append(node)
         for nodes in sharing.values():
-            for one, other in itertools.permutations(nodes, 2):
-                trigger, handler = (self.get_pruner_of_module(node.module).prune_out_channels for node in (one, other))
-                dependency = tp.dependency.Dependency(trigger, handler, one, other)
-                dependency.index_mapping = []
-                one.dependencies.append(dependency)
+            self._tie(nodes)
+
+    def _tie_states(self) -> None:
+        """All layers and directions of a recurrent module keep states of one width: they lose the same units."""
+        for module in self.model.modules():
+            self._tie([node for layer in recurrent.state_layers(module)
+                       if (node := self.module2node.get(layer)) is not None])
+
+    def _tie(self, nodes: Iterable[Any]) -> None:
+        """What goes of the outputs of one goes of all others'."""
+        for one, other in itertools.permutations(nodes, 2):
+            trigger, handler = (self.get_pruner_of_module(node.module).prune_out_channels for node in (one, other))
+            dependency = tp.dependency.Dependency(trigger, handler, one, other)
+            dependency.index_mapping = []
+            one.dependencies.append(dependency)
 
     def _index_map(self, source: Any, node: Any) -> IndexMap | None:
         """From the channels of a node's one input to its output's; None where each stays where it is."""

@@ -19,9 +19,9 @@ from fastscore.modules.parameter_layers import ParameterLinear
 from fastscore.modules.sample_axis import SampleAxes
 
 Role = Literal["producer", "consumer", "channelwise", "norm", "heads", "gate", "tensor", "branch", "block",
-               "reader", "width"]
+               "reader", "width", "expert", "router"]
 READS: tuple[Role, ...] = ("consumer", "reader")  # whose inputs the channels are
-Units = Literal["groups", "norms", "blocks"]
+Units = Literal["groups", "norms", "blocks", "experts"]
 Ignore = Iterable[str | type | nn.Module]
 
 
@@ -29,18 +29,20 @@ Ignore = Iterable[str | type | nn.Module]
 class Member:
     """Where a group's channels lie in one layer.
 
-    layer: qualified module name. role: `producer` (a Conv, Linear or Embedding that makes the channels), `consumer`
-    (a Conv or Linear that reads them), `reader` (one of which nothing comes: see fastscore.graph.kept.unread),
+    layer: qualified module name. role: `producer` (a Conv, Linear or Embedding that makes the channels), `consumer` (a
+    Conv or Linear that reads them), `reader` (one of which nothing comes: see fastscore.graph.kept.unread),
     `channelwise` (a BatchNorm, PReLU or depthwise convolution between them), `norm` (a normalisation over them, whose
     statistics read them: see fastscore.modules.channel_norms), `heads` (an attention module, for what it has once for
     each head), `gate` (a BatchNorm whose output is the channels: see norm_gates), `branch` (a residual branch, all
     whose output is one channel) or `block` (the same module, or one that runs for it alone, which goes with it, and
-    returns `index[0]` things: see fastscore.graph.blocks), `width` (a module that keeps in `attribute` how many of the
-    channels there are: see fastscore.graph.cutting.cut_widths), or `tensor` (a parameter that the code of a module
-    reads itself, such as a layer scale or an embedding of positions: `layer` is its qualified name, and its dimension
-    `dim` holds the channels). index, channel: int64 [M]; position `index[m]` of the layer's output (its input, for a
-    consumer or reader) carries the group's channel `channel[m]`; in the projections of queries and keys, the rows that
-    go with it. For `heads`, head `index[m]` begins at channel `channel[m]`.
+    returns `index[0]` things: see fastscore.graph.blocks), `expert` (the last layer of a mixture's experts: after its
+    inputs, what each expert makes of them counts as one) or `router` (of the weight of their router, a row for each),
+    `width` (a module that keeps in `attribute` how many of the channels there are: see
+    fastscore.graph.cutting.cut_widths), or `tensor` (a parameter that the code of a module reads itself, such as a
+    layer scale or an embedding of positions: `layer` is its qualified name, and its dimension `dim` holds the
+    channels). index, channel: int64 [M]; position `index[m]` of the layer's
+    output (its input, for a consumer or reader) carries the group's channel `channel[m]`; in the projections of queries
+    and keys, the rows that go with it. For `heads`, head `index[m]` begins at channel `channel[m]`.
     """
 
     layer: str
@@ -67,13 +69,14 @@ class ChannelGroup:
 
     name: the first layer that produces them; channels are numbered in its order. unit: int64 [C]; channels with the
     same unit can only be removed together (the same place in every group of a grouped convolution, or channels that
-    are added to each other).
+    are added to each other). least: how many of them stay, whatever goes; a branch may go whole.
     """
 
     name: str
     channels: int
     unit: Tensor
     members: tuple[Member, ...]
+    least: int = 1
 
     def role(self, *roles: Role) -> Iterator[Member]:
         """The members that play one of `roles`."""
@@ -88,7 +91,7 @@ class ChannelGroup:
     @property
     def edges(self) -> Iterator[Member]:
         """The members where the channels end, and where activation meets gradient."""
-        return self.role("consumer", "norm", "gate", "branch")
+        return self.role("consumer", "norm", "gate", "branch", "expert")
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ class ChannelGraph:
     its output. samples: where the samples lie in what layers read. macs: layer, or parameter that the code of its
     module reads -> MACs of the products with it, of one sample. uncounted: operation that no formula knows -> where it
     ran. blocks: residual branches that can go whole, a group of one channel each, which are no part of `groups` (see
-    fastscore.graph.blocks.with_blocks). training_only: layers that run in training alone.
+    fastscore.graph.blocks.with_blocks). experts: whole experts of mixtures, likewise (see
+    fastscore.graph.whole_experts). training_only: layers that run in training alone.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -109,6 +113,7 @@ class ChannelGraph:
     macs: Mapping[str, float] = field(default_factory=dict)
     uncounted: Mapping[str, str] = field(default_factory=dict)
     blocks: tuple[ChannelGroup, ...] = ()
+    experts: tuple[ChannelGroup, ...] = ()
     training_only: frozenset[str] = frozenset()
 
     @cached_property

@@ -9,9 +9,26 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.batches import tensors_of
-from fastscore.graph.cutting.cut_widths import Cut, calling_module, cut_of
+from fastscore.graph.cutting.cut_widths import Cut, calling_module, cut_of, width_of_code
 
 _SPLITS = (torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes)
+_ZEROS = (torch.zeros, Tensor.new_zeros)
+
+
+@contextmanager
+def states_given(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Tensor]]]:
+    """Recurrent module -> the tensors that it was given as its state, in the calls within the block."""
+    given: dict[nn.Module, list[Tensor]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given.setdefault(module, []).extend(tensors_of((args[1:], kwargs.get("hx"))))
+
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
+    try:
+        yield given
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -33,7 +50,8 @@ def outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[An
 class NotedCalls(TorchFunctionMode):
     """Notes what autograd does not keep: splits into parts of a given width (which look like those of chunk()) and
     slices, with the module whose code they stand in, the widths that a concatenation joins, those of tensors that
-    need no gradient included, and which modules' code reads the weights of other modules' layers.
+    need no gradient included, which modules' code reads the weights of other modules' layers, and of which widths that
+    modules keep zeros are made.
 
     weights: id of a weight -> the layers that hold it, with their names.
     """
@@ -44,6 +62,13 @@ class NotedCalls(TorchFunctionMode):
         self.read_elsewhere: dict[str, str] = {}  # layer -> the class of the module whose code reads its weight
         self.cuts: list[Cut] = []
         self.concatenated: list[tuple[Any, list[int]]] = []
+        self._zeros: list[tuple[Tensor, nn.Module, str]] = []  # made of a width: the module that keeps it, and where
+
+    def width_of(self, zeros: Tensor) -> tuple[nn.Module, str] | None:
+        """The module that keeps the last width of what such zeros are, or were made from, and its attribute."""
+        memory = zeros.untyped_storage().data_ptr()
+        return next(((owner, name) for known, owner, name in self._zeros
+                     if known.untyped_storage().data_ptr() == memory and known.shape[-1] == zeros.shape[-1]), None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -51,6 +76,8 @@ class NotedCalls(TorchFunctionMode):
         part = output[0] if func in _SPLITS and output else output if func is Tensor.__getitem__ else None
         if part is not None and part.grad_fn is not None and (cut := cut_of(part.grad_fn)) is not None:
             self.cuts.append(cut)
+        if isinstance(output, Tensor) and not output.requires_grad and output.dim():
+            self._note_zeros(func, args, output)
         for weight in tensors_of((args, tuple(kwargs.values()))):
             if (layers := self._weights.get(id(weight))) and _computed_from(output, weight, args, kwargs):
                 reader = calling_module()
@@ -62,6 +89,13 @@ class NotedCalls(TorchFunctionMode):
             self.concatenated.append((output.grad_fn, [tensor.shape[dim] if tensor.dim() > 1 else tensor.numel()
                                                        for tensor in tensors]))
         return output
+
+    def _note_zeros(self, func: Any, args: Any, output: Tensor) -> None:
+        """Zeros of a kept width, and what is made of such: in another dtype, say."""
+        found = width_of_code(output.shape[-1]) if func in _ZEROS else \
+            next((width for x in tensors_of(args) if self._zeros and (width := self.width_of(x)) is not None), None)
+        if found is not None and self.width_of(output) is None:
+            self._zeros.append((output, *found))
 
 
 def _computed_from(output: Any, weight: Tensor, args: Any, kwargs: Mapping[str, Any]) -> bool:

@@ -78,7 +78,7 @@ def of_graph(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training
     run_as_in_training: for layers that `run` does not call.
     """
     watched = {edge.layer: Watched(channel_dim(model.get_submodule(edge.layer)))
-               for group in graph.groups for edge in group.edges}
+               for group in (*graph.groups, *graph.experts) for edge in group.edges}
     watched |= {edge.tap: Watched(edge.dim, True, edge.layer) for group in graph.blocks for edge in group.edges}
     watched |= {name: Watched(1, output=True) for name, module in model.named_modules()
                 if isinstance(module, nn.modules.batchnorm._BatchNorm)}

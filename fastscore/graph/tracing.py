@@ -11,12 +11,23 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore import batches
-from fastscore.graph import attention, blocks, cache, dependencies, in_place, index_maps, sample_axes, units
+from fastscore.graph import (
+    attention,
+    blocks,
+    cache,
+    dependencies,
+    in_place,
+    index_maps,
+    sample_axes,
+    units,
+    whole_experts,
+)
 from fastscore.graph.cutting import own_tensors
 from fastscore.graph.groups import READS, ChannelGraph, ChannelGroup, Member, Role
 from fastscore.graph.kept import left_alone, reasons, training_only, unread
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
 from fastscore.graph.trials import returned_trial, surgery_trial, verification
+from fastscore.modules import recurrent
 from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of, parameter_owners
@@ -73,7 +84,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         tensors = {id(tensor): tensor for tensor in batches.floating_tensors(returned)}
         return [tensor for tensor in tensors.values() if tensor.requires_grad or not torch.is_grad_enabled()]
 
-    with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), \
+    with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), recurrent.sketched(eval_model), \
             working(f"tracing {type(model).__name__}"):
         found, ran, explained = _traced(eval_model, run, batches.way_out(forward, example_inputs))
         inactive = training_only.callable_layers(eval_model) - ran
@@ -164,7 +175,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     idle = frozenset(unused)
     if unused and recording.shows_in_output(unused):
         unused.clear()
-    branches = blocks.find(eval_model, whole)
+    branches, mixtures = blocks.find(eval_model, whole), whole_experts.find(eval_model, whole)
     heads, left = attention.find(eval_model, whole, unused)
     found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording, unused, idle),
                         heads)
@@ -185,7 +196,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     kept |= {name: reasons.read_elsewhere(members[name], readers) or why
              for name, why in refused.items() if name not in made}
     found = replace(found, groups=tuple(group for group in tried if group.name not in refused),
-                    skipped={**found.skipped, **kept, **left})
+                    skipped={**found.skipped, **kept, **left}, experts=mixtures)
     found = _with_heads(eval_model, found, joined)
     ran = recording.layers_that_ran
     found = replace(found, blocks=blocks.that_go(eval_model, whole, branches, found.groups))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastscore.modules.channel_norms import ChannelNorm, NarrowedNorm, norm_of
+from fastscore.modules.experts import holds_experts
 from fastscore.modules.wrappers import unwrapped
 
 _WAY_OUT = "keep it with fastscore.save_pruned, and load it with fastscore.load_pruned"
@@ -19,6 +20,7 @@ _WIDTHS: Mapping[str, tuple[str, ...]] = {
     "num_attention_heads": ("q_proj", "self.query", "attention.query"),
     "num_key_value_heads": ("k_proj",),
 }
+_EXPERTS = ("num_experts", "num_local_experts")
 _PER_HEAD = ("num_attention_heads", "num_key_value_heads")
 _BIASES = ("attention_bias", "mlp_bias")  # what a config calls them, where they are optional
 
@@ -81,6 +83,10 @@ def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tupl
                  if isinstance(layer, nn.Linear) and name.endswith(endings)]
         if found and hasattr(config, setting):
             yield setting, found[0] // (heads if setting in _PER_HEAD else 1)
+    experts = next((len(module.down_proj) for module in model.modules() if holds_experts(module)), None)
+    for setting in _EXPERTS:
+        if experts is not None and hasattr(config, setting):
+            yield setting, experts
     for name, module in model.named_modules():
         if not isinstance(module, NarrowedNorm):
             continue

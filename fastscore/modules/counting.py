@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
 from fastscore import batches
-from fastscore.modules import mac_formulas, multihead_attention
+from fastscore.modules import mac_formulas, multihead_attention, recurrent
 from fastscore.modules.weight_products import WeightProducts
 
 # Operations of PyTorch that multiply and add inside and have no formula; those of other packages count as such, too.
@@ -83,6 +83,7 @@ def count(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         for handle in multihead_attention.replace_attention(model):
             attached.enter_context(handle)
         attached.enter_context(_without_fused_attention())
+        attached.enter_context(recurrent.exact_rows(model))
         for name, module in model.named_modules():  # the counter knows names below the whole model's own call alone
             if not isinstance(module, torch.jit.ScriptModule):  # which has no such hooks
                 attached.enter_context(module.register_forward_pre_hook(entering(name)))

@@ -1,15 +1,16 @@
 """Which parameters of a user's model run as layers, and when: see fastscore.modules.parameter_layers."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
-from fastscore.modules import experts, multihead_attention, projections
-from fastscore.modules.parameter_layers import Handle, Kinds, ParameterLinear, Side, put_back, without_rows
+from fastscore.modules import experts, multihead_attention, projections, recurrent
+from fastscore.modules.parameter_layers import Handle, Kinds, ParameterLinear, Side, put_back, without, without_rows
 
 
 def replace(model: nn.Module, called: Iterable[str] | None = None) -> Iterator[Handle]:
-    """Make layers, which compute the same, of the parameters that experts, routers and nn.MultiheadAttention hold.
+    """Make layers, which compute the same, of the parameters that experts, routers, nn.MultiheadAttention and recurrent
+    modules hold.
 
     Args:
         model: changed in place.
@@ -34,16 +35,8 @@ def put_all_back(model: nn.Module) -> None:
 def is_held(model: nn.Module, name: str) -> bool:
     """Whether `name` is the qualified name of a parameter that `replace` makes a layer, as a user has it."""
     owner, _, key = name.rpartition(".")
-    kinds = _kinds(model.get_submodule(owner)) if key in _NAMES else None
+    kinds = _kinds(model.get_submodule(owner)) if key in model.get_submodule(owner)._parameters else None
     return kinds is not None and key in kinds.names
-
-
-def bias_of(model: nn.Module, name: str) -> Tensor | None:
-    """The bias that goes with such a parameter."""
-    owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
-    kinds = _kinds(module)
-    return None if kinds is None else module._parameters.get(kinds.biases.get(key, ""))
 
 
 def inputs_of(model: nn.Module, name: str) -> int:
@@ -52,16 +45,30 @@ def inputs_of(model: nn.Module, name: str) -> int:
     return int(getattr(model.get_submodule(owner), key).shape[-1])
 
 
-def cut(model: nn.Module, name: str, side: Side, index: Tensor) -> None:
-    """Take inputs or outputs `index` (int64), of all experts, out of such a parameter, in place."""
+def bias_of(model: nn.Module, name: str) -> str | None:
+    """The qualified name of the bias that goes with such a parameter; None where it has none, and for all else."""
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
-    widths = experts.WIDTHS.get((key, side), ())
-    module._parameters[key] = without_rows(getattr(module, key), module, widths, side, index)
+    kinds = _kinds(module) if key in module._parameters else None
+    bias = None if kinds is None else kinds.biases.get(key)
+    return None if bias is None or module._parameters.get(bias) is None else f"{owner}.{bias}".lstrip(".")
 
 
-_NAMES = {*experts.NAMES, *experts.ROUTER, *multihead_attention.PROJECTIONS}
+def cut(model: nn.Module, name: str, side: Side, index: Tensor) -> None:
+    """Take inputs or outputs `index` (int64), of all experts, out of such a parameter and its bias, in place."""
+    owner, _, key = name.rpartition(".")
+    module, bias = model.get_submodule(owner), bias_of(model, name)
+    layer = _LAYERS.get(key, recurrent.GateLinear)  # of experts, those that have been cut in part are none to `_kinds`
+    setattr(module, key, without_rows(getattr(module, key), module, layer.attributes(key, side), side, index))
+    if side == "outputs" and bias is not None:
+        own = bias.rpartition(".")[2]
+        setattr(module, own, without(getattr(module, own), 0, index))
+
+
+_LAYERS: Mapping[str, type[ParameterLinear]] = {
+    **dict.fromkeys(experts.NAMES, experts.ExpertLinear), **dict.fromkeys(experts.ROUTER, experts.RouterLinear),
+    **dict.fromkeys(multihead_attention.PROJECTIONS, projections.ProjectionLinear)}
 
 
 def _kinds(module: nn.Module) -> Kinds | None:
-    return experts.kinds(module) or projections.kinds(module)
+    return experts.kinds(module) or projections.kinds(module) or recurrent.kinds(module)

@@ -22,6 +22,7 @@ class ParameterLinear(nn.Linear):
 
     # widths that the code of a module keeps beside its parameters: (parameter, side) -> attributes
     widths: ClassVar[Mapping[tuple[str, str], tuple[str, ...]]] = {}
+    order: tuple[str, ...] = ()  # of the names of all parameters that the module had
 
     def __init__(self, owner: nn.Module, name: str, bias_name: str) -> None:
         nn.Module.__init__(self)
@@ -34,6 +35,11 @@ class ParameterLinear(nn.Linear):
         if bias_name:
             owner._parameters[bias_name] = None
         self._measure()
+
+    @classmethod
+    def attributes(cls, name: str, side: Side) -> tuple[str, ...]:
+        """Those of `widths` that the inputs, or outputs, of the parameter `name` are."""
+        return cls.widths.get((name, side), ())
 
     def _measure(self) -> None:
         self.out_features, self.in_features = self.weight.shape[-2:]
@@ -65,6 +71,11 @@ class ParameterLinear(nn.Linear):
         return func(*args, **kwargs)
 
     @property
+    def owner(self) -> nn.Module:
+        """The module whose parameter it is."""
+        return self._of[0]
+
+    @property
     def held(self) -> dict[str, nn.Parameter | None]:
         """What the module has in the place of this layer."""
         bias = {self.bias_name: self._parameters["bias"]} if self.bias_name else {}
@@ -90,7 +101,7 @@ class ParameterLinear(nn.Linear):
 
     def _without(self, side: Side, index: Sequence[int]) -> nn.Module:
         owner, name = self._of
-        self.weight = without_rows(self.weight, owner, self.widths.get((name, side), ()), side, torch.tensor(index))
+        self.weight = without_rows(self.weight, owner, self.attributes(name, side), side, torch.tensor(index))
         self._measure()
         return self
 
@@ -131,8 +142,11 @@ class Handle:
 
     def __init__(self, module: nn.Module, kinds: Kinds) -> None:
         self._module: nn.Module | None = module
+        order = tuple(module._parameters)
         for name in kinds.names:
-            module.add_module(name, kinds.layer(module, name, kinds.biases.get(name, "")))
+            layer = kinds.layer(module, name, kinds.biases.get(name, ""))
+            layer.order = order
+            module.add_module(name, layer)
         others = {name: module._modules.pop(name) for name in list(module._modules) if name not in kinds.names}
         module._modules.update(others)  # behind them, so that parameters come in the order that they had
         if kinds.change is not None:
@@ -158,13 +172,14 @@ class Handle:
 def put_back(module: nn.Module) -> None:
     """Make the layers that a module's parameters have become parameters again, in place."""
     layers = {name: layer for name, layer in module._modules.items() if isinstance(layer, ParameterLinear)}
-    held: dict[str, nn.Parameter | None] = {}
+    held = dict(module._parameters)
+    order: tuple[str, ...] = ()
     for name, layer in layers.items():
         held |= layer.held
+        order = layer.order
         del module._modules[name]
-    others = {name: value for name, value in module._parameters.items() if name not in held}
     module._parameters.clear()
-    module._parameters.update(held | others)  # in the order that they had
+    module._parameters.update({name: held.pop(name) for name in order if name in held} | held)
     module.__class__ = vars(type(module)).get("_before", type(module))
 
 
@@ -190,5 +205,5 @@ _CHANGED: dict[tuple[type, type], type] = {}  # (what is changed, a class) -> th
 
 def _changed(change: type, cls: type) -> type:
     if (change, cls) not in _CHANGED:
-        _CHANGED[change, cls] = type(cls.__name__, (change, cls), {"_before": cls})
+        _CHANGED[change, cls] = type(cls.__name__, (change, cls), {"_before": cls, "__module__": cls.__module__})
     return _CHANGED[change, cls]

@@ -19,10 +19,12 @@ from fastscore import batches
 from fastscore.graph.cutting import heads
 from fastscore.graph.groups import READS, ChannelGroup, Member
 from fastscore.modules.counting import count
+from fastscore.modules.experts import ExpertLinear
 from fastscore.modules.inspection import device_of
 from fastscore.recovery.compensation import gets_bias
 
 Resource = Literal["channels", "params", "macs"]
+Side = Literal["inputs", "outputs", "copies"]
 MacsWithout: TypeAlias = Callable[[Mapping[str, Tensor]], int]  # group -> int64 [R] that are gone -> MACs that run then
 # Bytes along the channels that one instruction of a matrix product takes: the depth of a tensor core's multiply (CUDA),
 # a vector register elsewhere.
@@ -36,7 +38,8 @@ class LayerCost:
     where width = inputs x outputs for a dense layer and outputs for a channelwise one.
 
     bias_below: with fewer inputs than this, the layer has a bias that it had not: compensation for those that went.
-    present: whether it is there; without the block that holds it, it costs nothing, whatever its width."""
+    present: whether it is there; without the block that holds it, it costs nothing, whatever its width. copies: of its
+    parameters, one for each of several experts, as many of which run for each row however many there are."""
 
     inputs: int
     outputs: int
@@ -46,6 +49,7 @@ class LayerCost:
     params_per_output: float
     bias_below: int = 0
     present: bool = True
+    copies: int = 1
 
     @property
     def width(self) -> int:
@@ -63,12 +67,17 @@ class LayerCost:
         if not self.present:
             return 0.0
         new_bias = self.inputs < self.bias_below
-        return self.weights_per_width * self.width + (self.params_per_output + new_bias) * self.outputs
+        return self.copies * (self.weights_per_width * self.width
+                              + (self.params_per_output + new_bias) * self.outputs)
 
-    def grow(self, more: int, inputs: bool) -> tuple[float, float]:
-        """Have `more` inputs, or outputs; (MACs, parameters) that this adds."""
-        macs, params = self._grow(more, inputs)
-        return (macs, params) if self.present else (0.0, 0.0)
+    def grow(self, more: int, side: Side) -> tuple[float, float]:
+        """Have `more` inputs, outputs or copies; (MACs, parameters) that this adds."""
+        if side == "copies":
+            before = self.params
+            self.copies += more
+            return 0.0, self.params - before
+        macs, params = self._grow(more, side == "inputs")
+        return (macs, self.copies * params) if self.present else (0.0, 0.0)
 
     def _grow(self, more: int, inputs: bool) -> tuple[float, float]:
         had_bias = self.inputs < self.bias_below
@@ -103,23 +112,26 @@ class Costs:
         per_layer, self.returned, self.uncounted = counted.layers, counted.returned, counted.uncounted
         self.layers: dict[str, LayerCost] = {}
         counted_parameters = set[int]()  # a head that is tied to an embedding has no weight of its own
-        # group -> positions of each channel in a layer -> [(layer, is it inputs that go?)]
-        self._losses: dict[str, dict[tuple[int, ...], list[tuple[LayerCost, bool]]]] = {}
+        # group -> positions of each channel in a layer -> [(layer, what goes of it)]
+        self._losses: dict[str, dict[tuple[int, ...], list[tuple[LayerCost, Side]]]] = {}
         for group in self.groups.values():
             losses = self._losses[group.name] = defaultdict(list)
             for member in () if any(group.role("block")) else group.members:
-                if member.role == "width":  # a number
+                if member.role in ("width", "expert"):  # a number; or what is measured, and goes elsewhere
                     continue
+                held = model.get_submodule(member.module)._modules.get(member.layer.rpartition(".")[2])
+                copied = isinstance(held, ExpertLinear) and member.role == "tensor"
                 layer, own = model.get_submodule(member.module), per_layer.get(member.layer, 0.0)
                 if member.layer not in self.layers:
                     self.layers[member.layer] = _heads_cost(member, layer, per_layer) if member.role == "heads" \
-                        else _tensor_cost(member, layer) if member.role == "tensor" \
-                        else _layer_cost(layer, own, counted_parameters)
+                        else _tensor_cost(member, layer) if member.role == "tensor" and not copied \
+                        else _layer_cost(held if copied and held is not None else layer, own, counted_parameters)
                 cost = self.layers[member.layer]
                 if compensate and member.role == "consumer" and gets_bias(model, member.layer):
                     cost.bias_below = cost.inputs
                 positions = np.bincount(member.channel.numpy(), minlength=group.channels).tolist()
-                losses[tuple(positions)].append((cost, member.role in READS))
+                side: Side = "copies" if copied else "inputs" if member.role in READS else "outputs"
+                losses[tuple(positions)].append((cost, side))
         # group of a branch -> the layers that go with it
         self._blocks: dict[str, dict[str, LayerCost]] = defaultdict(dict)
         for name, group in self.groups.items():
@@ -183,7 +195,7 @@ class Costs:
         elif abs(more) >= 0.5:
             group, each = groups[0], more / len(gone[groups[0].name])
             self._losses[group.name][(1,) * group.channels].append(
-                (LayerCost(group.channels, group.channels, True, each, 0.0, 0.0), False))
+                (LayerCost(group.channels, group.channels, True, each, 0.0, 0.0), "outputs"))
 
     def by_group(self) -> list[tuple[float, float]]:
         """(MACs, parameters) of each group's own layers as they are; one of several groups counts with the first."""
@@ -208,8 +220,8 @@ class Costs:
         for positions, losses in self._losses[group].items():
             more = sign * (positions[channels[0]] if len(channels) == 1 else sum([positions[i] for i in channels]))
             if more:
-                for cost, reads in losses:
-                    more_macs, more_params = cost.grow(more, reads)
+                for cost, side in losses:
+                    more_macs, more_params = cost.grow(more, side)
                     macs += more_macs
                     params += more_params
         self.totals["channels"] += sign * len(channels)
@@ -258,8 +270,9 @@ def _layer_cost(layer: nn.Module, macs: float, counted: set[int]) -> LayerCost:
         outputs = next((parameter.numel() for parameter in layer.parameters()), 1)
         return LayerCost(outputs, outputs, True, macs / outputs, 0.0, parameters / outputs)
     width = outputs if channelwise else inputs * outputs
-    return LayerCost(inputs, outputs, channelwise, macs / width, numel(layer._parameters["weight"]) / width,
-                     numel(layer._parameters["bias"]) / outputs)
+    copies = len(layer.weight) if isinstance(layer, ExpertLinear) else 1
+    return LayerCost(inputs, outputs, channelwise, macs / width, numel(layer._parameters["weight"]) / width / copies,
+                     numel(layer._parameters["bias"]) / outputs, copies=copies)
 
 
 def channel_multiple(model: nn.Module) -> int:

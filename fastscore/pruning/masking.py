@@ -15,6 +15,7 @@ from fastscore.arguments import check_number
 from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph import blocks
 from fastscore.graph.groups import ChannelGroup, Ignore
+from fastscore.graph.whole_experts import never_chosen
 from fastscore.modules import held_weights, multihead_attention, parameter_layers
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook, input_of, with_input
@@ -81,7 +82,11 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
             added = mean_contributions(eval_model, means, example_inputs, forward) if means else {}
             branches = [group for group in graph.groups if group.name in removed and any(group.role("block"))]
             read = removed_positions(graph.groups, removed, "reader")  # by those, too, whose output is a choice alone
-            handles = itertools.chain(at_consumers(model, read, added), at_group_norms(model, graph.groups, removed),
+            routers = [member.layer for group in graph.groups for member in group.role("router")
+                       if group.name in removed]
+            handles = itertools.chain(held_weights.replace(model, routers), at_consumers(model, read, added),
+                                      at_group_norms(model, graph.groups, removed),
+                                      never_chosen(model, graph.groups, removed),
                                       blocks.zero_outputs(model, branches))
     with uncompiled(wrapper), ExitStack() as attached:
         for handle in handles:
@@ -107,9 +112,10 @@ def at_group_norms(model: nn.Module, groups: Iterable[ChannelGroup], removed: Ma
     """Hooks by which GroupNorms compute of the channels that stay what a smaller one does; what they make of the
     others, which nothing reads, stays as it is."""
     positions: dict[str, list[Tensor]] = defaultdict(list)
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
     for group in groups:
         for member, index in group.removed_at(removed[group.name]) if group.name in removed else ():
-            if isinstance(model.get_submodule(member.module), nn.GroupNorm):
+            if member.layer in norms:
                 positions[member.layer].append(index)
     for name, parts in positions.items():
         yield model.get_submodule(name).register_forward_hook(_narrowed(torch.cat(parts)), with_kwargs=True,

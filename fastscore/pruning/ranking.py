@@ -47,7 +47,8 @@ def ranker(model: nn.Module, groups: tuple[ChannelGroup, ...], scores: Scores, c
     cost_aware = counts_per_cost(scores, budgets, ranking.scope) if ranking.cost_aware is None else ranking.cost_aware
     per_channel = _cost_of_channels(model, costs, budgets, example_inputs, forward) if cost_aware else None
     multiple = channel_multiple(model) if ranking.round_to == "auto" else ranking.round_to
-    multiples = {group.name: math.lcm(multiple, _aligned(model, group)) for group in groups}
+    multiples = {group.name: 1 if any(group.role("router")) else math.lcm(multiple, _aligned(model, group))
+                 for group in groups}
 
     def ranked(values: Mapping[str, Tensor]) -> list[RemovalStep]:
         return removal_order(groups, values, ranking.scope, multiples, ranking.floor, kinds, per_channel)
@@ -201,8 +202,8 @@ def _group_steps(group: ChannelGroup, values: Tensor, costs: Tensor, round_to: i
             cost, value = (math.fsum([of[channel] for channel in channels]) for of in (cost_of, value_of))
         return value / cost if cost > 0 else math.inf
 
-    # of channels one stays; a branch may go whole
-    least = max(0 if any(group.role("block")) else 1, math.ceil(floor * group.channels - 1e-9))
+    # of channels one stays, of experts as many as are chosen; a branch may go whole
+    least = max(0 if any(group.role("block")) else group.least, math.ceil(floor * group.channels - 1e-9))
     parts = [set(member.channel.tolist()) for member in group.members]
     parts = [part for part in parts if part and len(part) < group.channels]  # of these a channel stays in each, too
     steps: list[RemovalStep] = []

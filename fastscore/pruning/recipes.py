@@ -48,11 +48,11 @@ def structure(model: nn.Module) -> dict[str, str]:
         settings = module.extra_repr() if kind.__module__.startswith("torch.nn") else ""
         if isinstance(module, ParameterLinear):  # as long as the model is tapped
             continue
-        held: dict[str, Tensor | None] = {}
-        for layer in module.children():
-            held |= layer.held if isinstance(layer, ParameterLinear) else {}
-        own = {**module._parameters, **module._buffers}
-        own = {**held, **{key: tensor for key, tensor in own.items() if key not in held}}
+        layers = [layer for layer in module.children() if isinstance(layer, ParameterLinear)]
+        own: dict[str, Tensor | None] = {name: None for layer in layers for name in layer.order}
+        own |= {**module._parameters, **module._buffers}
+        for layer in layers:
+            own |= layer.held
         shapes = [f"{key} {list(tensor.shape)}" for key, tensor in own.items() if tensor is not None]
         lines[name] = " ".join([f"{kind.__name__}({settings})", *shapes])
     return lines

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward
-from fastscore.graph.blocks import with_blocks
 from fastscore.graph.groups import ChannelGraph, Ignore, norm_gates
 from fastscore.graph.tracing import trace
+from fastscore.graph.whole_experts import WITH
 from fastscore.pruning.costs import Costs, MacsWithout, Resource
 from fastscore.pruning.ranking import RemovalStep
 from fastscore.scoring.scores import Scores
@@ -25,8 +25,8 @@ def scored_graph(model: nn.Module, scores: Scores, example_inputs: Batch, forwar
     whole = trace(model, example_inputs, forward)
     if scores.origin.units == "norms":
         whole = norm_gates(model, whole)
-    elif scores.origin.units == "blocks":
-        whole = with_blocks(whole)
+    elif scores.origin.units in WITH:
+        whole = WITH[scores.origin.units](whole)
     check_scores(whole, scores)
     graph = whole.without(model, ignore)
     scored = tuple(group for group in graph.groups if group.name in scores)

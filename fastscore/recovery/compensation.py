@@ -21,7 +21,9 @@ from fastscore.modules import held_weights
 from fastscore.modules.channel_norms import norm_of
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim
+from fastscore.modules.multihead_attention import PROJECTIONS
 from fastscore.modules.parameter_layers import ParameterLinear
+from fastscore.modules.projections import ProjectionLinear
 from fastscore.modules.transposed_linear import is_transposed, widths
 from fastscore.modules.windowed_attention import LinearWithoutKeyBias
 from fastscore.wording import counted
@@ -47,11 +49,11 @@ def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping
 
 
 def has_no_place(model: nn.Module, name: str) -> bool:
-    """Whether what reads channels has no bias that could take a mean in: experts, norms, projections that
-    nn.MultiheadAttention holds without biases or one by one; an adapter beside a layer that has none, where it does not
-    read what that reads."""
+    """Whether what reads channels has no bias that could take a mean in: experts, norms, recurrent layers, projections
+    that nn.MultiheadAttention holds without biases or one by one; an adapter beside a layer that has none, where it
+    does not read what that reads."""
     if held_weights.is_held(model, name):
-        return held_weights.bias_of(model, name) is None
+        return name.rpartition(".")[2] not in PROJECTIONS or held_weights.bias_of(model, name) is None
     if (beside := adapted(name)) is not None:
         try:
             layer = model.get_submodule(beside)
@@ -60,7 +62,9 @@ def has_no_place(model: nn.Module, name: str) -> bool:
         return not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) or (
             getattr(layer, "bias", None) is None and "lora_A" not in name.split("."))
     layer = model.get_submodule(name)
-    return layer.bias is None if isinstance(layer, ParameterLinear) else norm_of(layer) is not None
+    if isinstance(layer, ParameterLinear):
+        return layer.bias is None or not isinstance(layer, ProjectionLinear)
+    return norm_of(layer) is not None
 
 
 def gets_bias(model: nn.Module, name: str) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -52,15 +52,16 @@ class Origin:
         if not weights:
             importances.gradient_importance(self.importance, self.reduction, self.ablation)
         choices: dict[str, tuple[str, ...]] = {
-            "gradient": ("none",) if weights else ("random", "loss"), "units": ("groups", "norms", "blocks"),
+            "gradient": ("none",) if weights else ("random", "loss"), "units": get_args(Units),
             "distribution": ("none",) if weights else DISTRIBUTIONS, "layerwise": tuple(importances.LAYERWISE)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
-        if self.units == "blocks" and not (self.importance.startswith("taylor") and self.ablation == "zero"):
-            raise ValueError(f'units: "blocks" are gated whole, which importance={self.importance!r}, '
-                             f'ablation={self.ablation!r} says nothing of: use a taylor importance with '
-                             'ablation="zero", or units="groups"')
+        if self.units in ("blocks", "experts") and not (self.importance.startswith("taylor") and self.ablation == "zero"
+                                                        and (self.units, self.reduction) != ("experts", "element")):
+            raise ValueError(f'units: "{self.units}" are gated whole, which importance={self.importance!r}, '
+                             f'ablation={self.ablation!r}, reduction={self.reduction!r} says nothing of: use a taylor '
+                             'importance with ablation="zero" and reduction="sum", or units="groups"')
         if self.sample_dims not in (1, 2):
             raise ValueError(f"sample_dims: {self.sample_dims!r}; it is 1 (each example is a sample) or 2 (each token "
                              "is)")

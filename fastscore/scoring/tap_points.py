@@ -1,13 +1,13 @@
 """Which channel groups are scored, and where their taps stand."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch import nn
 
-from fastscore.graph.blocks import with_blocks
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Ignore, Role, norm_gates
 from fastscore.graph.sample_axes import ALONE
+from fastscore.graph.whole_experts import WITH
 from fastscore.modules.held_weights import is_held
 from fastscore.modules.inspection import channel_dim
 from fastscore.scoring.scores import Origin
@@ -16,15 +16,18 @@ from fastscore.taps.gates import TapPoint
 _SECOND = "forward=lambda model, batch: model(batch.transpose(0, 1))"
 
 
-def tap_points(model: nn.Module, groups: Iterable[ChannelGroup], windowed: bool = True) -> dict[str, TapPoint]:
+def tap_points(model: nn.Module, groups: Sequence[ChannelGroup], windowed: bool = True) -> dict[str, TapPoint]:
     """Layer (or name of a tap: see Member.tap) -> where its tap stands, for every edge of the groups.
 
     windowed: a tap reads only the positions that its layer reads, where it skips some.
     """
-    return {edge.tap: TapPoint(-1) if is_held(model, edge.layer) else
+    points = {edge.tap: TapPoint(-1) if is_held(model, edge.layer) else
             TapPoint(edge.dim, output=True, module=edge.layer) if edge.role == "branch" else
             _tap_point(model.get_submodule(edge.layer), edge.role, windowed)
-            for group in groups for edge in group.edges}
+            for group in groups for edge in group.edges if edge.role != "expert"}
+    # with what reads the experts' channels, one tap
+    return points | {edge.layer: TapPoint(-1, experts=len(edge.index))
+                     for group in groups for edge in group.role("expert")}
 
 
 def _tap_point(layer: nn.Module, role: Role, windowed: bool) -> TapPoint:
@@ -46,8 +49,8 @@ def groups_to_score(model: nn.Module, graph: ChannelGraph, origin: Origin, ignor
     of several. Raises ValueError, with the reasons, when nothing is left."""
     if origin.units == "norms":
         graph = norm_gates(model, graph)
-    elif origin.units == "blocks":
-        graph = with_blocks(graph)
+    elif origin.units in WITH:
+        graph = WITH[origin.units](graph)
     if graph.samples.second and origin.gradient != "none":
         raise ValueError("batches, or example_inputs: their second dimension counts samples, [T, N, ...], by what the "
                          f"output depends on; give [N, ...] and {_SECOND}")

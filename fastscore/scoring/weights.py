@@ -78,9 +78,10 @@ def filter_parameters(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[M
     """(layer, qualified name of a weight or bias) of everything that makes the group's channels: Conv, Linear,
     Embedding, and the projections that an attention module holds itself."""
     producers = {member.layer for member in group.role("producer")}
+    producers |= {bias for layer in producers if (bias := held_weights.bias_of(model, layer)) is not None}
     for member in group.role("producer", "channelwise", "heads"):
         if held_weights.is_held(model, member.layer):
-            yield member, member.layer
+            yield from ((member, name) for name in (member.layer, held_weights.bias_of(model, member.layer)) if name)
             continue
         layer = model.get_submodule(member.layer)
         dense = isinstance(layer, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)) or is_transposed(layer)

@@ -17,9 +17,9 @@ class TapPoint:
 
     window: what the layer reads of its input, where that is not all; no gradient comes back to the rest. module: the
     module at whose input the tap stands, where it is not the layer itself but one before it; or at whose output, where
-    the tap has a name of its own. statistics: whether what
-    is measured is the input of a normalisation, and its gradient through mean and mean square alone. Where the samples
-    lie is another matter: see fastscore.modules.sample_axis.
+    the tap has a name of its own. statistics: whether what is measured is the input of a normalisation, and its
+    gradient through mean and mean square alone. experts: of how many the layer is; what is read by each is measured as
+    one, too, after all channels. Where the samples lie is another matter: see fastscore.modules.sample_axis.
     """
 
     channel_dim: int
@@ -27,6 +27,7 @@ class TapPoint:
     window: tuple[slice, ...] = ()
     module: str = ""
     statistics: bool = False
+    experts: int = 0
 
     def owner(self, layer: str) -> str:
         """The layer whose tap it is, where it goes by that name."""
@@ -34,7 +35,11 @@ class TapPoint:
 
     def fits(self, x: Tensor) -> bool:
         """Whether all of `x`, [N, C, ...], is what is measured here."""
-        return self.channel_dim % x.dim() == 1 and not self.window
+        return self.channel_dim % x.dim() == 1 and not self.window and not self.experts
+
+    def expert_of(self, args: tuple[Any, ...]) -> Tensor | None:
+        """Of what the last layer of experts is called on, which one reads each row, int64; None of all others."""
+        return args[1] if self.experts else None
 
 
 class FusedTap(NamedTuple):
@@ -79,6 +84,31 @@ class Gate(torch.autograd.Function):
             x, h = (x[point.window], g[point.window]) if point.window else (x, g)
             measured = ctx.taps.measured(x, h, point.channel_dim, ctx.axis, ctx.valid)
         return g, measured, None, None, None, None
+
+
+class ExpertGate(torch.autograd.Function):
+    """(input x [rows, C] of the last layer of E experts, int64 [rows], gate) -> x; backward: (g, nothing, measure of C
+    channels, then of what each expert reads as one). That layer is linear, and has no bias: what an expert's output and
+    its gradient make is what its input and the gradient there do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, expert: Tensor, gate: Tensor, taps: "Measuring", point: TapPoint, axis: SampleAxis,
+                valid: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, expert)
+        ctx.taps, ctx.point, ctx.axis, ctx.valid = taps, point, axis, valid
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, expert = ctx.saved_tensors
+        measured = None
+        if ctx.taps.measuring:
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            chosen = nn.functional.one_hot(expert, ctx.point.experts + 1)[:, :-1].to(dtype)  # the last is none
+            worth = chosen * (x.to(dtype) * g.to(dtype)).sum(-1, keepdim=True)
+            measured = torch.cat([ctx.taps.measured(a, b, -1, ctx.axis, ctx.valid)
+                                  for a, b in ((x, g), (chosen, worth))], 2)
+        return g, None, measured, None, None, None, None
 
 
 class NormGate(torch.autograd.Function):

@@ -20,7 +20,7 @@ from fastscore.batches import Outputs, output_tensors
 from fastscore.modules import experts, held_weights, multihead_attention, parameter_layers
 from fastscore.modules.hooks import OwnHook, input_of, with_input
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, by_sample, by_token, rows_first, spread
-from fastscore.taps.gates import FusedTap, Gate, NormGate, TapPoint
+from fastscore.taps.gates import ExpertGate, FusedTap, Gate, NormGate, TapPoint
 from fastscore.taps.measures import Measure
 from fastscore.taps.passes import BackwardPasses, ForwardPass, Tapped
 from fastscore.taps.recompute import pass_of
@@ -207,7 +207,7 @@ class Taps:
         def hand_over_view(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if module is not own or not self._listening(layer):
                 return None
-            return with_input(args, kwargs, self._gated(input_of(args, kwargs), layer, point))
+            return with_input(args, kwargs, self._gated(input_of(args, kwargs), layer, point, point.expert_of(args)))
 
         return self._hook(hand_over_view)
 
@@ -244,7 +244,7 @@ class Taps:
         return tap.tapped
 
     def _gated(self, x: Tensor, layer: str, point: TapPoint, read: Tensor | None = None) -> Tensor:
-        """x as the gate hands it on. read: what the layer that made x has read, where that is what is measured."""
+        """x as the gate hands it on. read: what the layer that made x has read, if that counts; or rows' experts."""
         gate, valid = self._preallocated.get(layer), None
         if gate is None:
             owner = pass_of(layer, self.current, self._backward.running)
@@ -260,13 +260,14 @@ class Taps:
                 return tap.tapped
             valid = self._padding(x, layer, point, axis, owner)
             rows = self._in_rows(x.detach(), point.channel_dim, axis)[0] if valid is None else valid
-            gate = self.gate(rows.shape[0], x.shape[point.channel_dim], x)
+            gate = self.gate(rows.shape[0], x.shape[point.channel_dim] + point.experts, x)
             if owner is not None:
                 owner.gates.append(Tapped(layer, gate, self._of_rows(x, layer, point, known, valid)))
         else:
             known = self.axes.of(layer)
             axis = known if isinstance(known, SampleAxis) else SampleAxis()
         gated: Tensor = Gate.apply(x, gate, self, point, axis, valid) if read is None else \
+            ExpertGate.apply(x, read, gate, self, point, axis, valid) if point.experts else \
             NormGate.apply(x, read.detach(), gate, self.model.get_submodule(layer), self, point, axis, valid)
         return gated
 
@@ -283,9 +284,8 @@ class Taps:
     def _padding(self, x: Tensor, layer: str, point: TapPoint, axis: SampleAxis, owner: ForwardPass | None
                  ) -> Tensor | None:
         """Which tokens of x are no padding, bool [N, T]; None where it has none, or tokens are samples."""
-        if owner is None or owner.valid is None or point.channel_dim != -1 or self._sample_dims > 1:
+        if owner is None or (valid := owner.valid) is None or point.channel_dim != -1 or self._sample_dims > 1:
             return None
-        valid = owner.valid
         if isinstance(self._owner(layer, point), experts.ExpertLinear) and len(x) % valid.numel() == 0:
             valid = valid.repeat_interleave(len(x) // valid.numel(), 1)  # a row for each expert that a token chooses
         fits = x.dim() > 1 and axis.fits(x, len(valid)) and axis.first(x.detach(), len(valid)).shape[:-1] == valid.shape

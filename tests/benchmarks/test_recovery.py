@@ -117,6 +117,22 @@ def test_pseudo_labels_are_the_networks_own() -> None:
         torch.testing.assert_close(parameter.grad, found)
 
 
+def test_fewer_images_calibrate_and_the_same_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[int | None, tuple[Path, torch.Tensor]] = {}
+    rows: dict[int | None, str] = {}
+    for count in (None, 7):
+        monkeypatch.setattr(command, "smaller", lambda task, images, wanted, seed, kept, count=count:
+                            given.update({count: (kept, images)}) or iter(()))
+        path = tmp_path / f"{count}.csv"
+        command.keys(path)
+        command.measure("small", task(), 0, [contestants.DEFAULT], [0.8], path, tmp_path, calibrate=count)
+        rows[count] = path.read_text()
+    assert rows[None] == rows[7]  # the dense network, judged
+    assert "dense" in rows[7]
+    assert torch.equal(given[7][1], given[None][1][:7])
+    assert [path.name for path, _ in given.values()] == ["small-0", "small-0-7"]
+
+
 def test_rows_go_on_where_they_stopped_and_the_later_counts(tmp_path: Path) -> None:
     path = tmp_path / "recovery.csv"
     methods = ["per MAC / mean", contestants.DEFAULT, "tp magnitude global", "tp magnitude global / recalibrated"]

@@ -189,12 +189,12 @@ def test_the_stream_of_a_mixture_goes_through_its_experts(build: Callable[[], nn
 
 
 class _Recurrent(nn.Module):
-    """An LSTM between layers; in float64 its steps are operations that the tracer sees."""
+    """An LSTM between layers that projects its state; in float64 its steps are operations that the tracer sees."""
 
     def __init__(self, layers: int, both: bool) -> None:
         super().__init__()
         self.embed, self.hidden, self.last = nn.Linear(6, 8), nn.Linear(20 if both else 10, 9), nn.Linear(9, 3)
-        self.rnn = nn.LSTM(8, 10, layers, batch_first=True, bidirectional=both)
+        self.rnn = nn.LSTM(8, 12, layers, batch_first=True, bidirectional=both, proj_size=10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.hidden(self.rnn(self.embed(x).tanh())[0][:, -1]).relu())

@@ -76,6 +76,17 @@ def cut_of(function: Any) -> Cut | None:
     return Cut(function, owner, {name: value for name, value in numbers.items() if value is not None})
 
 
+def width_of_code(size: int) -> tuple[nn.Module, str] | None:
+    """The module whose code runs, called by whatever has called what calls this, and the attribute that is of `size`
+    among those that this code reads; None where there is none."""
+    found = _calling_frame()
+    if found is None:
+        return None
+    owner, names = found
+    return next(((owner, name) for name in names if type(vars(owner).get(name)) is int and vars(owner)[name] == size),
+                None)
+
+
 def calling_module() -> nn.Module | None:
     """The innermost module whose code calls whatever has called this."""
     found = _calling_frame()

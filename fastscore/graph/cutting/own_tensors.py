@@ -10,6 +10,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.graph.cutting import channel_buffers
+from fastscore.modules.parameter_layers import ParameterLinear, without
 
 
 def cut(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
@@ -19,6 +20,9 @@ def cut(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
     """
     path, _, key = name.rpartition(".")
     owner = model.get_submodule(path)
+    if isinstance(layer := owner._modules.get(key), ParameterLinear):  # of an evaluation copy
+        layer.weight = without(layer.weight, dim, index)
+        return
     old: Tensor = getattr(owner, key)
     stays = torch.ones(old.shape[dim], dtype=torch.bool).index_fill(0, index.cpu(), False).nonzero()[:, 0]
     new = old.detach().index_select(dim, stays.to(old.device))

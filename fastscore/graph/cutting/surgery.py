@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastscore.graph.cutting import channel_buffers, heads, own_tensors
 from fastscore.graph.cutting.cut_widths import SIDE, narrow
 from fastscore.graph.groups import ChannelGroup, Role
-from fastscore.modules import held_weights, multihead_attention, scripted
+from fastscore.modules import held_weights, multihead_attention, recurrent, scripted
 from fastscore.modules.computed_weights import make_plain
 from fastscore.modules.evaluation_copy import computed_tensors
 from fastscore.modules.hooks import remove_copied_hooks
@@ -21,6 +21,7 @@ Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
 Side: TypeAlias = str  # "inputs", "outputs", "heads", "block", a Dim, or SIDE and what a module keeps
 _DIMS: tuple[Dim, ...] = get_args(Dim)
 _SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "norm": "outputs", "gate": "outputs",
+                               "router": "outputs",
                                "consumer": "inputs", "reader": "inputs", "heads": "heads", "block": "block"}
 # what modules keep of the widths of convolutions that they hold: diffusers' up- and downsamplers, and the embeddings of
 # patches of transformers, of what they read, torchvision's VisionTransformer of what it makes of patches
@@ -44,8 +45,8 @@ def removed_indices(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor
     for group in groups:
         if group.name in removed:
             for member, index in group.removed_at(removed[group.name]):
-                if member.role == "branch":
-                    continue  # its block says what goes
+                if member.role in ("branch", "expert"):
+                    continue  # other members say what goes
                 side = _DIMS[member.dim] if member.role == "tensor" else \
                     f"{SIDE}{member.attribute}" if member.role == "width" else _SIDES[member.role]
                 indices[member.layer, side].append(index)
@@ -94,7 +95,9 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
             narrow(layer, side.removeprefix(SIDE), len(index))
             continue
         if side == "heads":
-            heads.remove(layer, index, [key for key in heads.PROJECTIONS if (f"{name}.{key}", "outputs") in indices])
+            apart = [key for key in heads.PROJECTIONS if
+                     (f"{name}.{key.replace('bias', 'weight')}", "outputs") in indices]  # a bias goes with its weight
+            heads.remove(layer, index, apart)
             for handle in multihead_attention.replace_attention(model, called=()):
                 handle.make_permanent()
             continue
@@ -106,6 +109,7 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable[name])
         parameter.data = parameter.data.contiguous(memory_format=formats[name])
+    recurrent.keep_up(model)
     return model
 
 
@@ -124,6 +128,7 @@ def smaller_copy(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> 
         if parameter.untyped_storage()._cdata in own:
             parameter.data = parameter.data.clone()
     held_weights.put_all_back(pruned)
+    recurrent.keep_up(pruned)
     remove_copied_hooks(pruned)
     return pruned
 

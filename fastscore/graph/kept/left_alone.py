@@ -7,13 +7,14 @@ from torch import nn
 
 from fastscore.graph.groups import READS, ChannelGraph
 from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
+from fastscore.modules import recurrent
 from fastscore.modules.scripted import Scripted
 
 # what has a reason of its own; of any other module: that its code reads the weight
 _REASONS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.EmbeddingBag, "an embedding makes its channels by looking them up, and cannot lose any yet"),
-    (nn.RNNBase, "a recurrent layer ({kind}), which cannot lose channels yet"),
-    (nn.RNNCellBase, "a recurrent layer ({kind}), which cannot lose channels yet"),
+    (nn.RNNBase, "a recurrent layer ({kind}), which cannot lose channels yet: {why}"),
+    (nn.RNNCellBase, "a recurrent layer ({kind}), which cannot lose channels yet: {why}"),
     (nn.Bilinear, "a Bilinear layer, which cannot lose channels yet"),
 )
 
@@ -52,7 +53,7 @@ def _reason(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
     kind = type(module).__name__
     known = next((reason for cls, reason in _REASONS if isinstance(module, cls)), None)
     if known is not None:
-        return known.format(kind=kind)
+        return known.format(kind=kind, why=recurrent.why_kept(module))
     if tp.ops.module2type(module) in PRODUCERS | CHANNELWISE:
         return "its channels go with others that are kept"
     return f"the code of {kind} reads its {key} {list(parameter.shape)}, which meets no channels that can go"

@@ -11,6 +11,7 @@ from fastscore.graph import units
 from fastscore.graph.groups import Member, Role
 from fastscore.graph.trials.surgery_trial import said
 from fastscore.graph.trials.verification import Recording
+from fastscore.modules import recurrent
 from fastscore.modules.computed_weights import PLAIN, unused_parameters
 from fastscore.modules.inspection import parametrized, shared_parameters
 
@@ -105,6 +106,8 @@ def of_leak(where: str, members: Iterable[Member], recording: Recording, readers
     """Why a group is kept whose channels show at `where`, and are not known to come there."""
     if where in recording.first_layers:
         return _without_gradient(where, recording)
+    if where in recording.layers and recurrent.was_given_constant(recording.layers[where]):
+        return f"{where} reads a state that no layer makes: one that the model keeps from call to call, say"
     return read_elsewhere(members, readers) or \
         f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
 

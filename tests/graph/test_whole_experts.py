@@ -1,0 +1,119 @@
+"""Whole experts of mixtures: scored by one gate each, never chosen where they are masked, removed with their rows."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import whole_way
+from oracles import untouched
+from torch import Tensor, nn
+
+import fastscore
+from fastscore.graph.tracing import trace
+from fastscore.integrations.transformers import forward, save_pretrained
+
+SIZES = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 2, "vocab_size": 50, "use_cache": False, "max_position_embeddings": 16,
+         "num_experts_per_tok": 2, "experts_implementation": "batched_mm"}
+TOKENS = {"input_ids": torch.randint(1, 50, (3, 5), generator=torch.Generator().manual_seed(1))}
+MIXTURES = [f"model.layers.{i}.mlp.experts" for i in range(2)]
+
+
+def _mixtral() -> nn.Module:
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=6))
+
+
+def _qwen() -> nn.Module:
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
+        **SIZES, head_dim=8, num_experts=6, moe_intermediate_size=6, norm_topk_prob=False))
+
+
+class _Chooser:
+    """The forward of a router by its definition, that never chooses `gone`."""
+
+    def __init__(self, router: Any, gone: Tensor) -> None:
+        self.router, self.gone = router, gone
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = x.flatten(0, -2) @ self.router.weight.t()
+        logits[:, self.gone] = -torch.inf
+        chosen, index = logits.softmax(-1).topk(2)
+        shares = getattr(self.router, "norm_topk_prob", True)
+        return logits, chosen / chosen.sum(-1, keepdim=True) if shares else chosen, index
+
+
+@pytest.mark.parametrize("build", [_mixtral, _qwen])
+def test_an_expert_is_a_unit(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    model = whole_way.noisy(build)
+    with torch.no_grad():
+        z = forward(model, TOKENS)
+    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def score(units: str) -> fastscore.Scores:
+        return fastscore.score(model, [TOKENS], units=units, gradient="loss", normalize=False, forward=forward,
+                               loss=lambda output, batch: (output * v).sum(), progress=False)
+
+    with untouched(model):
+        graph, scores = trace(model, TOKENS, forward), score("experts")
+        assert [group.name for group in graph.experts] == MIXTURES
+        assert {name: scores[name] for name in scores if name not in MIXTURES}.keys() == score("groups").keys()
+        for group in graph.experts:  # PyTorch's own forward, with a gate on each expert's second matrix
+            rows, name = [], f"{group.name}.down_proj"
+            for n in range(3):
+                gate = torch.ones(6, dtype=torch.float64, requires_grad=True)
+                weight = model.get_parameter(name).detach() * gate[:, None, None]
+                one = torch.func.functional_call(model, {name: weight}, (TOKENS["input_ids"][n:n + 1],)).logits
+                rows.append(torch.autograd.grad((one[0] * v[n]).sum(), gate)[0])
+            torch.testing.assert_close(scores[group.name].double(), torch.stack(rows).square().mean(0), rtol=1e-5,
+                                       atol=1e-12)
+        alone = replace(scores, totals={name: scores.totals[name] for name in MIXTURES})
+        options: dict[str, Any] = {"forward": forward, "compensate": False}
+        result = fastscore.prune(model, alone, TOKENS, channels=0.5, **options)
+        with torch.no_grad(), fastscore.mask(model, alone, 0.5, TOKENS, **options) as removed:
+            masked = forward(model, TOKENS)
+        assert {name: index.tolist() for name, index in removed.items()} == {
+            name: index.tolist() for name, index in result.removed.items()}
+    small = result.model
+    for name, gone in removed.items():
+        router = model.get_submodule(name.replace("experts", "gate"))
+        router.forward = _Chooser(router, gone)
+    with torch.no_grad():
+        want = forward(model, TOKENS)
+        torch.testing.assert_close(forward(small, TOKENS), want)
+        torch.testing.assert_close(masked, want)
+        assert not torch.allclose(want, z, rtol=1e-3)
+    for name, gone in removed.items():
+        experts, router = small.get_submodule(name), small.get_submodule(name.replace("experts", "gate"))
+        assert len(experts.gate_up_proj) == len(experts.down_proj) == experts.num_experts == 6 - len(gone)
+        assert len(router.weight) == router.num_experts == 6 - len(gone)
+    fastscore.save_pruned(small, tmp_path / "small.safetensors")
+    loaded = fastscore.load_pruned(whole_way.noisy(build, seed=1), tmp_path / "small.safetensors")
+    assert torch.equal(forward(loaded, TOKENS), forward(small, TOKENS))
+    forward(small, TOKENS).square().sum().backward()
+
+
+def test_as_many_stay_as_are_chosen_and_parameters_are_counted(tmp_path: Path) -> None:
+    """With the width between the matrices, which all experts have, under one budget; by a Scorer too."""
+    model = whole_way.noisy(_mixtral)
+    scores = fastscore.score(model, [TOKENS], units="experts", forward=forward, progress=False)
+    scorer = fastscore.Scorer(model, TOKENS, units="experts", gradient="random", output=lambda output: output.logits)
+    with scorer:
+        scorer.probe(model(**TOKENS).logits)
+    for name in scores:
+        torch.testing.assert_close(scorer.scores()[name], scores[name])
+    result = fastscore.prune(model, scores, TOKENS, params=0.4, forward=forward)
+    assert set(result.removed) > set(MIXTURES)
+    assert result.report.params[1] == sum(parameter.numel() for parameter in result.model.parameters())
+    alone = replace(scores, totals={name: scores.totals[name] for name in MIXTURES})
+    least = fastscore.prune(model, alone, TOKENS, channels=1 / 3, forward=forward)
+    assert {len(index) for index in least.removed.values()} == {4}
+    with pytest.raises(ValueError, match="cannot be reached"):
+        fastscore.prune(model, alone, TOKENS, channels=0.3, forward=forward)
+    plain = save_pretrained(least.model.float(), tmp_path)
+    assert plain.config.num_local_experts == 2
+    with pytest.raises(ValueError, match='units: "experts" are gated whole'):
+        fastscore.score(model, [TOKENS], units="experts", reduction="element", forward=forward)
