@@ -6,7 +6,7 @@ are is known by name; every guess is tried: the module, with random weights, mus
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -14,38 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches import with_float64
-from fastscore.graph import attention_calls
+from fastscore.graph import attention_calls, head_dims
 from fastscore.graph.attention_calls import Call
 from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.graph.head_dims import Projections
 from fastscore.modules import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import parameter_owners, parametrized, shared_parameters
 
-# where an attention module has its projections: query, key, value (one name where they are one layer), output
-_LAYERS = (
-    ("qkv", "qkv", "qkv", "proj"),
-    ("to_qkv", "to_qkv", "to_qkv", "merge"),
-    ("to_qkv", "to_qkv", "to_qkv", "to_out"),
-    ("qkv_proj", "qkv_proj", "qkv_proj", "o_proj"),
-    ("c_attn", "c_attn", "c_attn", "c_proj"),
-    ("query_key_value", "query_key_value", "query_key_value", "dense"),
-    ("q_proj", "k_proj", "v_proj", "o_proj"),
-    ("q_proj", "k_proj", "v_proj", "out_proj"),
-    ("q_lin", "k_lin", "v_lin", "out_lin"),
-    ("self.query", "self.key", "self.value", "output.dense"),
-    ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
-    ("attention.query", "attention.key", "attention.value", "output.dense"),
-    ("query", "key", "value", "dense"),
-    ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"),
-    ("Wqkv", "Wqkv", "Wqkv", "Wo"),
-    ("to_q", "to_k", "to_v", "to_out.0"),
-    ("q", "k", "v", "proj"),
-    ("q", "kv", "kv", "proj"),
-    ("to_q", "to_kv", "to_kv", "to_out"),
-    ("to_q", "to_kv", "to_kv", "to_out.0"),
-    ("q", "k", "v", "o"),
-)
 _TOLERANCE = 0.05  # of a channel's length; bfloat16 rounds to 0.004 of each value
 # layers that make a bias for each head, of places of tokens
 _POSITIONS = ("cpb_mlp.2", "self.continuous_position_bias_mlp.2", "relative_attention_bias")
@@ -57,42 +34,52 @@ _BESIDE: Mapping[str, str] = {"producer": "lora_B", "consumer": "lora_A"}
 _OUTPUT_ALONE = "out_proj"  # of a module that holds the other projections itself, as nn.MultiheadAttention does
 
 
+@dataclass
+class Found:
+    """What there is in a model: groups of heads; the name of each other one -> why it is kept; head dimensions, which
+    can go in the place of whole heads; the name of those that have none -> why."""
+
+    groups: list[ChannelGroup] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    head_dims: list[ChannelGroup] = field(default_factory=list)
+    whole_heads: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class _Guess:
-    """module: qualified name of the attention module. group: with layers named from there, as if it were a model."""
+    """module: qualified name of the attention module. group: with layers named from there, as if it were a model.
+    projections: the layers, likewise; None where a module holds them in a way of its own."""
 
     module: str
     group: ChannelGroup
+    projections: Projections | None
 
-    def whole(self) -> ChannelGroup:
-        """The group, with the qualified names that the model has."""
+    def whole(self, group: ChannelGroup | None = None) -> ChannelGroup:
+        """The group, or another one of the module, with the qualified names that the model has."""
         def qualified(name: str) -> str:
             return ".".join(filter(None, (self.module, name)))
 
-        members = tuple(replace(member, layer=qualified(member.layer)) for member in self.group.members)
-        return replace(self.group, name=qualified(self.group.name), members=members)
+        group = group or self.group
+        members = tuple(replace(member, layer=qualified(member.layer)) for member in group.members)
+        return replace(group, name=qualified(group.name), members=members)
 
 
-def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[str] = ()
-         ) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
+def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[str] = ()) -> Found:
     """The groups of heads in a model.
 
     Args:
         model: an evaluation copy.
         run: run(model) runs it on example inputs.
         unused: layers that the output does not depend on.
-
-    Returns:
-        The groups, and the name of each other group of heads -> why they are left alone.
     """
+    every = Found()
     guesses = {name: found for name, module in model.named_modules()
                if (found := [_adapted(module, guess) for guess in _guesses(name, module)])}
     if not guesses:
-        return (), {}
+        return every
     calls = attention_calls.record(model, {name: _heads_of(found[0].group) for name, found in guesses.items()}, run)
     owners = parameter_owners(model)
-    groups: list[ChannelGroup] = []
-    skipped: dict[str, str] = {}
+    groups, skipped = every.groups, every.skipped
     # an attention before the block that it stands in
     for names in sorted(calls.together, key=lambda names: len(names[0].split(".")) if names[0] else 0, reverse=True):
         firsts = [guesses[name][0].whole().name for name in names]
@@ -102,6 +89,8 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[st
             skipped |= dict.fromkeys(firsts, "the output does not depend on it")
             continue
         tried = [_tried(model.get_submodule(name), guesses[name], calls.of[name], owners) for name in names]
+        for name, guess in zip(names, tried, strict=True):
+            _find_dims(every, model.get_submodule(name), guesses[name], guess, calls.of[name], owners)
         fitting = [guess.whole() for guess in tried if isinstance(guess, _Guess)]
         if len(fitting) == len(tried) and all(torch.equal(group.unit, fitting[0].unit) for group in fitting):
             groups.append(replace(fitting[0], members=tuple(member for group in fitting for member in group.members)))
@@ -111,7 +100,22 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[st
         for first, guess in zip(firsts, tried, strict=True):
             skipped.setdefault(first, guess if isinstance(guess, str) else
                                "its heads go with those of other layers, which keep them")
-    return tuple(groups), skipped
+    return every
+
+
+def _find_dims(every: Found, module: nn.Module, guesses: Sequence[_Guess], tried: _Guess | str, call: Call,
+               owners: Mapping[int, int]) -> None:
+    """Note the head dimensions of a module, or why it has none. tried: what its heads are, or why they are kept."""
+    reason = _computed(module, guesses[0].group, owners)
+    for guess in () if reason is not None else [tried] if isinstance(tried, _Guess) else guesses:
+        dims: ChannelGroup | str = "layers of adapters stand beside its projections, or it holds them itself"
+        if guess.projections is not None and not any(_BASE in layer._modules for layer in module.modules()):
+            dims = head_dims.find(guess.group.name, module, guess.projections, call, _randomized)
+        if isinstance(dims, ChannelGroup):
+            every.head_dims.append(guess.whole(dims))
+            return
+        reason = reason or dims  # the likeliest one's
+    every.whole_heads[guesses[0].whole().name] = str(reason)
 
 
 def _tried(module: nn.Module, guesses: Sequence[_Guess], call: Call, owners: Mapping[int, int]) -> _Guess | str:
@@ -149,7 +153,7 @@ def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
     """What the names and widths of an attention module's layers suggest, likeliest first."""
     if not module._modules:
         return
-    for query, key, value, output in _LAYERS:
+    for query, key, value, output in heads.LAYERS:
         layers = [_linear(module, layer) for layer in (query, key, value, output)]
         if any(layer is None for layer in layers):
             continue
@@ -166,16 +170,19 @@ def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
             if rest or shared < 1 or count % shared:
                 continue
             rows = {query: _rows_of_blocks(count, shared, width), **_biases(module, count, width)}
-            yield _Guess(name, _group(query, rows, output, count, shared, width, _tables(module, count)))
+            found = Projections((query, key, value), count, shared, width, (output,))
+            yield _Guess(name, _group(query, rows, output, count, shared, width, _tables(module, count)), found)
             if shared == count:
-                yield _Guess(name, _group(query, {query: _rows_of_heads(count, width)}, output, count, shared, width))
+                yield _Guess(name, _group(query, {query: _rows_of_heads(count, width)}, output, count, shared, width),
+                             replace(found, by_head=True))
         elif k is v and q.out_features == out.in_features:
             shared, rest = divmod(k.out_features, 2 * width)
             if rest or shared < 1 or count % shared:
                 continue
             once = _rows(shared, width, count // shared)
             yield _Guess(name, _group(query, {query: torch.arange(count * width), key: torch.cat([once, once])}, output,
-                                      count, shared, width, _tables(module, count)))
+                                      count, shared, width, _tables(module, count)),
+                         Projections((query, key, value), count, shared, width, (output,)))
         elif q.out_features == out.in_features and k.out_features == v.out_features:
             shared, rest = divmod(k.out_features, width)
             if rest or shared < 1 or count % shared:
@@ -184,9 +191,11 @@ def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
             rows = {query: torch.arange(count * width), key: once, value: once}
             rows |= {added: rows[layer] for layer, added in zip((query, key, value), _ADDED, strict=True)
                      if (beside := _linear(module, added)) is not None and beside.out_features == len(rows[layer])}
+            outputs = [layer for layer in _ADDED_OUTPUTS if (
+                beside := _linear(module, layer)) and beside.in_features == count * width]
             yield _Guess(name, _group(query, rows | _biases(module, count, width), output, count, shared, width,
-                                      _tables(module, count), [layer for layer in _ADDED_OUTPUTS if (
-                                          beside := _linear(module, layer)) and beside.in_features == count * width]))
+                                      _tables(module, count), outputs),
+                         Projections((query, key, value), count, shared, width, (output, *outputs)))
     total, alone = heads.count(module), _linear(module, _OUTPUT_ALONE)
     held = [tensor for tensor in heads.tensors(module) if tensor in heads.PROJECTIONS]
     made = [layer for layer in multihead_attention.PROJECTIONS if layer in module._modules]
@@ -194,7 +203,10 @@ def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
         width = alone.in_features // total
         rows = {layer: _rows_of_blocks(total, total, width) if layer == made[0] == multihead_attention.PROJECTIONS[0]
                 else torch.arange(total * width) for layer in made}
-        yield _Guess(name, _group("", rows, _OUTPUT_ALONE, total, total, width))
+        by_layer = made * 3 if len(made) == 1 else made
+        yield _Guess(name, _group("", rows, _OUTPUT_ALONE, total, total, width),
+                     Projections((by_layer[0], by_layer[1], by_layer[2]), total, total, width, (_OUTPUT_ALONE,))
+                     if len(by_layer) == 3 else None)
 
 
 def _biases(module: nn.Module, count: int, width: int) -> dict[str, Tensor]:

@@ -19,9 +19,9 @@ from fastscore.modules.parameter_layers import ParameterLinear
 from fastscore.modules.sample_axis import SampleAxes
 
 Role = Literal["producer", "consumer", "channelwise", "norm", "heads", "gate", "tensor", "branch", "block",
-               "reader", "width", "expert", "router"]
+               "reader", "width", "expert", "router", "query", "head_dims", "rotary"]
 READS: tuple[Role, ...] = ("consumer", "reader")  # whose inputs the channels are
-Units = Literal["groups", "norms", "blocks", "experts"]
+Units = Literal["groups", "norms", "blocks", "experts", "head_dims"]
 Ignore = Iterable[str | type | nn.Module]
 
 
@@ -38,11 +38,13 @@ class Member:
     returns `index[0]` things: see fastscore.graph.blocks), `expert` (the last layer of a mixture's experts: after its
     inputs, what each expert makes of them counts as one) or `router` (of the weight of their router, a row for each),
     `width` (a module that keeps in `attribute` how many of the channels there are: see
-    fastscore.graph.cutting.cut_widths), or `tensor` (a parameter that the code of a module reads itself, such as a
-    layer scale or an embedding of positions: `layer` is its qualified name, and its dimension `dim` holds the
-    channels). index, channel: int64 [M]; position `index[m]` of the layer's
-    output (its input, for a consumer or reader) carries the group's channel `channel[m]`; in the projections of queries
-    and keys, the rows that go with it. For `heads`, head `index[m]` begins at channel `channel[m]`.
+    fastscore.graph.cutting.cut_widths), `query` (a layer whose outputs are queries, which end in products with keys),
+    `head_dims` (an attention module, for the width of a head that it keeps), `rotary` (one that is called with tables
+    by which pairs of queries and keys are turned: see fastscore.graph.head_dims), or `tensor` (a parameter that the
+    code of a module reads itself, such as a layer scale or an embedding of positions: `layer` is its qualified name,
+    and its dimension `dim` holds the channels). index, channel: int64 [M]; position `index[m]` of the layer's output
+    (its input, for a consumer or reader) carries the group's channel `channel[m]`; in the projections of queries and
+    keys, the rows that go with it. For `heads`, head `index[m]` begins at channel `channel[m]`.
     """
 
     layer: str
@@ -59,8 +61,10 @@ class Member:
 
     @property
     def tap(self) -> str:
-        """What its tap is called: as the layer, at whose input it stands; that at the output of a branch otherwise."""
-        return f"{self.layer} (whole)" if self.role == "branch" else self.layer
+        """What its tap is called: as the layer, at whose input it stands; that at the output of a branch, or of what
+        makes queries, otherwise."""
+        kinds = {"branch": " (whole)", "query": " (queries)"}
+        return self.layer + kinds.get(self.role, "")
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,9 @@ class ChannelGroup:
 
     name: the first layer that produces them; channels are numbered in its order. unit: int64 [C]; channels with the
     same unit can only be removed together (the same place in every group of a grouped convolution, or channels that
-    are added to each other). least: how many of them stay, whatever goes; a branch may go whole.
+    are added to each other). least: how many of them stay, whatever goes; a branch may go whole. section: int64 [C],
+    numbered from 0, where as many channels have to stay in each section, whichever they are (the dimensions of each
+    head); None where all are in one.
     """
 
     name: str
@@ -77,6 +83,19 @@ class ChannelGroup:
     unit: Tensor
     members: tuple[Member, ...]
     least: int = 1
+    section: Tensor | None = None
+
+    def first_step(self) -> Tensor:
+        """Channels that can go without any others, int64 [R]: the first unit, of each section as many."""
+        if self.section is None:
+            return (self.unit == self.unit[0]).nonzero()[:, 0]
+        size = int(torch.bincount(self.unit).max())
+        return torch.cat([self._first_of(number, size) for number in range(int(self.section.max()) + 1)])
+
+    def _first_of(self, section: int, size: int) -> Tensor:
+        units = self.unit[self.section == section].unique()
+        sizes = torch.bincount(self.unit)[units].cumsum(0)
+        return torch.isin(self.unit, units[sizes <= size]).nonzero()[:, 0]
 
     def role(self, *roles: Role) -> Iterator[Member]:
         """The members that play one of `roles`."""
@@ -91,7 +110,7 @@ class ChannelGroup:
     @property
     def edges(self) -> Iterator[Member]:
         """The members where the channels end, and where activation meets gradient."""
-        return self.role("consumer", "norm", "gate", "branch", "expert")
+        return self.role("consumer", "norm", "gate", "branch", "expert", "query")
 
 
 @dataclass(frozen=True)
@@ -103,7 +122,9 @@ class ChannelGraph:
     module reads -> MACs of the products with it, of one sample. uncounted: operation that no formula knows -> where it
     ran. blocks: residual branches that can go whole, a group of one channel each, which are no part of `groups` (see
     fastscore.graph.blocks.with_blocks). experts: whole experts of mixtures, likewise (see
-    fastscore.graph.whole_experts). training_only: layers that run in training alone.
+    fastscore.graph.whole_experts). head_dims: dimensions of heads, which can go in the place of whole heads, likewise
+    (see fastscore.graph.head_dims.with_head_dims). whole_heads: group -> why its heads go whole or not at all.
+    training_only: layers that run in training alone.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -114,6 +135,8 @@ class ChannelGraph:
     uncounted: Mapping[str, str] = field(default_factory=dict)
     blocks: tuple[ChannelGroup, ...] = ()
     experts: tuple[ChannelGroup, ...] = ()
+    head_dims: tuple[ChannelGroup, ...] = ()
+    whole_heads: Mapping[str, str] = field(default_factory=dict)
     training_only: frozenset[str] = frozenset()
 
     @cached_property

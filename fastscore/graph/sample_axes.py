@@ -80,6 +80,8 @@ def of_graph(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training
     watched = {edge.layer: Watched(channel_dim(model.get_submodule(edge.layer)))
                for group in (*graph.groups, *graph.experts) for edge in group.edges}
     watched |= {edge.tap: Watched(edge.dim, True, edge.layer) for group in graph.blocks for edge in group.edges}
+    watched |= {edge.tap: Watched(-1, edge.role == "query", edge.layer) for group in graph.head_dims
+                for edge in group.edges}
     watched |= {name: Watched(1, output=True) for name, module in model.named_modules()
                 if isinstance(module, nn.modules.batchnorm._BatchNorm)}
     axes = find(model, watched, run, example) if watched else SampleAxes()

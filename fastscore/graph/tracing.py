@@ -176,7 +176,8 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     if unused and recording.shows_in_output(unused):
         unused.clear()
     branches, mixtures = blocks.find(eval_model, whole), whole_experts.find(eval_model, whole)
-    heads, left = attention.find(eval_model, whole, unused)
+    attentions = attention.find(eval_model, whole, unused)
+    heads, left = attentions.groups, attentions.skipped
     found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording, unused, idle),
                         heads)
     graph.release()
@@ -196,7 +197,8 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     kept |= {name: reasons.read_elsewhere(members[name], readers) or why
              for name, why in refused.items() if name not in made}
     found = replace(found, groups=tuple(group for group in tried if group.name not in refused),
-                    skipped={**found.skipped, **kept, **left}, experts=mixtures)
+                    skipped={**found.skipped, **kept, **left}, experts=mixtures,
+                    head_dims=tuple(attentions.head_dims), whole_heads=attentions.whole_heads)
     found = _with_heads(eval_model, found, joined)
     ran = recording.layers_that_ran
     found = replace(found, blocks=blocks.that_go(eval_model, whole, branches, found.groups))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastscore.graph.blocks import with_blocks
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
+from fastscore.graph.head_dims import with_head_dims
 from fastscore.graph.trials.differences import close
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.experts import NAMES, ROUTER, ExpertLinear, RouterLinear
@@ -54,8 +55,9 @@ def with_experts(graph: ChannelGraph) -> ChannelGraph:
     return replace(graph, groups=(*graph.groups, *graph.experts))
 
 
-# units -> the graph with what they add to the groups
-WITH: Mapping[str, Callable[[ChannelGraph], ChannelGraph]] = {"blocks": with_blocks, "experts": with_experts}
+# units -> the graph with what they add to the groups, or put in their place
+WITH: Mapping[str, Callable[[ChannelGraph], ChannelGraph]] = {"blocks": with_blocks, "experts": with_experts,
+                                                                "head_dims": with_head_dims}
 
 
 def never_chosen(model: nn.Module, groups: Iterable[ChannelGroup], removed: Any) -> Iterator[Any]:

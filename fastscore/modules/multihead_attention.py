@@ -84,7 +84,7 @@ class MultiheadAttention(HoldsLayers, nn.Module):
         dropout = self.dropout if self.training else 0.0
         weights: Tensor | None = None
         if need_weights:
-            q = q * (1.0 / self.head_dim) ** 0.5
+            q = q * (1.0 / vars(self).get(own_width.DENSE_WIDTH, self.head_dim)) ** 0.5
             weights = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
             weights = weights.softmax(-1)
             if dropout > 0:
@@ -96,7 +96,9 @@ class MultiheadAttention(HoldsLayers, nn.Module):
             if mask is not None:
                 mask = mask.unsqueeze(0) if len(mask) == 1 else mask.view(samples, self.num_heads, -1, source)
             q, k, v = (x.view(samples, self.num_heads, -1, self.head_dim) for x in (q, k, v))
-            read = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).permute(2, 0, 1, 3)
+            dense = vars(self).get(own_width.DENSE_WIDTH)
+            scale = None if dense is None else dense ** -0.5
+            read = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale).permute(2, 0, 1, 3)
         read = read.reshape(length, samples, self.num_heads * self.head_dim)
         output: Tensor = self.out_proj(read.transpose(0, 1)).transpose(0, 1)
         if not batched:

@@ -2,7 +2,8 @@
 make, which is another one once heads, or channels of the stream, are gone.
 
 Such a module gets a class of its own: the same code, but for C where it is about heads, or after their products, which
-is what its output projection reads.
+is what its output projection reads; and where it leaves the scale of its products to PyTorch, that of the width that
+its heads had.
 """
 
 import ast
@@ -16,7 +17,8 @@ from torch import nn
 _QUERIES, _OUTPUTS = ("qkv", "q", "to_q", "query", "q_proj"), ("proj", "o_proj", "out_proj", "to_out")
 _COUNTS = ("num_heads", "heads", "n_heads", "num_attention_heads")
 _PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "einsum")
-_WIDTH = "attended_width"
+_WIDTH, _SCALE = "attended_width", "attended_scale"
+DENSE_WIDTH = "dense_head_dim"  # attribute of attentions whose heads have lost dimensions: the width that they had
 _found: dict[type[nn.Module], type[nn.Module] | None] = {}
 
 
@@ -31,6 +33,12 @@ class _OwnWidth:
         projection = output_projection(self)  # type: ignore[arg-type]
         assert projection is not None
         return projection.in_features
+
+    @property
+    def attended_scale(self) -> float | None:
+        """Of the products of queries and keys; None for that of the width that heads have."""
+        dense = vars(self).get(DENSE_WIDTH)
+        return None if dense is None else dense ** -0.5
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new, (self._reads,), self.__dict__.copy()
@@ -59,7 +67,7 @@ def replacement(module: nn.Module) -> type[nn.Module] | None:
 
 
 def with_own_width(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The class whose forward reads `attended_width`; None where its code does not ask for a width, or has none."""
+    """The class whose forward reads `attended_width` and `attended_scale`; None where its code asks for neither."""
     if cls not in _found:
         code = _rewritten(cls.forward)
         _found[cls] = None
@@ -93,7 +101,13 @@ def _rewritten(forward: Any) -> CodeType | None:
             function.body[number] = widths.visit(statement)
         widths.stored |= any(isinstance(node, ast.Name) and node.id == x and isinstance(node.ctx, ast.Store)
                              for node in ast.walk(statement))
-    if not widths.changed:
+    unscaled = [call for call in ast.walk(function) if isinstance(call, ast.Call)
+                and _PRODUCTS[0] in (getattr(call.func, "attr", ""), getattr(call.func, "id", ""))
+                and all(keyword.arg not in (None, "scale") for keyword in call.keywords)]
+    for call in unscaled:
+        scale = ast.parse(f"{function.args.args[0].arg}.{_SCALE}", mode="eval").body
+        call.keywords.append(ast.keyword("scale", scale))
+    if not widths.changed and not unscaled:
         return None
     function.returns = None
     for argument in ast.walk(function.args):

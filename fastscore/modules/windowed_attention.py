@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastscore.modules.own_width import DENSE_WIDTH
+
 
 class LinearWithoutKeyBias(nn.Linear):
     """Queries, keys and values of torchvision's Swin V2, which has zeros for the bias of the keys, whatever is held."""
@@ -71,7 +73,7 @@ class ShiftedWindowAttention(nn.Module):
         return self.window_size
 
     def _products(self, q: Tensor, k: Tensor) -> Tensor:
-        products: Tensor = (q * q.shape[-1] ** -0.5) @ k.mT
+        products: Tensor = (q * vars(self).get(DENSE_WIDTH, q.shape[-1]) ** -0.5) @ k.mT
         return products
 
     def _position_bias(self, tokens: int) -> Tensor:

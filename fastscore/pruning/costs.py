@@ -26,6 +26,7 @@ from fastscore.recovery.compensation import gets_bias
 Resource = Literal["channels", "params", "macs"]
 Side = Literal["inputs", "outputs", "copies"]
 MacsWithout: TypeAlias = Callable[[Mapping[str, Tensor]], int]  # group -> int64 [R] that are gone -> MACs that run then
+_UNCOUNTED = ("width", "expert", "head_dims", "rotary", "query")  # numbers; what is measured, and goes elsewhere
 # Bytes along the channels that one instruction of a matrix product takes: the depth of a tensor core's multiply (CUDA),
 # a vector register elsewhere.
 _CPU_BYTES = {"AVX512": 64}
@@ -117,7 +118,7 @@ class Costs:
         for group in self.groups.values():
             losses = self._losses[group.name] = defaultdict(list)
             for member in () if any(group.role("block")) else group.members:
-                if member.role in ("width", "expert"):  # a number; or what is measured, and goes elsewhere
+                if member.role in _UNCOUNTED:
                     continue
                 held = model.get_submodule(member.module)._modules.get(member.layer.rpartition(".")[2])
                 copied = isinstance(held, ExpertLinear) and member.role == "tensor"
@@ -158,7 +159,7 @@ class Costs:
     def layers_of(self, group: str) -> Iterable[str]:
         """The layers whose costs change where channels of a group go: of a branch, all that it holds."""
         return self._blocks.get(group) or {member.layer for member in self.groups[group].members
-                                             if member.role != "width"}
+                                             if member.layer in self.layers}
 
     def remove(self, group: str, channels: Iterable[int]) -> None:
         """Take channels of a group away."""
@@ -178,7 +179,7 @@ class Costs:
 
     def _learn(self, groups: Sequence[ChannelGroup], macs_without: MacsWithout) -> None:
         # no function within learn_products: one that calls itself would keep the model alive until it is collected
-        gone = {group.name: (group.unit == group.unit[0]).nonzero()[:, 0] for group in groups}
+        gone = {group.name: group.first_step() for group in groups}
         for name, channels in gone.items():
             self.remove(name, channels.tolist())
         foreseen = self.totals["macs"]

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastscore.arguments import check_number
 from fastscore.batches import Batch, Forward, call_model
-from fastscore.graph import blocks
+from fastscore.graph import blocks, head_dims
 from fastscore.graph.groups import ChannelGroup, Ignore
 from fastscore.graph.whole_experts import never_chosen
 from fastscore.modules import held_weights, multihead_attention, parameter_layers
@@ -84,23 +84,26 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
             read = removed_positions(graph.groups, removed, "reader")  # by those, too, whose output is a choice alone
             routers = [member.layer for group in graph.groups for member in group.role("router")
                        if group.name in removed]
-            handles = itertools.chain(held_weights.replace(model, routers), at_consumers(model, read, added),
+            made = [member.layer for group in graph.groups if group.name in removed for member in group.role("query")]
+            handles = itertools.chain(held_weights.replace(model, routers), at_consumers(model, read, added, made),
                                       at_group_norms(model, graph.groups, removed),
                                       never_chosen(model, graph.groups, removed),
-                                      blocks.zero_outputs(model, branches))
+                                      blocks.zero_outputs(model, branches),
+                                      head_dims.zero_queries(model, graph.groups, removed))
     with uncompiled(wrapper), ExitStack() as attached:
         for handle in handles:
             attached.enter_context(handle)
         yield removed
 
 
-def at_consumers(model: nn.Module, positions: Mapping[str, Tensor],
-                 added: Mapping[str, Tensor]
+def at_consumers(model: nn.Module, positions: Mapping[str, Tensor], added: Mapping[str, Tensor],
+                 made: Iterable[str] = ()
                  ) -> Iterator[RemovableHandle | multihead_attention.Handle | parameter_layers.Handle]:
-    """Hooks by which layers read zero at `positions` of their inputs, and add float64 [C_out] to their outputs."""
+    """Hooks by which layers read zero at `positions` of their inputs, and add float64 [C_out] to their outputs. made:
+    layers whose outputs other hooks change."""
     yield from multihead_attention.replace_attention(model, called=())  # hooks take no nested tensors
-    yield from held_weights.replace(model, positions)
-    yield from multihead_attention.replace_attention(model, positions)
+    yield from held_weights.replace(model, [*positions, *made])
+    yield from multihead_attention.replace_attention(model, [*positions, *made])
     for name, index in positions.items():
         yield model.get_submodule(name).register_forward_pre_hook(_zero(index), with_kwargs=True)
     for name, value in added.items():  # before the hooks that the layer has: it is part of the layer, as its bias is

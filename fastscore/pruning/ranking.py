@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -209,8 +209,11 @@ def _group_steps(group: ChannelGroup, values: Tensor, costs: Tensor, round_to: i
     steps: list[RemovalStep] = []
     pending: tuple[int, ...] = ()
     kept, below = group.channels, -math.inf
-    priorities = ((priority(channels), channels) for channels in units.values())
-    for alone, channels in sorted(priorities, key=lambda pair: pair[0]):
+    going = sorted(((priority(channels), channels) for channels in units.values()), key=lambda pair: pair[0])
+    if group.section is not None:
+        going = [(priority(channels), channels) for channels in _from_each_section(group.section.tolist(), going)]
+        round_to *= int(group.section.max()) + 1
+    for alone, channels in going:
         if any(part.issubset(channels) for part in parts):
             continue
         pending += channels
@@ -225,3 +228,15 @@ def _group_steps(group: ChannelGroup, values: Tensor, costs: Tensor, round_to: i
             steps.append(RemovalStep(group.name, pending, below))
             pending = ()
     return steps
+
+
+def _from_each_section(section: list[int], going: Iterable[tuple[float, tuple[int, ...]]]) -> Iterator[tuple[int, ...]]:
+    """Channels that go at once: of each section as many, its least important first. going: (priority, channels of a
+    unit), least important first."""
+    waiting: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+    for _, channels in going:
+        waiting[section[channels[0]]].append(channels)
+    size = max(len(channels) for units in waiting.values() for channels in units)
+    rows = [itertools.chain.from_iterable(units) for _, units in sorted(waiting.items())]
+    while all(each := [tuple(itertools.islice(row, size)) for row in rows]):
+        yield tuple(itertools.chain.from_iterable(each))

@@ -57,8 +57,9 @@ class Origin:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
-        if self.units in ("blocks", "experts") and not (self.importance.startswith("taylor") and self.ablation == "zero"
-                                                        and (self.units, self.reduction) != ("experts", "element")):
+        plain = self.importance.startswith("taylor") and self.ablation == "zero" and \
+            (self.units, self.reduction) != ("experts", "element")
+        if self.units in ("blocks", "experts", "head_dims") and not plain:
             raise ValueError(f'units: "{self.units}" are gated whole, which importance={self.importance!r}, '
                              f'ablation={self.ablation!r}, reduction={self.reduction!r} says nothing of: use a taylor '
                              'importance with ablation="zero" and reduction="sum", or units="groups"')

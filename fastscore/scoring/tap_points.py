@@ -21,10 +21,11 @@ def tap_points(model: nn.Module, groups: Sequence[ChannelGroup], windowed: bool 
 
     windowed: a tap reads only the positions that its layer reads, where it skips some.
     """
-    points = {edge.tap: TapPoint(-1) if is_held(model, edge.layer) else
-            TapPoint(edge.dim, output=True, module=edge.layer) if edge.role == "branch" else
-            _tap_point(model.get_submodule(edge.layer), edge.role, windowed)
-            for group in groups for edge in group.edges if edge.role != "expert"}
+    points = {edge.tap: TapPoint(-1, output=True, module=edge.layer) if edge.role == "query" else
+              TapPoint(-1) if is_held(model, edge.layer) else
+              TapPoint(edge.dim, output=True, module=edge.layer) if edge.role == "branch" else
+              _tap_point(model.get_submodule(edge.layer), edge.role, windowed)
+              for group in groups for edge in group.edges if edge.role != "expert"}
     # with what reads the experts' channels, one tap
     return points | {edge.layer: TapPoint(-1, experts=len(edge.index))
                      for group in groups for edge in group.role("expert")}

@@ -283,8 +283,9 @@ class Totals:
         if not totals:
             raise RuntimeError("nothing was measured whole: " + "; ".join(
                 f"{name}: {reason}" for name, reason in missed.items()))
+        reading = {edge.layer for group in self._graph.groups for edge in group.edges}
         means = {layer: (total / self._counts["samples"]).cpu() for layer, total in self._means.by_name().items()
-                 if layer not in self._untold}
+                 if layer not in self._untold and layer in reading}  # queries are read as they are, or not at all
         even, odd = self._counts["even"], self._counts["odd"]
         scores = Scores({name: total.sum(0) for name, total in totals.items()}, self.origin, even + odd,
                         self.samples, self._graph.less(missed).skipped, means,

@@ -52,10 +52,8 @@ class Taps:
         self.current: ForwardPass | None = None
         self._preallocated: Mapping[str, Tensor] = {}
         self._published: FusedTap | None = None
-        self._on_pass = on_pass
-        self._outputs = outputs
-        self._traceable = traceable
-        self._sample_dims = sample_dims
+        self._on_pass, self._outputs = on_pass, outputs
+        self._traceable, self._sample_dims = traceable, sample_dims
         self.axes = SampleAxes() if axes is None else axes
         self._apart = apart
         self._propagating = self._in_one_pass = False

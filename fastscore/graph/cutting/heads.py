@@ -7,8 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.modules import multihead_attention
+from fastscore.modules import multihead_attention, own_width
 
+# where an attention module has its projections: query, key, value (one name where they are one layer), output
+LAYERS = (
+    ("qkv", "qkv", "qkv", "proj"),
+    ("to_qkv", "to_qkv", "to_qkv", "merge"),
+    ("to_qkv", "to_qkv", "to_qkv", "to_out"),
+    ("qkv_proj", "qkv_proj", "qkv_proj", "o_proj"),
+    ("c_attn", "c_attn", "c_attn", "c_proj"),
+    ("query_key_value", "query_key_value", "query_key_value", "dense"),
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("q_proj", "k_proj", "v_proj", "out_proj"),
+    ("q_lin", "k_lin", "v_lin", "out_lin"),
+    ("self.query", "self.key", "self.value", "output.dense"),
+    ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
+    ("attention.query", "attention.key", "attention.value", "output.dense"),
+    ("query", "key", "value", "dense"),
+    ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"),
+    ("Wqkv", "Wqkv", "Wqkv", "Wo"),
+    ("to_q", "to_k", "to_v", "to_out.0"),
+    ("q", "k", "v", "proj"),
+    ("q", "kv", "kv", "proj"),
+    ("to_q", "to_kv", "to_kv", "to_out"),
+    ("to_q", "to_kv", "to_kv", "to_out.0"),
+    ("q", "k", "v", "o"),
+)
 # attribute -> what it counts; of the module or of a child
 _COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")
 _KEY_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -74,6 +98,23 @@ def remove(module: nn.Module, index: Tensor, apart: Collection[str] = ()) -> Non
         module.config = NarrowedConfig(config, {  # type: ignore[assignment]
             name: value * len(kept) // total for name in (*_COUNTS, *_KEY_COUNTS)
             if isinstance(value := getattr(config, name, None), int)})
+
+
+def narrow(module: nn.Module, dims: int) -> None:
+    """Take `dims` dimensions off the width of a head that an attention module keeps, in place, before its layers lose
+    any. Products of queries and keys stay scaled by the dense width, which `own_width.DENSE_WIDTH` names."""
+    for handle in multihead_attention.replace_attention(module):
+        handle.make_permanent()
+    output, total = own_width.output_projection(module), count(module)
+    before = width(module) or (output.in_features // total if output is not None and total else None)
+    if before is None:
+        return
+    vars(module).setdefault(own_width.DENSE_WIDTH, before)
+    for owner in (module, *module.children()):
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, int) and (name in _HEAD_WIDTHS or (name in _WIDTHS and total
+                                                                   and value == total * before)):
+                setattr(owner, name, value // before * (before - dims))
 
 
 class NarrowedConfig:

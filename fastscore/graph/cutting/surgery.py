@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from fastscore.graph.cutting import channel_buffers, heads, own_tensors
 from fastscore.graph.cutting.cut_widths import SIDE, narrow
 from fastscore.graph.groups import ChannelGroup, Role
-from fastscore.modules import held_weights, multihead_attention, recurrent, scripted
+from fastscore.modules import held_weights, multihead_attention, recurrent, rotary, scripted
 from fastscore.modules.computed_weights import make_plain
 from fastscore.modules.evaluation_copy import computed_tensors
 from fastscore.modules.hooks import remove_copied_hooks
 from fastscore.modules.zero_branch import put_zeros
 
 Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
-Side: TypeAlias = str  # "inputs", "outputs", "heads", "block", a Dim, or SIDE and what a module keeps
+# "inputs", "outputs", "heads", "head_dims", "rotary", "block", a Dim, or SIDE and what a module keeps
+Side: TypeAlias = str
 _DIMS: tuple[Dim, ...] = get_args(Dim)
 _SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "norm": "outputs", "gate": "outputs",
-                               "router": "outputs",
+                               "router": "outputs", "head_dims": "head_dims", "rotary": "rotary",
                                "consumer": "inputs", "reader": "inputs", "heads": "heads", "block": "block"}
 # what modules keep of the widths of convolutions that they hold: diffusers' up- and downsamplers, and the embeddings of
 # patches of transformers, of what they read, torchvision's VisionTransformer of what it makes of patches
@@ -45,7 +46,7 @@ def removed_indices(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor
     for group in groups:
         if group.name in removed:
             for member, index in group.removed_at(removed[group.name]):
-                if member.role in ("branch", "expert"):
+                if member.role in ("branch", "expert", "query"):
                     continue  # other members say what goes
                 side = _DIMS[member.dim] if member.role == "tensor" else \
                     f"{SIDE}{member.attribute}" if member.role == "width" else _SIDES[member.role]
@@ -73,6 +74,9 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     shared = _shared_parameters(model)
     formats = {name: _memory_format(parameter) for name, parameter in model.named_parameters()}
+    for side in ("rotary", "head_dims"):  # of which modules keep the width: before anything that has it
+        for name in [name for name, of in indices if of == side]:
+            _narrow_heads(model.get_submodule(name), side, indices[name, side])
     layers = [name for name, side in indices if side in ("inputs", "outputs")]
     for handle in multihead_attention.replace_attention(model, layers) if layers else ():
         handle.make_permanent()  # whose code takes the width of a stream for that of heads
@@ -84,6 +88,8 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
                 for name, side in indices if side in ("inputs", "outputs")
                 and not held_weights.is_held(model, name)}
     for (name, side), index in indices.items():
+        if side in ("head_dims", "rotary"):
+            continue
         if side in _DIMS:
             own_tensors.cut(model, name, _DIMS.index(side), index)
             continue
@@ -142,6 +148,13 @@ def removed_branches(indices: RemovedIndices) -> Callable[[str], bool]:
 def remove_channels(model: nn.Module, groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]) -> nn.Module:
     """Take the channels of `removed` (group -> int64 [R]) out of every layer of `model`, in place; returns it."""
     return remove_indices(model, removed_indices(groups, removed))
+
+
+def _narrow_heads(module: nn.Module, side: str, index: Tensor) -> None:
+    if side == "head_dims":
+        heads.narrow(module, len(index))
+    elif (width := heads.width(module)) is not None:
+        rotary.narrow(module, index, width)
 
 
 def _narrow_owner(model: nn.Module, name: str, side: str, gone: int) -> None:

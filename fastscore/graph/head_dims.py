@@ -1,0 +1,253 @@
+"""Head dimensions as channels: pairs of a query's and a key's dimension, and the values' dimensions, of each head.
+
+The code of an attention shapes what its layers make into heads of one width, so every head loses as many dimensions,
+each its own: of the products of queries and keys as many as of the values. What rotary tables turn goes in pairs, the
+same of all heads of a layer, with the entries of the tables. Products are scaled as before, by the dense width. As with
+whole heads (see fastscore.graph.attention), every guess is tried on the module.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.batches import with_float64
+from fastscore.graph.attention_calls import Call
+from fastscore.graph.cutting import heads, surgery
+from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
+from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.hooks import OwnHook
+from fastscore.modules.rotary import table_width
+
+# keys and values that an attention module adds to those that it makes, [1, 1, heads · width]: 1 keys, 2 values
+_TENSORS: Mapping[str, int] = {"bias_k": 1, "bias_v": 2}
+_BIASES = ("q_bias", "k_bias", "v_bias", "in_proj_bias")  # which a module's code adds to what its layers make
+# what queries are multiplied by -> what it means where nothing comes of it, and a trial would show nothing
+_QUERIES: Mapping[float, str] = {0.0: "what {} makes of the example inputs does not depend on its queries",
+                                 2.0: "{} normalises its queries, over all dimensions of a head"}
+HEAD_DIMENSIONS = " (head dimensions)"  # behind the name of an attention's group, in what is kept
+_EPS = 1e-3  # of a channel's length
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Where queries, keys and values of an attention module are made.
+
+    layers: their names. heads: how many heads there are; shared: of keys and values; width: of each. by_head: whether
+    one layer makes query, key and value of a head one after another. outputs: the layers that read the heads.
+    """
+
+    layers: tuple[str, str, str]
+    heads: int
+    shared: int
+    width: int
+    outputs: tuple[str, ...]
+    by_head: bool = False
+
+    def rows(self) -> Iterator[tuple[str, Tensor]]:
+        """(layer, its outputs [heads, width]) of queries, keys and values."""
+        counts = (self.heads, self.shared, self.shared)
+        if self.by_head:
+            every = torch.arange(3 * self.heads * self.width).reshape(self.heads, 3, self.width)
+            yield from ((layer, every[:, part]) for part, layer in enumerate(self.layers))
+            return
+        begin: dict[str, int] = {}
+        for layer, count in zip(self.layers, counts, strict=True):
+            first = begin.get(layer, 0)
+            begin[layer] = first + count * self.width
+            yield layer, torch.arange(first, begin[layer]).reshape(count, self.width)
+
+
+def find(name: str, module: nn.Module, projections: Projections, call: Call,
+         randomized: Callable[[nn.Module], nn.Module]) -> ChannelGroup | str:
+    """The head dimensions of an attention module.
+
+    Args:
+        name: of the group.
+        module: of an evaluation copy.
+        projections: of the module.
+        call: that the model makes of it.
+        randomized: gives a copy of it random weights, in place.
+
+    Returns:
+        The first guess that the module bears out, of layers named from there; or why it bears out none.
+    """
+    if projections.width < 2:
+        return "its heads have one dimension each"
+    if any(isinstance(getattr(module, bias, None), Tensor) for bias in _BIASES):
+        return "its code adds the biases of queries, keys and values to what its layers make"
+    dense = randomized(evaluation_copy(module))
+    reason = ""
+    for guess in _guesses(name, module, projections, call):
+        try:
+            failed = _difference(dense, guess, projections.outputs, call)
+        except Exception as error:  # of the module's code, with random weights or other queries
+            failed = f"{type(module).__name__} does not run by itself ({type(error).__name__}: {str(error)[:200]})"
+        if failed is None:
+            return guess
+        reason = reason or failed
+    return reason
+
+
+def with_head_dims(graph: ChannelGraph) -> ChannelGraph:
+    """The graph's groups, where head dimensions stand for whole heads as far as they can go."""
+    def made(group: ChannelGroup) -> set[str]:
+        return {member.layer for member in group.role("producer")}
+
+    def read(group: ChannelGroup) -> set[str]:
+        return {member.layer for member in group.role("consumer")}
+
+    dims = {layer for group in graph.head_dims for layer in read(group)}
+    staying = [group for group in graph.groups if not (any(group.role("heads")) and read(group) <= dims)]
+    taken = {layer for group in staying for layer in made(group)}
+    used = [group for group in graph.head_dims if taken.isdisjoint(made(group))]
+    covered = {layer for group in used for layer in (group.name, *made(group))}
+    skipped = {layer: reason for layer, reason in graph.skipped.items() if layer not in covered}
+    skipped |= {name + HEAD_DIMENSIONS: reason for name, reason in graph.whole_heads.items()}
+    skipped |= {group.name + HEAD_DIMENSIONS: "channels of its layers go with those of others"
+                for group in graph.head_dims if not taken.isdisjoint(made(group))}
+    order = {group.name: place for place, group in enumerate(graph.groups)}
+    groups = sorted([*staying, *used], key=lambda group: order.get(group.name, len(order)))
+    return replace(graph, groups=tuple(groups), skipped=skipped)
+
+
+def _guesses(name: str, module: nn.Module, projections: Projections, call: Call) -> Iterator[ChannelGroup]:
+    """What may go together, likeliest first."""
+    table = table_width(call.args, call.kwargs)
+    if table == projections.width == heads.width(module) and table % 2 == 0:
+        every = torch.arange(table)
+        for pairs in (every % (table // 2), every // 2):  # halves of a head are turned together, or neighbours
+            yield _group(name, module, projections, pairs)
+    yield _group(name, module, projections)
+    yield _group(name, module, projections, values_alone=True)
+
+
+def _group(name: str, module: nn.Module, projections: Projections, turned: Tensor | None = None,
+           values_alone: bool = False) -> ChannelGroup:
+    """turned: the pair of each dimension, int64 [width], where tables turn pairs."""
+    count, shared, width = projections.heads, projections.shared, projections.width
+    each = torch.arange(shared * width).reshape(shared, width)
+    pairs = each if turned is None else torch.arange(width).expand(shared, width)
+    if values_alone:
+        pairs = each[:0]
+    values = each + (int(pairs.max()) + 1 if pairs.numel() else 0)
+    of_heads = torch.arange(count) // (count // shared)  # the keys and values that a head reads
+    # of queries, keys and values: the channel of each dimension of each head
+    channels = (pairs[of_heads], pairs, values) if pairs.numel() else (None, None, values)
+    rows = dict[str, list[tuple[Tensor, Tensor]]]()
+    tensors, queries = list[Member](), list[Member]()
+    for part, ((layer, index), channel) in enumerate(zip(projections.rows(), channels, strict=True)):
+        if channel is None:
+            continue
+        rows.setdefault(layer, []).append((index.flatten(), channel.flatten()))
+        if part == 0:
+            queries.append(Member(layer, "query", index.flatten(), channel.flatten()))
+        tensors += [Member(key, "tensor", torch.arange(channel.numel()), channel.flatten(), 2)
+                    for key, of in _TENSORS.items() if of == part and module._parameters.get(key) is not None]
+    members = []
+    for layer, parts in rows.items():
+        index, channel = (torch.cat(list(each)) for each in zip(*parts, strict=True))
+        order = index.argsort()
+        members.append(Member(layer, "producer", index[order], channel[order]))
+    first = values[0]
+    if not values_alone:
+        members.append(Member("", "head_dims", torch.arange(width), first))
+    if turned is not None:
+        members.append(Member("", "rotary", torch.arange(width), pairs[0]))
+    read = values[of_heads].flatten()
+    members += [*tensors, *queries, *(Member(layer, "consumer", torch.arange(count * width), read)
+                                      for layer in projections.outputs)]
+    total = int(values.max()) + 1
+    unit = torch.arange(total)
+    if turned is not None:
+        unit = torch.cat([turned, torch.arange(values.numel()) + width // 2])
+    return ChannelGroup(name, total, unit, tuple(members), section=torch.arange(total) // width)
+
+
+def _difference(dense: nn.Module, group: ChannelGroup, outputs: Sequence[str], call: Call) -> str | None:
+    """How what the outputs read differs, where some dimensions are gone, from what it is where their queries are zero;
+    None where it does not."""
+    kind = type(dense).__name__
+    queries = [(member, member.index) for member in group.role("query")]
+
+    def inputs(*scaled: tuple[Iterable[tuple[Member, Tensor]], float]) -> dict[str, Tensor | None]:
+        """What the outputs read with queries, at the positions of each part of `scaled`, times a number."""
+        with ExitStack() as hooks:
+            for part, factor in scaled:
+                for member, index in part:
+                    layer = dense.get_submodule(member.layer)
+                    hooks.enter_context(layer.register_forward_hook(_times(index, factor)))
+            return call.inputs_of(outputs, dense)
+
+    def differ(found: Mapping[str, Tensor | None], whole: Mapping[str, Tensor | None], gone: Tensor) -> bool:
+        for edge in group.role("consumer"):
+            stays, x = edge.index[~torch.isin(edge.channel, gone)], whole[edge.layer]
+            if x is None or not _close(found[edge.layer], x[..., stays.to(x.device)]):
+                return True
+        return False
+
+    plain = inputs()
+    if unread := [layer for layer, x in plain.items() if x is None]:
+        return f"{kind} does not call {unread[0]}: it reads its weights elsewhere"
+    for factor, reason in _QUERIES.items() if queries else ():
+        if all(_close(x, plain[layer]) for layer, x in inputs((queries, factor)).items()):
+            return reason.format(kind)
+    for gone in _parts(group):
+        zero = [(member, index) for member, index in group.removed_at(gone) if member.role == "query"]
+        try:
+            small = surgery.remove_channels(evaluation_copy(dense), [group], {group.name: gone})
+            after = call.inputs_of(outputs, small)
+        except Exception as error:  # whatever the module's code does with a width that it does not expect
+            return f"{kind} does not run with narrower heads ({type(error).__name__}: " \
+                   f"{str(error).splitlines()[0][:200] if str(error) else ''})"
+        if differ(after, inputs((zero, 0.0)), gone):
+            left = 1 - len(gone) / group.channels
+            by_width = not differ(after, inputs((zero, 0.0), (queries, left ** -0.5)), gone)
+            return f"{kind} scales the products of queries and keys by the width that it finds" if by_width else \
+                f"{kind} computes something else with narrower heads"
+    return None
+
+
+def _parts(group: ChannelGroup) -> Iterator[Tensor]:
+    """Channels to go, int64: about half of each section, at random; and the others."""
+    assert group.section is not None
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.bincount(group.unit)
+    steps = int((group.section == 0).sum()) // int(sizes.max())
+    halves: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for section in range(int(group.section.max()) + 1):
+        units = group.unit[group.section == section].unique()
+        count = steps // 2 * int(sizes.max()) // int(sizes[units[0]])
+        order = units[torch.randperm(len(units), generator=generator)]
+        halves[0].append(order[:count])
+        halves[1].append(order[count:2 * count])
+    for half in halves:
+        yield torch.isin(group.unit, torch.cat(half)).nonzero()[:, 0]
+
+
+def zero_queries(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[str, Tensor]) -> Iterator[Any]:
+    """Hooks by which layers make zeros in the place of the queries that go with `removed` (group -> int64 [R])."""
+    for group in groups:
+        for member, index in group.removed_at(removed[group.name]) if group.name in removed else ():
+            if member.role == "query":
+                yield model.get_submodule(member.layer).register_forward_hook(OwnHook(_times(index, 0.0)))
+
+
+def _times(index: Tensor, factor: float) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        index_there = index.to(output.device)
+        return output.index_copy(-1, index_there, output.index_select(-1, index_there) * factor)
+
+    return hook
+
+
+def _close(x: Tensor | None, expected: Tensor | None) -> bool:
+    """Channel by channel, to rounding: a wrong scale differs by a share of a channel's length."""
+    if x is None or expected is None or x.shape != expected.shape:
+        return False
+    bound = max(_EPS, 8 * torch.finfo(expected.dtype).eps)
+    x, expected = (with_float64(each.flatten(0, -2)).double() for each in (x, expected))
+    return bool(((x - expected).norm(dim=0) <= bound * expected.norm(dim=0)).all())
