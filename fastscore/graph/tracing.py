@@ -27,6 +27,7 @@ from fastscore.graph.groups import READS, ChannelGraph, ChannelGroup, Member, Ro
 from fastscore.graph.kept import left_alone, reasons, training_only, unread
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
 from fastscore.graph.trials import returned_trial, surgery_trial, verification
+from fastscore.graph.trials.recording import Recording
 from fastscore.modules import recurrent
 from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -154,7 +155,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     def whole(eval_model: nn.Module) -> Tensor:
         return torch.cat([output.flatten() for output in run(eval_model)])
 
-    recording = verification.Recording(eval_model, whole)
+    recording = Recording(eval_model, whole)
     try:
         with recording.record():
             graph.build(eval_model, first_run)
@@ -188,7 +189,9 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     members = {group.name: group.members for group in found.groups}
     kept = {group: reasons.of_leak(where, members[group], recording, readers)
             for group, where in leaks.items()}
-    tried = [group for group in found.groups if group.name not in leaks]
+    kept |= {group: reasons.of_choice(where) for group, where in verification.leaks(
+        recording, [group for group in found.groups if group.name not in leaks], chosen=True).items()}
+    tried = [group for group in found.groups if group.name not in kept]
     refused = surgery_trial.refusals(recording, tried)
     if found.groups and len(refused) == len(tried):
         _check_runs_again(eval_model, whole)
@@ -222,7 +225,7 @@ def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGr
 
 
 def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set[str]],
-            recording: verification.Recording, unused: Container[str], idle: Collection[str]) -> ChannelGraph:
+            recording: Recording, unused: Container[str], idle: Collection[str]) -> ChannelGraph:
     """taken: role -> layers that play it in groups of heads, and in no other. recording: of the run that was traced.
     unused: layers that ran, and that the output does not depend on: they may read what can go. idle: those of which no
     gradient comes back."""

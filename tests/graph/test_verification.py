@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.trials import verification
+from fastscore.graph.trials.recording import Recording
 from fastscore.modules.evaluation_copy import evaluation_copy
 
 
@@ -39,7 +40,7 @@ def _leaks(between: Callable[[Tensor], Tensor], group: ChannelGroup) -> dict[str
     torch.manual_seed(0)
     model = evaluation_copy(Between(between).double()).requires_grad_()
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
-    recording = verification.Recording(model, lambda model: model(x).flatten())
+    recording = Recording(model, lambda model: model(x).flatten())
     with recording.record():
         model(x)
     assert recording.layers_that_ran == {"make", "read", "other"}
@@ -95,7 +96,7 @@ def test_the_output_is_a_place_too() -> None:
             return self.read(y) + y
 
     model = evaluation_copy(ToOutput())
-    recording = verification.Recording(model, lambda model: model(torch.ones(2, 3)).flatten())
+    recording = Recording(model, lambda model: model(torch.ones(2, 3)).flatten())
     with recording.record():
         model(torch.ones(2, 3))
     assert verification.leaks(recording, [_group(("read",))]) == {"make": "the output"}

@@ -9,8 +9,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fastscore.graph import units
 from fastscore.graph.groups import Member, Role
+from fastscore.graph.trials.recording import Recording
 from fastscore.graph.trials.surgery_trial import said
-from fastscore.graph.trials.verification import Recording
 from fastscore.modules import recurrent
 from fastscore.modules.computed_weights import PLAIN, unused_parameters
 from fastscore.modules.inspection import parametrized, shared_parameters
@@ -110,6 +110,11 @@ def of_leak(where: str, members: Iterable[Member], recording: Recording, readers
         return f"{where} reads a state that no layer makes: one that the model keeps from call to call, say"
     return read_elsewhere(members, readers) or \
         f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
+
+
+def of_choice(where: str) -> str:
+    """Why a group is kept by which something is chosen that shows at `where`."""
+    return f"they choose what comes to {where} (by argmax, topk, a comparison or rounding), without a gradient"
 
 
 def read_elsewhere(members: Iterable[Member], readers: Mapping[str, str]) -> str | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.trials.differences import close
-from fastscore.graph.trials.verification import Recording, read_by, unwrapped
+from fastscore.graph.trials.recording import Recording, read_by, unwrapped
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import with_input
 from fastscore.modules.inspection import channel_dim

@@ -1,0 +1,255 @@
+"""One run of a model, recorded layer by layer; and runs that differ from it by what is asked for."""
+
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from fastscore.graph.nodes import PRODUCERS
+from fastscore.graph.trials.choices import Choices
+from fastscore.graph.trials.differences import changed, close, differ
+from fastscore.modules.channel_norms import OneNode, norm_of
+from fastscore.modules.inspection import channel_dim
+
+Positions = Mapping[str, Tensor]  # layer -> int64 positions of its input or output
+
+
+class Recording:
+    """What every layer (Conv, Linear, Embedding, normalisation over channels) gave in one run, and runs that differ
+    from it by what is asked for.
+
+    model: an evaluation copy. run(model): its output.
+    """
+
+    def __init__(self, model: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
+        self.model, self._run_model = model, run
+        self.norms = {name for name, module in model.named_modules() if norm_of(module) is not None}
+        self.layers = {name: module for name, module in model.named_modules()
+                       if tp.ops.module2type(module) in PRODUCERS or name in self.norms}
+        self._dims = {name: channel_dim(layer) for name, layer in self.layers.items()}
+        self.outputs: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
+        self._read: list[tuple[str, Tensor, int]] = []  # while recording: what layers read, and its version then
+        self._made: list[tuple[str, Tensor, int]] = []  # while recording: views that layers made, and their version
+        self.overwritten = set[str]()  # layers whose input is written to after they have read it
+        self.lost = set[str]()  # Linears whose output is a view that is written to: autograd's graph lacks their node
+        self.swapped: dict[tuple[str, int], dict[str, Any]] = {}  # (layer, call) -> parameters that were put in for it
+        self.transformed = set[str]()  # layers that run under torch.func, as in torch.vmap
+        self.first_layers = set[str]()  # those that read what no gradient comes back from, in one call at least
+        self.without_gradients = set[str]()  # those that run under torch.no_grad, or inference_mode, in one call
+
+    def forget_norms(self, but: Container[str]) -> None:
+        """From now on normalisations run as they are, but for those of `but`: what is read there is of no concern."""
+        for name in [name for name in self.norms if name not in but]:
+            self.norms.remove(name)
+            del self.layers[name], self.outputs[name]
+
+    @property
+    def layers_that_ran(self) -> set[str]:
+        """The layers that were called in the recorded run."""
+        return {layer for layer, outputs in self.outputs.items() if outputs}
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """The model is run once in the block, by whoever it may be, and its layers' outputs are kept."""
+        for outputs in self.outputs.values():
+            outputs.clear()
+        noted = {layer: self._record(layer, dict(self.layers[layer]._parameters)) for layer in self.outputs}
+        try:
+            with _replaced(self.model, noted | self._instance_norms()):
+                yield
+            self.overwritten = {layer for layer, x, version in self._read if _version(x) != version}
+            self.lost = {layer for layer, x, version in self._made if _version(x) != version}
+        finally:
+            self._read.clear()
+            self._made.clear()
+
+    def _instance_norms(self) -> dict[str, Callable[..., Tensor]]:
+        """Forwards that show none of the views by which an InstanceNorm has samples and channels in one dimension."""
+        def of(module: nn.Module) -> Callable[..., Tensor]:
+            return lambda x: OneNode.apply(x, module)
+
+        return {name: of(module) for name, module in self.model.named_modules()
+                if tp.ops.module2type(module) == tp.ops.OPTYPE.IN}
+
+    def leak(self, made: Positions, read: Positions, chosen: bool = False) -> str | None:
+        """Run with the outputs at `made` changed and all others held; where an input differs that is not in `read`.
+
+        chosen: what is chosen by what is changed is chosen otherwise."""
+        before, found = self.inputs, list[str]()
+
+        def compare(layer: str, call: int, x: Tensor | None) -> None:
+            known = before[layer][call]
+            if known is not None and x is not None and differ(x, known, self._dims[layer], read.get(layer)):
+                found.append(layer)
+
+        try:
+            output = self._replay_changed(made, compare, Choices(self.choices) if chosen else None)
+        except Exception as error:  # of the model's code, which picks rows by what the channels hold
+            return found[0] if found else f"the model's own code ({type(error).__name__})"
+        if not found and (output.shape != self.output.shape or not close(output, self.output).all()):
+            return "the output"
+        return found[0] if found else None
+
+    def shows_in_output(self, layers: Collection[str]) -> bool:
+        """Whether the output depends on what `layers` make, by whatever way: autograd does not see all of them."""
+        try:
+            output = self._replay_changed(self._whole(layers), lambda layer, call, x: None)
+        except Exception:  # of the model's code, which looks at them
+            return True
+        return not close(output, self.output).all()
+
+    def read_by_others(self, layers: Collection[str]) -> str | None:
+        """Where what `layers` make shows: the output, or a layer that is none of them; None where it does not."""
+        everything = {layer: torch.arange(x.shape[self._dims[layer]]) for layer in layers
+                      for x in self.inputs[layer][:1] if x is not None}
+        return self.leak(self._whole(layers), everything)
+
+    def _whole(self, layers: Collection[str]) -> Positions:
+        return {layer: torch.arange(self.outputs[layer][0].shape[self._dims[layer]]) for layer in layers
+                if self.outputs.get(layer)}
+
+    def _record(self, layer: str, own: Mapping[str, Any]) -> Callable[..., Tensor]:
+        """A layer's forward, which notes what there is to note. own: its parameters, where it is not run with others,
+        as by torch.func.functional_call."""
+        module = self.layers[layer]
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            x = read_by(args, kwargs)
+            if layer in self.norms and (len(args) + len(kwargs) != 1 or x is None):  # computed of what, nobody knows
+                unknown: Tensor = type(module).forward(module, *args, **kwargs)
+                return unknown
+            output: Tensor = OneNode.apply(x, module) if layer in self.norms else \
+                OneNode.apply(x, module, module.weight) if layer in self.lost else \
+                type(module).forward(module, *args, **kwargs)
+            if output._is_view() and type(module).forward is nn.Linear.forward:
+                self._made.append((layer, output, _version(output)))
+            if any(module._parameters.get(name) is not parameter for name, parameter in own.items()):
+                self.swapped[layer, len(self.outputs[layer])] = {
+                    name: None if held is None else held.detach() for name, held in module._parameters.items()}
+            self.outputs[layer].append(output.detach().clone())
+            if torch._C._functorch.maybe_get_level(output) != -1:
+                self.transformed.add(layer)
+            if x is not None:
+                self._read.append((layer, x, _version(x)))
+                if not x.requires_grad:
+                    self.first_layers.add(layer)
+            if not torch.is_grad_enabled():
+                self.without_gradients.add(layer)
+            return output
+
+        return forward
+
+    @property
+    def inputs(self) -> Mapping[str, list[Tensor | None]]:
+        """Layer -> what it read in each call, where layers give what they gave in the recorded run, and a GroupNorm
+        what it reads; None where that is no tensor."""
+        return self._replayed[0]
+
+    @property
+    def output(self) -> Tensor:
+        """The output of the run that `inputs` are of."""
+        return self._replayed[1]
+
+    @cached_property
+    def _replayed(self) -> tuple[dict[str, list[Tensor | None]], Tensor]:
+        inputs: dict[str, list[Tensor | None]] = {layer: [] for layer in self.outputs}
+        output = self._replay_changed({}, lambda layer, call, x: inputs[layer].append(None if x is None else x.clone()))
+        return inputs, output
+
+    @cached_property
+    def choices(self) -> list[tuple[str, list[Tensor]]]:
+        """What the model's code makes choices by, of what layers gave: see Choices."""
+        choices = Choices()
+        self._replay_changed({}, lambda layer, call, x: None, choices)
+        return choices.noted
+
+    def _replay_changed(self, made: Positions, see: Callable[[str, int, Tensor | None], None],
+                        choices: Choices | None = None) -> Tensor:
+        """The output of a run in which layers compute nothing, but give what they gave, changed at `made`.
+
+        see(layer, call, input) is called for each call of a layer."""
+
+        def forward_of(layer: str) -> Callable[..., Tensor]:
+            calls = enumerate(self.outputs[layer])
+            module = self.layers[layer]
+
+            def forward(*args: Any, **kwargs: Any) -> Tensor:
+                call, output = next(calls, (-1, None))
+                if output is None:  # one call more than before
+                    computed: Tensor = type(module).forward(module, *args, **kwargs)
+                    return computed
+                x = read_by(args, kwargs)
+                with nullcontext() if choices is None else choices.paused():
+                    see(layer, call, None if x is None or _looks_at_shape(module, x) else unwrapped(x))
+                    return changed(output, self._dims[layer], made[layer]) if layer in made else output.clone()
+
+            return forward
+
+        with choices or nullcontext():
+            return self.replay({layer: forward_of(layer) for layer in self.outputs}, self.model)
+
+    @torch.no_grad()
+    def replay(self, forwards: Mapping[str, Callable[..., Tensor]], model: nn.Module) -> Tensor:
+        """The output of a run of `model`, a copy of the recorded one, whose layers compute `forwards` in place of their
+        own, and whose GroupNorms pass on what they read."""
+        def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+            return read_by(args, kwargs)  # the statistics of a GroupNorm depend on all its channels, its positions not
+
+        handles = [module.register_forward_hook(skip, with_kwargs=True) for module in model.modules()
+                   if isinstance(module, nn.GroupNorm)]
+        torch.manual_seed(0)
+        try:
+            with _replaced(model, forwards):
+                return self._run_model(model).clone()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def parameters_of(self, layer: str, call: int) -> Iterator[None]:
+        """In the block, a layer of the recorded model holds the parameters that it had in the call of that number."""
+        held = self.layers[layer]._parameters
+        own = dict(held)
+        held.update(self.swapped.get((layer, call), {}))
+        try:
+            yield
+        finally:
+            held.update(own)
+
+
+def read_by(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a layer is called on, by position or by keyword; None where that is no tensor, but a shape, say."""
+    x = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+    return x if isinstance(x, Tensor) else None
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """All that torch.func takes part by part, whose parts cannot be compared while it does."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def _looks_at_shape(module: nn.Module, x: Tensor) -> bool:
+    """Whether a layer takes no more from what it is given than its shape, as embeddings of positions do in BART."""
+    return isinstance(module, nn.Embedding) and x.is_floating_point()
+
+
+@contextmanager
+def _replaced(model: nn.Module, forwards: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
+    """The layers' own forwards replaced in the block; whatever hooks they have run as they would."""
+    for layer, forward in forwards.items():
+        vars(model.get_submodule(layer))["forward"] = forward
+    try:
+        yield
+    finally:
+        for layer in forwards:
+            del vars(model.get_submodule(layer))["forward"]

@@ -1,0 +1,107 @@
+"""Channels by which the model's code chooses something are kept; choices channel by channel hinder nobody."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastscore
+
+WIDTH = 12
+# where the change of a value shows before another choice does
+REASONS = ("they choose what comes to", "cannot follow its channels to")
+
+
+class Chosen(nn.Module):
+    """[N, T, 4] -> [N, 3]; `choose` is code between a layer and those that read it."""
+
+    def __init__(self, choose: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.make, self.read, self.head = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 8), nn.Linear(8, 3)
+        self.choose = choose
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.read(self.choose(self.make(x))).relu().mean(1))
+
+
+def merged(x: Tensor) -> Tensor:
+    """Tokens merged into those that are most like them, as ToMe does."""
+    alike = F.normalize(x.detach(), dim=-1)
+    nearest = (alike[:, ::2] @ alike[:, 1::2].mT).argmax(-1, keepdim=True).expand(-1, -1, x.shape[-1])
+    return x[:, 1::2].scatter_reduce(1, nearest, x[:, ::2], "mean")
+
+
+def longest(x: Tensor) -> Tensor:
+    """The tokens of the largest norms."""
+    places = x.norm(dim=-1).topk(2, dim=1).indices
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def without_padding(x: Tensor) -> Tensor:
+    """Tokens that are nothing but zeros count for nothing."""
+    x = x.relu()
+    return x * (x.abs().sum(-1, keepdim=True) > 0) + 1
+
+
+def brightest(x: Tensor) -> Tensor:
+    return x[torch.arange(len(x)), x.sum(-1).argmax(1)][:, None]
+
+
+def in_order(x: Tensor) -> Tensor:
+    return x.gather(1, x.sum(-1, keepdim=True).argsort(1).expand_as(x)) * torch.arange(x.shape[1])[:, None]
+
+
+def rounded(x: Tensor) -> Tensor:
+    return x * x.detach().mean(-1, keepdim=True).round()
+
+
+def nonzero(x: Tensor) -> Tensor:
+    """Tokens weighted by how many there are that hold something."""
+    return x.relu() / (1 + len(x.relu().sum(-1).nonzero()))
+
+
+MIXED = (merged, longest, without_padding, brightest, in_order, rounded, nonzero)
+# name -> a choice for each channel by itself, or none at all
+ALONE: dict[str, Callable[[Tensor], Tensor]] = {
+    "leaky by hand": lambda x: torch.where(x > 0, x, 0.1 * x),
+    "sparse": lambda x: x * (x.abs() > 0.5),
+    "gated by means": lambda x: x * (x.mean(1, keepdim=True) > 0),
+    "sorted": lambda x: x.sort(1).values * torch.arange(x.shape[1])[:, None],
+    "largest": lambda x: x.max(1, keepdim=True).values,
+    "quantized": lambda x: (x * 8).round() / 8,
+    "without NaN": lambda x: torch.where(torch.isnan(x) | torch.isinf(x), 0.0, x),
+    "checked": lambda x: x if bool(torch.isfinite(x).all()) else x.nan_to_num(),
+}
+
+
+def network(choose: Callable[[Tensor], Tensor], seed: int) -> Chosen:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Chosen(choose).double().eval()
+
+
+def tokens(samples: int, seed: int) -> Tensor:
+    return torch.randn(samples, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("choose", MIXED)
+def test_channels_that_choose_among_rows_are_kept(choose: Callable[[Tensor], Tensor]) -> None:
+    """Whatever the weights are, and the batch."""
+    for seed in range(4):
+        for samples in (1, 4):
+            scores = fastscore.score(network(choose, seed), [tokens(samples, seed)], progress=False)
+            assert list(scores) == ["read"]
+            assert any(reason in scores.skipped["make"] for reason in REASONS)
+
+
+@pytest.mark.parametrize("kind", list(ALONE))
+def test_choices_of_each_channel_by_itself(kind: str) -> None:
+    model, x = network(ALONE[kind], 0), tokens(4, 0)
+    scores = fastscore.score(model, [x], progress=False)
+    assert list(scores) == ["make", "read"]
+    small = fastscore.prune(model, scores, x, channels=0.5, scope="layer").model
+    other = tokens(64, 1)
+    with fastscore.mask(model, scores, 0.5, x, scope="layer"), torch.no_grad():
+        torch.testing.assert_close(small(other), model(other), rtol=1e-9, atol=1e-12)
