@@ -25,6 +25,11 @@ Units = Literal["groups", "norms", "blocks", "experts", "head_dims"]
 Ignore = Iterable[str | type | nn.Module]
 
 
+class LayerNames(frozenset[str]):
+    """What `ignore` stands for in one model, by matching_layers: in copies of it the same, be there such layers or not.
+    """
+
+
 @dataclass(frozen=True)
 class Member:
     """Where a group's channels lie in one layer.
@@ -155,7 +160,8 @@ class ChannelGraph:
 
         Args:
             model: that was traced, or a copy of it.
-            ignore: qualified names (a name stands for all below it; `*` and `?` are wildcards), module types, modules.
+            ignore: qualified names (a name stands for all below it; `*` and `?` are wildcards), module types, modules;
+                or LayerNames, where matching_layers has looked them up before.
 
         Returns:
             The rest; what was left out is in `skipped`.
@@ -215,8 +221,10 @@ def norm_gates(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
     return replace(graph, groups=tuple(groups), skipped={})
 
 
-def matching_layers(model: nn.Module, ignore: Ignore) -> set[str]:
+def matching_layers(model: nn.Module, ignore: Ignore) -> LayerNames:
     """The names of all layers that `ignore` stands for: see ChannelGraph.without."""
+    if isinstance(ignore, LayerNames):
+        return ignore
     names: dict[str, object] = {name: module for name, module in model.named_modules() if name}
     names |= {name: parameter for name, parameter in model.named_parameters()  # those that a module's own code reads
               if not name.endswith((".weight", ".bias"))}
@@ -237,4 +245,4 @@ def matching_layers(model: nn.Module, ignore: Ignore) -> set[str]:
             raise ValueError(f"ignore: {entry!r} matches no layer of {type(model).__name__}"
                              + (f"; did you mean {', '.join(close)}?" if close else ""))
         matched |= {name for name in names if any(name == hit or name.startswith(f"{hit}.") for hit in hits)}
-    return matched
+    return LayerNames(matched)

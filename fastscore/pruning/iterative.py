@@ -98,8 +98,9 @@ def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs
         example = example_inputs if example_inputs is not None else \
             _first_sample(batches, options.get("forward", call_model))
     example = map_tensors(lambda tensor: tensor.to(device), example)
-    options["ignore"] = sorted(matching_layers(model, options.get("ignore", ())))  # names, which hold for every step
-    same = run_fingerprint(model, {}, steps=steps, schedule=schedule, shares=shares, **options)
+    options["ignore"] = matching_layers(model, options.get("ignore", ()))  # names, which hold for every step
+    same = run_fingerprint(model, {}, steps=steps, schedule=schedule, shares=shares,
+                           **{**options, "ignore": sorted(options["ignore"])})
     run = _Run(model, example, options)
     if resume is not None and Path(resume).exists():
         run.load(resume, same)

@@ -177,6 +177,30 @@ def test_weight_norm(norm: Callable[[nn.Module], nn.Module], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, _legacy])
+def test_a_layer_with_weight_norm_is_ignored(norm: Callable[[nn.Module], nn.Module]) -> None:
+    """However it is called, in all that takes ignore=, and in every step down; it stays what it is."""
+    model, x = noisy(lambda: Codec(norm)), _x(2, 6)
+    scores = fastscore.score(model, [x], progress=False)
+    for entry in ("inner", "inner*", model.inner, type(model.inner)):
+        ignore = [entry]
+        with untouched(model):
+            for importance in ("taylor-sq", "magnitude-l2"):
+                assert list(fastscore.score(model, [x], importance=importance, ignore=ignore,
+                                            progress=False)) == ["up"]
+            with fastscore.Scorer(model, x, gradient="random", ignore=ignore) as scorer:
+                scorer.probe(model(x))
+            assert list(scorer.scores()) == ["up"]
+            small = fastscore.prune(model, scores, x, channels=0.8, ignore=ignore).model
+            steps = fastscore.prune_iteratively(model, [x], steps=2, channels=0.8, ignore=ignore, progress=False).model
+        for each in (small, steps):
+            assert type(each.inner) is type(model.inner)
+            assert {name: tensor.shape for name, tensor in each.inner.named_parameters()} == \
+                {name: tensor.shape for name, tensor in model.inner.named_parameters()}
+    with pytest.raises(ValueError, match="no channel that can be scored"):
+        fastscore.score(model, [x], ignore="*", progress=False)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, _legacy])
 def test_an_optimizer_of_weight_norm_goes_on(norm: Callable[[nn.Module], nn.Module]) -> None:
     """Its groups hold what there is now."""
     model, x = noisy(lambda: Codec(norm)), _x(2, 6)
