@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastscore.batches import OutputError, output_tensors
 from fastscore.cli import hugging_face
 from fastscore.cli.checkpoints import ResizedError, load_checkpoint
+from fastscore.modules.evaluation_copy import own_copies
 from fastscore.wording import counted
 
 
@@ -186,7 +187,7 @@ def _call(spec: str, weights: str | None, classes: int | None) -> nn.Module:
         module = _of_file(path) if path.suffix == ".py" else _of_name(source)
         make: Any = getattr(module, name, None)
         if isinstance(make, nn.Module):
-            return copy.deepcopy(make)
+            return copy.deepcopy(make, own_copies(make))
         if not callable(make):
             own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
             raise ValueError(f"model: {source} has no function {name!r}"

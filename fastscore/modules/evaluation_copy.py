@@ -24,6 +24,12 @@ def computed_tensors(model: nn.Module) -> list[Tensor]:
     return [tensor for tensor in tensors_of(held) if not tensor.is_leaf]
 
 
+def own_copies(model: nn.Module) -> dict[int, Any]:
+    """For copy.deepcopy() of a model: id of each thing in it that it refuses, or copies with a history -> a copy."""
+    computed: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed_tensors(model)}
+    return computed | scripted.copies(model)
+
+
 def _writes_to_its_weight(module: nn.Module) -> TypeGuard[nn.Embedding | nn.EmbeddingBag]:
     """Whether every forward pass scales rows of the weight, in place, to a norm."""
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None

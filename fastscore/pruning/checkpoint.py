@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import files
-from fastscore.modules import scripted
+from fastscore.modules.evaluation_copy import own_copies
 from fastscore.modules.wrappers import unwrapped
 from fastscore.pruning import recipes
 from fastscore.pruning.result import PruneResult
@@ -40,7 +40,8 @@ def load_pruned(model: nn.Module | Callable[[], nn.Module], path: str | PathLike
     """The pruned model in a file.
 
     Args:
-        model: the dense model, with whatever weights, which is left as it is, or a function that builds it.
+        model: the dense model, with whatever weights, which is left as it is, or a function that builds it. Of what
+            stands around it (DataParallel, torch.compile: see fastscore.modules.wrappers) the one inside.
         path: what fastscore.save_pruned wrote.
 
     Returns:
@@ -57,7 +58,9 @@ def load_pruned(model: nn.Module | Callable[[], nn.Module], path: str | PathLike
         raise TypeError(f"model: {type(model).__name__}; give the dense model, or a function that builds it, and then "
                         "the file")
     header, state = files.read(path, _FORM, "pruned model", "save it again with fastscore.save_pruned")
-    dense = copy.deepcopy(model, scripted.copies(model)) if isinstance(model, nn.Module) else model()
+    dense = unwrapped(model if isinstance(model, nn.Module) else model())
+    if isinstance(model, nn.Module):
+        dense = copy.deepcopy(dense, own_copies(dense))
     try:
         return load_state(recipes.apply(dense, header["recipe"]), state)
     except ValueError as error:

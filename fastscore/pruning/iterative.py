@@ -16,8 +16,7 @@ from fastscore.arguments import check_number
 from fastscore.batches import Batch, call_model, first_samples, first_tensor, map_tensors
 from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.groups import matching_layers
-from fastscore.modules import scripted
-from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.evaluation_copy import evaluation_copy, own_copies
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
 from fastscore.pruning import clocks, latency, recipes
@@ -221,7 +220,7 @@ class _Run:
         self.removed = {layer: torch.tensor(index) for layer, index in header["removed"].items()}
         self.removed_indices = dict(recipes.indices_of(header["recipe"]))
         self.new_biases = tuple(header["recipe"]["biases"])
-        model = recipes.apply(copy.deepcopy(self.dense, scripted.copies(self.dense)), header["recipe"])
+        model = recipes.apply(copy.deepcopy(self.dense, own_copies(self.dense)), header["recipe"])
         recipes.attach(model, recipes.extend(self.dense, self.removed_indices, self.new_biases))
         self.current = load_state(model, state)
         for name, module in self.current.named_modules():

@@ -19,9 +19,8 @@ from torch import Tensor, distributed, nn
 from fastscore.batches import Batch, Forward, call_model, checked_forward
 from fastscore.graph.cutting.surgery import RemovedIndices, removed_branches
 from fastscore.graph.tracing import trace
-from fastscore.modules import scripted
 from fastscore.modules.computed_weights import computed_weight
-from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.evaluation_copy import evaluation_copy, own_copies
 from fastscore.modules.inspection import device_of
 from fastscore.modules.modes import evaluating
 from fastscore.modules.wrappers import unwrapped
@@ -242,7 +241,7 @@ class _Bench:
         return result
 
     def _recalibrated(self, result: Any, part: Part) -> Any:
-        model = copy.deepcopy(result.model, scripted.copies(result.model))
+        model = copy.deepcopy(result.model, own_copies(result.model))
         recalibrate_on(model, self._calibration.part(part), self._forward, self._group)
         return replace(result, model=model)
 

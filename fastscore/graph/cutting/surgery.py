@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fastscore.graph.cutting import channel_buffers, heads, own_tensors
 from fastscore.graph.cutting.cut_widths import SIDE, narrow
 from fastscore.graph.groups import ChannelGroup, Role
-from fastscore.modules import held_weights, multihead_attention, recurrent, rotary, scripted
+from fastscore.modules import held_weights, multihead_attention, recurrent, rotary
 from fastscore.modules.computed_weights import make_plain
-from fastscore.modules.evaluation_copy import computed_tensors
+from fastscore.modules.evaluation_copy import own_copies
 from fastscore.modules.hooks import remove_copied_hooks
 from fastscore.modules.zero_branch import put_zeros
 
@@ -126,9 +126,7 @@ def smaller_copy(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> 
     # .data: detach() would share autograd's count of changes with the model's own, for good
     shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.data, parameter.requires_grad)
                               for parameter in model.parameters() if type(parameter) is nn.Parameter}
-    shared |= scripted.copies(model)
-    shared |= {id(tensor): tensor.detach().clone() for tensor in computed_tensors(model)}
-    pruned = change(copy.deepcopy(model, shared))
+    pruned = change(copy.deepcopy(model, shared | own_copies(model)))
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     for parameter in pruned.parameters():
         if parameter.untyped_storage()._cdata in own:
