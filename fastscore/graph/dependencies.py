@@ -38,6 +38,7 @@ class Graph(Nodes):
     def build(self, model: nn.Module, run: Callable[[nn.Module, Any], list[Tensor]]) -> None:
         """Trace one call of run(model, None) -> outputs, whose gradients must be enabled."""
         self.model, self.verbose, self.ignored_params = model, False, list[nn.Parameter]()
+        self._outputs: list[Tensor] = []  # in torch 2.11, an autograd.Function's node is gone with its output
         self._module2name = {module: name for name, module in model.named_modules()}
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
         for module in model.modules():
@@ -45,9 +46,14 @@ class Graph(Nodes):
                 self.CUSTOMIZED_PRUNERS[type(module)] = channel_buffers.NORMS
         states = [module for module in model.modules() if recurrent.state_layers(module)]
         self.IGNORED_LAYERS_IN_TRACING = states  # whose parts the tracer is to see
+
+        def keeping(*args: Any) -> list[Tensor]:
+            self._outputs = run(*args)
+            return self._outputs
+
         with NotedCalls(self._weights()) as self._calls, outputs_of(self._channel_buffers()) as made, \
                 states_given(states) as self._given:
-            self.module2node = self._trace(model, None, run, output_transform=None)
+            self.module2node = self._trace(model, None, keeping, output_transform=None)
         self._find_norms()
         self._find_channel_buffers(made)
         self._dims = {}
@@ -77,6 +83,7 @@ class Graph(Nodes):
         for node in self.module2node.values():
             vars(node).clear()
         self.module2node.clear()
+        self._outputs.clear()
 
     def positions_of(self, root: Any) -> tuple[Positions, str | None]:
         """Where the channels that `root` makes lie, everywhere; or as far as what keeps them from being removed, and
