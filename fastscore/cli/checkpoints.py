@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import pathlib
 import pickle
+import shlex
 import zipfile
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -180,6 +181,23 @@ def _unprefixed(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[di
         return state, "", []
     others = [other for other, count in counts.items() if other not in ("", prefix) and count == counts[prefix]]
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}, prefix, others
+
+
+def noted_weights(notes: Mapping[str, str]) -> tuple[str, str] | None:
+    """(the weights that the notes of scores name, the option that gives them to a command again); None: they name none.
+
+    The option names the file only where it still is the one that was scored.
+    """
+    if "checkpoint" in notes:
+        file, _, digest = notes["checkpoint"].removesuffix(")").partition(" (sha256 ")
+        there = Path(file).is_file()
+        if there and sha256(file) == digest:
+            return notes["checkpoint"], shlex.join(["--checkpoint", file])
+        return notes["checkpoint"], ("--checkpoint FILE, the file with those weights "
+                                     f"({file} is {'another' if there else 'not there'} now)")
+    if "weights" in notes:
+        return f"the weights {notes['weights']}", shlex.join(["--weights", notes["weights"]])
+    return None
 
 
 def _some(names: list[str]) -> str:

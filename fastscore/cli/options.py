@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.cli import hugging_face, images, models, processes
 from fastscore.cli.argument_types import IMPORTANCES, importance, of_sampling, positive
-from fastscore.cli.checkpoints import sha256
+from fastscore.cli.checkpoints import noted_weights, sha256
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.graph.head_dims import HEAD_DIMENSIONS
 from fastscore.pruning.quality import HELD_OUT
@@ -26,6 +26,7 @@ from fastscore.scoring.gradients import DISTRIBUTIONS
 from fastscore.scoring.scores import Scores
 from fastscore.scoring.weights import WEIGHT_IMPORTANCES
 
+_OF_THE_IMAGES = ("images", "preprocessing")  # notes that say what was scored, and not what model it was
 _OF_THE_MODEL = ("size", "classes", "mean", "std")  # options that every command on one model needs
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -232,36 +233,55 @@ def scored(model: nn.Module, arguments: argparse.Namespace, prepare: images.Prep
     return replace(scores, notes=notes(arguments, prepare))
 
 
-def notes(arguments: argparse.Namespace, prepare: images.Preprocessing) -> dict[str, str]:
-    """Where scores come from, to be kept with them: model, weights, what was made of the images, when, and by what."""
+def notes(arguments: argparse.Namespace, prepare: images.Preprocessing,
+          scores: Scores | None = None) -> dict[str, str]:
+    """Where scores come from, to be kept with them: model, weights, what was made of the images, when, and by what.
+
+    scores: read from a file: where what is made by them comes from. Model, weights, date and versions are then those of
+    now, images and preprocessing those that were scored, and `scores` tells the file and the rest that it says.
+    """
     known = {"model": arguments.model, "weights": arguments.weights, "checkpoint": arguments.checkpoint}
     if arguments.checkpoint is not None:
         known["checkpoint"] += f" (sha256 {sha256(arguments.checkpoint)})"
     elif arguments.model.startswith("hf:"):
         known["revision"] = hugging_face.revision(models.parse(arguments.model)[1])
-    if arguments.importance not in WEIGHT_IMPORTANCES:
+    if scores is not None:
+        known |= {name: scores.notes.get(name) for name in _OF_THE_IMAGES}
+    elif arguments.importance not in WEIGHT_IMPORTANCES:
         known |= {"images": arguments.images, "preprocessing": str(prepare)}
     given = [(f"--{name}", *map(str, value if isinstance(value, list) else [value])) for name in _OF_THE_MODEL
              if (value := getattr(arguments, name)) is not None]
     known["options"] = " ".join(itertools.chain(*given)) or None  # that every command on this model needs
-    known["date"] = datetime.now(timezone.utc).isoformat(" ", "minutes")
+    known["date"] = _now()
     known["versions"] = f"fastscore {fastscore.__version__}, torch {torch.__version__}"
+    if scores is not None:
+        rest = [f"{name} {text}" for name, text in scores.notes.items() if name not in _OF_THE_IMAGES]
+        known["scores"] = "; ".join([arguments.scores, *(rest or ["which do not say what they were made of"])])
     return {name: value for name, value in known.items() if value is not None}
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(" ", "minutes")
 
 
 def load_scores(arguments: argparse.Namespace) -> Scores:
     """The scores that `scores` names, whose notes fill in --size, --classes, --mean and --std where they are not given
     and the model is the one that was scored.
 
-    Raises FileNotFoundError, or ValueError for what is no score file.
+    Raises FileNotFoundError, or ValueError for what is no score file, or for scores of trained weights where none are
+    given for the model.
     """
     scores = Scores.load(arguments.scores)
+    if "checkpoint" in vars(arguments):  # of a command that needs weights
+        _check_weights(scores, arguments)
     if arguments.model is None or scores.notes.get("model") != arguments.model:
         if arguments.model is not None and "model" in scores.notes:
             tell(f"{arguments.scores} is of {scores.notes['model']}, and this is {arguments.model}")
         return scores
     file = vars(arguments).get("checkpoint")
-    weights = scores.notes.get("checkpoint", "other weights")
+    weights, _ = noted_weights(scores.notes) or ("other weights", "")
+    if vars(arguments).get("weights") is not None and arguments.weights != scores.notes.get("weights"):
+        tell(f"{arguments.scores} is of {weights}, and not of the weights {arguments.weights}")
     if file is not None and Path(file).is_file() and not weights.endswith(f"{sha256(file)})"):
         tell(f"{arguments.scores} is of {weights}, and {file} is another file")
     noted = Parser(prog="fastscore")
@@ -276,6 +296,17 @@ def load_scores(arguments: argparse.Namespace) -> Scores:
     if filled:
         tell(f"{', '.join(filled)}: as {arguments.scores} says")
     return scores
+
+
+def _check_weights(scores: Scores, arguments: argparse.Namespace) -> None:
+    """Raise ValueError, with the option to add, for scores of a file of weights, or of downloaded ones, where neither
+    is given: the model would have random ones. A model of another name may have weights of its own."""
+    model = arguments.model
+    ours, theirs = (spec.rpartition(":")[2] for spec in (model, scores.notes.get("model", model)))
+    asked = noted_weights(scores.notes)
+    if asked is not None and arguments.checkpoint is None and arguments.weights is None and ours == theirs:
+        raise ValueError(f"scores: {arguments.scores} is of {asked[0]}, and no weights are given for {model}: "
+                         f"add {asked[1]}")
 
 
 def example(arguments: argparse.Namespace, prepare: images.Preprocessing) -> Tensor:

@@ -90,6 +90,8 @@ def run(arguments: argparse.Namespace) -> None:
                          "--no-repair nor --no-compensate")
     if scores is None:
         scores = options.scored(model, arguments, prepare, work)
+    else:
+        scores = replace(scores, notes=options.notes(arguments, prepare, scores))
     repaired_on = f"{arguments.images}: {prepare}"
     if repair and repaired_on != f"{scores.notes.get('images')}: {scores.notes.get('preprocessing')}":
         tell(f"repaired on {repaired_on}")  # not on what was scored

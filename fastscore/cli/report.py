@@ -26,6 +26,7 @@ from fastscore.pruning.selection import check_removable, scored_graph
 from fastscore.recovery.divergence import judged_by
 from fastscore.scoring.scores import Scores
 
+_WEIGHTS = ("model", "checkpoint", "weights", "revision")  # notes that say which network it is
 _GRADIENTS = {"random": "random, no labels", "loss": "of the loss", "none": "none: it reads weights"}
 
 
@@ -91,10 +92,13 @@ def read_curve(path: str, scores: Scores) -> dict[str, Any]:
         raise ValueError(f"curve: {path} is not what fastscore curve --out writes ({type(error).__name__})") from error
     if not right:
         raise ValueError(f"curve: {path} is not what fastscore curve --out writes")
-    for name in ("model", "checkpoint", "weights", "revision", "date"):
-        if notes.get(name) != scores.notes.get(name):
-            raise ValueError(f"curve: {path} was measured with other scores, whose {name} is {notes.get(name)} and not "
-                             f"{scores.notes.get(name)}; make it with fastscore curve --scores and these scores")
+    used = found.get("scores", notes)  # an older file has those of the scores alone
+    for what, said, names in (("with other scores, whose", used, (*_WEIGHTS, "date")),
+                              ("on another model, whose", notes, _WEIGHTS)):
+        for name in names:
+            if said.get(name) != scores.notes.get(name):
+                raise ValueError(f"curve: {path} was measured {what} {name} is {said.get(name)} and not "
+                                 f"{scores.notes.get(name)}; make it with fastscore curve --scores and these scores")
     return found
 
 

@@ -109,6 +109,7 @@ def test_a_saved_folder_is_scored_shown_and_pruned(vit: nn.Module, capsys: pytes
     for name in ("m.safetensors", "m.pt2", "m.onnx", "m.pt"):
         assert main(["info", name, "--json"]) == 0
         kept.append(json.loads(capsys.readouterr().out)[name])
+        assert kept[-1].pop("date") >= notes["date"]  # of the pruning
     assert kept[0]["preprocessing"] == said
     assert "% of the parameters" in kept[0]["remains"]
     assert kept[0] == kept[1] == kept[2] == kept[3]
