@@ -63,7 +63,8 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> PreTrained
                   for tensors in (state, plain.state_dict())]
         if shapes[0] != shapes[1]:
             raise ValueError(f"model: {name} is {shapes[0]}, and by {type(config).__name__}, which has one width for "
-                             f"all layers, {shapes[1]}: prune with scope=\"layer\" and compensate=False, or {_WAY_OUT}")
+                             f"all layers, {shapes[1]}: prune with scope=\"layer\", compensate=False and "
+                             f"such layers in ignore=, or {_WAY_OUT}")
     plain.load_state_dict(state)
     plain = plain.to(next(model.parameters()).dtype).train(model.training)
     _check_same(model, plain)
@@ -74,15 +75,20 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> PreTrained
 def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tuple[str, Any]]:
     """What the config is to say, as far as layers tell; `state` gets the weights of ordinary norms."""
     config = model.config
-    heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if hasattr(config, "head_dim"):
-        yield "head_dim", heads
-    yield "hidden_size", model.get_input_embeddings().weight.shape[1]
+    _, embeddings = _embeddings(model)
+    hidden, count = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
+    if embeddings is None or not isinstance(hidden, int) or not isinstance(count, int):
+        return  # a width for each stage, or configs of parts: what it says stays, and shapes tell whether it fits
+    heads = getattr(config, "head_dim", None) or hidden // count
+    hidden = embeddings.weight.shape[1 if isinstance(embeddings, nn.Embedding) else 0]
+    yield "hidden_size", hidden
     for setting, endings in _WIDTHS.items():
         found = [layer.out_features for name, layer in model.named_modules()
                  if isinstance(layer, nn.Linear) and name.endswith(endings)]
         if found and hasattr(config, setting):
             yield setting, found[0] // (heads if setting in _PER_HEAD else 1)
+            if setting == "num_attention_heads" and (hasattr(config, "head_dim") or found[0] != hidden):
+                yield "head_dim", heads  # without it, some divide the hidden size by the number of heads
     experts = next((len(module.down_proj) for module in model.modules() if holds_experts(module)), None)
     for setting in _EXPERTS:
         if experts is not None and hasattr(config, setting):
@@ -92,13 +98,26 @@ def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tupl
             continue
         norm = norm_of(module)
         if not isinstance(norm, ChannelNorm) or norm.centered or module.weight is None:
+            first, _ = _embeddings(model)
+            same = f'keep that width: prune with ignore=["{first}*"], or ' if first else ""
             raise ValueError(f"model: {name} is a LayerNorm that divides by the dense width, which no config of "
-                             f"transformers can say: {_WAY_OUT}")
+                             f"transformers can say: {same}{_WAY_OUT}")
         ratio = module.dense_width / module.width
         weight = module.weight.detach()
         state[f"{name}.weight"] = (weight.double() + norm.offset).mul(ratio ** 0.5).sub(norm.offset).to(weight.dtype)
         if norm.eps is not None and hasattr(config, "rms_norm_eps"):
             yield "rms_norm_eps", norm.eps * ratio
+
+
+def _embeddings(model: PreTrainedModel) -> tuple[str, nn.Embedding | nn.Linear | nn.Conv2d | None]:
+    """(the name of what makes the hidden states of tokens, or of patches; the layer in it that has their width)."""
+    try:
+        found = model.get_input_embeddings()
+    except NotImplementedError:
+        return "", None
+    name = next((name for name, module in model.named_modules() if module is found), "")
+    layers = () if found is None else found.modules()
+    return name, next((each for each in layers if isinstance(each, nn.Embedding | nn.Linear | nn.Conv2d)), None)
 
 
 def _optional(model: PreTrainedModel, bias: str) -> Iterator[nn.Linear]:
@@ -123,11 +142,26 @@ def _built(model: PreTrainedModel, config: Any) -> PreTrainedModel:
 def _check_same(model: PreTrainedModel, plain: PreTrainedModel) -> None:
     """Raise ValueError where the two give different outputs."""
     modes = model.training
-    inputs = {name: value % model.config.vocab_size if name == "input_ids" else value
-              for name, value in model.dummy_inputs.items()}
-    with torch.no_grad():
-        want, got = (each.eval().cpu()(**inputs)[0] for each in (copy.deepcopy(model), plain))
+    try:
+        with torch.no_grad():
+            want, got = (each.eval().cpu()(**_inputs(model))[0] for each in (copy.deepcopy(model), plain))
+    except Exception as error:  # inputs that transformers holds ready are not made for every model
+        said = " ".join(str(error).split())
+        raise ValueError(f"model: {type(model).__name__} cannot be run to compare it with the ordinary one "
+                         f"({type(error).__name__}: {said}): {_WAY_OUT}") from error
     plain.train(modes)
     close: float = torch.finfo(want.dtype).eps ** 0.5
     if not torch.allclose(got, want, rtol=0, atol=close * float(want.abs().max())):
         raise ValueError(f"model: as an ordinary {type(model).__name__} it gives other outputs: {_WAY_OUT}")
+
+
+def _inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Two small images for a model of images, for another what transformers holds ready."""
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", None) or 64
+        height, width = (size, size) if isinstance(size, int) else size
+        drawn = torch.Generator().manual_seed(0)
+        return {"pixel_values": torch.randn(2, config.num_channels, height, width, generator=drawn).to(model.dtype)}
+    return {name: value % config.vocab_size if name == "input_ids" else value
+            for name, value in model.dummy_inputs.items()}

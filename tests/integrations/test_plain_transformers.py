@@ -1,5 +1,6 @@
 """Pruned models of transformers as ordinary ones: written, loaded by from_pretrained, and generating alike."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,58 @@ def test_what_a_config_cannot_say_is_refused_with_the_way_out(kind: str, options
         save_pretrained(small, tmp_path / "out")
     assert "save_pruned" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+VISION = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+FAMILIES = {
+    "ViT": (transformers.ViTForImageClassification, transformers.ViTConfig(**VISION, intermediate_size=64)),
+    "DINOv2": (transformers.Dinov2ForImageClassification, transformers.Dinov2Config(**VISION, mlp_ratio=2)),
+    "CLIP": (transformers.CLIPVisionModelWithProjection,
+             transformers.CLIPVisionConfig(**VISION, intermediate_size=64, projection_dim=16)),
+    "Swin": (transformers.SwinForImageClassification,
+             transformers.SwinConfig(image_size=16, patch_size=4, embed_dim=16, depths=[1], num_heads=[2],
+                                     window_size=4)),
+    "ResNet": (transformers.ResNetForImageClassification,
+               transformers.ResNetConfig(embedding_size=16, hidden_sizes=[16], depths=[1], layer_type="basic")),
+}
+
+
+def _images(kind: str, *ignore: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A model of images, pruned alike in all layers but those in `ignore`."""
+    family, config = FAMILIES[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = family(config).eval()
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        batch = {"pixel_values": torch.randn(3, 3, 16, 16)}
+    scores = fastscore.score(model, [batch], importance="magnitude-l2", forward=forward, progress=False)
+    return fastscore.prune(model, scores, batch, forward=forward, channels=0.6, scope="layer", round_to=8,
+                           compensate=False, ignore=ignore).model, batch
+
+
+@pytest.mark.parametrize(("kind", "said", "ways"), [
+    ("ViT", "LayerNorm that divides", ()), ("DINOv2", "LayerNorm that divides", ("*fc1",)),
+    ("CLIP", "k_proj.weight", ("*self_attn*",)), ("Swin", "such layers in ignore=", ()),
+    ("ResNet", "such layers in ignore=", ()),
+])
+def test_models_of_images(kind: str, said: str, ways: tuple[str, ...], tmp_path: Path) -> None:
+    """Their hidden width stays, as it must be; the error's own way out leads to a folder that from_pretrained loads."""
+    small, batch = _images(kind)
+    with untouched(small), pytest.raises(ValueError, match=said) as caught:
+        save_pretrained(small, tmp_path / "out")
+    assert "save_pruned" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    named = re.search(r'ignore=\["(.*?)"\]', str(caught.value))
+    if not named and not ways:
+        return
+    small, batch = _images(kind, *([named[1]] if named else []), *ways)
+    save_pretrained(small, tmp_path / "out")
+    loaded = type(small).from_pretrained(tmp_path / "out")
+    dense = sum(parameter.numel() for parameter in FAMILIES[kind][0](FAMILIES[kind][1]).parameters())
+    assert sum(parameter.numel() for parameter in loaded.parameters()) < dense
+    with torch.no_grad():
+        torch.testing.assert_close(forward(loaded, batch), forward(small, batch), rtol=1e-5, atol=1e-5)
 
 
 def test_only_models_of_transformers(tmp_path: Path) -> None:
