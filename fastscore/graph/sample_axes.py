@@ -116,11 +116,13 @@ def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Ba
         if len(called_with) == len(trials) else None
     values = called_with[-1].numel() // trials[-1].size if inputs is not None else 0
     if None in axes or not axes:
-        shown = ", ".join(str(list(output.shape)) for output in trials[-1].outputs)
-        reason = f"no dimension of the output ({shown} for {counted(trials[-1].size, 'sample')}) counts samples"
+        shown = " and ".join(f"{', '.join(str(list(output.shape)) for output in trial.outputs)} for {trial.size}"
+                             for trial in trials)
+        reason = "which dimension of the output counts samples cannot be told: with samples along the first " \
+            f"dimension of the batch, it is {shown} of them"
         return SampleAxes(dict.fromkeys(watched, (Untold(reason),)), 0, inputs, values)
-    second = len(trials) > 1 and _second_dimension(model, run, batch_of(example, _SIZES[1]), trials[-1].outputs[0])
     batch = batch_of(example, trials[-1].size) if len(trials) > 1 else example
+    second = _second_dimension(model, run, batch, trials[-1].outputs[0])
     otherwise = _decided_otherwise(model, watched, run, batch, trials[-1], axes)
     _send_back(trials[-1], axes)
     found = _resolve([*otherwise, *trials])

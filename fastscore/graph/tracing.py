@@ -19,6 +19,7 @@ from fastscore.graph import (
     in_place,
     index_maps,
     sample_axes,
+    samples_second,
     units,
     whole_experts,
 )
@@ -108,6 +109,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
                              "read, so that no gradient can be computed, here or in training: write "
                              "`x = x + branch(x)`, where it says `x += branch(x)`") from error
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained))
+    axes = replace(axes, transposing=samples_second.transposing(forward, samples))
     graph = replace(graph, samples=axes, **_products(eval_model, example_inputs, forward, axes.batch))
     cache.put(model, example_inputs, forward, graph)
     return graph

@@ -72,6 +72,8 @@ class SampleAxes:
         input: that in the first tensor that the model is called with; None where it has none.
         values: how many values that tensor had for each sample.
         second: whether it is the second dimension of the batch itself, not the first, that counts samples.
+        transposing: the `forward` by which a model that takes samples second is given batches [N, ...]: see
+            fastscore.graph.samples_second.
     """
 
     calls: Mapping[str, tuple[SampleAxis | Untold, ...]] = field(default_factory=dict)
@@ -79,6 +81,7 @@ class SampleAxes:
     input: int | None = 0
     values: int = 0
     second: bool = False
+    transposing: str = ""
 
     @property
     def batch(self) -> int:

@@ -13,8 +13,6 @@ from fastscore.modules.inspection import channel_dim
 from fastscore.scoring.scores import Origin
 from fastscore.taps.gates import TapPoint
 
-_SECOND = "forward=lambda model, batch: model(batch.transpose(0, 1))"
-
 
 def tap_points(model: nn.Module, groups: Sequence[ChannelGroup], windowed: bool = True) -> dict[str, TapPoint]:
     """Layer (or name of a tap: see Member.tap) -> where its tap stands, for every edge of the groups.
@@ -54,7 +52,7 @@ def groups_to_score(model: nn.Module, graph: ChannelGraph, origin: Origin, ignor
         graph = WITH[origin.units](graph)
     if graph.samples.second and origin.gradient != "none":
         raise ValueError("batches, or example_inputs: their second dimension counts samples, [T, N, ...], by what the "
-                         f"output depends on; give [N, ...] and {_SECOND}")
+                         f"output depends on; give [N, ...] and {graph.samples.transposing}")
     origin = replace(origin, fingerprint=graph.fingerprint)
     graph = graph.without(model, ignore)
     found, graph = graph, graph.told_apart() if apart else graph
@@ -62,14 +60,17 @@ def groups_to_score(model: nn.Module, graph: ChannelGraph, origin: Origin, ignor
         reasons = "".join(f"\n  {layer}: {reason}" for layer, reason in graph.skipped.items())
         nothing = "it has no BatchNorm" if origin.units == "norms" else "it has no Conv or Linear"
         raise ValueError(f"{type(model).__name__} has no channel that can be scored{reasons or ': ' + nothing}"
-                         + (_way_out(graph.skipped[group.name] for group in found.groups) if found.groups else ""))
+                         + (_way_out([graph.skipped[group.name] for group in found.groups], graph.samples.transposing)
+                            if found.groups else ""))
     return graph, origin
 
 
-def _way_out(reasons: Iterable[str]) -> str:
-    """What to give instead of a batch whose samples nothing can tell apart, for `reasons`."""
+def _way_out(reasons: Iterable[str], transposing: str) -> str:
+    """What to give instead of a batch whose samples nothing can tell apart, for `reasons`. transposing: the `forward`
+    for a model that takes samples second."""
     said = set(reasons)
     if all(reason.endswith(ALONE) for reason in said):
         return "\ngive batches of one sample each"
-    counted = any("counts samples" in reason for reason in said)
-    return f"\ngive batches [N, ...], and where the model takes samples second, {_SECOND}" if counted else ""
+    if not any("counts samples" in reason for reason in said):
+        return ""
+    return "\ngive batches [N, ...]" + (transposing and f", and where the model takes samples second, {transposing}")
