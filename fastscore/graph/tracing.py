@@ -191,8 +191,13 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     members = {group.name: group.members for group in found.groups}
     kept = {group: reasons.of_leak(where, members[group], recording, readers)
             for group, where in leaks.items()}
-    kept |= {group: reasons.of_choice(where) for group, where in verification.leaks(
-        recording, [group for group in found.groups if group.name not in leaks], chosen=True).items()}
+    try:
+        chosen = verification.leaks(recording, [group for group in found.groups if group.name not in leaks],
+                                    chosen=True)
+    except Exception:  # of a run in which nothing is changed
+        _check_runs_again(eval_model, whole)
+        raise
+    kept |= {group: reasons.of_choice(where) for group, where in chosen.items()}
     tried = [group for group in found.groups if group.name not in kept]
     refused = surgery_trial.refusals(recording, tried)
     if found.groups and len(refused) == len(tried):
