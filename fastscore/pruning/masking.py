@@ -24,7 +24,7 @@ from fastscore.modules.wrappers import uncompiled, unwrapped
 from fastscore.pruning.costs import Costs
 from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate
 from fastscore.pruning.ranking import rank
-from fastscore.pruning.selection import scored_graph, select
+from fastscore.pruning.selection import OutOfReachError, rounded_up, scored_graph, select
 from fastscore.recovery.compensation import (
     mean_contributions,
     removed_means,
@@ -72,7 +72,12 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
     with fork_rng(device_of(eval_model)):
         costs = Costs(eval_model, graph.groups, example_inputs, forward, batch_dim=graph.samples.batch)
         order = rank(eval_model, graph.groups, scores, costs, budgets, ranking, example_inputs, forward)
-        removed = select(order, costs, budgets.counted)
+        try:
+            removed = select(order, costs, budgets.counted)
+        except OutOfReachError as error:
+            raise ValueError(f"fraction: {fraction:g} cannot be reached: with every channel masked that can be, "
+                             f"{rounded_up(error.least)} of all channels remain; ask for less, or ignore fewer "
+                             "layers") from error
         positions = removed_positions(graph.groups, removed)
         means = removed_means(model, scores.means, positions, graph.groups) if compensate else {}
         handles: Iterator[RemovableHandle | multihead_attention.Handle | parameter_layers.Handle]

@@ -115,7 +115,7 @@ def steps_needed(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resour
     left = macs_along(steps, costs, macs_without)
     high = left.steps_to(budgets["macs"] * costs.dense["macs"] * (1 + 1e-12), least - 1, len(left))
     if high > len(steps):
-        raise _out_of_reach("macs", budgets["macs"], left[len(steps)] / costs.dense["macs"])
+        raise OutOfReachError("macs", budgets["macs"], left[len(steps)] / costs.dense["macs"])
     for step in steps[:high]:
         costs.remove(step.group, step.channels)
     costs.totals["macs"] = left[high]
@@ -136,15 +136,19 @@ def _foreseen_steps(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Res
     count = 0
     while over := _over(costs, budgets):
         if count == len(steps):
-            raise _out_of_reach(over[0], budgets[over[0]], costs.totals[over[0]] / costs.dense[over[0]])
+            raise OutOfReachError(over[0], budgets[over[0]], costs.totals[over[0]] / costs.dense[over[0]])
         costs.remove(steps[count].group, steps[count].channels)
         count += 1
     return count
 
 
-def _out_of_reach(unit: Resource, share: float, least: float) -> ValueError:
-    return ValueError(f"{unit}: {share:g} cannot be reached: with every removable channel gone, {rounded_up(least)} of "
-                      f"the {unit} remain; ask for more, lower the floor, or ignore fewer layers")
+class OutOfReachError(ValueError):
+    """A budget that no choice of channels keeps; `least` is the share that remains of it without all of them."""
+
+    def __init__(self, unit: Resource, share: float, least: float) -> None:
+        super().__init__(f"{unit}: {share:g} cannot be reached: with every removable channel gone, {rounded_up(least)} "
+                         f"of the {unit} remain; ask for more, lower the floor, or ignore fewer layers")
+        self.least = least
 
 
 def rounded_up(share: float) -> str:

@@ -16,7 +16,7 @@ from fastscore.batches import Batch, valid_tokens
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import Bar
-from fastscore.recovery.divergence import divergence
+from fastscore.recovery.divergence import divergence, judged_by
 from fastscore.recovery.features import FeatureMaps
 from fastscore.recovery.optimizers import schedule
 from fastscore.recovery.training_batches import Position, TrainingBatches, on_device
@@ -36,7 +36,7 @@ class Look:
 
     loss: the mean over the training steps since the look before (0 at the first). agreement, kl: of the smaller
     network's decisions with the dense one's; NaN where a loss of the user's own judges. judged: what decides, the KL
-    or that loss.
+    or that loss. decisions: how many agreement and kl rest on; 0 where a loss of the user's own judges.
     """
 
     step: int
@@ -44,6 +44,7 @@ class Look:
     agreement: float
     kl: float
     judged: float
+    decisions: int = 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,7 +61,8 @@ class DistillationReport(Table):
         lines = [f"{'steps':>7} {'training loss':>14} " + ("held-out loss" if own else "agreement       KL")]
         for look in self.looks:
             said = f"{look.judged:>13.4g}" if own else f"{look.agreement:>9.1%} {look.kl:>8.3g}"
-            lines.append(f"{look.step:>7} {look.loss:>14.4g} {said}{'  best' if look.step == self.best.step else ''}")
+            loss = f"{look.loss:.4g}" if look.step else "-"
+            lines.append(f"{look.step:>7} {loss:>14} {said}{'  best' if look.step == self.best.step else ''}")
         return "\n".join(lines + self._remarks[1:])
 
     def records(self) -> list[dict[str, Any]]:
@@ -70,7 +72,11 @@ class DistillationReport(Table):
     @property
     def _remarks(self) -> list[str]:
         early = f"stopped after {self.steps} of {counted(self.planned, 'step')}: held-out samples saw nothing better"
-        return [f"best after {self.best.step} of {counted(self.steps, 'step')}"] + [early] * (self.steps < self.planned)
+        decisions = self.best.decisions  # not known of a run that an older version began
+        return [f"best after {self.best.step} of {counted(self.steps, 'step')}",
+                *([judged_by(decisions, "it is not trained on")] if decisions else []),
+                *["nothing better than the start was found: the weights are as they were"] * (self.best.step == 0),
+                *[early] * (self.steps < self.planned)]
 
 
 class Objective:
@@ -212,7 +218,7 @@ class DistillationRun:
         if self.objective.own is None:
             got, expected = itertools.tee(pairs)
             found = divergence((pair[1] for pair in expected), (pair[0] for pair in got), self._group)
-            return Look(self.step, loss, found.agreement, found.kl, found.kl)
+            return Look(self.step, loss, found.agreement, found.kl, found.kl, found.decisions)
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for got_one, expected_one in pairs:
             sums += torch.tensor([float(self.objective(got_one, expected_one)) * len(got_one), len(got_one)])
@@ -242,8 +248,9 @@ class DistillationRun:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.step, self._position = state["step"], Position(**state["position"])
-        self._looks = [Look(look["step"], *(math.nan if look[key] is None else look[key] for key in
-                                            ("loss", "agreement", "kl", "judged"))) for look in state["looks"]]
+        read: list[dict[str, Any]] = [{key: math.nan if value is None else value for key, value in look.items()}
+                                      for look in state["looks"]]
+        self._looks = [Look(**look) for look in read]
         self._best = state["best"]
         self._smaller.load_state_dict(state["smaller"])
         self._optimizer.load_state_dict({

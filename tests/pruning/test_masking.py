@@ -1,5 +1,6 @@
 """The mask, surgery, and what zeroing a channel where it is made would do instead."""
 
+import re
 from dataclasses import replace
 
 import oracles
@@ -139,8 +140,14 @@ def test_a_fraction_out_of_reach() -> None:
     network = NETWORKS["residual"]
     model, x = network.model(), network.inputs(5)
     scores = magnitudes(model, x)
-    with untouched(model), pytest.raises(ValueError, match="cannot be reached"), fastscore.mask(model, scores, 0.99, x):
+    with untouched(model), pytest.raises(ValueError, match=r"^fraction: 0\.99 cannot be reached") as caught, \
+            fastscore.mask(model, scores, 0.99, x):
         pass
+    assert "ask for less" in str(caught.value)
+    assert "floor" not in str(caught.value)  # which mask does not have
+    remain = float(re.search(r"be, (\S+) of all channels remain", str(caught.value))[1])  # type: ignore[index]
+    with fastscore.mask(model, scores, 1 - remain, x) as removed:
+        assert sum(map(len, removed.values())) == sum(len(each) - 1 for each in scores.values())
 
 
 def test_ignore_scope_and_forward() -> None:

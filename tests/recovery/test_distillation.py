@@ -95,6 +95,11 @@ def test_a_pruned_network_is_nearer_to_the_dense_one_and_nothing_else_changes() 
     assert torch.equal(result.model[0].weight.grad, torch.ones_like(result.model[0].weight))
     assert torch.equal(torch.get_rng_state(), random_numbers)
     assert f"{report.best.kl:.3g}  best" in str(report)
+    judges = sum(len(batch) for batch in TrainingBatches(list(IMAGES.split(16)), None, 0).judges())
+    assert f"judged by {judges} decisions about samples that it is not trained on" in str(report)
+    assert judges == report.best.decisions > 0
+    assert [line.split()[1] for line in str(report).splitlines()[1:3]] == ["-", f"{report.looks[1].loss:.4g}"]
+    assert "nothing better than the start" not in str(report)
 
 
 def test_the_distilled_network_is_saved_and_loaded(tmp_path: Any) -> None:
@@ -141,6 +146,7 @@ def test_the_weights_that_were_best_are_kept() -> None:
     assert [look.step for look in report.looks] == [0, 3, 6, 9, 12]
     assert all(look.kl > report.best.kl for look in report.looks[1:])
     assert same(state(result.model), before)
+    assert str(report).endswith("nothing better than the start was found: the weights are as they were")
     kept = distill(model, result, IMAGES.split(32), steps=60, lr=0.003, **QUIET).best
     judges = TrainingBatches(IMAGES.split(32), None, 0).judges()
     with torch.no_grad():
