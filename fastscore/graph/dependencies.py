@@ -10,11 +10,12 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph import index_maps
+from fastscore.graph import index_maps, lost_ways
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.cutting.cut_widths import Width
 from fastscore.graph.groups import Member
 from fastscore.graph.index_maps import IndexMap
+from fastscore.graph.lost_ways import Key
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, TRANSPARENT, Nodes, shape, slice_of
 from fastscore.graph.noted_calls import NotedCalls, outputs_of, states_given
 from fastscore.modules import channel_norms, recurrent
@@ -24,7 +25,8 @@ _MOST_ARRIVALS = 100  # at one node, each time at new places: more than there ar
 
 # (node, pruning function) -> int64 [M], ascending: where channels of the root lie in the node's output or input, in
 # the form of fastscore.graph.index_maps
-Positions: TypeAlias = Mapping[tuple[Any, Any], np.ndarray]
+Positions: TypeAlias = Mapping[Key, np.ndarray]
+_Arrival: TypeAlias = tuple[Any, Any, np.ndarray, Key | None]  # node, function, positions, where they come from
 
 
 class Graph(Nodes):
@@ -85,20 +87,23 @@ class Graph(Nodes):
         self.module2node.clear()
         self._outputs.clear()
 
-    def positions_of(self, root: Any) -> tuple[Positions, str | None]:
-        """Where the channels that `root` makes lie, everywhere; or as far as what keeps them from being removed, and
-        what that is."""
+    def positions_of(self, root: Any) -> tuple[Positions, str | None, Mapping[Key, Key | None]]:
+        """Where the channels that `root` makes lie, everywhere; or as far as what keeps them from being removed.
+
+        Returns (positions, what keeps them, the `came` of lost_ways.lost)."""
         pruner = self.get_pruner_of_module(root.module)
         channels = np.arange(pruner.get_out_channels(root.module))
-        positions: dict[tuple[Any, Any], np.ndarray] = {}
-        work = [(root, pruner.prune_out_channels, channels << 32 | channels)]
-        arrivals = Counter[tuple[Any, Any]]()
+        positions: dict[Key, np.ndarray] = {}
+        work: list[_Arrival] = [(root, pruner.prune_out_channels, channels << 32 | channels, None)]
+        came: dict[Key, Key | None] = {}
+        arrivals = Counter[Key]()
         obstacle = endless = None
         while obstacle is None and (work or self._rest_of_grouped(positions, work)):
-            node, function, arrived = work.pop()
+            node, function, arrived, before = work.pop()
             known = positions.get((node, function))
             if known is None:
                 new = positions[node, function] = arrived
+                came[node, function] = before
                 obstacle = self._obstacle(node, function)
             else:
                 if endless or (len(arrived) == len(known) and (arrived == known).all()):
@@ -119,16 +124,13 @@ class Graph(Nodes):
                     for follow in dependency.index_mapping:
                         onward = follow(onward)
                     if len(onward):
-                        work.append((dependency.target, dependency.handler, onward))
+                        work.append((dependency.target, dependency.handler, onward, (node, function)))
         obstacle = obstacle or endless
-        if obstacle is not None and obstacle.startswith(_RUNS_OVER):
-            products = (node.grad_fn.name() for node, _ in positions
-                        if node.type == OPTYPE.ELEMENTWISE and index_maps.multiplies(node.grad_fn))
-            if product := next(products, None):  # which what comes after it is not to blame for
-                obstacle = f"a product with other activations ({product}) takes them where they cannot be followed"
-        return positions, obstacle
+        if obstacle is not None and not endless:
+            obstacle = lost_ways.lost(self, came).get(next(reversed(came)), obstacle)
+        return positions, obstacle, came
 
-    def _rest_of_grouped(self, positions: Positions, work: list[tuple[Any, Any, np.ndarray]]) -> bool:
+    def _rest_of_grouped(self, positions: Positions, work: list[_Arrival]) -> bool:
         """Put to `work` the other channels of what works in groups of them on a concatenation; whether there are any.
 
         The same place in each group goes at once, whoever makes the channels: they are numbered as those of the root
@@ -149,7 +151,7 @@ class Graph(Nodes):
             channel[known % period] = (at & index_maps.CHANNEL)[np.searchsorted(at >> 32, known)]
             rest = np.setdiff1d(np.arange(width), known)
             if (channel[rest % period] >= 0).all():
-                work.append((node, function, rest << 32 | channel[rest % period]))
+                work.append((node, function, rest << 32 | channel[rest % period], None))
                 return True
         return False
 
@@ -184,10 +186,10 @@ class Graph(Nodes):
         if node.type == NORM and (width := channel_norms.width(node.module)) != shape(node)[self._dims[node]]:
             return f"{node._name} normalises over {width} of several dimensions"
         if node.type == OPTYPE.PARAMETER:
-            owner, _, key = node._name.rpartition(".")
-            kind = type(self.model.get_submodule(owner)).__name__
-            who = f"{owner} ({kind})" if owner else kind
-            return f"the code of {who} takes its channels together with its {key}, which cannot lose channels yet"
+            owner = node._name.rpartition(".")[0]
+            beside = [source for operation in node.outputs for source in operation.inputs
+                      if source.type == OPTYPE.PARAMETER and source._name.rpartition(".")[0] == owner]
+            return self.taken_with(max(beside, key=lambda one: one.module.dim())._name)  # a weight, before a bias
         if node.type not in PRODUCERS | CHANNELWISE | TRANSPARENT | {NORM, OPTYPE.OUTPUT}:
             return f"its channels pass through {node._name or type(node.module).__name__} " \
                    f"({type(node.module).__name__}), which cannot lose channels yet"

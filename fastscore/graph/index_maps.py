@@ -16,7 +16,8 @@ _BROADCASTING = ("Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Maximum", "Minimum"
 _REDUCING = ("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Aminmax", "Var", "Std", "LinalgVectorNorm", "Norm", "Prod",
              "Logsumexp", "Softmax", "LogSoftmax", "Cumsum", "Sort", "Topk")
 
-_PRODUCTS = ("Mm", "Bmm", "Addbmm", "Baddbmm", "Mv", "Dot", "ScaledDotProduct", "Cdist", "Einsum")
+_PRODUCTS = ("Mm", "Bmm", "Addbmm", "Baddbmm", "Mv", "Dot", "ScaledDotProduct", "Cdist", "Einsum", "Trilinear",
+             "Convolution")
 _CONTRACTING = ("Mm", "Bmm", "Addmm", "Addbmm", "Baddbmm", "Mv", "Addmv", "Dot", "Linear", "Convolution", "Embedding",
                 "Index", "Gather", "ScaledDotProduct", "Cdist", "Einsum", "Roll", "Flip", "Unfold",
                 "PartOfProjection")  # the last is of fastscore.modules.projections
@@ -146,8 +147,13 @@ def runs_over(function: Any, dim: int, dims: int) -> bool:
 
 
 def multiplies(function: Any) -> bool:
-    """Whether an operation is a product of matrices, of which activations may be both."""
+    """Whether an operation is a product, as of matrices, of which activations may be both."""
     return hasattr(function, "name") and function.name().startswith(_PRODUCTS)
+
+
+def looks_up(function: Any) -> bool:
+    """Whether an operation takes rows of a table."""
+    return hasattr(function, "name") and function.name().startswith("Embedding")
 
 
 def contracts(function: Any) -> bool:

@@ -61,7 +61,9 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
         for node in work:
             last = node.type in (OPTYPE.LINEAR, OPTYPE.EMBED)
             norm = channel_norms.norm_of(node.module) if node.type == NORM else None
-            self._dims[node] = len(shape(node)) + (-1 if norm is None else norm.dim) if last or norm else 1
+            dims = len(shape(node))
+            self._dims[node] = dims + (-1 if norm is None else norm.dim) if last or norm else \
+                dims - 1 - len(node.module.kernel_size) if node.type == OPTYPE.CONV else 1  # 0 of one sample alone
         divided = self._follow(work)[0]
         for node in [node for node in self.module2node.values() if node.type == OPTYPE.LINEAR]:
             for source in _read_by(node):  # what no layer made has its channels where the layer reads them
@@ -89,7 +91,7 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
             for onward in node.outputs:
                 if onward in self._dims or onward.type == _UNKNOWN:  # whose last operation says nothing of its own
                     continue
-                if (dim := self._dim_after(node, onward)) is None:
+                if (dim := self.dim_after(node, onward)) is None:
                     divided[onward] = node
                 else:
                     self._dims[onward] = dim
@@ -107,7 +109,7 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
                     if source.type in TRANSPARENT:
                         work.append(source)
 
-    def _dim_after(self, node: Any, onward: Any) -> int | None:
+    def dim_after(self, node: Any, onward: Any) -> int | None:
         dim, before, after = self._dims[node], shape(node), shape(onward)
         if onward.type != OPTYPE.RESHAPE:
             return index_maps.channel_dim(onward.grad_fn, dim, before, after)
@@ -137,6 +139,29 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
     def dim_of(self, node: Any) -> int | None:
         """The dimension that holds the channels in a node's output; None where none does."""
         return self._dims.get(node)
+
+    def name_of(self, node: Any) -> str:
+        """The qualified name of the module of a layer's node."""
+        return self._module2name[node.module]
+
+    def parameter_name(self, parameter: nn.Parameter) -> str:
+        """The qualified name of a parameter; "" where it is none of the model's."""
+        return next((name for name, own in self.model.named_parameters() if own is parameter), "")
+
+    def taken_with(self, parameter: str) -> str:
+        """That an operation takes channels and a parameter of that name, and nobody knows how."""
+        owner, _, key = parameter.rpartition(".")
+        module = self.model.get_submodule(owner)
+        if tp.ops.module2type(module) in PRODUCERS:  # whose own code does not run
+            return f"the model's code takes its channels together with {parameter}, which cannot lose channels yet"
+        kind = type(module).__name__
+        who = f"{owner} ({kind})" if owner else kind
+        return f"the code of {who} takes its channels together with its {key}, which cannot lose channels yet"
+
+    def layer_of(self, parameter: str) -> Any:
+        """The node of the layer that has a parameter of that name; None of one that is not called, or no layer."""
+        node = self.module2node.get(self.model.get_submodule(parameter.rpartition(".")[0]))
+        return node if node is not None and node.type in LAYERS else None
 
     @property
     def normalized_by(self) -> dict[str, str]:

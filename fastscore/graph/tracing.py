@@ -18,6 +18,7 @@ from fastscore.graph import (
     dependencies,
     in_place,
     index_maps,
+    lost_ways,
     sample_axes,
     samples_second,
     units,
@@ -240,6 +241,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
     skipped: dict[str, str] = {}
     tied: dict[str, str] = {}  # producers of what is left alone -> the first of them
     untraced: list[str] = []
+    kept = set[str]()  # producers of all that has a reason
     seen = set(taken["producer"])
     called_otherwise = set[str]().union(*taken.values())  # by an attention's own function
     layers = dict(model.named_modules())
@@ -253,20 +255,31 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
             continue
         if node is None or node.type not in PRODUCERS or name in seen:
             continue
-        positions, reason = graph.positions_of(node)
-        members = [member for key in positions if (member := _member(graph, key, positions[key])) is not None]
-        members += _uncalled(graph, layers, members)
-        members = [unread.without_edge(member) if member.layer in unused else member for member in members]
-        producers = [member.layer for member in members if member.role == "producer"]
+        positions, reason, came = graph.positions_of(node)
+        lost = {} if reason is None else lost_ways.lost(graph, came)
+        members = _members(graph, lost_ways.sure(positions, lost), layers, unused)
         if reason is None and graph.chunks_others(positions):
             skipped[name] = "its channels are cut into equal parts together with others (SplitBackward0)"
             continue  # the layer that makes all of them may come yet
         if reason is None and graph.pads_others(positions):
             skipped[name] = "constants are padded to its channels, as many whatever goes (ConstantPadNdBackward0)"
             continue  # the layer whose channels they are padded to may come yet
+        if reason is not None:
+            reason = reasons.read_elsewhere(members, graph.read_elsewhere) or reason
+        else:
+            reason = reasons.of_group(layers, members, owners, recording)
+            if reason is not None or not kept.isdisjoint(member.layer for member in members):
+                lost = lost_ways.lost(graph, came)
+            near = _members(graph, lost_ways.sure(positions, lost), layers, unused) if lost else members
+            far = {member.layer for member in members}.difference(member.layer for member in near)
+            if lost and (reason is not None or not far.isdisjoint(kept)):
+                members = near
+                read = any(member.role == "consumer" for member in near)
+                nearer = reasons.of_group(layers, near, owners, recording) if read else None
+                reason = nearer or next(iter(lost.values()))
+        producers = [member.layer for member in members if member.role == "producer"]
         seen.update(producers)
-        reason = reason and (reasons.read_elsewhere(members, graph.read_elsewhere) or reason)
-        reason = reason or reasons.of_group(layers, members, owners, recording) or next(
+        reason = reason or next(
             (f"its channels run into the heads of {member.layer}" for member in members
              if member.layer in taken.get(member.role, ())), None)
         if reason is None:
@@ -280,6 +293,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
                 continue
             reason = "all its channels can only be removed together"
         skipped[name] = reason
+        kept.update(producers)
         tied.update((producer, name) for producer in producers)
         tied.update((member.layer, name) for member in members if member.role == "tensor"
                     and layers[member.module].get_parameter(member.layer.rpartition(".")[2]).dim() > 1)
@@ -289,6 +303,13 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
     skipped |= {layer: f"its channels go with those of {first}" for layer, first in tied.items()
                 if layer not in covered and layer not in skipped}
     return ChannelGraph(tuple(groups), skipped, graph.normalized_by)
+
+
+def _members(graph: dependencies.Graph, positions: dependencies.Positions, layers: Mapping[str, nn.Module],
+             unused: Container[str]) -> list[Member]:
+    found = [member for key in positions if (member := _member(graph, key, positions[key])) is not None]
+    found += _uncalled(graph, layers, found)
+    return [unread.without_edge(member) if member.layer in unused else member for member in found]
 
 
 def _member(graph: Any, key: tuple[Any, Any], positions: np.ndarray) -> Member | None:

@@ -1,0 +1,119 @@
+"""Where the tracer loses channels: what it finds further on says nothing of them."""
+
+from collections.abc import Collection, Mapping
+from typing import Any, TypeAlias, TypeVar
+
+from fastscore.graph import index_maps
+from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, TRANSPARENT, Nodes, shape
+
+Key: TypeAlias = tuple[Any, Any]  # (node, pruning function): where channels come to
+
+
+def lost(graph: Nodes, came: Mapping[Key, Key | None]) -> dict[Key, str]:
+    """Where channels may not be that are said to be there -> what they were lost at.
+
+    came: each key -> the one that its channels first came from, which stands before it.
+    """
+    found: dict[Key, str] = {}
+    for key, before in came.items():
+        if before is None:
+            continue
+        origin = came[before]
+        why = found.get(before) or _at_product(graph, before[0], None if origin is None else origin[0]) \
+            or _between(graph, before[0], key[0])
+        if why is not None:
+            found[key] = why
+    layers = (why for why in found.values() if why.endswith(_ALONG))
+    one: str | None = next(layers, None)  # which says more
+    return {key: one if one is not None and why.startswith(_MEET) else why for key, why in found.items()}
+
+
+_T = TypeVar("_T")
+_SUMS = tuple(f"a product with other activations ({product}" for product in ("Mm", "Bmm", "Baddbmm", "Mv", "Dot"))
+_ALONG = "works along another dimension than that of its channels"
+_MEET = "the tracer cannot follow its channels past where they meet others"
+
+
+def sure(positions: Mapping[Key, _T], lost: Mapping[Key, str]) -> dict[Key, _T]:
+    """Of where channels are said to be, where they are, or where as many go as go of them: those whose product with
+    them is summed over."""
+    return {key: at for key, at in positions.items() if key not in lost or lost[key].startswith(_SUMS)}
+
+
+def _between(graph: Nodes, node: Any, onward: Any) -> str | None:
+    """Why channels are lost that go from one node to the next, or back; None where they are not."""
+    if node in onward.inputs:
+        source, target = node, onward
+    elif onward in node.inputs:
+        source, target = onward, node
+    else:
+        return None  # they are tied
+    dim, at, dims = graph.dim_of(source), graph.dim_of(target), len(shape(source))
+    if dim is None or dim >= dims:
+        return None
+    if target.type in PRODUCERS | CHANNELWISE | {NORM}:
+        if target.type in LAYERS | {OPTYPE.DEPTHWISE_CONV}:
+            expected = dims - 1 - len(getattr(target.module, "kernel_size", ()))
+        elif at is None or dims != len(shape(target)) or hasattr(target, "dim_is_known"):
+            return None
+        else:
+            expected = at
+        return None if dim == expected else f"{graph.name_of(target)} {_ALONG}"
+    if at is None or target.type not in TRANSPARENT:
+        return None
+    after = graph.dim_after(source, target)
+    return None if after in (None, at) else f"{_MEET} ({target.grad_fn.name()})"
+
+
+def _at_product(graph: Nodes, product: Any, origin: Any) -> str | None:
+    """Why what passes an operation is lost where that multiplies it by something else than a layer's weight."""
+    if product.type != OPTYPE.ELEMENTWISE or not index_maps.multiplies(product.grad_fn):
+        return None
+    others = [source for source in product.inputs if source is not origin]
+    made_by_layer, parameters = _made_of(others, product)
+    name = product.grad_fn.name()
+    own = [factor for source in others if (factor := _parameter_at(source)) is not None]
+    if own and origin not in product.inputs and not name.startswith("Convolution"):  # where what comes of it lies
+        return graph.taken_with(own[0]._name)
+    if made_by_layer:
+        return f"a product with other activations ({name}) takes them where they cannot be followed"
+    names = sorted(known for parameter in parameters if (known := graph.parameter_name(parameter)))
+    layers = [layer for known in names if (layer := graph.layer_of(known)) is not None]
+    if layers:  # this is a part of what it does
+        dim = graph.dim_of(origin) if origin in product.inputs else None
+        across = layers[0].type == OPTYPE.LINEAR and dim is not None and dim != len(shape(origin)) - 1
+        return f"{graph.name_of(layers[0])} {_ALONG}" if across else None
+    if names:
+        return graph.taken_with(names[0])
+    return f"a product ({name}) takes them where they cannot be followed"
+
+
+def _made_of(nodes: Collection[Any], product: Any) -> tuple[bool, list[Any]]:
+    """(whether a layer makes one of `nodes`, the parameters that they, and `product` itself, are made of)."""
+    work, seen, parameters = list(nodes), set[Any](), list[Any]()
+    parameters += _parameters_of(product)
+    while work:
+        node = work.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.type in PRODUCERS | CHANNELWISE | {NORM} or index_maps.looks_up(node.grad_fn):
+            return True, parameters
+        parameters += [node.module] if node.type == OPTYPE.PARAMETER else _parameters_of(node)
+        work += node.inputs
+    return False, parameters
+
+
+def _parameter_at(node: Any) -> Any:
+    """The node of the parameter that a node rearranges; None where it does something else."""
+    while node.type != OPTYPE.PARAMETER:
+        if len(node.inputs) != 1 or node.type not in TRANSPARENT or index_maps.looks_up(node.grad_fn):
+            return None
+        node = node.inputs[0]
+    return node
+
+
+def _parameters_of(node: Any) -> list[Any]:
+    """The parameters that an operation takes as they are."""
+    return [function.variable for function, _ in getattr(node.grad_fn, "next_functions", ())
+            if function is not None and hasattr(function, "variable")]
