@@ -205,7 +205,7 @@ def norm_gates(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
         graph: its groups.
 
     Returns:
-        A graph of other groups, and nothing left alone.
+        A graph of other groups, and nothing kept.
 
     Source: arXiv 2310.20203.
     """

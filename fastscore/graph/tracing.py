@@ -128,7 +128,7 @@ def _products(eval_model: nn.Module, example_inputs: batches.Batch, forward: bat
 
 def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], otherwise: str = ""
             ) -> tuple[ChannelGraph, set[str], set[str]]:
-    """(the groups of one way of running an evaluation copy, the layers that ran, those that are left alone with a
+    """(the groups of one way of running an evaluation copy, the layers that ran, those that are kept with a
     reason that came of trying them). otherwise: what is said where the model cannot be called so."""
     plain = _traced_as_it_is(eval_model, run, otherwise)
     if not plain[2]:
@@ -239,7 +239,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
     gradient comes back."""
     groups: list[ChannelGroup] = []
     skipped: dict[str, str] = {}
-    tied: dict[str, str] = {}  # producers of what is left alone -> the first of them
+    tied: dict[str, str] = {}  # producers of what is kept -> the first of them
     untraced: list[str] = []
     kept = set[str]()  # producers of all that has a reason
     seen = set(taken["producer"])

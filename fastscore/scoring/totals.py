@@ -33,7 +33,7 @@ class Totals:
 
     model: the one that is measured, for its layers' types and, where the importance reads them, its weights. graph: its
     channel groups. origin: the way of scoring; its fingerprint is filled in here. ignore: layers to leave out.
-    several: whether batches are known to have several samples: groups whose samples cannot be told apart are left alone
+    several: whether batches are known to have several samples: groups whose samples cannot be told apart are kept
     then at once. Every other sample goes to one half, so that the scores can tell how far two halves of the samples
     agree. A pass with NaN or infinity is left out, whole, and counted.
     Raises ValueError, with the reasons, when no channel is left.

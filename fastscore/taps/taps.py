@@ -45,17 +45,15 @@ class Taps:
                  weights: Mapping[str, Tensor] | None = None, outputs: Outputs = output_tensors,
                  traceable: bool = False, sample_dims: int = 1, axes: SampleAxes | None = None,
                  apart: bool = True) -> None:
-        self.model = model
+        self.model, self.measure = model, measure
         self.points = dict(points)
-        self.measure = measure
         self.weights = dict(weights or {})
         self.current: ForwardPass | None = None
         self._preallocated: Mapping[str, Tensor] = {}
         self._published: FusedTap | None = None
         self._on_pass, self._outputs = on_pass, outputs
-        self._traceable, self._sample_dims = traceable, sample_dims
+        self._traceable, self._sample_dims, self._apart = traceable, sample_dims, apart
         self.axes = SampleAxes() if axes is None else axes
-        self._apart = apart
         self._propagating = self._in_one_pass = False
         self._backward = BackwardPasses()
         self._unseen: dict[str, RemovableHandle] = {}  # layers whose taps have not run -> what says so
