@@ -32,7 +32,7 @@ Run = Callable[[nn.Module, Batch], Sequence[Tensor]]
 
 SHARED = "what {0} reads is the same for all samples, whose gradients there cannot be told apart"
 MIXED = "what {0} reads of one sample reaches the outputs of others, so that samples cannot be told apart"
-IRREGULAR = "the rows that {0} reads are in no regular order of samples (routed, or gathered)"
+IRREGULAR = "the rows that {0} reads lie in no order of samples that is known (routed, gathered, flipped, looped over)"
 UNREACHED = "no gradient comes back to {0} from the samples that were tried, which would tell its rows apart"
 AMBIGUOUS = "which row that {0} reads is of which sample cannot be told from the gradients that come back"
 ALONE = ": it is scored where batches have one sample each"

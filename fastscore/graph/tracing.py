@@ -249,7 +249,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
     for name, module in layers.items():
         node = graph.module2node.get(module)
         kind = tp.ops.module2type(module)
-        if (name in unused and kind in PRODUCERS) or (node is None and kind in PRODUCERS
+        if (name in idle and kind in PRODUCERS) or (node is None and kind in PRODUCERS
                                                       and name not in called_otherwise):
             untraced.append(name)
             continue

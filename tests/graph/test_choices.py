@@ -105,3 +105,36 @@ def test_choices_of_each_channel_by_itself(kind: str) -> None:
     other = tokens(64, 1)
     with fastscore.mask(model, scores, 0.5, x, scope="layer"), torch.no_grad():
         torch.testing.assert_close(small(other), model(other), rtol=1e-9, atol=1e-12)
+
+
+class Merged(Chosen):
+    """The tokens that `metric` finds alike are merged; nothing else is made of what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x: x)
+        self.metric = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made, alike = self.make(x), self.metric(x)
+        nearest = (alike[:, ::2] @ alike[:, 1::2].mT).argmax(-1, keepdim=True).expand(-1, -1, made.shape[-1])
+        return self.head(self.read(made[:, 1::2].scatter_reduce(1, nearest, made[:, ::2], "mean")).relu().mean(1))
+
+
+class Switched(Merged):
+    """`metric` says for each sample whether it is read at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        on = self.metric(x).mean(1).argmax(-1) > 0
+        return self.head(self.read(self.make(x) * on[:, None, None]).relu().mean(1))
+
+
+@pytest.mark.parametrize("kind", [Merged, Switched])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_layer_that_only_chooses_is_not_said_to_be_idle(kind: type[Merged], seed: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind().double().eval()
+    scores = fastscore.score(model, [tokens(4, seed)], progress=False)
+    assert scores.skipped["metric"] == \
+        "read reads its channels where no gradient comes back (detach(), or a choice by them)"
+    assert "make" in scores

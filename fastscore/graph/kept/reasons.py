@@ -109,7 +109,8 @@ def of_leak(where: str, members: Iterable[Member], recording: Recording, readers
     if where in recording.layers and recurrent.was_given_constant(recording.layers[where]):
         return f"{where} reads a state that no layer makes: one that the model keeps from call to call, say"
     return read_elsewhere(members, readers) or \
-        f"the tracer cannot follow its channels to {where}: an operation mixes or moves them"
+        f"the tracer cannot follow its channels to {where}: an operation mixes or moves them, or the code decides by " \
+        "them"
 
 
 def of_choice(where: str) -> str:

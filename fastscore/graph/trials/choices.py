@@ -28,16 +28,16 @@ class Choices(TorchDispatchMode):
     """Within the block, choices that the code makes are noted, or made otherwise.
 
     noted: what the choices of a run were made by; None: `self.noted` is to hold those of this run. Otherwise those
-    choices come out otherwise whose operands are not what is noted.
+    choices come out otherwise whose operands are not what is noted. turn: another number, another outcome.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, noted: list[tuple[str, list[Tensor]]] | None = None) -> None:
+    def __init__(self, noted: list[tuple[str, list[Tensor]]] | None = None, turn: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.noted = [] if noted is None else noted
         self._left = None if noted is None else iter(noted)
-        self._paused = False
+        self._paused, self._turn = False, turn
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -64,7 +64,7 @@ class Choices(TorchDispatchMode):
         differs = torch.zeros((), dtype=torch.bool, device=operands[0].device)
         for x, old in zip(operands, before, strict=True):
             differs = differs | ~close(x, old)
-        return _otherwise(func, name, args, kwargs, differs)
+        return _otherwise(func, name, args, kwargs, differs, self._turn)
 
 
 def _name(func: Any) -> str | None:
@@ -82,11 +82,13 @@ def _tells_numbers(operands: list[Tensor], args: Any) -> bool:
     return (len(operands) == 2 and operands[0] is operands[1]) or (isinstance(other, float) and abs(other) == torch.inf)
 
 
-def _otherwise(func: Any, name: str, args: Any, kwargs: Any, differs: Tensor) -> Any:
+def _otherwise(func: Any, name: str, args: Any, kwargs: Any, differs: Tensor, turn: int) -> Any:
     """What `func` returns, but otherwise where its operands differ."""
     if name in _ALONG:
         x, dim = args[0], _dim(func, args, kwargs)
-        whole = x.flatten().roll(1).view_as(x) if dim is None else x.roll(1, dim)
+        places = x.numel() if dim is None else x.shape[dim]
+        by = 1 + turn % max(1, places - 1)
+        whole = x.flatten().roll(by).view_as(x) if dim is None else x.roll(by, dim)
         changed = differs.any() if dim is None else differs.any(dim, keepdim=True)
         return func(torch.where(changed, whole, x), *args[1:], **kwargs)
     if name == "nonzero":

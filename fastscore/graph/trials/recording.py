@@ -75,10 +75,10 @@ class Recording:
         return {name: of(module) for name, module in self.model.named_modules()
                 if tp.ops.module2type(module) == tp.ops.OPTYPE.IN}
 
-    def leak(self, made: Positions, read: Positions, chosen: bool = False) -> str | None:
+    def leak(self, made: Positions, read: Positions, turn: int | None = None) -> str | None:
         """Run with the outputs at `made` changed and all others held; where an input differs that is not in `read`.
 
-        chosen: what is chosen by what is changed is chosen otherwise."""
+        turn: what is chosen by what is changed is chosen otherwise, in another way for another number."""
         before, found = self.inputs, list[str]()
 
         def compare(layer: str, call: int, x: Tensor | None) -> None:
@@ -87,7 +87,7 @@ class Recording:
                 found.append(layer)
 
         try:
-            output = self._replay_changed(made, compare, Choices(self.choices) if chosen else None)
+            output = self._replay_changed(made, compare, None if turn is None else Choices(self.choices, turn))
         except Exception as error:  # of the model's code, which picks rows by what the channels hold
             return found[0] if found else f"the model's own code ({type(error).__name__})"
         if not found and (output.shape != self.output.shape or not close(output, self.output).all()):
@@ -106,7 +106,9 @@ class Recording:
         """Where what `layers` make shows: the output, or a layer that is none of them; None where it does not."""
         everything = {layer: torch.arange(x.shape[self._dims[layer]]) for layer in layers
                       for x in self.inputs[layer][:1] if x is not None}
-        return self.leak(self._whole(layers), everything)
+        made = self._whole(layers)
+        turns = (None, *range(4 if self.choices else 0))
+        return next(filter(None, (self.leak(made, everything, turn) for turn in turns)), None)
 
     def _whole(self, layers: Collection[str]) -> Positions:
         return {layer: torch.arange(self.outputs[layer][0].shape[self._dims[layer]]) for layer in layers

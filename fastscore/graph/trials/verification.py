@@ -47,15 +47,15 @@ def _verify(recording: Recording, groups: Sequence[ChannelGroup], chosen: bool) 
     made = _channels_at(groups, recording.norms, "producer")
     read = _channels_at(groups, recording.norms, *READS)
     held = list(_held(recording.model, groups))
-    for _ in range(_PAIRS):
+    for pair in range(_PAIRS):
         half = torch.cat([torch.rand(len(group.unit), generator=generator)[group.unit] < 0.5
                           for group, generator in zip(groups, generators, strict=True)])
-        for side in (half, ~half):
+        for turn, side in enumerate((half, ~half), 2 * pair):
             with _entries_changed((owner, name, dim, index[side[channel]])
                                   for owner, name, dim, index, channel in held):
                 where = recording.leak({layer: index[side[channel]] for layer, (index, channel) in made.items()},
                                        {layer: index[side[channel]] for layer, (index, channel) in read.items()},
-                                       chosen)
+                                       turn if chosen else None)
             if where is not None:
                 return where
     return None
