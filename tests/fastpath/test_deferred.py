@@ -33,13 +33,13 @@ SUMS = {  # (output of the last convolution, shortcut) -> what goes on
     "in place": lambda out, shortcut: out.__iadd__(shortcut),
     "in place, by method": lambda out, shortcut: (out.add_(shortcut), out)[1],
     "a new tensor": lambda out, shortcut: out + shortcut,
-    "turned round": lambda out, shortcut: torch.add(shortcut, out),
+    "operands swapped": lambda out, shortcut: torch.add(shortcut, out),
     "scaled": lambda out, shortcut: torch.add(out, shortcut, alpha=0.5),
     "in place of the shortcut": lambda out, shortcut: (shortcut := shortcut.clone()).__iadd__(out),
     "of a mean": lambda out, shortcut: out + shortcut.mean((2, 3), keepdim=True),
     "twice": lambda out, shortcut: out + shortcut + shortcut,
     "with itself": lambda out, shortcut: out + out,
-    "laid out otherwise": lambda out, shortcut: out + shortcut.contiguous(),
+    "of another layout": lambda out, shortcut: out + shortcut.contiguous(),
     "a number": lambda out, shortcut: out.add_(0.5),
 }
 CLAMPS = {
@@ -105,7 +105,7 @@ way = st.tuples(st.sampled_from(list(SHORTCUTS)), st.sampled_from(list(SUMS)), s
           ("a layer", "in place", "copying", "the sum", True)])
 @example([("a layer", "in place, by method", "in place", "a part of it", False)])
 @example([("a copy", "a new tensor", "copying", "the output", True),
-          ("the input", "turned round", "copying", "the shortcut, changed since", True)])
+          ("the input", "operands swapped", "copying", "the shortcut, changed since", True)])
 def test_residual_blocks_however_they_are_written(ways: list[tuple[str, str, str, str, bool]]) -> None:
     assert_scored_as_by_hooks(residual(*ways), images())
 
@@ -114,7 +114,7 @@ def test_residual_blocks_however_they_are_written(ways: list[tuple[str, str, str
     (("the input", "in place", "in place", "nothing", True), True),
     (("a layer", "in place", "in place", "nothing", True), True),
     (("the input", "in place, by method", "copying", "nothing", False), True),
-    (("a copy", "turned round", "copying", "nothing", True), True),
+    (("a copy", "operands swapped", "copying", "nothing", True), True),
     (("the input", "a new tensor", "in place", "its size", True), False),
     (("the input", "in place", "copying", "the sum", True), False),  # something reads the sum before it is clamped
     (("the input", "scaled", "in place", "nothing", True), False),
