@@ -15,8 +15,8 @@ from torch import nn
 
 import fastscore
 from fastscore import progress
-from fastscore.pruning import latency
-from fastscore.pruning.costs import total_macs
+from fastscore.pruning.budgets import latency
+from fastscore.pruning.budgets.costs import total_macs
 from fastscore.pruning.report import Timing
 
 

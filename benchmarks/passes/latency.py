@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fastscore
 from benchmarks import machine
-from fastscore.pruning.clocks import Clock
+from fastscore.pruning.budgets.clocks import Clock
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2")
 SHARES = (0.8, 0.6, 0.4)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from benchmarks.peers.measure import Stopwatch
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.tracing import trace
-from fastscore.modules import held_weights, multihead_attention
+from fastscore.modules.attention import multihead_attention
+from fastscore.modules.weights import held_weights
 
 
 @dataclass(frozen=True)

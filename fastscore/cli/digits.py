@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastscore.progress import bar, shown
-from fastscore.pruning.costs import total_macs
+from fastscore.pruning.budgets.costs import total_macs
 from fastscore.pruning.prune import prune
 from fastscore.scoring.engine import score
 from fastscore.wording import counted

@@ -14,8 +14,8 @@ from fastscore.cli import options
 from fastscore.cli.options import Commands, add_command
 from fastscore.ops import library
 from fastscore.ops.backends import backends
-from fastscore.pruning.checkpoint import read_notes
-from fastscore.pruning.export import read_exported_notes
+from fastscore.pruning.saved.checkpoint import read_notes
+from fastscore.pruning.saved.export import read_exported_notes
 from fastscore.scoring.scores import Scores
 
 _NONE = {"notes": "none: fastscore did not prune it; give weights as --checkpoint, behind the name of their model"}

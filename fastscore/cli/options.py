@@ -19,7 +19,7 @@ from fastscore.cli.argument_types import IMPORTANCES, importance, of_sampling, p
 from fastscore.cli.checkpoints import noted_weights, sha256
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.graph.head_dims import HEAD_DIMENSIONS
-from fastscore.pruning.quality import HELD_OUT
+from fastscore.pruning.budgets.quality import HELD_OUT
 from fastscore.recovery.reconstruct import Method
 from fastscore.scoring.criteria import ABLATIONS, GRADIENT_IMPORTANCES, LAYERWISE, REDUCTIONS
 from fastscore.scoring.gradients import DISTRIBUTIONS

@@ -9,11 +9,11 @@ import fastscore
 from fastscore.cli import options
 from fastscore.cli.argument_types import positive_or, share
 from fastscore.cli.options import Commands, add_command, tell
-from fastscore.pruning import clocks
-from fastscore.pruning.clocks import Clock
-from fastscore.pruning.export import check_suffix, save
+from fastscore.pruning.budgets import clocks
+from fastscore.pruning.budgets.clocks import Clock
+from fastscore.pruning.budgets.quality import Quality
 from fastscore.pruning.options import Budgets, Ranking
-from fastscore.pruning.quality import Quality
+from fastscore.pruning.saved.export import check_suffix, save
 from fastscore.recovery.divergence import judged_by
 
 

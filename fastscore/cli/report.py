@@ -18,11 +18,11 @@ from fastscore.cli import images, models, options
 from fastscore.cli.argument_types import positive, share
 from fastscore.cli.options import Commands, add_command, check_out, wrote
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.pruning.costs import Costs, Resource
+from fastscore.pruning.budgets.costs import Costs, Resource
+from fastscore.pruning.budgets.selection import check_removable, scored_graph
 from fastscore.pruning.options import Budgets, Ranking, resolve_compensate
-from fastscore.pruning.ranking import rank
+from fastscore.pruning.order.ranking import rank
 from fastscore.pruning.report import PruneReport
-from fastscore.pruning.selection import check_removable, scored_graph
 from fastscore.recovery.divergence import judged_by
 from fastscore.scoring.scores import Scores
 

@@ -11,9 +11,9 @@ from fastscore.fastpath import cudnn_layers, packed_layers
 from fastscore.fastpath.deferred import computed, deferred
 from fastscore.fastpath.fused_taps import clamped, packed
 from fastscore.fastpath.packed_layers import RELU, ClampBounds
+from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
+from fastscore.modules.attention.projections import ProjectionLinear
 from fastscore.modules.inspection import hooked, parametrized
-from fastscore.modules.multihead_attention import SequenceFirstLinear
-from fastscore.modules.projections import ProjectionLinear
 from fastscore.ops.backends import portable
 from fastscore.taps.taps import Taps
 

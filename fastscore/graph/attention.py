@@ -19,7 +19,7 @@ from fastscore.graph.attention_calls import Call
 from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.head_dims import Projections
-from fastscore.modules import multihead_attention
+from fastscore.modules.attention import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import parameter_owners, parametrized, shared_parameters
 

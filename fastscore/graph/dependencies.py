@@ -18,7 +18,8 @@ from fastscore.graph.index_maps import IndexMap
 from fastscore.graph.lost_ways import Key
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, TRANSPARENT, Nodes, shape, slice_of
 from fastscore.graph.noted_calls import NotedCalls, outputs_of, states_given
-from fastscore.modules import channel_norms, recurrent
+from fastscore.modules.norms import channel_norms
+from fastscore.modules.weights import recurrent
 
 _RUNS_OVER = "an operation runs over all its channels"
 _MOST_ARRIVALS = 100  # at one node, each time at new places: more than there are branches that end somewhere

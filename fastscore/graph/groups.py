@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastscore.modules.parameter_layers import ParameterLinear
 from fastscore.modules.sample_axis import SampleAxes
+from fastscore.modules.weights.parameter_layers import ParameterLinear
 
 Role = Literal["producer", "consumer", "channelwise", "norm", "heads", "gate", "tensor", "branch", "block",
                "reader", "width", "expert", "router", "query", "head_dims", "rotary"]
@@ -37,7 +37,7 @@ class Member:
     layer: qualified module name. role: `producer` (a Conv, Linear or Embedding that makes the channels), `consumer` (a
     Conv or Linear that reads them), `reader` (one of which nothing comes: see fastscore.graph.kept.unread),
     `channelwise` (a BatchNorm, PReLU or depthwise convolution between them), `norm` (a normalisation over them, whose
-    statistics read them: see fastscore.modules.channel_norms), `heads` (an attention module, for what it has once for
+    statistics read them: see fastscore.modules.norms.channel_norms), `heads` (an attention, for what it has once for
     each head), `gate` (a BatchNorm whose output is the channels: see norm_gates), `branch` (a residual branch, all
     whose output is one channel) or `block` (the same module, or one that runs for it alone, which goes with it, and
     returns `index[0]` things: see fastscore.graph.blocks), `expert` (the last layer of a mixture's experts: after its

@@ -18,9 +18,9 @@ from fastscore.batches import with_float64
 from fastscore.graph.attention_calls import Call
 from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
+from fastscore.modules.attention.rotary import table_width
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
-from fastscore.modules.rotary import table_width
 
 # keys and values that an attention module adds to those that it makes, [1, 1, heads · width]: 1 keys, 2 values
 _TENSORS: Mapping[str, int] = {"bias_k": 1, "bias_v": 2}

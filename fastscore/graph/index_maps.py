@@ -20,7 +20,7 @@ _PRODUCTS = ("Mm", "Bmm", "Addbmm", "Baddbmm", "Mv", "Dot", "ScaledDotProduct", 
              "Convolution")
 _CONTRACTING = ("Mm", "Bmm", "Addmm", "Addbmm", "Baddbmm", "Mv", "Addmv", "Dot", "Linear", "Convolution", "Embedding",
                 "Index", "Gather", "ScaledDotProduct", "Cdist", "Einsum", "Roll", "Flip", "Unfold",
-                "PartOfProjection")  # the last is of fastscore.modules.projections
+                "PartOfProjection")  # the last is of fastscore.modules.attention.projections
 
 
 class IndexMap(Protocol):

@@ -10,7 +10,7 @@ from fastscore.graph import index_maps
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.cutting.cut_widths import Cut, Width
 from fastscore.graph.noted_calls import NotedCalls
-from fastscore.modules import channel_norms
+from fastscore.modules.norms import channel_norms
 
 OPTYPE = tp.ops.OPTYPE
 # What a group may pass through, and the part it plays there. A depthwise convolution and a normalisation work on each

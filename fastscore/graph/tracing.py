@@ -30,10 +30,10 @@ from fastscore.graph.kept import left_alone, reasons, training_only, unread
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
 from fastscore.graph.trials import returned_trial, surgery_trial, verification
 from fastscore.graph.trials.recording import Recording
-from fastscore.modules import recurrent
-from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of, parameter_owners
+from fastscore.modules.macs.counting import count
+from fastscore.modules.weights import recurrent
 from fastscore.modules.wrappers import unwrapped, without_checkpoints
 from fastscore.progress import working
 from fastscore.rng import fork_rng

@@ -18,8 +18,8 @@ from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.graph.head_dims import with_head_dims
 from fastscore.graph.trials.differences import close
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.modules.experts import NAMES, ROUTER, ExpertLinear, RouterLinear
 from fastscore.modules.hooks import OwnHook
+from fastscore.modules.weights.experts import NAMES, ROUTER, ExpertLinear, RouterLinear
 
 _CHOOSES = {"softmax", "topk"}  # what the code of a router calls that takes no expert of probability zero
 _COUNT, _CHOSEN = "num_experts", "top_k"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastscore.modules.channel_norms import ChannelNorm, NarrowedNorm, norm_of
-from fastscore.modules.experts import holds_experts
+from fastscore.modules.norms.channel_norms import ChannelNorm, NarrowedNorm, norm_of
+from fastscore.modules.weights.experts import holds_experts
 from fastscore.modules.wrappers import unwrapped
 
 _WAY_OUT = "keep it with fastscore.save_pruned, and load it with fastscore.load_pruned"

@@ -7,8 +7,10 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 
 from fastscore.batches import tensors_of
-from fastscore.modules import computed_weights, held_weights, multihead_attention, scripted, transposed_linear
+from fastscore.modules import scripted
+from fastscore.modules.attention import multihead_attention
 from fastscore.modules.modes import enter_evaluation
+from fastscore.modules.weights import computed_weights, held_weights, transposed_linear
 from fastscore.modules.wrappers import check_whole
 
 _OF_EVERY_MODULE = set(vars(nn.Module()))

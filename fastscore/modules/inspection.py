@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from fastscore.modules.channel_norms import norm_of
-from fastscore.modules.transposed_linear import is_transposed
+from fastscore.modules.norms.channel_norms import norm_of
+from fastscore.modules.weights.transposed_linear import is_transposed
 
 
 def parametrized(module: nn.Module) -> bool:

@@ -8,8 +8,8 @@ from torch import nn
 
 from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph.groups import Ignore
+from fastscore.pruning.budgets.quality import HELD_OUT
 from fastscore.pruning.curve import Curve, Drawn, Evaluate, curve
-from fastscore.pruning.quality import HELD_OUT
 from fastscore.recovery.divergence import judged_by
 from fastscore.recovery.held_out import split
 from fastscore.recovery.reconstruct import Method

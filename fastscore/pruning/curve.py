@@ -14,8 +14,8 @@ from fastscore.batches import Batch, Forward, call_model, first_samples, map_ten
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar, shown
+from fastscore.pruning.budgets.quality import HELD_OUT, Judge
 from fastscore.pruning.prune import prune
-from fastscore.pruning.quality import HELD_OUT, Judge
 from fastscore.pruning.result import PruneResult
 from fastscore.recovery.divergence import judged_by
 from fastscore.recovery.held_out import split

@@ -19,12 +19,13 @@ from fastscore.graph.groups import matching_layers
 from fastscore.modules.evaluation_copy import evaluation_copy, own_copies
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
-from fastscore.pruning import clocks, latency, recipes
-from fastscore.pruning.checkpoint import load_state
+from fastscore.pruning.budgets import clocks, latency
 from fastscore.pruning.options import Budgets
 from fastscore.pruning.prune import prune
 from fastscore.pruning.report import GroupReport, PruneReport
 from fastscore.pruning.result import PruneResult
+from fastscore.pruning.saved import recipes
+from fastscore.pruning.saved.checkpoint import load_state
 from fastscore.rng import fork_rng
 from fastscore.scoring.engine import score
 from fastscore.scoring.scores import Scores

@@ -16,15 +16,16 @@ from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph import blocks, head_dims
 from fastscore.graph.groups import ChannelGroup, Ignore
 from fastscore.graph.whole_experts import never_chosen
-from fastscore.modules import held_weights, multihead_attention, parameter_layers
+from fastscore.modules.attention import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook, input_of, with_input
 from fastscore.modules.inspection import channel_dim, device_of
+from fastscore.modules.weights import held_weights, parameter_layers
 from fastscore.modules.wrappers import uncompiled, unwrapped
-from fastscore.pruning.costs import Costs
+from fastscore.pruning.budgets.costs import Costs
+from fastscore.pruning.budgets.selection import OutOfReachError, rounded_up, scored_graph, select
 from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate
-from fastscore.pruning.ranking import rank
-from fastscore.pruning.selection import OutOfReachError, rounded_up, scored_graph, select
+from fastscore.pruning.order.ranking import rank
 from fastscore.recovery.compensation import (
     mean_contributions,
     removed_means,

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from fastscore.graph.cutting.surgery import remove_indices
 from fastscore.modules import scripted
-from fastscore.modules.computed_weights import computed_weights, weight_source
 from fastscore.modules.evaluation_copy import computed_tensors
+from fastscore.modules.weights.computed_weights import computed_weights, weight_source
 from fastscore.modules.wrappers import unwrapped
-from fastscore.pruning import recipes
 from fastscore.pruning.result import PruneResult
+from fastscore.pruning.saved import recipes
 
 
 def rebuild_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, result: PruneResult) -> torch.optim.Optimizer:

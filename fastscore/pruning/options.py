@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from fastscore.arguments import check_number
-from fastscore.pruning.costs import Resource
+from fastscore.pruning.budgets.costs import Resource
 from fastscore.scoring.scores import Scores
 
 Scope = Literal["global", "layer", "isomorphic"]
@@ -63,7 +63,7 @@ class Ranking:
 
     Args:
         scope: which channels are compared with each other: see fastscore.prune.
-        cost_aware: rank by importance per cost; None: where that makes sense (see fastscore.pruning.ranking).
+        cost_aware: rank by importance per cost; None: where that makes sense (see fastscore.pruning.order.ranking).
         round_to: widths that remain are multiples of it; "auto": of what the device likes.
         floor: the share of each group's channels that stays in any case, or group -> share.
 

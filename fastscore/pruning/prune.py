@@ -14,19 +14,19 @@ from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import shown
-from fastscore.pruning import clocks
-from fastscore.pruning.clocks import Clock
-from fastscore.pruning.costs import Costs, MacsWithout
-from fastscore.pruning.latency import select_by_latency
-from fastscore.pruning.measured import measurable, measured_order
+from fastscore.pruning.budgets import clocks
+from fastscore.pruning.budgets.clocks import Clock
+from fastscore.pruning.budgets.costs import Costs, MacsWithout
+from fastscore.pruning.budgets.latency import select_by_latency
+from fastscore.pruning.budgets.quality import HELD_OUT, Quality, build_after, select_by_quality
+from fastscore.pruning.budgets.selection import check_removable, macs_along, scored_graph, select
 from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate, say_compensation
-from fastscore.pruning.quality import HELD_OUT, Quality, build_after, select_by_quality
-from fastscore.pruning.ranking import ranker
-from fastscore.pruning.recipes import no_biases
+from fastscore.pruning.order.measured import measurable, measured_order
+from fastscore.pruning.order.ranking import ranker
 from fastscore.pruning.refusal import checked, repaired
 from fastscore.pruning.report import Candidate, Judged, new_report
 from fastscore.pruning.result import PruneResult
-from fastscore.pruning.selection import check_removable, macs_along, scored_graph, select
+from fastscore.pruning.saved.recipes import no_biases
 from fastscore.pruning.surgery import Surgery, macs_without, plan_surgery, replay, verify
 from fastscore.recovery.held_out import split
 from fastscore.recovery.reconstruct import Method, reconstruct
@@ -56,7 +56,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         latency: what remains of the time that one call takes on the example inputs, measured on the present device,
             beside the dense model, in medians. A few candidates along the removal order, chosen by the time that each
             layer takes, are built and timed until one is below the budget by little, twice, or little separates
-            it from one that is over it (see fastscore.pruning.latency); report.candidates is the curve.
+            it from one that is over it (see fastscore.pruning.budgets.latency); report.candidates is the curve.
         scope: "global" compares channels of all layers; "layer" shrinks all layers alike; "isomorphic" compares within
             each class of groups that are made, passed and read by the same kinds of layers, and shrinks all classes
             alike.
@@ -65,7 +65,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             layers are compared, and the scores measure how the outputs change (by gradients, not layerwise). False: the
             paper's way.
         round_to: remaining widths are multiples of it; "auto": of 8, 16 or 32, by device and dtype (see
-            fastscore.pruning.costs.channel_multiple).
+            fastscore.pruning.budgets.costs.channel_multiple).
         floor: the share of each group's channels that stays in any case, or layer -> share (at least one always does).
         compensate: add what the channels gave to their consumers on average to the consumers' biases (see
             fastscore.recovery.compensation); consumers without a bias get one, which counts towards params. It takes
@@ -76,14 +76,14 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             fastscore.reconstruct, which takes them, `repair` as its method, and process_group. It compensates with
             means of its own, whatever the scores hold; report.repairs says what each repair gave.
         repair: "auto", "linear", "asymmetric" or "mean".
-        measured: within a group, channels that others can stand in for go first (see fastscore.pruning.redundancy);
+        measured: within a group, channels that others can stand in for go first (fastscore.pruning.order.redundancy);
             groups are compared by what the loss of their channels costs once it is repaired, measured on calibration
             samples that are held out: three cuts of each group alone, each judged on 48 samples (see
-            fastscore.pruning.measured). None: where `repair` is "auto" or "asymmetric", the scope is "global" and
+            fastscore.pruning.order.measured). None: where `repair` is "auto" or "asymmetric", the scope is "global" and
             importances are of one sign and measure how the outputs change. False: importances alone.
         agreement: in place of the budgets: the smallest network along the removal order, repaired, that makes at least
             this share of the dense model's decisions, found by bisection on samples that no repair has seen (see
-            fastscore.pruning.quality); report.judged has what was tried. It needs calibration.
+            fastscore.pruning.budgets.quality); report.judged has what was tried. It needs calibration.
         kl: likewise: the largest mean KL divergence from the dense model's outputs, in nats.
         confidence: such as 0.95: the agreement holds, with this probability at least, beyond the samples that judge;
             by an exact binomial bound, on a half of them that the search does not see.

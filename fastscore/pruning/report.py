@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastscore.graph.groups import ChannelGraph
-from fastscore.pruning.costs import Costs
+from fastscore.pruning.budgets.costs import Costs
 from fastscore.recovery.divergence import judged_by
 from fastscore.recovery.reconstruct import Repair
 from fastscore.tables import Table

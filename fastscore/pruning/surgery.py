@@ -15,15 +15,15 @@ from fastscore.graph.cutting.surgery import (
 )
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.trials.surgery_trial import said, where
-from fastscore.modules import held_weights
-from fastscore.modules.computed_weights import computed_weights, make_plain
-from fastscore.modules.counting import Count, count
 from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.macs.counting import Count, count
 from fastscore.modules.modes import evaluating
-from fastscore.modules.transposed_linear import is_transposed
 from fastscore.modules.undo import undone_on_error
-from fastscore.pruning import recipes
+from fastscore.modules.weights import held_weights
+from fastscore.modules.weights.computed_weights import computed_weights, make_plain
+from fastscore.modules.weights.transposed_linear import is_transposed
 from fastscore.pruning.refusal import DoesNotRun, OtherShape, checked, does
+from fastscore.pruning.saved import recipes
 from fastscore.recovery.compensation import add_to_biases, mean_contributions, removed_means, removed_positions
 from fastscore.scoring.scores import Scores
 

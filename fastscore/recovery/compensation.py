@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward, with_float64
 from fastscore.graph.groups import ChannelGroup, Role
-from fastscore.modules import held_weights
-from fastscore.modules.channel_norms import norm_of
+from fastscore.modules.attention.multihead_attention import PROJECTIONS
+from fastscore.modules.attention.projections import ProjectionLinear
+from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim
-from fastscore.modules.multihead_attention import PROJECTIONS
-from fastscore.modules.parameter_layers import ParameterLinear
-from fastscore.modules.projections import ProjectionLinear
-from fastscore.modules.transposed_linear import is_transposed, widths
-from fastscore.modules.windowed_attention import LinearWithoutKeyBias
+from fastscore.modules.norms.channel_norms import norm_of
+from fastscore.modules.weights import held_weights
+from fastscore.modules.weights.parameter_layers import ParameterLinear
+from fastscore.modules.weights.transposed_linear import is_transposed, widths
 from fastscore.wording import counted
 
 _ADAPTERS = {"lora_A", "lora_B"}  # beside a layer that PEFT calls so:

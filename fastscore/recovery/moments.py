@@ -17,8 +17,8 @@ from fastscore.batches import valid_tokens, with_float64
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import device_of
-from fastscore.modules.parameter_layers import ParameterLinear
-from fastscore.modules.transposed_linear import is_linear
+from fastscore.modules.weights.parameter_layers import ParameterLinear
+from fastscore.modules.weights.transposed_linear import is_linear
 
 POSITIONS = 256  # of each sample and call, as many are looked at
 WIDEST = 4096  # inputs whose moments are taken together: 128 MiB in float64

@@ -19,10 +19,10 @@ from torch import Tensor, distributed, nn
 from fastscore.batches import Batch, Forward, call_model, checked_forward
 from fastscore.graph.cutting.surgery import RemovedIndices, removed_branches
 from fastscore.graph.tracing import trace
-from fastscore.modules.computed_weights import computed_weight
 from fastscore.modules.evaluation_copy import evaluation_copy, own_copies
 from fastscore.modules.inspection import device_of
 from fastscore.modules.modes import evaluating
+from fastscore.modules.weights.computed_weights import computed_weight
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import bar, shown
 from fastscore.recovery.calibration import Calibration, Part

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches import with_float64
-from fastscore.modules.parameter_layers import ParameterLinear
-from fastscore.modules.transposed_linear import is_linear, is_transposed
+from fastscore.modules.weights.parameter_layers import ParameterLinear
+from fastscore.modules.weights.transposed_linear import is_linear, is_transposed
 from fastscore.recovery.moments import POSITIONS, rows_of
 
 

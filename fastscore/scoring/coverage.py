@@ -9,7 +9,7 @@ from torch import nn
 
 from fastscore.graph.cutting import heads
 from fastscore.graph.groups import READS, ChannelGraph
-from fastscore.modules.weight_products import weight_name
+from fastscore.modules.weights.weight_products import weight_name
 
 _SHOWN = 3  # of the reasons
 _READERS = {*READS, "norm"}

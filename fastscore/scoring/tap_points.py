@@ -8,8 +8,8 @@ from torch import nn
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Ignore, Role, norm_gates
 from fastscore.graph.sample_axes import ALONE
 from fastscore.graph.whole_experts import WITH
-from fastscore.modules.held_weights import is_held
 from fastscore.modules.inspection import channel_dim
+from fastscore.modules.weights.held_weights import is_held
 from fastscore.scoring.scores import Origin
 from fastscore.taps.gates import TapPoint
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from fastscore.batches import with_float64
 from fastscore.graph.cutting import heads
 from fastscore.graph.groups import ChannelGroup, Member
-from fastscore.modules import held_weights
-from fastscore.modules.parameter_layers import ParameterLinear
-from fastscore.modules.transposed_linear import is_transposed
+from fastscore.modules.weights import held_weights
+from fastscore.modules.weights.parameter_layers import ParameterLinear
+from fastscore.modules.weights.transposed_linear import is_transposed
 
 # (model, group, seed) -> [C]; None where the criterion says nothing about the group
 WeightImportance = Callable[[nn.Module, ChannelGroup, int], Tensor | None]

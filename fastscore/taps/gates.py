@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastscore.modules import channel_norms
+from fastscore.modules.norms import channel_norms
 from fastscore.modules.sample_axis import SampleAxis
 
 

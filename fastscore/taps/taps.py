@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastscore.batches import Outputs, output_tensors
-from fastscore.modules import experts, held_weights, multihead_attention, parameter_layers
+from fastscore.modules.attention import multihead_attention
 from fastscore.modules.hooks import OwnHook, input_of, with_input
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, by_sample, by_token, rows_first, spread
+from fastscore.modules.weights import experts, held_weights, parameter_layers
 from fastscore.taps.gates import ExpertGate, FusedTap, Gate, NormGate, TapPoint
 from fastscore.taps.measures import Measure
 from fastscore.taps.passes import BackwardPasses, ForwardPass, Tapped

@@ -12,7 +12,7 @@ import pytest
 from interruptible import MODEL, calls, folder, run
 
 import fastscore
-from fastscore.pruning import latency
+from fastscore.pruning.budgets import latency
 
 COMMANDS = {
     "repair": ["prune", *MODEL, "--macs", "0.6", "--repair", "asymmetric", "--out", "small.safetensors"],

@@ -8,7 +8,7 @@ from PIL import Image
 
 from fastscore import cli
 from fastscore.cli import digits
-from fastscore.pruning.costs import total_macs
+from fastscore.pruning.budgets.costs import total_macs
 
 
 @pytest.fixture(scope="module")

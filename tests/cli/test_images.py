@@ -16,7 +16,7 @@ from PIL import Image
 
 import fastscore
 from fastscore.cli import images, main, models
-from fastscore.pruning.costs import total_macs
+from fastscore.pruning.budgets.costs import total_macs
 
 NETS = """
 from torch import nn

@@ -17,7 +17,7 @@ from torch import nn
 
 import fastscore
 from fastscore.cli import digits
-from fastscore.pruning.costs import total_macs
+from fastscore.pruning.budgets.costs import total_macs
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastscore.pruning import latency
-from fastscore.pruning.costs import total_macs
+from fastscore.pruning.budgets import latency
+from fastscore.pruning.budgets.costs import total_macs
 from fastscore.pruning.report import Timing
 
 PAGE = Path(__file__).parents[2] / "docs" / "pruning.md"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fastscore.pruning.quality import Quality
+from fastscore.pruning.budgets.quality import Quality
 
 PAGE = Path(__file__).parents[2] / "docs" / "recovery.md"
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import fastscore
 from fastscore import Scorer
 from fastscore.graph.tracing import trace
-from fastscore.modules import multihead_attention
-from fastscore.pruning.costs import total_macs
+from fastscore.modules.attention import multihead_attention
+from fastscore.pruning.budgets.costs import total_macs
 
 EMBED, HEADS, WIDTH, TOKENS = 10, 4, 3, 5  # heads x width differs from the embedding
 EMBEDDING = ("embed",)  # the layer that makes it: a group of its own

@@ -17,7 +17,7 @@ import fastscore
 from fastscore.graph.tracing import trace
 from fastscore.integrations.transformers import forward
 from fastscore.modules.zero_branch import ZeroBranch
-from fastscore.pruning.costs import total_macs
+from fastscore.pruning.budgets.costs import total_macs
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 20,
          "max_position_embeddings": 16}

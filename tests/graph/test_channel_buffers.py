@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import fastscore
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.tracing import trace
-from fastscore.pruning.costs import Costs
+from fastscore.pruning.budgets.costs import Costs
 
 
 class Scale(nn.Module):

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 import fastscore
 from fastscore.integrations.transformers import forward
-from fastscore.pruning.costs import total_macs
+from fastscore.pruning.budgets.costs import total_macs
 
 EMBED, TOKENS, SAMPLES = 6, 4, 3
 Places = Mapping[str, list[tuple[int, int]]]  # weight -> (row, or column, and the channel there)

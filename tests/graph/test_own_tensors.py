@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.graph.tracing import trace
-from fastscore.modules.channel_norms import norm_of
+from fastscore.modules.norms.channel_norms import norm_of
 
 
 class Block(nn.Module):

@@ -12,7 +12,7 @@ from whole_way import check, noisy
 
 import fastscore
 from fastscore.graph.tracing import trace
-from fastscore.modules import own_width
+from fastscore.modules.attention import own_width
 
 WIDTH, HEADS = 12, 3
 

@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastscore
 from fastscore.graph.tracing import trace
-from fastscore.modules import held_weights
-from fastscore.modules.counting import count
+from fastscore.modules.macs.counting import count
+from fastscore.modules.weights import held_weights
 
 KINDS = (nn.LSTM, nn.GRU, nn.RNN)
 CELLS = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)

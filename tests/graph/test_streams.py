@@ -32,9 +32,9 @@ import fastscore
 from fastscore import Scorer
 from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.tracing import trace
-from fastscore.modules import channel_norms
-from fastscore.modules.channel_norms import NarrowedNorm, norm_of
-from fastscore.pruning.costs import total_macs
+from fastscore.modules.norms import channel_norms
+from fastscore.modules.norms.channel_norms import NarrowedNorm, norm_of
+from fastscore.pruning.budgets.costs import total_macs
 
 
 def _network(kind: str, seed: int = 0) -> nn.Module:

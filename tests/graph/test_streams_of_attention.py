@@ -14,11 +14,11 @@ import fastscore
 from fastscore import Scorer
 from fastscore.graph.cutting.surgery import remove_channels, smaller_copy
 from fastscore.graph.tracing import trace
-from fastscore.modules import held_weights
-from fastscore.modules.counting import count
+from fastscore.modules.attention.multihead_attention import replace_attention
+from fastscore.modules.attention.projections import ProjectionLinear
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.modules.multihead_attention import replace_attention
-from fastscore.modules.projections import ProjectionLinear
+from fastscore.modules.macs.counting import count
+from fastscore.modules.weights import held_weights
 
 WIDTH = 12
 

@@ -17,7 +17,7 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.modules import multihead_attention
+from fastscore.modules.attention import multihead_attention
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50,
         "max_position_embeddings": 16, "use_cache": False}
@@ -215,7 +215,7 @@ def test_windowed_attention_loses_heads_with_their_position_biases(name: str) ->
             for handle in multihead_attention.replace_attention(model):
                 standing_in.enter_context(handle)
             replaced = type(model.get_submodule(heads.rpartition(".")[0]))
-            assert replaced.__module__ == "fastscore.modules.windowed_attention"
+            assert replaced.__module__ == "fastscore.modules.attention.windowed_attention"
             torch.testing.assert_close(model(batch), expected, rtol=1e-12, atol=1e-12)
     with untouched(model):
         scores = fastscore.score(model, [batch], progress=False)

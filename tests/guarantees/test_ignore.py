@@ -14,8 +14,8 @@ from networks import NETWORKS
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.pruning import latency
-from fastscore.pruning.latency import search_steps
+from fastscore.pruning.budgets import latency
+from fastscore.pruning.budgets.latency import search_steps
 from fastscore.pruning.report import Timing
 
 RESIDUAL, ATTENTION = NETWORKS["residual"], nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)

@@ -14,7 +14,7 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.pruning import latency
+from fastscore.pruning.budgets import latency
 
 NETWORK = NETWORKS["plain"]
 MODEL, BATCHES = NETWORK.model().float(), list(NETWORK.inputs(24).float().split(6))

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.batches import Batch, Forward, call_model, checked_forward, map_tensors
 from fastscore.graph.tracing import trace
-from fastscore.modules import held_weights
-from fastscore.modules.channel_norms import norm_of
+from fastscore.modules.attention.multihead_attention import replace_attention
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim
-from fastscore.modules.multihead_attention import replace_attention
-from fastscore.modules.response_norms import ResponseNorm
+from fastscore.modules.norms.channel_norms import norm_of
+from fastscore.modules.norms.response_norms import ResponseNorm
+from fastscore.modules.weights import held_weights
 from fastscore.pruning.masking import at_consumers, at_group_norms
 from fastscore.recovery.compensation import removed_positions
 

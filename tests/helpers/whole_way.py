@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.tracing import trace
-from fastscore.modules.computed_weights import computed_weight
 from fastscore.modules.inspection import channel_dim
+from fastscore.modules.weights.computed_weights import computed_weight
 
 
 def run(model: nn.Module, batch: Any) -> Tensor:

@@ -15,7 +15,7 @@ from whole_way import check, noisy
 
 import fastscore
 from fastscore.graph.tracing import trace
-from fastscore.modules.computed_weights import computed_weight
+from fastscore.modules.weights.computed_weights import computed_weight
 
 
 class Standardised(nn.Conv2d):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.modules.counting import count
+from fastscore.modules.macs.counting import count
 from fastscore.pruning.report import PruneReport
 
 N, T, C = 2, 5, 6
@@ -56,7 +56,7 @@ def test_recurrent_layers_of_other_forms() -> None:
 
 def test_cudnn_sees_every_matrix_of_a_recurrent_layer_once_a_step() -> None:
     """On a GPU one operation is the whole of it: the formula is held against the layer's own on the CPU."""
-    from fastscore.modules.mac_formulas import FORMULAS
+    from fastscore.modules.macs.mac_formulas import FORMULAS
 
     for packed_rows in ((T, N), (T * N,)):
         shapes = [torch.Size(shape) for shape in ((16, C), (16, 4), (16,), (16,), (16, 4), (16, 4), (16,), (16,))]

@@ -13,7 +13,7 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.pruning import recipes
+from fastscore.pruning.saved import recipes
 
 
 def pruned(network: Network, times: int = 1, **options: object) -> tuple[nn.Module, Tensor]:

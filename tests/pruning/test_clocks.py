@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.batches import call_model
-from fastscore.pruning import clocks, latency
+from fastscore.pruning.budgets import clocks, latency
 from fastscore.pruning.report import PruneReport
 
 RUNTIMES = ["onnxruntime", "openvino"]

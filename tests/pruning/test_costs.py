@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastscore.graph.cutting.surgery import remove_channels
 from fastscore.graph.tracing import trace
-from fastscore.pruning.costs import Costs, total_macs
+from fastscore.pruning.budgets.costs import Costs, total_macs
 
 
 def counted(model: nn.Module, network: Network, samples: int = 1) -> int:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.graph.tracing import trace
-from fastscore.pruning import ranking
-from fastscore.pruning.costs import Costs
-from fastscore.pruning.layer_times import layer_seconds
-from fastscore.pruning.ranking import channel_costs, time_costs
+from fastscore.pruning.budgets.costs import Costs
+from fastscore.pruning.budgets.layer_times import layer_seconds
+from fastscore.pruning.order import ranking
+from fastscore.pruning.order.ranking import channel_costs, time_costs
 
 MODEL, X = NETWORKS["mobile"].model(), NETWORKS["mobile"].inputs(6)
 
@@ -72,7 +72,7 @@ def test_seconds_of_layers_leave_out_the_layers_inside(monkeypatch: pytest.Monke
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr("fastscore.pruning.layer_times.time", clock)
+    monkeypatch.setattr("fastscore.pruning.budgets.layer_times.time", clock)
 
     class Slow(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

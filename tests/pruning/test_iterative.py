@@ -17,8 +17,8 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.pruning import latency
-from fastscore.pruning.costs import total_macs
+from fastscore.pruning.budgets import latency
+from fastscore.pruning.budgets.costs import total_macs
 from fastscore.pruning.report import Timing
 
 RESIDUAL = NETWORKS["residual"]

@@ -21,12 +21,12 @@ import fastscore
 from benchmarks.passes import latency as benchmark
 from fastscore.graph.blocks import with_blocks
 from fastscore.graph.tracing import trace
-from fastscore.pruning import latency
-from fastscore.pruning.costs import Costs, total_macs
-from fastscore.pruning.latency import TOLERANCE, foreseen_times, search_steps
-from fastscore.pruning.ranking import RemovalStep
+from fastscore.pruning.budgets import latency
+from fastscore.pruning.budgets.costs import Costs, total_macs
+from fastscore.pruning.budgets.latency import TOLERANCE, foreseen_times, search_steps
+from fastscore.pruning.budgets.selection import rounded_up
+from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.pruning.report import Timing
-from fastscore.pruning.selection import rounded_up
 
 QUICK = settings(max_examples=150, deadline=None, derandomize=True)
 SHARES = st.integers(1, 99).map(lambda percent: percent / 100)

@@ -13,9 +13,9 @@ import fastscore
 from fastscore.batches import call_model
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.pruning import measured
-from fastscore.pruning.measured import LIMITS, SHARES, _line, measurable, measured_order, reordered
-from fastscore.pruning.ranking import RemovalStep, removal_order
+from fastscore.pruning.order import measured
+from fastscore.pruning.order.measured import LIMITS, SHARES, _line, measurable, measured_order, reordered
+from fastscore.pruning.order.ranking import RemovalStep, removal_order
 from fastscore.recovery.divergence import divergence
 
 

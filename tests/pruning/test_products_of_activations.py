@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.graph.tracing import trace
-from fastscore.pruning.costs import Costs
-from fastscore.pruning.ranking import channel_costs
+from fastscore.pruning.budgets.costs import Costs
+from fastscore.pruning.order.ranking import channel_costs
 from fastscore.pruning.surgery import macs_without
 
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta
 
-from fastscore.pruning.quality import Quality, choose_steps, least_share, search
-from fastscore.pruning.selection import MacsLeft
+from fastscore.pruning.budgets.quality import Quality, choose_steps, least_share, search
+from fastscore.pruning.budgets.selection import MacsLeft
 from fastscore.recovery.divergence import Divergence
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.cli import digits
-from fastscore.pruning import quality
+from fastscore.pruning.budgets import quality
 from fastscore.pruning.report import PruneReport
 from fastscore.recovery.held_out import Part
 

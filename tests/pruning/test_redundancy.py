@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.pruning import redundancy
+from fastscore.pruning.order import redundancy
 from fastscore.recovery.moments import InputMoments, Moments, layouts
 
 C = 6

@@ -18,9 +18,9 @@ import fastscore
 from fastscore.graph.cutting.surgery import remove_indices, removed_indices
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.tracing import trace
-from fastscore.pruning.costs import Costs, channel_multiple, total_macs
-from fastscore.pruning.ranking import RemovalStep, channel_costs, layer_kinds, removal_order
-from fastscore.pruning.selection import channels_of, select
+from fastscore.pruning.budgets.costs import Costs, channel_multiple, total_macs
+from fastscore.pruning.budgets.selection import channels_of, select
+from fastscore.pruning.order.ranking import RemovalStep, channel_costs, layer_kinds, removal_order
 from fastscore.scoring.scores import Origin, Scores
 
 ORIGIN = Origin("taylor-sq", "sum", "random", True, 0, "normal", "made up")

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.graph.tracing import trace
-from fastscore.pruning import latency, quality
+from fastscore.pruning.budgets import latency, quality
+from fastscore.pruning.budgets.selection import MacsLeft
 from fastscore.pruning.report import Timing
-from fastscore.pruning.selection import MacsLeft
 
 TOKENS, WIDTH = 40, 16
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.graph.cutting.surgery import remove_channels
 from fastscore.graph.tracing import trace
-from fastscore.pruning.costs import Costs
+from fastscore.pruning.budgets.costs import Costs
 from fastscore.recovery.compensation import add_to_biases
 
 RESIDUAL = NETWORKS["residual"]

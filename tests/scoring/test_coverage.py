@@ -10,8 +10,8 @@ import fastscore
 from fastscore import Scores
 from fastscore.graph.cutting.surgery import remove_channels
 from fastscore.graph.tracing import trace
-from fastscore.modules.counting import count
 from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.macs.counting import count
 
 N, T = 3, 5
 

@@ -8,7 +8,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.modules import channel_norms, parameter_layers, transposed_linear
+from fastscore.modules.norms import channel_norms
+from fastscore.modules.weights import parameter_layers, transposed_linear
 
 _COUNTS = ("num_features", "channels")  # attributes that say how many there are
 

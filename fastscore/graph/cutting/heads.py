@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.modules import multihead_attention, own_width
+from fastscore.modules.attention import multihead_attention, own_width
 
 # where an attention module has its projections: query, key, value (one name where they are one layer), output
 LAYERS = (

@@ -10,7 +10,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.graph.cutting import channel_buffers
-from fastscore.modules.parameter_layers import ParameterLinear, without
+from fastscore.modules.weights.parameter_layers import ParameterLinear, without
 
 
 def cut(model: nn.Module, name: str, dim: int, index: Tensor) -> None:

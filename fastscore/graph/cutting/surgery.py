@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from fastscore.graph.cutting import channel_buffers, heads, own_tensors
 from fastscore.graph.cutting.cut_widths import SIDE, narrow
 from fastscore.graph.groups import ChannelGroup, Role
-from fastscore.modules import held_weights, multihead_attention, recurrent, rotary
-from fastscore.modules.computed_weights import make_plain
+from fastscore.modules.attention import multihead_attention, rotary
 from fastscore.modules.evaluation_copy import own_copies
 from fastscore.modules.hooks import remove_copied_hooks
+from fastscore.modules.weights import held_weights, recurrent
+from fastscore.modules.weights.computed_weights import make_plain
 from fastscore.modules.zero_branch import put_zeros
 
 Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]

@@ -7,8 +7,8 @@ from torch import nn
 
 from fastscore.graph.groups import READS, ChannelGraph
 from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
-from fastscore.modules import recurrent
 from fastscore.modules.scripted import Scripted
+from fastscore.modules.weights import recurrent
 
 # what has a reason of its own; of any other module: that its code reads the weight
 _REASONS: tuple[tuple[type[nn.Module], str], ...] = (

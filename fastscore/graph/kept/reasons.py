@@ -11,9 +11,9 @@ from fastscore.graph import units
 from fastscore.graph.groups import Member, Role
 from fastscore.graph.trials.recording import Recording
 from fastscore.graph.trials.surgery_trial import said
-from fastscore.modules import recurrent
-from fastscore.modules.computed_weights import PLAIN, unused_parameters
 from fastscore.modules.inspection import parametrized, shared_parameters
+from fastscore.modules.weights import recurrent
+from fastscore.modules.weights.computed_weights import PLAIN, unused_parameters
 
 
 def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Mapping[int, int],

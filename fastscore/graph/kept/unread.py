@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastscore.graph.groups import Member, Role
 from fastscore.graph.nodes import PRODUCERS
-from fastscore.modules.channel_norms import norm_of
+from fastscore.modules.norms.channel_norms import norm_of
 
 
 class Outputs:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastscore.graph.nodes import PRODUCERS
 from fastscore.graph.trials.choices import Choices
 from fastscore.graph.trials.differences import changed, close, differ
-from fastscore.modules.channel_norms import OneNode, norm_of
 from fastscore.modules.inspection import channel_dim
+from fastscore.modules.norms.channel_norms import OneNode, norm_of
 
 Positions = Mapping[str, Tensor]  # layer -> int64 positions of its input or output
 

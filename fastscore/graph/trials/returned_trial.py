@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.trials.surgery_trial import said, some_channels, where
-from fastscore.modules.experts import ExpertLinear
 from fastscore.modules.modes import evaluating
+from fastscore.modules.weights.experts import ExpertLinear
 
 Run = Callable[[nn.Module], Sequence[Tensor]]
 

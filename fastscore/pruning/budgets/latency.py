@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from fastscore.batches import Batch, Forward
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar
-from fastscore.pruning.clocks import Call, Clock, runner
-from fastscore.pruning.costs import Costs, MacsWithout
-from fastscore.pruning.layer_times import layer_seconds
+from fastscore.pruning.budgets.clocks import Call, Clock, runner
+from fastscore.pruning.budgets.costs import Costs, MacsWithout
+from fastscore.pruning.budgets.layer_times import layer_seconds
+from fastscore.pruning.budgets.selection import channels_of, restore, rounded_up, steps_needed
 from fastscore.pruning.options import Budgets
-from fastscore.pruning.ranking import RemovalStep
+from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.pruning.report import UNSTEADY, Candidate, Timing
-from fastscore.pruning.selection import channels_of, restore, rounded_up, steps_needed
 
 # The search ends with a candidate whose share of the dense model's time is below the budget by no more than this (or
 # than it is uncertain by), or where one that is over it is foreseen to take no more than this share of the dense
@@ -37,7 +37,7 @@ _LEAST = 2e-3  # seconds of a single reading, which repeats short calls
 
 
 def time_pair(dense: Call, other: Call, device: torch.device, patience: int = 1) -> Timing:
-    """The time of one call of each of two models (see fastscore.pruning.clocks), which take turns, as things are now.
+    """The time of one call of each of two models (see fastscore.pruning.budgets.clocks), which take turns.
 
     Both run without autograd. They go on for at least 9 rounds and 0.4 seconds, then until the share is known to within
     0.02, or for 2 seconds. device: to wait for. patience: multiplies all of these numbers but 0.02.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastscore.modules.parameter_layers import HoldsLayers, Kinds, ParameterLinear
+from fastscore.modules.weights.parameter_layers import HoldsLayers, Kinds, ParameterLinear
 
 NAMES = ("gate_up_proj", "down_proj")
 ROUTER = ("weight",)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastscore.modules.own_width import DENSE_WIDTH
+from fastscore.modules.attention.own_width import DENSE_WIDTH
 
 
 class LinearWithoutKeyBias(nn.Linear):

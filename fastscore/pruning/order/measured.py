@@ -1,8 +1,8 @@
 """What the channels of each group are worth once they are repaired: measured, group by group.
 
-What a linear repair gives back differs from channel to channel (see fastscore.pruning.redundancy) and from group to
-group, and the more of a group goes, the less it is. So a share of each group's channels, those that go first, is taken
-out of the dense network alone, the layers that read them are reconstructed, and the KL divergence from the dense
+What a linear repair gives back differs from channel to channel (see fastscore.pruning.order.redundancy) and from group
+to group, and the more of a group goes, the less it is. So a share of each group's channels, those that go first, is
+taken out of the dense network alone, the layers that read them are reconstructed, and the KL divergence from the dense
 network is measured on samples held out from that. With S the summed values of what went,
 
     KL ≈ S · exp(a + b · share),
@@ -24,8 +24,8 @@ from fastscore.graph.cutting.surgery import removed_indices
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar
-from fastscore.pruning import redundancy
-from fastscore.pruning.ranking import RemovalStep
+from fastscore.pruning.order import redundancy
+from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.pruning.surgery import Surgery
 from fastscore.recovery.calibration import Calibration
 from fastscore.recovery.compensation import has_no_place, mean_contributions, removed_positions

@@ -13,8 +13,8 @@ from fastscore.batches import Batch, Forward
 from fastscore.graph.groups import ChannelGraph, Ignore, norm_gates
 from fastscore.graph.tracing import trace
 from fastscore.graph.whole_experts import WITH
-from fastscore.pruning.costs import Costs, MacsWithout, Resource
-from fastscore.pruning.ranking import RemovalStep
+from fastscore.pruning.budgets.costs import Costs, MacsWithout, Resource
+from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.scoring.scores import Scores
 from fastscore.wording import counted
 

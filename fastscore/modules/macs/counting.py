@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
 from fastscore import batches
-from fastscore.modules import mac_formulas, multihead_attention, recurrent
-from fastscore.modules.weight_products import WeightProducts
+from fastscore.modules.attention import multihead_attention
+from fastscore.modules.macs import mac_formulas
+from fastscore.modules.weights import recurrent
+from fastscore.modules.weights.weight_products import WeightProducts
 
 # Operations of PyTorch that multiply and add inside and have no formula; those of other packages count as such, too.
 _UNKNOWN = ("_fft_", "linalg_", "_linalg_", "cholesky", "_cholesky", "lu_", "triangular_solve", "ormqr",
@@ -34,7 +36,7 @@ class Count:
         macs: of the whole model, for one sample.
         layers: layer -> its MACs for one sample, those of the layers in it included.
         weights: Conv or Linear, or other weight -> MACs of the products with it, for one sample; products of
-            activations are in none. See fastscore.modules.weight_products.
+            activations are in none. See fastscore.modules.weights.weight_products.
         uncounted: operation that no formula knows -> the modules that it ran in, whose MACs are not in these figures.
         returned: what the model returned.
     """

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from fastscore.modules.parameter_layers import HoldsLayers, Kinds, ParameterLinear, Side
+from fastscore.modules.weights.parameter_layers import HoldsLayers, Kinds, ParameterLinear, Side
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 _FIRST = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")  # that read what the module is given

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastscore.graph.cutting.surgery import RemovedIndices, Side, remove_indices
-from fastscore.modules.multihead_attention import SequenceFirstLinear
-from fastscore.modules.parameter_layers import ParameterLinear
-from fastscore.modules.windowed_attention import LinearWithoutKeyBias
+from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
+from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
+from fastscore.modules.weights.parameter_layers import ParameterLinear
 from fastscore.recovery.compensation import add_to_biases
 
 K = TypeVar("K", bound=Hashable)

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fastscore.modules import own_width, windowed_attention
-from fastscore.modules.parameter_layers import HoldsLayers
+from fastscore.modules.attention import own_width, windowed_attention
+from fastscore.modules.weights.parameter_layers import HoldsLayers
 
 _SEPARATE = "qkv_bias_separate"  # of timm's attention: False has it read the weight of its layer without calling it
 
 
-# what nn.MultiheadAttention holds itself and multiplies by: see fastscore.modules.projections
+# what nn.MultiheadAttention holds itself and multiplies by: see fastscore.modules.attention.projections
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 

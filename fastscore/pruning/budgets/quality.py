@@ -22,12 +22,12 @@ from fastscore.batches import Batch, Forward, checked_forward, map_tensors
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar
-from fastscore.pruning.costs import Costs
+from fastscore.pruning.budgets.costs import Costs
+from fastscore.pruning.budgets.selection import MacsLeft
 from fastscore.pruning.options import Budgets
-from fastscore.pruning.ranking import RemovalStep
+from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.pruning.report import Judged
 from fastscore.pruning.result import PruneResult
-from fastscore.pruning.selection import MacsLeft
 from fastscore.recovery.divergence import Divergence, divergence
 from fastscore.recovery.held_out import Part, samples_in
 from fastscore.wording import counted

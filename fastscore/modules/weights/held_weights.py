@@ -1,11 +1,20 @@
-"""Which parameters of a user's model run as layers, and when: see fastscore.modules.parameter_layers."""
+"""Which parameters of a user's model run as layers, and when: see fastscore.modules.weights.parameter_layers."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
-from fastscore.modules import experts, multihead_attention, projections, recurrent
-from fastscore.modules.parameter_layers import Handle, Kinds, ParameterLinear, Side, put_back, without, without_rows
+from fastscore.modules.attention import multihead_attention, projections
+from fastscore.modules.weights import experts, recurrent
+from fastscore.modules.weights.parameter_layers import (
+    Handle,
+    Kinds,
+    ParameterLinear,
+    Side,
+    put_back,
+    without,
+    without_rows,
+)
 
 
 def replace(model: nn.Module, called: Iterable[str] | None = None) -> Iterator[Handle]:

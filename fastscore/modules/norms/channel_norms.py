@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.modules.hooks import input_of
-from fastscore.modules.response_norms import ResponseNorm
+from fastscore.modules.norms.response_norms import ResponseNorm
 
 _EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")
 _PARAMETERS = {"weight", "bias"}

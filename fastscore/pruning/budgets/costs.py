@@ -2,7 +2,7 @@
 
 A dense layer's share grows with inputs x outputs, a depthwise or normalisation layer's with its channels. What runs
 outside of the groups' layers and yet follows their widths, products of activations above all, is found by trial cuts.
-The dense figures are counted (see fastscore.modules.counting).
+The dense figures are counted (see fastscore.modules.macs.counting).
 """
 
 import math
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from fastscore import batches
 from fastscore.graph.cutting import heads
 from fastscore.graph.groups import READS, ChannelGroup, Member
-from fastscore.modules.counting import count
-from fastscore.modules.experts import ExpertLinear
 from fastscore.modules.inspection import device_of
+from fastscore.modules.macs.counting import count
+from fastscore.modules.weights.experts import ExpertLinear
 from fastscore.recovery.compensation import gets_bias
 
 Resource = Literal["channels", "params", "macs"]
@@ -93,7 +93,7 @@ class LayerCost:
 
 
 def total_macs(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.call_model) -> int:
-    """MACs of one sample: those that run for the example inputs, over their number (see fastscore.modules.counting)."""
+    """MACs of one sample: those that run for the example inputs (see modules.macs.counting), over their number."""
     return count(model, example_inputs, forward).macs
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fastscore import files
 from fastscore.batches import floating_tensors, output_tensors
 from fastscore.modules.modes import evaluating
-from fastscore.pruning.checkpoint import save_pruned
 from fastscore.pruning.result import PruneResult
+from fastscore.pruning.saved.checkpoint import save_pruned
 
 
 def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | PathLike[str]) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward
 from fastscore.graph.groups import ChannelGroup
-from fastscore.modules.experts import ExpertLinear
-from fastscore.pruning.costs import Costs, Resource, channel_multiple
-from fastscore.pruning.layer_times import layer_seconds
+from fastscore.modules.weights.experts import ExpertLinear
+from fastscore.pruning.budgets.costs import Costs, Resource, channel_multiple
+from fastscore.pruning.budgets.layer_times import layer_seconds
 from fastscore.pruning.options import Budgets, Ranking, Scope
 from fastscore.scoring.scores import Scores
 

@@ -1,7 +1,7 @@
 """Global response normalisation, as in ConvNeXt V2: every channel's norm over an image, divided by the mean of all.
 
-What stands for one in fastscore.modules.channel_norms: with fewer channels the mean stays over the dense width, as if
-those that are gone were zero.
+What stands for one in fastscore.modules.norms.channel_norms: with fewer channels the mean stays over the dense width,
+as if those that are gone were zero.
 """
 
 from dataclasses import dataclass

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fastscore import files
 from fastscore.modules.evaluation_copy import own_copies
 from fastscore.modules.wrappers import unwrapped
-from fastscore.pruning import recipes
 from fastscore.pruning.result import PruneResult
+from fastscore.pruning.saved import recipes
 
 _FORM = "fastscore-pruned-1"
 

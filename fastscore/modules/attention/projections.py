@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastscore.modules.multihead_attention import PROJECTIONS, projections
-from fastscore.modules.parameter_layers import Kinds, ParameterLinear
+from fastscore.modules.attention.multihead_attention import PROJECTIONS, projections
+from fastscore.modules.weights.parameter_layers import Kinds, ParameterLinear
 
 _FUSED, _BIAS = PROJECTIONS[0], "in_proj_bias"
 

@@ -1,0 +1,1 @@
+"""Multiply-accumulates (MACs), counted while a model runs."""

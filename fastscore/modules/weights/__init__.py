@@ -1,0 +1,1 @@
+"""Weights that no layer of PyTorch holds, as layers: parameters, experts, recurrent and computed weights."""

@@ -1,0 +1,1 @@
+"""Pruned models in files, and the recipes that make room for their weights."""
