@@ -10,9 +10,10 @@ import pytest
 import reach
 import torch
 from architectures import row
+from model_case import Case
 from models_page import PAGE, on_page
 from oracles import untouched
-from real_models import CASES, Case
+from real_models import CASES
 
 import fastscore
 from fastscore.cli import models

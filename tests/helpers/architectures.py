@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from model_case import Case
 from networks import randomize
-from real_models import Case
 from torch import Tensor, nn
 
 import fastscore

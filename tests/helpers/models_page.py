@@ -23,7 +23,8 @@ from pathlib import Path
 import reach
 import torch
 from architectures import HEADINGS, Row, one_line, row
-from real_models import CASES, Case
+from model_case import Case
+from real_models import CASES
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 MEMORY, SECONDS = 4 << 30, 300  # that a model may take: bytes, and seconds of the processor

@@ -1,0 +1,99 @@
+"""Arguments that are wrong, and scores of another model: named, before anything changes."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from networks import NETWORKS
+from oracles import untouched
+from refusals import RESIDUAL, X, refused, score, trained
+from torch import Tensor, nn
+
+import fastscore
+
+
+@pytest.mark.parametrize(("call", "argument"), [
+    *((lambda m, s, name=name, value=value: fastscore.prune(m, s, X, **{name: value}), name)
+      for name in ("macs", "params", "channels", "latency", "agreement", "kl") for value in ("half", [0.5], True, {})),
+    (lambda m, s: fastscore.prune(m, s, X, macs=0.5, round_to=[8]), "round_to"),
+    (lambda m, s: fastscore.prune(m, s, X, macs=0.5, floor="low"), "floor"),
+    (lambda m, s: fastscore.prune(m, s, X, macs=0.5, ignore=3), "ignore"),
+    (lambda m, s: fastscore.prune(m, s, X, macs=0.5, forward="forward"), "forward"),
+    (lambda m, s: fastscore.prune(m, s, X, macs=0.5, calibration="x"), "calibration"),
+    (lambda m, s: fastscore.prune(m, s, X, macs=0.5, measured="yes"), "measured"),
+    *((lambda m, s, x=x: fastscore.prune(m, s, x, macs=0.5), "example_inputs")
+      for x in ("x", None, 3, (2, 3, 8, 8), X.numpy())),
+    (lambda m, s: fastscore.mask(m, s, 0.3, "x").__enter__(), "example_inputs"),
+    (lambda m, s: fastscore.mask(m, s, "x", X).__enter__(), "fraction"),
+    (lambda m, s: fastscore.prune_iteratively(m, [X], macs="half", steps=2, progress=False), "macs"),
+    (lambda m, s: fastscore.prune_iteratively(m, [X], macs=0.5, steps="two", progress=False), "steps"),
+    (lambda m, s: score(m, seed="x"), "seed"),
+    (lambda m, s: score(m, "x"), "batches"),
+])
+def test_another_type_than_is_meant(call: Callable[..., Any], argument: str) -> None:
+    model = trained()
+    scores = score(model)
+    with untouched(model), pytest.raises(TypeError, match=f"^{argument}: .* meant"):
+        call(model, scores)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"importance": "taylr"}, "^importance: 'taylr' is none of"), ({"gradient": "none"}, "^gradient: 'none'"),
+    ({"reduction": "max"}, "^reduction: 'max'"), ({"probes": 0}, "^probes: 0"), ({"samples": 0}, "^samples: 0"),
+    ({"gradient": "loss", "probes": 2}, "^probes: 2"), ({"distribution": "cauchy"}, "^distribution: 'cauchy' is none"),
+    ({"seed": 2**64}, "seed is")])
+def test_arguments_of_score(options: dict[str, Any], message: str) -> None:
+    model = trained()
+    refused(ValueError, message, model, lambda: score(model, **options))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({}, "^prune: name a budget"), ({"macs": 0.0}, r"^macs: 0.0 is outside \(0, 1\]"), ({"macs": 1.5}, "^macs: 1.5"),
+    ({"params": -0.5}, "^params: -0.5"), ({"channels": math.nan}, "^channels: nan"),
+    ({"macs": 0.5, "round_to": 0}, "round_to"),
+    ({"macs": 0.5, "floor": 1.5}, "floor"), ({"macs": 0.5, "floor": math.nan}, "floor"),
+    ({"macs": 0.5, "scope": "local"}, "^scope: 'local'"), ({"macs": 0.001}, "^macs: 0.001 cannot be reached"),
+    ({"params": 0.3, "floor": 0.9}, "^params: 0.3 cannot be reached"),
+    ({"channels": 0.5, "round_to": 64}, "^channels: 0.5 cannot be reached")])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_arguments_of_prune(options: dict[str, Any], message: str, inplace: bool) -> None:
+    model = trained()
+    scores = score(model)
+    refused(ValueError, message, model, lambda: fastscore.prune(model, scores, X, inplace=inplace, **options))
+
+
+def test_scores_of_another_model() -> None:
+    model = trained()
+    other = {
+        "another network": (score(NETWORKS["dense"].model()), "another model, .*conv0"),
+        "wider": (score(nn.Sequential(nn.Conv2d(3, 9, 3), nn.Conv2d(9, 4, 3)).double(), [X]), "another model"),
+        "before it was pruned": (score(fastscore.prune(RESIDUAL.model(), score(RESIDUAL.model()), X, macs=0.5).model),
+                                 r"has \d channels and the scores know \d.*pruned\?"),
+        "connected differently": (score(NETWORKS["inplace"].model(), ignore=["block2"]), ""),
+    }
+    rewired = RESIDUAL.model()
+    rewired.block1.shortcut = nn.Conv2d(6, 6, 1).double()
+    other["rewired"] = (score(rewired), "another model|connected differently")
+    for name, (scores, message) in other.items():
+        if name == "connected differently":  # the same channels in the same places, computed in place: the same model
+            assert fastscore.prune(model, scores, X, macs=0.9).report.macs[1] > 0
+            continue
+        for act in (lambda scores=scores: fastscore.prune(model, scores, X, macs=0.5),
+                    lambda scores=scores: fastscore.prune(model, scores, X, macs=0.5, inplace=True),
+                    lambda scores=scores: fastscore.mask(model, scores, 0.3, X).__enter__()):
+            refused(ValueError, f"^scores: .*({message})", model, act)
+
+
+def test_scores_of_channels_that_are_kept_now() -> None:
+    """The same model, called so that a layer's channels cannot go: told so, and no word of another model."""
+    model = trained()
+    scores = score(model)
+    layer = next(iter(scores))
+
+    def all_needed(model: nn.Module, x: Tensor) -> Tensor:
+        output = model(x)
+        return output + model.get_submodule(layer)(x).mean() if layer in dict(model.named_modules()) else output
+
+    refused(ValueError, rf"^scores: they know channels of {layer}, which cannot go from this model on these", model,
+            lambda: fastscore.prune(model, scores, X, macs=0.5, forward=all_needed))

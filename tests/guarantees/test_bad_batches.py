@@ -1,0 +1,91 @@
+"""Batches that cannot be taken are named, before anything changes, and the way out that is named leads there."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from networks import NETWORKS
+from refusals import RESIDUAL, X, refused, score, trained
+from torch import Tensor, nn
+
+import fastscore
+from fastscore import Scorer
+
+
+class Images(NamedTuple):
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass
+class Scene:
+    images: Tensor
+    labels: Tensor
+
+
+class Takes(nn.Module):
+    """A model, called on what `part` finds in its input."""
+
+    def __init__(self, part: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.net, self.part = RESIDUAL.model(), part
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.net(self.part(batch))
+
+
+@pytest.mark.parametrize(("part", "batch", "forward"), [
+    (lambda batch: batch.images, Images(X, torch.arange(4)), "model(batch)"),
+    (lambda batch: batch, Scene(X, torch.arange(4)), "model(batch.images)"),
+    (lambda batch: batch["images"], {"images": X}, "model(batch)")])
+def test_a_batch_that_the_model_takes_otherwise_has_a_way_out(part: Callable[[Any], Tensor], batch: Any,
+                                                              forward: str) -> None:
+    model, want = Takes(part), score(RESIDUAL.model())
+    for act in (lambda: score(model, [batch]), lambda: Scorer(model, batch)):
+        refused(ValueError, re.escape(f"forward=lambda model, batch: {forward}"), model, act)
+    found = score(model, [batch], forward=eval(f"lambda model, batch: {forward}"))
+    assert all(torch.equal(found[f"net.{layer}"], values) for layer, values in want.items())
+
+
+def test_labels_missing() -> None:
+    model = trained()
+    for batches in ([X], [(X,)], [{"x": X}], [(X, None)], [(X, [0, 1, 2, 3])]):
+        refused(ValueError, r"^batches: .*needs labels.*loss=.*gradient=\"random\"", model,
+                lambda batches=batches: score(model, batches, gradient="loss"))
+
+
+def test_batches_that_are_none() -> None:
+    model = trained()
+    refused(ValueError, "^batches: there is none", model, lambda: score(model, []))
+    refused(TypeError, r"^batches: .*one tensor.*\[batch\]", model, lambda: score(model, X))
+    refused(TypeError, r"^batches: .*\[batch\]", model, lambda: score(model, {"x": X}))
+    refused(TypeError, "^batches: .*int", model, lambda: score(model, 3))
+    refused(TypeError, "^batches: .*without a tensor", model, lambda: score(model, ["a", "b"]))
+
+
+@pytest.mark.parametrize("x", [torch.randn(2, 5, 8, 8).double(), torch.randn(2, 3).double(),
+                               torch.randn(2, 3, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.int64)])
+def test_a_batch_the_model_cannot_take(x: Tensor) -> None:
+    model = trained()
+    scores = score(RESIDUAL.model())
+    for act in (lambda: score(model, [x]), lambda: Scorer(model, x),
+                lambda: fastscore.prune(model, scores, x, macs=0.5)):
+        refused(ValueError, "example_inputs", model, act)
+
+
+def test_a_later_batch_of_another_shape() -> None:
+    """Flattened, the positions of another image size do not fit; the loop ends with PyTorch's own error."""
+    network = NETWORKS["flattening"]
+    model, x = network.model(), torch.randn(2, 3, 10, 10).double()
+    refused(RuntimeError, "shapes cannot be multiplied", model, lambda: score(model, [network.inputs(2), x]))
+
+
+def test_scores_of_image_sizes_that_the_graph_takes() -> None:
+    """A fully convolutional network takes any size."""
+    small = score(RESIDUAL.model(), [X])
+    both = score(RESIDUAL.model(), [X, torch.randn(2, 3, 12, 10).double()])
+    assert small.samples + 2 == both.samples
+    assert small.origin == both.origin
