@@ -5,10 +5,12 @@ differentiable: results never require grad, whatever the arguments do, so callin
 torch.func and in forward mode, where PyTorch would take that for a derivative of 0, they raise RuntimeError.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from fastscore.ops import checks, library  # noqa: F401  (library loads the kernels)
+from fastscore.ops import checks, library
 from fastscore.ops.backends import use_backend
 
 __all__ = ["channel_dot", "channel_powers", "channel_sums", "clamp_backward", "normalize_gradient", "random_gradient",
@@ -20,6 +22,21 @@ _channel_powers = torch.ops.fastscore.channel_powers.default
 _clamp_backward_ = torch.ops.fastscore.clamp_backward_.default
 _random_gradient = torch.ops.fastscore.random_gradient.default
 _normalize_gradient = torch.ops.fastscore.normalize_gradient.default
+
+
+def _of_pair(op: Callable[..., Tensor], a: Tensor, g: Tensor, channel_dim: int, *mean: bool) -> Tensor:
+    """Runs an op on an activation and its gradient. Every kernel checks what it is given; only once one has refused is
+    the caller told why at length, as looking beforehand takes a tenth of a small call."""
+    if not library.plain_call():
+        checks.check_pair(a, g, channel_dim)
+        return op(a, g, channel_dim, *mean)
+    try:
+        with library.past_autograd():
+            return op(a, g, channel_dim, *mean)
+    except RuntimeError as error:
+        refused = error
+    checks.check_pair(a, g, channel_dim)
+    raise refused
 
 
 def channel_sums(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,8 +57,7 @@ def channel_sums(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, Te
         ValueError: shapes or devices differ, fewer than 2 dimensions, or `channel_dim` out of range.
         TypeError: dtypes differ or are not floating.
     """
-    checks.check_pair(a, g, channel_dim)
-    dot, total, gradient = _channel_sums(a, g, channel_dim).unbind()
+    dot, total, gradient = _of_pair(_channel_sums, a, g, channel_dim).unbind()
     return dot, total, gradient
 
 
@@ -58,9 +74,7 @@ def channel_moments(a: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
     Raises:
         ValueError, TypeError: as `channel_sums` does.
     """
-    checks.check_pair(a, g, channel_dim)
-    result: Tensor = _channel_sums(a, g, channel_dim, True)
-    return result
+    return _of_pair(_channel_sums, a, g, channel_dim, True)
 
 
 def channel_dot(a: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
@@ -76,9 +90,7 @@ def channel_dot(a: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
     Raises:
         ValueError, TypeError: as `channel_sums` does.
     """
-    checks.check_pair(a, g, channel_dim)
-    result: Tensor = _channel_dot(a, g, channel_dim)
-    return result
+    return _of_pair(_channel_dot, a, g, channel_dim)
 
 
 def channel_powers(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -96,8 +108,7 @@ def channel_powers(a: Tensor, g: Tensor, channel_dim: int = 1) -> tuple[Tensor, 
     Raises:
         ValueError, TypeError: as `channel_sums` does.
     """
-    checks.check_pair(a, g, channel_dim)
-    absolute, squares = _channel_powers(a, g, channel_dim).unbind()
+    absolute, squares = _of_pair(_channel_powers, a, g, channel_dim).unbind()
     return absolute, squares
 
 
@@ -178,7 +189,7 @@ def random_gradient(sample_ids: Tensor, classes: int, seed: int, probe: int = 0,
         ValueError: `classes`, `seed` or `probe` out of range, or an unknown `distribution`.
     """
     checks.check_random(sample_ids, classes, seed, probe, distribution, dtype)
-    result: Tensor = _random_gradient(sample_ids, classes, seed, probe, distribution, normalize, dtype)
+    result: Tensor = library.run(_random_gradient, sample_ids, classes, seed, probe, distribution, normalize, dtype)
     return result
 
 
@@ -201,5 +212,5 @@ def normalize_gradient(g: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
         ValueError: `g` has no dimension, or `eps` is negative.
     """
     checks.check_gradient(g, eps)
-    result: tuple[Tensor, Tensor] = _normalize_gradient(g, eps)
+    result: tuple[Tensor, Tensor] = library.run(_normalize_gradient, g, eps)
     return result

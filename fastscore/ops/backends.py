@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fastscore.ops import composite, library, reference
+from fastscore.ops import checks, composite, library, reference
 
 BackendName = Literal["cuda", "triton", "composite", "reference"]
 
@@ -114,9 +114,21 @@ def _imported(op: str) -> Callable[..., Any]:
     return function
 
 
+def _checked(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which would broadcast operands of different shapes, once they are seen to be of one."""
+    if FAMILIES[op] != "channel_sums":
+        return function
+
+    def call(a: Tensor, g: Tensor, channel_dim: int = 1, *mean: bool, **kwargs: bool) -> Any:
+        checks.check_pair(a, g, channel_dim)
+        return function(a, g, channel_dim, *mean, **kwargs)
+
+    return call
+
+
 def _of_composite(op: str) -> Callable[..., Any]:
     """It serves whatever has no kernel, and so sees tensors that are not dense, too."""
-    function: Callable[..., Any] = getattr(composite, op)
+    function = _checked(op, getattr(composite, op))
 
     def call(*args: Any, **kwargs: Any) -> Any:
         for x in (*args, *kwargs.values()):
@@ -130,7 +142,8 @@ def _of_composite(op: str) -> Callable[..., Any]:
 
 def _of_reference(op: str) -> Callable[..., Any]:
     """The reference of `op` as its schema has it: several results of one shape are one tensor."""
-    function, returns = getattr(reference, op), getattr(torch.ops.fastscore, op).default._schema.returns
+    function = _checked(op, getattr(reference, op))
+    returns = getattr(torch.ops.fastscore, op).default._schema.returns
 
     def call(*args: Any, **kwargs: Any) -> Any:
         out = function(*args, **kwargs)

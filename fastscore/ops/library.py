@@ -108,7 +108,7 @@ def _undifferentiable(name: str) -> Callable[..., Any]:
     writes = [place for place, argument in enumerate(op._schema.arguments) if argument.is_write]
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        if forward_ad._current_level >= 0 or _transform() is not None:
             for argument, x in zip(op._schema.arguments, args, strict=False):
                 if isinstance(x, Tensor) and _followed(x):
                     raise RuntimeError(f"fastscore::{name} has no derivative, and {argument.name} is differentiated "
@@ -121,6 +121,29 @@ def _undifferentiable(name: str) -> Callable[..., Any]:
         return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
     return kernel
+
+
+_is_compiling, _transform = torch.compiler.is_compiling, torch._C._functorch.peek_interpreter_stack
+
+
+def plain_call() -> bool:
+    """Whether no transform sees what is called now: torch.func, forward mode or torch.compile.
+
+    Then an op goes past its kernel for autograd, `past_autograd`: that has nothing to refuse, and, being Python, takes
+    as long as all else that a small call needs.
+    """
+    return forward_ad._current_level < 0 and _transform() is None and not _is_compiling()
+
+
+past_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def run(op: Callable[..., Any], *args: Any) -> Any:
+    """Calls an op that writes to no argument, past its kernel for autograd where it can."""
+    if not plain_call():
+        return op(*args)
+    with past_autograd():
+        return op(*args)
 
 
 def _followed(x: Tensor) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastscore import ops
+from fastscore.ops import library
 
 
 def unclamped(g: Tensor, y: Tensor, bounds: tuple[float, float]) -> Tensor:
@@ -48,20 +49,16 @@ def _clamped_sums(y: Tensor, g: Tensor, rest: Tensor | None, low: float, high: f
 
 
 def _powers(a: Tensor, g: Tensor, channel_dim: int) -> Tensor:
-    result: Tensor = torch.ops.fastscore.channel_powers(a, g, channel_dim)
+    result: Tensor = library.run(_channel_powers, a, g, channel_dim)
     return result
 
 
 def _moments(a: Tensor, g: Tensor, channel_dim: int) -> Tensor:
-    """ops.channel_moments, in a backward pass: past the op's kernel for autograd, which is Python and most of what a
-    small layer's tap costs; torch.compile does not follow that."""
-    if torch.compiler.is_compiling():
-        return ops.channel_moments(a, g, channel_dim)
-    with torch._C._AutoDispatchBelowAutograd():
-        result: Tensor = _channel_sums(a, g, channel_dim, True)
+    result: Tensor = library.run(_channel_sums, a, g, channel_dim, True)
     return result
 
 
+_channel_powers = torch.ops.fastscore.channel_powers.default
 _channel_sums = torch.ops.fastscore.channel_sums.default
 SUMS = Measure(3, _moments, mean=1, fused=_clamped_sums)  # Σ a·g, the mean of a, Σ g
 POWERS = Measure(2, _powers)  # Σ |a·g|, Σ (a·g)²

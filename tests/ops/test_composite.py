@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastscore import ops
 from fastscore.ops import composite, reference
-from fastscore.ops.backends import FAMILIES
+from fastscore.ops.backends import FAMILIES, BackendName
 
 ROUNDINGS = {torch.float32: 4e-7, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float64: 1e-14}
 
@@ -96,3 +96,12 @@ def test_it_can_be_chosen() -> None:
         torch.testing.assert_close(ops.channel_sums(a, g), plain)
         torch.library.opcheck(torch.ops.fastscore.channel_sums.default, (a, g))
         torch.library.opcheck(torch.ops.fastscore.normalize_gradient.default, (g,))
+
+
+@pytest.mark.parametrize("backend", ["composite", "reference"])
+@pytest.mark.parametrize("op", ["channel_sums", "channel_dot", "channel_powers"])
+def test_operands_are_not_broadcast(backend: BackendName, op: str) -> None:
+    with ops.use_backend(backend):
+        for call in (getattr(ops, op), getattr(torch.ops.fastscore, op)):
+            with pytest.raises(ValueError, match="differ in shape"):
+                call(torch.ones(2, 3, 4), torch.ones(1, 3, 4))

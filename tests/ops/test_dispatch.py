@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from fastscore import ops
 from fastscore.ops import library
+from fastscore.taps.measures import POWERS, SUMS
 
 A = torch.randn(3, 6, 5, 4, generator=torch.Generator().manual_seed(0))
 IDS = torch.arange(5)
@@ -113,6 +114,35 @@ def test_where_a_derivative_would_be_taken_for_0_an_error_says_so(op, place):
     slope = torch.func.grad(lambda x: x.sum() + function(x.detach()))  # the way out that the error names
     assert torch.equal(slope(A), torch.ones_like(A))
     assert torch.equal(torch.func.grad(lambda s: s * function(A))(torch.ones(())), plain)
+
+
+def test_a_plain_call_goes_past_the_python_of_autograd():
+    """As it is most of what a small call takes; so is a check that every kernel makes again."""
+    called: list[str] = []
+    leaf = A.clone().requires_grad_()
+
+    def note(frame, event, _):
+        if event == "call":
+            called.append(frame.f_code.co_name)
+
+    for call in (lambda: ops.channel_dot(leaf, A), lambda: ops.normalize_gradient(leaf),
+                 lambda: SUMS.compute(leaf, A, 1), lambda: POWERS.compute(leaf, A, 1)):
+        sys.setprofile(note)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+    assert "plain_call" in called
+    assert not {"kernel", "check_pair"} & set(called)
+    called.clear()
+    forward_ad.enter_dual_level()
+    try:
+        sys.setprofile(note)
+        ops.channel_dot(leaf, A)
+    finally:
+        sys.setprofile(None)
+        forward_ad.exit_dual_level()
+    assert {"kernel", "check_pair"} <= set(called)
 
 
 def test_random_gradients_are_constants_of_every_transform():
