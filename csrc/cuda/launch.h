@@ -87,8 +87,11 @@ class DeviceGuard {
     return [stream = current_stream(device_)](auto kernel, int64_t blocks, int64_t splits, auto... arguments) {
       STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "a tensor of ", blocks,
                       " blocks of rows is more than one CUDA launch takes; split the batch");
-      kernel<<<dim3(uint32_t(blocks), uint32_t(splits)), kThreads, 0, stream>>>(arguments...);
-      check(cudaGetLastError(), "a launch");
+      cudaLaunchConfig_t launch{};
+      launch.gridDim = dim3(uint32_t(blocks), uint32_t(splits));
+      launch.blockDim = dim3(kThreads);
+      launch.stream = stream;
+      check(cudaLaunchKernelEx(&launch, kernel, arguments...), "a launch");
     };
   }
 
