@@ -41,7 +41,7 @@ def main() -> None:
         axis.set_major_formatter(lambda share, position: f"{share:.0%}")
     axes.invert_xaxis()
     axes.set_ylim(0, 0.9)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.4))
     plain(axes)
     drawing.savefig(arguments.out, dpi=130)
 
