@@ -75,9 +75,21 @@ def output_tensors(returned: Any, model: str) -> list[Tensor]:
             f"a {returned.dtype} tensor of shape {tuple(returned.shape)}"
         held = ", ".join(f"{name or 'it'} {list(tensor.shape)}" for name, tensor in found.items())
         raise OutputError(f"{model} returns {shown}{f' with {held}' if held else ''}; scores need one floating-point "
-                        "tensor [N, ...]: pass forward=lambda model, batch: <the tensor> (to a Scorer: "
-                        "output=lambda returned: <the tensor, or a list of them>)")
+                        "tensor [N, ...]: pass forward=lambda model, batch: <the tensor, or a tuple of those that "
+                        "count> (to a Scorer: output=lambda returned: <the tensor, or a list of them>)")
     return list(found.values())
+
+
+def named_outputs(returned: Any, run: Forward, model: str) -> dict[str, Tensor]:
+    """The outputs of `model` (its name) in what `run` returned, by how they are reached: all that hold values where
+    `run` is the user's own, who says by what it returns which count; else the only one.
+
+    Raises OutputError where there are none, or several that no one has chosen.
+    """
+    found = dict(_named_tensors(returned, ""))
+    if len(found) > 1 and getattr(run, "checks", run) is not call_model:
+        return found
+    return {"": output_tensors(returned, model)[0]}
 
 
 def floating_tensors(returned: Any) -> list[Tensor]:
@@ -120,14 +132,17 @@ def concat_outputs(tensors: Sequence[Tensor]) -> Tensor:
     if len({len(tensor) for tensor in tensors}) != 1:
         raise ValueError(f"output: its tensors have {', '.join(str(len(tensor)) for tensor in tensors)} rows, not one "
                          "for each sample in all of them")
-    return torch.cat([tensor.flatten(1) for tensor in tensors], 1)
+    return torch.cat([tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None] for tensor in tensors], 1)
 
 
-def checked_forward(run: Forward, outputs: Outputs = output_tensors) -> Callable[[nn.Module, Batch], Tensor]:
-    """`run`, with its output found and checked to be floating-point, [N, ...]: what a gradient can start from."""
+def checked_forward(run: Forward, outputs: Outputs | None = None) -> Callable[[nn.Module, Batch], Tensor]:
+    """`run`, with its output found and checked to be floating-point, [N, ...]: what a gradient can start from; several
+    that a `run` of the user's own returns are one. outputs: finds them otherwise."""
 
     def run_and_check(model: nn.Module, batch: Batch) -> Tensor:
-        return concat_outputs(outputs(run(model, batch), type(model).__name__))
+        returned, name = run(model, batch), type(model).__name__
+        return concat_outputs(list(named_outputs(returned, run, name).values()) if outputs is None
+                              else outputs(returned, name))
 
     run_and_check.checks = run  # type: ignore[attr-defined]
     return run_and_check

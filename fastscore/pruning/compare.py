@@ -55,7 +55,7 @@ class Comparison(Mapping[str, Curve], Drawn):
                 point = row.repaired or row.cut
                 lines.append(f"{name:{width}} {row.budget:>8g} {row.macs:>7.1%} {point.agreement:>10.1%} "
                              f"{point.kl:>8.3g}" + ("" if point.metric is None else f" {point.metric:>8.4g}"))
-        return "\n".join([*lines, self.note])
+        return "\n".join([*lines, "; ".join(self._remarks)])
 
     def records(self) -> list[dict[str, Any]]:
         """A flat dict for each criterion and budget."""
@@ -63,7 +63,7 @@ class Comparison(Mapping[str, Curve], Drawn):
 
     @property
     def _remarks(self) -> list[str]:
-        return [self.note]
+        return [self.note, f"decisions: {next(iter(self.curves.values())).decided}"]
 
     @property
     def _lines(self) -> Mapping[str, Curve]:

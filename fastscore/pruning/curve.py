@@ -96,6 +96,7 @@ class Curve(Drawn):
         dense: the user's metric of the dense network.
         decisions: how many were compared; no repair has seen their samples.
         note: how it was ranked and repaired.
+        decided: what was taken for decisions.
     """
 
     resource: str
@@ -103,6 +104,7 @@ class Curve(Drawn):
     dense: float | None
     decisions: int
     note: str
+    decided: str = ""
 
     def __str__(self) -> str:
         own = self.dense is not None
@@ -137,7 +139,7 @@ class Curve(Drawn):
 
     @property
     def _remarks(self) -> list[str]:
-        return [self.note, judged_by(self.decisions, "no repair has seen")]
+        return [self.note, f"{judged_by(self.decisions, 'no repair has seen')}; decisions: {self.decided}"]
 
     @property
     def _lines(self) -> dict[str, "Curve"]:
@@ -187,7 +189,7 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
     dense, device = evaluation_copy(model), device_of(model)
     with fork_rng(device), shown(progress), bar("curve", " networks", len(budgets)) as told:
         example = example_of(batches, example_inputs, forward, device)
-        judge = Judge(dense, judges, forward)
+        judge = Judge(dense, judges, forward, options.get("outputs"))
         rows, decisions = [], 0
         for budget in budgets:
             result = prune(model, scores, example, forward=forward, **options | {resource: budget})
@@ -205,7 +207,7 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
     origin = scores.origin
     note = (f"ranked by {origin.importance}" + (f" ({origin.ablation} ablation)" if origin.ablation != "zero" else "")
             + (f"; repaired: {repair}" if repair is not None else "; not repaired"))
-    return Curve(resource, tuple(rows), own, decisions, note)
+    return Curve(resource, tuple(rows), own, decisions, note, str(judge.decided))
 
 
 def example_of(batches: Iterable[Batch], given: Batch, forward: Forward, device: torch.device) -> Batch:

@@ -1,6 +1,6 @@
 """prune(): a smaller network from scores and a budget."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal, get_args
@@ -19,10 +19,11 @@ from fastscore.pruning.budgets.clocks import Clock
 from fastscore.pruning.budgets.costs import Costs, MacsWithout
 from fastscore.pruning.budgets.latency import select_by_latency
 from fastscore.pruning.budgets.quality import HELD_OUT, Quality, build_after, select_by_quality
-from fastscore.pruning.budgets.selection import check_removable, macs_along, scored_graph, select
+from fastscore.pruning.budgets.selection import check_removable, give_back, macs_along, scored_graph, select
 from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate, say_compensation
-from fastscore.pruning.order.measured import measurable, measured_order
-from fastscore.pruning.order.ranking import ranker
+from fastscore.pruning.order.better import better
+from fastscore.pruning.order.measured import Measured, measurable
+from fastscore.pruning.order.ranking import RemovalStep, ranker
 from fastscore.pruning.refusal import checked, repaired
 from fastscore.pruning.report import Candidate, Judged, new_report
 from fastscore.pruning.result import PruneResult
@@ -42,7 +43,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
           calibration: Iterable[Batch] | None = None, repair: Method = "auto", measured: bool | None = None,
           agreement: float | None = None, kl: float | None = None, confidence: float | None = None,
           held_out: Iterable[Batch] | None = None, clock: Clock = "torch", ignore: Ignore = (),
-          forward: Forward = call_model, process_group: distributed.ProcessGroup | None = None, inplace: bool = False,
+          forward: Forward = call_model, outputs: Sequence[str | int] | None = None,
+          process_group: distributed.ProcessGroup | None = None, inplace: bool = False,
           progress: bool = True) -> PruneResult:
     """Remove the least important channels of `model` until a budget holds.
 
@@ -79,7 +81,9 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         measured: within a group, channels that others can stand in for go first (fastscore.pruning.order.redundancy);
             groups are compared by what the loss of their channels costs once it is repaired, measured on calibration
             samples that are held out: three cuts of each group alone, each judged on 48 samples (see
-            fastscore.pruning.order.measured). None: where `repair` is "auto" or "asymmetric", the scope is "global" and
+            fastscore.pruning.order.measured). Of this choice and that by importances alone, both repaired linearly, the
+            one is taken that is nearer to the dense model on further samples held out; report.notes has both. None:
+            where `repair` is "auto" or "asymmetric", the scope is "global" and
             importances are of one sign and measure how the outputs change. False: importances alone.
         agreement: in place of the budgets: the smallest network along the removal order, repaired, that makes at least
             this share of the dense model's decisions, found by bisection on samples that no repair has seen (see
@@ -95,7 +99,10 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         process_group: processes that share the work of repairing.
         ignore: layers (names with `*`, which stand for all below; types, modules) to leave as they are: neither what
             they make nor what they read loses a channel.
-        forward: how the model is called on a batch.
+        forward: how the model is called on a batch. A tuple, list, dict or dataclass of tensors that it returns are
+            several outputs, which all count; agreement and KL are of each by itself, and so are they of the parts that
+            one was put together of by torch.cat. report.decided says what was taken for decisions.
+        outputs: the places, keys or fields of those that are decisions, where not all are (boxes, features).
         inplace: make `model` itself smaller.
         progress: say on stderr what takes longer than two seconds.
 
@@ -158,7 +165,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             made = PruneResult(pruned, report, removed, surgery.removed_indices, surgery.new_biases)
             if fit is None or not removed:
                 return made
-            return repaired(reconstruct(model, made, fit, repair, forward=forward, process_group=process_group), run)
+            return repaired(reconstruct(model, made, fit, repair, forward=forward, outputs=outputs,
+                                        process_group=process_group), run)
 
         counted: MacsWithout | None = None
         if budgets.macs is not None or quality.given:
@@ -170,24 +178,35 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         if quality.given:
             assert calibration is not None
             fit, judges = split(calibration, held_out, HELD_OUT, "calibration")
+
+        def pruned(order: list[RemovalStep]) -> PruneResult:
+            """The smaller model, whose channels go in this order; `costs` are whole before and after."""
+            nonlocal candidates, judged
+            if quality.given:
+                assert judges is not None
+                assert counted is not None
+                result, judged = select_by_quality(
+                    macs_along(order, costs, counted),
+                    lambda steps: build_after(order[:steps], costs, partial(build, fit=fit)), quality, eval_model,
+                    judges, forward, outputs)
+                return result
+            if budgets.latency is None:
+                removed = select(order, costs, budgets.counted, counted)
+            else:
+                removed, candidates = select_by_latency(order, costs, budgets, lambda gone: cut(gone)[1:],
+                                                        eval_model, example_inputs, forward, counted, clock)
+            try:
+                return build(removed, calibration)
+            finally:
+                give_back(removed, costs)
+
         if _is_measured(measured, scores, scope, fit, repair):
             assert fit is not None
-            order = measured_order(model, eval_model, graph, scores, ranked, per_channel, fit, forward, process_group)
+            found = Measured(model, eval_model, graph, scores, ranked, per_channel, fit, forward, outputs,
+                             process_group)
+            result = better(found, ranked(scores), pruned, costs, budgets, quality.given, counted)
         else:
-            order = ranked(scores)
-        if quality.given:
-            assert judges is not None
-            assert counted is not None
-            result, judged = select_by_quality(
-                macs_along(order, costs, counted),
-                lambda steps: build_after(order[:steps], costs, partial(build, fit=fit)), quality, eval_model, judges,
-                forward)
-        elif budgets.latency is None:
-            result = build(select(order, costs, budgets.counted, counted), calibration)
-        else:
-            removed, candidates = select_by_latency(order, costs, budgets, lambda gone: cut(gone)[1:],
-                                                    eval_model, example_inputs, forward, counted, clock)
-            result = build(removed, calibration)
+            result = pruned(ranked(scores))
     result = replace(result, report=replace(result.report, judged=judged))
     if inplace:
         surgery = Surgery(model, result.removed_indices, no_biases(model, result.new_biases))

@@ -14,6 +14,7 @@ from fastscore.tables import Table
 from fastscore.wording import counted
 
 UNSTEADY = 0.05  # uncertainty of a share of the time, above which the report warns
+FEW = 0.05  # of a group's channels: where fewer are left, the report says so
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class PruneReport(Table):
         repairs: with calibration batches, how far from the dense model the cut and each repair left the smaller one.
         judged: with a quality budget, the models that were judged, from the largest to the smallest.
         compensation: without calibration batches, what stands in for the channels that went.
+        decided: what agreement and KL are of.
     """
 
     groups: tuple[GroupReport, ...]
@@ -123,6 +125,7 @@ class PruneReport(Table):
     judged: tuple[Judged, ...] = ()
     uncounted: Mapping[str, str] = field(default_factory=dict)
     compensation: str = ""
+    decided: str = ""
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "PruneReport":
@@ -134,9 +137,9 @@ class PruneReport(Table):
         candidates = (Candidate(**{**row, "timing": timing})
                       for row, timing in zip(data["candidates"], timings, strict=True))
         return cls(tuple(groups), _pair(data["channels"]), _pair(data["macs"]), _pair(data["params"]), data["skipped"],
-                   tuple(candidates), data.get("notes", {}), tuple(Repair(**row) for row in data.get("repairs", ())),
+                   tuple(candidates), data.get("notes", {}), tuple(map(_repair, data.get("repairs", ()))),
                    tuple(Judged(**row) for row in data.get("judged", ())), data.get("uncounted", {}),
-                   data.get("compensation", ""))
+                   data.get("compensation", ""), data.get("decided", ""))
 
     @property
     def kept_notes(self) -> dict[str, str]:
@@ -188,6 +191,9 @@ class PruneReport(Table):
         if self.repairs and self.repairs[0].decisions:  # a report of an older file does not say
             lines.append(f"repairs, {judged_by(self.repairs[0].decisions, 'they are not fitted to')}")
         lines += map(str, self.repairs)
+        lines += [f"decisions: {self.decided}"] if self.decided else []
+        lines += [f"{row.layer}: {row.channels[1]} of {row.channels[0]} channels left; floor= keeps a share of each "
+                  "group" for row in self.groups if row.channels[1] < FEW * row.channels[0]]
         lines += [f"{layer}: kept ({reason})" for layer, reason in self.skipped.items()]
         lines += [f"MACs: without those of {operation}, which no formula counts, in {places}"
                   for operation, places in self.uncounted.items()]
@@ -214,6 +220,10 @@ def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs:
     return PruneReport(rows, (int(costs.dense["channels"]), int(costs.totals["channels"])),
                        (int(costs.dense["macs"]), macs), (int(costs.dense["params"]), params), graph.skipped,
                        candidates, notes=dict(notes), uncounted=costs.uncounted, compensation=compensation)
+
+
+def _repair(row: Mapping[str, Any]) -> Repair:
+    return Repair(**{**row, "outputs": {name: _pair(pair) for name, pair in row.get("outputs", {}).items()}})
 
 
 def _pair(values: Any) -> tuple[Any, Any]:

@@ -43,6 +43,7 @@ class Calibration:
         self._first: str | None = None
         self.size = 1  # samples in the first batch, once `first` was called
         self.samples = 0  # in all batches, once they were read
+        self.held_out = 0  # of what is counted, samples or batches, so many are held out, once they were read
 
     def first(self) -> Batch:
         """The first batch that holds a sample, on the device: two samples of it where samples are counted. The same for
@@ -62,8 +63,18 @@ class Calibration:
         for _, batch in self.numbered(part):
             yield batch
 
-    def numbered(self, part: Part) -> Iterator[tuple[int, Batch]]:
-        """As `part`, each batch with its number among all."""
+    def some(self, start: int, stop: int | None = None) -> Iterator[Batch]:
+        """Of what is held out, samples or whole batches, that from `start` to `stop`."""
+        for _, batch in self.numbered("held out", range(start, self.held_out if stop is None else stop)):
+            yield batch
+
+    @property
+    def counted_in(self) -> int:
+        """How many samples one is of what is counted."""
+        return 1 if self._by_sample else self.size
+
+    def numbered(self, part: Part, only: range | None = None) -> Iterator[tuple[int, Batch]]:
+        """As `part`, each batch with its number among all. only: which of those held out."""
         seen = given = 0
         for number, batch in enumerate(self._batches):
             count = _samples_in(batch)
@@ -74,10 +85,14 @@ class Calibration:
             mine = self._is_mine(number)
             if not self._by_sample or count is None:
                 chosen = part == "all" or (number % HELD_OUT == 1) == (part == "held out")
+                chosen = chosen and (only is None or number // HELD_OUT in only)
                 seen += 1
             else:
-                held = torch.arange(seen, seen + count) % HELD_OUT == 1
+                place = torch.arange(seen, seen + count)
+                held = place % HELD_OUT == 1
                 wanted = held if part == "held out" else ~held
+                if only is not None:
+                    wanted &= (place // HELD_OUT >= only.start) & (place // HELD_OUT < only.stop)
                 seen += count
                 chosen = part == "all" or bool(wanted.any())
                 if part != "all" and chosen and mine:
@@ -86,6 +101,7 @@ class Calibration:
             if chosen and mine:
                 yield number, map_tensors(lambda tensor: tensor.to(self._device, non_blocking=True), batch)
         self.samples = seen if self._by_sample else seen * self.size
+        self.held_out = (seen + HELD_OUT - 2) // HELD_OUT
         if not given:
             what = "sample" if self._by_sample else "batch"
             raise ValueError("calibration: there is no batch, or none that holds a sample" if not seen else

@@ -17,6 +17,7 @@ from fastscore.modules.inspection import device_of
 from fastscore.modules.modes import modes_kept
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import bar, shown
+from fastscore.recovery.decisions import Decisions
 from fastscore.recovery.distillation_run import PRECISIONS, DistillationReport, DistillationRun, Loss, Objective
 from fastscore.recovery.features import FeatureMaps
 from fastscore.recovery.optimizers import OptimizerMaker, OptimizerName, make_optimizer
@@ -56,6 +57,7 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
         steps: updates of the weights, one batch each.
         temperature: logits of both are divided by it before the KL divergence, which counts times its square.
         loss: loss(smaller's output, dense output) -> scalar, in place of the KL divergence; it then judges, too.
+            Several outputs are one to it, [N, K]; each has a KL divergence of its own, and their sum is the loss.
         features: modules whose outputs are to be alike as well, by name. Where channels of them went, `smaller` must
             be a PruneResult, and they convolutions, Linears or normalisations.
         feature_weight: what their distance (the squared error as a share of the variance) counts beside the loss.
@@ -100,8 +102,10 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
                            first_only=forward is call_model, digests=resume is not None)
     with fork_rng(device_of(inner)), torch.inference_mode(False), torch.enable_grad(), _in_training(network):
         dense = evaluation_copy(unwrapped(model))
+        whole = checked_forward(forward)
+        call = Decisions(forward) if loss is None else lambda network, batch: {"": whole(network, batch)}
         run = DistillationRun(dense, network, Objective(loss, temperature, FeatureMaps(dense, inner, features, removed),
-                                              feature_weight), checked_forward(forward), data, group, precision,
+                                              feature_weight), call, data, group, precision,
                    make_optimizer(inner.parameters(), optimizer, lr), seed, clip)
         if resume is not None:
             same = run_fingerprint(

@@ -80,12 +80,15 @@ class DistillationReport(Table):
 
 
 class Objective:
-    """What is minimised, and what judges."""
+    """What is minimised, and what judges: of several outputs, the sum over all."""
 
     def __init__(self, own: Loss | None, temperature: float, maps: FeatureMaps, feature_weight: float) -> None:
         self.own, self.temperature, self.maps, self.feature_weight = own, temperature, maps, feature_weight
 
-    def __call__(self, got: Tensor, expected: Tensor) -> Tensor:
+    def __call__(self, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self._of(got[name], expected[name]) for name in expected]).sum()
+
+    def _of(self, got: Tensor, expected: Tensor) -> Tensor:
         if self.own is not None:
             return self.own(got, expected)
         p, q = (log_softmax(output / self.temperature) for output in (expected, got))
@@ -96,7 +99,7 @@ class DistillationRun:
     """A smaller network on its way to the dense one."""
 
     def __init__(self, dense: nn.Module, network: nn.Module, objective: Objective,
-                 call: Callable[[nn.Module, Batch], Tensor], data: TrainingBatches,
+                 call: Callable[[nn.Module, Batch], Mapping[str, Tensor]], data: TrainingBatches,
                  group: distributed.ProcessGroup | None, precision: str | None, optimizer: torch.optim.Optimizer,
                  seed: int, clip: float | None) -> None:
         self._dense, self._network, self._smaller, self.objective = dense, network, unwrapped(network), objective
@@ -158,7 +161,7 @@ class DistillationRun:
         self._optimizer.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()
         if self._group is not None and self._network is self._smaller:
-            self._average_gradients(len(got))
+            self._average_gradients(_samples(got))
         if self._clip is not None:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self._smaller.parameters(), self._clip)
@@ -166,17 +169,20 @@ class DistillationRun:
         self._scaler.update()
         return loss.detach()
 
-    def _outputs(self, smaller: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the smaller and the dense network return; of tokens, those that are no padding."""
+    def _outputs(self, smaller: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the smaller and the dense network return, by name; of tokens, those that are no padding."""
         with torch.no_grad():
-            expected = self._call(self._dense, on_device(batch, device_of(self._dense))).to(self._device)
+            expected = {name: output.to(self._device) for name, output in
+                        self._call(self._dense, on_device(batch, device_of(self._dense))).items()}
         batch = on_device(batch, self._device)
-        got, real = self._call(smaller, batch), valid_tokens(batch)
-        if got.shape != expected.shape:
-            raise ValueError(f"smaller: it returns {list(got.shape)} where the dense network returns "
-                             f"{list(expected.shape)}")
-        if real is not None and got.dim() == 3 and got.shape[:2] == real.shape:
-            got, expected = got[real], expected[real]
+        got, real = dict(self._call(smaller, batch)), valid_tokens(batch)
+        shapes = [{name: list(output.shape) for name, output in outputs.items()} for outputs in (got, expected)]
+        if shapes[0] != shapes[1]:
+            returned = [each[""] if each.keys() == {""} else each for each in shapes]
+            raise ValueError(f"smaller: it returns {returned[0]} where the dense network returns {returned[1]}")
+        for name, output in got.items():
+            if real is not None and output.dim() == 3 and output.shape[:2] == real.shape:
+                got[name], expected[name] = output[real], expected[name][real]
         return got, expected
 
     def _autocast(self) -> Any:
@@ -221,7 +227,7 @@ class DistillationRun:
             return Look(self.step, loss, found.agreement, found.kl, found.kl, found.decisions)
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for got_one, expected_one in pairs:
-            sums += torch.tensor([float(self.objective(got_one, expected_one)) * len(got_one), len(got_one)])
+            sums += torch.tensor([float(self.objective(got_one, expected_one)) * _samples(got_one), _samples(got_one)])
         sums = self._sum(sums)
         return Look(self.step, loss, math.nan, math.nan, float(sums[0] / sums[1]))
 
@@ -267,6 +273,10 @@ class DistillationRun:
             "step": self.step, "position": asdict(self._position), "looks": looks,
             "best": self._best, "smaller": self._smaller.state_dict(), "scaler": self._scaler.state_dict(),
             "optimizer": {str(number): value for number, value in self._optimizer.state_dict()["state"].items()}})
+
+
+def _samples(outputs: Mapping[str, Tensor]) -> int:
+    return len(next(iter(outputs.values())))
 
 
 def log_softmax(output: Tensor) -> Tensor:

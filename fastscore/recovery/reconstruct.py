@@ -8,7 +8,7 @@ chosen is fitted once more on all samples.
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, Literal, Protocol, TypeVar, get_args
@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 import torch
 from torch import Tensor, distributed, nn
 
-from fastscore.batches import Batch, Forward, call_model, checked_forward
+from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph.cutting.surgery import RemovedIndices, removed_branches
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy, own_copies
@@ -27,7 +27,8 @@ from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import bar, shown
 from fastscore.recovery.calibration import Calibration, Part
 from fastscore.recovery.compensation import has_no_place, mean_contributions
-from fastscore.recovery.divergence import Divergence, divergence
+from fastscore.recovery.decisions import Decisions
+from fastscore.recovery.divergence import Divergence, Outputs, divergence, each_of
 from fastscore.recovery.front_to_back import refit, sites
 from fastscore.recovery.kept import KeptPasses
 from fastscore.recovery.linear import InputEstimate, estimate_inputs, rewired
@@ -48,7 +49,7 @@ class Repair:
     name: what was done. ridge: of a linear reconstruction, None of anything else. recalibrated: whether the BatchNorms
     were, after that. chosen: whether it is the one returned, then fitted on the held-out samples too. stiffness: of an
     asymmetric one: how many times the ridge that is best for a layer alone every layer has. decisions: how many were
-    compared.
+    compared. outputs: of a network with several outputs, (agreement, KL) of each.
     """
 
     name: str
@@ -59,13 +60,14 @@ class Repair:
     chosen: bool = False
     stiffness: float = 1.0
     decisions: int = 0
+    outputs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         ridge = "" if self.ridge is None else f", ridge {self.ridge:g}"
         ridge += f", stiffness {self.stiffness:g}" if self.stiffness != 1 else ""
         after = ", BatchNorms recalibrated" if self.recalibrated else ""
         return (f"{'chosen' if self.chosen else 'tried'}: {self.name}{ridge}{after}: agreement {self.agreement:.1%}, "
-                f"KL {self.kl:.3g}")
+                f"KL {self.kl:.3g}{each_of(self.outputs)}")
 
 
 class Pruned(Protocol):
@@ -85,6 +87,7 @@ R = TypeVar("R", bound=Pruned)
 
 def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: Method = "auto", *,
                 ridges: Iterable[float] = RIDGES, forward: Forward = call_model,
+                outputs: Sequence[str | int] | None = None,
                 resume: str | PathLike[str] | None = None, process_group: distributed.ProcessGroup | None = None,
                 progress: bool = True) -> R:
     """Repair what pruning broke, without labels and without training: a new result, whose report says what each repair
@@ -103,6 +106,8 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
             held out, with or without fastscore.recalibrate after it.
         ridges: to choose from, each a share of a channel's own variance; math.inf leaves the mean.
         forward: forward(model, batch), for models that are called otherwise.
+        outputs: where `forward` returns several (a tuple, list, dict or dataclass of tensors): the places, keys or
+            fields of those that are decisions, each of which is judged by itself. None: all.
         resume: a file that keeps the moments of the dense network, written now and then. Stopped at any moment and
             called again with the same model, result and batches, by whatever method, the pass over the dense network
             goes on from there, to the same bits on a CPU. The file stays.
@@ -130,7 +135,7 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
     with fork_rng(device), torch.inference_mode(False), torch.no_grad(), shown(progress), \
             bar("repairing", " repairs") as tried:
         kept = KeptPasses(resume, model, result.removed_indices, forward, process_group)
-        bench = _Bench(model, result, calibration, forward, process_group, kept)
+        bench = _Bench(model, result, calibration, forward, process_group, kept, outputs)
         repaired: R = bench.best(method, tuple(ridges), tried)
     return repaired
 
@@ -158,7 +163,7 @@ def check_dense(model: nn.Module, result: Pruned) -> None:
 class _Outputs:
     """What the dense network returns for samples held out, batch by batch."""
 
-    rows: list[Tensor] = field(default_factory=list)
+    rows: list[Outputs] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": list(self.rows)}
@@ -171,10 +176,11 @@ class _Bench:
     """A dense model, what goes from it, and what calibration batches say of both."""
 
     def __init__(self, model: nn.Module, result: Pruned, calibration: Calibration, forward: Forward,
-                 process_group: distributed.ProcessGroup | None, kept: KeptPasses) -> None:
+                 process_group: distributed.ProcessGroup | None, kept: KeptPasses,
+                 outputs: Sequence[str | int] | None) -> None:
         check_dense(model, result)
         self._model, self._result, self._calibration = model, result, calibration
-        self._forward, self._run, self._group = forward, checked_forward(forward), process_group
+        self._forward, self._run, self._group = forward, Decisions(forward, outputs), process_group
         self._eval_model = evaluation_copy(model)
         gone = removed_branches(result.removed_indices)
         self._removed = {name: index for (name, side), index in result.removed_indices.items()
@@ -206,7 +212,7 @@ class _Bench:
                 inputs.start(batch)
                 output = self._run(self._eval_model, batch)
                 if part == "held out":
-                    self._outputs.rows.append(output.cpu())
+                    self._outputs.rows.append(_on_cpu(output))
         inputs.finish(self._group)
         self._moments[part] = inputs.moments
 
@@ -248,8 +254,8 @@ class _Bench:
     def _judge(self, result: Any) -> Divergence:
         model = result.model
         with evaluating(model):
-            return divergence(self._outputs.rows, (self._run(model, batch).cpu()
-                                              for batch in self._calibration.part("held out")), self._group)
+            return divergence(self._outputs.rows, (self._run(model, batch)
+                                                   for batch in self._calibration.part("held out")), self._group)
 
     def best(self, method: Method, ridges: tuple[float, ...], bar: Any) -> Any:
         """The result repaired by `method`, and the rows of what was tried, which move `bar`."""
@@ -260,7 +266,8 @@ class _Bench:
                 ) -> None:
             found = self._judge(result)
             rows.append(Repair(name, ridge, recalibrated, found.agreement, found.kl, stiffness=stiffness,
-                               decisions=found.decisions))
+                               decisions=found.decisions,
+                               outputs={each: (one.agreement, one.kl) for each, one in found.outputs.items()}))
             if name not in best or found.kl < best[name][0].kl:
                 best[name] = rows[-1], result
             bar.set_postfix_str(f"{name}: agreement {found.agreement:.1%}")
@@ -292,4 +299,8 @@ class _Bench:
         if chosen.recalibrated:
             final = self._recalibrated(final, "all")
         repairs = tuple(replace(row, chosen=row is chosen) for row in rows if row.name in ("none", *names))
-        return replace(final, report=replace(final.report, repairs=repairs))
+        return replace(final, report=replace(final.report, repairs=repairs, decided=str(self._run)))
+
+
+def _on_cpu(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: output.cpu() for name, output in outputs.items()}

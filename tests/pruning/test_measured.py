@@ -14,7 +14,7 @@ from fastscore.batches import call_model
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.pruning.order import measured
-from fastscore.pruning.order.measured import LIMITS, SHARES, _line, measurable, measured_order, reordered
+from fastscore.pruning.order.measured import LIMITS, SHARES, Measured, _line, measurable, reordered
 from fastscore.pruning.order.ranking import RemovalStep, removal_order
 from fastscore.recovery.divergence import divergence
 
@@ -53,8 +53,8 @@ def test_what_others_tell_costs_nothing_and_the_rest_what_it_does(monkeypatch: p
     monkeypatch.setattr(measured, "reordered", lambda order, groups, values, curves, costs: seen.update(
         values=values, curves=curves) or list(order))
     with untouched(model):
-        measured_order(model, eval_model, graph, scores, lambda values: removal_order(graph.groups, values), None,
-                       batches, call_model, None)
+        Measured(model, eval_model, graph, scores, lambda values: removal_order(graph.groups, values), None, batches,
+                 call_model, None, None)
     values, curves = seen["values"], seen["curves"]
     assert curves.keys() == values.keys() == {"copied", "plain"}
 
@@ -132,3 +132,45 @@ def test_what_cannot_be_measured_is_said() -> None:
                            (scores, {"calibration": batches, "scope": "layer"})):
         with untouched(model), pytest.raises(ValueError, match="measured: it takes calibration"):
             fastscore.prune(model, given, x, channels=0.5, measured=True, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("budget", [{"channels": 0.75}, {"kl": 1e-4}])
+def test_of_measured_groups_and_importances_alone_the_better_is_taken(budget: Any,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches, scores = case()
+    scores = replace(scores, totals={name: torch.full_like(total, {"copied": 1.0, "plain": 0.99}[name])
+                                     for name, total in scores.totals.items()})
+
+    def found(measured: bool | None) -> fastscore.PruneResult:
+        return fastscore.prune(model, scores, batches[0], calibration=batches, repair="linear", measured=measured,
+                               progress=False, **budget)
+
+    alone, measured = found(False), found(True)
+    assert alone.removed.keys() != measured.removed.keys() or any(
+        not torch.equal(alone.removed[name], measured.removed[name]) for name in alone.removed)
+    assert measured.report.notes["choice"].startswith("groups as measured: repaired linearly, KL ")
+    assert measured.report.notes["choice"].endswith("on samples held out that have not measured groups")
+    assert "choice" not in alone.report.notes
+    monkeypatch.setattr(Measured, "lost", lambda self, *choices: [2.0, 1.0])
+    other = found(True)
+    assert other.removed.keys() == alone.removed.keys()
+    assert all(torch.equal(other.removed[name], alone.removed[name]) for name in alone.removed)
+    assert other.report.notes["choice"].startswith("importances alone: repaired linearly, KL 1 against 2")
+    assert other.report.macs == alone.report.macs
+
+
+def test_what_a_choice_loses_is_judged_on_samples_that_measured_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches, scores = case()
+    graph, eval_model = trace(model, batches[0]), evaluation_copy(model)
+    for forward in (call_model, lambda network, batch: network(batch)):
+        found = Measured(model, eval_model, graph, scores, lambda values: removal_order(graph.groups, values), None,
+                         batches * 2, forward, None, None)
+        parts = {"measure": found._calibration.some(0, found._measuring),
+                 "tell": found._calibration.some(found._measuring), "all": found._calibration.part("held out")}
+        taken = {name: [sample.sum().item() for batch in part for sample in batch] for name, part in parts.items()}
+        assert taken["measure"] + taken["tell"] == taken["all"]
+        assert min(len(taken["measure"]), len(taken["tell"])) >= len(taken["all"]) // 2
+        gone = {"plain": torch.tensor([0, 1])}
+        nothing, something = found.lost({}, gone)
+        assert nothing == pytest.approx(0, abs=1e-9)
+        assert something > 1e-6

@@ -60,7 +60,7 @@ def test_what_the_smaller_network_can_say_it_learns_to_say(temperature: float, o
 @pytest.mark.parametrize("shape", [(4, 7), (4, 3, 7), (4, 7, 2, 3), (4,), (4, 1)])
 def test_the_loss_is_the_divergence_at_a_temperature(shape: tuple[int, ...]) -> None:
     got, expected = (seeded(lambda: 3 * torch.randn(shape, dtype=torch.float64), seed) for seed in (0, 1))
-    loss = Objective(None, 2.5, None, 1.0)(got, expected)  # type: ignore[arg-type]
+    loss = Objective(None, 2.5, None, 1.0)({"": got}, {"": expected})  # type: ignore[arg-type]
 
     def decisions(x: Tensor) -> list[Tensor]:
         if len(shape) == 1 or shape[1] == 1:

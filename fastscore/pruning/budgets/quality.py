@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.arguments import check_number
-from fastscore.batches import Batch, Forward, checked_forward, map_tensors
+from fastscore.batches import Batch, Forward, map_tensors
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar
@@ -28,6 +28,7 @@ from fastscore.pruning.options import Budgets
 from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.pruning.report import Judged
 from fastscore.pruning.result import PruneResult
+from fastscore.recovery.decisions import Decisions
 from fastscore.recovery.divergence import Divergence, divergence
 from fastscore.recovery.held_out import Part, samples_in
 from fastscore.wording import counted
@@ -144,27 +145,29 @@ class Judge:
         dense: in evaluation mode.
         batches: to judge by.
         forward: how a network is called.
+        outputs: those that are decisions, see Decisions.
 
     Raises:
         ValueError: no sample to judge by.
     """
 
-    def __init__(self, dense: nn.Module, batches: Iterable[Batch], forward: Forward) -> None:
-        self._device, self._call, self._batches = device_of(dense), checked_forward(forward), batches
+    def __init__(self, dense: nn.Module, batches: Iterable[Batch], forward: Forward,
+                 outputs: Sequence[str | int] | None = None) -> None:
+        self._device, self.decided, self._batches = device_of(dense), Decisions(forward, outputs), batches
         self.samples = sum(samples_in(batch) for batch in batches)
         if not self.samples:
             raise ValueError(f"held_out: there is no sample to judge by; give more batches (one of {HELD_OUT} samples "
                              "judges), or held_out= batches")
-        self._outputs = [output.cpu() for output in self._of(dense)]
+        self._outputs = [{name: each.cpu() for name, each in outputs.items()} for outputs in self._of(dense)]
 
     def __call__(self, model: nn.Module) -> Divergence:
         """How far `model` is from the dense network."""
-        return divergence(self._outputs, (output.cpu() for output in self._of(evaluation_copy(model))))
+        return divergence(self._outputs, self._of(evaluation_copy(model)))
 
-    def _of(self, network: nn.Module) -> Iterator[Tensor]:
+    def _of(self, network: nn.Module) -> Iterator[dict[str, Tensor]]:
         with torch.no_grad():
             for batch in self._batches:
-                yield self._call(network, map_tensors(lambda tensor: tensor.to(self._device), batch))
+                yield self.decided(network, map_tensors(lambda tensor: tensor.to(self._device), batch))
 
 
 def choose_steps(macs: MacsLeft, quality: Quality, find: Callable[[int], Divergence],
@@ -213,7 +216,7 @@ def build_after(steps: Sequence[RemovalStep], costs: Costs,
 
 
 def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quality: Quality, dense: nn.Module,
-                      held_out: Iterable[Batch], forward: Forward,
+                      held_out: Iterable[Batch], forward: Forward, outputs: Sequence[str | int] | None = None,
                       tolerance: float = TOLERANCE) -> tuple[PruneResult, tuple[Judged, ...]]:
     """(the smallest network that holds, all that were judged, from the largest to the smallest).
 
@@ -224,6 +227,7 @@ def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quali
         dense: the network to agree with, in evaluation mode.
         held_out: batches to judge by, in a fixed order.
         forward: how a network is called.
+        outputs: those that are decisions, see Decisions.
         tolerance: see `search`.
 
     Raises:
@@ -231,7 +235,7 @@ def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quali
             independent trials.
     """
     halves = [held_out] if quality.confidence is None else [Part(held_out, 2, judges, _BIT) for judges in (True, False)]
-    judges = [Judge(dense, half, forward) for half in halves]
+    judges = [Judge(dense, half, forward, outputs) for half in halves]
     if (fewest := min(judge.samples for judge in judges)) < quality.samples_needed():
         raise ValueError(f"held_out: half of the samples to judge by are {fewest}, and agreement={quality.agreement} "
                          f"with confidence={quality.confidence} takes {quality.samples_needed()}: give more held_out "
@@ -247,7 +251,8 @@ def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quali
         found = judge(built[steps].model)
         tried.set_postfix_str(f"{remains[steps]:.1%} of the MACs: agreement {found.agreement:.1%}")
         tried.update()
-        if quality.confidence is not None and found.decisions != judge.samples:
+        if quality.confidence is not None and any(each.decisions != judge.samples
+                                                  for each in found.outputs.values() or (found,)):
             raise ValueError(f"confidence: the model makes {counted(found.decisions, 'decision')} about "
                              f"{counted(judge.samples, 'sample')}; those about one sample are no independent "
                              "trials, and no bound counts them: leave confidence out")

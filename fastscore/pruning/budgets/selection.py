@@ -165,6 +165,13 @@ def restore(steps: Sequence[RemovalStep], costs: Costs) -> None:
         costs.totals.update(costs.dense)  # without the rounding of sums and differences
 
 
+def give_back(removed: Mapping[str, Tensor], costs: Costs) -> None:
+    """Give back all that is gone from `costs`: group -> int64 [R]."""
+    for group, channels in removed.items():
+        costs.restore(group, channels.tolist())
+    costs.totals.update(costs.dense)  # without the rounding of sums and differences
+
+
 def select(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float],
            macs_without: MacsWithout | None = None) -> dict[str, Tensor]:
     """Channels to remove so that every budget holds: group -> int64 [R], ascending; they are gone from `costs`.

@@ -11,15 +11,17 @@ a and b fitted to some shares of the group, is what every prefix of its channels
 step takes the place of the values.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from fastscore.batches import Batch, Forward, checked_forward
+from fastscore.batches import Batch, Forward
 from fastscore.graph.cutting.surgery import removed_indices
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.modules.inspection import device_of
@@ -29,13 +31,14 @@ from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.pruning.surgery import Surgery
 from fastscore.recovery.calibration import Calibration
 from fastscore.recovery.compensation import has_no_place, mean_contributions, removed_positions
+from fastscore.recovery.decisions import Decisions
 from fastscore.recovery.divergence import divergence
 from fastscore.recovery.linear import estimate_inputs, rewired
 from fastscore.recovery.moments import InputMoments, layouts
 from fastscore.scoring.scores import Scores
 
 SHARES = (0.25, 0.5, 0.75)
-SAMPLES = 48  # of those held out, as many judge
+SAMPLES = 50  # of those held out, as many judge
 RIDGE = 0.01
 LIMITS = 1e-4, 10.0  # of KL / S
 
@@ -50,10 +53,8 @@ def measurable(scores: Scores) -> bool:
         all(bool((values >= 0).all()) for values in scores.values())
 
 
-def measured_order(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, scores: Scores, ranked: Ranked,
-                   channel_costs: Mapping[str, Tensor] | None, batches: Iterable[Batch], forward: Forward,
-                   process_group: distributed.ProcessGroup | None) -> list[RemovalStep]:
-    """The steps in which channels go, by what was measured.
+class Measured:
+    """What groups cost, and the order in which their channels go by that.
 
     Args:
         model: the dense model; it stays as it is.
@@ -62,54 +63,93 @@ def measured_order(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph,
         scores: their importances.
         ranked: the steps by given values.
         channel_costs: as for removal_order.
-        batches: to fit on, and one of four samples to judge by: see fastscore.reconstruct.
+        batches: to fit on, and one of four samples to judge by: see fastscore.reconstruct. A half of these at most
+            measures the groups; the rest tells the order from another.
         forward: how the model is called.
+        outputs: those that are decisions, see Decisions.
         process_group: processes that share the work.
+
+    Attributes:
+        order: the steps in which channels go, by what was measured.
 
     Raises:
         ValueError: batches that the model cannot take.
     """
-    calibration = Calibration(batches, device_of(model), forward, process_group)
-    run, groups = checked_forward(forward), graph.groups
-    measured: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    with torch.no_grad():
-        example = calibration.first()
-        every = {group.name: torch.arange(group.channels) for group in groups}
-        names = [name for name in removed_positions(tuple(groups), every) if not has_no_place(model, name)]
-        index = layouts(eval_model, groups, names)
-        try:
-            with InputMoments(eval_model, index) as inputs:
-                for batch in calibration.part("fit"):
-                    inputs.start(batch)
-                    forward(eval_model, batch)
-        except RuntimeError as error:
-            raise ValueError(f"calibration: the model cannot take its batches ({error}); give what the model takes, or "
-                             "forward=") from error
-        inputs.finish(process_group)
-        values = {group.name: redundancy.values(eval_model, group, scores[group.name], inputs.moments,
-                                                graph.normalized_by) for group in groups if group.name in scores}
-        order = ranked(values)
-        trials = _trials(groups, values, order)
-        limit = -(-4 * SAMPLES // calibration.size)
-        judges = [batch for number, batch in calibration.numbered("held out") if number < limit]
-        with InputMoments(eval_model, index) as looked_at:  # which names what a sample alone would break
+
+    def __init__(self, model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, scores: Scores, ranked: Ranked,
+                 channel_costs: Mapping[str, Tensor] | None, batches: Iterable[Batch], forward: Forward,
+                 outputs: Sequence[str | int] | None, process_group: distributed.ProcessGroup | None) -> None:
+        self._model, self._eval_model, self._groups, self._forward = model, eval_model, graph.groups, forward
+        self._run, self._group = Decisions(forward, outputs), process_group
+        calibration = self._calibration = Calibration(batches, device_of(model), forward, process_group)
+        with torch.no_grad():
+            self._example = calibration.first()
+            every = {group.name: torch.arange(group.channels) for group in graph.groups}
+            names = [name for name in removed_positions(tuple(graph.groups), every) if not has_no_place(model, name)]
+            index = layouts(eval_model, graph.groups, names)
+            try:
+                with InputMoments(eval_model, index) as self._inputs:
+                    for batch in calibration.part("fit"):
+                        self._inputs.start(batch)
+                        forward(eval_model, batch)
+            except RuntimeError as error:
+                raise ValueError(f"calibration: the model cannot take its batches ({error}); give what the model "
+                                 "takes, or forward=") from error
+            self._inputs.finish(process_group)
+            values = {group.name: redundancy.values(eval_model, group, scores[group.name], self._inputs.moments,
+                                                    graph.normalized_by) for group in graph.groups
+                      if group.name in scores}
+            order = ranked(values)
+            self._measuring = max(1, min(-(-SAMPLES // calibration.counted_in), calibration.held_out // 2))
+            curves = self._measured(_trials(graph.groups, values, order), index)
+        self.order = reordered(order, graph.groups, values, curves, channel_costs)
+
+    def _measured(self, trials: Sequence[tuple[ChannelGroup, Tensor, float, float]], index: Mapping[str, Any]
+                  ) -> dict[str, tuple[float, float]]:
+        measured: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        judges = list(self._calibration.some(0, self._measuring))
+        with InputMoments(self._eval_model, index) as looked_at:  # which names what a sample alone would break
             dense = []
             for batch in judges:
                 looked_at.start(batch)
-                dense.append(run(eval_model, batch))
+                dense.append(self._run(self._eval_model, batch))
         with bar("measuring groups", " cuts", len(trials)) as done:
             for group, gone, share, value in trials:
-                removed = {group.name: gone}
-                found = {name: estimate_inputs(inputs.moments[name], where, RIDGE)
-                         for name, where in removed_positions((group,), removed).items() if name in inputs.calls}
-                weights = {name: rewired(eval_model.get_submodule(name), x) for name, x in found.items()}
-                constants = {name: x.constant for name, x in found.items()}
-                added = mean_contributions(eval_model, constants, example, forward)
-                small = Surgery(model, removed_indices((group,), removed), added, weights).copy().eval()
-                kl = divergence(dense, (run(small, batch) for batch in judges), process_group).kl
+                small = self._repaired({group.name: gone}, RIDGE)
+                kl = divergence(dense, (self._run(small, batch) for batch in judges), self._group).kl
                 measured[group.name].append((share, kl / value))
                 done.update()
-    return reordered(order, groups, values, {name: _line(points) for name, points in measured.items()}, channel_costs)
+        return {name: _line(points) for name, points in measured.items()}
+
+    def _repaired(self, removed: Mapping[str, Tensor], ridge: float) -> nn.Module:
+        """The model without `removed` (group -> channels), repaired linearly."""
+        groups = [group for group in self._groups if group.name in removed]
+        found = {name: estimate_inputs(self._inputs.moments[name], where, ridge)
+                 for name, where in removed_positions(tuple(groups), removed).items() if name in self._inputs.calls}
+        weights = {name: rewired(self._eval_model.get_submodule(name), x) for name, x in found.items()}
+        constants = {name: x.constant for name, x in found.items()}
+        added = mean_contributions(self._eval_model, constants, self._example, self._forward)
+        return Surgery(self._model, removed_indices(groups, removed), added, weights).copy().eval()
+
+    @torch.no_grad()
+    def lost(self, *choices: Mapping[str, Tensor]) -> list[float]:
+        """The KL that each choice of channels (group -> those that go) leaves once it is repaired linearly, or by means
+        where that is better, on samples held out from the fit that have not measured groups."""
+        first = self._measuring if self.has_others else 0
+        dense = [{name: output.cpu() for name, output in self._run(self._eval_model, batch).items()}
+                 for batch in self._calibration.some(first)]
+
+        def left(removed: Mapping[str, Tensor], ridge: float) -> float:
+            small = self._repaired(removed, ridge)
+            return divergence(dense, (self._run(small, batch) for batch in self._calibration.some(first)),
+                              self._group).kl
+
+        return [min(left(removed, ridge) for ridge in (RIDGE, math.inf)) for removed in choices]
+
+    @property
+    def has_others(self) -> bool:
+        """Whether samples are held out that have not measured groups."""
+        return self._calibration.held_out > self._measuring
 
 
 def _trials(groups: Sequence[ChannelGroup], values: Mapping[str, Tensor], order: Sequence[RemovalStep]
