@@ -64,13 +64,15 @@ class _Guess:
         return replace(group, name=qualified(group.name), members=members)
 
 
-def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[str] = ()) -> Found:
+def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[str] = (),
+         dims: bool = False) -> Found:
     """The groups of heads in a model.
 
     Args:
         model: an evaluation copy.
         run: run(model) runs it on example inputs.
         unused: layers that the output does not depend on.
+        dims: look for the dimensions of heads, too, which takes most of the time.
     """
     every = Found()
     guesses = {name: found for name, module in model.named_modules()
@@ -89,7 +91,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[st
             skipped |= dict.fromkeys(firsts, "the output does not depend on it")
             continue
         tried = [_tried(model.get_submodule(name), guesses[name], calls.of[name], owners) for name in names]
-        for name, guess in zip(names, tried, strict=True):
+        for name, guess in zip(names, tried, strict=True) if dims else ():
             _find_dims(every, model.get_submodule(name), guesses[name], guess, calls.of[name], owners)
         fitting = [guess.whole() for guess in tried if isinstance(guess, _Guess)]
         if len(fitting) == len(tried) and all(torch.equal(group.unit, fitting[0].unit) for group in fitting):

@@ -110,13 +110,20 @@ def that_go(model: nn.Module, run: Callable[[nn.Module], Tensor], branches: Sequ
     def go(branches: Sequence[Branch]) -> bool:
         return all(_same_without(each, run, branches) for each in models)
 
-    left = list(branches)
-    if left and not go(left):
-        modules = dict(model.named_modules())
-        ways = (next((way for way in (branch, *_last_alone(modules, branch)) if go([way])), None) for branch in left)
-        left = [way for way in ways if way is not None]
-        if left and not go(left):
-            left = []
+    modules = dict(model.named_modules())
+
+    def going(branches: Sequence[Branch]) -> list[Branch]:
+        """Those that go; of halves where all together do not, so that few are tried alone."""
+        if not branches or go(branches):
+            return list(branches)
+        if len(branches) == 1:
+            return next(([way] for way in _last_alone(modules, branches[0]) if go([way])), [])
+        half = len(branches) // 2
+        return [*going(branches[:half]), *going(branches[half:])]
+
+    left = going(branches)
+    if len(left) > 1 and left != list(branches) and not go(left):
+        left = []
     return tuple(_groups(model, left))
 
 

@@ -129,7 +129,8 @@ class ChannelGraph:
     fastscore.graph.blocks.with_blocks). experts: whole experts of mixtures, likewise (see
     fastscore.graph.whole_experts). head_dims: dimensions of heads, which can go in the place of whole heads, likewise
     (see fastscore.graph.head_dims.with_head_dims). whole_heads: group -> why its heads go whole or not at all.
-    training_only: layers that run in training alone.
+    searched: which of `blocks`, `experts` and `head_dims` were looked for. training_only: layers that run in training
+    alone.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -142,6 +143,7 @@ class ChannelGraph:
     experts: tuple[ChannelGroup, ...] = ()
     head_dims: tuple[ChannelGroup, ...] = ()
     whole_heads: Mapping[str, str] = field(default_factory=dict)
+    searched: frozenset[str] = frozenset()
     training_only: frozenset[str] = frozenset()
 
     @cached_property

@@ -21,11 +21,12 @@ from fastscore.graph import (
     lost_ways,
     sample_axes,
     samples_second,
+    scored_units,
     units,
     whole_experts,
 )
 from fastscore.graph.cutting import own_tensors
-from fastscore.graph.groups import READS, ChannelGraph, ChannelGroup, Member, Role
+from fastscore.graph.groups import READS, ChannelGraph, ChannelGroup, Member, Role, Units
 from fastscore.graph.kept import left_alone, reasons, training_only, unread
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
 from fastscore.graph.trials import returned_trial, surgery_trial, verification
@@ -40,7 +41,7 @@ from fastscore.rng import fork_rng
 
 
 def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.call_model,
-          samples: batches.Batch | None = None) -> ChannelGraph:
+          samples: batches.Batch | None = None, units: Units = "groups") -> ChannelGraph:
     """Find the channel groups of `model` by running `forward(model, example_inputs)` on a copy of it.
 
     A model that was traced before, and is what it was, is not traced again: see fastscore.graph.cache.
@@ -50,6 +51,8 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         example_inputs: a batch that `forward` takes, of one sample or more.
         forward: calls the model.
         samples: a batch of several samples, if there is one, by which rows are found to belong to samples.
+        units: what will be scored (see fastscore.score): whole branches, experts and dimensions of heads are looked for
+            where they are.
 
     Returns:
         The groups, each followed through the traced graph, verified by changing its channels, and tried by surgery; and
@@ -65,9 +68,10 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         raise TypeError(f"forward: {forward!r:.80}, where a function forward(model, batch) is meant")
     if forward is batches.call_model:
         batches.check_example(example_inputs, "example_inputs")
-    known = cache.get(model, example_inputs, forward)
-    if known is not None:
+    searched, known = scored_units.searched(units), cache.get(model, example_inputs, forward)
+    if known is not None and searched <= known.searched:
         return known
+    searched |= known.searched if known is not None else frozenset()
     eval_model = evaluation_copy(model)
     for parameter in eval_model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # the tracer follows grad_fn
@@ -89,11 +93,11 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
 
     with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), recurrent.sketched(eval_model), \
             working(f"tracing {type(model).__name__}"):
-        found, ran, explained = _traced(eval_model, run, batches.way_out(forward, example_inputs))
+        found, ran, explained = _traced(eval_model, run, searched, batches.way_out(forward, example_inputs))
         inactive = training_only.callable_layers(eval_model) - ran
         if inactive:
             with suppress(Exception):  # of a model's code that does not train
-                more, ran_in_training, explained_then = _traced(eval_model, run_as_in_training)
+                more, ran_in_training, explained_then = _traced(eval_model, run_as_in_training, searched)
                 if ran <= ran_in_training and (more.groups or not found.groups):
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
@@ -111,7 +115,8 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
                              "`x = x + branch(x)`, where it says `x += branch(x)`") from error
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained))
     axes = replace(axes, transposing=samples_second.transposing(forward, samples))
-    graph = replace(graph, samples=axes, **_products(eval_model, example_inputs, forward, axes.batch))
+    products = _products(eval_model, example_inputs, forward, axes.batch)
+    graph = replace(graph, samples=axes, searched=searched, **products)
     cache.put(model, example_inputs, forward, graph)
     return graph
 
@@ -126,22 +131,23 @@ def _products(eval_model: nn.Module, example_inputs: batches.Batch, forward: bat
     return {"macs": counted.weights, "uncounted": counted.uncounted}
 
 
-def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], otherwise: str = ""
-            ) -> tuple[ChannelGraph, set[str], set[str]]:
+def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], searched: Container[str],
+            otherwise: str = "") -> tuple[ChannelGraph, set[str], set[str]]:
     """(the groups of one way of running an evaluation copy, the layers that ran, those that are kept with a
-    reason that came of trying them). otherwise: what is said where the model cannot be called so."""
-    plain = _traced_as_it_is(eval_model, run, otherwise)
+    reason that came of trying them). searched: see ChannelGraph. otherwise: what is said where the
+    model cannot be called so."""
+    plain = _traced_as_it_is(eval_model, run, searched, otherwise)
     if not plain[2]:
         return plain
     with own_tensors.buffers_as_parameters(eval_model) as any_buffers, suppress(Exception):  # of code that writes there
-        more = _traced_as_it_is(eval_model, run) if any_buffers else plain
+        more = _traced_as_it_is(eval_model, run, searched) if any_buffers else plain
         if {group.name for group in more[0].groups} > {group.name for group in plain[0].groups}:
             return more
     return plain
 
 
-def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], otherwise: str = ""
-                     ) -> tuple[ChannelGraph, set[str], set[str]]:
+def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], searched: Container[str],
+                     otherwise: str = "") -> tuple[ChannelGraph, set[str], set[str]]:
     """`_traced`, where buffers are constants."""
     graph = dependencies.Graph()
     has_run, unused = False, set[str]()
@@ -179,8 +185,9 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     idle = frozenset(unused)
     if unused and recording.shows_in_output(unused):
         unused.clear()
-    branches, mixtures = blocks.find(eval_model, whole), whole_experts.find(eval_model, whole)
-    attentions = attention.find(eval_model, whole, unused)
+    branches = blocks.find(eval_model, whole) if "blocks" in searched else []
+    mixtures = whole_experts.find(eval_model, whole) if "experts" in searched else ()
+    attentions = attention.find(eval_model, whole, unused, "head_dims" in searched)
     heads, left = attentions.groups, attentions.skipped
     found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording, unused, idle),
                         heads)

@@ -5,17 +5,15 @@ went minus infinity. A gate on an expert says what it adds where it is chosen.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph.blocks import with_blocks
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
-from fastscore.graph.head_dims import with_head_dims
 from fastscore.graph.trials.differences import close
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
@@ -53,11 +51,6 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[ChannelG
 def with_experts(graph: ChannelGraph) -> ChannelGraph:
     """The graph's groups, and its experts as groups beside them."""
     return replace(graph, groups=(*graph.groups, *graph.experts))
-
-
-# units -> the graph with what they add to the groups, or put in their place
-WITH: Mapping[str, Callable[[ChannelGraph], ChannelGraph]] = {"blocks": with_blocks, "experts": with_experts,
-                                                                "head_dims": with_head_dims}
 
 
 def never_chosen(model: nn.Module, groups: Iterable[ChannelGroup], removed: Any) -> Iterator[Any]:

@@ -135,7 +135,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         # one sample is enough to trace with, where it is known how to take it
         example = first_samples(data.first, 1) if forward is call_model else data.first
         with shown(progress):
-            channels = trace(model, example, forward, data.first)
+            channels = trace(model, example, forward, data.first, units)
         if origin.gradient == "none":
             return _score_weights(eval_model, channels, origin, ignore)
         totals = Totals(eval_model, channels, origin, ignore, several=len(first_input(data.first)) > 1)

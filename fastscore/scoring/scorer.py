@@ -77,7 +77,7 @@ class Scorer:
         model = unwrapped(model)
         self._outputs = batches.output_selector(output)
         graph = example_inputs if isinstance(example_inputs, ChannelGraph) else \
-            trace(model, example_inputs, batches.checked_forward(forward, self._outputs))
+            trace(model, example_inputs, batches.checked_forward(forward, self._outputs), units=units)
         self._output_dim = graph.samples.output
         first = None if isinstance(example_inputs, ChannelGraph) else batches.first_tensor(example_inputs)
         self._totals = Totals(model, graph, origin, ignore, several=first is not None and first.shape[:1].numel() > 1)

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from fastscore.graph.groups import ChannelGraph, ChannelGroup, Ignore, Role, norm_gates
+from fastscore.graph import scored_units
+from fastscore.graph.groups import ChannelGraph, ChannelGroup, Ignore, Role
 from fastscore.graph.sample_axes import ALONE
-from fastscore.graph.whole_experts import WITH
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.weights.held_weights import is_held
 from fastscore.scoring.scores import Origin
@@ -46,10 +46,7 @@ def groups_to_score(model: nn.Module, graph: ChannelGraph, origin: Origin, ignor
                     ) -> tuple[ChannelGraph, Origin]:
     """The groups to score, and how, of which model. apart: without those whose samples cannot be told apart in a batch
     of several. Raises ValueError, with the reasons, when nothing is left."""
-    if origin.units == "norms":
-        graph = norm_gates(model, graph)
-    elif origin.units in WITH:
-        graph = WITH[origin.units](graph)
+    graph = scored_units.of_graph(model, graph, origin.units)
     if graph.samples.second and origin.gradient != "none":
         raise ValueError("batches, or example_inputs: their second dimension counts samples, [T, N, ...], by what the "
                          f"output depends on; give [N, ...] and {graph.samples.transposing}")

@@ -121,7 +121,7 @@ CASES = ("steps", "ViT", "Qwen3", "BERT", *IMAGES)
 
 def _last(model: nn.Module, branch: str, batch: Any) -> str:
     """The module whose output is what a branch adds."""
-    group = next(group for group in trace(model, batch, _run).blocks if group.name == branch)
+    group = next(group for group in trace(model, batch, _run, units="blocks").blocks if group.name == branch)
     return next(group.role("branch")).layer
 
 
@@ -141,7 +141,7 @@ def _gated(model: nn.Module, branch: str, batch: Any, gate: Tensor) -> Tensor:
 def test_scores_are_those_of_one_gate(name: str) -> None:
     model, batch, found = _case(name)
     with untouched(model):
-        graph = trace(model, batch, _run)
+        graph = trace(model, batch, _run, units="blocks")
         assert [group.name for group in graph.blocks] == found
         with torch.no_grad():
             z = _run(model, batch)
@@ -269,5 +269,5 @@ class _Cross(nn.Module):
 
 @pytest.mark.parametrize(("memory_first", "found"), [(False, ["cross"]), (True, [])])
 def test_zeros_are_as_long_as_the_stream_and_not_as_a_memory(memory_first: bool, found: list[str]) -> None:
-    graph = trace(Crossed(memory_first).eval(), torch.randn(2, 4, 5))
+    graph = trace(Crossed(memory_first).eval(), torch.randn(2, 4, 5), units="blocks")
     assert [group.name for group in graph.blocks] == found

@@ -58,7 +58,7 @@ def test_an_expert_is_a_unit(build: Callable[[], nn.Module], tmp_path: Path) -> 
                                loss=lambda output, batch: (output * v).sum(), progress=False)
 
     with untouched(model):
-        graph, scores = trace(model, TOKENS, forward), score("experts")
+        graph, scores = trace(model, TOKENS, forward, units="experts"), score("experts")
         assert [group.name for group in graph.experts] == MIXTURES
         assert {name: scores[name] for name in scores if name not in MIXTURES}.keys() == score("groups").keys()
         for group in graph.experts:  # PyTorch's own forward, with a gate on each expert's second matrix

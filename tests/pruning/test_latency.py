@@ -335,7 +335,7 @@ def test_the_benchmark_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -
 def test_a_branch_that_goes_takes_the_time_of_all_that_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the layers that are left, and a second for what the branch does beside them."""
     model, x = Branches().eval(), torch.randn(2, 4, 5)
-    graph = with_blocks(trace(model, x))
+    graph = with_blocks(trace(model, x, units="blocks"))
     costs = Costs(model, graph.groups, x)
     seconds = {name: 1.0 + number for number, name in enumerate(costs.layers)}
     order = [RemovalStep(group, (channel,), 0.0) for group, channel in (("one.0", 1), ("one", 0), ("one.0", 2),

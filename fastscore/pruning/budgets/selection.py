@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward
-from fastscore.graph.groups import ChannelGraph, Ignore, norm_gates
+from fastscore.graph import scored_units
+from fastscore.graph.groups import ChannelGraph, Ignore
 from fastscore.graph.tracing import trace
-from fastscore.graph.whole_experts import WITH
 from fastscore.pruning.budgets.costs import Costs, MacsWithout, Resource
 from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.scoring.scores import Scores
@@ -22,11 +22,8 @@ from fastscore.wording import counted
 def scored_graph(model: nn.Module, scores: Scores, example_inputs: Batch, forward: Forward,
                  ignore: Ignore) -> ChannelGraph:
     """The groups of `model` that have scores and are not ignored. Raises ValueError for scores of another model."""
-    whole = trace(model, example_inputs, forward)
-    if scores.origin.units == "norms":
-        whole = norm_gates(model, whole)
-    elif scores.origin.units in WITH:
-        whole = WITH[scores.origin.units](whole)
+    units = scores.origin.units
+    whole = scored_units.of_graph(model, trace(model, example_inputs, forward, units=units), units)
     check_scores(whole, scores)
     graph = whole.without(model, ignore)
     scored = tuple(group for group in graph.groups if group.name in scores)
