@@ -18,7 +18,9 @@ from fastscore.cli import hugging_face, images, models, processes
 from fastscore.cli.argument_types import IMPORTANCES, importance, of_sampling, positive
 from fastscore.cli.checkpoints import noted_weights, sha256
 from fastscore.fastpath.precision import PRECISIONS
+from fastscore.graph.groups import Units
 from fastscore.graph.head_dims import HEAD_DIMENSIONS
+from fastscore.modules.weights.experts import holds_experts
 from fastscore.pruning.budgets.quality import HELD_OUT
 from fastscore.recovery.reconstruct import Method
 from fastscore.scoring.criteria import ABLATIONS, GRADIENT_IMPORTANCES, LAYERWISE, REDUCTIONS
@@ -79,9 +81,10 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
     scoring.add_argument("--importance", type=importance, default="taylor-sq", metavar="NAME",
                          help=f"{', '.join(IMPORTANCES)} (default: %(default)s); the signed taylor needs a loss, which "
                          "fastscore.Scorer takes")
-    scoring.add_argument("--units", choices=("groups", "blocks", "head_dims"), default="groups",
-                         help="blocks: whole residual branches can go beside the channels; head_dims: dimensions of "
-                         "attention heads in the place of whole heads (default: %(default)s)")
+    scoring.add_argument("--units", choices=[name for name in get_args(Units) if name != "norms"], default="groups",
+                         help="blocks: whole residual branches can go beside the channels; experts: whole experts of "
+                         "mixtures, likewise; head_dims: dimensions of attention heads in the place of whole heads "
+                         "(default: %(default)s)")
     scoring.add_argument("--reduction", choices=REDUCTIONS, default="sum",
                          help="sum a channel's positions before the square or absolute value is taken, or take it of "
                          "each element (default: %(default)s)")
@@ -225,8 +228,11 @@ def scored(model: nn.Module, arguments: argparse.Namespace, prepare: images.Prep
             tell("nothing is kept of this scoring; `fastscore score --resume FILE --out SCORES` can be stopped and go "
                  "on, and --scores takes what it writes")
         raise
+    modules = dict(model.named_modules())
     if arguments.units == "blocks" and all(len(scores[name]) > 1 for name in scores):
         tell("units: this model has no residual branch that can go whole, so channels alone can go")
+    if arguments.units == "experts" and not any(name in modules and holds_experts(modules[name]) for name in scores):
+        tell("units: this model has no mixture whose experts can go whole, so channels alone can go")
     for name, reason in scores.skipped.items():
         if name.endswith(HEAD_DIMENSIONS):
             tell(f"units: {name.removesuffix(HEAD_DIMENSIONS)} keeps whole heads: {reason}")

@@ -4,12 +4,14 @@ import statistics
 from typing import Any
 
 import pytest
+import torch
 from networks import NETWORKS
 from torch import Tensor, distributed
 
 import fastscore
-from benchmarks.passes import scaling
+from benchmarks.passes import scaling, tracing
 from benchmarks.passes.scaling import Cluster
+from fastscore.integrations.transformers import forward
 
 NETWORK = NETWORKS["residual"]
 
@@ -59,3 +61,11 @@ def test_shares_drawn_at_once_are_like_batches_drawn_each() -> None:
     assert abs(statistics.mean(each) - statistics.mean(at_once)) < 4 * error
     queue = [scaling.taken_when_free(16, 1600, 32, cluster, seed) for seed in range(40)]
     assert statistics.mean(queue) < statistics.mean(each) < 1.2 * statistics.mean(queue)
+
+
+def test_each_trace_is_of_a_fresh_model() -> None:
+    """And not found in the cache; what is over ten passes is that."""
+    once, twice = (tracing.measure(lambda: tracing.decoder(1), {"input_ids": torch.arange(4)[None]}, forward,
+                                   repeats=repeats) for repeats in (1, 2))
+    assert once["calls"] == twice["calls"] > 5
+    assert once["over ten"] == once["trace"] - 10 * once["forward"]

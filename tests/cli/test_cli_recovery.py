@@ -33,6 +33,23 @@ class Residual(nn.Module):
 def residual():
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), Residual(6, 0.3), Residual(8, 0.01),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+class Decoder(nn.Module):
+    def __init__(self):
+        import transformers
+        super().__init__()
+        sizes = dict(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=5,
+                     num_key_value_heads=2, max_position_embeddings=16)
+        self.patches, self.head = nn.Conv2d(3, 16, 4, stride=4), nn.Linear(16, 5)
+        self.body = transformers.MixtralModel(transformers.MixtralConfig(
+            **sizes, num_local_experts=4, use_cache=False, experts_implementation="batched_mm"))
+
+    def forward(self, x):
+        x = self.body(inputs_embeds=self.patches(x).flatten(2).mT.contiguous()).last_hidden_state
+        return self.head(x.mean(1))
+
+def mixture():
+    return Decoder()
 """
 MODEL = ("nets.py:build", "--size", "12", "--images", "photos", "--batch-size", "8")
 PREPARE = images.Preprocessing(12, 12, (0.0,) * 3, (1.0,) * 3)
@@ -132,9 +149,24 @@ def test_branches_go_and_what_is_left_is_repaired(capsys: pytest.CaptureFixture[
     assert isinstance(small.get_submodule("3.branch"), ZeroBranch)
 
 
-def test_a_model_without_branches_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["score", *MODEL, "--units", "blocks", "--out", "s.safetensors"]) == 0
-    assert "this model has no residual branch that can go whole" in capsys.readouterr().err
+@pytest.mark.parametrize(("units", "told"), [("blocks", "no residual branch that can go whole"),
+                                              ("experts", "no mixture whose experts can go whole")])
+def test_a_model_without_them_is_told_so(capsys: pytest.CaptureFixture[str], units: str, told: str) -> None:
+    assert main(["score", *MODEL, "--units", units, "--out", "s.safetensors"]) == 0
+    assert f"this model has {told}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("units", "unit"), [("experts", "body.layers.0.mlp.experts"),
+                                             ("head_dims", "body.layers.0.self_attn.q_proj")])
+def test_experts_and_head_dimensions_go(capsys: pytest.CaptureFixture[str], units: str, unit: str) -> None:
+    arguments = ["prune", "nets.py:mixture", *MODEL[1:], "--units", units, "--params", "0.6", "--no-repair"]
+    assert main([*arguments, "--out", "small.safetensors"]) == 0
+    assert "units: " not in capsys.readouterr().err
+    model = models.load("nets.py:mixture", seed=0)
+    scores = fastscore.score(model, batches(), units=units, progress=False)
+    expected = fastscore.prune(model, scores, torch.zeros(2, 3, 12, 12), params=0.6)
+    assert unit in expected.removed
+    same(fastscore.load_pruned(models.load("nets.py:mixture", seed=1), "small.safetensors"), expected.model)
 
 
 def test_a_curve(capsys: pytest.CaptureFixture[str]) -> None:

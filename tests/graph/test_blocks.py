@@ -271,3 +271,34 @@ class _Cross(nn.Module):
 def test_zeros_are_as_long_as_the_stream_and_not_as_a_memory(memory_first: bool, found: list[str]) -> None:
     graph = trace(Crossed(memory_first).eval(), torch.randn(2, 4, 5), units="blocks")
     assert [group.name for group in graph.blocks] == found
+
+
+class Deep(nn.Module):
+    """Sixteen branches, of which the code reads one elsewhere, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(16))
+        self.embed, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) * self.branches[5][0].in_features
+        for branch in self.branches:
+            x = x + branch(x)
+        return self.head(x)
+
+
+def test_one_that_stays_is_found_by_halves() -> None:
+    runs = 0
+
+    def run(model: nn.Module, batch: Tensor) -> Tensor:
+        nonlocal runs
+        runs += 1
+        return model(batch)
+
+    model, x = Deep().eval(), torch.randn(2, 4)
+    trace(model, x, run)
+    plain, runs = runs, 0
+    found = trace(model, x, run, units="blocks").blocks
+    assert [group.name for group in found] == [f"branches.{i}" for i in range(16) if i != 5]
+    assert runs - plain < 2 * 16

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastscore
+from fastscore.graph.tracing import trace
 from fastscore.integrations.transformers import forward
 from fastscore.pruning.budgets.costs import total_macs
 
@@ -328,3 +329,18 @@ def test_values_go_alone_where_queries_and_keys_cannot() -> None:
     with torch.no_grad():
         torch.testing.assert_close(result.model(x), _call(model, oracle.gated(model, gates, (), True), x))
     assert result.model.one.q_proj.out_features == 12
+
+
+def test_looked_for_where_they_are_scored() -> None:
+    """A graph with them stands for one without; not the other way round."""
+    model, x = _network("apart", 2, 2, 4, True), _inputs()
+    plain = trace(model, x)
+    assert not plain.searched
+    assert not plain.head_dims
+    with pytest.raises(ValueError, match=r"traced without head_dims: give trace\(model, example_inputs, units="):
+        fastscore.Scorer(model, plain, units="head_dims")
+    found = trace(model, x, units="head_dims")
+    assert [group.name for group in found.head_dims] == ["one.q_proj", "two.q_proj"]
+    assert trace(model, x) is found
+    assert trace(model, x, units="blocks").searched == {"blocks", "head_dims"}
+    fastscore.Scorer(model, found, units="head_dims")
