@@ -18,7 +18,7 @@ from fastscore.batches import with_float64
 from fastscore.graph.attention_calls import Call
 from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
-from fastscore.modules.attention.rotary import table_width
+from fastscore.modules.attention import rotary
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
 
@@ -116,18 +116,19 @@ def with_head_dims(graph: ChannelGraph) -> ChannelGraph:
 
 def _guesses(name: str, module: nn.Module, projections: Projections, call: Call) -> Iterator[ChannelGroup]:
     """What may go together, likeliest first."""
-    table = table_width(call.args, call.kwargs)
-    if table == projections.width == heads.width(module) and table % 2 == 0:
-        every = torch.arange(table)
-        for pairs in (every % (table // 2), every // 2):  # halves of a head are turned together, or neighbours
-            yield _group(name, module, projections, pairs)
+    table, width = rotary.table_width(module, call.args, call.kwargs), projections.width
+    if width == heads.width(module) and table == rotary.turned(module, width) and table % 2 == width % 2 == 0:
+        every, rest = torch.arange(table), torch.arange(width - table)
+        for pairs in (every % (table // 2), every // 2):  # halves of what is turned go together, or neighbours
+            yield _group(name, module, projections, torch.cat([pairs, (table + rest) // 2]), table)
     yield _group(name, module, projections)
     yield _group(name, module, projections, values_alone=True)
 
 
 def _group(name: str, module: nn.Module, projections: Projections, turned: Tensor | None = None,
-           values_alone: bool = False) -> ChannelGroup:
-    """turned: the pair of each dimension, int64 [width], where tables turn pairs."""
+           table: int = 0, values_alone: bool = False) -> ChannelGroup:
+    """turned: the pair of each dimension, int64 [width], where tables turn pairs. table: how many of them, the first,
+    are turned; the others go by twos as well, so that as many go of every part."""
     count, shared, width = projections.heads, projections.shared, projections.width
     each = torch.arange(shared * width).reshape(shared, width)
     pairs = each if turned is None else torch.arange(width).expand(shared, width)
@@ -156,7 +157,9 @@ def _group(name: str, module: nn.Module, projections: Projections, turned: Tenso
     if not values_alone:
         members.append(Member("", "head_dims", torch.arange(width), first))
     if turned is not None:
-        members.append(Member("", "rotary", torch.arange(width), pairs[0]))
+        members.append(Member("", "rotary", torch.arange(table), pairs[0][:table]))
+        if rotary.TURNED in vars(module):
+            members.append(Member("", "width", torch.arange(table), pairs[0][:table], attribute=rotary.TURNED))
     read = values[of_heads].flatten()
     members += [*tensors, *queries, *(Member(layer, "consumer", torch.arange(count * width), read)
                                       for layer in projections.outputs)]

@@ -113,6 +113,7 @@ class Oracle:
     width: int
     turned: str = ""
     by_head: bool = False
+    part: int = 0  # of the width, where not all is turned
 
     @property
     def pairs(self) -> int:
@@ -123,7 +124,9 @@ class Oracle:
         """[C]: turned dimensions go in pairs."""
         pairs = torch.arange(self.pairs)
         if self.turned:
-            pairs = pairs % (self.width // 2) if self.turned == "halves" else pairs // 2
+            part = self.part or self.width
+            pairs = torch.cat([pairs[:part] % (part // 2) if self.turned == "halves" else pairs[:part] // 2,
+                               pairs[part:] // 2])
         return torch.cat([pairs, int(pairs.max()) + 1 + torch.arange(self.shared * self.width)])
 
     def places(self, *parts: int) -> Places:
@@ -225,7 +228,7 @@ def test_dimensions_of_heads(layout: str, heads: tuple[int, int], width: int, bi
     assert result.model.one.head_dim < width == model.one.head_dim
 
 
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 20,
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 6,
          "max_position_embeddings": 16}
 
 
@@ -245,25 +248,41 @@ def _model(name: str) -> tuple[nn.Module, Any, str, Oracle]:
             where = "1.layers.1.self_attn"
             found = where, Oracle((f"{where}.in_proj_weight",) * 3 + (f"{where}.out_proj.weight",), 2, 2, 8)
             batch = torch.randn(2, 4, 6).double()
+        elif name == "GPT-NeoX":
+            model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(
+                **SIZES | {"hidden_size": 32}, rope_parameters={"rope_type": "default", "rope_theta": 100.0,
+                                                                "partial_rotary_factor": 0.5}))
+            where = "gpt_neox.layers.1.attention"
+            found = f"{where}.query_key_value", Oracle((f"{where}.query_key_value.weight",) * 3 +
+                                                       (f"{where}.dense.weight",), 4, 4, 8, "halves", True, 4)
+            batch = {"input_ids": torch.randint(0, 6, (2, 4))}
+        elif name == "Phi":
+            model = transformers.PhiForCausalLM(transformers.PhiConfig(
+                **SIZES, num_key_value_heads=2, head_dim=6, rope_parameters={
+                    "rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.7}))
+            where = "model.layers.1.self_attn"
+            found = f"{where}.q_proj", Oracle((*(f"{where}.{part}_proj.weight" for part in "qkv"),
+                                               f"{where}.dense.weight"), 4, 2, 6, "halves", part=4)
+            batch = {"input_ids": torch.randint(0, 6, (2, 4))}
         else:
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2, head_dim=6,
                                                                            attention_bias=True))
             where = "model.layers.1.self_attn"
             found = f"{where}.q_proj", Oracle(tuple(f"{where}.{part}_proj.weight" for part in "qkvo"), 4, 2, 6,
                                               "halves")
-            batch = {"input_ids": torch.randint(0, 20, (2, 5))}
+            batch = {"input_ids": torch.randint(0, 6, (2, 4))}
         model = model.double().eval()
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model, batch, *found
 
 
-@pytest.mark.parametrize("name", ["timm", "torch", "Llama"])
+@pytest.mark.parametrize("name", ["timm", "torch", "Llama", "GPT-NeoX", "Phi"])
 def test_of_models_that_people_have(name: str, tmp_path: Path) -> None:
     """Fused projections of timm, those that nn.MultiheadAttention holds, and shared keys under rotary tables."""
     model, batch, group, oracle = _model(name)
     # transformers' norms and softmax are in float32
-    _, result = _check(model, batch, group, oracle, 0.7, 1e-5 if name == "Llama" else 1e-10)
+    _, result = _check(model, batch, group, oracle, 0.7, 1e-10 if name in ("timm", "torch") else 1e-5)
     small = result.model
     with torch.no_grad():
         want = _run(small, batch)
@@ -274,7 +293,7 @@ def test_of_models_that_people_have(name: str, tmp_path: Path) -> None:
         file.seek(0)
         for copied in (again, copy.deepcopy(small), torch.load(file, weights_only=False)):
             assert torch.equal(_run(copied, batch), want)
-        if name == "Llama":
+        if isinstance(batch, dict):
             small.generation_config.pad_token_id = 0
             made = [small.generate(batch["input_ids"], max_new_tokens=3, do_sample=False, use_cache=cached)
                     for cached in (True, False)]

@@ -19,6 +19,7 @@ LAYERS = (
     ("query_key_value", "query_key_value", "query_key_value", "dense"),
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q_proj", "k_proj", "v_proj", "out_proj"),
+    ("q_proj", "k_proj", "v_proj", "dense"),
     ("q_lin", "k_lin", "v_lin", "out_lin"),
     ("self.query", "self.key", "self.value", "output.dense"),
     ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),

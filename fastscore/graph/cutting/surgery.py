@@ -153,7 +153,7 @@ def _narrow_heads(module: nn.Module, side: str, index: Tensor) -> None:
     if side == "head_dims":
         heads.narrow(module, len(index))
     elif (width := heads.width(module)) is not None:
-        rotary.narrow(module, index, width)
+        rotary.narrow(module, index, rotary.turned(module, width))
 
 
 def _narrow_owner(model: nn.Module, name: str, side: str, gone: int) -> None:

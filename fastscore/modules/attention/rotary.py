@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+TURNED = "rotary_ndims"  # where attentions of GPT-NeoX, Phi, StableLM and others have it
 _KEPT, _WIDTH = "rotary_dims", "rotary_width"  # the entries that are read, int64, of tables as wide as that
 
 
@@ -43,10 +44,18 @@ def _reads_part(cls: type[nn.Module]) -> type[nn.Module]:
     return _made[cls]
 
 
-def table_width(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+def table_width(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """How wide the tables of cosines and sines are that a module is called with, a pair of tensors, as transformers'
-    decoders call their attentions; None where there are none."""
-    return next((width for value in (*args, *kwargs.values()) if (width := _tables(value)) is not None), None)
+    decoders call their attentions, or what it reads of them; None where there are none."""
+    width = next((width for value in (*args, *kwargs.values()) if (width := _tables(value)) is not None), None)
+    kept = module._buffers.get(_KEPT)
+    return len(kept) if kept is not None and width == getattr(module, _WIDTH) else width
+
+
+def turned(module: nn.Module, width: int) -> int:
+    """How many of the `width` dimensions of a head, the first, a module turns by its tables."""
+    part = vars(module).get(TURNED)
+    return part if isinstance(part, int) else width
 
 
 def narrow(module: nn.Module, gone: Tensor, width: int) -> None:
