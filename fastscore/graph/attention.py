@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches import with_float64
-from fastscore.graph import attention_calls, head_dims
+from fastscore.graph import attention_calls, given_biases, head_dims
 from fastscore.graph.attention_calls import Call
 from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.groups import ChannelGroup, Member
@@ -82,6 +82,11 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[st
     calls = attention_calls.record(model, {name: _heads_of(found[0].group) for name, found in guesses.items()}, run)
     owners = parameter_owners(model)
     groups, skipped = every.groups, every.skipped
+    biases = {name: maker for given in calls.given for name in given
+              if (maker := given_biases.maker(model, given, _heads_of(guesses[name][0].group))) is not None}
+    for given in calls.given:
+        if not biases.keys().isdisjoint(given):
+            calls.take(given)
     # an attention before the block that it stands in
     for names in sorted(calls.together, key=lambda names: len(names[0].split(".")) if names[0] else 0, reverse=True):
         firsts = [guesses[name][0].whole().name for name in names]
@@ -95,10 +100,15 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[st
             _find_dims(every, model.get_submodule(name), guesses[name], guess, calls.of[name], owners)
         fitting = [guess.whole() for guess in tried if isinstance(guess, _Guess)]
         if len(fitting) == len(tried) and all(torch.equal(group.unit, fitting[0].unit) for group in fitting):
-            groups.append(replace(fitting[0], members=tuple(member for group in fitting for member in group.members)))
-            for first in firsts:
-                skipped.pop(first, None)
-            continue
+            group: ChannelGroup | None = replace(
+                fitting[0], members=tuple(member for group in fitting for member in group.members))
+            if names[0] in biases and group is not None:
+                group = given_biases.with_embedding(model, run, group, biases[names[0]])
+            if group is not None:
+                groups.append(group)
+                for first in firsts:
+                    skipped.pop(first, None)
+                continue
         for first, guess in zip(firsts, tried, strict=True):
             skipped.setdefault(first, guess if isinstance(guess, str) else
                                "its heads go with those of other layers, which keep them")

@@ -57,17 +57,26 @@ class Call:
 
 @dataclass
 class Calls:
-    """Those of the modules `of`, by name; and `together`, those that take what another of them returned: a bias for
-    each head, as T5's layers do of the first."""
+    """Those of the modules `of`, by name; `together`, those that take what another of them returned: a bias for
+    each head, as T5's layers do of the first; and `given`, those that take one tensor, which may be such a bias, that
+    none of them returned -> where each takes it."""
 
     of: dict[str, Call] = field(default_factory=dict)
     together: list[list[str]] = field(default_factory=list)
+    given: list[dict[str, frozenset[int | str]]] = field(default_factory=list)
+
+    def take(self, given: Mapping[str, frozenset[int | str]]) -> None:
+        """What these modules are given, one of `given`, is a bias for each head."""
+        for name, places in given.items():
+            self.of[name] = replace(self.of[name], handed=self.of[name].handed | places)
+        _join(self.together, next(iter(given)), given)
 
 
 def record(model: nn.Module, heads: Mapping[str, int], run: Callable[[nn.Module], Any]) -> Calls:
     """The calls of modules in one run of a model. heads: name of each module -> how many it has."""
     calls = Calls()
     returned: dict[int, tuple[Tensor, str]] = {}  # which are kept, so that no other tensor has their ids
+    others: dict[int, tuple[Tensor, dict[str, frozenset[int | str]]]] = {}
 
     def before(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -76,6 +85,10 @@ def record(model: nn.Module, heads: Mapping[str, int], run: Callable[[nn.Module]
             given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
             handed = {place: returned[id(value)][1] for place, value in given.items()
                       if id(value) in returned and _is_bias(value, heads[name])}
+            for place, value in given.items():
+                if id(value) not in returned and _is_bias(value, heads[name]):
+                    places = others.setdefault(id(value), (value, {}))[1]
+                    places[name] = places.get(name, frozenset()) | {place}
             calls.of[name] = Call(*copy.deepcopy((args, kwargs)), frozenset(handed))
             _join(calls.together, name, handed.values())
 
@@ -97,6 +110,7 @@ def record(model: nn.Module, heads: Mapping[str, int], run: Callable[[nn.Module]
     finally:
         for handle in handles:
             handle.remove()
+    calls.given = [places for _, places in others.values()]
     return calls
 
 

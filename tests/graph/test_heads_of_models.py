@@ -53,6 +53,12 @@ def _modernbert() -> nn.Module:
         max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2))
 
 
+def _mpnet() -> nn.Module:
+    return transformers.MPNetForSequenceClassification(transformers.MPNetConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=16))
+
+
 # name -> (model, batch, group, shapes of parameters after half of the heads are gone)
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str, dict[str, tuple[int, ...]]]] = {
     "BEiT": (_beit, PIXELS, "beit.layers.0.attention.q_proj",
@@ -64,6 +70,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str, dict[str, 
                  "swinv2.encoder.layers.0.blocks.1.attention.self.continuous_position_bias_mlp.2.weight": (2, 512)}),
     "DeBERTa": (_deberta, TOKENS, "deberta.encoder.layer.0.attention.self.query_proj",
                 {"deberta.encoder.layer.0.attention.self.value_proj.weight": (8, 16)}),
+    "MPNet": (_mpnet, TOKENS, "mpnet.encoder.layer.0.attention.attn.q",
+              {"mpnet.encoder.relative_attention_bias.weight": (32, 2),
+               "mpnet.encoder.layer.1.attention.attn.k.weight": (8, 16)}),
     "ModernBERT": (_modernbert, TOKENS, "model.layers.0.attn.Wqkv", {"model.layers.0.attn.Wqkv.weight": (24, 16)}),
 }
 
