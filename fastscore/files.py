@@ -52,6 +52,16 @@ def whole(path: str | PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def form_of(path: str | PathLike[str]) -> str:
+    """What kind of file `write` made at `path`, with its version; empty for any other file."""
+    try:
+        with safetensors.safe_open(str(path), "pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            return metadata.get("format", "")
+    except (OSError, safetensors.SafetensorError):
+        return ""
+
+
 def read(path: str | PathLike[str], form: str, what: str, otherwise: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(header, tensors on the CPU) of a file that `write` made.
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 
 import fastscore
+from fastscore import files
 from fastscore.cli import options
 from fastscore.cli.options import Commands, add_command
 from fastscore.ops import library
 from fastscore.ops.backends import backends
 from fastscore.pruning.saved.checkpoint import read_notes
 from fastscore.pruning.saved.export import read_exported_notes
+from fastscore.scoring.runs import FORM, run_notes
 from fastscore.scoring.scores import Scores
 
 _NONE = {"notes": "none: fastscore did not prune it; give weights as --checkpoint, behind the name of their model"}
@@ -29,9 +31,9 @@ def add(commands: Commands) -> None:
         "Versions, and which kernels serve which device on this machine, or why they do not.\n"
         "For a model: how its images are prepared, and what is made of it to score it, layer by layer.\n"
         "For a file of scores or of a pruned model (.safetensors, .pt2, .onnx, .pt): where it comes from,\n"
-        "and what remains.",
+        "and what remains. For the file of score --resume: how far it is, and its options.",
         "fastscore info\nfastscore info --json\nfastscore info torchvision:resnet18\n"
-        "fastscore info scores.safetensors\nfastscore info small.onnx")
+        "fastscore info scores.safetensors\nfastscore info small.onnx\nfastscore info run.ckpt")
     options.add_model(command, optional=True)
     options.add_pixels(command)
     command.set_defaults(seed=0)
@@ -44,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
         known = facts()
         print(json.dumps(known) if arguments.json else table(known))
         return
-    if arguments.model.endswith((".safetensors", ".pt2", ".onnx", ".pt")):
+    if arguments.model.endswith((".safetensors", ".pt2", ".onnx", ".pt")) or files.form_of(arguments.model):
         notes = {arguments.model: file_notes(arguments.model)}
         print(json.dumps(notes) if arguments.json else table(notes))
         return
@@ -59,14 +61,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def file_notes(path: str) -> dict[str, str]:
-    """What a file of scores, or of a pruned model, says of where it comes from.
+    """What a file of scores, of a pruned model or of a run that goes on says of where it comes from.
 
     Raises FileNotFoundError, or ValueError for a file that is neither, or damaged.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such file; info reads scores and pruned models, or MODEL: "
                                 "torchvision:NAME, timm:NAME, hf:NAME or module:function")
-    if not path.endswith(".safetensors"):
+    form = files.form_of(path)
+    if form == FORM:
+        return run_notes(path)
+    if form == "" and not path.endswith(".safetensors"):
         return read_exported_notes(path) or _NONE
     try:
         notes = Scores.load(path).notes

@@ -80,7 +80,8 @@ def _kept(arguments: argparse.Namespace) -> Iterator[Checkpoint | None]:
     stem = arguments.out or "fastscore"
     free = next(name for number in itertools.count(1)
                 if not Path(name := f"{stem}{f'-{number}' if number > 1 else ''}.ckpt").exists())
-    checkpoint = Checkpoint(free, only_when_stopped=True) if arguments.resume is None else Checkpoint(arguments.resume)
+    checkpoint = Checkpoint(free, only_when_stopped=True) if arguments.resume is None else \
+        Checkpoint(arguments.resume, tell=options.tell)
 
     def written() -> dict[Path, int]:  # one file, or one for each process
         place = Path(checkpoint.path)

@@ -164,8 +164,8 @@ class PruneReport(Table):
                                        (("channels", self.channels), ("MACs", self.macs), ("parameters", self.params)))
 
     def __str__(self) -> str:
-        width = max([len("layer"), *(len(row.layer) for row in self.groups)])
-        lines = [f"{'layer':<{width}} {'channels':>14} {'MACs':>25} {'parameters':>23}"]
+        width = max([len("group"), *(len(row.layer) for row in self.groups)])
+        lines = [f"{'group':<{width}} {'channels':>14} {'MACs':>25} {'parameters':>23}"]
         rows = [(row.layer, row.channels, row.macs, row.params) for row in self.groups]
         for layer, channels, macs, params in [*rows, ("model", self.channels, self.macs, self.params)]:
             lines.append(f"{layer:<{width}} {channels[0]:>6} → {channels[1]:<5} {macs[0]:>11,} → {macs[1]:<11,} "
@@ -175,7 +175,8 @@ class PruneReport(Table):
     @property
     def _remarks(self) -> list[str]:
         """What remains of the whole, what was tried, what was kept and why, and where the scores come from."""
-        lines = [self._remains, *([self.compensation] if self.compensation and not self.repairs else [])]
+        lines = [self._remains, "a row is a group, the channels that go together, under the name of the first layer "
+                 "that makes them", *([self.compensation] if self.compensation and not self.repairs else [])]
         for tried in self.candidates:
             dense, small = (1e3 * seconds for seconds in tried.timing.seconds)
             lines.append(f"{'chosen' if tried.chosen else 'tried'}: {tried.timing.share:.1%} "

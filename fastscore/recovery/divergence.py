@@ -1,5 +1,6 @@
 """How far a smaller network's decisions are from the dense one's: no labels needed."""
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -42,8 +43,30 @@ def each_of(outputs: Mapping[str, tuple[float, float]]) -> str:
 def judged_by(decisions: int, samples: str) -> str:
     """What a share of decisions about some samples rests on; of fewer than 100, by how much it may be off, too."""
     few = "" if decisions >= 100 else \
-        f": few, so a share of them may well be off by {50 / math.sqrt(decisions):.0f} points"
+        f": the true share may be up to {math.ceil(100 * most_off(decisions))} points off (95 % confidence)"
     return f"judged by {counted(decisions, 'decision')} about samples that {samples}{few}"
+
+
+@functools.lru_cache(1024)
+def least_share(successes: int, trials: int, confidence: float) -> float:
+    """The lower end of Clopper and Pearson's one-sided interval for the probability of a success."""
+    if successes == 0:
+        return 0.0
+    count = torch.arange(successes, trials + 1, dtype=torch.float64)
+    ways = math.lgamma(trials + 1) - torch.lgamma(count + 1) - torch.lgamma(trials - count + 1)
+    low, high = 0.0, 1.0
+    for _ in range(60):  # the probability of as many successes or more grows with p
+        p = (low + high) / 2
+        tail = float((ways + count * math.log(p) + (trials - count) * math.log1p(-p)).logsumexp(0).exp())
+        low, high = (p, high) if tail < 1 - confidence else (low, p)
+    return low
+
+
+@functools.lru_cache(128)
+def most_off(decisions: int) -> float:
+    """How far a share of so many decisions is from the end of its two-sided 95 % interval (Clopper, Pearson 1934), at
+    most: whatever the share is, and up as down, as the interval of the other share is this one mirrored."""
+    return max(agreed / decisions - least_share(agreed, decisions, 0.975) for agreed in range(decisions + 1))
 
 
 def divergence(dense: Iterable[Outputs], smaller: Iterable[Outputs],

@@ -1,5 +1,6 @@
 """What one call asks for, and every check of it: how to score, on how much, how to run, what to keep and share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from typing import Literal, TypeAlias
@@ -29,10 +30,12 @@ class Checkpoint:
 
     path: the file; it is read at the start where it exists, and written whole again after a batch whenever that takes
     no more than a fiftieth of the time. only_when_stopped: neither read nor written, until an exception ends the run.
+    tell: is told, in a line, where a run that was kept goes on.
     """
 
     path: str | PathLike[str]
     only_when_stopped: bool = False
+    tell: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)

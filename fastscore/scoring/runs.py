@@ -7,20 +7,23 @@ or not at all, and in neither does the order of additions depend on when the run
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, distributed
 
+from fastscore import files
 from fastscore.batches import Batch, on_device
 from fastscore.fingerprints import digest_of
 from fastscore.modules.inspection import device_of
 from fastscore.scoring.options import REDUCTION_SLOTS, Persistence
 from fastscore.scoring.run_file import RunFile, remaining
 from fastscore.scoring.totals import Totals
+from fastscore.wording import counted
 
-_FORM = "fastscore-checkpoint-1"
+FORM, _WHAT = "fastscore-checkpoint-1", "file of score(resume=)"
 
 
 @runtime_checkable
@@ -89,10 +92,14 @@ class Run:
         self._progress = _Progress(0, "", tuple(slot.state_dict() for slot in self.slots))
         self._saved, self._only_when_stopped = 0, checkpoint is not None and checkpoint.only_when_stopped
         self._file = None if checkpoint is None else RunFile(
-            checkpoint.path, _FORM, "file of score(resume=)", {**identity, "process": [self.rank, self.size]},
+            checkpoint.path, FORM, _WHAT, {**identity, "process": [self.rank, self.size]},
             self.rank, self.size, device_of(totals.model))
         if self._file is not None and not self._only_when_stopped:
             self._load(self._file)
+        if self._progress.done and checkpoint is not None and checkpoint.tell is not None:
+            done = f"{counted(self._progress.done, 'batch', 'batches')} ({counted(self.samples, 'sample')})"
+            checkpoint.tell(f"resume: goes on from {checkpoint.path}, after {done} that are scored; no option is "
+                            "ignored: other ones than then would be refused")
 
     @property
     def samples(self) -> int:
@@ -165,6 +172,21 @@ class Run:
             slot.load_state_dict(own)
         self._progress = _Progress(state["done"], state["digest"], tuple(_copy(own) for own in state["states"]))
         self._saved = self._progress.done
+
+
+def run_notes(path: str | PathLike[str]) -> dict[str, str]:
+    """What the file of a run says of it: how far it is, and the options that it was started with.
+
+    Raises ValueError for a file that is none, or damaged.
+    """
+    state = files.read_state(path, FORM, _WHAT, "start the run again")
+    identity = dict(state["identity"])
+    rank, size = identity.pop("process")
+    samples = sum(each["counts"]["samples"] for each in state["states"])
+    return {"run": "of score, kept by resume=: the same call, or command, goes on from it",
+            "done": f"{counted(state['done'], 'batch', 'batches')}, {counted(samples, 'sample')}",
+            **({"process": f"{rank} of {size}"} if size > 1 else {}),
+            **{name: str(value) for name, value in identity.items() if name not in ("model", "weights", "data")}}
 
 
 def _check_alike(identity: Mapping[str, Any], process_group: distributed.ProcessGroup) -> None:

@@ -56,6 +56,22 @@ def test_interrupted_and_gone_on_with(capsys: pytest.CaptureFixture[str], option
     assert_same_bits("s", "whole")
 
 
+def test_a_run_that_goes_on_says_from_where(capsys: pytest.CaptureFixture[str]) -> None:
+    """And info reads its file."""
+    command = [*SCORE, "--out", "s", "--resume", "s.ckpt"]
+    assert run(*command, stop=3) == 130
+    assert "goes on from s.ckpt, " not in capsys.readouterr().err  # it started
+    for _ in range(2):
+        assert run("info", "s.ckpt", "--json") == 0
+        noted = json.loads(capsys.readouterr().out)["s.ckpt"]
+        assert (noted["importance"], noted["fixed_order"]) == ("taylor-sq", "False")
+        batches, samples = noted["done"].split(", ")
+        assert run(*command) == 0
+        assert (f"note: resume: goes on from s.ckpt, after {batches} ({samples}) that are scored; no option is "
+                "ignored: other ones than then would be refused\n") in capsys.readouterr().err
+    assert (batches, samples) == ("5 batches", "17 samples")
+
+
 def test_interrupted_without_a_file_to_keep_it_in(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*SCORE, "--out", "whole") == 0
     Path("s.ckpt").write_text("somebody's own")

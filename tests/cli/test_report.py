@@ -235,7 +235,7 @@ def test_measured_agreement_stands_beside_the_budget(scores: Scores, tmp_path: P
         return f"{curve.rows[row].repaired.agreement:.1%} at {curve.rows[row].macs:.1%} of the MACs".replace("%", " %")
 
     page = shown(path, fraction=70, unit="macs")
-    assert f"judged by {curve.decisions} decisions about samples that no repair has seen: few, so" in page
+    assert f"judged by {curve.decisions} decisions about samples that no repair has seen: the true share" in page
     assert f"measured: {said(2)}, {said(1)}<" in page  # steps are wide here: 59 % is what 70 % leaves
     assert [row[5] for row in rows(page, "curve")] == [f"{row.repaired.agreement:.1%}".replace("%", " %")
                                                        for row in curve.rows]

@@ -39,6 +39,10 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         widths.append([module.out_channels for module in names["model"].modules() if isinstance(module, nn.Conv2d)]
                       if "model" in names else None)
     assert widths[1] == [4, 8]  # by Torch-Pruning, in two steps
+    with torch.no_grad():  # what from_pretrained loads is what prune made
+        small, result, (photos, _) = names["small"], names["result"], names["photos"]
+        assert small.config.intermediate_size == 24
+        torch.testing.assert_close(small(**photos).logits, result.model.eval()(**photos).logits)
     measured = [scores for scores in found if isinstance(scores, fastscore.Scores)]
     assert {scores.samples for scores in measured} == {16}
     assert {"0", "4"} < {layer for scores in measured for layer in scores}

@@ -214,4 +214,4 @@ def test_the_page_names_every_kind_of_file() -> None:
     page = (Path(__file__).parents[2] / "docs/trust.md").read_text()
     for named in ("weights_only=True", "--resume", "safetensors", "torchrun", "Pillow", "load_pruned"):
         assert named in page
-    assert runs._FORM.startswith("fastscore-")
+    assert runs.FORM.startswith("fastscore-")

@@ -119,7 +119,7 @@ def done(job: str, folder: Path) -> int:
     if not path.exists():
         return 0
     if job == "score":
-        return int(files.read_state(path, runs._FORM, "checkpoint", "")["done"])
+        return int(files.read_state(path, runs.FORM, "checkpoint", "")["done"])
     return sum(each["done"] for each in files.read_state(path, kept._FORM, "checkpoint", "")["passes"].values())
 
 

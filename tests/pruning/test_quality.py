@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta
 
-from fastscore.pruning.budgets.quality import Quality, choose_steps, least_share, search
+from fastscore.pruning.budgets.quality import Quality, choose_steps, search
 from fastscore.pruning.budgets.selection import MacsLeft
-from fastscore.recovery.divergence import Divergence
+from fastscore.recovery.divergence import Divergence, least_share
 
 
 @given(st.integers(1, 3000), st.data(), st.sampled_from([0.5, 0.9, 0.95, 0.99]))

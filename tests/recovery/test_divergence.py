@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
-from fastscore.recovery.divergence import divergence, judged_by
+from fastscore.recovery.divergence import divergence, judged_by, most_off
 from fastscore.recovery.reconstruct import Repair
 
 
@@ -36,9 +37,18 @@ def test_a_repair_says_what_it_was() -> None:
 
 
 @pytest.mark.parametrize(("decisions", "said"), [
-    (1, "judged by 1 decision about samples that are new: few, so a share of them may well be off by 50 points"),
-    (25, "judged by 25 decisions about samples that are new: few, so a share of them may well be off by 10 points"),
+    (1, "judged by 1 decision about samples that are new: the true share may be up to 98 points off (95 % confidence)"),
+    (25, "judged by 25 decisions about samples that are new: the true share may be up to 22 points off "
+         "(95 % confidence)"),
     (1000, "judged by 1,000 decisions about samples that are new")])
 def test_figures_say_how_many_decisions_they_rest_on(decisions: int, said: str) -> None:
-    """The standard error of a share is at most 1/2 by the root of the number."""
     assert judged_by(decisions, "are new") == said
+
+
+@pytest.mark.parametrize("decisions", [1, 2, 10, 25, 99])
+def test_how_far_a_share_may_be_off(decisions: int) -> None:
+    """With SciPy's exact binomial interval as the oracle, of every share."""
+    intervals = [(agreed / decisions, stats.binomtest(agreed, decisions).proportion_ci(0.95, "exact"))
+                 for agreed in range(decisions + 1)]
+    expected = max(max(share - each.low, each.high - share) for share, each in intervals)
+    assert most_off(decisions) == pytest.approx(expected, abs=1e-9)

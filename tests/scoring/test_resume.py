@@ -100,7 +100,7 @@ def test_an_interrupt_within_a_batch_counts_none_of_it(tmp_path: Path) -> None:
             score(forward=interrupt, resume=tmp_path / f"{stop_at}.ckpt")
         calls.clear()
         if stop_at > first + 1:
-            assert files.read_state(tmp_path / f"{stop_at}.ckpt", runs._FORM, "", "")["done"] == stop_at - first - 1
+            assert files.read_state(tmp_path / f"{stop_at}.ckpt", runs.FORM, "", "")["done"] == stop_at - first - 1
         stop_at = 0
         assert_same_bits(score(forward=interrupt, resume=tmp_path / f"{first + 1}.ckpt"), whole)
 
@@ -233,13 +233,13 @@ class TestRefused:
         for size in range(0, len(contents), 97):
             path.write_bytes(contents[:size])
             with pytest.raises(ValueError, match=r"s\.ckpt: .* remove it to start over"):
-                files.read_state(path, runs._FORM, "checkpoint", "remove it to start over")
+                files.read_state(path, runs.FORM, "checkpoint", "remove it to start over")
         self.refused(path, r"s\.ckpt: ")
 
     def test_flipped_bits(self, path: Path) -> None:
         """Each is noticed, or changes nothing (an entry of the header that stands elsewhere)."""
         contents = bytearray(path.read_bytes())
-        whole = files.read_state(path, runs._FORM, "", "")
+        whole = files.read_state(path, runs.FORM, "", "")
         noticed = tried = 0
         for place in range(0, len(contents), 5):
             contents[place] ^= 1 << place % 8
@@ -247,7 +247,7 @@ class TestRefused:
             contents[place] ^= 1 << place % 8
             tried += 1
             try:
-                assert str(files.read_state(path, runs._FORM, "", "")) == str(whole)
+                assert str(files.read_state(path, runs.FORM, "", "")) == str(whole)
             except ValueError:
                 noticed += 1
         assert noticed > 0.98 * tried

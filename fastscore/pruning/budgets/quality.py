@@ -8,7 +8,6 @@ binomial one (Clopper, Pearson 1934): the network that is returned agrees with t
 with a probability of 1 - confidence at most, for samples drawn as the held-out ones were.
 """
 
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.pruning.report import Judged
 from fastscore.pruning.result import PruneResult
 from fastscore.recovery.decisions import Decisions
-from fastscore.recovery.divergence import Divergence, divergence
+from fastscore.recovery.divergence import Divergence, divergence, least_share
 from fastscore.recovery.held_out import Part, samples_in
 from fastscore.wording import counted
 
@@ -104,21 +103,6 @@ class Quality:
         if self.confidence is None or self.agreement is None:
             return 1
         return math.ceil(math.log(1 - self.confidence) / math.log(self.agreement) - 1e-9)
-
-
-@functools.lru_cache(1024)
-def least_share(successes: int, trials: int, confidence: float) -> float:
-    """The lower end of Clopper and Pearson's one-sided interval for the probability of a success."""
-    if successes == 0:
-        return 0.0
-    count = torch.arange(successes, trials + 1, dtype=torch.float64)
-    ways = math.lgamma(trials + 1) - torch.lgamma(count + 1) - torch.lgamma(trials - count + 1)
-    low, high = 0.0, 1.0
-    for _ in range(60):  # the probability of as many successes or more grows with p
-        p = (low + high) / 2
-        tail = float((ways + count * math.log(p) + (trials - count) * math.log1p(-p)).logsumexp(0).exp())
-        low, high = (p, high) if tail < 1 - confidence else (low, p)
-    return low
 
 
 def search(macs: MacsLeft, passes: Callable[[int], bool], tolerance: float = TOLERANCE) -> list[int]:
