@@ -14,6 +14,7 @@ import safetensors.torch
 import sklearn.datasets
 import torch
 import torchvision
+import working_folder
 from PIL import Image
 
 import fastscore
@@ -63,13 +64,10 @@ def broken():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A working directory with nets.py, its checkpoint net.safetensors, and two photographs in photos/."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "nets", raising=False)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    Path("nets.py").write_text(NETS)
+    working_folder.enter(tmp_path, monkeypatch, NETS)
     torch.manual_seed(1)
     safetensors.torch.save_file(models.load("nets:build", seed=7).state_dict(), "net.safetensors")
-    Path("photos/flowers").mkdir(parents=True)
+    Path("photos/flowers").mkdir()
     photographs = sklearn.datasets.load_sample_images()
     for name, pixels in zip(("photos/china.png", "photos/flowers/flower.JPG"), photographs.images, strict=True):
         Image.fromarray(pixels).save(name)

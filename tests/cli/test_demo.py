@@ -13,7 +13,13 @@ from fastscore.pruning.budgets.costs import total_macs
 
 @pytest.fixture(scope="module")
 def result():
-    return digits.run(networks=1, epochs=6, progress=False)
+    torch.set_num_threads(2)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    found = digits.run(networks=1, epochs=6, progress=False)
+    assert torch.get_num_threads() == 2
+    assert torch.equal(torch.get_rng_state(), state)
+    return found
 
 
 def test_no_image_is_both_trained_and_tested_on():
@@ -54,15 +60,6 @@ def test_the_command_prints_what_was_measured_and_draws_it(result, tmp_path, mon
         assert f"{outcome.macs:,}" in row
         assert f"{outcome.params:,}" in row
     assert Image.open(tmp_path / "demo.png").convert("L").getextrema()[0] < 50
-
-
-def test_threads_and_random_numbers_are_left_as_they_were():
-    torch.set_num_threads(2)
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    digits.run(networks=1, epochs=1, progress=False)
-    assert torch.get_num_threads() == 2
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_without_scikit_learn_it_says_what_to_install(monkeypatch, capsys):

@@ -1,13 +1,12 @@
 """`--scores` and the weights of the model: missing ones are an error, other ones are kept apart from the scores'."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+import working_folder
 
 import fastscore
 from fastscore.cli import main, models, options
@@ -29,13 +28,8 @@ NOW = "2021-01-02 03:04+00:00"
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nets.py, four images, one.pt and other.pt, and s: scores of the weights in one.pt, made long ago."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "nets", raising=False)
-    Path("nets.py").write_text(NETS)
-    Path("photos").mkdir()
-    for number in range(4):
-        Image.new("RGB", (8, 8), (60 * number, 20, 90)).save(f"photos/{number}.png")
+    shades = torch.tensor([[60 * number, 20, 90] for number in range(4)], dtype=torch.uint8)
+    working_folder.enter(tmp_path, monkeypatch, NETS, shades[:, None, None].repeat(1, 8, 8, 1))
     for seed, file in enumerate(("one.pt", "other.pt")):
         torch.save(models.load("nets.py:build", seed=seed).state_dict(), file)
     noted("s", "--checkpoint", "one.pt")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+import working_folder
 
 from fastscore.cli import main
 
@@ -42,13 +42,8 @@ MODEL = ("nets.py:build", "--images", "photos", "--size", "12", "--batch-size", 
 @contextmanager
 def folder(place: Path, monkeypatch: pytest.MonkeyPatch, images: int) -> Iterator[None]:
     """In `place`, with nets.py and so many images in photos/; a real Ctrl-C is heard."""
-    monkeypatch.chdir(place)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not (Path(entry) / "nets.py").exists()])
-    Path("nets.py").write_text(NETS)
-    Path("photos").mkdir()
-    pixels = torch.randint(256, (images, 12, 12, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
-    for number, image in enumerate(pixels):
-        Image.fromarray(image).save(f"photos/{number:02}.png")
+    pixels = torch.randint(256, (images, 12, 12, 3), generator=torch.Generator().manual_seed(0)).byte()
+    working_folder.enter(place, monkeypatch, NETS, pixels)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     try:
         yield

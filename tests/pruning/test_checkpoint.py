@@ -134,6 +134,16 @@ def test_through_torch_compile(tmp_path: Path) -> None:
     assert_same(fastscore.load_pruned(NETWORKS["mlp"].model, tmp_path / "p"), model, x)
 
 
+def assert_loaded_into(build: Callable[[], nn.Module], file: Path) -> None:
+    """What is pruned of one such model is loaded into another, which stays as it is, and into one that is built."""
+    x, model, fresh = torch.randn(3, 4), build(), build()
+    small = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=0.6).model
+    fastscore.save_pruned(small, file)
+    with untouched(fresh):
+        assert_same(fastscore.load_pruned(fresh, file), small, x)
+    assert_same(fastscore.load_pruned(build, file), small, x)
+
+
 WRAPPERS = {"DataParallel": nn.DataParallel, "torch.compile": lambda model: torch.compile(model, backend="eager"),
             "torch.compile of DataParallel": lambda model: torch.compile(nn.DataParallel(model), backend="eager")}
 
@@ -141,33 +151,15 @@ WRAPPERS = {"DataParallel": nn.DataParallel, "torch.compile": lambda model: torc
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_into_a_wrapped_model(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
     """The smaller one has nothing around it, as what prune() returns."""
-    x = torch.randn(3, 4)
-
-    def build() -> nn.Module:
-        return wrap(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)))
-
-    dense, fresh = build(), build()
-    small = fastscore.prune(dense, fastscore.score(dense, [x], progress=False), x, channels=0.6).model
-    fastscore.save_pruned(small, tmp_path / "p")
-    with untouched(fresh):
-        assert_same(fastscore.load_pruned(fresh, tmp_path / "p"), small, x)
-    assert_same(fastscore.load_pruned(build, tmp_path / "p"), small, x)
+    assert_loaded_into(lambda: wrap(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))), tmp_path / "p")
 
 
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_into_a_model_with_weight_norm(norm: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
     """Of either kind, that has not run: its weights have a history until it does."""
-    def build() -> nn.Module:
-        return nn.Sequential(norm(nn.Linear(4, 6)), nn.ReLU(), norm(nn.Linear(6, 5)), nn.ReLU(), nn.Linear(5, 2))
-
-    x = torch.randn(3, 4)
-    model, fresh = build(), build()
-    small = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=0.6).model
-    fastscore.save_pruned(small, tmp_path / "p")
-    with untouched(fresh):
-        assert_same(fastscore.load_pruned(fresh, tmp_path / "p"), small, x)
-    assert_same(fastscore.load_pruned(build, tmp_path / "p"), small, x)
+    assert_loaded_into(lambda: nn.Sequential(norm(nn.Linear(4, 6)), nn.ReLU(), norm(nn.Linear(6, 5)), nn.ReLU(),
+                                             nn.Linear(5, 2)), tmp_path / "p")
 
 
 def test_a_dense_model_built_otherwise_is_refused(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import distributed
 from workers import IMAGES, RESIDUAL, WAYS, WORKERS, drop_in, made_smaller
+from working_folder import write_photos
 
 import fastscore
 from fastscore import cli
@@ -195,10 +195,8 @@ def build():
 def folder(tmp_path: Path) -> Path:
     """nets.py, whose second process dies in its second batch, and 17 images."""
     (tmp_path / "nets.py").write_text(NETS)
-    (tmp_path / "photos").mkdir()
-    pixels = torch.randint(256, (17, 12, 12, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
-    for number, image in enumerate(pixels):
-        Image.fromarray(image).save(tmp_path / "photos" / f"{number:02}.png")
+    pixels = torch.randint(256, (17, 12, 12, 3), generator=torch.Generator().manual_seed(0)).byte()
+    write_photos(tmp_path / "photos", pixels)
     return tmp_path
 
 

@@ -169,10 +169,14 @@ void random(const Kernels& kernels, int64_t classes) {
 }
 
 int main() {
+#ifdef ONLY_TIER
+  std::vector<const Kernels*> tiers{&ONLY_TIER::kernels};
+#else
   std::vector<const Kernels*> tiers{&baseline::kernels};
 #ifdef __x86_64__
   if (has_v3()) tiers.push_back(&v3::kernels);
   if (has_v4()) tiers.push_back(&v4::kernels);
+#endif
 #endif
   std::vector<Layout> layouts;
   for (const int64_t c : {1, 3, 17, 70}) {

@@ -1,7 +1,8 @@
 """The C++ kernels for the CPU, without PyTorch, under the compiler's sanitizers.
 
-AddressSanitizer in a normal run. With FASTSCORE_NIGHTLY=1 the other sanitizers too, whose builds take a minute, the
-kernels for aarch64 in an emulator, and the whole native library under the tests of the ops:
+AddressSanitizer in a normal run, on the widest SIMD tier that this processor has, which is the one that is used. With
+FASTSCORE_NIGHTLY=1 every tier under every sanitizer, whose builds take a minute each, the kernels for aarch64 in an
+emulator, and the whole native library under the tests of the ops:
 `python tests/ops/native/sanitized.py`.
 """
 
@@ -14,19 +15,22 @@ from pathlib import Path
 
 import pytest
 
+from fastscore.ops import library
+
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
-SOURCES = [HERE / "driver.cpp", CSRC / "cpu" / "reduction.cpp", *sorted(CSRC.glob("cpu/tier_*.cpp"))]
+COMMON = [HERE / "driver.cpp", CSRC / "cpu" / "reduction.cpp"]
+SOURCES = [*COMMON, *sorted(CSRC.glob("cpu/tier_*.cpp"))]
 NIGHTLY = "FASTSCORE_NIGHTLY" in os.environ
 FLAGS = ["-std=c++20", "-O1", "-g1", "-ffp-contract=fast", "-Wno-psabi", "-Wno-ignored-attributes", f"-I{CSRC}"]
 
 
-def build(target: Path, sanitizers: str, *more: str) -> Path:
+def build(target: Path, sanitizers: str, sources: list[Path], *more: str) -> Path:
     compiler = shutil.which("c++")
     if compiler is None:
         raise RuntimeError("these tests compile csrc/cpu: install a C++ compiler (c++) and put it on the PATH")
     subprocess.run([compiler, *FLAGS, f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", *more,
-                    *map(str, SOURCES), "-o", str(target), "-lpthread"], check=True)
+                    *map(str, sources), "-o", str(target), "-lpthread"], check=True)
     return target
 
 
@@ -36,9 +40,19 @@ def run(program: Path) -> subprocess.CompletedProcess[str]:
                           env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"})
 
 
-@pytest.mark.parametrize("sanitizers", ["address", *(["address,undefined", "thread"] if NIGHTLY else [])])
-def test_kernels(sanitizers, tmp_path):
-    result = run(build(tmp_path / "driver", sanitizers))
+def test_kernels_of_the_tier_that_is_used(tmp_path):
+    name = library.simd_tier()
+    tier = name.removeprefix("x86-64-")
+    result = run(build(tmp_path / "driver", "address", [*COMMON, CSRC / "cpu" / f"tier_{tier}.cpp"],
+                       f"-DONLY_TIER={tier}"))
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert result.stdout == f"{name}: 161 layouts\n"
+
+
+@pytest.mark.skipif(not NIGHTLY, reason="a minute each")
+@pytest.mark.parametrize("sanitizers", ["address", "address,undefined", "thread"])
+def test_kernels_of_every_tier(sanitizers, tmp_path):
+    result = run(build(tmp_path / "driver", sanitizers, SOURCES))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert "baseline: 161 layouts" in result.stdout
 
