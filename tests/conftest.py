@@ -3,9 +3,17 @@ several processes (`pytest -n 2`), which would otherwise wait for each other's."
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """File after file as they lie: by number of tests, xdist's order, files of one long test each would come last, and
+    one process wait for the other."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
