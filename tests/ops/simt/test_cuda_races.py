@@ -1,5 +1,9 @@
-"""The CUDA bodies under ThreadSanitizer: silent as they are, loud once a barrier is taken out."""
+"""The CUDA bodies under ThreadSanitizer: silent as they are, loud once a barrier is taken out.
 
+That the second holds of every barrier is tried with FASTSCORE_NIGHTLY=1; each takes a build.
+"""
+
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -7,6 +11,7 @@ from pathlib import Path
 import pytest
 from shim import KERNELS, compile_driver
 
+NIGHTLY = "FASTSCORE_NIGHTLY" in os.environ
 BARRIER = "__syncthreads();"
 
 
@@ -22,7 +27,7 @@ def test_no_thread_reads_what_another_may_still_write(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == 8
 
 
-@pytest.mark.parametrize("name", ["elements.cuh", "rows.cuh", "channel_sums.cuh"])
+@pytest.mark.parametrize("name", ["channel_sums.cuh", *(["elements.cuh", "rows.cuh"] if NIGHTLY else [])])
 def test_a_missing_barrier_is_caught(tmp_path: Path, name: str) -> None:
     kernels = tmp_path / "csrc" / "cuda"
     shutil.copytree(KERNELS, kernels)
