@@ -266,24 +266,29 @@ class Graph(Nodes):
             node.dependencies.append(inverse)
 
     def _tie_embeddings(self) -> None:
-        """Embeddings that share a weight, as an encoder's and a decoder's do, lose the same channels."""
-        sharing: dict[int, list[Any]] = {}
+        """Embeddings that share a weight, as an encoder's and a decoder's do, lose the same channels; and so does what
+        a head reads whose weight is an embedding's."""
+        sharing: dict[int, list[tuple[Any, Any]]] = {}
         for node in self.module2node.values():
+            pruner = self.get_pruner_of_module(node.module)
             if node.type == OPTYPE.EMBED:
-                sharing.setdefault(id(node.module.weight), []).append(node)
-        for nodes in sharing.values():
-            self._tie(nodes)
+                sharing.setdefault(id(node.module.weight), []).append((node, pruner.prune_out_channels))
+            elif type(node.module) is nn.Linear:
+                sharing.setdefault(id(node.module.weight), []).append((node, pruner.prune_in_channels))
+        for ends in sharing.values():
+            if any(node.type == OPTYPE.EMBED for node, _ in ends):
+                self._tie(ends)
 
     def _tie_states(self) -> None:
         """All layers and directions of a recurrent module keep states of one width: they lose the same units."""
         for module in self.model.modules():
-            self._tie([node for layer in recurrent.state_layers(module)
-                       if (node := self.module2node.get(layer)) is not None])
+            nodes = [node for layer in recurrent.state_layers(module)
+                     if (node := self.module2node.get(layer)) is not None]
+            self._tie([(node, self.get_pruner_of_module(node.module).prune_out_channels) for node in nodes])
 
-    def _tie(self, nodes: Iterable[Any]) -> None:
-        """What goes of the outputs of one goes of all others'."""
-        for one, other in itertools.permutations(nodes, 2):
-            trigger, handler = (self.get_pruner_of_module(node.module).prune_out_channels for node in (one, other))
+    def _tie(self, ends: Iterable[tuple[Any, Any]]) -> None:
+        """What goes of the channels of one goes of all others'. ends: (node, what prunes those channels)."""
+        for (one, trigger), (other, handler) in itertools.permutations(ends, 2):
             dependency = tp.dependency.Dependency(trigger, handler, one, other)
             dependency.index_mapping = []
             one.dependencies.append(dependency)

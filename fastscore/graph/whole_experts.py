@@ -69,7 +69,7 @@ def _without(index: Tensor) -> Callable[..., Tensor]:
 def _chooses(module: nn.Module) -> bool:
     """Whether it is a router that takes the `top_k` most probable, by a softmax over all."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return isinstance(module._modules.get(ROUTER[0]), RouterLinear) and not any(module.buffers()) \
+    return isinstance(module._modules.get(ROUTER[0]), RouterLinear) and next(module.buffers(), None) is None \
         and code is not None and set(code.co_names) >= _CHOOSES and type(vars(module).get(_CHOSEN)) is int
 
 

@@ -34,6 +34,14 @@ def shared_parameters(module: nn.Module, owners: Mapping[int, int]) -> str:
                         if parameter is not None and owners[id(parameter)] > 1)
 
 
+def held_by_others(model: nn.Module, key: str) -> set[str]:
+    """The modules of `model` whose parameter of that name another module holds, too, as a head and an embedding that
+    are tied do."""
+    owners = parameter_owners(model)
+    return {name for name, module in model.named_modules()
+            if (parameter := module._parameters.get(key)) is not None and owners[id(parameter)] > 1}
+
+
 def channel_dim(layer: nn.Module) -> int:
     """The dimension of a layer's input and output that holds the channels: the last of a Linear (a Conv1D of
     transformers, an Embedding), that before the image of a convolution (which need not have a batch before it), that of

@@ -21,7 +21,7 @@ from fastscore.modules.attention.multihead_attention import PROJECTIONS
 from fastscore.modules.attention.projections import ProjectionLinear
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.hooks import input_of, with_input
-from fastscore.modules.inspection import channel_dim
+from fastscore.modules.inspection import channel_dim, parameter_owners
 from fastscore.modules.norms.channel_norms import norm_of
 from fastscore.modules.weights import held_weights
 from fastscore.modules.weights.parameter_layers import ParameterLinear
@@ -50,8 +50,8 @@ def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping
 
 def has_no_place(model: nn.Module, name: str) -> bool:
     """Whether what reads channels has no bias that could take a mean in: experts, norms, recurrent layers, projections
-    that nn.MultiheadAttention holds without biases or one by one; an adapter beside a layer that has none, where it
-    does not read what that reads."""
+    that nn.MultiheadAttention holds without biases or one by one; biases that other modules hold, too; an adapter
+    beside a layer that has none, where it does not read what that reads."""
     if held_weights.is_held(model, name):
         return name.rpartition(".")[2] not in PROJECTIONS or held_weights.bias_of(model, name) is None
     if (beside := adapted(name)) is not None:
@@ -64,7 +64,8 @@ def has_no_place(model: nn.Module, name: str) -> bool:
     layer = model.get_submodule(name)
     if isinstance(layer, ParameterLinear):
         return layer.bias is None or not isinstance(layer, ProjectionLinear)
-    return norm_of(layer) is not None
+    bias = layer._parameters.get("bias")
+    return norm_of(layer) is not None or (bias is not None and parameter_owners(model)[id(bias)] > 1)
 
 
 def gets_bias(model: nn.Module, name: str) -> bool:

@@ -20,7 +20,7 @@ from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph.cutting.surgery import RemovedIndices, removed_branches
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy, own_copies
-from fastscore.modules.inspection import device_of
+from fastscore.modules.inspection import device_of, held_by_others
 from fastscore.modules.modes import evaluating
 from fastscore.modules.weights.computed_weights import computed_weight
 from fastscore.modules.wrappers import unwrapped
@@ -185,6 +185,7 @@ class _Bench:
         gone = removed_branches(result.removed_indices)
         self._removed = {name: index for (name, side), index in result.removed_indices.items()
                          if side == "inputs" and not gone(name) and not has_no_place(model, name)}
+        self._tied = held_by_others(self._eval_model, "weight")  # which keep theirs, and get a mean
         self._example = calibration.first()
         try:
             with torch.enable_grad():
@@ -224,10 +225,10 @@ class _Bench:
     def _symmetric(self, ridge: float, part: Part
                    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, InputEstimate]]:
         """(new weights, what biases grow by, what stands in for the inputs of each layer)."""
-        inputs = {name: estimate_inputs(moments, self._removed[name], ridge)
+        inputs = {name: estimate_inputs(moments, self._removed[name], math.inf if name in self._tied else ridge)
                   for name, moments in self._moments[part].items()}
-        weights = {name: rewired(self._eval_model.get_submodule(name), x) for name, x in inputs.items()} \
-            if ridge != math.inf else {}
+        weights = {name: rewired(self._eval_model.get_submodule(name), x) for name, x in inputs.items()
+                   if name not in self._tied} if ridge != math.inf else {}
         return weights, self._contributions({name: x.constant for name, x in inputs.items()}), inputs
 
     def _contributions(self, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -239,10 +240,11 @@ class _Bench:
         weights, added, _ = self._symmetric(ridge, part)
         result = self._result.cut_again(self._model, weights, added)
         model = result.model
+        kept = self._tied | held_by_others(self._eval_model, "bias")
         with evaluating(model):
             refit(self._eval_model, model, {name: replace(site, norm=None if name in added else site.norm)
-                                            for name, site in self._sites.items()
-                                            if computed_weight(model.get_submodule(name)) is None},
+                                            for name, site in self._sites.items() if name not in kept
+                                            and computed_weight(model.get_submodule(name)) is None},
                   self._calibration, part, ridges, self._forward, self._group)
         return result
 

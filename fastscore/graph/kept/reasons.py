@@ -52,6 +52,8 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         if own and type(layer) not in PLAIN:  # which do not read them
             return f"{member.layer} has a parameter {own[0]} besides weight and bias, which cannot lose channels yet"
         shared = shared_parameters(layer, owners)
+        if member.role == "consumer" and shared == "bias":  # which stays as it is
+            shared = ""
         if shared and not _tied_alike(layers, member, members, owners):
             return f"{member.layer} shares its {shared} with another layer"
         if width is not None and units.sections_of(layer, member.role) > 1 and len(member.index) < width:
@@ -159,11 +161,11 @@ def _of_tensor(module: nn.Module, member: Member, owners: Mapping[int, int]) -> 
 def _tied_alike(layers: Mapping[str, nn.Module], member: Member, members: Sequence[Member],
                 owners: Mapping[int, int]) -> bool:
     """Whether all layers that hold the weight of `member` lose the same of it, as an embedding and a head tied to it
-    do; biases are held by one each."""
+    do; biases of what makes it are held by one each, and those of what reads it stay as they are."""
     weight, bias = (layers[member.layer]._parameters.get(name) for name in ("weight", "bias"))
     kinds: dict[Role, type[nn.Module]] = {"producer": nn.Embedding, "consumer": nn.Linear}  # of [.., C] weights
     alike = {other.layer for other in members
              if other.role in kinds and isinstance(layers[other.layer], kinds[other.role])
              and layers[other.layer]._parameters.get("weight") is weight is not None
              and torch.equal(other.index, member.index) and torch.equal(other.channel, member.channel)}
-    return len(alike) == owners[id(weight)] and (bias is None or owners[id(bias)] == 1)
+    return len(alike) == owners[id(weight)] and (bias is None or member.role == "consumer" or owners[id(bias)] == 1)

@@ -127,6 +127,8 @@ class Recording:
             output: Tensor = OneNode.apply(x, module) if layer in self.norms else \
                 OneNode.apply(x, module, module.weight) if layer in self.lost else \
                 type(module).forward(module, *args, **kwargs)
+            if not isinstance(output, Tensor):  # of a class that makes other things: what reads them, nobody knows
+                return output
             if output._is_view() and type(module).forward is nn.Linear.forward:
                 self._made.append((layer, output, _version(output)))
             if any(module._parameters.get(name) is not parameter for name, parameter in own.items()):

@@ -99,6 +99,14 @@ def load_state(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
             shapes = [list(tensors[name].shape) if name in tensors else "missing" for tensors in (state, own)]
             raise ValueError(f"{name} is {shapes[0]} in the file and {shapes[1]} in the model, which was changed after "
                              "pruning; save its state dict, and load that into a model changed alike")
+    filled: dict[int, str] = {}  # id -> the first name of what several modules hold
     for name, tensor in state.items():
-        own[name].data = torch.empty_like(own[name], dtype=tensor.dtype).copy_(tensor)
+        first = filled.setdefault(id(own[name]), name)
+        if torch.equal(state[first], tensor):
+            own[name].data = torch.empty_like(own[name], dtype=tensor.dtype).copy_(tensor)
+        else:  # tied in the model that is built, and no longer in the one that was saved
+            owner, _, key = name.rpartition(".")
+            held = vars(model.get_submodule(owner))["_parameters" if isinstance(own[name], nn.Parameter) else "_buffers"]
+            held[key] = copy.deepcopy(own[name])
+            held[key].data = torch.empty_like(own[name], dtype=tensor.dtype).copy_(tensor)
     return model
