@@ -127,10 +127,10 @@ class ChannelGraph:
     module reads -> MACs of the products with it, of one sample. uncounted: operation that no formula knows -> where it
     ran. blocks: residual branches that can go whole, a group of one channel each, which are no part of `groups` (see
     fastscore.graph.blocks.with_blocks). experts: whole experts of mixtures, likewise (see
-    fastscore.graph.whole_experts). head_dims: dimensions of heads, which can go in the place of whole heads, likewise
-    (see fastscore.graph.head_dims.with_head_dims). whole_heads: group -> why its heads go whole or not at all.
-    searched: which of `blocks`, `experts` and `head_dims` were looked for. training_only: layers that run in training
-    alone.
+    fastscore.graph.whole_experts). kept_experts: mixture -> why its experts stay. head_dims: dimensions of heads,
+    which can go in the place of whole heads, likewise (see fastscore.graph.head_dims.with_head_dims). whole_heads:
+    group -> why its heads go whole or not at all. searched: which of `blocks`, `experts` and `head_dims` were looked
+    for. training_only: layers that run in training alone.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -141,6 +141,7 @@ class ChannelGraph:
     uncounted: Mapping[str, str] = field(default_factory=dict)
     blocks: tuple[ChannelGroup, ...] = ()
     experts: tuple[ChannelGroup, ...] = ()
+    kept_experts: Mapping[str, str] = field(default_factory=dict)
     head_dims: tuple[ChannelGroup, ...] = ()
     whole_heads: Mapping[str, str] = field(default_factory=dict)
     searched: frozenset[str] = frozenset()

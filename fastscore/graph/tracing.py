@@ -186,7 +186,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     if unused and recording.shows_in_output(unused):
         unused.clear()
     branches = blocks.find(eval_model, whole) if "blocks" in searched else []
-    mixtures = whole_experts.find(eval_model, whole) if "experts" in searched else ()
+    mixtures, kept_experts = whole_experts.find(eval_model, whole) if "experts" in searched else ((), {})
     attentions = attention.find(eval_model, whole, unused, "head_dims" in searched)
     heads, left = attentions.groups, attentions.skipped
     found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording, unused, idle),
@@ -215,7 +215,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     kept |= {name: reasons.read_elsewhere(members[name], readers) or why
              for name, why in refused.items() if name not in made}
     found = replace(found, groups=tuple(group for group in tried if group.name not in refused),
-                    skipped={**found.skipped, **kept, **left}, experts=mixtures,
+                    skipped={**found.skipped, **kept, **left}, experts=mixtures, kept_experts=kept_experts,
                     head_dims=tuple(attentions.head_dims), whole_heads=attentions.whole_heads)
     found = _with_heads(eval_model, found, joined)
     ran = recording.layers_that_ran

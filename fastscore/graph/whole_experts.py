@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.graph.trials.differences import close
+from fastscore.graph.trials.surgery_trial import said
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.weights.experts import NAMES, ROUTER, ExpertLinear, RouterLinear
 
 _CHOOSES = {"softmax", "topk"}  # what the code of a router calls that takes no expert of probability zero
 _COUNT, _CHOSEN = "num_experts", "top_k"
+WHOLE_EXPERTS = " (whole experts)"  # behind the name of a mixture, in what is kept
 
 
-def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[ChannelGroup, ...]:
+def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
     """The mixtures of a model, a group of their experts each.
 
     Args:
@@ -32,25 +34,35 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[ChannelG
 
     Returns:
         Those whose experts can go: the model runs without some, and computes what it does where the router gives them
-        minus infinity.
+        minus infinity; and of the others why their experts stay.
     """
     found: list[ChannelGroup] = []
+    kept: dict[str, str] = {}
     for name, block in model.named_modules():
-        routers = {key: child for key, child in block._modules.items() if child is not None and _chooses(child)}
+        routers = {key: child for key, child in block._modules.items() if child is not None and _routes(child)}
         for key, experts in block._modules.items():
-            down = None if experts is None else experts._modules.get(NAMES[1])
-            if isinstance(down, ExpertLinear) and experts is not None and len(routers) == 1:
-                group = _group(name, key, next(iter(routers)), block)
-                if group is not None:
-                    found.append(group)
-    if found and not _same_without(model, run, found):
-        found = [group for group in found if _same_without(model, run, [group])]
-    return tuple(found)
+            if experts is None or not isinstance(experts._modules.get(NAMES[1]), ExpertLinear):
+                continue
+            choosing = [router for router, child in routers.items() if _chooses(child)]
+            group = _group(name, key, choosing[0], block) if len(choosing) == 1 else \
+                "no router beside it takes the most probable by a softmax over all, which experts may leave"
+            if isinstance(group, ChannelGroup):
+                found.append(group)
+            else:
+                kept[f"{name}.{key}".lstrip(".")] = group
+    if found:
+        found[0] = _with_counts_above(model, found)
+    if found and _difference(model, run, found):
+        refused = {group.name: why for group in found if (why := _difference(model, run, [group]))}
+        found = [group for group in found if group.name not in refused]
+        kept |= refused
+    return tuple(found), kept
 
 
 def with_experts(graph: ChannelGraph) -> ChannelGraph:
     """The graph's groups, and its experts as groups beside them."""
-    return replace(graph, groups=(*graph.groups, *graph.experts))
+    kept = {name + WHOLE_EXPERTS: reason for name, reason in graph.kept_experts.items()}
+    return replace(graph, groups=(*graph.groups, *graph.experts), skipped={**graph.skipped, **kept})
 
 
 def never_chosen(model: nn.Module, groups: Iterable[ChannelGroup], removed: Any) -> Iterator[Any]:
@@ -66,20 +78,26 @@ def _without(index: Tensor) -> Callable[..., Tensor]:
     return lambda module, args, output: output.index_fill(-1, index.to(output.device), -torch.inf)
 
 
+def _routes(module: nn.Module) -> bool:
+    return isinstance(module._modules.get(ROUTER[0]), RouterLinear)
+
+
 def _chooses(module: nn.Module) -> bool:
-    """Whether it is a router that takes the `top_k` most probable, by a softmax over all."""
+    """Whether a router takes the `top_k` most probable, by a softmax over all."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return isinstance(module._modules.get(ROUTER[0]), RouterLinear) and next(module.buffers(), None) is None \
-        and code is not None and set(code.co_names) >= _CHOOSES and type(vars(module).get(_CHOSEN)) is int
+    return next(module.buffers(), None) is None and code is not None and set(code.co_names) >= _CHOOSES \
+        and type(vars(module).get(_CHOSEN)) is int
 
 
-def _group(block: str, experts: str, router: str, module: nn.Module) -> ChannelGroup | None:
-    """The group of a mixture; None where the router is of other experts, or takes them all."""
+def _group(block: str, experts: str, router: str, module: nn.Module) -> ChannelGroup | str:
+    """The group of a mixture; or why there is none: the router is of other experts, or takes them all."""
     down: Any = module.get_submodule(f"{experts}.{NAMES[1]}").weight
     rows: Any = module.get_submodule(f"{router}.{ROUTER[0]}").weight
     count, least = len(down), int(getattr(module.get_submodule(router), _CHOSEN))
-    if len(rows) != count or count <= least:
-        return None
+    if len(rows) != count:
+        return f"the router beside it chooses among {len(rows)}, and there are {count}"
+    if count <= least:
+        return "all are chosen for every token"
     every = torch.arange(count)
     whole = {key: f"{block}.{key}".lstrip(".") for key in (experts, router)}
     members = [Member(f"{whole[experts]}.{NAMES[1]}", "expert", down.shape[-1] + every, every),
@@ -91,9 +109,24 @@ def _group(block: str, experts: str, router: str, module: nn.Module) -> ChannelG
     return ChannelGroup(whole[experts], count, every, tuple(members), least)
 
 
-def _same_without(model: nn.Module, run: Callable[[nn.Module], Tensor], groups: Sequence[ChannelGroup]) -> bool:
-    """Whether the model runs without some experts of all groups, and then others, and computes what it does where none
-    of them is chosen."""
+def _with_counts_above(model: nn.Module, groups: Sequence[ChannelGroup]) -> ChannelGroup:
+    """The first of `groups`, with the number of experts that modules around all of them keep, for a loss that balances
+    experts: it is one, and goes down with the first's."""
+    first = groups[0]
+    if {group.channels for group in groups} != {first.channels}:
+        return first
+    every = torch.arange(first.channels)
+    counts = tuple(Member(name, "width", every, every, attribute=_COUNT) for name, module in model.named_modules()
+                   if vars(module).get(_COUNT) == first.channels
+                   and all(group.name.rpartition(".")[0] != name and f"{group.name}.".startswith(f"{name}.".lstrip("."))
+                           for group in groups)
+                   and all(member.layer != name for member in first.members))
+    return replace(first, members=first.members + counts)
+
+
+def _difference(model: nn.Module, run: Callable[[nn.Module], Tensor], groups: Sequence[ChannelGroup]) -> str:
+    """Why some experts of all groups, or then others, cannot go; empty where the model runs without them, and computes
+    what it does where none of them is chosen."""
     handles: list[Any] = []
     for last in (False, True):
         gone = {}
@@ -108,12 +141,12 @@ def _same_without(model: nn.Module, run: Callable[[nn.Module], Tensor], groups: 
                 handles += never_chosen(model, groups, gone)
                 torch.manual_seed(0)
                 want = run(model)
-        except Exception:  # whatever the model's code does with fewer of them
-            return False
+        except Exception as error:  # whatever the model's code does with fewer of them
+            return f"{type(model).__name__} does not run with fewer experts ({said(error)})"
         finally:
             for handle in handles:
                 handle.remove()
         # a router of fewer rows rounds otherwise
         if got.shape != want.shape or not close(got, want, rounding=torch.finfo(want.dtype).eps ** (1 / 3)).all():
-            return False
-    return True
+            return f"{type(model).__name__} computes something else with fewer experts"
+    return ""

@@ -117,3 +117,47 @@ def test_as_many_stay_as_are_chosen_and_parameters_are_counted(tmp_path: Path) -
     assert plain.config.num_local_experts == 2
     with pytest.raises(ValueError, match='units: "experts" are gated whole'):
         fastscore.score(model, [TOKENS], units="experts", reduction="element", forward=forward)
+
+
+def _deepseek() -> nn.Module:
+    """A router that casts its weight, and keeps a buffer that its choice depends on."""
+    return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(
+        **SIZES | {"num_hidden_layers": 1}, n_routed_experts=4, moe_intermediate_size=6, n_group=2, topk_group=1,
+        first_k_dense_replace=0, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4,
+        n_shared_experts=1))
+
+
+def test_a_router_that_casts_its_weight_stays_as_it_is() -> None:
+    """What runs as a layer is asked for a cast as a parameter would be, and must not change for good."""
+    model = _deepseek().bfloat16().eval()
+    with untouched(model):
+        scores = fastscore.score(model, [TOKENS], units="experts", forward=forward, progress=False)
+        with fastscore.mask(model, scores, 0.3, TOKENS, forward=forward), torch.no_grad():
+            masked = forward(model, TOKENS)
+        small = fastscore.prune(model, scores, TOKENS, channels=0.7, forward=forward, progress=False).model
+    gate = "model.layers.0.mlp.gate.weight"
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert dict(small.named_parameters())[gate].dtype == torch.bfloat16
+    torch.testing.assert_close(forward(small, TOKENS), masked, rtol=0.1, atol=0.1)
+    assert "no router beside it takes the most probable" in scores.skipped["model.layers.0.mlp.experts (whole experts)"]
+
+
+def test_a_loss_that_balances_experts_goes_on() -> None:
+    """It counts those of all layers together, by a number that the model keeps."""
+    model = whole_way.noisy(_mixtral)
+    model.config.output_router_logits = True
+    scores = fastscore.score(model, [TOKENS], units="experts", forward=forward, progress=False)
+    assert set(MIXTURES) <= set(scores)
+    small = fastscore.prune(model, scores, TOKENS, channels=0.7, scope="layer", forward=forward, progress=False).model
+    counts = [len(layer.mlp.gate.weight) for layer in small.model.layers]
+    assert counts == [small.num_experts] * 2
+    assert counts[0] < 6
+    output = small(**TOKENS, labels=TOKENS["input_ids"])
+    chosen = [logits.softmax(-1) for logits in output.router_logits]
+    taken = torch.cat([nn.functional.one_hot(each.topk(2).indices, counts[0]).sum(1) for each in chosen]).double()
+    want = counts[0] * (taken.mean(0) * torch.cat(chosen).mean(0)).sum()
+    torch.testing.assert_close(output.aux_loss.double(), want.double(), rtol=1e-5, atol=0)
+    few = transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        **SIZES | {"num_hidden_layers": 1}, num_local_experts=2)).eval()
+    kept = fastscore.score(few, [TOKENS], units="experts", forward=forward, progress=False).skipped
+    assert kept[f"{MIXTURES[0]} (whole experts)"] == "all are chosen for every token"

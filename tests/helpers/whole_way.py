@@ -44,8 +44,8 @@ def sums(model: nn.Module, group: ChannelGroup, batch: Any, v: Tensor) -> Tensor
     for edge in group.role("norm"):
         _gate_statistics(model.get_submodule(edge.layer), edge, gates)
     read = [edge for edge in group.role("consumer") if edge.layer in dict(model.named_modules())
-            and computed_weight(model.get_submodule(edge.layer)) is not None]
-    for edge in read:  # whose weight is another one once a parameter is gated
+            and (computed_weight(model.get_submodule(edge.layer)) is not None or _is_tied(model, edge.layer))]
+    for edge in read:  # whose weight is another one once a parameter is gated, or is read elsewhere
         model.get_submodule(edge.layer).register_forward_pre_hook(partial(_gate_input, edge, gates))
     rows, parameters = [], dict(model.named_parameters())
     for n in range(len(v)):
@@ -69,6 +69,11 @@ def sums(model: nn.Module, group: ChannelGroup, batch: Any, v: Tensor) -> Tensor
         rows.append(torch.autograd.grad((z * v[n]).sum(), gate)[0])
     s = torch.stack(rows)
     return torch.stack([s[:, group.unit == unit].sum(1) for unit in group.unit], 1)
+
+
+def _is_tied(model: nn.Module, layer: str) -> bool:
+    weight = model.get_submodule(layer)._parameters["weight"]
+    return sum(weight is held for module in model.modules() for held in module._parameters.values()) > 1
 
 
 def _gate_input(edge: Member, gates: list[Tensor], layer: nn.Module, args: tuple[Tensor]) -> Tensor:

@@ -43,6 +43,22 @@ class RouterLinear(ParameterLinear):
 
     widths = WIDTHS
 
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs], computed as x is: code that casts both may have cast the weight."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def type(self, dtype: Any = None) -> Any:
+        """As a parameter's: it stays what it is, where a module's would change for good."""
+        return self.weight.type() if dtype is None else self
+
+    def float(self) -> "RouterLinear":
+        """Likewise."""
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> "RouterLinear":
+        """Likewise."""
+        return self
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What PyTorch calls where a function is given one as a tensor."""
