@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,11 +103,12 @@ def load_state(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     filled: dict[int, str] = {}  # id -> the first name of what several modules hold
     for name, tensor in state.items():
         first = filled.setdefault(id(own[name]), name)
-        if torch.equal(state[first], tensor):
+        if first == name or torch.equal(state[first], tensor):
             own[name].data = torch.empty_like(own[name], dtype=tensor.dtype).copy_(tensor)
         else:  # tied in the model that is built, and no longer in the one that was saved
             owner, _, key = name.rpartition(".")
-            held = vars(model.get_submodule(owner))["_parameters" if isinstance(own[name], nn.Parameter) else "_buffers"]
+            module = model.get_submodule(owner)
+            held: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
             held[key] = copy.deepcopy(own[name])
             held[key].data = torch.empty_like(own[name], dtype=tensor.dtype).copy_(tensor)
     return model
