@@ -92,10 +92,10 @@ class _Recorder:
                 made = output[0] if isinstance(output, tuple) else output
                 x = made if point.output else input_of(args, kwargs)
                 self.shapes.setdefault(layer, []).append(tuple(x.shape))
-            if isinstance(module, nn.Linear):
-                self.dims.setdefault(name, set()).add(output.dim())
             if not isinstance(output, Tensor):
                 return output
+            if isinstance(module, nn.Linear):
+                self.dims.setdefault(name, set()).add(output.dim())
             before = isinstance(module, _BEFORE_CLAMPS)
             if isinstance(module, (nn.Conv2d, nn.Linear)) and args \
                     and args[0].dtype == module.weight.dtype == output.dtype:

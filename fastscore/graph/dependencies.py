@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -38,8 +38,10 @@ class Graph(Nodes):
     its target.
     """
 
-    def build(self, model: nn.Module, run: Callable[[nn.Module, Any], list[Tensor]]) -> None:
-        """Trace one call of run(model, None) -> outputs, whose gradients must be enabled."""
+    def build(self, model: nn.Module, run: Callable[[nn.Module, Any], list[Tensor]], inside: Container[str] = ()
+              ) -> None:
+        """Trace one call of run(model, None) -> outputs, whose gradients must be enabled. inside: modules whose parts
+        are traced in their place."""
         self.model, self.verbose, self.ignored_params = model, False, list[nn.Parameter]()
         self._outputs: list[Tensor] = []  # in torch 2.11, an autograd.Function's node is gone with its output
         self._module2name = {module: name for name, module in model.named_modules()}
@@ -48,7 +50,8 @@ class Graph(Nodes):
             if channel_norms.norm_of(module) is not None:
                 self.CUSTOMIZED_PRUNERS[type(module)] = channel_buffers.NORMS
         states = [module for module in model.modules() if recurrent.state_layers(module)]
-        self.IGNORED_LAYERS_IN_TRACING = states  # whose parts the tracer is to see
+        self.IGNORED_LAYERS_IN_TRACING = [  # whose parts the tracer is to see
+            *states, *(module for module, name in self._module2name.items() if name in inside)]
 
         def keeping(*args: Any) -> list[Tensor]:
             self._outputs = run(*args)

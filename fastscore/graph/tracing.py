@@ -166,13 +166,14 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
 
     recording = Recording(eval_model, whole)
     try:
+        recording.find_several()
         with recording.record():
-            graph.build(eval_model, first_run)
+            graph.build(eval_model, first_run, inside=recording.several)
         if recording.lost:
             graph.release()
             graph = dependencies.Graph()
             with recording.record():
-                graph.build(eval_model, first_run)
+                graph.build(eval_model, first_run, inside=recording.several)
     except batches.OutputError:
         raise
     except Exception as error:  # the tracer raises whatever its guesses run into

@@ -75,8 +75,8 @@ def set_weight_rows(layer: nn.Module, rows: Tensor) -> None:
 
 def is_product(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
     """Whether the layer does make y of x as the rows say: a Linear or a convolution that is none of another kind."""
-    if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or x.dim() != y.dim() \
-            or isinstance(layer, ParameterLinear):
+    if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or isinstance(layer, ParameterLinear) \
+            or not isinstance(y, Tensor) or x.dim() != y.dim():
         return False
     rows, made = read_rows(layer, with_float64(x)), made_rows(layer, with_float64(y))
     if len(rows) != len(made):

@@ -213,3 +213,33 @@ def test_the_steps_of_a_recurrence_come_to_an_end(layers: int, both: bool) -> No
     assert list(scores) == ["hidden"]
     assert "rnn (LSTM), which cannot lose channels yet" in scores.skipped["embed"]
     torch.testing.assert_close(small(x), expected)
+
+
+class _Routes(nn.Linear):
+    """As the routers of PhiMoE: a Linear that returns several things."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = super().forward(x)
+        return logits, logits.softmax(-1)
+
+
+class _Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.router = nn.Linear(5, 6), _Routes(6, 3)
+        self.inner, self.head = nn.Linear(6, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x)
+        return self.head(self.inner(y).tanh() * self.router(y)[1][:, :1])
+
+
+def test_a_linear_that_returns_several_things_is_kept_and_the_others_go() -> None:
+    torch.manual_seed(0)
+    model, x = _Routed().double().eval(), torch.randn(8, 5, dtype=torch.float64)
+    scores = fastscore.score(model, [x], progress=False)
+    assert "inner" in scores
+    assert {"router", "head"} <= set(scores.skipped)
+    result = fastscore.prune(model, scores, x, channels=0.5, progress=False, calibration=list(x.split(2)))
+    assert result.report.channels[1] <= 0.5 * result.report.channels[0]
+    assert torch.isfinite(result.model(x)).all()

@@ -1,6 +1,6 @@
 """Random networks against what their generator knows: groups, scores, masks and surgery, in float64.
 
-30 networks in a normal run; FASTSCORE_NIGHTLY=1 makes it 500, and FASTSCORE_FIRST_SEED=n begins at another.
+24 networks in a normal run, and some of more kinds; FASTSCORE_NIGHTLY=1 makes it 500, and FASTSCORE_FIRST_SEED=n begins at another.
 """
 
 import os
@@ -18,7 +18,7 @@ from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.tracing import trace
 
 FIRST = int(os.environ.get("FASTSCORE_FIRST_SEED", "0"))
-COUNT = 500 if os.environ.get("FASTSCORE_NIGHTLY") else 30
+COUNT = 500 if os.environ.get("FASTSCORE_NIGHTLY") else 24
 
 
 def units_of(network: RandomNetwork, group: ChannelGroup) -> list[int]:
@@ -150,6 +150,13 @@ def test_network(seed):
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT // 3))
 def test_network_of_more_kinds(seed):
     check(generate(seed, more=True))
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT // 4))
+def test_network_of_other_kinds(seed):
+    """Recurrent modules, experts, option-A shortcuts, GLU, shuffled pixels, masks, norms of tokens: see random_kinds.
+    """
+    check(generate(seed, kinds=True))
 
 
 class Frames(nn.Module):

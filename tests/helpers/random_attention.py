@@ -1,21 +1,18 @@
 """PyTorch's own attention in random networks: pixels are tokens, and a memory may be of another width."""
 
 import torch.nn.functional as F
+from random_kinds import Gated
 from torch import Tensor, nn
 
 HEADS = 2
 
 
-class Attend(nn.Module):
-    """Pixels ask each other, or those of a memory.
-
-    gates: name of a weight -> of each sample, what the weight reads is multiplied by, [N, inputs]: empty for all ones.
-    """
+class Attend(Gated):
+    """Pixels ask each other, or those of a memory."""
 
     def __init__(self, width: int, memory: int | None) -> None:
         super().__init__()
         self.attn = nn.MultiheadAttention(width, HEADS, kdim=memory, vdim=memory, batch_first=True)
-        self.gates: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         """[N, C, H, W], [N, M, H', W'] -> [N, C, H, W]."""
@@ -31,7 +28,7 @@ class Attend(nn.Module):
 
     def _by_definition(self, query: Tensor, read: Tensor) -> Tensor:
         def product(x: Tensor, name: str, weight: Tensor, bias: Tensor) -> Tensor:
-            return F.linear(x * self.gates[name][:, None] if name in self.gates else x, weight, bias)
+            return F.linear(self.through(name, x), weight, bias)
 
         names, attn = self.names(), self.attn
         weights = attn.in_proj_weight.chunk(3) if names[0] == names[1] else [getattr(attn, name) for name in names]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from networks import randomize
 from random_attention import HEADS, Attend
+from random_kinds import Gated, Kinds
 from torch import Tensor, nn
 
 SIZE = 8  # pixels of the input, each way
@@ -44,6 +45,8 @@ class Step:
     fixes: list[int] = field(default_factory=list)
     counts: list[int] | None = None  # what the statistics of a normalisation over channels count
     within: list[tuple[str, list[int] | None, list[int]]] = field(default_factory=list)  # layers in it: the same
+    counts_within: tuple[str, list[int]] | None = None  # a normalisation in it, and what its statistics count
+    stays: list[int] = field(default_factory=list)  # channels that cannot go
 
 
 class Program(nn.Module):
@@ -160,9 +163,15 @@ class RandomNetwork:
         return torch.randn(samples, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
 
 
-def generate(seed: int, length: int | None = None, more: bool = False) -> RandomNetwork:
-    """The network of this seed, always the same. more: of more kinds of steps."""
-    return _Generator(seed, more).build(length)
+def generate(seed: int, length: int | None = None, more: bool = False, kinds: bool = False) -> RandomNetwork:
+    """The network of this seed, always the same. more: of more kinds of steps. kinds: of those of random_kinds, too."""
+    return _Generator(seed, more, kinds).build(length)
+
+
+def _gated_owner(model: Program, layer: str) -> Gated | None:
+    """The module of the program in which a layer is gated by definition."""
+    owner = model.layers[layer.split(".")[1]]
+    return owner if isinstance(owner, Gated) else None
 
 
 def gated(network: RandomNetwork, x: Tensor, scale: Callable[[int], Tensor | float]) -> Tensor:
@@ -171,12 +180,16 @@ def gated(network: RandomNetwork, x: Tensor, scale: Callable[[int], Tensor | flo
     handles = []
     for layer, units in network.norms.items():
         factors = [torch.as_tensor(scale(unit), dtype=torch.float64).expand(len(x)) for unit in units]
-        network.model.get_submodule(layer).gate = torch.stack(factors, 1)
+        owner = _gated_owner(network.model, layer)
+        if owner is not None:
+            owner.gates[layer.rpartition(".")[2]] = torch.stack(factors, 1)
+        else:
+            network.model.get_submodule(layer).gate = torch.stack(factors, 1)
     for layer, units in network.consumers.items():
-        if ".attn." in layer:
-            owner, _, weight = layer.partition(".attn.")
+        owner = _gated_owner(network.model, layer)
+        if owner is not None:
             factors = [torch.as_tensor(scale(unit), dtype=torch.float64).expand(len(x)) for unit in units]
-            network.model.get_submodule(owner).gates[weight] = torch.stack(factors, 1)
+            owner.gates[layer.rpartition(".")[2]] = torch.stack(factors, 1)
             continue
         module = network.model.get_submodule(layer)
 
@@ -191,9 +204,10 @@ def gated(network: RandomNetwork, x: Tensor, scale: Callable[[int], Tensor | flo
         return network.model(x)
     finally:
         for layer in network.norms:
-            network.model.get_submodule(layer).gate = None
+            if _gated_owner(network.model, layer) is None:
+                network.model.get_submodule(layer).gate = None
         for module in network.model.layers.children():
-            if isinstance(module, Attend):
+            if isinstance(module, Gated):
                 module.gates.clear()
         for handle in handles:
             handle.remove()
@@ -209,9 +223,9 @@ def sums(network: RandomNetwork, x: Tensor, v: Tensor) -> dict[int, Tensor]:
             for unit, s in zip(units, found, strict=True)}
 
 
-class _Generator:
-    def __init__(self, seed: int, more: bool = False) -> None:
-        self.seed, self.rng, self.more = seed, random.Random(seed), more
+class _Generator(Kinds):
+    def __init__(self, seed: int, more: bool = False, kinds: bool = False) -> None:
+        self.seed, self.rng, self.more, self.with_kinds = seed, random.Random(seed), more, kinds
         self.parent: list[int] = []
         self.steps: list[Step] = []
         self.layers: dict[str, nn.Module] = {}
@@ -535,6 +549,7 @@ class _Generator:
                 (self.resize, 2), (self.squeeze_excite, 1), (self.hostile, 1)]
             if self.more:
                 options += [(self.owned, 5), (self.over_channels, 4), (self.swapped, 4), (self.attended, 4)]
+            options += self.kinds().items() if self.with_kinds else []
             steps, weights = zip(*options, strict=True)
             for step in self.rng.choices(steps, weights, k=length or self.rng.randrange(4, 14)):
                 step()
@@ -554,7 +569,7 @@ class _Generator:
         # what no layer reads in vain, nobody follows
         alive = {step.layer for step in self.steps if not any(step is other for other in dead)}
         ends = [i for i, step in enumerate(self.steps) if step.layer not in alive
-                and (step.makes or step.counts or step.within)]
+                and (step.makes or step.counts or step.counts_within or step.within)]
         behind = {j for i in ends for j in self.steps_behind(i + 1)}
         followed = [step for i, step in enumerate(self.steps)
                     if i in behind or not any(step is other for other in in_vain)]
@@ -575,11 +590,14 @@ class _Generator:
         def units(labels: list[int]) -> list[int]:
             return [self.unit(label) for label in labels]
 
+        norms = {f"layers.{step.layer}": units(step.counts) for step in self.steps if step.counts}
+        norms |= {f"layers.{step.layer}{step.counts_within[0]}": units(step.counts_within[1]) for step in self.steps
+                  if step.counts_within}
+        stays = [label for step in self.steps for label in step.stays]
         return RandomNetwork(self.seed, model, {name: units(labels) for name, labels in producers.items()},
                              {name: units(labels) for name, labels in consumers.items()},
-                             set(units(self.values[0].labels + self.output_labels)), set(units(fixed)),
-                             [step.name for step in self.steps],
-                             {f"layers.{step.layer}": units(step.counts) for step in self.steps if step.counts})
+                             set(units(self.values[0].labels + self.output_labels + stays)), set(units(fixed)),
+                             [step.name for step in self.steps], norms)
 
     def steps_behind(self, output: int) -> set[int]:
         """The steps on which the output depends; what is written in place depends on all that came before."""

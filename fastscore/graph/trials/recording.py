@@ -14,6 +14,7 @@ from fastscore.graph.trials.choices import Choices
 from fastscore.graph.trials.differences import changed, close, differ
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.norms.channel_norms import OneNode, norm_of
+from fastscore.modules.weights.parameter_layers import ParameterLinear
 
 Positions = Mapping[str, Tensor]  # layer -> int64 positions of its input or output
 
@@ -35,11 +36,28 @@ class Recording:
         self._read: list[tuple[str, Tensor, int]] = []  # while recording: what layers read, and its version then
         self._made: list[tuple[str, Tensor, int]] = []  # while recording: views that layers made, and their version
         self.overwritten = set[str]()  # layers whose input is written to after they have read it
+        self.several = set[str]()  # layers of a class whose forward returns no tensor, but several
         self.lost = set[str]()  # Linears whose output is a view that is written to: autograd's graph lacks their node
         self.swapped: dict[tuple[str, int], dict[str, Any]] = {}  # (layer, call) -> parameters that were put in for it
         self.transformed = set[str]()  # layers that run under torch.func, as in torch.vmap
         self.first_layers = set[str]()  # those that read what no gradient comes back from, in one call at least
         self.without_gradients = set[str]()  # those that run under torch.no_grad, or inference_mode, in one call
+
+    def find_several(self) -> None:
+        """Note `several`: the model is run, where there are layers of which that can be."""
+        of_their_own = {name: layer for name, layer in self.layers.items() if isinstance(layer, nn.Linear)
+                        and type(layer).forward is not nn.Linear.forward and not isinstance(layer, ParameterLinear)}
+
+        def note(name: str) -> Callable[..., None]:
+            return lambda layer, args, output: None if isinstance(output, Tensor) else self.several.add(name)
+
+        handles = [layer.register_forward_hook(note(name)) for name, layer in of_their_own.items()]
+        try:
+            if handles:
+                self._run_model(self.model)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def forget_norms(self, but: Container[str]) -> None:
         """From now on normalisations run as they are, but for those of `but`: what is read there is of no concern."""
@@ -127,7 +145,7 @@ class Recording:
             output: Tensor = OneNode.apply(x, module) if layer in self.norms else \
                 OneNode.apply(x, module, module.weight) if layer in self.lost else \
                 type(module).forward(module, *args, **kwargs)
-            if not isinstance(output, Tensor):  # of a class that makes other things: what reads them, nobody knows
+            if not isinstance(output, Tensor):  # what reads them, nobody knows
                 return output
             if output._is_view() and type(module).forward is nn.Linear.forward:
                 self._made.append((layer, output, _version(output)))

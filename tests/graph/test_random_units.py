@@ -1,0 +1,116 @@
+"""Residual branches and dimensions of heads of random networks, scored and removed: against gates by brute force.
+
+A few networks in a normal run; FASTSCORE_NIGHTLY=1 makes it 100 of each, and FASTSCORE_FIRST_SEED=n begins at another.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from random_networks import RandomNetwork, generate
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import fastscore
+from fastscore.graph.groups import ChannelGroup
+from fastscore.graph.tracing import trace
+from fastscore.graph.whole_experts import WITH
+
+FIRST = int(os.environ.get("FASTSCORE_FIRST_SEED", "0"))
+SEEDS = range(FIRST, FIRST + 100) if os.environ.get("FASTSCORE_NIGHTLY") else (FIRST + 21, FIRST + 30)
+
+
+def without_branch(model: nn.Module, group: ChannelGroup, x: Tensor, gate: Tensor) -> Tensor:
+    """The output where what the branch adds is multiplied by the gate [N]."""
+    last = model.get_submodule(next(group.role("branch")).layer)
+    handle = last.register_forward_hook(lambda module, args, y: y * gate.view(-1, *[1] * (y.dim() - 1)))
+    try:
+        return model(x)
+    finally:
+        handle.remove()
+
+
+def without_dimensions(model: nn.Module, group: ChannelGroup, x: Tensor, gate: Tensor) -> Tensor:
+    """The output of one sample where queries, and what reads values, are multiplied by the gate [C] of their channel:
+    rows of weights and biases, and columns."""
+    held = dict(model.named_parameters())
+    changed: dict[str, Tensor] = {}
+    for member in [*group.role("query"), *group.role("consumer")]:
+        name = member.layer if member.layer in held else f"{member.layer}.weight"
+        weight = changed.get(name, held[name])
+        rows = member.role == "query"
+        factors = torch.ones(weight.shape[0 if rows else 1], dtype=x.dtype).index_put(
+            (member.index,), gate[member.channel])
+        changed[name] = weight * (factors[:, None] if rows else factors)
+        bias = f"{name.rpartition('.')[0]}.in_proj_bias"  # of queries, keys and values
+        if rows:
+            whole = torch.ones_like(held[bias])
+            whole[:len(factors)] = factors
+            changed[bias] = held[bias] * whole
+    return functional_call(model, changed, (x,))
+
+
+def sums(model: nn.Module, group: ChannelGroup, x: Tensor, v: Tensor) -> Tensor:
+    """s [N, C]."""
+    if any(group.role("branch")):
+        gate = torch.ones(len(x), dtype=x.dtype, requires_grad=True)
+        return torch.autograd.grad((without_branch(model, group, x, gate) * v).sum(), gate)[0][:, None]
+    rows = []
+    for one, direction in zip(x.split(1), v.split(1), strict=True):
+        gate = torch.ones(group.channels, dtype=x.dtype, requires_grad=True)
+        output = without_dimensions(model, group, one, gate)
+        rows.append(torch.autograd.grad((output * direction).sum(), gate)[0])
+    s = torch.stack(rows)
+    return torch.stack([s[:, group.unit == unit].sum(1) for unit in group.unit], 1)
+
+
+def masked(model: nn.Module, groups: list[ChannelGroup], removed: dict[str, Tensor], x: Tensor) -> Tensor:
+    (group,) = groups
+    if any(group.role("branch")):
+        return without_branch(model, group, x, torch.zeros(len(x), dtype=x.dtype))
+    return without_dimensions(model, group, x, torch.ones(group.channels, dtype=x.dtype).index_fill(
+        0, removed[group.name], 0))
+
+
+def check(network: RandomNetwork, units: str, of: Callable[[Any], tuple[ChannelGroup, ...]]) -> bool:
+    """Whether the network has any of these units; each is scored, and removed alone, by brute force."""
+    model, x = network.model, network.inputs()
+    with oracles.untouched(model):
+        graph = trace(model, x)
+    every = {group.name: group for group in WITH[units](graph).groups}  # type: ignore[index]
+    known = {id(group.members) for group in of(graph)}
+    with torch.no_grad():
+        z = model(x)
+    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(network.seed), dtype=x.dtype)
+    if not of(graph):
+        return False
+    with oracles.untouched(model):
+        scores = fastscore.score(model, [x], units=units, gradient="loss", normalize=False, progress=False,
+                                 loss=lambda output, batch: (output * v).sum())
+    found = [group for group in every.values() if id(group.members) in known and group.name in scores]
+    for group in found:
+        want = sums(model, group, x, v).square().mean(0)
+        torch.testing.assert_close(scores[group.name].double(), want, rtol=1e-5, atol=1e-9 * float(want.max()) + 1e-37)
+        alone = replace(scores, totals={group.name: scores.totals[group.name]})
+        budget = {"params": 0.999} if any(group.role("branch")) else {"channels": 0.5}
+        with oracles.untouched(model):
+            result = fastscore.prune(model, alone, x[:1], scope="layer", compensate=False, progress=False, **budget)
+        assert list(result.removed) == [group.name]
+        with torch.no_grad():
+            want = masked(model, [group], result.removed, x)
+            torch.testing.assert_close(result.model(x), want, rtol=1e-9, atol=1e-9 * float(want.abs().max()) + 1e-30)
+    return bool(found)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_branches(seed: int) -> None:
+    check(generate(seed), "blocks", lambda graph: graph.blocks)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_dimensions_of_heads(seed: int) -> None:
+    check(generate(seed, more=True), "head_dims", lambda graph: graph.head_dims)

@@ -1,0 +1,239 @@
+"""Steps of random networks beside convolutions: recurrent modules, experts, option-A shortcuts, GLU, pixels that are
+shuffled, masks of one channel, and PyTorch's own norms of tokens."""
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+EXPERTS = 3
+GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
+
+
+class Gated(nn.Module):
+    """A module of layers that are run by definition where gates stand before them.
+
+    gates: the last part of a layer's name -> of each sample, what it reads (or counts) is multiplied by, [N, inputs]:
+    empty for all ones.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates: dict[str, Tensor] = {}
+
+    def through(self, name: str, x: Tensor) -> Tensor:
+        """What the layer of that name reads of x [N, ..., inputs]."""
+        gate = self.gates.get(name)
+        return x if gate is None else x * gate.view(len(x), *[1] * (x.dim() - 2), -1)
+
+
+class Rows(Gated):
+    """A recurrent module that reads an image from left to right, its rows averaged; each pixel is given what its column
+    made."""
+
+    def __init__(self, kind: type[nn.RNNBase], width: int, units: int, layers: int, both: bool, first: bool) -> None:
+        super().__init__()
+        self.rnn = kind(width, units, layers, bidirectional=both, batch_first=first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, D, H, W]."""
+        y = x.mean(2).transpose(1, 2)
+        if self.gates:
+            y = self._by_definition(y)
+        elif self.rnn.batch_first:
+            y = self.rnn(y)[0]
+        else:
+            y = self.rnn(y.transpose(0, 1))[0].transpose(0, 1)
+        return y.transpose(1, 2)[:, :, None].expand(-1, -1, x.shape[2], -1)
+
+    def _by_definition(self, y: Tensor) -> Tensor:
+        rnn = self.rnn
+        for layer in range(rnn.num_layers):
+            made = []
+            for way in ("", "_reverse")[:1 + rnn.bidirectional]:
+                steps = list(y.unbind(1))
+                outputs = self._run(steps[::-1] if way else steps, f"l{layer}{way}")
+                made.append(torch.stack(outputs[::-1] if way else outputs, 1))
+            y = torch.cat(made, -1)
+        return y
+
+    def _run(self, steps: list[Tensor], end: str) -> list[Tensor]:
+        rnn, outputs = self.rnn, []
+        h = c = steps[0].new_zeros(len(steps[0]), rnn.hidden_size)
+        for x in steps:
+            a, b = (F.linear(self.through(f"weight_{side}_{end}", read), getattr(rnn, f"weight_{side}_{end}"),
+                             getattr(rnn, f"bias_{side}_{end}")) for side, read in (("ih", x), ("hh", h)))
+            if isinstance(rnn, nn.LSTM):
+                i, f, g, o = (a + b).chunk(4, -1)
+                c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+                h = o.sigmoid() * c.tanh()
+            elif isinstance(rnn, nn.GRU):
+                (r, z, n), (s, w, m) = a.chunk(3, -1), b.chunk(3, -1)
+                update = (z + w).sigmoid()
+                h = (1 - update) * (n + (r + s).sigmoid() * m).tanh() + update * h
+            else:
+                h = (a + b).tanh()
+            outputs.append(h)
+        return outputs
+
+    def within(self, reads: list[int], units: list[int]) -> list[tuple[str, list[int] | None, list[int]]]:
+        """The layers in it: name, what each reads and makes."""
+        found: list[tuple[str, list[int] | None, list[int]]] = []
+        made = units * GATES[type(self.rnn)]  # type: ignore[index]
+        ways = ("", "_reverse")[:1 + self.rnn.bidirectional]
+        for layer in range(self.rnn.num_layers):
+            for way in ways:
+                found += [(f".rnn.weight_ih_l{layer}{way}", units * len(ways) if layer else reads, made),
+                          (f".rnn.weight_hh_l{layer}{way}", units, made)]
+        return found
+
+
+class Mixture(Gated):
+    """A residual branch: each pixel goes through the two most probable of three experts, as transformers holds
+    them."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, EXPERTS)
+        self.experts = MixtralExperts(transformers.MixtralConfig(
+            num_local_experts=EXPERTS, hidden_size=width, intermediate_size=inner, experts_implementation="batched_mm"))
+        for parameter in self.experts.parameters():
+            nn.init.normal_(parameter, std=width ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same."""
+        tokens = x.flatten(2).transpose(1, 2)  # [N, T, C]
+        shares, chosen = self.router(self.through("router", tokens)).softmax(-1).topk(2, -1)
+        made = self._by_definition(tokens, shares, chosen) if self.gates else self.experts(
+            tokens.flatten(0, 1), chosen.flatten(0, 1), shares.flatten(0, 1)).view(tokens.shape)
+        return x + made.transpose(1, 2).reshape(x.shape)
+
+    def _by_definition(self, tokens: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:
+        found = torch.zeros_like(tokens)
+        for number in range(EXPERTS):
+            gate, up = F.linear(self.through("gate_up_proj", tokens), self.experts.gate_up_proj[number]).chunk(2, -1)
+            made = F.linear(self.through("down_proj", F.silu(gate) * up), self.experts.down_proj[number])
+            found = found + made * (shares * (chosen == number)).sum(-1, keepdim=True)
+        return found
+
+
+class TokenNorm(Gated):
+    """nn.LayerNorm or nn.RMSNorm of pixels."""
+
+    def __init__(self, centered: bool, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=0.1) if centered else nn.RMSNorm(width, eps=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same."""
+        tokens, norm = x.flatten(2).transpose(1, 2), self.norm
+        if not self.gates:
+            return norm(tokens).transpose(1, 2).reshape(x.shape)
+        counted, centered = self.through("norm", tokens), isinstance(norm, nn.LayerNorm)
+        mean = counted.mean(-1, keepdim=True) if centered else 0.0
+        y = (tokens - mean) / ((counted - mean).square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+        return (y + norm.bias if centered else y).transpose(1, 2).reshape(x.shape)
+
+
+class Kinds:
+    """Steps of a generator, each of which adds itself and gives its value, or None where nothing fits."""
+
+    rng: random.Random
+    values: list[Any]
+    add: Callable[..., int]
+    conv: Callable[..., int | None]
+    new_labels: Callable[[int], list[int]]
+    pick: Callable[..., int | None]
+
+    def kinds(self) -> Mapping[Callable[[], Any], int]:
+        """Step -> how often it comes, beside others."""
+        return {self.recurrent: 4, self.mixture: 3, self.shortcut: 3, self.half_gated: 3, self.shuffled: 2,
+                self.masked: 3, self.token_norm: 3}
+
+    def recurrent(self) -> int | None:
+        """Units of the state of all layers and directions go together."""
+        source = self.pick()
+        if source is None:
+            return None
+        reads, units = self.values[source].labels, self.new_labels(self.rng.choice((3, 4)))
+        layer = Rows(self.rng.choice(list(GATES)), len(reads), len(units), self.rng.choice((1, 1, 2)),
+                     self.rng.random() < 0.4, self.rng.random() < 0.5)
+        return self.add("recurrent", (source,), units * (1 + layer.rnn.bidirectional), self.values[source].size,
+                        lambda layer, x: layer(x), layer, within=layer.within(reads, units))
+
+    def mixture(self) -> int | None:
+        """The inner width of all experts is one; what the router makes stays, for its softmax."""
+        source = self.pick()
+        if source is None:
+            return None
+        reads = self.values[source].labels
+        inner, chosen, out = (self.new_labels(width) for width in (self.rng.choice((2, 4)), EXPERTS, len(reads)))
+        within = [(".router", reads, chosen), (".experts.gate_up_proj", reads, inner * 2),
+                  (".experts.down_proj", inner, out)]
+        return self.add("mixture", (source,), out, self.values[source].size, lambda layer, x: layer(x),
+                        Mixture(len(reads), len(inner)), within=within, stays=chosen, ties=[(reads, out)])
+
+    def shortcut(self) -> int | None:
+        """Of every second place, zeros beside the channels: those of a convolution that they are added to stay."""
+        source = self.pick(lambda value: value.size >= 4)
+        if source is None:
+            return None
+        labels, size = self.values[source].labels, self.values[source].size
+        small = self.add("strided", (source,), labels, size // 2, lambda x: x[:, :, ::2, ::2])
+        more = self.rng.choice((1, 2))
+        branch = self.conv(small, len(labels) + 2 * more)
+        made = self.values[branch].labels
+        return self.add("option A", (branch, small), made, size // 2,
+                        lambda x, y: x + F.pad(y, (0, 0, 0, 0, more, more)), fresh=True,
+                        ties=[(made[more:-more], labels)], stays=made[:more] + made[-more:])
+
+    def half_gated(self) -> int | None:
+        """GLU: one half gates the other."""
+        source = self.pick(lambda value: len(value.labels) % 2 == 0)
+        if source is None:
+            return None
+        labels, size = self.values[source].labels, self.values[source].size
+        half = len(labels) // 2
+        if self.rng.random() < 0.5:
+            return self.add("glu", (source,), labels[:half], size, lambda x: F.glu(x, 1),
+                            ties=[(labels[:half], labels[half:])])
+        return self.add("GLU", (source,), labels[:half], size, lambda layer, x: layer(x), nn.GLU(1),
+                        ties=[(labels[:half], labels[half:])])
+
+    def shuffled(self) -> int | None:
+        """Four channels to pixels, or pixels to channels."""
+        source = self.pick(lambda value: value.size <= 4 and len(value.labels) % 4 == 0)
+        if source is not None:
+            labels = self.values[source].labels
+            return self.add("shuffled", (source,), labels[::4], 2 * self.values[source].size,
+                            lambda x: F.pixel_shuffle(x, 2), ties=[tuple(labels[place::4] for place in range(4))])
+        source = self.pick(lambda value: value.size >= 4 and len(value.labels) <= 4)
+        if source is None:
+            return None
+        labels = [label for label in self.values[source].labels for _ in range(4)]
+        return self.add("unshuffled", (source,), labels, self.values[source].size // 2,
+                        lambda x: F.pixel_unshuffle(x, 2))
+
+    def masked(self) -> int | None:
+        """A mask of one channel, which a convolution makes."""
+        source = self.pick()
+        if source is None:
+            return None
+        mask = self.conv(source, 1)
+        self.values[mask].dead = True
+        value = self.values[source]
+        return self.add("masked", (source, mask), value.labels, value.size, lambda x, y: x * torch.sigmoid(y))
+
+    def token_norm(self) -> int | None:
+        """PyTorch's own norms of the last dimension, which count zeros where channels are gone."""
+        source = self.pick()
+        if source is None:
+            return None
+        labels = self.values[source].labels
+        return self.add("token norm", (source,), labels, self.values[source].size, lambda layer, x: layer(x),
+                        TokenNorm(self.rng.random() < 0.6, len(labels)), counts_within=(".norm", labels))
