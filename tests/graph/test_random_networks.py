@@ -1,6 +1,7 @@
 """Random networks against what their generator knows: groups, scores, masks and surgery, in float64.
 
-24 networks in a normal run, and some of more kinds; FASTSCORE_NIGHTLY=1 makes it 500, and FASTSCORE_FIRST_SEED=n begins at another.
+24 networks in a normal run, and some of more kinds; FASTSCORE_NIGHTLY=1 makes it 500, and FASTSCORE_FIRST_SEED=n begins
+at another.
 """
 
 import os
