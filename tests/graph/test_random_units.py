@@ -18,7 +18,6 @@ from torch.func import functional_call
 import fastscore
 from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.tracing import trace
-from fastscore.graph.whole_experts import WITH
 
 FIRST = int(os.environ.get("FASTSCORE_FIRST_SEED", "0"))
 SEEDS = range(FIRST, FIRST + 100) if os.environ.get("FASTSCORE_NIGHTLY") else (FIRST + 21, FIRST + 30)
@@ -80,9 +79,7 @@ def check(network: RandomNetwork, units: str, of: Callable[[Any], tuple[ChannelG
     """Whether the network has any of these units; each is scored, and removed alone, by brute force."""
     model, x = network.model, network.inputs()
     with oracles.untouched(model):
-        graph = trace(model, x)
-    every = {group.name: group for group in WITH[units](graph).groups}  # type: ignore[index]
-    known = {id(group.members) for group in of(graph)}
+        graph = trace(model, x, units=units)
     with torch.no_grad():
         z = model(x)
     v = torch.randn(z.shape, generator=torch.Generator().manual_seed(network.seed), dtype=x.dtype)
@@ -91,7 +88,7 @@ def check(network: RandomNetwork, units: str, of: Callable[[Any], tuple[ChannelG
     with oracles.untouched(model):
         scores = fastscore.score(model, [x], units=units, gradient="loss", normalize=False, progress=False,
                                  loss=lambda output, batch: (output * v).sum())
-    found = [group for group in every.values() if id(group.members) in known and group.name in scores]
+    found = [group for group in of(graph) if group.name in scores]
     for group in found:
         want = sums(model, group, x, v).square().mean(0)
         torch.testing.assert_close(scores[group.name].double(), want, rtol=1e-5, atol=1e-9 * float(want.max()) + 1e-37)
