@@ -62,7 +62,8 @@ class _Call:
 @dataclass
 class _Trial:
     """One run: how large its batch was, and what it showed. anchor: what gradients are asked for. sent: holds the
-    number of the sample whose gradient is on its way."""
+    number of the sample whose gradient is on its way. decides: whether the model's code decided anything by what the
+    batch holds, where that was looked for."""
 
     size: int
     anchor: Tensor
@@ -70,6 +71,7 @@ class _Trial:
     outputs: Sequence[Tensor] = ()
     called_with: Tensor | None = None  # the first tensor of the model's first call
     sent: list[int] = field(default_factory=list)
+    decides: bool | None = None
 
 
 def of_graph(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training: Run, example: Batch) -> SampleAxes:
@@ -170,7 +172,13 @@ def _shapes_at_two_sizes(model: nn.Module, watched: Mapping[str, Watched], run: 
     """Two runs, the second with a graph; or one, on the example as it is, where the model takes no other size."""
     small, large = _SIZES[:2]
     first = _tried(model, watched, run, batch_of(example, small), small, grad=False)
-    second = _tried(model, watched, run, batch_of(example, large), large)
+    batch = batch_of(example, large)
+    with Decisions(batch) as noted:
+        second = _tried(model, watched, run, batch, large)
+    if isinstance(second, str):  # it may be the looking for decisions that does not run
+        second = _tried(model, watched, run, batch, large)
+    else:
+        second.decides = noted.found
     if not isinstance(first, str) and not isinstance(second, str):
         return [first, second]
     count = _samples_of(example)
@@ -190,11 +198,12 @@ def _decided_otherwise(model: nn.Module, watched: Mapping[str, Watched], run: Ru
     """Runs like the known one, on its batch, in which the model's code decides otherwise about what the batch holds;
     none where it decides nothing, or does not run then."""
     shapes = [output.shape for output in known.outputs]
-    noted = Decisions(batch)
-    with noted:
-        _tried(model, watched, run, batch, known.size, grad=False)
+    if known.decides is None:
+        with Decisions(batch) as noted:
+            _tried(model, watched, run, batch, known.size, grad=False)
+        known.decides = noted.found
     trials = []
-    for seed in range(_DECISIONS) if noted.found or has_masks(batch) else ():
+    for seed in range(_DECISIONS) if known.decides or has_masks(batch) else ():
         other = other_masks(batch, seed)
         with Decisions(other, seed):
             trial = _tried(model, watched, run, other, known.size)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.graph.routing import Decisions, other_answers
+from fastscore.graph.sample_axes import Watched, find
 from fastscore.graph.tracing import trace
 
 
@@ -157,3 +158,14 @@ def test_decisions_are_a_function_of_what_they_are_made_of() -> None:
         assert not torch.equal(one, before)
     assert 0 < int(other_answers(torch.ones(8, 8, dtype=torch.int64), 0).sum()) < 64
     assert sorted(other_answers(torch.arange(9), 1).tolist()) == list(range(9))
+
+
+def test_decisions_are_looked_for_in_a_run_that_is_made_anyway() -> None:
+    """Of a model that decides nothing there are two runs, on batches of two sizes; and two more where it decides."""
+    def runs(model: nn.Module) -> list[int]:
+        made: list[int] = []
+        find(model, {"inner.0": Watched(-1)}, lambda model, x: [made.append(len(x)) or model(x)], torch.randn(1, 4, 6))
+        return made
+
+    assert runs(Routed(lambda model, x, rows: model.inner(rows))) == [2, 3]
+    assert runs(Routed(sorted_rows)) == [2, 3, 3, 3]
