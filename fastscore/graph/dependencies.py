@@ -43,6 +43,7 @@ class Graph(Nodes):
         """Trace one call of run(model, None) -> outputs, whose gradients must be enabled. inside: modules whose parts
         are traced in their place."""
         self.model, self.verbose, self.ignored_params = model, False, list[nn.Parameter]()
+        self._in_vain = set[Any]()  # autograd functions of what is computed, and not used
         self._outputs: list[Tensor] = []  # in torch 2.11, an autograd.Function's node is gone with its output
         self._module2name = {module: name for name, module in model.named_modules()}
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
@@ -54,7 +55,11 @@ class Graph(Nodes):
             *states, *(module for module, name in self._module2name.items() if name in inside)]
 
         def keeping(*args: Any) -> list[Tensor]:
-            self._outputs = run(*args)
+            outputs = run(*args)
+            ends, self._in_vain = self._calls.ends(outputs)
+            sums = [end.sum() for end in ends]  # roots, behind which each end is what it is
+            self._in_vain |= {end.grad_fn for end in sums}
+            self._outputs = [*outputs, *sums]
             return self._outputs
 
         with NotedCalls(self._weights()) as self._calls, outputs_of(self._channel_buffers()) as made, \
@@ -90,6 +95,7 @@ class Graph(Nodes):
             vars(node).clear()
         self.module2node.clear()
         self._outputs.clear()
+        self._in_vain.clear()
 
     def positions_of(self, root: Any) -> tuple[Positions, str | None, Mapping[Key, Key | None]]:
         """Where the channels that `root` makes lie, everywhere; or as far as what keeps them from being removed.
@@ -109,6 +115,9 @@ class Graph(Nodes):
                 new = positions[node, function] = arrived
                 came[node, function] = before
                 obstacle = self._obstacle(node, function)
+                if node.grad_fn in self._in_vain and (obstacle is not None or self._moves(node)):
+                    obstacle = None
+                    continue  # it asks for widths, not for the order in them: the trial by surgery shows which
             else:
                 if endless or (len(arrived) == len(known) and (arrived == known).all()):
                     continue  # as most that comes back is: no need to sort
@@ -242,6 +251,11 @@ class Graph(Nodes):
             for zeros in self._given.get(node.module.owner, ()):
                 if (found := self._calls.width_of(zeros)) is not None:
                     yield found[0], Width(found[1], 0, zeros.shape[-1])
+
+    def _moves(self, node: Any) -> bool:
+        """Whether a view has channels in other places than before."""
+        return node.type == OPTYPE.RESHAPE and any(dependency.index_mapping for dependency in node.dependencies
+                                                   if dependency.target in node.inputs)
 
     def _connect(self, node: Any) -> None:
         """The dependencies between a node and its inputs, both ways, with their index maps."""

@@ -50,8 +50,8 @@ def outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[An
 class NotedCalls(TorchFunctionMode):
     """Notes what autograd does not keep: splits into parts of a given width (which look like those of chunk()) and
     slices, with the module whose code they stand in, the widths that a concatenation joins, those of tensors that
-    need no gradient included, which modules' code reads the weights of other modules' layers, and of which widths that
-    modules keep zeros are made.
+    need no gradient included, which modules' code reads the weights of other modules' layers, of which widths that
+    modules keep zeros are made, and what is computed and not used.
 
     weights: id of a weight -> the layers that hold it, with their names.
     """
@@ -63,6 +63,21 @@ class NotedCalls(TorchFunctionMode):
         self.cuts: list[Cut] = []
         self.concatenated: list[tuple[Any, list[int]]] = []
         self._zeros: list[tuple[Tensor, nn.Module, str]] = []  # made of a width: the module that keeps it, and where
+        self._unused: dict[Any, Tensor] = {}  # autograd function -> what it made, and no later one is known to take
+
+    def ends(self, outputs: Iterable[Tensor]) -> tuple[list[Tensor], set[Any]]:
+        """What was computed, and is used for none of `outputs` and for nothing else; and the autograd functions that
+        only this is computed by. What was noted is let go."""
+        used, found = set[Any](), list[Tensor]()
+        for tensor in outputs:
+            reach(tensor.grad_fn, used)
+        reached = used.copy()
+        for tensor in reversed(self._unused.values()):
+            if tensor.grad_fn is not None and tensor.grad_fn not in reached:
+                found.append(tensor)
+                reach(tensor.grad_fn, reached)
+        self._unused.clear()
+        return found, reached - used
 
     def width_of(self, zeros: Tensor) -> tuple[nn.Module, str] | None:
         """The module that keeps the last width of what such zeros are, or were made from, and its attribute."""
@@ -73,6 +88,7 @@ class NotedCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
+        self._note_unused(output)
         part = output[0] if func in _SPLITS and output else output if func is Tensor.__getitem__ else None
         if part is not None and part.grad_fn is not None and (cut := cut_of(part.grad_fn)) is not None:
             self.cuts.append(cut)
@@ -90,12 +106,30 @@ class NotedCalls(TorchFunctionMode):
                                                        for tensor in tensors]))
         return output
 
+    def _note_unused(self, output: Any) -> None:
+        for tensor in tensors_of(output):
+            if tensor.grad_fn is not None and tensor.layout is torch.strided and not tensor.is_nested and \
+                    torch._C._functorch.maybe_get_level(tensor) == -1:
+                for source, _ in tensor.grad_fn.next_functions:
+                    self._unused.pop(source, None)
+                self._unused[tensor.grad_fn] = tensor
+
     def _note_zeros(self, func: Any, args: Any, output: Tensor) -> None:
         """Zeros of a kept width, and what is made of such: in another dtype, say."""
         found = width_of_code(output.shape[-1]) if func in _ZEROS else \
             next((width for x in tensors_of(args) if self._zeros and (width := self.width_of(x)) is not None), None)
         if found is not None and self.width_of(output) is None:
             self._zeros.append((output, *found))
+
+
+def reach(node: Any, reached: set[Any]) -> None:
+    """Add an autograd function, and all that it is computed from."""
+    work = [node]
+    while work:
+        node = work.pop()
+        if node is not None and node not in reached:
+            reached.add(node)
+            work += [source for source, _ in node.next_functions]
 
 
 def _computed_from(output: Any, weight: Tensor, args: Any, kwargs: Mapping[str, Any]) -> bool:

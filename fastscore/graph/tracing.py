@@ -157,9 +157,9 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         with unread.Outputs(model) as made:
             outputs = run(model)
         has_run = True
-        more = made.unread(outputs)
-        unused.update(more)
-        return [*outputs, *more.values()]
+        layers, more = made.unread(outputs)
+        unused.update(layers)
+        return [*outputs, *more]
 
     def whole(eval_model: nn.Module) -> Tensor:
         return torch.cat([output.flatten() for output in run(eval_model)])

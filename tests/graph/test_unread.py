@@ -110,3 +110,39 @@ def test_a_choice_reads_zero_where_channels_are_masked(fraction: float) -> None:
     small = fastscore.prune(model, scores, x, channels=1 - fraction, scope="layer", compensate=False).model
     with torch.no_grad(), fastscore.mask(model, scores, fraction, x, scope="layer", compensate=False):
         torch.testing.assert_close(small(x), model(x))
+
+
+class _Gated(nn.Module):
+    """A WaveNet in small: each block adds to the stream and to what is returned; nobody reads the last stream."""
+
+    def __init__(self, in_place: bool, blocks: int = 2, width: int = 6) -> None:
+        super().__init__()
+        self.in_place, self.embed = in_place, nn.Conv1d(3, width, 1)
+        self.gate = nn.ModuleList(nn.Conv1d(width, 8, 2, padding=1) for _ in range(blocks))
+        self.back = nn.ModuleList(nn.Conv1d(4, width, 1) for _ in range(blocks))
+        self.skip = nn.ModuleList(nn.Conv1d(4, 5, 1) for _ in range(blocks))
+        self.head = nn.Conv1d(5, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, skips = self.embed(x), []
+        for gate, back, skip in zip(self.gate, self.back, self.skip, strict=True):
+            values, weights = gate(x)[..., :-1].chunk(2, 1)
+            y = values.tanh() * weights.sigmoid()
+            skips.append(skip(y))
+            added = back(y)
+            if self.in_place:
+                added += x
+            x = added if self.in_place else x + added
+        return self.head(sum(skips)).mean(2)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_stream_whose_last_sum_nobody_reads(in_place: bool, tmp_path: Path) -> None:
+    """Of the layer that is added to it last, no number counts: it loses the stream's channels with the others."""
+    x = torch.randn(3, 3, 6, generator=torch.Generator().manual_seed(1)).double()
+    small = check(lambda: _Gated(in_place), x, ["embed", "gate.0", "gate.1", "skip.0"], tmp_path).model
+    assert [layer.out_channels for layer in (small.embed, *small.back)] == [3, 3, 3]
+    assert [layer.in_channels for layer in small.back] == [2, 2]
+    (stream,) = (group for group in trace(_Gated(in_place), x.float()).groups if group.name == "embed")
+    assert {member.layer for member in stream.role("producer")} == {"embed", "back.0", "back.1"}
+    assert {edge.layer for edge in stream.edges} == {"gate.0", "gate.1"}

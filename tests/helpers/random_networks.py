@@ -566,20 +566,13 @@ class _Generator(Kinds):
         producers: dict[str, list[int]] = {}
         consumers: dict[str, list[int]] = {}
         in_vain = [step for step in self.steps if any(step is other for other in dead)]
-        # what no layer reads in vain, nobody follows
-        alive = {step.layer for step in self.steps if not any(step is other for other in dead)}
-        ends = [i for i, step in enumerate(self.steps) if step.layer not in alive
-                and (step.makes or step.counts or step.counts_within or step.within)]
-        behind = {j for i in ends for j in self.steps_behind(i + 1)}
-        followed = [step for i, step in enumerate(self.steps)
-                    if i in behind or not any(step is other for other in in_vain)]
         for step in [*(step for step in self.steps if not any(step is other for other in dead)), *in_vain]:
             for name, reads, makes in (("", step.reads, step.makes), *step.within):
                 for known, labels in ((consumers, reads), (producers, makes)):
                     if labels is not None:
                         first = known.setdefault(f"layers.{step.layer}{name}", labels)
                         step.ties.append((first, labels))
-            for ties in step.ties if any(step is other for other in followed) else []:
+            for ties in step.ties:
                 self.tie(*ties)
         fixed = [label for step in self.steps for label in step.fixes]
         if self.seed % 5 == 0:  # what runs to no end

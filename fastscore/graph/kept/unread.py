@@ -3,7 +3,7 @@
 They read channels that can go, and must lose them too.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastscore.graph.groups import Member, Role
 from fastscore.graph.nodes import PRODUCERS
+from fastscore.graph.noted_calls import reach
 from fastscore.modules.norms.channel_norms import norm_of
 
 
@@ -22,7 +23,7 @@ class Outputs:
     def __init__(self, model: nn.Module) -> None:
         self._layers = {name: module for name, module in model.named_modules()
                         if tp.ops.module2type(module) in PRODUCERS or norm_of(module) is not None}
-        self._made: list[tuple[str, Tensor]] = []
+        self._made: list[tuple[str, Tensor, Any]] = []  # layer, output, and the autograd function that made it
         self._handles: list[Any] = []
 
     def __enter__(self) -> "Outputs":
@@ -33,20 +34,21 @@ class Outputs:
         for handle in self._handles:
             handle.remove()
 
-    def unread(self, returned: Iterable[Tensor]) -> Mapping[str, Tensor]:
-        """Layer -> what it made, of those that `returned` does not depend on; the noted tensors are let go."""
+    def unread(self, returned: Iterable[Tensor]) -> tuple[set[str], list[Tensor]]:
+        """(layers that `returned` does not depend on, what they made and nobody wrote to); the noted tensors are let
+        go."""
         reached = set[Any]()
         for tensor in returned:
-            _reach(tensor.grad_fn, reached)
-        used = {name for name, tensor in self._made if tensor.grad_fn in reached}
-        found = {name: tensor for name, tensor in self._made if name not in used and tensor.grad_fn is not None}
+            reach(tensor.grad_fn, reached)
+        used = {name for name, _, node in self._made if node in reached}
+        found = [(name, tensor, node) for name, tensor, node in self._made if name not in used and node is not None]
         self._made.clear()
-        return found
+        return {name for name, _, _ in found}, [tensor for _, tensor, node in found if tensor.grad_fn is node]
 
     def _note(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor):
-                self._made.append((name, output))
+                self._made.append((name, output, output.grad_fn))
 
         return hook
 
@@ -55,13 +57,3 @@ def without_edge(member: Member) -> Member:
     """A member of which no gradient comes: it loses channels, and nothing is measured there."""
     roles: dict[Role, Role] = {"consumer": "reader", "norm": "channelwise"}
     return replace(member, role=roles.get(member.role, member.role))
-
-
-def _reach(node: Any, reached: set[Any]) -> None:
-    """Add an autograd node, and all that it is computed from."""
-    work = [node]
-    while work:
-        node = work.pop()
-        if node is not None and node not in reached:
-            reached.add(node)
-            work += [source for source, _ in node.next_functions]
