@@ -184,7 +184,8 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         graph.release()
         return ChannelGraph((), unverified, {}), recording.layers_that_ran, set(unverified)
     idle = frozenset(unused)
-    if unused and recording.shows_in_output(unused):
+    if unused and recording.shows_without_gradient(unused):
+        recording.detached = idle
         unused.clear()
     branches = blocks.find(eval_model, whole) if "blocks" in searched else []
     mixtures, kept_experts = whole_experts.find(eval_model, whole) if "experts" in searched else ((), {})

@@ -10,7 +10,7 @@ import random
 import oracles
 import pytest
 import torch
-from random_networks import RandomNetwork, gated, generate, sums
+from random_networks import RandomNetwork, gated, generate, joined, sums, unify
 from torch import Tensor, nn
 
 import fastscore
@@ -68,7 +68,8 @@ def check_left_alone(network: RandomNetwork, graph: ChannelGraph) -> None:
             continue
         units, near = set(network.producers[layer]), network.near(layer)
         hostile = near & (network.fixed | network.bound) or len(units) == 1 or not units & network.read
-        assert hostile or "grouped and works on other channels" in reason, f"{layer}: {reason}"
+        for_width = bool(network.alike) and reason == "the output does not depend on it"  # but for how wide it is
+        assert hostile or for_width or "grouped and works on other channels" in reason, f"{layer}: {reason}"
 
 
 def check_scores(network: RandomNetwork, graph: ChannelGraph, x: Tensor) -> fastscore.Scores:
@@ -157,6 +158,29 @@ def test_network_of_other_kinds(seed):
     """Recurrent modules, experts, option-A shortcuts, GLU, shuffled pixels, masks, norms of tokens: see random_kinds.
     """
     check(generate(seed, kinds=True))
+
+
+def as_offered(network: RandomNetwork, graph: ChannelGraph) -> RandomNetwork:
+    """The network, where what the code takes to be as wide goes together channel by channel, as the graph has it."""
+    tied, found = unify(network.alike), list[set[int]]()
+    for group in graph.groups:
+        together: list[set[int]] = [set() for _ in range(int(group.unit.max()) + 1)]
+        for member in group.role("producer", "consumer", "reader"):
+            units = (network.producers if member.role == "producer" else network.consumers)[member.layer]
+            for position, channel in zip(member.index.tolist(), member.channel.tolist(), strict=True):
+                together[group.unit[channel]].add(units[position])
+        for units_of_one in together:
+            assert len({tied(unit) for unit in units_of_one}) == 1, f"{group.name}: nothing asks for one width"
+        found += together
+    return joined(network, found)
+
+
+@pytest.mark.parametrize("seed", range(COUNT // 5))
+def test_network_with_widths_taken_from_elsewhere(seed):
+    """What goes together by the width alone has the score of all of it, and goes: of a third of the networks, some."""
+    network = generate(seed, alike=True)
+    graph = trace(network.model, network.inputs())
+    check(as_offered(network, graph))
 
 
 class Frames(nn.Module):

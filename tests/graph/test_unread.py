@@ -55,17 +55,29 @@ def test_an_output_that_a_forward_drops() -> None:
     assert [part.shape for part in small(x)] == [(2, 3), (2, 2)]
 
 
-def test_what_autograd_does_not_see_is_no_unread_layer() -> None:
-    """A way to the output through detach(): nothing can be said of what the channels do there, and so it is left."""
-    class Detached(TwoHeads):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + self.kept.sum(1, keepdim=True)
+class _Detached(TwoHeads):
+    """What the head makes that is not asked for comes to what is returned by way of detach(), late or early."""
 
-    model, x = noisy(Detached), torch.randn(2, 5).double()
-    group = next(group for group in trace(model, x).groups if group.name == "embed")
-    assert {edge.layer for edge in group.edges} == {"head", "other", "norm"}
-    with pytest.raises(RuntimeError, match="no backward pass came to other"):
-        fastscore.score(model, [x], progress=False)
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        self.early, self.first, self.third = early, nn.Linear(5, 7), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.third(self.first(x).relu())
+        if not self.early:
+            return super().forward(x) + self.kept.sum(1, keepdim=True)
+        x = self.norm(self.embed(x).tanh())
+        return self.head(x * self.other(x).detach().mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_autograd_does_not_see_is_no_unread_layer(early: bool) -> None:
+    """Nothing can be said of what channels do there: they are kept, with the reason, and others are scored."""
+    model, x = noisy(lambda: _Detached(early)), torch.randn(2, 5).double()
+    scores = fastscore.score(model, [x], progress=False)
+    assert list(scores) == ["first", "third"]
+    assert scores.skipped["embed"] == "other reads its channels where no gradient comes back (detach(), or a choice " \
+                                      "by them)"
 
 
 class DeadNorm(TwoHeads):

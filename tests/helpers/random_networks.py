@@ -6,8 +6,8 @@ No tracer has a part in it, so units are an oracle for groups, scores, masks and
 """
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class Step:
     reads: list[int] | None = None  # what lies at each position of the layer's input
     makes: list[int] | None = None
     fixes: list[int] = field(default_factory=list)
+    alike: list[int] = field(default_factory=list)  # channels of which the code takes as many to go as of the others
     counts: list[int] | None = None  # what the statistics of a normalisation over channels count
     within: list[tuple[str, list[int] | None, list[int]]] = field(default_factory=list)  # layers in it: the same
     counts_within: tuple[str, list[int]] | None = None  # a normalisation in it, and what its statistics count
@@ -142,6 +143,7 @@ class RandomNetwork:
     fixed: set[int]
     names: list[str]
     norms: dict[str, list[int]] = field(default_factory=dict)  # normalisation over channels -> what it counts
+    alike: list[set[int]] = field(default_factory=list)  # units of which as many must go: they go together, or none
 
     @property
     def read(self) -> set[int]:
@@ -163,15 +165,43 @@ class RandomNetwork:
         return torch.randn(samples, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
 
 
-def generate(seed: int, length: int | None = None, more: bool = False, kinds: bool = False) -> RandomNetwork:
-    """The network of this seed, always the same. more: of more kinds of steps. kinds: of those of random_kinds, too."""
-    return _Generator(seed, more, kinds).build(length)
+def generate(seed: int, length: int | None = None, more: bool = False, kinds: bool = False,
+             alike: bool = False) -> RandomNetwork:
+    """The network of this seed, always the same. more: of more kinds of steps. kinds: of those of random_kinds, too.
+    alike: code between two layers takes the widths of both to be the same."""
+    return _Generator(seed, more, kinds, alike).build(length)
 
 
 def _gated_owner(model: Program, layer: str) -> Gated | None:
     """The module of the program in which a layer is gated by definition."""
     owner = model.layers[layer.split(".")[1]]
     return owner if isinstance(owner, Gated) else None
+
+
+def unify(together: Iterable[set[int]]) -> Callable[[int], int]:
+    """Unit -> the same one of all that it goes together with, by way of others too."""
+    parent: dict[int, int] = {}
+
+    def first_of(unit: int) -> int:
+        while unit in parent:
+            unit = parent[unit]
+        return unit
+
+    for units in together:
+        first, *others = {first_of(unit) for unit in units}
+        parent.update(dict.fromkeys(others, first))
+    return first_of
+
+
+def joined(network: RandomNetwork, together: Iterable[set[int]]) -> RandomNetwork:
+    """The network, where the units of each set go together."""
+    first_of = unify(together)
+
+    def of(layers: dict[str, list[int]]) -> dict[str, list[int]]:
+        return {name: [first_of(unit) for unit in units] for name, units in layers.items()}
+
+    return replace(network, producers=of(network.producers), consumers=of(network.consumers), norms=of(network.norms),
+                   bound={first_of(unit) for unit in network.bound}, fixed={first_of(unit) for unit in network.fixed})
 
 
 def gated(network: RandomNetwork, x: Tensor, scale: Callable[[int], Tensor | float]) -> Tensor:
@@ -224,8 +254,9 @@ def sums(network: RandomNetwork, x: Tensor, v: Tensor) -> dict[int, Tensor]:
 
 
 class _Generator(Kinds):
-    def __init__(self, seed: int, more: bool = False, kinds: bool = False) -> None:
+    def __init__(self, seed: int, more: bool = False, kinds: bool = False, alike: bool = False) -> None:
         self.seed, self.rng, self.more, self.with_kinds = seed, random.Random(seed), more, kinds
+        self.alike = alike
         self.parent: list[int] = []
         self.steps: list[Step] = []
         self.layers: dict[str, nn.Module] = {}
@@ -434,6 +465,15 @@ class _Generator(Kinds):
                                             ("mul", lambda x, y: x * torch.sigmoid(y), False)])
         return self.add(name, pair, first.labels, first.size, run, fresh=fresh, ties=ties)
 
+    def as_wide(self) -> int | None:
+        """A view of one value, in the width of another, which autograd does not see."""
+        pair = self.pair()
+        if pair is None or set(self.values[pair[0]].labels) & set(self.values[pair[1]].labels):
+            return None
+        other, first = (self.values[i].labels for i in pair)
+        return self.add("as wide", pair[::-1], first, self.values[pair[1]].size,
+                        lambda x, y: x.reshape(len(x), y.shape[1], *x.shape[2:]), alike=[*first, *other])
+
     def residual(self) -> int | None:
         """x + a convolution or two of x."""
         source = self.pick()
@@ -550,6 +590,7 @@ class _Generator(Kinds):
             if self.more:
                 options += [(self.owned, 5), (self.over_channels, 4), (self.swapped, 4), (self.attended, 4)]
             options += self.kinds().items() if self.with_kinds else []
+            options += [(self.as_wide, 12)] if self.alike else []
             steps, weights = zip(*options, strict=True)
             for step in self.rng.choices(steps, weights, k=length or self.rng.randrange(4, 14)):
                 step()
@@ -574,7 +615,7 @@ class _Generator(Kinds):
                         step.ties.append((first, labels))
             for ties in step.ties:
                 self.tie(*ties)
-        fixed = [label for step in self.steps for label in step.fixes]
+        fixed = [label for step in self.steps for label in [*step.fixes, *step.alike]]
         if self.seed % 5 == 0:  # what runs to no end
             fixed += [label for step in dead for source in step.sources for label in self.values[source].labels]
             fixed += [label for step in dead for label in consumers.get(f"layers.{step.layer}", [])]
@@ -590,7 +631,8 @@ class _Generator(Kinds):
         return RandomNetwork(self.seed, model, {name: units(labels) for name, labels in producers.items()},
                              {name: units(labels) for name, labels in consumers.items()},
                              set(units(self.values[0].labels + self.output_labels + stays)), set(units(fixed)),
-                             [step.name for step in self.steps], norms)
+                             [step.name for step in self.steps], norms,
+                             [set(units(step.alike)) for step in self.steps if step.alike])
 
     def steps_behind(self, output: int) -> set[int]:
         """The steps on which the output depends; what is written in place depends on all that came before."""

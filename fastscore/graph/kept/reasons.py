@@ -30,6 +30,8 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         return f"{layer_name} is called as well on what no layer makes (the model's input, a constant, or what " \
                "detach() gives)"
     norms = {member.layer for member in members if member.role == "norm"}
+    for layer_name in sorted((consumers | norms) & recording.detached):
+        return _without_gradient(layer_name, recording)
     for layer_name in sorted((consumers | norms).intersection(recording.overwritten)):
         return f"what {layer_name} reads is written to in place afterwards, so that nothing can be measured there"
     for member in members:

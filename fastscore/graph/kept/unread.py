@@ -40,7 +40,7 @@ class Outputs:
         reached = set[Any]()
         for tensor in returned:
             reach(tensor.grad_fn, reached)
-        used = {name for name, _, node in self._made if node in reached}
+        used = {name for name, tensor, node in self._made if not reached.isdisjoint((node, tensor.grad_fn))}
         found = [(name, tensor, node) for name, tensor, node in self._made if name not in used and node is not None]
         self._made.clear()
         return {name for name, _, _ in found}, [tensor for _, tensor, node in found if tensor.grad_fn is node]

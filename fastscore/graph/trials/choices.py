@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from fastscore.batches import tensors_of
 from fastscore.graph.trials.differences import close
@@ -28,12 +29,13 @@ class Choices(TorchDispatchMode):
     """Within the block, choices that the code makes are noted, or made otherwise.
 
     noted: what the choices of a run were made by; None: `self.noted` is to hold those of this run. Otherwise those
-    choices come out otherwise whose operands are not what is noted. turn: another number, another outcome.
+    choices come out otherwise whose operands are not what is noted. turn: another number, another outcome; None: they
+    come out as they did.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, noted: list[tuple[str, list[Tensor]]] | None = None, turn: int = 0) -> None:
+    def __init__(self, noted: list[tuple[str, list[Tensor]]] | None = None, turn: int | None = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.noted = [] if noted is None else noted
         self._left = None if noted is None else iter(noted)
@@ -60,6 +62,10 @@ class Choices(TorchDispatchMode):
         known, before = next(self._left, (None, []))
         if known != name or [x.shape for x in before] != [x.shape for x in operands]:  # the code goes another way
             self._left = iter(())
+            return func(*args, **kwargs)
+        if self._turn is None:
+            old = iter(before)
+            args, kwargs = tree_map_only(Tensor, lambda x: next(old) if x.is_floating_point() else x, (args, kwargs))
             return func(*args, **kwargs)
         differs = torch.zeros((), dtype=torch.bool, device=operands[0].device)
         for x, old in zip(operands, before, strict=True):

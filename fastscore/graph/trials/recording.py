@@ -41,6 +41,7 @@ class Recording:
         self.swapped: dict[tuple[str, int], dict[str, Any]] = {}  # (layer, call) -> parameters that were put in for it
         self.transformed = set[str]()  # layers that run under torch.func, as in torch.vmap
         self.first_layers = set[str]()  # those that read what no gradient comes back from, in one call at least
+        self.detached = frozenset[str]()  # those of which no gradient comes back, while something does
         self.without_gradients = set[str]()  # those that run under torch.no_grad, or inference_mode, in one call
 
     def find_several(self) -> None:
@@ -112,13 +113,22 @@ class Recording:
             return "the output"
         return found[0] if found else None
 
-    def shows_in_output(self, layers: Collection[str]) -> bool:
-        """Whether the output depends on what `layers` make, by whatever way: autograd does not see all of them."""
+    def shows_without_gradient(self, layers: Collection[str]) -> bool:
+        """Whether what `layers` make, of which no gradient comes back, shows in the output, or in what others read;
+        beyond what is chosen by it, which a small change leaves as it is."""
+        before, found = self.inputs, list[str]()
+
+        def compare(layer: str, call: int, x: Tensor | None) -> None:
+            known = before[layer][call]
+            if layer not in layers and x is not None and known is not None and differ(x, known, self._dims[layer],
+                                                                                         None):
+                found.append(layer)
+
         try:
-            output = self._replay_changed(self._whole(layers), lambda layer, call, x: None)
+            output = self._replay_changed(self._whole(layers), compare, Choices(self.choices, None))
         except Exception:  # of the model's code, which looks at them
             return True
-        return not close(output, self.output).all()
+        return bool(found) or not close(output, self.output).all()
 
     def read_by_others(self, layers: Collection[str]) -> str | None:
         """Where what `layers` make shows: the output, or a layer that is none of them; None where it does not."""
