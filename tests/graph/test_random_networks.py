@@ -175,12 +175,16 @@ def as_offered(network: RandomNetwork, graph: ChannelGraph) -> RandomNetwork:
     return joined(network, found)
 
 
-@pytest.mark.parametrize("seed", range(COUNT // 5))
+JOINED = (37, 41)  # networks where groups go together that autograd does not tie
+
+
+@pytest.mark.parametrize("seed", sorted({*range(COUNT // 5 if COUNT > 30 else 0), *JOINED}))
 def test_network_with_widths_taken_from_elsewhere(seed):
-    """What goes together by the width alone has the score of all of it, and goes: of a third of the networks, some."""
+    """What goes together by the width alone has the score of all of it, and goes."""
     network = generate(seed, alike=True)
-    graph = trace(network.model, network.inputs())
-    check(as_offered(network, graph))
+    offered = as_offered(network, trace(network.model, network.inputs()))
+    assert seed not in JOINED or offered.producers != network.producers
+    check(offered)
 
 
 class Frames(nn.Module):

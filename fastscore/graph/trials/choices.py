@@ -64,8 +64,8 @@ class Choices(TorchDispatchMode):
             self._left = iter(())
             return func(*args, **kwargs)
         if self._turn is None:
-            old = iter(before)
-            args, kwargs = tree_map_only(Tensor, lambda x: next(old) if x.is_floating_point() else x, (args, kwargs))
+            held = iter(before)
+            args, kwargs = tree_map_only(Tensor, lambda x: next(held) if x.is_floating_point() else x, (args, kwargs))
             return func(*args, **kwargs)
         differs = torch.zeros((), dtype=torch.bool, device=operands[0].device)
         for x, old in zip(operands, before, strict=True):
