@@ -127,7 +127,8 @@ class Graph(Nodes):
                 positions[node, function] = np.union1d(known, new)
                 arrivals[node, function] += 1
                 if arrivals[node, function] >= _MOST_ARRIVALS:
-                    endless = f"they come round for ever, to other places each time ({node.grad_fn.name()})"
+                    endless = "a loop in the model's code puts its channels in other places each time " \
+                              f"({node.grad_fn.name()})"
                     continue  # a better reason may lie where they have not been
             if self._is_padded(node) and new[-1] >> 32 >= shape(node)[self._dims[node]]:
                 obstacle = f"their number changes on the way to {node.grad_fn.name()}"  # and they come round for ever
@@ -216,7 +217,7 @@ class Graph(Nodes):
         if cropped or (self._is_fixed(node) and not self._widths(node)):
             return f"its channels are cut at positions that the model's code fixes ({node.grad_fn.name()})"
         if node.type == OPTYPE.DEPTHWISE_CONV and node.module.in_channels != node.module.out_channels:
-            return f"{node._name} adds channels up in fixed sets"
+            return f"{node._name} adds its channels up in fixed sets (as many groups as outputs, and more inputs)"
         if node.type == OPTYPE.CONV and node.module.transposed and node.module.groups > 1:
             return f"{node._name} is a grouped transposed convolution, which cannot lose channels yet"
         return None

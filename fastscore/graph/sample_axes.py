@@ -32,9 +32,10 @@ Run = Callable[[nn.Module, Batch], Sequence[Tensor]]
 
 SHARED = "what {0} reads is the same for all samples, whose gradients there cannot be told apart"
 MIXED = "what {0} reads of one sample reaches the outputs of others, so that samples cannot be told apart"
-IRREGULAR = "the rows that {0} reads lie in no order of samples that is known (routed, gathered, flipped, looped over)"
-UNREACHED = "no gradient comes back to {0} from the samples that were tried, which would tell its rows apart"
-AMBIGUOUS = "which row that {0} reads is of which sample cannot be told from the gradients that come back"
+_UNTOLD = "it cannot be told which of the rows that {0} reads belong to which sample: "
+IRREGULAR = _UNTOLD + "the model's code routes, gathers, flips or loops over them"
+UNREACHED = _UNTOLD + "no sample that was tried sends a gradient back to it"
+AMBIGUOUS = _UNTOLD + "the gradients that come back fit more than one order"
 ALONE = ": it is scored where batches have one sample each"
 
 

@@ -320,7 +320,7 @@ _IN_SHORT = (
     (r"the code of \w+ reads .* in training alone", "meets a parameter in training alone"),
     (r"and runs in training alone", "an auxiliary head reads it"),
     (r"training alone", "an auxiliary head"),
-    (r"no backward pass", "no gradient comes back"),
+    (r"no gradient (came|comes)", "no gradient comes back"),
     (r"grouped|fixed sets", "grouped"),
     (r"the code of (\w+) reads", r"\1's own code reads it"),
     (r"its channels go with", "goes with others"),

@@ -163,7 +163,7 @@ def test_what_no_backward_pass_comes_to_has_no_score_and_says_why() -> None:
         model(x).square().sum().backward()
     scores, exact = scorer.scores(), brute_force(RESIDUAL.model(), x, lambda z: z.square().sum())
     for group in ("stem.0", "block1.conv1"):  # block2 reads stem.0, too, but half a score would be none
-        assert scores.skipped[f"net.{group}"].startswith("no backward pass came to net.block1.conv")
+        assert scores.skipped[f"net.{group}"].startswith("no gradient came to net.block1.conv")
         exact.pop(group)
     assert set(scores) == {f"net.{group}" for group in exact}
     assert_exact(scores, exact, "net.")
