@@ -303,8 +303,8 @@ class Totals:
             return f"{layer} reads its channels, and runs in training alone: measure it there (a Scorer, in training " \
                    "mode), or take it out of the model"
         return f"no gradient came to {layer}, which reads its channels: the loss does not depend on what it makes, " \
-               "or only by way of detach(), no_grad or a choice; or it runs in a checkpoint(use_reentrant=True), which " \
-               "probes cannot pass"
+               "or only by way of detach(), no_grad or a choice; or it runs in a checkpoint(use_reentrant=True), " \
+               "which probes cannot pass"
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and counts, to go on from."""
