@@ -254,10 +254,10 @@ def test_a_model_is_traced_once_until_something_of_it_changes(monkeypatch: pytes
     traces = 0
 
     class Counted(dependencies.Graph):
-        def build(self, *args: Any) -> None:
+        def build(self, *args: Any, **kwargs: Any) -> None:
             nonlocal traces
             traces += 1
-            super().build(*args)
+            super().build(*args, **kwargs)
 
     monkeypatch.setattr(dependencies, "Graph", Counted)
     torch.manual_seed(0)
