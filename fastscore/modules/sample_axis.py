@@ -166,7 +166,7 @@ def by_token(rows: Tensor, axis: SampleAxis | Untold, layer: str, samples: int, 
     factors = axis.factors(rows.shape[1], samples)
     if factors is None or math.prod(factors) != tokens:
         return (f"{layer} read {counted(rows.shape[1], 'row')} for {counted(samples, 'sample')} of "
-                f"{counted(tokens, 'token')}")
+                f"{counted(tokens, 'token')}: which token each belongs to is not followed; sample_dims=1 scores it")
     in_order: Tensor = rows.unflatten(1, (factors[0], samples, factors[1])).transpose(1, 2).flatten(1, 3)
     return in_order
 

@@ -219,3 +219,23 @@ def test_a_stack_on_tokens_of_images() -> None:
     hidden = torch.relu(model[0](x)).flatten(0, 1)
     expected = (hidden * (v @ model[2].weight)).abs().mean(0)
     torch.testing.assert_close(by_token["0"].double(), expected.detach(), rtol=1e-6, atol=0)
+
+
+class RowsTwice(nn.Module):
+    """Its second layer reads every token twice, as experts do to whom two ways lead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 6), nn.Linear(6, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.first(x).relu().flatten(0, 1).repeat_interleave(2, 0)
+        found: Tensor = self.last(self.second(rows).relu().unflatten(0, (-1, 2)).sum(1).unflatten(0, x.shape[:2]))
+        return found
+
+
+def test_rows_that_are_no_tokens_are_kept_and_the_way_out_scores_them() -> None:
+    model, batches = RowsTwice(), torch.randn(4, 3, 5).split(2)
+    kept = fastscore.score(model, batches, sample_dims=2, progress=False)
+    assert "first" not in kept and kept.skipped["first"].endswith("sample_dims=1 scores it")
+    assert "first" in fastscore.score(model, batches, sample_dims=1, progress=False)
