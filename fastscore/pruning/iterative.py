@@ -155,7 +155,7 @@ class _Run:
     def _hold(self, targets: Mapping[str, float]) -> bool:
         first, last = self.reports[0], self.reports[-1]
         left = {"macs": last.macs[1] / first.macs[0], "params": last.params[1] / first.params[0],
-                "channels": 1 - sum(map(len, self.removed.values())) / first.channels[0]}
+                "channels": self._channels_left() / first.channels[0]}
         return all((self._time_of(self.current) if name == "latency" else left[name]) <= share
                    for name, share in targets.items())
 
@@ -166,10 +166,23 @@ class _Run:
         before: int = getattr(self.reports[0], unit)[0]
         after: int = getattr(self.reports[-1], unit)[1]
         if unit == "channels":
-            left = before - sum(map(len, self.removed.values()))
+            left = self._channels_left()
             after = sum(map(len, scores.values()))
             return max(min(1.0, (share * before - (left - after)) / after), 1e-9)
         return min(1.0, share * before / after)
+
+    def _rows(self) -> dict[str, GroupReport]:
+        """Of each group, as the dense model had it, and what the last step that knew it left."""
+        rows = {row.layer: row for row in self.reports[0].groups}
+        for report in self.reports[1:]:
+            for row in report.groups:
+                rows[row.layer] = GroupReport(row.layer, (rows[row.layer].channels[0], row.channels[1]),
+                                              (rows[row.layer].macs[0], row.macs[1]),
+                                              (rows[row.layer].params[0], row.params[1]))
+        return rows
+
+    def _channels_left(self) -> int:
+        return sum(row.channels[1] for row in self._rows().values())
 
     def _floors(self, scores: Scores) -> float | Mapping[str, float]:
         """The floors of the dense model as shares of the current model's channels."""
@@ -229,14 +242,8 @@ class _Run:
 
     def result(self) -> IterativeResult:
         first, last = self.reports[0], self.reports[-1]
-        rows = {row.layer: row for row in first.groups}
-        for report in self.reports[1:]:
-            for row in report.groups:
-                rows[row.layer] = GroupReport(row.layer, (rows[row.layer].channels[0], row.channels[1]),
-                                              (rows[row.layer].macs[0], row.macs[1]),
-                                              (rows[row.layer].params[0], row.params[1]))
-        channels = first.channels[0] - sum(map(len, self.removed.values()))
-        report = replace(last, groups=tuple(rows.values()), channels=(first.channels[0], channels),
+        report = replace(last, groups=tuple(self._rows().values()),
+                         channels=(first.channels[0], self._channels_left()),
                          macs=(first.macs[0], last.macs[1]), params=(first.params[0], last.params[1]),
                          skipped=first.skipped)
         return IterativeResult(self.current, report, self.removed, self.removed_indices, self.new_biases,

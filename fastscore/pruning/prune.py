@@ -160,7 +160,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         def build(removed: Mapping[str, Tensor], fit: Iterable[Batch] | None) -> PruneResult:
             """The smaller model; `costs` are without what was removed."""
             surgery, pruned, macs_left = cut(removed)
-            report = new_report(graph, dense, costs, macs_left, pruned, removed, candidates, scores.notes,
+            report = new_report(graph, dense, costs, macs_left, pruned, candidates, scores.notes,
                                 compensation, surgery.made_plain)
             made = PruneResult(pruned, report, removed, surgery.removed_indices, surgery.new_biases)
             if fit is None or not removed:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastscore.graph.groups import ChannelGraph
 from fastscore.pruning.budgets.costs import Costs
@@ -23,7 +23,7 @@ class GroupReport:
 
     Attributes:
         layer: its name.
-        channels: of the group.
+        channels: of the group; after, none where the branch that made them is gone.
         macs, params: of the layers that make its channels or work on each of them, MACs for one sample.
     """
 
@@ -194,7 +194,7 @@ class PruneReport(Table):
         lines += map(str, self.repairs)
         lines += [f"decisions: {self.decided}"] if self.decided else []
         lines += [f"{row.layer}: {row.channels[1]} of {row.channels[0]} channels left; floor= keeps a share of each "
-                  "group" for row in self.groups if row.channels[1] < FEW * row.channels[0]]
+                  "group" for row in self.groups if 0 < row.channels[1] < FEW * row.channels[0]]
         lines += [f"{layer}: kept ({reason})" for layer, reason in self.skipped.items()]
         lines += [f"MACs: without those of {operation}, which no formula counts, in {places}"
                   for operation, places in self.uncounted.items()]
@@ -202,15 +202,15 @@ class PruneReport(Table):
 
 
 def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs: Costs, macs: int, pruned: nn.Module,
-               removed: Mapping[str, Tensor], candidates: tuple[Candidate, ...],
-               notes: Mapping[str, str], compensation: str, made_plain: Sequence[str] = ()) -> PruneReport:
-    """The report of `pruned`, which has lost `removed` (group -> int64 [R]).
+               candidates: tuple[Candidate, ...], notes: Mapping[str, str], compensation: str,
+               made_plain: Sequence[str] = ()) -> PruneReport:
+    """The report of `pruned`.
 
     dense: (MACs, parameters) of each group as it was, see Costs.by_group. costs: without what was removed. macs: of
     `pruned`, counted. compensation: what stands in for what was removed. made_plain: layers that computed their weight
     and hold it now.
     """
-    rows = tuple(GroupReport(group.name, (group.channels, group.channels - len(removed.get(group.name, ()))),
+    rows = tuple(GroupReport(group.name, (group.channels, costs.channels_left(group.name)),
                              (round(was[0]), round(now[0])), (round(was[1]), round(now[1])))
                  for group, was, now in zip(graph.groups, dense, costs.by_group(), strict=True))
     params = sum(parameter.numel() for parameter in pruned.parameters())

@@ -217,6 +217,41 @@ def test_a_branch_and_its_heads_have_names_of_their_own() -> None:
             torch.testing.assert_close(result.model(x), model(x))
 
 
+def _left(model: nn.Module) -> dict[str, int]:
+    """What there still is of the channels of a stem and two blocks, and of the blocks."""
+    made = {name: model.get_submodule(name) for name in ("0", "3.conv1", "4.conv1")}
+    return {name: layer.out_channels if isinstance(layer, nn.Conv2d) else 0 for name, layer in made.items()} | {
+        name: int(isinstance(model.get_submodule(f"{name}.conv2"), nn.Conv2d)) for name in ("3", "4")}
+
+
+@pytest.mark.parametrize("budget", [{"channels": 0.8}, {"channels": 0.5}, {"macs": 0.4}])
+def test_of_a_block_that_went_no_channel_remains(budget: dict[str, float]) -> None:
+    torch.manual_seed(0)
+    model, x = _images(resnet.BasicBlock(8, 8), resnet.BasicBlock(8, 8)).eval(), torch.randn(3, 3, 8, 8)
+    scores = fastscore.score(model, [x], units="blocks", progress=False)
+    scores = replace(scores, totals={name: total * (1e-9 if name == "4" else 1)
+                                     for name, total in scores.totals.items()})
+    result = fastscore.prune(model, scores, x, **budget)  # type: ignore[arg-type]
+    report, left, dense = result.report, _left(result.model), _left(model)
+    assert left["4.conv1"] == left["4"] == 0
+    assert {row.layer: row.channels for row in report.groups} == {name: (dense[name], left[name]) for name in dense}
+    assert report.channels == (sum(dense.values()), sum(left.values()))
+    assert sum(left.values()) <= budget.get("channels", 1.0) * sum(dense.values())
+    assert budget != {"channels": 0.8} or sum(left.values()) == 17  # of 26, nothing but the block had to go: 8 + 1
+    assert f"{report.channels[1] / report.channels[0]:.1%} of the channels" in report.kept_notes["remains"]
+    assert "channels left" not in str(report)
+
+
+def test_steps_count_what_remains_without_a_block() -> None:
+    torch.manual_seed(0)
+    model, x = _images(resnet.BasicBlock(8, 8), resnet.BasicBlock(8, 8)).eval(), torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        model[4].bn2.weight.mul_(1e-6)
+    result = fastscore.prune_iteratively(model, [x], steps=2, channels=0.4, units="blocks", progress=False)
+    assert result.report.channels == (sum(_left(model).values()), sum(_left(result.model).values()))
+    assert 0.3 < result.report.channels[1] / result.report.channels[0] <= 0.4
+
+
 def test_generation_with_and_without_a_cache_is_the_same() -> None:
     """Without channels of the stream, heads and branches."""
     model, batch, _ = _case("Qwen3")

@@ -138,6 +138,13 @@ class Costs:
         for name, group in self.groups.items():
             for block in group.role("block"):
                 self._blocks[name] |= self._layers_inside(model, block.layer, per_layer)
+        self._left = {name: group.channels for name, group in self.groups.items()}
+        self._makers = {name: () if any(group.role("block")) else tuple(
+            self.layers[member.layer] for member in group.members
+            if member.layer in self.layers and member.role not in READS) for name, group in self.groups.items()}
+        inside = {name: set(map(id, layers.values())) for name, layers in self._blocks.items()}
+        self._held = {block: [name for name, makers in self._makers.items() if not layers.isdisjoint(map(id, makers))]
+                      for block, layers in inside.items()}  # group of a branch -> groups with layers in it
         self.totals: dict[Resource, float] = {
             "channels": sum(group.channels for group in self.groups.values()),
             "params": sum(parameter.numel() for parameter in model.parameters()),
@@ -198,6 +205,11 @@ class Costs:
             self._losses[group.name][(1,) * group.channels].append(
                 (LayerCost(group.channels, group.channels, True, each, 0.0, 0.0), "outputs"))
 
+    def channels_left(self, group: str) -> int:
+        """How many of a group's channels there are: none where all that makes them went with a branch."""
+        makers = self._makers[group]
+        return self._left[group] if not makers or any(layer.present for layer in makers) else 0
+
     def by_group(self) -> list[tuple[float, float]]:
         """(MACs, parameters) of each group's own layers as they are; one of several groups counts with the first."""
         counted: set[str] = set()
@@ -213,6 +225,8 @@ class Costs:
     def _change(self, group: str, channels: Iterable[int], sign: int) -> None:
         channels = tuple(channels)
         macs = params = 0.0
+        changed = (group, *self._held.get(group, ()))
+        before = sum(map(self.channels_left, changed))
         for cost in self._blocks.get(group, {}).values() if channels else ():
             cost.present = True
             macs += sign * cost.macs
@@ -225,7 +239,8 @@ class Costs:
                     more_macs, more_params = cost.grow(more, side)
                     macs += more_macs
                     params += more_params
-        self.totals["channels"] += sign * len(channels)
+        self._left[group] += sign * len(channels)
+        self.totals["channels"] += sum(map(self.channels_left, changed)) - before
         self.totals["macs"] += macs
         self.totals["params"] += params
 
