@@ -110,18 +110,16 @@ def that_go(model: nn.Module, run: Callable[[nn.Module], Tensor], branches: Sequ
     def go(branches: Sequence[Branch]) -> bool:
         return all(_same_without(each, run, branches) for each in models)
 
-    modules = dict(model.named_modules())
-
-    def going(branches: Sequence[Branch]) -> list[Branch]:
-        """Those that go; of halves where all together do not, so that few are tried alone."""
-        if not branches or go(branches):
-            return list(branches)
-        if len(branches) == 1:
-            return next(([way] for way in _last_alone(modules, branches[0]) if go([way])), [])
-        half = len(branches) // 2
-        return [*going(branches[:half]), *going(branches[half:])]
-
-    left = going(branches)
+    modules, left = dict(model.named_modules()), list[Branch]()
+    parts = [list(branches)] if branches else []
+    while parts:  # halves, where all together do not go, so that few are tried alone
+        part = parts.pop()
+        if go(part):
+            left += part
+        elif len(part) == 1:
+            left += next(([way] for way in _last_alone(modules, part[0]) if go([way])), [])
+        else:
+            parts += part[len(part) // 2:], part[:len(part) // 2]
     if len(left) > 1 and left != list(branches) and not go(left):
         left = []
     return tuple(_groups(model, left))
