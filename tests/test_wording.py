@@ -17,8 +17,16 @@ def test_what_is_one_is_said_so() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
     scores = fastscore.score(model, [torch.randn(1, 4)], progress=False)
-    assert repr(scores) == "<Scores: taylor-sq (sum), random gradient, normalized, 1 sample; " \
-        "3 channels of 1 layer; 1 layer kept>"
+    assert repr(scores) == "<Scores: taylor-sq (sum, zero ablation) of groups, random gradient, normalized, " \
+        "1 sample, seed 0; 3 channels of 1 layer; 1 layer kept>"
+    with torch.no_grad():
+        model[2].weight.zero_()
+    zero = fastscore.score(model, [torch.randn(1, 4)], progress=False)
+    assert str(zero).splitlines()[-1].startswith("every score of 1 layer is 0: the order among them is arbitrary")
+    with pytest.warns(UserWarning, match="every score of 1 layer is 0"):
+        result = fastscore.prune(model, zero, torch.randn(1, 4), channels=0.7)
+    assert "importances: every score of 1 layer is 0" in str(result.report)
+    assert not scores.all_zero
     assert "1 tap reads" in repr(scores.plan)
     curve = fastscore.curve(model, scores, [torch.randn(64, 4)], macs=(0.9,), repair=None)
     assert repr(curve).startswith("<Curve: 1 row; ")

@@ -74,7 +74,8 @@ def file_notes(path: str) -> dict[str, str]:
     if form == "" and not path.endswith(".safetensors"):
         return read_exported_notes(path) or _NONE
     try:
-        notes = Scores.load(path).notes
+        scores = Scores.load(path)
+        notes = {"made": repr(scores).removeprefix("<Scores: ").removesuffix(">"), **scores.notes}
     except ValueError:
         notes = read_notes(path)
     return dict(notes) or _NONE

@@ -1,5 +1,6 @@
 """prune(): a smaller network from scores and a budget."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -127,6 +128,9 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         raise ValueError(f"repair: {repair!r} is fitted to samples: give calibration=batches, too")
     if calibration is not None and compensate is False:
         raise ValueError("calibration: it is there to repair by, which compensate=False forbids: give one of them")
+    notes = {**scores.notes, **({"importances": scores.all_zero} if scores.all_zero else {})}
+    if scores.all_zero:
+        warnings.warn(f"scores: {scores.all_zero}", stacklevel=3)
     means = resolve_compensate(compensate, scores)
     clocks.check(clock, latency, model, example_inputs)
     with shown(progress):
@@ -160,7 +164,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         def build(removed: Mapping[str, Tensor], fit: Iterable[Batch] | None) -> PruneResult:
             """The smaller model; `costs` are without what was removed."""
             surgery, pruned, macs_left = cut(removed)
-            report = new_report(graph, dense, costs, macs_left, pruned, candidates, scores.notes,
+            report = new_report(graph, dense, costs, macs_left, pruned, candidates, notes,
                                 compensation, surgery.made_plain)
             made = PruneResult(pruned, report, removed, surgery.removed_indices, surgery.new_biases)
             if fit is None or not removed:
@@ -207,7 +211,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             result = better(found, ranked(scores), pruned, costs, budgets, quality.given, counted)
         else:
             result = pruned(ranked(scores))
-    result = replace(result, report=replace(result.report, judged=judged))
+    report = result.report
+    result = replace(result, report=replace(report, judged=judged, notes={**report.notes, **quality.coarse(judged)}))
     if inplace:
         surgery = Surgery(model, result.removed_indices, no_biases(model, result.new_biases))
         with fork_rng(device_of(model)):

@@ -188,6 +188,9 @@ class PruneReport(Table):
                   f"{tried.timing.uncertainty:.0%} of the dense model's time; time on a machine that does nothing else"
                   for tried in self.candidates
                   if tried.chosen and tried.timing.uncertainty > UNSTEADY]
+        if self.judged:
+            fewest = min(row.decisions for row in self.judged)
+            lines.append(f"agreement and KL, {judged_by(fewest, 'no repair has seen')}")
         lines += map(str, self.judged)
         if self.repairs and self.repairs[0].decisions:  # a report of an older file does not say
             lines.append(f"repairs, {judged_by(self.repairs[0].decisions, 'they are not fitted to')}")

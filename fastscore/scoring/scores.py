@@ -266,8 +266,8 @@ class Scores(Mapping[str, Tensor], tables.Table):
         origin = self.origin
         gradient = "" if origin.gradient == "none" else \
             f", {origin.gradient} gradient{', normalized' if origin.normalize else ''}, " + \
-            counted(self.samples, "sample")
-        return f"{origin.importance} ({origin.reduction}){gradient}"
+            f"{counted(self.samples, 'sample')}, seed {origin.seed}"
+        return f"{origin.importance} ({origin.reduction}, {origin.ablation} ablation) of {origin.units}{gradient}"
 
     @property
     def _remarks(self) -> list[str]:
@@ -276,7 +276,15 @@ class Scores(Mapping[str, Tensor], tables.Table):
         if self.zero_gradients:
             lines.append(f"{counted(self.zero_gradients, 'output gradient was', 'output gradients were')} zero "
                          "throughout, which says nothing of any channel")
-        return lines
+        return [*lines, *([self.all_zero] if self.all_zero else [])]
+
+    @property
+    def all_zero(self) -> str:
+        """What to think of scores that are all zero; empty where some are not."""
+        if not self or any(bool(self[layer].any()) for layer in self):
+            return ""
+        return f"every score of {counted(len(self), 'layer')} is 0: the order among them is arbitrary; are the " \
+            "head's weights zero?"
 
 
 def _added(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:

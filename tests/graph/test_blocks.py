@@ -231,6 +231,10 @@ def test_of_a_block_that_went_no_channel_remains(budget: dict[str, float]) -> No
     scores = fastscore.score(model, [x], units="blocks", progress=False)
     scores = replace(scores, totals={name: total * (1e-9 if name == "4" else 1)
                                      for name, total in scores.totals.items()})
+    with pytest.raises(ValueError, match=r'^scope: .*use scope="global"'):
+        fastscore.prune(model, scores, x, scope="layer", **budget)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^scope: "), fastscore.mask(model, scores, 0.3, x, scope="layer"):
+        pass
     result = fastscore.prune(model, scores, x, **budget)  # type: ignore[arg-type]
     report, left, dense = result.report, _left(result.model), _left(model)
     assert left["4.conv1"] == left["4"] == 0

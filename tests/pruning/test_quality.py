@@ -12,7 +12,8 @@ from scipy.stats import beta
 
 from fastscore.pruning.budgets.quality import Quality, choose_steps, search
 from fastscore.pruning.budgets.selection import MacsLeft
-from fastscore.recovery.divergence import Divergence, least_share
+from fastscore.pruning.report import Judged, PruneReport
+from fastscore.recovery.divergence import Divergence, least_share, most_off
 
 
 @given(st.integers(1, 3000), st.data(), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
@@ -32,6 +33,20 @@ def test_so_many_samples_are_needed(agreement: float, confidence: float) -> None
 
 def counted(macs: Sequence[float], foreseen: Sequence[float] | None = None) -> MacsLeft:
     return MacsLeft(foreseen or macs, macs.__getitem__)
+
+
+@pytest.mark.parametrize(("decisions", "said"), [(11, "of 11 decisions it is 100% or 90.9% at most"), (50, ""),
+                                                 (49, "0.98 lets none differ"), (1, "of 1 decision it is 100%, so")])
+def test_where_one_decision_is_more_than_may_differ_it_is_said(decisions: int, said: str) -> None:
+    row = Judged(0.6, 1.0, 0.1, 1.0, decisions, True)
+    note = Quality(agreement=0.98).coarse([row]).get("agreement", "")
+    assert said in note
+    assert bool(said) == bool(note)
+    assert not Quality(kl=0.1).coarse([row])
+    report = PruneReport((), (1, 1), (1, 1), (1, 1), {}, judged=(row,))
+    off = math.ceil(100 * most_off(decisions))
+    assert f"agreement and KL, judged by {decisions} decision" in str(report)
+    assert f"the true share may be up to {off} points off" in str(report)
 
 
 @given(st.lists(st.floats(0.01, 5.0), min_size=1, max_size=60), st.data())

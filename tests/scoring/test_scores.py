@@ -124,9 +124,12 @@ def test_scores_of_another_model_cannot_be_merged(scores: Scores) -> None:
         scores.merge(other)
 
 
+MADE = "taylor-sq (sum, zero ablation) of groups, random gradient, normalized, 4 samples, seed 0"
+
+
 def test_printed(scores: Scores) -> None:
     text = str(scores)
-    assert text.splitlines()[0] == "taylor-sq (sum), random gradient, normalized, 4 samples"
+    assert text.splitlines()[0] == MADE
     for layer, values in scores.items():
         (row,) = (line.split() for line in text.splitlines() if line.split()[0] == layer)
         assert int(row[1]) == len(values)
@@ -135,7 +138,7 @@ def test_printed(scores: Scores) -> None:
         assert int(row[5]) == int((values == 0).sum())
     assert "block2.conv1: kept (ignored" in text
     assert len(repr(scores).splitlines()) == 1
-    assert repr(scores).startswith("<Scores: taylor-sq (sum), random gradient, normalized, 4 samples; ")
+    assert repr(scores).startswith(f"<Scores: {MADE}; ")
 
 
 def test_a_table_for_notebooks(scores: Scores) -> None:

@@ -98,6 +98,15 @@ class Quality:
         return (self.agreement is None or self.bound(found) >= self.agreement) and \
             (self.kl is None or found.kl <= self.kl)
 
+    def coarse(self, judged: Iterable[Judged]) -> dict[str, str]:
+        """A note where one decision is more than may differ, so that all have to be alike."""
+        decisions = min((row.decisions for row in judged), default=0)
+        if self.agreement is None or self.confidence is not None or not decisions * (1 - self.agreement) < 1 - 1e-9:
+            return {}
+        most = f" or {1 - 1 / decisions:.1%} at most" if decisions > 1 else ""
+        return {"agreement": f"of {counted(decisions, 'decision')} it is 100%{most}, so {self.agreement:g} lets none "
+                             "differ: more held_out or calibration samples tell finer"} if decisions else {}
+
     def samples_needed(self) -> int:
         """So many samples, all alike, are enough."""
         if self.confidence is None or self.agreement is None:
@@ -221,9 +230,11 @@ def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quali
     halves = [held_out] if quality.confidence is None else [Part(held_out, 2, judges, _BIT) for judges in (True, False)]
     judges = [Judge(dense, half, forward, outputs) for half in halves]
     if (fewest := min(judge.samples for judge in judges)) < quality.samples_needed():
+        needed = quality.samples_needed()
         raise ValueError(f"held_out: half of the samples to judge by are {fewest}, and agreement={quality.agreement} "
-                         f"with confidence={quality.confidence} takes {quality.samples_needed()}: give more held_out "
-                         "or calibration samples, or ask for less")
+                         f"with confidence={quality.confidence} takes {needed}: give more held_out "
+                         f"or calibration samples (about {2 * needed:,} held_out, or {2 * HELD_OUT * needed:,} "
+                         f"calibration, of which one of {HELD_OUT} judges), or ask for less")
     built: dict[int, PruneResult] = {}
     remains: dict[int, float] = {}  # of the MACs, as they are counted then
 

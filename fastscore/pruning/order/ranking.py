@@ -43,6 +43,9 @@ def ranker(model: nn.Module, groups: tuple[ChannelGroup, ...], scores: Scores, c
            ) -> tuple[Callable[[Mapping[str, Tensor]], list[RemovalStep]], dict[str, Tensor] | None]:
     """(`rank` by the scores, or by what stands in for them, as a function; what each channel costs, None where that
     does not count)."""
+    if ranking.scope == "layer" and len(groups) > 1 and any(any(group.role("block")) for group in groups):
+        raise ValueError('scope: "layer" takes the same share of every layer, and residual branches (units="blocks") '
+                         'go whole or stay: use scope="global"')
     kinds = layer_kinds(model, groups) if ranking.scope == "isomorphic" else None
     cost_aware = counts_per_cost(scores, budgets, ranking.scope) if ranking.cost_aware is None else ranking.cost_aware
     per_channel = _cost_of_channels(model, costs, budgets, example_inputs, forward) if cost_aware else None
