@@ -19,6 +19,8 @@ def test_what_is_one_is_said_so() -> None:
     scores = fastscore.score(model, [torch.randn(1, 4)], progress=False)
     assert repr(scores) == "<Scores: taylor-sq (sum, zero ablation) of groups, random gradient, normalized, " \
         "1 sample, seed 0; 3 channels of 1 layer; 1 layer kept>"
+    with pytest.warns(UserWarning, match="units: Sequential has no mixture of experts"):
+        fastscore.score(model, [torch.randn(1, 4)], units="experts", progress=False)
     with torch.no_grad():
         model[2].weight.zero_()
     zero = fastscore.score(model, [torch.randn(1, 4)], progress=False)

@@ -1,5 +1,6 @@
 """score(): batches in, a score for every channel out; the model comes back as it went in."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from os import PathLike
@@ -136,6 +137,9 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         example = first_samples(data.first, 1) if forward is call_model else data.first
         with shown(progress):
             channels = trace(model, example, forward, data.first, units)
+        if units == "experts" and not (channels.experts or channels.kept_experts):
+            warnings.warn(f"units: {type(model).__name__} has no mixture of experts that is known: these are scores of "
+                          "channels alone, as with units=\"groups\"", stacklevel=2)
         if origin.gradient == "none":
             return _score_weights(eval_model, channels, origin, ignore)
         totals = Totals(eval_model, channels, origin, ignore, several=len(first_input(data.first)) > 1)
