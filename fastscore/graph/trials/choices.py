@@ -54,7 +54,7 @@ class Choices(TorchDispatchMode):
         kwargs = kwargs or {}
         name = _name(func)
         operands = [x for x in tensors_of((args, kwargs)) if x.is_floating_point()]
-        if self._paused or name is None or not any(x.numel() > 1 for x in operands) or _tells_numbers(operands, args):
+        if self._paused or name is None or not operands or _tells_numbers(operands, args):
             return func(*args, **kwargs)
         if self._left is None:
             self.noted.append((name, [x.clone() for x in operands]))
@@ -100,7 +100,7 @@ def _otherwise(func: Any, name: str, args: Any, kwargs: Any, differs: Tensor, tu
     if name == "nonzero":
         return func(torch.where(differs, (args[0] == 0).to(args[0]), args[0]))
     out = func(*args, **kwargs)
-    if not isinstance(out, Tensor) or (out.is_floating_point() and name not in _STEPS):
+    if not isinstance(out, Tensor) or ((out.is_floating_point() or out.is_complex()) and name not in _STEPS):
         return out
     other = ~out if out.dtype == torch.bool else out + 1 if name in _STEPS else torch.where(out > 0, out - 1, out + 1)
     return torch.where(differs if out.shape == differs.shape else differs.any(), other, out)
