@@ -11,7 +11,7 @@ import fastscore
 
 WIDTH = 12
 # where the change of a value shows before another choice does
-REASONS = ("they choose what comes to", "cannot follow its channels to")
+REASONS = ("they choose what comes to", "cannot follow its channels to", "makes Python numbers of them")
 
 
 class Chosen(nn.Module):
@@ -72,7 +72,57 @@ def gated(x: Tensor) -> Tensor:
     return x * (x.detach().sum(-1).amin(1, keepdim=True) > -0.5)[..., None]
 
 
-MIXED = (merged, longest, without_padding, brightest, in_order, rounded, nonzero, skipped, gated)
+def by_rank(x: Tensor) -> Tensor:
+    ranks = torch.unique(x.detach().sum(-1).round(), return_inverse=True)[1]
+    return x * (1 + ranks)[..., None]
+
+
+def by_change(x: Tensor) -> Tensor:
+    changes = torch.unique_consecutive(x.detach().sum(-1).round(), return_inverse=True)[1]
+    return x * (1 + changes)[..., None]
+
+
+def same_class(x: Tensor) -> Tensor:
+    """Whether two tokens are of one class, whichever it is."""
+    best = x.argmax(-1)
+    return x * (1 + (best[:, :1] == best[:, 1:2]))[..., None]
+
+
+def same_side(x: Tensor) -> Tensor:
+    side = x.sum(-1) > 0
+    return x * (1 + (side[:, 0] == side[:, 1]))[:, None, None]
+
+
+def median(x: Tensor) -> Tensor:
+    return x[torch.arange(len(x)), x.sum(-1).median(1).indices][:, None]
+
+
+def largest_so_far(x: Tensor) -> Tensor:
+    return x.gather(1, x.sum(-1, keepdim=True).cummax(1).indices.expand_as(x))
+
+
+def in_steps(x: Tensor) -> Tensor:
+    return x * (1 + torch.div(x.detach().sum(-1, keepdim=True), 8, rounding_mode="floor"))
+
+
+def negative(x: Tensor) -> Tensor:
+    return x * (1 + torch.signbit(x.sum(-1, keepdim=True) - 3))
+
+
+def item(x: Tensor) -> Tensor:
+    return x * (2.0 if x[0].sum().item() > 12 else 1.0)
+
+
+def listed(x: Tensor) -> Tensor:
+    return x * torch.tensor([2.0 if value > 6 else 1.0 for value in x.sum((1, 2)).tolist()])[:, None, None]
+
+
+def of_numpy(x: Tensor) -> Tensor:
+    return x * torch.from_numpy(1.0 + (x.detach().sum((1, 2)).numpy() > 9))[:, None, None]
+
+
+MIXED = (merged, longest, without_padding, brightest, in_order, rounded, nonzero, skipped, gated, by_rank,
+         by_change, same_class, same_side, median, largest_so_far, in_steps, negative, item, listed, of_numpy)
 # name -> a choice for each channel by itself, or none at all
 ALONE: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky by hand": lambda x: torch.where(x > 0, x, 0.1 * x),

@@ -9,7 +9,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fastscore.graph import units
 from fastscore.graph.groups import Member, Role
-from fastscore.graph.trials.recording import Recording
+from fastscore.graph.trials.recording import READ, Recording
 from fastscore.graph.trials.surgery_trial import said
 from fastscore.modules.inspection import parametrized, shared_parameters
 from fastscore.modules.weights import recurrent
@@ -121,6 +121,8 @@ def of_leak(where: str, members: Iterable[Member], recording: Recording, readers
 
 def of_choice(where: str) -> str:
     """Why a group is kept by which something is chosen that shows at `where`."""
+    if where == READ:
+        return "the model's code makes Python numbers of them (item(), tolist(), numpy()), where no gradient comes back"
     return f"they choose what comes to {where} (by argmax, topk, a comparison or rounding), without a gradient"
 
 

@@ -2,27 +2,35 @@
 
 No gradient, and in most batches no change of value either, shows that rows are picked, merged or left out by what some
 channels hold: the same rows may be picked without these channels. So where a choice depends on what was changed,
-another one is put in its place.
+another one is put in its place; and in some turns another one in each row, as rows that all choose otherwise alike are
+as equal to each other as they were.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_map_only
 
 from fastscore.batches import tensors_of
 from fastscore.graph.trials.differences import close
 
+TURNS = 6  # that tell a choice, at the least, of which three are others than their neighbours'
 # operations that choose along a dimension of their first argument
-_ALONG = {"argmax", "argmin", "topk", "sort", "argsort", "max.dim", "min.dim", "kthvalue", "mode", "multinomial"}
+_ALONG = {"argmax", "argmin", "topk", "sort", "argsort", "max.dim", "min.dim", "kthvalue", "mode", "multinomial",
+          "median.dim", "nanmedian.dim", "cummax", "cummin", "_unique", "_unique2", "unique_dim", "unique_consecutive"}
 # operations that answer for each element, in another dtype, or for several at once
-_ANSWERS = {"gt", "lt", "ge", "le", "eq", "ne", "logical_not", "logical_and", "logical_or", "isin", "_to_copy", "any",
-            "all", "count_nonzero", "bucketize", "searchsorted"}
-_STEPS = {"round", "floor", "ceil", "trunc", "sign", "heaviside"}  # functions without a gradient, element by element
+_ANSWERS = {"gt", "lt", "ge", "le", "eq", "ne", "logical_not", "logical_and", "logical_or", "logical_xor", "isin",
+            "_to_copy", "any", "all", "count_nonzero", "bucketize", "searchsorted", "signbit", "equal"}
+# functions without a gradient, element by element
+_STEPS = {"round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside", "div.Tensor_mode", "div.Scalar_mode",
+          "floor_divide", "histc"}
+_NUMBERS = {"_local_scalar_dense"}  # of Python: what is made of them, nobody sees
+_TO_PYTHON = ("tolist", "numpy")  # methods that no operation is seen of
+_KNOWN = _ALONG | _ANSWERS | _STEPS | _NUMBERS | {"nonzero"}
 
 
 class Choices(TorchDispatchMode):
@@ -30,7 +38,7 @@ class Choices(TorchDispatchMode):
 
     noted: what the choices of a run were made by; None: `self.noted` is to hold those of this run. Otherwise those
     choices come out otherwise whose operands are not what is noted. turn: another number, another outcome; None: they
-    come out as they did.
+    come out as they did. read: whether the code has made Python numbers of what is not what is noted.
     """
 
     supports_higher_order_operators = True
@@ -38,8 +46,21 @@ class Choices(TorchDispatchMode):
     def __init__(self, noted: list[tuple[str, list[Tensor]]] | None = None, turn: int | None = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.noted = [] if noted is None else noted
+        self.read = False
         self._left = None if noted is None else iter(noted)
         self._paused, self._turn = False, turn
+        self._draws, self._count = torch.Generator().manual_seed((turn or 0) % 2), 0
+
+    def __enter__(self) -> "Choices":
+        super().__enter__()  # type: ignore[no-untyped-call]
+        for name in _TO_PYTHON:  # inherited by Tensor
+            setattr(Tensor, name, self._noting(name, getattr(Tensor, name)))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for name in _TO_PYTHON:
+            delattr(Tensor, name)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -52,58 +73,112 @@ class Choices(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = _name(func)
+        name = _name(func, kwargs)
         operands = [x for x in tensors_of((args, kwargs)) if x.is_floating_point()]
         if self._paused or name is None or not operands or _tells_numbers(operands, args):
             return func(*args, **kwargs)
-        if self._left is None:
-            self.noted.append((name, [x.clone() for x in operands]))
-            return func(*args, **kwargs)
-        known, before = next(self._left, (None, []))
-        if known != name or [x.shape for x in before] != [x.shape for x in operands]:  # the code goes another way
-            self._left = iter(())
+        before = self._before(name, operands)
+        if before is None:
             return func(*args, **kwargs)
         if self._turn is None:
             held = iter(before)
             args, kwargs = tree_map_only(Tensor, lambda x: next(held) if x.is_floating_point() else x, (args, kwargs))
             return func(*args, **kwargs)
-        differs = torch.zeros((), dtype=torch.bool, device=operands[0].device)
-        for x, old in zip(operands, before, strict=True):
-            differs = differs | ~close(x, old)
-        return _otherwise(func, name, args, kwargs, differs, self._turn)
+        return self._otherwise(func, name, args, kwargs, _differ(operands, before))
+
+    def _noting(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of Tensor that makes Python numbers of all its elements, and notes it."""
+        def noting(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._paused or _get_current_dispatch_mode() is not self or not x.is_floating_point():
+                return method(x, *args, **kwargs)
+            before = self._before(name, [x])
+            if before is not None and self._turn is None:
+                return method(before[0], *args, **kwargs)
+            self.read |= before is not None and bool(_differ([x], before).any())
+            return method(x, *args, **kwargs)
+
+        return noting
+
+    def _before(self, name: str, operands: Sequence[Tensor]) -> list[Tensor] | None:
+        """What was noted where the code does what it does now; None where it is noted now, or goes another way."""
+        if self._left is None:
+            self.noted.append((name, [x.clone() for x in operands]))
+            return None
+        known, before = next(self._left, (None, []))
+        if known != name or [x.shape for x in before] != [x.shape for x in operands]:
+            self._left = iter(())
+            return None
+        return before
+
+    def _otherwise(self, func: Any, name: str, args: Any, kwargs: Any, differs: Tensor) -> Any:
+        """What `func` returns, but otherwise where its operands differ."""
+        if name in _ALONG:
+            dim = _dim(func, args, kwargs)
+            x, differs = (args[0].flatten(), differs.flatten()) if dim is None else (args[0], differs)
+            turned = torch.where(differs.any(dim or 0, keepdim=True), self._rolled(x, dim or 0), x)
+            return func(turned.view_as(args[0]), *args[1:], **kwargs)
+        if name == "nonzero":
+            turned = differs & (self._steps(differs.shape, 2) > 0).to(differs.device)
+            return func(torch.where(turned, (args[0] == 0).to(args[0]), args[0]))
+        out = func(*args, **kwargs)
+        if name in _NUMBERS:
+            self.read |= bool(differs.any())
+            return out
+        if isinstance(out, bool):
+            return out ^ bool(differs.any() and self._steps((), 2))
+        if not isinstance(out, Tensor) or out.is_complex() or (out.is_floating_point() and name not in _STEPS):
+            return out
+        other = ~out if out.dtype == torch.bool else out + 1 if name in _STEPS else \
+            torch.where(out > 0, out - 1, out + 1)
+        turned = (self._steps(out.shape, 2) > 0).to(out.device)
+        return torch.where(turned & (differs if out.shape == differs.shape else differs.any()), other, out)
+
+    def _rolled(self, x: Tensor, dim: int) -> Tensor:
+        """x, each row of it along `dim` rolled by a number of steps of its own."""
+        if not x.dim() or x.shape[dim] < 2 or not x.numel():
+            return x
+        places, dim = x.shape[dim], dim % x.dim()
+        steps = self._steps([1 if at == dim else size for at, size in enumerate(x.shape)], places)
+        index = torch.arange(places).view([places if at == dim else 1 for at in range(x.dim())])
+        return x.gather(dim, ((index - steps) % places).to(x.device))
+
+    def _steps(self, shape: Sequence[int], places: int) -> Tensor:
+        """By how many of `places` choices go on, int64: none by 0 in turns 0 and 1; in 4 and 5 those differ from their
+        neighbours that do not in 2 and 3."""
+        assert self._turn is not None
+        draws = torch.randint(places, tuple(shape), generator=self._draws)
+        self._count += 1
+        way = self._turn // 2 % 3
+        if way == 0:
+            return 1 + draws % (places - 1)
+        return (draws + (torch.arange(draws.numel()).view(shape) + self._count) % 2) % places if way == 2 else draws
 
 
-def _name(func: Any) -> str | None:
+def _differ(operands: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
+    """Where they differ, bool, of the shape that they are broadcast to."""
+    differs = torch.zeros((), dtype=torch.bool, device=operands[0].device)
+    for x, old in zip(operands, before, strict=True):
+        differs = differs | ~close(x, old)
+    return differs
+
+
+def _name(func: Any, kwargs: Any) -> str | None:
     """The name of an operation that chooses; None of another."""
     if not isinstance(func, torch._ops.OpOverload):
         return None
     operation = func._schema.name.split("::")[-1]
-    return next((name for name in (operation, f"{operation}.{func._overloadname}")
-                 if name in _ALONG or name in _ANSWERS or name in _STEPS or name == "nonzero"), None)
+    dtype = kwargs.get("dtype")
+    if operation == "_to_copy" and (dtype is None or dtype.is_floating_point or dtype.is_complex):
+        return None
+    if operation == "div" and kwargs.get("rounding_mode") is None:
+        return None
+    return next((name for name in (operation, f"{operation}.{func._overloadname}") if name in _KNOWN), None)
 
 
 def _tells_numbers(operands: list[Tensor], args: Any) -> bool:
     """Whether a comparison asks for NaN or infinity: x == x, x == inf."""
     other = args[1] if len(args) > 1 else None
     return (len(operands) == 2 and operands[0] is operands[1]) or (isinstance(other, float) and abs(other) == torch.inf)
-
-
-def _otherwise(func: Any, name: str, args: Any, kwargs: Any, differs: Tensor, turn: int) -> Any:
-    """What `func` returns, but otherwise where its operands differ."""
-    if name in _ALONG:
-        x, dim = args[0], _dim(func, args, kwargs)
-        places = x.numel() if dim is None else x.shape[dim]
-        by = 1 + turn % max(1, places - 1)
-        whole = x.flatten().roll(by).view_as(x) if dim is None else x.roll(by, dim)
-        changed = differs.any() if dim is None else differs.any(dim, keepdim=True)
-        return func(torch.where(changed, whole, x), *args[1:], **kwargs)
-    if name == "nonzero":
-        return func(torch.where(differs, (args[0] == 0).to(args[0]), args[0]))
-    out = func(*args, **kwargs)
-    if not isinstance(out, Tensor) or ((out.is_floating_point() or out.is_complex()) and name not in _STEPS):
-        return out
-    other = ~out if out.dtype == torch.bool else out + 1 if name in _STEPS else torch.where(out > 0, out - 1, out + 1)
-    return torch.where(differs if out.shape == differs.shape else differs.any(), other, out)
 
 
 def _dim(func: Any, args: Any, kwargs: Any) -> int | None:
@@ -113,4 +188,4 @@ def _dim(func: Any, args: Any, kwargs: Any) -> int | None:
             dim: int | None = args[place] if place < len(args) and not argument.kwarg_only else \
                 kwargs.get("dim", argument.default_value)
             return dim
-    return -1  # of multinomial
+    return None if "unique" in func._schema.name else -1  # of multinomial

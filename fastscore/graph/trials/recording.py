@@ -10,13 +10,14 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.graph.nodes import PRODUCERS
-from fastscore.graph.trials.choices import Choices
+from fastscore.graph.trials.choices import TURNS, Choices
 from fastscore.graph.trials.differences import changed, close, differ
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.norms.channel_norms import OneNode, norm_of
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 
 Positions = Mapping[str, Tensor]  # layer -> int64 positions of its input or output
+READ = "the model's own code"  # where it makes Python numbers of what layers gave
 
 
 class Recording:
@@ -99,6 +100,7 @@ class Recording:
 
         turn: what is chosen by what is changed is chosen otherwise, in another way for another number."""
         before, found = self.inputs, list[str]()
+        choices = None if turn is None else Choices(self.choices, turn)
 
         def compare(layer: str, call: int, x: Tensor | None) -> None:
             known = before[layer][call]
@@ -106,9 +108,13 @@ class Recording:
                 found.append(layer)
 
         try:
-            output = self._replay_changed(made, compare, None if turn is None else Choices(self.choices, turn))
+            output = self._replay_changed(made, compare, choices)
         except Exception as error:  # of the model's code, which picks rows by what the channels hold
+            if choices is not None and choices.read:
+                return READ
             return found[0] if found else f"the model's own code ({type(error).__name__})"
+        if choices is not None and choices.read:
+            return READ
         if not found and (output.shape != self.output.shape or not close(output, self.output).all()):
             return "the output"
         return found[0] if found else None
@@ -135,7 +141,7 @@ class Recording:
         everything = {layer: torch.arange(x.shape[self._dims[layer]]) for layer in layers
                       for x in self.inputs[layer][:1] if x is not None}
         made = self._whole(layers)
-        turns = (None, *range(4 if self.choices else 0))
+        turns = (None, *range(TURNS if self.choices else 0))
         return next(filter(None, (self.leak(made, everything, turn) for turn in turns)), None)
 
     def _whole(self, layers: Collection[str]) -> Positions:

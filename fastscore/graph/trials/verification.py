@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.graph.groups import READS, ChannelGroup, Role
+from fastscore.graph.trials.choices import TURNS
 from fastscore.graph.trials.recording import Recording
 
 _PAIRS = 2  # of a random half of the channels and the other half: 4 passes, which miss one slip in 4, and 32 in 10^4
@@ -47,7 +48,7 @@ def _verify(recording: Recording, groups: Sequence[ChannelGroup], chosen: bool) 
     made = _channels_at(groups, recording.norms, "producer")
     read = _channels_at(groups, recording.norms, *READS)
     held = list(_held(recording.model, groups))
-    for pair in range(_PAIRS):
+    for pair in range(TURNS // 2 if chosen else _PAIRS):
         half = torch.cat([torch.rand(len(group.unit), generator=generator)[group.unit] < 0.5
                           for group, generator in zip(groups, generators, strict=True)])
         for turn, side in enumerate((half, ~half), 2 * pair):
