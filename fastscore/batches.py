@@ -47,6 +47,12 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
     return model(batch)
 
 
+def call_of(batch: Batch) -> str:
+    """Code for what call_model does with a batch like this one."""
+    return "model(**batch)" if isinstance(batch, Mapping) else \
+        "model(batch[0])" if isinstance(batch, (tuple, list)) else "model(batch)"
+
+
 def way_out(forward: Forward, batch: Batch) -> str:
     """How call_model called a model on a batch that it does not take so, and how it is called otherwise; empty where
     that was not call_model, or says nothing new."""

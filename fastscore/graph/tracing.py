@@ -29,7 +29,7 @@ from fastscore.graph.cutting import own_tensors
 from fastscore.graph.groups import READS, ChannelGraph, ChannelGroup, Member, Role, Units
 from fastscore.graph.kept import left_alone, reasons, training_only, unread
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
-from fastscore.graph.trials import returned_trial, surgery_trial, verification
+from fastscore.graph.trials import returned_trial, running, surgery_trial, verification
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of, parameter_owners
@@ -93,7 +93,12 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
 
     with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), recurrent.sketched(eval_model), \
             working(f"tracing {type(model).__name__}"):
-        found, ran, explained = _traced(eval_model, run, searched, batches.way_out(forward, example_inputs))
+        try:
+            found, ran, explained = _traced(eval_model, run, searched, batches.way_out(forward, example_inputs))
+        except ValueError as error:
+            if how := running.only_whole(eval_model, run, example_inputs, samples):
+                raise ValueError(f"{type(model).__name__}: {how}") from error
+            raise
         inactive = training_only.callable_layers(eval_model) - ran
         if inactive:
             with suppress(Exception):  # of a model's code that does not train
@@ -199,19 +204,20 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
                                 for member in group.role("norm", "channelwise")})
     leaks = verification.leaks(recording, found.groups)
     members = {group.name: group.members for group in found.groups}
-    kept = {group: reasons.of_leak(where, members[group], recording, readers)
-            for group, where in leaks.items()}
+    again = recording.leak({}, {}) if leaks else None
+    kept = {group: reasons.of_leak(where, members[group], recording, readers) if again is None else
+            reasons.not_twice(again) for group, where in leaks.items()}
     try:
         chosen = verification.leaks(recording, [group for group in found.groups if group.name not in leaks],
                                     chosen=True)
     except Exception:  # of a run in which nothing is changed
-        _check_runs_again(eval_model, whole)
+        running.check_runs_again(eval_model, whole)
         raise
     kept |= {group: reasons.of_choice(where) for group, where in chosen.items()}
     tried = [group for group in found.groups if group.name not in kept]
     refused = surgery_trial.refusals(recording, tried)
     if found.groups and len(refused) == len(tried):
-        _check_runs_again(eval_model, whole)
+        running.check_runs_again(eval_model, whole)
     joined = surgery_trial.together(recording, tried, refused)
     made = {member.layer for group in joined for member in group.role("producer")}
     kept |= {name: reasons.read_elsewhere(members[name], readers) or why
@@ -223,16 +229,6 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     ran = recording.layers_that_ran
     found = replace(found, blocks=blocks.that_go(eval_model, whole, branches, found.groups))
     return found, ran, {*left, *kept, *(readers.keys() - ran)}
-
-
-def _check_runs_again(eval_model: nn.Module, whole: Callable[[nn.Module], Tensor]) -> None:
-    """Raise ValueError for a model that has run once, and does not again: no group is to blame then."""
-    try:
-        whole(evaluation_copy(eval_model))
-    except Exception as error:  # of the model's code, or forward=
-        raise ValueError(f"{type(eval_model).__name__}: it ran on example_inputs, and a copy of it does not "
-                         f"({type(error).__name__}: {error}): the model, and forward=, must run each time, on copies, "
-                         "too") from error
 
 
 def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGroup]) -> ChannelGraph:

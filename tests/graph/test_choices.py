@@ -194,8 +194,17 @@ class Switched(Merged):
         return self.head(self.read(self.make(x) * on[:, None, None]).relu().mean(1))
 
 
-@pytest.mark.parametrize("kind", [Merged, Switched])
-@pytest.mark.parametrize("seed", range(4))
+class Clustered(Merged):
+    """Tokens that `metric` puts into one class are averaged."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        best = self.metric(x).argmax(-1)
+        alike = (best[:, :, None] == best[:, None]).to(x)
+        return self.head(self.read(alike @ self.make(x) / alike.sum(-1, keepdim=True)).relu().mean(1))
+
+
+@pytest.mark.parametrize("kind", [Merged, Switched, Clustered])
+@pytest.mark.parametrize("seed", range(2))
 def test_a_layer_that_only_chooses_is_not_said_to_be_idle(kind: type[Merged], seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -204,3 +213,36 @@ def test_a_layer_that_only_chooses_is_not_said_to_be_idle(kind: type[Merged], se
     assert scores.skipped["metric"] == \
         "read reads its channels where no gradient comes back (detach(), or a choice by them)"
     assert "make" in scores
+
+
+class Averaging(Chosen):
+    """It adds what it keeps from call to call."""
+
+    average: Tensor | float = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.make(x)
+        self.average = 0.5 * self.average + made.mean().detach()
+        return self.head(self.read(made).relu().mean(1)) + self.average
+
+
+def test_a_model_that_gives_something_else_each_time() -> None:
+    graph = fastscore.trace(Averaging(lambda x: x).double().eval(), tokens(2, 0))
+    assert not graph.groups
+    assert all("each time the model runs on the same input" in graph.skipped[layer] for layer in ("make", "read"))
+
+
+class Paired(Chosen):
+    """Two others to each sample."""
+
+    def forward(self, x: Tensor, others: Tensor) -> Tensor:
+        means = self.head(self.read(self.make(others)).relu().mean(1)).view(len(x), 2, 3).mean(1)
+        return self.head(self.read(self.make(x)).relu().mean(1)) + means
+
+
+def test_a_batch_of_which_one_sample_does_not_run() -> None:
+    model, batch = Paired(lambda x: x).double().eval(), {"x": tokens(3, 0), "others": tokens(6, 1)}
+    with pytest.raises(ValueError, match=r"not on one sample of it .* forward=lambda model, batch: model\(\*\*batch\)"):
+        fastscore.score(model, [batch], progress=False)
+    assert list(fastscore.score(model, [batch], progress=False, forward=lambda model, batch: model(**batch))) == \
+        ["make", "read"]

@@ -119,6 +119,12 @@ def of_leak(where: str, members: Iterable[Member], recording: Recording, readers
         "them"
 
 
+def not_twice(where: str) -> str:
+    """Why a group is kept of a model in which something else comes to `where` though no channel is changed."""
+    return f"something else comes to {where} each time the model runs on the same input (it keeps something from " \
+           "call to call, say), so that nobody sees what its channels do"
+
+
 def of_choice(where: str) -> str:
     """Why a group is kept by which something is chosen that shows at `where`."""
     if where == READ:

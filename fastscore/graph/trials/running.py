@@ -1,0 +1,40 @@
+"""Models that run, but not again; or on a batch, but not on one sample of it."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.batches import Batch, call_of, map_tensors, usable
+from fastscore.modules.evaluation_copy import evaluation_copy
+
+
+def check_runs_again(eval_model: nn.Module, whole: Callable[[nn.Module], Tensor]) -> None:
+    """Raise ValueError for a model that has run once, and does not again: no group is to blame then."""
+    try:
+        whole(evaluation_copy(eval_model))
+    except Exception as error:  # of the model's code, or forward=
+        raise ValueError(f"{type(eval_model).__name__}: it ran on example_inputs, and a copy of it does not "
+                         f"({type(error).__name__}: {error}): the model, and forward=, must run each time, on copies, "
+                         "too") from error
+
+
+def only_whole(eval_model: nn.Module, run: Callable[[nn.Module, Batch], Sequence[Tensor]], example: Batch,
+               batch: Batch | None) -> str:
+    """What is wrong with a model that runs on `batch`, and not on `example`, which is one sample of it, and the way
+    out; empty where that is not so."""
+    error = _error(eval_model, run, example)
+    if batch is None or error is None or _error(eval_model, run, map_tensors(usable, batch)) is not None:
+        return ""
+    return "it runs on the batch, and not on one sample of it by itself (the first row of each tensor that has a row " \
+           f"for each), which it is traced on: {type(error).__name__}: {error}. Pass forward=lambda model, batch: " \
+           f"{call_of(batch)}, and it is traced on the whole batch"
+
+
+@torch.no_grad()
+def _error(model: nn.Module, run: Callable[[nn.Module, Batch], Sequence[Tensor]], batch: Batch) -> Exception | None:
+    try:
+        run(evaluation_copy(model), batch)
+    except Exception as error:  # of the model's code, or forward=
+        return error
+    return None
