@@ -21,7 +21,8 @@ from fastscore.graph.trials.differences import close
 TURNS = 6  # that tell a choice, at the least, of which three are others than their neighbours'
 # operations that choose along a dimension of their first argument
 _ALONG = {"argmax", "argmin", "topk", "sort", "argsort", "max.dim", "min.dim", "kthvalue", "mode", "multinomial",
-          "median.dim", "nanmedian.dim", "cummax", "cummin", "_unique", "_unique2", "unique_dim", "unique_consecutive"}
+          "median.dim", "nanmedian.dim", "cummax", "cummin"}
+_ALIKE = {"_unique", "_unique2", "unique_dim", "unique_consecutive"}  # that tell what is alike along a dimension
 # operations that answer for each element, in another dtype, or for several at once
 _ANSWERS = {"gt", "lt", "ge", "le", "eq", "ne", "logical_not", "logical_and", "logical_or", "logical_xor", "isin",
             "_to_copy", "any", "all", "count_nonzero", "bucketize", "searchsorted", "signbit", "equal"}
@@ -30,7 +31,7 @@ _STEPS = {"round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside", "div.Te
           "floor_divide", "histc"}
 _NUMBERS = {"_local_scalar_dense"}  # of Python: what is made of them, nobody sees
 _TO_PYTHON = ("tolist", "numpy")  # methods that no operation is seen of
-_KNOWN = _ALONG | _ANSWERS | _STEPS | _NUMBERS | {"nonzero"}
+_KNOWN = _ALONG | _ALIKE | _ANSWERS | _STEPS | _NUMBERS | {"nonzero"}
 
 
 class Choices(TorchDispatchMode):
@@ -84,7 +85,7 @@ class Choices(TorchDispatchMode):
             held = iter(before)
             args, kwargs = tree_map_only(Tensor, lambda x: next(held) if x.is_floating_point() else x, (args, kwargs))
             return func(*args, **kwargs)
-        return self._otherwise(func, name, args, kwargs, _differ(operands, before))
+        return self._otherwise(func, name, args, kwargs, operands, before)
 
     def _noting(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         """A method of Tensor that makes Python numbers of all its elements, and notes it."""
@@ -110,12 +111,18 @@ class Choices(TorchDispatchMode):
             return None
         return before
 
-    def _otherwise(self, func: Any, name: str, args: Any, kwargs: Any, differs: Tensor) -> Any:
-        """What `func` returns, but otherwise where its operands differ."""
-        if name in _ALONG:
+    def _otherwise(self, func: Any, name: str, args: Any, kwargs: Any, operands: Sequence[Tensor],
+                   before: Sequence[Tensor]) -> Any:
+        """What `func` returns, but otherwise where its operands differ from what they were before."""
+        differs = _differ(operands, before)
+        if name in _ALIKE and not torch.equal(*(x.flatten().diff().sign() for x in (operands[0], before[0]))):
+            return func(*args, **kwargs)  # it is otherwise
+        if name in _ALONG or name in _ALIKE:
             dim = _dim(func, args, kwargs)
             x, differs = (args[0].flatten(), differs.flatten()) if dim is None else (args[0], differs)
-            turned = torch.where(differs.any(dim or 0, keepdim=True), self._rolled(x, dim or 0), x)
+            alike = name in _ALIKE
+            changed = differs.any() if alike else differs.any(dim or 0, keepdim=True)
+            turned = torch.where(changed, self._rolled(x, dim or 0, alike), x)
             return func(turned.view_as(args[0]), *args[1:], **kwargs)
         if name == "nonzero":
             turned = differs & (self._steps(differs.shape, 2) > 0).to(differs.device)
@@ -133,14 +140,15 @@ class Choices(TorchDispatchMode):
         turned = (self._steps(out.shape, 2) > 0).to(out.device)
         return torch.where(turned & (differs if out.shape == differs.shape else differs.any()), other, out)
 
-    def _rolled(self, x: Tensor, dim: int) -> Tensor:
-        """x, each row of it along `dim` rolled by a number of steps of its own."""
+    def _rolled(self, x: Tensor, dim: int, alike: bool) -> Tensor:
+        """x, each row of it along `dim` rolled by a number of steps of its own; alike: each place of `dim` is, so that
+        some come to hold the same."""
         if not x.dim() or x.shape[dim] < 2 or not x.numel():
             return x
         places, dim = x.shape[dim], dim % x.dim()
-        steps = self._steps([1 if at == dim else size for at, size in enumerate(x.shape)], places)
+        steps = self._steps([1 if (at == dim) != alike else size for at, size in enumerate(x.shape)], places)
         index = torch.arange(places).view([places if at == dim else 1 for at in range(x.dim())])
-        return x.gather(dim, ((index - steps) % places).to(x.device))
+        return x.gather(dim, ((index - steps) % places).expand(x.shape).to(x.device))
 
     def _steps(self, shape: Sequence[int], places: int) -> Tensor:
         """By how many of `places` choices go on, int64: none by 0 in turns 0 and 1; in 4 and 5 those differ from their
