@@ -318,8 +318,8 @@ class Graph(Nodes):
             return index_maps.Inverse(index_maps.SliceMap(before, before + shape(source)[self._dims[node]]))
         if node.type == OPTYPE.SLICE and self._cuts(node):
             return slice_of(node.grad_fn, shape(source)[self._dims[node]])
-        if source not in self._dims:
-            return None
+        if source not in self._dims or self._dims[source] >= len(shape(source)):
+            return None  # along more than one dimension: nothing of it goes
         if node.type == OPTYPE.RESHAPE:
             found = index_maps.view(self._dims[source], shape(source), shape(node))
             if found is None:
