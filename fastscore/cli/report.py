@@ -115,7 +115,8 @@ def removal_costs(model: nn.Module, scores: Scores, example_inputs: Batch) -> di
     graph = scored_graph(model, scores, example_inputs, call_model, ())
     copy, numbers, found = evaluation_copy(model), {layer: number for number, layer in enumerate(scores)}, {}
     for unit in get_args(Resource):
-        costs = Costs(copy, graph.groups, example_inputs, compensate=resolve_compensate(None, scores))
+        costs = Costs(copy, graph.groups, example_inputs, compensate=resolve_compensate(None, scores),
+                      kept_biases=graph.kept_biases)
         order = rank(copy, graph.groups, scores, costs, Budgets(**{unit: 0.5}), Ranking(), example_inputs, call_model)
         remains = {name: [total] for name, total in costs.totals.items()}
         for step in order:

@@ -130,7 +130,8 @@ class ChannelGraph:
     fastscore.graph.whole_experts). kept_experts: mixture -> why its experts stay. head_dims: dimensions of heads,
     which can go in the place of whole heads, likewise (see fastscore.graph.head_dims.with_head_dims). whole_heads:
     group -> why its heads go whole or not at all. searched: which of `blocks`, `experts` and `head_dims` were looked
-    for. training_only: layers that run in training alone.
+    for. training_only: layers that run in training alone. kept_biases: Linear or convolution -> what is done with its
+    bias but adding it, so that no mean goes into it (see fastscore.graph.trials.bias_trial).
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -146,6 +147,7 @@ class ChannelGraph:
     whole_heads: Mapping[str, str] = field(default_factory=dict)
     searched: frozenset[str] = frozenset()
     training_only: frozenset[str] = frozenset()
+    kept_biases: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:

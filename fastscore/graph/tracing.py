@@ -29,7 +29,7 @@ from fastscore.graph.cutting import own_tensors
 from fastscore.graph.groups import READS, ChannelGraph, ChannelGroup, Member, Role, Units
 from fastscore.graph.kept import left_alone, reasons, training_only, unread
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
-from fastscore.graph.trials import returned_trial, running, surgery_trial, verification
+from fastscore.graph.trials import bias_trial, returned_trial, running, surgery_trial, verification
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of, parameter_owners
@@ -226,6 +226,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
                     skipped={**found.skipped, **kept, **left}, experts=mixtures, kept_experts=kept_experts,
                     head_dims=tuple(attentions.head_dims), whole_heads=attentions.whole_heads)
     found = _with_heads(eval_model, found, joined)
+    found = replace(found, kept_biases=bias_trial.kept_biases(recording) if found.groups else {})
     ran = recording.layers_that_ran
     found = replace(found, blocks=blocks.that_go(eval_model, whole, branches, found.groups))
     return found, ran, {*left, *kept, *(readers.keys() - ran)}

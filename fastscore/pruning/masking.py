@@ -80,7 +80,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
                              f"{rounded_up(error.least)} of all channels remain; ask for less, or ignore fewer "
                              "layers") from error
         positions = removed_positions(graph.groups, removed)
-        means = removed_means(model, scores.means, positions, graph.groups) if compensate else {}
+        means = removed_means(model, scores.means, positions, graph.groups, graph.kept_biases) if compensate else {}
         handles: Iterator[RemovableHandle | multihead_attention.Handle | parameter_layers.Handle]
         if scores.origin.units == "norms":
             handles = at_gates(model, positions, means)

@@ -144,7 +144,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     judged: tuple[Judged, ...] = ()
     with fork_rng(device_of(eval_model)), shown(progress):
         costs = Costs(eval_model, graph.groups, example_inputs, checked_forward(forward),
-                      means or calibration is not None, graph.samples.batch)
+                      means or calibration is not None, graph.samples.batch, graph.kept_biases)
         dense = costs.by_group()
 
         def run(smaller: nn.Module) -> int:
@@ -164,7 +164,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         def build(removed: Mapping[str, Tensor], fit: Iterable[Batch] | None) -> PruneResult:
             """The smaller model; `costs` are without what was removed."""
             surgery, pruned, macs_left = cut(removed)
-            report = new_report(graph, dense, costs, macs_left, pruned, candidates, notes,
+            report = new_report(graph, dense, costs, macs_left, pruned, removed, candidates, notes,
                                 compensation, surgery.made_plain)
             made = PruneResult(pruned, report, removed, surgery.removed_indices, surgery.new_biases)
             if fit is None or not removed:

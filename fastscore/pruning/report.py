@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastscore.graph.groups import ChannelGraph
 from fastscore.pruning.budgets.costs import Costs
+from fastscore.recovery.compensation import removed_positions
 from fastscore.recovery.divergence import judged_by
 from fastscore.recovery.reconstruct import Repair
 from fastscore.tables import Table
@@ -205,9 +206,9 @@ class PruneReport(Table):
 
 
 def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs: Costs, macs: int, pruned: nn.Module,
-               candidates: tuple[Candidate, ...], notes: Mapping[str, str], compensation: str,
-               made_plain: Sequence[str] = ()) -> PruneReport:
-    """The report of `pruned`.
+               removed: Mapping[str, Tensor], candidates: tuple[Candidate, ...], notes: Mapping[str, str],
+               compensation: str, made_plain: Sequence[str] = ()) -> PruneReport:
+    """The report of `pruned`, which has lost `removed` (group -> int64 [R]).
 
     dense: (MACs, parameters) of each group as it was, see Costs.by_group. costs: without what was removed. macs: of
     `pruned`, counted. compensation: what stands in for what was removed. made_plain: layers that computed their weight
@@ -221,6 +222,11 @@ def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs:
         more = f" and {len(made_plain) - 1} like it" if made_plain[1:] else ""
         notes = {**notes, "weights": f"{made_plain[0]}{more} computed its weight from its parameters, and lost "
                                      "channels: it holds that weight now, and training goes on without the computation"}
+    reads = removed_positions(graph.groups, removed)
+    if kept := [name for name in graph.kept_biases if name in reads]:
+        more = f" (and {counted(len(kept) - 1, 'more layer')})" if kept[1:] else ""
+        notes = {**notes, "biases": f"{kept[0]}{more} {graph.kept_biases[kept[0]]}: it stays as it is, and what went "
+                                    "of what is read there is neither compensated nor reconstructed"}
     return PruneReport(rows, (int(costs.dense["channels"]), int(costs.totals["channels"])),
                        (int(costs.dense["macs"]), macs), (int(costs.dense["params"]), params), graph.skipped,
                        candidates, notes=dict(notes), uncounted=costs.uncounted, compensation=compensation)

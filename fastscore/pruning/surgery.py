@@ -69,7 +69,8 @@ def plan_surgery(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, s
     """
     added: Mapping[str, Tensor] = {}
     if scores is not None:
-        means = removed_means(model, scores.means, removed_positions(graph.groups, removed), graph.groups)
+        means = removed_means(model, scores.means, removed_positions(graph.groups, removed), graph.groups,
+                              graph.kept_biases)
         added = mean_contributions(eval_model, means, example_inputs, forward) if means else {}
     return Surgery(model, removed_indices(graph.groups, removed), added)
 

@@ -9,7 +9,7 @@ The layer itself is run to find it, so that stride, padding mode, dilation and g
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -48,10 +48,12 @@ def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping
     return {layer: index for layer, parts in positions.items() if len(index := torch.cat(parts))}
 
 
-def has_no_place(model: nn.Module, name: str) -> bool:
+def has_no_place(model: nn.Module, name: str, kept_biases: Container[str]) -> bool:
     """Whether what reads channels has no bias that could take a mean in: experts, norms, recurrent layers, projections
     that nn.MultiheadAttention holds without biases or one by one; biases that other modules hold, too; an adapter
-    beside a layer that has none, where it does not read what that reads."""
+    beside a layer that has none, where it does not read what that reads; `kept_biases`, those of the graph."""
+    if name in kept_biases or adapted(name) in kept_biases:
+        return True
     if held_weights.is_held(model, name):
         return name.rpartition(".")[2] not in PROJECTIONS or held_weights.bias_of(model, name) is None
     if (beside := adapted(name)) is not None:
@@ -68,9 +70,10 @@ def has_no_place(model: nn.Module, name: str) -> bool:
     return norm_of(layer) is not None or (bias is not None and parameter_owners(model)[id(bias)] > 1)
 
 
-def gets_bias(model: nn.Module, name: str) -> bool:
+def gets_bias(model: nn.Module, name: str, kept_biases: Container[str]) -> bool:
     """Whether what reads channels, of an evaluation copy, gets a bias that it had not once a mean goes into it."""
-    return model.get_submodule(name).bias is None and adapted(name) is None and not has_no_place(model, name)
+    return model.get_submodule(name).bias is None and adapted(name) is None and \
+        not has_no_place(model, name, kept_biases)
 
 
 def adapted(name: str) -> str | None:
@@ -81,16 +84,19 @@ def adapted(name: str) -> str | None:
 
 
 def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], positions: Mapping[str, Tensor],
-                  channel_groups: Iterable[ChannelGroup] = ()) -> dict[str, Tensor]:
-    """Layer -> float64 [C]: the mean at each of the layer's `positions`, 0 elsewhere; not of experts and norms.
+                  channel_groups: Iterable[ChannelGroup] = (), kept_biases: Container[str] = ()
+                  ) -> dict[str, Tensor]:
+    """Layer -> float64 [C]: the mean at each of the layer's `positions`, 0 elsewhere; not of what has no place for it.
 
     activation_means: layer -> [C], those of Scores.means. channel_groups: what may be ignored, as errors say.
+    kept_biases: those of the graph.
+
     Raises ValueError where they have none of a layer, or one of another width; FloatingPointError for NaN or
     infinity.
     """
     found = {}
     for name, index in positions.items():
-        if has_no_place(model, name):
+        if has_no_place(model, name, kept_biases):
             continue
         width = held_weights.inputs_of(model, name) if held_weights.is_held(model, name) else \
             _inputs_of(model.get_submodule(name))

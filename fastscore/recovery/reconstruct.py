@@ -182,14 +182,14 @@ class _Bench:
         self._model, self._result, self._calibration = model, result, calibration
         self._forward, self._run, self._group = forward, Decisions(forward, outputs), process_group
         self._eval_model = evaluation_copy(model)
-        gone = removed_branches(result.removed_indices)
-        self._removed = {name: index for (name, side), index in result.removed_indices.items()
-                         if side == "inputs" and not gone(name) and not has_no_place(model, name)}
         self._tied = held_by_others(self._eval_model, "weight")  # which keep theirs, and get a mean
         self._example = calibration.first()
         try:
             with torch.enable_grad():
                 graph = trace(model, self._example, forward)
+            gone = removed_branches(result.removed_indices)
+            self._removed = {name: at for (name, side), at in result.removed_indices.items() if side == "inputs"
+                             and not gone(name) and not has_no_place(model, name, graph.kept_biases)}
             index = layouts(self._eval_model, graph.groups, self._removed)
             with InputMoments(self._eval_model, index) as inputs:
                 inputs.start(self._example)
@@ -197,6 +197,7 @@ class _Bench:
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(f"calibration: the model cannot take its batches ({error}); give what the model takes, or "
                              "forward=") from error
+        self._kept_biases = set(graph.kept_biases)
         self._layouts = {name: index[name] for name in inputs.calls}
         self._sites = sites(self._eval_model, self._example, forward, result.removed_indices, graph.normalized_by)
         self._moments: dict[Part, dict[str, Moments]] = {}
@@ -240,7 +241,7 @@ class _Bench:
         weights, added, _ = self._symmetric(ridge, part)
         result = self._result.cut_again(self._model, weights, added)
         model = result.model
-        kept = self._tied | held_by_others(self._eval_model, "bias")
+        kept = self._tied | held_by_others(self._eval_model, "bias") | self._kept_biases
         with evaluating(model):
             refit(self._eval_model, model, {name: replace(site, norm=None if name in added else site.norm)
                                             for name, site in self._sites.items() if name not in kept

@@ -57,7 +57,7 @@ def merge(graph: ChannelGraph, in_training: ChannelGraph, inactive: set[str]) ->
     skipped = {**graph.skipped, **{name: why for name, why in in_training.skipped.items()
                                    if name in inactive or name not in graph.skipped}, **unread}
     return replace(graph, groups=groups, skipped={name: why for name, why in skipped.items() if name not in there},
-                   training_only=frozenset(inactive))
+                   training_only=frozenset(inactive), kept_biases={**in_training.kept_biases, **graph.kept_biases})
 
 
 def read_in_training(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:

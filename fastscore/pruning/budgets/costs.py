@@ -7,7 +7,7 @@ The dense figures are counted (see fastscore.modules.macs.counting).
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -102,12 +102,14 @@ class Costs:
 
     model must be in evaluation mode (a copy will do). Widths start whole; `remove` and `restore` keep the totals.
     compensate: count the biases that consumers without one get once channels are gone (see
-    fastscore.recovery.compensation). batch_dim: the dimension of the example inputs that counts samples.
+    fastscore.recovery.compensation), but for `kept_biases`, those of the graph. batch_dim: the dimension of the example
+    inputs that counts samples.
     returned: what the model returned when its MACs were counted. uncounted: what no formula knew then.
     """
 
     def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup], example_inputs: batches.Batch,
-                 forward: batches.Forward = batches.call_model, compensate: bool = False, batch_dim: int = 0) -> None:
+                 forward: batches.Forward = batches.call_model, compensate: bool = False, batch_dim: int = 0,
+                 kept_biases: Container[str] = ()) -> None:
         self.groups = {group.name: group for group in groups}
         counted = count(model, example_inputs, forward, batch_dim)
         per_layer, self.returned, self.uncounted = counted.layers, counted.returned, counted.uncounted
@@ -128,7 +130,7 @@ class Costs:
                         else _tensor_cost(member, layer) if member.role == "tensor" and not copied \
                         else _layer_cost(held if copied and held is not None else layer, own, counted_parameters)
                 cost = self.layers[member.layer]
-                if compensate and member.role == "consumer" and gets_bias(model, member.layer):
+                if compensate and member.role == "consumer" and gets_bias(model, member.layer, kept_biases):
                     cost.bias_below = cost.inputs
                 positions = np.bincount(member.channel.numpy(), minlength=group.channels).tolist()
                 side: Side = "copies" if copied else "inputs" if member.role in READS else "outputs"

@@ -85,7 +85,8 @@ class Measured:
         with torch.no_grad():
             self._example = calibration.first()
             every = {group.name: torch.arange(group.channels) for group in graph.groups}
-            names = [name for name in removed_positions(tuple(graph.groups), every) if not has_no_place(model, name)]
+            names = [name for name in removed_positions(tuple(graph.groups), every)
+                     if not has_no_place(model, name, graph.kept_biases)]
             index = layouts(eval_model, graph.groups, names)
             try:
                 with InputMoments(eval_model, index) as self._inputs:
