@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from fastscore.batches import tensors_of
 from fastscore.graph.trials.differences import close
 
-TURNS = 6  # that tell a choice, at the least, of which three are others than their neighbours'
+TURNS = 8  # by which all choose otherwise, neighbours unlike each other, and all alike
 # operations that choose along a dimension of their first argument
 _ALONG = {"argmax", "argmin", "topk", "sort", "argsort", "max.dim", "min.dim", "kthvalue", "mode", "multinomial",
           "median.dim", "nanmedian.dim", "cummax", "cummin"}
@@ -49,7 +49,7 @@ class Choices(TorchDispatchMode):
         self.noted = [] if noted is None else noted
         self.read = False
         self._left = None if noted is None else iter(noted)
-        self._paused, self._turn = False, turn
+        self._paused, self._turn, self._way = False, turn, (turn or 0) // 2 % 4
         self._draws, self._count = torch.Generator().manual_seed((turn or 0) % 2), 0
 
     def __enter__(self) -> "Choices":
@@ -115,8 +115,11 @@ class Choices(TorchDispatchMode):
                    before: Sequence[Tensor]) -> Any:
         """What `func` returns, but otherwise where its operands differ from what they were before."""
         differs = _differ(operands, before)
-        if name in _ALIKE and not torch.equal(*(x.flatten().diff().sign() for x in (operands[0], before[0]))):
-            return func(*args, **kwargs)  # it is otherwise
+        if name in _ALIKE:
+            out, was = func(*args, **kwargs), func(before[0], *args[1:], **kwargs)
+            if any(not torch.equal(x, old) for x, old in zip(tensors_of(out), tensors_of(was), strict=True)
+                   if not x.is_floating_point()):
+                return out  # it is otherwise
         if name in _ALONG or name in _ALIKE:
             dim = _dim(func, args, kwargs)
             x, differs = (args[0].flatten(), differs.flatten()) if dim is None else (args[0], differs)
@@ -135,9 +138,10 @@ class Choices(TorchDispatchMode):
             return out ^ bool(differs.any() and self._steps((), 2))
         if not isinstance(out, Tensor) or out.is_complex() or (out.is_floating_point() and name not in _STEPS):
             return out
-        other = ~out if out.dtype == torch.bool else out + 1 if name in _STEPS else \
+        other = ~out if out.dtype == torch.bool else torch.zeros_like(out) if self._way == 3 else \
+            out + 1 if name in _STEPS else \
             torch.where(out > 0, out - 1, out + 1)
-        turned = (self._steps(out.shape, 2) > 0).to(out.device)
+        turned = (self._steps(out.shape, 2) > 0).to(out.device) | (self._way == 3 and out.dtype != torch.bool)
         return torch.where(turned & (differs if out.shape == differs.shape else differs.any()), other, out)
 
     def _rolled(self, x: Tensor, dim: int, alike: bool) -> Tensor:
@@ -145,6 +149,8 @@ class Choices(TorchDispatchMode):
         some come to hold the same."""
         if not x.dim() or x.shape[dim] < 2 or not x.numel():
             return x
+        if self._way == 3 and not alike:  # the same place in every row
+            return x.sort(dim, descending=True).values
         places, dim = x.shape[dim], dim % x.dim()
         steps = self._steps([1 if (at == dim) != alike else size for at, size in enumerate(x.shape)], places)
         index = torch.arange(places).view([places if at == dim else 1 for at in range(x.dim())])
@@ -153,13 +159,12 @@ class Choices(TorchDispatchMode):
     def _steps(self, shape: Sequence[int], places: int) -> Tensor:
         """By how many of `places` choices go on, int64: none by 0 in turns 0 and 1; in 4 and 5 those differ from their
         neighbours that do not in 2 and 3."""
-        assert self._turn is not None
         draws = torch.randint(places, tuple(shape), generator=self._draws)
         self._count += 1
-        way = self._turn // 2 % 3
-        if way == 0:
+        if self._way == 0:
             return 1 + draws % (places - 1)
-        return (draws + (torch.arange(draws.numel()).view(shape) + self._count) % 2) % places if way == 2 else draws
+        return (draws + (torch.arange(draws.numel()).view(shape) + self._count) % 2) % places if self._way == 2 else \
+            draws
 
 
 def _differ(operands: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
