@@ -183,7 +183,7 @@ class Given(nn.Module):
 
 
 @pytest.mark.parametrize(("keeps", "state", "reason"), [
-    (True, None, "reads a state that no layer makes: one that the model keeps from call to call"),
+    (True, None, "something else comes to rnn.weight_hh_l0 each time the model runs on the same input"),
     (False, torch.ones(1, 3, 4, dtype=torch.float64), "rnn.weight_hh_l0 is called as well on what no layer makes"),
     (False, torch.zeros(1, 3, 4, dtype=torch.float64), r"does not run with fewer channels there \(rnn \(GRU\): Run"),
 ])

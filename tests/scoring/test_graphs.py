@@ -81,15 +81,15 @@ def test_shapes_that_do_not_repeat_are_not_recorded(recorder: HostRecorder) -> N
 
 
 class Looks(nn.Module):
-    """Its forward pass asks the host about what it computes."""
+    """Its forward pass asks the host about what it is given."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x).relu().mean((2, 3))
-        return self.last(x if x.max().item() > -1 else -x)
+        x = x if x.max().item() > -9 else -x
+        return self.last(self.first(x).relu().mean((2, 3)))
 
 
 def test_a_model_that_waits_for_the_device_runs_as_it_is_and_the_plan_says_why(recorder: HostRecorder) -> None:

@@ -31,13 +31,15 @@ def kept_biases(recording: Recording) -> dict[str, str]:
         recording: of a run of the model; it is not changed.
 
     Returns:
-        Name of each -> what is done with its bias, or would be with one, but adding it.
+        Name of each -> what is done with its bias, or would be with one, but adding it; or why nobody can tell.
     """
     layers = {name: layer for name, layer in recording.layers.items()
               if isinstance(layer, _PLAIN) and not isinstance(layer, ParameterLinear) and recording.outputs[name]
               and layer.weight.is_floating_point()}
     found = {name: "has no bias among its parameters" for name, layer in layers.items()
              if "bias" not in layer._parameters}
+    found |= dict.fromkeys(layers.keys() & recording.transformed,
+                           "runs under torch.func (vmap, say), where nobody can tell")
     names = [name for name in layers if name not in found]
     assert recording.inputs is not None  # of the model as it is, before anything is changed
     found |= dict.fromkeys(_read_elsewhere(recording, names), "has a bias that other code reads as well")
@@ -99,8 +101,8 @@ def _not_added(recording: Recording, names: Sequence[str]) -> list[str]:
 
 def _is_more(made: Any, before: Tensor, dim: int, added: Tensor) -> bool:
     """Whether a layer makes `added` more than before, to the rounding of another algorithm."""
-    if torch._C._functorch.maybe_get_level(made) != -1 or made.shape != before.shape:
-        return False  # under torch.vmap nobody can tell
+    if made.shape != before.shape:
+        return False
     expected = (before.movedim(dim, -1) + added.to(before)).movedim(-1, dim)
     return bool(close(made, expected, rounding=torch.finfo(before.dtype).eps ** (1 / 3)).all())
 
