@@ -10,7 +10,8 @@ import random
 import oracles
 import pytest
 import torch
-from random_networks import RandomNetwork, gated, generate, joined, sums, unify
+from random_networks import generate
+from random_program import RandomNetwork, gated, joined, sums, unify
 from torch import Tensor, nn
 
 import fastscore

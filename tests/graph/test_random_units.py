@@ -11,7 +11,8 @@ from typing import Any
 import oracles
 import pytest
 import torch
-from random_networks import RandomNetwork, generate
+from random_networks import generate
+from random_program import RandomNetwork
 from torch import Tensor, nn
 from torch.func import functional_call
 
