@@ -83,8 +83,8 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
                          "fastscore.Scorer takes")
     scoring.add_argument("--units", choices=[name for name in get_args(Units) if name != "norms"], default="groups",
                          help="blocks: whole residual branches can go beside the channels; experts: whole experts of "
-                         "mixtures, likewise; head_dims: dimensions of attention heads in the place of whole heads "
-                         "(default: %(default)s)")
+                         "mixtures, likewise; head_dims: dimensions of attention heads in the place of whole heads; "
+                         "heads_and_dims: both (default: %(default)s)")
     scoring.add_argument("--reduction", choices=REDUCTIONS, default="sum",
                          help="sum a channel's positions before the square or absolute value is taken, or take it of "
                          "each element (default: %(default)s)")

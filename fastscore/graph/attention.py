@@ -37,12 +37,14 @@ _OUTPUT_ALONE = "out_proj"  # of a module that holds the other projections itsel
 @dataclass
 class Found:
     """What there is in a model: groups of heads; the name of each other one -> why it is kept; head dimensions, which
-    can go in the place of whole heads; the name of those that have none -> why."""
+    can go in the place of whole heads; the name of those that have none -> why; of those that have some -> why they do
+    not go beside whole heads."""
 
     groups: list[ChannelGroup] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     head_dims: list[ChannelGroup] = field(default_factory=list)
     whole_heads: dict[str, str] = field(default_factory=dict)
+    not_both: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,9 @@ def _find_dims(every: Found, module: nn.Module, guesses: Sequence[_Guess], tried
         if guess.projections is not None and not any(_BASE in layer._modules for layer in module.modules()):
             dims = head_dims.find(guess.group.name, module, guess.projections, call, _randomized)
         if isinstance(dims, ChannelGroup):
-            every.head_dims.append(guess.whole(dims))
+            every.head_dims.append(found := guess.whole(dims))
+            if isinstance(tried, _Guess) and (why := head_dims.beside(module, dims, guess.group, call, _randomized)):
+                every.not_both[found.name] = why
             return
         reason = reason or dims  # the likeliest one's
     every.whole_heads[guesses[0].whole().name] = str(reason)

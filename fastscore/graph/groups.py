@@ -21,7 +21,7 @@ from fastscore.modules.weights.parameter_layers import ParameterLinear
 Role = Literal["producer", "consumer", "channelwise", "norm", "heads", "gate", "tensor", "branch", "block",
                "reader", "width", "expert", "router", "query", "head_dims", "rotary"]
 READS: tuple[Role, ...] = ("consumer", "reader")  # whose inputs the channels are
-Units = Literal["groups", "norms", "blocks", "experts", "head_dims"]
+Units = Literal["groups", "norms", "blocks", "experts", "head_dims", "heads_and_dims"]
 Ignore = Iterable[str | type | nn.Module]
 
 
@@ -129,7 +129,8 @@ class ChannelGraph:
     fastscore.graph.blocks.with_blocks). experts: whole experts of mixtures, likewise (see
     fastscore.graph.whole_experts). kept_experts: mixture -> why its experts stay. head_dims: dimensions of heads,
     which can go in the place of whole heads, likewise (see fastscore.graph.head_dims.with_head_dims). whole_heads:
-    group -> why its heads go whole or not at all. searched: which of `blocks`, `experts` and `head_dims` were looked
+    group -> why its heads go whole or not at all. not_both: group of head dimensions -> why none go beside whole heads.
+    searched: which of `blocks`, `experts` and `head_dims` were looked
     for. training_only: layers that run in training alone. kept_biases: Linear or convolution -> what is done with its
     bias but adding it, so that no mean goes into it (see fastscore.graph.trials.bias_trial).
     """
@@ -145,6 +146,7 @@ class ChannelGraph:
     kept_experts: Mapping[str, str] = field(default_factory=dict)
     head_dims: tuple[ChannelGroup, ...] = ()
     whole_heads: Mapping[str, str] = field(default_factory=dict)
+    not_both: Mapping[str, str] = field(default_factory=dict)
     searched: frozenset[str] = frozenset()
     training_only: frozenset[str] = frozenset()
     kept_biases: Mapping[str, str] = field(default_factory=dict)

@@ -28,6 +28,7 @@ _BIASES = ("q_bias", "k_bias", "v_bias", "in_proj_bias")  # which a module's cod
 # what queries are multiplied by -> what it means where nothing comes of it, and a trial would show nothing
 _QUERIES: Mapping[float, str] = {0.0: "what {} makes of the example inputs does not depend on its queries",
                                  2.0: "{} normalises its queries, over all dimensions of a head"}
+_WHOLE = " (whole heads)"  # behind the name of heads beside whose dimensions they go
 HEAD_DIMENSIONS = " (head dimensions)"  # behind the name of an attention's group, in what is kept
 _EPS = 1e-3  # of a channel's length
 
@@ -92,26 +93,77 @@ def find(name: str, module: nn.Module, projections: Projections, call: Call,
     return reason
 
 
-def with_head_dims(graph: ChannelGraph) -> ChannelGraph:
-    """The graph's groups, where head dimensions stand for whole heads as far as they can go."""
+def beside(module: nn.Module, dims: ChannelGroup, whole: ChannelGroup, call: Call,
+           randomized: Callable[[nn.Module], nn.Module]) -> str:
+    """Why dimensions of heads do not go beside whole heads of an attention module; empty where they do.
+
+    Args:
+        module, call, randomized: as in `find`.
+        dims, whole: its head dimensions, as found, and its heads, of layers named from there.
+    """
+    if any(dims.role("tensor")):
+        return f"{type(module).__name__} adds keys and values of its own"
+    dense, whole = randomized(evaluation_copy(module)), replace(whole, name=dims.name + _WHOLE)
+    outputs = [edge.layer for edge in dims.role("consumer")]
+    each = next(whole.role("heads"))
+    for part, gone in enumerate(_parts(dims)):
+        heads_gone = (whole.unit % 2 == part).nonzero()[:, 0]
+        kept = each.index[~torch.isin(each.channel, heads_gone)]
+        try:
+            with ExitStack() as hooks:
+                for member, index in dims.removed_at(gone):
+                    if member.role == "query":
+                        layer = dense.get_submodule(member.layer)
+                        hooks.enter_context(layer.register_forward_hook(_times(index, 0.0)))
+                want = call.inputs_of(outputs, dense)
+            small = surgery.remove_channels(evaluation_copy(dense), [dims, whole],
+                                            {dims.name: gone, whole.name: heads_gone})
+            after = call.of_heads(kept).inputs_of(outputs, small)
+        except Exception as error:  # whatever the module's code does with widths that it does not expect
+            return f"{type(module).__name__} does not run with fewer heads that are narrower, too " \
+                   f"({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''})"
+        at = {edge.layer: edge.index[torch.isin(edge.channel, heads_gone)] for edge in whole.role("consumer")}
+        for edge in dims.role("consumer"):
+            stays = edge.index[~torch.isin(edge.channel, gone) & ~torch.isin(edge.index, at[edge.layer])]
+            x = want[edge.layer]
+            if x is None or not _close(after[edge.layer], x[..., stays.to(x.device)]):
+                return f"{type(module).__name__} computes something else with fewer heads that are narrower, too"
+    return ""
+
+
+def with_head_dims(graph: ChannelGraph, both: bool = False) -> ChannelGraph:
+    """The graph's groups, where head dimensions stand for whole heads as far as they can go; or, of those that can go
+    with `both`, beside them."""
     def made(group: ChannelGroup) -> set[str]:
         return {member.layer for member in group.role("producer")}
 
     def read(group: ChannelGroup) -> set[str]:
         return {member.layer for member in group.role("consumer")}
 
-    dims = {layer for group in graph.head_dims for layer in read(group)}
-    staying = [group for group in graph.groups if not (any(group.role("heads")) and read(group) <= dims)]
+    found = [group for group in graph.head_dims if not (both and group.name in graph.not_both)]
+    dims = {layer for group in found for layer in read(group)}
+    whole = [group for group in graph.groups if any(group.role("heads")) and read(group) <= dims]
+    staying = [group for group in graph.groups if not any(group is each for each in whole)]
     taken = {layer for group in staying for layer in made(group)}
-    used = [group for group in graph.head_dims if taken.isdisjoint(made(group))]
+    used = [group for group in found if taken.isdisjoint(made(group))]
     covered = {layer for group in used for layer in (group.name, *made(group))}
     skipped = {layer: reason for layer, reason in graph.skipped.items() if layer not in covered}
-    skipped |= {name + HEAD_DIMENSIONS: reason for name, reason in graph.whole_heads.items()}
+    reasons = {**graph.whole_heads, **(graph.not_both if both else {})}
+    skipped |= {name + HEAD_DIMENSIONS: reason for name, reason in reasons.items()}
     skipped |= {group.name + HEAD_DIMENSIONS: "channels of its layers go with those of others"
-                for group in graph.head_dims if not taken.isdisjoint(made(group))}
+                for group in found if not taken.isdisjoint(made(group))}
     order = {group.name: place for place, group in enumerate(graph.groups)}
-    groups = sorted([*staying, *used], key=lambda group: order.get(group.name, len(order)))
+    narrower = {layer for group in used for layer in read(group)}
+    alone = [group for group in whole if not read(group) <= narrower]  # whose dimensions stay
+    groups = sorted([*staying, *alone, *used], key=lambda group: order.get(group.name, len(order)))
+    if both:
+        groups += [replace(group, name=group.name + _WHOLE) for group in whole if read(group) <= narrower]
     return replace(graph, groups=tuple(groups), skipped=skipped)
+
+
+def with_heads_and_dims(graph: ChannelGraph) -> ChannelGraph:
+    """The graph's groups, and head dimensions beside whole heads, where both can go."""
+    return with_head_dims(graph, both=True)
 
 
 def _guesses(name: str, module: nn.Module, projections: Projections, call: Call) -> Iterator[ChannelGroup]:

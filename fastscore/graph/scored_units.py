@@ -6,17 +6,19 @@ from torch import nn
 
 from fastscore.graph.blocks import with_blocks
 from fastscore.graph.groups import ChannelGraph, Units, norm_gates
-from fastscore.graph.head_dims import with_head_dims
+from fastscore.graph.head_dims import with_head_dims, with_heads_and_dims
 from fastscore.graph.whole_experts import with_experts
 
 # units -> the graph with what they add to the groups, or put in their place
 _WITH: Mapping[str, Callable[[ChannelGraph], ChannelGraph]] = {"head_dims": with_head_dims, "experts": with_experts,
-                                                                 "blocks": with_blocks}
+                                                                 "blocks": with_blocks,
+                                                                 "heads_and_dims": with_heads_and_dims}
+_LOOKED_FOR: Mapping[str, str] = {"heads_and_dims": "head_dims"}  # where it is called otherwise than the units
 
 
 def searched(units: Units) -> frozenset[str]:
     """What a trace has to look for: see ChannelGraph.searched."""
-    return frozenset({units} & _WITH.keys())
+    return frozenset({_LOOKED_FOR.get(units, units)} & _WITH.keys())
 
 
 def of_graph(model: nn.Module, graph: ChannelGraph, units: Units) -> ChannelGraph:
@@ -30,7 +32,4 @@ def of_graph(model: nn.Module, graph: ChannelGraph, units: Units) -> ChannelGrap
                          f"trace(model, example_inputs, units={units!r})")
     if units == "norms":
         return norm_gates(model, graph)
-    for name, beside in _WITH.items():
-        if name in searched(units):
-            graph = beside(graph)
-    return graph
+    return _WITH[units](graph) if units in _WITH else graph

@@ -224,7 +224,8 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
              for name, why in refused.items() if name not in made}
     found = replace(found, groups=tuple(group for group in tried if group.name not in refused),
                     skipped={**found.skipped, **kept, **left}, experts=mixtures, kept_experts=kept_experts,
-                    head_dims=tuple(attentions.head_dims), whole_heads=attentions.whole_heads)
+                    head_dims=tuple(attentions.head_dims), whole_heads=attentions.whole_heads,
+                    not_both=attentions.not_both)
     found = _with_heads(eval_model, found, joined)
     found = replace(found, kept_biases=bias_trial.kept_biases(recording) if found.groups else {})
     ran = recording.layers_that_ran

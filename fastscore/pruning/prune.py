@@ -166,7 +166,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             surgery, pruned, macs_left = cut(removed)
             report = new_report(graph, dense, costs, macs_left, pruned, removed, candidates, notes,
                                 compensation, surgery.made_plain)
-            made = PruneResult(pruned, report, removed, surgery.removed_indices, surgery.new_biases)
+            made = PruneResult(pruned, report, costs.with_others(removed), surgery.removed_indices, surgery.new_biases)
             if fit is None or not removed:
                 return made
             return repaired(reconstruct(model, made, fit, repair, forward=forward, outputs=outputs,

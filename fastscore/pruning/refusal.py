@@ -73,4 +73,4 @@ def _culprits(attempt: Callable[[Removed], object], removed: Removed) -> list[st
             middle = (good + bad) // 2
             good, bad = (good, middle) if fails(left[:middle]) else (middle, bad)
         culprits.append(left.pop(bad - 1))
-    return culprits
+    return list(dict.fromkeys(name.partition(" (")[0] for name in culprits))  # of a branch, or heads, the layer

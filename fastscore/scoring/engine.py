@@ -68,8 +68,8 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         units: "groups", channels that live and die together and can be pruned; "blocks", these and whole residual
             branches, one score each, which go for zeros; "experts", these and whole experts of mixtures, which go with
             their rows of the router; "head_dims", channels, with the dimensions of attention heads (query-key pairs and
-            values) in the place of whole heads where code permits; or "norms", a gate at the output of each BatchNorm,
-            as in the paper, which can be masked.
+            values) in the place of whole heads where code permits; "heads_and_dims", both of these; or "norms", a
+            gate at the output of each BatchNorm, as in the paper, which can be masked.
         reduction: "sum" over a channel's positions before the absolute value or square, or "element".
         ablation: What a channel's absence is compared with: "zero", or "mean" (taylor-sq), the channel at its mean
             activation.

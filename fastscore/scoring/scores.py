@@ -59,7 +59,7 @@ class Origin:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
         plain = self.importance.startswith("taylor") and self.ablation == "zero" and \
             (self.units, self.reduction) != ("experts", "element")
-        if self.units in ("blocks", "experts", "head_dims") and not plain:
+        if self.units in ("blocks", "experts", "head_dims", "heads_and_dims") and not plain:
             raise ValueError(f'units: "{self.units}" are gated whole, which importance={self.importance!r}, '
                              f'ablation={self.ablation!r}, reduction={self.reduction!r} says nothing of: use a taylor '
                              'importance with ablation="zero" and reduction="sum", or units="groups"')

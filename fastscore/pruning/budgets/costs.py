@@ -8,7 +8,6 @@ The dense figures are counted (see fastscore.modules.macs.counting).
 import math
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -16,80 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import batches
-from fastscore.graph.cutting import heads
 from fastscore.graph.groups import READS, ChannelGroup, Member
 from fastscore.modules.inspection import device_of
 from fastscore.modules.macs.counting import count
 from fastscore.modules.weights.experts import ExpertLinear
+from fastscore.pruning.budgets.layer_costs import LayerCost, Places, Side, heads_cost, layer_cost, tensor_cost
 from fastscore.recovery.compensation import gets_bias
 
 Resource = Literal["channels", "params", "macs"]
-Side = Literal["inputs", "outputs", "copies"]
 MacsWithout: TypeAlias = Callable[[Mapping[str, Tensor]], int]  # group -> int64 [R] that are gone -> MACs that run then
+_Part: TypeAlias = tuple[str, Member, tuple[int, ...], LayerCost]  # (group, member, positions of each channel, layer)
 _UNCOUNTED = ("width", "expert", "head_dims", "rotary", "query")  # numbers; what is measured, and goes elsewhere
 # Bytes along the channels that one instruction of a matrix product takes: the depth of a tensor core's multiply (CUDA),
 # a vector register elsewhere.
 _CPU_BYTES = {"AVX512": 64}
 _OTHER_BYTES = 32
-
-
-@dataclass
-class LayerCost:
-    """macs = macs_per_width x width, params = weights_per_width x width + params_per_output x outputs,
-    where width = inputs x outputs for a dense layer and outputs for a channelwise one.
-
-    bias_below: with fewer inputs than this, the layer has a bias that it had not: compensation for those that went.
-    present: whether it is there; without the block that holds it, it costs nothing, whatever its width. copies: of its
-    parameters, one for each of several experts, as many of which run for each row however many there are."""
-
-    inputs: int
-    outputs: int
-    channelwise: bool
-    macs_per_width: float
-    weights_per_width: float
-    params_per_output: float
-    bias_below: int = 0
-    present: bool = True
-    copies: int = 1
-
-    @property
-    def width(self) -> int:
-        """inputs x outputs, or outputs where each output has its own input."""
-        return self.outputs if self.channelwise else self.inputs * self.outputs
-
-    @property
-    def macs(self) -> float:
-        """MACs for one sample."""
-        return self.macs_per_width * self.width if self.present else 0.0
-
-    @property
-    def params(self) -> float:
-        """Parameters."""
-        if not self.present:
-            return 0.0
-        new_bias = self.inputs < self.bias_below
-        return self.copies * (self.weights_per_width * self.width
-                              + (self.params_per_output + new_bias) * self.outputs)
-
-    def grow(self, more: int, side: Side) -> tuple[float, float]:
-        """Have `more` inputs, outputs or copies; (MACs, parameters) that this adds."""
-        if side == "copies":
-            before = self.params
-            self.copies += more
-            return 0.0, self.params - before
-        macs, params = self._grow(more, side == "inputs")
-        return (macs, self.copies * params) if self.present else (0.0, 0.0)
-
-    def _grow(self, more: int, inputs: bool) -> tuple[float, float]:
-        had_bias = self.inputs < self.bias_below
-        if inputs:
-            self.inputs += more
-            width = 0 if self.channelwise else more * self.outputs
-            biases = ((self.inputs < self.bias_below) - had_bias) * self.outputs
-            return self.macs_per_width * width, self.weights_per_width * width + biases
-        self.outputs += more
-        width = more if self.channelwise else more * self.inputs
-        return self.macs_per_width * width, self.weights_per_width * width + (self.params_per_output + had_bias) * more
 
 
 def total_macs(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.call_model) -> int:
@@ -116,9 +56,10 @@ class Costs:
         self.layers: dict[str, LayerCost] = {}
         counted_parameters = set[int]()  # a head that is tied to an embedding has no weight of its own
         # group -> positions of each channel in a layer -> [(layer, what goes of it)]
-        self._losses: dict[str, dict[tuple[int, ...], list[tuple[LayerCost, Side]]]] = {}
+        self._losses: dict[str, dict[tuple[int, ...], list[tuple[LayerCost, Side]]]] = {
+            name: defaultdict(list) for name in self.groups}
+        at: dict[tuple[str, Side, int], list[_Part]] = {}  # (layer, side, dimension) -> what goes there
         for group in self.groups.values():
-            losses = self._losses[group.name] = defaultdict(list)
             for member in () if any(group.role("block")) else group.members:
                 if member.role in _UNCOUNTED:
                     continue
@@ -126,15 +67,16 @@ class Costs:
                 copied = isinstance(held, ExpertLinear) and member.role == "tensor"
                 layer, own = model.get_submodule(member.module), per_layer.get(member.layer, 0.0)
                 if member.layer not in self.layers:
-                    self.layers[member.layer] = _heads_cost(member, layer, per_layer) if member.role == "heads" \
-                        else _tensor_cost(member, layer) if member.role == "tensor" and not copied \
-                        else _layer_cost(held if copied and held is not None else layer, own, counted_parameters)
+                    self.layers[member.layer] = heads_cost(member, layer, per_layer) if member.role == "heads" \
+                        else tensor_cost(member, layer) if member.role == "tensor" and not copied \
+                        else layer_cost(held if copied and held is not None else layer, own, counted_parameters)
                 cost = self.layers[member.layer]
                 if compensate and member.role == "consumer" and gets_bias(model, member.layer, kept_biases):
                     cost.bias_below = cost.inputs
                 positions = np.bincount(member.channel.numpy(), minlength=group.channels).tolist()
                 side: Side = "copies" if copied else "inputs" if member.role in READS else "outputs"
-                losses[tuple(positions)].append((cost, side))
+                at.setdefault((member.layer, side, member.dim), []).append((group.name, member, tuple(positions), cost))
+        self._places = self._split(at)
         # group of a branch -> the layers that go with it
         self._blocks: dict[str, dict[str, LayerCost]] = defaultdict(dict)
         for name, group in self.groups.items():
@@ -145,6 +87,9 @@ class Costs:
             self.layers[member.layer] for member in group.members
             if member.layer in self.layers and member.role not in READS) for name, group in self.groups.items()}
         inside = {name: set(map(id, layers.values())) for name, layers in self._blocks.items()}
+        takers = {name: {id(places.takers) for places in each} for name, each in self._places.items()}
+        self._beside = {name: [other for other, its in takers.items() if other != name and not own.isdisjoint(its)]
+                        for name, own in takers.items()}  # group -> those that take some of the same positions
         self._held = {block: [name for name, makers in self._makers.items() if not layers.isdisjoint(map(id, makers))]
                       for block, layers in inside.items()}  # group of a branch -> groups with layers in it
         self.totals: dict[Resource, float] = {
@@ -153,6 +98,23 @@ class Costs:
             "macs": counted.macs,
         }
         self.dense: Mapping[Resource, float] = dict(self.totals)
+
+    def _split(self, at: Mapping[tuple[str, Side, int], Sequence[_Part]]) -> dict[str, list[Places]]:
+        """Group -> where it takes what others may take, too, as heads do that go beside their dimensions: each position
+        goes once. All else is in `_losses`."""
+        shared: dict[str, list[Places]] = defaultdict(list)
+        for (_, side, _), parts in at.items():
+            seen: dict[str, set[int]] = defaultdict(set)
+            for group, member, _, _ in parts:
+                seen[group].update(member.index.tolist())
+            if sum(map(len, seen.values())) == len(set().union(*seen.values())):
+                for group, _, positions, cost in parts:
+                    self._losses[group][positions].append((cost, side))
+                continue
+            takers = np.zeros(1 + max(map(max, seen.values())), dtype=np.int64)
+            for group, member, _, cost in parts:
+                shared[group].append(Places(cost, side, member.index.numpy(), member.channel.numpy(), takers))
+        return dict(shared)
 
     def _layers_inside(self, model: nn.Module, block: str, macs: Mapping[str, float]) -> dict[str, LayerCost]:
         """The layers of a block that lose channels, and what all else in it costs as one more, under the block's name
@@ -208,9 +170,26 @@ class Costs:
                 (LayerCost(group.channels, group.channels, True, each, 0.0, 0.0), "outputs"))
 
     def channels_left(self, group: str) -> int:
-        """How many of a group's channels there are: none where all that makes them went with a branch."""
+        """How many of a group's channels there are: none where all that makes them went with a branch; without those
+        that went with another group's."""
         makers = self._makers[group]
+        if group in self._places:
+            return self.groups[group].channels - len(self._gone(group))
         return self._left[group] if not makers or any(layer.present for layer in makers) else 0
+
+    def with_others(self, removed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is gone, group -> int64 [R], ascending: `removed`, and what went with that: dimensions with their head,
+        and a head's channels with their dimensions."""
+        return {**removed, **{group: gone for group in self._places if len(gone := self._gone(group))}}
+
+    def _gone(self, group: str) -> Tensor:
+        """Channels that no layer reads; of those that none ever read, that none makes."""
+        read, made = (np.zeros((2, self.groups[group].channels), dtype=bool) for _ in range(2))  # ever, and now
+        for places in self._places[group]:
+            rows = read if places.side == "inputs" else made
+            rows[0, places.channel] = True
+            rows[1, places.channel[places.takers[places.index] == 0]] = True
+        return torch.from_numpy(~np.where(read[0], read[1], made[1])).nonzero()[:, 0]
 
     def by_group(self) -> list[tuple[float, float]]:
         """(MACs, parameters) of each group's own layers as they are; one of several groups counts with the first."""
@@ -227,7 +206,7 @@ class Costs:
     def _change(self, group: str, channels: Iterable[int], sign: int) -> None:
         channels = tuple(channels)
         macs = params = 0.0
-        changed = (group, *self._held.get(group, ()))
+        changed = (group, *self._held.get(group, ()), *self._beside.get(group, ()))
         before = sum(map(self.channels_left, changed))
         for cost in self._blocks.get(group, {}).values() if channels else ():
             cost.present = True
@@ -241,56 +220,14 @@ class Costs:
                     more_macs, more_params = cost.grow(more, side)
                     macs += more_macs
                     params += more_params
+        for places in self._places.get(group, ()):
+            more_macs, more_params = places.take(channels, -sign)
+            macs += more_macs
+            params += more_params
         self._left[group] += sign * len(channels)
         self.totals["channels"] += sum(map(self.channels_left, changed)) - before
         self.totals["macs"] += macs
         self.totals["params"] += params
-
-
-def _heads_cost(member: Member, module: nn.Module, macs: Mapping[str, float]) -> LayerCost:
-    """Of an attention module, for each head: what it computes beside its layers, and what it holds itself."""
-    count = len(member.index)
-    below = sum(macs.get(f"{member.layer}.{name}", 0.0) for name, layer in module.named_modules()
-                if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)))
-    own = sum(parameter.numel() for name in heads.tensors(module)
-              if (parameter := module._parameters.get(name)) is not None)
-    return LayerCost(count, count, True, (macs.get(member.layer, 0.0) - below) / count, 0.0, own / count)
-
-
-def _tensor_cost(member: Member, module: nn.Module) -> LayerCost:
-    """Of a parameter or buffer that the module's code reads itself: it is multiplied or added element by element."""
-    name = member.layer.rpartition(".")[2]
-    held: Tensor = getattr(module, name)
-    width = held.shape[member.dim]
-    return LayerCost(width, width, True, 0.0, 0.0, held.numel() / width if name in module._parameters else 0.0)
-
-
-def _layer_cost(layer: nn.Module, macs: float, counted: set[int]) -> LayerCost:
-    """counted: ids of the parameters that stand in the cost of another layer; this one's are added."""
-    own = {id(parameter): parameter.numel() for parameter in layer.parameters() if id(parameter) not in counted}
-    counted.update(own)
-
-    def numel(parameter: Tensor | None) -> int:
-        return own.get(id(parameter), 0)
-
-    if isinstance(layer, nn.Embedding):
-        width = layer.embedding_dim
-        return LayerCost(width, width, True, macs / width, 0.0, sum(own.values()) / width)
-    if isinstance(layer, nn.Linear):
-        inputs, outputs, channelwise = layer.in_features, layer.out_features, False
-    elif isinstance(layer, nn.modules.conv._ConvNd):
-        inputs, outputs = layer.in_channels, layer.out_channels
-        channelwise = layer.groups == layer.out_channels and layer.groups > 1
-    elif isinstance(layer, nn.PReLU) and layer.num_parameters == 1:  # one slope for all, however many they are
-        return LayerCost(1, 1, True, 0.0, 0.0, 0.0)
-    else:  # a normalisation: weight and bias are both one for each channel
-        parameters = sum(parameter.numel() for parameter in layer.parameters())
-        outputs = next((parameter.numel() for parameter in layer.parameters()), 1)
-        return LayerCost(outputs, outputs, True, macs / outputs, 0.0, parameters / outputs)
-    width = outputs if channelwise else inputs * outputs
-    copies = len(layer.weight) if isinstance(layer, ExpertLinear) else 1
-    return LayerCost(inputs, outputs, channelwise, macs / width, numel(layer._parameters["weight"]) / width / copies,
-                     numel(layer._parameters["bias"]) / outputs, copies=copies)
 
 
 def channel_multiple(model: nn.Module) -> int:
