@@ -10,7 +10,7 @@ from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph.groups import Ignore
 from fastscore.pruning.budgets.quality import HELD_OUT
 from fastscore.pruning.curve import Curve, Drawn, Evaluate, curve
-from fastscore.recovery.divergence import judged_by
+from fastscore.recovery.divergence import judged_by, names
 from fastscore.recovery.held_out import split
 from fastscore.recovery.reconstruct import Method
 from fastscore.scoring.engine import score
@@ -43,9 +43,9 @@ class Comparison(Mapping[str, Curve], Drawn):
     def __str__(self) -> str:
         width = max(map(len, self.curves))
         first = next(iter(self.curves.values()))
-        own = first.dense is not None
-        head = f"{'':{width}} {first.resource:>8} {'MACs':>7} {'agreement':>10} {'KL':>8}" + (f" {'metric':>8}" if own
-                                                                                            else "")
+        own, (agreement, kl) = first.dense is not None, names(first.by_error)
+        head = f"{'':{width}} {first.resource:>8} {'MACs':>7} {agreement:>10} {kl:>8}"
+        head += f" {'metric':>8}" if own else ""
         lines = [head]
         if own:
             lines.append(f"{'dense':{width}} {'':>8} {1:>7.1%} {1:>10.1%} {0:>8.3g} {first.dense:>8.4g}")
@@ -63,7 +63,7 @@ class Comparison(Mapping[str, Curve], Drawn):
 
     @property
     def _remarks(self) -> list[str]:
-        return [self.note, f"decisions: {next(iter(self.curves.values())).decided}"]
+        return [self.note, f"outputs: {next(iter(self.curves.values())).decided}"]
 
     @property
     def _lines(self) -> Mapping[str, Curve]:

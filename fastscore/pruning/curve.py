@@ -17,7 +17,7 @@ from fastscore.progress import bar, shown
 from fastscore.pruning.budgets.quality import HELD_OUT, Judge
 from fastscore.pruning.prune import prune
 from fastscore.pruning.result import PruneResult
-from fastscore.recovery.divergence import judged_by
+from fastscore.recovery.divergence import Divergence, judged_by, names
 from fastscore.recovery.held_out import split
 from fastscore.recovery.reconstruct import Method
 from fastscore.rng import fork_rng
@@ -33,8 +33,8 @@ class Point:
     """A network, beside the dense one.
 
     Attributes:
-        agreement: the share of decisions that are the dense network's.
-        kl: the mean KL divergence from it, in nats.
+        agreement: the share of decisions that are the dense network's; of outputs judged by their error, R².
+        kl: the mean KL divergence from it, in nats, or the squared error as a share of the dense output's variance.
         metric: what the user's own `evaluate` says of it; None without one.
     """
 
@@ -97,6 +97,7 @@ class Curve(Drawn):
         decisions: how many were compared; no repair has seen their samples.
         note: how it was ranked and repaired.
         decided: what was taken for decisions.
+        by_error: whether all outputs are judged by their error.
     """
 
     resource: str
@@ -105,13 +106,14 @@ class Curve(Drawn):
     decisions: int
     note: str
     decided: str = ""
+    by_error: bool = False
 
     def __str__(self) -> str:
-        own = self.dense is not None
+        own, (agreement, kl) = self.dense is not None, names(self.by_error)
         repaired = any(row.repaired for row in self.rows)
         head = f"{self.resource:>8} {'MACs':>7} {'params':>7}"
         for title in ("cut", "repaired")[:1 + repaired]:
-            head += f"   {title + ': agreement':>20} {'KL':>8}" + (f" {'metric':>8}" if own else "")
+            head += f"   {f'{title}: {agreement}':>20} {kl:>8}" + (f" {'metric':>8}" if own else "")
         lines = [head]
         if own:
             lines.append(f"{'dense':>8} {1:>7.1%} {1:>7.1%}" + f"   {1:>20.1%} {0:>8.3g} {self.dense:>8.4g}" *
@@ -139,7 +141,7 @@ class Curve(Drawn):
 
     @property
     def _remarks(self) -> list[str]:
-        return [self.note, f"{judged_by(self.decisions, 'no repair has seen')}; decisions: {self.decided}"]
+        return [self.note, f"{judged_by(self.decisions, 'no repair has seen')}; outputs: {self.decided}"]
 
     @property
     def _lines(self) -> dict[str, "Curve"]:
@@ -190,11 +192,11 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
     with fork_rng(device), shown(progress), bar("curve", " networks", len(budgets)) as told:
         example = example_of(batches, example_inputs, forward, device)
         judge = Judge(dense, judges, forward, options.get("outputs"))
-        rows, decisions = [], 0
+        rows, found = list[CurveRow](), Divergence(1, 0, 0)
         for budget in budgets:
             result = prune(model, scores, example, forward=forward, **options | {resource: budget})
             bare = result.cut_again(model, {}, {}) if repair is not None else result
-            cut, decisions = _point(judge, bare, evaluate)
+            cut, found = _point(judge, bare, evaluate)
             repaired = None if repair is None else _point(judge, result, evaluate)[0]
             report = result.report
             left = {name: after / max(before, 1) for name, (before, after) in
@@ -207,7 +209,7 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
     origin = scores.origin
     note = (f"ranked by {origin.importance}" + (f" ({origin.ablation} ablation)" if origin.ablation != "zero" else "")
             + (f"; repaired: {repair}" if repair is not None else "; not repaired"))
-    return Curve(resource, tuple(rows), own, decisions, note, str(judge.decided))
+    return Curve(resource, tuple(rows), own, found.decisions, note, judge.decided, found.by_error)
 
 
 def example_of(batches: Iterable[Batch], given: Batch, forward: Forward, device: torch.device) -> Batch:
@@ -226,7 +228,7 @@ def _named(repair: Any) -> str:
     return f"{repair.name}{ridge}{' + BatchNorms' if repair.recalibrated else ''}"
 
 
-def _point(judge: Judge, result: PruneResult, evaluate: Evaluate | None) -> tuple[Point, int]:
+def _point(judge: Judge, result: PruneResult, evaluate: Evaluate | None) -> tuple[Point, Divergence]:
     found = judge(result.model)
     own = None if evaluate is None else float(evaluate(evaluation_copy(result.model)))
-    return Point(found.agreement, found.kl, own), found.decisions
+    return Point(found.agreement, found.kl, own), found

@@ -49,6 +49,8 @@ def curves(found: Mapping[str, Any], path: str | PathLike[str]) -> None:
     remains: a line for each curve, dashed before the repair, where a single curve has both."""
     first = next(iter(found.values()))
     panels = {"agreement": "agreement with the dense network", "kl": "KL divergence from the dense network, nats"}
+    if first.by_error:
+        panels = {"agreement": "R², of the dense network's outputs", "kl": "squared error, share of their variance"}
     if first.dense is not None:
         panels["metric"] = "metric"
     drawing = plots.figure(4.2 * len(panels), 3.8)

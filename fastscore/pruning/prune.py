@@ -1,7 +1,7 @@
 """prune(): a smaller network from scores and a budget."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Literal, get_args
@@ -30,6 +30,7 @@ from fastscore.pruning.report import Candidate, Judged, new_report
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.saved.recipes import no_biases
 from fastscore.pruning.surgery import Surgery, macs_without, plan_surgery, replay, verify
+from fastscore.recovery.decisions import JudgedOutputs
 from fastscore.recovery.held_out import split
 from fastscore.recovery.reconstruct import Method, reconstruct
 from fastscore.rng import fork_rng
@@ -44,7 +45,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
           calibration: Iterable[Batch] | None = None, repair: Method = "auto", measured: bool | None = None,
           agreement: float | None = None, kl: float | None = None, confidence: float | None = None,
           held_out: Iterable[Batch] | None = None, clock: Clock = "torch", ignore: Ignore = (),
-          forward: Forward = call_model, outputs: Sequence[str | int] | None = None,
+          forward: Forward = call_model, outputs: JudgedOutputs = None,
           process_group: distributed.ProcessGroup | None = None, inplace: bool = False,
           progress: bool = True) -> PruneResult:
     """Remove the least important channels of `model` until a budget holds.
@@ -87,9 +88,11 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             where `repair` is "auto" or "asymmetric", the scope is "global" and
             importances are of one sign and measure how the outputs change. False: importances alone.
         agreement: in place of the budgets: the smallest network along the removal order, repaired, that makes at least
-            this share of the dense model's decisions, found by bisection on samples that no repair has seen (see
-            fastscore.pruning.budgets.quality); report.judged has what was tried. It needs calibration.
-        kl: likewise: the largest mean KL divergence from the dense model's outputs, in nats.
+            this share of the dense model's decisions (of outputs judged by error: such an R²), found by bisection on
+            samples that no repair has seen (see fastscore.pruning.budgets.quality); report.judged has what was tried.
+            It needs calibration.
+        kl: likewise: the largest mean KL divergence from the dense model's outputs, in nats (of outputs judged by
+            error: the squared error as a share of their variance).
         confidence: such as 0.95: the agreement holds, with this probability at least, beyond the samples that judge;
             by an exact binomial bound, on a half of them that the search does not see.
         held_out: batches to judge agreement and kl by, which should not have been scored on either. Default: one of 4
@@ -103,7 +106,10 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         forward: how the model is called on a batch. A tuple, list, dict or dataclass of tensors that it returns are
             several outputs, which all count; agreement and KL are of each by itself, and so are they of the parts that
             one was put together of by torch.cat. report.decided says what was taken for decisions.
-        outputs: the places, keys or fields of those that are decisions, where not all are (boxes, features).
+        outputs: the places, keys or fields of those that are judged, where not all are (features). A dict says how:
+            "decision", by its largest value, or "error", for regressions: by the squared error as a share of the dense
+            output's variance, such as {"classes": "decision", "boxes": "error"}; {"": "error"} for a single tensor.
+            Outputs of one column (a scalar, a depth map) are judged by their error where nothing else is said.
         inplace: make `model` itself smaller.
         progress: say on stderr what takes longer than two seconds.
 

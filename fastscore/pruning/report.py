@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastscore.graph.groups import ChannelGraph
 from fastscore.pruning.budgets.costs import Costs
 from fastscore.recovery.compensation import removed_positions
-from fastscore.recovery.divergence import judged_by
+from fastscore.recovery.divergence import judged_by, names
 from fastscore.recovery.reconstruct import Repair
 from fastscore.tables import Table
 from fastscore.wording import counted
@@ -81,6 +81,7 @@ class Judged:
         bound: what was held against the agreement asked for: the agreement found, or the least that it says of others.
         decisions: how many were compared.
         chosen: whether it is the one that prune() returned.
+        by_error: as in fastscore.recovery.divergence.Divergence.
     """
 
     macs: float
@@ -89,11 +90,14 @@ class Judged:
     bound: float
     decisions: int
     chosen: bool
+    by_error: bool = False
 
     def __str__(self) -> str:
+        agreement, kl = names(self.by_error)
         least = "" if self.bound == self.agreement else f" (at least {self.bound:.1%})"
-        return (f"{'chosen' if self.chosen else 'judged'}: {self.macs:.1%} of the MACs: agreement {self.agreement:.1%}"
-                f"{least}, KL {self.kl:.3g}, {counted(self.decisions, 'decision')}")
+        rests_on = f", {counted(self.decisions, 'decision')}" if self.decisions else ""
+        return (f"{'chosen' if self.chosen else 'judged'}: {self.macs:.1%} of the MACs: "
+                f"{agreement} {self.agreement:.1%}{least}, {kl} {self.kl:.3g}{rests_on}")
 
 
 @dataclass(frozen=True)
@@ -191,12 +195,13 @@ class PruneReport(Table):
                   if tried.chosen and tried.timing.uncertainty > UNSTEADY]
         if self.judged:
             fewest = min(row.decisions for row in self.judged)
-            lines.append(f"agreement and KL, {judged_by(fewest, 'no repair has seen')}")
+            lines.append(f"{' and '.join(names(self.judged[0].by_error))}, {judged_by(fewest, 'no repair has seen')}")
         lines += map(str, self.judged)
-        if self.repairs and self.repairs[0].decisions:  # a report of an older file does not say
-            lines.append(f"repairs, {judged_by(self.repairs[0].decisions, 'they are not fitted to')}")
+        first = self.repairs[0] if self.repairs else None
+        if first and (first.decisions or first.by_error):  # a report of an older file does not say
+            lines.append(f"repairs, {judged_by(first.decisions, 'they are not fitted to')}")
         lines += map(str, self.repairs)
-        lines += [f"decisions: {self.decided}"] if self.decided else []
+        lines += [f"outputs: {self.decided}"] if self.decided else []
         lines += [f"{row.layer}: {row.channels[1]} of {row.channels[0]} channels left; floor= keeps a share of each "
                   "group" for row in self.groups if 0 < row.channels[1] < FEW * row.channels[0]]
         lines += [f"{layer}: kept ({reason})" for layer, reason in self.skipped.items()]

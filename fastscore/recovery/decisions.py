@@ -1,7 +1,7 @@
-"""What a network decides: its outputs, each by itself."""
+"""What a network decides, or estimates: its outputs, each by itself."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,12 @@ from torch.overrides import TorchFunctionMode
 from fastscore.batches import Batch, Forward, call_model, named_outputs
 from fastscore.wording import counted
 
+Judging = Literal["decision", "error"]
+JudgedOutputs: TypeAlias = Sequence[str | int] | Mapping[str | int, Judging] | None
+
 
 class Decisions:
-    """The outputs of networks that decide, by name, each to be judged by itself.
+    """The outputs of networks that decide, or estimate, by name, each to be judged by itself.
 
     A network of one output returns it under the name "". One that is made by `torch.cat` along the dimension over which
     it decides, of parts of which one at least is wider than one, is taken apart again: the largest of several outputs
@@ -20,14 +23,27 @@ class Decisions:
 
     Args:
         forward: how a network is called; a user's own may return a tuple, list, dict or dataclass of outputs.
-        outputs: the places, keys or fields of those that are decisions, None for all. Others (boxes, features) are not
-            judged.
+        outputs: the places, keys or fields of those that are judged, None for all. As a dict, how each is: "decision",
+            by its largest value (of a single column: by its sign), or "error", by its squared error as a share of the
+            dense output's variance; {"": ...} where there is one output. What is not said: "error" for outputs of a
+            single column, "decision" for others.
+
+    Attributes:
+        errors: the names of those judged by error, known after the first call.
+
+    Raises:
+        ValueError: another way to judge.
     """
 
-    def __init__(self, forward: Forward, outputs: Sequence[str | int] | None = None) -> None:
+    def __init__(self, forward: Forward, outputs: JudgedOutputs = None) -> None:
         if isinstance(outputs, (str, int)):
             outputs = [outputs]
-        self._forward, self._chosen = forward, outputs
+        self._how: Mapping[str | int, Judging] = outputs if isinstance(outputs, Mapping) else {}
+        for key, how in self._how.items():
+            if how not in get_args(Judging):
+                raise ValueError(f"outputs: {how!r} for {key!r} is none of {', '.join(map(repr, get_args(Judging)))}")
+        self._forward, self._chosen = forward, None if outputs is None else list(outputs)
+        self.errors: set[str] = set()
         self._widths: dict[str, list[int]] | None = None  # of the parts of each output, known after the first call
         self._said = ""
 
@@ -43,7 +59,10 @@ class Decisions:
         found = self._decisive(named_outputs(returned, self._forward, type(model).__name__))
         if self._widths is None:
             self._widths = {name: made.widths(output) for name, output in found.items()}
-            self._said = self._described(found)
+            parts = [(whole, *part) for whole, output in found.items()
+                     for part in _parts(whole, output, self._widths[whole])]
+            self.errors.update(name for whole, name, part in parts if self._by_error(whole, part))
+            self._said = self._described({name: part for _, name, part in parts})
         return {name: part for whole, output in found.items() for name, part in _parts(whole, output,
                                                                                         self._widths.get(whole, []))}
 
@@ -54,26 +73,28 @@ class Decisions:
     def _decisive(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._chosen is None:
             return found
-        ways = {key: (f"[{key!r}]", f".{key}") for key in self._chosen}
-        for key, starts in ways.items():
-            if not any(name.startswith(starts) for name in found):
-                there = ", ".join(name for name in found if name) or "one tensor alone"
+        for key in self._chosen:
+            if not any(_is_named(name, key) for name in found):
+                there = ", ".join(name for name in found if name) or "one tensor alone, whose name is \"\""
                 raise ValueError(f"outputs: {key!r} is not among what forward= returns: {there}; name its places, keys "
                                  "or fields")
-        return {name: output for name, output in found.items()
-                if any(name.startswith(starts) for starts in ways.values())}
+        return {name: output for name, output in found.items() if any(_is_named(name, key) for key in self._chosen)}
 
-    def _described(self, found: Mapping[str, Tensor]) -> str:
-        assert self._widths is not None
-        parts = [(name, part) for whole, output in found.items()
-                 for name, part in _parts(whole, output, self._widths[whole])]
-        said = [f"{name} {_decides(part)}".strip() for name, part in parts]
+    def _by_error(self, whole: str, part: Tensor) -> bool:
+        said = [how for key, how in self._how.items() if _is_named(whole, key)]
+        return said[0] == "error" if said else _columns(part) == 1
+
+    def _described(self, parts: Mapping[str, Tensor]) -> str:
+        said = [f"{name} {_judged(part, name in self.errors)}".strip() for name, part in parts.items()]
         if len(parts) > 1:
             return f"{counted(len(parts), 'output')}, each by itself (agreement: the least, KL: the sum): " + \
                 "; ".join(said)
-        own = getattr(self._forward, "checks", self._forward) is not call_model and not parts[0][0]
-        return said[0] + ("; where that is several outputs side by side, let forward= return a tuple of them" if own
-                          else "")
+        (name, part), = parts.items()
+        if name in self.errors and not self._how and _columns(part) == 1:
+            return f'{said[0]}; where its sign decides, say outputs={{{name!r}: "decision"}}'
+        own = getattr(self._forward, "checks", self._forward) is not call_model and not name
+        return said[0] + ("; where that is several outputs side by side, let forward= return a tuple of them"
+                          if own and name not in self.errors else "")
 
 
 class _Concatenation(TorchFunctionMode):
@@ -100,6 +121,12 @@ class _Concatenation(TorchFunctionMode):
         return self._sizes if whole and len(self._sizes) > 1 and max(self._sizes) > 1 else []
 
 
+def _is_named(name: str, key: str | int) -> bool:
+    """Whether an output, or what it lies in, has this place, key or field."""
+    ways = (f"[{key!r}]", f".{key}")
+    return not name if key == "" else name in ways or name.startswith(tuple(way + end for way in ways for end in "[."))
+
+
 def dimension(output: Tensor) -> int:
     """Over which it decides: the last of [N, T, K], else the second."""
     return 2 if output.dim() == 3 else 1
@@ -115,7 +142,13 @@ def _parts(name: str, output: Tensor, widths: Sequence[int]) -> list[tuple[str, 
     return found
 
 
-def _decides(output: Tensor) -> str:
-    if output.dim() < 2 or output.shape[dimension(output)] == 1:
+def _columns(output: Tensor) -> int:
+    return 1 if output.dim() < 2 else output.shape[dimension(output)]
+
+
+def _judged(output: Tensor, by_error: bool) -> str:
+    if by_error:
+        return "by squared error, as a share of the dense output's variance (R²: 1 - that)"
+    if _columns(output) == 1:
         return "by its sign"
     return f"by the largest of {output.shape[dimension(output)]} over dimension {dimension(output)}"

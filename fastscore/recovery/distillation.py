@@ -17,7 +17,7 @@ from fastscore.modules.inspection import device_of
 from fastscore.modules.modes import modes_kept
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import bar, shown
-from fastscore.recovery.decisions import Decisions
+from fastscore.recovery.decisions import Decisions, JudgedOutputs
 from fastscore.recovery.distillation_run import PRECISIONS, DistillationReport, DistillationRun, Loss, Objective
 from fastscore.recovery.features import FeatureMaps
 from fastscore.recovery.optimizers import OptimizerMaker, OptimizerName, make_optimizer
@@ -41,8 +41,8 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
             lr: float | None = None, warmup: float = 0.05, clip: float | None = 1.0,
             precision: Literal["bfloat16", "float16"] | None = None, held_out: Iterable[Batch] | None = None,
             looks: int = 20, patience: int | None = 10, seed: int = 0, forward: Forward = call_model,
-            resume: str | PathLike[str] | None = None, process_group: distributed.ProcessGroup | None = None,
-            progress: bool = True) -> DistillationReport:
+            outputs: JudgedOutputs = None, resume: str | PathLike[str] | None = None,
+            process_group: distributed.ProcessGroup | None = None, progress: bool = True) -> DistillationReport:
     """Train `smaller`, in place, to return what the dense `model` returns on unlabelled batches.
 
     Held-out samples judge before the first step and at `looks` equally spaced steps; `smaller` ends with the weights
@@ -74,6 +74,8 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
             never.
         seed: of all that is random: order of a shuffling loader, dropout.
         forward: forward(model, batch), for models that are called otherwise.
+        outputs: which outputs count, and which of them are values rather than decisions ("error": trained and judged by
+            their squared error): as fastscore.prune takes it.
         resume: a file written at every look. Called again with the same arguments after whatever stopped it, the run
             goes on from there, and ends with the same weights, bit for bit on a CPU, as far as batches depend on
             torch's random numbers alone.
@@ -103,16 +105,17 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
     with fork_rng(device_of(inner)), torch.inference_mode(False), torch.enable_grad(), _in_training(network):
         dense = evaluation_copy(unwrapped(model))
         whole = checked_forward(forward)
-        call = Decisions(forward) if loss is None else lambda network, batch: {"": whole(network, batch)}
+        judging = Decisions(forward, outputs) if loss is None else None
+        call = judging or (lambda network, batch: {"": whole(network, batch)})
         run = DistillationRun(dense, network, Objective(loss, temperature, FeatureMaps(dense, inner, features, removed),
-                                              feature_weight), call, data, group, precision,
+                                              feature_weight, judging), call, data, group, precision,
                    make_optimizer(inner.parameters(), optimizer, lr), seed, clip)
         if resume is not None:
             same = run_fingerprint(
                 inner, {"dense weights": run_fingerprint(dense, {})["weights"]}, steps=steps, seed=seed, loss=loss,
                 temperature=temperature, features=list(run.objective.maps.layers), feature_weight=feature_weight,
                 optimizer=optimizer, lr=lr, warmup=warmup, clip=clip, precision=precision, looks=looks,
-                patience=patience, processes=size)
+                patience=patience, processes=size, outputs=repr(outputs))
             run.keep_in(resume, same)
         with shown(progress and rank == 0), bar("distilling", " steps", steps, run.step) as told:
             return run.to(steps, looks, patience, warmup, told)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -16,7 +16,8 @@ from fastscore.batches import Batch, valid_tokens
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import Bar
-from fastscore.recovery.divergence import divergence, judged_by
+from fastscore.recovery.decisions import Decisions
+from fastscore.recovery.divergence import divergence, judged_by, names
 from fastscore.recovery.features import FeatureMaps
 from fastscore.recovery.optimizers import schedule
 from fastscore.recovery.training_batches import Position, TrainingBatches, on_device
@@ -36,7 +37,8 @@ class Look:
 
     loss: the mean over the training steps since the look before (0 at the first). agreement, kl: of the smaller
     network's decisions with the dense one's; NaN where a loss of the user's own judges. judged: what decides, the KL
-    or that loss. decisions: how many agreement and kl rest on; 0 where a loss of the user's own judges.
+    or that loss. decisions: how many agreement and kl rest on; 0 where a loss of the user's own judges. by_error: as in
+    fastscore.recovery.divergence.Divergence.
     """
 
     step: int
@@ -45,20 +47,23 @@ class Look:
     kl: float
     judged: float
     decisions: int = 0
+    by_error: bool = False
 
 
 @dataclass(frozen=True, repr=False)
 class DistillationReport(Table):
-    """What distill() did. best: the look whose weights the smaller network has. steps: done, of `planned`."""
+    """What distill() did. best: the look whose weights the smaller network has. steps: done, of `planned`.
+    outputs: what of them is compared, empty where a loss of the user's own judges."""
 
     looks: tuple[Look, ...]
     best: Look
     steps: int
     planned: int
+    outputs: str = ""
 
     def __str__(self) -> str:
-        own = math.isnan(self.best.kl)
-        lines = [f"{'steps':>7} {'training loss':>14} " + ("held-out loss" if own else "agreement       KL")]
+        own, (agreement, kl) = math.isnan(self.best.kl), names(self.best.by_error)
+        lines = [f"{'steps':>7} {'training loss':>14} " + ("held-out loss" if own else f"{agreement:>9}   {kl:>6}")]
         for look in self.looks:
             said = f"{look.judged:>13.4g}" if own else f"{look.agreement:>9.1%} {look.kl:>8.3g}"
             loss = f"{look.loss:.4g}" if look.step else "-"
@@ -74,23 +79,35 @@ class DistillationReport(Table):
         early = f"stopped after {self.steps} of {counted(self.planned, 'step')}: held-out samples saw nothing better"
         decisions = self.best.decisions  # not known of a run that an older version began
         return [f"best after {self.best.step} of {counted(self.steps, 'step')}",
-                *([judged_by(decisions, "it is not trained on")] if decisions else []),
+                *([judged_by(decisions, "it is not trained on")] if decisions or self.best.by_error else []),
+                *([f"outputs: {self.outputs}"] if self.outputs else []),
                 *["nothing better than the start was found: the weights are as they were"] * (self.best.step == 0),
                 *[early] * (self.steps < self.planned)]
 
 
 class Objective:
-    """What is minimised, and what judges: of several outputs, the sum over all."""
+    """What is minimised, and what judges: of several outputs, the sum over all. judging: says which are judged by their
+    error, and are trained by it."""
 
-    def __init__(self, own: Loss | None, temperature: float, maps: FeatureMaps, feature_weight: float) -> None:
+    def __init__(self, own: Loss | None, temperature: float, maps: FeatureMaps, feature_weight: float,
+                 judging: Decisions | None = None) -> None:
         self.own, self.temperature, self.maps, self.feature_weight = own, temperature, maps, feature_weight
+        self.judging = judging
 
     def __call__(self, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([self._of(got[name], expected[name]) for name in expected]).sum()
+        return torch.stack([self._of(got[name], expected[name], name in self.errors) for name in expected]).sum()
 
-    def _of(self, got: Tensor, expected: Tensor) -> Tensor:
+    @property
+    def errors(self) -> Collection[str]:
+        """The outputs that are judged by their error."""
+        return () if self.judging is None else self.judging.errors
+
+    def _of(self, got: Tensor, expected: Tensor, by_error: bool) -> Tensor:
         if self.own is not None:
             return self.own(got, expected)
+        if by_error:
+            wanted, got = rows(expected), rows(got)
+            return (got - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean().clamp(min=1e-12)
         p, q = (log_softmax(output / self.temperature) for output in (expected, got))
         return self.temperature ** 2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
 
@@ -110,6 +127,7 @@ class DistillationRun:
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "float16")
         self._position, self._looks, self._best = Position(), list[Look](), dict[str, Tensor]()
         self._file: RunFile | None = None
+        self._one_sided = ""
         self._norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self._smaller.modules())
 
     def to(self, steps: int, looks: int, patience: int | None, warmup: float, bar: Bar) -> DistillationReport:
@@ -132,7 +150,8 @@ class DistillationRun:
                 total.zero_()
                 bar.set_postfix_str(f"held out: {self._looks[-1].judged:.3g}, best {self.best.judged:.3g}")
         self._smaller.load_state_dict(self._best)
-        return DistillationReport(tuple(self._looks), self.best, self.step, steps)
+        return DistillationReport(tuple(self._looks), self.best, self.step, steps,
+                                  f"{self.objective.judging or ''}{self._one_sided}")
 
     @property
     def best(self) -> Look:
@@ -223,8 +242,10 @@ class DistillationRun:
         pairs = (self._outputs(self._smaller, batch) for batch in self._judges)
         if self.objective.own is None:
             got, expected = itertools.tee(pairs)
-            found = divergence((pair[1] for pair in expected), (pair[0] for pair in got), self._group)
-            return Look(self.step, loss, found.agreement, found.kl, found.kl, found.decisions)
+            found = divergence((pair[1] for pair in expected), (pair[0] for pair in got), self._group,
+                               self.objective.errors)
+            self._one_sided = found.one_sided
+            return Look(self.step, loss, found.agreement, found.kl, found.kl, found.decisions, found.by_error)
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for got_one, expected_one in pairs:
             sums += torch.tensor([float(self.objective(got_one, expected_one)) * _samples(got_one), _samples(got_one)])
@@ -279,10 +300,15 @@ def _samples(outputs: Mapping[str, Tensor]) -> int:
     return len(next(iter(outputs.values())))
 
 
+def rows(output: Tensor) -> Tensor:
+    """[decisions, K], float32 or wider, of [N], [N, K], [N, T, K] or [N, K, H, W]."""
+    x = output.to(torch.promote_types(output.dtype, torch.float32))
+    x = x[:, None] if x.dim() == 1 else x.movedim(1, -1) if x.dim() > 3 else x
+    return x.flatten(0, -2)
+
+
 def log_softmax(output: Tensor) -> Tensor:
     """Log-probabilities [decisions, K], float32 or wider, of logits [N, K], [N, T, K] or [N, K, H, W]; one logit alone
     stands for two classes."""
-    x = output.to(torch.promote_types(output.dtype, torch.float32))
-    x = x[:, None] if x.dim() == 1 else x.movedim(1, -1) if x.dim() > 3 else x
-    x = x.flatten(0, -2)
+    x = rows(output)
     return (torch.cat([torch.zeros_like(x), x], 1) if x.shape[1] == 1 else x).log_softmax(1)

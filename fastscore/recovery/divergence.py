@@ -1,8 +1,8 @@
-"""How far a smaller network's decisions are from the dense one's: no labels needed."""
+"""How far a smaller network's outputs are from the dense one's, as decisions or as values: no labels needed."""
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from fastscore.batches import with_float64
 from fastscore.wording import counted
 
 Outputs: TypeAlias = Tensor | Mapping[str, Tensor]
+ALIKE = 0.99  # of the dense network's decisions: where so many are the same one, any network agrees
 
 
 @dataclass(frozen=True)
@@ -21,17 +22,40 @@ class Divergence:
 
     decisions: how many were compared; a token or pixel is one where outputs have several. outputs: of a network with
     several outputs, each by itself; agreement, and how many were compared, is then that of the output that agrees
-    least, and kl the sum of all.
+    least (where that has no decisions, of those that have), and kl the sum of all. commonest: the share of the
+    decision that the dense network makes most often. by_error: of outputs that are no decisions: kl is the squared
+    error as a share of the dense output's variance, agreement is 1 - that, R², and decisions is 0.
     """
 
     agreement: float
     kl: float
     decisions: int
     outputs: Mapping[str, "Divergence"] = field(default_factory=dict)
+    commonest: float = 0.0
+    by_error: bool = False
 
     def __str__(self) -> str:
-        return f"agreement {self.agreement:.1%}, KL {self.kl:.3g}" + \
+        return figures(self.agreement, self.kl, self.by_error) + \
             each_of({name: (each.agreement, each.kl) for name, each in self.outputs.items()})
+
+    @property
+    def one_sided(self) -> str:
+        """What is said where decisions are nearly all alike; empty elsewhere."""
+        each = {name: one for name, one in (self.outputs or {"": self}).items()
+                if one.commonest >= ALIKE and one.decisions > 1}
+        return "".join(f"; the dense network decides alike on {one.commonest:.1%} of these samples"
+                       f"{f' ({name})' if name else ''}, so that agreement says nothing" for name, one in each.items())
+
+
+def names(by_error: bool) -> tuple[str, str]:
+    """What `agreement` and `kl` are called."""
+    return ("R²", "error") if by_error else ("agreement", "KL")
+
+
+def figures(agreement: float, kl: float, by_error: bool) -> str:
+    """Both, under their names."""
+    one, other = names(by_error)
+    return f"{one} {agreement:.1%}, {other} {kl:.3g}"
 
 
 def each_of(outputs: Mapping[str, tuple[float, float]]) -> str:
@@ -42,6 +66,8 @@ def each_of(outputs: Mapping[str, tuple[float, float]]) -> str:
 
 def judged_by(decisions: int, samples: str) -> str:
     """What a share of decisions about some samples rests on; of fewer than 100, by how much it may be off, too."""
+    if not decisions:
+        return f"judged by the squared error, as a share of the dense outputs' variance, on samples that {samples}"
     few = "" if decisions >= 100 else \
         f": the true share may be up to {math.ceil(100 * most_off(decisions))} points off (95 % confidence)"
     return f"judged by {counted(decisions, 'decision')} about samples that {samples}{few}"
@@ -70,61 +96,119 @@ def most_off(decisions: int) -> float:
 
 
 def divergence(dense: Iterable[Outputs], smaller: Iterable[Outputs],
-               process_group: distributed.ProcessGroup | None = None) -> Divergence:
+               process_group: distributed.ProcessGroup | None = None, errors: Collection[str] = ()) -> Divergence:
     """Compare what two networks return for the same batches, batch by batch.
 
     dense, smaller: logits [N, K], [N, T, K], or [N, K, H, W] (and with any other number of sizes behind the K), or
     several by name. A single logit stands for two classes, as with a sigmoid. Not finite in the smaller one's: no
-    agreement, infinite KL. Raises ValueError where there is nothing to compare, or shapes differ.
+    agreement, infinite KL. errors: the names of those that are no decisions but values, judged by their error. Raises
+    ValueError where there is nothing to compare, or shapes differ.
     """
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, _Decided | _Erred] = {}
     for all_expected, all_got in zip(dense, smaller, strict=True):
         expected_ones, got_ones = _by_name(all_expected), _by_name(all_got)
         if expected_ones.keys() != got_ones.keys():
             raise ValueError(f"outputs: the dense network returns {', '.join(expected_ones)} and the smaller one "
                              f"{', '.join(got_ones)}")
         for name, expected in expected_ones.items():
-            added = _compared(expected, got_ones[name])
-            sums[name] = sums[name] + added if name in sums else added
+            _add(sums, name, _compared(expected, got_ones[name], _Erred if name in errors else _Decided))
     if process_group is not None:  # a process may have had no batch, and know of no output
         gathered: list[Any] = [None] * process_group.size()
-        distributed.all_gather_object(gathered, {name: row.tolist() for name, row in sums.items()}, process_group)
-        sums = {name: torch.tensor([each[name] for each in gathered if name in each], dtype=torch.float64).sum(0)
-                for name in dict.fromkeys(name for each in gathered for name in each)}
-    if not sums or any(not row[2] for row in sums.values()):
+        distributed.all_gather_object(gathered, sums, process_group)
+        sums = {}
+        for name, row in (pair for each in gathered for pair in each.items()):
+            _add(sums, name, row)
+    if not sums or any(not row.count for row in sums.values()):
         raise ValueError("outputs: there are none to compare")
-    found = {name: Divergence(float(row[0] / row[2]), max(float(row[1] / row[2]), 0.0), int(row[2]))
-             for name, row in sums.items()}
+    found = {name: row.divergence for name, row in sums.items()}
     least = min(found.values(), key=lambda each: each.agreement)
     if len(found) == 1:
         return least
-    return Divergence(least.agreement, sum(each.kl for each in found.values()), least.decisions, found)
+    decisions = least.decisions or max(each.decisions for each in found.values())
+    return Divergence(least.agreement, sum(each.kl for each in found.values()), decisions, found,
+                      by_error=all(each.by_error for each in found.values()))
+
+
+@dataclass
+class _Decided:
+    """Of decisions, [n, K]: how many agree, the sum of KL divergences, and how often the dense network makes each."""
+
+    agreed: float
+    kl: float
+    made: Tensor
+
+    @classmethod
+    def of(cls, expected: Tensor, got: Tensor) -> "_Decided":
+        p, q = (torch.cat([torch.zeros_like(x), x], -1) if x.shape[-1] == 1 else x for x in (expected, got))
+        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+        finite = torch.isfinite(q).all(-1)
+        kl = torch.where(finite, (log_p.exp() * (log_p - log_q)).sum(-1), torch.inf)
+        agreed = (p.argmax(-1) == q.argmax(-1)) & finite
+        return cls(float(agreed.sum()), float(kl.sum()), torch.bincount(p.argmax(-1), minlength=p.shape[-1]).cpu())
+
+    @property
+    def count(self) -> int:
+        return int(self.made.sum())
+
+    def merged(self, other: "_Decided") -> "_Decided":
+        return _Decided(self.agreed + other.agreed, self.kl + other.kl, self.made + other.made)
+
+    @property
+    def divergence(self) -> Divergence:
+        return Divergence(self.agreed / self.count, max(self.kl / self.count, 0.0), self.count,
+                          commonest=float(self.made.max()) / self.count)
+
+
+@dataclass
+class _Erred:
+    """Of values, [n, K]: the sum of squared errors; how many there are, the mean and the scatter of the dense ones."""
+
+    error: float
+    count: int
+    mean: Tensor
+    scatter: float
+
+    @classmethod
+    def of(cls, expected: Tensor, got: Tensor) -> "_Erred":
+        mean = expected.sum(0) / max(len(expected), 1)
+        error = float((got - expected).square().sum())
+        return cls(error if math.isfinite(error) else math.inf, len(expected), mean.cpu(),
+                   float((expected - mean).square().sum()))
+
+    def merged(self, other: "_Erred") -> "_Erred":
+        count, shift = self.count + other.count, other.mean - self.mean
+        between = float(shift.square().sum()) * self.count * other.count / max(count, 1)
+        return _Erred(self.error + other.error, count, self.mean + shift * (other.count / max(count, 1)),
+                      self.scatter + other.scatter + between)
+
+    @property
+    def divergence(self) -> Divergence:
+        """Values that do not vary are compared by the square of their mean."""
+        scale = self.scatter or self.count * float(self.mean.square().sum())
+        share = self.error / scale if scale else math.inf if self.error else 0.0
+        return Divergence(1 - share, share, 0, by_error=True)
+
+
+def _add(sums: dict[str, Any], name: str, row: Any) -> None:
+    sums[name] = sums[name].merged(row) if name in sums else row
 
 
 def _by_name(outputs: Outputs) -> Mapping[str, Tensor]:
     return {"": outputs} if isinstance(outputs, Tensor) else outputs
 
 
-def _compared(expected: Tensor, got: Tensor) -> Tensor:
-    """float64 [3]: decisions that agree, the sum of the KL divergences, decisions."""
+def _compared(expected: Tensor, got: Tensor, kind: type[_Decided] | type[_Erred]) -> "_Decided | _Erred":
     if expected.shape != got.shape:
         raise ValueError(f"outputs: the dense network returns {list(expected.shape)} and the smaller one "
                          f"{list(got.shape)}")
-    p, q = _logits(expected), _logits(got.to(expected.device))
-    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-    finite = torch.isfinite(q).all(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    agreed = (p.argmax(-1) == q.argmax(-1)) & finite
-    return torch.stack([agreed.sum().double(), torch.where(finite, kl, torch.inf).sum(),
-                        torch.tensor(float(kl.numel()), dtype=torch.float64, device=kl.device)]).cpu()
+    return kind.of(_rows(expected), _rows(got.to(expected.device)))
 
 
-def _logits(output: Tensor) -> Tensor:
+def _rows(output: Tensor) -> Tensor:
     """float64 [decisions, K]."""
     x = with_float64(output.detach()).double()
     if x.dim() == 1:
         x = x[:, None]
     if x.dim() > 3:  # [N, K, H, W]
         x = x.movedim(1, -1)
-    x = x.flatten(0, -2)
-    return torch.cat([torch.zeros_like(x), x], -1) if x.shape[-1] == 1 else x
+    return x.flatten(0, -2)

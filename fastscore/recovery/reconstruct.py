@@ -8,7 +8,7 @@ chosen is fitted once more on all samples.
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, Literal, Protocol, TypeVar, get_args
@@ -27,8 +27,8 @@ from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import bar, shown
 from fastscore.recovery.calibration import Calibration, Part
 from fastscore.recovery.compensation import has_no_place, mean_contributions
-from fastscore.recovery.decisions import Decisions
-from fastscore.recovery.divergence import Divergence, Outputs, divergence, each_of
+from fastscore.recovery.decisions import Decisions, JudgedOutputs
+from fastscore.recovery.divergence import Divergence, Outputs, divergence, each_of, figures
 from fastscore.recovery.front_to_back import refit, sites
 from fastscore.recovery.kept import KeptPasses
 from fastscore.recovery.linear import InputEstimate, estimate_inputs, rewired
@@ -49,7 +49,7 @@ class Repair:
     name: what was done. ridge: of a linear reconstruction, None of anything else. recalibrated: whether the BatchNorms
     were, after that. chosen: whether it is the one returned, then fitted on the held-out samples too. stiffness: of an
     asymmetric one: how many times the ridge that is best for a layer alone every layer has. decisions: how many were
-    compared. outputs: of a network with several outputs, (agreement, KL) of each.
+    compared. outputs: of a network with several outputs, (agreement, KL) of each. by_error: as in Divergence.
     """
 
     name: str
@@ -61,13 +61,14 @@ class Repair:
     stiffness: float = 1.0
     decisions: int = 0
     outputs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    by_error: bool = False
 
     def __str__(self) -> str:
         ridge = "" if self.ridge is None else f", ridge {self.ridge:g}"
         ridge += f", stiffness {self.stiffness:g}" if self.stiffness != 1 else ""
         after = ", BatchNorms recalibrated" if self.recalibrated else ""
-        return (f"{'chosen' if self.chosen else 'tried'}: {self.name}{ridge}{after}: agreement {self.agreement:.1%}, "
-                f"KL {self.kl:.3g}{each_of(self.outputs)}")
+        return (f"{'chosen' if self.chosen else 'tried'}: {self.name}{ridge}{after}: "
+                f"{figures(self.agreement, self.kl, self.by_error)}{each_of(self.outputs)}")
 
 
 class Pruned(Protocol):
@@ -87,7 +88,7 @@ R = TypeVar("R", bound=Pruned)
 
 def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: Method = "auto", *,
                 ridges: Iterable[float] = RIDGES, forward: Forward = call_model,
-                outputs: Sequence[str | int] | None = None,
+                outputs: JudgedOutputs = None,
                 resume: str | PathLike[str] | None = None, process_group: distributed.ProcessGroup | None = None,
                 progress: bool = True) -> R:
     """Repair what pruning broke, without labels and without training: a new result, whose report says what each repair
@@ -107,7 +108,7 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
         ridges: to choose from, each a share of a channel's own variance; math.inf leaves the mean.
         forward: forward(model, batch), for models that are called otherwise.
         outputs: where `forward` returns several (a tuple, list, dict or dataclass of tensors): the places, keys or
-            fields of those that are decisions, each of which is judged by itself. None: all.
+            fields of those that are judged, each by itself. None: all. A dict says how: see fastscore.prune.
         resume: a file that keeps the moments of the dense network, written now and then. Stopped at any moment and
             called again with the same model, result and batches, by whatever method, the pass over the dense network
             goes on from there, to the same bits on a CPU. The file stays.
@@ -177,7 +178,7 @@ class _Bench:
 
     def __init__(self, model: nn.Module, result: Pruned, calibration: Calibration, forward: Forward,
                  process_group: distributed.ProcessGroup | None, kept: KeptPasses,
-                 outputs: Sequence[str | int] | None) -> None:
+                 outputs: JudgedOutputs) -> None:
         check_dense(model, result)
         self._model, self._result, self._calibration = model, result, calibration
         self._forward, self._run, self._group = forward, Decisions(forward, outputs), process_group
@@ -258,7 +259,8 @@ class _Bench:
         model = result.model
         with evaluating(model):
             return divergence(self._outputs.rows, (self._run(model, batch)
-                                                   for batch in self._calibration.part("held out")), self._group)
+                                                   for batch in self._calibration.part("held out")), self._group,
+                              self._run.errors)
 
     def best(self, method: Method, ridges: tuple[float, ...], bar: Any) -> Any:
         """The result repaired by `method`, and the rows of what was tried, which move `bar`."""
@@ -266,18 +268,20 @@ class _Bench:
         best: dict[str, tuple[Repair, Any]] = {}  # of each name
 
         def add(name: str, ridge: float | None, result: Any, recalibrated: bool = False, stiffness: float = 1.0
-                ) -> None:
+                ) -> Divergence:
             found = self._judge(result)
             rows.append(Repair(name, ridge, recalibrated, found.agreement, found.kl, stiffness=stiffness,
                                decisions=found.decisions,
-                               outputs={each: (one.agreement, one.kl) for each, one in found.outputs.items()}))
+                               outputs={each: (one.agreement, one.kl) for each, one in found.outputs.items()},
+                               by_error=found.by_error))
             if name not in best or found.kl < best[name][0].kl:
                 best[name] = rows[-1], result
-            bar.set_postfix_str(f"{name}: agreement {found.agreement:.1%}")
+            bar.set_postfix_str(f"{name}: {figures(found.agreement, found.kl, found.by_error)}")
             bar.update()
+            return found
 
         corrections: dict[str, float] = {}
-        add("none", None, self._result.cut_again(self._model, {}, {}))
+        one_sided = add("none", None, self._result.cut_again(self._model, {}, {})).one_sided
         if method in ("mean", "auto"):
             add("mean", None, self._linear(math.inf, "fit"))
         if method != "mean":
@@ -302,7 +306,7 @@ class _Bench:
         if chosen.recalibrated:
             final = self._recalibrated(final, "all")
         repairs = tuple(replace(row, chosen=row is chosen) for row in rows if row.name in ("none", *names))
-        return replace(final, report=replace(final.report, repairs=repairs, decided=str(self._run)))
+        return replace(final, report=replace(final.report, repairs=repairs, decided=f"{self._run}{one_sided}"))
 
 
 def _on_cpu(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

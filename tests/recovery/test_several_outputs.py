@@ -83,7 +83,7 @@ def test_what_one_tensor_is_taken_for() -> None:
     assert said(lambda x: x).startswith("by the largest of 6 over dimension 1; where that is several outputs side by")
     assert said(lambda x: torch.cat([x[:, :1], -x[:, :1]], 1)).startswith("by the largest of 2")  # of two classes
     assert said(lambda x: torch.cat([x, x])).startswith("by the largest of 6")  # of samples
-    assert said(lambda x: x[:, 0]).startswith("by its sign")
+    assert said(lambda x: x[:, 0]).startswith("by squared error")
     plain = Decisions(fastscore.batches.call_model)
     plain(nn.Identity(), x)
     assert str(plain) == "by the largest of 6 over dimension 1"
@@ -138,7 +138,7 @@ def test_outputs_that_are_no_decisions_are_left_out() -> None:
     assert found.report.decided.startswith("['classes'] by the largest of 10")
     rows = fastscore.curve(model, scores, batches, (0.7,), forward=forward, outputs=["classes"], repair="mean",
                            progress=False)
-    assert "decisions: ['classes'] by the largest of 10" in str(rows)
+    assert "outputs: ['classes'] by the largest of 10" in str(rows)
 
 
 def test_several_outputs_are_distilled_each_by_itself() -> None:

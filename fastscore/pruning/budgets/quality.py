@@ -27,8 +27,8 @@ from fastscore.pruning.options import Budgets
 from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.pruning.report import Judged
 from fastscore.pruning.result import PruneResult
-from fastscore.recovery.decisions import Decisions
-from fastscore.recovery.divergence import Divergence, divergence, least_share
+from fastscore.recovery.decisions import Decisions, JudgedOutputs
+from fastscore.recovery.divergence import Divergence, divergence, figures, least_share
 from fastscore.recovery.held_out import Part, samples_in
 from fastscore.wording import counted
 
@@ -43,8 +43,9 @@ class Quality:
     """What is asked of the smaller network's outputs.
 
     Args:
-        agreement: the least share of samples on which it decides as the dense network does.
-        kl: the largest mean KL divergence from the dense network, in nats.
+        agreement: the least share of samples on which it decides as the dense network does; of outputs that are judged
+            by their error, the least R².
+        kl: the largest mean KL divergence from the dense network, in nats, or squared error.
         confidence: of the statement that the agreement holds beyond the samples that judge; None: it holds on those.
 
     Raises:
@@ -138,15 +139,16 @@ class Judge:
         dense: in evaluation mode.
         batches: to judge by.
         forward: how a network is called.
-        outputs: those that are decisions, see Decisions.
+        outputs: those that are judged, see Decisions.
 
     Raises:
         ValueError: no sample to judge by.
     """
 
     def __init__(self, dense: nn.Module, batches: Iterable[Batch], forward: Forward,
-                 outputs: Sequence[str | int] | None = None) -> None:
-        self._device, self.decided, self._batches = device_of(dense), Decisions(forward, outputs), batches
+                 outputs: JudgedOutputs = None) -> None:
+        self._device, self.judging, self._batches = device_of(dense), Decisions(forward, outputs), batches
+        self._found: Divergence | None = None
         self.samples = sum(samples_in(batch) for batch in batches)
         if not self.samples:
             raise ValueError(f"held_out: there is no sample to judge by; give more batches (one of {HELD_OUT} samples "
@@ -155,12 +157,18 @@ class Judge:
 
     def __call__(self, model: nn.Module) -> Divergence:
         """How far `model` is from the dense network."""
-        return divergence(self._outputs, self._of(evaluation_copy(model)))
+        self._found = divergence(self._outputs, self._of(evaluation_copy(model)), errors=self.judging.errors)
+        return self._found
+
+    @property
+    def decided(self) -> str:
+        """What was taken for decisions, and what is to be known of them."""
+        return str(self.judging) + (self._found.one_sided if self._found else "")
 
     def _of(self, network: nn.Module) -> Iterator[dict[str, Tensor]]:
         with torch.no_grad():
             for batch in self._batches:
-                yield self.decided(network, map_tensors(lambda tensor: tensor.to(self._device), batch))
+                yield self.judging(network, map_tensors(lambda tensor: tensor.to(self._device), batch))
 
 
 def choose_steps(macs: MacsLeft, quality: Quality, find: Callable[[int], Divergence],
@@ -209,7 +217,7 @@ def build_after(steps: Sequence[RemovalStep], costs: Costs,
 
 
 def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quality: Quality, dense: nn.Module,
-                      held_out: Iterable[Batch], forward: Forward, outputs: Sequence[str | int] | None = None,
+                      held_out: Iterable[Batch], forward: Forward, outputs: JudgedOutputs = None,
                       tolerance: float = TOLERANCE) -> tuple[PruneResult, tuple[Judged, ...]]:
     """(the smallest network that holds, all that were judged, from the largest to the smallest).
 
@@ -220,7 +228,7 @@ def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quali
         dense: the network to agree with, in evaluation mode.
         held_out: batches to judge by, in a fixed order.
         forward: how a network is called.
-        outputs: those that are decisions, see Decisions.
+        outputs: those that are judged, see Decisions.
         tolerance: see `search`.
 
     Raises:
@@ -244,10 +252,14 @@ def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quali
             dense_macs, left = built[steps].report.macs
             remains[steps] = left / dense_macs
         found = judge(built[steps].model)
-        tried.set_postfix_str(f"{remains[steps]:.1%} of the MACs: agreement {found.agreement:.1%}")
+        tried.set_postfix_str(f"{remains[steps]:.1%} of the MACs: "
+                              f"{figures(found.agreement, found.kl, found.by_error)}")
         tried.update()
         if quality.confidence is not None and any(each.decisions != judge.samples
                                                   for each in found.outputs.values() or (found,)):
+            if judge.judging.errors:
+                raise ValueError(f"confidence: {judge.judging}: that is no share of decisions, and no bound holds of "
+                                 "it: leave confidence out")
             raise ValueError(f"confidence: the model makes {counted(found.decisions, 'decision')} about "
                              f"{counted(judge.samples, 'sample')}; those about one sample are no independent "
                              "trials, and no bound counts them: leave confidence out")
@@ -259,5 +271,5 @@ def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quali
         best, rows = choose_steps(macs, quality, lambda steps: judge(steps, judges[0]),
                                   lambda steps: judge(steps, judges[-1]), tolerance)
     judged = tuple(Judged(remains[steps], found.agreement, found.kl, quality.bound(found), found.decisions,
-                          steps == best) for steps, found in sorted(rows.items()))
+                          steps == best, found.by_error) for steps, found in sorted(rows.items()))
     return built.get(best) or build(0), judged

@@ -31,7 +31,7 @@ from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.pruning.surgery import Surgery
 from fastscore.recovery.calibration import Calibration
 from fastscore.recovery.compensation import has_no_place, mean_contributions, removed_positions
-from fastscore.recovery.decisions import Decisions
+from fastscore.recovery.decisions import Decisions, JudgedOutputs
 from fastscore.recovery.divergence import divergence
 from fastscore.recovery.linear import estimate_inputs, rewired
 from fastscore.recovery.moments import InputMoments, layouts
@@ -66,7 +66,7 @@ class Measured:
         batches: to fit on, and one of four samples to judge by: see fastscore.reconstruct. A half of these at most
             measures the groups; the rest tells the order from another.
         forward: how the model is called.
-        outputs: those that are decisions, see Decisions.
+        outputs: those that are judged, see Decisions.
         process_group: processes that share the work.
 
     Attributes:
@@ -78,7 +78,7 @@ class Measured:
 
     def __init__(self, model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, scores: Scores, ranked: Ranked,
                  channel_costs: Mapping[str, Tensor] | None, batches: Iterable[Batch], forward: Forward,
-                 outputs: Sequence[str | int] | None, process_group: distributed.ProcessGroup | None) -> None:
+                 outputs: JudgedOutputs, process_group: distributed.ProcessGroup | None) -> None:
         self._model, self._eval_model, self._groups, self._forward = model, eval_model, graph.groups, forward
         self._run, self._group = Decisions(forward, outputs), process_group
         calibration = self._calibration = Calibration(batches, device_of(model), forward, process_group)
@@ -117,7 +117,8 @@ class Measured:
         with bar("measuring groups", " cuts", len(trials)) as done:
             for group, gone, share, value in trials:
                 small = self._repaired({group.name: gone}, RIDGE)
-                kl = divergence(dense, (self._run(small, batch) for batch in judges), self._group).kl
+                kl = divergence(dense, (self._run(small, batch) for batch in judges), self._group,
+                                self._run.errors).kl
                 measured[group.name].append((share, kl / value))
                 done.update()
         return {name: _line(points) for name, points in measured.items()}
@@ -143,7 +144,7 @@ class Measured:
         def left(removed: Mapping[str, Tensor], ridge: float) -> float:
             small = self._repaired(removed, ridge)
             return divergence(dense, (self._run(small, batch) for batch in self._calibration.some(first)),
-                              self._group).kl
+                              self._group, self._run.errors).kl
 
         return [min(left(removed, ridge) for ridge in (RIDGE, math.inf)) for removed in choices]
 

@@ -1,0 +1,146 @@
+"""Outputs that are values rather than decisions, and decisions that are all alike: agreement says nothing of either."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastscore
+from fastscore.recovery.decisions import Decisions
+from fastscore.recovery.divergence import divergence
+
+
+class Regression(nn.Module):
+    """A positive scalar far from zero (its sign never differs), four coordinates, and a class that is always the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(12, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU())
+        self.depth, self.boxes, self.classes = nn.Linear(32, 1), nn.Linear(32, 4), nn.Linear(32, 3)
+        with torch.no_grad():
+            self.depth.bias += 50
+            self.classes.bias += torch.tensor([0.0, 30.0, 0.0])
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.body(x)
+        return {name: getattr(self, name)(features) for name in ("depth", "boxes", "classes")}
+
+
+def only(*names: str) -> Any:
+    def forward(model: nn.Module, batch: Tensor) -> Any:
+        found = model(batch)
+        return found[names[0]] if len(names) == 1 else {name: found[name] for name in names}
+
+    return forward
+
+
+def made(forward: Any) -> tuple[nn.Module, list[Tensor], fastscore.Scores]:
+    torch.manual_seed(0)
+    model, batches = Regression().eval(), list(torch.randn(96, 12).split(16))
+    return model, batches, fastscore.score(model, batches, ablation="mean", forward=forward, progress=False)
+
+
+def share(dense: Tensor, smaller: Tensor) -> float:
+    """E|y - y0|² / Var(y0), by its definition."""
+    off = (smaller - dense).double().square().sum(1).mean()
+    return float(off / dense.double().var(0, correction=0).sum())
+
+
+@pytest.mark.parametrize("shape", [(40,), (40, 4), (10, 4, 3), (10, 3, 2, 2)])
+def test_values_are_judged_by_their_squared_error(shape: tuple[int, ...]) -> None:
+    p, q = 1e3 + torch.randn(shape, dtype=torch.float64), 1e3 + torch.randn(shape, dtype=torch.float64)
+    rows = [x[:, None] if x.dim() == 1 else (x.movedim(1, -1) if x.dim() > 3 else x).flatten(0, -2) for x in (p, q)]
+    for size in (1, 3, 40):
+        found = divergence(p.split(size), q.split(size), errors=[""])
+        assert found.kl == pytest.approx(share(*rows), rel=1e-9)
+        assert found.agreement == pytest.approx(1 - share(*rows), rel=1e-9)
+        assert (found.decisions, found.by_error) == (0, True)
+    assert divergence([p], [torch.full_like(p, math.nan)], errors=[""]).kl == math.inf
+    same = torch.full((5, 1), 2.0)  # which do not vary
+    assert divergence([same], [same + 1], errors=[""]).kl == 0.25
+
+
+def test_a_regression_is_repaired_by_its_error() -> None:
+    """A sign never differs here: agreement was 100 %."""
+    forward, names = only("depth", "boxes"), ("depth", "boxes")
+    model, batches, scores = made(forward)
+    given: Any = {"forward": forward, "outputs": dict.fromkeys(names, "error"), "repair": "linear", "progress": False}
+    result = fastscore.prune(model, scores, batches[0], macs=0.5, calibration=batches, **given)
+    rows = result.report.repairs
+    chosen = next(row for row in rows if row.chosen)
+    assert chosen.kl == min(row.kl for row in rows[1:])
+    fresh = torch.randn(300, 12)
+    with torch.no_grad():
+        left, bare = (sum(share(model(fresh)[name], smaller(fresh)[name]) for name in names)
+                      for smaller in (result.model, result.cut_again(model, {}, {}).model))
+    assert left < 0.7 * bare
+    text = str(result.report)
+    assert f"{chosen.name}, ridge {chosen.ridge:g}: R² {chosen.agreement:.1%}, error {chosen.kl:.3g}" in text
+    assert "judged by the squared error, as a share of the dense outputs' variance, on samples" in text
+    assert "decision" not in text
+    with pytest.raises(ValueError, match=r"confidence: .*by squared error.*leave confidence out"):
+        fastscore.prune(model, scores, batches[0], agreement=0.2, confidence=0.5, calibration=batches,
+                        **{**given, "repair": "mean"})
+
+
+def test_a_regression_is_distilled_by_its_error() -> None:
+    model, batches, _ = made(only("depth"))
+    smaller = copy.deepcopy(model)
+    with torch.no_grad():
+        smaller.depth.weight *= 0.5
+    report = fastscore.distill(model, smaller, batches, steps=30, looks=3, forward=only("depth"), progress=False)
+    assert report.best.kl < 0.5 * report.looks[0].kl
+    assert report.best.by_error
+    assert "R²" in str(report)
+    assert "by squared error" in str(report)
+
+
+def test_values_and_decisions_are_each_judged_in_their_way() -> None:
+    model, batches, _ = made(only("depth"))
+    other, x = Regression().eval(), batches[0]
+    run = Decisions(only("depth", "boxes", "classes"), {"depth": "error", "classes": "decision"})
+    with torch.no_grad():
+        dense, smaller = run(model, x), run(other, x)
+        found = divergence([dense], [smaller], errors=run.errors)
+        assert found.outputs["['depth']"].kl == pytest.approx(share(model(x)["depth"], other(x)["depth"]), rel=1e-4)
+    assert tuple(found.outputs) == ("['depth']", "['classes']")
+    assert found.outputs["['classes']"].decisions == found.decisions == len(x)
+    assert found.agreement == found.outputs["['depth']"].agreement
+    assert not found.by_error
+    assert "['classes'] by the largest of 3" in str(run)
+    sign = Decisions(only("depth"), {"": "decision"})
+    sign(model, x)
+    assert str(sign).startswith("by its sign")
+    with pytest.raises(ValueError, match="outputs: 'largest' for 'classes' is none of 'decision', 'error'"):
+        Decisions(only("depth"), {"classes": "largest"})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match='one tensor alone, whose name is ""'):
+        Decisions(only("depth"), {"depth": "error"})(model, x)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_network_that_always_decides_alike_is_said(same: bool) -> None:
+    forward = only("classes")
+    model, batches, scores = made(forward)
+    if not same:
+        with torch.no_grad():
+            model.classes.bias.zero_()
+    said = "the dense network decides alike on 100.0% of these samples, so that agreement says nothing"
+    found = fastscore.curve(model, scores, batches, (0.7,), repair="mean", forward=forward, progress=False)
+    assert (said in str(found)) == same
+    if same:
+        result = fastscore.prune(model, scores, batches[0], macs=0.7, calibration=batches, repair="mean",
+                                 forward=forward, progress=False)
+        assert said in str(result.report)
+        assert said in str(fastscore.distill(model, result.model, batches, steps=1, looks=1, forward=forward,
+                                             progress=False))
+
+
+def test_a_curve_of_values_says_so() -> None:
+    model, batches, scores = made(only("depth"))
+    found = fastscore.curve(model, scores, batches, (0.7,), repair=None, forward=only("depth"), progress=False)
+    assert found.by_error
+    assert "cut: R²    error" in str(found)
