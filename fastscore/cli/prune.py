@@ -14,7 +14,7 @@ from fastscore.pruning.budgets.clocks import Clock
 from fastscore.pruning.budgets.quality import Quality
 from fastscore.pruning.options import Budgets, Ranking
 from fastscore.pruning.saved.export import check_suffix, save
-from fastscore.recovery.divergence import judged_by
+from fastscore.recovery.divergence import judged_by, names
 
 
 def add(commands: Commands) -> None:
@@ -106,6 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
     tried = {row.name: row for row in result.report.repairs if row.name == "none" or row.chosen}
     if len(tried) > 1:
         before, after = tried.pop("none"), next(iter(tried.values()))
-        tell(f"agreement with the dense model: {before.agreement:.1%} before the repair, {after.agreement:.1%} after "
-             f"it (KL {before.kl:.3g}, {after.kl:.3g}), {judged_by(after.decisions, 'it is not fitted to')}")
+        agreement, kl = names(after.by_error)
+        tell(f"{agreement} with the dense model: {before.agreement:.1%} before the repair, {after.agreement:.1%} after "
+             f"it ({kl} {before.kl:.3g}, {after.kl:.3g}), {judged_by(after.decisions, 'it is not fitted to')}")
     options.wrote(arguments.out)

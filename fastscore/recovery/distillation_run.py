@@ -38,7 +38,7 @@ class Look:
     loss: the mean over the training steps since the look before (0 at the first). agreement, kl: of the smaller
     network's decisions with the dense one's; NaN where a loss of the user's own judges. judged: what decides, the KL
     or that loss. decisions: how many agreement and kl rest on; 0 where a loss of the user's own judges. by_error: as in
-    fastscore.recovery.divergence.Divergence.
+    fastscore.recovery.divergence.Divergence. outputs: what of them is compared.
     """
 
     step: int
@@ -48,18 +48,17 @@ class Look:
     judged: float
     decisions: int = 0
     by_error: bool = False
+    outputs: str = ""
 
 
 @dataclass(frozen=True, repr=False)
 class DistillationReport(Table):
-    """What distill() did. best: the look whose weights the smaller network has. steps: done, of `planned`.
-    outputs: what of them is compared, empty where a loss of the user's own judges."""
+    """What distill() did. best: the look whose weights the smaller network has. steps: done, of `planned`."""
 
     looks: tuple[Look, ...]
     best: Look
     steps: int
     planned: int
-    outputs: str = ""
 
     def __str__(self) -> str:
         own, (agreement, kl) = math.isnan(self.best.kl), names(self.best.by_error)
@@ -80,7 +79,7 @@ class DistillationReport(Table):
         decisions = self.best.decisions  # not known of a run that an older version began
         return [f"best after {self.best.step} of {counted(self.steps, 'step')}",
                 *([judged_by(decisions, "it is not trained on")] if decisions or self.best.by_error else []),
-                *([f"outputs: {self.outputs}"] if self.outputs else []),
+                *([f"outputs: {self.best.outputs}"] if self.best.outputs else []),
                 *["nothing better than the start was found: the weights are as they were"] * (self.best.step == 0),
                 *[early] * (self.steps < self.planned)]
 
@@ -127,7 +126,6 @@ class DistillationRun:
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "float16")
         self._position, self._looks, self._best = Position(), list[Look](), dict[str, Tensor]()
         self._file: RunFile | None = None
-        self._one_sided = ""
         self._norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self._smaller.modules())
 
     def to(self, steps: int, looks: int, patience: int | None, warmup: float, bar: Bar) -> DistillationReport:
@@ -150,8 +148,7 @@ class DistillationRun:
                 total.zero_()
                 bar.set_postfix_str(f"held out: {self._looks[-1].judged:.3g}, best {self.best.judged:.3g}")
         self._smaller.load_state_dict(self._best)
-        return DistillationReport(tuple(self._looks), self.best, self.step, steps,
-                                  f"{self.objective.judging or ''}{self._one_sided}")
+        return DistillationReport(tuple(self._looks), self.best, self.step, steps)
 
     @property
     def best(self) -> Look:
@@ -244,8 +241,8 @@ class DistillationRun:
             got, expected = itertools.tee(pairs)
             found = divergence((pair[1] for pair in expected), (pair[0] for pair in got), self._group,
                                self.objective.errors)
-            self._one_sided = found.one_sided
-            return Look(self.step, loss, found.agreement, found.kl, found.kl, found.decisions, found.by_error)
+            return Look(self.step, loss, found.agreement, found.kl, found.kl, found.decisions, found.by_error,
+                        f"{self.objective.judging or ''}{found.one_sided}")
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for got_one, expected_one in pairs:
             sums += torch.tensor([float(self.objective(got_one, expected_one)) * _samples(got_one), _samples(got_one)])
@@ -288,7 +285,7 @@ class DistillationRun:
     def _save(self) -> None:
         if self._file is None or not self._first:
             return
-        looks = [{key: None if math.isnan(value) else value for key, value in asdict(look).items()}
+        looks = [{key: None if value != value else value for key, value in asdict(look).items()}  # NaN is not JSON
                  for look in self._looks]
         self._file.save({
             "step": self.step, "position": asdict(self._position), "looks": looks,

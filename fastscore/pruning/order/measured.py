@@ -121,7 +121,10 @@ class Measured:
                                 self._run.errors).kl
                 measured[group.name].append((share, kl / value))
                 done.update()
-        return {name: _line(points) for name, points in measured.items()}
+        unit = 1.0  # nats; of values, errors and importances may be in any units
+        if self._run.errors and measured:
+            unit = float(np.nanmedian([ratio for points in measured.values() for _, ratio in points])) or 1.0
+        return {name: _line([(share, ratio / unit) for share, ratio in points]) for name, points in measured.items()}
 
     def _repaired(self, removed: Mapping[str, Tensor], ridge: float) -> nn.Module:
         """The model without `removed` (group -> channels), repaired linearly."""
