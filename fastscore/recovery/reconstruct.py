@@ -103,7 +103,7 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
             predicted from the channels that stay, by ridge regression from the moments of the dense network; the ridge
             is the one that does best on the samples held out. "asymmetric": after that, front to back, each layer is
             fitted to what the dense one made, from what the smaller network gives it (see
-            fastscore.recovery.asymmetric). "auto": whichever of these is nearest to the dense network on the samples
+            fastscore.recovery.asymmetric). "auto": whichever of these, or nothing, is nearest to the dense network on the samples
             held out, with or without fastscore.recalibrate after it.
         ridges: to choose from, each a share of a channel's own variance; math.inf leaves the mean.
         forward: forward(model, batch), for models that are called otherwise.
@@ -293,7 +293,7 @@ class _Bench:
             for stiffness in STIFFNESSES:
                 stiff = {name: stiffness * each for name, each in corrections.items()} or corrections
                 add("asymmetric", start, self._asymmetric(start, "fit", stiff), stiffness=stiffness)
-        names = ("mean", "linear", "asymmetric") if method == "auto" else (method,)
+        names = ("mean", "linear", "asymmetric", "none") if method == "auto" else (method,)
         chosen, result = min((best[name] for name in names), key=lambda pair: pair[0].kl)
         if method == "auto" and running_norms(self._result.model):
             add(chosen.name, chosen.ridge, self._recalibrated(result, "fit"), True, chosen.stiffness)
@@ -301,8 +301,10 @@ class _Bench:
         best.clear()  # models
         ridge = math.inf if chosen.ridge is None else chosen.ridge
         stiff = {name: chosen.stiffness * each for name, each in corrections.items()}
-        final = self._asymmetric(ridge, "all", stiff) if chosen.name == "asymmetric" \
-            else self._linear(ridge, "all")
+        if chosen.name == "none":
+            final = self._result.cut_again(self._model, {}, {})
+        else:
+            final = self._asymmetric(ridge, "all", stiff) if chosen.name == "asymmetric" else self._linear(ridge, "all")
         if chosen.recalibrated:
             final = self._recalibrated(final, "all")
         repairs = tuple(replace(row, chosen=row is chosen) for row in rows if row.name in ("none", *names))

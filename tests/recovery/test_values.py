@@ -72,7 +72,7 @@ def test_a_regression_is_repaired_by_its_error() -> None:
     result = fastscore.prune(model, scores, batches[0], macs=0.5, calibration=batches, **given)
     rows = result.report.repairs
     chosen = next(row for row in rows if row.chosen)
-    assert chosen.kl == min(row.kl for row in rows[1:])
+    assert chosen.kl == min(row.kl for row in rows[1:])  # of "linear" and its ridges
     fresh = torch.randn(300, 12)
     with torch.no_grad():
         left, bare = (sum(share(model(fresh)[name], smaller(fresh)[name]) for name in names)
