@@ -103,8 +103,8 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
             predicted from the channels that stay, by ridge regression from the moments of the dense network; the ridge
             is the one that does best on the samples held out. "asymmetric": after that, front to back, each layer is
             fitted to what the dense one made, from what the smaller network gives it (see
-            fastscore.recovery.asymmetric). "auto": whichever of these, or nothing, is nearest to the dense network on the samples
-            held out, with or without fastscore.recalibrate after it.
+            fastscore.recovery.asymmetric). "auto": whichever of these, or nothing, is nearest to the dense
+            network on the samples held out, with or without fastscore.recalibrate after it.
         ridges: to choose from, each a share of a channel's own variance; math.inf leaves the mean.
         forward: forward(model, batch), for models that are called otherwise.
         outputs: where `forward` returns several (a tuple, list, dict or dataclass of tensors): the places, keys or
