@@ -2,6 +2,7 @@
 several processes (`pytest -n 2`), which would otherwise wait for each other's."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,3 +18,13 @@ def pytest_configure(config: pytest.Config) -> None:
     one process wait for the other."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _threads_are_left_as_they_were() -> Iterator[None]:
+    """A second thread that one file leaves behind would slow all that follow, as processes wait for each other's."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before

@@ -1,12 +1,16 @@
 """What the README says is what happens."""
 
+import os
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from models_page import on_page
+from torchvision.models.resnet import BasicBlock, ResNet
 
 import fastscore
 from fastscore import cli
@@ -23,6 +27,9 @@ def blocks(language):
 
 
 def test_its_python_runs(tmp_path, monkeypatch):
+    """With half of the blocks of its ResNet-18; FASTSCORE_NIGHTLY=1 takes all."""
+    if "FASTSCORE_NIGHTLY" not in os.environ:
+        monkeypatch.setattr(torchvision.models, "resnet18", partial(ResNet, BasicBlock, [1, 1, 1, 1]))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names = {}

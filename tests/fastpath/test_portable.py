@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from networks import NETWORKS
+from thin_members import THIN
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,10 +15,11 @@ import fastscore
 from fastscore.scoring.batch_passes import BatchPasses
 from fastscore.taps.measures import unclamped
 
-FAMILIES = ["densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small",
-            "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_0", "vgg11_bn"]
-NIGHTLY = ["alexnet", "convnext_tiny", "efficientnet_v2_s", "inception_v3", "maxvit_t", "regnet_x_400mf",
-           "resnext50_32x4d", "wide_resnet50_2"]
+FAMILIES = ["densenet", "efficientnet", "googlenet", "mnasnet", "mobilenet v2", "mobilenet v3", "regnet", "resnet",
+            "shufflenet", "squeezenet", "vgg"]  # thin members
+NIGHTLY = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "inception_v3",
+           "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf",
+           "resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_0", "vgg11_bn", "wide_resnet50_2"]
 SIZES = {"inception_v3": 96, "maxvit_t": 224}  # others take 64 x 64
 
 
@@ -51,8 +53,9 @@ class Layouts(TorchDispatchMode):
 @pytest.mark.parametrize("name", FAMILIES + NIGHTLY * (os.environ.get("FASTSCORE_NIGHTLY") == "1"))
 def test_no_convolution_gets_a_gradient_of_another_layout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the pass, that is: the network is traced, and its groups are tried, as it was given."""
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    model, size = torchvision.models.get_model(name, **options).eval(), SIZES.get(name, 64)
+    options = {"init_weights": False} if name == "inception_v3" else {}
+    model = THIN[name][0]() if name in THIN else torchvision.models.get_model(name, **options)
+    model, size = model.eval(), SIZES.get(name, 64)
     seen, measure = Layouts(), BatchPasses._measure
 
     def watched(self: BatchPasses, *args: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torchvision
+from thin_members import THIN
 from torch import Tensor, nn
 
 from fastscore.graph.tracing import trace
@@ -65,11 +65,11 @@ def test_everything_is_in_a_group_or_named() -> None:
     assert not any("\n" in reason for reason in graph.skipped.values())
 
 
-@pytest.mark.parametrize(("name", "size"), [("vit_b_32", 224), ("convnext_tiny", 32), ("swin_t", 32), ("resnet18", 32),
-                                            ("googlenet", 64)])
-def test_no_weight_of_torchvisions_models_is_forgotten(name: str, size: int) -> None:
+@pytest.mark.parametrize("family", ["vit", "convnext", "swin", "resnet", "googlenet"])
+def test_no_weight_of_torchvisions_models_is_forgotten(family: str) -> None:
     """Every parameter of two or more dimensions belongs to a member of a group, or is named, or its module is."""
-    model = getattr(torchvision.models, name)(**({"init_weights": False} if name == "googlenet" else {})).eval()
+    build, size = THIN[family]
+    model = build().eval()
     graph = trace(model, torch.randn(1, 3, size, size))
     members = {member.layer for group in graph.groups for member in group.members}
     known = members | set(graph.skipped)

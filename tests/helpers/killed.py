@@ -25,7 +25,8 @@ from fastscore.batches import Forward
 from fastscore.recovery import kept
 from fastscore.scoring import run_file, runs
 
-SECONDS = 0.01  # of each call of the model
+SECONDS = 0.005  # of each call of the model
+LENGTH = {"score": 8, "reconstruct": 5}[sys.argv[4]] * int(sys.argv[2])  # batches of the run
 MODEL = NETWORKS["residual"].model().float()
 
 
@@ -48,7 +49,7 @@ def slowly(folder: Path) -> Forward:
 
 def score(folder: Path, checkpoint: Path | None) -> None:
     """Score slowly, and write the scores."""
-    scores = fastscore.score(MODEL, iter(batches(150)), probes=2, resume=checkpoint, forward=slowly(folder),
+    scores = fastscore.score(MODEL, iter(batches(LENGTH)), probes=2, resume=checkpoint, forward=slowly(folder),
                              progress=False)
     scores.save(folder / ("resumed" if checkpoint else "whole"))
 
@@ -57,7 +58,7 @@ def reconstruct(folder: Path, checkpoint: Path | None) -> None:
     """Repair a pruned network slowly, and write its weights and what was tried."""
     example, scores = batches(1)[0], fastscore.score(MODEL, batches(3), importance="magnitude-l2", progress=False)
     pruned = fastscore.prune(MODEL, scores, example, channels=0.6)
-    found = fastscore.reconstruct(MODEL, pruned, batches(60), "linear", ridges=(0.01,), forward=slowly(folder),
+    found = fastscore.reconstruct(MODEL, pruned, batches(LENGTH), "linear", ridges=(0.01,), forward=slowly(folder),
                                   resume=checkpoint)
     torch.save({"weights": found.model.state_dict(), "tried": [vars(row) for row in found.report.repairs]},
                folder / ("resumed" if checkpoint else "whole"))

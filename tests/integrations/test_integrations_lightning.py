@@ -128,7 +128,7 @@ def test_a_checkpoint_takes_the_totals_along(tmp_path: Path) -> None:
 
 def test_processes_are_added_up(tmp_path: Path) -> None:
     callback, module = ScoreCallback(tmp_path / "scores.safetensors", network="net"), Module(lr=0)
-    fit(module, callback, Leave(), strategy="ddp_spawn", devices=2)
+    fit(module, callback, Leave(), strategy="ddp_fork", devices=2)
     whole, saved = with_loss(module.net), fastscore.Scores.load(tmp_path / "scores.safetensors")
     assert saved.samples == 20
     for layer in whole:

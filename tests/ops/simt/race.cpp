@@ -1,4 +1,5 @@
 // Every kernel that shares memory between threads, once or twice: an executable of its own for ThreadSanitizer.
+#define SIMT_THREADS
 #include "driver.cpp"
 
 #include <cstdio>

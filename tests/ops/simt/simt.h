@@ -1,18 +1,30 @@
-// Runs CUDA kernels on the CPU: a std::thread for every CUDA thread of a block, the blocks one after the other. Enough
-// of the language for csrc/cuda: indices, __syncthreads, xor shuffles, __shared__, __ldg. Every __ldg is recorded.
+// Runs CUDA kernels on the CPU, the blocks one after the other. Enough of the language for csrc/cuda: indices,
+// __syncthreads, xor shuffles, __shared__, __ldg. Every __ldg is recorded. The threads of a block take turns on one
+// thread of the CPU, each until it waits for others; with SIMT_THREADS, for ThreadSanitizer, each is a std::thread.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
-#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <optional>
-#include <thread>
 #include <type_traits>
 #include <vector>
+
+#ifdef SIMT_THREADS
+#include <barrier>
+#include <thread>
+#define SIMT_LOCAL thread_local
+#else
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#define SIMT_LOCAL  // saved and put back where threads take turns
+#endif
 
 #define __global__
 #define __device__
@@ -32,20 +44,122 @@ struct alignas(8) uint2 {
 using std::max;
 using std::min;
 
-inline thread_local dim3 threadIdx, blockIdx;
+inline SIMT_LOCAL dim3 threadIdx, blockIdx;
 
 namespace simt {
 
 inline constexpr int kWarp = 32;
+inline SIMT_LOCAL int shuffles = 0;  // of a thread, so far
+
+#ifdef SIMT_THREADS
+
+using Barrier = std::barrier<>;
+
+template <class Body>
+void run_threads(int threads, Body body) {
+  std::vector<std::thread> pool;
+  for (int t = 0; t < threads; ++t) pool.emplace_back(body, t);
+  for (std::thread& thread : pool) thread.join();
+}
+
+#else
+
+// The threads of a launch as fibers; one launch runs at a time.
+struct Fibers {
+  static constexpr size_t kStack = 1 << 16;
+  struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[kStack]};
+    bool done;
+  };
+  std::vector<Fiber> all;
+  ucontext_t caller;
+  std::function<void(int)> body;
+  int count = 0, current = 0, idle = 0;  // idle: turns in a row in which nobody came to a barrier
+
+  // The next that is not done, or the current one again.
+  int next() const {
+    int at = current;
+    do at = (at + 1) % count;
+    while (all[at].done && at != current);
+    return at;
+  }
+
+  void yield() {
+    if (++idle > count) {
+      std::fputs("a thread of the block never comes to the barrier that the others wait at\n", stderr);
+      std::abort();
+    }
+    const dim3 thread = threadIdx, of_grid = blockIdx;
+    const int shuffled = shuffles, from = current;
+    current = next();
+    swapcontext(&all[from].context, &all[current].context);
+    threadIdx = thread, blockIdx = of_grid, shuffles = shuffled;
+  }
+
+  static void start();
+
+  void run(int threads) {
+    if (int(all.size()) < threads) all.resize(threads);
+    count = threads, current = idle = 0;
+    for (int t = 0; t < threads; ++t) {
+      all[t].done = false;
+      getcontext(&all[t].context);
+      all[t].context.uc_stack.ss_sp = all[t].stack.get();
+      all[t].context.uc_stack.ss_size = kStack;
+      all[t].context.uc_link = nullptr;
+      makecontext(&all[t].context, start, 0);
+    }
+    swapcontext(&caller, &all[0].context);
+  }
+};
+inline Fibers fibers;
+
+inline void Fibers::start() {
+  shuffles = 0;
+  fibers.body(fibers.current);
+  fibers.all[fibers.current].done = true;
+  fibers.idle = 0;
+  const int to = fibers.next();
+  if (to == fibers.current) setcontext(&fibers.caller);  // the last
+  fibers.current = to;
+  setcontext(&fibers.all[to].context);
+}
+
+class Barrier {
+ public:
+  explicit Barrier(int threads) : threads_(threads) {}
+  void arrive_and_wait() {
+    fibers.idle = 0;
+    if (++arrived_ == threads_) {
+      arrived_ = 0;
+      ++phase_;
+      return;
+    }
+    for (const int64_t phase = phase_; phase == phase_;) fibers.yield();
+  }
+
+ private:
+  int threads_, arrived_ = 0;
+  int64_t phase_ = 0;
+};
+
+template <class Body>
+void run_threads(int threads, Body body) {
+  fibers.body = body;
+  fibers.run(threads);
+}
+
+#endif
 
 struct Warp {
-  std::barrier<> barrier;
+  Barrier barrier;
   uint64_t slot[2][kWarp];
   explicit Warp(int lanes) : barrier(lanes) {}
 };
 
 struct Block {
-  std::barrier<> barrier;
+  Barrier barrier;
   std::vector<std::unique_ptr<Warp>> warps;
   explicit Block(int threads) : barrier(threads) {
     for (int first = 0; first < threads; first += kWarp) {
@@ -55,7 +169,6 @@ struct Block {
 };
 
 inline Block* block = nullptr;
-inline thread_local int shuffles = 0;
 
 // The elements that a kernel may read through __ldg, and how often it read each.
 struct Region {
@@ -99,20 +212,16 @@ struct Launch {
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int64_t splits, Arguments... arguments) const {
     Block state(threads);
     block = &state;
-    std::vector<std::thread> pool;
-    for (int t = 0; t < threads; ++t) {
-      pool.emplace_back([&, t] {
-        threadIdx = {uint32_t(t)};
-        for (int64_t y = std::min(first_split, splits - 1); y < splits; ++y) {
-          for (int64_t x = 0; x < blocks; ++x) {
-            blockIdx = {uint32_t(x), uint32_t(y)};
-            kernel(arguments...);
-            state.barrier.arrive_and_wait();
-          }
+    run_threads(threads, [&](int t) {
+      threadIdx = {uint32_t(t)};
+      for (int64_t y = std::min(first_split, splits - 1); y < splits; ++y) {
+        for (int64_t x = 0; x < blocks; ++x) {
+          blockIdx = {uint32_t(x), uint32_t(y)};
+          kernel(arguments...);
+          state.barrier.arrive_and_wait();
         }
-      });
-    }
-    for (std::thread& thread : pool) thread.join();
+      }
+    });
   }
 };
 

@@ -1,7 +1,11 @@
-"""random_gradient in Triton: the reference's integers to the bit, its normals to float32 rounding."""
+"""random_gradient in Triton: the reference's integers to the bit, its normals to float32 rounding.
+
+Of each distribution every other width; FASTSCORE_NIGHTLY=1 takes all.
+"""
 
 import itertools
 import math
+import os
 
 import pytest
 import torch
@@ -99,7 +103,8 @@ WIDTHS = sorted({4 * 2**power + step for power in range(11) for step in (-3, -1,
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "as drawn"])
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])
 def test_every_kind_of_launch(distribution, normalize, poisoned_memory):
-    for i, classes in enumerate(WIDTHS):
+    first, step = (0, 1) if "FASTSCORE_NIGHTLY" in os.environ else (int(normalize), 2)
+    for i, classes in list(enumerate(WIDTHS))[first::step]:
         seed, probe, ids = SEEDS[i % len(SEEDS)], PROBES[i % len(PROBES)], IDS[i % 10:i % 10 + 2]
         got = generate(ids, classes, seed, probe, distribution == "normal", normalize)
         want = reference.random_gradient(ids, classes, seed, probe, distribution, normalize)
