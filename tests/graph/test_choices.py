@@ -98,6 +98,18 @@ HIDDEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "item": lambda x, s: torch.tensor(float(s[0, 0].item() > FAR)),
     "list": lambda x, s: torch.tensor([[float(value > FAR) for value in row] for row in s.tolist()]),
     "numpy": lambda x, s: torch.from_numpy(s.detach().numpy() > FAR),
+    "rounded in place": lambda x, s: (s / FAR).detach().round_(),
+    "compared in place": lambda x, s: s.detach().clone().gt_(FAR),
+    "divided in place": lambda x, s: (s.detach() + FAR).floor_divide_(FAR**2),
+    "in out=": lambda x, s: torch.gt(s.detach(), FAR, out=torch.empty(s.shape, dtype=torch.bool)),
+    "grown out=": lambda x, s: torch.argmax(s.detach() + FAR * torch.arange(x.shape[1]), -1, keepdim=True,
+                                            out=torch.empty(0, dtype=torch.long)),
+    "put among whole numbers": lambda x, s: torch.zeros(s.shape, dtype=torch.long).copy_(s.detach() / FAR + 2.5),
+    "place in a window": lambda x, s: F.max_pool1d(
+        (s + FAR * torch.arange(x.shape[1]))[:, None], 2, return_indices=True)[1][:, 0],
+    "place in all": lambda x, s: F.adaptive_max_pool2d(
+        (x.mT + FAR * torch.eye(x.shape[1])[0])[..., None], 1, return_indices=True)[1][:, :2, 0, 0],
+    "drawn": lambda x, s: torch.bernoulli((s.detach() / FAR).sigmoid() / FAR),
 }
 # name -> a choice for each channel by itself, or none at all
 ALONE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -107,6 +119,9 @@ ALONE: dict[str, Callable[[Tensor], Tensor]] = {
     "sorted": lambda x: x.sort(1).values * torch.arange(x.shape[1])[:, None],
     "largest": lambda x: x.max(1, keepdim=True).values,
     "quantized": lambda x: (x * 8).round() / 8,
+    "largest of two": lambda x: F.max_pool1d(x.mT, 2).mT,
+    "back in their places": lambda x: F.max_unpool1d(*F.max_pool1d(x.mT, 2, return_indices=True), 2).mT,
+    "zeroed in place": lambda x: x * (x.detach() - 0.5).gt_(0),
     "without NaN": lambda x: torch.where(torch.isnan(x) | torch.isinf(x), 0.0, x),
     "checked": lambda x: x if bool(torch.isfinite(x).all()) else x.nan_to_num(),
 }

@@ -6,9 +6,10 @@ another one is put in its place; and in some turns another one in each row, as r
 as equal to each other as they were.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,13 +26,19 @@ _ALONG = {"argmax", "argmin", "topk", "sort", "argsort", "max.dim", "min.dim", "
 _ALIKE = {"_unique", "_unique2", "unique_dim", "unique_consecutive"}  # that tell what is alike along a dimension
 # operations that answer for each element, in another dtype, or for several at once
 _ANSWERS = {"gt", "lt", "ge", "le", "eq", "ne", "logical_not", "logical_and", "logical_or", "logical_xor", "isin",
-            "_to_copy", "any", "all", "count_nonzero", "bucketize", "searchsorted", "signbit", "equal"}
+            "_to_copy", "copy", "any", "all", "count_nonzero", "bucketize", "searchsorted", "signbit", "equal",
+            "bernoulli"}
 # functions without a gradient, element by element
 _STEPS = {"round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside", "div.Tensor_mode", "div.Scalar_mode",
           "floor_divide", "histc"}
+# maxima over windows of the last dimensions, so many, and where they lie
+_POOLS = {"max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3, "adaptive_max_pool2d": 2,
+          "adaptive_max_pool3d": 3, "fractional_max_pool2d": 2, "fractional_max_pool3d": 3}
 _NUMBERS = {"_local_scalar_dense"}  # of Python: what is made of them, nobody sees
 _TO_PYTHON = ("tolist", "numpy")  # methods that no operation is seen of
-_KNOWN = _ALONG | _ALIKE | _ANSWERS | _STEPS | _NUMBERS | {"nonzero"}
+_KNOWN = _ALONG | _ALIKE | _ANSWERS | _STEPS | _NUMBERS | {"nonzero", *_POOLS}
+
+Noted: TypeAlias = list[tuple[str, list[Tensor] | None]]  # choice by choice; None: of one that nothing depends on
 
 
 class Choices(TorchDispatchMode):
@@ -44,10 +51,11 @@ class Choices(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, noted: list[tuple[str, list[Tensor]]] | None = None, turn: int | None = 0) -> None:
+    def __init__(self, noted: Noted | None = None, turn: int | None = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.noted = [] if noted is None else noted
+        self.noted: Noted = [] if noted is None else noted
         self.read = False
+        self._places: weakref.ref[Tensor] | None = None  # of maxima, which the last choice was noted for
         self._left = None if noted is None else iter(noted)
         self._paused, self._turn, self._way = False, turn, (turn or 0) // 2 % 4
         self._draws, self._count = torch.Generator().manual_seed((turn or 0) % 2), 0
@@ -61,6 +69,7 @@ class Choices(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         for name in _TO_PYTHON:
             delattr(Tensor, name)
+        self._forget_unused()
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     @contextmanager
@@ -74,18 +83,35 @@ class Choices(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = _name(func, kwargs)
-        operands = [x for x in tensors_of((args, kwargs)) if x.is_floating_point()]
+        self._forget_unused()
+        name = _name(func, args, kwargs)
+        operands = _operands(func, name, args, kwargs)
         if self._paused or name is None or not operands or _tells_numbers(operands, args):
             return func(*args, **kwargs)
         before = self._before(name, operands)
         if before is None:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if name in _POOLS and self._left is None:
+                self._places = weakref.ref(out[1])
+            return out
+        written = _written(func, args, kwargs)
+        copies = {id(x): x.clone() for x in written}
         if self._turn is None:
-            held = iter(before)
-            args, kwargs = tree_map_only(Tensor, lambda x: next(held) if x.is_floating_point() else x, (args, kwargs))
-            return func(*args, **kwargs)
-        return self._otherwise(func, name, args, kwargs, operands, before)
+            copies |= {id(x): old.clone() for x, old in zip(operands, before, strict=True)}
+        args, kwargs = tree_map_only(Tensor, lambda x: copies.get(id(x), x), (args, kwargs))
+        out = func(*args, **kwargs) if self._turn is None else \
+            self._otherwise(func, name, args, kwargs, operands, before)
+        if not written:
+            return out
+        for x, value in zip(written, tensors_of(out), strict=True):
+            x.resize_(value.shape).copy_(value) if x.shape != value.shape else x.copy_(value)
+        return written[0] if len(written) == 1 else tuple(written)
+
+    def _forget_unused(self) -> None:
+        """Places of maxima that the code has let go by now, as after most max pools, are no choice."""
+        if self._places is not None and self._places() is None:
+            self.noted[-1] = (self.noted[-1][0], None)
+        self._places = None
 
     def _noting(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         """A method of Tensor that makes Python numbers of all its elements, and notes it."""
@@ -106,7 +132,9 @@ class Choices(TorchDispatchMode):
             self.noted.append((name, [x.clone() for x in operands]))
             return None
         known, before = next(self._left, (None, []))
-        if known != name or [x.shape for x in before] != [x.shape for x in operands]:
+        if known == name and before is None:
+            return None
+        if known != name or before is None or [x.shape for x in before] != [x.shape for x in operands]:
             self._left = iter(())
             return None
         return before
@@ -120,6 +148,10 @@ class Choices(TorchDispatchMode):
             if any(not torch.equal(x, old) for x, old in zip(tensors_of(out), tensors_of(was), strict=True)
                    if not x.is_floating_point()):
                 return out  # it is otherwise
+        if name in _POOLS:
+            x, differs = (whole.flatten(-_POOLS[name]) for whole in (args[0], differs))
+            turned = torch.where(differs.any(-1, keepdim=True), self._rolled(x, -1, False), x)
+            return func(turned.reshape(args[0].shape), *args[1:], **kwargs)
         if name in _ALONG or name in _ALIKE:
             dim = _dim(func, args, kwargs)
             x, differs = (args[0].flatten(), differs.flatten()) if dim is None else (args[0], differs)
@@ -136,7 +168,7 @@ class Choices(TorchDispatchMode):
             return out
         if isinstance(out, bool):
             return out ^ bool(differs.any() and self._steps((), 2))
-        if not isinstance(out, Tensor) or out.is_complex() or (out.is_floating_point() and name not in _STEPS):
+        if not isinstance(out, Tensor) or out.is_complex():
             return out
         other = ~out if out.dtype == torch.bool else torch.zeros_like(out) if self._way == 3 else \
             out + 1 if name in _STEPS else \
@@ -175,17 +207,34 @@ def _differ(operands: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
     return differs
 
 
-def _name(func: Any, kwargs: Any) -> str | None:
-    """The name of an operation that chooses; None of another."""
+def _name(func: Any, args: Any, kwargs: Any) -> str | None:
+    """The name of an operation that chooses, be it in place or not; None of another."""
     if not isinstance(func, torch._ops.OpOverload):
         return None
-    operation = func._schema.name.split("::")[-1]
-    dtype = kwargs.get("dtype")
-    if operation == "_to_copy" and (dtype is None or dtype.is_floating_point or dtype.is_complex):
+    operation = func._schema.name.split("::")[-1].removesuffix("_")
+    dtype = args[0].dtype if operation == "copy" else kwargs.get("dtype")
+    if operation in ("_to_copy", "copy") and (dtype is None or dtype.is_floating_point or dtype.is_complex):
         return None
     if operation == "div" and kwargs.get("rounding_mode") is None:
         return None
     return next((name for name in (operation, f"{operation}.{func._overloadname}") if name in _KNOWN), None)
+
+
+def _operands(func: Any, name: str | None, args: Any, kwargs: Any) -> list[Tensor]:
+    """What an operation chooses by."""
+    if name in _POOLS or name is None:
+        return [args[0]] if name else []
+    given = {key: value for key, value in kwargs.items() if not any(
+        argument.name == key and argument.is_out for argument in func._schema.arguments)}
+    return [x for x in tensors_of((args, given)) if x.is_floating_point()]
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """What an operation writes its results to: the first argument of one in place, or out=."""
+    return [kwargs[argument.name] if argument.kwarg_only else args[place]
+            for place, argument in enumerate(func._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+            and (argument.name in kwargs or not argument.kwarg_only)]
 
 
 def _tells_numbers(operands: list[Tensor], args: Any) -> bool:

@@ -10,7 +10,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.graph.nodes import PRODUCERS
-from fastscore.graph.trials.choices import TURNS, Choices
+from fastscore.graph.trials.choices import TURNS, Choices, Noted
 from fastscore.graph.trials.differences import changed, close, differ
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.norms.channel_norms import OneNode, norm_of
@@ -199,11 +199,11 @@ class Recording:
         return inputs, output
 
     @cached_property
-    def choices(self) -> list[tuple[str, list[Tensor]]]:
+    def choices(self) -> Noted:
         """What the model's code makes choices by, of what layers gave: see Choices."""
         choices = Choices()
         self._replay_changed({}, lambda layer, call, x: None, choices)
-        return choices.noted
+        return choices.noted if any(operands is not None for _, operands in choices.noted) else []
 
     def _replay_changed(self, made: Positions, see: Callable[[str, int, Tensor | None], None],
                         choices: Choices | None = None) -> Tensor:
