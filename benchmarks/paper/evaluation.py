@@ -70,8 +70,9 @@ class Evaluator:
         assert isinstance(scores, Scores) or not compensate
         if self.units == "groups":
             positions = removed_positions(self.groups, removed)
-            added = mean_contributions(self.model, removed_means(self.model, scores.means, positions), self.example,
-                                  lambda model, x: model(x)) if compensate and removed else {}
+            means = removed_means(self.model, scores.means, positions, self.groups, self.graph.kept_biases) \
+                if compensate and removed else {}
+            added = mean_contributions(self.model, means, self.example, lambda model, x: model(x)) if means else {}
             add_to_biases(model, added)  # first: a layer that reads removed channels may lose some of its own
             remove_channels(model, self.groups, removed)
             return model.to(memory_format=torch.channels_last)

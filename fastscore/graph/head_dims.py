@@ -78,7 +78,7 @@ def find(name: str, module: nn.Module, projections: Projections, call: Call,
     """
     if projections.width < 2:
         return "its heads have one dimension each"
-    if any(isinstance(getattr(module, bias, None), Tensor) for bias in _BIASES):
+    if any(isinstance(module._parameters.get(bias, vars(module).get(bias)), Tensor) for bias in _BIASES):
         return "its code adds the biases of queries, keys and values to what its layers make"
     dense = randomized(evaluation_copy(module))
     reason = ""

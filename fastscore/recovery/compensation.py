@@ -84,8 +84,7 @@ def adapted(name: str) -> str | None:
 
 
 def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], positions: Mapping[str, Tensor],
-                  channel_groups: Iterable[ChannelGroup] = (), kept_biases: Container[str] = ()
-                  ) -> dict[str, Tensor]:
+                  channel_groups: Iterable[ChannelGroup], kept_biases: Container[str]) -> dict[str, Tensor]:
     """Layer -> float64 [C]: the mean at each of the layer's `positions`, 0 elsewhere; not of what has no place for it.
 
     activation_means: layer -> [C], those of Scores.means. channel_groups: what may be ignored, as errors say.

@@ -78,6 +78,23 @@ def test_removed_channels_are_what_the_mask_makes(name: str, compensate: bool) -
     torch.testing.assert_close(fast, exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
 
 
+def test_a_bias_that_other_code_reads_takes_no_means() -> None:
+    class Read(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (1 + self[2].get_parameter("bias").square().sum())
+
+    torch.manual_seed(0)
+    model = Read(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(4, 1, 9, 9)
+    scores = fastscore.score(model, [x], progress=False)
+    evaluator = evaluation.Evaluator(model, Images(x, torch.zeros(4).long()), "groups")
+    with torch.no_grad(), fastscore.mask(model, scores, 0.3, x, compensate=True) as removed:
+        exact = model(x)
+    assert "0" in removed
+    with torch.no_grad():
+        torch.testing.assert_close(evaluator.without(removed, scores, True)(x), exact)
+
+
 @pytest.mark.parametrize("units", ["norms", "groups"])
 @pytest.mark.parametrize("stride", [1, 31])
 def test_a_curve_is_what_masking_its_points_by_hand_gives(units: str, stride: int) -> None:

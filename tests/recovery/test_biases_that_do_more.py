@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.graph.tracing import trace
+from fastscore.modules.evaluation_copy import evaluation_copy
 
 X = torch.randn(12, 5, generator=torch.Generator().manual_seed(1)).double()
 IMAGES = torch.randn(8, 5, 6, 6, generator=torch.Generator().manual_seed(2)).double()
@@ -141,6 +142,49 @@ def test_the_smaller_model_is_the_masked_one(kind: str) -> None:
     assert ("biases" in result.report.notes) == (kind in MORE)
     if kind in MORE:
         assert result.report.notes["biases"].startswith(f"{MORE[kind][1]} ")
+
+
+class Attending(nn.Module):
+    """Code outside of a module that holds its biases itself reads them. x: [N, T, 5]."""
+
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        self.make, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.read = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.first, self.states, self.reads = nn.Linear(5, 5), nn.LSTM(8, 8, batch_first=True), reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, read = self.make(self.first(x).relu()).relu() + 0.5, self.read
+        z = self.states(y)[0] if self.reads == "forgetting" else read(y, y, y)[0]
+        if self.reads == "decay":
+            z = z * (1 + read.in_proj_bias.square().sum())
+        if self.reads == "added":
+            z = z + read.in_proj_bias[-8:]
+        if self.reads == "multiplied again":
+            z = z + F.linear(y, read.in_proj_weight, read.in_proj_bias)[..., -8:]
+        if self.reads == "forgetting":
+            z = z * (1 + self.states.bias_hh_l0[8:16].sigmoid().sum())
+        return self.head(z.tanh()).mean(1)
+
+
+@pytest.mark.parametrize("reads", ["", "decay", "added", "multiplied again", "forgetting"])
+def test_biases_that_attention_and_recurrent_modules_hold(reads: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Attending(reads).double().eval()
+        torch.nn.init.normal_(model.read.in_proj_bias)
+    x = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(1)).double()
+    with torch.no_grad(), untouched(model):
+        torch.testing.assert_close(evaluation_copy(model)(x), model(x))  # where each runs as a layer
+        graph = trace(model, x)
+    if reads in ("", "decay", "added"):
+        assert graph.kept_biases == (
+            {} if not reads else {"read.in_proj_weight": "has a bias that other code reads as well"})
+        assert "make" in [group.name for group in graph.groups]
+    scores = fastscore.score(model, [x], progress=False)
+    result = fastscore.prune(model, scores, x, channels=0.6, scope="layer")
+    with torch.no_grad(), fastscore.mask(model, scores, 0.4, x, scope="layer"):
+        torch.testing.assert_close(result.model(x), model(x), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(("kind", "method"), [("equalized", "asymmetric"), ("subtracted", "auto"),

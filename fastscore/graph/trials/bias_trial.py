@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording
+from fastscore.modules.attention.projections import ProjectionLinear
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 
+_OWN = (LinearWithoutKeyBias, ProjectionLinear)  # classes here, which add their biases
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -34,8 +36,8 @@ def kept_biases(recording: Recording) -> dict[str, str]:
         Name of each -> what is done with its bias, or would be with one, but adding it; or why nobody can tell.
     """
     layers = {name: layer for name, layer in recording.layers.items()
-              if isinstance(layer, _PLAIN) and not isinstance(layer, ParameterLinear) and recording.outputs[name]
-              and layer.weight.is_floating_point()}
+              if isinstance(layer, _PLAIN) and (not isinstance(layer, ParameterLinear) or _has_place(layer))
+              and recording.outputs[name] and layer.weight.is_floating_point()}
     found = {name: "has no bias among its parameters" for name, layer in layers.items()
              if "bias" not in layer._parameters}
     found |= dict.fromkeys(layers.keys() & recording.transformed,
@@ -45,10 +47,15 @@ def kept_biases(recording: Recording) -> dict[str, str]:
     found |= dict.fromkeys(_read_elsewhere(recording, names), "has a bias that other code reads as well")
     swapped = {layer for layer, _ in recording.swapped}
     odd = [name for name in names if name not in found
-           and (name in swapped or not (_is_plain(layers[name]) or isinstance(layers[name], LinearWithoutKeyBias)))]
+           and (name in swapped or not (_is_plain(layers[name]) or isinstance(layers[name], _OWN)))]
     if odd:
         found |= dict.fromkeys(_not_added(recording, odd), "does more with a bias than add it")
     return found
+
+
+def _has_place(layer: ParameterLinear) -> bool:
+    """Whether a mean may go into the bias that goes with a parameter of nn.MultiheadAttention."""
+    return isinstance(layer, ProjectionLinear) and layer.bias is not None
 
 
 def _is_plain(layer: nn.Module) -> bool:

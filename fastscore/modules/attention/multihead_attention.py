@@ -107,7 +107,8 @@ class MultiheadAttention(HoldsLayers, nn.Module):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[L, N, E] each -> [L, N, H·D] each."""
-        weight, bias = self.in_proj_weight, self.in_proj_bias
+        weight = self.in_proj_weight
+        bias = None if isinstance(weight, nn.Module) else self.in_proj_bias
         if weight is not None and query is key and key is value:
             # contiguous parts of one product, as PyTorch makes them
             q, k, v = _product(query, weight, bias).unflatten(-1, (3, -1)).unsqueeze(0).transpose(0, -2) \

@@ -32,8 +32,7 @@ class ParameterLinear(nn.Linear):
         assert weight is not None
         self.weight = weight
         self.register_parameter("bias", owner._parameters.get(bias_name))
-        if bias_name:
-            owner._parameters[bias_name] = None
+        owner._parameters.pop(bias_name, None)
         self._measure()
 
     @classmethod
@@ -112,7 +111,14 @@ class ParameterLinear(nn.Linear):
 
 
 class HoldsLayers:
-    """Of a module that holds such layers: loads the names that it has outside of this file."""
+    """Of a module that holds such layers: loads the names that it has outside of this file, and has the biases that are
+    theirs now, for code that reads one itself."""
+
+    def __getattr__(self: Any, name: str) -> Any:
+        for layer in self.__dict__.get("_modules", {}).values():
+            if isinstance(layer, ParameterLinear) and name and layer.bias_name == name:
+                return layer._parameters["bias"]
+        return super().__getattr__(name)  # type: ignore[misc]
 
     def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, layer in self._modules.items():
