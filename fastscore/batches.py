@@ -180,17 +180,24 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
 
 def tensors_of(batch: Batch) -> Iterator[Tensor]:
     """The tensors of a batch, depth first."""
+    found: list[Tensor] = []
+    _collect(batch, found)
+    return iter(found)
+
+
+def _collect(batch: Batch, found: list[Tensor]) -> None:
+    """Add the tensors of a batch, depth first: every operation of a model that is watched asks for its operands'."""
     if isinstance(batch, Tensor):
-        yield batch
-    for value in _parts(batch):
-        yield from tensors_of(value)
+        found.append(batch)
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            _collect(value, found)
+    elif type(batch) not in _NO_CONTAINERS:
+        for value in batch.values() if isinstance(batch, Mapping) else _fields(batch).values():
+            _collect(value, found)
 
 
-def _parts(batch: Batch) -> Iterable[Any]:
-    """What a container holds."""
-    if isinstance(batch, (tuple, list)):
-        return batch
-    return batch.values() if isinstance(batch, Mapping) else _fields(batch).values()
+_NO_CONTAINERS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -34,6 +34,17 @@ def fork_rng(device: torch.device) -> Iterator[None]:
                 first.__exit__(None, None, None)
 
 
+def start_over(device: torch.device) -> None:
+    """Seed the generators of the CPU and of `device` with 0, so that what is drawn is drawn again.
+
+    torch.manual_seed() seeds those of all devices, and notes the call stack for each kind that is not in use yet.
+    """
+    if device.type in ("cpu", "meta"):
+        torch.default_generator.manual_seed(0)
+    else:
+        torch.manual_seed(0)
+
+
 def _fork(device: torch.device) -> AbstractContextManager[None]:
     if device.type in ("cpu", "meta"):
         return torch.random.fork_rng(devices=[])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastscore import rng
 from fastscore.batches import Batch, Forward, checked_forward, to_channels_last
 from fastscore.fastpath.compiled import compile_tapped
 from fastscore.fastpath.folding import Folding
@@ -15,6 +16,7 @@ from fastscore.fastpath.observation import Observation, observe
 from fastscore.fastpath.plan import Plan, planned_tap
 from fastscore.fastpath.precision import PRECISIONS, cast, check_runs, described
 from fastscore.modules.hooks import OwnHook
+from fastscore.modules.inspection import device_of
 from fastscore.ops.backends import serving
 from fastscore.taps.taps import Taps
 
@@ -97,7 +99,7 @@ def prepare(eval_model: nn.Module, taps: Taps, normalized_by: Mapping[str, str],
 
 def _observe(prepared: Prepared) -> None:
     """See what one pass shows, and move taps to where they read less."""
-    torch.manual_seed(0)
+    rng.start_over(device_of(prepared.copy))
     seen = observe(prepared.copy, prepared.taps, prepared.example, prepared.forward)
     for layer, (point, shape) in seen.earlier.items():
         prepared.taps.points[layer] = point
@@ -169,7 +171,7 @@ _STOPS = "the model did not run afterwards"
 
 def _fault(prepared: Prepared) -> str:
     """What is wrong with the output since the copy was changed; nothing where it is as it was."""
-    torch.manual_seed(0)  # whatever is drawn, is drawn again
+    rng.start_over(device_of(prepared.copy))  # whatever is drawn, is drawn again
     try:
         with torch.no_grad():
             output = prepared.forward(prepared.copy, prepared.arrange(prepared.example))

@@ -14,6 +14,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from fastscore import rng
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.graph.nodes import LAYERS
@@ -22,7 +23,7 @@ from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.surgery_trial import some_channels
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
-from fastscore.modules.inspection import channel_dim, parameter_owners
+from fastscore.modules.inspection import channel_dim, device_of, parameter_owners
 from fastscore.modules.zero_branch import put, put_zeros
 
 
@@ -213,12 +214,12 @@ def _same_without(model: nn.Module, run: Callable[[nn.Module], Tensor], branches
     replaced = {name: model.get_submodule(name) for branch in branches for name in branch.modules}
     try:
         with torch.no_grad():
-            torch.manual_seed(0)
+            rng.start_over(device_of(model))
             want = run(model)
             for branch in branches:
                 for name, returns in branch.modules.items():
                     put_zeros(model, name, returns)
-            torch.manual_seed(0)
+            rng.start_over(device_of(model))
             got = run(model)
     except Exception:  # whatever the model's code does with a module that is not there
         return False

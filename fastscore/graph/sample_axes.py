@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastscore import rng
 from fastscore.batches import Batch, first_tensor, map_tensors
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.routing import Decisions
 from fastscore.graph.trials.trial_inputs import batch_of, has_masks, other_masks, randomize_zeros
 from fastscore.modules.hooks import input_of, with_input
-from fastscore.modules.inspection import channel_dim
+from fastscore.modules.inspection import channel_dim, device_of
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, joined_axis
 from fastscore.wording import counted
 
@@ -157,7 +158,7 @@ def _second_dimension(model: nn.Module, run: Run, batch: Batch, output: Tensor) 
                 return x
             return torch.cat([x.narrow(dim, 1, 1), x.narrow(dim, 1, x.shape[dim] - 1)], dim)
 
-        torch.manual_seed(0)
+        rng.start_over(device_of(model))
         with torch.no_grad():
             (changed, *_) = run(model, map_tensors(replace_first, batch))
         left = output.shape[dim] - 1
@@ -227,7 +228,7 @@ def _trial(model: nn.Module, watched: Mapping[str, Watched], run: Run, batch: Ba
            ) -> _Trial:
     """A run on that batch of `size` samples."""
     trial = _Trial(size, torch.zeros((), requires_grad=True))
-    torch.manual_seed(0)
+    rng.start_over(device_of(model))
     with _watching(model, watched, trial), torch.set_grad_enabled(grad):
         trial.outputs = run(model, batch)
     return trial

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastscore import rng
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.surgery_trial import said
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
+from fastscore.modules.inspection import device_of
 from fastscore.modules.weights.experts import NAMES, ROUTER, ExpertLinear, RouterLinear
 
 _CHOOSES = {"softmax", "topk"}  # what the code of a router calls that takes no expert of probability zero
@@ -136,10 +138,10 @@ def _difference(model: nn.Module, run: Callable[[nn.Module], Tensor], groups: Se
         try:
             with torch.no_grad():
                 small = surgery.remove_channels(evaluation_copy(model), groups, gone)
-                torch.manual_seed(0)
+                rng.start_over(device_of(model))
                 got = run(small)
                 handles += never_chosen(model, groups, gone)
-                torch.manual_seed(0)
+                rng.start_over(device_of(model))
                 want = run(model)
         except Exception as error:  # whatever the model's code does with fewer of them
             return f"{type(model).__name__} does not run with fewer experts ({said(error)})"

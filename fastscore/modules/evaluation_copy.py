@@ -1,6 +1,7 @@
 """The evaluation copy: a model that shares the parameters of the user's, and may be changed at will."""
 
 import copy
+from collections import OrderedDict
 from types import ModuleType
 from typing import Any, TypeGuard
 
@@ -29,7 +30,14 @@ def computed_tensors(model: nn.Module) -> list[Tensor]:
 def own_copies(model: nn.Module) -> dict[int, Any]:
     """For copy.deepcopy() of a model: id of each thing in it that it refuses, or copies with a history -> a copy."""
     computed: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed_tensors(model)}
-    return computed | scripted.copies(model)
+    return empty_dicts(model) | computed | scripted.copies(model)
+
+
+def empty_dicts(model: nn.Module) -> dict[int, Any]:
+    """For copy.deepcopy() of a model: id of each empty dict in it -> another. A module has a dozen of them, for hooks,
+    on which deepcopy() spends most of its time."""
+    return {id(held): type(held)() for module in model.modules() for held in vars(module).values()
+            if not held and type(held) in (OrderedDict, dict)}
 
 
 def _writes_to_its_weight(module: nn.Module) -> TypeGuard[nn.Embedding | nn.EmbeddingBag]:
@@ -54,8 +62,9 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
         TypeError, ValueError: those of fastscore.modules.wrappers.check_whole.
     """
     check_whole(model)
-    shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
-                              for parameter in model.parameters()}
+    shared: dict[int, Any] = empty_dicts(model)
+    shared |= {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
+               for parameter in model.parameters()}
     shared |= {id(module.weight): nn.Parameter(module.weight.detach().clone(), requires_grad=False)
                for module in model.modules() if _writes_to_its_weight(module)}
     shared |= {id(part): scripted.opaque(part) for _, part in scripted.outermost(model)}

@@ -9,10 +9,11 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from fastscore import rng
 from fastscore.graph.nodes import PRODUCERS
 from fastscore.graph.trials.choices import TURNS, Choices, Noted
 from fastscore.graph.trials.differences import changed, close, differ
-from fastscore.modules.inspection import channel_dim
+from fastscore.modules.inspection import channel_dim, device_of
 from fastscore.modules.norms.channel_norms import OneNode, norm_of
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 
@@ -239,7 +240,7 @@ class Recording:
 
         handles = [module.register_forward_hook(skip, with_kwargs=True) for module in model.modules()
                    if isinstance(module, nn.GroupNorm)]
-        torch.manual_seed(0)
+        rng.start_over(device_of(model))
         try:
             with _replaced(model, forwards):
                 return self._run_model(model).clone()

@@ -105,14 +105,14 @@ def norm_of(module: nn.Module) -> ChannelNorm | ResponseNorm | None:
     """What a module computes, if that is a normalisation over channels with at most a weight and a bias of one number
     each; None for all others.
 
-    A copy with random weights is tried: what it is called does not matter.
+    A copy with random weights is tried: what it is called does not matter, nor a `forward` of its own.
     """
     if isinstance(module, NarrowedNorm):
         return module.channel_norm
     size = width(module)
     if size is None:
         return None
-    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE and name != "forward"}
     if not all(isinstance(value, _PLAIN) for value in own.values()):  # what it computes may depend on what is in there
         return _find(module, size)
     key = (type(module), size, *own.items(),

@@ -1,0 +1,66 @@
+"""Layers of PyTorch's own code, whose output follows from what they hold: what is held need not be run to be compared.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
+from fastscore.modules.attention.projections import ProjectionLinear
+
+# the first that a layer is; those of fastscore.modules multiply as a Linear does, by rows in another order
+_PLAIN = (ProjectionLinear, SequenceFirstLinear, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
+          nn.ConvTranspose2d, nn.ConvTranspose3d)
+_WIDTHS = {"in_features", "out_features", "in_channels", "out_channels"}
+_OTHERWISE = {"forward", "training", "_modules", "_parameters", "_of", *_WIDTHS}  # compared apart, or of no account
+
+
+def plain_kind(layer: nn.Module) -> type[nn.Module] | None:
+    """The class of PyTorch whose code makes the layer's output, of parameters that it holds itself; None of others."""
+    kind = next((kind for kind in _PLAIN if isinstance(layer, kind)), None)
+    own = all(getattr(type(layer), key, None) is getattr(kind, key, None) for key in ("forward", "_conv_forward"))
+    return kind if own and set(layer._parameters) == {"weight", "bias"} and not layer._modules else None
+
+
+def holds_rest(small: nn.Module, whole: nn.Module, gone_in: Tensor | None, gone_out: Tensor | None) -> bool:
+    """Whether a smaller layer computes what a larger one does of inputs that are zero at what is gone: its code is
+    PyTorch's, and it holds the rest of the same weights. False where that cannot be seen.
+
+    Args:
+        small: a copy of `whole` that has been cut.
+        whole: the layer as it was.
+        gone_in: positions of its inputs that are gone, int64; None where there are none.
+        gone_out: of its outputs, likewise.
+    """
+    kind = plain_kind(whole)
+    if kind is None or type(small) is not type(whole) or plain_kind(small) is None or getattr(whole, "groups", 1) != 1:
+        return False
+    if _settings(small) != _settings(whole):
+        return False
+    held: Any = small
+    weight, bias, ins, outs = held.weight, held.bias, *((1, 0) if not getattr(whole, "transposed", False) else (0, 1))
+    of_whole: Any = whole
+    expected = _without(_without(of_whole.weight, outs, gone_out), ins, gone_in)
+    widths = (held.in_features, held.out_features) if isinstance(whole, nn.Linear) else \
+        (held.in_channels, held.out_channels)
+    if widths != (expected.shape[ins], expected.shape[outs]) or not _same(weight, expected):
+        return False
+    if bias is None or of_whole.bias is None:
+        return bias is of_whole.bias
+    return _same(bias, _without(of_whole.bias, 0, gone_out))
+
+
+def _settings(layer: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(layer).items() if name not in _OTHERWISE and "_hooks" not in name}
+
+
+def _without(x: Tensor, dim: int, gone: Tensor | None) -> Tensor:
+    if gone is None:
+        return x
+    stays = torch.ones(x.shape[dim], dtype=torch.bool).index_fill(0, gone, False).nonzero()[:, 0]
+    return x.detach().index_select(dim, stays.to(x.device))
+
+
+def _same(x: Tensor, expected: Tensor) -> bool:
+    return x.dtype == expected.dtype and x.shape == expected.shape and torch.equal(x, expected)
