@@ -66,8 +66,8 @@ class _Guess:
         return replace(group, name=qualified(group.name), members=members)
 
 
-def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[str] = (),
-         dims: bool = False) -> Found:
+def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[str] = (), dims: bool = False,
+         run_again: Callable[[nn.Module], Any] | None = None) -> Found:
     """The groups of heads in a model.
 
     Args:
@@ -75,13 +75,15 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[st
         run: run(model) runs it on example inputs.
         unused: layers that the output does not depend on.
         dims: look for the dimensions of heads, too, which takes most of the time.
+        run_again: the same, where less need be computed, since layers give what they gave.
     """
     every = Found()
     guesses = {name: found for name, module in model.named_modules()
                if (found := [_adapted(module, guess) for guess in _guesses(name, module)])}
     if not guesses:
         return every
-    calls = attention_calls.record(model, {name: _heads_of(found[0].group) for name, found in guesses.items()}, run)
+    calls = attention_calls.record(model, {name: _heads_of(found[0].group) for name, found in guesses.items()},
+                                   run_again or run)
     owners = parameter_owners(model)
     groups, skipped = every.groups, every.skipped
     biases = {name: maker for given in calls.given for name in given

@@ -7,9 +7,9 @@ gradients come back. Rows that a model's code routes by what they hold must lie 
 fastscore.graph.routing). The layout that is left is the one for batches of any size.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,17 +19,15 @@ from fastscore import rng
 from fastscore.batches import Batch, first_tensor, map_tensors
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.routing import Decisions
+from fastscore.graph.trials.sample_trials import Call, Run, Trial, Watched, send_back, trial, tried
 from fastscore.graph.trials.trial_inputs import batch_of, has_masks, other_masks, randomize_zeros
-from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim, device_of
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, joined_axis
-from fastscore.wording import counted
 
 _SIZES = (2, 3, 4, 5, 7)  # of batches: the first two as a rule, the others where those leave a choice
+_QUICK = (1, 3)  # of an example of one sample, which is run once for other ends
 _DECISIONS = 2  # runs in which the model's code decides otherwise about what a batch holds
-_PICKS = 3  # samples whose gradients are sent back from a batch of more
-
-Run = Callable[[nn.Module, Batch], Sequence[Tensor]]
+Around = Callable[[], AbstractContextManager[Any]]
 
 SHARED = "what {0} reads is the same for all samples, whose gradients there cannot be told apart"
 MIXED = "what {0} reads of one sample reaches the outputs of others, so that samples cannot be told apart"
@@ -37,46 +35,12 @@ _UNTOLD = "it cannot be told which of the rows that {0} reads belong to which sa
 IRREGULAR = _UNTOLD + "the model's code routes, gathers, flips or loops over them"
 UNREACHED = _UNTOLD + "no sample that was tried sends a gradient back to it"
 AMBIGUOUS = _UNTOLD + "the gradients that come back fit more than one order"
+_UNSURE = (IRREGULAR, UNREACHED, AMBIGUOUS)  # may be otherwise with other sizes, or the gradients of the layers
 ALONE = ": it is scored where batches have one sample each"
 
 
-@dataclass(frozen=True)
-class Watched:
-    """A tensor to look at: a layer's input, or its output. channel_dim: where its channels are. module: the layer's
-    name, where what is looked at has another."""
-
-    channel_dim: int
-    output: bool = False
-    module: str = ""
-
-
-@dataclass
-class _Call:
-    """One call of a layer in a batch of `size` samples: the shape of what is looked at, without the dimension `channel`
-    of its channels; and for each sample whose gradient was sent back, by its number, where that came to."""
-
-    size: int
-    shape: torch.Size
-    channel: int
-    reached: dict[int, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class _Trial:
-    """One run: how large its batch was, and what it showed. anchor: what gradients are asked for. sent: holds the
-    number of the sample whose gradient is on its way. decides: whether the model's code decided anything by what the
-    batch holds, where that was looked for."""
-
-    size: int
-    anchor: Tensor
-    calls: dict[str, list[_Call]] = field(default_factory=dict)
-    outputs: Sequence[Tensor] = ()
-    called_with: Tensor | None = None  # the first tensor of the model's first call
-    sent: list[int] = field(default_factory=list)
-    decides: bool | None = None
-
-
-def of_graph(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training: Run, example: Batch) -> SampleAxes:
+def of_graph(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training: Run, example: Batch,
+             single: Batch = None, first: Around = nullcontext) -> SampleAxes:
     """The sample axes of what is tapped: the inputs of consumers and the outputs of BatchNorms. See `find`.
 
     run_as_in_training: for layers that `run` does not call.
@@ -88,14 +52,15 @@ def of_graph(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training
                 for edge in group.edges}
     watched |= {name: Watched(1, output=True) for name, module in model.named_modules()
                 if isinstance(module, nn.modules.batchnorm._BatchNorm)}
-    axes = find(model, watched, run, example) if watched else SampleAxes()
+    axes = find(model, watched, run, example, single, first) if watched else SampleAxes()
     inactive = {layer: watched[layer] for layer in watched.keys() - axes.calls.keys()}
     if not inactive:
         return axes
-    return replace(axes, calls={**axes.calls, **find(model, inactive, run_as_in_training, example).calls})
+    return replace(axes, calls={**axes.calls, **find(model, inactive, run_as_in_training, example, single).calls})
 
 
-def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Batch) -> SampleAxes:
+def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Batch, single: Batch = None,
+         first: Around = nullcontext) -> SampleAxes:
     """The sample axes of what a model's layers read or make.
 
     Args:
@@ -104,15 +69,36 @@ def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Ba
         watched: layer -> what to look at.
         run: (model, batch) -> its floating-point outputs.
         example: a batch; samples of it make up the batches that are tried.
+        single: one that may be of a single sample.
+        first: a run on a single sample, without gradients, is made in this block, if there is one.
 
     Returns:
         What is known of each layer that ran; every reason says why a layer's samples cannot be told apart.
     """
     model.requires_grad_(False)
     randomize_zeros(model)
-    trials = _shapes_at_two_sizes(model, watched, run, example)
+    quick = _Way(_QUICK, False, first, single)
+    found = _find(model, watched, run, example, quick) if _samples_of(single) == 1 else None
+    return found or _find(model, watched, run, example, _Way(_SIZES, True)) or SampleAxes()
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How samples are told apart: on batches of which sizes, with the gradients that layers send back or with others
+    that reach the same rows (which may grow too large, or too small); and in which block the first run is made, on
+    which batch."""
+
+    sizes: Sequence[int]
+    exact: bool
+    first: Around = nullcontext
+    single: Batch = None
+
+
+def _find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Batch, way: _Way) -> SampleAxes | None:
+    """What one way shows; None where another may show more."""
+    trials = _shapes_at_two_sizes(model, watched, run, example, way)
     if isinstance(trials, str):
-        return SampleAxes(dict.fromkeys(watched, (Untold(trials),)))
+        return SampleAxes(dict.fromkeys(watched, (Untold(trials),))) if way.exact else None
     axes = [joined_axis([trial.outputs[place].shape for trial in trials], [trial.size for trial in trials])
             for place in range(min(len(trial.outputs) for trial in trials))]
     called_with = [trial.called_with for trial in trials if trial.called_with is not None]
@@ -124,18 +110,20 @@ def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Ba
                              for trial in trials)
         reason = "which dimension of the output counts samples cannot be told: with samples along the first " \
             f"dimension of the batch, it is {shown} of them"
-        return SampleAxes(dict.fromkeys(watched, (Untold(reason),)), 0, inputs, values)
+        return SampleAxes(dict.fromkeys(watched, (Untold(reason),)), 0, inputs, values) if way.exact else None
     batch = batch_of(example, trials[-1].size) if len(trials) > 1 else example
     second = _second_dimension(model, run, batch, trials[-1].outputs[0])
-    otherwise = _decided_otherwise(model, watched, run, batch, trials[-1], axes)
-    _send_back(trials[-1], axes)
+    otherwise = _decided_otherwise(model, watched, run, batch, trials[-1], axes, way)
+    send_back(trials[-1], axes)
     found = _resolve([*otherwise, *trials])
-    for size in _SIZES[2:] if len(trials) > 1 else ():
+    if not way.exact and any(axis in _UNSURE for of_layer in found.values() for axis in of_layer):
+        return None
+    for size in way.sizes[2:] if len(trials) > 1 else ():
         if not any(axis == AMBIGUOUS for of_layer in found.values() for axis in of_layer):
             break
-        more = _tried(model, watched, run, batch_of(example, size), size)
+        more = tried(model, watched, run, batch_of(example, size), size)
         if not isinstance(more, str):
-            _send_back(more, axes)
+            send_back(more, axes)
             trials.append(more)
             found = _resolve([*otherwise, *trials])
     calls = {layer: tuple(axis if isinstance(axis, SampleAxis) else
@@ -169,22 +157,29 @@ def _second_dimension(model: nn.Module, run: Run, batch: Batch, output: Tensor) 
     return others_change(0) and not others_change(1)
 
 
-def _shapes_at_two_sizes(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Batch
-                         ) -> list[_Trial] | str:
+def _shapes_at_two_sizes(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Batch, way: _Way
+                         ) -> list[Trial] | str:
     """Two runs, the second with a graph; or one, on the example as it is, where the model takes no other size."""
-    small, large = _SIZES[:2]
-    first = _tried(model, watched, run, batch_of(example, small), small, grad=False)
+    small, large = way.sizes[:2]
+    batch = batch_of(example, small) if way.exact else way.single
+    try:
+        with way.first():
+            first: Trial | str = trial(model, watched, run, batch, small, grad=False)
+    except Exception:  # of the model's code; or of the block
+        first = tried(model, watched, run, batch, small, grad=False)
     batch = batch_of(example, large)
     with Decisions(batch) as noted:
-        second = _tried(model, watched, run, batch, large)
+        second = tried(model, watched, run, batch, large, exact=way.exact)
     if isinstance(second, str):  # it may be the looking for decisions that does not run
-        second = _tried(model, watched, run, batch, large)
+        second = tried(model, watched, run, batch, large, exact=way.exact)
     else:
         second.decides = noted.found
     if not isinstance(first, str) and not isinstance(second, str):
         return [first, second]
+    if not way.exact:
+        return "no run on other sizes"
     count = _samples_of(example)
-    as_it_is = _tried(model, watched, run, example, count) if count > 1 else ""
+    as_it_is = tried(model, watched, run, example, count) if count > 1 else ""
     if not isinstance(as_it_is, str):
         return [as_it_is]
     return (as_it_is or (first if isinstance(first, str) else str(second))) + ALONE
@@ -195,117 +190,27 @@ def _samples_of(example: Batch) -> int:
     return len(tensor) if tensor is not None and tensor.dim() else 0
 
 
-def _decided_otherwise(model: nn.Module, watched: Mapping[str, Watched], run: Run, batch: Batch, known: _Trial,
-                       axes: Sequence[int | None]) -> list[_Trial]:
+def _decided_otherwise(model: nn.Module, watched: Mapping[str, Watched], run: Run, batch: Batch, known: Trial,
+                       axes: Sequence[int | None], way: _Way) -> list[Trial]:
     """Runs like the known one, on its batch, in which the model's code decides otherwise about what the batch holds;
     none where it decides nothing, or does not run then."""
     shapes = [output.shape for output in known.outputs]
     if known.decides is None:
         with Decisions(batch) as noted:
-            _tried(model, watched, run, batch, known.size, grad=False)
+            tried(model, watched, run, batch, known.size, grad=False)
         known.decides = noted.found
     trials = []
     for seed in range(_DECISIONS) if known.decides or has_masks(batch) else ():
         other = other_masks(batch, seed)
         with Decisions(other, seed):
-            trial = _tried(model, watched, run, other, known.size)
-        if not isinstance(trial, str) and [output.shape for output in trial.outputs] == shapes:
-            _send_back(trial, axes)
-            trials.append(trial)
+            more = tried(model, watched, run, other, known.size, exact=way.exact)
+        if not isinstance(more, str) and [output.shape for output in more.outputs] == shapes:
+            send_back(more, axes)
+            trials.append(more)
     return trials
 
 
-def _tried(model: nn.Module, watched: Mapping[str, Watched], run: Run, batch: Batch, size: int, grad: bool = True
-           ) -> "_Trial | str":
-    """A run on that batch of `size` samples, or what the model said instead."""
-    try:
-        return _trial(model, watched, run, batch, size, grad)
-    except Exception as error:  # whatever the model's code does with a batch of another size
-        return f"the model does not run on {counted(size, 'sample')} ({type(error).__name__}: {error})"
-
-
-def _trial(model: nn.Module, watched: Mapping[str, Watched], run: Run, batch: Batch, size: int, grad: bool = True
-           ) -> _Trial:
-    """A run on that batch of `size` samples."""
-    trial = _Trial(size, torch.zeros((), requires_grad=True))
-    rng.start_over(device_of(model))
-    with _watching(model, watched, trial), torch.set_grad_enabled(grad):
-        trial.outputs = run(model, batch)
-    return trial
-
-
-@contextmanager
-def _watching(model: nn.Module, watched: Mapping[str, Watched], trial: _Trial) -> Iterator[None]:
-    def seen(layer: str, x: Tensor, what: Watched) -> Tensor:
-        dim = what.channel_dim % x.dim()
-        call = _Call(trial.size, x.shape[:dim] + x.shape[dim + 1:], dim)
-        if torch._C._current_graph_task_id() == -1:  # not run again by an activation checkpoint
-            trial.calls.setdefault(layer, []).append(call)
-        watched: Tensor = _Watch.apply(x, trial.anchor.to(x.device), trial.sent, call, what.output)
-        return watched
-
-    def on_input(layer: str, what: Watched) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return with_input(args, kwargs, seen(layer, input_of(args, kwargs), what))
-
-        return hook
-
-    def on_output(layer: str, what: Watched) -> Callable[..., Any]:
-        return lambda module, args, output: (seen(layer, output[0], what), *output[1:]) \
-            if isinstance(output, tuple) else seen(layer, output, what)
-
-    def on_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if trial.called_with is None:
-            trial.called_with = first_tensor((args, kwargs))
-
-    handles = [model.register_forward_pre_hook(on_model, with_kwargs=True)]
-    for layer, what in watched.items():
-        module = model.get_submodule(what.module or layer)
-        handles.append(module.register_forward_hook(on_output(layer, what)) if what.output else
-                       module.register_forward_pre_hook(on_input(layer, what), with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Watch(torch.autograd.Function):
-    """x -> x; backward: notes where the gradient is not zero."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, sent: list[int], call: _Call, output: bool) -> Tensor:
-        ctx.sent, ctx.call = sent, call
-        return x.clone() if output else x.view_as(x)  # whoever takes an output may write to it
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        for sample in ctx.sent:
-            ctx.call.reached[sample] = ((g != 0) & g.isfinite()).any(ctx.call.channel).cpu()  # NaN tells nothing
-        return g, g.new_zeros((), dtype=torch.float32), None, None, None
-
-
-def _send_back(trial: _Trial, axes: Sequence[int | None]) -> None:
-    """A random gradient from one sample's output after another's."""
-    picks = range(trial.size) if trial.size <= _PICKS else (*range(_PICKS - 1), trial.size - 1)
-    pairs = [(output, axis) for output, axis in zip(trial.outputs, axes, strict=False)
-             if output.requires_grad and axis is not None]
-    for sample in picks:
-        generator = torch.Generator().manual_seed(sample)
-        gradients = []
-        for output, axis in pairs:
-            gradient = torch.zeros_like(output)
-            part = gradient.select(axis, sample)
-            part.copy_(torch.randn(part.shape, generator=generator))
-            gradients.append(gradient)
-        trial.sent[:] = [sample]
-        if pairs:
-            torch.autograd.grad([output for output, _ in pairs], [trial.anchor], gradients, retain_graph=True,
-                                allow_unused=True)
-    trial.outputs = ()  # and their graph
-
-
-def _resolve(trials: Sequence[_Trial]) -> dict[str, list[SampleAxis | str]]:
+def _resolve(trials: Sequence[Trial]) -> dict[str, list[SampleAxis | str]]:
     """Layer -> the axis of each of its calls, or what stands in the way."""
     found: dict[str, list[SampleAxis | str]] = {}
     for layer, calls in trials[-1].calls.items():
@@ -317,7 +222,7 @@ def _resolve(trials: Sequence[_Trial]) -> dict[str, list[SampleAxis | str]]:
     return found
 
 
-def _axis_of(calls: Sequence[_Call]) -> SampleAxis | str:
+def _axis_of(calls: Sequence[Call]) -> SampleAxis | str:
     """What one call of a layer showed in several runs."""
     if len(calls) > 1 and len({call.shape for call in calls}) == 1:
         return SHARED
@@ -334,7 +239,7 @@ def _axis_of(calls: Sequence[_Call]) -> SampleAxis | str:
     return replace(fitting[0], dim=dim + (dim >= channel))
 
 
-def _candidates(calls: Sequence[_Call]) -> list[SampleAxis]:
+def _candidates(calls: Sequence[Call]) -> list[SampleAxis]:
     """Every way in which samples may lie along one dimension, which grows with them."""
     if len({len(call.shape) for call in calls}) > 1:
         return []
@@ -349,7 +254,7 @@ def _candidates(calls: Sequence[_Call]) -> list[SampleAxis]:
     return found
 
 
-def _fits(axis: SampleAxis, call: _Call) -> bool:
+def _fits(axis: SampleAxis, call: Call) -> bool:
     """Whether each sample's gradient came back to places of that sample alone."""
     sample = torch.arange(call.shape[axis.dim]) // axis.after % call.size
     return all(bool((sample[reached.movedim(axis.dim, 0).reshape(len(sample), -1).any(1)] == number).all())

@@ -25,6 +25,7 @@ from fastscore.graph import (
     units,
     whole_experts,
 )
+from fastscore.graph.counted_run import CountedRun
 from fastscore.graph.cutting import own_tensors
 from fastscore.graph.groups import READS, ChannelGraph, ChannelGroup, Member, Role, Units
 from fastscore.graph.kept import left_alone, reasons, training_only, unread
@@ -33,7 +34,6 @@ from fastscore.graph.trials import bias_trial, returned_trial, running, surgery_
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of, parameter_owners
-from fastscore.modules.macs.counting import count
 from fastscore.modules.weights import recurrent
 from fastscore.modules.wrappers import unwrapped, without_checkpoints
 from fastscore.progress import working
@@ -91,6 +91,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         tensors = {id(tensor): tensor for tensor in batches.floating_tensors(returned)}
         return [tensor for tensor in tensors.values() if tensor.requires_grad or not torch.is_grad_enabled()]
 
+    counted = CountedRun(eval_model, example_inputs, forward)
     with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), recurrent.sketched(eval_model), \
             working(f"tracing {type(model).__name__}"):
         try:
@@ -110,7 +111,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         found = returned_trial.offered(model, eval_model, found, run)
         samples = example_inputs if samples is None else batches.map_tensors(batches.usable, samples)
         try:
-            axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples)
+            axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples, example_inputs, counted.once)
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
@@ -120,20 +121,9 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
                              "`x = x + branch(x)`, where it says `x += branch(x)`") from error
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained))
     axes = replace(axes, transposing=samples_second.transposing(forward, samples))
-    products = _products(eval_model, example_inputs, forward, axes.batch)
-    graph = replace(graph, samples=axes, searched=searched, **products)
+    graph = replace(graph, samples=axes, searched=searched, **counted.products(axes.batch))
     cache.put(model, example_inputs, forward, graph)
     return graph
-
-
-def _products(eval_model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward,
-              batch_dim: int) -> dict[str, Any]:
-    """The graph's `macs` and `uncounted`."""
-    try:
-        counted = count(eval_model, example_inputs, forward, batch_dim)
-    except Exception as error:  # of a model that runs otherwise: what is scored does not depend on it
-        return {"uncounted": {f"everything ({type(error).__name__}: {error})": "the whole model"}}
-    return {"macs": counted.weights, "uncounted": counted.uncounted}
 
 
 def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], searched: Container[str],
@@ -194,7 +184,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         unused.clear()
     branches = blocks.find(eval_model, whole) if "blocks" in searched else []
     mixtures, kept_experts = whole_experts.find(eval_model, whole) if "experts" in searched else ((), {})
-    attentions = attention.find(eval_model, whole, unused, "head_dims" in searched)
+    attentions = attention.find(eval_model, whole, unused, "head_dims" in searched, recording.run_again)
     heads, left = attentions.groups, attentions.skipped
     found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording, unused, idle),
                         heads)

@@ -37,7 +37,7 @@ def empty_dicts(model: nn.Module) -> dict[int, Any]:
     """For copy.deepcopy() of a model: id of each empty dict in it -> another. A module has a dozen of them, for hooks,
     on which deepcopy() spends most of its time."""
     return {id(held): type(held)() for module in model.modules() for held in vars(module).values()
-            if not held and type(held) in (OrderedDict, dict)}
+            if type(held) in (OrderedDict, dict) and not held}
 
 
 def _writes_to_its_weight(module: nn.Module) -> TypeGuard[nn.Embedding | nn.EmbeddingBag]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.graph.routing import Decisions, other_answers
-from fastscore.graph.sample_axes import Watched, find
+from fastscore.graph.sample_axes import find
+from fastscore.graph.trials.sample_trials import Watched
 from fastscore.graph.tracing import trace
 
 

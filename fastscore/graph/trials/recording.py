@@ -13,11 +13,14 @@ from fastscore import rng
 from fastscore.graph.nodes import PRODUCERS
 from fastscore.graph.trials.choices import TURNS, Choices, Noted
 from fastscore.graph.trials.differences import changed, close, differ
+from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
+from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.inspection import channel_dim, device_of
 from fastscore.modules.norms.channel_norms import OneNode, norm_of
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 
 Positions = Mapping[str, Tensor]  # layer -> int64 positions of its input or output
+_RETURN_ONE = {kind.forward for kind in (nn.Linear, SequenceFirstLinear, LinearWithoutKeyBias)}  # of Linears, a tensor
 READ = "the model's own code"  # where it makes Python numbers of what layers gave
 
 
@@ -49,7 +52,7 @@ class Recording:
     def find_several(self) -> None:
         """Note `several`: the model is run, where there are layers of which that can be."""
         of_their_own = {name: layer for name, layer in self.layers.items() if isinstance(layer, nn.Linear)
-                        and type(layer).forward is not nn.Linear.forward and not isinstance(layer, ParameterLinear)}
+                        and type(layer).forward not in _RETURN_ONE and not isinstance(layer, ParameterLinear)}
 
         def note(name: str) -> Callable[..., None]:
             return lambda layer, args, output: None if isinstance(output, Tensor) else self.several.add(name)
@@ -80,7 +83,7 @@ class Recording:
             outputs.clear()
         noted = {layer: self._record(layer, dict(self.layers[layer]._parameters)) for layer in self.outputs}
         try:
-            with _replaced(self.model, noted | self._instance_norms()):
+            with replaced(self.model, noted | self._instance_norms()):
                 yield
             self.overwritten = {layer for layer, x, version in self._read if _version(x) != version}
             self.lost = {layer for layer, x, version in self._made if _version(x) != version}
@@ -182,6 +185,12 @@ class Recording:
 
         return forward
 
+    def run_again(self, model: nn.Module) -> Tensor:
+        """The output of a run of `model`, the recorded one, in which layers compute nothing, but give what they gave.
+        """
+        assert model is self.model
+        return self._replay_changed({}, lambda layer, call, x: None)
+
     @property
     def inputs(self) -> Mapping[str, list[Tensor | None]]:
         """Layer -> what it read in each call, where layers give what they gave in the recorded run, and a GroupNorm
@@ -242,7 +251,7 @@ class Recording:
                    if isinstance(module, nn.GroupNorm)]
         rng.start_over(device_of(model))
         try:
-            with _replaced(model, forwards):
+            with replaced(model, forwards):
                 return self._run_model(model).clone()
         finally:
             for handle in handles:
@@ -283,7 +292,7 @@ def _looks_at_shape(module: nn.Module, x: Tensor) -> bool:
 
 
 @contextmanager
-def _replaced(model: nn.Module, forwards: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
+def replaced(model: nn.Module, forwards: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
     """The layers' own forwards replaced in the block; whatever hooks they have run as they would."""
     for layer, forward in forwards.items():
         vars(model.get_submodule(layer))["forward"] = forward

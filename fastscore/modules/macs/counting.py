@@ -7,7 +7,7 @@ is named.
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,33 +55,59 @@ def count(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
     Elementwise operations, interpolation and sums are none. A recurrent layer has one for each weight and step of a
     sequence, a Bilinear one for each weight and row, a sparse matrix those of its entries.
     """
+    with torch.no_grad(), counting(model) as counted:
+        returned = forward(model, example_inputs)
+    return counted.of(example_inputs, batch_dim, returned)
+
+
+@dataclass
+class Counting:
+    """What was counted in a block: MACs of the whole model, of layers, by weights; and operations without a formula,
+    of which each has the modules that it ran in."""
+
+    macs: float = 0
+    layers: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    weights: dict[str, float] = field(default_factory=dict)
+    unknown: dict[str, dict[str, None]] = field(default_factory=dict)
+
+    def of(self, batch: batches.Batch, batch_dim: int, returned: Any = None) -> Count:
+        """The same for one sample of the batch that the model was called on. returned: what it returned then."""
+        samples = 1
+        tensor = batches.first_tensor(batch)
+        if tensor is not None and tensor.dim() > batch_dim:
+            samples = max(tensor.shape[batch_dim], 1)
+        return Count(int(self.macs // samples), {name: macs / samples for name, macs in self.layers.items()},
+                     {name: macs / samples for name, macs in self.weights.items()},
+                     {operation: ", ".join(places) for operation, places in self.unknown.items()}, returned)
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[Counting]:
+    """The MACs of one call of `model` in the block, without gradients, are in what is given once it has been left: see
+    `count`."""
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which few need
 
-    samples = 1
-    tensor = batches.first_tensor(example_inputs)
-    if tensor is not None and tensor.dim() > batch_dim:
-        samples = max(tensor.shape[batch_dim], 1)
     counter = FlopCounterMode(display=False, custom_mapping=mac_formulas.formulas())
     counter.mod_tracker = _Everywhere()  # the hooks below know where
-    layers: dict[str, float] = defaultdict(float)
+    counted = Counting()
     running: list[str] = []
 
     def entering(name: str) -> Callable[..., None]:
         def hook(*args: object) -> None:
             running.append(name)
-            layers[name] -= counter.get_total_flops() / 2 / samples
+            counted.layers[name] -= counter.get_total_flops() / 2
 
         return hook
 
     def leaving(name: str) -> Callable[..., None]:
         def hook(*args: object) -> None:
             del running[len(running) - 1 - running[::-1].index(name):]  # and those that an exception left
-            layers[name] += counter.get_total_flops() / 2 / samples
+            counted.layers[name] += counter.get_total_flops() / 2
 
         return hook
 
     products = _Products(counter.flop_registry, WeightProducts(model), running)
-    with torch.no_grad(), ExitStack() as attached:
+    with ExitStack() as attached:
         for handle in multihead_attention.replace_attention(model):
             attached.enter_context(handle)
         attached.enter_context(_without_fused_attention())
@@ -91,10 +117,10 @@ def count(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
                 attached.enter_context(module.register_forward_pre_hook(entering(name)))
                 attached.enter_context(module.register_forward_hook(leaving(name)))
         with products, counter:
-            returned = forward(model, example_inputs)
-    uncounted = {operation: ", ".join(places) for operation, places in products.unknown.items()}
-    weights = {name: flops / 2 / samples for name, flops in products.weights.flops.items()}
-    return Count(counter.get_total_flops() // 2 // samples, layers, weights, uncounted, returned)
+            yield counted
+    counted.macs = counter.get_total_flops() // 2
+    counted.weights |= {name: flops / 2 for name, flops in products.weights.flops.items()}
+    counted.unknown |= products.unknown
 
 
 class _Everywhere(ModuleTracker):

@@ -1,0 +1,100 @@
+"""Gradients that show which rows they come back to, at a fraction of the cost of what they are.
+
+Which rows of a layer's input a gradient reaches is for the rows of its output to say, and for the kernel of a
+convolution: a product with a weight makes every channel of all channels. So in runs that ask for no more, PyTorch's own
+layers make what they make, and send back what they would with a weight of rank one: a sum over channels, and random
+multiples of it.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastscore.graph.trials.plain_layers import plain_kind
+from fastscore.graph.trials.recording import replaced
+
+_CONVOLUTIONS: dict[Any, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    nn.Conv1d: (F.conv1d, F.conv_transpose1d), nn.Conv2d: (F.conv2d, F.conv_transpose2d),
+    nn.Conv3d: (F.conv3d, F.conv_transpose3d)}  # and the way back
+
+
+@contextmanager
+def rows_alone(model: nn.Module) -> Iterator[None]:
+    """In the block, the gradients that plain layers of `model` (frozen) send back are zero in the same rows, and
+    otherwise others."""
+    with replaced(model, {name: _forward_of(layer) for name, layer in model.named_modules() if _is_known(layer)}):
+        yield
+
+
+def _is_known(layer: nn.Module) -> bool:
+    kind = plain_kind(layer)
+    if kind in _CONVOLUTIONS:
+        conv: Any = layer
+        return conv.groups == 1 and conv.padding_mode == "zeros" and isinstance(conv.padding, tuple) and \
+            "forward" not in vars(layer)
+    return kind is not None and issubclass(kind, nn.Linear) and "forward" not in vars(layer)
+
+
+def _forward_of(layer: Any) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and _is_plain(x) and \
+                x.dim() in ((x.dim(),) if isinstance(layer, nn.Linear) else (len(layer.kernel_size) + 2,)):
+            return _RowsAlone.apply(x, layer)
+        return type(layer).forward(layer, *args, **kwargs)
+
+    return forward
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) is Tensor and x.layout == torch.strided and not x.is_complex() and \
+        torch._C._functorch.peek_interpreter_stack() is None
+
+
+class _RowsAlone(torch.autograd.Function):
+    """A layer's output; backward: gradients of the rows that it read."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        if not isinstance(layer, nn.Linear):
+            ctx.save_for_backward(x)  # as it does itself: who writes to it meanwhile is told so
+        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
+        y: Tensor = type(layer).forward(layer, x)
+        return y.clone() if y._is_view() else y  # which may be written to
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        layer, shape = ctx.layer, ctx.shape
+        if isinstance(layer, nn.Linear):
+            rows = _scaled(g @ _drawn(g.shape[-1]).to(g))
+            return (rows[..., None] * _drawn(shape[-1]).to(g)).to(ctx.dtype), None
+        assert ctx.saved_tensors
+        kernel, (forward, back) = layer.kernel_size, _CONVOLUTIONS[plain_kind(layer)]
+        ones = [1] * len(kernel)
+        rows = _scaled(forward(g, _drawn(g.shape[1]).to(g).view(1, -1, *ones)))
+        spare = [size - (made - 1) * step + 2 * padding - dilation * (width - 1) - 1 for
+                 size, made, step, padding, dilation, width in
+                 zip(shape[2:], g.shape[2:], layer.stride, layer.padding, layer.dilation, kernel, strict=True)]
+        weight = _drawn(math.prod(kernel)).to(g).view(1, 1, *kernel)
+        rows = back(rows, weight, None, layer.stride, layer.padding, spare, 1, layer.dilation)
+        return (rows * _drawn(shape[1]).to(g).view(-1, *ones)).to(ctx.dtype), None
+
+
+@cache
+def _drawn(size: int) -> Tensor:
+    """Random numbers of either sign, none near zero."""
+    generator = torch.Generator().manual_seed(size)
+    drawn = 0.5 + torch.rand(size, generator=generator)
+    return drawn * (2 * torch.randint(2, (size,), generator=generator) - 1)
+
+
+def _scaled(rows: Tensor) -> Tensor:
+    """The same, of which the largest is 1: after many layers they would be too large, or too small, for numbers."""
+    largest = rows.abs().max() if rows.numel() else rows.new_ones(())
+    return rows / torch.where(largest > 0, largest, 1)
