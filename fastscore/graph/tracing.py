@@ -111,7 +111,8 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         found = returned_trial.offered(model, eval_model, found, run)
         samples = example_inputs if samples is None else batches.map_tensors(batches.usable, samples)
         try:
-            axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples, example_inputs, counted.once)
+            axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples, example_inputs,
+                                        counted.once)
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
