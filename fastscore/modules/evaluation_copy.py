@@ -1,7 +1,5 @@
 """The evaluation copy: a model that shares the parameters of the user's, and may be changed at will."""
 
-import copy
-from collections import OrderedDict
 from types import ModuleType
 from typing import Any, TypeGuard
 
@@ -10,6 +8,7 @@ from torch import Tensor, nn
 from fastscore.batches import tensors_of
 from fastscore.modules import scripted
 from fastscore.modules.attention import multihead_attention
+from fastscore.modules.copying import ATOMS, deepcopy
 from fastscore.modules.modes import enter_evaluation
 from fastscore.modules.weights import computed_weights, held_weights, transposed_linear
 from fastscore.modules.wrappers import check_whole
@@ -20,8 +19,9 @@ _OF_EVERY_MODULE = set(vars(nn.Module()))
 def computed_tensors(model: nn.Module) -> list[Tensor]:
     """The tensors with a history that modules hold, in plain objects too, and copy.deepcopy() refuses: a weight that
     weight_norm computes, what RAFT keeps of its last call."""
-    held: list[Any] = [value for module in model.modules() for name, value in vars(module).items()
-                       if name == "_buffers" or name not in _OF_EVERY_MODULE]
+    held: list[Any] = list({  # each thing once: all modules of a transformer hold its configuration
+        id(value): value for module in model.modules() for name, value in vars(module).items()
+        if type(value) not in ATOMS and (name == "_buffers" or name not in _OF_EVERY_MODULE)}.values())
     known = (nn.Module, Tensor, type, ModuleType)
     held += [vars(value) for value in held if hasattr(value, "__dict__") and not isinstance(value, known)]
     return [tensor for tensor in tensors_of(held) if not tensor.is_leaf]
@@ -30,14 +30,7 @@ def computed_tensors(model: nn.Module) -> list[Tensor]:
 def own_copies(model: nn.Module) -> dict[int, Any]:
     """For copy.deepcopy() of a model: id of each thing in it that it refuses, or copies with a history -> a copy."""
     computed: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed_tensors(model)}
-    return empty_dicts(model) | computed | scripted.copies(model)
-
-
-def empty_dicts(model: nn.Module) -> dict[int, Any]:
-    """For copy.deepcopy() of a model: id of each empty dict in it -> another. A module has a dozen of them, for hooks,
-    on which deepcopy() spends most of its time."""
-    return {id(held): type(held)() for module in model.modules() for held in vars(module).values()
-            if type(held) in (OrderedDict, dict) and not held}
+    return computed | scripted.copies(model)
 
 
 def _writes_to_its_weight(module: nn.Module) -> TypeGuard[nn.Embedding | nn.EmbeddingBag]:
@@ -62,14 +55,13 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
         TypeError, ValueError: those of fastscore.modules.wrappers.check_whole.
     """
     check_whole(model)
-    shared: dict[int, Any] = empty_dicts(model)
-    shared |= {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
-               for parameter in model.parameters()}
+    shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
+                              for parameter in model.parameters()}
     shared |= {id(module.weight): nn.Parameter(module.weight.detach().clone(), requires_grad=False)
                for module in model.modules() if _writes_to_its_weight(module)}
     shared |= {id(part): scripted.opaque(part) for _, part in scripted.outermost(model)}
     shared |= {id(tensor): tensor.detach() for tensor in computed_tensors(model)}
-    eval_model: nn.Module = copy.deepcopy(model, shared)
+    eval_model = deepcopy(model, shared)
     enter_evaluation(eval_model)
     for handle in multihead_attention.replace_attention(eval_model):
         handle.make_permanent()

@@ -1,6 +1,5 @@
 """Surgery: channels go out of every layer that makes, passes or reads them. Nothing here chooses them."""
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
@@ -12,6 +11,7 @@ from fastscore.graph.cutting import channel_buffers, heads, own_tensors
 from fastscore.graph.cutting.cut_widths import SIDE, narrow
 from fastscore.graph.groups import ChannelGroup, Role
 from fastscore.modules.attention import multihead_attention, rotary
+from fastscore.modules.copying import deepcopy
 from fastscore.modules.evaluation_copy import own_copies
 from fastscore.modules.hooks import remove_copied_hooks
 from fastscore.modules.weights import held_weights, recurrent
@@ -127,7 +127,7 @@ def smaller_copy(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> 
     # .data: detach() would share autograd's count of changes with the model's own, for good
     shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.data, parameter.requires_grad)
                               for parameter in model.parameters() if type(parameter) is nn.Parameter}
-    pruned = change(copy.deepcopy(model, shared | own_copies(model)))
+    pruned = change(deepcopy(model, shared | own_copies(model)))
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     for parameter in pruned.parameters():
         if parameter.untyped_storage()._cdata in own:

@@ -58,8 +58,10 @@ def output_projection(module: nn.Module) -> nn.Linear | None:
 def replacement(module: nn.Module) -> type[nn.Module] | None:
     """The class that computes the same of the width that the heads have; None for a module whose heads are, today, not
     as wide as what it reads, or whose code does not ask for the width of that."""
+    if isinstance(module, _OwnWidth) or not any(name in vars(module) for name in _COUNTS):
+        return None
     projection = output_projection(module)
-    if projection is None or isinstance(module, _OwnWidth) or not any(name in vars(module) for name in _COUNTS):
+    if projection is None:
         return None
     read = next((layer.in_features for name in _QUERIES if isinstance(layer := module._modules.get(name), nn.Linear)),
                 None)

@@ -1,0 +1,54 @@
+"""copy.deepcopy() of a model, for a part of its time: a module has some twenty attributes, most of them empty dicts and
+numbers."""
+
+import copy
+import copyreg
+from collections import OrderedDict
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+ATOMS = (bool, int, float, str, type(None), type, torch.dtype)
+_DICTS = (dict, OrderedDict)
+_PROTOCOL = {"__reduce_ex__": object.__reduce_ex__, "__reduce__": object.__reduce__, "__new__": object.__new__,
+             "__getattr__": nn.Module.__getattr__, "__setstate__": nn.Module.__setstate__}
+_OF_ITS_OWN = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__", "__slots__")
+
+
+def deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """What copy.deepcopy(model, memo) returns.
+
+    Args:
+        model: which stays as it is.
+        memo: id of a part of the model -> what stands for it in the copy; more is added.
+    """
+    made: list[tuple[nn.Module, nn.Module]] = []
+    for module in model.modules():
+        if id(module) not in memo and _is_plain(type(module)) and _OF_ITS_OWN[0] not in vars(module):
+            memo[id(module)] = shell = object.__new__(type(module))
+            made.append((module, shell))
+    for module, shell in made:
+        state = module.__getstate__() if hasattr(module, "__getstate__") else vars(module)
+        shell.__setstate__({name: _copied(value, memo) for name, value in state.items()})
+    copied: nn.Module = copy.deepcopy(model, memo)
+    return copied
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in ATOMS:
+        return value
+    if kind in _DICTS and not value:
+        return memo.setdefault(id(value), kind())
+    return copy.deepcopy(value, memo)
+
+
+@cache
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Whether all that a copy of such a module has is copies of its attributes."""
+    return all(getattr(kind, name) is method for name, method in _PROTOCOL.items()) and \
+        kind not in copyreg.dispatch_table and \
+        getattr(kind, "__getstate__", None) is getattr(nn.Module, "__getstate__", None) and \
+        not any(name in vars(base) for base in kind.__mro__[:-1] for name in _OF_ITS_OWN)
