@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.graph.routing import Decisions, other_answers
 from fastscore.graph.sample_axes import find
-from fastscore.graph.trials.sample_trials import Watched
 from fastscore.graph.tracing import trace
+from fastscore.graph.trials.sample_trials import Watched
 
 
 def mlp(*widths: int) -> nn.Sequential:

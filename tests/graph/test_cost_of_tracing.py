@@ -1,0 +1,132 @@
+"""What a trace computes, in forward passes; and that what it leaves out shows nothing else."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastscore.graph.tracing import trace
+from fastscore.graph.trials.plain_layers import holds_rest
+from fastscore.graph.trials.row_gradients import rows_alone
+from fastscore.modules.macs.counting import count
+from fastscore.modules.sample_axis import SampleAxis
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8)
+        self.inner, self.outer, self.head = nn.Conv2d(8, 12, 1), nn.Conv2d(12, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.stem(x)).relu()
+        return self.head((y + self.outer(self.inner(y).relu())).mean((2, 3)))
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+
+
+@pytest.mark.parametrize(("build", "x"), [(Residual, torch.ones(1, 3, 16, 16)), (encoder, torch.randn(1, 5, 8))])
+def test_a_trace_multiplies_less_than_in_ten_passes(build: Callable[[], nn.Module], x: Tensor) -> None:
+    model = build().eval()
+    with FlopCounterMode(display=False) as traced:
+        found = trace(model, x)
+    assert found.groups
+    assert traced.get_total_flops() < 10 * 2 * count(model, x).macs
+
+
+LAYERS = [
+    (nn.Linear(5, 3), (3, 4, 5)),
+    (nn.Conv1d(4, 3, 3, stride=2), (3, 4, 12)),
+    (nn.Conv2d(4, 3, (3, 2), stride=(2, 3), padding=(2, 0), dilation=(2, 1)), (3, 4, 13, 11)),
+    (nn.Conv2d(4, 1, 2, stride=3), (3, 4, 10, 9)),
+    (nn.Conv3d(2, 3, 2, padding=1), (3, 2, 4, 3, 5)),
+    (nn.Conv2d(4, 4, 3, groups=2), (3, 4, 5, 5)),
+    (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), (3, 4, 5, 5)),
+    (nn.Conv2d(4, 4, 3, padding="same"), (3, 4, 5, 5)),
+    (nn.ConvTranspose2d(4, 3, 2, stride=2), (3, 4, 3, 3)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS)
+def test_gradients_of_rows_alone_reach_the_rows_that_the_layer_s_own_do(layer: nn.Module, shape: tuple[int, ...]
+                                                                        ) -> None:
+    layer = copy.deepcopy(layer).double().requires_grad_(False)
+    dim = -1 if isinstance(layer, nn.Linear) else 1
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    rows = torch.rand(layer(x).select(dim, 0).shape) < 0.2
+    for picked in (rows, torch.zeros_like(rows), torch.ones_like(rows)):
+        own, = torch.autograd.grad(y := layer(x), x, torch.randn_like(y) * picked.unsqueeze(dim))
+        with rows_alone(layer):
+            made = layer(x)
+        other, = torch.autograd.grad(made, x, torch.randn_like(made) * picked.unsqueeze(dim))
+        assert torch.equal(made, y)
+        assert torch.equal((own != 0).any(dim), (other != 0).any(dim))
+        assert "forward" not in vars(layer)
+
+
+def test_what_a_convolution_reads_may_not_be_written_to_in_runs_for_rows_alone_either() -> None:
+    layer = nn.Conv2d(2, 3, 1).requires_grad_(False)
+    x = torch.randn(1, 2, 3, 3, requires_grad=True) * 1
+    with rows_alone(layer):
+        y = layer(x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def cut(layer: Any, ins: Tensor, outs: Tensor) -> Any:
+    small = copy.deepcopy(layer)
+    small.weight = nn.Parameter(layer.weight[outs][:, ins].clone())
+    small.bias = nn.Parameter(layer.bias[outs].clone())
+    names = ("in_features", "out_features") if isinstance(layer, nn.Linear) else ("in_channels", "out_channels")
+    for name, kept in zip(names, (ins, outs), strict=True):
+        setattr(small, name, len(kept))
+    return small
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(5, 4), nn.Conv2d(5, 4, 2)])
+def test_a_smaller_layer_holds_the_rest_or_is_run(layer: Any) -> None:
+    gone_in, gone_out = torch.tensor([0, 3]), torch.tensor([2])
+    ins, outs = torch.tensor([1, 2, 4]), torch.tensor([0, 1, 3])
+    small = cut(layer, ins, outs)
+    assert holds_rest(small, layer, gone_in, gone_out)
+    assert not holds_rest(small, layer, torch.tensor([0, 2]), gone_out)
+    assert not holds_rest(small, layer, gone_in, torch.tensor([1]))
+    assert not holds_rest(small, layer, gone_in, None)
+    small.bias.data += 1
+    assert not holds_rest(small, layer, gone_in, gone_out)
+    small = cut(layer, ins, outs)
+    small.own = 1
+    assert not holds_rest(small, layer, gone_in, gone_out)
+
+    class Own(type(layer)):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    small, layer = cut(layer, ins, outs), copy.deepcopy(layer)
+    small.__class__ = layer.__class__ = Own
+    assert not holds_rest(small, layer, gone_in, gone_out)
+
+
+class OneOtherwise(nn.Module):
+    """Has no dimension of samples where there is one."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.first, self.second, self.gain = nn.Linear(6, 8), nn.Linear(8, 3), gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x.squeeze(0) if len(x) == 1 else x).relu() * self.gain
+        return self.second(y).view(len(x), -1, 3)
+
+
+@pytest.mark.parametrize("gain", [1.0, 1e-30])
+def test_what_the_quick_way_leaves_open_is_told_by_the_other(gain: float) -> None:
+    found = trace(OneOtherwise(gain).eval(), torch.randn(1, 5, 6))
+    assert found.samples.calls["second"] == (SampleAxis(0, 1, 1),)
