@@ -4,8 +4,8 @@ numbers."""
 import copy
 import copyreg
 from collections import OrderedDict
-from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ ATOMS = (bool, int, float, str, type(None), type, torch.dtype)
 _DICTS = (dict, OrderedDict)
 _PROTOCOL = {"__reduce_ex__": object.__reduce_ex__, "__reduce__": object.__reduce__, "__new__": object.__new__,
              "__getattr__": nn.Module.__getattr__, "__setstate__": nn.Module.__setstate__}
+_known = WeakKeyDictionary[type[nn.Module], bool]()
 _OF_ITS_OWN = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__", "__slots__")
 
 
@@ -45,9 +46,14 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     return copy.deepcopy(value, memo)
 
 
-@cache
 def _is_plain(kind: type[nn.Module]) -> bool:
     """Whether all that a copy of such a module has is copies of its attributes."""
+    if kind not in _known:
+        _known[kind] = _has_no_ways_of_its_own(kind)
+    return _known[kind]
+
+
+def _has_no_ways_of_its_own(kind: type[nn.Module]) -> bool:
     return all(getattr(kind, name) is method for name, method in _PROTOCOL.items()) and \
         kind not in copyreg.dispatch_table and \
         getattr(kind, "__getstate__", None) is getattr(nn.Module, "__getstate__", None) and \
