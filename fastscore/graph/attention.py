@@ -330,7 +330,7 @@ def _randomized(module: nn.Module) -> nn.Module:
         for name, parameter in owner._parameters.items():
             if parameter is not None and parameter.is_floating_point():
                 fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
-                values = torch.randn(parameter.shape, generator=generator) / fan_in ** 0.5
+                values = (torch.rand(parameter.shape, generator=generator) - 0.5) * (12 / fan_in) ** 0.5
                 owner._parameters[name] = nn.Parameter(values.to(parameter), requires_grad=False)
     return module
 

@@ -59,7 +59,8 @@ def randomize_zeros(model: nn.Module) -> None:
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is None or not parameter.is_floating_point() or bool(parameter.all()):
+            if parameter is None or not parameter.is_floating_point() or \
+                    int(parameter.count_nonzero()) == parameter.numel():
                 continue
             if id(parameter) not in made:
                 values = 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
