@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from fastscore.graph.noted_calls import NotedCalls, outputs_of, states_given
 from fastscore.modules.norms import channel_norms
 from fastscore.modules.weights import recurrent
 
+CUT = "its channels are cut at positions that the model's code fixes"
 _RUNS_OVER = "an operation runs over all its channels"
 _MOST_ARRIVALS = 100  # at one node, each time at new places: more than there are branches that end somewhere
 
@@ -36,7 +37,12 @@ class Graph(Nodes):
     Torch-Pruning guesses widths from the neighbours, wrongly or for hours where much is rearranged; autograd knows the
     shape of every tensor. A dependency's index_mapping holds the functions that positions go through from its source to
     its target.
+
+    cuts: what splits and slices are taken for whose places the code has from no attribute: places that it fixes; those
+    where what lies beside each other comes from, which move with it; or shares of the whole, which stay such.
     """
+
+    cuts: Literal["fixed", "moving", "shares"] = "fixed"
 
     def build(self, model: nn.Module, run: Callable[[nn.Module, Any], list[Tensor]], inside: Container[str] = ()
               ) -> None:
@@ -169,15 +175,6 @@ class Graph(Nodes):
                 return True
         return False
 
-    def chunks(self, positions: Positions) -> Iterator[tuple[int, np.ndarray]]:
-        """(width of a part, positions) for each split of the channels into equal parts."""
-        return ((width, at) for (node, _), at in positions.items() if (width := self._chunk(node)) is not None)
-
-    def chunks_others(self, positions: Positions) -> bool:
-        """Whether channels that are not among `positions` are split into equal parts together with those that are."""
-        return any(len(np.unique(at >> 32)) < node.grad_fn._saved_self_sym_sizes[self._dims[node]]
-                   for (node, _), at in positions.items() if self._chunk(node) is not None)
-
     def pads_others(self, positions: Positions) -> bool:
         """Whether some of `positions` hold constants padded beside other channels: as many, whatever goes."""
         for (node, _), at in positions.items():
@@ -214,8 +211,8 @@ class Graph(Nodes):
                for source in node.inputs):
             return f"{_RUNS_OVER} ({node.grad_fn.name()})"
         cropped = self._is_padded(node) and min(self._padding(node)) < 0
-        if cropped or (self._is_fixed(node) and not self._widths(node)):
-            return f"its channels are cut at positions that the model's code fixes ({node.grad_fn.name()})"
+        if cropped or (self._is_unknown(node) and self.cuts == "fixed"):
+            return f"{CUT} ({node.grad_fn.name()})"
         if node.type == OPTYPE.DEPTHWISE_CONV and node.module.in_channels != node.module.out_channels:
             return f"{node._name} adds its channels up in fixed sets (as many groups as outputs, and more inputs)"
         if node.type == OPTYPE.CONV and node.module.transposed and node.module.groups > 1:

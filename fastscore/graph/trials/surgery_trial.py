@@ -146,9 +146,20 @@ def _try(recording: Recording, groups: Sequence[ChannelGroup]) -> _Findings:
     return _try_part(recording, groups, 0) or _try_part(recording, groups, 1)
 
 
+def goes_one_by_one(recording: Recording, group: ChannelGroup) -> bool:
+    """Whether a group can lose its first unit alone, and its last: code that cuts its channels by their number alone
+    would cut them alike."""
+    return not any(_try_without(recording, [group], {group.name: (group.unit == unit).nonzero()[:, 0]})
+                   for unit in (0, int(group.unit[-1])))
+
+
 def _try_part(recording: Recording, groups: Sequence[ChannelGroup], part: int) -> _Findings:
+    return _try_without(recording, groups, some_channels(groups, part))
+
+
+def _try_without(recording: Recording, groups: Sequence[ChannelGroup], removed: Mapping[str, Tensor]) -> _Findings:
     found = _Findings()
-    gone = surgery.removed_indices(groups, some_channels(groups, part))
+    gone = surgery.removed_indices(groups, removed)
     small: nn.Module = recording.model
     try:
         small = surgery.remove_indices(evaluation_copy(recording.model), gone)
