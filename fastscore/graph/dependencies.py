@@ -10,7 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph import index_maps, lost_ways
+from fastscore.graph import index_maps, layers_inside, lost_ways
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.cutting.cut_widths import Width
 from fastscore.graph.groups import Member
@@ -69,7 +69,7 @@ class Graph(Nodes):
             return self._outputs
 
         with NotedCalls(self._weights()) as self._calls, outputs_of(self._channel_buffers()) as made, \
-                states_given(states) as self._given:
+                states_given(states) as self._given, outputs_of(layers_inside.of(model)) as self._inside:
             self.module2node = self._trace(model, None, keeping, output_transform=None)
         self._find_norms()
         self._find_channel_buffers(made)
@@ -81,6 +81,13 @@ class Graph(Nodes):
             self._connect(node)
         self._tie_embeddings()
         self._tie_states()
+
+    def _trace_computational_graph(self, module2node: Any, output: Tensor, gradfn2module: dict[Any, Any], *args: Any,
+                                   **kwargs: Any) -> None:
+        """As Torch-Pruning's; first, layers that run others come to stand where their own weights are read."""
+        layers_inside.move(gradfn2module, self._inside)
+        self._inside = {}
+        super()._trace_computational_graph(module2node, output, gradfn2module, *args, **kwargs)
 
     @property
     def read_elsewhere(self) -> dict[str, str]:

@@ -102,6 +102,7 @@ GO: dict[str, tuple[Parts, int, list[str], tuple[str, ...]]] = {
     "gathered": (gathered, 14, ["y", "z"], ("z", "norm")), "exchanged": (exchanged, 14, ["y", "z"], ("z", "joint")),
     "partly": (partly, 8, ["y", "part"], ("part",)), "quarter": (quarter, 8, ["y"], ()),
     "half": (half, 8, ["y", "part"], ("part",)), "every other": (every_other, 4, ["y"], ()),
+    "even": (lambda net, x, y, z: y[:, ::2], 4, ["y"], ()),
 }
 FIXED: dict[str, tuple[Parts, int, str | None]] = {
     "slices": (lambda net, x, y, z: modulated(styled(net, x)[:, :8], y, styled(net, x)[:, 8:]), 8, "style"),

@@ -237,8 +237,8 @@ class Recording:
         def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
             return read_by(args, kwargs)  # the statistics of a GroupNorm depend on all its channels, its positions not
 
-        handles = [module.register_forward_hook(skip, with_kwargs=True) for module in model.modules()
-                   if isinstance(module, nn.GroupNorm)]
+        handles = [module.register_forward_hook(skip, with_kwargs=True)
+                   for module in {*model.modules(), *self.model.modules()} if isinstance(module, nn.GroupNorm)]
         torch.manual_seed(0)
         try:
             with _replaced(model, forwards):
