@@ -94,6 +94,10 @@ class Graph(Nodes):
         """Layer -> the class of a module whose code reads the layer's weight, and is not the layer's own."""
         return self._calls.read_elsewhere
 
+    def note_unseen_readers(self, calls: Callable[[str], int | None]) -> None:
+        """See NotedCalls."""
+        self._calls.note_unseen_readers(calls)
+
     def _weights(self) -> dict[int, dict[str, nn.Module]]:
         held: dict[int, dict[str, nn.Module]] = {}
         for module, name in self._module2name.items():

@@ -185,6 +185,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
         advice = "" if has_run or isinstance(error, RuntimeError) else otherwise  # as of shapes
         raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}{advice}") from error
+    graph.note_unseen_readers(recording.calls_of)
     if unverified := reasons.of_gradients_of_its_own(recording):
         graph.release()
         return ChannelGraph((), unverified, {}), recording.layers_that_ran, set(unverified)
@@ -219,6 +220,8 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     kept |= {group: reasons.of_choice(where) for group, where in chosen.items()}
     tried = [group for group in found.groups if group.name not in kept]
     refused = surgery_trial.refusals(recording, tried)
+    refused |= {group.name: why for group in tried if group.name not in refused and (
+        why := reasons.read_elsewhere(group.members, readers)) and not surgery_trial.goes_one_by_one(recording, group)}
     if found.groups and len(refused) == len(tried):
         running.check_runs_again(eval_model, whole)
     joined = surgery_trial.together(recording, tried, refused)

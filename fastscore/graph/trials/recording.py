@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastscore.graph.nodes import PRODUCERS
 from fastscore.graph.trials.choices import TURNS, Choices, Noted
 from fastscore.graph.trials.differences import changed, close, differ
-from fastscore.modules.inspection import channel_dim
+from fastscore.modules.inspection import channel_dim, runs_own_code
 from fastscore.modules.norms.channel_norms import OneNode, norm_of
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 
@@ -86,6 +86,12 @@ class Recording:
         finally:
             self._read.clear()
             self._made.clear()
+
+    def calls_of(self, layer: str) -> int | None:
+        """How often a layer was called; None where its own code may take its weight more often than once a call."""
+        module = self.layers[layer]
+        own = runs_own_code(module) and not isinstance(module, ParameterLinear)
+        return None if own else len(self.outputs[layer])
 
     def _instance_norms(self) -> dict[str, Callable[..., Tensor]]:
         """Forwards that show none of the views by which an InstanceNorm has samples and channels in one dimension."""
