@@ -93,6 +93,8 @@ def of_graph(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training
         return axes
     return replace(axes, calls={**axes.calls, **find(model, inactive, run_as_in_training, example).calls})
 
+VARYING = ", as many numbers as it finds"  # of an output whose size is no multiple of the number of samples
+
 
 def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Batch) -> SampleAxes:
     """The sample axes of what a model's layers read or make.
@@ -123,6 +125,9 @@ def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Ba
                              for trial in trials)
         reason = "which dimension of the output counts samples cannot be told: with samples along the first " \
             f"dimension of the batch, it is {shown} of them"
+        others = [_tried(model, watched, run, batch_of(example, size), size, False) for size in _SIZES[2:]]
+        if _varies([*trials, *(trial for trial in others if isinstance(trial, _Trial))]):
+            reason += VARYING
         return SampleAxes(dict.fromkeys(watched, (Untold(reason),)), 0, inputs, values)
     batch = batch_of(example, trials[-1].size) if len(trials) > 1 else example
     second = _second_dimension(model, run, batch, trials[-1].outputs[0])
@@ -141,6 +146,14 @@ def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Ba
                           Untold(axis.format(layer) + ALONE, axis != UNREACHED) for axis in of_layer)
              for layer, of_layer in found.items()}
     return SampleAxes(calls, axes[0] or 0, inputs, values, second)
+
+
+def _varies(trials: Sequence[_Trial]) -> bool:
+    """Whether outputs have sizes that say nothing of how many samples there are."""
+    sizes = zip(*([size for output in trial.outputs for size in output.shape] for trial in trials), strict=False)
+    samples = [trial.size for trial in trials]
+    return any(0 in each or (len(set(each)) > 1 and len({size / n for size, n in zip(each, samples, strict=True)}) > 1)
+               for each in sizes)
 
 
 def _second_dimension(model: nn.Module, run: Run, batch: Batch, output: Tensor) -> bool:

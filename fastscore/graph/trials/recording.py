@@ -140,7 +140,7 @@ class Recording:
             output = self._replay_changed(self._whole(layers), compare, Choices(self.choices, None))
         except Exception:  # of the model's code, which looks at them
             return True
-        return bool(found) or not close(output, self.output).all()
+        return bool(found) or output.shape != self.output.shape or not bool(close(output, self.output).all())
 
     def read_by_others(self, layers: Collection[str]) -> str | None:
         """Where what `layers` make shows: the output, or a layer that is none of them; None where it does not."""
