@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from fastscore.graph.dependencies import CUT, Graph
-from fastscore.graph.groups import TIED, ChannelGraph, ChannelGroup
+from fastscore.graph.groups import READS, TIED, ChannelGraph, ChannelGroup
 from fastscore.graph.trials import surgery_trial, verification
 from fastscore.graph.trials.recording import Recording
 
@@ -48,7 +48,7 @@ def that_go(recording: Recording, graph: ChannelGraph, guesses: Sequence[Channel
     found = [group for group in found if group.name not in refused]
     if not found or any(group.name in refused for group in graph.groups):
         return graph
-    names = set[str]().union(*map(_producers, found))
+    names = {member.layer for group in found for member in group.members if member.role not in (*READS, "width")}
     return replace(graph, groups=(*graph.groups, *found),
                    skipped={name: reason for name, reason in graph.skipped.items() if name not in names})
 
