@@ -3,14 +3,14 @@
 import itertools
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph import index_maps, lost_ways
+from fastscore.graph import index_maps, layers_inside, lost_ways
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.cutting.cut_widths import Width
 from fastscore.graph.groups import Member
@@ -21,6 +21,7 @@ from fastscore.graph.noted_calls import NotedCalls, outputs_of, states_given
 from fastscore.modules.norms import channel_norms
 from fastscore.modules.weights import recurrent
 
+CUT = "its channels are cut at positions that the model's code fixes"
 _RUNS_OVER = "an operation runs over all its channels"
 _MOST_ARRIVALS = 100  # at one node, each time at new places: more than there are branches that end somewhere
 
@@ -36,7 +37,12 @@ class Graph(Nodes):
     Torch-Pruning guesses widths from the neighbours, wrongly or for hours where much is rearranged; autograd knows the
     shape of every tensor. A dependency's index_mapping holds the functions that positions go through from its source to
     its target.
+
+    cuts: what splits and slices are taken for whose places the code has from no attribute: places that it fixes; those
+    where what lies beside each other comes from, which move with it; or shares of the whole, which stay such.
     """
+
+    cuts: Literal["fixed", "moving", "shares"] = "fixed"
 
     def build(self, model: nn.Module, run: Callable[[nn.Module, Any], list[Tensor]], inside: Container[str] = ()
               ) -> None:
@@ -63,7 +69,7 @@ class Graph(Nodes):
             return self._outputs
 
         with NotedCalls(self._weights()) as self._calls, outputs_of(self._channel_buffers()) as made, \
-                states_given(states) as self._given:
+                states_given(states) as self._given, outputs_of(layers_inside.of(model)) as self._inside:
             self.module2node = self._trace(model, None, keeping, output_transform=None)
         self._find_norms()
         self._find_channel_buffers(made)
@@ -76,10 +82,21 @@ class Graph(Nodes):
         self._tie_embeddings()
         self._tie_states()
 
+    def _trace_computational_graph(self, module2node: Any, output: Tensor, gradfn2module: dict[Any, Any], *args: Any,
+                                   **kwargs: Any) -> None:
+        """As Torch-Pruning's; first, layers that run others come to stand where their own weights are read."""
+        layers_inside.move(gradfn2module, self._inside)
+        self._inside = {}
+        super()._trace_computational_graph(module2node, output, gradfn2module, *args, **kwargs)
+
     @property
     def read_elsewhere(self) -> dict[str, str]:
         """Layer -> the class of a module whose code reads the layer's weight, and is not the layer's own."""
         return self._calls.read_elsewhere
+
+    def note_unseen_readers(self, calls: Callable[[str], int | None]) -> None:
+        """See NotedCalls."""
+        self._calls.note_unseen_readers(calls)
 
     def _weights(self) -> dict[int, dict[str, nn.Module]]:
         held: dict[int, dict[str, nn.Module]] = {}
@@ -169,15 +186,6 @@ class Graph(Nodes):
                 return True
         return False
 
-    def chunks(self, positions: Positions) -> Iterator[tuple[int, np.ndarray]]:
-        """(width of a part, positions) for each split of the channels into equal parts."""
-        return ((width, at) for (node, _), at in positions.items() if (width := self._chunk(node)) is not None)
-
-    def chunks_others(self, positions: Positions) -> bool:
-        """Whether channels that are not among `positions` are split into equal parts together with those that are."""
-        return any(len(np.unique(at >> 32)) < node.grad_fn._saved_self_sym_sizes[self._dims[node]]
-                   for (node, _), at in positions.items() if self._chunk(node) is not None)
-
     def pads_others(self, positions: Positions) -> bool:
         """Whether some of `positions` hold constants padded beside other channels: as many, whatever goes."""
         for (node, _), at in positions.items():
@@ -214,8 +222,8 @@ class Graph(Nodes):
                for source in node.inputs):
             return f"{_RUNS_OVER} ({node.grad_fn.name()})"
         cropped = self._is_padded(node) and min(self._padding(node)) < 0
-        if cropped or (self._is_fixed(node) and not self._widths(node)):
-            return f"its channels are cut at positions that the model's code fixes ({node.grad_fn.name()})"
+        if cropped or (self._is_unknown(node) and self.cuts == "fixed"):
+            return f"{CUT} ({node.grad_fn.name()})"
         if node.type == OPTYPE.DEPTHWISE_CONV and node.module.in_channels != node.module.out_channels:
             return f"{node._name} adds its channels up in fixed sets (as many groups as outputs, and more inputs)"
         if node.type == OPTYPE.CONV and node.module.transposed and node.module.groups > 1:

@@ -23,6 +23,7 @@ Role = Literal["producer", "consumer", "channelwise", "norm", "heads", "gate", "
 READS: tuple[Role, ...] = ("consumer", "reader")  # whose inputs the channels are
 Units = Literal["groups", "norms", "blocks", "experts", "head_dims", "heads_and_dims"]
 Ignore = Iterable[str | type | nn.Module]
+TIED = "its channels go with those of "  # and the name of a group, or what it would be called
 
 
 class LayerNames(frozenset[str]):
@@ -196,7 +197,7 @@ class ChannelGraph:
         """This graph without some groups, whose layers are kept. reasons: name of a group -> why."""
         groups = tuple(group for group in self.groups if group.name not in reasons)
         made = {member.layer for group in groups for member in group.role("producer")}
-        tied = {member.layer: f"its channels go with those of {group.name}" for group in self.groups
+        tied = {member.layer: f"{TIED}{group.name}" for group in self.groups
                 if group.name in reasons for member in group.role("producer") if member.layer not in made}
         return replace(self, groups=groups, skipped={**self.skipped, **tied, **reasons})
 

@@ -1,8 +1,10 @@
 """What each node of Torch-Pruning's graph is, and where the channels lie in its output."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch_pruning as tp
 from torch import nn
 
@@ -31,6 +33,7 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
     model: nn.Module
     _module2name: dict[nn.Module, str]
     _calls: NotedCalls
+    cuts: str
     _dims: dict[Any, int]  # node -> the dimension that holds the channels in its output
 
     def _channel_buffers(self) -> list[nn.Module]:
@@ -188,6 +191,10 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
             node.type == OPTYPE.SPLIT and self._noted(node) is not None)
         return fixed and self._cuts(node)
 
+    def _is_unknown(self, node: Any) -> bool:
+        """Whether no module keeps the places of such a split or slice."""
+        return self._is_fixed(node) and not self._widths(node)
+
     def _noted(self, node: Any) -> Cut | None:
         return next((cut for cut in self._calls.cuts if cut.function is node.grad_fn), None)
 
@@ -205,8 +212,32 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
         size = function._saved_split_size
         return cut.of_sizes([size] * (whole // size)) if whole % size == 0 else None
 
+    def chunks(self, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        """(width of a part, positions) for each split of the channels into equal parts; or 0, and positions of which
+        those that are alike go together."""
+        for node, width, at in self._chunked(positions):
+            step = node.grad_fn._saved_step if node.type == OPTYPE.SLICE else 1
+            yield (0, (at >> 32) // step << 32 | at & index_maps.CHANNEL) if step > 1 else (width, at)
+
+    def chunks_others(self, positions: Mapping[tuple[Any, Any], np.ndarray]) -> bool:
+        """Whether channels that are not among `positions` are split into equal parts together with those that are."""
+        return any(len(np.unique(at >> 32)) < node.grad_fn._saved_self_sym_sizes[self._dims[node]]
+                   for node, _, at in self._chunked(positions))
+
+    def _chunked(self, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Iterator[tuple[Any, int, np.ndarray]]:
+        """Each split or slice into equal parts, their width, and the positions in the whole."""
+        for (node, function), at in positions.items():
+            if node.type in LAYERS and function.__name__ == "prune_in_channels":
+                continue
+            for cut in [node, *(onward for onward in node.outputs if onward.type == OPTYPE.SLICE)]:
+                if (cut is not node or node.type == OPTYPE.SPLIT) and (width := self._chunk(cut)) is not None:
+                    yield cut, width, at
+
     def _chunk(self, node: Any) -> int | None:
-        """The width of the equal parts that channels are split into; None where they are not, or need not be equal."""
+        """The width of the equal parts that channels are split into; None where they are not, or need not be equal. Of
+        parts of several widths the greatest that all are made of."""
+        if node.type in (OPTYPE.SPLIT, OPTYPE.SLICE) and self._is_unknown(node):
+            return self._share(node) if self.cuts == "shares" else None
         if node.type != OPTYPE.SPLIT or not self._cuts(node):
             return None
         if hasattr(node.grad_fn, "_saved_split_size"):
@@ -214,6 +245,17 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
             return width
         widths = self._widths(node)
         return widths[0].end if widths is not None and len(widths) == 1 else None
+
+
+    def _share(self, node: Any) -> int:
+        """The greatest width that the whole and the parts of a split or slice are made of."""
+        function = node.grad_fn
+        whole: int = function._saved_self_sym_sizes[self._dims[node]]
+        if node.type == OPTYPE.SPLIT:
+            sizes = getattr(function, "_saved_split_sizes", None)
+            return math.gcd(*(sizes or [whole, function._saved_split_size]))
+        part = slice_of(function, whole)
+        return 1 if part.step > 1 else math.gcd(whole, part.begin, part.end)
 
 
 def shape(node: Any) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """What a traced run shows beside what autograd keeps of it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,6 +61,7 @@ class NotedCalls(TorchFunctionMode):
         super().__init__()
         self._weights = weights
         self.read_elsewhere: dict[str, str] = {}  # layer -> the class of the module whose code reads its weight
+        self._taken = Counter[int]()  # id of a weight -> how often it is taken, by what the outputs are made of or not
         self.cuts: list[Cut] = []
         self.concatenated: list[tuple[Any, list[int]]] = []
         self._zeros: list[tuple[Tensor, nn.Module, str]] = []  # made of a width: the module that keeps it, and where
@@ -77,7 +79,18 @@ class NotedCalls(TorchFunctionMode):
                 found.append(tensor)
                 reach(tensor.grad_fn, reached)
         self._unused.clear()
+        self._taken = Counter(id(source.variable) for node in reached for source, _ in node.next_functions
+                              if hasattr(source, "variable") and id(source.variable) in self._weights)
         return found, reached - used
+
+    def note_unseen_readers(self, calls: Callable[[str], int | None]) -> None:
+        """Add to `read_elsewhere` layers whose weights are taken more often than layers with them are called: by
+        functions of torch.autograd, which nothing else shows. calls(layer): how often; None where its own code may take
+        its weight more often than that."""
+        for weight, times in self._taken.items():
+            called = [calls(name) for name in self._weights[weight]]
+            if None not in called and times > sum(filter(None, called)):
+                self.read_elsewhere = dict.fromkeys(self._weights[weight], "the model") | self.read_elsewhere
 
     def width_of(self, zeros: Tensor) -> tuple[nn.Module, str] | None:
         """The module that keeps the last width of what such zeros are, or were made from, and its attribute."""

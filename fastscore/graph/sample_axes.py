@@ -36,6 +36,7 @@ IRREGULAR = _UNTOLD + "the model's code routes, gathers, flips or loops over the
 UNREACHED = _UNTOLD + "no sample that was tried sends a gradient back to it"
 AMBIGUOUS = _UNTOLD + "the gradients that come back fit more than one order"
 _UNSURE = (IRREGULAR, UNREACHED, AMBIGUOUS)  # may be otherwise with other sizes, or the gradients of the layers
+VARYING = ", as many numbers as it finds"  # of an output whose size is no multiple of the number of samples
 ALONE = ": it is scored where batches have one sample each"
 
 
@@ -110,7 +111,12 @@ def _find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: B
                              for trial in trials)
         reason = "which dimension of the output counts samples cannot be told: with samples along the first " \
             f"dimension of the batch, it is {shown} of them"
-        return SampleAxes(dict.fromkeys(watched, (Untold(reason),)), 0, inputs, values) if way.exact else None
+        if not way.exact:
+            return None
+        others = [tried(model, watched, run, batch_of(example, size), size, False) for size in _SIZES[2:]]
+        if _varies([*trials, *(other for other in others if isinstance(other, Trial))]):
+            reason += VARYING
+        return SampleAxes(dict.fromkeys(watched, (Untold(reason),)), 0, inputs, values)
     batch = batch_of(example, trials[-1].size) if len(trials) > 1 else example
     second = _second_dimension(model, run, batch, trials[-1].outputs[0])
     otherwise = _decided_otherwise(model, watched, run, batch, trials[-1], axes, way)
@@ -130,6 +136,14 @@ def _find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: B
                           Untold(axis.format(layer) + ALONE, axis != UNREACHED) for axis in of_layer)
              for layer, of_layer in found.items()}
     return SampleAxes(calls, axes[0] or 0, inputs, values, second)
+
+
+def _varies(trials: Sequence[Trial]) -> bool:
+    """Whether outputs have sizes that say nothing of how many samples there are."""
+    sizes = zip(*([size for output in trial.outputs for size in output.shape] for trial in trials), strict=False)
+    samples = [trial.size for trial in trials]
+    return any(0 in each or (len(set(each)) > 1 and len({size / n for size, n in zip(each, samples, strict=True)}) > 1)
+               for each in sizes)
 
 
 def _second_dimension(model: nn.Module, run: Run, batch: Batch, output: Tensor) -> bool:

@@ -27,10 +27,10 @@ from fastscore.graph import (
 )
 from fastscore.graph.counted_run import CountedRun
 from fastscore.graph.cutting import own_tensors
-from fastscore.graph.groups import READS, ChannelGraph, ChannelGroup, Member, Role, Units
+from fastscore.graph.groups import READS, TIED, ChannelGraph, ChannelGroup, Member, Role, Units
 from fastscore.graph.kept import left_alone, reasons, training_only, unread
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
-from fastscore.graph.trials import bias_trial, returned_trial, running, surgery_trial, verification
+from fastscore.graph.trials import bias_trial, cut_otherwise, returned_trial, running, surgery_trial, verification
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of, parameter_owners
@@ -176,6 +176,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
         advice = "" if has_run or isinstance(error, RuntimeError) else otherwise  # as of shapes
         raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}{advice}") from error
+    graph.note_unseen_readers(recording.calls_of)
     if unverified := reasons.of_gradients_of_its_own(recording):
         graph.release()
         return ChannelGraph((), unverified, {}), recording.layers_that_ran, set(unverified)
@@ -187,11 +188,14 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     mixtures, kept_experts = whole_experts.find(eval_model, whole) if "experts" in searched else ((), {})
     attentions = attention.find(eval_model, whole, unused, "head_dims" in searched, recording.run_again)
     heads, left = attentions.groups, attentions.skipped
-    found = _with_heads(eval_model, _groups(eval_model, graph, attention.layers(heads), recording, unused, idle),
-                        heads)
+    taken = attention.layers(heads)
+    found = _groups(eval_model, graph, taken, recording, unused, idle)
+    guesses = cut_otherwise.guesses(graph, found.skipped, lambda roots: _groups(
+        eval_model, graph, taken, recording, unused, (), roots))
+    found = _with_heads(eval_model, found, heads)
     graph.release()
     readers = graph.read_elsewhere
-    recording.forget_norms(but={member.layer for group in found.groups
+    recording.forget_norms(but={member.layer for group in (*found.groups, *guesses)
                                 for member in group.role("norm", "channelwise")})
     leaks = verification.leaks(recording, found.groups)
     members = {group.name: group.members for group in found.groups}
@@ -207,6 +211,8 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     kept |= {group: reasons.of_choice(where) for group, where in chosen.items()}
     tried = [group for group in found.groups if group.name not in kept]
     refused = surgery_trial.refusals(recording, tried)
+    refused |= {group.name: why for group in tried if group.name not in refused and (
+        why := reasons.read_elsewhere(group.members, readers)) and not surgery_trial.goes_one_by_one(recording, group)}
     if found.groups and len(refused) == len(tried):
         running.check_runs_again(eval_model, whole)
     joined = surgery_trial.together(recording, tried, refused)
@@ -217,7 +223,8 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
                     skipped={**found.skipped, **kept, **left}, experts=mixtures, kept_experts=kept_experts,
                     head_dims=tuple(attentions.head_dims), whole_heads=attentions.whole_heads,
                     not_both=attentions.not_both)
-    found = _with_heads(eval_model, found, joined)
+    found = cut_otherwise.that_go(recording, replace(found, groups=(*found.groups, *joined)), guesses)
+    found = _with_heads(eval_model, found, ())
     found = replace(found, kept_biases=bias_trial.kept_biases(recording) if found.groups else {})
     ran = recording.layers_that_ran
     found = replace(found, blocks=blocks.that_go(eval_model, whole, branches, found.groups))
@@ -231,10 +238,11 @@ def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGr
 
 
 def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set[str]],
-            recording: Recording, unused: Container[str], idle: Collection[str]) -> ChannelGraph:
+            recording: Recording, unused: Container[str], idle: Collection[str],
+            roots: Collection[str] | None = None) -> ChannelGraph:
     """taken: role -> layers that play it in groups of heads, and in no other. recording: of the run that was traced.
     unused: layers that ran, and that the output does not depend on: they may read what can go. idle: those of which no
-    gradient comes back."""
+    gradient comes back. roots: layers of whose channels alone groups are made; None: of all."""
     groups: list[ChannelGroup] = []
     skipped: dict[str, str] = {}
     tied: dict[str, str] = {}  # producers of what is kept -> the first of them
@@ -244,7 +252,7 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
     called_otherwise = set[str]().union(*taken.values())  # by an attention's own function
     layers = dict(model.named_modules())
     owners = parameter_owners(model)
-    for name, module in layers.items():
+    for name, module in layers.items() if roots is None else ((root, layers[root]) for root in layers if root in roots):
         node = graph.module2node.get(module)
         kind = tp.ops.module2type(module)
         if (name in idle and kind in PRODUCERS) or (node is None and kind in PRODUCERS
@@ -297,8 +305,9 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
                     and layers[member.module].get_parameter(member.layer.rpartition(".")[2]).dim() > 1)
     covered = {member.layer for group in groups for member in group.members if member.role not in (*READS, "width")}
     untraced = [name for name in untraced if name not in covered]  # as of an embedding whose weight another one holds
-    skipped |= reasons.of_untraced(untraced, idle, recording, graph.read_elsewhere)
-    skipped |= {layer: f"its channels go with those of {first}" for layer, first in tied.items()
+    if untraced:
+        skipped |= reasons.of_untraced(untraced, idle, recording, graph.read_elsewhere)
+    skipped |= {layer: f"{TIED}{first}" for layer, first in tied.items()
                 if layer not in covered and layer not in skipped}
     return ChannelGraph(tuple(groups), skipped, graph.normalized_by)
 

@@ -10,10 +10,19 @@ from torch import nn
 from fastscore.modules.norms.channel_norms import norm_of
 from fastscore.modules.weights.transposed_linear import is_transposed
 
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 def parametrized(module: nn.Module) -> bool:
     """Whether something computes the module's weight anew in each pass: it is no parameter that could be changed."""
     return nn.utils.parametrize.is_parametrized(module) or "weight" in vars(module)
+
+
+def runs_own_code(layer: nn.Module) -> bool:
+    """Whether a Linear or convolution is of a class that computes its output by code that is not PyTorch's own."""
+    kind = next((kind for kind in _LAYERS if isinstance(layer, kind)), None)
+    return kind is not None and any(getattr(type(layer), key, None) is not getattr(kind, key, None)
+                                    for key in ("forward", "_conv_forward"))
 
 
 def hooked(module: nn.Module) -> bool:

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from fastscore.graph.cutting import heads
-from fastscore.graph.groups import READS, ChannelGraph
+from fastscore.graph.groups import READS, TIED, ChannelGraph
 from fastscore.modules.weights.weight_products import weight_name
 
 _SHOWN = 3  # of the reasons
 _READERS = {*READS, "norm"}
-_TIED = "its channels go with those of "
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,6 @@ def _reason(name: str, skipped: Mapping[str, str]) -> str:
     """Why a layer's outputs stay; where it goes with another one, why that one's do."""
     for key in (name, name.rpartition(".")[0]):
         if (reason := skipped.get(key)) is not None:
-            first = reason.removeprefix(_TIED)
+            first = reason.removeprefix(TIED)
             return skipped[first] if first != reason and first in skipped else reason
     return "no group covers it"

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastscore.graph import scored_units
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Ignore, Role
-from fastscore.graph.sample_axes import ALONE
+from fastscore.graph.sample_axes import ALONE, VARYING
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.weights.held_weights import is_held
 from fastscore.scoring.scores import Origin
@@ -68,6 +68,9 @@ def _way_out(reasons: Iterable[str], transposing: str) -> str:
     said = set(reasons)
     if all(reason.endswith(ALONE) for reason in said):
         return "\ngive batches of one sample each"
+    if any(reason.endswith(VARYING) for reason in said):
+        return "\npass forward= that returns as many numbers for each sample, whatever is in it (what heads make at " \
+               "all places, before some are chosen by scores or by NMS)"
     if not any("counts samples" in reason for reason in said):
         return ""
     return "\ngive batches [N, ...]" + (transposing and f", and where the model takes samples second, {transposing}")

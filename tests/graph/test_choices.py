@@ -109,6 +109,8 @@ HIDDEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         (s + FAR * torch.arange(x.shape[1]))[:, None], 2, return_indices=True)[1][:, 0],
     "place in all": lambda x, s: F.adaptive_max_pool2d(
         (x.mT + FAR * torch.eye(x.shape[1])[0])[..., None], 1, return_indices=True)[1][:, :2, 0, 0],
+    "clamped": lambda x, s: s.detach().clamp(min=FAR),
+    "flat in place": lambda x, s: (s.detach() - FAR).relu_(),
     "drawn": lambda x, s: torch.bernoulli((s.detach() / FAR).sigmoid() / FAR),
 }
 # name -> a choice for each channel by itself, or none at all
@@ -121,6 +123,7 @@ ALONE: dict[str, Callable[[Tensor], Tensor]] = {
     "quantized": lambda x: (x * 8).round() / 8,
     "largest of two": lambda x: F.max_pool1d(x.mT, 2).mT,
     "back in their places": lambda x: F.max_unpool1d(*F.max_pool1d(x.mT, 2, return_indices=True), 2).mT,
+    "dead": lambda x: torch.cat([x, (x - 1000.0).relu() + x, x.clamp(-1000, 1000)], 1),
     "zeroed in place": lambda x: x * (x.detach() - 0.5).gt_(0),
     "without NaN": lambda x: torch.where(torch.isnan(x) | torch.isinf(x), 0.0, x),
     "checked": lambda x: x if bool(torch.isfinite(x).all()) else x.nan_to_num(),

@@ -67,7 +67,6 @@ MIXING: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "cropped": (lambda x: F.pad(x, (0, 0, 0, 0, -2, 0)), 6),
     "index": (lambda x: x[:, torch.arange(7, -1, -1)], 8),
     "slice": (lambda x: x[:, 2:6], 4),
-    "strided slice": (lambda x: x[:, ::2], 4),
     "select": (lambda x: x[:, 1:2] * x[:, 5:6], 1),
     "split": (lambda x: torch.split(x, [3, 5], 1)[1], 5),
     "split into equal parts": (lambda x: torch.add(*x.split(4, 1)), 4),

@@ -245,3 +245,8 @@ FAILURES = {
 @pytest.mark.parametrize("seed", FAILURES)
 def test_failures_of_old(seed):
     check(generate(seed))
+
+
+def test_a_parameter_that_goes_with_what_is_cut_where_widths_say():
+    """It is not named among what is kept."""
+    check(generate(103, more=True))

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -282,3 +283,41 @@ def test_a_model_that_takes_gradients_of_its_own_is_left_alone() -> None:
 def test_a_single_channel_has_to_stay() -> None:
     model = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 1), nn.Sigmoid(), nn.Linear(1, 5))
     assert trace(model, torch.randn(2, 10)).skipped["2"] == "it is one channel, which has to stay"
+
+
+class Signs(torch.autograd.Function):
+    """Of a weight, as XNOR networks have them; nothing but autograd sees that it is read."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.sign()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+class Binary(Chain):
+    """By a weight of whose layer nobody makes use, `read`; one that is read beside it, `beside`; or as a penalty."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        y = F.linear(x, Signs.apply(self.b.weight)) if self.how == "read" else self.b(x)
+        if self.how == "beside":
+            y = y + F.linear(x, Signs.apply(self.b.weight))
+        y = self.last(self.d(y.relu()).relu())
+        return y * (1 + Signs.apply(self.b.weight).sum()) if self.how == "penalty" else y
+
+
+@pytest.mark.parametrize("how", ["read", "beside", "penalty"])
+def test_weights_that_functions_of_autograd_read(how: str) -> None:
+    graph = trace(Binary(how).double().eval(), torch.randn(3, 6).double())
+    assert [group.name for group in graph.groups] == ["d"]
+    read = "the code of the model reads the weight of b as well"
+    assert graph.skipped["b"] == ("the code of the model reads its weight, and does not call it" if how == "read" else
+                                  read if how == "penalty" else "its channels go with others that are kept")
+    assert how == "read" or graph.skipped["a"] == read

@@ -44,6 +44,10 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         width = units.width_of(layer, member.role)
         if width is not None and int(member.index.max()) >= width:
             return f"their number changes on the way to {member.layer}"
+        around = next((outer for outer in _around(member.layer) if outer in recording.layers), None)
+        if around is not None and member.role in ("producer", "consumer"):
+            return f"{member.layer} runs inside of {around} ({type(layers[around]).__name__}), which is followed as " \
+                   "one layer"
         if parametrized(layer):
             return f"the weight of {member.layer} is computed (a parametrization): remove it first{_by(layer)}"
         observer = layer._modules.get("weight_fake_quant")
@@ -139,6 +143,12 @@ def read_elsewhere(members: Iterable[Member], readers: Mapping[str, str]) -> str
     """
     return next((f"the code of {readers[member.layer]} reads the weight of {member.layer} as well"
                  for member in members if member.layer in readers), None)
+
+
+def _around(name: str) -> list[str]:
+    """The names of all modules that hold one."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def _by(layer: nn.Module) -> str:

@@ -19,7 +19,7 @@ from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.attention.projections import ProjectionLinear
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
-from fastscore.modules.inspection import channel_dim
+from fastscore.modules.inspection import channel_dim, runs_own_code
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 
 _OWN = (LinearWithoutKeyBias, ProjectionLinear)  # classes here, which add their biases
@@ -47,7 +47,7 @@ def kept_biases(recording: Recording) -> dict[str, str]:
     found |= dict.fromkeys(_read_elsewhere(recording, names), "has a bias that other code reads as well")
     swapped = {layer for layer, _ in recording.swapped}
     odd = [name for name in names if name not in found
-           and (name in swapped or not (_is_plain(layers[name]) or isinstance(layers[name], _OWN)))]
+           and (name in swapped or (runs_own_code(layers[name]) and not isinstance(layers[name], _OWN)))]
     if odd:
         found |= dict.fromkeys(_not_added(recording, odd), "does more with a bias than add it")
     return found
@@ -56,12 +56,6 @@ def kept_biases(recording: Recording) -> dict[str, str]:
 def _has_place(layer: ParameterLinear) -> bool:
     """Whether a mean may go into the bias that goes with a parameter of nn.MultiheadAttention."""
     return isinstance(layer, ProjectionLinear) and layer.bias is not None
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether PyTorch's own code makes the layer's output."""
-    kind = next(kind for kind in _PLAIN if isinstance(layer, kind))
-    return all(getattr(type(layer), key, None) is getattr(kind, key, None) for key in ("forward", "_conv_forward"))
 
 
 def _read_elsewhere(recording: Recording, names: Sequence[str]) -> list[str]:

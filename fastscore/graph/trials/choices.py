@@ -34,9 +34,12 @@ _STEPS = {"round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside", "div.Te
 # maxima over windows of the last dimensions, so many, and where they lie
 _POOLS = {"max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3, "adaptive_max_pool2d": 2,
           "adaptive_max_pool3d": 3, "fractional_max_pool2d": 2, "fractional_max_pool3d": 3}
+# functions that are flat on one side, or both: where all that they give is one number, other numbers may show
+_FLAT = {"relu", "threshold", "clamp", "clamp_min", "clamp_max", "hardtanh", "hardsigmoid", "hardshrink", "softshrink",
+         "maximum", "minimum", "fmax", "fmin"}
 _NUMBERS = {"_local_scalar_dense"}  # of Python: what is made of them, nobody sees
 _TO_PYTHON = ("tolist", "numpy")  # methods that no operation is seen of
-_KNOWN = _ALONG | _ALIKE | _ANSWERS | _STEPS | _NUMBERS | {"nonzero", *_POOLS}
+_KNOWN = _ALONG | _ALIKE | _ANSWERS | _STEPS | _NUMBERS | _FLAT | {"nonzero", *_POOLS}
 
 Noted: TypeAlias = list[tuple[str, list[Tensor] | None]]  # choice by choice; None: of one that nothing depends on
 
@@ -93,6 +96,8 @@ class Choices(TorchDispatchMode):
             out = func(*args, **kwargs)
             if name in _POOLS and self._left is None:
                 self._places = weakref.ref(out[1])
+            if name in _FLAT and self._left is None and not _is_flat(out, self.noted[-1][1] or operands):  # as it was
+                self.noted[-1] = (name, None)
             return out
         written = _written(func, args, kwargs)
         copies = {id(x): x.clone() for x in written}
@@ -171,7 +176,7 @@ class Choices(TorchDispatchMode):
         if not isinstance(out, Tensor) or out.is_complex():
             return out
         other = ~out if out.dtype == torch.bool else torch.zeros_like(out) if self._way == 3 else \
-            out + 1 if name in _STEPS else \
+            out + 1 if name in _STEPS | _FLAT else \
             torch.where(out > 0, out - 1, out + 1)
         turned = (self._steps(out.shape, 2) > 0).to(out.device) | (self._way == 3 and out.dtype != torch.bool)
         return torch.where(turned & (differs if out.shape == differs.shape else differs.any()), other, out)
@@ -218,6 +223,12 @@ def _name(func: Any, args: Any, kwargs: Any) -> str | None:
     if operation == "div" and kwargs.get("rounding_mode") is None:
         return None
     return next((name for name in (operation, f"{operation}.{func._overloadname}") if name in _KNOWN), None)
+
+
+def _is_flat(out: Tensor, operands: Sequence[Tensor]) -> bool:
+    """Whether one number was made of several, or of one number another."""
+    first, x = out.flatten()[:1], operands[0].flatten()
+    return bool(out.numel()) and bool((out == first).all()) and not bool((x == x[:1]).all() and x[0] == first[0])
 
 
 def _operands(func: Any, name: str | None, args: Any, kwargs: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ from fastscore.graph.trials.choices import TURNS, Choices, Noted
 from fastscore.graph.trials.differences import changed, close, differ
 from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
-from fastscore.modules.inspection import channel_dim, device_of
+from fastscore.modules.inspection import channel_dim, device_of, runs_own_code
 from fastscore.modules.norms.channel_norms import OneNode, norm_of
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 
@@ -91,6 +91,12 @@ class Recording:
             self._read.clear()
             self._made.clear()
 
+    def calls_of(self, layer: str) -> int | None:
+        """How often a layer was called; None where its own code may take its weight more often than once a call."""
+        module = self.layers[layer]
+        own = runs_own_code(module) and not isinstance(module, ParameterLinear)
+        return None if own else len(self.outputs[layer])
+
     def _instance_norms(self) -> dict[str, Callable[..., Tensor]]:
         """Forwards that show none of the views by which an InstanceNorm has samples and channels in one dimension."""
         def of(module: nn.Module) -> Callable[..., Tensor]:
@@ -138,7 +144,7 @@ class Recording:
             output = self._replay_changed(self._whole(layers), compare, Choices(self.choices, None))
         except Exception:  # of the model's code, which looks at them
             return True
-        return bool(found) or not close(output, self.output).all()
+        return bool(found) or output.shape != self.output.shape or not bool(close(output, self.output).all())
 
     def read_by_others(self, layers: Collection[str]) -> str | None:
         """Where what `layers` make shows: the output, or a layer that is none of them; None where it does not."""
@@ -247,8 +253,8 @@ class Recording:
         def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
             return read_by(args, kwargs)  # the statistics of a GroupNorm depend on all its channels, its positions not
 
-        handles = [module.register_forward_hook(skip, with_kwargs=True) for module in model.modules()
-                   if isinstance(module, nn.GroupNorm)]
+        handles = [module.register_forward_hook(skip, with_kwargs=True)
+                   for module in {*model.modules(), *self.model.modules()} if isinstance(module, nn.GroupNorm)]
         rng.start_over(device_of(model))
         try:
             with replaced(model, forwards):

@@ -26,7 +26,7 @@ from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording, read_by, unwrapped
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import with_input
-from fastscore.modules.inspection import channel_dim
+from fastscore.modules.inspection import channel_dim, runs_own_code
 
 _PLACE = re.compile(r"\(([^ ()]+) \(\w+\)")  # in a reason: the module that does not run
 
@@ -148,9 +148,20 @@ def _try(recording: Recording, groups: Sequence[ChannelGroup]) -> _Findings:
     return _try_part(recording, groups, 0) or _try_part(recording, groups, 1)
 
 
+def goes_one_by_one(recording: Recording, group: ChannelGroup) -> bool:
+    """Whether a group can lose its first unit alone, and its last: code that cuts its channels by their number alone
+    would cut them alike."""
+    return not any(_try_without(recording, [group], {group.name: (group.unit == unit).nonzero()[:, 0]})
+                   for unit in (0, int(group.unit[-1])))
+
+
 def _try_part(recording: Recording, groups: Sequence[ChannelGroup], part: int) -> _Findings:
+    return _try_without(recording, groups, some_channels(groups, part))
+
+
+def _try_without(recording: Recording, groups: Sequence[ChannelGroup], removed: Mapping[str, Tensor]) -> _Findings:
     found = _Findings()
-    gone = surgery.removed_indices(groups, some_channels(groups, part))
+    gone = surgery.removed_indices(groups, removed)
     small: nn.Module = recording.model
     try:
         small = surgery.remove_indices(evaluation_copy(recording.model), gone)
@@ -208,7 +219,7 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         call, full = next(calls, (-1, None))
-        if full is None:  # one call more than before
+        if full is None or call >= len(recording.inputs[name]):  # one call more, or from within a layer
             computed: Tensor = type(layer).forward(layer, *args, **kwargs)
             return computed
         expected = _kept(full, dim, gone_out)
@@ -226,6 +237,11 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
         if (name, call) not in recording.swapped and holds_rest() and len(args) + len(kwargs) == 1 and \
                 _strides_as_ever(x, before, full, expected, dim):
             return expected
+        if gone_in is not None and name not in recording.norms and runs_own_code(whole) and \
+                _reads_besides(whole, args, kwargs, before):
+            found.layers[name] = f"the code of {name} ({type(whole).__name__}) does more with what it reads than " \
+                                 "multiply it by its weight"
+            return expected
         try:
             made: Tensor = type(layer).forward(layer, *args, **kwargs)
         except Exception as error:
@@ -238,10 +254,27 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
             want = _kept(type(whole).forward(whole, *args, **kwargs), dim, gone_out)
         if made.shape != want.shape or not _alike(made, want):
             found.layers.setdefault(name, f"{name} ({type(layer).__name__}) computes something else with fewer "
-                                          "channels: its weight is computed from all of them")
+                                          "channels: its weight, or what else its code does, is computed from all")
         return torch.empty_like(made).copy_(expected) if made.shape == expected.shape else expected  # in its strides
 
     return forward
+
+
+def _reads_besides(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> bool:
+    """Whether what a layer makes of x depends on it with a weight of zeros, as where it adds x to a product with it:
+    then a gradient at what it reads is not that of the product."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return False
+    layer._parameters["weight"] = nn.Parameter(torch.zeros_like(weight), requires_grad=False)
+    try:
+        made, again = (type(layer).forward(layer, *own_args, **own_kwargs) for own_args, own_kwargs in
+                       (with_input(args, kwargs, each) for each in (x, 1.0 - 1.5 * x)))
+    except Exception:  # of code that asks what the weight is: it runs as it is, or is found out below
+        return False
+    finally:
+        layer._parameters["weight"] = weight
+    return made.shape != again.shape or not _alike(made, again)
 
 
 def _kept(x: Tensor, dim: int, gone: Tensor | None) -> Tensor:

@@ -1,0 +1,65 @@
+"""Convolutions whose own code runs other modules, as detectron2's does, which has a normalisation and an activation.
+
+Torch-Pruning's tracer takes what a module returns for what its weight makes. Of such a convolution that is what the
+last module inside makes.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch_pruning as tp
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from fastscore.graph.cutting import channel_buffers
+from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
+from fastscore.modules.inspection import parametrized
+from fastscore.modules.norms.channel_norms import norm_of
+
+
+def of(model: nn.Module) -> list[nn.Module]:
+    """The convolutions of `model` that hold layers, and these, which come first."""
+    found = list[nn.Module]()
+    for module in model.modules():
+        if _holds_others(module):
+            inside = [part for part in module.modules() if part is not module and part not in found]
+            parts = [part for part in inside
+                     if tp.ops.module2type(part) in PRODUCERS | CHANNELWISE or norm_of(part) is not None]
+            found += [*parts, module] if parts or any(map(channel_buffers.width, inside)) else []
+    return found
+
+
+def move(of_function: dict[Any, Any], made: Mapping[nn.Module, list[Any]]) -> None:
+    """Put modules where their own operations are.
+
+    Args:
+        of_function: of autograd, for what modules returned -> the module, of the last that returned it; changed.
+        made: module of those of `of` -> the functions of what it returned, in each call.
+    """
+    for module, functions in made.items():
+        for function in functions:
+            inner = _reading(function, module._parameters.get("weight")) if _holds_others(module) else function
+            if inner is not None and function in of_function:
+                if of_function[function] is module:
+                    del of_function[function]
+                of_function[inner] = module
+
+
+def _holds_others(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and bool(module._modules) and not parametrized(module)
+
+
+def _reading(function: Any, weight: Any) -> Any:
+    """The nearest operation with a weight that a function of autograd is computed from; None where there is none."""
+    work, seen = deque([function]), set[Any]()
+    while work and weight is not None:
+        node = work.popleft()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        sources = [source for source, _ in node.next_functions]
+        if any(getattr(source, "variable", None) is weight for source in sources):
+            return node
+        work += sources
+    return None

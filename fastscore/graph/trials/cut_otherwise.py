@@ -1,0 +1,66 @@
+"""Channels that code cuts at places of which no module keeps a number: `gamma, beta = x.split(y.shape[1], 1)`.
+
+Nobody sees where the code has such places from. They may be fixed; they may be widths of what lies side by side, and
+move with them; or shares of the whole, half of it or a quarter. What the groups would be is tried by surgery: those go
+that may.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+
+from fastscore.graph.dependencies import CUT, Graph
+from fastscore.graph.groups import READS, TIED, ChannelGraph, ChannelGroup
+from fastscore.graph.trials import surgery_trial, verification
+from fastscore.graph.trials.recording import Recording
+
+
+def guesses(graph: Graph, skipped: Mapping[str, str], groups_of: Callable[[Collection[str]], ChannelGraph]
+            ) -> list[ChannelGroup]:
+    """What the groups would be that are kept as the code fixes where it cuts their channels, if it did not.
+
+    Args:
+        graph: of the tracer.
+        skipped: layer -> why it is kept.
+        groups_of: (layers) -> the groups of what they make, as `graph` has them.
+    """
+    roots = {name for name, reason in skipped.items() if reason.startswith(CUT)}
+    own = roots | {name for name, reason in skipped.items() if reason.removeprefix(TIED) in roots}
+    found = list[ChannelGroup]()
+    for graph.cuts in ("moving", "shares") if roots else ():
+        found += [group for group in groups_of(roots).groups if _producers(group) <= own]
+    return found
+
+
+def that_go(recording: Recording, graph: ChannelGraph, guesses: Sequence[ChannelGroup]) -> ChannelGraph:
+    """The graph with those of `guesses` that can go, the first of each layer.
+
+    Args:
+        recording: of a run of the model; it is not changed.
+        graph: whose groups were tried, and can go.
+        guesses: what more there may be.
+    """
+    found, made = list[ChannelGroup](), set[tuple[str, int]]().union(*map(_outputs, graph.groups))
+    for group in guesses:
+        if made.isdisjoint(_outputs(group)) and _goes(recording, group):
+            found.append(group)
+            made |= _outputs(group)
+    refused = surgery_trial.refusals(recording, [*graph.groups, *found]) if found else {}
+    found = [group for group in found if group.name not in refused]
+    if not found or any(group.name in refused for group in graph.groups):
+        return graph
+    names = {member.layer for group in found for member in group.members if member.role not in (*READS, "width")}
+    return replace(graph, groups=(*graph.groups, *found),
+                   skipped={name: reason for name, reason in graph.skipped.items() if name not in names})
+
+
+def _producers(group: ChannelGroup) -> set[str]:
+    return {member.layer for member in group.role("producer")}
+
+
+def _outputs(group: ChannelGroup) -> set[tuple[str, int]]:
+    return {(member.layer, place) for member in group.role("producer") for place in member.index.tolist()}
+
+
+def _goes(recording: Recording, group: ChannelGroup) -> bool:
+    return not verification.leaks(recording, [group]) and not verification.leaks(recording, [group], chosen=True) \
+        and not surgery_trial.refusals(recording, [group]) and surgery_trial.goes_one_by_one(recording, group)

@@ -1,0 +1,56 @@
+"""Models that return as many numbers as they find, as detectors do."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastscore
+from fastscore.graph.tracing import trace
+
+
+class Detector(nn.Module):
+    """[N, T, 5] -> what is found in all samples, one after another, [.., 4]."""
+
+    def __init__(self, threshold: float = 0.0) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.body, self.neck, self.box, self.score = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 1)
+
+    def heads(self, x: Tensor) -> Tensor:
+        y = F.relu(self.neck(F.relu(self.body(x))))
+        return torch.cat([self.box(y), self.score(y)], -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.heads(x).flatten(0, 1)
+        return found[found[:, 4] > self.threshold][:, :4]
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 100.0])
+def test_the_way_out_works(threshold: float) -> None:
+    """It is told, and followed; where nothing is found, too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x = Detector(threshold).double().eval(), torch.randn(6, 7, 5, dtype=torch.float64)
+    with pytest.raises(ValueError, match="pass forward= that returns as many numbers for each sample") as error:
+        fastscore.score(model, [x], progress=False)
+    assert "as many numbers as it finds" in str(error.value)
+    assert "transpose" not in str(error.value)
+    scores = fastscore.score(model, [x], progress=False, forward=lambda model, batch: model.heads(batch))
+    assert list(scores) == ["body", "neck"]
+
+
+class Emptied(Detector):
+    """What no gradient comes back from decides how much is found."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.neck(F.relu(self.body(x))))
+        return self.box(y)[self.score(y)[..., 0].detach() > 0]
+
+
+def test_a_size_that_an_idle_layer_decides() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x = Emptied().double().eval(), torch.randn(1, 7, 5, dtype=torch.float64)
+    graph = trace(model, x)
+    assert [group.name for group in graph.groups] == ["body", "neck"]
