@@ -186,16 +186,6 @@ class Graph(Nodes):
                 return True
         return False
 
-    def pads_others(self, positions: Positions) -> bool:
-        """Whether some of `positions` hold constants padded beside other channels: as many, whatever goes."""
-        for (node, _), at in positions.items():
-            if self._is_padded(node):
-                before, after = self._padding(node)
-                position = at >> 32
-                if ((position < before) | (position >= shape(node)[self._dims[node]] - after)).any():
-                    return True
-        return False
-
     def _obstacle(self, node: Any, function: Any) -> str | None:
         """Why channels that come to a node cannot be removed; None where they can."""
         if (part := getattr(node.grad_fn, "scripted", None)) is not None:

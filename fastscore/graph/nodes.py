@@ -224,6 +224,16 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
         return any(len(np.unique(at >> 32)) < node.grad_fn._saved_self_sym_sizes[self._dims[node]]
                    for node, _, at in self._chunked(positions))
 
+    def pads_others(self, positions: Mapping[tuple[Any, Any], np.ndarray]) -> bool:
+        """Whether some of `positions` hold constants padded beside other channels: as many, whatever goes."""
+        for (node, _), at in positions.items():
+            if self._is_padded(node):
+                before, after = self._padding(node)
+                position = at >> 32
+                if ((position < before) | (position >= shape(node)[self._dims[node]] - after)).any():
+                    return True
+        return False
+
     def _chunked(self, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Iterator[tuple[Any, int, np.ndarray]]:
         """Each split or slice into equal parts, their width, and the positions in the whole."""
         for (node, function), at in positions.items():
