@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward, with_float64
 from fastscore.graph.groups import ChannelGroup, Role
-from fastscore.modules.attention.multihead_attention import PROJECTIONS
 from fastscore.modules.attention.projections import ProjectionLinear
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.hooks import input_of, with_input
@@ -25,11 +24,13 @@ from fastscore.modules.inspection import channel_dim, parameter_owners
 from fastscore.modules.norms.channel_norms import norm_of
 from fastscore.modules.weights import held_weights
 from fastscore.modules.weights.parameter_layers import ParameterLinear
+from fastscore.modules.weights.recurrent import GateLinear
 from fastscore.modules.weights.transposed_linear import is_transposed, widths
 from fastscore.wording import counted
 
 _ADAPTERS = {"lora_A", "lora_B"}  # beside a layer that PEFT calls so:
 _ADAPTED = "base_layer"
+_OF_PARAMETERS = (ProjectionLinear, GateLinear)  # layers of parameters, whose biases are added to what they make
 
 
 def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping[str, Tensor],
@@ -49,13 +50,16 @@ def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping
 
 
 def has_no_place(model: nn.Module, name: str, kept_biases: Container[str]) -> bool:
-    """Whether what reads channels has no bias that could take a mean in: experts, norms, recurrent layers, projections
-    that nn.MultiheadAttention holds without biases or one by one; biases that other modules hold, too; an adapter
-    beside a layer that has none, where it does not read what that reads; `kept_biases`, those of the graph."""
+    """Whether what reads channels has no bias that could take a mean in: experts, norms, recurrent modules without
+    biases, projections that nn.MultiheadAttention holds without biases or one by one; biases that other modules hold,
+    too; an adapter beside a layer that has none, where it does not read what that reads; `kept_biases`, those of the
+    graph."""
     if name in kept_biases or adapted(name) in kept_biases:
         return True
     if held_weights.is_held(model, name):
-        return name.rpartition(".")[2] not in PROJECTIONS or held_weights.bias_of(model, name) is None
+        held = held_weights.bias_of(model, name)
+        return held is None or not issubclass(held_weights.layer_of(model, name), _OF_PARAMETERS) or \
+            parameter_owners(model)[id(model.get_parameter(held))] > 1
     if (beside := adapted(name)) is not None:
         try:
             layer = model.get_submodule(beside)
@@ -64,8 +68,8 @@ def has_no_place(model: nn.Module, name: str, kept_biases: Container[str]) -> bo
         return not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) or (
             getattr(layer, "bias", None) is None and "lora_A" not in name.split("."))
     layer = model.get_submodule(name)
-    if isinstance(layer, ParameterLinear):
-        return layer.bias is None or not isinstance(layer, ProjectionLinear)
+    if isinstance(layer, ParameterLinear) and (layer.bias is None or not isinstance(layer, _OF_PARAMETERS)):
+        return True
     bias = layer._parameters.get("bias")
     return norm_of(layer) is not None or (bias is not None and parameter_owners(model)[id(bias)] > 1)
 
@@ -135,8 +139,8 @@ def mean_contributions(model: nn.Module, means: Mapping[str, Tensor], example_in
 
     def contribution_of(name: str, mean: Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            if is_part(module, args, kwargs):
-                return
+            if is_part(module, args, kwargs) or (isinstance(module, GateLinear) and found[name]):
+                return  # of a state each step makes the same
             dim, x = channel_dim(module), input_of(args, kwargs)
             shape = x.shape[1:] if dim % x.dim() else x.shape  # one without a batch has its channels first
             constant = with_float64(x.new_zeros(2, *shape)).double()  # the second gives the bias

@@ -7,6 +7,7 @@ its layer's call.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastscore.batches import valid_tokens, with_float64
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import device_of
+from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 from fastscore.modules.weights.transposed_linear import is_linear
 
@@ -166,18 +168,17 @@ class InputMoments:
         self.moments = {name: Moments(where) for name, where in index.items()}
         self._valid: Tensor | None = None
         self.calls: Counter[str] = Counter()  # how often each layer was called, in the order they run
-        self._handles: list[Any] = []
+        self._handles = ExitStack()
 
     def __enter__(self) -> "InputMoments":
+        self._handles.enter_context(recurrent.exact_rows(self._model))  # padding is none of what a module reads
         for name, moments in self.moments.items():
             layer = self._model.get_submodule(name)
-            self._handles.append(layer.register_forward_pre_hook(self._hook(name, moments), with_kwargs=True))
+            self._handles.enter_context(layer.register_forward_pre_hook(self._hook(name, moments), with_kwargs=True))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._handles.close()
 
     def start(self, batch: Any) -> None:
         """Before each batch: padding among its tokens does not count."""

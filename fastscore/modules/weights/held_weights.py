@@ -48,6 +48,13 @@ def is_held(model: nn.Module, name: str) -> bool:
     return kinds is not None and key in kinds.names
 
 
+def layer_of(model: nn.Module, name: str) -> type[ParameterLinear]:
+    """What `replace` makes of such a parameter."""
+    kinds = _kinds(model.get_submodule(name.rpartition(".")[0]))
+    assert kinds is not None
+    return kinds.layer
+
+
 def inputs_of(model: nn.Module, name: str) -> int:
     """How many channels such a parameter is multiplied by."""
     owner, _, key = name.rpartition(".")
