@@ -11,13 +11,12 @@ import torch
 
 import fastscore
 from fastscore import files
-from fastscore.cli import options
+from fastscore.cli import options, run_files
 from fastscore.cli.options import Commands, add_command
 from fastscore.ops import library
 from fastscore.ops.backends import backends
 from fastscore.pruning.saved.checkpoint import read_notes
 from fastscore.pruning.saved.export import read_exported_notes
-from fastscore.scoring.runs import FORM, run_notes
 from fastscore.scoring.scores import Scores
 
 _NONE = {"notes": "none: fastscore did not prune it; give weights as --checkpoint, behind the name of their model"}
@@ -31,7 +30,7 @@ def add(commands: Commands) -> None:
         "Versions, and which kernels serve which device on this machine, or why they do not.\n"
         "For a model: how its images are prepared, and what is made of it to score it, layer by layer.\n"
         "For a file of scores or of a pruned model (.safetensors, .pt2, .onnx, .pt): where it comes from,\n"
-        "and what remains. For the file of score --resume: how far it is, and its options.",
+        "and what remains. For the file of a run that can go on (resume=): what it is of, and how far it is.",
         "fastscore info\nfastscore info --json\nfastscore info torchvision:resnet18\n"
         "fastscore info scores.safetensors\nfastscore info small.onnx\nfastscore info run.ckpt")
     options.add_model(command, optional=True)
@@ -69,8 +68,8 @@ def file_notes(path: str) -> dict[str, str]:
         raise FileNotFoundError(f"{path}: there is no such file; info reads scores and pruned models, or MODEL: "
                                 "torchvision:NAME, timm:NAME, hf:NAME or module:function")
     form = files.form_of(path)
-    if form == FORM:
-        return run_notes(path)
+    if form in run_files.NOTES:
+        return run_files.NOTES[form](path)
     if form == "" and not path.endswith(".safetensors"):
         return read_exported_notes(path) or _NONE
     try:

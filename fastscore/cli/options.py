@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.cli import hugging_face, images, models, processes
+from fastscore.cli import hugging_face, images, models, processes, units
 from fastscore.cli.argument_types import IMPORTANCES, importance, of_sampling, positive
 from fastscore.cli.checkpoints import noted_weights, sha256
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.graph.groups import Units
-from fastscore.graph.head_dims import HEAD_DIMENSIONS
-from fastscore.modules.weights.experts import holds_experts
 from fastscore.pruning.budgets.quality import HELD_OUT
 from fastscore.recovery.reconstruct import Method
 from fastscore.scoring.criteria import ABLATIONS, GRADIENT_IMPORTANCES, LAYERWISE, REDUCTIONS
@@ -219,23 +217,17 @@ def scored(model: nn.Module, arguments: argparse.Namespace, prepare: images.Prep
     samples: int | Literal["auto"] = "auto" if arguments.samples == "auto" else sum(map(len, batches.chunks))
     tell(f"images: {prepare}")
     try:
-        scores = fastscore.score(model, batches, samples=samples, ablation=ablation(arguments),
-                                 **{name: getattr(arguments, name) for name in
-                                    ("importance", "units", "reduction", "layerwise", "probes", "distribution",
-                                     "center", "normalize", "seed", "ignore", "precision", "compile")}, **how)
+        with units.told_here():
+            scores = fastscore.score(model, batches, samples=samples, ablation=ablation(arguments),
+                                     **{name: getattr(arguments, name) for name in
+                                        ("importance", "units", "reduction", "layerwise", "probes", "distribution",
+                                         "center", "normalize", "seed", "ignore", "precision", "compile")}, **how)
     except KeyboardInterrupt:
         if "resume" not in how:
             tell("nothing is kept of this scoring; `fastscore score --resume FILE --out SCORES` can be stopped and go "
                  "on, and --scores takes what it writes")
         raise
-    modules = dict(model.named_modules())
-    if arguments.units == "blocks" and all(len(scores[name]) > 1 for name in scores):
-        tell("units: this model has no residual branch that can go whole, so channels alone can go")
-    if arguments.units == "experts" and not any(name in modules and holds_experts(modules[name]) for name in scores):
-        tell("units: this model has no mixture whose experts can go whole, so channels alone can go")
-    for name, reason in scores.skipped.items():
-        if name.endswith(HEAD_DIMENSIONS):
-            tell(f"units: {name.removesuffix(HEAD_DIMENSIONS)} keeps whole heads: {reason}")
+    units.say(arguments.units, model, scores, tell)
     return replace(scores, notes=notes(arguments, prepare))
 
 

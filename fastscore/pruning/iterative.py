@@ -37,7 +37,7 @@ SCHEDULES: Mapping[str, Callable[[float, float], float]] = {
     "geometric": lambda share, way: share ** way,  # every step takes the same share of what is left
     "linear": lambda share, way: 1 - (1 - share) * way,  # every step takes as much
 }
-_FORM = "fastscore-iterative-1"
+FORM = "fastscore-iterative-1"
 _OURS = {"model", "scores", "example_inputs", "batches", "channels", "params", "macs", "latency", "inplace",
          "resume"}
 _SCORING = set(inspect.signature(score).parameters) - _OURS
@@ -221,11 +221,11 @@ class _Run:
         header = {"same": same, "recipe": recipe, "reports": [asdict(report) for report in self.reports],
                   "training": [name for name, module in self.current.named_modules() if module.training],
                   "removed": {layer: index.tolist() for layer, index in self.removed.items()}}
-        files.write(path, _FORM, header, self.current.state_dict())
+        files.write(path, FORM, header, self.current.state_dict())
 
     def load(self, path: str | PathLike[str], same: Mapping[str, Any]) -> None:
         """Go on from a checkpoint. Raises ValueError for one that is damaged, or of another run."""
-        header, state = files.read(path, _FORM, "checkpoint of prune_iteratively", "delete it to start again")
+        header, state = files.read(path, FORM, "checkpoint of prune_iteratively", "delete it to start again")
         differing = [name for name in same if header["same"].get(name) != same[name]]
         if differing:
             raise ValueError(f"resume: {path} is of another run, which differs in {', '.join(differing)}; give "

@@ -27,7 +27,7 @@ from fastscore.wording import counted
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-_FORM = "fastscore-distillation-2"
+FORM = "fastscore-distillation-2"
 _STRIDE = 1_000_003  # between the seeds of two steps
 
 
@@ -251,7 +251,7 @@ class DistillationRun:
 
     def keep_in(self, path: str | PathLike[str], same: Mapping[str, Any]) -> None:
         """Go on from the file at `path` where there is one, and write it from now on; the first process does both."""
-        self._file = RunFile(path, _FORM, "file of distill(resume=)", same)
+        self._file = RunFile(path, FORM, "file of distill(resume=)", same)
         found: list[Any] = [None]
         if self._first:
             try:

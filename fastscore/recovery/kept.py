@@ -15,7 +15,7 @@ from fastscore.graph.cutting.surgery import RemovedIndices
 from fastscore.modules.inspection import device_of
 from fastscore.scoring.run_file import RunFile, remaining
 
-_FORM = "fastscore-moments-1"
+FORM = "fastscore-moments-1"
 
 
 class Sum(Protocol):
@@ -53,7 +53,7 @@ class KeptPasses:
         rank, size = (0, 1) if process_group is None else (distributed.get_rank(process_group), process_group.size())
         gone = json.dumps(sorted((name, side, index.tolist()) for (name, side), index in removed.items()))
         identity = run_fingerprint(model, {}, removed=hashlib.sha256(gone.encode()).hexdigest(), forward=forward)
-        self._file = RunFile(path, _FORM, "file of reconstruct(resume=)", {**identity, "process": [rank, size]}, rank,
+        self._file = RunFile(path, FORM, "file of reconstruct(resume=)", {**identity, "process": [rank, size]}, rank,
                              size, device_of(model))
         found = self._file.load()
         if found is not None:

@@ -23,7 +23,7 @@ from fastscore.taps.passes import ForwardPass
 from fastscore.taps.taps import Taps
 from fastscore.wording import counted
 
-_FORM = "fastscore-scorer-1"
+FORM = "fastscore-scorer-1"
 
 
 class Scorer:
@@ -180,7 +180,7 @@ class Scorer:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write state_dict() to a safetensors file, whole or not at all."""
-        files.write_state(path, _FORM, self.state_dict())
+        files.write_state(path, FORM, self.state_dict())
 
     def load(self, path: str | PathLike[str]) -> None:
         """Go on from what `save` wrote.
@@ -189,7 +189,7 @@ class Scorer:
             ValueError: The file is foreign, truncated or altered, or of another model or way of scoring; nothing has
                 changed then.
         """
-        self.load_state_dict(files.read_state(path, _FORM, "scorer state", "start over",
+        self.load_state_dict(files.read_state(path, FORM, "scorer state", "start over",
                                               device_of(self._taps.model)))
 
     def all_reduce(self, process_group: distributed.ProcessGroup | None = None) -> None:

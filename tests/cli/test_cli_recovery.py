@@ -146,9 +146,11 @@ def test_branches_go_and_what_is_left_is_repaired(capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(("units", "told"), [("blocks", "no residual branch that can go whole"),
                                               ("experts", "no mixture whose experts can go whole")])
-def test_a_model_without_them_is_told_so(capsys: pytest.CaptureFixture[str], units: str, told: str) -> None:
+def test_a_model_without_them_is_told_so_once(capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder,
+                                              units: str, told: str) -> None:
     assert main(["score", *MODEL, "--units", units, "--out", "s.safetensors"]) == 0
-    assert f"this model has {told}" in capsys.readouterr().err
+    assert capsys.readouterr().err.count(f"this model has {told}") == 1
+    assert not [warned for warned in recwarn if "units" in str(warned.message)]
 
 
 @pytest.mark.parametrize(("units", "unit"), [("experts", "body.layers.0.mlp.experts"),

@@ -121,7 +121,7 @@ def done(job: str, folder: Path) -> int:
         return 0
     if job == "score":
         return int(files.read_state(path, runs.FORM, "checkpoint", "")["done"])
-    return sum(each["done"] for each in files.read_state(path, kept._FORM, "checkpoint", "")["passes"].values())
+    return sum(each["done"] for each in files.read_state(path, kept.FORM, "checkpoint", "")["passes"].values())
 
 
 def calls(folder: Path) -> int:

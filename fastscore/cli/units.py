@@ -1,0 +1,36 @@
+"""What a command says of the units that were asked for."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from fastscore.graph.groups import Units
+from fastscore.graph.head_dims import HEAD_DIMENSIONS
+from fastscore.graph.whole_experts import WHOLE_EXPERTS
+from fastscore.modules.weights.experts import holds_experts
+from fastscore.scoring.scores import Scores
+
+_KEEPS = {HEAD_DIMENSIONS: "whole heads", WHOLE_EXPERTS: "all experts"}  # ending of a name -> what
+
+
+@contextmanager
+def told_here() -> Iterator[None]:
+    """In the block, nothing warns of what `say` says."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "units: .* has no mixture of experts")
+        yield
+
+
+def say(units: Units, model: nn.Module, scores: Scores, tell: Callable[[str], None]) -> None:
+    """Tell which units there are none of, and why some are kept."""
+    modules = dict(model.named_modules())
+    if units == "blocks" and all(len(scores[name]) > 1 for name in scores):
+        tell("units: this model has no residual branch that can go whole, so channels alone can go")
+    if units == "experts" and not any(name in modules and holds_experts(modules[name]) for name in scores):
+        tell("units: this model has no mixture whose experts can go whole, so channels alone can go")
+    for name, reason in scores.skipped.items():
+        for ending, keeps in _KEEPS.items():
+            if name.endswith(ending):
+                tell(f"units: {name.removesuffix(ending)} keeps {keeps}: {reason}")
