@@ -164,6 +164,7 @@ def _data(scores: Scores, title: str, fraction: float, pruned: PruneReport | Non
     if scores.coverage is not None:
         first, *rest = scores.coverage.lines()
         facts["coverage"] = "; ".join([first.removeprefix("coverage: "), *map(str.strip, rest)])
+    facts |= {"rows": "; ".join(scores.row_notes)} if scores.row_notes else {}
     facts |= scores.notes
     return {"title": title, "facts": list(facts.items()), "fraction": fraction,
             "layers": layers,

@@ -171,7 +171,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             """The smaller model; `costs` are without what was removed."""
             surgery, pruned, macs_left = cut(removed)
             report = new_report(graph, dense, costs, macs_left, pruned, removed, candidates, notes,
-                                compensation, surgery.made_plain)
+                                compensation, scores.origin.units, surgery.made_plain)
             made = PruneResult(pruned, report, costs.with_others(removed), surgery.removed_indices, surgery.new_biases)
             if fit is None or not removed:
                 return made

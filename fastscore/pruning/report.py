@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastscore.graph.groups import ChannelGraph
+from fastscore.graph.groups import ChannelGraph, Units
 from fastscore.pruning.budgets.costs import Costs
 from fastscore.recovery.compensation import removed_positions
 from fastscore.recovery.divergence import judged_by, names
 from fastscore.recovery.reconstruct import Repair
+from fastscore.scoring.row_notes import row_notes
 from fastscore.tables import Table
 from fastscore.wording import counted
 
@@ -117,6 +118,7 @@ class PruneReport(Table):
         judged: with a quality budget, the models that were judged, from the largest to the smallest.
         compensation: without calibration batches, what stands in for the channels that went.
         decided: what agreement and KL are of.
+        row_notes: what rows of groups stand for, where that is not plain.
     """
 
     groups: tuple[GroupReport, ...]
@@ -131,6 +133,7 @@ class PruneReport(Table):
     uncounted: Mapping[str, str] = field(default_factory=dict)
     compensation: str = ""
     decided: str = ""
+    row_notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "PruneReport":
@@ -144,7 +147,7 @@ class PruneReport(Table):
         return cls(tuple(groups), _pair(data["channels"]), _pair(data["macs"]), _pair(data["params"]), data["skipped"],
                    tuple(candidates), data.get("notes", {}), tuple(map(_repair, data.get("repairs", ()))),
                    tuple(Judged(**row) for row in data.get("judged", ())), data.get("uncounted", {}),
-                   data.get("compensation", ""), data.get("decided", ""))
+                   data.get("compensation", ""), data.get("decided", ""), tuple(data.get("row_notes", ())))
 
     @property
     def kept_notes(self) -> dict[str, str]:
@@ -181,7 +184,8 @@ class PruneReport(Table):
     def _remarks(self) -> list[str]:
         """What remains of the whole, what was tried, what was kept and why, and where the scores come from."""
         lines = [self._remains, "a row is a group, the channels that go together, under the name of the first layer "
-                 "that makes them", *([self.compensation] if self.compensation and not self.repairs else [])]
+                 "that makes them", *self.row_notes,
+                 *([self.compensation] if self.compensation and not self.repairs else [])]
         for tried in self.candidates:
             dense, small = (1e3 * seconds for seconds in tried.timing.seconds)
             lines.append(f"{'chosen' if tried.chosen else 'tried'}: {tried.timing.share:.1%} "
@@ -212,12 +216,12 @@ class PruneReport(Table):
 
 def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs: Costs, macs: int, pruned: nn.Module,
                removed: Mapping[str, Tensor], candidates: tuple[Candidate, ...], notes: Mapping[str, str],
-               compensation: str, made_plain: Sequence[str] = ()) -> PruneReport:
+               compensation: str, units: Units, made_plain: Sequence[str] = ()) -> PruneReport:
     """The report of `pruned`, which has lost `removed` (group -> int64 [R]).
 
     dense: (MACs, parameters) of each group as it was, see Costs.by_group. costs: without what was removed. macs: of
-    `pruned`, counted. compensation: what stands in for what was removed. made_plain: layers that computed their weight
-    and hold it now.
+    `pruned`, counted. compensation: what stands in for what was removed. units: that were scored. made_plain: layers
+    that computed their weight and hold it now.
     """
     rows = tuple(GroupReport(group.name, (group.channels, costs.channels_left(group.name)),
                              (round(was[0]), round(now[0])), (round(was[1]), round(now[1])))
@@ -234,7 +238,8 @@ def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs:
                                     "of what is read there is neither compensated nor reconstructed"}
     return PruneReport(rows, (int(costs.dense["channels"]), int(costs.totals["channels"])),
                        (int(costs.dense["macs"]), macs), (int(costs.dense["params"]), params), graph.skipped,
-                       candidates, notes=dict(notes), uncounted=costs.uncounted, compensation=compensation)
+                       candidates, notes=dict(notes), uncounted=costs.uncounted, compensation=compensation,
+                       row_notes=row_notes(units, {group.name: group.channels for group in graph.groups}))
 
 
 def _repair(row: Mapping[str, Any]) -> Repair:

@@ -13,6 +13,7 @@ from fastscore.graph.groups import Units
 from fastscore.scoring import criteria as importances
 from fastscore.scoring.coverage import Coverage
 from fastscore.scoring.gradients import DISTRIBUTIONS
+from fastscore.scoring.row_notes import row_notes
 from fastscore.scoring.weights import WEIGHT_IMPORTANCES
 from fastscore.wording import counted
 
@@ -271,12 +272,17 @@ class Scores(Mapping[str, Tensor], tables.Table):
 
     @property
     def _remarks(self) -> list[str]:
-        lines = [self._made, *([] if self.coverage is None else self.coverage.lines())]
+        lines = [self._made, *self.row_notes, *([] if self.coverage is None else self.coverage.lines())]
         lines += [f"{layer}: kept ({reason})" for layer, reason in self.skipped.items()]
         if self.zero_gradients:
             lines.append(f"{counted(self.zero_gradients, 'output gradient was', 'output gradients were')} zero "
                          "throughout, which says nothing of any channel")
         return [*lines, *([self.all_zero] if self.all_zero else [])]
+
+    @property
+    def row_notes(self) -> tuple[str, ...]:
+        """What rows of the table stand for, where that is not plain."""
+        return row_notes(self.origin.units, {layer: total.shape[-1] for layer, total in self.totals.items()})
 
     @property
     def all_zero(self) -> str:
