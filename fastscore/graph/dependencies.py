@@ -246,9 +246,10 @@ class Graph(Nodes):
 
     def _widths_of_zeros(self, node: Any, function: Any) -> Iterator[tuple[nn.Module, Width]]:
         """(module, what it keeps) of zeros that a recurrent module is given as its state, where a node reads that."""
-        if recurrent.reads_state(node.module) and function.__name__ == "prune_in_channels":
+        if (recurrent.reads_state(node.module) or recurrent.projects(node.module)) and \
+                function.__name__ == "prune_in_channels":
             for zeros in self._given.get(node.module.owner, ()):
-                if (found := self._calls.width_of(zeros)) is not None:
+                if zeros.shape[-1] == node.module.in_features and (found := self._calls.width_of(zeros)) is not None:
                     yield found[0], Width(found[1], 0, zeros.shape[-1])
 
     def _moves(self, node: Any) -> bool:
@@ -301,6 +302,9 @@ class Graph(Nodes):
             nodes = [node for layer in recurrent.state_layers(module)
                      if (node := self.module2node.get(layer)) is not None]
             self._tie([(node, self.get_pruner_of_module(node.module).prune_out_channels) for node in nodes])
+            projected = [self.module2node[layer] for layer in recurrent.projections(module)
+                         if layer in self.module2node]
+            self._tie([(node, self.get_pruner_of_module(node.module).prune_out_channels) for node in projected])
 
     def _tie(self, ends: Iterable[tuple[Any, Any]]) -> None:
         """What goes of the channels of one goes of all others'. ends: (node, what prunes those channels)."""

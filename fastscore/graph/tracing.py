@@ -293,7 +293,8 @@ def _groups(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set
             unit = units.units_of(layers, channels, members, graph.chunks(positions))
             if int(unit.max()) > 0:
                 members += graph.kept_widths(positions)
-                groups.append(ChannelGroup(name, channels, unit, tuple(units.first_channel_of_each_index(members))))
+                groups.append(ChannelGroup(name, channels, unit, tuple(units.first_channel_of_each_index(members)),
+                                           units.least_of(layers, unit, members)))
                 for producer in producers:
                     skipped.pop(producer, None)
                 continue

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastscore.graph import index_maps
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.groups import READS, Member, Role
+from fastscore.modules.weights import recurrent
 
 
 def units_of(layers: Mapping[str, nn.Module], channels: int, members: list[Member],
@@ -46,6 +47,14 @@ def units_of(layers: Mapping[str, nn.Module], channels: int, members: list[Membe
     roots = [root(channel) for channel in range(channels)]
     number = {value: i for i, value in enumerate(sorted(set(roots)))}
     return torch.tensor([number[value] for value in roots], dtype=torch.int64)
+
+
+def least_of(layers: Mapping[str, nn.Module], unit: Tensor, members: Iterable[Member]) -> int:
+    """How many channels stay, whatever goes: of the units that a recurrent module projects, more than it makes of them.
+    unit: of each channel."""
+    least = max((recurrent.least_units(layers[member.module]) for member in members if member.role == "consumer"),
+                default=1)
+    return least * (len(unit) // (int(unit.max()) + 1)) if least > 1 else 1
 
 
 def sections_of(layer: nn.Module, role: Role) -> int:

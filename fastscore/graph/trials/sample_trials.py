@@ -13,6 +13,7 @@ from fastscore.batches import Batch, first_tensor
 from fastscore.graph.trials.row_gradients import rows_alone
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import device_of
+from fastscore.modules.weights import recurrent
 from fastscore.wording import counted
 
 _PICKS = 3  # samples whose gradients are sent back from a batch of more
@@ -89,7 +90,8 @@ def _watching(model: nn.Module, watched: Mapping[str, Watched], trial: Trial) ->
 
     def on_input(layer: str, what: Watched) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return with_input(args, kwargs, seen(layer, input_of(args, kwargs), what))
+            x = input_of(args, kwargs)
+            return None if recurrent.at_no_step(module, x) else with_input(args, kwargs, seen(layer, x, what))
 
         return hook
 

@@ -74,7 +74,7 @@ def cut(model: nn.Module, name: str, side: Side, index: Tensor) -> None:
     """Take inputs or outputs `index` (int64), of all experts, out of such a parameter and its bias, in place."""
     owner, _, key = name.rpartition(".")
     module, bias = model.get_submodule(owner), bias_of(model, name)
-    layer = _LAYERS.get(key, recurrent.GateLinear)  # of experts, those that have been cut in part are none to `_kinds`
+    layer = _LAYERS.get(key) or layer_of(model, name)  # of experts, those cut in part are none to `_kinds`
     setattr(module, key, without_rows(getattr(module, key), module, layer.attributes(key, side), side, index))
     if side == "outputs" and bias is not None:
         own = bias.rpartition(".")[2]

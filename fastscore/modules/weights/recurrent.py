@@ -2,11 +2,13 @@
 and weight_hh on its state.
 
 A unit of the state is a channel: rows of all gates make it (4 of an LSTM, 3 of a GRU, 1 of an RNN), weight_hh reads it
-at the next step, and whoever reads the outputs does.
+at the next step, and whoever reads the outputs does. With proj_size they read what weight_hr makes of the units, whose
+outputs are other channels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 _FIRST = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")  # that read what the module is given
 _SKETCHED, _EXACT, _GIVEN = "_sketched", "_exact_rows", "_given_constant"
 State = tuple[Tensor, ...]  # h, and c of an LSTM: [N, H] each
+Project = Callable[[Tensor], Tensor]
 
 
 class GateLinear(ParameterLinear):
@@ -36,6 +39,18 @@ class GateLinear(ParameterLinear):
         if side == "outputs":
             return ()
         return ("hidden_size",) if name.startswith("weight_hh") else ("input_size",) if name in _FIRST else ()
+
+
+class ProjectedGateLinear(GateLinear):
+    """The same of a module that projects its units (proj_size)."""
+
+    @classmethod
+    def attributes(cls, name: str, side: Side) -> tuple[str, ...]:
+        """As of GateLinear: weight_hh reads what is projected, and weight_hr, which has no bias, the units."""
+        if side == "outputs":
+            return ()
+        return ("proj_size",) if name.startswith("weight_hh") else ("hidden_size",) if name.startswith("weight_hr") \
+            else ("input_size",) if name in _FIRST else ()
 
 
 class _Zeros(torch.autograd.Function):
@@ -78,23 +93,31 @@ def exact_rows(model: nn.Module) -> AbstractContextManager[None]:
 class _Recurrence(HoldsLayers):
     """What such modules have in common."""
 
-    def _step(self: Any, kind: str, made: Tensor, again: Tensor, state: State) -> State:
-        """The state after a step. made: [N, gates · H], of what is read; again: of the state before."""
+    def _step(self: Any, kind: str, made: Tensor, again: Tensor, state: State, project: Project | None = None) -> State:
+        """The state after a step. made: [N, gates · H], of what is read; again: of the state before. project: [N, H] ->
+        [N, P], of an LSTM that does."""
         if kind == "LSTM":
             i, f, g, o = (made + again).chunk(4, -1)
             c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-            return o.sigmoid() * c.tanh(), c
+            h = o.sigmoid() * c.tanh()
+            return h if project is None else project(h), c
         if kind == "GRU":
             (r, z, n), (r_h, z_h, n_h) = made.chunk(3, -1), again.chunk(3, -1)
             n = (n + (r + r_h).sigmoid() * n_h).tanh()
             return ((state[0] - n) * (z + z_h).sigmoid() + n,)
         return ((made + again).relu() if kind == "RNN_RELU" else (made + again).tanh(),)
 
-    def _begin(self: Any, kind: str, given: Sequence[Tensor] | None, made: Tensor) -> State:
+    def _begin(self: Any, kind: str, given: Sequence[Tensor] | None, made: Tensor, project: Project | None = None
+               ) -> State:
         """The state at first: what is given, or zeros. made: [N, gates · H]."""
         if given is None or not any(x.requires_grad or bool((x != 0).any()) for x in given):
-            zeros: Tensor = _Zeros.apply(made.chunk(_GATES[kind], -1)[0])
-            return (zeros,) * (2 if kind == "LSTM" else 1)
+            unit = made.chunk(_GATES[kind], -1)[0]
+            zeros: Tensor = _Zeros.apply(unit)
+            if project is None:
+                return (zeros,) * (2 if kind == "LSTM" else 1)
+            # whoever follows channels is to see who makes them; where what layers read is measured, it counts once
+            first = project(unit.tanh()[None])[0] if _SKETCHED in vars(self) else unit[..., :self.proj_size]
+            return _Zeros.apply(first), zeros
         if _SKETCHED in vars(self) and not all(x.requires_grad for x in given):
             vars(self)[_GIVEN] = True
         return tuple(given)
@@ -110,8 +133,9 @@ class _Layers(_Recurrence):
         batched, time = x.dim() == 3, int(self.batch_first)
         if not batched:
             x = x.unsqueeze(1 - time)
-        states = _given(hx, batched, 1, (self.num_layers * (1 + self.bidirectional), x.shape[1 - time],
-                                         self.hidden_size))
+        states = _given(hx, batched, 1, *((self.num_layers * (1 + self.bidirectional), x.shape[1 - time], width)
+                                          for width in (getattr(self, "proj_size", 0) or self.hidden_size,
+                                                        self.hidden_size)))
         inside = None if lengths is None else \
             (torch.arange(x.shape[time])[:, None] < lengths).to(x.device)[..., None].unbind(0)
         last: list[State] = []
@@ -139,18 +163,21 @@ class _Layers(_Recurrence):
         every = None if inside is None else torch.stack(list(inside), time)
         exact = _EXACT in vars(self)
         made = _product(getattr(self, f"weight_ih_{name}"), x, every if exact else None)
-        state = self._begin(self.mode, given, made.select(time, 0))
+        projection = self._modules.get(f"weight_hr_{name}")
+        state = self._begin(self.mode, given, made.select(time, 0), projection)
         if _SKETCHED in vars(self):
-            first = self._step(self.mode, made.select(time, 0), again(state[0]), state)
+            first = self._step(self.mode, made.select(time, 0), again(state[0]), state, projection)
             after = self._step(self.mode, made, again(first[0]).unsqueeze(time),
-                               tuple(part.unsqueeze(time) for part in first))
+                               tuple(part.unsqueeze(time) for part in first), projection)
             outputs = after[0] if every is None else after[0] * every
             return outputs, tuple(part.select(time, -1) for part in after)
         outputs = list[Tensor]()
         steps = list(enumerate(made.unbind(time)))
         for at, each in reversed(steps) if name.endswith("_reverse") else steps:
-            product = _product(again, state[0], inside[at] if inside is not None and exact else None)
-            after = self._step(self.mode, each, product, state)
+            there = inside[at] if inside is not None and exact else None
+            product = _product(again, state[0], there)
+            project = None if projection is None else partial(_product, projection, inside=there)
+            after = self._step(self.mode, each, product, state, project)
             if inside is None:
                 outputs.append(after[0])
             else:
@@ -181,13 +208,13 @@ _MODULES: tuple[type[nn.RNNBase], ...] = (nn.LSTM, nn.GRU, nn.RNN)
 _CELLS: Mapping[type[nn.RNNCellBase], str] = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU", nn.RNNCell: "RNN"}
 
 
-def _given(hx: Any, batched: bool, samples: int, shape: tuple[int, ...]) -> list[Tensor] | None:
-    """The parts of a state that is given, with a dimension of samples; None where none is. Raises RuntimeError, as
-    PyTorch's modules do, for one of another shape."""
+def _given(hx: Any, batched: bool, samples: int, *shapes: tuple[int, ...]) -> list[Tensor] | None:
+    """The parts of a state that is given, with a dimension of samples; None where none is. shapes: of h, and of c where
+    that is another. Raises RuntimeError, as PyTorch's modules do, for one of another shape."""
     parts = None if hx is None else [part if batched else part.unsqueeze(samples)
                                      for part in (hx if isinstance(hx, (tuple, list)) else (hx,))]
-    for part in parts or ():
-        if tuple(part.shape) != shape:
+    for number, part in enumerate(parts or ()):
+        if tuple(part.shape) != (shape := shapes[min(number, len(shapes) - 1)]):
             raise RuntimeError(f"Expected hidden size {shape}, got {list(part.shape)}")
     return parts
 
@@ -215,15 +242,14 @@ def kinds(module: nn.Module) -> Kinds | None:
     if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)) or why_kept(module):
         return None
     names, biases = _names(module)
-    return Kinds(names, GateLinear, _Cell if isinstance(module, nn.RNNCellBase) else _Layers, biases)
+    layer = ProjectedGateLinear if getattr(module, "proj_size", 0) else GateLinear
+    return Kinds(names, layer, _Cell if isinstance(module, nn.RNNCellBase) else _Layers, biases)
 
 
 def why_kept(module: nn.Module) -> str:
     """Why the state of a recurrent module, as its user has it, keeps its width; empty where it does not."""
     if not any(isinstance(module, cls) and type(module).forward is cls.forward for cls in (*_MODULES, *_CELLS)):
         return "its class has a forward of its own"
-    if getattr(module, "proj_size", 0):
-        return "it projects its state (proj_size)"
     names, biases = _names(module)
     held = [module._parameters.get(name) for name in (*names, *biases.values())]
     whole = all(parameter is not None for parameter in held) and len({id(parameter) for parameter in held}) == len(held)
@@ -234,13 +260,30 @@ def _names(module: Any) -> tuple[tuple[str, ...], dict[str, str]]:
     """(the weights of a recurrent module, weight -> its bias)."""
     ends = [""] if isinstance(module, nn.RNNCellBase) else [
         f"_l{layer}{way}" for layer in range(module.num_layers) for way in ("", "_reverse")[:1 + module.bidirectional]]
-    names = tuple(f"weight_{side}{end}" for end in ends for side in ("ih", "hh"))
-    return names, {name: name.replace("weight", "bias", 1) for name in names} if module.bias else {}
+    gates = tuple(f"weight_{side}{end}" for end in ends for side in ("ih", "hh"))
+    projections = tuple(f"weight_hr{end}" for end in ends) if getattr(module, "proj_size", 0) else ()
+    return gates + projections, {name: name.replace("weight", "bias", 1) for name in gates} if module.bias else {}
 
 
 def reads_state(layer: nn.Module) -> bool:
     """Whether it is such a layer, of weight_hh."""
     return isinstance(layer, GateLinear) and layer.name.startswith("weight_hh")
+
+
+def projects(layer: nn.Module) -> bool:
+    """Whether it is such a layer, of weight_hr."""
+    return isinstance(layer, ProjectedGateLinear) and layer.name.startswith("weight_hr")
+
+
+def at_no_step(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer is such a one, and called as it is in a sketch alone: on what is of no single step."""
+    return projects(layer) and x.dim() > 2
+
+
+def least_units(layer: nn.Module) -> int:
+    """How many of the channels stay that such a layer reads: PyTorch takes a module with as many units as it projects
+    to for one that does not project."""
+    return vars(layer.owner)["proj_size"] + 1 if isinstance(layer, ProjectedGateLinear) and projects(layer) else 1
 
 
 def keep_up(model: nn.Module) -> None:
@@ -252,9 +295,14 @@ def keep_up(model: nn.Module) -> None:
 
 def was_given_constant(layer: nn.Module) -> bool:
     """Whether it reads a state that its module has been given, and that no layer made."""
-    return reads_state(layer) and _GIVEN in vars(layer.owner)
+    return (reads_state(layer) or projects(layer)) and _GIVEN in vars(layer.owner)
 
 
 def state_layers(module: nn.Module) -> list[nn.Module]:
     """Of a module whose parameters are layers, those that read its state: one for each layer and direction."""
     return list(filter(reads_state, module._modules.values()))  # type: ignore[arg-type]
+
+
+def projections(module: nn.Module) -> list[nn.Module]:
+    """Of such a module, those that project it: as many, or none."""
+    return list(filter(projects, module._modules.values()))  # type: ignore[arg-type]
