@@ -22,6 +22,7 @@ from fastscore.graph import (
     sample_axes,
     samples_second,
     scored_units,
+    state_spaces,
     units,
     whole_experts,
 )
@@ -192,7 +193,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     found = _groups(eval_model, graph, taken, recording, unused, idle)
     guesses = cut_otherwise.guesses(graph, found.skipped, lambda roots: _groups(
         eval_model, graph, taken, recording, unused, (), roots))
-    found = _with_heads(eval_model, found, heads)
+    found = state_spaces.with_widths(eval_model, _with_heads(eval_model, found, heads))
     graph.release()
     readers = graph.read_elsewhere
     recording.forget_norms(but={member.layer for group in (*found.groups, *guesses)
@@ -225,7 +226,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
                     not_both=attentions.not_both)
     found = cut_otherwise.that_go(recording, replace(found, groups=(*found.groups, *joined)), guesses)
     found = _with_heads(eval_model, found, ())
-    found = replace(found, kept_biases=bias_trial.kept_biases(recording) if found.groups else {})
+    found = state_spaces.settled(found, bias_trial.kept_biases(recording) if found.groups else {})
     ran = recording.layers_that_ran
     found = replace(found, blocks=blocks.that_go(eval_model, whole, branches, found.groups))
     return found, ran, {*left, *kept, *(readers.keys() - ran)}
