@@ -242,7 +242,7 @@ class Graph(Nodes):
     def _cut_widths(self, node: Any) -> Iterator[tuple[nn.Module, Width]]:
         """(module, what it keeps) of a split or slice."""
         if self._is_fixed(node) and (cut := self._noted(node)) is not None:
-            yield from ((cut.module, width) for width in self._widths(node) or ())
+            yield from ((cut.keeper(width), width) for width in self._widths(node) or ())
 
     def _widths_of_zeros(self, node: Any, function: Any) -> Iterator[tuple[nn.Module, Width]]:
         """(module, what it keeps) of zeros that a recurrent module is given as its state, where a node reads that."""

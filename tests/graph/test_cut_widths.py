@@ -96,9 +96,32 @@ class Sliced(Cutting):
         return torch.cat([self.conv(x[:, :self.begins]).relu(), x[:, self.begins:]], 1)
 
 
+class Block(nn.Module):
+    """It keeps how many channels it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state, self.conv = 3, nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).tanh()
+
+
+class Rest(Cutting):
+    """RAFT's: as many as another module says, and what is left."""
+
+    def numbers(self) -> None:
+        self.block = Block()
+
+    def parts(self, x: Tensor) -> Tensor:
+        first, rest = torch.split(x, [self.block.state, x.shape[1] - self.block.state], dim=1)
+        return torch.cat([self.block(first), rest.relu()], 1)
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "a list": (Mixed, ["stem"]), "two numbers": (Partial, ["stem", "conv"]), "a number": (Scaled, ["stem", "convs.1"]),
-    "half a number": (Halved, ["stem", "conv"]), "slices": (Sliced, ["stem", "conv"])}
+    "half a number": (Halved, ["stem", "conv"]), "slices": (Sliced, ["stem", "conv"]),
+    "the rest": (Rest, ["stem", "block.conv"])}
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -111,7 +134,8 @@ def test_parts_lose_channels(kind: str, tmp_path: Path) -> None:
     numbers = [name for name, value in before.items() if name in after and not name.startswith("_")
                and type(value) in (int, list) and value != after[name]]
     assert numbers == {"a list": ["splits"], "two numbers": ["dim_conv", "dim_rest"], "a number": ["width"],
-                       "half a number": ["expand_chs"], "slices": ["begins"]}[kind]
+                       "half a number": ["expand_chs"], "slices": ["begins"], "the rest": []}[kind]
+    assert kind != "the rest" or result.model.block.state == result.model.block.conv.in_channels < 3
     again = fastscore.prune(result.model, fastscore.score(result.model, [x], progress=False), x, channels=0.7,
                             scope="layer", compensate=False).model
     fastscore.save_pruned(again, tmp_path / "again.safetensors")
@@ -125,6 +149,11 @@ def test_places_that_nothing_is_kept_of_stay() -> None:
     class Literal(Sliced):
         def parts(self, x: Tensor) -> Tensor:
             return torch.cat([self.conv(x[:, :3]).relu(), x[:, 3:]], 1)
+
+    class LiteralRest(Partial):
+        def parts(self, x: Tensor) -> Tensor:
+            convolved, rest = torch.split(x, [self.dim_conv, 5], dim=1)
+            return torch.cat([self.conv(convolved), rest], 1).relu()
 
     class Computed(Sliced):
         def parts(self, x: Tensor) -> Tensor:
@@ -140,6 +169,9 @@ def test_places_that_nothing_is_kept_of_stay() -> None:
     graph = trace(noisy(Literal), x)
     assert [group.name for group in graph.groups] == ["conv"]
     assert "at positions that the model's code fixes" in graph.skipped["stem"]
+    rest = trace(noisy(LiteralRest), x)
+    assert "stem" not in [group.name for group in rest.groups]
+    assert "does not run" in rest.skipped["stem"]
     for build in (Computed, Elsewhere):
         model = noisy(build)
         scores = fastscore.score(model, [x], progress=False)
@@ -176,5 +208,7 @@ def test_what_is_read_off_the_values() -> None:
     assert cut(a=3, b=5).of_sizes((3, 5)) == [Width("a", 0, 3), Width("b", 3, 8)]
     assert cut(a=4).of_sizes([4, 4]) == [Width("a", 0, 4)]
     assert cut(a=8).of_sizes([4, 4]) == [Width("a//2", 0, 4)]
-    assert cut(a=3).of_sizes([3, 5]) is cut(a=3).of_bounds([2]) is None
+    assert cut(a=3).of_sizes([3, 5]) == [Width("a", 0, 3)]  # and what is left
+    assert cut(a=5).of_sizes([3, 5]) == [Width("a", 3, 8)]
+    assert cut(a=3).of_sizes([1, 3, 4]) is cut(a=1).of_sizes([3, 5]) is cut(a=3).of_bounds([2]) is None
     assert cut(a=3, b=5).of_bounds([3, 5]) == [Width("a", 0, 3), Width("b", 0, 5)]

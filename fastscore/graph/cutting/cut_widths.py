@@ -7,7 +7,7 @@ else is: by surgery on a copy.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -33,16 +33,21 @@ class Cut:
     """A split, or slice, of a tensor.
 
     function: of autograd, for its output. module: whose code it stands in. kept: attributes that this code reads ->
-    their numbers.
+    their numbers. children: those of these attributes that another module has, which the code reads them of -> it.
     """
 
     function: Any
     module: nn.Module
     kept: Mapping[str, int | list[int]]
+    children: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    def keeper(self, width: Width) -> nn.Module:
+        """The module that keeps a number."""
+        return self.children.get(width.attribute.removesuffix("//2").partition(".")[0], self.module)
 
     def of_sizes(self, sizes: Sequence[int]) -> list[Width] | None:
         """What is kept of a split into parts of these sizes; None where that is nothing. Of parts that are all alike
-        and known by one number the first stands for all."""
+        and known by one number the first stands for all; one part may be what is left of the others."""
         begins = [sum(sizes[:i]) for i in range(len(sizes))]
         places = list(zip(begins, [*begins[1:], sum(sizes)], strict=True))
         for name, value in self.kept.items():
@@ -53,9 +58,10 @@ class Cut:
             return None if found is None else [Width(found.format(self._named(sizes[0] * (1 if found == "{}" else 2))),
                                                      *places[0])]
         names = [self._named(size) for size in sizes]
-        if len(set(names) - {""}) < len(sizes):
+        known = [name for name in names if name]
+        if not known or len(known) < len(sizes) - 1 or len(set(known)) < len(known):
             return None
-        return [Width(name, *place) for name, place in zip(names, places, strict=True)]
+        return [Width(name, *place) for name, place in zip(names, places, strict=True) if name]
 
     def of_bounds(self, bounds: Sequence[int]) -> list[Width] | None:
         """What is kept of a slice that begins, or ends, at `bounds`; None where that is nothing."""
@@ -73,7 +79,11 @@ def cut_of(function: Any) -> Cut | None:
         return None
     owner, names = found
     numbers = {name: _numbers(vars(owner).get(name)) for name in names}
-    return Cut(function, owner, {name: value for name, value in numbers.items() if value is not None})
+    kept = {name: value for name, value in numbers.items() if value is not None}
+    children = {name: child for child in map(owner._modules.get, names)
+                if child is not None and not child._parameters  # a layer's own widths follow by themselves
+                for name in names if name not in kept and type(vars(child).get(name)) is int}
+    return Cut(function, owner, kept | {name: vars(child)[name] for name, child in children.items()}, children)
 
 
 def width_of_code(size: int) -> tuple[nn.Module, str] | None:
