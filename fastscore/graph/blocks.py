@@ -18,13 +18,13 @@ from fastscore import rng
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.graph.nodes import LAYERS
-from fastscore.graph.residual_sums import Call, added_at, note, readers_of, runs_before, within
+from fastscore.graph.residual_sums import Call, added_at, beside_shortcut, note, readers_of, runs_before, within
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.surgery_trial import some_channels
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import channel_dim, device_of, parameter_owners
-from fastscore.modules.zero_branch import put, put_zeros
+from fastscore.modules.zero_branch import SAME, put, put_zeros, window
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,18 @@ class Branch:
     """A residual branch.
 
     name: of its last module. call: of that. before: what runs for it alone, and how many things each of it returns.
+    zeros: what stands for the last module where the branch changes the shape (see zero_branch.SAME): its shortcut does.
     """
 
     name: str
     call: Call
     before: tuple[tuple[str, int], ...]
+    zeros: int = 0
 
     @property
     def modules(self) -> Mapping[str, int]:
         """All that goes, and how many things each of it returns."""
-        return {self.name: self.call.returns, **dict(self.before)}
+        return {self.name: self.zeros or self.call.returns, **dict(self.before)}
 
     def holds(self, other: "Branch") -> bool:
         """Whether all that goes with the other goes with it."""
@@ -76,6 +78,10 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[Branch]:
     for name in modules:  # outer modules come before inner ones that return the same
         call = calls[name][0] if len(calls[name]) == 1 else None
         added = None if call is None else added_at(call, readers)
+        if call is not None and added is None:
+            beside = _beside_shortcut(modules, name, call, calls, readers)
+            if beside is not None and beside[0] not in found and _alone(modules, beside[1].modules, owners):
+                found[beside[0]] = beside[1]
         if call is None or added is None or added[0] in found or call.node is call.source:
             continue
         before = runs_before(name, call, added[1], modules, calls, readers)
@@ -84,6 +90,38 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[Branch]:
             if added[0] not in found and _with_weights(modules, branch) and _alone(modules, branch.modules, owners):
                 found[added[0]] = branch
     return _innermost(modules, [*found.values()])
+
+
+def _beside_shortcut(modules: Mapping[str, nn.Module], name: str, call: Call, calls: Mapping[str, list[Call | None]],
+                     readers: Any) -> tuple[Any, Branch] | None:
+    """(where it is added, a branch beside a shortcut that changes the shape as it does), with the larger part of the
+    weights; None where that is none."""
+    parent, _, own = name.rpartition(".")
+    if parent not in modules or call.returns or len(call.shape) < 3:
+        return None
+    children = list(modules[parent]._modules)
+    siblings = {child: calls[f"{parent}.{child}"] for child in children
+                if child != own and f"{parent}.{child}" in calls}
+    sum_and_stream = beside_shortcut(call, siblings, readers)
+    if sum_and_stream is None:
+        return None
+    added, stream, shortcut = sum_and_stream
+    before = runs_before(name, call, stream, modules, calls, readers)
+    branch = None if not before else Branch(name, call, tuple((other, SAME) for other, _ in before),
+                                            SAME - 1 - children.index(shortcut))
+    if branch is None or len(_with_weights(modules, branch)) <= sum(
+            any(parameter.dim() > 1 for parameter in layer._parameters.values() if parameter is not None)
+            for layer in modules[f"{parent}.{shortcut}"].modules()):
+        return None
+    for other in branch.modules:
+        seen = calls[other][0]
+        try:
+            resized = window(modules[other]) is None and seen is not None and seen.shape[2:] != seen.read[2:]
+        except ValueError:
+            return None
+        if resized or seen is None or seen.returns:
+            return None
+    return added, branch
 
 
 def that_go(model: nn.Module, run: Callable[[nn.Module], Tensor], branches: Sequence[Branch],

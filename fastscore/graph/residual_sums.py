@@ -90,6 +90,32 @@ def added_at(call: Call, readers: Readers) -> tuple[Any, Any] | None:
     return None
 
 
+def beside_shortcut(call: Call, siblings: Mapping[str, Sequence[Call | None]], readers: Readers
+                    ) -> tuple[Any, Any, str] | None:
+    """(the sum that what a module returned comes to, what a shortcut beside it reads, the shortcut) where it is added
+    to what another module of its owner makes of what it is computed from; None where it is not.
+
+    siblings: name within the owner -> its calls.
+    """
+    node, first = call.node, None
+    while len(after := list(readers.get(node, ()))) == 1:
+        reader = after[0]
+        step = reader.name() if hasattr(reader, "name") else ""
+        if step.startswith(_ADDS) and not step.startswith(_NO_SUMS):
+            first = first or (reader, node)
+            others = [source for source, _ in reader.next_functions if source is not node and source is not None]
+            for sibling, calls in siblings.items():
+                made = calls[0] if len(calls) == 1 else None
+                if made is not None and others == [made.node] and made.shape == call.shape and \
+                        call.source in {made.source, *_between(call.node, made.source)}:
+                    return first, made.source, sibling
+            return None
+        if not step.startswith(_SCALING):
+            return None
+        node = reader
+    return None
+
+
 def _between(node: Any, source: Any) -> Collection[Any]:
     """`node` and what it is computed from, as far as that is computed from what `source` makes; nothing where it is
     not."""

@@ -1,5 +1,8 @@
-"""What stands where a residual branch was: zeros, of the shape of its input."""
+"""What stands where a residual branch was: zeros, of the shape of its input; of the shape that its shortcut gives where
+that changes it.
+"""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,14 +34,84 @@ class ZeroBranch(nn.Module):
         return f"returns={self.returns}" if self.returns else ""
 
 
+class ResizedZeros(ZeroBranch):
+    """Zeros of the size that a convolution, or pool, made of its input's, and of as many channels as a shortcut makes.
+
+    Attributes:
+        window: of each dimension of an image, kernel size, stride, padding and dilation; None: all keep their size.
+        shortcut: the module beside this one that makes as many channels; "": there are as many as it reads.
+        channels: how many these are.
+    """
+
+    def __init__(self, window: Sequence[tuple[int, int, int, int]] | None, shortcut: str = "", channels: int = 0
+                 ) -> None:
+        super().__init__()
+        self.window, self.shortcut, self.channels = window, shortcut, channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, ...] -> [N, channels, ...]."""
+        sizes = x.shape[2:] if self.window is None else [
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, (kernel, stride, padding, dilation) in zip(x.shape[2:], self.window, strict=True)]
+        return x.new_zeros(x.shape[0], self.channels if self.shortcut else x.shape[1], *sizes)
+
+    def extra_repr(self) -> str:
+        """Where its shape comes from."""
+        return f"window={self.window}" + (f", channels={self.channels}, as {self.shortcut} makes" if self.shortcut
+                                          else "")
+
+
+SAME = -1  # returns: of as many channels as it reads. Below: as child number SAME - 1 - returns of its owner makes
+
+
+def window(module: nn.Module) -> list[tuple[int, int, int, int]] | None:
+    """That of a convolution or pool; None of what has none. Raises ValueError where no numbers tell it."""
+    if not hasattr(module, "kernel_size"):
+        return None
+    dims = len(module.kernel_size) if isinstance(module.kernel_size, tuple) else 2
+    parts = []
+    for name, usual in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+        value = getattr(module, name, usual)
+        value = (value,) * dims if isinstance(value, int) else value
+        if not isinstance(value, tuple) or len(value) != dims or any(type(number) is not int for number in value):
+            raise ValueError(f"{type(module).__name__} has {name}={value!r}")
+        parts.append(value)
+    if getattr(module, "ceil_mode", False) or getattr(module, "transposed", False):
+        raise ValueError(f"{type(module).__name__} is of another kind")
+    return list(zip(*parts, strict=True))
+
+
+def channels_of(module: nn.Module) -> int:
+    """How many the last layer in a module makes."""
+    widths = [width for layer in module.modules()
+              if (width := getattr(layer, "out_channels", None) or getattr(layer, "num_features", None)) is not None]
+    if not widths or type(widths[-1]) is not int:
+        raise ValueError(f"{type(module).__name__} holds no layer that makes channels")
+    return int(widths[-1])
+
+
+def keep_up(model: nn.Module) -> None:
+    """Have zeros of a model, in which channels went, be of as many as shortcuts make now."""
+    for module in model.modules():
+        for zeros in module._modules.values():
+            if isinstance(zeros, ResizedZeros) and zeros.shortcut:
+                zeros.channels = channels_of(module.get_submodule(zeros.shortcut))
+
+
 def first_floating(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The first floating-point tensor among the arguments of a call; None where there is none."""
     return next((tensor for tensor in tensors_of((args, kwargs)) if tensor.is_floating_point()), None)
 
 
 def put_zeros(model: nn.Module, name: str, returns: int) -> None:
-    """Put zeros in the place of the branch of that qualified name, in place."""
-    put(model, name, ZeroBranch(returns).train(model.get_submodule(name).training))
+    """Put zeros in the place of the branch of that qualified name, in place. returns: of a ZeroBranch; or what
+    ResizedZeros stand there: see SAME."""
+    old, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    zeros = ZeroBranch(returns) if returns > SAME else ResizedZeros(window(old))
+    if isinstance(zeros, ResizedZeros) and returns < SAME:
+        zeros.shortcut = list(owner._modules)[SAME - 1 - returns]
+        zeros.channels = channels_of(owner.get_submodule(zeros.shortcut))
+    put(model, name, zeros.train(old.training))
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

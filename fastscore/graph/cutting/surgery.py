@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from fastscore.graph.cutting import channel_buffers, heads, own_tensors
 from fastscore.graph.cutting.cut_widths import SIDE, narrow
 from fastscore.graph.groups import ChannelGroup, Role
+from fastscore.modules import zero_branch
 from fastscore.modules.attention import multihead_attention, rotary
 from fastscore.modules.copying import deepcopy
 from fastscore.modules.evaluation_copy import own_copies
 from fastscore.modules.hooks import remove_copied_hooks
 from fastscore.modules.weights import held_weights, recurrent
 from fastscore.modules.weights.computed_weights import make_plain
-from fastscore.modules.zero_branch import put_zeros
 
 Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
 # "inputs", "outputs", "heads", "head_dims", "rotary", "block", a Dim, or SIDE and what a module keeps
@@ -68,7 +68,7 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     """
     for (name, side), index in indices.items():
         if side == "block":
-            put_zeros(model, name, int(index))
+            zero_branch.put_zeros(model, name, int(index))
     gone = removed_branches(indices)
     indices = {(name, side): index for (name, side), index in indices.items() if not gone(name)}
     make_plain(model, (name for name, _ in indices))
@@ -117,6 +117,7 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
         parameter.requires_grad_(trainable[name])
         parameter.data = parameter.data.contiguous(memory_format=formats[name])
     recurrent.keep_up(model)
+    zero_branch.keep_up(model)
     return model
 
 
