@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from oracles import untouched
-from test_head_dims import Attend, Oracle, _call, _inputs, _model, _network, _run
+from test_head_dims import SIZES, Attend, Oracle, _call, _inputs, _model, _network, _run
 from torch import Tensor, nn
 
 import fastscore
@@ -179,3 +180,25 @@ def test_what_does_not_go_together_is_said() -> None:
     assert len(scores["two.q_proj" + WHOLE]) == 16
     with pytest.raises(ValueError, match="taylor importance"):
         fastscore.score(model, [_inputs()], units="heads_and_dims", importance="random", progress=False)
+
+
+def test_a_count_of_heads_that_the_config_keeps() -> None:
+    """Read by the code of a class whose heads have been narrowed, too: Phi-3's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.Phi3ForCausalLM(transformers.Phi3Config(
+            **SIZES | {"num_hidden_layers": 1}, num_key_value_heads=2, pad_token_id=0)).double().eval()
+    batch = {"input_ids": torch.randint(0, 6, (2, 4))}
+    graph = trace(model, batch, _run, units="heads_and_dims")
+    assert not graph.not_both
+    for units in ("head_dims", "groups"):  # one after the other
+        scores = fastscore.score(model, [batch], units=units, forward=_run, progress=False)
+        others = [name for name in scores if "self_attn" not in name]
+        with torch.no_grad(), fastscore.mask(model, scores, 0.5, batch, ignore=others, compensate=False, forward=_run):
+            want = _run(model, batch)
+        model = fastscore.prune(model, scores, batch, channels=0.5, ignore=others, compensate=False, forward=_run,
+                                progress=False).model
+        with torch.no_grad():
+            torch.testing.assert_close(_run(model, batch), want, rtol=1e-5, atol=1e-5)
+    attention = model.model.layers[0].self_attn
+    assert (attention.head_dim, attention.num_key_value_heads, attention.o_proj.in_features) == (2, 1, 4)

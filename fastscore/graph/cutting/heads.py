@@ -134,8 +134,10 @@ def _config_read(module: nn.Module) -> Any:
     """The config of a module that keeps no count of heads itself and whose code reads one there; None where it does
     not."""
     config = vars(module).get("config")
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    reads = code is not None and any(name in code.co_names for name in _COUNTS)
+    # of the class below, too, where that of narrowed heads stands before it
+    codes = [getattr(inspect.unwrap(vars(cls)["forward"]), "__code__", None)
+             for cls in type(module).__mro__ if "forward" in vars(cls)]
+    reads = any(name in code.co_names for code in codes if code is not None for name in _COUNTS)
     return config if count(module) is None and config is not None and reads and _first_of(config, _COUNTS) else None
 
 
