@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fastscore.batches import Batch, Forward, with_float64
 from fastscore.graph.groups import ChannelGroup, Role
-from fastscore.modules.attention.projections import ProjectionLinear
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim, parameter_owners
@@ -30,7 +29,6 @@ from fastscore.wording import counted
 
 _ADAPTERS = {"lora_A", "lora_B"}  # beside a layer that PEFT calls so:
 _ADAPTED = "base_layer"
-_OF_PARAMETERS = (ProjectionLinear, GateLinear)  # layers of parameters, whose biases are added to what they make
 
 
 def removed_positions(channel_groups: tuple[ChannelGroup, ...], removed: Mapping[str, Tensor],
@@ -58,7 +56,7 @@ def has_no_place(model: nn.Module, name: str, kept_biases: Container[str]) -> bo
         return True
     if held_weights.is_held(model, name):
         held = held_weights.bias_of(model, name)
-        return held is None or not issubclass(held_weights.layer_of(model, name), _OF_PARAMETERS) or \
+        return held is None or not issubclass(held_weights.layer_of(model, name), held_weights.HAVE_PLACES) or \
             parameter_owners(model)[id(model.get_parameter(held))] > 1
     if (beside := adapted(name)) is not None:
         try:
@@ -68,7 +66,7 @@ def has_no_place(model: nn.Module, name: str, kept_biases: Container[str]) -> bo
         return not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) or (
             getattr(layer, "bias", None) is None and "lora_A" not in name.split("."))
     layer = model.get_submodule(name)
-    if isinstance(layer, ParameterLinear) and (layer.bias is None or not isinstance(layer, _OF_PARAMETERS)):
+    if isinstance(layer, ParameterLinear) and (layer.bias is None or not isinstance(layer, held_weights.HAVE_PLACES)):
         return True
     bias = layer._parameters.get("bias")
     return norm_of(layer) is not None or (bias is not None and parameter_owners(model)[id(bias)] > 1)

@@ -183,3 +183,19 @@ def test_padding_is_not_read() -> None:
     small = _pruned(bare, _inputs(), "embed", 2).model
     assert torch.equal(small.rnn.weight_hh_l0, bare.rnn.weight_hh_l0)
     assert {name.partition("_l")[0] for name, _ in small.rnn.named_parameters()} == {"weight_ih", "weight_hh"}
+
+
+class Reads(Sequence):
+    """Its code reads a bias of the recurrent module itself."""
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return super().forward(x, lengths) + self.rnn.bias_ih_l0.square().mean()
+
+
+def test_a_bias_that_other_code_reads_takes_nothing() -> None:
+    model, x = whole_way.noisy(lambda: Reads(nn.LSTM)), _inputs()
+    result = _pruned(model, x, "embed", 2)
+    assert torch.equal(result.model.rnn.bias_ih_l0, model.rnn.bias_ih_l0)
+    assert "rnn.weight_ih_l0 has a bias that other code reads as well" in result.report.notes["biases"]
+    repaired = fastscore.reconstruct(model, result, x.split(3), "linear", progress=False)
+    assert torch.equal(repaired.model.rnn.bias_ih_l0, model.rnn.bias_ih_l0)

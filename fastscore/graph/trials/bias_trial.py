@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording
-from fastscore.modules.attention.projections import ProjectionLinear
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.inspection import channel_dim, runs_own_code
+from fastscore.modules.weights.held_weights import HAVE_PLACES
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 
-_OWN = (LinearWithoutKeyBias, ProjectionLinear)  # classes here, which add their biases
+_OWN = (LinearWithoutKeyBias, *HAVE_PLACES)  # classes here, which add their biases
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -54,8 +54,8 @@ def kept_biases(recording: Recording) -> dict[str, str]:
 
 
 def _has_place(layer: ParameterLinear) -> bool:
-    """Whether a mean may go into the bias that goes with a parameter of nn.MultiheadAttention."""
-    return isinstance(layer, ProjectionLinear) and layer.bias is not None
+    """Whether a mean may go into the bias that goes with a parameter."""
+    return isinstance(layer, HAVE_PLACES) and layer.bias is not None
 
 
 def _read_elsewhere(recording: Recording, names: Sequence[str]) -> list[str]:

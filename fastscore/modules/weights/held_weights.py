@@ -16,6 +16,8 @@ from fastscore.modules.weights.parameter_layers import (
     without_rows,
 )
 
+HAVE_PLACES = (projections.ProjectionLinear, recurrent.GateLinear)  # layers which add their bias, that takes means in
+
 
 def replace(model: nn.Module, called: Iterable[str] | None = None) -> Iterator[Handle]:
     """Make layers, which compute the same, of the parameters that experts, routers, nn.MultiheadAttention and recurrent
