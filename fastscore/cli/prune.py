@@ -103,10 +103,12 @@ def run(arguments: argparse.Namespace) -> None:
                                  "clock", "cost_aware", "round_to", "floor", "compensate", "measured", "ignore")})
     save(result, example, arguments.out)
     print(json.dumps(asdict(result.report)) if arguments.json else result.report)
-    tried = {row.name: row for row in result.report.repairs if row.name == "none" or row.chosen}
-    if len(tried) > 1:
-        before, after = tried.pop("none"), next(iter(tried.values()))
-        agreement, kl = names(after.by_error)
-        tell(f"{agreement} with the dense model: {before.agreement:.1%} before the repair, {after.agreement:.1%} after "
-             f"it ({kl} {before.kl:.3g}, {after.kl:.3g}), {judged_by(after.decisions, 'it is not fitted to')}")
+    for after in (row for row in result.report.repairs if row.chosen):
+        before, (agreement, kl) = result.report.repairs[0], names(after.by_error)
+        judged = judged_by(after.decisions, "it is not fitted to")
+        tell(f"{agreement} with the dense model: " + (
+            f"{after.agreement:.1%} as it was cut ({kl} {after.kl:.3g}), which no repair bettered; {judged}"
+            if after is before else
+            f"{before.agreement:.1%} before the repair, {after.agreement:.1%} after it "
+            f"({kl} {before.kl:.3g}, {after.kl:.3g}), {judged}"))
     options.wrote(arguments.out)

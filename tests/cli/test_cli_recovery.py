@@ -83,7 +83,6 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> None:
 def test_prune_repairs_by_default_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     model, example = dense(), torch.zeros(2, 3, 12, 12)
     scores = fastscore.score(model, batches(), ablation="mean", progress=False)
-    # at 0.6 the cut alone is as good as the dense network, and no repair is taken
     expected = fastscore.prune(model, scores, example, macs=0.3, calibration=batches())
     assert main(["prune", *MODEL, "--macs", "0.3", "--out", "small.safetensors"]) == 0
     said = capsys.readouterr()
@@ -94,6 +93,16 @@ def test_prune_repairs_by_default_and_says_so(capsys: pytest.CaptureFixture[str]
     assert f"{before.agreement:.1%} before the repair, {after.agreement:.1%} after it" in said.err
     assert "judged by 10 decisions about samples that it is not fitted to: the true share may be up to 36" in said.err
     same(fastscore.load_pruned(dense, "small.safetensors"), expected.model)
+
+
+def test_prune_says_where_no_repair_is_better(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = fastscore.score(dense(), batches(), ablation="mean", progress=False)
+    expected = fastscore.prune(dense(), scores, torch.zeros(2, 3, 12, 12), macs=0.6, calibration=batches())
+    (taken,) = [row for row in expected.report.repairs if row.chosen]
+    assert taken.name == "none"
+    assert main(["prune", *MODEL, "--macs", "0.6", "--out", "small.safetensors"]) == 0
+    said = capsys.readouterr().err
+    assert f"{taken.agreement:.1%} as it was cut (KL {taken.kl:.3g}), which no repair bettered" in said
 
 
 def test_prune_without_repair(capsys: pytest.CaptureFixture[str]) -> None:
