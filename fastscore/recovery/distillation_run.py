@@ -247,7 +247,8 @@ class DistillationRun:
         for got_one, expected_one in pairs:
             sums += torch.tensor([float(self.objective(got_one, expected_one)) * _samples(got_one), _samples(got_one)])
         sums = self._sum(sums)
-        return Look(self.step, loss, math.nan, math.nan, float(sums[0] / sums[1]))
+        judged = float(sums[0] / sums[1])
+        return Look(self.step, loss, math.nan, math.nan, math.inf if math.isnan(judged) else judged)  # NaN loses
 
     def keep_in(self, path: str | PathLike[str], same: Mapping[str, Any]) -> None:
         """Go on from the file at `path` where there is one, and write it from now on; the first process does both."""

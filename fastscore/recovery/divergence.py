@@ -102,7 +102,8 @@ def divergence(dense: Iterable[Outputs], smaller: Iterable[Outputs],
     dense, smaller: logits [N, K], [N, T, K], or [N, K, H, W] (and with any other number of sizes behind the K), or
     several by name. A single logit stands for two classes, as with a sigmoid. Not finite in the smaller one's: no
     agreement, infinite KL. errors: the names of those that are no decisions but values, judged by their error. Raises
-    ValueError where there is nothing to compare, or shapes differ.
+    ValueError where there is nothing to compare, or shapes differ, FloatingPointError where the dense network's are not
+    finite.
     """
     sums: dict[str, _Decided | _Erred] = {}
     for all_expected, all_got in zip(dense, smaller, strict=True):
@@ -120,6 +121,8 @@ def divergence(dense: Iterable[Outputs], smaller: Iterable[Outputs],
             _add(sums, name, row)
     if not sums or any(not row.count for row in sums.values()):
         raise ValueError("outputs: there are none to compare")
+    for name, row in sums.items():
+        row.samples.check(name, alone=len(sums) == 1)
     found = {name: row.divergence for name, row in sums.items()}
     least = min(found.values(), key=lambda each: each.agreement)
     if len(found) == 1:
@@ -130,28 +133,54 @@ def divergence(dense: Iterable[Outputs], smaller: Iterable[Outputs],
 
 
 @dataclass
+class _Samples:
+    """How many there are, and of how many the dense network's output is not finite."""
+
+    count: int
+    broken: int
+
+    @classmethod
+    def of(cls, expected: Tensor) -> "_Samples":
+        return cls(len(expected), int((~torch.isfinite(expected)).flatten(1).any(1).sum()) if expected.dim() > 1 else
+                   int((~torch.isfinite(expected)).sum()))
+
+    def merged(self, other: "_Samples") -> "_Samples":
+        return _Samples(self.count + other.count, self.broken + other.broken)
+
+    def check(self, name: str, alone: bool) -> None:
+        """Raise FloatingPointError where one is not finite. alone: whether it is the only output."""
+        if self.broken:
+            others = "" if alone else ", or name the other outputs, which alone are judged then, in outputs="
+            raise FloatingPointError(
+                f"outputs{name}: the dense network returns NaN or infinity there for {self.broken:,} of "
+                f"{counted(self.count, 'sample')} to judge by, from which nothing has a distance: leave those samples "
+                f"out of the batches{others}")
+
+
+@dataclass
 class _Decided:
     """Of decisions, [n, K]: how many agree, the sum of KL divergences, and how often the dense network makes each."""
 
+    samples: _Samples
     agreed: float
     kl: float
     made: Tensor
 
     @classmethod
-    def of(cls, expected: Tensor, got: Tensor) -> "_Decided":
+    def of(cls, samples: _Samples, expected: Tensor, got: Tensor, eps: float) -> "_Decided":
         p, q = (torch.cat([torch.zeros_like(x), x], -1) if x.shape[-1] == 1 else x for x in (expected, got))
         log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
         finite = torch.isfinite(q).all(-1)
         kl = torch.where(finite, (log_p.exp() * (log_p - log_q)).sum(-1), torch.inf)
         agreed = (p.argmax(-1) == q.argmax(-1)) & finite
-        return cls(float(agreed.sum()), float(kl.sum()), torch.bincount(p.argmax(-1), minlength=p.shape[-1]).cpu())
+        return cls(samples, float(agreed.sum()), float(kl.sum()), torch.bincount(p.argmax(-1), minlength=p.shape[-1]).cpu())
 
     @property
     def count(self) -> int:
         return int(self.made.sum())
 
     def merged(self, other: "_Decided") -> "_Decided":
-        return _Decided(self.agreed + other.agreed, self.kl + other.kl, self.made + other.made)
+        return _Decided(self.samples.merged(other.samples), self.agreed + other.agreed, self.kl + other.kl, self.made + other.made)
 
     @property
     def divergence(self) -> Divergence:
@@ -161,30 +190,35 @@ class _Decided:
 
 @dataclass
 class _Erred:
-    """Of values, [n, K]: the sum of squared errors; how many there are, the mean and the scatter of the dense ones."""
+    """Of values, [n, K]: the sum of squared errors; how many there are, the mean and the scatter of the dense ones, and
+    the rounding of their type, as a share."""
 
+    samples: _Samples
     error: float
     count: int
     mean: Tensor
-    scatter: float
+    scatter: Tensor
+    eps: float
 
     @classmethod
-    def of(cls, expected: Tensor, got: Tensor) -> "_Erred":
+    def of(cls, samples: _Samples, expected: Tensor, got: Tensor, eps: float) -> "_Erred":
         mean = expected.sum(0) / max(len(expected), 1)
         error = float((got - expected).square().sum())
-        return cls(error if math.isfinite(error) else math.inf, len(expected), mean.cpu(),
-                   float((expected - mean).square().sum()))
+        return cls(samples, error if math.isfinite(error) else math.inf, len(expected), mean.cpu(),
+                   (expected - mean).square().sum(0).cpu(), eps)
 
     def merged(self, other: "_Erred") -> "_Erred":
         count, shift = self.count + other.count, other.mean - self.mean
-        between = float(shift.square().sum()) * self.count * other.count / max(count, 1)
-        return _Erred(self.error + other.error, count, self.mean + shift * (other.count / max(count, 1)),
-                      self.scatter + other.scatter + between)
+        between = shift.square() * (self.count * other.count / max(count, 1))
+        return _Erred(self.samples.merged(other.samples), self.error + other.error, count,
+                      self.mean + shift * (other.count / max(count, 1)), self.scatter + other.scatter + between,
+                      max(self.eps, other.eps))
 
     @property
     def divergence(self) -> Divergence:
-        """Values that do not vary are compared by the square of their mean."""
-        scale = self.scatter or self.count * float(self.mean.square().sum())
+        """Values that do not vary, or by rounding alone, are compared by the square of their mean."""
+        varies = self.scatter > self.count * (self.eps * self.mean).square()
+        scale = float(self.scatter[varies].sum()) or self.count * float(self.mean.square().sum())
         share = self.error / scale if scale else math.inf if self.error else 0.0
         return Divergence(1 - share, share, 0, by_error=True)
 
@@ -201,7 +235,8 @@ def _compared(expected: Tensor, got: Tensor, kind: type[_Decided] | type[_Erred]
     if expected.shape != got.shape:
         raise ValueError(f"outputs: the dense network returns {list(expected.shape)} and the smaller one "
                          f"{list(got.shape)}")
-    return kind.of(_rows(expected), _rows(got.to(expected.device)))
+    return kind.of(_Samples.of(expected), _rows(expected), _rows(got.to(expected.device)),
+                   torch.finfo(expected.dtype).eps)
 
 
 def _rows(output: Tensor) -> Tensor:

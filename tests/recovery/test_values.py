@@ -142,3 +142,76 @@ def test_a_curve_of_values_says_so() -> None:
     found = fastscore.curve(model, scores, batches, (0.7,), repair=None, forward=only("depth"), progress=False)
     assert found.by_error
     assert "cut: R²    error" in str(found)
+
+
+class Broken(Regression):
+    """Whose depth is NaN, or infinite, where x[:, 0] is above 1."""
+
+    def __init__(self, value: float = math.nan) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = super().forward(x)
+        return {**found, "depth": torch.where(x[:, :1] > 1, self.value, found["depth"])}
+
+
+@pytest.mark.parametrize(("value", "names"), [(math.nan, ("depth",)), (math.inf, ("depth", "boxes"))])
+def test_what_is_not_finite_in_the_dense_network_is_named(value: float, names: tuple[str, ...]) -> None:
+    """A repair was "chosen" at R² nan; budgets returned the whole network."""
+    torch.manual_seed(0)
+    model, batches, forward = Broken(value).eval(), list(torch.randn(96, 12).split(16)), only(*names)
+    scores = fastscore.score(model, batches, importance="magnitude-l2", forward=forward, progress=False)
+    before = copy.deepcopy(model.state_dict())
+    said = (r"outputs\['depth'\]" if len(names) > 1 else "outputs") + r": the dense network returns NaN or infinity " \
+        r"there for \d+ of \d+ samples.*leave those samples out" + (".*outputs=" if len(names) > 1 else "")
+    given: Any = {"forward": forward, "progress": False}
+    for options in ({"channels": 0.7, "inplace": True}, {"agreement": 0.5}, {"kl": 0.5}):
+        with pytest.raises(FloatingPointError, match=said):
+            fastscore.prune(model, scores, batches[0], calibration=batches, repair="linear", **options, **given)
+    with pytest.raises(FloatingPointError, match=said):
+        fastscore.curve(model, scores, batches, (0.7,), repair=None, **given)
+    smaller = Regression()
+    weights = copy.deepcopy(smaller.state_dict())
+    with pytest.raises(FloatingPointError, match=said):
+        fastscore.distill(model, smaller, batches, steps=1, looks=1, **given)
+    for one, other in ((model.state_dict(), before), (smaller.state_dict(), weights)):
+        assert all(torch.equal(each, other[name]) for name, each in one.items())
+    if len(names) > 1:  # the ways out
+        fastscore.prune(model, scores, batches[0], channels=0.7, calibration=batches, repair="mean", outputs=["boxes"],
+                        **given)
+    finite = [batch[batch[:, 0] <= 1] for batch in batches]
+    fastscore.prune(model, scores, batches[0], channels=0.7, calibration=finite, repair="mean", **given)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_smaller_network_that_is_not_finite_loses(value: float) -> None:
+    dense = torch.randn(6, 3)
+    for errors in ([], [""]):
+        broken = divergence([dense, dense], [torch.where(dense > 10, dense, value), dense], errors=errors)
+        assert broken.kl == math.inf
+        assert broken.agreement < 1
+        with pytest.raises(FloatingPointError, match=r"outputs: .*for 1 of 12 samples"):
+            divergence([dense.index_fill(0, torch.tensor(2), value), dense], [dense, dense], errors=errors)
+    model, batches, _ = made(only("depth"))
+    looks = iter([value, 1.0])
+
+    def loss(got: Tensor, wanted: Tensor) -> Tensor:
+        return (got - wanted).square().mean() if torch.is_grad_enabled() else torch.tensor(next(looks))
+
+    report = fastscore.distill(model, copy.deepcopy(model), batches, held_out=batches[:1], steps=1, looks=1, loss=loss,
+                               forward=only("depth"), progress=False)
+    assert (report.best.step, report.best.judged) == (1, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_values_that_vary_by_rounding_alone_are_constant(dtype: torch.dtype) -> None:
+    """One of seven in the last place: the error was 1.47e9."""
+    dense = torch.full((7, 2), 0.1, dtype=dtype)
+    dense[3, 0] = torch.nextafter(dense[3, 0], dense.new_tensor(1.0))
+    smaller = dense.double() * 1.5
+    for size in (1, 7):
+        assert divergence(dense.split(size), smaller.split(size), errors=[""]).kl == pytest.approx(0.25, rel=1e-2)
+    varied = torch.stack([dense[:, 0].double(), torch.arange(7.0).double()], 1).to(dtype)  # of which the second does
+    off = varied + torch.tensor([0.0, 1.0], dtype=dtype)
+    assert divergence([varied], [off], errors=[""]).kl == pytest.approx(1 / 4, rel=1e-2)

@@ -143,6 +143,7 @@ class Judge:
 
     Raises:
         ValueError: no sample to judge by.
+        FloatingPointError: outputs that are not finite.
     """
 
     def __init__(self, dense: nn.Module, batches: Iterable[Batch], forward: Forward,
@@ -154,6 +155,7 @@ class Judge:
             raise ValueError(f"held_out: there is no sample to judge by; give more batches (one of {HELD_OUT} samples "
                              "judges), or held_out= batches")
         self._outputs = [{name: each.cpu() for name, each in outputs.items()} for outputs in self._of(dense)]
+        divergence(self._outputs, self._outputs, errors=self.judging.errors)  # before hours of work, not after
 
     def __call__(self, model: nn.Module) -> Divergence:
         """How far `model` is from the dense network."""
