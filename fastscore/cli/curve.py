@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         notes = scores.notes if arguments.scores is None else options.notes(arguments, prepare, scores)
         kept = {"resource": found.resource, "decisions": found.decisions, "by_error": found.by_error,
-                "note": found.note, "notes": dict(notes), "scores": dict(scores.notes),
+                "mixed": found.mixed, "note": found.note, "notes": dict(notes), "scores": dict(scores.notes),
                 "rows": found.records()}
         with files.whole(arguments.out) as part:
             part.write_text(json.dumps(kept, indent=1), encoding="utf-8")

@@ -14,7 +14,7 @@ from fastscore.pruning.budgets.clocks import Clock
 from fastscore.pruning.budgets.quality import Quality
 from fastscore.pruning.options import Budgets, Ranking
 from fastscore.pruning.saved.export import check_suffix, save
-from fastscore.recovery.divergence import judged_by, names
+from fastscore.recovery.divergence import judged_by, mixed_of, names
 
 
 def add(commands: Commands) -> None:
@@ -104,8 +104,9 @@ def run(arguments: argparse.Namespace) -> None:
     save(result, example, arguments.out)
     print(json.dumps(asdict(result.report)) if arguments.json else result.report)
     for after in (row for row in result.report.repairs if row.chosen):
-        before, (agreement, kl) = result.report.repairs[0], names(after.by_error)
-        judged = judged_by(after.decisions, "it is not fitted to")
+        before = result.report.repairs[0]
+        mixed = mixed_of((before.mixed, after.mixed))
+        (agreement, kl), judged = names(after.by_error, mixed), judged_by(after.decisions, "it is not fitted to", mixed)
         tell(f"{agreement} with the dense model: " + (
             f"{after.agreement:.1%} as it was cut ({kl} {after.kl:.3g}), which no repair bettered; {judged}"
             if after is before else

@@ -145,7 +145,7 @@ def write(scores: Scores, path: str | PathLike[str], *, title: str = "Channel sc
     page = resources.files("fastscore.cli").joinpath("report.html").read_text(encoding="utf-8")
     # "</script>" in a layer's name would end the data
     if curve is not None:
-        curve = curve | {"judged": judged_by(curve["decisions"], "no repair has seen")}
+        curve = curve | {"judged": judged_by(curve["decisions"], "no repair has seen", curve.get("mixed", ""))}
     held = _data(scores, title, fraction, pruned) | {"costs": costs, "curve": curve, "command": command}
     data = json.dumps(held, ensure_ascii=True).replace("<", "\\u003c")
     with files.whole(path) as part:

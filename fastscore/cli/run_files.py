@@ -8,6 +8,7 @@ from fastscore import files
 from fastscore.pruning import iterative
 from fastscore.pruning.report import PruneReport
 from fastscore.recovery import distillation_run, kept
+from fastscore.recovery.divergence import names
 from fastscore.scoring import runs, scorer
 from fastscore.wording import counted
 
@@ -31,8 +32,9 @@ def _distillation(path: Path) -> dict[str, str]:
     state = _state(path, distillation_run.FORM)
     last: list[Mapping[str, Any]] = state["looks"][-1:]
     return {"run": f"of distill, {_RESUMED}", "done": counted(state["step"], "step"),
-            **{f"{name} on held-out samples, last looked at": f"{look[name]:.4g}" for look in last
-               for name in ("agreement", "kl") if look[name] is not None}}
+            **{f"{label} on held-out samples, last looked at": f"{look[key]:.4g}" for look in last
+               for key, label in zip(("agreement", "kl"), names(look.get("by_error", False), look.get("mixed", "")),
+                                     strict=True) if look[key] is not None}}
 
 
 def _moments(path: Path) -> dict[str, str]:

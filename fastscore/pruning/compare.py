@@ -10,7 +10,7 @@ from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph.groups import Ignore
 from fastscore.pruning.budgets.quality import HELD_OUT
 from fastscore.pruning.curve import Curve, Drawn, Evaluate, curve
-from fastscore.recovery.divergence import judged_by, names
+from fastscore.recovery.divergence import judged_by, mixed_of, names
 from fastscore.recovery.held_out import split
 from fastscore.recovery.reconstruct import Method
 from fastscore.scoring.engine import score
@@ -43,18 +43,20 @@ class Comparison(Mapping[str, Curve], Drawn):
     def __str__(self) -> str:
         width = max(map(len, self.curves))
         first = next(iter(self.curves.values()))
-        own, (agreement, kl) = first.dense is not None, names(first.by_error)
-        head = f"{'':{width}} {first.resource:>8} {'MACs':>7} {agreement:>10} {kl:>8}"
+        own, (agreement, kl) = first.dense is not None, names(
+            first.by_error, mixed_of(found.mixed for found in self.curves.values()))
+        wide, narrow = max(10, len(agreement)), max(8, len(kl))
+        head = f"{'':{width}} {first.resource:>8} {'MACs':>7} {agreement:>{wide}} {kl:>{narrow}}"
         head += f" {'metric':>8}" if own else ""
         lines = [head]
         if own:
-            lines.append(f"{'dense':{width}} {'':>8} {1:>7.1%} {1:>10.1%} {0:>8.3g} {first.dense:>8.4g}")
+            lines.append(f"{'dense':{width}} {'':>8} {1:>7.1%} {1:>{wide}.1%} {0:>{narrow}.3g} {first.dense:>8.4g}")
         for number in range(len(first.rows)):
             for name, found in self.curves.items():
                 row = found.rows[number]
                 point = row.repaired or row.cut
-                lines.append(f"{name:{width}} {row.budget:>8g} {row.macs:>7.1%} {point.agreement:>10.1%} "
-                             f"{point.kl:>8.3g}" + ("" if point.metric is None else f" {point.metric:>8.4g}"))
+                lines.append(f"{name:{width}} {row.budget:>8g} {row.macs:>7.1%} {point.agreement:>{wide}.1%} "
+                             f"{point.kl:>{narrow}.3g}" + ("" if point.metric is None else f" {point.metric:>8.4g}"))
         return "\n".join([*lines, "; ".join(self._remarks)])
 
     def records(self) -> list[dict[str, Any]]:
@@ -121,8 +123,8 @@ def compare(model: nn.Module, batches: Iterable[Batch],
         curves[name] = curve(model, scores, fit, macs, params=params, channels=channels, evaluate=evaluate,
                              held_out=judges, repair=repair, example_inputs=example_inputs, ignore=ignore,
                              forward=forward, progress=progress, **options)
-    decisions = next(iter(curves.values())).decisions
+    decisions, mixed = next(iter(curves.values())).decisions, mixed_of(found.mixed for found in curves.values())
     given = any(isinstance(how, Scores) for how in named.values())
     note = (f"{'not repaired' if repair is None else f'all repaired alike ({repair})'}; "
-            + judged_by(decisions, f"{'no repair has' if given else 'neither score nor repair have'} seen"))
+            + judged_by(decisions, f"{'no repair has' if given else 'neither score nor repair have'} seen", mixed))
     return Comparison(curves, note)

@@ -17,7 +17,7 @@ from fastscore.progress import bar, shown
 from fastscore.pruning.budgets.quality import HELD_OUT, Judge
 from fastscore.pruning.prune import prune
 from fastscore.pruning.result import PruneResult
-from fastscore.recovery.divergence import Divergence, judged_by, names
+from fastscore.recovery.divergence import Divergence, Mixed, judged_by, mixed_of, names
 from fastscore.recovery.held_out import split
 from fastscore.recovery.reconstruct import Method
 from fastscore.rng import fork_rng
@@ -98,6 +98,7 @@ class Curve(Drawn):
         note: how it was ranked and repaired.
         decided: what was taken for decisions.
         by_error: whether all outputs are judged by their error.
+        mixed: where only some are, whether the agreements are of decisions ("decision"), R² ("error"), or "both".
     """
 
     resource: str
@@ -107,22 +108,24 @@ class Curve(Drawn):
     note: str
     decided: str = ""
     by_error: bool = False
+    mixed: Mixed = ""
 
     def __str__(self) -> str:
-        own, (agreement, kl) = self.dense is not None, names(self.by_error)
+        own, (agreement, kl) = self.dense is not None, names(self.by_error, self.mixed)
         repaired = any(row.repaired for row in self.rows)
+        wide, narrow = max(20, len(f"repaired: {agreement}") * repaired), max(8, len(kl))
         head = f"{self.resource:>8} {'MACs':>7} {'params':>7}"
         for title in ("cut", "repaired")[:1 + repaired]:
-            head += f"   {f'{title}: {agreement}':>20} {kl:>8}" + (f" {'metric':>8}" if own else "")
+            head += f"   {f'{title}: {agreement}':>{wide}} {kl:>{narrow}}" + (f" {'metric':>8}" if own else "")
         lines = [head]
         if own:
-            lines.append(f"{'dense':>8} {1:>7.1%} {1:>7.1%}" + f"   {1:>20.1%} {0:>8.3g} {self.dense:>8.4g}" *
-                         (1 + repaired))
+            lines.append(f"{'dense':>8} {1:>7.1%} {1:>7.1%}"
+                         + f"   {1:>{wide}.1%} {0:>{narrow}.3g} {self.dense:>8.4g}" * (1 + repaired))
         for row in self.rows:
             line = f"{row.budget:>8g} {row.macs:>7.1%} {row.params:>7.1%}"
             for point in (row.cut, row.repaired)[:1 + repaired]:
                 if point is not None:
-                    line += f"   {point.agreement:>20.1%} {point.kl:>8.3g}"
+                    line += f"   {point.agreement:>{wide}.1%} {point.kl:>{narrow}.3g}"
                     line += "" if point.metric is None else f" {point.metric:>8.4g}"
             lines.append(line)
         return "\n".join([*lines, *reversed(self._remarks)])
@@ -141,7 +144,7 @@ class Curve(Drawn):
 
     @property
     def _remarks(self) -> list[str]:
-        return [self.note, f"{judged_by(self.decisions, 'no repair has seen')}; outputs: {self.decided}"]
+        return [self.note, f"{judged_by(self.decisions, 'no repair has seen', self.mixed)}; outputs: {self.decided}"]
 
     @property
     def _lines(self) -> dict[str, "Curve"]:
@@ -192,12 +195,16 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
     with fork_rng(device), shown(progress), bar("curve", " networks", len(budgets)) as told:
         example = example_of(batches, example_inputs, forward, device)
         judge = Judge(dense, judges, forward, options.get("outputs"))
-        rows, found = list[CurveRow](), Divergence(1, 0, 0)
+        rows, found, kinds = list[CurveRow](), Divergence(1, 0, 0), set[Mixed]()
         for budget in budgets:
             result = prune(model, scores, example, forward=forward, **options | {resource: budget})
             bare = result.cut_again(model, {}, {}) if repair is not None else result
             cut, found = _point(judge, bare, evaluate)
-            repaired = None if repair is None else _point(judge, result, evaluate)[0]
+            kinds.add(found.mixed)
+            repaired = None
+            if repair is not None:
+                repaired, other = _point(judge, result, evaluate)
+                kinds.add(other.mixed)
             report = result.report
             left = {name: after / max(before, 1) for name, (before, after) in
                     (("macs", report.macs), ("params", report.params), ("channels", report.channels))}
@@ -209,7 +216,8 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
     origin = scores.origin
     note = (f"ranked by {origin.importance}" + (f" ({origin.ablation} ablation)" if origin.ablation != "zero" else "")
             + (f"; repaired: {repair}" if repair is not None else "; not repaired"))
-    return Curve(resource, tuple(rows), own, found.decisions, note, judge.decided, found.by_error)
+    return Curve(resource, tuple(rows), own, found.decisions, note, judge.decided, found.by_error,
+                 mixed_of(kinds))
 
 
 def example_of(batches: Iterable[Batch], given: Batch, forward: Forward, device: torch.device) -> Batch:

@@ -7,6 +7,7 @@ from typing import Any
 from fastscore import plots
 from fastscore.plots import COLOUR, LABELLED_LAYERS, REMOVED, plain, save
 from fastscore.pruning.report import PruneReport
+from fastscore.recovery.divergence import mixed_of, names
 
 
 def pruning(report: PruneReport, path: str | PathLike[str]) -> None:
@@ -51,6 +52,9 @@ def curves(found: Mapping[str, Any], path: str | PathLike[str]) -> None:
     panels = {"agreement": "agreement with the dense network", "kl": "KL divergence from the dense network, nats"}
     if first.by_error:
         panels = {"agreement": "R², of the dense network's outputs", "kl": "squared error, share of their variance"}
+    if mixed := mixed_of(each.mixed for each in found.values()):
+        agreement, kl = names(first.by_error, mixed)
+        panels = {"agreement": f"{agreement}, the least of all outputs", "kl": f"{kl}, of all outputs"}
     if first.dense is not None:
         panels["metric"] = "metric"
     drawing = plots.figure(4.2 * len(panels), 3.8)

@@ -120,7 +120,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     Raises:
         ValueError: a budget outside (0, 1] or out of reach, scores of another model, of units="norms", or without the
             means to compensate with, a model that cannot be traced; before anything is changed, as all that follow.
-        FloatingPointError: means that are NaN or infinite.
+        FloatingPointError: means that are NaN or infinite, or outputs of the dense model, which are judged.
         RuntimeError: a forward that depends on a width which changed; with the layers to ignore.
     """
     model = unwrapped(model)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastscore.graph.groups import ChannelGraph, Units
 from fastscore.pruning.budgets.costs import Costs
 from fastscore.recovery.compensation import removed_positions
-from fastscore.recovery.divergence import judged_by, names
+from fastscore.recovery.divergence import Mixed, judged_by, mixed_of, names
 from fastscore.recovery.reconstruct import Repair
 from fastscore.scoring.row_notes import row_notes
 from fastscore.tables import Table
@@ -82,7 +82,7 @@ class Judged:
         bound: what was held against the agreement asked for: the agreement found, or the least that it says of others.
         decisions: how many were compared.
         chosen: whether it is the one that prune() returned.
-        by_error: as in fastscore.recovery.divergence.Divergence.
+        by_error, mixed: as in fastscore.recovery.divergence.Divergence.
     """
 
     macs: float
@@ -92,11 +92,12 @@ class Judged:
     decisions: int
     chosen: bool
     by_error: bool = False
+    mixed: Mixed = ""
 
     def __str__(self) -> str:
-        agreement, kl = names(self.by_error)
+        agreement, kl = names(self.by_error, self.mixed)
         least = "" if self.bound == self.agreement else f" (at least {self.bound:.1%})"
-        rests_on = f", {counted(self.decisions, 'decision')}" if self.decisions else ""
+        rests_on = f", {counted(self.decisions, 'decision')}" if self.decisions and self.mixed != "error" else ""
         return (f"{'chosen' if self.chosen else 'judged'}: {self.macs:.1%} of the MACs: "
                 f"{agreement} {self.agreement:.1%}{least}, {kl} {self.kl:.3g}{rests_on}")
 
@@ -198,12 +199,14 @@ class PruneReport(Table):
                   for tried in self.candidates
                   if tried.chosen and tried.timing.uncertainty > UNSTEADY]
         if self.judged:
-            fewest = min(row.decisions for row in self.judged)
-            lines.append(f"{' and '.join(names(self.judged[0].by_error))}, {judged_by(fewest, 'no repair has seen')}")
+            fewest, mixed = min(row.decisions for row in self.judged), mixed_of(row.mixed for row in self.judged)
+            lines.append(f"{' and '.join(names(self.judged[0].by_error, mixed))}, "
+                         + judged_by(fewest, "no repair has seen", mixed))
         lines += map(str, self.judged)
         first = self.repairs[0] if self.repairs else None
         if first and (first.decisions or first.by_error):  # a report of an older file does not say
-            lines.append(f"repairs, {judged_by(first.decisions, 'they are not fitted to')}")
+            mixed = mixed_of(row.mixed for row in self.repairs)
+            lines.append(f"repairs, {judged_by(first.decisions, 'they are not fitted to', mixed)}")
         lines += map(str, self.repairs)
         lines += [f"outputs: {self.decided}"] if self.decided else []
         lines += [f"{row.layer}: {row.channels[1]} of {row.channels[0]} channels left; floor= keeps a share of each "

@@ -91,7 +91,7 @@ class Decisions:
                 "; ".join(said)
         (name, part), = parts.items()
         if name in self.errors and not self._how and _columns(part) == 1:
-            return f'{said[0]}; where its sign decides, say outputs={{{name!r}: "decision"}}'
+            return f'{said[0]}; where its sign decides, say so, in Python by outputs={{{name!r}: "decision"}}'
         own = getattr(self._forward, "checks", self._forward) is not call_model and not name
         return said[0] + ("; where that is several outputs side by side, let forward= return a tuple of them"
                           if own and name not in self.errors else "")

@@ -88,7 +88,8 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
 
     Raises:
         ValueError: networks that share weights, nothing to train, a number outside its range, batches too few, a file
-            of another run. TypeError: batches that are no iterable. FloatingPointError: NaN or infinity in the loss.
+            of another run. TypeError: batches that are no iterable. FloatingPointError: NaN or infinity in the loss,
+            or in what the dense network returns.
         In each case, and when interrupted, `smaller` is as it was.
 
     Source: Hinton, Vinyals, Dean, arXiv 1503.02531.

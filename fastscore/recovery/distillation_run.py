@@ -17,7 +17,7 @@ from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import Bar
 from fastscore.recovery.decisions import Decisions
-from fastscore.recovery.divergence import divergence, judged_by, names
+from fastscore.recovery.divergence import Mixed, divergence, judged_by, mixed_of, names
 from fastscore.recovery.features import FeatureMaps
 from fastscore.recovery.optimizers import schedule
 from fastscore.recovery.training_batches import Position, TrainingBatches, on_device
@@ -37,8 +37,8 @@ class Look:
 
     loss: the mean over the training steps since the look before (0 at the first). agreement, kl: of the smaller
     network's decisions with the dense one's; NaN where a loss of the user's own judges. judged: what decides, the KL
-    or that loss. decisions: how many agreement and kl rest on; 0 where a loss of the user's own judges. by_error: as in
-    fastscore.recovery.divergence.Divergence. outputs: what of them is compared.
+    or that loss. decisions: how many agreement and kl rest on; 0 where a loss of the user's own judges. by_error and
+    mixed: as in fastscore.recovery.divergence.Divergence. outputs: what of them is compared.
     """
 
     step: int
@@ -49,6 +49,7 @@ class Look:
     decisions: int = 0
     by_error: bool = False
     outputs: str = ""
+    mixed: Mixed = ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,10 +62,12 @@ class DistillationReport(Table):
     planned: int
 
     def __str__(self) -> str:
-        own, (agreement, kl) = math.isnan(self.best.kl), names(self.best.by_error)
-        lines = [f"{'steps':>7} {'training loss':>14} " + ("held-out loss" if own else f"{agreement:>9}   {kl:>6}")]
+        mixed = mixed_of(look.mixed for look in self.looks)
+        own, (agreement, kl) = math.isnan(self.best.kl), names(self.best.by_error, mixed)
+        wide = max(9, len(agreement))
+        lines = [f"{'steps':>7} {'training loss':>14} " + ("held-out loss" if own else f"{agreement:>9} {kl:>8}")]
         for look in self.looks:
-            said = f"{look.judged:>13.4g}" if own else f"{look.agreement:>9.1%} {look.kl:>8.3g}"
+            said = f"{look.judged:>13.4g}" if own else f"{look.agreement:>{wide}.1%} {look.kl:>{max(8, len(kl))}.3g}"
             loss = f"{look.loss:.4g}" if look.step else "-"
             lines.append(f"{look.step:>7} {loss:>14} {said}{'  best' if look.step == self.best.step else ''}")
         return "\n".join(lines + self._remarks[1:])
@@ -78,7 +81,8 @@ class DistillationReport(Table):
         early = f"stopped after {self.steps} of {counted(self.planned, 'step')}: held-out samples saw nothing better"
         decisions = self.best.decisions  # not known of a run that an older version began
         return [f"best after {self.best.step} of {counted(self.steps, 'step')}",
-                *([judged_by(decisions, "it is not trained on")] if decisions or self.best.by_error else []),
+                *([judged_by(decisions, "it is not trained on", self.best.mixed)]
+                  if decisions or self.best.by_error else []),
                 *([f"outputs: {self.best.outputs}"] if self.best.outputs else []),
                 *["nothing better than the start was found: the weights are as they were"] * (self.best.step == 0),
                 *[early] * (self.steps < self.planned)]
@@ -242,7 +246,7 @@ class DistillationRun:
             found = divergence((pair[1] for pair in expected), (pair[0] for pair in got), self._group,
                                self.objective.errors)
             return Look(self.step, loss, found.agreement, found.kl, found.kl, found.decisions, found.by_error,
-                        f"{self.objective.judging or ''}{found.one_sided}")
+                        f"{self.objective.judging or ''}{found.one_sided}", found.mixed)
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for got_one, expected_one in pairs:
             sums += torch.tensor([float(self.objective(got_one, expected_one)) * _samples(got_one), _samples(got_one)])

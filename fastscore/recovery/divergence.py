@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, distributed
@@ -13,6 +13,8 @@ from fastscore.batches import with_float64
 from fastscore.wording import counted
 
 Outputs: TypeAlias = Tensor | Mapping[str, Tensor]
+Mixed = Literal["", "decision", "error", "both"]
+_SHARES = {"": "agreement", "decision": "agreement", "error": "R²", "both": "agreement / R²"}
 ALIKE = 0.99  # of the dense network's decisions: where so many are the same one, any network agrees
 
 
@@ -24,7 +26,8 @@ class Divergence:
     several outputs, each by itself; agreement, and how many were compared, is then that of the output that agrees
     least (where that has no decisions, of those that have), and kl the sum of all. commonest: the share of the
     decision that the dense network makes most often. by_error: of outputs that are no decisions: kl is the squared
-    error as a share of the dense output's variance, agreement is 1 - that, R², and decisions is 0.
+    error as a share of the dense output's variance, agreement is 1 - that, R², and decisions is 0. mixed: where some
+    outputs are judged by their error and some are not, what `agreement` is of: "decision" or "error"; empty elsewhere.
     """
 
     agreement: float
@@ -33,9 +36,10 @@ class Divergence:
     outputs: Mapping[str, "Divergence"] = field(default_factory=dict)
     commonest: float = 0.0
     by_error: bool = False
+    mixed: Mixed = ""
 
     def __str__(self) -> str:
-        return figures(self.agreement, self.kl, self.by_error) + \
+        return figures(self.agreement, self.kl, self.by_error, self.mixed) + \
             each_of({name: (each.agreement, each.kl) for name, each in self.outputs.items()})
 
     @property
@@ -47,14 +51,20 @@ class Divergence:
                        f"{f' ({name})' if name else ''}, so that agreement says nothing" for name, one in each.items())
 
 
-def names(by_error: bool) -> tuple[str, str]:
-    """What `agreement` and `kl` are called."""
-    return ("R²", "error") if by_error else ("agreement", "KL")
+def names(by_error: bool, mixed: Mixed = "") -> tuple[str, str]:
+    """What `agreement` and `kl` are called. mixed: as in Divergence, or of several."""
+    return ("R²", "error") if by_error else (_SHARES[mixed], "KL + error" if mixed else "KL")
 
 
-def figures(agreement: float, kl: float, by_error: bool) -> str:
+def mixed_of(kinds: Iterable[Mixed]) -> Mixed:
+    """What the agreements of several networks are of."""
+    found = set(kinds)
+    return found.pop() if len(found) == 1 else "both" if found else ""
+
+
+def figures(agreement: float, kl: float, by_error: bool, mixed: Mixed = "") -> str:
     """Both, under their names."""
-    one, other = names(by_error)
+    one, other = names(by_error, mixed)
     return f"{one} {agreement:.1%}, {other} {kl:.3g}"
 
 
@@ -64,13 +74,15 @@ def each_of(outputs: Mapping[str, tuple[float, float]]) -> str:
     return f" ({rows})" if rows else ""
 
 
-def judged_by(decisions: int, samples: str) -> str:
+def judged_by(decisions: int, samples: str, mixed: Mixed = "") -> str:
     """What a share of decisions about some samples rests on; of fewer than 100, by how much it may be off, too."""
-    if not decisions:
+    if not decisions or mixed == "error":
         return f"judged by the squared error, as a share of the dense outputs' variance, on samples that {samples}"
+    values, share = (" or, where an output of values is further off, by its R²,", "share of decisions") \
+        if mixed == "both" else ("", "share")
     few = "" if decisions >= 100 else \
-        f": the true share may be up to {math.ceil(100 * most_off(decisions))} points off (95 % confidence)"
-    return f"judged by {counted(decisions, 'decision')} about samples that {samples}{few}"
+        f": the true {share} may be up to {math.ceil(100 * most_off(decisions))} points off (95 % confidence)"
+    return f"judged by {counted(decisions, 'decision')}{values} about samples that {samples}{few}"
 
 
 @functools.lru_cache(1024)
@@ -128,8 +140,10 @@ def divergence(dense: Iterable[Outputs], smaller: Iterable[Outputs],
     if len(found) == 1:
         return least
     decisions = least.decisions or max(each.decisions for each in found.values())
+    kinds = {each.by_error for each in found.values()}
+    mixed: Mixed = "" if len(kinds) == 1 else "error" if least.by_error else "decision"
     return Divergence(least.agreement, sum(each.kl for each in found.values()), decisions, found,
-                      by_error=all(each.by_error for each in found.values()))
+                      by_error=kinds == {True}, mixed=mixed)
 
 
 @dataclass
@@ -173,14 +187,16 @@ class _Decided:
         finite = torch.isfinite(q).all(-1)
         kl = torch.where(finite, (log_p.exp() * (log_p - log_q)).sum(-1), torch.inf)
         agreed = (p.argmax(-1) == q.argmax(-1)) & finite
-        return cls(samples, float(agreed.sum()), float(kl.sum()), torch.bincount(p.argmax(-1), minlength=p.shape[-1]).cpu())
+        return cls(samples, float(agreed.sum()), float(kl.sum()),
+                   torch.bincount(p.argmax(-1), minlength=p.shape[-1]).cpu())
 
     @property
     def count(self) -> int:
         return int(self.made.sum())
 
     def merged(self, other: "_Decided") -> "_Decided":
-        return _Decided(self.samples.merged(other.samples), self.agreed + other.agreed, self.kl + other.kl, self.made + other.made)
+        return _Decided(self.samples.merged(other.samples), self.agreed + other.agreed, self.kl + other.kl,
+                        self.made + other.made)
 
     @property
     def divergence(self) -> Divergence:

@@ -28,7 +28,7 @@ from fastscore.progress import bar, shown
 from fastscore.recovery.calibration import Calibration, Part
 from fastscore.recovery.compensation import has_no_place, mean_contributions
 from fastscore.recovery.decisions import Decisions, JudgedOutputs
-from fastscore.recovery.divergence import Divergence, Outputs, divergence, each_of, figures
+from fastscore.recovery.divergence import Divergence, Mixed, Outputs, divergence, each_of, figures
 from fastscore.recovery.front_to_back import refit, sites
 from fastscore.recovery.kept import KeptPasses
 from fastscore.recovery.linear import InputEstimate, estimate_inputs, rewired
@@ -49,7 +49,8 @@ class Repair:
     name: what was done. ridge: of a linear reconstruction, None of anything else. recalibrated: whether the BatchNorms
     were, after that. chosen: whether it is the one returned, then fitted on the held-out samples too. stiffness: of an
     asymmetric one: how many times the ridge that is best for a layer alone every layer has. decisions: how many were
-    compared. outputs: of a network with several outputs, (agreement, KL) of each. by_error: as in Divergence.
+    compared. outputs: of a network with several outputs, (agreement, KL) of each. by_error, mixed: as in
+    Divergence.
     """
 
     name: str
@@ -62,13 +63,14 @@ class Repair:
     decisions: int = 0
     outputs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     by_error: bool = False
+    mixed: Mixed = ""
 
     def __str__(self) -> str:
         ridge = "" if self.ridge is None else f", ridge {self.ridge:g}"
         ridge += f", stiffness {self.stiffness:g}" if self.stiffness != 1 else ""
         after = ", BatchNorms recalibrated" if self.recalibrated else ""
         return (f"{'chosen' if self.chosen else 'tried'}: {self.name}{ridge}{after}: "
-                f"{figures(self.agreement, self.kl, self.by_error)}{each_of(self.outputs)}")
+                f"{figures(self.agreement, self.kl, self.by_error, self.mixed)}{each_of(self.outputs)}")
 
 
 class Pruned(Protocol):
@@ -123,8 +125,8 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
     Raises:
         TypeError, ValueError: a method there is none of; batches that are none, or one tensor, or can be read only
             once; a dense model that is not the one pruned; a `resume` file that is damaged or of another run, or
-            batches that are not those it has seen. FloatingPointError: NaN or infinity in what a layer reads, naming
-            it. Nothing is changed then.
+            batches that are not those it has seen. FloatingPointError: NaN or infinity in what a layer reads, or in
+            outputs of the dense model, naming it. Nothing is changed then.
     """
     if method not in get_args(Method):
         raise ValueError(f"method: {method!r} is none of {', '.join(get_args(Method))}")
@@ -273,10 +275,10 @@ class _Bench:
             rows.append(Repair(name, ridge, recalibrated, found.agreement, found.kl, stiffness=stiffness,
                                decisions=found.decisions,
                                outputs={each: (one.agreement, one.kl) for each, one in found.outputs.items()},
-                               by_error=found.by_error))
+                               by_error=found.by_error, mixed=found.mixed))
             if name not in best or found.kl < best[name][0].kl:
                 best[name] = rows[-1], result
-            bar.set_postfix_str(f"{name}: {figures(found.agreement, found.kl, found.by_error)}")
+            bar.set_postfix_str(f"{name}: {figures(found.agreement, found.kl, found.by_error, found.mixed)}")
             bar.update()
             return found
 

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastscore
+from fastscore.cli import main
 from fastscore.recovery.decisions import Decisions
 from fastscore.recovery.divergence import divergence
 
@@ -215,3 +218,52 @@ def test_values_that_vary_by_rounding_alone_are_constant(dtype: torch.dtype) -> 
     varied = torch.stack([dense[:, 0].double(), torch.arange(7.0).double()], 1).to(dtype)  # of which the second does
     off = varied + torch.tensor([0.0, 1.0], dtype=dtype)
     assert divergence([varied], [off], errors=[""]).kl == pytest.approx(1 / 4, rel=1e-2)
+
+
+def test_what_the_least_agreement_is_of_is_said() -> None:
+    """Of a class and boxes together: decisions where they bind, R² where that does, and headings true for both."""
+    forward = only("depth", "classes")
+    model, batches, scores = made(forward)
+    given: Any = {"forward": forward, "outputs": {"depth": "error", "classes": "decision"}, "progress": False}
+    result = fastscore.prune(model, scores, batches[0], agreement=0.3, calibration=batches, repair="mean", **given)
+    assert result.report.judged
+    assert {row.mixed for row in (*result.report.judged, *result.report.repairs)} == {"error"}  # classes never differ
+    text = str(result.report)
+    assert f"R² {result.report.judged[-1].agreement:.1%}, KL + error" in text
+    assert "R² and KL + error, judged by the squared error" in text
+    assert " decision" not in text.replace("the dense network decides", "")
+    assert "agreement" not in result.report.notes
+    found = fastscore.curve(model, scores, batches, (0.9, 0.5), repair=None, **given)
+    head, row, *_ = str(found).splitlines()
+    assert head.endswith("cut: R² KL + error")
+    assert len(head) == len(row)
+    both = replace(found, mixed="both")
+    assert "cut: agreement / R² KL + error" in str(both)
+    assert "decisions or, where an output of values is further off, by its R²," in str(both)
+    assert "the true share of decisions may be up to" in str(both)
+    compared = str(fastscore.compare(model, batches, ["magnitude-l2"], (0.7,), repair=None, **given)).splitlines()
+    assert compared[0].endswith("R² KL + error")
+    assert len(compared[0]) == len(compared[1])
+    looked = str(fastscore.distill(model, result.model, batches, steps=1, looks=1, **given)).splitlines()
+    assert looked[0].endswith("R² KL + error")
+    assert len(looked[0]) == len(looked[1])
+    p, q = torch.eye(3), torch.randn(3, 3)
+    decided = divergence([{"a": p, "b": q}], [{"a": -p, "b": q}], errors=["b"])
+    assert (decided.mixed, decided.decisions) == ("decision", 3)
+    assert str(decided).startswith("agreement 0.0%, KL + error")
+
+
+def test_files_and_notes_of_values_say_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forward = only("depth")
+    model, batches, scores = made(forward)
+    given: Any = {"forward": forward, "progress": False}
+    result = fastscore.prune(model, scores, batches[0], channels=0.6, calibration=batches, repair="linear",
+                             measured=True, **given)
+    assert ": repaired linearly, error " in result.report.notes["choice"]
+    fastscore.distill(model, result.model, batches, steps=1, looks=1, resume=tmp_path / "run", **given)
+    assert main(["info", str(tmp_path / "run")]) == 0
+    told = capsys.readouterr().out
+    assert "R² on held-out samples" in told
+    assert "error on held-out samples" in told
+    assert "agreement" not in told
+    assert "kl" not in told

@@ -101,7 +101,7 @@ class Quality:
 
     def coarse(self, judged: Iterable[Judged]) -> dict[str, str]:
         """A note where one decision is more than may differ, so that all have to be alike."""
-        decisions = min((row.decisions for row in judged), default=0)
+        decisions = min((row.decisions for row in judged if row.mixed != "error"), default=0)
         if self.agreement is None or self.confidence is not None or not decisions * (1 - self.agreement) < 1 - 1e-9:
             return {}
         most = f" or {1 - 1 / decisions:.1%} at most" if decisions > 1 else ""
@@ -255,7 +255,7 @@ def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quali
             remains[steps] = left / dense_macs
         found = judge(built[steps].model)
         tried.set_postfix_str(f"{remains[steps]:.1%} of the MACs: "
-                              f"{figures(found.agreement, found.kl, found.by_error)}")
+                              f"{figures(found.agreement, found.kl, found.by_error, found.mixed)}")
         tried.update()
         if quality.confidence is not None and any(each.decisions != judge.samples
                                                   for each in found.outputs.values() or (found,)):
@@ -273,5 +273,5 @@ def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quali
         best, rows = choose_steps(macs, quality, lambda steps: judge(steps, judges[0]),
                                   lambda steps: judge(steps, judges[-1]), tolerance)
     judged = tuple(Judged(remains[steps], found.agreement, found.kl, quality.bound(found), found.decisions,
-                          steps == best, found.by_error) for steps, found in sorted(rows.items()))
+                          steps == best, found.by_error, found.mixed) for steps, found in sorted(rows.items()))
     return built.get(best) or build(0), judged

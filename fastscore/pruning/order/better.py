@@ -45,7 +45,7 @@ def better(found: Measured, plain: list[RemovalStep], pruned: Callable[[list[Rem
     measured, alone = found.lost(one, other)
     result = (result or pruned(found.order)) if measured <= alone else pruned(plain)
     said = (f"{'groups as measured' if measured <= alone else 'importances alone'}: "
-            f"repaired linearly, KL {min(measured, alone):.3g} against {max(measured, alone):.3g} by "
+            f"repaired linearly, {found.measure} {min(measured, alone):.3g} against {max(measured, alone):.3g} by "
             f"{'importances alone' if measured <= alone else 'groups as measured'}, on samples held out"
             + (" that have not measured groups" if found.has_others else ", the same that measured groups"))
     return replace(result, report=replace(result.report, notes={**result.report.notes, "choice": said}))

@@ -32,7 +32,7 @@ from fastscore.pruning.surgery import Surgery
 from fastscore.recovery.calibration import Calibration
 from fastscore.recovery.compensation import has_no_place, mean_contributions, removed_positions
 from fastscore.recovery.decisions import Decisions, JudgedOutputs
-from fastscore.recovery.divergence import divergence
+from fastscore.recovery.divergence import divergence, names
 from fastscore.recovery.linear import estimate_inputs, rewired
 from fastscore.recovery.moments import InputMoments, layouts
 from fastscore.scoring.scores import Scores
@@ -71,6 +71,7 @@ class Measured:
 
     Attributes:
         order: the steps in which channels go, by what was measured.
+        measure: what `lost` tells: KL or error.
 
     Raises:
         ValueError: batches that the model cannot take.
@@ -80,7 +81,7 @@ class Measured:
                  channel_costs: Mapping[str, Tensor] | None, batches: Iterable[Batch], forward: Forward,
                  outputs: JudgedOutputs, process_group: distributed.ProcessGroup | None) -> None:
         self._model, self._eval_model, self._groups, self._forward = model, eval_model, graph.groups, forward
-        self._run, self._group = Decisions(forward, outputs), process_group
+        self._run, self._group, self.measure = Decisions(forward, outputs), process_group, "KL"
         calibration = self._calibration = Calibration(batches, device_of(model), forward, process_group)
         with torch.no_grad():
             self._example = calibration.first()
@@ -123,7 +124,8 @@ class Measured:
                 done.update()
         unit = 1.0  # nats; of values, errors and importances may be in any units
         if self._run.errors and measured:
-            unit = float(np.nanmedian([ratio for points in measured.values() for _, ratio in points])) or 1.0
+            finite = [ratio for points in measured.values() for _, ratio in points if math.isfinite(ratio)]
+            unit = float(np.median(finite or [1.0])) or 1.0
         return {name: _line([(share, ratio / unit) for share, ratio in points]) for name, points in measured.items()}
 
     def _repaired(self, removed: Mapping[str, Tensor], ridge: float) -> nn.Module:
@@ -138,16 +140,18 @@ class Measured:
 
     @torch.no_grad()
     def lost(self, *choices: Mapping[str, Tensor]) -> list[float]:
-        """The KL that each choice of channels (group -> those that go) leaves once it is repaired linearly, or by means
-        where that is better, on samples held out from the fit that have not measured groups."""
+        """The KL, or error, that each choice of channels (group -> those that go) leaves once it is repaired linearly,
+        or by means where that is better, on samples held out from the fit that have not measured groups."""
         first = self._measuring if self.has_others else 0
         dense = [{name: output.cpu() for name, output in self._run(self._eval_model, batch).items()}
                  for batch in self._calibration.some(first)]
 
         def left(removed: Mapping[str, Tensor], ridge: float) -> float:
             small = self._repaired(removed, ridge)
-            return divergence(dense, (self._run(small, batch) for batch in self._calibration.some(first)),
-                              self._group, self._run.errors).kl
+            far = divergence(dense, (self._run(small, batch) for batch in self._calibration.some(first)), self._group,
+                             self._run.errors)
+            self.measure = names(far.by_error, far.mixed)[1]
+            return far.kl
 
         return [min(left(removed, ridge) for ridge in (RIDGE, math.inf)) for removed in choices]
 
