@@ -87,7 +87,10 @@ class Decisions:
     def _described(self, parts: Mapping[str, Tensor]) -> str:
         said = [f"{name} {_judged(part, name in self.errors)}".strip() for name, part in parts.items()]
         if len(parts) > 1:
-            return f"{counted(len(parts), 'output')}, each by itself (agreement: the least, KL: the sum): " + \
+            ways = ("R²: the least, error: the sum" if self.errors >= parts.keys() else
+                    "agreement or R²: the least, KL and error: the sum" if self.errors else
+                    "agreement: the least, KL: the sum")
+            return f"{counted(len(parts), 'output')}, each by itself ({ways}): " + \
                 "; ".join(said)
         (name, part), = parts.items()
         if name in self.errors and not self._how and _columns(part) == 1:

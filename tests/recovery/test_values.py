@@ -82,6 +82,7 @@ def test_a_regression_is_repaired_by_its_error() -> None:
                       for smaller in (result.model, result.cut_again(model, {}, {}).model))
     assert left < 0.7 * bare
     text = str(result.report)
+    assert "each by itself (R²: the least, error: the sum)" in text
     assert f"{chosen.name}, ridge {chosen.ridge:g}: R² {chosen.agreement:.1%}, error {chosen.kl:.3g}" in text
     assert "judged by the squared error, as a share of the dense outputs' variance, on samples" in text
     assert "decision" not in text
@@ -232,6 +233,7 @@ def test_what_the_least_agreement_is_of_is_said() -> None:
     assert f"R² {result.report.judged[-1].agreement:.1%}, KL + error" in text
     assert "R² and KL + error, judged by the squared error" in text
     assert " decision" not in text.replace("the dense network decides", "")
+    assert "2 outputs, each by itself (agreement or R²: the least, KL and error: the sum)" in text
     assert "agreement" not in result.report.notes
     found = fastscore.curve(model, scores, batches, (0.9, 0.5), repair=None, **given)
     head, row, *_ = str(found).splitlines()
