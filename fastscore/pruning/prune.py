@@ -30,6 +30,7 @@ from fastscore.pruning.report import Candidate, Judged, new_report
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.saved.recipes import no_biases
 from fastscore.pruning.surgery import Surgery, macs_without, plan_surgery, replay, verify
+from fastscore.recovery.compensation import say_what_takes_no_mean
 from fastscore.recovery.decisions import JudgedOutputs
 from fastscore.recovery.held_out import split
 from fastscore.recovery.reconstruct import Method, reconstruct
@@ -170,8 +171,12 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         def build(removed: Mapping[str, Tensor], fit: Iterable[Batch] | None) -> PruneResult:
             """The smaller model; `costs` are without what was removed."""
             surgery, pruned, macs_left = cut(removed)
-            report = new_report(graph, dense, costs, macs_left, pruned, removed, candidates, notes,
-                                compensation, scores.origin.units, surgery.made_plain)
+            bare = say_what_takes_no_mean(model, graph.groups, removed)
+            report = new_report(graph, dense, costs, macs_left, pruned, removed, candidates,
+                                {**notes, **({"means": bare} if bare else {})},
+                                compensation + (", but for what the note on means names" if bare and means
+                                                and calibration is None else ""),
+                                scores.origin.units, surgery.made_plain)
             made = PruneResult(pruned, report, costs.with_others(removed), surgery.removed_indices, surgery.new_biases)
             if fit is None or not removed:
                 return made

@@ -72,6 +72,28 @@ def has_no_place(model: nn.Module, name: str, kept_biases: Container[str]) -> bo
     return norm_of(layer) is not None or (bias is not None and parameter_owners(model)[id(bias)] > 1)
 
 
+def weight_alone(model: nn.Module, name: str) -> bool:
+    """Whether it is a weight of a recurrent module without a bias of its own, which reconstruction can change."""
+    return held_weights.is_held(model, name) and held_weights.bias_of(model, name) is None and \
+        issubclass(held_weights.layer_of(model, name), GateLinear)
+
+
+def say_what_takes_no_mean(model: nn.Module, channel_groups: tuple[ChannelGroup, ...], removed: Mapping[str, Tensor]
+                           ) -> str:
+    """A note of what modules hold that has lost inputs and has no bias; empty where nothing has."""
+    bare = [name for name in removed_positions(channel_groups, removed)
+            if held_weights.is_held(model, name) and held_weights.bias_of(model, name) is None]
+    said = []
+    for alone, what in ((True, "no mean of what went is taken in there, linear reconstruction (calibration=) changes "
+                               "its weights alone"),
+                        (False, "what went of what is read there is neither compensated nor reconstructed")):
+        names = [name for name in bare if weight_alone(model, name) is alone]
+        if names:
+            more = f" (and {counted(len(names) - 1, 'more layer')})" if names[1:] else ""
+            said.append(f"{names[0]}{more} has no bias: {what}")
+    return "; ".join(said)
+
+
 def gets_bias(model: nn.Module, name: str, kept_biases: Container[str]) -> bool:
     """Whether what reads channels, of an evaluation copy, gets a bias that it had not once a mean goes into it."""
     return model.get_submodule(name).bias is None and adapted(name) is None and \

@@ -72,6 +72,11 @@ class Moments:
         both._merge(other.count, other.mean, other.scatter)
         return both
 
+    def about_zero(self) -> "Moments":
+        """The same about zero, as if that were the mean: for a layer that has no bias to add a constant with."""
+        return Moments(self.index, self.count, torch.zeros_like(self.mean),
+                       self.scatter + self.count * self.mean.transpose(1, 2) @ self.mean)
+
     def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         total = self.count + count
         if not total:

@@ -26,7 +26,7 @@ from fastscore.modules.weights.computed_weights import computed_weight
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import bar, shown
 from fastscore.recovery.calibration import Calibration, Part
-from fastscore.recovery.compensation import has_no_place, mean_contributions
+from fastscore.recovery.compensation import has_no_place, mean_contributions, weight_alone
 from fastscore.recovery.decisions import Decisions, JudgedOutputs
 from fastscore.recovery.divergence import Divergence, Mixed, Outputs, divergence, each_of, figures
 from fastscore.recovery.front_to_back import refit, sites
@@ -192,7 +192,9 @@ class _Bench:
                 graph = trace(model, self._example, forward)
             gone = removed_branches(result.removed_indices)
             self._removed = {name: at for (name, side), at in result.removed_indices.items() if side == "inputs"
-                             and not gone(name) and not has_no_place(model, name, graph.kept_biases)}
+                             and not gone(name) and (weight_alone(model, name)
+                                                     or not has_no_place(model, name, graph.kept_biases))}
+            self._alone = {name for name in self._removed if weight_alone(model, name)}
             index = layouts(self._eval_model, graph.groups, self._removed)
             with InputMoments(self._eval_model, index) as inputs:
                 inputs.start(self._example)
@@ -229,11 +231,13 @@ class _Bench:
     def _symmetric(self, ridge: float, part: Part
                    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, InputEstimate]]:
         """(new weights, what biases grow by, what stands in for the inputs of each layer)."""
-        inputs = {name: estimate_inputs(moments, self._removed[name], math.inf if name in self._tied else ridge)
+        inputs = {name: estimate_inputs(moments.about_zero() if name in self._alone else moments, self._removed[name],
+                                        math.inf if name in self._tied else ridge)
                   for name, moments in self._moments[part].items()}
         weights = {name: rewired(self._eval_model.get_submodule(name), x) for name, x in inputs.items()
                    if name not in self._tied} if ridge != math.inf else {}
-        return weights, self._contributions({name: x.constant for name, x in inputs.items()}), inputs
+        return weights, self._contributions({name: x.constant for name, x in inputs.items()
+                                             if name not in self._alone}), inputs
 
     def _contributions(self, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return mean_contributions(self._eval_model, constants, self._example, self._forward)

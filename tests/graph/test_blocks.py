@@ -270,6 +270,35 @@ def test_a_branch_and_its_heads_have_names_of_their_own() -> None:
             torch.testing.assert_close(result.model(x), model(x))
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_a_branch_that_holds_a_group_norm_is_masked(last: bool) -> None:
+    """Also one that ends in it; with channels beside it that go, and without."""
+    torch.manual_seed(0)
+    branch = _Residual(nn.Conv2d(8, 6, 1), nn.GroupNorm(2, 6), nn.ReLU(), nn.Conv2d(6, 8, 1),
+                       *[nn.GroupNorm(2, 8)] * last)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), branch, nn.Conv2d(8, 4, 1)).double().eval()
+    x = torch.randn(3, 3, 6, 6).double()
+    scores = fastscore.score(model, [x], units="blocks", progress=False)
+    whole = next(name for name in scores if len(scores[name]) == 1)
+    first = replace(scores, totals={name: total * (1e-9 if name == whole else 1)
+                                    for name, total in scores.totals.items()})
+    found = []
+    for share in (0.3, 0.6):
+        gone = fastscore.prune(model, first, x, channels=1 - share, compensate=False, progress=False)
+        with torch.no_grad(), fastscore.mask(model, first, share, x, compensate=False) as masked:
+            assert set(masked) == set(gone.removed)
+            torch.testing.assert_close(model(x), gone.model(x), rtol=1e-10, atol=1e-12)
+        found.append(set(masked))
+    assert found == [{whole}, {whole, "0"}]
+
+
+class _Residual(nn.Sequential):
+    """Its modules run one by one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
 def _left(model: nn.Module) -> dict[str, int]:
     """What there still is of the channels of a stem and two blocks, and of the blocks."""
     made = {name: model.get_submodule(name) for name in ("0", "3.conv1", "4.conv1")}

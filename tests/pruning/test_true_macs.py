@@ -129,6 +129,20 @@ def test_a_search_by_quality_walks_what_is_counted(monkeypatch: pytest.MonkeyPat
     assert judged[true[high]].kl > 5e-5  # the next step up fails
 
 
+@pytest.mark.parametrize("percent", [41, 47])
+def test_a_budget_is_missed_by_less_than_any_channel(percent: int) -> None:
+    """By what is counted, where sums over channels foresee more than there is, or less."""
+    torch.manual_seed(0)
+    model, x = Watched().eval(), torch.randn(2, 7, 5)
+    scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
+    limit = percent / 100 * macs_of(model)
+    small = fastscore.prune(model, scores, x, macs=percent / 100, compensate=False, progress=False).model
+    one, two = small.one.out_features, small.two.out_features
+    assert macs_of(small) <= limit
+    for more in (one + 1, two), (one, two + 1):
+        assert more[0] > 24 or more[1] > 20 or 7 * (5 * more[0] + 2 * more[0] * more[1] + 3 * more[1]) > limit
+
+
 @pytest.mark.parametrize("samples", [1, 3, 7])
 def test_samples_that_lie_second(samples: int) -> None:
     """nn.TransformerEncoder as it is by default, [T, N, C]; a batch of one too."""

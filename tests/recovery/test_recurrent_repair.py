@@ -128,6 +128,41 @@ def test_what_others_say_leaves_nothing_behind(kind: type[nn.Module]) -> None:
         assert not torch.allclose(result.model(x), want, rtol=1e-5, atol=1e-5)
 
 
+class Bare(nn.Module):
+    """Weights that read units without a bias: with a projection, weight_hr; with bias=False, weight_hh."""
+
+    def __init__(self, projected: bool) -> None:
+        super().__init__()
+        self.rnn: Any = nn.LSTM(5, 8, proj_size=4, batch_first=True) if projected else \
+            nn.GRU(5, 8, bias=False, batch_first=True)
+        self.head = nn.Linear(4 if projected else 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0].sum(1))
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_what_others_say_goes_into_weights_without_a_bias(projected: bool) -> None:
+    """A unit's double goes: the weights alone take it over, and no bias appears; a note says who takes no mean."""
+    model, x = whole_way.noisy(lambda: Bare(projected)), _inputs()
+    for name, parameter in model.rnn.named_parameters():
+        if not name.startswith("weight_hr"):
+            rows = parameter.data.unflatten(0, (-1, 8))
+            rows[:, 3] = rows[:, 5]
+    with torch.no_grad():
+        want = model(x)
+    result = _pruned(model, x, "rnn.weight_ih_l0", 3)
+    reads = f"rnn.weight_h{'r' if projected else 'h'}_l0"
+    assert result.report.notes["means"].startswith(f"{reads} has no bias: no mean")
+    assert result.report.compensation.endswith("but for what the note on means names")
+    assert not torch.allclose(result.model(x), want, rtol=1e-5, atol=1e-5)
+    repaired = fastscore.reconstruct(model, result, x.split(3), "linear", ridges=(1e-10,), progress=False)
+    torch.testing.assert_close(repaired.model(x), want, rtol=1e-5, atol=1e-5)
+    assert {name for name, _ in repaired.model.named_parameters()} == {name for name, _ in model.named_parameters()}
+    meant = fastscore.reconstruct(model, result, x.split(3), "mean", progress=False).model.get_parameter(reads)
+    assert torch.equal(meant, result.model.get_parameter(reads))
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM])
 def test_means_of_the_state(kind: type[nn.RNNBase]) -> None:
     """bias_hh takes in what weight_hh makes of the mean of what it read, bias_ih_l1 likewise; the mask does as much."""

@@ -18,6 +18,8 @@ from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.scoring.scores import Scores
 from fastscore.wording import counted
 
+RECOUNTS = 64  # trial cuts by which a budget on MACs is met where sums over channels do not foresee them
+
 
 def scored_graph(model: nn.Module, scores: Scores, example_inputs: Batch, forward: Forward,
                  ignore: Ignore) -> ChannelGraph:
@@ -177,32 +179,53 @@ def select(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, fl
     still does, so what remains is below the budget by less than any one of them.
     """
     taken = steps[:steps_needed(steps, costs, budgets, macs_without)]
-    reached = costs.totals["macs"]
-    gone = _give_back(taken, costs, budgets, None)
-    if macs_without is not None and "macs" in budgets and len(gone) < len(taken):
+    if macs_without is None or "macs" not in budgets:
+        return channels_of(_give_back(taken, costs, budgets))
+    reached, foreseen = costs.totals["macs"], _are_foreseen(taken, costs)
+    gone = _give_back(taken, costs, budgets)
+    if len(gone) < len(taken):
         costs.totals["macs"] = macs_without(channels_of(gone))
-        if _over(costs, budgets):  # again, each with a count of its own
+        if _over(costs, budgets):
             for step in taken:
                 if step not in gone:
                     costs.remove(step.group, step.channels)
-            costs.totals["macs"] = reached
-            gone = _give_back(taken, costs, budgets, macs_without)
+            costs.totals["macs"], gone, foreseen = reached, dict.fromkeys(taken), False
+    if not foreseen:  # again, each with a count of its own
+        gone = _give_back([step for step in taken if step in gone], costs, budgets, macs_without)
     return channels_of(gone)
 
 
-def _give_back(taken: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float],
-               macs_without: MacsWithout | None) -> dict[RemovalStep, None]:
-    """Those of `taken` that stay away."""
+def _are_foreseen(taken: Sequence[RemovalStep], costs: Costs) -> bool:
+    """Whether the MACs that `costs` now tell, which were counted, are those that its sums say."""
+    counted = costs.totals["macs"]
+    for step in reversed(taken):
+        costs.restore(step.group, step.channels)
+    off = costs.totals["macs"] - costs.dense["macs"]
+    for step in taken:
+        costs.remove(step.group, step.channels)
+    costs.totals["macs"] = counted
+    return abs(off) <= max(0.5, 1e-9 * costs.dense["macs"])
+
+
+def _give_back(taken: Sequence[RemovalStep], costs: Costs, budgets: Mapping[Resource, float],
+               macs_without: MacsWithout | None = None) -> dict[RemovalStep, None]:
+    """Those of `taken` that stay away. With macs_without, the MACs of each that may come back are counted; after
+    RECOUNTS of them those that are foreseen not to fit stay away uncounted."""
     stuck: set[str] = set()  # groups whose last step does not fit: those before it are not to come back out of order
     gone = dict.fromkeys(taken)
+    counts = 0
     for step in reversed(taken):
         if step.group in stuck:
             continue
         before = costs.totals["macs"]
         costs.restore(step.group, step.channels)
         del gone[step]
-        if macs_without is not None and not _over(costs, budgets):
-            costs.totals["macs"] = macs_without(channels_of(gone))
+        if macs_without is not None and (counts < RECOUNTS or not _over(costs, budgets)):
+            try:
+                costs.totals["macs"] = macs_without(channels_of(gone))
+            except RuntimeError:  # of what is left then, which does not run
+                costs.totals["macs"] = math.inf
+            counts += 1
         if _over(costs, budgets):
             costs.remove(step.group, step.channels)
             costs.totals["macs"] = before
