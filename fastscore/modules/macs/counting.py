@@ -54,9 +54,9 @@ def count(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
     """Count the MACs of one call of `model`, as it is, on the example inputs, whose samples lie along `batch_dim`.
 
     Elementwise operations, interpolation and sums are none. A recurrent layer has one for each weight and step of a
-    sequence, a Bilinear one for each weight and row, a sparse matrix those of its entries. What a layer of a class of its
-    own takes to compute its weight from its parameters (see fastscore.modules.weights.computed_weights) is none: it is
-    the same for any number of samples, and goes where pruning makes the layer a plain one.
+    sequence, a Bilinear one for each weight and row, a sparse matrix those of its entries. What a layer of a class of
+    its own takes to compute its weight from its parameters (see fastscore.modules.weights.computed_weights) is none: it
+    is the same for any number of samples, and goes where pruning makes the layer a plain one.
     """
     with torch.no_grad(), counting(model) as counted:
         returned = forward(model, example_inputs)
