@@ -19,6 +19,7 @@ from fastscore import rng
 from fastscore.batches import Batch, first_tensor, map_tensors
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.routing import Decisions
+from fastscore.graph.trials import companions
 from fastscore.graph.trials.sample_trials import Call, Run, Trial, Watched, send_back, trial, tried
 from fastscore.graph.trials.trial_inputs import batch_of, has_masks, other_masks, randomize_zeros
 from fastscore.modules.inspection import channel_dim, device_of
@@ -119,6 +120,7 @@ def _find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: B
         return SampleAxes(dict.fromkeys(watched, (Untold(reason),)), 0, inputs, values)
     batch = batch_of(example, trials[-1].size) if len(trials) > 1 else example
     second = _second_dimension(model, run, batch, trials[-1].outputs[0])
+    together = _samples_of(example) > 1 and companions.depend(model, run, trials[-1], batch, example, axes)
     otherwise = _decided_otherwise(model, watched, run, batch, trials[-1], axes, way)
     send_back(trials[-1], axes)
     found = _resolve([*otherwise, *trials])
@@ -135,7 +137,7 @@ def _find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: B
     calls = {layer: tuple(axis if isinstance(axis, SampleAxis) else
                           Untold(axis.format(layer) + ALONE, axis != UNREACHED) for axis in of_layer)
              for layer, of_layer in found.items()}
-    return SampleAxes(calls, axes[0] or 0, inputs, values, second)
+    return SampleAxes(calls, axes[0] or 0, inputs, values, second, together=together)
 
 
 def _varies(trials: Sequence[Trial]) -> bool:

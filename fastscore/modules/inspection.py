@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastscore.modules.norms.channel_norms import norm_of
 from fastscore.modules.weights.transposed_linear import is_transposed
@@ -61,6 +61,13 @@ def channel_dim(layer: nn.Module) -> int:
         return -1 - len(layer.kernel_size)
     norm = norm_of(layer)
     return 1 if norm is None else norm.dim
+
+
+def fits_width(layer: nn.Module, x: Tensor) -> bool:
+    """Whether what a Linear or convolution is called with has as many channels as its weight reads: the code of one may
+    put coordinates beside it, or take a part."""
+    width = getattr(layer, "in_features", None) or getattr(layer, "in_channels", None)
+    return bool(x.shape[channel_dim(layer)] == width)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -74,6 +74,8 @@ class SampleAxes:
         second: whether it is the second dimension of the batch itself, not the first, that counts samples.
         transposing: the `forward` by which a model that takes samples second is given batches [N, ...]: see
             fastscore.graph.samples_second.
+        together: whether what comes out for a sample depends on the others of its batch: see
+            fastscore.graph.trials.companions.
     """
 
     calls: Mapping[str, tuple[SampleAxis | Untold, ...]] = field(default_factory=dict)
@@ -82,6 +84,7 @@ class SampleAxes:
     values: int = 0
     second: bool = False
     transposing: str = ""
+    together: bool = False
 
     @property
     def batch(self) -> int:

@@ -15,6 +15,7 @@ from fastscore.fastpath.prepare import Prepared, prepare
 from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.groups import ChannelGraph, Ignore, Units, matching_layers
 from fastscore.graph.tracing import trace
+from fastscore.graph.trials.companions import TOGETHER
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped, without_checkpoints
@@ -142,7 +143,10 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
                           "channels alone, as with units=\"groups\"", stacklevel=2)
         if origin.gradient == "none":
             return _score_weights(eval_model, channels, origin, ignore)
-        totals = Totals(eval_model, channels, origin, ignore, several=len(first_input(data.first)) > 1)
+        several = len(first_input(data.first)) > 1
+        totals = Totals(eval_model, channels, origin, ignore, several=several)
+        if several and channels.samples.together:
+            warnings.warn(TOGETHER.format(type(model).__name__), stacklevel=2)
         prepared = prepare(eval_model, totals.taps(traceable=True), channels.normalized_by, example, forward, precision,
                            compile)
         same = run_fingerprint(model, asdict(totals.origin), probes=probes, ignored=sorted(ignore), loss=loss,

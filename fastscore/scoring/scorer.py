@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from fastscore import batches, files
 from fastscore.graph.groups import ChannelGraph, Ignore, Units
 from fastscore.graph.tracing import trace
+from fastscore.graph.trials.companions import TOGETHER
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
 from fastscore.scoring import tokens
@@ -80,7 +81,10 @@ class Scorer:
             trace(model, example_inputs, batches.checked_forward(forward, self._outputs), units=units)
         self._output_dim = graph.samples.output
         first = None if isinstance(example_inputs, ChannelGraph) else batches.first_tensor(example_inputs)
-        self._totals = Totals(model, graph, origin, ignore, several=first is not None and first.shape[:1].numel() > 1)
+        several = first is not None and first.shape[:1].numel() > 1
+        self._totals = Totals(model, graph, origin, ignore, several=several)
+        if several and graph.samples.together:
+            warnings.warn(TOGETHER.format(type(model).__name__), stacklevel=2)
         on_pass = partial(_read, self._totals, self._output_dim) if gradient == "loss" else None
         self._taps = self._totals.taps(on_pass, self._outputs)
 

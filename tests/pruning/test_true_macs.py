@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.graph.tracing import trace
+from fastscore.modules.macs.counting import count
 from fastscore.pruning.budgets import latency, quality
 from fastscore.pruning.budgets.selection import MacsLeft
 from fastscore.pruning.report import Timing
@@ -162,3 +163,49 @@ def test_samples_that_lie_second(samples: int) -> None:
         if all(layer.self_attn.num_heads == 2 for layer in result.model.layers):
             assert result.report.macs[1] == of_layers(small)
     assert result.report.macs[1] / result.report.macs[0] <= 0.8
+
+
+class LowRank(nn.Linear):
+    """Its weight is the frozen one and a product, as of an adapter that was not merged."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.a, self.b = nn.Parameter(torch.randn(4, inputs)), nn.Parameter(torch.randn(outputs, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight + (self.b @ self.a).sigmoid() @ self.a.t() @ self.a, self.bias)
+
+
+class LowRankConv(nn.Conv2d):
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__(inputs, outputs, kernel)
+        self.a, self.b = nn.Parameter(torch.randn(4, inputs * kernel**2)), nn.Parameter(torch.randn(outputs, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight + (self.b @ self.a).view_as(self.weight), self.bias)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("images", [False, True])
+def test_computing_a_weight_counts_neither_before_nor_after(samples: int, images: bool) -> None:
+    torch.manual_seed(0)
+    if images:
+        layers = [nn.Conv2d(5, 8, 1), LowRankConv(8, 8, 1), nn.Conv2d(8, 8, 1), LowRankConv(8, 8, 1)]
+        head: list[nn.Module] = [nn.Flatten(), nn.Linear(8, 3)]
+    else:
+        layers, head = [nn.Linear(5, 8), LowRank(8, 8), nn.Linear(8, 8), LowRank(8, 8)], [nn.Linear(8, 3)]
+    model = nn.Sequential(*(each for layer in layers for each in (layer, nn.ReLU())), *head).eval()
+    x = torch.randn(samples, 5, 1, 1) if images else torch.randn(samples, 5)
+
+    def products(model: nn.Module) -> int:
+        return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv2d)))
+
+    scores = fastscore.score(model, [torch.cat([x, x + 1, x - 2])], progress=False)
+    for share in (0.95, 0.8):
+        result = fastscore.prune(model, scores, x, macs=share, progress=False)
+        dense, left = result.report.macs
+        assert (dense, left) == (products(model), products(result.model))
+        assert left <= share * dense
+    counted = count(model, x)
+    assert counted.layers["2"] == counted.weights["2"] == 64
+    assert sum(counted.weights.values()) == counted.macs == products(model)

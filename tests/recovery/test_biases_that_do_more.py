@@ -37,6 +37,27 @@ class RectifiedConv(nn.Conv2d):
         return super().forward(x).relu()
 
 
+class Coordinates(nn.Conv2d):
+    """CoordConv: one channel more than it is given is there when it runs."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, bias: bool = True) -> None:
+        super().__init__(inputs + 1, outputs, kernel, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype).expand(len(x), 1, *x.shape[2:])
+        return super().forward(torch.cat([x, at], 1))
+
+
+class Timed(nn.Linear):
+    """The same of a Linear, as FFJORD's."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__(inputs + 1, outputs, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.cat([x, torch.full_like(x[..., :1], 0.3)], -1))
+
+
 class Scaled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return 0.2 * super().forward(x)
@@ -66,7 +87,7 @@ class Net(nn.Module):
     def __init__(self, read: Callable[..., nn.Module] = nn.Linear, reads: str = "", swapped: Sequence[str] = (),
                  bias: bool = True) -> None:
         super().__init__()
-        image = read is RectifiedConv
+        image = read in (RectifiedConv, Coordinates)
         self.make = nn.Conv2d(5, 8, 3) if image else nn.Linear(5, 8)
         self.read = read(8, 7, 3, bias=bias) if image else read(8, 7, bias=bias)
         self.head = nn.Conv2d(7, 3, 1) if image else nn.Linear(7, 3)
@@ -92,6 +113,8 @@ class Net(nn.Module):
 MORE: dict[str, tuple[Callable[[], Net], str]] = {
     "equalized": (lambda: Net(Equalized), "read"), "rectified": (lambda: Net(Rectified), "read"),
     "rectified-conv": (lambda: Net(RectifiedConv), "read"), "scaled": (lambda: Net(Scaled), "read"),
+    "coordinates": (lambda: Net(Coordinates), "read"), "time": (lambda: Net(Timed), "read"),
+    "coordinates-without": (lambda: Net(Coordinates, bias=False), "read"),
     "subtracting": (lambda: Net(Subtracting), "read"), "ignoring": (lambda: Net(Ignoring), "read"),
     "ignoring-none": (lambda: Net(Ignoring, bias=False), "read"),
     "rectified-without": (lambda: Net(Rectified, bias=False), "read"),
@@ -188,6 +211,7 @@ def test_biases_that_attention_and_recurrent_modules_hold(reads: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "method"), [("equalized", "asymmetric"), ("subtracted", "auto"),
+                                              ("coordinates", "auto"), ("time", "auto"),
                                               ("swapped-bias", "auto")])
 def test_repairs_leave_such_biases_and_are_no_worse_than_the_cut(kind: str, method: Any) -> None:
     model, x = made(MORE[kind][0])

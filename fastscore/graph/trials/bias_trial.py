@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
-from fastscore.modules.inspection import channel_dim, runs_own_code
+from fastscore.modules.inspection import channel_dim, fits_width, runs_own_code
 from fastscore.modules.weights.held_weights import HAVE_PLACES
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 
@@ -42,6 +42,8 @@ def kept_biases(recording: Recording) -> dict[str, str]:
              if "bias" not in layer._parameters}
     found |= dict.fromkeys(layers.keys() & recording.transformed,
                            "runs under torch.func (vmap, say), where nobody can tell")
+    found |= {name: "reads its input and more that its own code puts there, or a part of it" for name in layers
+              if name not in found and _reads_another_width(recording, name)}
     names = [name for name in layers if name not in found]
     assert recording.inputs is not None  # of the model as it is, before anything is changed
     found |= dict.fromkeys(_read_elsewhere(recording, names), "has a bias that other code reads as well")
@@ -51,6 +53,15 @@ def kept_biases(recording: Recording) -> dict[str, str]:
     if odd:
         found |= dict.fromkeys(_not_added(recording, odd), "does more with a bias than add it")
     return found
+
+
+def _reads_another_width(recording: Recording, name: str) -> bool:
+    """Whether a layer's own code makes what its weight reads of an input of another width, as one does that puts
+    coordinates beside it: means and moments are those of the input."""
+    layer = recording.layers[name]
+    if not runs_own_code(layer) or isinstance(layer, (ParameterLinear, *_OWN)):
+        return False
+    return any(x is not None and not fits_width(layer, x) for x in recording.inputs[name])
 
 
 def _has_place(layer: ParameterLinear) -> bool:

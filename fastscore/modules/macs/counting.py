@@ -5,7 +5,7 @@ is named.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from fastscore import batches
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.macs import mac_formulas
 from fastscore.modules.weights import recurrent
+from fastscore.modules.weights.computed_weights import computed_weight
 from fastscore.modules.weights.weight_products import WeightProducts
 
 # Operations of PyTorch that multiply and add inside and have no formula; those of other packages count as such, too.
@@ -53,7 +54,9 @@ def count(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
     """Count the MACs of one call of `model`, as it is, on the example inputs, whose samples lie along `batch_dim`.
 
     Elementwise operations, interpolation and sums are none. A recurrent layer has one for each weight and step of a
-    sequence, a Bilinear one for each weight and row, a sparse matrix those of its entries.
+    sequence, a Bilinear one for each weight and row, a sparse matrix those of its entries. What a layer of a class of
+    its own takes to compute its weight from its parameters (see fastscore.modules.weights.computed_weights) is none: it
+    is the same for any number of samples, and goes where pruning makes the layer a plain one.
     """
     with torch.no_grad(), counting(model) as counted:
         returned = forward(model, example_inputs)
@@ -91,22 +94,27 @@ def counting(model: nn.Module) -> Iterator[Counting]:
     counter.mod_tracker = _Everywhere()  # the hooks below know where
     counted = Counting()
     running: list[str] = []
+    computing = {name for name, module in model.named_modules() if computed_weight(module) is not None}
+    products = _Products(counter.flop_registry, WeightProducts(model), running, computing)
+
+    def flops() -> float:
+        return counter.get_total_flops() - products.on_weights
 
     def entering(name: str) -> Callable[..., None]:
         def hook(*args: object) -> None:
             running.append(name)
-            counted.layers[name] -= counter.get_total_flops() / 2
+            products.last = 0
+            counted.layers[name] -= flops() / 2
 
         return hook
 
     def leaving(name: str) -> Callable[..., None]:
         def hook(*args: object) -> None:
             del running[len(running) - 1 - running[::-1].index(name):]  # and those that an exception left
-            counted.layers[name] += counter.get_total_flops() / 2
+            counted.layers[name] += flops() / 2
 
         return hook
 
-    products = _Products(counter.flop_registry, WeightProducts(model), running)
     with ExitStack() as attached:
         for handle in multihead_attention.replace_attention(model):
             attached.enter_context(handle)
@@ -118,8 +126,8 @@ def counting(model: nn.Module) -> Iterator[Counting]:
                 attached.enter_context(module.register_forward_hook(leaving(name)))
         with products, counter:
             yield counted
-    counted.macs = counter.get_total_flops() // 2
-    counted.weights |= {name: flops / 2 for name, flops in products.weights.flops.items()}
+    counted.macs = flops() // 2
+    counted.weights |= {name: macs / 2 for name, macs in products.weights.flops.items()}
     counted.unknown |= products.unknown
 
 
@@ -136,12 +144,17 @@ class _Everywhere(ModuleTracker):
 
 class _Products(TorchDispatchMode):
     """Tells whose weights products are with, and names the operations that make floating-point tensors by products that
-    no formula knows."""
+    no formula knows.
+
+    computing: layers that compute their weight, and then run one product with it: what they run before that is in
+    `on_weights`, FLOPs, and in no weight's. last: FLOPs of the last product of such a layer's call that runs.
+    """
 
     def __init__(self, known: Mapping[Any, Callable[..., int]], weights: WeightProducts,
-                 running: Sequence[str]) -> None:
+                 running: Sequence[str], computing: Container[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.weights, self._known, self._running = weights, known, running
+        self.weights, self._known, self._running, self._computing = weights, known, running, computing
+        self.on_weights = self.last = 0
         self.unknown: dict[str, dict[str, None]] = {}  # operation -> modules, in order
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -152,7 +165,12 @@ class _Products(TorchDispatchMode):
             operands = (*args, *kwargs.values())
             place = self._running[-1] if self._running else ""
             if formula is not None:
-                self.weights.credit(operands, formula(*args, **kwargs, out_val=out), place)
+                flops = formula(*args, **kwargs, out_val=out)
+                self.weights.credit(operands, flops, place)
+                if place in self._computing:
+                    self.weights.credit((), -self.last, place)
+                    self.on_weights += self.last
+                    self.last = flops
             elif func._opname.startswith(_UNKNOWN) if func.namespace in _PYTORCH else \
                     any(tensor.is_floating_point() for tensor in batches.tensors_of(out)):
                 self.unknown.setdefault(f"{func.namespace}::{func._opname}", {})[place or "the model itself"] = None
