@@ -87,7 +87,8 @@ def adapted(name: str) -> str | None:
 
 def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], positions: Mapping[str, Tensor],
                   channel_groups: Iterable[ChannelGroup], kept_biases: Container[str]) -> dict[str, Tensor]:
-    """Layer -> float64 [C]: the mean at each of the layer's `positions`, 0 elsewhere; not of what has no place for it.
+    """Layer -> float64 [C]: the mean at each of the layer's `positions`, 0 elsewhere; not of what has no place for it,
+    or no mean (see Scores.means).
 
     activation_means: layer -> [C], those of Scores.means. channel_groups: what may be ignored, as errors say.
     kept_biases: those of the graph.
@@ -107,6 +108,8 @@ def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], posi
             makers = [group.name for group in channel_groups if any(edge.layer == name for edge in group.edges)]
             raise ValueError(f"{name}: the scores hold {known} for its {counted(width, 'channel')}: score this model "
                              f"with a taylor importance, or leave out what makes them: ignore={makers}")
+        if mean.isnan().all():  # it read nothing in some pass: nothing is added
+            continue
         if not torch.isfinite(mean).all():
             raise FloatingPointError(f"{name}: NaN or infinity in its mean activations (scores.means)")
         mean = mean.double().cpu()
@@ -141,6 +144,8 @@ def mean_contributions(model: nn.Module, means: Mapping[str, Tensor], example_in
                 return  # of a state each step makes the same
             dim, x = channel_dim(module), input_of(args, kwargs)
             shape = x.shape[1:] if dim % x.dim() else x.shape  # one without a batch has its channels first
+            if not shape.numel():
+                return  # there is no position to average over
             constant = with_float64(x.new_zeros(2, *shape)).double()  # the second gives the bias
             constant[0].movedim(dim if dim < 0 else dim - 1, -1).copy_(mean)
             exact = copy.deepcopy(module).to(constant.device).double()

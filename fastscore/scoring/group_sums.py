@@ -33,7 +33,7 @@ class SideBySide(NamedTuple):
             every = torch.stack(list(calls)).double()
             columns.append(every.sum(0))
             if mean is not None:
-                columns[-1][mean] = every[:, mean].mean(0)
+                columns[-1][mean] = every[:, mean].nanmean(0)  # of the calls that read something
         device = columns[0].device
         return cls(tuple(by_layer), [column.shape[2] for column in columns],
                    torch.cat([column.to(device) for column in columns], 2))

@@ -80,7 +80,8 @@ class Scores(Mapping[str, Tensor], tables.Table):
         samples: Samples seen.
         skipped: Layer -> why it has no score.
         means: Layer that reads channels (a BatchNorm, with units="norms") -> float64 [C_in], the mean of its input's
-            (output's) channels over samples and the positions that it reads; empty for criteria that measure none.
+            (output's) channels over samples and the positions that it reads; NaN throughout where it read nothing for
+            some sample (a mixture's expert that no token chose); empty for criteria that measure none.
         half_totals, half_passes: Of every other sample; see `overlap`.
         zero_gradients: Samples x probes whose output gradient was zero throughout, which no scaling makes as long as
             the others (normalize=True). They count, with s = 0.

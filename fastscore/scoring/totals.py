@@ -168,6 +168,10 @@ class Totals:
         zeros = (length == 0).sum() if length is not None else most.new_zeros(()) if zeros is None else zeros
 
         def culprit() -> str:
+            for layer, tensor in measured if self.criterion.edges else ():
+                if tensor[MEAN].isnan().any() and torch.isfinite(tensor[[0, 2]]).all():
+                    raise ValueError(f'{layer}: it reads nothing for some samples, so that ablation="mean" has no mean '
+                                     'of its channels: use ablation="zero"')
             every = [*lengths.items(), *measured, *(weight_gradients or {}).items(),
                      *((share.names[0], share.values) for share in shares)]
             return next(name for name, tensor in every if not torch.isfinite(tensor).all())
