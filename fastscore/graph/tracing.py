@@ -63,8 +63,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
     Raises:
         TypeError: the model returns no tensor, or torch.jit made it; example inputs that hold none.
         ValueError: it cannot run on the example inputs, writes over what its gradients need, its parameters are
-            sharded, or copies of it run its own layers, make layers or write to what a `forward` gives them
-            (see fastscore.modules.first_run).
+            sharded, or see fastscore.modules.first_run.
     """
     model = unwrapped(model)
     if not callable(forward):
@@ -77,8 +76,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
     searched |= known.searched if known is not None else frozenset()
     eval_model = evaluation_copy(model)
     example_inputs = batches.map_tensors(batches.usable, example_inputs)
-    with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)):
-        check_first_run(model, evaluation_copy(model), example_inputs, forward)
+    check_first_run(model, example_inputs, forward)
     for parameter in eval_model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # the tracer follows grad_fn
     own_tensors.randomize_constants(eval_model)

@@ -4,11 +4,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore import batches
+from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.inspection import device_of
 from fastscore.modules.undo import undone_on_error
+from fastscore.modules.wrappers import without_checkpoints
+from fastscore.rng import fork_rng
 
 _OF_EVERY_MODULE = set(vars(nn.Module())) - {"_buffers"}
 # what these return is of no use to compute with, unless it is a tensor: shapes, dtypes, devices
@@ -48,13 +53,13 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
-def check_first_run(model: nn.Module, copied: nn.Module, batch: batches.Batch, forward: batches.Forward) -> None:
-    """Run a copy of a model once, on a copy of a batch, so that nothing has happened to the model or the batch where
-    such runs would do something to them. A model that does not run is not told here.
+@torch.inference_mode(False)
+def check_first_run(model: nn.Module, batch: batches.Batch, forward: batches.Forward) -> None:
+    """Run an evaluation copy of a model once, on a copy of a batch, so that nothing has happened to the model or the
+    batch where such runs would do something to them. A model that does not run is not told here.
 
     Args:
-        model: the one that was copied.
-        copied: its evaluation copy, which changes as models that run do.
+        model: the one that is copied.
         batch: what `forward` takes.
         forward: calls the model. Where that is call_model, it hands copies to models of this class from here on if this
             one writes to its batch.
@@ -63,7 +68,7 @@ def check_first_run(model: nn.Module, copied: nn.Module, batch: batches.Batch, f
         ValueError: the copy runs layers of the model itself; its first run makes layers; or `forward` writes to the
             batch. Whatever a module of the model holds is what it was.
     """
-    own = _named_tensors(model)
+    copied, own = evaluation_copy(model), _named_tensors(model)
     for tensor in _named_tensors(copied):
         own.pop(tensor, None)
     before = [(name, module, _values(module)) for name, module in model.named_modules()]
@@ -72,8 +77,8 @@ def check_first_run(model: nn.Module, copied: nn.Module, batch: batches.Batch, f
     versions = [(tensor, tensor._version) for tensor in batches.tensors_of(given)]
     with undone_on_error(model):
         watch = _OwnTensors(own)
-        with suppress(Exception), watch:  # of the model's code: whoever runs it next says so
-            forward(copied, given)
+        with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), suppress(Exception), watch:
+            forward(copied, given)  # whoever runs it next tells exceptions of its code
         held = next((f"{name}.{where}".lstrip(".") for name, module, values in before
                      if (where := _changed(values, _values(module)))), None)
         if watch.read is not None or held is not None:

@@ -104,7 +104,7 @@ def resolve_compensate(compensate: bool | None, scores: Scores) -> bool:
 
 def say_unread(scores: Scores) -> dict[str, str]:
     """A note on layers that have no mean to compensate with; empty where all have."""
-    unread = [layer for layer, mean in scores.means.items() if mean.isnan().all()]
+    unread = [layer for layer, mean in scores.means.items() if not mean.numel()]
     more = f" and {len(unread) - 1} like it" if len(unread) > 1 else ""
     return {"means": f"{unread[0]}{more} read nothing for some samples, and so no mean of what goes: nothing is added "
                      "to its bias"} if unread else {}

@@ -103,13 +103,13 @@ def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], posi
         width = held_weights.inputs_of(model, name) if held_weights.is_held(model, name) else \
             _inputs_of(model.get_submodule(name))
         mean = activation_means.get(name)
+        if mean is not None and not mean.numel():
+            continue  # it read nothing for some samples: nothing is added
         if mean is None or mean.shape != (width,):
             known = "no mean activations" if mean is None else f"means of shape {tuple(mean.shape)}"
             makers = [group.name for group in channel_groups if any(edge.layer == name for edge in group.edges)]
             raise ValueError(f"{name}: the scores hold {known} for its {counted(width, 'channel')}: score this model "
                              f"with a taylor importance, or leave out what makes them: ignore={makers}")
-        if mean.isnan().all():  # it read nothing in some pass: nothing is added
-            continue
         if not torch.isfinite(mean).all():
             raise FloatingPointError(f"{name}: NaN or infinity in its mean activations (scores.means)")
         mean = mean.double().cpu()

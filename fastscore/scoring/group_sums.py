@@ -1,6 +1,6 @@
 """From what taps measure at layers to what the groups sum over: the columns of layers, added up by unit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
@@ -174,3 +174,11 @@ def with_products(graph: ChannelGraph) -> ChannelGraph:
                and (reason := EdgeSums(group).too_many) is not None}
     return replace(graph, groups=tuple(group for group in graph.groups if group.name not in reasons),
                    skipped={**graph.skipped, **reasons})
+
+
+def check_read(measured: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ValueError for a layer that has no mean where all else [P, N, C] is finite: it read nothing."""
+    for layer, sums in measured:
+        if sums[MEAN].isnan().any() and torch.isfinite(sums[[0, 2]]).all():
+            raise ValueError(f'{layer}: it reads nothing for some samples, so that ablation="mean" has no mean of its '
+                             'channels: use ablation="zero"')
