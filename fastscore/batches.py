@@ -37,9 +37,19 @@ def check_iterable(batches: object, argument: str) -> None:
         raise TypeError(f"{argument}: {shown}, where an iterable of batches is meant; for a single one: [batch]")
 
 
+_handed_copies = set[type[nn.Module]]()
+
+
+def hand_copies_to(kind: type[nn.Module]) -> None:
+    """From here on call_model calls models of this class, which write to what they are called on, on copies of it."""
+    _handed_copies.add(kind)
+
+
 def call_model(model: nn.Module, batch: Batch) -> Any:
     """Call `model` on a batch: a tensor, or a dataclass, as it is, of a tuple or list the first element, a dict as
     keyword arguments."""
+    if type(model) in _handed_copies:
+        batch = map_tensors(Tensor.clone, batch)
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (tuple, list)):

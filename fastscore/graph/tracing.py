@@ -34,6 +34,7 @@ from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
 from fastscore.graph.trials import bias_trial, cut_otherwise, returned_trial, running, surgery_trial, verification
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.first_run import check_first_run
 from fastscore.modules.inspection import device_of, parameter_owners
 from fastscore.modules.weights import recurrent
 from fastscore.modules.wrappers import unwrapped, without_checkpoints
@@ -61,8 +62,8 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
 
     Raises:
         TypeError: the model returns no tensor, or torch.jit made it; example inputs that hold none.
-        ValueError: it cannot run on the example inputs, writes over what its gradients need, or its parameters are
-            sharded.
+        ValueError: it cannot run on the example inputs, writes over what its gradients need, its parameters are
+            sharded, or see fastscore.modules.first_run.
     """
     model = unwrapped(model)
     if not callable(forward):
@@ -74,10 +75,11 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         return known
     searched |= known.searched if known is not None else frozenset()
     eval_model = evaluation_copy(model)
+    example_inputs = batches.map_tensors(batches.usable, example_inputs)
+    check_first_run(model, example_inputs, forward)
     for parameter in eval_model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # the tracer follows grad_fn
     own_tensors.randomize_constants(eval_model)
-    example_inputs = batches.map_tensors(batches.usable, example_inputs)
 
     def run(model: nn.Module, batch: batches.Batch = example_inputs) -> list[Tensor]:
         return [batches.checked_forward(forward)(model, batch)]

@@ -135,7 +135,7 @@ def at_gates(model: nn.Module, positions: Mapping[str, Tensor],
              means: Mapping[str, Tensor]) -> Iterator[RemovableHandle]:
     """Hooks that set the outputs of BatchNorms at `positions` to their means (float64 [C]), or to zero without any."""
     for name, index in positions.items():
-        value = means[name][index] if means else torch.zeros(len(index))
+        value = means[name][index] if name in means else torch.zeros(len(index))
         yield model.get_submodule(name).register_forward_hook(_set(index, value))
 
 

@@ -102,6 +102,14 @@ def resolve_compensate(compensate: bool | None, scores: Scores) -> bool:
     return bool(scores.means) if compensate is None else compensate
 
 
+def say_unread(scores: Scores) -> dict[str, str]:
+    """A note on layers that have no mean to compensate with; empty where all have."""
+    unread = [layer for layer, mean in scores.means.items() if not mean.numel()]
+    more = f" and {len(unread) - 1} like it" if len(unread) > 1 else ""
+    return {"means": f"{unread[0]}{more} read nothing for some samples, and so no mean of what goes: nothing is added "
+                     "to its bias"} if unread else {}
+
+
 def say_compensation(means: bool, compensate: bool | None, scores: Scores) -> str:
     """What stands in for channels that go, where no calibration batches repair: a line of the report."""
     if means:

@@ -21,7 +21,7 @@ from fastscore.pruning.budgets.costs import Costs, MacsWithout
 from fastscore.pruning.budgets.latency import select_by_latency
 from fastscore.pruning.budgets.quality import HELD_OUT, Quality, build_after, select_by_quality
 from fastscore.pruning.budgets.selection import check_removable, give_back, macs_along, scored_graph, select
-from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate, say_compensation
+from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate, say_compensation, say_unread
 from fastscore.pruning.order.better import better
 from fastscore.pruning.order.measured import Measured, measurable
 from fastscore.pruning.order.ranking import RemovalStep, ranker
@@ -139,6 +139,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     if scores.all_zero:
         warnings.warn(f"scores: {scores.all_zero}", stacklevel=3)
     means = resolve_compensate(compensate, scores)
+    notes |= say_unread(scores) if means and calibration is None else {}
     clocks.check(clock, latency, model, example_inputs)
     with shown(progress):
         graph = scored_graph(model, scores, example_inputs, forward, ignore)

@@ -109,7 +109,8 @@ def adapted(name: str) -> str | None:
 
 def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], positions: Mapping[str, Tensor],
                   channel_groups: Iterable[ChannelGroup], kept_biases: Container[str]) -> dict[str, Tensor]:
-    """Layer -> float64 [C]: the mean at each of the layer's `positions`, 0 elsewhere; not of what has no place for it.
+    """Layer -> float64 [C]: the mean at each of the layer's `positions`, 0 elsewhere; not of what has no place for it,
+    or no mean (see Scores.means).
 
     activation_means: layer -> [C], those of Scores.means. channel_groups: what may be ignored, as errors say.
     kept_biases: those of the graph.
@@ -124,6 +125,8 @@ def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], posi
         width = held_weights.inputs_of(model, name) if held_weights.is_held(model, name) else \
             _inputs_of(model.get_submodule(name))
         mean = activation_means.get(name)
+        if mean is not None and not mean.numel():
+            continue  # it read nothing for some samples: nothing is added
         if mean is None or mean.shape != (width,):
             known = "no mean activations" if mean is None else f"means of shape {tuple(mean.shape)}"
             makers = [group.name for group in channel_groups if any(edge.layer == name for edge in group.edges)]
@@ -163,6 +166,8 @@ def mean_contributions(model: nn.Module, means: Mapping[str, Tensor], example_in
                 return  # of a state each step makes the same
             dim, x = channel_dim(module), input_of(args, kwargs)
             shape = x.shape[1:] if dim % x.dim() else x.shape  # one without a batch has its channels first
+            if not shape.numel():
+                return  # there is no position to average over
             constant = with_float64(x.new_zeros(2, *shape)).double()  # the second gives the bias
             constant[0].movedim(dim if dim < 0 else dim - 1, -1).copy_(mean)
             exact = copy.deepcopy(module).to(constant.device).double()

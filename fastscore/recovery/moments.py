@@ -221,7 +221,7 @@ def rows_of(layer: nn.Module, x: Tensor, valid: Tensor | None = None, limit: int
     if is_linear(layer):
         if valid is not None and x.dim() == 3 and x.shape[:2] == valid.shape:
             x = x[valid]
-        x = x.reshape(-1, *x.shape[-2:]) if x.dim() > 2 else x[:, None]
+        x = x.flatten(0, -3) if x.dim() > 2 else x[:, None]
     else:
         assert isinstance(layer, nn.modules.conv._ConvNd)
         alone = not layer.transposed and all(size == 1 for size in layer.kernel_size) and set(layer.padding) <= {0}

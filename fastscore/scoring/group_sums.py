@@ -1,6 +1,6 @@
 """From what taps measure at layers to what the groups sum over: the columns of layers, added up by unit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
@@ -33,7 +33,7 @@ class SideBySide(NamedTuple):
             every = torch.stack(list(calls)).double()
             columns.append(every.sum(0))
             if mean is not None:
-                columns[-1][mean] = every[:, mean].mean(0)
+                columns[-1][mean] = every[:, mean].nanmean(0)  # of the calls that read something
         device = columns[0].device
         return cls(tuple(by_layer), [column.shape[2] for column in columns],
                    torch.cat([column.to(device) for column in columns], 2))
@@ -174,3 +174,11 @@ def with_products(graph: ChannelGraph) -> ChannelGraph:
                and (reason := EdgeSums(group).too_many) is not None}
     return replace(graph, groups=tuple(group for group in graph.groups if group.name not in reasons),
                    skipped={**graph.skipped, **reasons})
+
+
+def check_read(measured: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ValueError for a layer that has no mean where all else [P, N, C] is finite: it read nothing."""
+    for layer, sums in measured:
+        if sums[MEAN].isnan().any() and torch.isfinite(sums[[0, 2]]).all():
+            raise ValueError(f'{layer}: it reads nothing for some samples, so that ablation="mean" has no mean of its '
+                             'channels: use ablation="zero"')

@@ -80,7 +80,8 @@ class Scores(Mapping[str, Tensor], tables.Table):
         samples: Samples seen.
         skipped: Layer -> why it has no score.
         means: Layer that reads channels (a BatchNorm, with units="norms") -> float64 [C_in], the mean of its input's
-            (output's) channels over samples and the positions that it reads; empty for criteria that measure none.
+            (output's) channels over samples and the positions that it reads; [0] where it read nothing for some sample
+            (a mixture's expert that no token chose); empty for criteria that measure none.
         half_totals, half_passes: Of every other sample; see `overlap`.
         zero_gradients: Samples x probes whose output gradient was zero throughout, which no scaling makes as long as
             the others (normalize=True). They count, with s = 0.
@@ -167,8 +168,9 @@ class Scores(Mapping[str, Tensor], tables.Table):
         if self.origin.gradient == "none":
             return self
         samples = self.samples + other.samples
-        means = {layer: (mean * self.samples + other.means[layer] * other.samples) / samples
-                 for layer, mean in self.means.items() if layer in other.means}
+        both = {layer: (mean, other.means[layer]) for layer, mean in self.means.items() if layer in other.means}
+        means = {layer: (mean * self.samples + more * other.samples) / samples if mean.numel() and more.numel() else
+                 mean.new_empty(0) for layer, (mean, more) in both.items()}
         return replace(self, totals=_added(self.totals, other.totals), passes=self.passes + other.passes,
                        samples=samples, means=means, half_totals=_added(self.half_totals, other.half_totals),
                        half_passes=self.half_passes + other.half_passes,

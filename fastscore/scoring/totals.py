@@ -15,7 +15,7 @@ from fastscore.graph.groups import ChannelGraph, Ignore
 from fastscore.scoring import tokens
 from fastscore.scoring.coverage import coverage
 from fastscore.scoring.criteria import gradient_importance
-from fastscore.scoring.group_sums import ByLayer, EdgeSums, JointSums, SideBySide, with_products
+from fastscore.scoring.group_sums import ByLayer, EdgeSums, JointSums, SideBySide, check_read, with_products
 from fastscore.scoring.named_sums import NamedSums
 from fastscore.scoring.pending import Pending, Share, largest
 from fastscore.scoring.scores import Origin, Scores
@@ -168,6 +168,7 @@ class Totals:
         zeros = (length == 0).sum() if length is not None else most.new_zeros(()) if zeros is None else zeros
 
         def culprit() -> str:
+            check_read(measured if self.criterion.edges else ())
             every = [*lengths.items(), *measured, *(weight_gradients or {}).items(),
                      *((share.names[0], share.values) for share in shares)]
             return next(name for name, tensor in every if not torch.isfinite(tensor).all())
@@ -286,6 +287,7 @@ class Totals:
         reading = {edge.layer for group in self._graph.groups for edge in group.edges}
         means = {layer: (total / self._counts["samples"]).cpu() for layer, total in self._means.by_name().items()
                  if layer not in self._untold and layer in reading}  # queries are read as they are, or not at all
+        means = {layer: mean.new_empty(0) if mean.isnan().all() else mean for layer, mean in means.items()}
         even, odd = self._counts["even"], self._counts["odd"]
         scores = Scores({name: total.sum(0) for name, total in totals.items()}, self.origin, even + odd,
                         self.samples, self._graph.less(missed).skipped, means,

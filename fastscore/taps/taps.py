@@ -107,7 +107,10 @@ class Taps:
         samples; where `valid` (bool [N, T]) tells padding, without it, and a row for each sample."""
         if valid is None:
             x, channel = self._in_rows(x, channel_dim, axis)
-            return self.measure.compute(x, self._in_rows(g, channel_dim, axis)[0], channel)
+            measured = self.measure.compute(x, self._in_rows(g, channel_dim, axis)[0], channel)
+            if self.measure.mean is not None and not x.numel():
+                measured[self.measure.mean].fill_(torch.nan)  # nothing was read: there is no mean
+            return measured
         valid = valid.to(x.device)
         x, g = axis.first(x, len(valid)), axis.first(g, len(valid))
         measured = self.measure.compute(x.masked_fill(~valid[..., None], 0), g, -1)
