@@ -15,6 +15,7 @@ from fastscore.graph import (
     attention,
     blocks,
     cache,
+    computed_in_run,
     dependencies,
     in_place,
     index_maps,
@@ -73,11 +74,14 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
     if known is not None and searched <= known.searched:
         return known
     searched |= known.searched if known is not None else frozenset()
+    example_inputs = batches.map_tensors(batches.usable, example_inputs)
+    several = example_inputs if samples is None else batches.map_tensors(batches.usable, samples)
+    with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)):
+        computed_in_run.note(model, forward, (example_inputs, several))
     eval_model = evaluation_copy(model)
     for parameter in eval_model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # the tracer follows grad_fn
     own_tensors.randomize_constants(eval_model)
-    example_inputs = batches.map_tensors(batches.usable, example_inputs)
 
     def run(model: nn.Module, batch: batches.Batch = example_inputs) -> list[Tensor]:
         return [batches.checked_forward(forward)(model, batch)]
@@ -109,10 +113,10 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
         found = training_only.read_in_training(eval_model, found)
+        found = computed_in_run.less(eval_model, found)
         found = returned_trial.offered(model, eval_model, found, run)
-        samples = example_inputs if samples is None else batches.map_tensors(batches.usable, samples)
         try:
-            axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples, example_inputs,
+            axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, several, example_inputs,
                                         counted.once)
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
@@ -122,7 +126,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
                              "read, so that no gradient can be computed, here or in training: write "
                              "`x = x + branch(x)`, where it says `x += branch(x)`") from error
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained))
-    axes = replace(axes, transposing=samples_second.transposing(forward, samples))
+    axes = replace(axes, transposing=samples_second.transposing(forward, several))
     graph = replace(graph, samples=axes, searched=searched, **counted.products(axes.batch))
     cache.put(model, example_inputs, forward, graph)
     return graph
