@@ -5,7 +5,7 @@ What fails is noted with the layer, which computes on in every copy, and keeps i
 fastscore.modules.weights.computed_weights.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -14,42 +14,52 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastscore.batches import Batch, first_tensor, map_tensors, tensors_of
+from fastscore.batches import Batch, Forward, first_tensor, map_tensors, tensors_of, usable
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.kept import reasons
 from fastscore.graph.noted_calls import reach
 from fastscore.graph.trials.differences import close
-from fastscore.graph.trials.recording import replaced, unwrapped
+from fastscore.graph.trials.recording import read_by, replaced, unwrapped
 from fastscore.graph.trials.trial_inputs import batch_of
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.modules.inspection import parameter_owners
+from fastscore.modules.hooks import with_input
+from fastscore.modules.inspection import device_of, parameter_owners, runs_own_code
 from fastscore.modules.weights import computed_weights
+from fastscore.modules.wrappers import without_checkpoints
+from fastscore.rng import fork_rng
 
 _MORE = "computes its weight from more than its own parameters"
-_FAR = 100.0  # times the values of the example: a weight that depends on the range of what is read
+_FAR = 100.0  # times what a layer reads: its weight may depend on the range of that
 
 
-def note(model: nn.Module, run: Callable[[nn.Module, Batch], object], batches: Iterable[Batch]) -> None:
+def note(model: nn.Module, forward: Forward, example: Batch, samples: Batch | None) -> None:
     """Note the layers of a user's model that compute their weight from more than their own parameters, or share those.
 
     Args:
         model: as the user has it; copies of it run.
-        run(model, batch): calls a copy.
-        batches: what the model is called on; it is run on others like them as well.
+        forward: calls a copy.
+        example: a batch that it takes.
+        samples: another, of several samples, if there is one; the copy is run on others like them as well.
     """
-    plain = dict(evaluation_copy(model).named_modules())
-    names = {name for name, layer in plain.items() if computed_weights.was_computed(layer)}
+    users: dict[str, nn.Module] = {name: layer for name, layer in model.named_modules() if runs_own_code(layer)}
+    if not users:
+        return
+    plain: dict[str, nn.Module] = dict(evaluation_copy(model).named_modules())
+    computed = {name for name in users if name in plain and computed_weights.was_computed(plain[name])}
+    names = computed.union(name for name, layer in users.items() if type(plain.get(name)) is type(layer)
+                           and computed_weights.multiplies_plainly(layer))
     if not names:
         return
     copy = evaluation_copy(model, plain=False)
     for parameter in copy.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    with _Watch(copy, {name: plain[name] for name in names}) as watch:
-        for batch in [other for each in {id(batch): batch for batch in batches}.values() for other in _and_others(each)]:
+    runs = [*_and_another(example), *([] if samples is None else _and_another(map_tensors(usable, samples)))]
+    with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), \
+            _Watch(copy, {name: plain[name] for name in names}, computed) as watch:
+        for batch in runs:
             with suppress(Exception):  # what the model cannot take, the tracer says
-                run(copy, batch)
-    users = dict(model.named_modules())
-    for name, reason in {**watch.reasons, **_shared(copy, names)}.items():
+                forward(copy, batch)
+    for name, reason in {**watch.reasons, **_shared(copy, computed)}.items():
         computed_weights.compute_on(users[name], reason)
 
 
@@ -62,10 +72,9 @@ def less(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
     return replace(graph.less(kept) if kept else graph, head_dims=rest["head_dims"], experts=rest["experts"])
 
 
-def _and_others(batch: Batch) -> list[Batch]:
+def _and_another(batch: Batch) -> list[Batch]:
     tensor = first_tensor(batch)
-    others = [batch, map_tensors(lambda x: x * _FAR if x.is_floating_point() else x, batch)]
-    return [*others, batch_of(batch, len(tensor) + 2)] if tensor is not None and tensor.dim() else others
+    return [batch, batch_of(batch, len(tensor) + 2)] if tensor is not None and tensor.dim() else [batch]
 
 
 def _own(layer: nn.Module) -> dict[str, nn.Parameter]:
@@ -82,26 +91,28 @@ def _shared(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 class _Watch(TorchFunctionMode):
     """In the block, what runs of `model` show of layers that compute their weight. plain: layer -> what it is with the
-    weight that it computed alone."""
+    weight that it computed alone; computed: those of them that computed another one than their own."""
 
-    def __init__(self, model: nn.Module, plain: dict[str, nn.Module]) -> None:
+    def __init__(self, model: nn.Module, plain: dict[str, nn.Module], computed: Collection[str]) -> None:
         super().__init__()
         self.reasons: dict[str, str] = {}
         self._plain, self._layers = plain, {name: model.get_submodule(name) for name in plain}
-        self._owner = {id(parameter): (name, key) for name, layer in self._layers.items()
-                       for key, parameter in _own(layer).items()}
+        self._computed = computed
+        self._owner = {id(parameter): (name, key) for name in computed
+                       for key, parameter in _own(self._layers[name]).items()}
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._inside: list[str] = []
+        self._far = set[str]()  # layers that have been tried on large values
         self._read: dict[str, set[int]] = {}  # layer -> parameters its weight came of, in the first call
         self._replaced = replaced(model, {name: self._forward_of(name) for name in plain})
 
     def __enter__(self) -> "_Watch":
         self._replaced.__enter__()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         self._replaced.__exit__(*exception)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -119,19 +130,28 @@ class _Watch(TorchFunctionMode):
         layer, plain = self._layers[name], self._plain[name]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            x = read_by(args, kwargs)
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                expected = type(plain).forward(plain, *args, **kwargs)
+                expected = _plainly(plain, args, kwargs)
+                if x is not None and name not in self._far:
+                    self._far.add(name)
+                    far = with_input(args, kwargs, x * _FAR)
+                    with suppress(Exception):  # of code that refuses such values
+                        self._compare(name, type(layer).forward(layer, *far[0], **far[1]), _plainly(plain, *far))
             self._inside.append(name)
             try:
                 output = type(layer).forward(layer, *args, **kwargs)
             finally:
                 self._inside.pop()
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                if not _same(output, expected):
-                    self.reasons.setdefault(name, f"{name} {_MORE}: it was not the same in every call")
+                self._compare(name, output, expected)
             return output
 
         return forward
+
+    def _compare(self, name: str, output: object, expected: object) -> None:
+        if not _same(output, expected) and (expected is not None or name in self._computed):
+            self._note_other(name)
 
     def _see_source(self, name: str, weight: Tensor) -> None:
         """Note a weight that came of other parameters than the layer's own, or of others than in the first call."""
@@ -142,10 +162,20 @@ class _Watch(TorchFunctionMode):
         read = {id(node.variable) for node in nodes if hasattr(node, "variable")} if nodes else {id(weight)}
         others = read - {id(parameter) for parameter in _own(self._layers[name]).values()}
         if others:
-            what = self._names.get(min(others), "what the model's code hands it")
-            self.reasons.setdefault(name, f"{name} {_MORE} ({what})")
+            what = next((key for at, key in self._names.items() if at in others), "what the model's code hands it")
+            self.reasons[name] = f"{name} {_MORE} ({what})"
         elif read != self._read.setdefault(name, read):
-            self.reasons.setdefault(name, f"{name} computes its weight from other parameters in other calls")
+            self._note_other(name)
+
+    def _note_other(self, name: str) -> None:
+        self.reasons.setdefault(name, f"{name} {_MORE}: it was not the same in every call")
+
+
+def _plainly(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return computed_weights.plain_forward(layer, *args, **kwargs)
+    except Exception:  # of what the layer's own code takes, as of another dtype
+        return None
 
 
 def _same(output: object, expected: object) -> bool:

@@ -75,9 +75,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         return known
     searched |= known.searched if known is not None else frozenset()
     example_inputs = batches.map_tensors(batches.usable, example_inputs)
-    several = example_inputs if samples is None else batches.map_tensors(batches.usable, samples)
-    with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)):
-        computed_in_run.note(model, forward, (example_inputs, several))
+    computed_in_run.note(model, forward, example_inputs, samples)
     eval_model = evaluation_copy(model)
     for parameter in eval_model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # the tracer follows grad_fn
@@ -105,18 +103,17 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
             if how := running.only_whole(eval_model, run, example_inputs, samples):
                 raise ValueError(f"{type(model).__name__}: {how}") from error
             raise
-        inactive = training_only.callable_layers(eval_model) - ran
-        if inactive:
+        if inactive := training_only.callable_layers(eval_model) - ran:
             with suppress(Exception):  # of a model's code that does not train
                 more, ran_in_training, explained_then = _traced(eval_model, run_as_in_training, searched)
                 if ran <= ran_in_training and (more.groups or not found.groups):
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
         found = training_only.read_in_training(eval_model, found)
-        found = computed_in_run.less(eval_model, found)
-        found = returned_trial.offered(model, eval_model, found, run)
+        found = returned_trial.offered(model, eval_model, computed_in_run.less(eval_model, found), run)
+        samples = example_inputs if samples is None else batches.map_tensors(batches.usable, samples)
         try:
-            axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, several, example_inputs,
+            axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples, example_inputs,
                                         counted.once)
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
@@ -126,7 +123,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
                              "read, so that no gradient can be computed, here or in training: write "
                              "`x = x + branch(x)`, where it says `x += branch(x)`") from error
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained))
-    axes = replace(axes, transposing=samples_second.transposing(forward, several))
+    axes = replace(axes, transposing=samples_second.transposing(forward, samples))
     graph = replace(graph, samples=axes, searched=searched, **counted.products(axes.batch))
     cache.put(model, example_inputs, forward, graph)
     return graph

@@ -41,6 +41,24 @@ def computed_weight(layer: nn.Module) -> Tensor | None:
         return None
     if weight_norm(layer) is not None:
         return _normalized(layer)
+    weight = _probed(layer)
+    return None if weight is layer._parameters.get("weight") else weight
+
+
+def multiplies_plainly(layer: nn.Module) -> bool:
+    """Whether a layer of a class of its own, run alone, does nothing but the product with its own weight."""
+    weight = _probed(layer) if why_it_computes_on(layer) is None and weight_norm(layer) is None else None
+    return weight is not None and weight is layer._parameters.get("weight")
+
+
+def plain_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What PyTorch's own Conv or Linear makes with what a layer holds."""
+    plain: Any = _plain(layer)
+    return plain.forward(layer, *args, **kwargs)
+
+
+def _probed(layer: nn.Module) -> Tensor | None:
+    """The weight of the one product that a layer of a class of its own is, its own or one that it computes."""
     plain = _plain(layer)
     if plain is None or type(layer).forward is plain.forward or "forward" in vars(layer) or layer._modules or \
             layer._buffers:
@@ -49,7 +67,7 @@ def computed_weight(layer: nn.Module) -> Tensor | None:
     if own is None:  # it is computed by a parametrization, or not yet there
         return None
     first, second = (_product(layer, own, seed) for seed in (0, 1))
-    if first is None or second is None or first is own or first.shape != own.shape or not torch.equal(first, second):
+    if first is None or second is None or first.shape != own.shape or not torch.equal(first, second):
         return None
     return first
 
