@@ -45,7 +45,7 @@ def _forward_of(layer: Any) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and _is_plain(x) and \
-                x.dim() in ((x.dim(),) if isinstance(layer, nn.Linear) else (len(layer.kernel_size) + 2,)):
+                (isinstance(layer, nn.Linear) or x.dim() == len(layer.kernel_size) + 2):
             return _RowsAlone.apply(x, layer)
         return type(layer).forward(layer, *args, **kwargs)
 
