@@ -15,6 +15,7 @@ from fastscore.graph import (
     attention,
     blocks,
     cache,
+    computed_in_run,
     dependencies,
     in_place,
     index_maps,
@@ -74,6 +75,8 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
     if known is not None and searched <= known.searched:
         return known
     searched |= known.searched if known is not None else frozenset()
+    example_inputs = batches.map_tensors(batches.usable, example_inputs)
+    computed_in_run.note(model, forward, example_inputs, samples)
     eval_model = evaluation_copy(model)
     example_inputs = batches.map_tensors(batches.usable, example_inputs)
     check_first_run(model, example_inputs, forward)
@@ -103,15 +106,14 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
             if how := running.only_whole(eval_model, run, example_inputs, samples):
                 raise ValueError(f"{type(model).__name__}: {how}") from error
             raise
-        inactive = training_only.callable_layers(eval_model) - ran
-        if inactive:
+        if inactive := training_only.callable_layers(eval_model) - ran:
             with suppress(Exception):  # of a model's code that does not train
                 more, ran_in_training, explained_then = _traced(eval_model, run_as_in_training, searched)
                 if ran <= ran_in_training and (more.groups or not found.groups):
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
         found = training_only.read_in_training(eval_model, found)
-        found = returned_trial.offered(model, eval_model, found, run)
+        found = returned_trial.offered(model, eval_model, computed_in_run.less(eval_model, found), run)
         samples = example_inputs if samples is None else batches.map_tensors(batches.usable, samples)
         try:
             axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples, example_inputs,

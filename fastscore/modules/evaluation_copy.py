@@ -38,12 +38,13 @@ def _writes_to_its_weight(module: nn.Module) -> TypeGuard[nn.Embedding | nn.Embe
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
 
 
-def evaluation_copy(model: nn.Module) -> nn.Module:
+def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
     """A copy of `model` in evaluation mode with frozen parameters, which share their memory with the model's own unless
     a forward pass writes to them.
 
     Args:
         model: any module; it is left as it is.
+        plain: layers that compute their weight become plain ones, but for those that compute_on() was told of.
 
     Returns:
         A module of the same class, whose nn.MultiheadAttention runs its projections as layers, where transformers'
@@ -62,6 +63,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     shared |= {id(part): scripted.opaque(part) for _, part in scripted.outermost(model)}
     shared |= {id(tensor): tensor.detach() for tensor in computed_tensors(model)}
     eval_model = deepcopy(model, shared)
+    computed_weights.mark_copies(model, eval_model)
     enter_evaluation(eval_model)
     for handle in multihead_attention.replace_attention(eval_model):
         handle.make_permanent()
@@ -69,7 +71,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
         parameters.make_permanent()
     for module in filter(transposed_linear.is_transposed, list(eval_model.modules())):
         transposed_linear.become_linear(module)
-    for module in eval_model.modules():
+    for module in eval_model.modules() if plain else ():
         if (weight := computed_weights.computed_weight(module)) is not None:
             computed_weights.become_plain(module, weight, keep=True)
     return eval_model

@@ -191,7 +191,7 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
         options.setdefault("compensate", False)
     else:
         options |= {"calibration": fit, "repair": repair}
-    dense, device = evaluation_copy(model), device_of(model)
+    dense, device = evaluation_copy(model, plain=False), device_of(model)
     with fork_rng(device), shown(progress), bar("curve", " networks", len(budgets)) as told:
         example = example_of(batches, example_inputs, forward, device)
         judge = Judge(dense, judges, forward, options.get("outputs"))

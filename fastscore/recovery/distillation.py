@@ -104,7 +104,7 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
     data = TrainingBatches(batches, held_out, seed, rank=0 if wrapped else rank, size=1 if wrapped else size,
                            first_only=forward is call_model, digests=resume is not None)
     with fork_rng(device_of(inner)), torch.inference_mode(False), torch.enable_grad(), _in_training(network):
-        dense = evaluation_copy(unwrapped(model))
+        dense = evaluation_copy(unwrapped(model), plain=False)
         whole = checked_forward(forward)
         judging = Decisions(forward, outputs) if loss is None else None
         call = judging or (lambda network, batch: {"": whole(network, batch)})

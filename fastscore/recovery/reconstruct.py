@@ -22,7 +22,7 @@ from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy, own_copies
 from fastscore.modules.inspection import device_of, held_by_others
 from fastscore.modules.modes import evaluating
-from fastscore.modules.weights.computed_weights import computed_weight
+from fastscore.modules.weights.computed_weights import computed_weight, why_it_computes_on
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import bar, shown
 from fastscore.recovery.calibration import Calibration, Part
@@ -184,12 +184,12 @@ class _Bench:
         check_dense(model, result)
         self._model, self._result, self._calibration = model, result, calibration
         self._forward, self._run, self._group = forward, Decisions(forward, outputs), process_group
-        self._eval_model = evaluation_copy(model)
-        self._tied = held_by_others(self._eval_model, "weight")  # which keep theirs, and get a mean
         self._example = calibration.first()
         try:
             with torch.enable_grad():
                 graph = trace(model, self._example, forward)
+            self._eval_model = evaluation_copy(model)
+            self._tied = held_by_others(self._eval_model, "weight")  # which keep theirs, and get a mean
             gone = removed_branches(result.removed_indices)
             self._removed = {name: at for (name, side), at in result.removed_indices.items() if side == "inputs"
                              and not gone(name) and (weight_alone(model, name)
@@ -252,7 +252,8 @@ class _Bench:
         with evaluating(model):
             refit(self._eval_model, model, {name: replace(site, norm=None if name in added else site.norm)
                                             for name, site in self._sites.items() if name not in kept
-                                            and computed_weight(model.get_submodule(name)) is None},
+                                            and computed_weight(model.get_submodule(name)) is None
+                                            and why_it_computes_on(model.get_submodule(name)) is None},
                   self._calibration, part, ridges, self._forward, self._group)
         return result
 

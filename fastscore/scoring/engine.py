@@ -132,12 +132,12 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
     model = unwrapped(model)
     ignore = matching_layers(model, ignore)
     with fork_rng(device_of(model)), torch.inference_mode(False), torch.enable_grad(), without_checkpoints():
-        eval_model = evaluation_copy(model)
-        data = Batches(batches, device_of(eval_model), sampling.limit)
+        data = Batches(batches, device_of(model), sampling.limit)
         # one sample is enough to trace with, where it is known how to take it
         example = first_samples(data.first, 1) if forward is call_model else data.first
         with shown(progress):
             channels = trace(model, example, forward, data.first, units)
+        eval_model = evaluation_copy(model)  # of a model that was traced: which layers compute their weight is known
         if units == "experts" and not (channels.experts or channels.kept_experts):
             warnings.warn(f"units: {type(model).__name__} has no mixture of experts that is known: these are scores of "
                           "channels alone, as with units=\"groups\"", stacklevel=2)

@@ -16,7 +16,7 @@ from fastscore.modules.copying import deepcopy
 from fastscore.modules.evaluation_copy import own_copies
 from fastscore.modules.hooks import remove_copied_hooks
 from fastscore.modules.weights import held_weights, recurrent
-from fastscore.modules.weights.computed_weights import make_plain
+from fastscore.modules.weights.computed_weights import compute_on_in, make_plain
 
 Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
 # "inputs", "outputs", "heads", "head_dims", "rotary", "block", a Dim, or SIDE and what a module keeps
@@ -128,7 +128,9 @@ def smaller_copy(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> 
     # .data: detach() would share autograd's count of changes with the model's own, for good
     shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.data, parameter.requires_grad)
                               for parameter in model.parameters() if type(parameter) is nn.Parameter}
-    pruned = change(deepcopy(model, shared | own_copies(model)))
+    copy = deepcopy(model, shared | own_copies(model))
+    compute_on_in(model, copy)
+    pruned = change(copy)
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     for parameter in pruned.parameters():
         if parameter.untyped_storage()._cdata in own:

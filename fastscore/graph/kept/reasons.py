@@ -13,12 +13,14 @@ from fastscore.graph.trials.recording import READ, Recording
 from fastscore.graph.trials.surgery_trial import said
 from fastscore.modules.inspection import parametrized, shared_parameters
 from fastscore.modules.weights import recurrent
-from fastscore.modules.weights.computed_weights import PLAIN, unused_parameters
+from fastscore.modules.weights.computed_weights import PLAIN, unused_parameters, why_it_computes_on
 
 
 def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Mapping[int, int],
              recording: Recording) -> str | None:
     """Why the layers of a group cannot be pruned; None where they can. owners: id of a parameter -> modules with it."""
+    if computed := computing(layers, members):
+        return computed
     consumers = {member.layer for member in members if member.role == "consumer"}
     if not consumers:
         one = any(units.width_of(layers[member.module], member.role) == 1 for member in members
@@ -65,6 +67,12 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         if width is not None and units.sections_of(layer, member.role) > 1 and len(member.index) < width:
             return f"{member.layer} is grouped and works on other channels too"
     return None
+
+
+def computing(layers: Mapping[str, nn.Module], members: Iterable[Member]) -> str | None:
+    """Why one of a group's layers goes on computing its weight; None where none does."""
+    return next((why for member in members if member.module in layers
+                 and (why := why_it_computes_on(layers[member.module]))), None)
 
 
 def of_gradients_of_its_own(recording: Recording) -> dict[str, str]:

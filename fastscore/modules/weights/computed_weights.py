@@ -3,9 +3,11 @@ standardisation does: of all inputs, so that a layer which loses some would comp
 
 In evaluation copies, and in a model that pruning returns where it loses something, such a layer is a plain Conv or
 Linear that holds the weight it computed; and one with weight_norm, of either kind, is what it was without it, which can
-learn the same. Other parametrizations, which hold a weight to what it would learn away, stay what they are.
+learn the same. Other parametrizations, which hold a weight to what it would learn away, stay what they are; and so do
+layers that were seen, where the model ran, to compute their weight from more than that: see compute_on().
 """
 
+import weakref
 from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import Any, cast
@@ -24,6 +26,8 @@ _OWN = {"weight", "bias"}
 _PARAMETRIZED = ("parametrizations.weight.original0", "parametrizations.weight.original1")
 _HOOKED = ("weight_g", "weight_v")
 _UNUSED = "_unused_parameters"  # of a layer that became plain: what is counted, and does nothing
+_COMPUTES_ON = "_computes_on"  # of a copy's layer: why it is not made plain
+_compute_on: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()  # the same, of users' layers
 
 
 def computed_weight(layer: nn.Module) -> Tensor | None:
@@ -31,10 +35,30 @@ def computed_weight(layer: nn.Module) -> Tensor | None:
 
     One with weight_norm is asked. Any other is run in evaluation mode on two inputs of its own, and must hand what it
     reads, its own bias and settings to one product, with the same weight both times, and return that as it is: then the
-    product is all that it does.
+    product is all that it does. None as well of a layer of which compute_on() has been told.
     """
+    if why_it_computes_on(layer) is not None:
+        return None
     if weight_norm(layer) is not None:
         return _normalized(layer)
+    weight = _probed(layer)
+    return None if weight is layer._parameters.get("weight") else weight
+
+
+def multiplies_plainly(layer: nn.Module) -> bool:
+    """Whether a layer of a class of its own, run alone, does nothing but the product with its own weight."""
+    weight = _probed(layer) if why_it_computes_on(layer) is None and weight_norm(layer) is None else None
+    return weight is not None and weight is layer._parameters.get("weight")
+
+
+def plain_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What PyTorch's own Conv or Linear makes with what a layer holds."""
+    plain: Any = _plain(layer)
+    return plain.forward(layer, *args, **kwargs)
+
+
+def _probed(layer: nn.Module) -> Tensor | None:
+    """The weight of the one product that a layer of a class of its own is, its own or one that it computes."""
     plain = _plain(layer)
     if plain is None or type(layer).forward is plain.forward or "forward" in vars(layer) or layer._modules or \
             layer._buffers:
@@ -43,7 +67,7 @@ def computed_weight(layer: nn.Module) -> Tensor | None:
     if own is None:  # it is computed by a parametrization, or not yet there
         return None
     first, second = (_product(layer, own, seed) for seed in (0, 1))
-    if first is None or second is None or first is own or first.shape != own.shape or not torch.equal(first, second):
+    if first is None or second is None or first.shape != own.shape or not torch.equal(first, second):
         return None
     return first
 
@@ -71,6 +95,44 @@ def become_plain(layer: nn.Module, weight: Tensor, keep: bool = False) -> None:
         vars(layer)[_UNUSED] = tuple(more)
     for name in [] if keep else more:
         del layer._parameters[name]
+
+
+def compute_on(layer: nn.Module, reason: str) -> None:
+    """Remember of a layer, for as long as it lives, why it is not made plain. Nothing is written to it."""
+    _compute_on[layer] = reason
+
+
+def why_it_computes_on(layer: nn.Module) -> str | None:
+    """What compute_on() was told of a layer, or of the one that it is a copy of; None of any other."""
+    reason: str | None = _compute_on.get(layer) or vars(layer).get(_COMPUTES_ON)
+    return reason
+
+
+def mark_copies(model: nn.Module, copy: nn.Module) -> None:
+    """Write to the layers of an evaluation copy what compute_on() was told of the model's."""
+    for name, module in model.named_modules() if _compute_on else ():
+        if module in _compute_on:
+            vars(copy.get_submodule(name))[_COMPUTES_ON] = _compute_on[module]
+
+
+def compute_on_in(model: nn.Module, copy: nn.Module) -> None:
+    """Remember of the layers of another model, which is like `model`, what compute_on() was told of those."""
+    for name, module in model.named_modules() if _compute_on else ():
+        if module in _compute_on:
+            compute_on(copy.get_submodule(name), _compute_on[module])
+
+
+def was_computed(layer: nn.Module) -> bool:
+    """Whether a layer of an evaluation copy holds the weight that one of a class of its own computed, by code."""
+    return _UNUSED in vars(layer) and type(layer) in PLAIN and _HOOKED[0] not in layer._parameters
+
+
+def multiplied_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The weight of a call of a product of a Conv or Linear; None of any other function."""
+    if not any(func is known for known in _FUNCTIONS):
+        return None
+    weight: Tensor = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}["weight"]
+    return weight
 
 
 def unused_parameters(layer: nn.Module) -> tuple[str, ...]:
