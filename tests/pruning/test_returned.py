@@ -81,11 +81,11 @@ def test_a_copy_that_does_not_run_is_an_error_that_names_the_module(monkeypatch:
 
 @pytest.mark.parametrize("calibration", [None, CALIBRATION])
 def test_a_model_that_does_not_bear_it_in_place_is_as_it_was(calibration: list[Tensor] | None) -> None:
-    """A hook reaches into the model that it was set on, of which copies know nothing."""
+    """A hook knows the layer that it was set on, and does nothing of copies of it."""
     model = net()
     seen = list[int]()
     handle = model.third.register_forward_hook(
-        lambda module, args, output: output + model.first(X[:len(output)])[:, :8].view(len(output), 2, 4).sum(1))
+        lambda module, args, output: output + args[0].view(-1, 6)[:, :4] if module is model.third else output)
     model.norm.register_forward_pre_hook(lambda module, args: seen.append(1))
     scores = fastscore.score(model, [X], progress=False)
     before = {name: (id(parameter), parameter.data_ptr()) for name, parameter in model.named_parameters()}

@@ -42,7 +42,7 @@ def computed_weight(layer: nn.Module) -> Tensor | None:
     if weight_norm(layer) is not None:
         return _normalized(layer)
     weight = _probed(layer)
-    return None if weight is layer._parameters.get("weight") else weight
+    return None if weight is None or weight is layer._parameters.get("weight") else weight
 
 
 def multiplies_plainly(layer: nn.Module) -> bool:
