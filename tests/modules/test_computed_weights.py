@@ -84,6 +84,25 @@ def test_sequences(tmp_path: Path) -> None:
     check(build, _x(3, 6), ["0", "3"], tmp_path)
 
 
+class Counting(nn.Linear):
+    """Keeps how often it ran, and what it read last."""
+
+    calls, read = 0, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls, self.read = self.calls + 1, x.shape
+        return F.linear(x, self.weight.tanh(), self.bias)
+
+
+def test_the_users_layers_are_not_run() -> None:
+    model = noisy(lambda: nn.Sequential(Counting(5, 8), nn.ReLU(), Counting(8, 6), nn.ReLU(), nn.Linear(6, 3)))
+    scores = fastscore.score(model, [_x(5)], progress=False)
+    fastscore.prune(model, scores, _x(5), channels=0.6)
+    with fastscore.mask(model, scores, 0.4, _x(5)):
+        pass
+    assert [(layer.calls, layer.read) for layer in model if isinstance(layer, Counting)] == [(0, None)] * 2
+
+
 def test_a_layer_that_loses_nothing_stays_what_it_is() -> None:
     """And so does the model that was given."""
     model, x = noisy(Images), _x(3, 8, 8)

@@ -7,9 +7,9 @@ learn the same. Other parametrizations, which hold a weight to what it would lea
 layers that were seen, where the model ran, to compute their weight from more than that: see compute_on().
 """
 
+import copy
 import weakref
 from collections.abc import Iterable
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -66,7 +66,9 @@ def _probed(layer: nn.Module) -> Tensor | None:
     own = layer._parameters.get("weight")
     if own is None:  # it is computed by a parametrization, or not yet there
         return None
-    first, second = (_product(layer, own, seed) for seed in (0, 1))
+    alone = copy.copy(layer)  # what its code counts or keeps is not for the user's layer
+    alone.training = False
+    first, second = (_product(alone, own, seed) for seed in (0, 1))
     if first is None or second is None or first.shape != own.shape or not torch.equal(first, second):
         return None
     return first
@@ -208,7 +210,7 @@ def _product(layer: nn.Module, own: nn.Parameter, seed: int) -> Tensor | None:
         extent = [step * (kernel - 1) + 1 for step, kernel in zip(conv.dilation, conv.kernel_size, strict=True)]
         shape = [1, conv.in_channels, *(size + seed * (size + 1) for size in extent)]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(own)
-    with _evaluated(layer), torch.no_grad(), _Calls() as calls:
+    with torch.no_grad(), _Calls() as calls:
         try:
             output = type(layer).forward(layer, x)  # without the user's hooks
         except Exception:  # of a layer that takes something else
@@ -222,15 +224,6 @@ def _product(layer: nn.Module, own: nn.Parameter, seed: int) -> Tensor | None:
         return None
     weight: Tensor = arguments["weight"]
     return weight
-
-
-@contextmanager
-def _evaluated(layer: nn.Module) -> Any:
-    mode, layer.training = layer.training, False
-    try:
-        yield
-    finally:
-        layer.training = mode
 
 
 class _Calls(TorchFunctionMode):
