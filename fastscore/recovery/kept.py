@@ -15,7 +15,7 @@ from fastscore.graph.cutting.surgery import RemovedIndices
 from fastscore.modules.inspection import device_of
 from fastscore.scoring.run_file import RunFile, remaining
 
-FORM = "fastscore-moments-1"
+FORM = "fastscore-moments-2"
 
 
 class Sum(Protocol):
