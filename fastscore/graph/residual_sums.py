@@ -1,6 +1,6 @@
 """Calls of modules whose output is only added to a stream that their input comes from, in autograd's own graph."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -75,18 +75,9 @@ def added_at(call: Call, readers: Readers) -> tuple[Any, Any] | None:
 
     It is its first input that says how long and wide the stream is: of a memory that is as long today it does not.
     """
-    node, first = call.node, None
-    while len(after := list(readers.get(node, ()))) == 1:
-        reader = after[0]
-        name = reader.name() if hasattr(reader, "name") else ""
-        if name.startswith(_ADDS) and not name.startswith(_NO_SUMS):
-            first = first or (reader, node)
-            others = [source for source, _ in reader.next_functions if source is not node and source is not None]
-            if len(others) == 1 and call.source in {others[0], *_between(call.node, others[0])}:
-                return first, others[0]
-        elif not name.startswith(_SCALING):
-            return None
-        node = reader
+    for first, others in _sums(call.node, readers):
+        if len(others) == 1 and call.source in {others[0], *_between(call.node, others[0])}:
+            return first, others[0]
     return None
 
 
@@ -97,23 +88,29 @@ def beside_shortcut(call: Call, siblings: Mapping[str, Sequence[Call | None]], r
 
     siblings: name within the owner -> its calls.
     """
-    node, first = call.node, None
+    for first, others in _sums(call.node, readers):
+        for sibling, calls in siblings.items():
+            made = calls[0] if len(calls) == 1 else None
+            if made is not None and others == [made.node] and made.shape == call.shape and \
+                    call.source in {made.source, *_between(call.node, made.source)}:
+                return first, made.source, sibling
+        break
+    return None
+
+
+def _sums(node: Any, readers: Readers) -> Iterator[tuple[tuple[Any, Any], list[Any]]]:
+    """The sums that what a node makes comes to, through nothing but scaling, one after the other: (the first of them
+    and what comes to it, the others that are added in this one)."""
+    first = None
     while len(after := list(readers.get(node, ()))) == 1:
         reader = after[0]
         step = reader.name() if hasattr(reader, "name") else ""
         if step.startswith(_ADDS) and not step.startswith(_NO_SUMS):
             first = first or (reader, node)
-            others = [source for source, _ in reader.next_functions if source is not node and source is not None]
-            for sibling, calls in siblings.items():
-                made = calls[0] if len(calls) == 1 else None
-                if made is not None and others == [made.node] and made.shape == call.shape and \
-                        call.source in {made.source, *_between(call.node, made.source)}:
-                    return first, made.source, sibling
-            return None
-        if not step.startswith(_SCALING):
-            return None
+            yield first, [source for source, _ in reader.next_functions if source is not node and source is not None]
+        elif not step.startswith(_SCALING):
+            return
         node = reader
-    return None
 
 
 def _between(node: Any, source: Any) -> Collection[Any]:

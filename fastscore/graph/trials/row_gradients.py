@@ -21,7 +21,7 @@ from fastscore.graph.trials.recording import replaced
 
 _CONVOLUTIONS: dict[Any, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     nn.Conv1d: (F.conv1d, F.conv_transpose1d), nn.Conv2d: (F.conv2d, F.conv_transpose2d),
-    nn.Conv3d: (F.conv3d, F.conv_transpose3d)}  # and the way back
+    nn.Conv3d: (F.conv3d, F.conv_transpose3d)}  # and its backward pass
 
 
 @contextmanager
