@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 
+from fastscore.graph.scored_units import named
 from fastscore.scoring.criteria import NAMES
 from fastscore.scoring.options import Sampling
 
@@ -18,6 +19,17 @@ def importance(text: str) -> str:
     if text not in IMPORTANCES:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(IMPORTANCES)}")
     return text
+
+
+def of_scores(text: str) -> str:
+    """Units that can be removed, one kind or several."""
+    try:
+        units = named(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("units: ")) from error
+    if units == "norms":
+        raise argparse.ArgumentTypeError("norms can be masked and not removed: fastscore.score takes them")
+    return units
 
 
 def share(text: str) -> float:

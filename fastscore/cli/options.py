@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.cli import hugging_face, images, models, processes, units
-from fastscore.cli.argument_types import IMPORTANCES, importance, of_sampling, positive
+from fastscore.cli.argument_types import IMPORTANCES, importance, of_sampling, of_scores, positive
 from fastscore.cli.checkpoints import noted_weights, sha256
 from fastscore.fastpath.precision import PRECISIONS
-from fastscore.graph.groups import Units
 from fastscore.pruning.budgets.quality import HELD_OUT
 from fastscore.recovery.reconstruct import Method
 from fastscore.scoring.criteria import ABLATIONS, GRADIENT_IMPORTANCES, LAYERWISE, REDUCTIONS
@@ -79,10 +78,11 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
     scoring.add_argument("--importance", type=importance, default="taylor-sq", metavar="NAME",
                          help=f"{', '.join(IMPORTANCES)} (default: %(default)s); the signed taylor needs a loss, which "
                          "fastscore.Scorer takes")
-    scoring.add_argument("--units", choices=[name for name in get_args(Units) if name != "norms"], default="groups",
+    scoring.add_argument("--units", type=of_scores, default="groups", metavar="NAME",
                          help="blocks: whole residual branches can go beside the channels; experts: whole experts of "
                          "mixtures, likewise; head_dims: dimensions of attention heads in the place of whole heads; "
-                         "heads_and_dims: both (default: %(default)s)")
+                         "heads_and_dims: both; blocks+heads_and_dims, and the like, under one budget (default: "
+                         "%(default)s)")
     scoring.add_argument("--reduction", choices=REDUCTIONS, default="sum",
                          help="sum a channel's positions before the square or absolute value is taken, or take it of "
                          "each element (default: %(default)s)")

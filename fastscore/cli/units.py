@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from fastscore.graph.groups import Units
 from fastscore.graph.head_dims import HEAD_DIMENSIONS
+from fastscore.graph.scored_units import among
 from fastscore.graph.whole_experts import WHOLE_EXPERTS
 from fastscore.modules.weights.experts import holds_experts
 from fastscore.scoring.scores import Scores
@@ -23,13 +23,15 @@ def told_here() -> Iterator[None]:
         yield
 
 
-def say(units: Units, model: nn.Module, scores: Scores, tell: Callable[[str], None]) -> None:
+def say(units: str, model: nn.Module, scores: Scores, tell: Callable[[str], None]) -> None:
     """Tell which units there are none of, and why some are kept."""
     modules = dict(model.named_modules())
-    if units == "blocks" and all(len(scores[name]) > 1 for name in scores):
-        tell("units: this model has no residual branch that can go whole, so channels alone can go")
-    if units == "experts" and not any(name in modules and holds_experts(modules[name]) for name in scores):
-        tell("units: this model has no mixture whose experts can go whole, so channels alone can go")
+    asked = among(units)
+    alone = ", so channels alone can go" if len(asked) == 1 else ""
+    if "blocks" in asked and all(len(scores[name]) > 1 for name in scores):
+        tell(f"units: this model has no residual branch that can go whole{alone}")
+    if "experts" in asked and not any(name in modules and holds_experts(modules[name]) for name in scores):
+        tell(f"units: this model has no mixture whose experts can go whole{alone}")
     for name, reason in scores.skipped.items():
         for ending, keeps in _KEEPS.items():
             if name.endswith(ending):

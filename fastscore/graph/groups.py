@@ -21,7 +21,6 @@ from fastscore.modules.weights.parameter_layers import ParameterLinear
 Role = Literal["producer", "consumer", "channelwise", "norm", "heads", "gate", "tensor", "branch", "block",
                "reader", "width", "expert", "router", "query", "head_dims", "rotary"]
 READS: tuple[Role, ...] = ("consumer", "reader")  # whose inputs the channels are
-Units = Literal["groups", "norms", "blocks", "experts", "head_dims", "heads_and_dims"]
 Ignore = Iterable[str | type | nn.Module]
 TIED = "its channels go with those of "  # and the name of a group, or what it would be called
 

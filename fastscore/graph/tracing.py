@@ -24,7 +24,7 @@ from fastscore.graph import (
 )
 from fastscore.graph.counted_run import CountedRun
 from fastscore.graph.cutting import own_tensors
-from fastscore.graph.groups import ChannelGraph, ChannelGroup, Units
+from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.kept import left_alone, reasons, training_only, unread
 from fastscore.graph.trials import bias_trial, cut_otherwise, returned_trial, running, surgery_trial, verification
 from fastscore.graph.trials.recording import Recording
@@ -38,7 +38,7 @@ from fastscore.rng import fork_rng
 
 
 def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.call_model,
-          samples: batches.Batch | None = None, units: Units = "groups") -> ChannelGraph:
+          samples: batches.Batch | None = None, units: scored_units.Units = "groups") -> ChannelGraph:
     """Find the channel groups of `model` by running `forward(model, example_inputs)` on a copy of it.
 
     A model that was traced before, and is what it was, is not traced again: see fastscore.graph.cache.

@@ -57,7 +57,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
         forward: how the model is called on a batch.
 
     Yields:
-        Layer -> removed channels, int64 [R], ascending.
+        Layer -> removed channels, int64 [R], ascending, as PruneResult.removed has them.
 
     Raises:
         ValueError: a fraction outside [0, 1) or out of reach, scores of another model, compensate without means.
@@ -99,7 +99,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
     with uncompiled(wrapper), ExitStack() as attached:
         for handle in handles:
             attached.enter_context(handle)
-        yield removed
+        yield costs.with_others(removed)
 
 
 def at_consumers(model: nn.Module, positions: Mapping[str, Tensor], added: Mapping[str, Tensor],

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastscore.graph.groups import ChannelGraph, Units
+from fastscore.graph.groups import ChannelGraph
 from fastscore.pruning.budgets.costs import Costs
 from fastscore.recovery.compensation import removed_positions
 from fastscore.recovery.divergence import Mixed, judged_by, mixed_of, names
@@ -219,7 +219,7 @@ class PruneReport(Table):
 
 def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs: Costs, macs: int, pruned: nn.Module,
                removed: Mapping[str, Tensor], candidates: tuple[Candidate, ...], notes: Mapping[str, str],
-               compensation: str, units: Units, made_plain: Sequence[str] = ()) -> PruneReport:
+               compensation: str, units: str, made_plain: Sequence[str] = ()) -> PruneReport:
     """The report of `pruned`, which has lost `removed` (group -> int64 [R]).
 
     dense: (MACs, parameters) of each group as it was, see Costs.by_group. costs: without what was removed. macs: of

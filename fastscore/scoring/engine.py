@@ -13,7 +13,8 @@ from fastscore.batches import MASK, Batch, Forward, call_model, first_input, fir
 from fastscore.fastpath.graphs import Graphs
 from fastscore.fastpath.prepare import Prepared, prepare
 from fastscore.fingerprints import run_fingerprint
-from fastscore.graph.groups import ChannelGraph, Ignore, Units, matching_layers
+from fastscore.graph.groups import ChannelGraph, Ignore, matching_layers
+from fastscore.graph.scored_units import Units, among, named
 from fastscore.graph.tracing import trace
 from fastscore.graph.trials.companions import TOGETHER
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -69,8 +70,9 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         units: "groups", channels that live and die together and can be pruned; "blocks", these and whole residual
             branches, one score each, which go for zeros; "experts", these and whole experts of mixtures, which go with
             their rows of the router; "head_dims", channels, with the dimensions of attention heads (query-key pairs and
-            values) in the place of whole heads where code permits; "heads_and_dims", both of these; or "norms", a
-            gate at the output of each BatchNorm, as in the paper, which can be masked.
+            values) in the place of whole heads where code permits; "heads_and_dims", both of these; several of them,
+            ("blocks", "heads_and_dims"), which then go under one budget; or "norms", a gate at the output of each
+            BatchNorm, as in the paper, which can be masked.
         reduction: "sum" over a channel's positions before the absolute value or square, or "element".
         ablation: What a channel's absence is compared with: "zero", or "mean" (taylor-sq), the channel at its mean
             activation.
@@ -136,11 +138,12 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         # one sample is enough to trace with, where it is known how to take it
         example = first_samples(data.first, 1) if forward is call_model else data.first
         with shown(progress):
-            channels = trace(model, example, forward, data.first, units)
+            channels = trace(model, example, forward, data.first, origin.units)
         eval_model = evaluation_copy(model)  # of a model that was traced: which layers compute their weight is known
-        if units == "experts" and not (channels.experts or channels.kept_experts):
-            warnings.warn(f"units: {type(model).__name__} has no mixture of experts that is known: these are scores of "
-                          "channels alone, as with units=\"groups\"", stacklevel=2)
+        if "experts" in among(origin.units) and not (channels.experts or channels.kept_experts):
+            without = named([*among(origin.units) - {"experts"}, "groups"])
+            warnings.warn(f"units: {type(model).__name__} has no mixture of experts that is known: these are scores as "
+                          f'with units="{without}"', stacklevel=2)
         if origin.gradient == "none":
             return _score_weights(eval_model, channels, origin, ignore)
         several = len(first_input(data.first)) > 1

@@ -10,7 +10,7 @@ from torch import distributed
 from fastscore.arguments import check_number
 from fastscore.batches import check_iterable
 from fastscore.fastpath.precision import PRECISIONS
-from fastscore.graph.groups import Units
+from fastscore.graph.scored_units import Units, named
 from fastscore.scoring.criteria import gradient_importance
 from fastscore.scoring.scores import Origin
 from fastscore.scoring.weights import WEIGHT_IMPORTANCES
@@ -112,6 +112,7 @@ def origin_of(importance: str, gradient: Gradient, normalize: bool, probes: Prob
               sample_dims: int) -> Origin:
     """The Origin of a call of score(): importances that read weights alone have no gradient, and probes="exact" takes
     the basis."""
+    units = named(units)
     if importance in WEIGHT_IMPORTANCES and (reduction, ablation) == ("sum", "zero"):
         return Origin(importance, reduction, "none", False, seed, "none", "", units, ablation, layerwise, center,
                       sample_dims)

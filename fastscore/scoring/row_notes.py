@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from fastscore.graph.groups import Units
+from fastscore.graph import scored_units
 
 _STATE = re.compile(r"(.+\.)?weight_[ih]h(_l\d+(_reverse)?)?")  # a layer of a recurrent module
 _DIMENSIONS = ("head dimensions: channels of an attention's row are pairs of a query's and a key's dimension, then "
@@ -13,17 +13,17 @@ _BRANCHES = ("a row of one channel is a residual branch: its costs are of all th
 _WHOLE = "whole heads: what goes with a head goes from the row of its dimensions, too, and the other way round"
 
 
-def row_notes(units: Units, widths: Mapping[str, int]) -> tuple[str, ...]:
+def row_notes(units: str, widths: Mapping[str, int]) -> tuple[str, ...]:
     """A sentence for each kind of row that needs one. widths: group -> its channels."""
-    notes = []
+    notes, kinds = [], scored_units.among(units)
     if states := [name for name in widths if _STATE.fullmatch(name)]:
         more = f" and {len(states) - 1} more" if states[1:] else ""
         notes.append(f"{states[0]}{more}: a unit of the state is a channel in every gate (4 of an LSTM, 3 of a GRU), "
                      "each time with its one score")
-    if units in ("head_dims", "heads_and_dims"):
+    if kinds & {"head_dims", "heads_and_dims"}:
         notes.append(_DIMENSIONS)
-    if units == "heads_and_dims":
+    if "heads_and_dims" in kinds:
         notes.append(_WHOLE)
-    if units == "blocks" and 1 in widths.values():
+    if "blocks" in kinds and 1 in widths.values():
         notes.append(_BRANCHES)
     return tuple(notes)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastscore import batches, files
-from fastscore.graph.groups import ChannelGraph, Ignore, Units
+from fastscore.graph.groups import ChannelGraph, Ignore
+from fastscore.graph.scored_units import Units, named
 from fastscore.graph.tracing import trace
 from fastscore.graph.trials.companions import TOGETHER
 from fastscore.modules.inspection import device_of
@@ -72,13 +73,13 @@ class Scorer:
                  ablation: str = "zero", layerwise: str = "none", seed: int = 0, distribution: str = "normal",
                  center: bool = False, sample_dims: int = 1, output: batches.Output | None = None,
                  forward: batches.Forward = batches.call_model, ignore: Ignore = ()) -> None:
-        origin = Origin(importance, reduction, gradient, normalize, seed, distribution, "", units, ablation, layerwise,
-                        center, sample_dims)
+        origin = Origin(importance, reduction, gradient, normalize, seed, distribution, "", named(units), ablation,
+                        layerwise, center, sample_dims)
         check_loop(origin)
         model = unwrapped(model)
         self._outputs = batches.output_selector(output)
         graph = example_inputs if isinstance(example_inputs, ChannelGraph) else \
-            trace(model, example_inputs, batches.checked_forward(forward, self._outputs), units=units)
+            trace(model, example_inputs, batches.checked_forward(forward, self._outputs), units=origin.units)
         self._output_dim = graph.samples.output
         first = None if isinstance(example_inputs, ChannelGraph) else batches.first_tensor(example_inputs)
         several = first is not None and first.shape[:1].numel() > 1

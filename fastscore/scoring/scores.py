@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastscore import files, tables
-from fastscore.graph.groups import Units
+from fastscore.graph import scored_units
 from fastscore.scoring import criteria as importances
 from fastscore.scoring.coverage import Coverage
 from fastscore.scoring.gradients import DISTRIBUTIONS
@@ -29,8 +29,9 @@ class Origin:
     """How scores were made; scores are comparable, and can be merged, only where this is equal. See fastscore.score.
 
     gradient: "loss", "random", or "none" for a criterion that reads weights alone. distribution: of random gradients;
-    "basis" for probes="exact". sample_dims: what a sample is, an example (1) or a token (2). fingerprint: of the
-    model's channel graph (see fastscore.graph.groups.ChannelGraph).
+    "basis" for probes="exact". units: of several kinds, their names with + between them. sample_dims: what a sample is,
+    an example (1) or a token (2). fingerprint: of the model's channel graph (see
+    fastscore.graph.groups.ChannelGraph).
     Raises ValueError, naming the field, for what does not exist or does not go together.
     """
 
@@ -41,7 +42,7 @@ class Origin:
     seed: int
     distribution: str
     fingerprint: str
-    units: Units = "groups"
+    units: str = "groups"
     ablation: str = "zero"
     layerwise: str = "none"
     center: bool = False
@@ -53,14 +54,15 @@ class Origin:
         if not weights:
             importances.gradient_importance(self.importance, self.reduction, self.ablation)
         choices: dict[str, tuple[str, ...]] = {
-            "gradient": ("none",) if weights else ("random", "loss"), "units": get_args(Units),
+            "gradient": ("none",) if weights else ("random", "loss"),
             "distribution": ("none",) if weights else DISTRIBUTIONS, "layerwise": tuple(importances.LAYERWISE)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
+        units = scored_units.among(scored_units.named(self.units))
         plain = self.importance.startswith("taylor") and self.ablation == "zero" and \
-            (self.units, self.reduction) != ("experts", "element")
-        if self.units in ("blocks", "experts", "head_dims", "heads_and_dims") and not plain:
+            not ("experts" in units and self.reduction == "element")
+        if not plain and units.isdisjoint(("groups", "norms")):
             raise ValueError(f'units: "{self.units}" are gated whole, which importance={self.importance!r}, '
                              f'ablation={self.ablation!r}, reduction={self.reduction!r} says nothing of: use a taylor '
                              'importance with ablation="zero" and reduction="sum", or units="groups"')

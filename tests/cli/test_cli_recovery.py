@@ -165,7 +165,8 @@ def test_a_model_without_them_is_told_so_once(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(("units", "unit"), [("experts", "body.layers.0.mlp.experts"),
-                                             ("head_dims", "body.layers.0.self_attn.q_proj")])
+                                             ("head_dims", "body.layers.0.self_attn.q_proj"),
+                                             ("experts+head_dims", "body.layers.0.mlp.experts")])
 def test_experts_and_head_dimensions_go(capsys: pytest.CaptureFixture[str], units: str, unit: str) -> None:
     arguments = ["prune", "nets.py:mixture", *MODEL[1:], "--units", units, "--params", "0.6", "--no-repair"]
     assert main([*arguments, "--out", "small.safetensors"]) == 0

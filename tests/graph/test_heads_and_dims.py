@@ -80,9 +80,11 @@ def test_in_one_budget(name: str, tmp_path: Path) -> None:
                                               forward=_run) as masked:
             assert {*masked} == {group, group + WHOLE}
             got = _run(model, batch)
-        graph = scored_units.of_graph(model, trace(model, batch, _run, units="heads_and_dims"), "heads_and_dims")
-        small = remove_channels(evaluation_copy(model), graph.groups, masked)
-        torch.testing.assert_close(got, _run(small, batch), rtol=exact, atol=exact)
+        small = fastscore.prune(model, chosen, batch, channels=share, ignore=others, compensate=False, forward=_run,
+                                progress=False)
+        assert {name: at.tolist() for name, at in masked.items()} == {
+            name: at.tolist() for name, at in small.removed.items()}
+        torch.testing.assert_close(got, _run(small.model, batch), rtol=exact, atol=exact)
     # repaired, by the means of what went in either way
     repaired = fastscore.prune(model, chosen, batch, params=budget, ignore=others, cost_aware=False, forward=_run,
                                progress=False)

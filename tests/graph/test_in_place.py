@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.graph.groups import Units
+from fastscore.graph.scored_units import Units
 
 
 class Branch(nn.Module):

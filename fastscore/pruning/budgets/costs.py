@@ -173,9 +173,9 @@ class Costs:
         """How many of a group's channels there are: none where all that makes them went with a branch; without those
         that went with another group's."""
         makers = self._makers[group]
-        if group in self._places:
-            return self.groups[group].channels - len(self._gone(group))
-        return self._left[group] if not makers or any(layer.present for layer in makers) else 0
+        if makers and not any(layer.present for layer in makers):
+            return 0
+        return self.groups[group].channels - len(self._gone(group)) if group in self._places else self._left[group]
 
     def with_others(self, removed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is gone, group -> int64 [R], ascending: `removed`, and what went with that: dimensions with their head,
