@@ -158,7 +158,8 @@ class Graph(Nodes):
                         work.append((dependency.target, dependency.handler, onward, (node, function)))
         obstacle = obstacle or endless
         if obstacle is not None and not endless:
-            obstacle = lost_ways.lost(self, came).get(next(reversed(came)), obstacle)
+            last = next(reversed(came))
+            obstacle = lost_ways.lost(self, came).get(last) or lost_ways.at_end(self, came, last) or obstacle
         return positions, obstacle, came
 
     def _rest_of_grouped(self, positions: Positions, work: list[_Arrival]) -> bool:

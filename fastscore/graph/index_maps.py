@@ -16,8 +16,8 @@ _BROADCASTING = ("Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Maximum", "Minimum"
 _REDUCING = ("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Aminmax", "Var", "Std", "LinalgVectorNorm", "Norm", "Prod",
              "Logsumexp", "Softmax", "LogSoftmax", "Cumsum", "Sort", "Topk")
 
-_PRODUCTS = ("Mm", "Bmm", "Addbmm", "Baddbmm", "Mv", "Dot", "ScaledDotProduct", "Cdist", "Einsum", "Trilinear",
-             "Convolution")
+_PRODUCTS = ("Mm", "Bmm", "Addmm", "Addbmm", "Baddbmm", "Mv", "Addmv", "Dot", "ScaledDotProduct", "Cdist", "Einsum",
+             "Trilinear", "Convolution")
 _CONTRACTING = ("Mm", "Bmm", "Addmm", "Addbmm", "Baddbmm", "Mv", "Addmv", "Dot", "Linear", "Convolution", "Embedding",
                 "Index", "Gather", "ScaledDotProduct", "Cdist", "Einsum", "Roll", "Flip", "Unfold",
                 "PartOfProjection")  # the last is of fastscore.modules.attention.projections

@@ -28,6 +28,12 @@ def lost(graph: Nodes, came: Mapping[Key, Key | None]) -> dict[Key, str]:
     return {key: one if one is not None and why.startswith(_MEET) else why for key, why in found.items()}
 
 
+def at_end(graph: Nodes, came: Mapping[Key, Key | None], last: Key) -> str | None:
+    """Why channels are lost at the last operation that they come to; None where they are not."""
+    before = came[last]
+    return None if before is None else _at_product(graph, last[0], before[0])
+
+
 _T = TypeVar("_T")
 _SUMS = tuple(f"a product with other activations ({product}" for product in ("Mm", "Bmm", "Baddbmm", "Mv", "Dot"))
 _ALONG = "works along another dimension than that of its channels"
@@ -67,7 +73,7 @@ def _between(graph: Nodes, node: Any, onward: Any) -> str | None:
 
 def _at_product(graph: Nodes, product: Any, origin: Any) -> str | None:
     """Why what passes an operation is lost where that multiplies it by something else than a layer's weight."""
-    if product.type != OPTYPE.ELEMENTWISE or not index_maps.multiplies(product.grad_fn):
+    if product.type not in (OPTYPE.ELEMENTWISE, OPTYPE.OUTPUT) or not index_maps.multiplies(product.grad_fn):
         return None
     others = [source for source in product.inputs if source is not origin]
     made_by_layer, parameters = _made_of(others, product)
@@ -77,7 +83,8 @@ def _at_product(graph: Nodes, product: Any, origin: Any) -> str | None:
         return graph.taken_with(own[0]._name)
     if made_by_layer:
         return f"a product with other activations ({name}) takes them where they cannot be followed"
-    names = sorted(known for parameter in parameters if (known := graph.parameter_name(parameter)))
+    parameters.sort(key=lambda parameter: -parameter.dim())  # a weight, before a bias
+    names = list(filter(None, map(graph.parameter_name, parameters)))
     layers = [layer for known in names if (layer := graph.layer_of(known)) is not None]
     if layers:  # this is a part of what it does
         dim = graph.dim_of(origin) if origin in product.inputs else None

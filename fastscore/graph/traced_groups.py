@@ -60,7 +60,7 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
         if reason is not None:
             reason = reasons.read_elsewhere(members, graph.read_elsewhere) or reason
         else:
-            reason = reasons.of_group(layers, members, owners, recording)
+            reason = reasons.of_group(layers, members, owners, recording, graph.read_elsewhere)
             if reason is not None or not kept.isdisjoint(member.layer for member in members):
                 lost = lost_ways.lost(graph, came)
             near = _members(graph, lost_ways.sure(positions, lost), layers, unused) if lost else members
@@ -68,7 +68,7 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
             if lost and (reason is not None or not far.isdisjoint(kept)):
                 members = near
                 read = any(member.role == "consumer" for member in near)
-                nearer = reasons.of_group(layers, near, owners, recording) if read else None
+                nearer = reasons.of_group(layers, near, owners, recording, graph.read_elsewhere) if read else None
                 reason = nearer or next(iter(lost.values()))
         producers = [member.layer for member in members if member.role == "producer"]
         seen.update(producers)

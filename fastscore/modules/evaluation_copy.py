@@ -1,7 +1,8 @@
 """The evaluation copy: a model that shares the parameters of the user's, and may be changed at will."""
 
+import inspect
 from types import ModuleType
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -33,9 +34,15 @@ def own_copies(model: nn.Module) -> dict[int, Any]:
     return computed | scripted.copies(model)
 
 
-def _writes_to_its_weight(module: nn.Module) -> TypeGuard[nn.Embedding | nn.EmbeddingBag]:
-    """Whether every forward pass scales rows of the weight, in place, to a norm."""
-    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+def _writes_to_its_weight(module: nn.Module) -> bool:
+    """Whether a forward pass may write to the module's parameters: rows of an embedding that are scaled in place to a
+    norm, or code of a class of its own that writes to tensors (`self.weight.data *= self.mask`)."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return module.max_norm is not None
+    forward = inspect.getattr_static(type(module), "forward")
+    code = getattr(inspect.unwrap(forward), "__code__", None) if inspect.isfunction(forward) else None
+    return code is not None and not type(module).__module__.startswith("torch.") and any(
+        name == "data" or (name.endswith("_") and not name.endswith("__")) for name in code.co_names)
 
 
 def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
@@ -58,8 +65,9 @@ def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
     check_whole(model)
     shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
                               for parameter in model.parameters()}
-    shared |= {id(module.weight): nn.Parameter(module.weight.detach().clone(), requires_grad=False)
-               for module in model.modules() if _writes_to_its_weight(module)}
+    shared |= {id(parameter): nn.Parameter(parameter.detach().clone(), requires_grad=False)
+               for module in model.modules() if _writes_to_its_weight(module)
+               for parameter in module._parameters.values() if parameter is not None}
     shared |= {id(part): scripted.opaque(part) for _, part in scripted.outermost(model)}
     shared |= {id(tensor): tensor.detach() for tensor in computed_tensors(model)}
     eval_model = deepcopy(model, shared)

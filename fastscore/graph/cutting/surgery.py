@@ -2,12 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph.cutting import channel_buffers, heads, own_tensors
+from fastscore.graph.cutting import beside_weights, channel_buffers, heads, own_tensors
 from fastscore.graph.cutting.cut_widths import SIDE, narrow
 from fastscore.graph.groups import ChannelGroup, Role
 from fastscore.modules import zero_branch
@@ -108,8 +109,8 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
             for handle in multihead_attention.replace_attention(model, called=()):
                 handle.make_permanent()
             continue
-        surgeon = surgeons[name]
-        (surgeon.prune_in_channels if side == "inputs" else surgeon.prune_out_channels)(layer, index.tolist())
+        prune = surgeons[name].prune_in_channels if side == "inputs" else surgeons[name].prune_out_channels
+        beside_weights.cut_with(layer, partial(prune, idxs=index.tolist()))
     for owners in shared:  # of which each has been cut alike
         for owner, key in owners[1:]:
             owner._parameters[key] = owners[0][0]._parameters[owners[0][1]]

@@ -8,19 +8,25 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fastscore.graph import units
+from fastscore.graph.cutting import beside_weights
 from fastscore.graph.groups import Member, Role
 from fastscore.graph.trials.recording import READ, Recording
 from fastscore.graph.trials.surgery_trial import said
-from fastscore.modules.inspection import parametrized, shared_parameters
+from fastscore.modules.inspection import channel_dim, parametrized, shared_parameters
 from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.computed_weights import PLAIN, unused_parameters, why_it_computes_on
 
 
 def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Mapping[int, int],
-             recording: Recording) -> str | None:
-    """Why the layers of a group cannot be pruned; None where they can. owners: id of a parameter -> modules with it."""
+             recording: Recording, readers: Mapping[str, str]) -> str | None:
+    """Why the layers of a group cannot be pruned; None where they can.
+
+    owners: id of a parameter -> modules with it. readers: see `read_elsewhere`.
+    """
     if computed := computing(layers, members):
         return computed
+    if partly := _making_a_part(layers, members, recording):
+        return partly
     consumers = {member.layer for member in members if member.role == "consumer"}
     if not consumers:
         one = any(units.width_of(layers[member.module], member.role) == 1 for member in members
@@ -45,7 +51,7 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
             continue
         width = units.width_of(layer, member.role)
         if width is not None and int(member.index.max()) >= width:
-            return f"their number changes on the way to {member.layer}"
+            return read_elsewhere(members, readers) or f"their number changes on the way to {member.layer}"
         around = next((outer for outer in _around(member.layer) if outer in recording.layers), None)
         if around is not None and member.role in ("producer", "consumer"):
             return f"{member.layer} runs inside of {around} ({type(layers[around]).__name__}), which is followed as " \
@@ -56,7 +62,8 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         if observer is not None and any(map(int, getattr(observer, "observer_enabled", ()))):
             return f"{type(observer).__name__} goes on changing the range of the weight of {member.layer}: prune the " \
                    "model before it is prepared for quantization (prepare_qat)"
-        own = [name for name in layer._parameters if name not in ("weight", "bias", *unused_parameters(layer))]
+        follow = {name for module, name, _ in beside_weights.own(layer) if module is layer}
+        own = [name for name in layer._parameters if name not in {"weight", "bias", *unused_parameters(layer), *follow}]
         if own and type(layer) not in PLAIN:  # which do not read them
             return f"{member.layer} has a parameter {own[0]} besides weight and bias, which cannot lose channels yet"
         shared = shared_parameters(layer, owners)
@@ -73,6 +80,17 @@ def computing(layers: Mapping[str, nn.Module], members: Iterable[Member]) -> str
     """Why one of a group's layers goes on computing its weight; None where none does."""
     return next((why for member in members if member.module in layers
                  and (why := why_it_computes_on(layers[member.module]))), None)
+
+
+def _making_a_part(layers: Mapping[str, nn.Module], members: Iterable[Member], recording: Recording) -> str | None:
+    """That one of a group's layers makes another number of channels than its weight has rows; None where none does."""
+    for member in members:
+        made = recording.outputs.get(member.layer) if member.role == "producer" else None
+        width = units.width_of(layers[member.module], "producer") if made else None
+        numbers = {output.shape[channel_dim(layers[member.module])] for output in made or ()}
+        if width is not None and numbers != {width}:
+            return f"the weight of {member.layer} makes {width} channels, and its code takes {min(numbers)} of them"
+    return None
 
 
 def of_gradients_of_its_own(recording: Recording) -> dict[str, str]:

@@ -40,6 +40,9 @@ def kept_biases(recording: Recording) -> dict[str, str]:
               and recording.outputs[name] and layer.weight.is_floating_point()}
     found = {name: "has no bias among its parameters" for name, layer in layers.items()
              if "bias" not in layer._parameters}
+    found |= {name: "does not add all of its bias to what it makes" for name, layer in layers.items()
+              if (bias := layer._parameters.get("bias")) is not None
+              and len(bias) != recording.outputs[name][0].shape[channel_dim(layer)]}
     found |= dict.fromkeys(layers.keys() & recording.transformed,
                            "runs under torch.func (vmap, say), where nobody can tell")
     found |= {name: "reads its input and more that its own code puts there, or a part of it" for name in layers

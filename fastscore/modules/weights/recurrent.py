@@ -253,7 +253,10 @@ def why_kept(module: nn.Module) -> str:
     names, biases = _names(module)
     held = [module._parameters.get(name) for name in (*names, *biases.values())]
     whole = all(parameter is not None for parameter in held) and len({id(parameter) for parameter in held}) == len(held)
-    return "" if whole else "its weights are computed, or shared among its layers"
+    if not whole:
+        return "its weights are computed, or shared among its layers"
+    more = next((name for name in module._parameters if name not in (*names, *biases.values())), "")
+    return f"it has a parameter {more} besides, as where other code computes its weights" if more else ""
 
 
 def _names(module: Any) -> tuple[tuple[str, ...], dict[str, str]]:
