@@ -52,7 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
     options.tell(f"images: {prepare}")
     found = fastscore.compare(options.model(arguments, prepare), work, arguments.importances,
                               **asked, held_out=judges, repair=arguments.repair,
-                              seed=arguments.seed, measured=arguments.measured, ignore=arguments.ignore)
+                              seed=arguments.seed, measured=arguments.measured, ignore=arguments.ignore,
+                              outputs=options.judged(arguments))
     print(json.dumps(found.records()) if arguments.json else found)
     if arguments.plot is not None:
         found.plot(arguments.plot)

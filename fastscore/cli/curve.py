@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     if scores is None:
         scores = options.scored(model, arguments, prepare, work)
     found = fastscore.curve(model, scores, work, **asked, held_out=judges, repair=arguments.repair,
-                            measured=arguments.measured, ignore=arguments.ignore)
+                            measured=arguments.measured, ignore=arguments.ignore, outputs=options.judged(arguments))
     print(json.dumps(found.records()) if arguments.json else found)
     if arguments.plot is not None:
         found.plot(arguments.plot)

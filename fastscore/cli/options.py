@@ -19,6 +19,7 @@ from fastscore.cli.argument_types import IMPORTANCES, importance, of_sampling, o
 from fastscore.cli.checkpoints import noted_weights, sha256
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.pruning.budgets.quality import HELD_OUT
+from fastscore.recovery.decisions import Judging
 from fastscore.recovery.reconstruct import Method
 from fastscore.scoring.criteria import ABLATIONS, GRADIENT_IMPORTANCES, LAYERWISE, REDUCTIONS
 from fastscore.scoring.gradients import DISTRIBUTIONS
@@ -120,9 +121,18 @@ def add_repair(command: argparse.ArgumentParser) -> None:
                         "auto, whichever does best on one of four images, held out)")
     repair.add_argument("--no-repair", action="store_const", const=None, dest="repair",
                         help="cut only; --images are then used for scoring alone")
+    command.add_argument("--outputs", choices=get_args(Judging), help="how the model's outputs are judged: decision, "
+                         "by the largest (of a single one: by its sign), or error, by the squared error as a share of "
+                         "their variance, for estimates and images (default: error for a single one, and after tanh, "
+                         "sigmoid or normalize; else decision)")
     command.add_argument("--measured", action=argparse.BooleanOptionalAction,
                          help="before cutting, measure what a cut of each layer costs after repair, and compare layers "
                          "by that: better, and slower (default: with --repair auto and asymmetric, where possible)")
+
+
+def judged(arguments: argparse.Namespace) -> dict[str, Judging] | None:
+    """What --outputs says of the one tensor that a model returns here, as fastscore.prune takes it."""
+    return None if arguments.outputs is None else {"": arguments.outputs}
 
 
 def repairs(arguments: argparse.Namespace) -> bool:

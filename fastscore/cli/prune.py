@@ -84,7 +84,8 @@ def run(arguments: argparse.Namespace) -> None:
     work = None
     if options.repairs(arguments):
         work, judges = options.image_batches(arguments, prepare, judges=arguments.agreement is not None)
-        repair = {"calibration": work, "repair": arguments.repair, "held_out": judges}
+        repair = {"calibration": work, "repair": arguments.repair, "held_out": judges,
+                  "outputs": options.judged(arguments)}
     elif arguments.agreement is not None:
         raise ValueError("agreement: it is judged on images, and by repaired models: give --images FOLDER, and neither "
                          "--no-repair nor --no-compensate")

@@ -12,6 +12,7 @@ from fastscore.pruning.budgets.quality import HELD_OUT
 from fastscore.pruning.curve import Curve, Drawn, Evaluate, curve
 from fastscore.recovery.divergence import judged_by, mixed_of, names
 from fastscore.recovery.held_out import split
+from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.reconstruct import Method
 from fastscore.scoring.engine import score
 from fastscore.scoring.scores import Scores
@@ -72,6 +73,7 @@ class Comparison(Mapping[str, Curve], Drawn):
         return self.curves
 
 
+@naming_samples("batches", "held_out")
 def compare(model: nn.Module, batches: Iterable[Batch],
             importances: Importances = ("taylor-sq", "magnitude-l2", "random"),
             macs: Sequence[float] | None = (0.8, 0.5), *, params: Sequence[float] | None = None,

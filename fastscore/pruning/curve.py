@@ -19,6 +19,7 @@ from fastscore.pruning.prune import prune
 from fastscore.pruning.result import PruneResult
 from fastscore.recovery.divergence import Divergence, Mixed, judged_by, mixed_of, names
 from fastscore.recovery.held_out import split
+from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.reconstruct import Method
 from fastscore.rng import fork_rng
 from fastscore.scoring.scores import Scores
@@ -151,6 +152,7 @@ class Curve(Drawn):
         return {"": self}
 
 
+@naming_samples("batches", "held_out")
 def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequence[float] | None = None, *,
           params: Sequence[float] | None = None, channels: Sequence[float] | None = None,
           latency: Sequence[float] | None = None, evaluate: Evaluate | None = None,

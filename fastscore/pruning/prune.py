@@ -33,11 +33,13 @@ from fastscore.pruning.surgery import Surgery, macs_without, plan_surgery, repla
 from fastscore.recovery.compensation import say_what_takes_no_mean
 from fastscore.recovery.decisions import JudgedOutputs
 from fastscore.recovery.held_out import split
+from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.reconstruct import Method, reconstruct
 from fastscore.rng import fork_rng
 from fastscore.scoring.scores import Scores
 
 
+@naming_samples("calibration", "held_out")
 @torch.inference_mode(False)  # whose tensors no one could train
 def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: float | None = None,
           params: float | None = None, macs: float | None = None, latency: float | None = None,
@@ -110,7 +112,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         outputs: the places, keys or fields of those that are judged, where not all are (features). A dict says how:
             "decision", by its largest value, or "error", for regressions: by the squared error as a share of the dense
             output's variance, such as {"classes": "decision", "boxes": "error"}; {"": "error"} for a single tensor.
-            Outputs of one column (a scalar, a depth map) are judged by their error where nothing else is said.
+            Outputs of one column (a scalar, a depth map), and those that tanh, sigmoid or normalize made last, are
+            judged by their error where nothing else is said.
         inplace: make `model` itself smaller.
         progress: say on stderr what takes longer than two seconds.
 
@@ -121,7 +124,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     Raises:
         ValueError: a budget outside (0, 1] or out of reach, scores of another model, of units="norms", or without the
             means to compensate with, a model that cannot be traced; before anything is changed, as all that follow.
-        FloatingPointError: means that are NaN or infinite, or outputs of the dense model, which are judged.
+        FloatingPointError: means that are NaN or infinite, or what layers of the dense model read of calibration
+            batches, or its outputs, which are judged, naming the sample where it is in there.
         RuntimeError: a forward that depends on a width which changed; with the layers to ignore.
     """
     model = unwrapped(model)
@@ -137,7 +141,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         raise ValueError("calibration: it is there to repair by, which compensate=False forbids: give one of them")
     notes = {**scores.notes, **({"importances": scores.all_zero} if scores.all_zero else {})}
     if scores.all_zero:
-        warnings.warn(f"scores: {scores.all_zero}", stacklevel=3)
+        warnings.warn(f"scores: {scores.all_zero}", stacklevel=4)
     means = resolve_compensate(compensate, scores)
     notes |= say_unread(scores) if means and calibration is None else {}
     clocks.check(clock, latency, model, example_inputs)

@@ -1,13 +1,13 @@
 """What a network decides, or estimates: its outputs, each by itself."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias, get_args
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from fastscore.batches import Batch, Forward, call_model, named_outputs
+from fastscore.recovery.last_operations import LastOperations
 from fastscore.wording import counted
 
 Judging = Literal["decision", "error"]
@@ -26,7 +26,7 @@ class Decisions:
         outputs: the places, keys or fields of those that are judged, None for all. As a dict, how each is: "decision",
             by its largest value (of a single column: by its sign), or "error", by its squared error as a share of the
             dense output's variance; {"": ...} where there is one output. What is not said: "error" for outputs of a
-            single column, "decision" for others.
+            single column, and for those that tanh, sigmoid or normalize made last; "decision" for others.
 
     Attributes:
         errors: the names of those judged by error, known after the first call.
@@ -45,12 +45,13 @@ class Decisions:
         self._forward, self._chosen = forward, None if outputs is None else list(outputs)
         self.errors: set[str] = set()
         self._widths: dict[str, list[int]] | None = None  # of the parts of each output, known after the first call
+        self._ends: dict[str, str] = {}  # output -> the function that leaves no logits and made it; empty elsewhere
         self._said = ""
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Name -> output. Raises OutputError where there is none, ValueError where `outputs` names what is not there.
         """
-        made = _Concatenation()
+        made = LastOperations()
         if self._widths is None:
             with made:
                 returned = self._forward(model, batch)
@@ -58,7 +59,8 @@ class Decisions:
             returned = self._forward(model, batch)
         found = self._decisive(named_outputs(returned, self._forward, type(model).__name__))
         if self._widths is None:
-            self._widths = {name: made.widths(output) for name, output in found.items()}
+            self._widths = {name: made.widths(output, dimension(output)) for name, output in found.items()}
+            self._ends = {name: made.no_logits(output) for name, output in found.items()}
             parts = [(whole, *part) for whole, output in found.items()
                      for part in _parts(whole, output, self._widths[whole])]
             self.errors.update(name for whole, name, part in parts if self._by_error(whole, part))
@@ -82,46 +84,27 @@ class Decisions:
 
     def _by_error(self, whole: str, part: Tensor) -> bool:
         said = [how for key, how in self._how.items() if _is_named(whole, key)]
-        return said[0] == "error" if said else _columns(part) == 1
+        return said[0] == "error" if said else _columns(part) == 1 or bool(self._ends[whole])
 
     def _described(self, parts: Mapping[str, Tensor]) -> str:
-        said = [f"{name} {_judged(part, name in self.errors)}".strip() for name, part in parts.items()]
+        said = [f"{name} {_judged(part, name in self.errors)}{self._since(name, part)}".strip()
+                for name, part in parts.items()]
         if len(parts) > 1:
             ways = ("R²: the least, error: the sum" if self.errors >= parts.keys() else
                     "agreement or R²: the least, KL and error: the sum" if self.errors else
                     "agreement: the least, KL: the sum")
-            return f"{counted(len(parts), 'output')}, each by itself ({ways}): " + \
-                "; ".join(said)
+            return f"{counted(len(parts), 'output')}, each by itself ({ways}): " + "; ".join(said) + \
+                ("" if self._how else '; outputs= names those to judge by "error", or by "decision"')
         (name, part), = parts.items()
-        if name in self.errors and not self._how and _columns(part) == 1:
-            return f'{said[0]}; where its sign decides, say so, in Python by outputs={{{name!r}: "decision"}}'
         own = getattr(self._forward, "checks", self._forward) is not call_model and not name
         return said[0] + ("; where that is several outputs side by side, let forward= return a tuple of them"
-                          if own and name not in self.errors else "")
+                          if own and name not in self.errors else "") + (
+            "" if self._how else _other_way(name, name in self.errors, _columns(part)))
 
-
-class _Concatenation(TorchFunctionMode):
-    """Remembers what torch.cat made last, and of which widths along which dimension."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._made: Tensor | None = None
-        self._dim, self._sizes = 0, list[int]()
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        made = func(*args, **kwargs)
-        if func in (torch.cat, torch.concat, torch.concatenate) and isinstance(made, Tensor):
-            tensors = args[0] if args else kwargs["tensors"]
-            self._dim = int(args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))) % made.dim()
-            self._made, self._sizes = made, [each.shape[self._dim] for each in tensors if each.dim() == made.dim()]
-        return made
-
-    def widths(self, output: Tensor) -> list[int]:
-        """Of the parts of an output; none where it is no concatenation of outputs."""
-        whole = self._made is output and output.dim() > 1 and self._dim == dimension(output) and \
-            sum(self._sizes) == output.shape[self._dim]
-        return self._sizes if whole and len(self._sizes) > 1 and max(self._sizes) > 1 else []
+    def _since(self, name: str, part: Tensor) -> str:
+        """Why an output is judged by its error, where nobody said so and it has several columns."""
+        end = self._ends.get(name)
+        return f", which {end} made last" if end and not self._how and _columns(part) > 1 else ""
 
 
 def _is_named(name: str, key: str | int) -> bool:
@@ -147,6 +130,20 @@ def _parts(name: str, output: Tensor, widths: Sequence[int]) -> list[tuple[str, 
 
 def _columns(output: Tensor) -> int:
     return 1 if output.dim() < 2 else output.shape[dimension(output)]
+
+
+def _other_way(name: str, by_error: bool, columns: int) -> str:
+    """What to say where a single output is not what it was taken for."""
+    other, where = ("decision", "its sign decides" if columns == 1 else "the largest decides") if by_error else \
+        ("error", "those are values")
+    option = f" (--outputs {other})" if not name else ""
+    return f'; where {where}, say so: outputs={{{_key(name)}: "{other}"}}{option}'
+
+
+def _key(name: str) -> str:
+    """What names an output, or what it lies in, in `outputs`: its key, place or field."""
+    found = re.match(r"\[(.*?)\]|\.(\w+)", name)
+    return '""' if found is None else found[1] or repr(found[2])
 
 
 def _judged(output: Tensor, by_error: bool) -> str:

@@ -20,6 +20,7 @@ from fastscore.progress import bar, shown
 from fastscore.recovery.decisions import Decisions, JudgedOutputs
 from fastscore.recovery.distillation_run import PRECISIONS, DistillationReport, DistillationRun, Loss, Objective
 from fastscore.recovery.features import FeatureMaps
+from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.optimizers import OptimizerMaker, OptimizerName, make_optimizer
 from fastscore.recovery.training_batches import TrainingBatches
 from fastscore.rng import fork_rng
@@ -35,6 +36,7 @@ class Pruned(Protocol):
     def removed_indices(self) -> RemovedIndices: ...
 
 
+@naming_samples("batches", "held_out")
 def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Batch], *, steps: int = 1000,
             temperature: float = 4.0, loss: Loss | None = None, features: Iterable[str] = (),
             feature_weight: float = 1.0, optimizer: OptimizerName | OptimizerMaker = "sgd",

@@ -12,11 +12,13 @@ from fastscore.batches import Batch, Forward, call_model, check_iterable
 from fastscore.modules.inspection import device_of
 from fastscore.modules.modes import evaluating
 from fastscore.recovery.calibration import share_of
+from fastscore.recovery.not_finite import naming_samples
 from fastscore.rng import fork_rng
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
+@naming_samples("batches")
 def recalibrate(model: nn.Module, batches: Iterable[Batch], *, forward: Forward = call_model,
                 process_group: distributed.ProcessGroup | None = None) -> nn.Module:
     """Measure the running statistics of the model's BatchNorms anew, in place; returns the model.

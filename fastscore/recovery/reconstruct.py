@@ -33,6 +33,7 @@ from fastscore.recovery.front_to_back import refit, sites
 from fastscore.recovery.kept import KeptPasses
 from fastscore.recovery.linear import InputEstimate, estimate_inputs, rewired
 from fastscore.recovery.moments import InputMoments, Moments, layouts
+from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.recalibration import recalibrate_on, running_norms
 from fastscore.rng import fork_rng
 from fastscore.wording import counted
@@ -88,6 +89,7 @@ class Pruned(Protocol):
 R = TypeVar("R", bound=Pruned)
 
 
+@naming_samples("batches")
 def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: Method = "auto", *,
                 ridges: Iterable[float] = RIDGES, forward: Forward = call_model,
                 outputs: JudgedOutputs = None,

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -213,3 +214,29 @@ def test_a_measured_curve_goes_into_the_report(capsys: pytest.CaptureFixture[str
     assert [row["budget"] for row in held["curve"]["rows"]] == [0.8, 0.6]
     assert main(["report", "s.safetensors", "--curve", "s.safetensors", "--out", "r.html"]) == 2
     assert "curve: s.safetensors is not what fastscore curve --out writes" in capsys.readouterr().err
+
+
+def test_how_outputs_are_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    given: dict[str, Any] = {"repair": "mean", "outputs": {"": "error"}, "progress": False}
+    options = (*MODEL, "--repair", "mean", "--outputs", "error", "--macs", "0.6")
+    model, example, said = dense(), torch.zeros(2, 3, 12, 12), "outputs: by squared error, as a share of the dense"
+    scores = fastscore.score(model, batches(), ablation="mean", progress=False)
+    expected = fastscore.prune(model, scores, example, macs=0.6, calibration=batches(), **given)
+    assert main(["prune", *options, "--out", "small.safetensors"]) == 0
+    told = capsys.readouterr()
+    assert "\n".join(map(str, expected.report.repairs)) in told.out
+    assert said in told.out
+    assert "R² with the dense model: " in told.err
+    assert main(["curve", *options]) == 0
+    scores = fastscore.score(model, batches("work"), ablation="mean", progress=False)
+    curve = fastscore.curve(model, scores, batches("work"), (0.6,), held_out=batches("held out"), **given)
+    told = capsys.readouterr()
+    assert str(curve).splitlines()[:2] == told.out.splitlines()[:2]
+    assert said in told.out
+    assert main(["compare", *options, "--importances", "taylor-sq"]) == 0
+    compared = fastscore.compare(model, batches("work"), ["taylor-sq"], (0.6,), held_out=batches("held out"), **given)
+    told = capsys.readouterr()
+    assert str(compared).splitlines()[:2] == told.out.splitlines()[:2]
+    assert said in told.out
+    with pytest.raises(SystemExit):
+        main(["curve", *MODEL, "--outputs", "largest"])

@@ -86,7 +86,8 @@ def test_what_one_tensor_is_taken_for() -> None:
     assert said(lambda x: x[:, 0]).startswith("by squared error")
     plain = Decisions(fastscore.batches.call_model)
     plain(nn.Identity(), x)
-    assert str(plain) == "by the largest of 6 over dimension 1"
+    assert str(plain) == ('by the largest of 6 over dimension 1; where those are values, say so: outputs={"": "error"} '
+                          '(--outputs error)')
     with pytest.raises(OutputError, match="or a tuple of those that count"):
         Decisions(fastscore.batches.call_model)(Heads().eval(), torch.randn(2, 12))
 
