@@ -45,6 +45,19 @@ def start_over(device: torch.device) -> None:
         torch.manual_seed(0)
 
 
+def has_drawn(device: torch.device) -> bool:
+    """Whether anything was drawn since start_over(device)."""
+    kinds = [torch.device("cpu")] + ([] if device.type in ("cpu", "meta") else [device])
+    return any(not torch.equal(_state(kind), torch.Generator(kind).manual_seed(0).get_state()) for kind in kinds)
+
+
+def _state(device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: torch.Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
 def _fork(device: torch.device) -> AbstractContextManager[None]:
     if device.type in ("cpu", "meta"):
         return torch.random.fork_rng(devices=[])

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph import index_maps, layers_inside, lost_ways
+from fastscore.graph import index_maps, layers_inside, lost_ways, ties
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.cutting.cut_widths import Width
 from fastscore.graph.groups import Member
@@ -22,6 +22,7 @@ from fastscore.modules.norms import channel_norms
 from fastscore.modules.weights import recurrent
 
 CUT = "its channels are cut at positions that the model's code fixes"
+_SEVERAL = ", the forward of whose class returns several things"
 _RUNS_OVER = "an operation runs over all its channels"
 _MOST_ARRIVALS = 100  # at one node, each time at new places: more than there are branches that end somewhere
 
@@ -57,6 +58,8 @@ class Graph(Nodes):
             if channel_norms.norm_of(module) is not None:
                 self.CUSTOMIZED_PRUNERS[type(module)] = channel_buffers.NORMS
         states = [module for module in model.modules() if recurrent.state_layers(module)]
+        self._several = {id(layer._parameters.get("weight")): name for layer, name in self._module2name.items()
+                         if name in inside}
         self.IGNORED_LAYERS_IN_TRACING = [  # whose parts the tracer is to see
             *states, *(module for module, name in self._module2name.items() if name in inside)]
 
@@ -79,8 +82,7 @@ class Graph(Nodes):
             if node.type == OPTYPE.PARAMETER:
                 node._name = self._param_to_name[node.module]
             self._connect(node)
-        self._tie_embeddings()
-        self._tie_states()
+        ties.tie(self)
 
     def _trace_computational_graph(self, module2node: Any, output: Tensor, gradfn2module: dict[Any, Any], *args: Any,
                                    **kwargs: Any) -> None:
@@ -157,7 +159,7 @@ class Graph(Nodes):
                     if len(onward):
                         work.append((dependency.target, dependency.handler, onward, (node, function)))
         obstacle = obstacle or endless
-        if obstacle is not None and not endless:
+        if obstacle is not None and not endless and not obstacle.endswith(_SEVERAL):  # which says more
             last = next(reversed(came))
             obstacle = lost_ways.lost(self, came).get(last) or lost_ways.at_end(self, came, last) or obstacle
         return positions, obstacle, came
@@ -192,6 +194,8 @@ class Graph(Nodes):
         if (part := getattr(node.grad_fn, "scripted", None)) is not None:
             return f"its channels pass through {self._module2name[part]} ({part.part.original_name}), which " \
                    "torch.jit made, and which cannot lose channels"
+        if (layer := next((self._several[key] for key in self._taken_by(node) if key in self._several), None)):
+            return f"its channels come to {layer}{_SEVERAL}"
         if node.type == OPTYPE.CUSTOMIZED:
             return f"a view divides its channels over several dimensions ({node.grad_fn.name()})"
         if node.type == OPTYPE.PARAMETER and node in self._dims:
@@ -221,11 +225,17 @@ class Graph(Nodes):
             return f"{node._name} is a grouped transposed convolution, which cannot lose channels yet"
         return None
 
+    def _taken_by(self, node: Any) -> Iterator[int]:
+        """The id of each parameter that an operation takes, as it is or turned."""
+        for source, _ in getattr(node.grad_fn, "next_functions", ()) if self._several else ():
+            turned = source is not None and source.name().startswith("TBackward")
+            yield id(getattr(source.next_functions[0][0] if turned else source, "variable", None))
+
     def kept_widths(self, positions: Positions) -> Iterator[Member]:
         """The members of a group that are numbers which modules keep of its channels."""
         known = set[tuple[str, str]]()
         for (node, function), at in positions.items():
-            for owner, width in itertools.chain(self._cut_widths(node), self._widths_of_zeros(node, function)):
+            for owner, width in (*self._cut_widths(node, function), *self._widths_of_zeros(node, function)):
                 name, position = self._module2name[owner], at >> 32
                 inside = (position >= width.begin) & (position < width.end)
                 if (name, width.attribute) not in known and inside.any():
@@ -240,10 +250,11 @@ class Graph(Nodes):
                     yield Member(name, "width", torch.from_numpy(at >> 32),
                                  torch.from_numpy(at & index_maps.CHANNEL), attribute="d_model")
 
-    def _cut_widths(self, node: Any) -> Iterator[tuple[nn.Module, Width]]:
-        """(module, what it keeps) of a split or slice."""
-        if self._is_fixed(node) and (cut := self._noted(node)) is not None:
-            yield from ((cut.keeper(width), width) for width in self._widths(node) or ())
+    def _cut_widths(self, node: Any, function: Any) -> Iterator[tuple[nn.Module, Width]]:
+        """(module, what it keeps) of the splits and slices of what a node makes."""
+        for part in self._cuts_of(node, function):
+            if self._is_fixed(part) and (cut := self._noted(part)) is not None:
+                yield from ((cut.keeper(width), width) for width in self._widths(part) or ())
 
     def _widths_of_zeros(self, node: Any, function: Any) -> Iterator[tuple[nn.Module, Width]]:
         """(module, what it keeps) of zeros that a recurrent module is given as its state, where a node reads that."""
@@ -282,37 +293,6 @@ class Graph(Nodes):
             inverse.index_mapping = [each.inverse for each in reversed(maps)]
             source.dependencies.append(forward)
             node.dependencies.append(inverse)
-
-    def _tie_embeddings(self) -> None:
-        """Embeddings that share a weight, as an encoder's and a decoder's do, lose the same channels; and so does what
-        a head reads whose weight is an embedding's."""
-        sharing: dict[int, list[tuple[Any, Any]]] = {}
-        for node in self.module2node.values():
-            pruner = self.get_pruner_of_module(node.module)
-            if node.type == OPTYPE.EMBED:
-                sharing.setdefault(id(node.module.weight), []).append((node, pruner.prune_out_channels))
-            elif type(node.module) is nn.Linear:
-                sharing.setdefault(id(node.module.weight), []).append((node, pruner.prune_in_channels))
-        for ends in sharing.values():
-            if any(node.type == OPTYPE.EMBED for node, _ in ends):
-                self._tie(ends)
-
-    def _tie_states(self) -> None:
-        """All layers and directions of a recurrent module keep states of one width: they lose the same units."""
-        for module in self.model.modules():
-            nodes = [node for layer in recurrent.state_layers(module)
-                     if (node := self.module2node.get(layer)) is not None]
-            self._tie([(node, self.get_pruner_of_module(node.module).prune_out_channels) for node in nodes])
-            projected = [self.module2node[layer] for layer in recurrent.projections(module)
-                         if layer in self.module2node]
-            self._tie([(node, self.get_pruner_of_module(node.module).prune_out_channels) for node in projected])
-
-    def _tie(self, ends: Iterable[tuple[Any, Any]]) -> None:
-        """What goes of the channels of one goes of all others'. ends: (node, what prunes those channels)."""
-        for (one, trigger), (other, handler) in itertools.permutations(ends, 2):
-            dependency = tp.dependency.Dependency(trigger, handler, one, other)
-            dependency.index_mapping = []
-            one.dependencies.append(dependency)
 
     def _index_map(self, source: Any, node: Any) -> IndexMap | None:
         """From the channels of a node's one input to its output's; None where each stays where it is."""

@@ -1,7 +1,8 @@
-"""Convolutions whose own code runs other modules, as detectron2's does, which has a normalisation and an activation.
+"""Linears and convolutions whose own code runs other modules, as detectron2's does, which has a normalisation and an
+activation.
 
-Torch-Pruning's tracer takes what a module returns for what its weight makes. Of such a convolution that is what the
-last module inside makes.
+Torch-Pruning's tracer takes what a module returns for what its weight makes. Of such a layer that is what the last
+module inside makes.
 """
 
 from collections import deque
@@ -19,7 +20,7 @@ from fastscore.modules.norms.channel_norms import norm_of
 
 
 def of(model: nn.Module) -> list[nn.Module]:
-    """The convolutions of `model` that hold layers, and these, which come first."""
+    """The Linears and convolutions of `model` that hold layers, and these, which come first."""
     found = list[nn.Module]()
     for module in model.modules():
         if _holds_others(module):
@@ -46,8 +47,13 @@ def move(of_function: dict[Any, Any], made: Mapping[nn.Module, list[Any]]) -> No
                 of_function[inner] = module
 
 
+def holds_norm(layer: nn.Module) -> bool:
+    """Whether the code of a layer runs a normalisation over its channels, which it holds."""
+    return _holds_others(layer) and any(norm_of(part) is not None for part in layer.modules() if part is not layer)
+
+
 def _holds_others(module: nn.Module) -> bool:
-    return isinstance(module, _ConvNd) and bool(module._modules) and not parametrized(module)
+    return isinstance(module, (nn.Linear, _ConvNd)) and bool(module._modules) and not parametrized(module)
 
 
 def _reading(function: Any, weight: Any) -> Any:
@@ -59,7 +65,13 @@ def _reading(function: Any, weight: Any) -> Any:
             continue
         seen.add(node)
         sources = [source for source, _ in node.next_functions]
-        if any(getattr(source, "variable", None) is weight for source in sources):
+        if any(getattr(_before_turned(source), "variable", None) is weight for source in sources):
             return node
         work += sources
     return None
+
+
+def _before_turned(function: Any) -> Any:
+    """What a Linear's product turns, its weight; any other function as it is."""
+    return function.next_functions[0][0] if function is not None and function.name().startswith("TBackward") \
+        else function

@@ -237,11 +237,15 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
     def _chunked(self, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Iterator[tuple[Any, int, np.ndarray]]:
         """Each split or slice into equal parts, their width, and the positions in the whole."""
         for (node, function), at in positions.items():
-            if node.type in LAYERS and function.__name__ == "prune_in_channels":
-                continue
-            for cut in [node, *(onward for onward in node.outputs if onward.type == OPTYPE.SLICE)]:
-                if (cut is not node or node.type == OPTYPE.SPLIT) and (width := self._chunk(cut)) is not None:
+            for cut in self._cuts_of(node, function):
+                if (width := self._chunk(cut)) is not None:
                     yield cut, width, at
+
+    def _cuts_of(self, node: Any, function: Any) -> Iterator[Any]:
+        """The splits and slices of what lies at a node: of the whole, where positions are those in it."""
+        if node.type not in LAYERS or function.__name__ != "prune_in_channels":
+            yield from (cut for cut in (node, *node.outputs)
+                        if cut.type == (OPTYPE.SPLIT if cut is node else OPTYPE.SLICE))
 
     def _chunk(self, node: Any) -> int | None:
         """The width of the equal parts that channels are split into; None where they are not, or need not be equal. Of

@@ -13,6 +13,7 @@ from fastscore.batches import tensors_of
 from fastscore.graph.cutting.cut_widths import Cut, calling_module, cut_of, width_of_code
 
 _SPLITS = (torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes)
+_SLICES = (Tensor.__getitem__, torch.narrow, Tensor.narrow)
 _ZEROS = (torch.zeros, Tensor.new_zeros)
 
 
@@ -102,7 +103,7 @@ class NotedCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         self._note_unused(output)
-        part = output[0] if func in _SPLITS and output else output if func is Tensor.__getitem__ else None
+        part = output[0] if func in _SPLITS and output else output if func in _SLICES else None
         if part is not None and part.grad_fn is not None and (cut := cut_of(part.grad_fn)) is not None:
             self.cuts.append(cut)
         if isinstance(output, Tensor) and not output.requires_grad and output.dim():

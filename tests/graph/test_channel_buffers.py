@@ -108,6 +108,25 @@ def test_filters_of_anti_aliasing_pools_go_with_their_channels(tmp_path: Path) -
     assert (pool.channels, tuple(pool.filt.shape)) == (4, (4, 1, 3, 3))
 
 
+class Blurred(nn.Module):
+    """The published anti-aliasing pool, which holds its padding; it says how many channels there are."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.width, self.pad = channels, nn.ReflectionPad2d(1)
+        self.register_buffer("filt", torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]).repeat(channels, 1, 1, 1) / 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(self.pad(x), self.filt, stride=2, groups=self.width)
+
+
+def test_a_pool_that_holds_its_padding(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    pool = whole_way.check(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Blurred(8), nn.Conv2d(8, 4, 1)), x,
+                           ["0"], tmp_path).model[2]
+    assert (pool.width, tuple(pool.filt.shape)) == (4, (4, 1, 3, 3))
+
+
 def test_only_modules_with_one_number_for_each_channel_have_a_width() -> None:
     """Or a filter; and none that Torch-Pruning knows, that holds parameters or modules, or whose buffers differ."""
     def holding(*shapes: tuple[int, ...]) -> nn.Module:

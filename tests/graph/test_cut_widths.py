@@ -118,10 +118,31 @@ class Rest(Cutting):
         return torch.cat([self.block(first), rest.relu()], 1)
 
 
+class Narrowed(Rest):
+    """By narrow()."""
+
+    def parts(self, x: Tensor) -> Tensor:
+        width = self.block.state
+        return torch.cat([self.block(x.narrow(1, 0, width)), torch.narrow(x, 1, width, x.shape[1] - width).relu()], 1)
+
+
+class Crossed(Cutting):
+    """Of a cross-stage partial network: the part from a place on is read by the first layer that is found."""
+
+    def numbers(self) -> None:
+        self.half = 5
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def parts(self, x: Tensor) -> Tensor:
+        one, other = x[:, :self.half], x[:, self.half:]
+        return torch.cat([one, self.conv(other).relu()], 1)
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "a list": (Mixed, ["stem"]), "two numbers": (Partial, ["stem", "conv"]), "a number": (Scaled, ["stem", "convs.1"]),
     "half a number": (Halved, ["stem", "conv"]), "slices": (Sliced, ["stem", "conv"]),
-    "the rest": (Rest, ["stem", "block.conv"])}
+    "the rest": (Rest, ["stem", "block.conv"]), "narrow": (Narrowed, ["stem", "block.conv"]),
+    "crossed": (Crossed, ["stem", "conv"])}
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -134,8 +155,8 @@ def test_parts_lose_channels(kind: str, tmp_path: Path) -> None:
     numbers = [name for name, value in before.items() if name in after and not name.startswith("_")
                and type(value) in (int, list) and value != after[name]]
     assert numbers == {"a list": ["splits"], "two numbers": ["dim_conv", "dim_rest"], "a number": ["width"],
-                       "half a number": ["expand_chs"], "slices": ["begins"], "the rest": []}[kind]
-    assert kind != "the rest" or result.model.block.state == result.model.block.conv.in_channels < 3
+                       "half a number": ["expand_chs"], "slices": ["begins"], "crossed": ["half"]}.get(kind, [])
+    assert kind not in ("the rest", "narrow") or result.model.block.state == result.model.block.conv.in_channels < 3
     again = fastscore.prune(result.model, fastscore.score(result.model, [x], progress=False), x, channels=0.7,
                             scope="layer", compensate=False).model
     fastscore.save_pruned(again, tmp_path / "again.safetensors")

@@ -1,4 +1,4 @@
-"""Convolutions whose own code runs a normalisation and an activation, which they hold."""
+"""Layers whose own code runs a normalisation and an activation, which they hold."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -73,9 +73,39 @@ class Squeezed(nn.Conv2d):
         return y * self.excite(self.squeeze(y.mean((2, 3), keepdim=True)).relu()).sigmoid()
 
 
+class Linear(nn.Linear):
+    """The same of features, or tokens."""
+
+    def __init__(self, inputs: int, outputs: int, norm: nn.Module, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, bias)
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(super().forward(x)))
+
+
+class OfImages(nn.LayerNorm):
+    """Over the channels of images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Tokens(nn.Module):
+    """Of a network for features one for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(Linear(3, 8, nn.LayerNorm(8)), Linear(8, 8, nn.LayerNorm(8), False), nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.flatten(2).mT).mean(1)
+
+
 NORMS: dict[str, tuple[Callable[[int], nn.Module], Any]] = {
     "BatchNorm": (nn.BatchNorm2d, F.relu), "in place": (nn.BatchNorm2d, nn.ReLU(inplace=True)),
-    "frozen": (Frozen, None), "GroupNorm": (lambda channels: nn.GroupNorm(2, channels), nn.SiLU())}
+    "frozen": (Frozen, None), "GroupNorm": (lambda channels: nn.GroupNorm(2, channels), nn.SiLU()),
+    "LayerNorm": (OfImages, nn.GELU())}
 
 
 @pytest.mark.parametrize("kind", list(NORMS))
@@ -83,6 +113,12 @@ def test_channels_go_with_the_norms_inside(kind: str, tmp_path: Path) -> None:
     norm, activation = NORMS[kind]
     check(lambda: nn.Sequential(Conv2d(3, 8, 3, norm=norm(8), activation=activation),
                                 Conv2d(8, 8, 3, norm=norm(8), bias=False), nn.Conv2d(8, 4, 1)), X, ["0", "1"], tmp_path)
+
+
+def test_linears_with_norms_inside(tmp_path: Path) -> None:
+    check(lambda: nn.Sequential(Linear(3, 8, nn.BatchNorm1d(8)), Linear(8, 8, nn.BatchNorm1d(8), False),
+                                nn.Linear(8, 4)), X[:, :, 0, 0], ["0", "1"], tmp_path)
+    check(Tokens, X, ["net.0", "net.1"], tmp_path)
 
 
 def test_a_depthwise_convolution_that_holds_the_next(tmp_path: Path) -> None:

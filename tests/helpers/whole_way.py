@@ -85,14 +85,17 @@ def _gate_input(edge: Member, gates: list[Tensor], layer: nn.Module, args: tuple
 
 
 def _gate_statistics(norm: nn.Module, edge: Member, gates: list[Tensor]) -> None:
-    """Have a LayerNorm, or RMSNorm, of the last dimension count a channel as its gate says, by definition."""
+    """Have a LayerNorm, or RMSNorm, of the last dimension, or a LayerNorm with its own forward of images, count a
+    channel as its gate says, by definition."""
     assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
+    dim = -1 if type(norm).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) else -3
 
     def forward(x: Tensor) -> Tensor:
+        x = x.movedim(dim, -1)
         counted = x * torch.ones(x.shape[-1], dtype=x.dtype).index_put((edge.index,), gates[0][edge.channel])
         mean = counted.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x.new_zeros(())
         y = (x - mean) / ((counted - mean).square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
-        return y + norm.bias if isinstance(norm, nn.LayerNorm) else y
+        return (y + norm.bias if isinstance(norm, nn.LayerNorm) else y).movedim(-1, dim)
 
     norm.forward = forward
 

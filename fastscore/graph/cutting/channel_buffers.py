@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from fastscore.modules.norms import channel_norms
 from fastscore.modules.weights import parameter_layers, transposed_linear
 
-_COUNTS = ("num_features", "channels")  # attributes that say how many there are
+_COUNTS = ("num_features", "channels")  # attributes that say how many there are, whatever else is as many
 
 
 def width(module: nn.Module) -> int | None:
     """For how many channels a module keeps numbers, if in buffers alone and one for each, as FrozenBatchNorm2d does, or
     a filter, as anti-aliasing pools do.
 
-    None for modules that Torch-Pruning knows, that hold other modules or parameters, and whose buffers differ.
+    None for modules that Torch-Pruning knows, that hold parameters, or modules with any such tensor of theirs, as the
+    padding of a pool has none, and whose buffers differ.
     """
-    if tp.ops.module2type(module) != tp.ops.OPTYPE.ELEMENTWISE or module._modules or module._parameters:
+    if tp.ops.module2type(module) != tp.ops.OPTYPE.ELEMENTWISE or module._parameters or any(
+            part._parameters or part._buffers for part in module.modules() if part is not module):
         return None
     dims = [(buffer, _channel_dim(buffer)) for _, buffer in _per_channel(module)]
     sizes = {None if dim is None else buffer.shape[dim] for buffer, dim in dims}
@@ -53,6 +55,14 @@ def _channel_dim(buffer: Tensor) -> int | None:
     return 0 if buffer.dim() > 2 and buffer.shape[0] > 1 == buffer.shape[1] else None
 
 
+def _counts(module: nn.Module, channels: int | None) -> list[str]:
+    """The attributes that say how many channels there are: by their names, or as the code of forward reads them."""
+    code = getattr(type(module).forward, "__code__", None)
+    as_many = [name for name, value in vars(module).items() if type(value) is int and value == channels]
+    return [name for name in as_many if name in _COUNTS] or \
+        [name for name in as_many if code is not None and name in code.co_names]
+
+
 def _cut(module: nn.Module, index: Sequence[int]) -> None:
     """Take `index` out of each per-channel buffer."""
     for name, buffer in list(_per_channel(module)):
@@ -68,9 +78,8 @@ class _Buffers(tp.function.BasePruningFunc):  # type: ignore[misc]
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
         channels = width(layer)
         _cut(layer, idxs)
-        for name in _COUNTS:
-            if channels is not None and vars(layer).get(name) == channels:
-                setattr(layer, name, channels - len(idxs))
+        for name in _counts(layer, channels):
+            setattr(layer, name, getattr(layer, name) - len(idxs))
         return layer
 
     prune_in_channels = prune_out_channels

@@ -123,7 +123,8 @@ def of_untraced(names: Sequence[str], idle: Collection[str], recording: Recordin
         if isinstance(weight, Tensor) and not weight.is_floating_point():
             found[name] = f"its weight is of {weight.dtype}, of which no gradient is taken"
         elif name in recording.several:
-            found[name] = "the forward of its class returns several things"
+            found[name] = f"the forward of its class ({type(recording.layers[name]).__name__}) returns several " \
+                          "things, where one tensor can be followed"
         elif name in recording.transformed:
             found[name] = "it runs under torch.func (vmap, say), where nothing can be followed or measured"
         elif name in recording.without_gradients:

@@ -235,6 +235,8 @@ def _operands(func: Any, name: str | None, args: Any, kwargs: Any) -> list[Tenso
     """What an operation chooses by."""
     if name in _POOLS or name is None:
         return [args[0]] if name else []
+    if name == "bernoulli" and func._schema.name.endswith("_"):  # which writes to its first argument, and reads none
+        args = args[1:]
     given = {key: value for key, value in kwargs.items() if not any(
         argument.name == key and argument.is_out for argument in func._schema.arguments)}
     return [x for x in tensors_of((args, given)) if x.is_floating_point()]

@@ -1,7 +1,7 @@
 """One run of a model, recorded layer by layer; and runs that differ from it by what is asked for."""
 
 from collections.abc import Callable, Collection, Container, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from fastscore import rng
 from fastscore.graph.nodes import PRODUCERS
 from fastscore.graph.trials.choices import TURNS, Choices, Noted
 from fastscore.graph.trials.differences import changed, close, differ
+from fastscore.graph.trials.steady_draws import SteadyDraws
 from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.inspection import channel_dim, device_of, runs_own_code
@@ -51,7 +52,7 @@ class Recording:
 
     def find_several(self) -> None:
         """Note `several`: the model is run, where there are layers of which that can be."""
-        of_their_own = {name: layer for name, layer in self.layers.items() if isinstance(layer, nn.Linear)
+        of_their_own = {name: layer for name, layer in self.layers.items() if runs_own_code(layer)
                         and type(layer).forward not in _RETURN_ONE and not isinstance(layer, ParameterLinear)}
 
         def note(name: str) -> Callable[..., None]:
@@ -74,7 +75,7 @@ class Recording:
     @property
     def layers_that_ran(self) -> set[str]:
         """The layers that were called in the recorded run."""
-        return {layer for layer, outputs in self.outputs.items() if outputs}
+        return {layer for layer, outputs in self.outputs.items() if outputs} | self.several
 
     @contextmanager
     def record(self) -> Iterator[None]:
@@ -209,10 +210,25 @@ class Recording:
         return self._replayed[1]
 
     @cached_property
-    def _replayed(self) -> tuple[dict[str, list[Tensor | None]], Tensor]:
+    def _replayed(self) -> tuple[dict[str, list[Tensor | None]], Tensor, bool]:
         inputs: dict[str, list[Tensor | None]] = {layer: [] for layer in self.outputs}
         output = self._replay_changed({}, lambda layer, call, x: inputs[layer].append(None if x is None else x.clone()))
+        return inputs, output, rng.has_drawn(device_of(self.model))
+
+    @cached_property
+    def steady(self) -> tuple[Mapping[str, list[Tensor | None]], Tensor]:
+        """`inputs` and `output`; where the model's code draws random numbers, those of a run in which all are alike."""
+        inputs, output, drawn = self._replayed
+        if drawn:
+            inputs = {layer: [] for layer in self.outputs}
+            with self.steady_draws():
+                output = self._replay_changed({}, lambda layer, call, x: inputs[layer].append(
+                    None if x is None else x.clone()))
         return inputs, output
+
+    def steady_draws(self) -> AbstractContextManager[object]:
+        """What the runs are in that are compared with `steady`."""
+        return SteadyDraws() if self._replayed[2] else nullcontext()
 
     @cached_property
     def choices(self) -> Noted:

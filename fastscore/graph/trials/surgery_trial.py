@@ -10,7 +10,8 @@ read as zero.
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import TracebackType
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGroup
+from fastscore.graph.layers_inside import holds_norm
 from fastscore.graph.trials import plain_layers
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording, read_by, unwrapped
@@ -164,14 +166,16 @@ def _try_without(recording: Recording, groups: Sequence[ChannelGroup], removed: 
     found = _Findings()
     gone = surgery.removed_indices(groups, removed)
     small: nn.Module = recording.model
+    expected = recording.steady[1]
     try:
         small = surgery.remove_indices(evaluation_copy(recording.model), gone)
-        output = recording.replay({name: _watched(recording, small, name, gone, found) for name in recording.outputs},
-                                  small)
+        with recording.steady_draws():
+            output = recording.replay({name: _watched(recording, small, name, gone, found)
+                                       for name in recording.outputs}, small)
     except Exception as error:  # whatever the model's code does with a width that it does not expect
         found.elsewhere = "does not run", f" ({where(small, error.__traceback__)}: {said(error)})"
         return found
-    if output.shape != recording.output.shape or not _alike(output, recording.output):
+    if output.shape != expected.shape or not _alike(output, expected):
         found.elsewhere = "returns something else", ""
     return found
 
@@ -215,16 +219,16 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
     dim = channel_dim(layer)
     gone_out = gone.get((name, "outputs"))
     gone_in = gone_out if name in recording.norms else gone.get((name, "inputs"))
-    calls = enumerate(recording.outputs[name])
+    calls, inputs = enumerate(recording.outputs[name]), recording.steady[0]
     holds_rest = cache(lambda: plain_layers.holds_rest(layer, whole, gone_in, gone_out))
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         call, full = next(calls, (-1, None))
-        if full is None or call >= len(recording.inputs[name]):  # one call more, or from within a layer
+        if full is None or call >= len(inputs[name]):  # one call more, or from within a layer
             computed: Tensor = type(layer).forward(layer, *args, **kwargs)
             return computed
         expected = _kept(full, dim, gone_out)
-        before = recording.inputs[name][call]
+        before = inputs[name][call]
         x = read_by(args, kwargs)
         if before is None or x is None:
             return expected
@@ -256,7 +260,7 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
                 found.layers.setdefault(name, f"what {name} computes its weight from depends on which channels there "
                                               "are")
             return expected
-        with recording.parameters_of(name, call):
+        with recording.parameters_of(name, call), _outputs_zero(whole, gone_out):
             want = _kept(type(whole).forward(whole, *args, **kwargs), dim, gone_out)
         if made.shape != want.shape or not _alike(made, want):
             found.layers.setdefault(name, f"{name} ({type(layer).__name__}) computes something else with fewer "
@@ -264,6 +268,25 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
         return torch.empty_like(made).copy_(expected) if made.shape == expected.shape else expected  # in its strides
 
     return forward
+
+
+@contextmanager
+def _outputs_zero(layer: nn.Module, gone: Tensor | None) -> Iterator[None]:
+    """In the block, a layer that normalises what its weight makes has zeros there at `gone`, as its normalisation is to
+    count them; any other is as it is."""
+    if gone is None or not holds_norm(layer):
+        yield
+        return
+    before = {name: parameter for name, parameter in layer._parameters.items()
+              if parameter is not None and name in ("weight", "bias")}
+    try:
+        for name, parameter in before.items():
+            dim = 1 if name == "weight" and getattr(layer, "transposed", False) else 0
+            layer._parameters[name] = nn.Parameter(
+                parameter.detach().index_fill(dim, gone.to(parameter.device), 0), parameter.requires_grad)
+        yield
+    finally:
+        layer._parameters.update(before)
 
 
 def _reads_besides(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> bool:

@@ -1,0 +1,65 @@
+"""Channels that go together though nothing leads from one to the other in the traced graph."""
+
+import itertools
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import torch_pruning as tp
+from torch import nn
+
+from fastscore.graph.nodes import OPTYPE, Nodes
+from fastscore.modules.weights import recurrent
+
+_End: TypeAlias = tuple[Any, Any]  # (node, what prunes those of its channels that are meant)
+
+
+def tie(graph: Nodes) -> None:
+    """Add dependencies between the nodes of such channels."""
+    _tie_embeddings(graph)
+    _tie_states(graph)
+    _tie_places(graph)
+
+
+def _tie_embeddings(graph: Nodes) -> None:
+    """Embeddings that share a weight, as an encoder's and a decoder's do, lose the same channels; and so does what
+    a head reads whose weight is an embedding's."""
+    sharing: dict[int, list[_End]] = {}
+    for node in graph.module2node.values():
+        if node.type == OPTYPE.EMBED:
+            sharing.setdefault(id(node.module.weight), []).append(_made(graph, node))
+        elif type(node.module) is nn.Linear:
+            pruner = graph.get_pruner_of_module(node.module)
+            sharing.setdefault(id(node.module.weight), []).append((node, pruner.prune_in_channels))
+    for ends in sharing.values():
+        if any(node.type == OPTYPE.EMBED for node, _ in ends):
+            _together(ends)
+
+
+def _tie_states(graph: Nodes) -> None:
+    """All layers and directions of a recurrent module keep states of one width: they lose the same units."""
+    for module in graph.model.modules():
+        for layers in (recurrent.state_layers(module), recurrent.projections(module)):
+            _together([_made(graph, graph.module2node[layer]) for layer in layers if layer in graph.module2node])
+
+
+def _tie_places(graph: Nodes) -> None:
+    """What a max-unpooling reads loses the channels with those whose maxima lay where it puts them."""
+    pools, unpools = ([(node, places.data_ptr()) for node in graph.module2node.values()
+                       if (places := getattr(node.grad_fn, key, None)) is not None
+                       and node.grad_fn.name().startswith(kind)]
+                      for kind, key in (("MaxPool", "_saved_result1"), ("MaxUnpool", "_saved_indices")))
+    for (pool, made), (unpool, read) in itertools.product(pools, unpools):
+        if made == read and graph.dim_of(pool) == graph.dim_of(unpool) is not None:
+            _together([_made(graph, pool), _made(graph, unpool)])
+
+
+def _made(graph: Nodes, node: Any) -> _End:
+    return node, graph.get_pruner_of_module(node.module).prune_out_channels
+
+
+def _together(ends: Iterable[_End]) -> None:
+    """What goes of the channels of one goes of all others'."""
+    for (one, trigger), (other, handler) in itertools.permutations(ends, 2):
+        dependency = tp.dependency.Dependency(trigger, handler, one, other)
+        dependency.index_mapping = []
+        one.dependencies.append(dependency)

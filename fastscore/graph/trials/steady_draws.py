@@ -1,0 +1,42 @@
+"""Random numbers that a model's code draws as it runs: one number in place of all of them.
+
+A smaller model draws fewer, so that those that stay get other ones: dropout that runs in evaluation mode, noise that is
+added. Where every one is the same, what is left is what the channels do.
+"""
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastscore.batches import tensors_of
+
+_DRAWN = 0.5  # of every distribution; of what is kept or not, all is kept
+# operations whose results are drawn element by element, all alike; but not about means that layers make, by
+# torch.normal, through which no gradient comes
+_ALIKE = {"rand", "randn", "uniform", "normal", "exponential", "cauchy", "log_normal", "geometric"}
+
+
+class SteadyDraws(TorchDispatchMode):
+    """In the block, what is drawn element by element is one number everywhere."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = _name(func)
+        if name == "native_dropout" and isinstance(out, tuple):
+            return args[0].clone(), torch.ones_like(out[1])
+        if name == "bernoulli":
+            out.fill_(1)
+        elif name in ("rand_like", "randn_like") or (name in _ALIKE and all(x is out for x in tensors_of(args))):
+            out.fill_(_DRAWN)
+        return out
+
+
+def _name(func: Any) -> str:
+    return func._schema.name.split("::")[-1].removesuffix("_") if isinstance(func, torch._ops.OpOverload) else ""
