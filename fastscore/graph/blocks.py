@@ -24,7 +24,7 @@ from fastscore.graph.trials.surgery_trial import some_channels
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import channel_dim, device_of, parameter_owners
-from fastscore.modules.zero_branch import SAME, put, put_zeros, window
+from fastscore.modules.zero_branch import SAME, put, put_zeros, windows
 
 
 @dataclass(frozen=True)
@@ -107,16 +107,15 @@ def _beside_shortcut(modules: Mapping[str, nn.Module], name: str, call: Call, ca
         return None
     added, stream, shortcut = sum_and_stream
     before = runs_before(name, call, stream, modules, calls, readers)
-    branch = None if not before else Branch(name, call, tuple((other, SAME) for other, _ in before),
-                                            SAME - 1 - children.index(shortcut))
-    if branch is None or len(_with_weights(modules, branch)) <= sum(
-            any(parameter.dim() > 1 for parameter in layer._parameters.values() if parameter is not None)
-            for layer in modules[f"{parent}.{shortcut}"].modules()):
+    branch = None if before is None else Branch(name, call, tuple((other, SAME) for other, _ in before),
+                                                SAME - 1 - children.index(shortcut))
+    if branch is None or sum(_layers(modules[other]) for other in branch.modules) <= \
+            _layers(modules[f"{parent}.{shortcut}"]):
         return None
     for other in branch.modules:
         seen = calls[other][0]
         try:
-            resized = window(modules[other]) is None and seen is not None and seen.shape[2:] != seen.read[2:]
+            resized = not windows(modules[other]) and seen is not None and seen.shape[2:] != seen.read[2:]
         except ValueError:
             return None
         if resized or seen is None or seen.returns:
@@ -187,6 +186,12 @@ def _zeroed(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 def _with_weights(modules: Mapping[str, nn.Module], branch: Branch) -> list[str]:
     """The modules of a branch that hold weights, and not the numbers of a normalisation alone."""
     return [name for name in branch.modules if any(parameter.dim() > 1 for parameter in modules[name].parameters())]
+
+
+def _layers(module: nn.Module) -> int:
+    """How many layers with weights a module holds, or is."""
+    return sum(any(parameter is not None and parameter.dim() > 1 for parameter in layer._parameters.values())
+               for layer in module.modules())
 
 
 def _last_alone(modules: Mapping[str, nn.Module], branch: Branch) -> Iterator[Branch]:

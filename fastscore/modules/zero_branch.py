@@ -3,7 +3,7 @@ that changes it.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,40 +34,49 @@ class ZeroBranch(nn.Module):
         return f"returns={self.returns}" if self.returns else ""
 
 
+Window: TypeAlias = Sequence[tuple[int, int, int, int]]  # of each dimension: kernel size, stride, padding, dilation
+
+
 class ResizedZeros(ZeroBranch):
-    """Zeros of the size that a convolution, or pool, made of its input's, and of as many channels as a shortcut makes.
+    """Zeros of the size that a convolution or pool, or several, made of its input's, and of as many channels as a
+    shortcut makes.
 
     Attributes:
-        window: of each dimension of an image, kernel size, stride, padding and dilation; None: all keep their size.
+        windows: of what changed the size, one after the other; none where all keep it.
         shortcut: the module beside this one that makes as many channels; "": there are as many as it reads.
         channels: how many these are.
     """
 
-    def __init__(self, window: Sequence[tuple[int, int, int, int]] | None, shortcut: str = "", channels: int = 0
-                 ) -> None:
+    def __init__(self, windows: Sequence[Window], shortcut: str = "", channels: int = 0) -> None:
         super().__init__()
-        self.window, self.shortcut, self.channels = window, shortcut, channels
+        self.windows, self.shortcut, self.channels = windows, shortcut, channels
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, ...] -> [N, channels, ...]."""
-        sizes = x.shape[2:] if self.window is None else [
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, (kernel, stride, padding, dilation) in zip(x.shape[2:], self.window, strict=True)]
+        sizes = list(x.shape[2:])
+        for window in self.windows:
+            sizes = [(size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+                     for size, (kernel, stride, padding, dilation) in zip(sizes, window, strict=True)]
         return x.new_zeros(x.shape[0], self.channels if self.shortcut else x.shape[1], *sizes)
 
     def extra_repr(self) -> str:
         """Where its shape comes from."""
-        return f"window={self.window}" + (f", channels={self.channels}, as {self.shortcut} makes" if self.shortcut
+        return f"windows={self.windows}" + (f", channels={self.channels}, as {self.shortcut} makes" if self.shortcut
                                           else "")
 
 
 SAME = -1  # returns: of as many channels as it reads. Below: as child number SAME - 1 - returns of its owner makes
 
 
-def window(module: nn.Module) -> list[tuple[int, int, int, int]] | None:
-    """That of a convolution or pool; None of what has none. Raises ValueError where no numbers tell it."""
-    if not hasattr(module, "kernel_size"):
-        return None
+def windows(module: nn.Module) -> list[Window]:
+    """Those of the convolutions and pools in a module, or that it is, which change the size; in the order in which it
+    holds them. Raises ValueError where no numbers tell one."""
+    found = [_window(part) for part in module.modules() if hasattr(part, "kernel_size")]
+    return [window for window in found if any(
+        stride > 1 or 2 * padding != dilation * (kernel - 1) for kernel, stride, padding, dilation in window)]
+
+
+def _window(module: nn.Module) -> Window:
     dims = len(module.kernel_size) if isinstance(module.kernel_size, tuple) else 2
     parts = []
     for name, usual in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
@@ -107,7 +116,7 @@ def put_zeros(model: nn.Module, name: str, returns: int) -> None:
     """Put zeros in the place of the branch of that qualified name, in place. returns: of a ZeroBranch; or what
     ResizedZeros stand there: see SAME."""
     old, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
-    zeros = ZeroBranch(returns) if returns > SAME else ResizedZeros(window(old))
+    zeros = ZeroBranch(returns) if returns > SAME else ResizedZeros(windows(old))
     if isinstance(zeros, ResizedZeros) and returns < SAME:
         zeros.shortcut = list(owner._modules)[SAME - 1 - returns]
         zeros.channels = channels_of(owner.get_submodule(zeros.shortcut))

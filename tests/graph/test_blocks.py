@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from oracles import untouched
-from residual_networks import CASES, Residual, case, of_images, run
+from residual_networks import CASES, Beside, Residual, case, of_images, run
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer, resnet
 
@@ -102,14 +102,14 @@ def test_branches_go_with_channels_under_one_budget(name: str, tmp_path: Path) -
 
 
 def _down(strided: int) -> nn.Module:
-    """Blocks that change the size: torchvision's, timm's whose shortcut pools first, and one whose shortcut is larger
-    than the branch, which is then none; strided: of the first."""
+    """Blocks that change the size: torchvision's, timm's whose shortcut pools first, one whose shortcut is larger than
+    the branch, which is then none, and one that holds its branch as a whole; strided: of the first."""
     down = nn.Sequential(nn.Conv2d(8, 12, 1, strided, bias=False), nn.BatchNorm2d(12))
     pool = nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False), nn.Conv2d(12, 16, 1))
     large = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1))
     return of_images(resnet.BasicBlock(8, 12, strided, down),
                    timm.models.resnet.Bottleneck(12, 4, 2, pool, attn_layer=timm.layers.SEModule),
-                   resnet.BasicBlock(16, 16, 2, large), width=16)
+                   resnet.BasicBlock(16, 16, 2, large), Beside(16, 16, 2), width=16)
 
 
 @pytest.mark.parametrize("strided", [1, 2])
@@ -126,8 +126,8 @@ def test_where_a_shortcut_changes_the_shape_the_branch_goes_and_it_stays(strided
     model, x = build(), torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double()
     scores = fastscore.score(model, [x], units="blocks", progress=False)
     found = [name for name in scores if len(scores[name]) == 1]
-    assert found == ["3", "4"]
-    first = replace(scores, totals={name: scores.totals[name] * 1e-9 if name in found else scores.totals[name]
+    assert found == ["3", "4", "6.body"]
+    first = replace(scores, totals={name: (scores.totals[name] + 1e-9) * (name not in found)  # which go first
                                     for name in scores})
     result = fastscore.prune(model, first, x, channels=0.7, cost_aware=False, compensate=False, progress=False)
     assert set(found) < set(result.removed)

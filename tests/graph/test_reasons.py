@@ -266,18 +266,28 @@ def test_a_model_that_is_prepared_for_quantization_has_a_way_out() -> None:
     assert prepared(small)(x).shape == (8, 2)
 
 
-def test_a_model_that_takes_gradients_of_its_own_is_left_alone() -> None:
-    """An energy, whose gradient is the output: of what its layers gave before there is none."""
+def test_a_model_that_takes_gradients_of_its_own_is_left_alone_or_scored_without() -> None:
+    """An energy, whose gradient is the output: of what its layers gave before there is none. By what it is taken of,
+    channels go, and the gradients of the smaller model are those of the masked one."""
     class Force(Chain):
+        def energy(self, x: Tensor) -> Tensor:
+            return self.last(self.b(self.a(x).tanh()).tanh())
+
         def forward(self, x: Tensor) -> Tensor:
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
-                energy = self.last(self.b(self.a(x).tanh()).tanh()).sum()
-                return torch.autograd.grad(energy, x, create_graph=True)[0]
+                return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
 
     with pytest.raises(ValueError, match=r"no channel that can be scored\n(.*\n)*  a: the model's code takes "
-                                         r"gradients of its own, .*\(RuntimeError: .*\), which is how channels are"):
+                                         r"gradients of its own, .*lambda model, batch: model.energy\(batch\)"):
         fastscore.score(Force(), [torch.randn(3, 6)], progress=False)
+    model, x = Force().double().eval(), torch.randn(3, 6, dtype=torch.float64)
+    options: dict[str, Any] = {"forward": lambda model, batch: model.energy(batch)}
+    scores = fastscore.score(model, [x], progress=False, **options)
+    assert list(scores) == ["a", "b"]
+    small = fastscore.prune(model, scores, x, channels=0.5, compensate=False, **options).model
+    with fastscore.mask(model, scores, 0.5, x, compensate=False, **options):
+        torch.testing.assert_close(small(x), model(x))
 
 
 def test_a_single_channel_has_to_stay() -> None:

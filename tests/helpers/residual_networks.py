@@ -39,6 +39,20 @@ def of_images(*blocks: nn.Module, width: int = 8, last: bool = False) -> nn.Modu
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
 
 
+class Beside(nn.Module):
+    """A branch that is a module of its own, of any kernels, beside a shortcut that is one, too."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.body = nn.Sequential(nn.Conv2d(inputs, 6, 3, padding=2), nn.BatchNorm2d(6), nn.ReLU(),
+                                  nn.Sequential(nn.Conv2d(6, 6, 5, stride, padding=1, groups=6), nn.BatchNorm2d(6)),
+                                  timm.layers.SqueezeExcite(6), nn.Conv2d(6, outputs, 1), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.shortcut(x) + self.body(x)).tanh()
+
+
 class Turn(nn.Module):
     """[N, C, H, W] -> [N, H, W, C], and back."""
 

@@ -101,8 +101,9 @@ def of_gradients_of_its_own(recording: Recording) -> dict[str, str]:
     except RuntimeError as error:
         if "not require grad" not in str(error):
             raise
-        reason = "the model's code takes gradients of its own, through layers that give what they gave before " \
-                 f"({said(error)}), which is how channels are followed"
+        reason = "the model's code takes gradients of its own, as forces are of an energy, and channels are followed " \
+                 "where layers give what they gave before, of which there are none: let forward= return what they " \
+                 "are taken of, and take none (lambda model, batch: model.energy(batch), say)"
         return dict.fromkeys(sorted(recording.layers_that_ran), reason)
     return {}
 
