@@ -11,7 +11,6 @@ from fastscore.graph import units
 from fastscore.graph.cutting import beside_weights
 from fastscore.graph.groups import Member, Role
 from fastscore.graph.trials.recording import READ, Recording
-from fastscore.graph.trials.surgery_trial import said
 from fastscore.modules.inspection import channel_dim, parametrized, shared_parameters
 from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.computed_weights import PLAIN, unused_parameters, why_it_computes_on
