@@ -93,8 +93,7 @@ class Convolution:
         weight = layer.weight.detach()
         slow = layer.groups == layer.in_channels and weight.dtype == torch.bfloat16
         self.transposed = min(self.backward_padding) < 0 or (self.spread_first and not slow)
-        flipped = weight if self.transposed else \
-            weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
+        flipped = weight if self.transposed else _flipped(weight, self.groups)
         backward_size = self._unstrided(size) if self.spread_first and not self.transposed else \
             [(each - 1) // s + 1 for each, s in zip(self._unstrided(size), self.stride, strict=True)]
         self.weight = _PrepackedWeight(weight, self._prepack_forward, layer.in_channels, size)
@@ -157,6 +156,21 @@ class Convolution:
         wide = torch.empty((*x.shape[:2], *size), dtype=x.dtype, memory_format=torch.channels_last).zero_()
         wide[:, :, ::self.stride[0], ::self.stride[1]] = x
         return wide
+
+
+def _flipped(weight: Tensor, groups: int) -> Tensor:
+    """[C_out, C_in / groups, H, W] -> [C_in, C_out / groups, H, W], each kernel turned by 180 degrees."""
+    if groups > 1:
+        return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
+    # PyTorch transposes matrices block by block, and what has more dimensions number by number
+    outputs, inputs, *kernel = weight.shape
+    taps = weight.permute(0, 2, 3, 1).reshape(outputs, -1).t().contiguous().view(-1, inputs, outputs)
+    if len(taps) > 1:
+        turned = taps.new_empty(inputs, len(taps), outputs)
+        for at, tap in enumerate(reversed(taps.unbind())):
+            turned[:, at] = tap
+        taps = turned
+    return taps.view(inputs, *kernel, outputs).permute(0, 3, 1, 2)
 
 
 def adds(layer: Layer) -> bool:
