@@ -170,7 +170,8 @@ def _flipped(weight: Tensor, groups: int) -> Tensor:
         for at, tap in enumerate(reversed(taps.unbind())):
             turned[:, at] = tap
         taps = turned
-    return taps.view(inputs, *kernel, outputs).permute(0, 3, 1, 2)
+    flipped: Tensor = taps.view(inputs, *kernel, outputs).permute(0, 3, 1, 2)
+    return flipped
 
 
 def adds(layer: Layer) -> bool:

@@ -61,6 +61,10 @@ def test_a_number_of_steps_is_found_by_what_is_counted(steps: list[float], data:
     assert counted(macs, wrong).steps_to(limit, low, high) == expected
     left = counted(macs, [0.9 * each for each in macs])
     assert left.steps_to(limit, low, high) == expected
+    looks = list[int]()
+    held = MacsLeft(macs, lambda count: (looks.append(count), macs[count])[1], sums_hold=True)
+    assert held.steps_to(limit, low, high) == expected
+    assert len(looks) <= 1  # as foreseen: the step before it is not looked at
 
 
 @given(st.lists(st.floats(0.01, 5.0), min_size=1, max_size=60), st.data())

@@ -30,6 +30,8 @@ QUICK = settings(max_examples=60, deadline=None, derandomize=True, suppress_heal
 class Prices:
     """The costs of independent groups: each channel of a group costs the same."""
 
+    sums_hold = False
+
     def __init__(self, **groups: tuple[int, float]) -> None:
         self.price = {name: price for name, (_, price) in groups.items()}
         self.totals = {"channels": sum(n for n, _ in groups.values()), "params": sum(n * p for n, p in groups.values()),

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.graph.tracing import trace
 from fastscore.modules.macs.counting import count
-from fastscore.pruning.budgets import latency, quality
+from fastscore.pruning import surgery
+from fastscore.pruning.budgets import costs, latency, quality
 from fastscore.pruning.budgets.selection import MacsLeft
 from fastscore.pruning.report import Timing
 
@@ -142,6 +143,37 @@ def test_a_budget_is_missed_by_less_than_any_channel(percent: int) -> None:
     assert macs_of(small) <= limit
     for more in (one + 1, two), (one, two + 1):
         assert more[0] > 24 or more[1] > 20 or 7 * (5 * more[0] + 2 * more[0] * more[1] + 3 * more[1]) > limit
+
+
+class Plain(nn.Sequential):
+    """Its MACs are those of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 20, 3), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(320, 3))
+
+
+@pytest.mark.parametrize(("build", "size", "most"), [(Plain, (3, 8, 8), 5), (Watched, (7, 5), 99)])
+def test_models_are_cut_and_counted_a_few_times(build: Callable[[], nn.Module], size: tuple[int, ...], most: int,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense one; without a channel of each group; at the budget, with what came back; and what is returned."""
+    torch.manual_seed(0)
+    model, x = build().eval(), torch.randn(2, *size)
+    scores = fastscore.score(model, [x], progress=False)
+    counts = list[int]()
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        found = count(*args, **kwargs)
+        counts.append(found.macs)
+        return found
+
+    monkeypatch.setattr(costs, "count", counting)
+    monkeypatch.setattr(surgery, "count", counting)
+    for percent in range(30, 90, 7):
+        counts.clear()
+        result = fastscore.prune(model, scores, x, macs=percent / 100, progress=False)
+        assert len(counts) <= most
+        assert counts[-1] == count(result.model, x).macs == result.report.macs[1] <= percent / 100 * counts[0]
 
 
 @pytest.mark.parametrize("samples", [1, 3, 7])

@@ -20,13 +20,18 @@ def differ(x: Tensor, before: Tensor, dim: int, excused: Tensor | None) -> bool:
         return True
     if not x.numel():
         return False
-    difference = (x - before).abs() if x.is_floating_point() else (x != before).byte()
+    difference = x - before if x.is_floating_point() else (x != before).byte()
     # not the least bit, as most of it is; NaN is not 0
-    unequal = difference.movedim(dim, 0).reshape(x.shape[dim], -1).amax(1) != 0
+    unequal = largest_magnitude(difference.movedim(dim, 0).reshape(x.shape[dim], -1), 1) != 0
     if excused is not None:
         unequal[excused.to(unequal.device)] = False
     index = unequal.nonzero().flatten()
     return len(index) > 0 and not close(x.index_select(dim, index), before.index_select(dim, index), before).all()
+
+
+def largest_magnitude(x: Tensor, dim: int) -> Tensor:
+    """x.abs().amax(dim), of a complex x too, in half the time: nothing as large as x is written."""
+    return x.abs().amax(dim) if x.is_complex() or x.dtype == torch.uint8 else torch.maximum(x.amax(dim), -x.amin(dim))
 
 
 def close(x: Tensor, before: Tensor, scale: Tensor | None = None, rounding: float | None = None) -> Tensor:

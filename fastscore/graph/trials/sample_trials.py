@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastscore import rng
 from fastscore.batches import Batch, first_tensor
+from fastscore.graph.trials.differences import largest_magnitude
 from fastscore.graph.trials.row_gradients import rows_alone
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import device_of
@@ -133,7 +134,7 @@ class _Watch(torch.autograd.Function):
 def _reached(g: Tensor, channel: int) -> Tensor:
     """Where g is not zero in some channel; NaN and infinity tell nothing."""
     if g.numel():
-        largest = g.abs().amax(channel)
+        largest = largest_magnitude(g, channel)
         if largest.isfinite().all():
             return largest != 0
     return ((g != 0) & g.isfinite()).any(channel)

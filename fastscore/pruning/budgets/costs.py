@@ -45,6 +45,7 @@ class Costs:
     fastscore.recovery.compensation), but for `kept_biases`, those of the graph. batch_dim: the dimension of the example
     inputs that counts samples.
     returned: what the model returned when its MACs were counted. uncounted: what no formula knew then.
+    sums_hold: whether learn_products found nothing that the sums over the groups' layers did not tell.
     """
 
     def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup], example_inputs: batches.Batch,
@@ -98,6 +99,7 @@ class Costs:
             "macs": counted.macs,
         }
         self.dense: Mapping[Resource, float] = dict(self.totals)
+        self.sums_hold = False
 
     def _split(self, at: Mapping[tuple[str, Side, int], Sequence[_Part]]) -> dict[str, list[Places]]:
         """Group -> where it takes what others may take, too, as heads do that go beside their dimensions: each position
@@ -146,6 +148,7 @@ class Costs:
         All groups lose a unit at once; where other MACs remain than were foreseen, halves do, down to single groups.
         """
         if groups := [group for group in self.groups.values() if int(group.unit.max()) > 0]:
+            self.sums_hold = True
             self._learn(groups, macs_without)
 
     def _learn(self, groups: Sequence[ChannelGroup], macs_without: MacsWithout) -> None:
@@ -161,6 +164,7 @@ class Costs:
             more = foreseen - macs_without(gone)
         except RuntimeError:  # of a group that goes, the trial of the selection tells it
             more = math.nan
+        self.sums_hold = self.sums_hold and abs(more) < 0.5
         if len(groups) > 1 and not abs(more) < 0.5:  # or it does not run
             self._learn(groups[:len(groups) // 2], macs_without)
             self._learn(groups[len(groups) // 2:], macs_without)
@@ -168,6 +172,12 @@ class Costs:
             group, each = groups[0], more / len(gone[groups[0].name])
             self._losses[group.name][(1,) * group.channels].append(
                 (LayerCost(group.channels, group.channels, True, each, 0.0, 0.0), "outputs"))
+
+    def alike(self, group: str, channel: int) -> object:
+        """Equal for channels of a group that cost the same."""
+        if self._blocks or self._places:
+            return channel
+        return tuple(positions[channel] for positions in self._losses[group])
 
     def channels_left(self, group: str) -> int:
         """How many of a group's channels there are: none where all that makes them went with a branch; without those
@@ -206,7 +216,8 @@ class Costs:
     def _change(self, group: str, channels: Iterable[int], sign: int) -> None:
         channels = tuple(channels)
         macs = params = 0.0
-        changed = (group, *self._held.get(group, ()), *self._beside.get(group, ()))
+        apart = not self._blocks and not self._places  # from other groups
+        changed = () if apart else (group, *self._held.get(group, ()), *self._beside.get(group, ()))
         before = sum(map(self.channels_left, changed))
         for cost in self._blocks.get(group, {}).values() if channels else ():
             cost.present = True
@@ -225,7 +236,7 @@ class Costs:
             macs += more_macs
             params += more_params
         self._left[group] += sign * len(channels)
-        self.totals["channels"] += sum(map(self.channels_left, changed)) - before
+        self.totals["channels"] += sign * len(channels) if apart else sum(map(self.channels_left, changed)) - before
         self.totals["macs"] += macs
         self.totals["params"] += params
 

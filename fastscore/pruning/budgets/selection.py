@@ -67,10 +67,12 @@ class MacsLeft:
     Args:
         foreseen: what is expected there; it says where to look.
         count: steps -> what remains in truth; less with more steps.
+        sums_hold: whether what was foreseen has been true so far: where it is true of a number of steps, too, it is
+            believed of one step less.
     """
 
-    def __init__(self, foreseen: Sequence[float], count: Callable[[int], float]) -> None:
-        self._foreseen, self._count = foreseen, count
+    def __init__(self, foreseen: Sequence[float], count: Callable[[int], float], sums_hold: bool = False) -> None:
+        self._foreseen, self._count, self._sums_hold = foreseen, count, sums_hold
         self._counted: dict[int, float] = {}
 
     def __len__(self) -> int:
@@ -95,7 +97,13 @@ class MacsLeft:
             tried += 1
             off = self[guess] - self._foreseen[guess]
             low, high = (low, guess) if self[guess] <= limit else (guess, high)
+            if high == guess and self.is_foreseen(guess) and self._sums_hold and self._foreseen[guess - 1] > limit:
+                break
         return high
+
+    def is_foreseen(self, steps: int) -> bool:
+        """Whether what was foreseen after so many steps is what is counted."""
+        return abs(self[steps] - self._foreseen[steps]) <= max(0.5, 1e-9 * self._foreseen[0])
 
 
 def steps_needed(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float],
@@ -115,8 +123,8 @@ def steps_needed(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resour
     high = left.steps_to(budgets["macs"] * costs.dense["macs"] * (1 + 1e-12), least - 1, len(left))
     if high > len(steps):
         raise OutOfReachError("macs", budgets["macs"], left[len(steps)] / costs.dense["macs"])
-    for step in steps[:high]:
-        costs.remove(step.group, step.channels)
+    for group, channels in _by_group(steps[:high]).items():
+        costs.remove(group, channels)
     costs.totals["macs"] = left[high]
     return high
 
@@ -128,7 +136,7 @@ def macs_along(steps: Sequence[RemovalStep], costs: Costs, macs_without: MacsWit
         costs.remove(step.group, step.channels)
         foreseen.append(costs.totals["macs"])
     restore(steps, costs)
-    return MacsLeft(foreseen, lambda count: macs_without(channels_of(steps[:count])))
+    return MacsLeft(foreseen, lambda count: macs_without(channels_of(steps[:count])), costs.sums_hold)
 
 
 def _foreseen_steps(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float]) -> int:
@@ -158,8 +166,8 @@ def rounded_up(share: float) -> str:
 
 def restore(steps: Sequence[RemovalStep], costs: Costs) -> None:
     """Give back the channels of `steps`, the last that went."""
-    for step in reversed(steps):
-        costs.restore(step.group, step.channels)
+    for group, channels in _by_group(steps).items():
+        costs.restore(group, channels)
     if costs.totals["channels"] == costs.dense["channels"]:
         costs.totals.update(costs.dense)  # without the rounding of sums and differences
 
@@ -197,12 +205,12 @@ def select(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, fl
 
 def _are_foreseen(taken: Sequence[RemovalStep], costs: Costs) -> bool:
     """Whether the MACs that `costs` now tell, which were counted, are those that its sums say."""
-    counted = costs.totals["macs"]
-    for step in reversed(taken):
-        costs.restore(step.group, step.channels)
+    counted, gone = costs.totals["macs"], _by_group(taken)
+    for group, channels in gone.items():
+        costs.restore(group, channels)
     off = costs.totals["macs"] - costs.dense["macs"]
-    for step in taken:
-        costs.remove(step.group, step.channels)
+    for group, channels in gone.items():
+        costs.remove(group, channels)
     costs.totals["macs"] = counted
     return abs(off) <= max(0.5, 1e-9 * costs.dense["macs"])
 
@@ -236,10 +244,14 @@ def _give_back(taken: Sequence[RemovalStep], costs: Costs, budgets: Mapping[Reso
 
 def channels_of(steps: Iterable[RemovalStep]) -> dict[str, Tensor]:
     """All that `steps` take: group -> int64 [R], ascending."""
+    return {group: torch.tensor(sorted(channels)) for group, channels in _by_group(steps).items()}
+
+
+def _by_group(steps: Iterable[RemovalStep]) -> dict[str, list[int]]:
     removed: dict[str, list[int]] = defaultdict(list)
     for step in steps:
         removed[step.group] += step.channels
-    return {group: torch.tensor(sorted(channels)) for group, channels in removed.items()}
+    return removed
 
 
 def _over(costs: Costs, budgets: Mapping[Resource, float]) -> list[Resource]:

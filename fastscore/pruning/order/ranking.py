@@ -152,13 +152,15 @@ def channel_costs(costs: Costs, unit: Resource) -> dict[str, Tensor]:
         layer.bias_below = 0  # the bias that a consumer gets with the first channel is not that channel's
     found: dict[str, Tensor] = {}
     for name, group in costs.groups.items():
-        row = []
-        for channel in range(group.channels):
-            costs.remove(name, [channel])
-            row.append(whole[unit] - costs.totals[unit])
-            costs.restore(name, [channel])
-            costs.totals.update(whole)
-        found[name] = torch.tensor(row, dtype=torch.float64)
+        row: dict[object, float] = {}
+        kinds = [costs.alike(name, channel) for channel in range(group.channels)]
+        for channel, kind in enumerate(kinds):
+            if kind not in row:
+                costs.remove(name, [channel])
+                row[kind] = whole[unit] - costs.totals[unit]
+                costs.restore(name, [channel])
+                costs.totals.update(whole)
+        found[name] = torch.tensor([row[kind] for kind in kinds], dtype=torch.float64)
     for name, below in biases.items():
         costs.layers[name].bias_below = below
     return found
