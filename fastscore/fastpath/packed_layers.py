@@ -161,7 +161,8 @@ class Convolution:
 def _flipped(weight: Tensor, groups: int) -> Tensor:
     """[C_out, C_in / groups, H, W] -> [C_in, C_out / groups, H, W], each kernel turned by 180 degrees."""
     if groups > 1:
-        return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
+        of_groups: Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        return of_groups.flip(2, 3)
     # PyTorch transposes matrices block by block, and what has more dimensions number by number
     outputs, inputs, *kernel = weight.shape
     taps = weight.permute(0, 2, 3, 1).reshape(outputs, -1).t().contiguous().view(-1, inputs, outputs)
