@@ -16,7 +16,9 @@ from fastscore.batches import Batch, tensors_of
 
 # operations that choose among the elements of their first argument
 _CHOICES = {"argmax", "argmin", "topk", "sort", "argsort", "max.dim", "min.dim", "kthvalue", "mode", "multinomial",
-            "bucketize", "searchsorted", "aminmax"}
+            "bucketize", "searchsorted", "aminmax", "cummax", "cummin", "median.dim", "nanmedian.dim"}
+# operations that tell what is alike in their first argument, and what is there
+_ALIKE = {"_unique", "_unique2", "unique_dim", "unique_consecutive"}
 # operations that say yes or no to each element, or count
 _ANSWERS = {"gt", "lt", "ge", "le", "eq", "ne", "logical_not", "logical_and", "logical_or", "bitwise_and", "bitwise_or",
             "bitwise_not", "isin", "_to_copy", "floor_divide", "remainder"}
@@ -58,6 +60,10 @@ class Decisions(TorchDispatchMode):
         if operand is not None and (operation in _CHOICES or f"{operation}.{func._overloadname}" in _CHOICES):
             self.found = decided = True
             args = args if self._seed is None else (_shuffled(operand, self._seed), *args[1:])
+        elif operand is not None and (operation in _ALIKE or operation == "nonzero"):
+            self.found = decided = True
+            other = _repeated if operation in _ALIKE else _with_zeros
+            args = args if self._seed is None else (other(operand, self._seed), *args[1:])
         out = func(*args, **kwargs)
         if operand is not None and operation in _ANSWERS and isinstance(out, Tensor) and out.numel() > 1 \
                 and not out.is_floating_point() and not out.is_complex():
@@ -85,10 +91,23 @@ class Decisions(TorchDispatchMode):
 def other_answers(answers: Tensor, seed: int) -> Tensor:
     """The same integers, or bools, in another order; where all are one, a quarter of them is 0 (or 1)."""
     if bool((answers == answers.flatten()[0]).all()):
-        generator = torch.Generator().manual_seed(seed)
-        changed = (torch.rand(answers.shape, generator=generator) < 0.25).to(answers.device)
-        return torch.where(changed, (answers == 0).to(answers.dtype), answers)
+        return torch.where(_quarter(answers, seed), (answers == 0).to(answers.dtype), answers)
     return _shuffled(answers, seed)
+
+
+def _repeated(x: Tensor, seed: int) -> Tensor:
+    """The same in another order, a quarter of it as what is before it."""
+    x = _shuffled(x, seed)
+    return torch.where(_quarter(x, seed), x.flatten().roll(1).view(x.shape), x)
+
+
+def _with_zeros(x: Tensor, seed: int) -> Tensor:
+    return torch.where(_quarter(x, seed), torch.zeros_like(x), x)
+
+
+def _quarter(x: Tensor, seed: int) -> Tensor:
+    """True in a quarter of the places of x."""
+    return (torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) < 0.25).to(x.device)
 
 
 def _shuffled(x: Tensor, seed: int) -> Tensor:

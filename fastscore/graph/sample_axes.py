@@ -21,7 +21,7 @@ from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.routing import Decisions
 from fastscore.graph.trials import companions
 from fastscore.graph.trials.sample_trials import Call, Run, Trial, Watched, send_back, trial, tried
-from fastscore.graph.trials.trial_inputs import batch_of, has_masks, other_masks, randomize_zeros
+from fastscore.graph.trials.trial_inputs import batch_of, differ, other_integers, other_masks, randomize_zeros
 from fastscore.modules.inspection import channel_dim, device_of
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, joined_axis
 
@@ -208,21 +208,25 @@ def _samples_of(example: Batch) -> int:
 
 def _decided_otherwise(model: nn.Module, watched: Mapping[str, Watched], run: Run, batch: Batch, known: Trial,
                        axes: Sequence[int | None], way: _Way) -> list[Trial]:
-    """Runs like the known one, on its batch, in which the model's code decides otherwise about what the batch holds;
-    none where it decides nothing, or does not run then."""
+    """Runs like the known one, on its batch, in which the model's code decides otherwise about what the batch holds, or
+    is given other lengths, tokens and masks; none where that changes nothing, or it does not run then."""
     shapes = [output.shape for output in known.outputs]
     if known.decides is None:
         with Decisions(batch) as noted:
             tried(model, watched, run, batch, known.size, grad=False)
         known.decides = noted.found
     trials = []
-    for seed in range(_DECISIONS) if known.decides or has_masks(batch) else ():
-        other = other_masks(batch, seed)
-        with Decisions(other, seed):
-            more = tried(model, watched, run, other, known.size, exact=way.exact)
-        if not isinstance(more, str) and [output.shape for output in more.outputs] == shapes:
-            send_back(more, axes)
-            trials.append(more)
+    for seed in range(_DECISIONS):
+        masked = other_masks(batch, seed)
+        for other in (other_integers(masked, seed), masked):  # some code runs on no other integers
+            if not known.decides and not differ(batch, other):
+                continue
+            with Decisions(other, seed):
+                more = tried(model, watched, run, other, known.size, exact=way.exact)
+            if not isinstance(more, str) and [output.shape for output in more.outputs] == shapes:
+                send_back(more, axes)
+                trials.append(more)
+                break
     return trials
 
 

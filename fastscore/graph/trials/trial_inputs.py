@@ -47,9 +47,40 @@ def other_masks(batch: Batch, seed: int) -> Batch:
     return map_tensors(other, batch)
 
 
-def has_masks(batch: Batch) -> bool:
-    """Whether `other_masks` has anything to change."""
-    return any(a is not b for a, b in zip(tensors_of(batch), tensors_of(other_masks(batch, 0)), strict=True))
+def other_integers(batch: Batch, seed: int) -> Batch:
+    """The batch with other integers where samples have some of their own: lengths of sequences, tokens, classes.
+
+    One number for each sample becomes another, 1 or more, in descending order where the seed is even, as code that
+    packs sequences may ask for; of tokens a quarter become those before them, a quarter others, and a quarter 0, which
+    often stands for padding. Nothing is larger than the largest was, which stays.
+    """
+    first = first_tensor(batch)
+    count = len(first) if first is not None and first.dim() else 0
+    generator = torch.Generator().manual_seed(seed)
+
+    def other(x: Tensor) -> Tensor:
+        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool or not x.dim() or len(x) != count \
+                or x.numel() < 2:
+            return x
+        values = x.detach().flatten().cpu().clone()
+        if x.numel() == count:
+            largest = int(values.max())
+            steps = torch.randperm(count, generator=generator) if seed % 2 else torch.arange(count)
+            values = (largest - steps).clamp(min=min(1, largest)).to(x.dtype)
+        else:
+            drawn = torch.randint(max(int(values.max()), 0) + 1, values.shape, generator=generator).to(x.dtype)
+            way = torch.randint(4, values.shape, generator=generator)
+            way[values.argmax()] = 3
+            values = torch.where(way == 0, values.roll(1), torch.where(way == 1, drawn, values))
+            values[way == 2] = 0
+        return values.view(x.shape).to(x.device)
+
+    return map_tensors(other, batch)
+
+
+def differ(one: Batch, other: Batch) -> bool:
+    """Whether two batches of the same tensors hold other values."""
+    return any(not torch.equal(a, b) for a, b in zip(tensors_of(one), tensors_of(other), strict=True) if a is not b)
 
 
 def randomize_zeros(model: nn.Module) -> None:
