@@ -24,7 +24,7 @@ from fastscore.graph.trials.surgery_trial import some_channels
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import channel_dim, device_of, parameter_owners
-from fastscore.modules.zero_branch import SAME, put, put_zeros, windows
+from fastscore.modules.zero_branch import SAME, put, put_zeros, resized, windows
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ def _beside_shortcut(modules: Mapping[str, nn.Module], name: str, call: Call, ca
     for other in branch.modules:
         seen = calls[other][0]
         try:
-            resized = not windows(modules[other]) and seen is not None and seen.shape[2:] != seen.read[2:]
+            told = seen is not None and resized(seen.read[2:], windows(modules[other])) == [*seen.shape[2:]]
         except ValueError:
             return None
-        if resized or seen is None or seen.returns:
+        if not told or seen is None or seen.returns:
             return None
     return added, branch
 

@@ -35,6 +35,7 @@ class ZeroBranch(nn.Module):
 
 
 Window: TypeAlias = Sequence[tuple[int, int, int, int]]  # of each dimension: kernel size, stride, padding, dilation
+_KERNELS = ("kernel_size", "filt_size")  # of convolutions and pools, and of timm's that blur
 
 
 class ResizedZeros(ZeroBranch):
@@ -53,11 +54,8 @@ class ResizedZeros(ZeroBranch):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, ...] -> [N, channels, ...]."""
-        sizes = list(x.shape[2:])
-        for window in self.windows:
-            sizes = [(size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-                     for size, (kernel, stride, padding, dilation) in zip(sizes, window, strict=True)]
-        return x.new_zeros(x.shape[0], self.channels if self.shortcut else x.shape[1], *sizes)
+        return x.new_zeros(x.shape[0], self.channels if self.shortcut else x.shape[1],
+                           *resized(x.shape[2:], self.windows))
 
     def extra_repr(self) -> str:
         """Where its shape comes from."""
@@ -71,16 +69,27 @@ SAME = -1  # returns: of as many channels as it reads. Below: as child number SA
 def windows(module: nn.Module) -> list[Window]:
     """Those of the convolutions and pools in a module, or that it is, which change the size; in the order in which it
     holds them. Raises ValueError where no numbers tell one."""
-    found = [_window(part) for part in module.modules() if hasattr(part, "kernel_size")]
+    found = [_window(part) for part in module.modules() if any(hasattr(part, name) for name in _KERNELS)]
     return [window for window in found if any(
         stride > 1 or 2 * padding != dilation * (kernel - 1) for kernel, stride, padding, dilation in window)]
 
 
+def resized(sizes: Sequence[int], windows: Sequence[Window]) -> list[int]:
+    """The sizes that `windows`, one after the other, make of those of an image."""
+    for window in windows:
+        sizes = [(size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+                 for size, (kernel, stride, padding, dilation) in zip(sizes, window, strict=True)]
+    return list(sizes)
+
+
 def _window(module: nn.Module) -> Window:
-    dims = len(module.kernel_size) if isinstance(module.kernel_size, tuple) else 2
+    size = next(name for name in _KERNELS if hasattr(module, name))
+    dims = len(kernel) if isinstance(kernel := getattr(module, size), tuple) else 2
     parts = []
-    for name, usual in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+    for name, usual in ((size, 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
         value = getattr(module, name, usual)
+        if isinstance(value, list) and len({*value}) == 1:  # as much at both ends of each dimension
+            value = value[0]
         value = (value,) * dims if isinstance(value, int) else value
         if not isinstance(value, tuple) or len(value) != dims or any(type(number) is not int for number in value):
             raise ValueError(f"{type(module).__name__} has {name}={value!r}")

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from oracles import untouched
-from residual_networks import CASES, Beside, Residual, case, of_images, run
+from residual_networks import CASES, Residual, case, run
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer, resnet
+from torchvision.models import VisionTransformer
 
 import fastscore
 from fastscore.graph.tracing import trace
@@ -99,59 +98,6 @@ def test_branches_go_with_channels_under_one_budget(name: str, tmp_path: Path) -
     assert run(small, batch).square().mean() < first
     again = fastscore.score(small, [batch], units="blocks", forward=run, progress=False)
     assert not set(gone) & set(again)
-
-
-def _down(strided: int) -> nn.Module:
-    """Blocks that change the size: torchvision's, timm's whose shortcut pools first, one whose shortcut is larger than
-    the branch, which is then none, and one that holds its branch as a whole; strided: of the first."""
-    down = nn.Sequential(nn.Conv2d(8, 12, 1, strided, bias=False), nn.BatchNorm2d(12))
-    pool = nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False), nn.Conv2d(12, 16, 1))
-    large = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1))
-    return of_images(resnet.BasicBlock(8, 12, strided, down),
-                   timm.models.resnet.Bottleneck(12, 4, 2, pool, attn_layer=timm.layers.SEModule),
-                   resnet.BasicBlock(16, 16, 2, large), Beside(16, 16, 2), width=16)
-
-
-@pytest.mark.parametrize("strided", [1, 2])
-def test_where_a_shortcut_changes_the_shape_the_branch_goes_and_it_stays(strided: int, tmp_path: Path) -> None:
-    """Zeros are of as many channels as it makes, also once these go, at once or later, and of images of any size."""
-    def build() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = _down(strided).double().eval()
-            for parameter in model.parameters():
-                parameter.data += 0.1 * torch.randn_like(parameter)
-        return model
-
-    model, x = build(), torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double()
-    scores = fastscore.score(model, [x], units="blocks", progress=False)
-    found = [name for name in scores if len(scores[name]) == 1]
-    assert found == ["3", "4", "6.body"]
-    first = replace(scores, totals={name: (scores.totals[name] + 1e-9) * (name not in found)  # which go first
-                                    for name in scores})
-    result = fastscore.prune(model, first, x, channels=0.7, cost_aware=False, compensate=False, progress=False)
-    assert set(found) < set(result.removed)
-    assert not {"3.downsample.0", "4.downsample.1"} & {name for name, side in result.removed_indices if side == "block"}
-    assert sum(p.numel() for p in result.model.parameters()) == result.report.params[1]
-    assert total_macs(result.model, x) == result.report.macs[1]
-    again = fastscore.score(result.model, [x], units="blocks", progress=False)
-    twice = fastscore.prune(result.model, again, x, channels=0.7, compensate=False, progress=False)
-    assert any(member.startswith("3.downsample") for member, _ in twice.removed_indices)
-    for size in (16, 17, 23):
-        y = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2)).double()
-        with torch.no_grad():
-            with fastscore.mask(model, first, 0.3, x, compensate=False) as masked:
-                assert {name: index.tolist() for name, index in masked.items()} == {
-                    name: index.tolist() for name, index in result.removed.items()}
-                torch.testing.assert_close(result.model(y), model(y), rtol=1e-10, atol=1e-12)
-            with fastscore.mask(result.model, again, 0.3, x, compensate=False):
-                torch.testing.assert_close(twice.model(y), result.model(y), rtol=1e-10, atol=1e-12)
-    fastscore.save_pruned(twice, tmp_path / "twice.safetensors")
-    loaded = fastscore.load_pruned(build(), tmp_path / "twice.safetensors").eval()
-    with torch.no_grad():
-        assert torch.equal(loaded(x), twice.model(x))
-        exported = torch.export.export(twice.model, (x,)).module()
-        torch.testing.assert_close(exported(x), twice.model(x))
 
 
 def test_a_branch_and_its_heads_have_names_of_their_own() -> None:

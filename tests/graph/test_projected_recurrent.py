@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastscore
+from fastscore.graph.tracing import trace
 from fastscore.modules.weights import held_weights
 
 UNITS, WIDTH = 8, 3
@@ -98,3 +99,21 @@ def test_the_whole_way(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(repaired.model(x), model(x), rtol=1e-5, atol=1e-5)
         assert not torch.allclose(result.model(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_trials_leave_as_many_units_as_have_to_stay() -> None:
+    """With fewer, PyTorch takes the module for one without a projection; what is made of the units goes all the same.
+    """
+    model = nn.Sequential(nn.Linear(5, 4), Last(nn.LSTM(4, 3, batch_first=True, proj_size=2)), nn.Linear(2, 3))
+    graph = trace(model.double().eval(), _inputs())
+    assert [group.name for group in graph.groups] == ["0", "1.rnn.weight_ih_l0", "1.rnn.weight_hr_l0"]
+    assert set(graph.skipped) == {"2"}
+
+
+class Last(nn.Module):
+    def __init__(self, rnn: nn.LSTM) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0][:, -1]

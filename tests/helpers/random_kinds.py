@@ -36,9 +36,11 @@ class Rows(Gated):
     """A recurrent module that reads an image from left to right, its rows averaged; each pixel is given what its column
     made."""
 
-    def __init__(self, kind: type[nn.RNNBase], width: int, units: int, layers: int, both: bool, first: bool) -> None:
+    def __init__(self, kind: type[nn.RNNBase], width: int, units: int, layers: int, both: bool, first: bool,
+                 projected: int = 0) -> None:
         super().__init__()
-        self.rnn = kind(width, units, layers, bidirectional=both, batch_first=first)
+        more = {"proj_size": projected} if projected else {}
+        self.rnn = kind(width, units, layers, bidirectional=both, batch_first=first, **more)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, D, H, W]."""
@@ -64,7 +66,8 @@ class Rows(Gated):
 
     def _run(self, steps: list[Tensor], end: str) -> list[Tensor]:
         rnn, outputs = self.rnn, []
-        h = c = steps[0].new_zeros(len(steps[0]), rnn.hidden_size)
+        c = steps[0].new_zeros(len(steps[0]), rnn.hidden_size)
+        h = c[:, :rnn.proj_size or rnn.hidden_size]
         for x in steps:
             a, b = (F.linear(self.through(f"weight_{side}_{end}", read), getattr(rnn, f"weight_{side}_{end}"),
                              getattr(rnn, f"bias_{side}_{end}")) for side, read in (("ih", x), ("hh", h)))
@@ -72,6 +75,8 @@ class Rows(Gated):
                 i, f, g, o = (a + b).chunk(4, -1)
                 c = f.sigmoid() * c + i.sigmoid() * g.tanh()
                 h = o.sigmoid() * c.tanh()
+                if rnn.proj_size:
+                    h = F.linear(self.through(f"weight_hr_{end}", h), getattr(rnn, f"weight_hr_{end}"))
             elif isinstance(rnn, nn.GRU):
                 (r, z, n), (s, w, m) = a.chunk(3, -1), b.chunk(3, -1)
                 update = (z + w).sigmoid()
@@ -81,15 +86,18 @@ class Rows(Gated):
             outputs.append(h)
         return outputs
 
-    def within(self, reads: list[int], units: list[int]) -> list[tuple[str, list[int] | None, list[int]]]:
-        """The layers in it: name, what each reads and makes."""
+    def within(self, reads: list[int], units: list[int], state: list[int]
+               ) -> list[tuple[str, list[int] | None, list[int]]]:
+        """The layers in it: name, what each reads and makes. state: what the units are projected to, or they."""
         found: list[tuple[str, list[int] | None, list[int]]] = []
         made = units * GATES[type(self.rnn)]  # type: ignore[index]
         ways = ("", "_reverse")[:1 + self.rnn.bidirectional]
         for layer in range(self.rnn.num_layers):
             for way in ways:
-                found += [(f".rnn.weight_ih_l{layer}{way}", units * len(ways) if layer else reads, made),
-                          (f".rnn.weight_hh_l{layer}{way}", units, made)]
+                found += [(f".rnn.weight_ih_l{layer}{way}", state * len(ways) if layer else reads, made),
+                          (f".rnn.weight_hh_l{layer}{way}", state, made)]
+                if self.rnn.proj_size:
+                    found.append((f".rnn.weight_hr_l{layer}{way}", units, state))
         return found
 
 
@@ -161,10 +169,12 @@ class Kinds:
         if source is None:
             return None
         reads, units = self.values[source].labels, self.new_labels(self.rng.choice((3, 4)))
-        layer = Rows(self.rng.choice(list(GATES)), len(reads), len(units), self.rng.choice((1, 1, 2)),
-                     self.rng.random() < 0.4, self.rng.random() < 0.5)
-        return self.add("recurrent", (source,), units * (1 + layer.rnn.bidirectional), self.values[source].size,
-                        lambda layer, x: layer(x), layer, within=layer.within(reads, units))
+        kind = self.rng.choice(list(GATES))
+        state = self.new_labels(2) if kind is nn.LSTM and self.rng.random() < 0.5 else units
+        layer = Rows(kind, len(reads), len(units), self.rng.choice((1, 1, 2)), self.rng.random() < 0.4,
+                     self.rng.random() < 0.5, len(state) if state is not units else 0)
+        return self.add("recurrent", (source,), state * (1 + layer.rnn.bidirectional), self.values[source].size,
+                        lambda layer, x: layer(x), layer, within=layer.within(reads, units, state))
 
     def mixture(self) -> int | None:
         """The inner width of all experts is one; what the router makes stays, for its softmax."""

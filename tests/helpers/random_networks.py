@@ -8,6 +8,7 @@ import torch
 from networks import randomize
 from random_kinds import Kinds
 from random_layers import Layers
+from random_mixers import Mixers
 from random_program import SIZE, Program, RandomNetwork, Step, Value, equal_parts
 from random_steps import Steps
 from torch import Tensor, nn
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 def generate(seed: int, length: int | None = None, more: bool = False, kinds: bool = False,
              alike: bool = False) -> RandomNetwork:
     """The network of this seed, always the same. more: of the steps of random_layers, too. kinds: of those of
-    random_kinds. alike: code between two layers takes the widths of both to be the same."""
+    random_kinds and random_mixers. alike: code between two layers takes the widths of both to be the same."""
     return _Generator(seed, more, kinds, alike).build(length)
 
 
-class _Generator(Steps, Layers, Kinds):
+class _Generator(Steps, Layers, Kinds, Mixers):
     def __init__(self, seed: int, more: bool = False, kinds: bool = False, alike: bool = False) -> None:
         self.seed, self.rng, self.more, self.with_kinds = seed, random.Random(seed), more, kinds
         self.alike = alike
@@ -99,9 +100,9 @@ class _Generator(Steps, Layers, Kinds):
         else:
             labels = [label for label in labels for _ in range(value.size ** 2)]
             flat = self.add("flatten", (source,), labels, 1, lambda x: x.flatten(1))
-        out = self.new_labels(5)
-        return self.add("linear", (flat,), out, 1, lambda layer, x: layer(x), nn.Linear(len(labels), 5), reads=labels,
-                        makes=out)
+        out = self.new_labels(self.rng.choice((5, 1)) if self.with_kinds else 5)  # classes, or a value
+        return self.add("linear", (flat,), out, 1, lambda layer, x: layer(x), nn.Linear(len(labels), len(out)),
+                        reads=labels, makes=out)
 
     def build(self, length: int | None) -> RandomNetwork:
         with torch.random.fork_rng(devices=[]):
@@ -109,7 +110,7 @@ class _Generator(Steps, Layers, Kinds):
             self.conv(0)
             options = dict(self.common())
             options |= self.own_layers() if self.more else {}
-            options |= self.kinds() if self.with_kinds else {}
+            options |= {**self.kinds(), **self.mixers()} if self.with_kinds else {}
             options |= {self.as_wide: 12} if self.alike else {}
             for step in self.rng.choices(list(options), list(options.values()), k=length or self.rng.randrange(4, 14)):
                 step()

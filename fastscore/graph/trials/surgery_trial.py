@@ -207,6 +207,10 @@ def _some_units(group: ChannelGroup, part: int, before: int) -> Tensor:
     for member in group.members:  # of a part of the channels one stays as well
         if 0 < len(member.channel) < group.channels and gone[group.unit[member.channel]].all():
             gone[group.unit[member.channel[0]]] = False
+    for unit in order.tolist():
+        if int((~gone[group.unit]).sum()) >= group.least:
+            break
+        gone[unit] = False
     return gone[group.unit].nonzero()[:, 0]
 
 

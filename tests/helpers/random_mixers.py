@@ -1,0 +1,169 @@
+"""More steps of random networks: attention whose projections are layers, with shared keys, fused, or of a memory; state
+spaces; response normalisation; gated widths in one convolution; the input of the network beside a value."""
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from random_kinds import Gated
+from random_program import SIZE, equal_parts
+from torch import Tensor, nn
+
+HEADS, SHARED, DIMS = 4, 2, 2  # of queries; of keys and values; the width of each
+
+
+class Heads(Gated):
+    """Pixels ask each other, or those of a memory: queries of two heads share keys and values. fused: one layer makes
+    all three."""
+
+    def __init__(self, width: int, memory: int | None, fused: bool) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads, self.head_dim = HEADS, SHARED, DIMS
+        if fused:
+            self.qkv_proj = nn.Linear(width, (HEADS + 2 * SHARED) * DIMS)
+        else:
+            self.q_proj = nn.Linear(width, HEADS * DIMS)
+            self.k_proj, self.v_proj = (nn.Linear(memory or width, SHARED * DIMS) for _ in range(2))
+        self.o_proj = nn.Linear(HEADS * DIMS, width)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        """[N, C, H, W], [N, M, H', W'] -> [N, C, H, W]."""
+        query = x.flatten(2).transpose(1, 2)
+        if hasattr(self, "qkv_proj"):
+            sizes = [count * self.head_dim for count in (self.num_heads, *[self.num_key_value_heads] * 2)]
+            made = self.qkv_proj(self.through("qkv_proj", query)).split(sizes, -1)
+        else:
+            read = query if memory is None else memory.flatten(2).transpose(1, 2)
+            made = tuple(getattr(self, name)(self.through(name, each)) for name, each in
+                         (("q_proj", query), ("k_proj", read), ("v_proj", read)))
+        q, k, v = (each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in made)
+        k, v = (each.repeat_interleave(self.num_heads // self.num_key_value_heads, 1) for each in (k, v))
+        heads = ((q @ k.mT * DIMS ** -0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return self.o_proj(self.through("o_proj", heads)).transpose(1, 2).reshape(len(x), -1, *x.shape[2:])
+
+
+class StateSpace(Gated):
+    """Pixels one after another: filters of what came before, a selective scan, and a gate."""
+
+    def __init__(self, width: int, inner: int, state: int) -> None:
+        super().__init__()
+        self.sizes = (1, state, state)
+        self.in_proj, self.out_proj = nn.Linear(width, 2 * inner), nn.Linear(inner, width)
+        self.filters = nn.Conv1d(inner, inner, 3, padding=2, groups=inner)
+        self.x_proj, self.dt_proj = nn.Linear(inner, sum(self.sizes), bias=False), nn.Linear(1, inner)
+        self.A_log, self.D = nn.Parameter(torch.rand(inner, state)), nn.Parameter(0.5 + torch.rand(inner))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same."""
+        tokens = x.flatten(2).transpose(1, 2)
+        y, gate = self.in_proj(self.through("in_proj", tokens)).chunk(2, -1)
+        y = F.silu(self.filters(y.transpose(1, 2))[..., :tokens.shape[1]]).transpose(1, 2)
+        step, into, out = self.x_proj(self.through("x_proj", y)).split(self.sizes, -1)
+        step, decay = F.softplus(self.dt_proj(self.through("dt_proj", step)))[..., None], -self.A_log.exp()
+        kept, given = (step * decay).exp(), step * y[..., None] * into[:, :, None]  # [N, T, inner, state]
+        h, made = torch.zeros_like(given[:, 0]), []
+        for at in range(tokens.shape[1]):
+            h = kept[:, at] * h + given[:, at]
+            made.append((h * out[:, at, None]).sum(-1))
+        z = (torch.stack(made, 1) + y * self.D) * F.silu(gate)
+        return self.out_proj(self.through("out_proj", z)).transpose(1, 2).reshape(len(x), -1, *x.shape[2:])
+
+
+class Responses(nn.Module):
+    """Global response normalisation, by its definition. gate: of each sample's channels, [N, C], where they count: None
+    for all ones."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.eps, self.gate = 0.1, None
+        self.weight, self.bias = nn.Parameter(0.5 + torch.rand(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same."""
+        norms = x.norm(dim=(2, 3), keepdim=True)
+        counted = norms if self.gate is None else norms * self.gate[:, :, None, None]
+        y = x * norms / (counted.mean(1, keepdim=True) + self.eps)
+        return x + y * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class Mixers:
+    """Steps of a generator, each of which adds itself and gives its value, or None where nothing fits."""
+
+    rng: random.Random
+    values: list[Any]
+    add: Callable[..., int]
+    conv: Callable[..., int | None]
+    new_labels: Callable[[int], list[int]]
+    pick: Callable[..., int | None]
+
+    def mixers(self) -> Mapping[Callable[[], Any], int]:
+        """Step -> how often it comes, beside others."""
+        return {self.heads: 4, self.state_space: 2, self.responses: 3, self.gate_up: 3, self.beside_input: 2}
+
+    def heads(self) -> int | None:
+        """Heads go with the keys and values that they share; what they are of stays as wide."""
+        source = self.pick()
+        if source is None:
+            return None
+        x, fused = self.values[source].labels, self.rng.random() < 0.4
+        other = self.pick() if not fused and self.rng.random() < 0.5 else None
+        memory = x if other is None else self.values[other].labels
+        shared = self.new_labels(SHARED)
+        query = [label for label in shared for _ in range(HEADS // SHARED * DIMS)]
+        key, out = [label for label in shared for _ in range(DIMS)], self.new_labels(len(x))
+        within = [(".qkv_proj", x, query + key * 2)] if fused else [
+            (".q_proj", x, query), (".k_proj", memory, key), (".v_proj", memory, key)]
+        return self.add("heads", (source,) if other is None else (source, other), out, self.values[source].size,
+                        lambda layer, *values: layer(*values),
+                        Heads(len(x), None if other is None else len(memory), fused),
+                        within=[*within, (".o_proj", query, out)])
+
+    def state_space(self) -> int | None:
+        """A channel within has two rows of in_proj; sizes of steps and states are cut where the code says."""
+        source = self.pick(lambda value: value.size <= 4)
+        if source is None:
+            return None
+        x, inner, state = self.values[source].labels, self.new_labels(self.rng.choice((3, 4))), self.rng.choice((1, 2))
+        small, out = self.new_labels(1 + 2 * state), self.new_labels(len(x))
+        within = [(".in_proj", x, inner * 2), (".x_proj", inner, small), (".dt_proj", small[:1], inner),
+                  (".out_proj", inner, out)]
+        return self.add("state space", (source,), out, self.values[source].size, lambda layer, x: layer(x),
+                        StateSpace(len(x), len(inner), state), within=within, fixes=small,
+                        ties=[(small[1:1 + state], small[1 + state:])])
+
+    def responses(self) -> int | None:
+        """The mean of norms goes on counting zeros where channels are gone."""
+        source = self.pick()
+        if source is None:
+            return None
+        value = self.values[source]
+        return self.add("responses", (source,), value.labels, value.size, lambda layer, x: layer(x),
+                        Responses(len(value.labels)), counts=value.labels)
+
+    def gate_up(self) -> int | None:
+        """One convolution makes what goes on, and its gate."""
+        source = self.pick()
+        if source is None:
+            return None
+        made = self.conv(source, 2 * self.rng.choice((2, 3)))
+        parts = equal_parts(self.values[made].labels, 2)
+
+        def run(x: Tensor) -> Tensor:
+            gate, up = x.chunk(2, 1)
+            return F.silu(gate) * up
+
+        return self.add("gate up", (made,), parts[0], self.values[made].size, run, ties=[parts])
+
+    def beside_input(self) -> int | None:
+        """Channels that no layer made stand before a value's."""
+        source = self.pick(lambda value: value.size > 1)
+        if source is None:
+            return None
+        value = self.values[source]
+        small = self.add("smaller input", (0,), self.values[0].labels, value.size,
+                         lambda x: F.avg_pool2d(x, SIZE // value.size))
+        self.values[small].dead = True
+        return self.add("beside input", (small, source), self.values[0].labels + value.labels, value.size,
+                        lambda x, y: torch.cat([x, y], 1), fresh=True)
