@@ -83,6 +83,7 @@ def record(model: nn.Module, heads: Mapping[str, int], run: Callable[[nn.Module]
             if name in calls.of:
                 return
             given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+            given.pop(next(iter(given), None), None)  # what attends, which may be an image of as many channels
             handed = {place: returned[id(value)][1] for place, value in given.items()
                       if id(value) in returned and _is_bias(value, heads[name])}
             for place, value in given.items():

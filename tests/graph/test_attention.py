@@ -22,6 +22,7 @@ from attentions import (
     network,
 )
 from oracles import finite_difference, sums, sums_of_each_sample, untouched
+from random_mixers import Heads
 from torch import Tensor
 
 import fastscore
@@ -188,3 +189,13 @@ def test_pruned_twice_saved_and_trained_on(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(loaded(x), again.model(x))
         assert torch.equal(pickle.loads(pickle.dumps(again.model))(x), again.model(x))
+
+
+def test_images_of_as_many_channels_as_heads_are_no_biases() -> None:
+    """What one attention returns, and another reads first, says nothing of its heads."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), Heads(4, None, True), Heads(4, None, False),
+                                torch.nn.Flatten(), torch.nn.Linear(4 * 9, 2)).double().eval()
+    graph = trace(model, torch.randn(2, 3, 5, 5).double())
+    assert {"1.qkv_proj", "2.q_proj"} <= {group.name for group in graph.groups}
+    assert set(graph.skipped) == {"4"}

@@ -108,7 +108,8 @@ class Mixers:
         if source is None:
             return None
         x, fused = self.values[source].labels, self.rng.random() < 0.4
-        other = self.pick() if not fused and self.rng.random() < 0.5 else None
+        # of as many channels as there are heads it would look like a bias for each head
+        other = self.pick(lambda value: len(value.labels) != HEADS) if not fused and self.rng.random() < 0.5 else None
         memory = x if other is None else self.values[other].labels
         shared = self.new_labels(SHARED)
         query = [label for label in shared for _ in range(HEADS // SHARED * DIMS)]
