@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastscore.graph.cutting import heads
+from fastscore.modules.attention import rotary
 from fastscore.modules.norms.channel_norms import ChannelNorm, NarrowedNorm, norm_of
 from fastscore.modules.weights.experts import holds_experts
 from fastscore.modules.wrappers import unwrapped
@@ -22,6 +24,7 @@ _WIDTHS: Mapping[str, tuple[str, ...]] = {
 }
 _EXPERTS = ("num_experts", "num_local_experts")
 _PER_HEAD = ("num_attention_heads", "num_key_value_heads")
+_QUERIES, _SCALE = ("q_proj", "query"), "scaling"  # what makes queries, and what an attention multiplies products by
 _BIASES = ("attention_bias", "mlp_bias")  # what a config calls them, where they are optional
 
 
@@ -29,7 +32,8 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> PreTrained
     """Write a pruned model of transformers as transformers does, with a config.json that tells its widths.
 
     An RMSNorm that divides by the dense width becomes one that does not: its weight grows by the root of the widths'
-    ratio, and the config's eps by the ratio. Nothing is pushed anywhere.
+    ratio, and the config's eps by the ratio. So do queries of narrower heads, which were scaled by the dense width.
+    Nothing is pushed anywhere.
 
     Args:
         model: what fastscore.prune made of a transformers model.
@@ -65,6 +69,7 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> PreTrained
             raise ValueError(f"model: {name} is {shapes[0]}, and by {type(config).__name__}, which has one width for "
                              f"all layers, {shapes[1]}: prune with scope=\"layer\", compensate=False and "
                              f"such layers in ignore=, or {_WAY_OUT}")
+    _scale_queries(model, plain, state)
     plain.load_state_dict(state)
     plain = plain.to(next(model.parameters()).dtype).train(model.training)
     _check_same(model, plain)
@@ -79,16 +84,20 @@ def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tupl
     hidden, count = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
     if embeddings is None or not isinstance(hidden, int) or not isinstance(count, int):
         return  # a width for each stage, or configs of parts: what it says stays, and shapes tell whether it fits
-    heads = getattr(config, "head_dim", None) or hidden // count
+    if turned := next((name for name, module in model.named_modules() if rotary.reads_part(module)), ""):
+        raise ValueError(f"model: {turned} has lost pairs of dimensions that rotary tables turn, and a config tells "
+                         f"how many there are, not which: prune whole heads (units=\"groups\"), or {_WAY_OUT}")
+    width = next((own for module in model.modules() if (own := heads.width(module)) and heads.count(module)),
+                 getattr(config, "head_dim", None) or hidden // count)
     hidden = embeddings.weight.shape[1 if isinstance(embeddings, nn.Embedding) else 0]
     yield "hidden_size", hidden
     for setting, endings in _WIDTHS.items():
         found = [layer.out_features for name, layer in model.named_modules()
                  if isinstance(layer, nn.Linear) and name.endswith(endings)]
         if found and hasattr(config, setting):
-            yield setting, found[0] // (heads if setting in _PER_HEAD else 1)
+            yield setting, found[0] // (width if setting in _PER_HEAD else 1)
             if setting == "num_attention_heads" and (hasattr(config, "head_dim") or found[0] != hidden):
-                yield "head_dim", heads  # without it, some divide the hidden size by the number of heads
+                yield "head_dim", width  # without it, some divide the hidden size by the number of heads
     experts = next((len(module.down_proj) for module in model.modules() if holds_experts(module)), None)
     for setting in _EXPERTS:
         if experts is not None and hasattr(config, setting):
@@ -107,6 +116,17 @@ def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tupl
         state[f"{name}.weight"] = (weight.double() + norm.offset).mul(ratio ** 0.5).sub(norm.offset).to(weight.dtype)
         if norm.eps is not None and hasattr(config, "rms_norm_eps"):
             yield "rms_norm_eps", norm.eps * ratio
+
+
+def _scale_queries(model: PreTrainedModel, plain: PreTrainedModel, state: dict[str, Tensor]) -> None:
+    """Have the queries in `state` make up for products that the ordinary model scales by the width that its heads have,
+    and the pruned one by that which they had."""
+    for name, module in model.named_modules():
+        own, other = (vars(each).get(_SCALE) for each in (module, plain.get_submodule(name)))
+        if isinstance(own, float) and isinstance(other, float) and own != other:
+            for key in (f"{name}.{layer}.{part}" for layer in _QUERIES for part in ("weight", "bias")):
+                if key in state:
+                    state[key] = state[key] * (own / other)
 
 
 def _embeddings(model: PreTrainedModel) -> tuple[str, nn.Embedding | nn.Linear | nn.Conv2d | None]:

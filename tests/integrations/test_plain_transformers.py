@@ -16,7 +16,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
          "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 40, "max_position_embeddings": 32, "pad_token_id": 0}
 
 
-def _pruned(kind: str, **options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+def _pruned(kind: str, units: Any = "groups", **options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     family = {"Llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig),
               "tied Llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig),
               "Qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config),
@@ -28,7 +28,7 @@ def _pruned(kind: str, **options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
         for parameter in model.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
     batch = {"input_ids": torch.randint(1, 40, (3, 7), generator=torch.Generator().manual_seed(1))}
-    scores = fastscore.score(model, [batch], forward=forward, progress=False)
+    scores = fastscore.score(model, [batch], units=units, forward=forward, progress=False)
     return fastscore.prune(model, scores, batch, forward=forward, **options).model, batch
 
 
@@ -56,6 +56,8 @@ def test_from_pretrained_loads_what_was_pruned_alike_in_all_layers(kind: str, tm
     ("Llama", {"channels": 0.6, "scope": "layer", "round_to": 8}, "lm_head.bias"),
     ("Llama", {"channels": 0.66, "scope": "layer", "compensate": False}, "multiple of the number of attention heads"),
     ("BERT", {"channels": 0.6, "scope": "layer", "compensate": False}, "LayerNorm that divides"),
+    ("Llama", {"channels": 0.75, "scope": "layer", "compensate": False, "units": "heads_and_dims"},
+     r"lost pairs of dimensions .*units=\"groups\""),
 ])
 def test_what_a_config_cannot_say_is_refused_with_the_way_out(kind: str, options: dict[str, Any], said: str,
                                                               tmp_path: Path) -> None:
@@ -80,7 +82,7 @@ FAMILIES = {
 }
 
 
-def _images(kind: str, *ignore: str) -> tuple[Any, dict[str, torch.Tensor]]:
+def _images(kind: str, *ignore: str, units: Any = "") -> tuple[Any, dict[str, torch.Tensor]]:
     """A model of images, pruned alike in all layers but those in `ignore`."""
     family, config = FAMILIES[kind]
     with torch.random.fork_rng(devices=[]):
@@ -89,9 +91,10 @@ def _images(kind: str, *ignore: str) -> tuple[Any, dict[str, torch.Tensor]]:
         for parameter in model.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
         batch = {"pixel_values": torch.randn(3, 3, 16, 16)}
-    scores = fastscore.score(model, [batch], importance="magnitude-l2", forward=forward, progress=False)
-    return fastscore.prune(model, scores, batch, forward=forward, channels=0.6, scope="layer", round_to=8,
-                           compensate=False, ignore=ignore).model, batch
+    how = {"units": units} if units else {"importance": "magnitude-l2"}
+    scores = fastscore.score(model, [batch], forward=forward, progress=False, **how)
+    return fastscore.prune(model, scores, batch, forward=forward, channels=0.6, scope="layer",
+                           round_to=4 if units else 8, compensate=False, ignore=ignore).model, batch
 
 
 @pytest.mark.parametrize(("kind", "said", "ways"), [
@@ -114,6 +117,20 @@ def test_models_of_images(kind: str, said: str, ways: tuple[str, ...], tmp_path:
     loaded = type(small).from_pretrained(tmp_path / "out")
     dense = sum(parameter.numel() for parameter in FAMILIES[kind][0](FAMILIES[kind][1]).parameters())
     assert sum(parameter.numel() for parameter in loaded.parameters()) < dense
+    with torch.no_grad():
+        torch.testing.assert_close(forward(loaded, batch), forward(small, batch), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("units", ["head_dims", "heads_and_dims"])
+def test_dimensions_of_heads(units: Any, tmp_path: Path) -> None:
+    """Their config tells how wide heads are; queries make up for products that are scaled by that width then."""
+    small, batch = _images("ViT", "*patch*", units=units)
+    with untouched(small):
+        save_pretrained(small, tmp_path / "out")
+    loaded = type(small).from_pretrained(tmp_path / "out")
+    attention = loaded.vit.layers[0].attention
+    assert attention.head_dim < 8
+    assert (attention.q_proj.out_features < 4 * attention.head_dim) == (units == "heads_and_dims")
     with torch.no_grad():
         torch.testing.assert_close(forward(loaded, batch), forward(small, batch), rtol=1e-5, atol=1e-5)
 

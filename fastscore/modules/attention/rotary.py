@@ -44,6 +44,11 @@ def _reads_part(cls: type[nn.Module]) -> type[nn.Module]:
     return _made[cls]
 
 
+def reads_part(module: nn.Module) -> bool:
+    """Whether a module has lost entries of its tables: see `narrow`."""
+    return isinstance(module, _ReadsPart)
+
+
 def table_width(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """How wide the tables of cosines and sines are that a module is called with, a pair of tensors, as transformers'
     decoders call their attentions, or what it reads of them; None where there are none."""
