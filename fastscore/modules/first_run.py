@@ -12,6 +12,7 @@ from fastscore import batches
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.undo import undone_on_error
+from fastscore.modules.weights import called_layers, computed_weights
 from fastscore.modules.wrappers import without_checkpoints
 from fastscore.rng import fork_rng
 
@@ -76,8 +77,8 @@ def check_first_run(model: nn.Module, batch: batches.Batch, forward: batches.For
     given = batches.map_tensors(lambda tensor: tensor.detach().clone(), batch)
     versions = [(tensor, tensor._version) for tensor in batches.tensors_of(given)]
     with undone_on_error(model):
-        watch = _OwnTensors(own)
-        with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), suppress(Exception), watch:
+        watch, noting = _OwnTensors(own), called_layers.Noting(copied)
+        with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), suppress(Exception), watch, noting:
             forward(copied, given)  # whoever runs it next tells exceptions of its code
         held = next((f"{name}.{where}".lstrip(".") for name, module, values in before
                      if (where := _changed(values, _values(module)))), None)
@@ -88,6 +89,8 @@ def check_first_run(model: nn.Module, batch: batches.Batch, forward: batches.For
                 "function, a hook, or the forward of a layer put in another's place), which copies do not take along: "
                 "make it a method of the model, or a submodule with a forward of its own; a forward= must call the "
                 "model that it is given")
+    for name, reason in noting.remember(model).items():
+        computed_weights.compute_on(model.get_submodule(name), reason)
     if made := sorted({name for name, _ in copied.named_parameters()} - parameters):
         raise ValueError(f"model: {made[0]} is made when the model first runs: call it once, model(batch), first")
     if all(tensor._version == version for tensor, version in versions):

@@ -20,7 +20,7 @@ from fastscore.modules.attention import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook, input_of, with_input
 from fastscore.modules.inspection import channel_dim, device_of
-from fastscore.modules.weights import held_weights, parameter_layers
+from fastscore.modules.weights import held_weights
 from fastscore.modules.wrappers import uncompiled, unwrapped
 from fastscore.pruning.budgets.costs import Costs
 from fastscore.pruning.budgets.selection import OutOfReachError, rounded_up, scored_graph, select
@@ -81,7 +81,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
                              "layers") from error
         positions = removed_positions(graph.groups, removed)
         means = removed_means(model, scores.means, positions, graph.groups, graph.kept_biases) if compensate else {}
-        handles: Iterator[RemovableHandle | multihead_attention.Handle | parameter_layers.Handle]
+        handles: Iterator[RemovableHandle | multihead_attention.Handle | held_weights.AnyHandle]
         if scores.origin.units == "norms":
             handles = at_gates(model, positions, means)
         else:
@@ -104,7 +104,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
 
 def at_consumers(model: nn.Module, positions: Mapping[str, Tensor], added: Mapping[str, Tensor],
                  made: Iterable[str] = ()
-                 ) -> Iterator[RemovableHandle | multihead_attention.Handle | parameter_layers.Handle]:
+                 ) -> Iterator[RemovableHandle | multihead_attention.Handle | held_weights.AnyHandle]:
     """Hooks by which layers read zero at `positions` of their inputs, and add float64 [C_out] to their outputs. made:
     layers whose outputs other hooks change."""
     yield from multihead_attention.replace_attention(model, called=())  # hooks take no nested tensors

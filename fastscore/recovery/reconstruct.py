@@ -9,6 +9,7 @@ chosen is fitted once more on all samples.
 import copy
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, Literal, Protocol, TypeVar, get_args
@@ -22,6 +23,7 @@ from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy, own_copies
 from fastscore.modules.inspection import device_of, held_by_others
 from fastscore.modules.modes import evaluating
+from fastscore.modules.weights import called_layers
 from fastscore.modules.weights.computed_weights import computed_weight, why_it_computes_on
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import bar, shown
@@ -251,7 +253,9 @@ class _Bench:
         result = self._result.cut_again(self._model, weights, added)
         model = result.model
         kept = self._tied | held_by_others(self._eval_model, "bias") | self._kept_biases
-        with evaluating(model):
+        with evaluating(model), ExitStack() as calls:
+            for handle in called_layers.replace(model, model):
+                calls.enter_context(handle)
             refit(self._eval_model, model, {name: replace(site, norm=None if name in added else site.norm)
                                             for name, site in self._sites.items() if name not in kept
                                             and computed_weight(model.get_submodule(name)) is None

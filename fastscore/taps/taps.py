@@ -20,7 +20,7 @@ from fastscore.batches import Outputs, output_tensors
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.hooks import OwnHook, input_of, with_input
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, by_sample, by_token, rows_first, spread
-from fastscore.modules.weights import experts, held_weights, parameter_layers
+from fastscore.modules.weights import experts, held_weights
 from fastscore.taps.gates import ExpertGate, FusedTap, Gate, NormGate, TapPoint
 from fastscore.taps.measures import Measure
 from fastscore.taps.passes import BackwardPasses, ForwardPass, Tapped
@@ -58,7 +58,7 @@ class Taps:
         self._propagating = self._in_one_pass = False
         self._backward = BackwardPasses()
         self._unseen: dict[str, RemovableHandle] = {}  # layers whose taps have not run -> what says so
-        self._handles: list[RemovableHandle | multihead_attention.Handle | parameter_layers.Handle] = []
+        self._handles: list[RemovableHandle | multihead_attention.Handle | held_weights.AnyHandle] = []
 
     def attach(self) -> None:
         """Set the hooks. Raises RuntimeError when they are set already."""

@@ -16,7 +16,7 @@ from fastscore.modules.attention import multihead_attention, rotary
 from fastscore.modules.copying import deepcopy
 from fastscore.modules.evaluation_copy import own_copies
 from fastscore.modules.hooks import remove_copied_hooks
-from fastscore.modules.weights import held_weights, recurrent
+from fastscore.modules.weights import called_layers, held_weights, recurrent
 from fastscore.modules.weights.computed_weights import compute_on_in, make_plain
 
 Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
@@ -131,6 +131,7 @@ def smaller_copy(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> 
                               for parameter in model.parameters() if type(parameter) is nn.Parameter}
     copy = deepcopy(model, shared | own_copies(model))
     compute_on_in(model, copy)
+    called_layers.remember_in(model, copy)
     pruned = change(copy)
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     for parameter in pruned.parameters():

@@ -120,7 +120,9 @@ def of_untraced(names: Sequence[str], idle: Collection[str], recording: Recordin
     found: dict[str, str] = {}
     for name in names:
         weight = recording.layers[name].weight if name in recording.layers else None
-        if isinstance(weight, Tensor) and not weight.is_floating_point():
+        if name in recording.layers and (why := why_it_computes_on(recording.layers[name])):
+            found[name] = why
+        elif isinstance(weight, Tensor) and not weight.is_floating_point():
             found[name] = f"its weight is of {weight.dtype}, of which no gradient is taken"
         elif name in recording.several:
             found[name] = f"the forward of its class ({type(recording.layers[name]).__name__}) returns several " \

@@ -1,11 +1,12 @@
 """Which parameters of a user's model run as layers, and when: see fastscore.modules.weights.parameter_layers."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
 from fastscore.modules.attention import multihead_attention, projections
-from fastscore.modules.weights import experts, recurrent
+from fastscore.modules.weights import called_layers, experts, recurrent
 from fastscore.modules.weights.parameter_layers import (
     Handle,
     Kinds,
@@ -16,12 +17,13 @@ from fastscore.modules.weights.parameter_layers import (
     without_rows,
 )
 
+AnyHandle: TypeAlias = Handle | called_layers.Handle
 HAVE_PLACES = (projections.ProjectionLinear, recurrent.GateLinear)  # layers which add their bias, that takes means in
 
 
-def replace(model: nn.Module, called: Iterable[str] | None = None) -> Iterator[Handle]:
+def replace(model: nn.Module, called: Iterable[str] | None = None) -> Iterator[AnyHandle]:
     """Make layers, which compute the same, of the parameters that experts, routers, nn.MultiheadAttention and recurrent
-    modules hold.
+    modules hold; and have modules call layers that their code runs without a call.
 
     Args:
         model: changed in place.
@@ -30,6 +32,7 @@ def replace(model: nn.Module, called: Iterable[str] | None = None) -> Iterator[H
     Yields:
         For each module, a handle that undoes it.
     """
+    yield from called_layers.replace(model, model)
     wanted = None if called is None else {name.rpartition(".")[0] for name in called}
     for name, module in list(model.named_modules()):
         if (wanted is None or name in wanted) and (kinds := _kinds(module)) is not None:
@@ -39,6 +42,7 @@ def replace(model: nn.Module, called: Iterable[str] | None = None) -> Iterator[H
 def put_all_back(model: nn.Module) -> None:
     """Make parameters of them again, in place: of a copy of a model that is tapped."""
     for module in model.modules():
+        called_layers.put_back(module)
         if any(isinstance(layer, ParameterLinear) for layer in module._modules.values()):
             put_back(module)
 
