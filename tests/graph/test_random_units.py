@@ -1,4 +1,5 @@
-"""Residual branches and dimensions of heads of random networks, scored and removed: against gates by brute force.
+"""Residual branches, whole heads and dimensions of heads of random networks, scored and removed: against gates by brute
+force.
 
 A few networks in a normal run; FASTSCORE_NIGHTLY=1 makes it 100 of each, and FASTSCORE_FIRST_SEED=n begins at another.
 """
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastscore
+from fastscore.graph import scored_units
 from fastscore.graph.blocks import with_blocks
 from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.tracing import trace
@@ -35,23 +37,24 @@ def without_branch(model: nn.Module, group: ChannelGroup, x: Tensor, gate: Tenso
         handle.remove()
 
 
-def without_dimensions(model: nn.Module, group: ChannelGroup, x: Tensor, gate: Tensor) -> Tensor:
-    """The output where queries, and what reads values, are multiplied by the gate [C] of their channel:
+def without_dimensions(model: nn.Module, gates: list[tuple[ChannelGroup, Tensor]], x: Tensor) -> Tensor:
+    """The output where queries, and what reads values, are multiplied by the gates [C] of their channels:
     rows of weights and biases, and columns."""
     held = dict(model.named_parameters())
     changed: dict[str, Tensor] = {}
-    for member in [*group.role("query"), *group.role("consumer")]:
+    for member, gate in [(member, gate) for group, gate in gates for member in group.role("query", "consumer")]:
         name = member.layer if member.layer in held else f"{member.layer}.weight"
         weight = changed.get(name, held[name])
         rows = member.role == "query"
         factors = torch.ones(weight.shape[0 if rows else 1], dtype=x.dtype).index_put(
             (member.index,), gate[member.channel])
         changed[name] = weight * (factors[:, None] if rows else factors)
-        bias = f"{name.rpartition('.')[0]}.in_proj_bias"  # of queries, keys and values
+        owner = name.rpartition(".")[0]
+        bias = f"{owner}.in_proj_bias" if f"{owner}.in_proj_bias" in held else f"{owner}.bias"  # of all three
         if rows:
             whole = torch.ones_like(held[bias])
             whole[:len(factors)] = factors
-            changed[bias] = held[bias] * whole
+            changed[bias] = changed.get(bias, held[bias]) * whole
     return functional_call(model, changed, (x,))
 
 
@@ -64,18 +67,18 @@ def sums(model: nn.Module, group: ChannelGroup, x: Tensor, v: Tensor) -> Tensor:
     for one, direction in zip(x.split(1), v.split(1), strict=True):
         gate = torch.ones(group.channels, dtype=x.dtype, requires_grad=True)
         # twice: of one sample alone, PyTorch's BatchNorm on a CPU sends a wrong gradient back to tokens
-        output = without_dimensions(model, group, torch.cat((one, one)), gate)
+        output = without_dimensions(model, [(group, gate)], torch.cat((one, one)))
         rows.append(torch.autograd.grad((output[:1] * direction).sum(), gate)[0])
     s = torch.stack(rows)
     return torch.stack([s[:, group.unit == unit].sum(1) for unit in group.unit], 1)
 
 
 def masked(model: nn.Module, groups: list[ChannelGroup], removed: dict[str, Tensor], x: Tensor) -> Tensor:
-    (group,) = groups
-    if any(group.role("branch")):
+    if any(groups[0].role("branch")):
+        (group,) = groups
         return without_branch(model, group, x, torch.zeros(len(x), dtype=x.dtype))
-    return without_dimensions(model, group, x, torch.ones(group.channels, dtype=x.dtype).index_fill(
-        0, removed[group.name], 0))
+    return without_dimensions(model, [(group, torch.ones(group.channels, dtype=x.dtype).index_fill(
+        0, removed[group.name], 0)) for group in groups if group.name in removed], x)
 
 
 def check(network: RandomNetwork, units: str, of: Callable[[Any], tuple[ChannelGroup, ...]]) -> bool:
@@ -103,6 +106,12 @@ def check(network: RandomNetwork, units: str, of: Callable[[Any], tuple[ChannelG
         with torch.no_grad():
             want = masked(model, [group], result.removed, x)
             torch.testing.assert_close(result.model(x), want, rtol=1e-9, atol=1e-9 * float(want.abs().max()) + 1e-30)
+    if units == "heads_and_dims" and found:
+        both = replace(scores, totals={group.name: scores.totals[group.name] for group in found})
+        result = fastscore.prune(model, both, x[:1], channels=0.6, compensate=False, progress=False)
+        with torch.no_grad():
+            want = masked(model, found, result.removed, x)
+            torch.testing.assert_close(result.model(x), want, rtol=1e-9, atol=1e-9 * float(want.abs().max()) + 1e-30)
     return bool(found)
 
 
@@ -115,3 +124,14 @@ def test_branches(seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dimensions_of_heads(seed: int) -> None:
     check(generate(seed, more=True), "head_dims", lambda graph: graph.head_dims)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("kinds", [False, True])
+def test_whole_heads_and_their_dimensions(seed: int, kinds: bool) -> None:
+    """PyTorch's own attention, and attention whose projections are layers."""
+    network = generate(seed, more=not kinds, kinds=kinds)
+    check(network, "heads_and_dims", lambda graph: tuple(
+        group for group in scored_units.of_graph(network.model, graph, "heads_and_dims").groups
+        if any(group.role("heads", "head_dims"))))
