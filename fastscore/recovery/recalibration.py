@@ -1,6 +1,6 @@
 """BatchNorm statistics measured anew: what a smaller network's layers read is not what they were trained on."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +24,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch], *, forward: Forward 
     """Measure the running statistics of the model's BatchNorms anew, in place; returns the model.
 
     Each becomes the plain average over batches of the batch's own statistics, with everything else in evaluation mode.
-    Weights are untouched, and so are BatchNorms that keep no statistics. A few hundred samples in batches of 32 or
-    more will do.
+    Weights are untouched, and so are BatchNorms that keep no statistics, or are not called. A few hundred samples
+    in batches of 32 or more will do.
 
     Args:
         model: any model with BatchNorms, on the device where the work is done.
@@ -53,11 +53,13 @@ def recalibrate_on(model: nn.Module, batches: Iterable[Batch], forward: Forward,
     """As recalibrate, on batches that are this process's own already."""
     norms = running_norms(model)
     count = 0
-    with _measuring(model, norms), torch.no_grad():
+    with _measuring(model, norms) as put_back, torch.no_grad():
         for batch in batches:
             forward(model, batch)
             count += 1
+        uncalled = _uncalled(norms, process_group)
         count = _average(norms, count, process_group)
+        put_back(uncalled)
         if not count:
             raise ValueError("batches: there is none to recalibrate on, or none that holds a sample")
         for name, norm in norms.items():
@@ -72,11 +74,18 @@ def running_norms(model: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def _measuring(model: nn.Module, norms: Mapping[str, Any]) -> Iterator[None]:
+def _measuring(model: nn.Module, norms: Mapping[str, Any]) -> Iterator[Callable[[Iterable[str]], None]]:
     """BatchNorms in training mode, averaging from nothing, and all else in evaluation mode; modes, settings and the
-    states of random numbers come back, and the statistics too where an exception ends it."""
+    states of random numbers come back, and the statistics too where an exception ends it, or of those that the function
+    is called with that it yields."""
     settings = {name: (norm.momentum, norm.track_running_stats) for name, norm in norms.items()}
     before = {name: [getattr(norm, key).clone() for key in _STATISTICS] for name, norm in norms.items()}
+
+    def put_back(names: Iterable[str]) -> None:
+        for name in names:
+            for key, value in zip(_STATISTICS, before[name], strict=True):
+                getattr(norms[name], key).copy_(value)
+
     try:
         with evaluating(model), fork_rng(device_of(model)):
             for norm in norms.values():
@@ -84,15 +93,23 @@ def _measuring(model: nn.Module, norms: Mapping[str, Any]) -> Iterator[None]:
                 norm.reset_running_stats()
                 norm.momentum = None
                 norm.training = True
-            yield
+            yield put_back
     except BaseException:
-        for name, norm in norms.items():
-            for key, value in zip(_STATISTICS, before[name], strict=True):
-                getattr(norm, key).copy_(value)
+        put_back(norms)
         raise
     finally:
         for name, norm in norms.items():
             norm.momentum, norm.track_running_stats = settings[name]
+
+
+def _uncalled(norms: Mapping[str, Any], process_group: distributed.ProcessGroup | None) -> list[str]:
+    """Those that no batch of any process came by: that do not run, or whose statistics the model's own code reads (as
+    F.batch_norm does)."""
+    called = torch.tensor([float(norm.num_batches_tracked) for norm in norms.values()],
+                          device=next(iter(norms.values())).running_mean.device)
+    if process_group is not None:
+        distributed.all_reduce(called, group=process_group)
+    return [name for name, calls in zip(norms, called.tolist(), strict=True) if not calls]
 
 
 def _average(norms: Mapping[str, Any], count: int, process_group: distributed.ProcessGroup | None) -> int:

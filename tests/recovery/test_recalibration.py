@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import untouched
-from torch import nn
+from torch import Tensor, nn
 
 import fastscore
 
@@ -69,3 +69,30 @@ def test_recalibrate_takes_norms_that_were_told_to_keep_their_statistics() -> No
     assert not other[1].track_running_stats
     assert torch.equal(one[1].running_var, other[1].running_var)
     assert not torch.equal(one[1].running_mean, torch.zeros(4))
+
+
+class ByFunction(nn.Module):
+    """One BatchNorm is called, the statistics of the other are read."""
+
+    def __init__(self, as_told: bool) -> None:
+        super().__init__()
+        self.a, self.called, self.b, self.read = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.as_told = as_told
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = self.read
+        x = self.b(self.called(self.a(x)))
+        return nn.functional.batch_norm(x, read.running_mean, read.running_var, read.weight, read.bias,
+                                        self.as_told and read.training)
+
+
+@pytest.mark.parametrize("as_told", [False, True])
+def test_statistics_that_code_reads_itself_stay(as_told: bool) -> None:
+    """Nothing measures them, and they were another's momentum's."""
+    model, x = ByFunction(as_told).double().eval(), torch.randn(40, 3).double()
+    model.read.running_mean.normal_()
+    before = {name: tensor.clone() for name, tensor in model.read.state_dict().items()}
+    fastscore.recalibrate(model, x.split(10))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.read.state_dict().items())
+    means = torch.stack([part.mean(0) for part in model.a(x).detach().split(10)]).mean(0)
+    torch.testing.assert_close(model.called.running_mean, means)
