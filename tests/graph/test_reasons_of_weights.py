@@ -109,10 +109,11 @@ class WeightDrop(nn.Module):
 def test_a_dropped_weight_of_an_lstm() -> None:
     """Which is its own after a run, and not there before."""
     model = noisy(lambda: nn.Sequential(WeightDrop(nn.LSTM(5, 6, batch_first=True)), nn.Linear(6, 7), nn.ReLU(),
-                                        nn.Linear(7, 2)))
+                                        nn.Linear(7, 2), WeightDrop(nn.LSTM(2, 3, batch_first=True))))
     x = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(1)).double()
     model(x)
     scores = fastscore.score(model, [x], progress=False)
     assert list(scores) == ["1"]
+    assert scores.skipped["3"] == "its channels pass through 4.module (LSTM), which cannot lose channels yet"
     assert scores.skipped["0.module"].endswith("it has a parameter weight_hh_l0_raw besides, as where other code "
                                                "computes its weights")

@@ -35,7 +35,7 @@ _FUNCTIONS: Mapping[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     F.embedding: (nn.Embedding, ("input", "weight", "padding_idx", "max_norm")),
 }
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm,
-           nn.PReLU, nn.Embedding)  # whose forward may run without a call
+           nn.PReLU, nn.Embedding, nn.RNNBase)  # whose forward may run without a call
 # of arguments that are not given, where they do something
 _DEFAULTS = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1, "training": False, "eps": 1e-5}
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
