@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward, call_model, named_outputs
+from fastscore.batches import Batch, Forward, call_model, named_outputs, valid_tokens
 from fastscore.recovery.last_operations import LastOperations
 from fastscore.wording import counted
 
@@ -49,7 +49,7 @@ class Decisions:
         self._said = ""
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Name -> output. Raises OutputError where there is none, ValueError where `outputs` names what is not there.
+        """Name -> output; of tokens, those that are no padding. Raises OutputError where there is none, ValueError where `outputs` names what is not there.
         """
         made = LastOperations()
         if self._widths is None:
@@ -65,8 +65,8 @@ class Decisions:
                      for part in _parts(whole, output, self._widths[whole])]
             self.errors.update(name for whole, name, part in parts if self._by_error(whole, part))
             self._said = self._described({name: part for _, name, part in parts})
-        return {name: part for whole, output in found.items() for name, part in _parts(whole, output,
-                                                                                        self._widths.get(whole, []))}
+        return without_padding({name: part for whole, output in found.items()
+                                for name, part in _parts(whole, output, self._widths.get(whole, []))}, batch)
 
     def __str__(self) -> str:
         """What is taken for decisions; empty before the first call."""
@@ -105,6 +105,14 @@ class Decisions:
         """Why an output is judged by its error, where nobody said so and it has several columns."""
         end = self._ends.get(name)
         return f", which {end} made last" if end and not self._how and _columns(part) > 1 else ""
+
+
+def without_padding(outputs: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    """Of outputs [N, T, K] the tokens that are no padding, [n, K], where the batch's attention_mask tells; all else as
+    it is."""
+    real = valid_tokens(batch)
+    return {name: output if real is None or output.dim() != 3 or output.shape[:2] != real.shape else
+            output[real.to(output.device)] for name, output in outputs.items()}
 
 
 def _is_named(name: str, key: str | int) -> bool:

@@ -17,7 +17,7 @@ from fastscore.modules.inspection import device_of
 from fastscore.modules.modes import modes_kept
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import bar, shown
-from fastscore.recovery.decisions import Decisions, JudgedOutputs
+from fastscore.recovery.decisions import Decisions, JudgedOutputs, without_padding
 from fastscore.recovery.distillation_run import PRECISIONS, DistillationReport, DistillationRun, Loss, Objective
 from fastscore.recovery.features import FeatureMaps
 from fastscore.recovery.not_finite import naming_samples
@@ -109,7 +109,7 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
         dense = evaluation_copy(unwrapped(model), plain=False)
         whole = checked_forward(forward)
         judging = Decisions(forward, outputs) if loss is None else None
-        call = judging or (lambda network, batch: {"": whole(network, batch)})
+        call = judging or (lambda network, batch: without_padding({"": whole(network, batch)}, batch))
         run = DistillationRun(dense, network, Objective(loss, temperature, FeatureMaps(dense, inner, features, removed),
                                               feature_weight, judging), call, data, group, precision,
                    make_optimizer(inner.parameters(), optimizer, lr), seed, clip)
