@@ -14,6 +14,7 @@ from fastscore.recovery.divergence import judged_by, mixed_of, names
 from fastscore.recovery.held_out import split
 from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.reconstruct import Method
+from fastscore.recovery.seen import Seen
 from fastscore.scoring.engine import score
 from fastscore.scoring.scores import Scores
 
@@ -117,12 +118,13 @@ def compare(model: nn.Module, batches: Iterable[Batch],
         raise ValueError(f"importances: {importances!r}; give a sequence of names, such as ['taylor-sq']")
     macs = None if params is not None or channels is not None else macs
     fit, judges = split(batches, held_out, HELD_OUT, "batches")
+    seen = Seen.of(fit)
     curves: dict[str, Curve] = {}
     for name, how in named.items():
         scores = how if isinstance(how, Scores) else score(
             model, fit, **{"seed": seed, "ignore": ignore, "forward": forward, "progress": progress,
                            **({"importance": how} if isinstance(how, str) else how)})
-        curves[name] = curve(model, scores, fit, macs, params=params, channels=channels, evaluate=evaluate,
+        curves[name] = curve(model, scores, seen, macs, params=params, channels=channels, evaluate=evaluate,
                              held_out=judges, repair=repair, example_inputs=example_inputs, ignore=ignore,
                              forward=forward, progress=progress, **options)
     decisions, mixed = next(iter(curves.values())).decisions, mixed_of(found.mixed for found in curves.values())

@@ -32,9 +32,10 @@ from fastscore.pruning.saved.recipes import no_biases
 from fastscore.pruning.surgery import Surgery, macs_without, plan_surgery, replay, verify
 from fastscore.recovery.compensation import say_what_takes_no_mean
 from fastscore.recovery.decisions import JudgedOutputs
-from fastscore.recovery.held_out import split
+from fastscore.recovery.held_out import check_batches, split
 from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.reconstruct import Method, reconstruct
+from fastscore.recovery.seen import Seen
 from fastscore.rng import fork_rng
 from fastscore.scoring.scores import Scores
 
@@ -85,7 +86,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         repair: "auto", "linear", "asymmetric" or "mean".
         measured: within a group, channels that others can stand in for go first (fastscore.pruning.order.redundancy);
             groups are compared by what the loss of their channels costs once it is repaired, measured on calibration
-            samples that are held out: three cuts of each group alone, each judged on 48 samples (see
+            samples that are held out: three cuts of each group alone, each judged on 50 samples (see
             fastscore.pruning.order.measured). Of this choice and that by importances alone, both repaired linearly, the
             one is taken that is nearer to the dense model on further samples held out; report.notes has both. None:
             where `repair` is "auto" or "asymmetric", the scope is "global" and
@@ -194,10 +195,14 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
                               graph.samples.batch)
             costs.learn_products(counted)
         ranked, per_channel = ranker(eval_model, graph.groups, scores, costs, budgets, ranking, example_inputs, forward)
-        fit, judges = calibration, held_out
+        fit: Iterable[Batch] | None = calibration
+        judges = held_out
         if quality.given:
             assert calibration is not None
             fit, judges = split(calibration, held_out, HELD_OUT, "calibration")
+        if fit is not None:
+            check_batches(fit, "calibration")
+            fit = Seen.of(fit)
 
         def pruned(order: list[RemovalStep]) -> PruneResult:
             """The smaller model, whose channels go in this order; `costs` are whole before and after."""
@@ -216,14 +221,15 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
                 removed, candidates = select_by_latency(order, costs, budgets, lambda gone: cut(gone)[1:],
                                                         eval_model, example_inputs, forward, counted, clock)
             try:
-                return build(removed, calibration)
+                return build(removed, fit)
             finally:
                 give_back(removed, costs)
 
         if _is_measured(measured, scores, scope, fit, repair):
-            assert fit is not None
-            found = Measured(model, eval_model, graph, scores, ranked, per_channel, fit, forward, outputs,
-                             process_group)
+            assert isinstance(fit, Seen)
+            seen = fit
+            found = seen.once(scores, lambda: Measured(model, eval_model, graph, scores, ranked, per_channel, seen,
+                                                       forward, outputs, process_group))
             result = better(found, ranked(scores), pruned, costs, budgets, quality.given, counted)
         else:
             result = pruned(ranked(scores))

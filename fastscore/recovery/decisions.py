@@ -49,7 +49,9 @@ class Decisions:
         self._said = ""
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Name -> output; of tokens, those that are no padding. Raises OutputError where there is none, ValueError where `outputs` names what is not there.
+        """Name -> output; of tokens, those that are no padding.
+
+        Raises OutputError where there is none, ValueError where `outputs` names what is not there.
         """
         made = LastOperations()
         if self._widths is None:

@@ -195,7 +195,7 @@ class DistillationRun:
             expected = {name: output.to(self._device) for name, output in
                         self._call(self._dense, on_device(batch, device_of(self._dense))).items()}
         batch = on_device(batch, self._device)
-        got = self._call(smaller, batch)
+        got = dict(self._call(smaller, batch))
         shapes = [{name: list(output.shape) for name, output in outputs.items()} for outputs in (got, expected)]
         if shapes[0] != shapes[1]:
             returned = [each[""] if each.keys() == {""} else each for each in shapes]

@@ -30,13 +30,15 @@ from fastscore.progress import bar, shown
 from fastscore.recovery.calibration import Calibration, Part
 from fastscore.recovery.compensation import has_no_place, mean_contributions, weight_alone
 from fastscore.recovery.decisions import Decisions, JudgedOutputs
-from fastscore.recovery.divergence import Divergence, Mixed, Outputs, divergence, each_of, figures
+from fastscore.recovery.divergence import Divergence, Mixed, divergence, each_of, figures
 from fastscore.recovery.front_to_back import refit, sites
+from fastscore.recovery.held_out import check_batches
 from fastscore.recovery.kept import KeptPasses
 from fastscore.recovery.linear import InputEstimate, estimate_inputs, rewired
 from fastscore.recovery.moments import InputMoments, Moments, layouts
 from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.recalibration import recalibrate_on, running_norms
+from fastscore.recovery.seen import Seen
 from fastscore.rng import fork_rng
 from fastscore.wording import counted
 
@@ -138,11 +140,12 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
         raise TypeError(f"result: {type(result).__name__}; give what fastscore.prune returned, not its model alone")
     model = unwrapped(model)
     device = device_of(model)
-    calibration = Calibration(batches, device, forward, process_group)
+    check_batches(batches, "calibration")
+    seen = Seen.of(batches)
     with fork_rng(device), torch.inference_mode(False), torch.no_grad(), shown(progress), \
             bar("repairing", " repairs") as tried:
         kept = KeptPasses(resume, model, result.removed_indices, forward, process_group)
-        bench = _Bench(model, result, calibration, forward, process_group, kept, outputs)
+        bench = _Bench(model, result, seen, forward, process_group, kept, outputs)
         repaired: R = bench.best(method, tuple(ridges), tried)
     return repaired
 
@@ -166,26 +169,14 @@ def check_dense(model: nn.Module, result: Pruned) -> None:
                              "several times, give the one that went into the last prune()")
 
 
-@dataclass
-class _Outputs:
-    """What the dense network returns for samples held out, batch by batch."""
-
-    rows: list[Outputs] = field(default_factory=list)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": list(self.rows)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.rows = list(state["rows"])
-
-
 class _Bench:
     """A dense model, what goes from it, and what calibration batches say of both."""
 
-    def __init__(self, model: nn.Module, result: Pruned, calibration: Calibration, forward: Forward,
+    def __init__(self, model: nn.Module, result: Pruned, seen: Seen, forward: Forward,
                  process_group: distributed.ProcessGroup | None, kept: KeptPasses,
                  outputs: JudgedOutputs) -> None:
         check_dense(model, result)
+        calibration = Calibration(seen, device_of(model), forward, process_group)
         self._model, self._result, self._calibration = model, result, calibration
         self._forward, self._run, self._group = forward, Decisions(forward, outputs), process_group
         self._example = calibration.first()
@@ -210,22 +201,29 @@ class _Bench:
         self._layouts = {name: index[name] for name in inputs.calls}
         self._sites = sites(self._eval_model, self._example, forward, result.removed_indices, graph.normalized_by)
         self._moments: dict[Part, dict[str, Moments]] = {}
-        self._kept, self._outputs = kept, _Outputs()
+        self._kept, self._seen, self._outputs = kept, seen, seen.outputs
         for part in ("fit", "held out"):
             self._measure(part)
         self._moments["all"] = {name: moments.joined(self._moments["held out"][name])
                                 for name, moments in self._moments["fit"].items()}
 
     def _measure(self, part: Part) -> None:
-        with InputMoments(self._eval_model, self._layouts) as inputs:
-            batches = self._calibration.part(part)
-            for batch in self._kept.pass_over(batches, part, {**inputs.moments, "": self._outputs}):
-                inputs.start(batch)
-                output = self._run(self._eval_model, batch)
-                if part == "held out":
-                    self._outputs.rows.append(_on_cpu(output))
-        inputs.finish(self._group)
-        self._moments[part] = inputs.moments
+        """What the dense network makes of a part, but for what is known of it. Samples held out are few: of them all
+        that is known of the others is measured, which further cuts may ask for."""
+        seen, judges = self._seen.moments[part], part == "held out" and not self._outputs.rows
+        fitted = {name: moments.index for name, moments in self._seen.moments["fit"].items()}
+        unseen = self._seen.unseen(part, fitted | self._layouts)
+        if unseen or judges:
+            with InputMoments(self._eval_model, unseen) as inputs:
+                batches = self._calibration.part(part)
+                for batch in self._kept.pass_over(batches, part, {**inputs.moments, "": self._outputs}):
+                    inputs.start(batch)
+                    output = self._run(self._eval_model, batch)
+                    if judges:
+                        self._outputs.rows.append(_on_cpu(output))
+            inputs.finish(self._group)
+            seen.update(inputs.moments)
+        self._moments[part] = {name: seen[name] for name in self._layouts}
 
     def _linear(self, ridge: float, part: Part) -> Any:
         """The result, with layers that read channels that went reconstructed from the moments of a part."""

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from fastscore.batches import Batch, Forward
+from fastscore.batches import Forward
 from fastscore.graph.cutting.surgery import removed_indices
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.modules.inspection import device_of
@@ -35,6 +35,7 @@ from fastscore.recovery.decisions import Decisions, JudgedOutputs
 from fastscore.recovery.divergence import divergence, names
 from fastscore.recovery.linear import estimate_inputs, rewired
 from fastscore.recovery.moments import InputMoments, layouts
+from fastscore.recovery.seen import Seen
 from fastscore.scoring.scores import Scores
 
 SHARES = (0.25, 0.5, 0.75)
@@ -64,7 +65,7 @@ class Measured:
         ranked: the steps by given values.
         channel_costs: as for removal_order.
         batches: to fit on, and one of four samples to judge by: see fastscore.reconstruct. A half of these at most
-            measures the groups; the rest tells the order from another.
+            measures the groups; the rest tells the order from another. They are told what the dense layers read.
         forward: how the model is called.
         outputs: those that are judged, see Decisions.
         process_group: processes that share the work.
@@ -78,7 +79,7 @@ class Measured:
     """
 
     def __init__(self, model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, scores: Scores, ranked: Ranked,
-                 channel_costs: Mapping[str, Tensor] | None, batches: Iterable[Batch], forward: Forward,
+                 channel_costs: Mapping[str, Tensor] | None, batches: Seen, forward: Forward,
                  outputs: JudgedOutputs, process_group: distributed.ProcessGroup | None) -> None:
         self._model, self._eval_model, self._groups, self._forward = model, eval_model, graph.groups, forward
         self._run, self._group, self.measure = Decisions(forward, outputs), process_group, "KL"
@@ -98,6 +99,7 @@ class Measured:
                 raise ValueError(f"calibration: the model cannot take its batches ({error}); give what the model "
                                  "takes, or forward=") from error
             self._inputs.finish(process_group)
+            batches.moments["fit"].update({name: self._inputs.moments[name] for name in self._inputs.calls})
             values = {group.name: redundancy.values(eval_model, group, scores[group.name], self._inputs.moments,
                                                     graph.normalized_by) for group in graph.groups
                       if group.name in scores}
