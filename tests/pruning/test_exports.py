@@ -88,3 +88,13 @@ def test_one_sample_does_not_tell_that_their_number_is_free(suffix: str, tmp_pat
     network = NETWORKS["plain"]
     with pytest.raises(ValueError, match=r"example_inputs: 1 sample.*two or more"):
         fastscore.save(network.model(), network.inputs(1), tmp_path / f"small{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_inputs_that_are_not_one_tensor_are_no_single_sample(suffix: str, tmp_path: Path) -> None:
+    """A dict of one tensor [32, T] was "1 sample"."""
+    network = NETWORKS["plain"]
+    for given in ({"input_ids": network.inputs(4)}, (network.inputs(4),)):
+        said = rf"example_inputs: {type(given).__name__}, and {suffix} files take one tensor"
+        with pytest.raises(TypeError, match=said):
+            fastscore.save(network.model(), given, tmp_path / f"small{suffix}")  # type: ignore[arg-type]

@@ -30,12 +30,16 @@ def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | Pat
 
     Raises:
         ValueError: another suffix; for .pt2 and .onnx, fewer than two samples; for .safetensors, a model that prune()
-            did not make.
+            did not make. TypeError: for .pt2 and .onnx, inputs that are not one tensor.
         ImportError: ONNX without its packages.
     """
     suffix = check_suffix(path)
     if suffix == ".safetensors":
         return save_pruned(model, path)
+    if suffix != ".pt" and not isinstance(example_inputs, Tensor):
+        raise TypeError(f"example_inputs: {type(example_inputs).__name__}, and {suffix} files take one tensor "
+                        "[N, ...]: give that tensor; a model that is called otherwise is exported by torch.export or "
+                        "torch.onnx (result.model.eval()), or saved as .safetensors or .pt")
     if suffix != ".pt" and len(example_inputs) < 2:
         raise ValueError(f"example_inputs: {len(example_inputs)} sample, which {suffix} would take for the only size "
                          "there is: give two or more")
