@@ -101,7 +101,7 @@ def fit(joint: Joint, start: Tensor, ridge: float) -> Tensor:
     if ridge == math.inf or not joint.count:
         return start
     gram, cross = joint.xx / joint.count, joint.tx / joint.count
-    return start + torch.stack([solve(g, r, ridge) for g, r in zip(gram, cross - start @ gram, strict=True)])
+    return start + solve(gram, cross - start @ gram, ridge)
 
 
 def error(weight: Tensor, fitted: Joint, held_out: Joint) -> float:

@@ -79,21 +79,21 @@ def rewired(layer: nn.Module, x: InputEstimate) -> Tensor:
 
 
 def solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """float64 [.., K]: `cross` [.., K] times the inverse of `gram` [K, K] + ridge·its diagonal, for a gram that may be
-    singular."""
-    scale = gram.diagonal().clamp(min=0).sqrt()
-    varies = scale > 1e-7 * scale.max()
+    """float64 [.., O, K]: `cross` [.., O, K] times the inverse of `gram` [.., K, K] + ridge·its diagonal, for grams
+    that may be singular; those of all blocks at once, of which a depthwise layer has as many as channels."""
+    scale = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    varies = scale > 1e-7 * scale.amax(-1, keepdim=True)
     inverse = torch.where(varies, 1 / scale.clamp(min=1e-150), 0.0)
-    correlation, cross = gram * inverse[:, None] * inverse, cross * inverse
-    if ridge > NOISE * len(gram):  # then it is positive definite
-        factor = torch.linalg.cholesky(correlation + torch.diag(ridge + (~varies).double()))
-        solution: Tensor = torch.cholesky_solve(cross.T, factor).T
-        return solution * inverse
+    correlation, cross = gram * inverse[..., None] * inverse[..., None, :], cross * inverse[..., None, :]
+    if ridge > NOISE * gram.shape[-1]:  # then it is positive definite
+        factor = torch.linalg.cholesky(correlation + torch.diag_embed(ridge + (~varies).double()))
+        solution: Tensor = torch.cholesky_solve(cross.mT, factor).mT
+        return solution * inverse[..., None, :]
     values, vectors = torch.linalg.eigh(correlation)
-    usable = values > NOISE * values[-1:].clamp(min=1e-150)
+    usable = values > NOISE * values[..., -1:].clamp(min=1e-150)
     weights = torch.where(usable, 1 / (values + ridge).clamp(min=1e-150), 0.0)
-    found: Tensor = (cross @ vectors * weights) @ vectors.T
-    return found * inverse
+    found: Tensor = (cross @ vectors * weights[..., None, :]) @ vectors.mT
+    return found * inverse[..., None, :]
 
 
 def _regression(covariance: Tensor, keep: Tensor, ridge: float) -> Tensor:

@@ -36,7 +36,10 @@ def read_rows(layer: nn.Module, x: Tensor, valid: Tensor | None = None, limit: i
                                                  strict=True):
         at = (at * size)[:, :, None] + ((place * stride)[:, None] + torch.arange(kernel) * step)[:, None]
         at = at.flatten(1)
-    flat = x.flatten(2).index_select(2, at.flatten().to(x.device)).unflatten(2, at.shape)  # [N, C, P, k]
+    flat, every = x.flatten(2), at.flatten()
+    if not torch.equal(every, torch.arange(flat.shape[2])):  # a kernel of one place reads them all as they lie
+        flat = flat.index_select(2, every.to(x.device))
+    flat = flat.unflatten(2, at.shape)  # [N, C, P, k]
     rows: Tensor = flat.transpose(1, 2).flatten(2).unflatten(2, (blocks_of(layer), -1)).flatten(0, 1)
     return rows
 

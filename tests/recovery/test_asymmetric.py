@@ -22,6 +22,7 @@ from fastscore.recovery import front_to_back, reconstruct
 from fastscore.recovery.asymmetric import Joint, bias, error, fit, rescaled
 from fastscore.recovery.calibration import Calibration
 from fastscore.recovery.front_to_back import refit, sites
+from fastscore.recovery.linear import solve
 from fastscore.recovery.lockstep import Lockstep
 from fastscore.recovery.rows import is_product, made_rows, read_rows, weight_rows
 from fastscore.recovery.shortcuts import Shortcut, shortcuts
@@ -32,6 +33,9 @@ LAYERS = {
     "tokens": (lambda: nn.Linear(8, 6), (7, 8)),
     "conv": (lambda: nn.Conv2d(8, 6, (3, 2), stride=(1, 2), padding=(1, 0), dilation=(2, 1), groups=2), (8, 9, 7)),
     "depthwise": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8, padding_mode="reflect", bias=False), (8, 5, 4)),
+    "pointwise": (lambda: nn.Conv2d(8, 6, 1), (8, 5, 4)),
+    "pointwise, in steps": (lambda: nn.Conv2d(8, 6, 1, stride=(1, 2)), (8, 5, 4)),
+    "pointwise, large": (lambda: nn.Conv2d(8, 6, 1), (8, 20, 20)),
     "same": (lambda: nn.Conv1d(8, 4, 4, padding="same"), (8, 300)),
     "volume": (lambda: nn.Conv3d(8, 3, 2), (8, 3, 4, 5)),
 }
@@ -81,6 +85,37 @@ def test_without_a_ridge_it_is_least_squares(seed: int) -> None:
         torch.testing.assert_close(found[block], torch.linalg.lstsq(x, t).solution.T, rtol=1e-6, atol=1e-6)
     assert torch.equal(fit(rows.joints[0], rows.start, math.inf), rows.start)
     torch.testing.assert_close(fit(rows.joints[0], rows.start, 1e9), rows.start, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-6, 0.3])
+def test_blocks_are_solved_together_as_each_alone(ridge: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A depthwise layer has as many as channels: one by one, they took as long as four passes over the images."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 5, 6, dtype=torch.float64)
+    x[:, 1, 2] = 0.0  # dead
+    x[:, 3, 4] = x[:, 3, 0] - x[:, 3, 1]  # singular, and so is the next, in which nothing varies
+    x[:, 4] = 0.0
+    gram, cross = torch.einsum("ngk,ngl->gkl", x, x), torch.einsum("ngo,ngk->gok", torch.randn(40, 5, 3).double(), x)
+    calls: list[torch.Size] = []
+    factored = torch.linalg.cholesky if ridge == 0.3 else torch.linalg.eigh
+
+    def spy(matrix: Tensor) -> Any:
+        calls.append(matrix.shape)
+        return factored(matrix)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, factored.__name__.removeprefix("linalg_"), spy)
+        found = solve(gram, cross, ridge)
+    assert calls == [torch.Size([5, 6, 6])]
+    for block in range(5):
+        varies = gram[block].diagonal() > 0
+        scale = torch.where(varies, gram[block].diagonal(), 1.0)
+        alone = cross[block] @ torch.linalg.pinv(gram[block] + ridge * torch.diag(scale), hermitian=True, rtol=1e-9)
+        if ridge or block < 3:
+            torch.testing.assert_close(found[block], alone * varies, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(found[block], solve(gram[block], cross[block], ridge), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found[block] @ (gram[block] + ridge * torch.diag(scale)) * varies, cross[block],
+                                   rtol=1e-4, atol=1e-4)
 
 
 @QUICK

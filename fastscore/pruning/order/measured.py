@@ -99,7 +99,8 @@ class Measured:
                 raise ValueError(f"calibration: the model cannot take its batches ({error}); give what the model "
                                  "takes, or forward=") from error
             self._inputs.finish(process_group)
-            batches.moments["fit"].update({name: self._inputs.moments[name] for name in self._inputs.calls})
+            self._read = {name: moments for name, moments in self._inputs.moments.items() if moments.count}
+            batches.moments["fit"].update(self._read)  # the same in every process, whatever batches it had
             values = {group.name: redundancy.values(eval_model, group, scores[group.name], self._inputs.moments,
                                                     graph.normalized_by) for group in graph.groups
                       if group.name in scores}
@@ -133,8 +134,8 @@ class Measured:
     def _repaired(self, removed: Mapping[str, Tensor], ridge: float) -> nn.Module:
         """The model without `removed` (group -> channels), repaired linearly."""
         groups = [group for group in self._groups if group.name in removed]
-        found = {name: estimate_inputs(self._inputs.moments[name], where, ridge)
-                 for name, where in removed_positions(tuple(groups), removed).items() if name in self._inputs.calls}
+        found = {name: estimate_inputs(self._read[name], where, ridge)
+                 for name, where in removed_positions(tuple(groups), removed).items() if name in self._read}
         weights = {name: rewired(self._eval_model.get_submodule(name), x) for name, x in found.items()}
         constants = {name: x.constant for name, x in found.items()}
         added = mean_contributions(self._eval_model, constants, self._example, self._forward)
