@@ -28,7 +28,8 @@ _OF_SHAPES = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like",
 
 
 class Decisions(TorchDispatchMode):
-    """Within the block, `found` says whether an operation decides anything by what `batch` holds.
+    """Within the block, `found` says whether an operation decides anything by what `batch` holds, and `read` whether a
+    Python number was made of it.
 
     seed: of other decisions, which take the place of those. They are a function of their operand, so that a decision
     that the code takes twice is the same twice; None: they stay.
@@ -38,7 +39,7 @@ class Decisions(TorchDispatchMode):
 
     def __init__(self, batch: Batch, seed: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found, self._seed = False, seed
+        self.found, self.read, self._seed = False, False, seed
         self._decided = set[int]()
         self._content: dict[int, StorageWeakRef] = {}  # kept, a weak reference keeps its address from being taken again
         for tensor in tensors_of(batch):
@@ -53,6 +54,7 @@ class Decisions(TorchDispatchMode):
             [tensor for tensor in tensors_of((args, kwargs)) if self._place(tensor) in self._content]
         if not content:
             return func(*args, **kwargs)
+        self.read |= operation == "_local_scalar_dense"
         operand = args[0] if args and isinstance(args[0], Tensor) and args[0].numel() > 1 else None
         # integers that come of a decision, such as an order and its inverse, belong to it
         decided = any(self._place(tensor) in self._decided for tensor in content if not tensor.is_floating_point())

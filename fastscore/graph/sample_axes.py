@@ -120,8 +120,8 @@ def _find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: B
         return SampleAxes(dict.fromkeys(watched, (Untold(reason),)), 0, inputs, values)
     batch = batch_of(example, trials[-1].size) if len(trials) > 1 else example
     second = _second_dimension(model, run, batch, trials[-1].outputs[0])
-    together = _samples_of(example) > 1 and companions.depend(model, run, trials[-1], batch, example, axes)
     otherwise = _decided_otherwise(model, watched, run, batch, trials[-1], axes, way)
+    together = companions.depend(model, run, trials, batch, example, axes)
     send_back(trials[-1], axes)
     found = _resolve([*otherwise, *trials])
     if not way.exact and any(axis in _UNSURE for of_layer in found.values() for axis in of_layer):
@@ -189,7 +189,7 @@ def _shapes_at_two_sizes(model: nn.Module, watched: Mapping[str, Watched], run: 
     if isinstance(second, str):  # it may be the looking for decisions that does not run
         second = tried(model, watched, run, batch, large, exact=way.exact)
     else:
-        second.decides = noted.found
+        second.decides, second.reads = noted.found, noted.read
     if not isinstance(first, str) and not isinstance(second, str):
         return [first, second]
     if not way.exact:
@@ -214,7 +214,7 @@ def _decided_otherwise(model: nn.Module, watched: Mapping[str, Watched], run: Ru
     if known.decides is None:
         with Decisions(batch) as noted:
             tried(model, watched, run, batch, known.size, grad=False)
-        known.decides = noted.found
+        known.decides, known.reads = noted.found, noted.read
     trials = []
     for seed in range(_DECISIONS):
         masked = other_masks(batch, seed)

@@ -148,8 +148,6 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
             return _score_weights(eval_model, channels, origin, ignore)
         several = len(first_input(data.first)) > 1
         totals = Totals(eval_model, channels, origin, ignore, several=several)
-        if several and channels.samples.together:
-            warnings.warn(TOGETHER.format(type(model).__name__), stacklevel=2)
         prepared = prepare(eval_model, totals.taps(traceable=True), channels.normalized_by, example, forward, precision,
                            compile)
         same = run_fingerprint(model, asdict(totals.origin), probes=probes, ignored=sorted(ignore), loss=loss,
@@ -166,6 +164,8 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
                 if samples == "auto" and _settled(totals, agreement):
                     break
             passes.finish()
+        if totals.together:
+            warnings.warn(TOGETHER.format(type(model).__name__), stacklevel=2)
         return replace(run.totals().scores(), plan=replace(prepared.plan, graph=graphs.outcome))
 
 

@@ -84,7 +84,8 @@ class Scorer:
         first = None if isinstance(example_inputs, ChannelGraph) else batches.first_tensor(example_inputs)
         several = first is not None and first.shape[:1].numel() > 1
         self._totals = Totals(model, graph, origin, ignore, several=several)
-        if several and graph.samples.together:
+        self._told = self._totals.together
+        if self._told:
             warnings.warn(TOGETHER.format(type(model).__name__), stacklevel=2)
         on_pass = partial(_read, self._totals, self._output_dim) if gradient == "loss" else None
         self._taps = self._totals.taps(on_pass, self._outputs)
@@ -148,7 +149,7 @@ class Scorer:
         self._totals.propagate(self._taps, output.movedim(dim, 0), gradient.movedim(dim, 0))
 
     def scores(self) -> Scores:
-        """What has been measured up to now; a warning tells of passes that were left out.
+        """What has been measured up to now; a warning tells of passes that were left out, and of samples that meet.
 
         Returns:
             Scores: layer -> float32 [C].
@@ -164,6 +165,9 @@ class Scorer:
                                "gradient='random'). Hooks set on a model that torch.compile has already run are not "
                                "seen: attach the scorer first")
         scores = self._totals.scores()
+        if self._totals.together and not self._told:
+            self._told = True
+            warnings.warn(TOGETHER.format(type(self._taps.model).__name__), stacklevel=2)
         if self.left_out:
             where = f", the last at {self._totals.nonfinite}" if self._totals.nonfinite else ""
             passes = counted(self.left_out, "backward pass", "backward passes")

@@ -43,6 +43,7 @@ class Totals:
                  several: bool = False) -> None:
         self.criterion = gradient_importance(origin.importance, origin.reduction, origin.ablation)
         apart = several and not self.criterion.minibatch
+        self.several = several  # whether a batch had several samples
         self._graph, self.origin = groups_to_score(model, graph, origin, ignore, apart)
         self.model = model
         if self.criterion.edges:
@@ -101,6 +102,11 @@ class Totals:
         self.settle()
         return self._nonfinite
 
+    @property
+    def together(self) -> bool:
+        """Whether they hold for batches as they were given alone: see fastscore.graph.trials.companions."""
+        return self.several and self._graph.samples.together
+
     def taps(self, on_pass: Callable[[Taps, ForwardPass], None] | None = None,
              outputs: batches.Outputs = batches.output_tensors, traceable: bool = False) -> Taps:
         """Taps that measure what these totals need."""
@@ -150,6 +156,7 @@ class Totals:
         taps' weights. valid: bool [N], which of them are no padding. zeros: how many had a gradient of length 0, where
         no length tells. done: the forward pass.
         """
+        self.several |= samples > 1 and self.origin.sample_dims == 1
         self._untold.update((layer, reason) for layer, reason in sums if isinstance(reason, str))
         measured = [(layer, batches.with_float64(tensor.detach())) for layer, tensor in sums
                     if isinstance(tensor, Tensor)]

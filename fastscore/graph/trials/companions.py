@@ -1,62 +1,128 @@
 """Whether what a model returns for a sample depends on the others in its batch, by values alone: a scale, a threshold
-or a statistic of the batch, without a gradient, as in dynamic quantisation."""
+or a statistic of the batch, without a gradient, as in dynamic quantisation; or rows of all samples that compete for
+places, as in experts of a limited capacity."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from fastscore import rng
 from fastscore.batches import Batch, first_tensor, map_tensors, tensors_of
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.sample_trials import Run, Trial, tried
-from fastscore.graph.trials.trial_inputs import batch_of
+from fastscore.graph.trials.trial_inputs import differ
+from fastscore.modules.inspection import device_of
+from fastscore.modules.weights import recurrent
 
 TOGETHER = ("{0}: what it returns for a sample depends on which others are in its batch (by a scale, a threshold or a "
-            "statistic that its code takes over the batch, say). These are scores for batches as they are given: give "
-            "such as the model is used with, or have its code treat each sample by itself")
+            "statistic that its code takes over the batch, or rows of all samples that it chooses among, say). These "
+            "are scores for batches as they are given: give such as the model is used with, or have its code treat "
+            "each sample by itself")
 _LARGER = 8  # than what is there: the largest of a batch is another then
+_PART = 3  # samples of a batch that are run by themselves
 
 
-def depend(model: nn.Module, run: Run, known: Trial, batch: Batch, example: Batch,
+def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, example: Batch,
            axes: Sequence[int | None]) -> bool:
-    """Whether the outputs of `known`, a run on `batch`, would be others for its first sample beside other samples.
-    example: what batches are made of.
+    """Whether what the model returns for a sample would be another beside other samples.
 
-    The model runs on the first sample beside others, and once more, as before, where that shows something. Code that
-    puts samples in another order shows one output that is as it was.
+    The last sample is run beside others, larger ones (where there are others), and the first were run beside fewer.
+    Where the code decides by what the batch holds, or reads numbers of it, that could show nothing by luck: then every
+    sample is run by itself, the first and the last beside copies of themselves, which want what they want, and the last
+    of `example` without the rest. What shows something counts where the same run twice does not. Code that puts samples
+    in another order returns something that was there before.
+
+    Args:
+        model, run: as in fastscore.graph.sample_axes.find.
+        trials: runs that were made, the last on `batch`.
+        batch: made of `example`, which has the model's own samples.
+        axes: where samples lie in each output.
     """
-    count = len(first) if (first := first_tensor(example)) is not None and first.dim() else 0
-    other = _beside_others(example, count)
-    other = other if batch is example else batch_of(other, known.size)
-    if known.size < 2 or all(map(torch.equal, tensors_of(batch), tensors_of(other))):
+    known, small = trials[-1], trials[0]
+    if known.size < 2:
         return False
-    return _none_is_the_same(known, tried(model, {}, run, other, known.size, grad=False), axes) and \
-        _all_are_the_same(known, tried(model, {}, run, batch, known.size, grad=False), axes)
+    first = first_tensor(example)
+    count = len(first) if first is not None and first.dim() else 0
+    own = [x.dim() > 0 and len(x) == count for x in tensors_of(example)]
+    free = bool(known.decides or known.reads)
+    drawn = False
+
+    def outputs(batch: Batch, size: int) -> Sequence[Tensor] | None:
+        nonlocal drawn
+        made = tried(model, {}, run, batch, size, grad=False)
+        drawn = drawn or rng.has_drawn(device_of(model))
+        return None if isinstance(made, str) else made.outputs
+
+    def shown() -> Iterator[Batch]:
+        """What runs that show something are compared with."""
+        for other in _beside_others(batch, own, free, count > 1):
+            if differ(batch, other) and _none_is_there(before, outputs(other, known.size), axes):
+                yield batch
+        if not was_sketched and known.size > small.size <= count and not _are_there(before, small.outputs, axes):
+            yield batch
+        several = [(batch, known.size)] if free else []
+        if free and batch is not example and count > known.size:
+            several.append((example, count))
+        for whole, size in several:
+            made = before if whole is batch else outputs(whole, size)
+            for sample in range(size)[-_PART:]:
+                if not _are_there(made, outputs(_picked(whole, own, slice(sample, sample + 1)), 1), axes):
+                    yield whole
+
+    with recurrent.whole(model) as was_sketched:
+        before = outputs(batch, known.size) if was_sketched else known.outputs
+        for whole in shown():
+            size = known.size if whole is batch else count
+            again = outputs(whole, size)
+            return not drawn and _are_there(before if whole is batch else outputs(whole, size), again, axes)
+        return False
 
 
-def _beside_others(batch: Batch, samples: int) -> Batch:
-    def beside_others(x: Tensor) -> Tensor:
-        if not x.dim() or len(x) != samples or not x.numel():
-            return x
-        others = x[1:] * _LARGER if x.is_floating_point() else x[:1].expand_as(x[1:])
-        return torch.cat([x[:1], others])
-
-    return map_tensors(beside_others, batch)
+def _picked(batch: Batch, own: Sequence[bool], samples: slice) -> Batch:
+    """Some samples of a batch. own: of each of its tensors, whether it has a row for each sample."""
+    each = iter(own)
+    return map_tensors(lambda x: x[samples] if next(each) else x, batch)
 
 
-def _same(known: Trial, other: Trial | str, axes: Sequence[int | None]) -> list[list[bool]] | None:
-    """For each output, whether each sample's is what it was, but for rounding; None where they cannot be compared."""
-    if isinstance(other, str) or [x.shape for x in known.outputs] != [x.shape for x in other.outputs]:
-        return None
-    pairs = [(a.detach().movedim(axis, 0), b.detach().movedim(axis, 0))
-             for a, b, axis in zip(known.outputs, other.outputs, axes, strict=False) if axis is not None]
-    return [[bool(close(now, before, rounding=torch.finfo(a.dtype).eps ** 0.5).all())
-             for before, now in zip(a, b, strict=True)] for a, b in pairs]
+def _beside_others(batch: Batch, own: Sequence[bool], copies: bool, larger: bool) -> Iterator[Batch]:
+    """Batches in which one sample is what it was, and others are none of those there were."""
+    for kept, by in (*(((-1, _LARGER),) if larger or copies else ()), *(((-1, None), (0, None)) if copies else ())):
+        each = iter(own)
+
+        def others(x: Tensor, each: Iterator[bool] = each, kept: int = kept, by: int | None = by) -> Tensor:
+            if not next(each):
+                return x
+            other = x[kept].expand_as(x).clone() if by is None or not x.is_floating_point() else x * by
+            other[kept] = x[kept]
+            return other
+
+        yield map_tensors(others, batch)
 
 
-def _none_is_the_same(known: Trial, other: Trial | str, axes: Sequence[int | None]) -> bool:
-    return any(not any(samples) for samples in _same(known, other, axes) or ())
+def _found(before: Sequence[Tensor] | None, after: Sequence[Tensor] | None, axes: Sequence[int | None]
+           ) -> list[list[bool]]:
+    """For each output, whether each sample's afterwards is one of those before, but for rounding; nothing where they
+    cannot be compared."""
+    if before is None or after is None or len(before) != len(after):
+        return []
+    found = []
+    for a, b, axis in zip(before, after, axes, strict=False):
+        if axis is None:
+            continue
+        old, new = a.detach().movedim(axis, 0), b.detach().movedim(axis, 0)
+        if old.shape[1:] != new.shape[1:]:
+            return []
+        rounding = torch.finfo(old.dtype).eps ** 0.5
+        found.append([any(bool(close(one, other, old, rounding).all()) for other in old) for one in new])
+    return found
 
 
-def _all_are_the_same(known: Trial, other: Trial | str, axes: Sequence[int | None]) -> bool:
-    return all(all(samples) for samples in _same(known, other, axes) or [[False]])
+def _none_is_there(before: Sequence[Tensor] | None, after: Sequence[Tensor] | None, axes: Sequence[int | None]) -> bool:
+    return any(not any(samples) for samples in _found(before, after, axes))
+
+
+def _are_there(before: Sequence[Tensor] | None, after: Sequence[Tensor] | None, axes: Sequence[int | None]) -> bool:
+    """Whether every sample afterwards is one of those before; where they cannot be compared, nothing is said against
+    it."""
+    return all(all(samples) for samples in _found(before, after, axes))

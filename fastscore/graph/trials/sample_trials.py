@@ -47,7 +47,7 @@ class Call:
 class Trial:
     """One run: how large its batch was, and what it showed. anchor: what gradients are asked for. sent: holds the
     number of the sample whose gradient is on its way. decides: whether the model's code decided anything by what the
-    batch holds, where that was looked for."""
+    batch holds, where that was looked for. reads: whether it made Python numbers of that."""
 
     size: int
     anchor: Tensor
@@ -56,6 +56,7 @@ class Trial:
     called_with: Tensor | None = None  # the first tensor of the model's first call
     sent: list[int] = field(default_factory=list)
     decides: bool | None = None
+    reads: bool = False
 
 
 def tried(model: nn.Module, watched: Mapping[str, Watched], run: Run, batch: Batch, size: int, grad: bool = True,

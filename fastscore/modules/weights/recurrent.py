@@ -85,6 +85,19 @@ def sketched(model: nn.Module) -> AbstractContextManager[None]:
     return _flagged(model, _SKETCHED)
 
 
+@contextmanager
+def whole(model: nn.Module) -> Iterator[bool]:
+    """In the block, within one of `sketched`, they take every step as it is; whether there are any."""
+    modules = [module for module in model.modules() if isinstance(module, _Recurrence) and _SKETCHED in vars(module)]
+    for module in modules:
+        del vars(module)[_SKETCHED]
+    try:
+        yield bool(modules)
+    finally:
+        for module in modules:
+            vars(module)[_SKETCHED] = True
+
+
 def exact_rows(model: nn.Module) -> AbstractContextManager[None]:
     """In the block, recurrent modules of a copy multiply no padding of a packed sequence, as PyTorch's do not."""
     return _flagged(model, _EXACT)
