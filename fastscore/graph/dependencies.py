@@ -10,7 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph import index_maps, layers_inside, lost_ways, ties
+from fastscore.graph import contractions, index_maps, layers_inside, lost_ways, ties
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.cutting.cut_widths import Width
 from fastscore.graph.groups import Member
@@ -285,6 +285,8 @@ class Graph(Nodes):
             if begins:
                 end = begins[number] + index_maps.shape_of(*edge)[self._dims[node]]
                 maps.append(index_maps.Inverse(index_maps.SliceMap(begins[number], end)))
+            elif not contractions.carries(self, source, node):
+                maps.append(index_maps.Lost())
             elif node in self._dims and index_maps.is_broadcast(node.grad_fn, self._dims[node], shape(source)):
                 maps.append(index_maps.Lost())  # what has one value for all channels has none of them
             elif (moved := self._index_map(source, node)) is not None:
@@ -293,6 +295,9 @@ class Graph(Nodes):
             inverse.index_mapping = [each.inverse for each in reversed(maps)]
             source.dependencies.append(forward)
             node.dependencies.append(inverse)
+
+    def _ends_at(self, node: Any, onward: Any) -> bool:
+        return contractions.summed(self, node, onward)
 
     def _index_map(self, source: Any, node: Any) -> IndexMap | None:
         """From the channels of a node's one input to its output's; None where each stays where it is."""

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias, TypeVar
 
-from fastscore.graph import index_maps
+from fastscore.graph import contractions, index_maps
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, TRANSPARENT, Nodes, shape
 
 Key: TypeAlias = tuple[Any, Any]  # (node, pruning function): where channels come to
@@ -73,7 +73,8 @@ def _between(graph: Nodes, node: Any, onward: Any) -> str | None:
 
 def _at_product(graph: Nodes, product: Any, origin: Any) -> str | None:
     """Why what passes an operation is lost where that multiplies it by something else than a layer's weight."""
-    if product.type not in (OPTYPE.ELEMENTWISE, OPTYPE.OUTPUT) or not index_maps.multiplies(product.grad_fn):
+    if product.type not in (OPTYPE.ELEMENTWISE, OPTYPE.OUTPUT) or not index_maps.multiplies(product.grad_fn) or \
+            contractions.known(product):
         return None
     others = [source for source in product.inputs if source is not origin]
     made_by_layer, parameters = _made_of(others, product)

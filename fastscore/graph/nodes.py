@@ -94,6 +94,8 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
             for onward in node.outputs:
                 if onward in self._dims or onward.type == _UNKNOWN:  # whose last operation says nothing of its own
                     continue
+                if self._ends_at(node, onward):
+                    continue
                 if (dim := self.dim_after(node, onward)) is None:
                     divided[onward] = node
                 else:
@@ -111,6 +113,10 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
                     self._dims[source] = dim
                     if source.type in TRANSPARENT:
                         work.append(source)
+
+    def _ends_at(self, node: Any, onward: Any) -> bool:
+        """Whether the channels of a node end at an operation that sums over them."""
+        raise NotImplementedError
 
     def dim_after(self, node: Any, onward: Any) -> int | None:
         dim, before, after = self._dims[node], shape(node), shape(onward)

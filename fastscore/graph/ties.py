@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import torch_pruning as tp
 from torch import nn
 
+from fastscore.graph import contractions
 from fastscore.graph.nodes import OPTYPE, Nodes
 from fastscore.modules.weights import recurrent
 
@@ -18,6 +19,8 @@ def tie(graph: Nodes) -> None:
     _tie_embeddings(graph)
     _tie_states(graph)
     _tie_places(graph)
+    for sources in contractions.partners(graph):
+        _together([_made(graph, source) for source in sources])
 
 
 def _tie_embeddings(graph: Nodes) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from fastscore.graph import dependencies, index_maps, lost_ways, units
+from fastscore.graph import contractions, dependencies, index_maps, lost_ways, units
 from fastscore.graph.groups import READS, TIED, ChannelGraph, ChannelGroup, Member, Role
 from fastscore.graph.kept import reasons, unread
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
@@ -34,6 +34,7 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
     skipped: dict[str, str] = {}
     tied: dict[str, str] = {}  # producers of what is kept -> the first of them
     untraced: list[str] = []
+    partly: dict[str, str] = {}  # producers of a part of what goes together -> why they do not go alone
     kept = set[str]()  # producers of all that has a reason
     seen = set(taken["producer"])
     called_otherwise = set[str]().union(*taken.values())  # by an attention's own function
@@ -52,14 +53,14 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
         lost = {} if reason is None else lost_ways.lost(graph, came)
         members = _members(graph, lost_ways.sure(positions, lost), layers, unused)
         if reason is None and graph.chunks_others(positions):
-            skipped[name] = "its channels are cut into equal parts together with others (SplitBackward0)"
+            partly[name] = "its channels are cut into equal parts together with others (SplitBackward0)"
             continue  # the layer that makes all of them may come yet
         if reason is None and graph.pads_others(positions):
-            skipped[name] = "constants are padded to its channels, as many whatever goes (ConstantPadNdBackward0)"
+            partly[name] = "constants are padded to its channels, as many whatever goes (ConstantPadNdBackward0)"
             continue  # the layer whose channels they are padded to may come yet
         if reason is not None:
             reason = reasons.read_elsewhere(members, graph.read_elsewhere) or reason
-        else:
+        elif (reason := contractions.end(graph, positions)) is None:
             reason = reasons.of_group(layers, members, owners, recording, graph.read_elsewhere)
             if reason is not None or not kept.isdisjoint(member.layer for member in members):
                 lost = lost_ways.lost(graph, came)
@@ -95,6 +96,7 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
     untraced = [name for name in untraced if name not in covered]  # as of an embedding whose weight another one holds
     if untraced:
         skipped |= reasons.of_untraced(untraced, idle, recording, graph.read_elsewhere)
+    skipped |= {name: why for name, why in partly.items() if name not in covered and name not in tied}
     skipped |= {layer: f"{TIED}{first}" for layer, first in tied.items()
                 if layer not in covered and layer not in skipped}
     return ChannelGraph(tuple(groups), skipped, graph.normalized_by)

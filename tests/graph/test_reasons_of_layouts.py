@@ -156,6 +156,7 @@ class OneByOne(Net):
 
 
 _MEET = "the tracer cannot follow its channels past where they meet others ({0}Backward0)"
+_SUMMED = "a product with other activations ({0}Backward0) sums over its channels, where nothing can be measured"
 _PRODUCT = "a product with other activations ({0}Backward0) takes them where they cannot be followed"
 _ALONG = "{0} works along another dimension than that of its channels"
 _TOKENS, _IMAGES, _ROWS = torch.randn(3, 5, 4), torch.randn(3, 3, 6, 6), torch.randint(0, 9, (3, 5))
@@ -169,7 +170,7 @@ _TOKENS, _IMAGES, _ROWS = torch.randn(3, 5, 4), torch.randn(3, 3, 6, 6), torch.r
     (Pairs, _ROWS, dict.fromkeys("ef", _PRODUCT.format("Trilinear"))),
     (PairsOfBags, _ROWS, {"f": _PRODUCT.format("Trilinear"),
                           "e": "an embedding makes its channels by looking them up, and cannot lose any yet"}),
-    (Hypernetwork, _TOKENS, {"e": _PRODUCT.format("Mm"),
+    (Hypernetwork, _TOKENS, {"e": _SUMMED.format("Mm"),
                              "f": "a view divides its channels over several dimensions (ViewBackward0)"}),
     (Modulated, _TOKENS, {"e": _PRODUCT.format("Convolution")}),
     (Weighted, _TOKENS, {"e": _MEET.format("IndexAdd"),
