@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches import with_float64
-from fastscore.graph import attention_calls, given_biases, head_dims
+from fastscore.graph import attention_calls, given_biases, head_dims, head_norms
 from fastscore.graph.attention_calls import Call
 from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.groups import ChannelGroup, Member
@@ -155,7 +155,8 @@ def _heads_of(group: ChannelGroup) -> int:
 
 
 def _adapted(module: nn.Module, guess: _Guess) -> _Guess:
-    """The same, where PEFT's adapters stand for layers: what lies beside a layer makes, or reads, what that does."""
+    """The same, with normalisations that count all heads, and where PEFT's adapters stand for layers: what lies beside
+    a layer makes, or reads, what that does."""
     def parts(member: Member) -> list[str]:
         layer = module.get_submodule(member.layer) if member.role in _BESIDE else module
         if _BASE not in layer._modules or member.role not in _BESIDE:
@@ -163,8 +164,9 @@ def _adapted(module: nn.Module, guess: _Guess) -> _Guess:
         beside = getattr(layer, _BESIDE[member.role], nn.ModuleDict())
         return [f"{member.layer}.{_BASE}", *(f"{member.layer}.{_BESIDE[member.role]}.{name}" for name in beside)]
 
-    members = tuple(replace(member, layer=part) for member in guess.group.members for part in parts(member))
-    return replace(guess, group=replace(guess.group, members=members))
+    group = head_norms.with_norms(module, guess.group, guess.projections.layers[:2] if guess.projections else ())
+    members = tuple(replace(member, layer=part) for member in group.members for part in parts(member))
+    return replace(guess, group=replace(group, members=members))
 
 
 def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
@@ -229,13 +231,10 @@ def _guesses(name: str, module: nn.Module) -> Iterator[_Guess]:
 
 def _biases(module: nn.Module, count: int, width: int) -> dict[str, Tensor]:
     """The layers of a module that make a number for each head -> the channel that it stands for, int64 [count]."""
-    layers = {name: module.get_submodule(name) for name in _POSITIONS if _has(module, name)}
+    named = dict(module.named_modules())
+    layers = {name: named[name] for name in _POSITIONS if name in named}
     return {name: torch.arange(count) * width for name, layer in layers.items()
             if getattr(layer, "out_features", getattr(layer, "embedding_dim", None)) == count}
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    return any(name == path for path, _ in module.named_modules())
 
 
 def _tables(module: nn.Module, count: int) -> dict[str, int]:
@@ -308,6 +307,7 @@ def _difference(module: nn.Module, group: ChannelGroup, call: Call) -> str | Non
     for bit in range((units - 1).bit_length()):  # any two heads part at some bit
         gone = (group.unit >> bit) % 2 == 1
         try:
+            before = call.inputs_of(outputs, dense, head_norms.uncounted(dense, group, gone.nonzero()[:, 0]))
             small = surgery.remove_channels(evaluation_copy(dense), [group], {group.name: gone.nonzero()[:, 0]})
             after = call.of_heads(each.index[~gone[each.channel]]).inputs_of(outputs, small)
         except Exception as error:  # whatever the module's code does with a width that it does not expect

@@ -32,8 +32,10 @@ class Call:
         return replace(self, args=tuple(narrow(place, value) for place, value in enumerate(self.args)),
                        kwargs={name: narrow(name, value) for name, value in self.kwargs.items()})
 
-    def inputs_of(self, layers: Iterable[str], module: nn.Module) -> dict[str, Tensor | None]:
-        """What each of `layers` reads in this call of `module`; None where it is not called."""
+    def inputs_of(self, layers: Iterable[str], module: nn.Module, hooks: Iterable[Any] = ()
+                  ) -> dict[str, Tensor | None]:
+        """What each of `layers` reads in this call of `module`; None where it is not called. hooks: handles of those
+        that are there for this call alone."""
         seen: dict[str, Tensor | None] = dict.fromkeys(layers)
 
         def see(layer: str) -> Any:
@@ -44,7 +46,7 @@ class Call:
             return hook
 
         handles = [module.get_submodule(layer).register_forward_pre_hook(see(layer), with_kwargs=True)
-                   for layer in seen]
+                   for layer in seen] + [*hooks]
         args, kwargs = copy.deepcopy((self.args, self.kwargs))
         try:
             with torch.no_grad():

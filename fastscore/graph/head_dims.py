@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches import with_float64
+from fastscore.graph import head_norms
 from fastscore.graph.attention_calls import Call
 from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
@@ -115,7 +116,7 @@ def beside(module: nn.Module, dims: ChannelGroup, whole: ChannelGroup, call: Cal
                     if member.role == "query":
                         layer = dense.get_submodule(member.layer)
                         hooks.enter_context(layer.register_forward_hook(_times(index, 0.0)))
-                want = call.inputs_of(outputs, dense)
+                want = call.inputs_of(outputs, dense, head_norms.uncounted(dense, whole, heads_gone))
             small = surgery.remove_channels(evaluation_copy(dense), [dims, whole],
                                             {dims.name: gone, whole.name: heads_gone})
             after = call.of_heads(kept).inputs_of(outputs, small)

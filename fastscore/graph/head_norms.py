@@ -1,0 +1,46 @@
+"""Normalisations over all heads of an attention together, as of OLMo 2's queries and keys: heads that go leave them,
+which go on dividing by the dense width. Known by name, and tried with the attention: see fastscore.graph.attention.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.modules.hooks import OwnHook, input_of, with_input
+from fastscore.modules.norms.channel_norms import norm_of, width
+
+# what normalises queries, and keys
+_NAMES = (("q_norm", "norm_q", "query_norm", "q_layernorm"), ("k_norm", "norm_k", "key_norm", "k_layernorm"))
+
+
+def with_norms(module: nn.Module, group: ChannelGroup, layers: tuple[str, ...]) -> ChannelGroup:
+    """The heads of an attention module, and the normalisations that count all of them.
+
+    layers: of the module, which make its queries and keys.
+    """
+    made = {member.layer: member for member in group.role("producer")}
+    members = []
+    for names, layer in zip(_NAMES, layers, strict=False):
+        for name in names if layers.count(layer) == 1 and layer in made else ():
+            norm = module._modules.get(name)
+            if norm is not None and width(norm) == len(made[layer].index) and norm_of(norm) is not None:
+                members.append(Member(name, "norm", made[layer].index, made[layer].channel))
+    return replace(group, members=(*group.members, *members))
+
+
+def uncounted(module: nn.Module, group: ChannelGroup, gone: Tensor) -> Iterator[Any]:
+    """Hooks by which these normalisations count channels of `gone` (int64 [R]) as zeros."""
+    for member, index in group.removed_at(gone):
+        if member.role == "norm":
+            yield module.get_submodule(member.layer).register_forward_pre_hook(_zero(index), with_kwargs=True)
+
+
+def _zero(index: Tensor) -> OwnHook:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = input_of(args, kwargs)
+        return with_input(args, kwargs, x.index_fill(-1, index.to(x.device), 0))
+
+    return OwnHook(hook)
