@@ -46,6 +46,13 @@ class ForwardPass:
         """Something that differs once an ordinary backward pass has reached a gate."""
         return [None if gate.grad is None else (id(gate.grad), gate.grad._version) for _, gate, _ in self.gates]
 
+    def forget_gradients(self) -> None:
+        """What came back has been counted: what comes later counts as another backward pass, not once more."""
+        self.output_gradients.clear()
+        self.weight_gradients.clear()
+        for _, gate, _ in self.gates:
+            gate.grad = None
+
     def rows(self) -> list[Tapped]:
         """What every tap measured that an ordinary backward pass reached: [P, R, C] in place of its gate."""
         return [tapped._replace(gate=tapped.gate.grad) for tapped in self.gates if tapped.gate.grad is not None]

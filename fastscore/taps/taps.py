@@ -188,10 +188,15 @@ class Taps:
         for done in finished:
             assert self._on_pass is not None
             self._on_pass(self, done)
+            done.forget_gradients()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not self.model or not torch.is_grad_enabled():
             return
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError("the model runs under a transform of torch.func (grad, vmap, jvp), where taps see no "
+                               "gradients of samples: call it on the whole batch and loss.backward(), or detach() the "
+                               "scorer meanwhile")
         if self._in_one_pass and self.current is not None:
             if not self.current.called:
                 self.current.inputs, self.current.called = (args, kwargs), True

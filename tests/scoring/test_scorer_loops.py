@@ -170,3 +170,61 @@ def test_what_no_backward_pass_comes_to_has_no_score_and_says_why() -> None:
     again = Scorer(model, x)
     again.load_state_dict(scorer.state_dict())
     assert again.scores().skipped == scores.skipped
+
+
+def test_what_comes_to_a_pass_after_another_has_begun_is_a_backward_pass_of_its_own() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(6)
+    scorer, apart = Scorer(model, x), RESIDUAL.model()
+    with scorer:
+        first = model(x[:2])
+        first.square().sum().backward(retain_graph=True)
+        model(x[2:]).square().sum().backward()
+        first[:, 0].sum().backward()
+    expected = Scorer(apart, x)
+    with expected:
+        apart(x[:2]).square().sum().backward()
+        apart(x[2:]).square().sum().backward()
+        apart(x[:2])[:, 0].sum().backward()
+    assert scorer.scores().samples == expected.scores().samples == 8
+    assert_same(scorer.scores(), expected.scores())
+    for one, other in zip(model.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_an_adversarial_step_counts_every_pass_of_the_model_that_judges() -> None:
+    """Twice in a step, on what is made and on what is there, and once more for the maker, through frozen weights."""
+    torch.manual_seed(0)
+    model, apart, x = RESIDUAL.model(), RESIDUAL.model(), RESIDUAL.inputs(6)
+    maker, z = nn.Linear(4, x[0].numel()).double(), torch.randn(6, 4, dtype=torch.float64)
+    scorer, expected = Scorer(model, x), Scorer(apart, x)
+    with scorer:
+        made = maker(z).view_as(x)
+        (model(x).square().sum() + model(made.detach()).sum()).backward()
+        model.requires_grad_(False)
+        model(made).square().sum().backward()
+        model.requires_grad_(True)
+    with expected:
+        apart(x).square().sum().backward()
+        apart(made.detach()).sum().backward()
+        apart(made.detach()).square().sum().backward()
+    assert scorer.scores().samples == 18
+    assert_same(scorer.scores(), expected.scores())
+
+
+def test_a_transform_of_torch_func_is_refused_and_leaves_what_was_measured() -> None:
+    model, x = RESIDUAL.model(), RESIDUAL.inputs(6)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], one: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (one[None],)).square().sum()
+
+    of_each = torch.func.vmap(torch.func.grad(loss), (None, 0))
+    scorer = Scorer(model, x)
+    with scorer:
+        with pytest.raises(RuntimeError, match=r"torch\.func .*detach\(\)"):
+            of_each(parameters, x)
+        scorer.detach()  # the way out that is named
+        of_each(parameters, x)
+        scorer.attach()
+        model(x).square().sum().backward()
+    assert_exact(scorer.scores(), brute_force(RESIDUAL.model(), x, lambda z: z.square().sum()))
