@@ -240,6 +240,12 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
                     return True
         return False
 
+    def writes_parts(self, positions: Mapping[tuple[Any, Any], np.ndarray]) -> bool:
+        """Whether some of `positions` are written to a part of the channels of another tensor, or are written over."""
+        written = (node for node, _ in positions if node in self._dims and _name(node).endswith("CopySlices"))
+        return any(shape(source)[at] != shape(node)[self._dims[node]] for node in written for source in node.inputs
+                   if (at := self._dims.get(source, -1)) in range(len(shape(source))))
+
     def _chunked(self, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Iterator[tuple[Any, int, np.ndarray]]:
         """Each split or slice into equal parts, their width, and the positions in the whole."""
         for (node, function), at in positions.items():

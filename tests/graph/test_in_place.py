@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.graph.scored_units import Units
+from fastscore.graph.tracing import trace
 
 
 class Branch(nn.Module):
@@ -65,3 +66,27 @@ def test_what_a_norm_has_read_is_written_to() -> None:
     """PyTorch has no gradient then; the error names the norm, and what to write."""
     with pytest.raises(ValueError, match=r"writes in place to what norms.0 has read.*write `x = x \+ branch\(x\)`"):
         fastscore.score(Stream("stream").eval(), [torch.randn(3, 4, 5)], progress=False)
+
+
+class Assigned(nn.Module):
+    """A part of the channels is written over by what a layer makes of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.part, self.mid, self.last = (nn.Conv2d(3, 8, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(8, 6, 1),
+                                                     nn.Conv2d(6, 2, 1))
+        self.width = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        out = torch.empty_like(x)
+        out[:, :self.width] = self.part(x[:, :self.width]).relu()
+        out[:, self.width:] = x[:, self.width:]
+        return self.last(self.mid(out).relu())
+
+
+def test_parts_that_are_written_to_say_so() -> None:
+    graph = trace(Assigned().eval(), torch.randn(2, 3, 4, 4))
+    assert [group.name for group in graph.groups] == ["mid"]
+    assert graph.skipped["stem"] == \
+        "a part of its channels is written to in place (x[:, :k] = ...), which cannot be followed"

@@ -15,6 +15,8 @@ from fastscore.modules.inspection import channel_dim, parametrized, shared_param
 from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.computed_weights import PLAIN, unused_parameters, why_it_computes_on
 
+CHANGES = "their number changes on the way to"
+
 
 def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Mapping[int, int],
              recording: Recording, readers: Mapping[str, str]) -> str | None:
@@ -50,7 +52,7 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
             continue
         width = units.width_of(layer, member.role)
         if width is not None and int(member.index.max()) >= width:
-            return read_elsewhere(members, readers) or f"their number changes on the way to {member.layer}"
+            return read_elsewhere(members, readers) or f"{CHANGES} {member.layer}"
         around = next((outer for outer in _around(member.layer) if outer in recording.layers), None)
         if around is not None and member.role in ("producer", "consumer"):
             return f"{member.layer} runs inside of {around} ({type(layers[around]).__name__}), which is followed as " \
