@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 WIDTH = 6
 
@@ -41,6 +42,31 @@ def _routed(block: nn.Module, x: Tensor) -> Tensor:
     return torch.zeros_like(rows).index_add(0, at, block(rows[at])).reshape(x.shape)
 
 
+def _sorted(block: nn.Module, x: Tensor) -> Tensor:
+    """Samples in order of what they hold, and back."""
+    order = x.detach().sum((1, 2)).argsort()
+    return block(x[order])[order.argsort()]
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """As many tokens of each sample as its first one says, 1 or more."""
+    return 1 + (x[:, 0, 0].detach().sigmoid() * x.shape[1]).long().clamp(max=x.shape[1] - 1)
+
+
+def _packed(block: nn.Module, x: Tensor) -> Tensor:
+    """The first tokens of each sample as PyTorch packs them: all samples' first, then all samples' second."""
+    rows = pack_padded_sequence(x, _lengths(x), batch_first=True, enforce_sorted=False)
+    rows = PackedSequence(block(rows.data), rows.batch_sizes, rows.sorted_indices, rows.unsorted_indices)
+    return pad_packed_sequence(rows, batch_first=True, total_length=x.shape[1])[0]
+
+
+def _ragged(block: nn.Module, x: Tensor) -> Tensor:
+    """The first tokens of each sample, one sample's after another's, cut by numbers of Python."""
+    counts = _lengths(x).tolist()
+    parts = block(torch.cat([each[:count] for each, count in zip(x, counts, strict=True)])).split(counts)
+    return torch.stack([part.mean(0) for part in parts])[:, None]
+
+
 LAYOUTS: dict[str, Layout] = {
     "batch first": lambda block, x: block(x),
     "sequence first": lambda block, x: block(x.transpose(0, 1)).transpose(0, 1),
@@ -51,8 +77,12 @@ LAYOUTS: dict[str, Layout] = {
     "pooled": lambda block, x: block(x.mean(1))[:, None],
     "shared": _shared,
     "routed": _routed,
+    "sorted": _sorted,
+    "packed": _packed,
+    "ragged": _ragged,
 }
-UNTOLD = ("shared", "routed")  # which rows are whose cannot be told in a batch of several samples
+# which rows are whose cannot be told in a batch of several samples
+UNTOLD = ("shared", "routed", "sorted", "packed", "ragged")
 
 
 class Block(nn.Module):
@@ -77,9 +107,10 @@ class Layouts(nn.Module):
         self.layouts = rng.choices(list(LAYOUTS), [1 if name in UNTOLD else 2 for name in LAYOUTS], k=4)
         self.blocks = nn.ModuleList(Block(rng.choice((5, 7)), tokens) for _ in self.layouts)
         self.pool = rng.choice(("mean", "first", "largest"))
+        self.second = rng.random() < 0.3  # takes another input, with its samples along the second dimension
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        x = self.embed(x) if other is None else self.embed(x) + self.embed(other).mean(0)[:, None]
         for layout, block in zip(self.layouts, self.blocks, strict=True):
             x = x + LAYOUTS[layout](block, x)
         pooled = {"mean": lambda: x.mean(1), "first": lambda: x[:, 0], "largest": lambda: x.amax(1)}[self.pool]()
@@ -88,11 +119,13 @@ class Layouts(nn.Module):
 
 @dataclass
 class RandomLayouts:
-    """model: float64, in evaluation mode. untold: groups that have no score in batches of several samples."""
+    """model: float64, in evaluation mode. untold: groups that have no score in batches of several samples. others: for
+    each sample, what the model's second input [T, N, 4] holds, samples first; None of a model without."""
 
     model: Layouts
     inputs: Tensor
     untold: set[str]
+    others: Tensor | None = None
 
 
 def generate(seed: int) -> RandomLayouts:
@@ -104,4 +137,6 @@ def generate(seed: int) -> RandomLayouts:
         torch.manual_seed(seed)
         model = Layouts(rng, tokens).double().eval()
         x = torch.randn(samples, tokens, 4, dtype=torch.float64)
-    return RandomLayouts(model, x, {f"blocks.{i}.one" for i, layout in enumerate(model.layouts) if layout in UNTOLD})
+        others = torch.randn_like(x) if model.second else None
+    untold = {f"blocks.{i}.one" for i, layout in enumerate(model.layouts) if layout in UNTOLD}
+    return RandomLayouts(model, x, untold, others)
