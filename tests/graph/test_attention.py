@@ -131,7 +131,8 @@ def test_weights_of_a_head_are_its_rows(kind: str) -> None:
     attention = model.get_submodule("attention")
     rows = {"fused": [("qkv", lambda r: r % (HEADS * WIDTH) // unit)],
             "fused by head": [("qkv", lambda r: r // (3 * unit))],
-            "apart": [(layer, lambda r: r // unit) for layer in ("q_proj", "k_proj", "v_proj")],
+            **{each: [(layer, lambda r: r // unit) for layer in ("q_proj", "k_proj", "v_proj")]
+               for each in ("apart", "by functions")},
             "shared keys": [("q_proj", lambda r: r // unit), *((layer, lambda r: r // WIDTH) for layer in
                                                                ("k_proj", "v_proj"))],
             "nested": [(f"self.{layer}", lambda r: r // unit) for layer in ("query", "key", "value")],

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from attentions import EMBEDDING, HEADS, TOKENS, WIDTH, Apart, Fused, Multihead, attend, inputs, network, qkv_blocks
 from oracles import untouched
 from torch import Tensor, nn
@@ -55,15 +54,6 @@ class NotCalled(Apart):
         return attend(q, k, v) @ self.o_proj.weight.t()
 
 
-class NoneCalled(Apart):
-    """Whose projections are no layers that run."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (F.linear(x, layer.weight, layer.bias).unflatten(2, (-1, WIDTH)).transpose(1, 2)
-                   for layer in (self.q_proj, self.k_proj, self.v_proj))
-        return F.linear(attend(q, k, v), self.o_proj.weight)
-
-
 def _parametrized() -> nn.Module:
     attention = Apart()
     nn.utils.parametrizations.spectral_norm(attention.k_proj)
@@ -86,7 +76,6 @@ LEFT_ALONE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "computed weights": (_parametrized, "parametrization"),
     "shared weights": (_sharing, "shares its weight"),
     "an output that is not called": (NotCalled, "does not call"),
-    "no projection that is called": (NoneCalled, "does not call"),
     "values read elsewhere": (ValuesElsewhere, "something else|cannot follow"),
 }
 

@@ -51,6 +51,15 @@ class Apart(nn.Module):
         return self.o_proj(attend(q, k, v))
 
 
+class ByFunctions(Apart):
+    """Whose code calls no projection, and runs functions of their weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (F.linear(x, layer.weight, layer.bias).unflatten(2, (-1, WIDTH)).transpose(1, 2)
+                   for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return F.linear(attend(q, k, v), self.o_proj.weight)
+
+
 class Nested(nn.Module):
     """The projections in one child, the output in another."""
 
@@ -116,6 +125,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], str, str, int]] = {
     "fused by head": (lambda: Fused(qkv_by_head), "attention.qkv", "attention.proj", WIDTH),
     "apart": (Apart, "attention.q_proj", "attention.o_proj", WIDTH),
     "shared keys": (lambda: Apart(2), "attention.q_proj", "attention.o_proj", 2 * WIDTH),
+    "by functions": (ByFunctions, "attention.q_proj", "attention.o_proj", WIDTH),
     "nested": (Nested, "attention.self.query", "attention.output.dense", WIDTH),
     "multihead": (Multihead, "attention.inner", "attention.inner.out_proj", 2),
 }
@@ -132,11 +142,10 @@ def group_of(kind: str) -> Group:
 
 
 def called(model: nn.Module) -> nn.Module:
-    """A copy whose output projection is called, so that an oracle's hooks see it: PyTorch's does not call it."""
+    """A copy whose output projection is called, so that an oracle's hooks see it."""
     model = copy.deepcopy(model)
     for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            module.__class__ = ByDefinition
+        module.__class__ = {nn.MultiheadAttention: ByDefinition, ByFunctions: Apart}.get(type(module), type(module))
     return model
 
 
