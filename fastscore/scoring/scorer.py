@@ -26,6 +26,10 @@ from fastscore.taps.taps import Taps
 from fastscore.wording import counted
 
 FORM = "fastscore-scorer-1"
+_MIXED = ("{passes} left out: the backward pass of the loss also went back through gradients (create_graph=True), and "
+          "autograd adds those of second order to those of the loss. Send the loss back on its own, "
+          "loss.backward(retain_graph=True), and the penalty after it; or make the Scorer with gradient=\"random\" and "
+          "call scorer.probe(output) before the backward pass")
 
 
 class Scorer:
@@ -33,6 +37,10 @@ class Scorer:
 
     With gradient="loss" it reads the backward passes of the loop, whose own gradients stay bit for bit what they were.
     With gradient="random" it reads `probe(output)` alone, and the loop's backward passes are not measured.
+
+    In a loop that differentiates gradients (create_graph=True: gradient penalties, inner loops) the scores are those of
+    first-order backward passes; a pass in which a loss and gradients of second order come together is left out, with a
+    warning that names the way out.
 
     A backward pass that brings NaN or infinity, such as one that a GradScaler will skip, is left out and counted in
     `left_out`. A group with an edge that no backward pass came to (frozen under no_grad, or a branch without a loss)
@@ -159,6 +167,9 @@ class Scorer:
             FloatingPointError: All that was is NaN or infinite; the message names the layer.
         """
         self._taps.flush()
+        mixed = self._taps.mixed
+        if self._taps.second_order and not self._totals.samples and not self.left_out:
+            raise RuntimeError(_MIXED.format(passes="every forward pass is"))
         if not self._totals.samples and not self.left_out:
             raise RuntimeError("no backward pass has been measured: inside `with scorer:`, run the model and call "
                                "loss.backward() with a loss of its output (or scorer.probe(output) with "
@@ -168,6 +179,8 @@ class Scorer:
         if self._totals.together and not self._told:
             self._told = True
             warnings.warn(TOGETHER.format(type(self._taps.model).__name__), stacklevel=2)
+        if mixed:
+            warnings.warn(_MIXED.format(passes=counted(mixed, "forward pass is", "forward passes are")), stacklevel=2)
         if self.left_out:
             where = f", the last at {self._totals.nonfinite}" if self._totals.nonfinite else ""
             passes = counted(self.left_out, "backward pass", "backward passes")

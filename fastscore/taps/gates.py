@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastscore.modules.norms import channel_norms
 from fastscore.modules.sample_axis import SampleAxis
+from fastscore.taps.passes import ForwardPass
 
 
 @dataclass(frozen=True)
@@ -64,26 +65,29 @@ class Measuring(Protocol):
     def measured(self, x: Tensor, g: Tensor, channel_dim: int, axis: SampleAxis, valid: Tensor | None) -> Tensor:
         """[P, R, C] of activation and gradient, a row for each place along `axis`; for each sample, with padding."""
 
+    def handed_on(self, g: Tensor, owner: ForwardPass | None) -> Tensor:
+        """`g`, as a gate of the forward pass `owner` sends it on."""
+
 
 class Gate(torch.autograd.Function):
     """(x, gate) -> x; backward: (g, measure(x, g))."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, taps: "Measuring", point: TapPoint, axis: SampleAxis,
-                valid: Tensor | None) -> Tensor:
+                valid: Tensor | None, owner: ForwardPass | None) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.taps, ctx.point, ctx.axis, ctx.valid = taps, point, axis, valid
+        ctx.taps, ctx.point, ctx.axis, ctx.valid, ctx.owner = taps, point, axis, valid, owner
         # a Conv or Linear never writes to its input; whoever takes a BatchNorm's output may (`out += identity`)
         return x.clone() if point.output else x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         point, measured = ctx.point, None
         if ctx.taps.measuring:
             x, h = (x[point.window], g[point.window]) if point.window else (x, g)
             measured = ctx.taps.measured(x, h, point.channel_dim, ctx.axis, ctx.valid)
-        return g, measured, None, None, None, None
+        return ctx.taps.handed_on(g, ctx.owner), measured, None, None, None, None, None
 
 
 class ExpertGate(torch.autograd.Function):
@@ -93,9 +97,9 @@ class ExpertGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, expert: Tensor, gate: Tensor, taps: "Measuring", point: TapPoint, axis: SampleAxis,
-                valid: Tensor | None) -> Tensor:
+                valid: Tensor | None, owner: ForwardPass | None) -> Tensor:
         ctx.save_for_backward(x, expert)
-        ctx.taps, ctx.point, ctx.axis, ctx.valid = taps, point, axis, valid
+        ctx.taps, ctx.point, ctx.axis, ctx.valid, ctx.owner = taps, point, axis, valid, owner
         return x.view_as(x)
 
     @staticmethod
@@ -108,7 +112,7 @@ class ExpertGate(torch.autograd.Function):
             worth = chosen * (x.to(dtype) * g.to(dtype)).sum(-1, keepdim=True)
             measured = torch.cat([ctx.taps.measured(a, b, -1, ctx.axis, ctx.valid)
                                   for a, b in ((x, g), (chosen, worth))], 2)
-        return g, None, measured, None, None, None, None
+        return ctx.taps.handed_on(g, ctx.owner), None, measured, None, None, None, None, None
 
 
 class NormGate(torch.autograd.Function):
@@ -120,9 +124,9 @@ class NormGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, gate: Tensor, norm: nn.Module, taps: "Measuring", point: TapPoint,
-                axis: SampleAxis, valid: Tensor | None) -> Tensor:
+                axis: SampleAxis, valid: Tensor | None, owner: ForwardPass | None) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.norm, ctx.taps, ctx.point, ctx.axis, ctx.valid = norm, taps, point, axis, valid
+        ctx.norm, ctx.taps, ctx.point, ctx.axis, ctx.valid, ctx.owner = norm, taps, point, axis, valid, owner
         return y.clone()
 
     @staticmethod
@@ -132,4 +136,4 @@ class NormGate(torch.autograd.Function):
         if ctx.taps.measuring:
             through = channel_norms.gradient_of_statistics(ctx.norm, x, g)
             measured = ctx.taps.measured(x, through, ctx.point.channel_dim, ctx.axis, ctx.valid)
-        return g, None, measured, None, None, None, None, None
+        return ctx.taps.handed_on(g, ctx.owner), None, measured, None, None, None, None, None, None

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,10 @@ class ForwardPass:
         self.weight_gradients: dict[str, Tensor] = {}
         self.probes = 0
         self.counted = False  # among the samples seen
+        self.received: dict[int, Tensor] | None = None  # gate -> what came, where second-order gradients may follow
+        # numbers of backward passes: the latest measured, that brought second-order gradients, that was dropped
+        self.latest = self.second_order = self.dropped = -1
+        self.mixed = False  # not measured, since second-order gradients came together with those of a loss
 
     @cached_property
     def valid(self) -> Tensor | None:
@@ -50,20 +54,66 @@ class ForwardPass:
         """What came back has been counted: what comes later counts as another backward pass, not once more."""
         self.output_gradients.clear()
         self.weight_gradients.clear()
+        if self.received is not None:
+            self.received.clear()
         for _, gate, _ in self.gates:
             gate.grad = None
 
+    def set_apart(self) -> None:
+        """From here on what came to the gates is moved away after every backward pass (`absorb`): second-order
+        gradients would be added to it."""
+        if self.received is None:
+            self.received = {}
+            self.absorb()
+
+    def absorb(self) -> None:
+        """Move away what an ordinary backward pass has brought to the gates, if that is set apart."""
+        for _, gate, _ in self.gates if self.received is not None else []:
+            if gate.grad is not None and self.received is not None:
+                known, new = self.received.get(id(gate)), gate.grad.detach()
+                self.received[id(gate)] = new if known is None else known + new
+                gate.grad = None
+
+    def drop(self, task: int) -> None:
+        """Forget what the backward pass `task` has brought to the gates."""
+        for _, gate, _ in self.gates:
+            if gate.grad is not None:
+                self.dropped, gate.grad = task, None
+
     def rows(self) -> list[Tapped]:
         """What every tap measured that an ordinary backward pass reached: [P, R, C] in place of its gate."""
-        return [tapped._replace(gate=tapped.gate.grad) for tapped in self.gates if tapped.gate.grad is not None]
+        received = self.received
+        found = [each.gate.grad if received is None else received.get(id(each.gate)) for each in self.gates]
+        return [each._replace(gate=rows) for each, rows in zip(self.gates, found, strict=True) if rows is not None]
+
+
+class _Recorded(torch.autograd.Function):
+    """(gradient, leaf) -> gradient; backward: (what is sent back through the pass that brought it, nothing)."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, leaf: Tensor, notice: Callable[[], None]) -> Tensor:
+        ctx.notice = notice
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        ctx.notice()
+        return g, None, None
 
 
 class BackwardPasses:
-    """Hears the gradients that ordinary backward passes bring to the outputs of forward passes."""
+    """Hears the gradients that ordinary backward passes bring to the outputs of forward passes.
+
+    A backward pass that is recorded itself (create_graph=True, for a penalty on gradients) is marked, so that one which
+    comes back through it is noticed: that brings second-order gradients to activations, beside or without those of a
+    loss, and autograd adds them up. What it brings to such a forward pass is dropped.
+    """
 
     def __init__(self) -> None:
         self.finished: list[ForwardPass] = []  # whose gradients are in
         self.running: list[ForwardPass] = []  # that a backward pass which runs now has begun with
+        self.second_order = -1  # the latest backward pass that brought second-order gradients; -1 for none
+        self.mixed = 0  # forward passes that are not measured since theirs came together with those of a loss
 
     def watch_outputs(self, done: ForwardPass, outputs: Sequence[Tensor], paused: Callable[[], bool]) -> None:
         """Note what comes back to `outputs` of the pass `done`, except in backward passes while `paused()` holds."""
@@ -72,27 +122,68 @@ class BackwardPasses:
                 node, place = _origin(output)
                 node.register_prehook(self._receive(done, number, place, paused))
 
+    def recorded(self, done: ForwardPass, gradient: Tensor) -> Tensor:
+        """`gradient`, of a backward pass through `done` that is recorded, with a mark: what comes back to it is
+        noticed, even where it depends on nothing."""
+        done.set_apart()
+        marked: Tensor = _Recorded.apply(gradient, torch.empty(0, requires_grad=True), partial(self._notice, done))
+        return marked
+
+    def _notice(self, done: ForwardPass) -> None:
+        task = torch._C._current_graph_task_id()
+        if done.second_order != task:
+            done.second_order = self.second_order = task
+            torch.autograd.Variable._execution_engine.queue_callback(partial(done.drop, task))
+
+    def receive_weight(self, done: ForwardPass, name: str, gradient: Tensor) -> None:
+        """Note the gradient of a weight for the pass `done`; where the same backward pass brings second-order ones,
+        what it measured is left out."""
+        task = torch._C._current_graph_task_id()
+
+        def add() -> None:
+            if self.second_order != task:
+                known = done.weight_gradients.get(name)
+                done.weight_gradients[name] = gradient.detach() if known is None else known + gradient.detach()
+                return
+            for each in [each for each in self.finished if each.latest == task]:
+                self.finished.remove(each)
+                each.forget_gradients()
+                each.mixed, self.mixed = True, self.mixed + 1
+
+        torch.autograd.Variable._execution_engine.queue_callback(add)
+
     def _receive(self, done: ForwardPass, number: int, place: int,
-                 paused: Callable[[], bool]) -> Callable[[tuple[Tensor | None, ...]], None]:
-        def receive(gradients: tuple[Tensor | None, ...]) -> None:
+                 paused: Callable[[], bool]) -> Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...] | None]:
+        def receive(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
             gradient = gradients[place]
             if paused() or gradient is None:
-                return
+                return None
+            task, marked = torch._C._current_graph_task_id(), None
+            if torch.is_grad_enabled():
+                marked = self.recorded(done, gradient)
             before = done.grad_versions()
             self.running.append(done)
 
             def finish() -> None:
                 self.running = [each for each in self.running if each is not done]
-                if done.grad_versions() == before:
+                if done.second_order == task:
+                    done.drop(task)
+                    if done.dropped == task and done.latest < 0 and not done.mixed:
+                        done.mixed, self.mixed = True, self.mixed + 1
+                    return
+                if done.latest != task and done.grad_versions() == before:
                     return  # of torch.autograd.grad, which is no training step: it leaves nothing at the gates
                 if not done.output_gradients:
                     self.finished.append(done)
                 # several losses, each sent back on its own: the gates add up, and so does the output's gradient
+                done.latest = task
+                done.absorb()
                 known = done.output_gradients.get(number)
                 done.output_gradients[number] = gradient.detach() if known is None else known + gradient.detach()
 
             # called when this backward pass is over, unless an exception ends it
             torch.autograd.Variable._execution_engine.queue_callback(finish)
+            return None if marked is None else (*gradients[:place], marked, *gradients[place + 1:])
 
         return receive
 

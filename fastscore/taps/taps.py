@@ -102,6 +102,7 @@ class Taps:
         """Whether a backward pass that runs now is to be measured."""
         return self._propagating or self._on_pass is not None or bool(self._preallocated)
 
+    @torch.no_grad()
     def measured(self, x: Tensor, g: Tensor, channel_dim: int, axis: SampleAxis, valid: Tensor | None) -> Tensor:
         """[P, R, C] of activation and gradient: a row for each place along `axis`, or for each token where tokens are
         samples; where `valid` (bool [N, T]) tells padding, without it, and a row for each sample."""
@@ -117,6 +118,21 @@ class Taps:
         if self.measure.mean is not None:
             measured[self.measure.mean] *= (valid.shape[1] / valid.sum(1).clamp(min=1))[:, None]
         return measured
+
+    def handed_on(self, g: Tensor, owner: ForwardPass | None) -> Tensor:
+        """`g`, as a gate of the forward pass `owner` sends it on: marked where the backward pass is recorded itself."""
+        recorded = owner is not None and self._on_pass is not None and torch.is_grad_enabled()
+        return self._backward.recorded(owner, g) if owner is not None and recorded else g
+
+    @property
+    def mixed(self) -> int:
+        """Forward passes that are not measured, since second-order gradients came together with those of a loss."""
+        return self._backward.mixed
+
+    @property
+    def second_order(self) -> bool:
+        """Whether any backward pass brought second-order gradients."""
+        return self._backward.second_order >= 0
 
     def propagate(self, output: Tensor, gradient: Tensor, last: bool = False
                   ) -> tuple[list[tuple[str, Tensor | str]], dict[str, Tensor]]:
@@ -250,7 +266,7 @@ class Taps:
 
     def _gated(self, x: Tensor, layer: str, point: TapPoint, read: Tensor | None = None) -> Tensor:
         """x as the gate hands it on. read: what the layer that made x has read, if that counts; or rows' experts."""
-        gate, valid = self._preallocated.get(layer), None
+        gate, valid, owner = self._preallocated.get(layer), None, None
         if gate is None:
             owner = pass_of(layer, self.current, self._backward.running)
             known = self._axis(layer, owner)
@@ -271,9 +287,10 @@ class Taps:
         else:
             known = self.axes.of(layer)
             axis = known if isinstance(known, SampleAxis) else SampleAxis()
-        gated: Tensor = Gate.apply(x, gate, self, point, axis, valid) if read is None else \
-            ExpertGate.apply(x, read, gate, self, point, axis, valid) if point.experts else \
-            NormGate.apply(x, read.detach(), gate, self.model.get_submodule(layer), self, point, axis, valid)
+        gated: Tensor = Gate.apply(x, gate, self, point, axis, valid, owner) if read is None else \
+            ExpertGate.apply(x, read, gate, self, point, axis, valid, owner) if point.experts else \
+            NormGate.apply(x, read.detach(), gate, self.model.get_submodule(layer), self, point, axis,
+                           valid, owner)
         return gated
 
     def _owner(self, layer: str, point: TapPoint) -> nn.Module:
@@ -333,8 +350,7 @@ class Taps:
     def _receive_weight(self, name: str) -> Callable[[Tensor], None]:
         def receive(gradient: Tensor) -> None:
             if self.current is not None and not self._propagating:
-                known = self.current.weight_gradients.get(name)
-                self.current.weight_gradients[name] = gradient if known is None else known + gradient
+                self._backward.receive_weight(self.current, name, gradient)
 
         return receive
 
