@@ -143,7 +143,8 @@ def with_head_dims(graph: ChannelGraph, both: bool = False) -> ChannelGraph:
 
     found = [group for group in graph.head_dims if not (both and group.name in graph.not_both)]
     dims = {layer for group in found for layer in read(group)}
-    whole = [group for group in graph.groups if any(group.role("heads")) and read(group) <= dims]
+    whole = [group for group in graph.groups if (any(group.role("heads")) and read(group) <= dims) or any(
+        made(group) <= made(each) and read(group) <= read(each) for each in found)]  # values of one head, say
     staying = [group for group in graph.groups if not any(group is each for each in whole)]
     taken = {layer for group in staying for layer in made(group)}
     used = [group for group in found if taken.isdisjoint(made(group))]
@@ -158,7 +159,8 @@ def with_head_dims(graph: ChannelGraph, both: bool = False) -> ChannelGraph:
     alone = [group for group in whole if not read(group) <= narrower]  # whose dimensions stay
     groups = sorted([*staying, *alone, *used], key=lambda group: order.get(group.name, len(order)))
     if both:
-        groups += [replace(group, name=group.name + _WHOLE) for group in whole if read(group) <= narrower]
+        groups += [replace(group, name=group.name + _WHOLE) for group in whole
+                   if any(group.role("heads")) and read(group) <= narrower]
     return replace(graph, groups=tuple(groups), skipped=skipped)
 
 

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracles import untouched
 from torch import Tensor, nn
@@ -216,6 +216,7 @@ def _check(model: nn.Module, batch: Any, name: str, oracle: Oracle, share: float
 @given(st.sampled_from(["apart", "fused", "by head"]), st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]),
        st.sampled_from([2, 3, 4, 6]), st.booleans(), st.sampled_from(["", "halves", "neighbours"]))
 @settings(max_examples=8, deadline=None)
+@example("apart", (1, 1), 4, True, "")  # whose values go without the dimensions of queries and keys, too
 def test_dimensions_of_heads(layout: str, heads: tuple[int, int], width: int, bias: bool, turned: str) -> None:
     """Any layout: scores are those of gates on queries or keys, on values or what reads them; smaller is masked."""
     count, shared = (heads[0], heads[0]) if layout == "by head" else heads
