@@ -15,13 +15,14 @@ from fastscore.graph.groups import ChannelGraph, Ignore
 from fastscore.scoring import tokens
 from fastscore.scoring.coverage import coverage
 from fastscore.scoring.criteria import gradient_importance
-from fastscore.scoring.group_sums import ByLayer, EdgeSums, JointSums, SideBySide, check_read, with_products
+from fastscore.scoring.group_sums import SideBySide, check_read, with_products
 from fastscore.scoring.named_sums import NamedSums
 from fastscore.scoring.pending import Pending, Share, largest
 from fastscore.scoring.scores import Origin, Scores
+from fastscore.scoring.shares import Shares
 from fastscore.scoring.tap_points import groups_to_score, tap_points
-from fastscore.scoring.weights import filter_parameters, filter_products
-from fastscore.taps.measures import DEGREES, MEAN, SUMS
+from fastscore.scoring.weights import filter_parameters
+from fastscore.taps.measures import MEAN, SUMS
 from fastscore.taps.passes import ForwardPass
 from fastscore.taps.taps import Taps
 
@@ -48,8 +49,7 @@ class Totals:
         self.model = model
         if self.criterion.edges:
             self._graph = with_products(self._graph)
-        self._sums = JointSums(self._graph.groups)
-        self._edge_sums = [EdgeSums(group) for group in self._graph.groups] if self.criterion.edges else []
+        self._shares = Shares(model, self._graph.groups, self.criterion)
         self._totals = NamedSums()  # group -> float64 [2, ..., C]; first the even samples, then the odd ones
         self._means = NamedSums()  # layer -> float64 [C_in]
         self._pending: list[Pending] = []  # passes that are not in yet
@@ -74,6 +74,7 @@ class Totals:
         for own, more in ((self._totals, other._totals), (self._means, other._means)):
             for name, value in more.by_name().items():
                 own.add([name], [value.shape[-1]], value + 0.0)  # so that there is no -0.0
+        self.several |= other.several
         self._reached |= other._reached
         self._untold |= other._untold
         self._counts = {name: count + other._counts[name] for name, count in self._counts.items()}
@@ -167,7 +168,7 @@ class Totals:
         samples = samples if valid is None else int(valid.sum())
         halves = self._halves(1 if self.criterion.minibatch else samples)
         joint = SideBySide.of(by_layer, MEAN if self.criterion.measure is SUMS else None) if by_layer else None
-        shares = list(self._shares(by_layer, joint, self._scale(length), halves, weight_gradients or {}))
+        shares = list(self._shares.of(by_layer, joint, length, halves, weight_gradients or {}))
         means = [Share(joint.layers, joint.widths, joint.sums[MEAN].sum(0, dtype=torch.float64))] \
             if fresh and joint is not None and self.criterion.measure is SUMS else []
         lengths = {} if length is None else {"the output": length}
@@ -230,41 +231,6 @@ class Totals:
                             ("zero_gradients", int(zeros))):
             self._counts[name] += count
         return None
-
-    def _shares(self, by_layer: ByLayer, joint: SideBySide | None, scale: Tensor | None, halves: tuple[range, range],
-                weight_gradients: Mapping[str, Tensor]) -> Iterator[Share]:
-        """What one backward pass adds to the totals of groups, float64 [2, ..., ΣC]."""
-
-        def of_halves(values: Tensor) -> Tensor:  # [V, N, U] -> [2, ..., U]
-            taken = [slice(None if half else 0) if self.criterion.minibatch else slice(half.start, None, 2)
-                     for half in halves]
-            return torch.stack([self.criterion.accumulate(values[:, each]) for each in taken])
-
-        names = [group.name for group in self._graph.groups]
-        if self.criterion.filters:
-            for group in self._graph.groups:
-                share = filter_products(self.model, group, weight_gradients)
-                yield Share((group.name,), [len(share)],
-                            torch.stack([share if half else torch.zeros_like(share) for half in halves]))
-        elif self.criterion.edges:
-            for name, edge_sums in zip(names, self._edge_sums, strict=True):
-                values = edge_sums(by_layer, scale)
-                if values is not None:
-                    share = edge_sums.of_channels(of_halves(values))
-                    yield Share((name,), [share.shape[-1]], share)
-        elif joint is not None and self._sums.reads(joint.layers):
-            values = self._sums(joint, self.criterion.part, None if scale is None else scale[self.criterion.part])
-            yield Share(tuple(names), self._sums.channels, self._sums.of_channels(of_halves(values)))
-
-    def _scale(self, length: Tensor | None) -> Tensor | None:
-        """[P, N]: what makes each part that of an output gradient of length 1; over N too, where a minibatch counts as
-        one."""
-        if length is None:
-            return None
-        scale = torch.where(length == 0, torch.inf, length)
-        if self.criterion.minibatch:
-            scale = scale * len(length)
-        return torch.stack([scale.pow(-degree) for degree in DEGREES[self.criterion.measure]])
 
     def _halves(self, count: int) -> tuple[range, range]:
         """Which of the next `count` samples (or minibatches) go to which half."""
