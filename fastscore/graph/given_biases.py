@@ -14,6 +14,7 @@ from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import input_of, with_input
+from fastscore.modules.narrower import staying
 
 _NAME = "relative_attention_bias"
 _ROUNDING = 1e-3  # of a channel's length
@@ -56,7 +57,7 @@ def with_embedding(model: nn.Module, run: Callable[[nn.Module], Any], group: Cha
     weight.data = drawn.to(weight)
     for last in (False, True):
         gone = (group.unit % 2 == int(last)).nonzero()[:, 0]
-        stays = torch.ones(group.channels, dtype=torch.bool).index_fill(0, gone, False)
+        stays = staying(group.channels, gone)
         try:
             small = surgery.remove_channels(evaluation_copy(dense), [group], {group.name: gone})
             got, want = _read(small, run, group), _read(dense, run, group, gone)

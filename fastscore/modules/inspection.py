@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastscore.modules.norms.channel_norms import norm_of
 from fastscore.modules.weights.transposed_linear import is_transposed
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def parametrized(module: nn.Module) -> bool:
@@ -20,9 +20,13 @@ def parametrized(module: nn.Module) -> bool:
 
 def runs_own_code(layer: nn.Module) -> bool:
     """Whether a Linear or convolution is of a class that computes its output by code that is not PyTorch's own."""
-    kind = next((kind for kind in _LAYERS if isinstance(layer, kind)), None)
-    return kind is not None and any(getattr(type(layer), key, None) is not getattr(kind, key, None)
-                                    for key in ("forward", "_conv_forward"))
+    kind = next((kind for kind in LAYERS if isinstance(layer, kind)), None)
+    return kind is not None and not runs_code_of(layer, kind)
+
+
+def runs_code_of(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer computes its output by the code of that class."""
+    return all(getattr(type(layer), key, None) is getattr(kind, key, None) for key in ("forward", "_conv_forward"))
 
 
 def hooked(module: nn.Module) -> bool:

@@ -18,8 +18,10 @@ from fastscore.graph.groups import ChannelGroup, Ignore
 from fastscore.graph.whole_experts import never_chosen
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.handles import Handle
 from fastscore.modules.hooks import OwnHook, input_of, with_input
 from fastscore.modules.inspection import channel_dim, device_of
+from fastscore.modules.narrower import staying
 from fastscore.modules.weights import held_weights
 from fastscore.modules.wrappers import uncompiled, unwrapped
 from fastscore.pruning.budgets.costs import Costs
@@ -81,7 +83,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
                              "layers") from error
         positions = removed_positions(graph.groups, removed)
         means = removed_means(model, scores.means, positions, graph.groups, graph.kept_biases) if compensate else {}
-        handles: Iterator[RemovableHandle | multihead_attention.Handle | held_weights.AnyHandle]
+        handles: Iterator[RemovableHandle | Handle]
         if scores.origin.units == "norms":
             handles = at_gates(model, positions, means)
         else:
@@ -104,7 +106,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
 
 def at_consumers(model: nn.Module, positions: Mapping[str, Tensor], added: Mapping[str, Tensor],
                  made: Iterable[str] = ()
-                 ) -> Iterator[RemovableHandle | multihead_attention.Handle | held_weights.AnyHandle]:
+                 ) -> Iterator[RemovableHandle | Handle]:
     """Hooks by which layers read zero at `positions` of their inputs, and add float64 [C_out] to their outputs. made:
     layers whose outputs other hooks change."""
     yield from multihead_attention.replace_attention(model, called=())  # hooks take no nested tensors
@@ -157,7 +159,7 @@ def _add(value: Tensor) -> Callable[..., Any]:
 def _narrowed(gone: Tensor) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = input_of(args, kwargs)
-        stays = torch.ones(x.shape[1], dtype=torch.bool).index_fill(0, gone.cpu(), False).nonzero()[:, 0].to(x.device)
+        stays = staying(x.shape[1], gone).to(x.device)
         narrow: Any = copy.copy(module)
         narrow.num_channels = len(stays)
         narrow._parameters = {name: None if parameter is None else parameter.index_select(0, stays)

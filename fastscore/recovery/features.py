@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastscore.graph.cutting.surgery import RemovedIndices
 from fastscore.modules.inspection import channel_dim
+from fastscore.modules.narrower import staying
 
 
 class FeatureMaps:
@@ -56,9 +57,7 @@ class FeatureMaps:
         index = self._removed.get((name, "outputs"))
         if index is not None:
             dim = channel_dim(layer)
-            stays = torch.ones(expected.shape[dim], dtype=torch.bool)
-            stays[index] = False
-            expected = expected.index_select(dim, stays.nonzero()[:, 0].to(expected.device))
+            expected = expected.index_select(dim, staying(expected.shape[dim], index).to(expected.device))
         if expected.shape != got.shape:
             raise ValueError(f"features: {name} returns {list(expected.shape)} in the dense network and "
                              f"{list(got.shape)} in the smaller one: pass the PruneResult in place of its model, and "

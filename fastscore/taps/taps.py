@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastscore.batches import Outputs, output_tensors
 from fastscore.modules.attention import multihead_attention
+from fastscore.modules.handles import Handle
 from fastscore.modules.hooks import OwnHook, input_of, with_input
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, by_sample, by_token, rows_first, spread
 from fastscore.modules.weights import experts, held_weights
@@ -58,7 +59,7 @@ class Taps:
         self._propagating = self._in_one_pass = False
         self._backward = BackwardPasses()
         self._unseen: dict[str, RemovableHandle] = {}  # layers whose taps have not run -> what says so
-        self._handles: list[RemovableHandle | multihead_attention.Handle | held_weights.AnyHandle] = []
+        self._handles: list[RemovableHandle | Handle] = []
 
     def attach(self) -> None:
         """Set the hooks. Raises RuntimeError when they are set already."""

@@ -8,6 +8,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from fastscore.modules.narrower import without
 from fastscore.modules.norms import channel_norms
 from fastscore.modules.weights import parameter_layers, transposed_linear
 
@@ -66,10 +67,7 @@ def _counts(module: nn.Module, channels: int | None) -> list[str]:
 def _cut(module: nn.Module, index: Sequence[int]) -> None:
     """Take `index` out of each per-channel buffer."""
     for name, buffer in list(_per_channel(module)):
-        dim = _channel_dim(buffer) or 0
-        stays = torch.ones(buffer.shape[dim], dtype=torch.bool)
-        stays[list(index)] = False
-        module._buffers[name] = buffer.index_select(dim, stays.nonzero()[:, 0].to(buffer.device))
+        module._buffers[name] = without(buffer, _channel_dim(buffer) or 0, index)
 
 
 class _Buffers(tp.function.BasePruningFunc):  # type: ignore[misc]

@@ -5,13 +5,13 @@ Which attributes these are is read off the code that runs and their values; that
 else is: by surgery on a copy.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 from torch import nn
+
+from fastscore.modules import frames
 
 SIDE = "width "  # before the attribute, in what surgery takes out of a module
 
@@ -105,14 +105,8 @@ def calling_module() -> nn.Module | None:
 
 def _calling_frame() -> tuple[nn.Module, tuple[str, ...]] | None:
     """The innermost module whose code runs, and the names that this code reads."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        code = frame.f_code
-        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if isinstance(owner, nn.Module):
-            return owner, code.co_names
-        frame = frame.f_back
-    return None
+    return next(((module, frame.f_code.co_names) for frame in frames.outwards()
+                 if isinstance(module := frames.owner(frame), nn.Module)), None)
 
 
 def narrow(module: nn.Module, attribute: str, gone: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.modules.attention import multihead_attention, own_width
+from fastscore.modules.narrower import staying
 
 # where an attention module has its projections: query, key, value (one name where they are one layer), output
 LAYERS = (
@@ -84,7 +85,7 @@ def remove(module: nn.Module, index: Tensor, apart: Collection[str] = ()) -> Non
     total = count(module) or (config and _first_of(config, _COUNTS))
     if total is None:
         return  # it takes as many heads as its layers make
-    kept = torch.ones(total, dtype=torch.bool).index_fill(0, index.cpu(), False).nonzero()[:, 0]
+    kept = staying(total, index)
     for name in [name for name in tensors(module) if name not in apart]:
         dim, times = _TENSORS[name]
         old = getattr(module, name)

@@ -10,7 +10,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.graph.cutting import channel_buffers
-from fastscore.modules.weights.parameter_layers import ParameterLinear, without
+from fastscore.modules.narrower import without
+from fastscore.modules.weights.parameter_layers import ParameterLinear
 
 
 def cut(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
@@ -24,9 +25,8 @@ def cut(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
         layer.weight = without(layer.weight, dim, index)
         return
     old: Tensor = getattr(owner, key)
-    stays = torch.ones(old.shape[dim], dtype=torch.bool).index_fill(0, index.cpu(), False).nonzero()[:, 0]
-    new = old.detach().index_select(dim, stays.to(old.device))
-    setattr(owner, key, nn.Parameter(new, old.requires_grad) if key in owner._parameters else new)
+    new = without(old, dim, index)
+    setattr(owner, key, new)
     for name, value in list(vars(owner).items()):  # the shape that the code gives it, as timm's Scale does
         if type(value) is tuple and _is_shape(value, old.shape[dim]):
             setattr(owner, name, tuple(new.shape[dim] if size == old.shape[dim] else size for size in value))

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
 from fastscore.modules.attention.projections import ProjectionLinear
+from fastscore.modules.inspection import LAYERS, runs_code_of
+from fastscore.modules.narrower import without
 
 # the first that a layer is; those of fastscore.modules multiply as a Linear does, by rows in another order
-_PLAIN = (ProjectionLinear, SequenceFirstLinear, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
-          nn.ConvTranspose2d, nn.ConvTranspose3d)
+_PLAIN = (ProjectionLinear, SequenceFirstLinear, *LAYERS)
 _WIDTHS = {"in_features", "out_features", "in_channels", "out_channels"}
 _OTHERWISE = {"forward", "training", "_modules", "_parameters", "_of", *_WIDTHS}  # compared apart, or of no account
 
@@ -19,8 +20,8 @@ _OTHERWISE = {"forward", "training", "_modules", "_parameters", "_of", *_WIDTHS}
 def plain_kind(layer: nn.Module) -> type[nn.Module] | None:
     """The class of PyTorch whose code makes the layer's output, of parameters that it holds itself; None of others."""
     kind = next((kind for kind in _PLAIN if isinstance(layer, kind)), None)
-    own = all(getattr(type(layer), key, None) is getattr(kind, key, None) for key in ("forward", "_conv_forward"))
-    return kind if own and set(layer._parameters) == {"weight", "bias"} and not layer._modules else None
+    plain = kind is not None and runs_code_of(layer, kind) and set(layer._parameters) == {"weight", "bias"}
+    return kind if plain and not layer._modules else None
 
 
 def holds_rest(small: nn.Module, whole: nn.Module, gone_in: Tensor | None, gone_out: Tensor | None) -> bool:
@@ -56,10 +57,7 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
 
 
 def _without(x: Tensor, dim: int, gone: Tensor | None) -> Tensor:
-    if gone is None:
-        return x
-    stays = torch.ones(x.shape[dim], dtype=torch.bool).index_fill(0, gone, False).nonzero()[:, 0]
-    return x.detach().index_select(dim, stays.to(x.device))
+    return x if gone is None else without(x, dim, gone)
 
 
 def _same(x: Tensor, expected: Tensor) -> bool:

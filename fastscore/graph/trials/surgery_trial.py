@@ -26,9 +26,11 @@ from fastscore.graph.layers_inside import holds_norm
 from fastscore.graph.trials import plain_layers
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording, read_by, unwrapped
+from fastscore.modules import frames
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import with_input
 from fastscore.modules.inspection import channel_dim, runs_own_code
+from fastscore.modules.narrower import staying
 from fastscore.modules.weights.computed_weights import why_it_computes_on
 
 _PLACE = re.compile(r"\(([^ ()]+) \(\w+\)")  # in a reason: the module that does not run
@@ -312,10 +314,7 @@ def _reads_besides(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
 def _kept(x: Tensor, dim: int, gone: Tensor | None) -> Tensor:
     """A copy of x less the positions `gone` of `dim`."""
-    if gone is None:
-        return x.clone()
-    stays = torch.ones(x.shape[dim], dtype=torch.bool).index_fill(0, gone, False).nonzero()[:, 0]
-    return x.index_select(dim, stays.to(x.device))
+    return x.clone() if gone is None else x.index_select(dim, staying(x.shape[dim], gone).to(x.device))
 
 
 def _strides_as_ever(x: Tensor, before: Tensor, full: Tensor, expected: Tensor, dim: int) -> bool:
@@ -337,10 +336,9 @@ def where(model: nn.Module, traceback: TracebackType | None) -> str:
     names: Mapping[int, str] = {id(module): name for name, module in model.named_modules()}
     where: nn.Module = model
     while traceback is not None:
-        code, local = traceback.tb_frame.f_code, traceback.tb_frame.f_locals
-        owner = local.get(code.co_varnames[0]) if code.co_argcount else None
-        if isinstance(owner, nn.Module) and id(owner) in names:
-            where = owner
+        running = frames.owner(traceback.tb_frame)
+        if isinstance(running, nn.Module) and id(running) in names:
+            where = running
         traceback = traceback.tb_next
     name = names[id(where)]
     return f"{name} ({type(where).__name__})" if name else type(where).__name__

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastscore.modules.attention import own_width, windowed_attention
+from fastscore.modules.handles import Handle
 from fastscore.modules.weights.parameter_layers import HoldsLayers
 
 _SEPARATE = "qkv_bias_separate"  # of timm's attention: False has it read the weight of its layer without calling it
@@ -160,7 +161,7 @@ def _is_replaced(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
                                                                                nn.Linear, SequenceFirstLinear)
 
 
-def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> Iterator["Handle"]:
+def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> Iterator[Handle]:
     """Put MultiheadAttention in the place of each nn.MultiheadAttention of a model, whose parameters stay.
 
     Each nn.TransformerEncoder then calls its layers on plain tensors. The modules that fastscore.modules'
@@ -181,19 +182,19 @@ def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> 
         if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False) and (
                 not wanted or any(id(inner.out_proj) in wanted for inner in module.modules()
                                   if isinstance(inner, nn.MultiheadAttention))):
-            yield Handle([(module, "use_nested_tensor", False)])  # only its layers' fused path takes nested ones
+            yield AttributesSet([(module, "use_nested_tensor", False)])  # only its layers' fused path takes nested ones
         qualified = f"{type(module).__module__}.{type(module).__qualname__}"
         kind = windowed_attention.REPLACEMENTS.get(qualified)
         if kind is not None and (wanted is None or any(id(layer) in wanted for layer in module.children())):
-            yield Handle([(module, "__class__", kind), *windowed_attention.layers(module, kind)])
+            yield AttributesSet([(module, "__class__", kind), *windowed_attention.layers(module, kind)])
         found = own_width.replacement(module)
         if found is not None and (wanted is None or any(id(layer) in wanted for layer in module.children())):
-            yield Handle([(module, "__class__", found)])
+            yield AttributesSet([(module, "__class__", found)])
         if module.__dict__.get(_SEPARATE) is False and (wanted is None or any(
                 id(layer) in wanted for layer in module.children())):
-            yield Handle([(module, _SEPARATE, True)])
+            yield AttributesSet([(module, _SEPARATE, True)])
         if _is_replaced(module) and (wanted is None or id(module.out_proj) in wanted):
-            yield Handle([(module, "__class__", MultiheadAttention),
+            yield AttributesSet([(module, "__class__", MultiheadAttention),
                           (module.out_proj, "__class__", SequenceFirstLinear)])
 
 
@@ -207,7 +208,7 @@ def _layer(model: nn.Module, name: str) -> nn.Module:
     return module if key in module._parameters else model.get_submodule(name)
 
 
-class Handle:
+class AttributesSet(Handle):
     """Attributes of modules that have other values until `remove`."""
 
     def __init__(self, changes: Iterable[tuple[nn.Module, str, Any]]) -> None:
@@ -217,20 +218,12 @@ class Handle:
             setattr(module, name, value)
 
     def remove(self) -> None:
-        """Give the modules back what they had."""
         for module, name, value in self._before:
             setattr(module, name, value)
         self._before.clear()
 
     def make_permanent(self) -> None:
-        """Let the modules be what they are now for good."""
         self._before.clear()
-
-    def __enter__(self) -> "Handle":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.remove()
 
 
 def _sequence_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastscore.modules.narrower import without
+
 TURNED = "rotary_ndims"  # where attentions of GPT-NeoX, Phi, StableLM and others have it
 _KEPT, _WIDTH = "rotary_dims", "rotary_width"  # the entries that are read, int64, of tables as wide as that
 
@@ -74,8 +76,7 @@ def narrow(module: nn.Module, gone: Tensor, width: int) -> None:
         kept = torch.arange(width, device=device)
         setattr(module, _WIDTH, width)
         module.__class__ = _reads_part(type(module))
-    stays = torch.ones(width, dtype=torch.bool).index_fill(0, gone.cpu(), False)
-    module.register_buffer(_KEPT, kept[stays.to(kept.device)], persistent=False)
+    module.register_buffer(_KEPT, without(kept, 0, gone), persistent=False)
 
 
 def _tables(value: object) -> int | None:

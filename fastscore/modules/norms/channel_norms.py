@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.modules.hooks import input_of
+from fastscore.modules.narrower import staying, without
 from fastscore.modules.norms.response_norms import ResponseNorm
 
 _EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")
@@ -155,15 +156,13 @@ def narrow(module: nn.Module, gone: Tensor) -> None:
     if not isinstance(module, NarrowedNorm):
         module.channel_norm, module.dense_width = norm, size  # type: ignore[assignment]
         module.__class__ = NarrowedNorm
-    stays = torch.ones(size, dtype=torch.bool).index_fill(0, gone.cpu(), False).nonzero()[:, 0]
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            dim = parameter.shape.index(size)
-            module._parameters[name] = nn.Parameter(parameter.detach().index_select(dim, stays.to(parameter.device)),
-                                                    parameter.requires_grad)
-    module.width = len(stays)  # type: ignore[assignment]
+            module._parameters[name] = without(parameter, parameter.shape.index(size), gone)
+    left = len(staying(size, gone))
+    module.width = left  # type: ignore[assignment]
     if hasattr(module, "normalized_shape"):
-        module.normalized_shape = (len(stays),)  # type: ignore[assignment]
+        module.normalized_shape = (left,)  # type: ignore[assignment]
 
 
 def gradient_of_statistics(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:

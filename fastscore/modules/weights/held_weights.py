@@ -1,27 +1,26 @@
 """Which parameters of a user's model run as layers, and when: see fastscore.modules.weights.parameter_layers."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeAlias
 
 from torch import Tensor, nn
 
 from fastscore.modules.attention import multihead_attention, projections
+from fastscore.modules.handles import Handle
+from fastscore.modules.narrower import without
 from fastscore.modules.weights import called_layers, experts, recurrent
 from fastscore.modules.weights.parameter_layers import (
-    Handle,
     Kinds,
     ParameterLinear,
+    ParametersAsLayers,
     Side,
     put_back,
-    without,
     without_rows,
 )
 
-AnyHandle: TypeAlias = Handle | called_layers.Handle
 HAVE_PLACES = (projections.ProjectionLinear, recurrent.GateLinear)  # layers which add their bias, that takes means in
 
 
-def replace(model: nn.Module, called: Iterable[str] | None = None) -> Iterator[AnyHandle]:
+def replace(model: nn.Module, called: Iterable[str] | None = None) -> Iterator[Handle]:
     """Make layers, which compute the same, of the parameters that experts, routers, nn.MultiheadAttention and recurrent
     modules hold; and have modules call layers that their code runs without a call.
 
@@ -36,7 +35,7 @@ def replace(model: nn.Module, called: Iterable[str] | None = None) -> Iterator[A
     wanted = None if called is None else {name.rpartition(".")[0] for name in called}
     for name, module in list(model.named_modules()):
         if (wanted is None or name in wanted) and (kinds := _kinds(module)) is not None:
-            yield Handle(module, kinds)
+            yield ParametersAsLayers(module, kinds)
 
 
 def put_all_back(model: nn.Module) -> None:

@@ -14,11 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from fastscore.modules.handles import Handle
+from fastscore.modules.narrower import without
+
 Side: TypeAlias = Literal["inputs", "outputs"]
 
 
 class ParameterLinear(nn.Linear):
-    """A Linear of the parameter `name` of a module, and of its bias; made by `Handle`."""
+    """A Linear of the parameter `name` of a module, and of its bias; made by `ParametersAsLayers`."""
 
     # widths that the code of a module keeps beside its parameters: (parameter, side) -> attributes
     widths: ClassVar[Mapping[tuple[str, str], tuple[str, ...]]] = {}
@@ -143,7 +146,7 @@ class Kinds:
     biases: Mapping[str, str] = field(default_factory=dict)
 
 
-class Handle:
+class ParametersAsLayers(Handle):
     """A module whose parameters are layers until `remove`."""
 
     def __init__(self, module: nn.Module, kinds: Kinds) -> None:
@@ -159,20 +162,12 @@ class Handle:
             module.__class__ = _changed(kinds.change, type(module))
 
     def remove(self) -> None:
-        """Give the module back what it had."""
         if self._module is not None:
             put_back(self._module)
         self._module = None
 
     def make_permanent(self) -> None:
-        """Let the module be what it is now for good."""
         self._module = None
-
-    def __enter__(self) -> "Handle":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.remove()
 
 
 def put_back(module: nn.Module) -> None:
@@ -190,7 +185,7 @@ def put_back(module: nn.Module) -> None:
 
 
 def without_rows(weight: Tensor, owner: nn.Module, attributes: Iterable[str], side: Side, index: Tensor
-                 ) -> nn.Parameter:
+                 ) -> Tensor:
     """The weight less the inputs or outputs `index` (int64); those of its module's `attributes` that are its width
     follow."""
     new = without(weight, weight.dim() - (1 if side == "inputs" else 2), index)
@@ -198,12 +193,6 @@ def without_rows(weight: Tensor, owner: nn.Module, attributes: Iterable[str], si
         if vars(owner).get(attribute) == weight.shape[-1]:
             setattr(owner, attribute, new.shape[-1])
     return new
-
-
-def without(weight: Tensor, dim: int, index: Tensor) -> nn.Parameter:
-    """A parameter less the positions `index` (int64) of `dim`."""
-    stays = torch.ones(weight.shape[dim], dtype=torch.bool).index_fill(0, index.cpu(), False).nonzero()[:, 0]
-    return nn.Parameter(weight.detach().index_select(dim, stays.to(weight.device)), weight.requires_grad)
 
 
 _CHANGED: dict[tuple[type, type], type] = {}  # (what is changed, a class) -> the class, with that changed

@@ -6,8 +6,9 @@ what it is, before and after surgery.
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+
+from fastscore.modules.narrower import without
 
 _NAME = "transformers.pytorch_utils.Conv1D"
 
@@ -64,10 +65,6 @@ class Surgeon:
 
 
 def _cut(layer: nn.Module, name: str, dim: int, index: Sequence[int]) -> None:
-    old: Tensor | None = layer._parameters[name]
-    if old is None:
-        return
-    stays = torch.ones(old.shape[dim], dtype=torch.bool)
-    stays[list(index)] = False
-    new = old.detach().index_select(dim, stays.nonzero()[:, 0].to(old.device))
-    layer._parameters[name] = nn.Parameter(new, old.requires_grad)
+    old = layer._parameters[name]
+    if old is not None:
+        layer._parameters[name] = without(old, dim, index)

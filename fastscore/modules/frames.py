@@ -1,0 +1,32 @@
+"""Whose code runs, as Python's stack shows it."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+
+def outwards() -> Iterator[FrameType]:
+    """From who has called a function that asks, outwards."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def owner(frame: FrameType) -> Any:
+    """What the first argument of the code of a frame is: of a method, its object."""
+    code = frame.f_code
+    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+
+
+def called(frame: FrameType) -> nn.Module | None:
+    """The module that is called by a frame of PyTorch's; None of any other."""
+    return frame.f_locals["self"] if frame.f_code is nn.Module._call_impl.__code__ else None
+
+
+def innermost(stack: Iterable[FrameType]) -> nn.Module | None:
+    """The innermost module that is called, of frames from within outwards."""
+    return next(filter(None, map(called, stack)), None)

@@ -1,0 +1,62 @@
+"""Functions of PyTorch that run a layer's parameters, `F.conv2d(x, layer.weight, layer.bias)`: which layers they are
+of, and whether such a call computes what the layer would."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastscore.modules.inspection import runs_code_of
+
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_BATCH = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+# function -> (the layers that it runs, the names of its arguments); that of a LayerNorm is given its width, which stays
+FUNCTIONS: Mapping[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
+    F.linear: (nn.Linear, ("input", "weight", "bias")),
+    F.conv1d: (nn.Conv1d, _CONV), F.conv2d: (nn.Conv2d, _CONV), F.conv3d: (nn.Conv3d, _CONV),
+    F.conv_transpose1d: (nn.ConvTranspose1d, _TRANSPOSED), F.conv_transpose2d: (nn.ConvTranspose2d, _TRANSPOSED),
+    F.conv_transpose3d: (nn.ConvTranspose3d, _TRANSPOSED),
+    F.batch_norm: (nn.modules.batchnorm._BatchNorm, _BATCH),
+    F.group_norm: (nn.GroupNorm, ("input", "num_groups", "weight", "bias", "eps")),
+    F.prelu: (nn.PReLU, ("input", "weight")),
+    F.embedding: (nn.Embedding, ("input", "weight", "padding_idx", "max_norm")),
+}
+# of arguments that are not given, where they do something
+_DEFAULTS = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1, "training": False, "eps": 1e-5}
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_NO_MATTER = ("input", "momentum", "padding_idx")  # of evaluation mode
+
+
+def bound(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of one of these functions, by their names."""
+    return {**dict(zip(FUNCTIONS[func][1], args, strict=False)), **kwargs}
+
+
+def computes_the_same(layer: nn.Module, func: Any, given: Mapping[str, Any]) -> bool:
+    """Whether a function of a layer's weight computes what the layer does."""
+    kind, names = FUNCTIONS[func]
+    plain: Any = next((base for base in type(layer).__mro__ if base.__module__.startswith("torch.nn.modules.")), None)
+    if not isinstance(layer, kind) or plain is None or not runs_code_of(layer, plain):
+        return False
+    held = {**layer._parameters, **layer._buffers}
+    if not isinstance(given.get("input"), Tensor) or getattr(layer, "padding_mode", "zeros") != "zeros":
+        return False
+    return all(given.get(name) is held.get(name) for name in names if name in _TENSORS) and \
+        has_settings_of(layer, given) and getattr(layer, "max_norm", None) is given.get("max_norm") is None
+
+
+def has_settings_of(layer: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Whether the numbers that a function is given are those that the layer has."""
+    names = next(names for kind, names in FUNCTIONS.values() if isinstance(layer, kind))
+    known = [name for name in names if name not in (*_TENSORS, *_NO_MATTER, "max_norm")]
+    return all(_alike(given.get(name, _DEFAULTS.get(name)), getattr(layer, name)) for name in known)
+
+
+def _alike(given: Any, own: Any) -> bool:
+    """Whether a number, or several, are those of a layer."""
+    if isinstance(own, tuple) and not isinstance(given, str):
+        given = (given,) * len(own) if isinstance(given, int) else tuple(given)
+        given = given * len(own) if len(given) == 1 else given
+    return bool(given == own)
