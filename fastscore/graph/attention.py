@@ -22,6 +22,7 @@ from fastscore.graph.head_dims import Projections
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import parameter_owners, parametrized, shared_parameters
+from fastscore.wording import said
 
 _TOLERANCE = 0.05  # of a channel's length; bfloat16 rounds to 0.004 of each value
 # layers that make a bias for each head, of places of tokens
@@ -311,8 +312,7 @@ def _difference(module: nn.Module, group: ChannelGroup, call: Call) -> str | Non
             small = surgery.remove_channels(evaluation_copy(dense), [group], {group.name: gone.nonzero()[:, 0]})
             after = call.of_heads(each.index[~gone[each.channel]]).inputs_of(outputs, small)
         except Exception as error:  # whatever the module's code does with a width that it does not expect
-            return f"{type(module).__name__} does not run with fewer heads ({type(error).__name__}: " \
-                   f"{str(error).splitlines()[0] if str(error) else ''})"
+            return f"{type(module).__name__} does not run with fewer heads ({said(error)})"
         for layer, x in after.items():
             whole = before[layer]
             assert x is not None

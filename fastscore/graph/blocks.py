@@ -20,7 +20,7 @@ from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.graph.nodes import LAYERS
 from fastscore.graph.residual_sums import Call, added_at, beside_shortcut, note, readers_of, runs_before, within
 from fastscore.graph.trials.differences import close
-from fastscore.graph.trials.surgery_trial import some_channels
+from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import channel_dim, device_of, parameter_owners

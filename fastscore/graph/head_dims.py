@@ -22,6 +22,7 @@ from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.modules.attention import rotary
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
+from fastscore.wording import said
 
 # keys and values that an attention module adds to those that it makes, [1, 1, heads · width]: 1 keys, 2 values
 _TENSORS: Mapping[str, int] = {"bias_k": 1, "bias_v": 2}
@@ -87,7 +88,7 @@ def find(name: str, module: nn.Module, projections: Projections, call: Call,
         try:
             failed = _difference(dense, guess, projections.outputs, call)
         except Exception as error:  # of the module's code, with random weights or other queries
-            failed = f"{type(module).__name__} does not run by itself ({type(error).__name__}: {str(error)[:200]})"
+            failed = f"{type(module).__name__} does not run by itself ({said(error)})"
         if failed is None:
             return guess
         reason = reason or failed
@@ -121,8 +122,7 @@ def beside(module: nn.Module, dims: ChannelGroup, whole: ChannelGroup, call: Cal
                                             {dims.name: gone, whole.name: heads_gone})
             after = call.of_heads(kept).inputs_of(outputs, small)
         except Exception as error:  # whatever the module's code does with widths that it does not expect
-            return f"{type(module).__name__} does not run with fewer heads that are narrower, too " \
-                   f"({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''})"
+            return f"{type(module).__name__} does not run with fewer heads that are narrower, too ({said(error)})"
         at = {edge.layer: edge.index[torch.isin(edge.channel, heads_gone)] for edge in whole.role("consumer")}
         for edge in dims.role("consumer"):
             stays = edge.index[~torch.isin(edge.channel, gone) & ~torch.isin(edge.index, at[edge.layer])]
@@ -259,8 +259,7 @@ def _difference(dense: nn.Module, group: ChannelGroup, outputs: Sequence[str], c
             small = surgery.remove_channels(evaluation_copy(dense), [group], {group.name: gone})
             after = call.inputs_of(outputs, small)
         except Exception as error:  # whatever the module's code does with a width that it does not expect
-            return f"{kind} does not run with narrower heads ({type(error).__name__}: " \
-                   f"{str(error).splitlines()[0][:200] if str(error) else ''})"
+            return f"{kind} does not run with narrower heads ({said(error)})"
         if differ(after, inputs((zero, 0.0)), gone):
             left = 1 - len(gone) / group.channels
             by_width = not differ(after, inputs((zero, 0.0), (queries, left ** -0.5)), gone)

@@ -16,11 +16,11 @@ from fastscore import rng
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.graph.trials.differences import close
-from fastscore.graph.trials.surgery_trial import said
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import device_of
 from fastscore.modules.weights.experts import NAMES, ROUTER, ExpertLinear, RouterLinear
+from fastscore.wording import said
 
 _CHOOSES = {"softmax", "topk"}  # what the code of a router calls that takes no expert of probability zero
 _COUNT, _CHOSEN = "num_experts", "top_k"

@@ -1,8 +1,8 @@
-"""Whose code runs, as Python's stack shows it."""
+"""Whose code runs, or has raised an exception, as Python's stack shows it."""
 
 import sys
-from collections.abc import Iterable, Iterator
-from types import FrameType
+from collections.abc import Iterable, Iterator, Mapping
+from types import FrameType, TracebackType
 from typing import Any
 
 from torch import nn
@@ -30,3 +30,16 @@ def called(frame: FrameType) -> nn.Module | None:
 def innermost(stack: Iterable[FrameType]) -> nn.Module | None:
     """The innermost module that is called, of frames from within outwards."""
     return next(filter(None, map(called, stack)), None)
+
+
+def where(model: nn.Module, traceback: TracebackType | None) -> str:
+    """The innermost module of `model` whose code an exception came through."""
+    names: Mapping[int, str] = {id(module): name for name, module in model.named_modules()}
+    found: nn.Module = model
+    while traceback is not None:
+        running = owner(traceback.tb_frame)
+        if isinstance(running, nn.Module) and id(running) in names:
+            found = running
+        traceback = traceback.tb_next
+    name = names[id(found)]
+    return f"{name} ({type(found).__name__})" if name else type(found).__name__

@@ -14,7 +14,7 @@ from fastscore.graph.cutting.surgery import (
     smaller_copy,
 )
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
-from fastscore.graph.trials.surgery_trial import said, where
+from fastscore.modules import frames
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.macs.counting import Count, count
 from fastscore.modules.modes import evaluating
@@ -26,6 +26,7 @@ from fastscore.pruning.refusal import DoesNotRun, OtherShape, checked, does
 from fastscore.pruning.saved import recipes
 from fastscore.recovery.compensation import add_to_biases, mean_contributions, removed_means, removed_positions
 from fastscore.scoring.scores import Scores
+from fastscore.wording import said
 
 
 class Surgery:
@@ -112,7 +113,7 @@ def _counted(model: nn.Module, example_inputs: Batch, forward: Forward, batch_di
     try:
         return count(model, example_inputs, forward, batch_dim)
     except Exception as error:  # whatever a model raises that no longer fits together
-        raise DoesNotRun(f"{where(model, error.__traceback__)}: {said(error)}") from error
+        raise DoesNotRun(f"{frames.where(model, error.__traceback__)}: {said(error)}") from error
 
 
 def macs_without(model: nn.Module, groups: Iterable[ChannelGroup], example_inputs: Batch,

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
-from fastscore.graph.trials.surgery_trial import said, some_channels, where
+from fastscore.graph.trials.some_channels import some_channels
+from fastscore.modules import frames
 from fastscore.modules.modes import evaluating
 from fastscore.modules.weights.experts import ExpertLinear
+from fastscore.wording import said
 
 Run = Callable[[nn.Module], Sequence[Tensor]]
 
@@ -57,5 +59,5 @@ def _fault(model: nn.Module, groups: Sequence[ChannelGroup], run: Run) -> str:
             run(small)
     except Exception as error:  # whatever the model's code does with a width that it does not expect
         return ("the model that prune() would return does not run with fewer channels there "
-                f"({where(small, error.__traceback__)}: {said(error)})")
+                f"({frames.where(small, error.__traceback__)}: {said(error)})")
     return ""

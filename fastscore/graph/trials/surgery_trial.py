@@ -8,13 +8,10 @@ read as zero.
 """
 
 import re
-import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -26,12 +23,14 @@ from fastscore.graph.layers_inside import holds_norm
 from fastscore.graph.trials import plain_layers
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording, read_by, unwrapped
+from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules import frames
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import with_input
 from fastscore.modules.inspection import channel_dim, runs_own_code
 from fastscore.modules.narrower import staying
 from fastscore.modules.weights.computed_weights import why_it_computes_on
+from fastscore.wording import said
 
 _PLACE = re.compile(r"\(([^ ()]+) \(\w+\)")  # in a reason: the module that does not run
 
@@ -175,45 +174,11 @@ def _try_without(recording: Recording, groups: Sequence[ChannelGroup], removed: 
             output = recording.replay({name: _watched(recording, small, name, gone, found)
                                        for name in recording.outputs}, small)
     except Exception as error:  # whatever the model's code does with a width that it does not expect
-        found.elsewhere = "does not run", f" ({where(small, error.__traceback__)}: {said(error)})"
+        found.elsewhere = "does not run", f" ({frames.where(small, error.__traceback__)}: {said(error)})"
         return found
     if output.shape != expected.shape or not _alike(output, expected):
         found.elsewhere = "returns something else", ""
     return found
-
-
-def some_channels(groups: Sequence[ChannelGroup], part: int) -> dict[str, Tensor]:
-    """Group -> channels to go, int64; those that stay in part 0 go in part 1."""
-    before = Counter[int]()  # groups of each number of units: those that meet are not to lose the same number
-    removed = dict[str, Tensor]()
-    for group in groups:
-        units = int(group.unit.max()) + 1
-        removed[group.name] = _some_units(group, part, before[units])
-        before[units] += 1
-    return removed
-
-
-def _some_units(group: ChannelGroup, part: int, before: int) -> Tensor:
-    """Channels to go, int64: about half of the units, at random; an odd number of units stays, if it can be, and
-    another than of the group of as many units before it: `before` were tried beside it. Those that stay in part 0 go in
-    part 1."""
-    units, seed = int(group.unit.max()) + 1, zlib.crc32(group.name.encode())
-    numbers = list(range(units // 2 | 1, units // 4, -2))
-    if len(numbers) == 1 and units > 3:
-        numbers.append(2)
-    first = numbers[before % len(numbers)]
-    rest = units - first
-    order = torch.randperm(units, generator=torch.Generator().manual_seed(seed))
-    stay = order[:first] if part == 0 else order[first:first + rest - 1 + rest % 2]
-    gone = torch.ones(units, dtype=torch.bool).index_fill(0, stay, False)
-    for member in group.members:  # of a part of the channels one stays as well
-        if 0 < len(member.channel) < group.channels and gone[group.unit[member.channel]].all():
-            gone[group.unit[member.channel[0]]] = False
-    for unit in order.tolist():
-        if int((~gone[group.unit]).sum()) >= group.least:
-            break
-        gone[unit] = False
-    return gone[group.unit].nonzero()[:, 0]
 
 
 def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.RemovedIndices,
@@ -329,22 +294,3 @@ def _alike(x: Tensor, expected: Tensor) -> bool:
     if torch.equal(x, expected) or not x.is_floating_point():
         return torch.equal(x, expected)
     return bool(close(x, expected, rounding=torch.finfo(x.dtype).eps ** (1 / 3)).all())
-
-
-def where(model: nn.Module, traceback: TracebackType | None) -> str:
-    """The innermost module of `model` whose code an exception came through."""
-    names: Mapping[int, str] = {id(module): name for name, module in model.named_modules()}
-    where: nn.Module = model
-    while traceback is not None:
-        running = frames.owner(traceback.tb_frame)
-        if isinstance(running, nn.Module) and id(running) in names:
-            where = running
-        traceback = traceback.tb_next
-    name = names[id(where)]
-    return f"{name} ({type(where).__name__})" if name else type(where).__name__
-
-
-def said(error: Exception) -> str:
-    """An exception in one line."""
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines and lines[0] else type(error).__name__
