@@ -14,7 +14,7 @@ from fastscore.recovery.divergence import judged_by, mixed_of, names
 from fastscore.recovery.held_out import split
 from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.reconstruct import Method
-from fastscore.recovery.seen import Seen
+from fastscore.recovery.remembering_batches import RememberingBatches
 from fastscore.scoring.engine import score
 from fastscore.scoring.scores import Scores
 
@@ -118,7 +118,7 @@ def compare(model: nn.Module, batches: Iterable[Batch],
         raise ValueError(f"importances: {importances!r}; give a sequence of names, such as ['taylor-sq']")
     macs = None if params is not None or channels is not None else macs
     fit, judges = split(batches, held_out, HELD_OUT, "batches")
-    seen = Seen.of(fit)
+    seen = RememberingBatches.of(fit)
     curves: dict[str, Curve] = {}
     for name, how in named.items():
         scores = how if isinstance(how, Scores) else score(

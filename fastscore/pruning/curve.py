@@ -21,7 +21,7 @@ from fastscore.recovery.divergence import Divergence, Mixed, judged_by, mixed_of
 from fastscore.recovery.held_out import split
 from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.reconstruct import Method
-from fastscore.recovery.seen import Seen
+from fastscore.recovery.remembering_batches import RememberingBatches
 from fastscore.rng import fork_rng
 from fastscore.scoring.scores import Scores
 from fastscore.tables import Table
@@ -193,7 +193,7 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
     if repair is None:
         options.setdefault("compensate", False)
     else:
-        options |= {"calibration": Seen.of(fit), "repair": repair}
+        options |= {"calibration": RememberingBatches.of(fit), "repair": repair}
     dense, device = evaluation_copy(model, plain=False), device_of(model)
     with fork_rng(device), shown(progress), bar("curve", " networks", len(budgets)) as told:
         example = example_of(batches, example_inputs, forward, device)

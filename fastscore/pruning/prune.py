@@ -35,7 +35,7 @@ from fastscore.recovery.decisions import JudgedOutputs
 from fastscore.recovery.held_out import check_batches, split
 from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.reconstruct import Method, reconstruct
-from fastscore.recovery.seen import Seen
+from fastscore.recovery.remembering_batches import RememberingBatches
 from fastscore.rng import fork_rng
 from fastscore.scoring.scores import Scores
 
@@ -202,7 +202,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             fit, judges = split(calibration, held_out, HELD_OUT, "calibration")
         if fit is not None:
             check_batches(fit, "calibration")
-            fit = Seen.of(fit)
+            fit = RememberingBatches.of(fit)
 
         def pruned(order: list[RemovalStep]) -> PruneResult:
             """The smaller model, whose channels go in this order; `costs` are whole before and after."""
@@ -226,7 +226,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
                 give_back(removed, costs)
 
         if _is_measured(measured, scores, scope, fit, repair):
-            assert isinstance(fit, Seen)
+            assert isinstance(fit, RememberingBatches)
             seen = fit
             found = seen.once(scores, lambda: Measured(model, eval_model, graph, scores, ranked, per_channel, seen,
                                                        forward, outputs, process_group))

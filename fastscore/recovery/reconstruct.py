@@ -38,7 +38,7 @@ from fastscore.recovery.linear import InputEstimate, estimate_inputs, rewired
 from fastscore.recovery.moments import InputMoments, Moments, layouts
 from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.recalibration import recalibrate_on, running_norms
-from fastscore.recovery.seen import Seen
+from fastscore.recovery.remembering_batches import RememberingBatches
 from fastscore.rng import fork_rng
 from fastscore.wording import counted
 
@@ -141,7 +141,7 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
     model = unwrapped(model)
     device = device_of(model)
     check_batches(batches, "calibration")
-    seen = Seen.of(batches)
+    seen = RememberingBatches.of(batches)
     with fork_rng(device), torch.inference_mode(False), torch.no_grad(), shown(progress), \
             bar("repairing", " repairs") as tried:
         kept = KeptPasses(resume, model, result.removed_indices, forward, process_group)
@@ -172,7 +172,7 @@ def check_dense(model: nn.Module, result: Pruned) -> None:
 class _Bench:
     """A dense model, what goes from it, and what calibration batches say of both."""
 
-    def __init__(self, model: nn.Module, result: Pruned, seen: Seen, forward: Forward,
+    def __init__(self, model: nn.Module, result: Pruned, seen: RememberingBatches, forward: Forward,
                  process_group: distributed.ProcessGroup | None, kept: KeptPasses,
                  outputs: JudgedOutputs) -> None:
         check_dense(model, result)

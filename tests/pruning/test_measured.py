@@ -17,7 +17,7 @@ from fastscore.pruning.order import measured
 from fastscore.pruning.order.measured import LIMITS, SHARES, Measured, _line, measurable, reordered
 from fastscore.pruning.order.ranking import RemovalStep, removal_order
 from fastscore.recovery.divergence import divergence
-from fastscore.recovery.seen import Seen
+from fastscore.recovery.remembering_batches import RememberingBatches
 
 
 class TwoGroups(nn.Module):
@@ -55,7 +55,7 @@ def test_what_others_tell_costs_nothing_and_the_rest_what_it_does(monkeypatch: p
         values=values, curves=curves) or list(order))
     with untouched(model):
         Measured(model, eval_model, graph, scores, lambda values: removal_order(graph.groups, values), None,
-                 Seen.of(batches), call_model, None, None)
+                 RememberingBatches.of(batches), call_model, None, None)
     values, curves = seen["values"], seen["curves"]
     assert curves.keys() == values.keys() == {"copied", "plain"}
 
@@ -165,7 +165,7 @@ def test_what_a_choice_loses_is_judged_on_samples_that_measured_nothing(monkeypa
     graph, eval_model = trace(model, batches[0]), evaluation_copy(model)
     for forward in (call_model, lambda network, batch: network(batch)):
         found = Measured(model, eval_model, graph, scores, lambda values: removal_order(graph.groups, values), None,
-                         Seen.of(batches * 2), forward, None, None)
+                         RememberingBatches.of(batches * 2), forward, None, None)
         parts = {"measure": found._calibration.some(0, found._measuring),
                  "tell": found._calibration.some(found._measuring), "all": found._calibration.part("held out")}
         taken = {name: [sample.sum().item() for batch in part for sample in batch] for name, part in parts.items()}

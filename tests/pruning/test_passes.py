@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.recovery.seen import Seen
+from fastscore.recovery.remembering_batches import RememberingBatches
 
 SAMPLES = 96
 FIT, JUDGE = SAMPLES * 3 // 4, SAMPLES // 4
@@ -79,7 +79,7 @@ def test_a_curve_is_that_of_cuts_made_one_by_one() -> None:
                 for budget in budgets]
 
     alone, apart = counted(one_by_one)
-    seen = Seen.of(batches)
+    seen = RememberingBatches.of(batches)
     shared, together = counted(lambda: [fastscore.prune(model, scores, batches[0][:2], macs=budget, calibration=seen,
                                                         **given) for budget in budgets])
     for one, other in zip(alone, shared, strict=True):

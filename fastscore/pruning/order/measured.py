@@ -35,7 +35,7 @@ from fastscore.recovery.decisions import Decisions, JudgedOutputs
 from fastscore.recovery.divergence import divergence, names
 from fastscore.recovery.linear import estimate_inputs, rewired
 from fastscore.recovery.moments import InputMoments, layouts
-from fastscore.recovery.seen import Seen
+from fastscore.recovery.remembering_batches import RememberingBatches
 from fastscore.scoring.scores import Scores
 
 SHARES = (0.25, 0.5, 0.75)
@@ -79,7 +79,7 @@ class Measured:
     """
 
     def __init__(self, model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, scores: Scores, ranked: Ranked,
-                 channel_costs: Mapping[str, Tensor] | None, batches: Seen, forward: Forward,
+                 channel_costs: Mapping[str, Tensor] | None, batches: RememberingBatches, forward: Forward,
                  outputs: JudgedOutputs, process_group: distributed.ProcessGroup | None) -> None:
         self._model, self._eval_model, self._groups, self._forward = model, eval_model, graph.groups, forward
         self._run, self._group, self.measure = Decisions(forward, outputs), process_group, "KL"

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class SeenOutputs:
+class DenseOutputs:
     """What the dense network returns for samples held out, batch by batch."""
 
     rows: list[Outputs] = field(default_factory=list)
@@ -28,7 +28,7 @@ class SeenOutputs:
         self.rows = list(state["rows"])
 
 
-class Seen:
+class RememberingBatches:
     """Batches that remember what one dense network, called in one way, has made of them.
 
     A cut is measured, repaired, compared with others, and a search or a curve repairs many: all that follows from the
@@ -42,13 +42,13 @@ class Seen:
     def __init__(self, batches: Iterable[Batch]) -> None:
         self._batches = batches
         self.moments: dict[Part, dict[str, Moments]] = defaultdict(dict)
-        self.outputs = SeenOutputs()
+        self.outputs = DenseOutputs()
         self._once: list[tuple[object, Any]] = []
 
     @classmethod
-    def of(cls, batches: Iterable[Batch]) -> "Seen":
+    def of(cls, batches: Iterable[Batch]) -> "RememberingBatches":
         """Themselves, where they remember already."""
-        return batches if isinstance(batches, Seen) else cls(batches)
+        return batches if isinstance(batches, RememberingBatches) else cls(batches)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._batches)
