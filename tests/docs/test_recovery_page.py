@@ -37,7 +37,8 @@ def test_its_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_its_numbers_of_samples_are_those_that_a_bound_takes() -> None:
-    found = re.search(r"0\.98 at 95 % takes (\d+) samples .*?\n\(0\.95: (\d+); 0\.99: (\d+)\)", PAGE.read_text())
+    page = " ".join(PAGE.read_text().split())
+    found = re.search(r"0\.98 at 95 % takes (\d+) samples .*?\(0\.95: (\d+); 0\.99: (\d+)\)", page)
     assert found is not None
     assert [int(number) for number in found.groups()] == [Quality(agreement=share, confidence=0.95).samples_needed()
                                                           for share in (0.98, 0.95, 0.99)]
