@@ -8,6 +8,7 @@ fastscore.modules.weights.computed_weights.
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from fastscore.graph.trials.trial_inputs import batch_of
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import with_input
 from fastscore.modules.inspection import device_of, parameter_owners, runs_own_code
-from fastscore.modules.weights import computed_weights
+from fastscore.modules.weights import computed_weights, reparametrized
 from fastscore.modules.wrappers import without_checkpoints
 from fastscore.rng import fork_rng
 
@@ -41,11 +42,18 @@ def note(model: nn.Module, forward: Forward, example: Batch, samples: Batch | No
         example: a batch that it takes.
         samples: another, of several samples, if there is one; the copy is run on others like them as well.
     """
-    users: dict[str, nn.Module] = {name: layer for name, layer in model.named_modules() if runs_own_code(layer)}
+    layers = dict(model.named_modules())
+    held = [name for name, layer in layers.items() if reparametrized.values(layer)]
+    for name, reason in _shared(model, held).items():
+        computed_weights.compute_on(layers[name], reason)
+    unknown = {name for name in held if reparametrized.of_unknown_code(layers[name])}
+    users: dict[str, nn.Module] = {name: layer for name, layer in layers.items()
+                                   if name in unknown or runs_own_code(layer)}
     if not users:
         return
     plain: dict[str, nn.Module] = dict(evaluation_copy(model).named_modules())
-    computed = {name for name in users if name in plain and computed_weights.was_computed(plain[name])}
+    computed = {name for name in users if name in plain and (computed_weights.was_computed(plain[name])
+                                                             or name in unknown)}
     names = computed.union(name for name, layer in users.items() if type(plain.get(name)) is type(layer)
                            and computed_weights.multiplies_plainly(layer))
     if not names:
@@ -79,6 +87,8 @@ def _and_another(batch: Batch) -> list[Batch]:
 
 def _own(layer: nn.Module) -> dict[str, nn.Parameter]:
     """What a layer computes its weight from."""
+    if made := reparametrized.values(layer):
+        return {key: layer.get_parameter(key) for name in made for key in reparametrized.sources(layer, name)}
     return {name: parameter for name, parameter in layer._parameters.items()
             if name != "bias" and parameter is not None}
 
@@ -128,16 +138,18 @@ class _Watch(TorchFunctionMode):
 
     def _forward_of(self, name: str) -> Callable[..., Any]:
         layer, plain = self._layers[name], self._plain[name]
+        by_code = not nn.utils.parametrize.is_parametrized(layer)
+        plainly = partial(_made, computed_weights.plain_forward if by_code else type(plain).forward)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             x = read_by(args, kwargs)
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                expected = _plainly(plain, args, kwargs)
+                expected = plainly(plain, args, kwargs)
                 if x is not None and name not in self._far:
                     self._far.add(name)
                     far = with_input(args, kwargs, x * _FAR)
                     with suppress(Exception):  # of code that refuses such values
-                        self._compare(name, type(layer).forward(layer, *far[0], **far[1]), _plainly(plain, *far))
+                        self._compare(name, type(layer).forward(layer, *far[0], **far[1]), plainly(plain, *far))
             self._inside.append(name)
             try:
                 output = type(layer).forward(layer, *args, **kwargs)
@@ -171,9 +183,9 @@ class _Watch(TorchFunctionMode):
         self.reasons.setdefault(name, f"{name} {_MORE}: it was not the same in every call")
 
 
-def _plainly(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _made(forward: Callable[..., Any], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
-        return computed_weights.plain_forward(layer, *args, **kwargs)
+        return forward(layer, *args, **kwargs)
     except Exception:  # of what the layer's own code takes, as of another dtype
         return None
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastscore.graph.cutting.surgery import remove_indices
 from fastscore.modules import scripted
 from fastscore.modules.evaluation_copy import computed_tensors
-from fastscore.modules.weights.computed_weights import computed_weights, weight_source
+from fastscore.modules.weights.computed_weights import held_after
 from fastscore.modules.wrappers import unwrapped
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.saved import recipes
@@ -94,8 +94,7 @@ def _successors(model: nn.Module, result: PruneResult) -> Mapping[str, list[tupl
     now, made = dict(result.model.named_parameters()), dict(numbered_model.named_parameters())
     if {name: p.shape for name, p in now.items()} != {name: p.shape for name, p in made.items()}:
         raise ValueError("result: it is not what pruning the model gave, or was changed since")
-    fresh = {f"{name}.weight": weight_source(model, name)
-             for name in computed_weights(model, (name for name, _ in result.removed_indices))}
+    fresh = held_after(model, (name for name, _ in result.removed_indices))
     first = torch.tensor(list(starts.values()))
     found: dict[str, list[tuple[nn.Parameter, Tensor]]] = {name: [] for name in starts}
     for name, numbers in made.items():

@@ -233,7 +233,8 @@ def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs:
     if made_plain:
         more = f" and {len(made_plain) - 1} like it" if made_plain[1:] else ""
         notes = {**notes, "weights": f"{made_plain[0]}{more} computed its weight from its parameters, and lost "
-                                     "channels: it holds that weight now, and training goes on without the computation"}
+                                     "channels: it holds that weight now, and training goes on without the computation "
+                                     "and what it held the weight to (a mask, a norm)"}
     reads = removed_positions(graph.groups, removed)
     if kept := [name for name in graph.kept_biases if name in reads]:
         more = f" (and {counted(len(kept) - 1, 'more layer')})" if kept[1:] else ""

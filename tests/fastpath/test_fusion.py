@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from computed_elsewhere import computed_elsewhere
 from networks import NETWORKS, randomize
 from oracles import untouched
 from test_engine_families import THIN
@@ -248,7 +249,7 @@ def test_layers_under_autocast_run_as_they_are() -> None:
 def test_what_is_not_packed_is_in_the_plan() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU(),
                           nn.Conv2d(4, 4, 3, padding="same"), nn.ReLU(),
-                          nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)), nn.ReLU(), nn.Conv2d(4, 4, 1),
+                          computed_elsewhere(nn.Conv2d(4, 4, 3)), nn.ReLU(), nn.Conv2d(4, 4, 1),
                           nn.Flatten(), nn.Linear(400, 3))
     scores = assert_scored_as_by_hooks(model, images())
     assert set(scores.plan.packed) == {"6", "8"}

@@ -1,6 +1,5 @@
 """Layers that compute their weight from their parameters lose channels as those do that hold it."""
 
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from oracles import untouched
 from torch import Tensor, nn
-from torch.nn.utils import prune
 from whole_way import check, noisy
 
 import fastscore
@@ -227,27 +225,6 @@ def test_an_optimizer_of_weight_norm_goes_on(norm: Callable[[nn.Module], nn.Modu
     result = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=0.5, ignore=["stem"])
     rebuilt = fastscore.rebuild_optimizer(optimizer, model, result)
     assert {id(p) for group in rebuilt.param_groups for p in group["params"]} == set(map(id, result.model.parameters()))
-
-
-@pytest.mark.parametrize(("norm", "way", "remove"), [
-    (nn.utils.parametrizations.spectral_norm, "parametrize.remove_parametrizations",
-     lambda layer: nn.utils.parametrize.remove_parametrizations(layer, "weight")),
-    (nn.utils.parametrizations.orthogonal, "parametrize.remove_parametrizations",
-     lambda layer: nn.utils.parametrize.remove_parametrizations(layer, "weight")),
-    (nn.utils.spectral_norm, "remove_spectral_norm", nn.utils.remove_spectral_norm),
-    (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), "prune.remove",
-     lambda layer: prune.remove(layer, "weight"))])
-def test_what_would_be_learned_away_is_kept_with_the_way_out(norm: Callable[[nn.Module], nn.Module], way: str,
-                                                             remove: Callable[[nn.Module], nn.Module]) -> None:
-    """And the way leads there."""
-    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4)
-    norm(model[2])
-    graph = trace(model, x)
-    assert (graph.groups, set(graph.skipped) >= {"0", "2", "4"}) == ((), True)
-    assert re.fullmatch(r"the weight of 2 is computed \(.*\): remove it first, by torch\.nn\.utils\."
-                        + re.escape(way) + r"\(.*\)", graph.skipped["0"])
-    remove(model[2])
-    assert [group.name for group in trace(model, x).groups] == ["0", "2"]
 
 
 class Padded(Standardised):

@@ -2,30 +2,29 @@
 standardisation does: of all inputs, so that a layer which loses some would compute another one.
 
 In evaluation copies, and in a model that pruning returns where it loses something, such a layer is a plain Conv or
-Linear that holds the weight it computed; and one with weight_norm, of either kind, is what it was without it, which can
-learn the same. Other parametrizations, which hold a weight to what it would learn away, stay what they are; and so do
-layers that were seen, where the model ran, to compute their weight from more than that: see compute_on().
+Linear that holds the weight it computed; and one whose weight PyTorch's utilities compute (see
+fastscore.modules.weights.reparametrized) is what it was without them. Layers that were seen, where the model ran, to
+compute their weight from more than that, stay what they are: see compute_on().
 """
 
 import copy
 import weakref
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
+
+from fastscore.modules.weights import reparametrized
 
 PLAIN: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _OWN = {"weight", "bias"}
-_PARAMETRIZED = ("parametrizations.weight.original0", "parametrizations.weight.original1")
-_HOOKED = ("weight_g", "weight_v")
 _UNUSED = "_unused_parameters"  # of a layer that became plain: what is counted, and does nothing
+_BY_CODE = "_computed_its_weight"  # of one whose class did
 _COMPUTES_ON = "_computes_on"  # of a copy's layer: why it is not made plain
 _compute_on: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()  # the same, of users' layers
 
@@ -33,21 +32,22 @@ _compute_on: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictio
 def computed_weight(layer: nn.Module) -> Tensor | None:
     """The weight that a layer computes of its parameters alone; None of any other layer.
 
-    One with weight_norm is asked. Any other is run in evaluation mode on two inputs of its own, and must hand what it
-    reads, its own bias and settings to one product, with the same weight both times, and return that as it is: then the
-    product is all that it does. None as well of a layer of which compute_on() has been told.
+    Of one whose weight, or bias, PyTorch's utilities compute it is what they do. Any other is run in evaluation mode on
+    two inputs of its own, and must hand what it reads, its own bias and settings to one product, with the same weight
+    both times, and return that as it is: then the product is all that it does. None as well of a layer of which
+    compute_on() has been told.
     """
     if why_it_computes_on(layer) is not None:
         return None
-    if weight_norm(layer) is not None:
-        return _normalized(layer)
+    if held := reparametrized.values(layer):
+        return held.get("weight", layer._parameters.get("weight"))
     weight = _probed(layer)
     return None if weight is None or weight is layer._parameters.get("weight") else weight
 
 
 def multiplies_plainly(layer: nn.Module) -> bool:
     """Whether a layer of a class of its own, run alone, does nothing but the product with its own weight."""
-    weight = _probed(layer) if why_it_computes_on(layer) is None and weight_norm(layer) is None else None
+    weight = _probed(layer) if why_it_computes_on(layer) is None else None
     return weight is not None and weight is layer._parameters.get("weight")
 
 
@@ -82,21 +82,25 @@ def become_plain(layer: nn.Module, weight: Tensor, keep: bool = False) -> None:
         weight: what it holds from now on.
         keep: the layer's other parameters stay beside it, unused, so that they are counted.
     """
-    own, plain, normalized = layer._parameters.get("weight"), _plain(layer), weight_norm(layer)
-    if normalized is not None:
-        gain, own = (layer.get_parameter(name) for name in normalized)
-        _without_weight_norm(layer)
-        layer._parameters[_HOOKED[0]] = gain
+    made, more = reparametrized.values(layer), list[nn.Parameter | None]()
+    if made:
+        held = {name: [layer.get_parameter(key) for key in reparametrized.sources(layer, name)] for name in made}
+        reparametrized.take_off(layer)
+        for name, value in made.items():
+            learns = any(parameter.requires_grad for parameter in held[name])
+            layer._parameters[name] = nn.Parameter((weight if name == "weight" else value).detach(), learns)
+            more += held[name][1:]
     else:
+        own, plain = layer._parameters["weight"], _plain(layer)
         assert plain is not None
+        assert own is not None
         layer.__class__ = plain
-    assert own is not None
-    layer._parameters["weight"] = nn.Parameter(weight.detach(), own.requires_grad)
-    more = [name for name in layer._parameters if name not in _OWN] if normalized is None else [_HOOKED[0]]
+        layer._parameters["weight"] = nn.Parameter(weight.detach(), own.requires_grad)
+        more = [layer._parameters.pop(name) for name in list(layer._parameters) if name not in _OWN]
     if keep:
-        vars(layer)[_UNUSED] = tuple(more)
-    for name in [] if keep else more:
-        del layer._parameters[name]
+        unused = {f"weight_unused_{number}": parameter for number, parameter in enumerate(more)}
+        layer._parameters.update(unused)
+        vars(layer).update({_UNUSED: tuple(unused), _BY_CODE: not made})
 
 
 def compute_on(layer: nn.Module, reason: str) -> None:
@@ -126,7 +130,7 @@ def compute_on_in(model: nn.Module, copy: nn.Module) -> None:
 
 def was_computed(layer: nn.Module) -> bool:
     """Whether a layer of an evaluation copy holds the weight that one of a class of its own computed, by code."""
-    return _UNUSED in vars(layer) and type(layer) in PLAIN and _HOOKED[0] not in layer._parameters
+    return vars(layer).get(_BY_CODE, False) and type(layer) in PLAIN
 
 
 def multiplied_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -143,51 +147,23 @@ def unused_parameters(layer: nn.Module) -> tuple[str, ...]:
     return names
 
 
-def weight_norm(layer: nn.Module) -> tuple[str, str] | None:
-    """The names of the gains and of the directions that a layer's weight is computed from; None where it is not, or by
-    more than that."""
-    if nn.utils.parametrize.is_parametrized(layer):
-        held: Any = layer.parametrizations
-        known = set(held) == {"weight"} and [type(each) for each in held["weight"]] == [parametrizations._WeightNorm]
-        return _PARAMETRIZED if known else None
-    hooks = [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
-    return _HOOKED if [hook.name for hook in hooks] == ["weight"] and "weight" in vars(layer) else None
-
-
-def weight_source(model: nn.Module, layer: str) -> str:
-    """The qualified name of the parameter that a layer's weight is, or is computed from."""
-    names = weight_norm(model.get_submodule(layer))
-    return f"{layer}.{'weight' if names is None else names[1]}"
-
-
-def _normalized(layer: nn.Module) -> Tensor:
-    """The weight of a layer with weight_norm."""
-    with torch.no_grad():
-        if nn.utils.parametrize.is_parametrized(layer):
-            return cast(Tensor, layer.weight).detach()
-        hook = next(hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, WeightNorm))
-        return cast(Tensor, hook.compute_weight(layer))
-
-
-def _without_weight_norm(layer: nn.Module) -> None:
-    """Take it off a layer, which has no weight then. remove_parametrizations() would change the class, which copies of
-    a layer share."""
-    if nn.utils.parametrize.is_parametrized(layer):
-        del layer._modules["parametrizations"]
-        layer.__class__ = type(layer).__bases__[0]
-        return
-    for key in [key for key, hook in layer._forward_pre_hooks.items() if isinstance(hook, WeightNorm)]:
-        del layer._forward_pre_hooks[key]
-    for name in _HOOKED:
-        del layer._parameters[name]
-    del vars(layer)["weight"]
-
-
 def computed_weights(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Those of `names` that are layers of a model which compute their weight -> that weight."""
     modules = dict(model.named_modules())
     found = ((name, computed_weight(modules[name])) for name in dict.fromkeys(names) if name in modules)
     return {name: weight for name, weight in found if weight is not None}
+
+
+def held_after(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Of those of `names` that compute their weight: each parameter that it is held in once they are plain -> the one
+    that this was computed from. By their qualified names."""
+    found: dict[str, str] = {}
+    for name in computed_weights(model, names):
+        layer = model.get_submodule(name)
+        made = reparametrized.values(layer)
+        found |= {f"{name}.{key}": f"{name}.{reparametrized.sources(layer, key)[0] if made else key}"
+                  for key in made or ("weight",)}
+    return found
 
 
 def make_plain(model: nn.Module, names: Iterable[str]) -> None:
