@@ -37,7 +37,8 @@ def compile_tapped(eval_model: nn.Module, taps: Taps, shapes: Mapping[str, list[
             return plain(*args, **kwargs)
         size = len(tensor)
         like = tensor.new_empty((), dtype=dtype)
-        with taps.preallocated_gates({layer: taps.gate(size * rows[layer], widths[layer], like) for layer in rows}):
+        gates = {layer: taps.rows.gate(size * rows[layer], widths[layer], like) for layer in rows}
+        with taps.preallocated_gates(gates):
             return fast(*args, **kwargs)
 
     vars(eval_model)["forward"] = forward

@@ -27,7 +27,7 @@ def clamped(x: Tensor, layer: Layer, bounds: ClampBounds, taps: Taps, readers: C
     """
     if not _in_graph(x) and (other is None or not _in_graph(other)):
         return _forward(layer, x, other)
-    gate = taps.gate(len(x), layer.channels(x), x)
+    gate = taps.rows.gate(len(x), layer.channels(x), x)
     y, tapped = _Clamped.apply(x, other, gate, layer, bounds, taps)
     # its readers send back a gradient that nothing else holds: it may be written to
     taps.publish(FusedTap(y, tapped, gate, readers))

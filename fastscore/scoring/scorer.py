@@ -238,7 +238,7 @@ def _read(totals: Totals, output_dim: int, taps: Taps, done: ForwardPass) -> Non
         length = torch.linalg.vector_norm(torch.stack(lengths), dim=0)
         if _mixes_samples(taps.model):
             length = _no_shorter_than_usual(length, valid)
-    sums = taps.by_sample(done.rows(), done, gradients[0])
+    sums = taps.rows.by_sample(done.rows(), done, gradients[0])
     totals.settle()
     totals.add(sums, samples, length, weight_gradients=done.weight_gradients, valid=valid)
 

@@ -55,6 +55,13 @@ class FusedTap(NamedTuple):
     readers: Container[str]
 
 
+class MeasuredRows(Protocol):
+    """See fastscore.taps.rows.Rows."""
+
+    def measured(self, x: Tensor, g: Tensor, channel_dim: int, axis: SampleAxis, valid: Tensor | None) -> Tensor:
+        """[P, R, C] of activation and gradient, a row for each place along `axis`; for each sample, with padding."""
+
+
 class Measuring(Protocol):
     """Who a gate asks in a backward pass: see fastscore.taps.taps.Taps."""
 
@@ -62,8 +69,9 @@ class Measuring(Protocol):
     def measuring(self) -> bool:
         """Whether a backward pass that runs now is to be measured."""
 
-    def measured(self, x: Tensor, g: Tensor, channel_dim: int, axis: SampleAxis, valid: Tensor | None) -> Tensor:
-        """[P, R, C] of activation and gradient, a row for each place along `axis`; for each sample, with padding."""
+    @property
+    def rows(self) -> MeasuredRows:
+        """Who measures."""
 
     def handed_on(self, g: Tensor, owner: ForwardPass | None) -> Tensor:
         """`g`, as a gate of the forward pass `owner` sends it on."""
@@ -86,7 +94,7 @@ class Gate(torch.autograd.Function):
         point, measured = ctx.point, None
         if ctx.taps.measuring:
             x, h = (x[point.window], g[point.window]) if point.window else (x, g)
-            measured = ctx.taps.measured(x, h, point.channel_dim, ctx.axis, ctx.valid)
+            measured = ctx.taps.rows.measured(x, h, point.channel_dim, ctx.axis, ctx.valid)
         return ctx.taps.handed_on(g, ctx.owner), measured, None, None, None, None, None
 
 
@@ -110,7 +118,7 @@ class ExpertGate(torch.autograd.Function):
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             chosen = nn.functional.one_hot(expert, ctx.point.experts + 1)[:, :-1].to(dtype)  # the last is none
             worth = chosen * (x.to(dtype) * g.to(dtype)).sum(-1, keepdim=True)
-            measured = torch.cat([ctx.taps.measured(a, b, -1, ctx.axis, ctx.valid)
+            measured = torch.cat([ctx.taps.rows.measured(a, b, -1, ctx.axis, ctx.valid)
                                   for a, b in ((x, g), (chosen, worth))], 2)
         return ctx.taps.handed_on(g, ctx.owner), None, measured, None, None, None, None, None
 
@@ -135,5 +143,5 @@ class NormGate(torch.autograd.Function):
         measured = None
         if ctx.taps.measuring:
             through = channel_norms.gradient_of_statistics(ctx.norm, x, g)
-            measured = ctx.taps.measured(x, through, ctx.point.channel_dim, ctx.axis, ctx.valid)
+            measured = ctx.taps.rows.measured(x, through, ctx.point.channel_dim, ctx.axis, ctx.valid)
         return ctx.taps.handed_on(g, ctx.owner), None, measured, None, None, None, None, None, None

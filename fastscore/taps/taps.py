@@ -7,7 +7,7 @@ no weight gradient, and an ordinary backward pass leaves the sums in `gate.grad`
 the dimension of the samples; where frames or windows lie there too, their rows are added up afterwards.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -20,12 +20,13 @@ from fastscore.batches import Outputs, output_tensors
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.handles import Handle
 from fastscore.modules.hooks import OwnHook, input_of, with_input
-from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, by_sample, by_token, rows_first, spread
+from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold
 from fastscore.modules.weights import experts, held_weights
 from fastscore.taps.gates import ExpertGate, FusedTap, Gate, NormGate, TapPoint
 from fastscore.taps.measures import Measure
 from fastscore.taps.passes import BackwardPasses, ForwardPass, Tapped
 from fastscore.taps.recompute import pass_of
+from fastscore.taps.rows import Rows
 
 
 class Taps:
@@ -54,8 +55,9 @@ class Taps:
         self._preallocated: Mapping[str, Tensor] = {}
         self._published: FusedTap | None = None
         self._on_pass, self._outputs = on_pass, outputs
-        self._traceable, self._sample_dims, self._apart = traceable, sample_dims, apart
+        self._traceable = traceable
         self.axes = SampleAxes() if axes is None else axes
+        self.rows = Rows(measure, self.axes, sample_dims, apart)
         self._propagating = self._in_one_pass = False
         self._backward = BackwardPasses()
         self._unseen: dict[str, RemovableHandle] = {}  # layers whose taps have not run -> what says so
@@ -104,22 +106,6 @@ class Taps:
         return self._propagating or self._on_pass is not None or bool(self._preallocated)
 
     @torch.no_grad()
-    def measured(self, x: Tensor, g: Tensor, channel_dim: int, axis: SampleAxis, valid: Tensor | None) -> Tensor:
-        """[P, R, C] of activation and gradient: a row for each place along `axis`, or for each token where tokens are
-        samples; where `valid` (bool [N, T]) tells padding, without it, and a row for each sample."""
-        if valid is None:
-            x, channel = self._in_rows(x, channel_dim, axis)
-            measured = self.measure.compute(x, self._in_rows(g, channel_dim, axis)[0], channel)
-            if self.measure.mean is not None and not x.numel():
-                measured[self.measure.mean].fill_(torch.nan)  # nothing was read: there is no mean
-            return measured
-        valid = valid.to(x.device)
-        x, g = axis.first(x, len(valid)), axis.first(g, len(valid))
-        measured = self.measure.compute(x.masked_fill(~valid[..., None], 0), g, -1)
-        if self.measure.mean is not None:
-            measured[self.measure.mean] *= (valid.shape[1] / valid.sum(1).clamp(min=1))[:, None]
-        return measured
-
     def handed_on(self, g: Tensor, owner: ForwardPass | None) -> Tensor:
         """`g`, as a gate of the forward pass `owner` sends it on: marked where the backward pass is recorded itself."""
         recorded = owner is not None and self._on_pass is not None and torch.is_grad_enabled()
@@ -140,8 +126,8 @@ class Taps:
         """Send `gradient` (of `output`'s shape, [N, ...]) back from the latest forward pass, to the gates and weights
         alone.
 
-        Returns what `by_sample` makes of every tap that `output` depends on, and the gradients of the weights that it
-        depends on. No `.grad` changes; the graph stays alive unless this is the last.
+        Returns what `Rows.by_sample` makes of every tap that `output` depends on, and the gradients of the weights that
+        it depends on. No `.grad` changes; the graph stays alive unless this is the last.
         Raises RuntimeError when the output does not come from that pass, or its graph is gone.
         """
         # a copy: activation checkpointing runs layers, and their taps, again during the backward pass
@@ -171,22 +157,8 @@ class Taps:
             raise RuntimeError("output: it is not the output of the latest forward pass: send gradients back before "
                                "the model runs again")
         weights = zip(self.weights, found[len(gates):], strict=True)
-        return self.by_sample(reached, current, output), {name: tensor for name, tensor in weights
-                                                          if tensor is not None}
-
-    def by_sample(self, rows: Sequence[Tapped], done: ForwardPass, output: Tensor) -> list[tuple[str, Tensor | str]]:
-        """(layer, sums [P, N, C]) from the rows that were measured in a pass, of whose output [N, ...] only the shape
-        counts; or (layer, the reason why its rows cannot be told apart by sample)."""
-        samples, mean = len(output), self.measure.mean
-        tensor = self.axes.first_input(done.inputs)
-        fixed = tensor is not None and tensor.numel() == self.axes.values * samples
-
-        def of(layer: str, each: Tensor, axis: SampleAxis | Untold) -> Tensor | str:
-            found = by_token(each, axis, layer, samples, output.shape[1]) if self._sample_dims > 1 \
-                else by_sample(each, axis, layer, samples, mean, fixed)
-            return spread(each, samples, mean) if isinstance(found, str) and not self._apart else found
-
-        return [(layer, of(layer, each, axis)) for layer, each, axis in rows]
+        return self.rows.by_sample(reached, current, output), {name: tensor for name, tensor in weights
+                                                               if tensor is not None}
 
     @contextmanager
     def one_pass(self, inputs: Any) -> Iterator[None]:
@@ -254,7 +226,7 @@ class Taps:
 
     def publish(self, tap: FusedTap) -> None:
         """Hold a tap ready for the first layer that reads its tensor; the next one takes its place."""
-        self._published = tap if self._sample_dims == 1 else None
+        self._published = tap if self.rows.sample_dims == 1 else None
 
     def claim(self, x: Tensor) -> Tensor:
         """What a reader of `x` that no tap stands before is to read in its place: it sends back a gradient that
@@ -281,10 +253,10 @@ class Taps:
                 self.current.gates.append(Tapped(layer, tap.gate, known))
                 return tap.tapped
             valid = self._padding(x, layer, point, axis, owner)
-            rows = self._in_rows(x.detach(), point.channel_dim, axis)[0] if valid is None else valid
-            gate = self.gate(rows.shape[0], x.shape[point.channel_dim] + point.experts, x)
+            rows = self.rows.first(x.detach(), point.channel_dim, axis)[0] if valid is None else valid
+            gate = self.rows.gate(rows.shape[0], x.shape[point.channel_dim] + point.experts, x)
             if owner is not None:
-                owner.gates.append(Tapped(layer, gate, self._of_rows(x, layer, point, known, valid)))
+                owner.gates.append(Tapped(layer, gate, self.rows.axis_of(x, layer, point, known, valid)))
         else:
             known = self.axes.of(layer)
             axis = known if isinstance(known, SampleAxis) else SampleAxis()
@@ -307,35 +279,12 @@ class Taps:
     def _padding(self, x: Tensor, layer: str, point: TapPoint, axis: SampleAxis, owner: ForwardPass | None
                  ) -> Tensor | None:
         """Which tokens of x are no padding, bool [N, T]; None where it has none, or tokens are samples."""
-        if owner is None or (valid := owner.valid) is None or point.channel_dim != -1 or self._sample_dims > 1:
+        if owner is None or (valid := owner.valid) is None or point.channel_dim != -1 or self.rows.sample_dims > 1:
             return None
         if isinstance(self._owner(layer, point), experts.ExpertLinear) and len(x) % valid.numel() == 0:
             valid = valid.repeat_interleave(len(x) // valid.numel(), 1)  # a row for each expert that a token chooses
         fits = x.dim() > 1 and axis.fits(x, len(valid)) and axis.first(x.detach(), len(valid)).shape[:-1] == valid.shape
         return valid if fits else None
-
-    def _in_rows(self, x: Tensor, channel_dim: int, axis: SampleAxis) -> tuple[Tensor, int]:
-        """x with the rows first that are measured one by one, and where its channels are then."""
-        x, channel = rows_first(x, axis, channel_dim)
-        return (x.flatten(0, 1), channel - 1) if self._sample_dims > 1 and channel_dim == -1 and x.dim() > 2 \
-            else (x, channel)
-
-    def _of_rows(self, x: Tensor, layer: str, point: TapPoint, axis: SampleAxis | Untold, valid: Tensor | None
-                 ) -> SampleAxis | Untold:
-        """How the rows that are measured of x belong to samples, or why that is not known."""
-        if valid is not None:
-            return SampleAxis()
-        if self._sample_dims == 1 or isinstance(axis, Untold):
-            return axis
-        if point.channel_dim != -1 or x.dim() < 2:
-            return Untold(f"{layer} reads {list(x.shape)}, which has no dimension of tokens, [N, T, C], to tell "
-                          f"samples apart by (sample_dims={self._sample_dims})")
-        return axis if x.dim() == 2 else SampleAxis(0, 1, rows_first(x, axis, -1)[0].shape[1])
-
-    def gate(self, rows: int, channels: int, like: Tensor) -> Tensor:
-        """A leaf [P, R, C] for a tensor such as `like`. It is never read: only what comes back to it counts."""
-        return torch.empty(self.measure.parts, rows, channels, device=like.device, requires_grad=True,
-                           dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
     @contextmanager
     def preallocated_gates(self, gates: Mapping[str, Tensor]) -> Iterator[None]:
