@@ -1,13 +1,13 @@
 """Steps of random networks beside convolutions: recurrent modules, experts, option-A shortcuts, GLU, pixels that are
 shuffled, masks of one channel, and PyTorch's own norms of tokens."""
 
-import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
+from random_generating import Generating
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -148,15 +148,8 @@ class TokenNorm(Gated):
         return (y + norm.bias if centered else y).transpose(1, 2).reshape(x.shape)
 
 
-class Kinds:
+class Kinds(Generating):
     """Steps of a generator, each of which adds itself and gives its value, or None where nothing fits."""
-
-    rng: random.Random
-    values: list[Any]
-    add: Callable[..., int]
-    conv: Callable[..., int | None]
-    new_labels: Callable[[int], list[int]]
-    pick: Callable[..., int | None]
 
     def kinds(self) -> Mapping[Callable[[], Any], int]:
         """Step -> how often it comes, beside others."""

@@ -1,12 +1,12 @@
 """Layers that compute what PyTorch's own do not, as steps of random networks: norms over channels by their definition,
 widths that a module keeps, parameters that no layer holds, attention."""
 
-import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from random_attention import HEADS, Attend
+from random_generating import Generating
 from torch import Tensor, nn
 
 
@@ -61,14 +61,8 @@ class Owned(nn.Module):
         return x + self.gamma if self.way == "places" else x * self.gamma
 
 
-class Layers:
+class Layers(Generating):
     """Steps of a generator, each of which adds itself and gives its value, or None where nothing fits."""
-
-    rng: random.Random
-    values: list[Any]
-    add: Callable[..., int]
-    new_labels: Callable[[int], list[int]]
-    pick: Callable[..., int | None]
 
     def own_layers(self) -> Mapping[Callable[[], Any], int]:
         """Step -> how often it comes, beside others."""

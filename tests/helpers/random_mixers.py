@@ -1,12 +1,12 @@
 """More steps of random networks: attention whose projections are layers, with shared keys, fused, or of a memory; state
 spaces; response normalisation; gated widths in one convolution; the input of the network beside a value."""
 
-import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from random_generating import Generating
 from random_kinds import Gated
 from random_program import SIZE, equal_parts
 from torch import Tensor, nn
@@ -88,15 +88,8 @@ class Responses(nn.Module):
         return x + y * self.weight[:, None, None] + self.bias[:, None, None]
 
 
-class Mixers:
+class Mixers(Generating):
     """Steps of a generator, each of which adds itself and gives its value, or None where nothing fits."""
-
-    rng: random.Random
-    values: list[Any]
-    add: Callable[..., int]
-    conv: Callable[..., int | None]
-    new_labels: Callable[[int], list[int]]
-    pick: Callable[..., int | None]
 
     def mixers(self) -> Mapping[Callable[[], Any], int]:
         """Step -> how often it comes, beside others."""

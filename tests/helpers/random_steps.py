@@ -1,12 +1,12 @@
 """What random networks mostly consist of: convolutions, activations, sums, concatenations, and cuts of channels."""
 
-import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from random_program import SIZE, WIDTHS, Step, Value, equal_parts
+from random_generating import Generating
+from random_program import SIZE, WIDTHS, equal_parts
 from torch import Tensor, nn
 
 
@@ -20,19 +20,8 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
-class Steps:
+class Steps(Generating):
     """Steps of a generator, each of which adds itself and gives its value, or None where nothing fits."""
-
-    more: bool
-    rng: random.Random
-    steps: list[Step]
-    layers: dict[str, nn.Module]
-    values: list[Value]
-    add: Callable[..., int]
-    call: Callable[..., int]
-    new_labels: Callable[[int], list[int]]
-    pick: Callable[..., int | None]
-    pair: Callable[[], tuple[int, int] | None]
 
     def common(self) -> Mapping[Callable[[], Any], int]:
         """Step -> how often it comes, beside others."""
