@@ -19,15 +19,21 @@ def _floating(name: str, x: Tensor) -> None:
                         "or float64")
 
 
+def _check_gradient(of: str, y: Tensor, name: str, g: Tensor, way_out: str = "") -> None:
+    """Raises unless `g` is to `y` what a gradient is."""
+    if g.shape != y.shape:
+        raise ValueError(f"{of} {list(y.shape)} and {name} {list(g.shape)} differ in shape; {name} is the gradient of "
+                         f"{of}, element by element{way_out}")
+    if g.dtype != y.dtype:
+        raise TypeError(f"{of} is {y.dtype} and {name} is {g.dtype}; convert one of them, as in {name}.to({of}.dtype)")
+    if g.device != y.device:
+        raise ValueError(f"{of} is on {y.device} and {name} is on {g.device}; move one of them, as in "
+                         f"{name}.to({of}.device)")
+
+
 def check_pair(a: Tensor, g: Tensor, channel_dim: int) -> None:
     """Raises unless `a` and `g` are an activation and its gradient with channels at `channel_dim`."""
-    if a.shape != g.shape:
-        raise ValueError(f"a {list(a.shape)} and g {list(g.shape)} differ in shape; g is the gradient of a, element by "
-                         "element (use expand to broadcast without a copy)")
-    if a.dtype != g.dtype:
-        raise TypeError(f"a is {a.dtype} and g is {g.dtype}; convert one of them, as in g.to(a.dtype)")
-    if a.device != g.device:
-        raise ValueError(f"a is on {a.device} and g is on {g.device}; move one of them, as in g.to(a.device)")
+    _check_gradient("a", a, "g", g, " (use expand to broadcast without a copy)")
     _floating("a", a)
     dims = a.dim()
     if dims < 2:
@@ -40,15 +46,8 @@ def check_pair(a: Tensor, g: Tensor, channel_dim: int) -> None:
 def check_clamp(y: Tensor, g: Tensor, rest: Tensor | None) -> None:
     """Raises unless `y` is what a clamp made and `g` and `rest` are gradients of it."""
     for name, x in (("g", g), ("rest", rest)):
-        if x is None:
-            continue
-        if x.shape != y.shape:
-            raise ValueError(f"y {list(y.shape)} and {name} {list(x.shape)} differ in shape; {name} is a gradient of "
-                             "y, element by element")
-        if x.dtype != y.dtype:
-            raise TypeError(f"y is {y.dtype} and {name} is {x.dtype}; convert one of them, as in {name}.to(y.dtype)")
-        if x.device != y.device:
-            raise ValueError(f"y is on {y.device} and {name} is on {x.device}; move one of them")
+        if x is not None:
+            _check_gradient("y", y, name, x)
     _floating("y", y)
     if y.dim() < 2:
         raise ValueError(f"y has {counted(y.dim(), 'dimension')}, but needs samples and channels; unsqueeze one")
