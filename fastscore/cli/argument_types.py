@@ -21,7 +21,7 @@ def importance(text: str) -> str:
     return text
 
 
-def of_scores(text: str) -> str:
+def removable_units(text: str) -> str:
     """Units that can be removed, one kind or several."""
     try:
         units = named(text)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore.cli import hugging_face, images, models, processes, units
-from fastscore.cli.argument_types import IMPORTANCES, importance, of_sampling, of_scores, positive
+from fastscore.cli.argument_types import IMPORTANCES, importance, of_sampling, positive, removable_units
 from fastscore.cli.checkpoints import noted_weights, sha256
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.pruning.budgets.quality import HELD_OUT
@@ -79,7 +79,7 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
     scoring.add_argument("--importance", type=importance, default="taylor-sq", metavar="NAME",
                          help=f"{', '.join(IMPORTANCES)} (default: %(default)s); the signed taylor needs a loss, which "
                          "fastscore.Scorer takes")
-    scoring.add_argument("--units", type=of_scores, default="groups", metavar="NAME",
+    scoring.add_argument("--units", type=removable_units, default="groups", metavar="NAME",
                          help="blocks: whole residual branches can go beside the channels; experts: whole experts of "
                          "mixtures, likewise; head_dims: dimensions of attention heads in the place of whole heads; "
                          "heads_and_dims: both; blocks+heads_and_dims, and the like, under one budget (default: "

@@ -228,8 +228,7 @@ class Graph(Nodes):
     def _taken_by(self, node: Any) -> Iterator[int]:
         """The id of each parameter that an operation takes, as it is or turned."""
         for source, _ in getattr(node.grad_fn, "next_functions", ()) if self._several else ():
-            turned = source is not None and source.name().startswith("TBackward")
-            yield id(getattr(source.next_functions[0][0] if turned else source, "variable", None))
+            yield id(getattr(layers_inside.before_turned(source), "variable", None))
 
     def kept_widths(self, positions: Positions) -> Iterator[Member]:
         """The members of a group that are numbers which modules keep of its channels."""

@@ -65,13 +65,13 @@ def _reading(function: Any, weight: Any) -> Any:
             continue
         seen.add(node)
         sources = [source for source, _ in node.next_functions]
-        if any(getattr(_before_turned(source), "variable", None) is weight for source in sources):
+        if any(getattr(before_turned(source), "variable", None) is weight for source in sources):
             return node
         work += sources
     return None
 
 
-def _before_turned(function: Any) -> Any:
+def before_turned(function: Any) -> Any:
     """What a Linear's product turns, its weight; any other function as it is."""
     return function.next_functions[0][0] if function is not None and function.name().startswith("TBackward") \
         else function

@@ -21,7 +21,13 @@ from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.routing import Decisions
 from fastscore.graph.trials import companions
 from fastscore.graph.trials.sample_trials import Call, Run, Trial, Watched, send_back, trial, tried
-from fastscore.graph.trials.trial_inputs import batch_of, differ, other_integers, other_masks, randomize_zeros
+from fastscore.graph.trials.trial_inputs import (
+    batch_of,
+    hold_other_values,
+    other_integers,
+    other_masks,
+    randomize_zeros,
+)
 from fastscore.modules.inspection import channel_dim, device_of
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, joined_axis
 
@@ -219,7 +225,7 @@ def _decided_otherwise(model: nn.Module, watched: Mapping[str, Watched], run: Ru
     for seed in range(_DECISIONS):
         masked = other_masks(batch, seed)
         for other in (other_integers(masked, seed), masked):  # some code runs on no other integers
-            if not known.decides and not differ(batch, other):
+            if not known.decides and not hold_other_values(batch, other):
                 continue
             with Decisions(other, seed):
                 more = tried(model, watched, run, other, known.size, exact=way.exact)

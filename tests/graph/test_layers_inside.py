@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from stream_networks import LayerNorm2d
 from torch import Tensor, nn
 from whole_way import check, noisy
 
@@ -84,13 +85,6 @@ class Linear(nn.Linear):
         return F.relu(self.norm(super().forward(x)))
 
 
-class OfImages(nn.LayerNorm):
-    """Over the channels of images."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 class Tokens(nn.Module):
     """Of a network for features one for each token."""
 
@@ -105,7 +99,7 @@ class Tokens(nn.Module):
 NORMS: dict[str, tuple[Callable[[int], nn.Module], Any]] = {
     "BatchNorm": (nn.BatchNorm2d, F.relu), "in place": (nn.BatchNorm2d, nn.ReLU(inplace=True)),
     "frozen": (Frozen, None), "GroupNorm": (lambda channels: nn.GroupNorm(2, channels), nn.SiLU()),
-    "LayerNorm": (OfImages, nn.GELU())}
+    "LayerNorm": (LayerNorm2d, nn.GELU())}
 
 
 @pytest.mark.parametrize("kind", list(NORMS))

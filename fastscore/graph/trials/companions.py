@@ -11,7 +11,7 @@ from fastscore import rng
 from fastscore.batches import Batch, first_tensor, map_tensors, tensors_of
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.sample_trials import Run, Trial, tried
-from fastscore.graph.trials.trial_inputs import differ
+from fastscore.graph.trials.trial_inputs import hold_other_values
 from fastscore.modules.inspection import device_of
 from fastscore.modules.weights import recurrent
 
@@ -57,7 +57,7 @@ def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, ex
     def shown() -> Iterator[Batch]:
         """What runs that show something are compared with."""
         for other in _beside_others(batch, own, free, count > 1):
-            if differ(batch, other) and _none_is_there(before, outputs(other, known.size), axes):
+            if hold_other_values(batch, other) and _none_is_there(before, outputs(other, known.size), axes):
                 yield batch
         if not was_sketched and known.size > small.size <= count and not _are_there(before, small.outputs, axes):
             yield batch
@@ -87,7 +87,8 @@ def _picked(batch: Batch, own: Sequence[bool], samples: slice) -> Batch:
 
 def _beside_others(batch: Batch, own: Sequence[bool], copies: bool, larger: bool) -> Iterator[Batch]:
     """Batches in which one sample is what it was, and others are none of those there were."""
-    for kept, by in (*(((-1, _LARGER),) if larger or copies else ()), *(((-1, None), (0, None)) if copies else ())):
+    ways: list[tuple[int, int | None]] = [(-1, _LARGER)] if larger or copies else []
+    for kept, by in ways + ([(-1, None), (0, None)] if copies else []):
         each = iter(own)
 
         def others(x: Tensor, each: Iterator[bool] = each, kept: int = kept, by: int | None = by) -> Tensor:

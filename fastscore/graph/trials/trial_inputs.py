@@ -78,7 +78,7 @@ def other_integers(batch: Batch, seed: int) -> Batch:
     return map_tensors(other, batch)
 
 
-def differ(one: Batch, other: Batch) -> bool:
+def hold_other_values(one: Batch, other: Batch) -> bool:
     """Whether two batches of the same tensors hold other values."""
     return any(not torch.equal(a, b) for a, b in zip(tensors_of(one), tensors_of(other), strict=True) if a is not b)
 
