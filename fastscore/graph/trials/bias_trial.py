@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
-from fastscore.modules.inspection import channel_dim, fits_width, runs_own_code
+from fastscore.modules.inspection import LAYERS, channel_dim, fits_width, runs_own_code
 from fastscore.modules.weights.called_layers import reads_no_bias
 from fastscore.modules.weights.held_weights import HAVE_PLACES
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 
 _OWN = (LinearWithoutKeyBias, *HAVE_PLACES)  # classes here, which add their biases
-_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def kept_biases(recording: Recording) -> dict[str, str]:
@@ -37,7 +36,7 @@ def kept_biases(recording: Recording) -> dict[str, str]:
         Name of each -> what is done with its bias, or would be with one, but adding it; or why nobody can tell.
     """
     layers = {name: layer for name, layer in recording.layers.items()
-              if isinstance(layer, _PLAIN) and (not isinstance(layer, ParameterLinear) or _has_place(layer))
+              if isinstance(layer, LAYERS) and (not isinstance(layer, ParameterLinear) or _has_place(layer))
               and recording.outputs[name] and layer.weight.is_floating_point()}
     found = {name: "has no bias among its parameters" for name, layer in layers.items()
              if "bias" not in layer._parameters}
