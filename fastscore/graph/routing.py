@@ -13,12 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastscore.batches import Batch, tensors_of
+from fastscore.graph import operations
 
 # operations that choose among the elements of their first argument
-_CHOICES = {"argmax", "argmin", "topk", "sort", "argsort", "max.dim", "min.dim", "kthvalue", "mode", "multinomial",
-            "bucketize", "searchsorted", "aminmax", "cummax", "cummin", "median.dim", "nanmedian.dim"}
-# operations that tell what is alike in their first argument, and what is there
-_ALIKE = {"_unique", "_unique2", "unique_dim", "unique_consecutive"}
+_CHOICES = operations.ALONG | {"bucketize", "searchsorted", "aminmax"}
 # operations that say yes or no to each element, or count
 _ANSWERS = {"gt", "lt", "ge", "le", "eq", "ne", "logical_not", "logical_and", "logical_or", "bitwise_and", "bitwise_or",
             "bitwise_not", "isin", "_to_copy", "floor_divide", "remainder"}
@@ -47,10 +45,8 @@ class Decisions(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not isinstance(func, torch._ops.OpOverload):
-            return func(*args, **kwargs)
-        operation = func._schema.name.split("::")[-1]
-        content = [] if operation in _OF_SHAPES else \
+        operation = operations.name_of(func)
+        content = [] if not operation or operation in _OF_SHAPES else \
             [tensor for tensor in tensors_of((args, kwargs)) if self._place(tensor) in self._content]
         if not content:
             return func(*args, **kwargs)
@@ -59,12 +55,12 @@ class Decisions(TorchDispatchMode):
         # integers that come of a decision, such as an order and its inverse, belong to it
         decided = any(self._place(tensor) in self._decided for tensor in content if not tensor.is_floating_point())
         operand = operand if operand is not None and (operand.is_floating_point() or not decided) else None
-        if operand is not None and (operation in _CHOICES or f"{operation}.{func._overloadname}" in _CHOICES):
+        if operand is not None and not _CHOICES.isdisjoint((operation, f"{operation}.{func._overloadname}")):
             self.found = decided = True
             args = args if self._seed is None else (_shuffled(operand, self._seed), *args[1:])
-        elif operand is not None and (operation in _ALIKE or operation == "nonzero"):
+        elif operand is not None and (operation in operations.ALIKE or operation == "nonzero"):
             self.found = decided = True
-            other = _repeated if operation in _ALIKE else _with_zeros
+            other = _repeated if operation in operations.ALIKE else _with_zeros
             args = args if self._seed is None else (other(operand, self._seed), *args[1:])
         out = func(*args, **kwargs)
         if operand is not None and operation in _ANSWERS and isinstance(out, Tensor) and out.numel() > 1 \

@@ -17,13 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_map_only
 
 from fastscore.batches import tensors_of
+from fastscore.graph.operations import ALIKE, ALONG, name_of
 from fastscore.graph.trials.differences import close
 
 TURNS = 8  # by which all choose otherwise, neighbours unlike each other, and all alike
-# operations that choose along a dimension of their first argument
-_ALONG = {"argmax", "argmin", "topk", "sort", "argsort", "max.dim", "min.dim", "kthvalue", "mode", "multinomial",
-          "median.dim", "nanmedian.dim", "cummax", "cummin"}
-_ALIKE = {"_unique", "_unique2", "unique_dim", "unique_consecutive"}  # that tell what is alike along a dimension
 # operations that answer for each element, in another dtype, or for several at once
 _ANSWERS = {"gt", "lt", "ge", "le", "eq", "ne", "logical_not", "logical_and", "logical_or", "logical_xor", "isin",
             "_to_copy", "copy", "any", "all", "count_nonzero", "bucketize", "searchsorted", "signbit", "equal",
@@ -39,7 +36,7 @@ _FLAT = {"relu", "threshold", "clamp", "clamp_min", "clamp_max", "hardtanh", "ha
          "maximum", "minimum", "fmax", "fmin"}
 _NUMBERS = {"_local_scalar_dense"}  # of Python: what is made of them, nobody sees
 _TO_PYTHON = ("tolist", "numpy")  # methods that no operation is seen of
-_KNOWN = _ALONG | _ALIKE | _ANSWERS | _STEPS | _NUMBERS | _FLAT | {"nonzero", *_POOLS}
+_KNOWN = ALONG | ALIKE | _ANSWERS | _STEPS | _NUMBERS | _FLAT | {"nonzero", *_POOLS}
 
 Noted: TypeAlias = list[tuple[str, list[Tensor] | None]]  # choice by choice; None: of one that nothing depends on
 
@@ -148,7 +145,7 @@ class Choices(TorchDispatchMode):
                    before: Sequence[Tensor]) -> Any:
         """What `func` returns, but otherwise where its operands differ from what they were before."""
         differs = _differ(operands, before)
-        if name in _ALIKE:
+        if name in ALIKE:
             out, was = func(*args, **kwargs), func(before[0], *args[1:], **kwargs)
             if any(not torch.equal(x, old) for x, old in zip(tensors_of(out), tensors_of(was), strict=True)
                    if not x.is_floating_point()):
@@ -157,10 +154,10 @@ class Choices(TorchDispatchMode):
             x, differs = (whole.flatten(-_POOLS[name]) for whole in (args[0], differs))
             turned = torch.where(differs.any(-1, keepdim=True), self._rolled(x, -1, False), x)
             return func(turned.reshape(args[0].shape), *args[1:], **kwargs)
-        if name in _ALONG or name in _ALIKE:
+        if name in ALONG or name in ALIKE:
             dim = _dim(func, args, kwargs)
             x, differs = (args[0].flatten(), differs.flatten()) if dim is None else (args[0], differs)
-            alike = name in _ALIKE
+            alike = name in ALIKE
             changed = differs.any() if alike else differs.any(dim or 0, keepdim=True)
             turned = torch.where(changed, self._rolled(x, dim or 0, alike), x)
             return func(turned.view_as(args[0]), *args[1:], **kwargs)
@@ -214,9 +211,9 @@ def _differ(operands: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
 
 def _name(func: Any, args: Any, kwargs: Any) -> str | None:
     """The name of an operation that chooses, be it in place or not; None of another."""
-    if not isinstance(func, torch._ops.OpOverload):
+    operation = name_of(func).removesuffix("_")
+    if not operation:
         return None
-    operation = func._schema.name.split("::")[-1].removesuffix("_")
     dtype = args[0].dtype if operation == "copy" else kwargs.get("dtype")
     if operation in ("_to_copy", "copy") and (dtype is None or dtype.is_floating_point or dtype.is_complex):
         return None
@@ -235,7 +232,7 @@ def _operands(func: Any, name: str | None, args: Any, kwargs: Any) -> list[Tenso
     """What an operation chooses by."""
     if name in _POOLS or name is None:
         return [args[0]] if name else []
-    if name == "bernoulli" and func._schema.name.endswith("_"):  # which writes to its first argument, and reads none
+    if name == "bernoulli" and name_of(func).endswith("_"):  # which writes to its first argument, and reads none
         args = args[1:]
     given = {key: value for key, value in kwargs.items() if not any(
         argument.name == key and argument.is_out for argument in func._schema.arguments)}
@@ -263,4 +260,4 @@ def _dim(func: Any, args: Any, kwargs: Any) -> int | None:
             dim: int | None = args[place] if place < len(args) and not argument.kwarg_only else \
                 kwargs.get("dim", argument.default_value)
             return dim
-    return None if "unique" in func._schema.name else -1  # of multinomial
+    return None if "unique" in name_of(func) else -1  # of multinomial

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastscore.batches import tensors_of
+from fastscore.graph.operations import name_of
 
 _DRAWN = 0.5  # of every distribution; of what is kept or not, all is kept
 # operations whose results are drawn element by element, all alike; but not about means that layers make, by
@@ -28,7 +29,7 @@ class SteadyDraws(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        name = _name(func)
+        name = name_of(func).removesuffix("_")
         if name == "native_dropout" and isinstance(out, tuple):
             return args[0].clone(), torch.ones_like(out[1])
         if name == "bernoulli":
@@ -36,7 +37,3 @@ class SteadyDraws(TorchDispatchMode):
         elif name in ("rand_like", "randn_like") or (name in _ALIKE and all(x is out for x in tensors_of(args))):
             out.fill_(_DRAWN)
         return out
-
-
-def _name(func: Any) -> str:
-    return func._schema.name.split("::")[-1].removesuffix("_") if isinstance(func, torch._ops.OpOverload) else ""
