@@ -10,7 +10,7 @@ from fastscore.graph.groups import ChannelGraph
 from fastscore.pruning.budgets.costs import Costs
 from fastscore.recovery.compensation import removed_positions
 from fastscore.recovery.divergence import Mixed, judged_by, mixed_of, names
-from fastscore.recovery.reconstruct import Repair
+from fastscore.recovery.repairs import Repair
 from fastscore.scoring.row_notes import row_notes
 from fastscore.tables import Table
 from fastscore.wording import counted

@@ -47,20 +47,23 @@ def sites(dense: nn.Module, example: Batch, forward: Forward, removed: RemovedIn
     """The layers that can be refitted, in the order they run, from the first that has lost inputs, or that was in a
     branch which went.
 
-    Those that are called several times, are no plain matrix product, or compute their weights keep what they have.
-    dense: an evaluation copy.
+    Those that are called several times, are no plain matrix product, or compute their weights keep what they have. So
+    does one that runs while parameters are others than at rest, as within torch.func.functional_call: it is not what is
+    set there, and a pass that halts there would leave them to the passes of other batches. dense: an evaluation copy.
     """
     found: dict[str, Site] = {}
     calls: dict[str, int] = {}
     layers = {name: layer for name, layer in dense.named_modules()
               if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))}
     modules = dict(dense.named_modules())
+    at_rest = [(module._parameters, name, parameter) for module in dense.modules()
+               for name, parameter in module._parameters.items()]
 
     def hook(name: str) -> Any:
         def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
             calls[name] = calls.get(name, 0) + 1
             x = input_of(args, kwargs)
-            if is_product(layer, x, y):
+            if all(held.get(key) is parameter for held, key, parameter in at_rest) and is_product(layer, x, y):
                 kept = torch.ones(len(weight_rows(layer).flatten(0, 1)), dtype=torch.bool)
                 if (name, "outputs") in removed:
                     kept[removed[name, "outputs"]] = False

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastscore.batches import Batch, Forward, call_model, check_iterable
@@ -16,6 +16,7 @@ from fastscore.recovery.not_finite import naming_samples
 from fastscore.rng import fork_rng
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_SINGLE = "more than 1 value per channel"  # torch says that it expects
 
 
 @naming_samples("batches")
@@ -48,20 +49,32 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch], *, forward: Forward 
     return model
 
 
+class NothingToMeasure(ValueError):
+    """There is no batch to recalibrate on."""
+
+
 def recalibrate_on(model: nn.Module, batches: Iterable[Batch], forward: Forward,
-                   process_group: distributed.ProcessGroup | None) -> None:
-    """As recalibrate, on batches that are this process's own already."""
+                   process_group: distributed.ProcessGroup | None, leave_out_single: bool = False) -> None:
+    """As recalibrate, on batches that are this process's own already. leave_out_single: those of which a BatchNorm
+    reads one value of each channel, which does not vary, do not count; a split of larger ones may leave such."""
     norms = running_norms(model)
     count = 0
     with _measuring(model, norms) as put_back, torch.no_grad():
         for batch in batches:
-            forward(model, batch)
+            before = _statistics(norms) if leave_out_single else {}
+            try:
+                forward(model, batch)
+            except ValueError as error:
+                if not leave_out_single or _SINGLE not in str(error):
+                    raise
+                _set_statistics(norms, before)
+                continue
             count += 1
         uncalled = _uncalled(norms, process_group)
         count = _average(norms, count, process_group)
         put_back(uncalled)
         if not count:
-            raise ValueError("batches: there is none to recalibrate on, or none that holds a sample")
+            raise NothingToMeasure("batches: there is none to recalibrate on, or none that holds a sample")
         for name, norm in norms.items():
             if not (torch.isfinite(norm.running_mean).all() and torch.isfinite(norm.running_var).all()):
                 raise FloatingPointError(f"{name}: NaN or infinity in what it reads of the batches")
@@ -73,18 +86,26 @@ def running_norms(model: nn.Module) -> dict[str, Any]:
             if isinstance(module, _BatchNorm) and module.running_mean is not None}
 
 
+def _statistics(norms: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+    return {name: [getattr(norm, key).clone() for key in _STATISTICS] for name, norm in norms.items()}
+
+
+def _set_statistics(norms: Mapping[str, Any], values: Mapping[str, list[Tensor]]) -> None:
+    for name, each in values.items():
+        for key, value in zip(_STATISTICS, each, strict=True):
+            getattr(norms[name], key).copy_(value)
+
+
 @contextmanager
 def _measuring(model: nn.Module, norms: Mapping[str, Any]) -> Iterator[Callable[[Iterable[str]], None]]:
     """BatchNorms in training mode, averaging from nothing, and all else in evaluation mode; modes, settings and the
     states of random numbers come back, and the statistics too where an exception ends it, or of those that the function
     is called with that it yields."""
     settings = {name: (norm.momentum, norm.track_running_stats) for name, norm in norms.items()}
-    before = {name: [getattr(norm, key).clone() for key in _STATISTICS] for name, norm in norms.items()}
+    before = _statistics(norms)
 
     def put_back(names: Iterable[str]) -> None:
-        for name in names:
-            for key, value in zip(_STATISTICS, before[name], strict=True):
-                getattr(norms[name], key).copy_(value)
+        _set_statistics(norms, {name: before[name] for name in names})
 
     try:
         with evaluating(model), fork_rng(device_of(model)):

@@ -3,14 +3,16 @@ agree.
 
 One pass of the dense network over the calibration batches yields the second moments of what its layers read, and its
 outputs for the samples held out. Every repair is fitted without those samples and judged by them; the one that is
-chosen is fitted once more on all samples.
+chosen is fitted once more on all samples, and judged once more: where that went far astray, what was judged before is
+returned.
 """
 
 import copy
 import math
+import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from os import PathLike
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
@@ -30,52 +32,22 @@ from fastscore.progress import bar, shown
 from fastscore.recovery.calibration import Calibration, Part
 from fastscore.recovery.compensation import has_no_place, mean_contributions, weight_alone
 from fastscore.recovery.decisions import Decisions, JudgedOutputs
-from fastscore.recovery.divergence import Divergence, Mixed, divergence, each_of, figures
+from fastscore.recovery.divergence import Divergence, divergence, figures
 from fastscore.recovery.front_to_back import refit, sites
 from fastscore.recovery.held_out import check_batches
 from fastscore.recovery.kept import KeptPasses
 from fastscore.recovery.linear import InputEstimate, estimate_inputs, rewired
 from fastscore.recovery.moments import InputMoments, Moments, layouts
 from fastscore.recovery.not_finite import naming_samples
-from fastscore.recovery.recalibration import recalibrate_on, running_norms
+from fastscore.recovery.recalibration import NothingToMeasure, recalibrate_on, running_norms
 from fastscore.recovery.remembering_batches import RememberingBatches
+from fastscore.recovery.repairs import Repair
 from fastscore.rng import fork_rng
 from fastscore.wording import counted
 
 Method = Literal["mean", "linear", "asymmetric", "auto"]
 RIDGES = (0.1, 0.01, 0.001)
 STIFFNESSES = (1.0, 8.0)
-
-
-@dataclass(frozen=True)
-class Repair:
-    """A repair that was tried, and how far the smaller network then was from the dense one on samples held out.
-
-    name: what was done. ridge: of a linear reconstruction, None of anything else. recalibrated: whether the BatchNorms
-    were, after that. chosen: whether it is the one returned, then fitted on the held-out samples too. stiffness: of an
-    asymmetric one: how many times the ridge that is best for a layer alone every layer has. decisions: how many were
-    compared. outputs: of a network with several outputs, (agreement, KL) of each. by_error, mixed: as in
-    Divergence.
-    """
-
-    name: str
-    ridge: float | None
-    recalibrated: bool
-    agreement: float
-    kl: float
-    chosen: bool = False
-    stiffness: float = 1.0
-    decisions: int = 0
-    outputs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    by_error: bool = False
-    mixed: Mixed = ""
-
-    def __str__(self) -> str:
-        ridge = "" if self.ridge is None else f", ridge {self.ridge:g}"
-        ridge += f", stiffness {self.stiffness:g}" if self.stiffness != 1 else ""
-        after = ", BatchNorms recalibrated" if self.recalibrated else ""
-        return (f"{'chosen' if self.chosen else 'tried'}: {self.name}{ridge}{after}: "
-                f"{figures(self.agreement, self.kl, self.by_error, self.mixed)}{each_of(self.outputs)}")
 
 
 class Pruned(Protocol):
@@ -126,7 +98,9 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
     Returns:
         A result with a new model. report.repairs has a row for every repair tried, "none" first: what the cut alone
         left. Figures are of the samples held out, before the last fit on all; they choose among repairs and ridges,
-        and are in no fit.
+        and are in no fit. Where the last fit is far further from the dense network on the same samples, the network
+        that was judged is returned, and report.notes says so. A warning says where a method that was asked for
+        leaves a network far further from it than the cut alone.
 
     Raises:
         TypeError, ValueError: a method there is none of; batches that are none, or one tensor, or can be read only
@@ -262,8 +236,9 @@ class _Bench:
         return result
 
     def _recalibrated(self, result: Any, part: Part) -> Any:
+        """The result, its BatchNorms measured anew on those batches of a part that they can be measured on."""
         model = copy.deepcopy(result.model, own_copies(result.model))
-        recalibrate_on(model, self._calibration.part(part), self._forward, self._group)
+        recalibrate_on(model, self._calibration.part(part), self._forward, self._group, leave_out_single=True)
         return replace(result, model=model)
 
     def _judge(self, result: Any) -> Divergence:
@@ -307,19 +282,38 @@ class _Bench:
         names = ("mean", "linear", "asymmetric", "none") if method == "auto" else (method,)
         chosen, result = min((best[name] for name in names), key=lambda pair: pair[0].kl)
         if method == "auto" and running_norms(self._result.model):
-            add(chosen.name, chosen.ridge, self._recalibrated(result, "fit"), True, chosen.stiffness)
+            with suppress(NothingToMeasure):
+                add(chosen.name, chosen.ridge, self._recalibrated(result, "fit"), True, chosen.stiffness)
             chosen = best[chosen.name][0]
+        judged = best[chosen.name][1]
         best.clear()  # models
+        if chosen.is_far_further(chosen.kl, rows[0].kl):
+            warnings.warn(f'repair: "{chosen.name}" leaves a network further from the dense one than the cut alone, '
+                          f'{chosen.compared(chosen.kl, rows[0].kl)}: repair="auto" takes what is nearest',
+                          stacklevel=4)
+        final, notes = judged, dict[str, str]()
+        if chosen.name != "none" or chosen.recalibrated:
+            final = self._fitted(chosen, corrections)
+            after = self._judge(final).kl
+            if chosen.is_far_further(after, chosen.kl):
+                final = judged
+                notes["last fit"] = (f"fitted on all samples, the repair was further from the dense network on those "
+                                     f"held out, {chosen.compared(after, chosen.kl)}: what is returned was fitted "
+                                     "without them, and is what was judged")
+        repairs = tuple(replace(row, chosen=row is chosen) for row in rows if row.name in ("none", *names))
+        report = final.report
+        return replace(final, report=replace(report, repairs=repairs, decided=f"{self._run}{one_sided}",
+                                             notes={**report.notes, **notes}))
+
+    def _fitted(self, chosen: Repair, corrections: Mapping[str, float]) -> Any:
+        """The result, repaired as chosen, on all samples."""
         ridge = math.inf if chosen.ridge is None else chosen.ridge
         stiff = {name: chosen.stiffness * each for name, each in corrections.items()}
         if chosen.name == "none":
             final = self._result.cut_again(self._model, {}, {})
         else:
             final = self._asymmetric(ridge, "all", stiff) if chosen.name == "asymmetric" else self._linear(ridge, "all")
-        if chosen.recalibrated:
-            final = self._recalibrated(final, "all")
-        repairs = tuple(replace(row, chosen=row is chosen) for row in rows if row.name in ("none", *names))
-        return replace(final, report=replace(final.report, repairs=repairs, decided=f"{self._run}{one_sided}"))
+        return self._recalibrated(final, "all") if chosen.recalibrated else final
 
 
 def _on_cpu(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

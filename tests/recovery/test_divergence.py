@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from fastscore.recovery.divergence import divergence, judged_by, most_off
-from fastscore.recovery.reconstruct import Repair
+from fastscore.recovery.repairs import Repair
 
 
 def test_divergence_is_agreement_and_kl_for_every_kind_of_output() -> None:
