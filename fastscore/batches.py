@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 Batch: TypeAlias = Any
 Forward: TypeAlias = Callable[[nn.Module, Batch], Any]
@@ -28,6 +29,23 @@ def check_example(batch: Batch, argument: str) -> None:
         advice = "; torch.from_numpy makes one of an array" if type(batch).__module__ == "numpy" else ""
         raise TypeError(f"{argument}: {shown}, where a batch is meant: a tensor [N, ...], a tuple that begins with "
                         f"one, a dict of keyword arguments, or a dataclass{advice}")
+
+
+def check_rows(batch: Batch, argument: str) -> None:
+    """Raise TypeError, naming the argument, where samples of different lengths lie one after the other in a batch."""
+    if isinstance(batch, PackedSequence):
+        raise TypeError(f"{argument}: a PackedSequence has no row for each sample: give batches (padded, lengths), as "
+                        "pad_packed_sequence(packed, batch_first=True) makes, and pass forward=lambda model, batch: "
+                        "model(pack_padded_sequence(batch[0], batch[1].cpu(), batch_first=True, enforce_sorted=False))")
+    if isinstance(batch, Tensor):
+        if batch.is_nested:
+            raise TypeError(f"{argument}: a nested tensor has no row for each sample: give padded ones, as in "
+                            "torch.nested.to_padded_tensor(batch, 0.0), and a mask where the model takes one")
+        return
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else \
+        _fields(batch).values()
+    for part in parts:
+        check_rows(part, argument)
 
 
 def check_iterable(batches: object, argument: str) -> None:
@@ -259,6 +277,7 @@ def on_device(batches: Iterable[Batch], device: torch.device, samples: int | Non
     """The batches on `device`, without empty ones, cut off after `samples` samples."""
     left = samples
     for batch in batches:
+        check_rows(batch, "batches")
         tensor = first_tensor(batch)
         if tensor is not None and tensor.dim() and not len(tensor):
             continue  # a loss over no sample is NaN

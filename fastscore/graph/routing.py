@@ -16,7 +16,7 @@ from fastscore.batches import Batch, tensors_of
 from fastscore.graph import operations
 
 # operations that choose among the elements of their first argument
-_CHOICES = operations.ALONG | {"bucketize", "searchsorted", "aminmax"}
+_CHOICES = operations.ALONG | {"bucketize", "searchsorted", "aminmax", "nms"}
 # operations that say yes or no to each element, or count
 _ANSWERS = {"gt", "lt", "ge", "le", "eq", "ne", "logical_not", "logical_and", "logical_or", "bitwise_and", "bitwise_or",
             "bitwise_not", "isin", "_to_copy", "floor_divide", "remainder"}

@@ -21,13 +21,7 @@ from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.routing import Decisions
 from fastscore.graph.trials import companions
 from fastscore.graph.trials.sample_trials import Call, Run, Trial, Watched, send_back, trial, tried
-from fastscore.graph.trials.trial_inputs import (
-    batch_of,
-    hold_other_values,
-    other_integers,
-    other_masks,
-    randomize_zeros,
-)
+from fastscore.graph.trials.trial_inputs import batch_of, hold_other_values, otherwise, randomize_zeros
 from fastscore.modules.inspection import channel_dim, device_of
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, joined_axis
 
@@ -222,9 +216,8 @@ def _decided_otherwise(model: nn.Module, watched: Mapping[str, Watched], run: Ru
             tried(model, watched, run, batch, known.size, grad=False)
         known.decides, known.reads = noted.found, noted.read
     trials = []
-    for seed in range(_DECISIONS):
-        masked = other_masks(batch, seed)
-        for other in (other_integers(masked, seed), masked):  # some code runs on no other integers
+    for others, seed in otherwise(batch, _DECISIONS, bool(known.decides)):
+        for other in others:
             if not known.decides and not hold_other_values(batch, other):
                 continue
             with Decisions(other, seed):

@@ -63,6 +63,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
     model = unwrapped(model)
     if not callable(forward):
         raise TypeError(f"forward: {forward!r:.80}, where a function forward(model, batch) is meant")
+    batches.check_rows(example_inputs, "example_inputs")
     if forward is batches.call_model:
         batches.check_example(example_inputs, "example_inputs")
     searched, known = scored_units.searched(units), cache.get(model, example_inputs, forward)

@@ -67,10 +67,12 @@ def _way_out(reasons: Iterable[str], transposing: str) -> str:
     for a model that takes samples second."""
     said = set(reasons)
     if all(reason.endswith(ALONE) for reason in said):
-        return "\ngive batches of one sample each"
+        return "\ngive batches of one sample each, [1, ...]"
     if any(reason.endswith(VARYING) for reason in said):
         return "\npass forward= that returns as many numbers for each sample, whatever is in it (what heads make at " \
                "all places, before some are chosen by scores or by NMS)"
     if not any("counts samples" in reason for reason in said):
         return ""
-    return "\ngive batches [N, ...]" + (transposing and f", and where the model takes samples second, {transposing}")
+    return "\ngive batches [N, ...]; where samples of several sizes lie one after the other in one tensor (nodes of " \
+           "graphs, tokens with cu_seqlens), padded ones, [N, T, ...], and a forward= that takes the padding out, " \
+           "model(x[mask], ...)" + (transposing and f"; where the model takes samples second, {transposing}")

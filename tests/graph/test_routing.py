@@ -162,12 +162,12 @@ def test_decisions_are_a_function_of_what_they_are_made_of() -> None:
 
 
 def test_decisions_are_looked_for_in_a_run_that_is_made_anyway() -> None:
-    """Of a model that decides nothing there are two runs, on batches of two sizes; where it decides, two more, and six
-    that tell whether samples meet: three of them beside others, and each alone."""
+    """Of a model that decides nothing there are two runs, on batches of two sizes; where it decides, two with other
+    decisions, one with samples that end early, and six that show whether samples meet."""
     def runs(model: nn.Module) -> list[int]:
         made: list[int] = []
         find(model, {"inner.0": Watched(-1)}, lambda model, x: [made.append(len(x)) or model(x)], torch.randn(1, 4, 6))
         return made
 
     assert runs(Routed(lambda model, x, rows: model.inner(rows))) == [2, 3]
-    assert runs(Routed(sorted_rows)) == [2, 3, *[3, 3], *[3, 3, 3], *[1, 1, 1]]
+    assert runs(Routed(sorted_rows)) == [2, 3, *[3, 3, 3], *[3, 3, 3, 1, 1, 1]]

@@ -10,6 +10,7 @@ import torch
 from networks import NETWORKS
 from refusals import RESIDUAL, X, refused, score, trained
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import fastscore
 from fastscore import Scorer
@@ -89,3 +90,52 @@ def test_scores_of_image_sizes_that_the_graph_takes() -> None:
     both = score(RESIDUAL.model(), [X, torch.randn(2, 3, 12, 10).double()])
     assert small.samples + 2 == both.samples
     assert small.origin == both.origin
+
+
+class Packed(nn.Module):
+    """A recurrent layer that takes a PackedSequence, or padded sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.fc, self.out = nn.GRU(5, 7, batch_first=True), nn.Linear(7, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Any) -> Tensor:
+        last: Tensor = self.rnn(x)[1][0]
+        return self.out(self.fc(last).relu())
+
+
+def test_packed_sequences_have_a_way_out() -> None:
+    """It leads to what each sequence by itself gives."""
+    sequences = [torch.randn(length, 5) for length in (6, 5, 3, 2)]
+    model, packed = Packed(), pack_sequence(sequences)
+    said = r"PackedSequence has no row for each sample.*pad_packed_sequence\(.*forward=lambda"
+    for batch in (packed, (packed, torch.arange(4)), {"x": packed}):
+        for act in (lambda batch=batch: fastscore.score(model, [batch], forward=lambda model, batch: model(batch)),
+                    lambda batch=batch: Scorer(model, batch)):
+            refused(TypeError, said, model, act)
+    with pytest.raises(TypeError, match=said) as caught:
+        Scorer(model, packed)
+    names = {"pack_padded_sequence": pack_padded_sequence}
+    forward = eval(str(caught.value).split("forward=")[1], names)
+    padded = pad_packed_sequence(packed, batch_first=True)
+    assert fastscore.score(model, [padded], forward=forward).samples == 4
+    together, alone = Scorer(model, padded, forward=forward), Scorer(model, sequences[0][None])
+    with together:
+        forward(model, padded).square().sum().backward()
+    with alone:
+        for sequence in sequences:
+            model(sequence[None]).square().sum().backward()
+    model.zero_grad()
+    expected, found = alone.scores(), together.scores()
+    for layer in expected:
+        torch.testing.assert_close(found[layer], expected[layer], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_have_a_way_out(layout: torch.layout) -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    nested = torch.nested.nested_tensor([torch.randn(length, 5) for length in (6, 4)], layout=layout)
+    for act in (lambda: fastscore.score(model, [nested]), lambda: Scorer(model, nested)):
+        refused(TypeError, r"nested tensor has no row for each sample.*to_padded_tensor\(batch, 0\.0\)", model, act)
+    padded = torch.nested.to_padded_tensor(nested, 0.0)
+    assert fastscore.score(model, [padded]).samples == 2

@@ -1,5 +1,7 @@
 """What a model is tried on: batches of a few samples, other masks, weights that let gradients pass."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +39,17 @@ def _varied(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randint(low, high + 1, x.shape, generator=generator).to(x)
 
 
+def otherwise(batch: Batch, times: int, decides: bool) -> Iterator[tuple[list[Batch], int | None]]:
+    """(batches of which the first that a model runs on will do, the seed of other decisions there): with other masks
+    and integers `times` times; and with samples that end early, where these are others, or the code decides anything.
+    """
+    masked = [other_masks(batch, seed) for seed in range(times)]
+    for seed, other in enumerate(masked):
+        yield [other_integers(other, seed), other], seed  # some code runs on no other integers
+    if decides or any(hold_other_values(batch, other) for other in masked):
+        yield [ending_early(batch)], None
+
+
 def other_masks(batch: Batch, seed: int) -> Batch:
     """The batch with other masks: what holds nothing but 0 and 1, of any dtype but floating-point ones."""
     def other(x: Tensor) -> Tensor:
@@ -45,6 +58,26 @@ def other_masks(batch: Batch, seed: int) -> Batch:
         return other_answers(x, seed)
 
     return map_tensors(other, batch)
+
+
+def ending_early(batch: Batch) -> Batch:
+    """The batch with samples that end at places of their own: zeros behind them in all that has as many places along
+    some dimension as the first tensor has along its second, so that masks, adjacencies and values go together."""
+    first = first_tensor(batch)
+    if first is None or first.dim() < 2:
+        return batch
+    count, places = first.shape[:2]
+    left = torch.arange(1, count + 1) * places // (count + 1)
+    here = torch.arange(places) < left.clamp(min=1)[:, None]
+
+    def end(x: Tensor) -> Tensor:
+        for dim in range(1, x.dim()):
+            if len(x) == count and x.shape[dim] == places:
+                shape = [count, *[1] * (dim - 1), places, *[1] * (x.dim() - dim - 1)]
+                x = torch.where(here.to(x.device).reshape(shape), x, torch.zeros_like(x))
+        return x
+
+    return map_tensors(end, batch)
 
 
 def other_integers(batch: Batch, seed: int) -> Batch:
