@@ -9,6 +9,7 @@ import pytest
 import torch
 from networks import Group, straight
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastscore import Scorer
 from fastscore.scoring.scores import Scores
@@ -161,3 +162,21 @@ def test_gradients_of_the_loop_stay_bit_for_bit(step: Step) -> None:
     with Scorer(net, x):
         step(net, x)
     assert all(torch.equal(p.grad, e) for p, e in zip(net.parameters(), expected, strict=True) if p.grad is not None)
+
+
+def test_an_inner_loop_leaves_the_scores_of_the_outer_pass() -> None:
+    net, x = smooth()
+    scorer = Scorer(net, x)
+    weights = dict(net.named_parameters())
+    with scorer:
+        inner = functional_call(net, weights, x).square().sum()
+        gradients = torch.autograd.grad(inner, list(weights.values()), create_graph=True)
+        fast = {name: weight - 0.01 * g for (name, weight), g in zip(weights.items(), gradients, strict=True)}
+        functional_call(net, fast, -x).square().sum().backward()
+    with pytest.warns(UserWarning, match=r"^1 forward pass is left out"):
+        scores = scorer.scores()
+    net.load_state_dict(fast)
+    v = 2 * net(-x).detach()
+    for name, group in GROUPS.items():
+        exact = (oracles.sums(net, group, -x, v) / v.norm(dim=1, keepdim=True)).square().mean(0)
+        torch.testing.assert_close(scores[name].double(), exact, rtol=1e-6, atol=0)
