@@ -82,6 +82,5 @@ def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
     for module in filter(transposed_linear.is_transposed, list(eval_model.modules())):
         transposed_linear.become_linear(module)
     for module in eval_model.modules() if plain else ():
-        if (weight := computed_weights.computed_weight(module)) is not None:
-            computed_weights.become_plain(module, weight, keep=True)
+        computed_weights.make_layer_plain(module, keep=True)
     return eval_model

@@ -182,7 +182,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
                                 {**notes, **({"means": bare} if bare else {})},
                                 compensation + (", but for what the note on means names" if bare and means
                                                 and calibration is None else ""),
-                                scores.origin.units, surgery.made_plain)
+                                scores.origin.units, surgery.made_plain, surgery.made_linear)
             made = PruneResult(pruned, report, costs.with_others(removed), surgery.removed_indices, surgery.new_biases)
             if fit is None or not removed:
                 return made

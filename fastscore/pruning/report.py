@@ -219,20 +219,23 @@ class PruneReport(Table):
 
 def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs: Costs, macs: int, pruned: nn.Module,
                removed: Mapping[str, Tensor], candidates: tuple[Candidate, ...], notes: Mapping[str, str],
-               compensation: str, units: str, made_plain: Sequence[str] = ()) -> PruneReport:
+               compensation: str, units: str, made_plain: Sequence[str] = (), made_linear: Sequence[str] = ()
+               ) -> PruneReport:
     """The report of `pruned`, which has lost `removed` (group -> int64 [R]).
 
     dense: (MACs, parameters) of each group as it was, see Costs.by_group. costs: without what was removed. macs: of
     `pruned`, counted. compensation: what stands in for what was removed. units: that were scored. made_plain: layers
-    that computed their weight and hold it now.
+    that computed their weight and hold it now, and those, made_linear, of a class of its own that are a nn.Linear now.
     """
     rows = tuple(GroupReport(group.name, (group.channels, costs.channels_left(group.name)),
                              (round(was[0]), round(now[0])), (round(was[1]), round(now[1])))
                  for group, was, now in zip(graph.groups, dense, costs.by_group(), strict=True))
     params = sum(parameter.numel() for parameter in pruned.parameters())
-    if made_plain:
-        more = f" and {len(made_plain) - 1} like it" if made_plain[1:] else ""
-        notes = {**notes, "weights": f"{made_plain[0]}{more} computed its weight from its parameters, and lost "
+    if made_linear:
+        notes = {**notes, "layers": f"{_first_of(made_linear)} was of a class of its own that computes what a "
+                                    "nn.Linear does, and lost channels: it is a nn.Linear now"}
+    if computing := [name for name in made_plain if name not in made_linear]:
+        notes = {**notes, "weights": f"{_first_of(computing)} computed its weight from its parameters, and lost "
                                      "channels: it holds that weight now, and training goes on without the computation "
                                      "and what it held the weight to (a mask, a norm)"}
     reads = removed_positions(graph.groups, removed)
@@ -244,6 +247,10 @@ def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs:
                        (int(costs.dense["macs"]), macs), (int(costs.dense["params"]), params), graph.skipped,
                        candidates, notes=dict(notes), uncounted=costs.uncounted, compensation=compensation,
                        row_notes=row_notes(units, {group.name: group.channels for group in graph.groups}))
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} like it" if names[1:] else names[0]
 
 
 def _repair(row: Mapping[str, Any]) -> Repair:

@@ -10,6 +10,7 @@ from fastscore.batches import with_float64
 from fastscore.graph.cutting import heads
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules.weights import held_weights
+from fastscore.modules.weights.own_linear import own_linear
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 from fastscore.modules.weights.transposed_linear import is_transposed
 
@@ -85,7 +86,9 @@ def filter_parameters(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[M
             continue
         layer = model.get_submodule(member.layer)
         dense = isinstance(layer, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)) or is_transposed(layer)
-        own = heads.PROJECTIONS if member.role == "heads" else ("weight", "bias") if dense else ()
+        made = own_linear(layer)
+        own = heads.PROJECTIONS if member.role == "heads" else ("weight", "bias") if dense else \
+            () if made is None else (made.weight, made.bias)
         for name, parameter in layer.named_parameters(recurse=False):
             if name in own and parameter is not None and f"{member.layer}.{name}" not in producers:
                 yield member, f"{member.layer}.{name}"
@@ -104,7 +107,7 @@ def _by_position(model: nn.Module, member: Member, name: str, values: Tensor) ->
 
 def _by_output(layer: nn.Module, weight: Tensor) -> Tensor:
     """A weight of `layer`, or something of its shape, with a row for each output channel: [C, everything else]."""
-    if is_transposed(layer):
+    if is_transposed(layer) or ((own := own_linear(layer)) is not None and own.transposed):
         weight = weight.t()
     if getattr(layer, "transposed", False):  # [in, out / groups, ...]
         groups = layer.groups

@@ -65,7 +65,7 @@ def test_everything_is_in_a_group_or_named() -> None:
     reasons = {"words": "the tracer cannot follow its channels",
                "places": "the code of Model reads its places [1, 5, 8]",
                "experts.weights": "the code of Experts reads its weights [3, 8, 8]",
-               "own": "the code of Conv1D reads its weight [8, 8]",
+               "own": "its channels pass through recurrent (Recurrent), which cannot lose channels yet",
                "recurrent": "a recurrent layer (Recurrent), which cannot lose channels yet: its class has a forward of "
                             "its own",
                "unused": "it does not run on example_inputs", "down": "its channels are the model's output",

@@ -129,14 +129,14 @@ class Deformed(Net):
     """The code of a module takes channels together with its weight, to which it adds a bias."""
 
     class Own(nn.Module):
-        """Reads as a Linear does."""
+        """Reads as a Linear does, and makes twice that."""
 
         def __init__(self) -> None:
             super().__init__()
             self.weight, self.bias = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.addmm(self.bias, x, self.weight)
+            return torch.addmm(self.bias, x, self.weight, alpha=2)
 
     def __init__(self) -> None:
         super().__init__(own=self.Own())

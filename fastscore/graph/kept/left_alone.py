@@ -9,6 +9,7 @@ from fastscore.graph.groups import READS, ChannelGraph
 from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
 from fastscore.modules.scripted import Scripted
 from fastscore.modules.weights import recurrent
+from fastscore.modules.weights.computed_weights import why_it_computes_on
 
 # what has a reason of its own; of any other module: that its code reads the weight
 _REASONS: tuple[tuple[type[nn.Module], str], ...] = (
@@ -51,6 +52,8 @@ def named(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
 
 def _reason(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
     kind = type(module).__name__
+    if (why := why_it_computes_on(module)) is not None:
+        return why
     known = next((reason for cls, reason in _REASONS if isinstance(module, cls)), None)
     if known is not None:
         return known.format(kind=kind, why=recurrent.why_kept(module))

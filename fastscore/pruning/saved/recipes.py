@@ -14,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fastscore.graph.cutting.surgery import RemovedIndices, Side, remove_indices
 from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
+from fastscore.modules.weights.computed_weights import make_plain
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 from fastscore.recovery.compensation import add_to_biases
 
@@ -121,6 +122,7 @@ def apply(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 def add_biases(model: nn.Module, layers: Iterable[str]) -> None:
     """Give `layers` of a dense model biases of zeros, in place."""
+    make_plain(model, layers := list(layers))
     add_to_biases(model, no_biases(model, layers))
 
 
