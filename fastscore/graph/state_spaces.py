@@ -23,13 +23,19 @@ _NO_BIAS = "is read by its weight alone in the kernels that its module trains wi
 
 
 def with_widths(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
-    """The graph, and a group for each module that looks like one and whose channels no group has yet, to be tried.
+    """The graph, and a group for each module that looks like one and whose channels no group has yet, to be tried; in
+    the place of groups of some of its layers, which would leave the others as wide as they are.
 
     model: an evaluation copy.
     """
-    made = {member.layer for group in graph.groups for member in group.role("producer")}
-    found = [group for group in _guesses(model) if made.isdisjoint(member.layer for member in group.role("producer"))]
-    return replace(graph, groups=(*graph.groups, *found))
+    def layers(group: ChannelGroup) -> set[str]:
+        return {member.layer for member in group.members}
+
+    guesses = list(_guesses(model))
+    staying = [group for group in graph.groups if not any(layers(group) < layers(guess) for guess in guesses)]
+    made = {member.layer for group in staying for member in group.role("producer")}
+    found = [group for group in guesses if made.isdisjoint(member.layer for member in group.role("producer"))]
+    return replace(graph, groups=(*staying, *found))
 
 
 def settled(graph: ChannelGraph, biases: Mapping[str, str]) -> ChannelGraph:
