@@ -13,6 +13,7 @@ from fastscore.pruning.budgets import clocks
 from fastscore.pruning.budgets.clocks import Clock
 from fastscore.pruning.budgets.quality import Quality
 from fastscore.pruning.options import Budgets, Ranking
+from fastscore.pruning.report import PruneReport
 from fastscore.pruning.saved.export import check_suffix, save
 from fastscore.recovery.divergence import judged_by, mixed_of, names
 
@@ -104,8 +105,18 @@ def run(arguments: argparse.Namespace) -> None:
                                  "clock", "cost_aware", "round_to", "floor", "compensate", "measured", "ignore")})
     save(result, example, arguments.out)
     print(json.dumps(asdict(result.report)) if arguments.json else result.report)
-    for after in (row for row in result.report.repairs if row.chosen):
-        before = result.report.repairs[0]
+    _tell_quality(result.report)
+    options.wrote(arguments.out)
+
+
+def _tell_quality(report: PruneReport) -> None:
+    """How near the smaller model is to the dense one: as a quality budget was judged, or else as its repair was."""
+    before, after = (report.repairs or (None,))[0], next((row for row in report.repairs if row.chosen), None)
+    if (held := report.held) is not None:
+        (agreement, kl), judged = names(held.by_error, held.mixed), judged_by(held.decisions, "no repair has seen",
+                                                                              held.mixed)
+        tell(f"{agreement} with the dense model: {held.agreement:.1%} ({kl} {held.kl:.3g}), {judged}")
+    elif before is not None and after is not None:
         mixed = mixed_of((before.mixed, after.mixed))
         (agreement, kl), judged = names(after.by_error, mixed), judged_by(after.decisions, "it is not fitted to", mixed)
         tell(f"{agreement} with the dense model: " + (
@@ -113,4 +124,3 @@ def run(arguments: argparse.Namespace) -> None:
             if after is before else
             f"{before.agreement:.1%} before the repair, {after.agreement:.1%} after it "
             f"({kl} {before.kl:.3g}, {after.kl:.3g}), {judged}"))
-    options.wrote(arguments.out)

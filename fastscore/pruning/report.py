@@ -152,10 +152,19 @@ class PruneReport(Table):
 
     @property
     def kept_notes(self) -> dict[str, str]:
-        """What a file of the model says of it: the notes, what remains, and the repair that was chosen."""
-        chosen = [str(row).removeprefix("chosen: ") for row in self.repairs if row.chosen]
-        return {**self.notes, "remains": self._remains.removeprefix("remains: "), **({"repair": chosen[0]} if chosen
-                                                                                    else {})}
+        """What a file of the model says of it: the notes, what remains, the repair that was chosen, and how a quality
+        budget was held."""
+        repair = [str(row).removeprefix("chosen: ") for row in self.repairs if row.chosen]
+        if self.held is not None:  # its figures, and not those by which repairs were told apart on fewer samples
+            repair = [row.how for row in self.repairs if row.chosen]
+        found = {"remains": [self._remains.removeprefix("remains: ")], "repair": repair,
+                 "judged": [] if self.held is None else [str(self.held).removeprefix("chosen: ")]}
+        return {**self.notes, **{name: said[0] for name, said in found.items() if said}}
+
+    @property
+    def held(self) -> Judged | None:
+        """With a quality budget, the model that prune() returned, as it was judged; None where nothing could go."""
+        return next((row for row in self.judged if row.chosen), None)
 
     def records(self) -> list[dict[str, Any]]:
         """A row for each group of channels: what there was, and what remains."""

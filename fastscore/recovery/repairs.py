@@ -32,11 +32,15 @@ class Repair:
     by_error: bool = False
     mixed: Mixed = ""
 
-    def __str__(self) -> str:
+    @property
+    def how(self) -> str:
+        """What was done, in words."""
         ridge = "" if self.ridge is None else f", ridge {self.ridge:g}"
         ridge += f", stiffness {self.stiffness:g}" if self.stiffness != 1 else ""
-        after = ", BatchNorms recalibrated" if self.recalibrated else ""
-        return (f"{'chosen' if self.chosen else 'tried'}: {self.name}{ridge}{after}: "
+        return f"{self.name}{ridge}{', BatchNorms recalibrated' if self.recalibrated else ''}"
+
+    def __str__(self) -> str:
+        return (f"{'chosen' if self.chosen else 'tried'}: {self.how}: "
                 f"{figures(self.agreement, self.kl, self.by_error, self.mixed)}{each_of(self.outputs)}")
 
     @staticmethod

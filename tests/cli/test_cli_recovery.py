@@ -12,6 +12,7 @@ from PIL import Image
 
 import fastscore
 from fastscore.cli import images, main, models
+from fastscore.cli.info import file_notes
 from fastscore.modules.zero_branch import ZeroBranch
 from fastscore.recovery.reconstruct import reconstruct
 
@@ -135,6 +136,18 @@ def test_the_smallest_that_agrees(capsys: pytest.CaptureFixture[str]) -> None:
                                held_out=batches("held out"), repair="mean")
     assert report["macs"] == list(expected.report.macs)
     assert [row["agreement"] for row in report["judged"]] == [row.agreement for row in expected.report.judged]
+
+
+def test_what_held_the_agreement_is_what_is_said_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", *MODEL, "--agreement", "0.7", "--repair", "linear", "--out", "s.safetensors"]) == 0
+    said = capsys.readouterr()
+    kept = file_notes("s.safetensors")
+    (chosen,) = re.findall(r"^chosen: (.* of the MACs: (agreement [\d.]+%).*)$", said.out, re.MULTILINE)
+    assert kept["judged"] == chosen[0]
+    assert f"agreement with the dense model: {chosen[1].split()[1]} (KL" in said.err
+    assert "judged by 10 decisions about samples that no repair has seen" in said.err
+    assert "%" not in kept["repair"]  # by which repairs were told apart, on other samples
+    assert "before the repair" not in said.err
 
 
 def test_branches_go_and_what_is_left_is_repaired(capsys: pytest.CaptureFixture[str]) -> None:
