@@ -78,7 +78,8 @@ def read(path: str | PathLike[str], form: str, what: str, otherwise: str) -> tup
             metadata: dict[str, str] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); {otherwise}") from error
+        raise ValueError(f"{path}: not a readable safetensors file, which a {what} is: it is of another kind, or "
+                         f"damaged; {otherwise}") from error
     if metadata.get("format") != form:
         found = metadata.get("format", "")
         but = f" but {found}" if found.startswith("fastscore-") else ""

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastscore import __version__, interrupts
-from fastscore.cli import bench, compare, curve, demo, info, prune, report, score
+from fastscore.cli import bench, compare, curve, demo, info, needs, prune, report, score
 from fastscore.cli.options import Parser
 from fastscore.cli.processes import ProcessLostError
+from fastscore.cli.spelling import as_options
 
 EXAMPLES = """examples:
   fastscore demo
@@ -30,15 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     What fastscore did not raise itself (an error inside the user's model, say) keeps its traceback; Python's own exit
     code is then 1.
     """
+    typed, known = sys.argv[1:] if argv is None else argv, frozenset[str]()
     try:
         interrupts.raise_again()
-        arguments = parser().parse_args(argv)
+        arguments = parser().parse_args(typed)
+        known = arguments.parser.options
+        needs.check(arguments, typed)
         arguments.run(arguments)
     except (ValueError, TypeError, FloatingPointError, ImportError, OSError, ProcessLostError) as error:
         if not _raised_here(error):
             raise
         text = "; ".join(line.strip() for line in str(error).splitlines())
-        print(f"fastscore: error: {text}", file=sys.stderr)
+        print(f"fastscore: error: {as_options(text, known, typed)}", file=sys.stderr)
         return 1 if isinstance(error, ProcessLostError) else 2
     except KeyboardInterrupt:
         print(interrupts.SAID, file=sys.stderr)

@@ -113,7 +113,8 @@ def _unwrapped(path: str | PathLike[str]) -> tuple[dict[str, Tensor], list[str]]
                                  f"function that returns fastscore.load_pruned(<the dense model>, {str(path)!r})")
             return safetensors.torch.load_file(path), []
         except safetensors.SafetensorError as error:
-            raise ValueError(f"checkpoint: {path} is not a readable safetensors file: {error}") from error
+            raise ValueError(f"checkpoint: {path} is not a readable safetensors file: it is of another "
+                             "kind, or damaged; copy it again") from error
     content, notes, names = _load(path), [], []
     while isinstance(content, Mapping) and not _is_state(content):
         inner = next((name for name in ENVELOPES if isinstance(content.get(name), Mapping) and content[name]), None)
@@ -140,13 +141,17 @@ def _unwrapped(path: str | PathLike[str]) -> tuple[dict[str, Tensor], list[str]]
 
 
 def _load(path: str | PathLike[str]) -> Any:
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start != b"PK" and start[:1] != pickle.PROTO:  # neither of the two that torch.save writes
+        raise ValueError(f"checkpoint: {path} is no file of weights: torch.save did not write it, and a safetensors "
+                         "file is told by its suffix; name what holds model.state_dict()")
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:  # the last: cut short
-        with open(path, "rb") as file:
-            if file.read(2) == b"PK" and not zipfile.is_zipfile(path):  # what torch.save writes, without its end
-                raise ValueError(f"checkpoint: {path} is cut short, or damaged; copy it again") from error
+        if start == b"PK" and not zipfile.is_zipfile(path):  # what torch.save writes, without its end
+            raise ValueError(f"checkpoint: {path} is cut short, or damaged; copy it again") from error
         raise ValueError(
             f"checkpoint: {path} holds more than tensors{_foreign(path)}, or is damaged; reading it could run code. "
             f"If you trust it, run once torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), "

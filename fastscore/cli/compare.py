@@ -4,11 +4,11 @@ import argparse
 import json
 
 import fastscore
-from fastscore import plots
 from fastscore.cli import options
 from fastscore.cli.argument_types import IMPORTANCES, importance, positive
 from fastscore.cli.curve import add_budgets, budgets
 from fastscore.cli.options import Commands, add_command
+from fastscore.cli.written import check_out, wrote
 
 
 def add(commands: Commands) -> None:
@@ -44,9 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     asked = budgets(arguments)
     if not any(asked.values()):
         asked["macs"] = [0.9, 0.8, 0.7, 0.6, 0.5]
-    options.check_out(arguments)
-    if arguments.plot is not None:
-        plots.check(arguments.plot)
+    check_out(arguments)
     prepare = options.preprocessing(arguments)
     work, judges = options.image_batches(arguments, prepare, judges=True)
     options.tell(f"images: {prepare}")
@@ -57,4 +55,4 @@ def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(found.records()) if arguments.json else found)
     if arguments.plot is not None:
         found.plot(arguments.plot)
-    options.wrote(arguments.plot)
+    wrote(arguments.plot)

@@ -5,10 +5,11 @@ import json
 from typing import Any
 
 import fastscore
-from fastscore import files, plots
+from fastscore import files
 from fastscore.cli import options
 from fastscore.cli.argument_types import share
 from fastscore.cli.options import Commands, add_command
+from fastscore.cli.written import check_out, wrote
 from fastscore.pruning.options import Budgets
 
 
@@ -54,9 +55,7 @@ def budgets(arguments: argparse.Namespace) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> None:
     """Score where there are no scores yet, prune to each budget, print, draw."""
     asked = budgets(arguments)
-    options.check_out(arguments)
-    if arguments.plot is not None:
-        plots.check(arguments.plot)
+    check_out(arguments)
     scores = None if arguments.scores is None else options.load_scores(arguments)
     prepare = options.preprocessing(arguments)
     work, judges = options.image_batches(arguments, prepare, judges=True)
@@ -75,4 +74,4 @@ def run(arguments: argparse.Namespace) -> None:
                 "rows": found.records()}
         with files.whole(arguments.out) as part:
             part.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-    options.wrote(arguments.plot, arguments.out)
+    wrote(arguments.plot, arguments.out)

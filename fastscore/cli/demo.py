@@ -4,9 +4,9 @@ import argparse
 import json
 from dataclasses import asdict
 
-from fastscore import plots
 from fastscore.cli.argument_types import positive
-from fastscore.cli.options import Commands, add_command, add_json, check_out, wrote
+from fastscore.cli.options import Commands, add_command, add_json
+from fastscore.cli.written import check_out, wrote
 
 
 def add(commands: Commands) -> None:
@@ -28,7 +28,6 @@ def run(arguments: argparse.Namespace) -> None:
     from fastscore.cli import digits, digits_plot
 
     check_out(arguments)
-    plots.check(arguments.out)
     result = digits.run(arguments.networks, arguments.seed)
     print(json.dumps(asdict(result)) if arguments.json else result)
     digits_plot.draw(result, arguments.out)

@@ -11,7 +11,7 @@ import torch
 
 import fastscore
 from fastscore import files
-from fastscore.cli import options, run_files
+from fastscore.cli import models, needs, options, run_files
 from fastscore.cli.options import Commands, add_command
 from fastscore.ops import library
 from fastscore.ops.backends import backends
@@ -45,10 +45,14 @@ def run(arguments: argparse.Namespace) -> None:
         known = facts()
         print(json.dumps(known) if arguments.json else table(known))
         return
-    if arguments.model.endswith((".safetensors", ".pt2", ".onnx", ".pt")) or files.form_of(arguments.model):
+    if needs.names_file(arguments.model):
         notes = {arguments.model: file_notes(arguments.model)}
         print(json.dumps(notes) if arguments.json else table(notes))
         return
+    place = Path(arguments.model)
+    if place.is_file() and place.suffix not in (".py", *models.WEIGHTS):
+        raise ValueError(f"info: it reads scores, pruned models ({', '.join(needs.READ_BY_INFO)}) and runs that are "
+                         f"kept, and {place} is none of them; name one, or MODEL")
     prepare = options.preprocessing(arguments)
     scores = fastscore.score(options.model(arguments, prepare), [options.example(arguments, prepare)], progress=False)
     assert scores.coverage is not None

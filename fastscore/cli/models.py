@@ -22,6 +22,8 @@ from fastscore.cli.checkpoints import ResizedError, load_checkpoint
 from fastscore.modules.evaluation_copy import own_copies
 from fastscore.wording import counted
 
+WEIGHTS = (".pth", ".pt", ".th", ".ckpt", ".bin", ".safetensors")  # suffixes of files that hold weights
+
 
 def load(spec: str, *, checkpoint: str | PathLike[str] | None = None, weights: str | None = None,
          classes: int | None = None, seed: int = 0, tell: Callable[[str], object] | None = None) -> nn.Module:
@@ -89,7 +91,7 @@ def check_runs(model: nn.Module, spec: str, example: Tensor) -> None:
 def parse(spec: str) -> tuple[str, str]:
     """("torchvision", "timm", "hf" or a module, the name in it). Raises ValueError for what is no spec."""
     source, _, name = spec.partition(":") if spec.startswith("hf:") else spec.rpartition(":")
-    weights = Path(spec).suffix in (".pth", ".pt", ".th", ".ckpt", ".bin", ".safetensors")  # C:\net.pth has a colon
+    weights = Path(spec).suffix in WEIGHTS  # C:\net.pth has a colon
     if not source or not name or weights:
         hint = f"; a file of weights needs one of them, and --checkpoint {spec}" if weights else \
             f"; name the function in it: {spec}:build" if spec.endswith(".py") else \

@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -35,6 +34,11 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, like all others here."""
 
+    @property
+    def options(self) -> frozenset[str]:
+        """Every option, as it is typed."""
+        return frozenset(self._option_string_actions)
+
     def error(self, message: str) -> NoReturn:
         """Print the message and leave with exit code 2."""
         self.exit(2, f"fastscore: error: {message} (see {self.prog} --help)\n")
@@ -47,8 +51,8 @@ def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace
     lines = "".join(f"\n  {line}" for line in examples.strip().splitlines())
     command: Parser = commands.add_parser(name, usage=f"fastscore {name} {usage}[options]", help=text,
                                           description=description, epilog=f"examples:{lines}",
-                                          formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.set_defaults(run=run)
+                                          formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    command.set_defaults(run=run, command=name, parser=command)
     return command
 
 
@@ -276,9 +280,11 @@ def load_scores(arguments: argparse.Namespace) -> Scores:
     """The scores that `scores` names, whose notes fill in --size, --classes, --mean and --std where they are not given
     and the model is the one that was scored.
 
-    Raises FileNotFoundError, or ValueError for what is no score file, or for scores of trained weights where none are
-    given for the model.
+    Raises FileNotFoundError, or ValueError for what is no score file or no name of a model, or for scores of trained
+    weights where none are given for the model.
     """
+    if arguments.model is not None:
+        models.parse(arguments.model)  # before what is said of its weights
     scores = Scores.load(arguments.scores)
     if "checkpoint" in vars(arguments):  # of a command that needs weights
         _check_weights(scores, arguments)
@@ -320,31 +326,3 @@ def _check_weights(scores: Scores, arguments: argparse.Namespace) -> None:
 def example(arguments: argparse.Namespace, prepare: images.Preprocessing) -> Tensor:
     """A batch of two black images."""
     return torch.zeros(2, *prepare.shape, device=device(arguments))
-
-
-def check_out(arguments: argparse.Namespace) -> None:
-    """Raise ValueError, before any work, for a file that could not be written (no folder, or a folder in its place), or
-    would take the place of one that is read."""
-    read = {name: Path(value) for name in ("scores", "checkpoint", "curve") if (value := vars(arguments).get(name))}
-    written = {name: Path(value) for name in ("out", "plot", "resume") if (value := vars(arguments).get(name))}
-    for name, path in written.items():
-        for other, file in {**read, **written}.items():
-            if name != other and path.resolve() == file.resolve():
-                raise ValueError(f"{name}: {path} is the file of {other}, too; name another")
-        if not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent} to write it in; make it first")
-        if path.is_dir():
-            raise ValueError(f"{path}: it is a folder; name a file in it")
-        try:
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
-        except OSError as error:
-            raise ValueError(f"{path}: nothing can be written to {path.parent} ({error.strerror}); name a file "
-                             "elsewhere") from error
-
-
-def wrote(*paths: str | None) -> None:
-    """Say what was written."""
-    for path in paths:
-        if path is not None:
-            print(f"wrote {path} ({Path(path).stat().st_size / 1e6:.2f} MB)", file=sys.stderr)

@@ -9,12 +9,13 @@ import fastscore
 from fastscore.cli import options
 from fastscore.cli.argument_types import positive_or, share
 from fastscore.cli.options import Commands, add_command, tell
+from fastscore.cli.written import check_out, wrote
 from fastscore.pruning.budgets import clocks
 from fastscore.pruning.budgets.clocks import Clock
 from fastscore.pruning.budgets.quality import Quality
 from fastscore.pruning.options import Budgets, Ranking
 from fastscore.pruning.report import PruneReport
-from fastscore.pruning.saved.export import check_suffix, save
+from fastscore.pruning.saved.export import save
 from fastscore.recovery.divergence import judged_by, mixed_of, names
 
 
@@ -75,8 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
                          "--agreement 0.98 for as little as will do")
     Quality(arguments.agreement, None, arguments.confidence).alone(asked, True)  # before minutes of work
     Ranking(arguments.scope, arguments.cost_aware, arguments.round_to, arguments.floor)
-    options.check_out(arguments)
-    check_suffix(arguments.out)
+    check_out(arguments)
     scores = None if arguments.scores is None else options.load_scores(arguments)
     prepare = options.preprocessing(arguments)
     model = options.model(arguments, prepare)
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
     save(result, example, arguments.out)
     print(json.dumps(asdict(result.report)) if arguments.json else result.report)
     _tell_quality(result.report)
-    options.wrote(arguments.out)
+    wrote(arguments.out)
 
 
 def _tell_quality(report: PruneReport) -> None:

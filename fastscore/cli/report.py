@@ -16,7 +16,8 @@ from fastscore import files
 from fastscore.batches import Batch, call_model
 from fastscore.cli import images, models, options
 from fastscore.cli.argument_types import positive, share
-from fastscore.cli.options import Commands, add_command, check_out, wrote
+from fastscore.cli.options import Commands, add_command
+from fastscore.cli.written import check_out, wrote
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.pruning.budgets.costs import Costs, Resource
 from fastscore.pruning.budgets.selection import check_removable, scored_graph
@@ -83,15 +84,16 @@ def read_curve(path: str, scores: Scores) -> dict[str, Any]:
     or other scores."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"curve: there is no file {path}")
+    other = "is not what fastscore curve --out writes: make it with fastscore curve --scores SCORES --out curve.json"
     try:
         found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         resource, notes, rows = found["resource"], found["notes"], found["rows"]
         right = resource in ("macs", "params", "channels") and all(row["cut_agreement"] <= 1 for row in rows) and \
             (found["decisions"] >= 1 or found.get("by_error") is True)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"curve: {path} is not what fastscore curve --out writes ({type(error).__name__})") from error
+        raise ValueError(f"curve: {path} {other}") from error
     if not right:
-        raise ValueError(f"curve: {path} is not what fastscore curve --out writes")
+        raise ValueError(f"curve: {path} {other}")
     used = found.get("scores", notes)  # an older file has those of the scores alone
     for what, said, names in (("with other scores, whose", used, (*_WEIGHTS, "date")),
                               ("on another model, whose", notes, _WEIGHTS)):

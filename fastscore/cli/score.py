@@ -11,10 +11,10 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
-from fastscore import plots
 from fastscore.cli import options, processes
 from fastscore.cli.argument_types import positive
 from fastscore.cli.options import Commands, add_command
+from fastscore.cli.written import check_out, wrote
 from fastscore.scoring.options import Checkpoint
 from fastscore.scoring.weights import WEIGHT_IMPORTANCES
 
@@ -47,9 +47,7 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Score, print, write; of several processes, the first prints and writes."""
-    options.check_out(arguments)
-    if arguments.plot is not None:
-        plots.check(arguments.plot)
+    check_out(arguments)
     prepare = options.preprocessing(arguments)
     rank, _ = processes.rank_and_world_size()
     with processes.group(options.device(arguments), timedelta(minutes=arguments.timeout)) as group, \
@@ -68,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         scores.plot(arguments.plot)
     kept = arguments.resume is not None and Path(arguments.resume).is_file()  # of several processes each has its own
-    options.wrote(arguments.out, arguments.plot, arguments.resume if kept else None)
+    wrote(arguments.out, arguments.plot, arguments.resume if kept else None)
 
 
 @contextmanager

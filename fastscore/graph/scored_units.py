@@ -31,8 +31,8 @@ def named(units: Units) -> str:
     given = (units,) if isinstance(units, str) or not isinstance(units, Iterable) else tuple(units)
     names = {part.strip() for each in given for part in str(each).split(_BETWEEN)}
     if not names or names - set(UNITS):
-        raise ValueError(f"units: {units!r} is none of {', '.join(UNITS)}, nor several of them: "
-                         '("blocks", "heads_and_dims")')
+        raise ValueError(f"units: {units!r} is none of {', '.join(UNITS)}, nor several of them, "
+                         'such as "blocks+heads_and_dims"')
     if len(names) > 1 and _NORMS in names:
         raise ValueError(f'units: {units!r}; "norms" are other units than channels and stand alone: leave them, or the '
                          "others, out")

@@ -38,8 +38,8 @@ class Coverage:
 
     def lines(self) -> list[str]:
         """In short: the shares, and the reasons that weigh most."""
-        said = [f"coverage: {self.outputs:.1%} of {self.macs:,.0f} MACs are of layers whose outputs can go, "
-                f"{self.shrink:.1%} of layers that shrink at all"]
+        said = [f"coverage: {self.outputs:.1%} of {self.macs:,.0f} MACs (of layers with weights) are of layers whose "
+                f"outputs can go, {self.shrink:.1%} of layers that shrink at all"]
         alike: dict[str, list[str]] = {}  # reason, without the numbers in it -> layers, the greatest first
         for layer in self.kept:
             alike.setdefault(re.sub(r"\d+", "", self.reasons[layer]), []).append(layer)

@@ -216,7 +216,7 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     (("score", "nets:build", "--images", "photos"), "size: nets:build"),
     ((*OWN, "--weights", "DEFAULT"), "weights: only torchvision"),
     ((*OWN, "--checkpoint", "no.pth"), "there is no file no.pth"),
-    ((*OWN, "--checkpoint", "nets.py"), "nets.py holds more than"),
+    ((*OWN, "--checkpoint", "nets.py"), "nets.py is no file of weights"),
     ((*OWN, "--checkpoint", "pruned.safetensors"), "is fastscore-pruned-1, not a state dict; what prune wrote comes"),
     ((*OWN, "--checkpoint", "cut.pt"), "cut.pt is cut short, or damaged; copy it again"),
     (("score", "nets:grey", *OWN[2:], "--checkpoint", "net.safetensors"), "does not fit"),

@@ -130,7 +130,7 @@ def test_it_is_printed_and_kept_in_files(tmp_path: object) -> None:
     scores = fastscore.score(model, [x], progress=False)
     lines = str(scores).splitlines()
     at = next(number for number, line in enumerate(lines) if line.startswith("coverage: "))
-    assert lines[at] == ("coverage: 75.0% of 240 MACs are of layers whose outputs can go, "
+    assert lines[at] == ("coverage: 75.0% of 240 MACs (of layers with weights) are of layers whose outputs can go, "
                          "100.0% of layers that shrink at all")
     assert lines[at + 1] == "  outputs that stay: 25.0% 2 (its channels are the model's output)"
     assert "coverage: 75.0%" in scores._repr_html_()
