@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastscore.modules.copying import ATOMS
+
 _LEADING = ((3,), (2, 3), (2, 2, 3))  # of inputs that it is tried on: as many dimensions as its code takes
 _FAR = 100.0
 _OTHERS = ("torch", "transformers", "fastscore")  # whose layers are known by other means
@@ -29,6 +31,8 @@ class OwnLinear:
     transposed: bool
 
 
+_OF_EVERY_MODULE = set(vars(nn.Module()))
+_alike: "weakref.WeakKeyDictionary[type, dict[Any, OwnLinear | None]]" = weakref.WeakKeyDictionary()
 _found: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, OwnLinear | None]]" = weakref.WeakKeyDictionary()
 
 
@@ -46,9 +50,9 @@ def own_linear(module: nn.Module) -> OwnLinear | None:
     if set(of_dims) not in ({2}, {1, 2}) or len(of_dims) < len(parameters) or \
             not all(parameter.is_floating_point() for parameter in parameters.values()):
         return None
-    key = {name: parameter.shape for name, parameter in parameters.items()}, type(module)
+    key = tuple((name, parameter.shape) for name, parameter in parameters.items()), type(module)
     if module not in _found or _found[module][0] != key:
-        _found[module] = key, _probed(module, of_dims[2], of_dims.get(1))
+        _found[module] = key, _of_its_like(module, key[0], of_dims)
     return _found[module][1]
 
 
@@ -68,6 +72,18 @@ def become_linear(module: nn.Module, own: OwnLinear, weight: Tensor) -> None:
     module.__class__ = nn.Linear
     module.out_features, module.in_features = weight.shape  # type: ignore[assignment]
     module._parameters.update(weight=nn.Parameter(weight.detach(), learns), bias=bias)
+
+
+def _of_its_like(module: nn.Module, shapes: Any, of_dims: dict[int, str]) -> OwnLinear | None:
+    """The same, tried once for all modules of a class that hold equal numbers and words: copies of one, mostly."""
+    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    if not all(type(value) in ATOMS for value in own.values()):
+        return _probed(module, of_dims[2], of_dims.get(1))
+    known = _alike.setdefault(type(module), {})
+    key = shapes, repr(sorted(own.items()))
+    if key not in known:
+        known[key] = _probed(module, of_dims[2], of_dims.get(1))
+    return known[key]
 
 
 def _probed(module: nn.Module, weight: str, bias: str | None) -> OwnLinear | None:
