@@ -36,6 +36,12 @@ class Net(nn.Module):
         if self.how == "scale of a sample":
             scale = x.detach().abs().amax(1, keepdim=True) / 7
             x = torch.tanh(x / scale) * scale
+        if self.how == "halves":
+            x = torch.cat([half * (number + 1) for number, half in enumerate(x.chunk(2))])
+        if self.how == "one of three":
+            x = torch.cat([part * (2 if number == 1 else 1) for number, part in enumerate(x.chunk(3))])
+        if self.how == "places":
+            x = x * (1 + torch.arange(len(x))[:, None] / 10)
         if self.how == "norm":
             x = self.norm(x)
         if self.how == "noise":
@@ -54,7 +60,7 @@ def made(how: str) -> Net:
         return Net(how).double().eval()
 
 
-@pytest.mark.parametrize("how", ["scale", "mask", "deviation"])
+@pytest.mark.parametrize("how", ["scale", "mask", "deviation", "halves", "one of three", "places"])
 def test_scores_of_batches_as_they_are_given_say_so(how: str) -> None:
     model, v = made(how), torch.randn(4, 2, generator=torch.Generator().manual_seed(1)).double()
     options: dict[str, Any] = {"gradient": "loss", "normalize": False, "progress": False}

@@ -1,6 +1,6 @@
 """Whether what a model returns for a sample depends on the others in its batch, by values alone: a scale, a threshold
 or a statistic of the batch, without a gradient, as in dynamic quantisation; or rows of all samples that compete for
-places, as in experts of a limited capacity."""
+places, as in experts of a limited capacity; or on its place in the batch, as where halves are treated differently."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,8 +15,9 @@ from fastscore.graph.trials.trial_inputs import hold_other_values
 from fastscore.modules.inspection import device_of
 from fastscore.modules.weights import recurrent
 
-TOGETHER = ("{0}: what it returns for a sample depends on which others are in its batch (by a scale, a threshold or a "
-            "statistic that its code takes over the batch, or rows of all samples that it chooses among, say). These "
+TOGETHER = ("{0}: what it returns for a sample depends on which others are in its batch, or on its place there (by a "
+            "scale, a threshold or a statistic that its code takes over the batch, rows of all samples that it chooses "
+            "among, or halves of the batch that it treats differently, say). These "
             "are scores for batches as they are given: give such as the model is used with, or have its code treat "
             "each sample by itself")
 _LARGER = 8  # than what is there: the largest of a batch is another then
@@ -25,9 +26,10 @@ _PART = 3  # samples of a batch that are run by themselves
 
 def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, example: Batch,
            axes: Sequence[int | None]) -> bool:
-    """Whether what the model returns for a sample would be another beside other samples.
+    """Whether what the model returns for a sample would be another beside other samples, or at another place.
 
-    The last sample is run beside others, larger ones (where there are others), and the first were run beside fewer.
+    Samples are run at the places of others; the last is run beside others, larger ones (where there are others), and
+    the first were run beside fewer.
     Where the code decides by what the batch holds, or reads numbers of it, that could show nothing by luck: then every
     sample is run by itself, the first and the last beside copies of themselves, which want what they want, and the last
     of `example` without the rest. What shows something counts where the same run twice does not. Code that puts samples
@@ -59,6 +61,9 @@ def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, ex
         for other in _beside_others(batch, own, free, count > 1):
             if hold_other_values(batch, other) and _none_is_there(before, outputs(other, known.size), axes):
                 yield batch
+        turned = _picked(batch, own, [known.size - 1, *range(known.size - 1)])
+        if hold_other_values(batch, turned) and not _are_there(before, outputs(turned, known.size), axes):
+            yield batch
         if not was_sketched and known.size > small.size <= count and not _are_there(before, small.outputs, axes):
             yield batch
         several = [(batch, known.size)] if free else []
@@ -79,7 +84,7 @@ def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, ex
         return False
 
 
-def _picked(batch: Batch, own: Sequence[bool], samples: slice) -> Batch:
+def _picked(batch: Batch, own: Sequence[bool], samples: slice | list[int]) -> Batch:
     """Some samples of a batch. own: of each of its tensors, whether it has a row for each sample."""
     each = iter(own)
     return map_tensors(lambda x: x[samples] if next(each) else x, batch)
