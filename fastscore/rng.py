@@ -1,8 +1,11 @@
 """Random-number states that come back as they were."""
 
+import random
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 
@@ -12,7 +15,8 @@ _forks_lock = threading.Lock()
 
 @contextmanager
 def fork_rng(device: torch.device) -> Iterator[None]:
-    """Random-number states of the CPU and of `device` come back on leaving as they were on entering.
+    """Random-number states of torch, for the CPU and for `device`, of Python and of numpy come back on leaving as they
+    were on entering.
 
     The states are the process's: where blocks of several threads overlap, the last to end brings back what the first
     found.
@@ -32,6 +36,14 @@ def fork_rng(device: torch.device) -> Iterator[None]:
                 _forks[device] = inside - 1, first
             else:
                 first.__exit__(None, None, None)
+
+
+def seed(number: int) -> None:
+    """Seed all generators that fork_rng brings back."""
+    torch.manual_seed(number)
+    random.seed(number)
+    if numpy := _numpy():
+        numpy.seed(number % 2**32)
 
 
 def start_over(device: torch.device) -> None:
@@ -58,7 +70,20 @@ def _state(device: torch.device) -> torch.Tensor:
     return state
 
 
-def _fork(device: torch.device) -> AbstractContextManager[None]:
-    if device.type in ("cpu", "meta"):
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device], device_type=device.type)
+@contextmanager
+def _fork(device: torch.device) -> Iterator[None]:
+    numpy = _numpy()
+    state, of_numpy = random.getstate(), numpy and numpy.get_state(legacy=False)
+    others = {} if device.type in ("cpu", "meta") else {"device_type": device.type}
+    try:
+        with torch.random.fork_rng(devices=[device] if others else [], **others):
+            yield
+    finally:
+        random.setstate(state)
+        if numpy:
+            numpy.set_state(of_numpy)
+
+
+def _numpy() -> Any:
+    """numpy.random, where a model's code can have imported it."""
+    return sys.modules.get("numpy.random")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastscore import files
+from fastscore import files, rng
 from fastscore.arguments import check_number
 from fastscore.batches import Batch, call_model, first_samples, first_tensor, map_tensors
 from fastscore.fingerprints import run_fingerprint
@@ -26,7 +26,6 @@ from fastscore.pruning.report import GroupReport, PruneReport
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.saved import recipes
 from fastscore.pruning.saved.checkpoint import load_state
-from fastscore.rng import fork_rng
 from fastscore.scoring.engine import score
 from fastscore.scoring.scores import Scores
 
@@ -76,8 +75,8 @@ def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs
         schedule: "geometric" (each step takes the same share of what is left) or "linear" (each takes as much).
         resume: a file written after every step. Where it is there already, the steps in it are not done again: killed
             and called again with the same arguments, the result is the one of an uninterrupted run, as far as
-            `finetune` is a function of the model, the data and torch's random numbers; in step i these start from
-            seed + i, and the caller's come back as they were.
+            `finetune` is a function of the model, the data and the random numbers of torch, Python and numpy; in step i
+            these start from seed + i, and the caller's come back as they were.
         options: those of fastscore.score (importance, samples, seed, ...) and fastscore.prune (scope, round_to,
             compensate, ...); floor counts in channels of `model`; ignore and forward go to both.
 
@@ -93,8 +92,8 @@ def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs
     shares = Budgets(channels, params, macs, latency).require_one("prune_iteratively").given
     model = unwrapped(model)
     device, seed = device_of(model), options.get("seed", 0)
-    with fork_rng(device):
-        torch.manual_seed(seed)
+    with rng.fork_rng(device):
+        rng.seed(seed)
         example = example_inputs if example_inputs is not None else \
             _first_sample(batches, options.get("forward", call_model))
     example = map_tensors(lambda tensor: tensor.to(device), example)
@@ -105,8 +104,8 @@ def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs
     if resume is not None and Path(resume).exists():
         run.load(resume, same)
     for step in range(len(run.reports) + 1, steps + 1):
-        with fork_rng(device):
-            torch.manual_seed(seed + step)
+        with rng.fork_rng(device):
+            rng.seed(seed + step)
             targets = {name: SCHEDULES[schedule](share, step / steps) for name, share in shares.items()}
             try:
                 run.step(batches, targets, last=step == steps)

@@ -5,10 +5,12 @@ import gc
 import io
 import os
 import pickle
+import random
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -261,3 +263,43 @@ def test_compiled_models_are_left_as_they_were(name: str) -> None:
             compiled(x)
     assert scorer.scores().samples == 4
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def drawing(model: nn.Module, batch: Tensor) -> Tensor:
+    """A forward whose code draws random numbers of every kind."""
+    random.random()
+    np.random.rand()
+    torch.rand(())
+    return model(batch)
+
+
+def test_random_numbers_of_python_and_numpy_come_back_too() -> None:
+    model, x = PLAIN.model(), PLAIN.inputs(8)
+    scores = fastscore.score(model, [x], progress=False)
+    result = fastscore.prune(model, scores, x, macs=0.8)
+    options = {"forward": drawing, "progress": False}
+    for what in (
+            lambda: fastscore.score(model, [x], **options),
+            lambda: fastscore.prune(model, scores, x, macs=0.8, calibration=[x, x], **options),
+            lambda: fastscore.reconstruct(model, result, [x, x], **options),
+            lambda: fastscore.distill(model, copy.deepcopy(result.model), [x], steps=2, held_out=[x], **options),
+            lambda: fastscore.curve(model, scores, [x, x], [0.8], **options),
+            lambda: fastscore.prune_iteratively(model, [x], steps=1, macs=0.8, forward=drawing),
+            lambda: fastscore.mask(model, scores, 0.2, x, forward=drawing).__enter__()):
+        with oracles.untouched(copy.deepcopy(model)):
+            what()
+
+
+def test_every_step_of_pruning_draws_from_numbers_of_its_own_whatever_was_drawn_before() -> None:
+    def drawn(before: int) -> list[tuple[float, ...]]:
+        found: list[tuple[float, ...]] = []
+        def finetune(model: nn.Module) -> None:
+            found.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+
+        random.seed(before)
+        fastscore.prune_iteratively(PLAIN.model(), [PLAIN.inputs(4)], steps=2, macs=0.7, finetune=finetune)
+        return found
+
+    first, second = drawn(0)
+    assert [first, second] == drawn(1)
+    assert all(one != other for one, other in zip(first, second, strict=True))
