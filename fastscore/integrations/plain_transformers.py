@@ -1,7 +1,9 @@
 """A pruned model of transformers as an ordinary one: widths in its config, so that from_pretrained loads it."""
 
 import copy
-from collections.abc import Iterator, Mapping
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -13,15 +15,21 @@ from fastscore.graph.cutting import heads
 from fastscore.modules.attention import rotary
 from fastscore.modules.norms.channel_norms import ChannelNorm, NarrowedNorm, norm_of
 from fastscore.modules.weights.experts import holds_experts
+from fastscore.modules.weights.transposed_linear import is_linear, widths
 from fastscore.modules.wrappers import unwrapped
 
 _WAY_OUT = "keep it with fastscore.save_pruned, and load it with fastscore.load_pruned"
-# what a config calls a width -> the layers whose outputs have it, by the last part of their names
+# what a config calls a width -> the layers whose outputs have it, or mixtures whose experts do, by their names. A layer
+# is of the first that a config has: one of encoders and decoders may have a width for each, mixtures one for experts
 _WIDTHS: Mapping[str, tuple[str, ...]] = {
-    "intermediate_size": ("up_proj", "fc1", "intermediate.dense", "dense_h_to_4h"),
-    "num_attention_heads": ("q_proj", "self.query", "attention.query"),
-    "num_key_value_heads": ("k_proj",),
+    "encoder_ffn_dim": ("*encoder.layers.*.fc1",), "decoder_ffn_dim": ("*decoder.layers.*.fc1",),
+    "ffn_dim": ("*.fc1",), "d_ff": ("*.wi", "*.wi_0"), "n_inner": ("*.c_fc", "*.fc_in"), "hidden_dim": ("*.ffn.lin1",),
+    "moe_intermediate_size": ("*.experts",), "shared_expert_intermediate_size": ("*.shared_expert.up_proj",),
+    "intermediate_size": ("*.up_proj", "*.fc1", "*.intermediate.dense", "*.dense_h_to_4h", "*.c_fc", "*.experts"),
+    "num_attention_heads": ("*.q_proj", "*.self.query", "*.attention.query", "*Attention.q"),
+    "num_key_value_heads": ("*.k_proj",),
 }
+_EPS = ("rms_norm_eps", "layer_norm_epsilon")
 _EXPERTS = ("num_experts", "num_local_experts")
 _PER_HEAD = ("num_attention_heads", "num_key_value_heads")
 _QUERIES, _SCALE = ("q_proj", "query"), "scaling"  # what makes queries, and what an attention multiplies products by
@@ -66,15 +74,25 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> PreTrained
         shapes = [list(tensors[name].shape) if name in tensors else "not there"
                   for tensors in (state, plain.state_dict())]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"model: {name} is {shapes[0]}, and by {type(config).__name__}, which has one width for "
-                             f"all layers, {shapes[1]}: prune with scope=\"layer\", compensate=False and "
-                             f"such layers in ignore=, or {_WAY_OUT}")
+            raise ValueError(_mismatch(name, shapes, state, type(config).__name__))
     _scale_queries(model, plain, state)
     plain.load_state_dict(state)
     plain = plain.to(next(model.parameters()).dtype).train(model.training)
     _check_same(model, plain)
     plain.save_pretrained(folder)
     return plain
+
+
+def _mismatch(name: str, shapes: Sequence[object], state: Mapping[str, Tensor], config: str) -> str:
+    """What is said of a tensor that the model has otherwise than a model of its config."""
+    alike = re.compile(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)))
+    others = {each: list(tensor.shape) for each, tensor in state.items() if alike.fullmatch(each)}
+    other = next((each for each, shape in others.items() if shape != shapes[0]), "")
+    why = f"which has one width for all layers ({other} is {others[other]})" if other else \
+        "which has no word for another width there"
+    layer = re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight").removesuffix(".bias"))
+    return (f"model: {name} is {shapes[0]}, and {shapes[1]} by {config}, {why}: prune with scope=\"layer\", "
+            f"compensate=False and such layers in ignore= (\"{layer}\"), or {_WAY_OUT}")
 
 
 def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tuple[str, Any]]:
@@ -91,10 +109,11 @@ def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tupl
                  getattr(config, "head_dim", None) or hidden // count)
     hidden = embeddings.weight.shape[1 if isinstance(embeddings, nn.Embedding) else 0]
     yield "hidden_size", hidden
-    for setting, endings in _WIDTHS.items():
-        found = [layer.out_features for name, layer in model.named_modules()
-                 if isinstance(layer, nn.Linear) and name.endswith(endings)]
-        if found and hasattr(config, setting):
+    left = dict(_widths(model))
+    for setting, patterns in _WIDTHS.items():
+        names = [name for name in left if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        if names and hasattr(config, setting):
+            found = [left.pop(name) for name in names]
             yield setting, found[0] // (width if setting in _PER_HEAD else 1)
             if setting == "num_attention_heads" and (hasattr(config, "head_dim") or found[0] != hidden):
                 yield "head_dim", width  # without it, some divide the hidden size by the number of heads
@@ -114,8 +133,18 @@ def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tupl
         ratio = module.dense_width / module.width
         weight = module.weight.detach()
         state[f"{name}.weight"] = (weight.double() + norm.offset).mul(ratio ** 0.5).sub(norm.offset).to(weight.dtype)
-        if norm.eps is not None and hasattr(config, "rms_norm_eps"):
-            yield "rms_norm_eps", norm.eps * ratio
+        setting = next((setting for setting in _EPS if hasattr(config, setting)), "")
+        if norm.eps is not None and setting:
+            yield setting, norm.eps * ratio
+
+
+def _widths(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """(a linear layer, how many outputs it has), and (the experts of a mixture, how wide each is inside)."""
+    for name, module in model.named_modules():
+        if is_linear(module):
+            yield name, module.out_features if isinstance(module, nn.Linear) else widths(module)[1]
+        elif holds_experts(module):
+            yield name, module.down_proj.shape[-1]
 
 
 def _scale_queries(model: PreTrainedModel, plain: PreTrainedModel, state: dict[str, Tensor]) -> None:
@@ -176,12 +205,17 @@ def _check_same(model: PreTrainedModel, plain: PreTrainedModel) -> None:
 
 
 def _inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Two small images for a model of images, for another what transformers holds ready."""
+    """Two small images for a model of images, two spectrograms for one of speech, for another what transformers holds
+    ready."""
     config = model.config
+    drawn = torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":
         size = getattr(config, "image_size", None) or 64
         height, width = (size, size) if isinstance(size, int) else size
-        drawn = torch.Generator().manual_seed(0)
         return {"pixel_values": torch.randn(2, config.num_channels, height, width, generator=drawn).to(model.dtype)}
+    if hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+        spectrogram = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, generator=drawn)
+        return {"input_features": spectrogram.to(model.dtype),
+                "decoder_input_ids": torch.arange(10).reshape(2, 5) % config.vocab_size}
     return {name: value % config.vocab_size if name == "input_ids" else value
             for name, value in model.dummy_inputs.items()}

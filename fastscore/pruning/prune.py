@@ -18,6 +18,7 @@ from fastscore.progress import shown
 from fastscore.pruning.budgets import clocks
 from fastscore.pruning.budgets.clocks import Clock
 from fastscore.pruning.budgets.costs import Costs, MacsWithout
+from fastscore.pruning.budgets.finer_steps import say_coarse
 from fastscore.pruning.budgets.latency import select_by_latency
 from fastscore.pruning.budgets.quality import HELD_OUT, Quality, build_after, select_by_quality
 from fastscore.pruning.budgets.selection import check_removable, give_back, macs_along, scored_graph, select
@@ -207,6 +208,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         def pruned(order: list[RemovalStep]) -> PruneResult:
             """The smaller model, whose channels go in this order; `costs` are whole before and after."""
             nonlocal candidates, judged
+            coarse = ""
             if quality.given:
                 assert judges is not None
                 assert counted is not None
@@ -217,11 +219,13 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
                 return result
             if budgets.latency is None:
                 removed = select(order, costs, budgets.counted, counted)
+                coarse = say_coarse(order, removed, costs, budgets.counted)
             else:
                 removed, candidates = select_by_latency(order, costs, budgets, lambda gone: cut(gone)[1:],
                                                         eval_model, example_inputs, forward, counted, clock)
             try:
-                return build(removed, fit)
+                made = build(removed, fit)
+                return replace(made, report=made.report.with_notes(budget=coarse))
             finally:
                 give_back(removed, costs)
 

@@ -1,7 +1,7 @@
 """What prune() did, in figures."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -165,6 +165,10 @@ class PruneReport(Table):
     def held(self) -> Judged | None:
         """With a quality budget, the model that prune() returned, as it was judged; None where nothing could go."""
         return next((row for row in self.judged if row.chosen), None)
+
+    def with_notes(self, **notes: str) -> "PruneReport":
+        """This report with more notes, those that say something."""
+        return replace(self, notes={**self.notes, **{name: text for name, text in notes.items() if text}})
 
     def records(self) -> list[dict[str, Any]]:
         """A row for each group of channels: what there was, and what remains."""

@@ -52,9 +52,9 @@ def test_from_pretrained_loads_what_was_pruned_alike_in_all_layers(kind: str, tm
 
 
 @pytest.mark.parametrize(("kind", "options", "said"), [
-    ("Llama", {"macs": 0.6, "round_to": 8, "compensate": False}, "scope=\"layer\""),
+    ("Llama", {"macs": 0.75, "round_to": 8, "compensate": False}, "scope=\"layer\""),
     ("Llama", {"channels": 0.6, "scope": "layer", "round_to": 8}, "lm_head.bias"),
-    ("Llama", {"channels": 0.66, "scope": "layer", "compensate": False}, "multiple of the number of attention heads"),
+    ("Llama", {"channels": 0.8, "scope": "layer", "compensate": False}, "multiple of the number of attention heads"),
     ("BERT", {"channels": 0.6, "scope": "layer", "compensate": False}, "LayerNorm that divides"),
     ("Llama", {"channels": 0.75, "scope": "layer", "compensate": False, "units": "heads_and_dims"},
      r"lost pairs of dimensions .*units=\"groups\""),
@@ -119,6 +119,58 @@ def test_models_of_images(kind: str, said: str, ways: tuple[str, ...], tmp_path:
     assert sum(parameter.numel() for parameter in loaded.parameters()) < dense
     with torch.no_grad():
         torch.testing.assert_close(forward(loaded, batch), forward(small, batch), rtol=1e-5, atol=1e-5)
+
+
+WORDS = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TWO = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2,
+       "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 32, "decoder_start_token_id": 2}
+TEXT: dict[str, tuple[Any, Any, tuple[str, ...], tuple[str, ...]]] = {  # what stays, and what the config then says
+    "GPT-2": (transformers.GPT2LMHeadModel, transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, **WORDS),
+              ("transformer.wte*", "*c_attn"), ("n_inner",)),
+    "T5": (transformers.T5ForConditionalGeneration,
+           transformers.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0,
+                                 **WORDS), ("shared",), ("d_ff", "num_heads")),
+    "BART": (transformers.BartForConditionalGeneration, transformers.BartConfig(**TWO, **WORDS),
+             ("model.shared", "*attn*"), ("encoder_ffn_dim", "decoder_ffn_dim")),
+    "Mixtral": (transformers.MixtralForCausalLM,
+                transformers.MixtralConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                           num_key_value_heads=2, intermediate_size=32, num_local_experts=3,
+                                           num_experts_per_tok=2, **WORDS),
+                ("*q_proj",), ("intermediate_size",)),
+}
+
+
+@pytest.mark.parametrize("kind", TEXT)
+def test_widths_of_models_of_text(kind: str, tmp_path: Path) -> None:
+    """What each config calls its widths; layers of equal width stay equally wide, of a mixture's experts, too."""
+    family, config, ignore, said = TEXT[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = family(config).eval()
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        batch = {"input_ids": torch.randint(3, 40, (3, 7))}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = batch["input_ids"][:, :5]
+    scores = fastscore.score(model, [batch], importance="magnitude-l2", forward=forward, progress=False)
+    small: Any = fastscore.prune(model, scores, batch, forward=forward, channels=0.6, scope="layer", compensate=False,
+                                 ignore=ignore, progress=False).model
+    save_pretrained(small, tmp_path)
+    loaded = type(small).from_pretrained(tmp_path)
+    assert all(getattr(loaded.config, name) != getattr(config, name) for name in said)
+    with torch.no_grad():
+        torch.testing.assert_close(forward(loaded, batch), forward(small, batch), rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_config_has_no_word_for_is_named_as_ignore_takes_it(tmp_path: Path) -> None:
+    family, config, ignore, _ = TEXT["GPT-2"]
+    model, batch = family(config).eval(), {"input_ids": torch.randint(3, 40, (3, 7))}
+    scores = fastscore.score(model, [batch], importance="magnitude-l2", forward=forward, progress=False)
+    small = fastscore.prune(model, scores, batch, forward=forward, channels=0.6, scope="layer", compensate=False,
+                            ignore=ignore[:1], progress=False).model
+    with pytest.raises(ValueError, match="no word for another width there") as caught:
+        save_pretrained(small, tmp_path / "out")
+    assert '("transformer.h.*.attn.c_attn")' in str(caught.value)
 
 
 @pytest.mark.parametrize("units", ["head_dims", "heads_and_dims"])

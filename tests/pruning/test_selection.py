@@ -19,6 +19,7 @@ from fastscore.graph.cutting.surgery import remove_indices, removed_indices
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.tracing import trace
 from fastscore.pruning.budgets.costs import Costs, channel_multiple, total_macs
+from fastscore.pruning.budgets.finer_steps import say_coarse, with_finer_steps
 from fastscore.pruning.budgets.selection import channels_of, select
 from fastscore.pruning.order.ranking import RemovalStep, channel_costs, layer_kinds, removal_order
 from fastscore.scoring.scores import Origin, Scores
@@ -232,6 +233,22 @@ def test_the_most_important_come_back_when_a_big_step_made_room() -> None:
     assert costs.totals["params"] == 20
 
 
+def test_a_branch_that_would_go_far_below_stays_and_the_report_says_so() -> None:
+    """Two branches of 40 and ten channels of 2 are 100; 50 may remain, and do without one branch and five channels."""
+    steps = [RemovalStep("one", (0,), 0.0), RemovalStep("two", (0,), 1.0)]
+    steps += [RemovalStep("fine", (channel,), 2.0) for channel in range(9)]
+    costs, budgets = Prices(one=(1, 40), two=(1, 40), fine=(10, 2)), {"params": 0.5}
+    assert removed(steps, costs, **budgets) == {"one": [0], "fine": list(range(5))}
+    gone = {"one": torch.tensor([0]), "fine": torch.arange(5)}
+    said = say_coarse(steps, gone, costs, budgets)  # type: ignore[arg-type]
+    assert said.endswith("without them: two (10.0% of the params where 50.0% may remain)")
+    costs = Prices(one=(1, 40), two=(1, 40), fine=(2, 2))
+    assert removed(steps[:2], costs, **budgets) == {"one": [0], "two": [0]}
+    said = say_coarse(steps[:2], {"one": gone["one"], "two": gone["one"]}, costs, budgets)  # type: ignore[arg-type]
+    assert said.startswith("4.8% of the params where 50.0% may remain: each step that went")
+    assert costs.totals["params"] == 4
+
+
 def test_every_budget_holds() -> None:
     groups = (group("a", 10), group("b", 10))
     scores = made_up(a=list(range(10)), b=list(range(10, 20)))
@@ -280,9 +297,42 @@ def test_any_budget_is_met_from_below_by_less_than_a_step(rows: list[list[float]
             assert all(row[c] >= worst for c in set(range(len(row))) - set(gone.get(name, ())))
     last = {step.group: step for step in steps if set(step.channels) <= set(gone.get(step.group, ()))}
     for step in last.values():  # no last step of any group could have stayed
-        costs.restore(step.group, step.channels)
+        for name, channels in step.parts:
+            costs.restore(name, channels)
         assert costs.totals[unit] > share * costs.dense[unit]
+        for name, channels in step.parts:
+            costs.remove(name, channels)
+    if scope == "layer" and len({len(row) for row in rows}) == 1:  # layers of equal width stay equally wide
+        assert len({len(gone.get(name, ())) for name in names}) == 1
+
+
+@QUICK
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=7), st.integers(0, 100), st.integers(1, 30))
+def test_finer_steps_stand_in_for_a_coarse_one(sizes: list[int], percent: int, whole: int) -> None:
+    """Against the rule by hand: of the steps that meet a budget, each is tried when those before it have stayed;
+    it gives way to what follows where it goes further below the budget than all of that takes, and 2 % at least."""
+    steps = [RemovalStep(f"g{number}", (0,), number) for number in range(len(sizes))]
+    costs = Prices(**{f"g{number}": (1, size) for number, size in enumerate(sizes)}, rest=(1, whole))
+    total, limit = sum(sizes) + whole, percent / 100 * (sum(sizes) + whole)
+    left, stays, found = float(total), [], []  # found: (what went, what remains, what did before its last)
+    for number, size in enumerate(sizes):
+        if left - size > limit:
+            left -= size
+            continue
+        found.append(([each for each in range(number + 1) if each not in stays], left - size, left))
+        stays.append(number)
+    if not found or limit >= total:
+        return
+    best = found[0]
+    for other in found[1:]:
+        if limit - best[1] > max(0.02 * total, best[2] - other[1]):
+            best = other
+    first = steps[:len(found[0][0])]
+    for step in first:
         costs.remove(step.group, step.channels)
+    taken = with_finer_steps(steps, len(first), costs, {"params": percent / 100})  # type: ignore[arg-type]
+    assert [step.value for step in taken] == best[0]
+    assert costs.totals["params"] == best[1]
 
 
 @QUICK

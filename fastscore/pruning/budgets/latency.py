@@ -161,9 +161,12 @@ def foreseen_times(order: Sequence[RemovalStep], costs: Costs, seconds: Mapping[
 
     left = [math.fsum(seconds[name] for name in whole)]
     for step in order:
-        before = of_group(step.group)
-        costs.remove(step.group, step.channels)
-        left.append(left[-1] - before + of_group(step.group))
+        time = left[-1]
+        for group, channels in step.parts:
+            time -= of_group(group)
+            costs.remove(group, channels)
+            time += of_group(group)
+        left.append(time)
     restore(order, costs)
     return left
 
@@ -183,7 +186,8 @@ def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Budgets,
     restore(order[:start], costs)
     left = [dict(costs.totals)]
     for step in order:
-        costs.remove(step.group, step.channels)
+        for group, channels in step.parts:
+            costs.remove(group, channels)
         left.append(dict(costs.totals))
     restore(order, costs)
     measured: dict[int, Timing] = {}
@@ -206,8 +210,8 @@ def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Budgets,
                 return measured[steps].share
 
             steps = search_steps(foreseen, start, share, measure, lambda steps: measured[steps].uncertainty)
-    for step in order[:steps]:
-        costs.remove(step.group, step.channels)
+    for group, channels in (part for step in order[:steps] for part in step.parts):
+        costs.remove(group, channels)
     shares = [{unit: row[unit] / costs.dense[unit] for unit in costs.dense} for row in left]
     return channels_of(order[:steps]), tuple(
         Candidate(shares[count]["channels"], shares[count]["params"], counted[count] / costs.dense["macs"], timing,

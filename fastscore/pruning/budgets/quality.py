@@ -208,14 +208,15 @@ def build_after(steps: Sequence[RemovalStep], costs: Costs,
                 build: Callable[[Mapping[str, Tensor]], PruneResult]) -> PruneResult:
     """What `build` makes of the channels that go in `steps`, while they are gone from `costs`."""
     removed: dict[str, list[int]] = defaultdict(list)
-    for step in steps:
-        costs.remove(step.group, step.channels)
-        removed[step.group] += step.channels
+    parts = [part for step in steps for part in step.parts]
+    for group, channels in parts:
+        costs.remove(group, channels)
+        removed[group] += channels
     try:
         return build({group: torch.tensor(sorted(channels)) for group, channels in removed.items()})
     finally:
-        for step in reversed(steps):
-            costs.restore(step.group, step.channels)
+        for group, channels in reversed(parts):
+            costs.restore(group, channels)
 
 
 def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quality: Quality, dense: nn.Module,

@@ -14,6 +14,7 @@ from fastscore.graph import scored_units
 from fastscore.graph.groups import ChannelGraph, Ignore
 from fastscore.graph.tracing import trace
 from fastscore.pruning.budgets.costs import Costs, MacsWithout, Resource
+from fastscore.pruning.budgets.finer_steps import over, with_finer_steps
 from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.scoring.scores import Scores
 from fastscore.wording import counted
@@ -133,7 +134,7 @@ def macs_along(steps: Sequence[RemovalStep], costs: Costs, macs_without: MacsWit
     """What remains along `steps`; `costs`, whole, are so again afterwards."""
     foreseen = [costs.totals["macs"]]
     for step in steps:
-        costs.remove(step.group, step.channels)
+        _remove(step, costs)
         foreseen.append(costs.totals["macs"])
     restore(steps, costs)
     return MacsLeft(foreseen, lambda count: macs_without(channels_of(steps[:count])), costs.sums_hold)
@@ -141,10 +142,11 @@ def macs_along(steps: Sequence[RemovalStep], costs: Costs, macs_without: MacsWit
 
 def _foreseen_steps(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float]) -> int:
     count = 0
-    while over := _over(costs, budgets):
+    while exceeded := over(costs, budgets):
         if count == len(steps):
-            raise OutOfReachError(over[0], budgets[over[0]], costs.totals[over[0]] / costs.dense[over[0]])
-        costs.remove(steps[count].group, steps[count].channels)
+            unit = exceeded[0]
+            raise OutOfReachError(unit, budgets[unit], costs.totals[unit] / costs.dense[unit])
+        _remove(steps[count], costs)
         count += 1
     return count
 
@@ -183,20 +185,30 @@ def select(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, fl
            macs_without: MacsWithout | None = None) -> dict[str, Tensor]:
     """Channels to remove so that every budget holds: group -> int64 [R], ascending; they are gone from `costs`.
 
-    Steps go in order until it holds (see steps_needed); then the most important of the removed come back as long as it
-    still does, so what remains is below the budget by less than any one of them.
+    Steps go in order until it holds (see steps_needed), but for coarse ones that finer ones stand in for; then the most
+    important of the removed come back as long as it still does, so what remains is below the budget by less than any
+    one of them.
     """
-    taken = steps[:steps_needed(steps, costs, budgets, macs_without)]
+    first = steps[:steps_needed(steps, costs, budgets, macs_without)]
+    reached = costs.totals["macs"]
+    taken = with_finer_steps(steps, len(first), costs, budgets)
     if macs_without is None or "macs" not in budgets:
         return channels_of(_give_back(taken, costs, budgets))
+    if taken != first:
+        costs.totals["macs"] = macs_without(channels_of(taken))
+        if over(costs, budgets) or costs.totals["macs"] < reached:  # the finer ones were foreseen to be others
+            restore(taken, costs)
+            for step in first:
+                _remove(step, costs)
+            costs.totals["macs"], taken = reached, first
     reached, foreseen = costs.totals["macs"], _are_foreseen(taken, costs)
     gone = _give_back(taken, costs, budgets)
     if len(gone) < len(taken):
         costs.totals["macs"] = macs_without(channels_of(gone))
-        if _over(costs, budgets):
+        if over(costs, budgets):
             for step in taken:
                 if step not in gone:
-                    costs.remove(step.group, step.channels)
+                    _remove(step, costs)
             costs.totals["macs"], gone, foreseen = reached, dict.fromkeys(taken), False
     if not foreseen:  # again, each with a count of its own
         gone = _give_back([step for step in taken if step in gone], costs, budgets, macs_without)
@@ -223,21 +235,22 @@ def _give_back(taken: Sequence[RemovalStep], costs: Costs, budgets: Mapping[Reso
     gone = dict.fromkeys(taken)
     counts = 0
     for step in reversed(taken):
-        if step.group in stuck:
+        if not stuck.isdisjoint(step.groups):
             continue
         before = costs.totals["macs"]
-        costs.restore(step.group, step.channels)
+        for group, channels in step.parts:
+            costs.restore(group, channels)
         del gone[step]
-        if macs_without is not None and (counts < RECOUNTS or not _over(costs, budgets)):
+        if macs_without is not None and (counts < RECOUNTS or not over(costs, budgets)):
             try:
                 costs.totals["macs"] = macs_without(channels_of(gone))
             except RuntimeError:  # of what is left then, which does not run
                 costs.totals["macs"] = math.inf
             counts += 1
-        if _over(costs, budgets):
-            costs.remove(step.group, step.channels)
+        if over(costs, budgets):
+            _remove(step, costs)
             costs.totals["macs"] = before
-            stuck.add(step.group)
+            stuck.update(step.groups)
             gone[step] = None
     return gone
 
@@ -250,9 +263,11 @@ def channels_of(steps: Iterable[RemovalStep]) -> dict[str, Tensor]:
 def _by_group(steps: Iterable[RemovalStep]) -> dict[str, list[int]]:
     removed: dict[str, list[int]] = defaultdict(list)
     for step in steps:
-        removed[step.group] += step.channels
+        for group, channels in step.parts:
+            removed[group] += channels
     return removed
 
 
-def _over(costs: Costs, budgets: Mapping[Resource, float]) -> list[Resource]:
-    return [unit for unit, share in budgets.items() if costs.totals[unit] > share * costs.dense[unit] * (1 + 1e-12)]
+def _remove(step: RemovalStep, costs: Costs) -> None:
+    for group, channels in step.parts:
+        costs.remove(group, channels)

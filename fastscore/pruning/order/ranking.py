@@ -22,11 +22,23 @@ _GROUPED_PRODUCT = 16  # bytes, of which strides are multiples (torch._grouped_m
 
 @dataclass(frozen=True, slots=True)
 class RemovalStep:
-    """Channels of one group that go at once, and the value by which steps are ordered."""
+    """Channels of one group that go at once, and the value by which steps are ordered; beside them those of other
+    groups that stay as wide as it (scope="layer")."""
 
     group: str
     channels: tuple[int, ...]
     value: float
+    beside: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    @property
+    def parts(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """(group, its channels) of all groups that lose some."""
+        return (self.group, self.channels), *self.beside
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups that lose channels."""
+        return tuple(group for group, _ in self.parts)
 
 
 def rank(model: nn.Module, groups: tuple[ChannelGroup, ...], scores: Scores, costs: Costs, budgets: Budgets,
@@ -100,8 +112,8 @@ def removal_order(groups: tuple[ChannelGroup, ...], scores: Mapping[str, Tensor]
         groups: those that may lose channels.
         scores: their importances.
         scope: "global" compares importances across groups; "layer" their rank within each group, so that all groups
-            shrink alike; "isomorphic" their rank among the groups whose channels the same kinds of layers make, pass
-            and read, so that all such classes shrink alike.
+            shrink alike, and those of equal width stay equally wide; "isomorphic" their rank among the groups whose
+            channels the same kinds of layers make, pass and read, so that all such classes shrink alike.
         round_to: widths that remain are multiples of it (where a group is wide enough), or group -> its multiple.
         floor: the share of each group's channels that stays whatever the budget, or group -> share; at least one
             channel stays always.
@@ -131,7 +143,21 @@ def removal_order(groups: tuple[ChannelGroup, ...], scores: Mapping[str, Tensor]
             steps += _group_steps(group, scores[group.name].double(), costs, multiple, floors.get(group.name, 0.0))
         steps.sort(key=lambda step: step.value)  # stable: ties keep the order of groups and channels
         order += steps if scope == "global" else _by_rank(steps, sum(group.channels for group in members))
-    return sorted(order, key=lambda step: step.value)
+    order.sort(key=lambda step: step.value)
+    return _side_by_side(order) if scope == "layer" else order
+
+
+def _side_by_side(order: Iterable[RemovalStep]) -> list[RemovalStep]:
+    """The same order, where groups whose steps are as many and as large as each other's take each of them at once."""
+    steps: dict[str, list[RemovalStep]] = defaultdict(list)
+    for step in order:
+        steps[step.group].append(step)
+    alike: dict[tuple[tuple[int, float], ...], list[str]] = defaultdict(list)
+    for group, own in steps.items():
+        alike[tuple((len(step.channels), step.value) for step in own)].append(group)
+    joined = [replace(first, beside=tuple((step.group, step.channels) for step in others))
+              for groups in alike.values() for first, *others in zip(*(steps[group] for group in groups), strict=True)]
+    return sorted(joined, key=lambda step: step.value)
 
 
 def layer_kinds(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, str]:
