@@ -64,7 +64,9 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[tuple[Ch
 def with_experts(graph: ChannelGraph) -> ChannelGraph:
     """The graph's groups, and its experts as groups beside them."""
     kept = {name + WHOLE_EXPERTS: reason for name, reason in graph.kept_experts.items()}
-    return replace(graph, groups=(*graph.groups, *graph.experts), skipped={**graph.skipped, **kept})
+    routers = {member.layer for group in graph.experts for member in group.role("router")}  # rows go with experts
+    skipped = {layer: reason for layer, reason in graph.skipped.items() if layer not in routers}
+    return replace(graph, groups=(*graph.groups, *graph.experts), skipped={**skipped, **kept})
 
 
 def never_chosen(model: nn.Module, groups: Iterable[ChannelGroup], removed: Any) -> Iterator[Any]:

@@ -100,6 +100,7 @@ def test_as_many_stay_as_are_chosen_and_parameters_are_counted(tmp_path: Path) -
     """With the width between the matrices, which all experts have, under one budget; by a Scorer too."""
     model = whole_way.noisy(_mixtral)
     scores = fastscore.score(model, [TOKENS], units="experts", forward=forward, progress=False)
+    assert not any("gate" in name for name in scores.skipped)  # the rows of routers go with experts
     scorer = fastscore.Scorer(model, TOKENS, units="experts", gradient="random", output=lambda output: output.logits)
     with scorer:
         scorer.probe(model(**TOKENS).logits)
