@@ -12,7 +12,7 @@ from fastscore import batches
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.undo import undone_on_error
-from fastscore.modules.weights import called_layers, computed_weights
+from fastscore.modules.weights import computed_weights, noted_uses
 from fastscore.modules.wrappers import without_checkpoints
 from fastscore.rng import fork_rng
 
@@ -77,7 +77,7 @@ def check_first_run(model: nn.Module, batch: batches.Batch, forward: batches.For
     given = batches.map_tensors(lambda tensor: tensor.detach().clone(), batch)
     versions = [(tensor, tensor._version) for tensor in batches.tensors_of(given)]
     with undone_on_error(model):
-        watch, noting = _OwnTensors(own), called_layers.Noting(copied)
+        watch, noting = _OwnTensors(own), noted_uses.Noting(copied)
         with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), suppress(Exception), watch, noting:
             forward(copied, given)  # whoever runs it next tells exceptions of its code
         held = next((f"{name}.{where}".lstrip(".") for name, module, values in before

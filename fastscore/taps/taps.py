@@ -67,10 +67,10 @@ class Taps:
         """Set the hooks. Raises RuntimeError when they are set already."""
         if self._handles:
             raise RuntimeError("these taps are attached already: detach() first")
-        self._handles = [self.model.register_forward_pre_hook(self._hook(self._begin), with_kwargs=True),
-                         self.model.register_forward_hook(self._hook(self._end))]
         layers = [point.owner(layer) for layer, point in self.points.items()]
-        self._handles += held_weights.replace(self.model, layers)
+        self._handles = list(held_weights.replace(self.model, layers))
+        self._handles += [self.model.register_forward_pre_hook(self._hook(self._begin), with_kwargs=True),
+                          self.model.register_forward_hook(self._hook(self._end))]
         self._handles += multihead_attention.replace_attention(self.model, layers)
         for layer, point in self.points.items():
             module = self.model.get_submodule(point.module or layer)

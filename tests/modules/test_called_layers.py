@@ -1,7 +1,11 @@
 """Layers that a module's code runs by a function of their parameters, or past their call, go as those do that are
 called."""
 
+import copy
+import inspect
+import pickle
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -220,3 +224,163 @@ def test_what_a_call_would_not_do_is_kept_with_the_reason(build: type[Net], reas
         scores = fastscore.score(model, [x], progress=False)
     assert list(scores) == ["c"]
     assert scores.skipped["b"] == reason
+
+
+class ByForward(OneOfThem):
+    def second(self, x: Tensor) -> Tensor:
+        return self.slopes(self.b.forward(x))
+
+
+def _times(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def _less(layer: nn.Module, args: Any) -> Any:
+    return args[0] - 1,
+
+
+@pytest.mark.parametrize(("build", "reason"), [
+    (OneOfThem, "the code of OneOfThem reads its weight, and does not call it"),
+    (ByForward, "the model's code runs b by b.forward(x), which its hooks do not see: write b(x)")])
+@pytest.mark.parametrize("set_hook", [lambda layer: layer.register_forward_hook(_times),
+                                      lambda layer: layer.register_forward_pre_hook(_less)])
+def test_hooks_that_do_not_run_for_the_user_never_run(build: type[Net], reason: str, set_hook: Any) -> None:
+    """Of a layer that is not called: the model is the one without them, and the layer is kept."""
+    model, plain, x = noisy(build), noisy(build), _x()
+    set_hook(model.b)
+    scores, expected = (fastscore.score(each, [x], progress=False) for each in (model, plain))
+    assert list(scores) == ["c"]
+    assert scores.skipped["b"] == reason
+    torch.testing.assert_close(scores["c"], expected["c"])
+    with torch.no_grad(), fastscore.mask(model, scores, 0, x):
+        assert torch.equal(model(x), plain(x))
+
+
+def test_a_hook_that_is_set_later_is_an_error() -> None:
+    model, x = noisy(OneOfThem), _x()
+    scorer = fastscore.Scorer(model, x)
+    handle = model.b.register_forward_hook(_times)
+    with pytest.raises(ValueError, match=r"^b: a hook has been set on it, which the code of OneOfThem does not run"):
+        scorer.__enter__()
+    handle.remove()
+    with scorer:
+        model(x).sum().backward()
+    assert set(scorer.scores()) == set(_NAMES)
+
+
+def _normed(build: type[Net]) -> Net:
+    model: Net = noisy(build)
+    nn.utils.parametrizations.weight_norm(model.b)
+    return model
+
+
+def test_weights_that_are_computed_are_kept_where_functions_run_them() -> None:
+    """They are others in each pass; those of a layer whose forward is run go."""
+    x = _x()
+    assert list(fastscore.score(_normed(OneOfThem), [x], progress=False)) == ["c"]
+    found, expected = (fastscore.score(_normed(build), [x], progress=False) for build in (ByForward, Net))
+    model = _normed(ByForward)
+    with torch.no_grad(), fastscore.mask(model, found, 0.4, x, scope="layer", compensate=False):
+        masked = model(x)
+    small = fastscore.prune(model, found, x, channels=0.6, scope="layer", compensate=False).model
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), masked, rtol=1e-9, atol=1e-9)
+    for name in _NAMES:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-9)
+
+
+class BySize(Net):
+    def second(self, x: Tensor) -> Tensor:
+        wide = 1 + (x.shape[-1] > 10)
+        return self.slopes(F.conv2d(x, self.b.weight, self.b.bias, 2, wide, wide))
+
+
+def test_what_another_batch_has_it_do_is_an_error() -> None:
+    """A tap would not see it. The model is not changed by it, and runs on both as long as nobody looks."""
+    model, x = noisy(BySize), _x()
+    wide, y = torch.cat([x, x], 3), model(_x())
+    with untouched(model), pytest.raises(RuntimeError, match=r"^b: the code of BySize runs it by conv2d\(\)"):
+        fastscore.score(model, [x, wide], progress=False)
+    scores = fastscore.score(model, [x], progress=False)
+    with untouched(model), fastscore.Scorer(model, x), pytest.raises(RuntimeError, match=r"^b: the code of BySize"):
+        model(wide)
+    with untouched(model), fastscore.mask(model, scores, 0.3, x), pytest.raises(RuntimeError, match="write b"):
+        model(wide)
+    assert torch.equal(model(x), y)
+    assert model(wide).isfinite().all()
+
+
+class Strict(Functions):
+    """Of a class that knows its own subclasses, attributes and objects."""
+
+    def __init_subclass__(cls, *, tag: str, **others: Any) -> None:
+        raise AssertionError(tag)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        assert name != "__class__"
+        super().__setattr__(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of nothing else."""
+        assert type(self) is Strict
+        return super().forward(x)
+
+
+def test_classes_stay_and_copies_are_what_they_are_without_taps() -> None:
+    model, x = noisy(Strict), _x()
+    scores = fastscore.score(model, [x], progress=False)
+    scorer = fastscore.Scorer(model, x)
+    with untouched(model), scorer:
+        copied, read = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        assert list(inspect.signature(model.forward).parameters) == ["x"]
+    with fastscore.mask(model, scores, 0.3, x):
+        masked = copy.deepcopy(model)
+        assert torch.equal(masked(x), model(x))
+    for each in (copied, read, pickle.loads(pickle.dumps(copied))):
+        assert type(each) is Strict
+        assert torch.equal(each(x), model(x))
+        torch.testing.assert_close(dict(fastscore.score(each, [x], progress=False)), dict(scores))
+
+
+def _run_before(model: Any, args: Any) -> Any:
+    return torch.cat([args[0], model.b.forward(F.relu(model.a(args[0]))).mean() * args[0]])[:len(args[0])],
+
+
+def test_a_hook_that_runs_a_layer_is_told_so() -> None:
+    model, x = noisy(Net), _x()
+    model.register_forward_pre_hook(_run_before)
+    scores = fastscore.score(model, [x], progress=False)
+    assert scores.skipped["b"] == "the model's code runs b by b.forward(x), which its hooks do not see: write b(x)"
+
+
+def _patched(model: Any, x: Tensor) -> Tensor:
+    return Functions.forward(model, x)
+
+
+def test_a_forward_of_an_object_is_followed() -> None:
+    model, x = noisy(Net), _x()
+    model.forward = MethodType(_patched, model)
+    with untouched(model):
+        found, expected = (fastscore.score(each, [x], progress=False) for each in (model, noisy(Net)))
+        small = fastscore.prune(model, found, x, channels=0.6, scope="layer", compensate=False).model
+        with torch.no_grad(), fastscore.mask(model, found, 0.4, x, scope="layer", compensate=False):
+            masked = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), masked, rtol=1e-9, atol=1e-9)
+    for name in _NAMES:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-9)
+
+
+class Same(Net):
+    """A padding that is given by a word, for the layer's own number."""
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.norm(F.conv2d(x, self.a.weight, self.a.bias, padding="same"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = F.relu(self.c(self.second(F.relu(self.first(x)))))
+        return self.h(F.conv2d(made, self.c.weight.new_ones(5, 5, 1, 1), padding="valid").mean((2, 3)))
+
+
+def test_a_word_for_a_padding_is_its_number() -> None:
+    assert list(fastscore.score(noisy(Same), [_x()], progress=False)) == ["a", "b"]

@@ -19,7 +19,7 @@ from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.inspection import LAYERS, channel_dim, fits_width, runs_own_code
-from fastscore.modules.weights.called_layers import reads_no_bias
+from fastscore.modules.weights.called_layers import without_bias
 from fastscore.modules.weights.held_weights import HAVE_PLACES
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 
@@ -43,8 +43,8 @@ def kept_biases(recording: Recording) -> dict[str, str]:
     found |= {name: "does not add all of its bias to what it makes" for name, layer in layers.items()
               if (bias := layer._parameters.get("bias")) is not None
               and len(bias) != recording.outputs[name][0].shape[channel_dim(layer)]}
-    found |= {name: "has no bias, and the model's code, which does not call it, adds none" for name, layer
-              in layers.items() if reads_no_bias(layer)}
+    found |= {name: "has no bias, and the model's code, which does not call it, adds none"
+              for name in without_bias(recording.model) if name in layers}
     found |= dict.fromkeys(layers.keys() & recording.transformed,
                            "runs under torch.func (vmap, say), where nobody can tell")
     found |= {name: "reads its input and more that its own code puts there, or a part of it" for name in layers

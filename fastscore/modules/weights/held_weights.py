@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from fastscore.modules import forwards
 from fastscore.modules.attention import multihead_attention, projections
 from fastscore.modules.handles import Handle
 from fastscore.modules.narrower import without
@@ -41,7 +42,7 @@ def replace(model: nn.Module, called: Iterable[str] | None = None) -> Iterator[H
 def put_all_back(model: nn.Module) -> None:
     """Make parameters of them again, in place: of a copy of a model that is tapped."""
     for module in model.modules():
-        called_layers.put_back(module)
+        forwards.put_back(module)
         if any(isinstance(layer, ParameterLinear) for layer in module._modules.values()):
             put_back(module)
 

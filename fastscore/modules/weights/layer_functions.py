@@ -51,7 +51,16 @@ def has_settings_of(layer: nn.Module, given: Mapping[str, Any]) -> bool:
     """Whether the numbers that a function is given are those that the layer has."""
     names = next(names for kind, names in FUNCTIONS.values() if isinstance(layer, kind))
     known = [name for name in names if name not in (*_TENSORS, *_NO_MATTER, "max_norm")]
-    return all(_alike(given.get(name, _DEFAULTS.get(name)), getattr(layer, name)) for name in known)
+    return all(_alike(given.get(name, _DEFAULTS.get(name)), getattr(layer, name)) or
+               (name == "padding" and _same_padding(layer, given)) for name in known)
+
+
+def _same_padding(layer: Any, given: Mapping[str, Any]) -> bool:
+    """Whether a word for the padding, where one of both has one, means the numbers of the other."""
+    same = tuple(d * (k - 1) / 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+    one, other = ({"same": same, "valid": (0,) * len(same)}.get(each, each) if isinstance(each, str) else each
+                  for each in (given.get("padding", 0), layer.padding))
+    return _alike(one, other)
 
 
 def _alike(given: Any, own: Any) -> bool:
