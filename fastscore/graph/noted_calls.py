@@ -111,7 +111,8 @@ class NotedCalls(TorchFunctionMode):
         for weight in tensors_of((args, tuple(kwargs.values()))):
             if (layers := self._weights.get(id(weight))) and _computed_from(output, weight, args, kwargs):
                 reader = calling_module()
-                if reader is not None and not any(reader is layer for layer in layers.values()):
+                own = (module for layer in layers.values() for module in layer.modules())
+                if reader is not None and not any(reader is module for module in own):
                     self.read_elsewhere |= dict.fromkeys(layers, type(reader).__name__)
         if func in (torch.cat, torch.concat, torch.concatenate) and output.grad_fn is not None:
             tensors = args[0] if args else kwargs["tensors"]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from oracles import untouched
@@ -10,6 +11,7 @@ from whole_way import check, noisy
 
 import fastscore
 from fastscore.graph.cutting import beside_weights
+from fastscore.graph.tracing import trace
 
 
 class Masked(nn.Conv2d):
@@ -126,6 +128,34 @@ def test_what_is_one_for_each_filter() -> None:
     assert torch.equal(result.model[2].quantiser.step, model[2].quantiser.step[stays])
     with torch.no_grad(), fastscore.mask(model, scores, 0.5, x, scope="layer", compensate=False):
         torch.testing.assert_close(result.model(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+def test_a_quantiser_in_a_layer_is_no_other_reader_of_its_weight() -> None:
+    """What goes is not said to stay, and what stays, the model's output, has its own reason."""
+    graph = trace(nn.Sequential(Quantised(3, 8, 1), nn.ReLU(), Quantised(8, 2, 1)), _x(3, 4, 4).float())
+    assert [group.name for group in graph.groups] == ["0"]
+    assert graph.skipped == {
+        "2": "its channels are the model's output",
+        "2.quantiser": "the code of Step reads its step [2, 1, 1, 1], which meets no channels that can go"}
+
+
+class Scaled(nn.Linear):
+    """One factor of all weights and one of what is read, as a quantiser has, of any shape that holds one number."""
+
+    def __init__(self, inputs: int, outputs: int, shape: tuple[int, ...]) -> None:
+        super().__init__(inputs, outputs)
+        self.step, self.gain = nn.Parameter(torch.full(shape, 0.5)), nn.Parameter(torch.full(shape, 1.5))
+        self.register_parameter("none", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x * self.gain, self.weight * self.step, self.bias)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_number_has_no_channels(shape: tuple[int, ...], tmp_path: Path) -> None:
+    small = check(lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), Scaled(8, 6, shape), nn.ReLU(),
+                                        Scaled(6, 2, shape)), _x(5), ["0", "2"], tmp_path).model
+    assert small[2].step.shape == small[2].gain.shape == shape
 
 
 def test_what_is_found() -> None:

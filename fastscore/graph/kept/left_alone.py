@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch_pruning as tp
 from torch import nn
 
+from fastscore.graph.cutting import beside_weights
 from fastscore.graph.groups import READS, ChannelGraph
 from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
 from fastscore.modules.scripted import Scripted
@@ -29,6 +30,8 @@ def named(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
     # a layer that only reads channels makes others
     covered = {member.layer for group in graph.groups for member in group.members
                if member.role not in (*READS, "width")}
+    beside = {id(tensor) for name, layer in model.named_modules() if name in covered
+              for _, _, tensor in beside_weights.own(layer)}
     more: dict[str, str] = {}
     for name, module in model.named_modules():
         if name in covered or name in graph.skipped:
@@ -39,7 +42,7 @@ def named(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
                              "runs: put the nn.Module there that it was made from, and script it in the smaller model"
             continue
         for key, parameter in module._parameters.items():
-            if parameter is not None and parameter.dim() > 1:
+            if parameter is not None and parameter.dim() > 1 and id(parameter) not in beside:
                 whole = f"{name}.{key}".lstrip(".")
                 if whole in covered:
                     continue
