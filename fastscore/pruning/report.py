@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fastscore.graph.groups import ChannelGraph
+from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.pruning.budgets.costs import Costs
 from fastscore.recovery.compensation import removed_positions
 from fastscore.recovery.divergence import Mixed, judged_by, mixed_of, names
@@ -27,12 +28,25 @@ class GroupReport:
         layer: its name.
         channels: of the group; after, none where the branch that made them is gone.
         macs, params: of the layers that make its channels or work on each of them, MACs for one sample.
+        heads: of an attention whose heads go whole; None of other groups.
     """
 
     layer: str
     channels: tuple[int, int]
     macs: tuple[int, int]
     params: tuple[int, int]
+    heads: tuple[int, int] | None = None
+
+    @property
+    def in_heads(self) -> str:
+        """What of the channels went as heads, and what as dimensions of those that stay; empty without heads."""
+        if self.heads is None:
+            return ""
+        before, after = (f"{channels / heads:.3g}" if heads else "0"
+                         for channels, heads in zip(self.channels, self.heads, strict=True))
+        widths = f" of {before} dimensions" if before == after or not self.heads[1] else \
+            f", of {before} → {after} dimensions each"
+        return f"{self.heads[0]} → {self.heads[1]} heads{widths}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +153,8 @@ class PruneReport(Table):
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "PruneReport":
         """The report of which dataclasses.asdict and JSON made `data`."""
-        groups = (GroupReport(row["layer"], *(_pair(row[unit]) for unit in ("channels", "macs", "params")))
+        groups = (GroupReport(row["layer"], *(_pair(row[unit]) for unit in ("channels", "macs", "params")),
+                              _pair(row["heads"]) if row.get("heads") else None)
                   for row in data["groups"])
         timings = (Timing(**{**row["timing"], "seconds": _pair(row["timing"]["seconds"])})
                    for row in data["candidates"])
@@ -188,10 +203,10 @@ class PruneReport(Table):
     def __str__(self) -> str:
         width = max([len("group"), *(len(row.layer) for row in self.groups)])
         lines = [f"{'group':<{width}} {'channels':>14} {'MACs':>25} {'parameters':>23}"]
-        rows = [(row.layer, row.channels, row.macs, row.params) for row in self.groups]
-        for layer, channels, macs, params in [*rows, ("model", self.channels, self.macs, self.params)]:
+        rows = [(row.layer, row.channels, row.macs, row.params, row.in_heads) for row in self.groups]
+        for layer, channels, macs, params, heads in [*rows, ("model", self.channels, self.macs, self.params, "")]:
             lines.append(f"{layer:<{width}} {channels[0]:>6} → {channels[1]:<5} {macs[0]:>11,} → {macs[1]:<11,} "
-                         f"{params[0]:>10,} → {params[1]:<10,}")
+                         f"{params[0]:>10,} → {params[1]:<10,}{heads and f' {heads}'}")
         return "\n".join([*lines, *self._remarks])
 
     @property
@@ -240,8 +255,9 @@ def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs:
     `pruned`, counted. compensation: what stands in for what was removed. units: that were scored. made_plain: layers
     that computed their weight and hold it now, and those, made_linear, of a class of its own that are a nn.Linear now.
     """
+    gone = costs.with_others(removed)
     rows = tuple(GroupReport(group.name, (group.channels, costs.channels_left(group.name)),
-                             (round(was[0]), round(now[0])), (round(was[1]), round(now[1])))
+                             (round(was[0]), round(now[0])), (round(was[1]), round(now[1])), _heads(group, gone))
                  for group, was, now in zip(graph.groups, dense, costs.by_group(), strict=True))
     params = sum(parameter.numel() for parameter in pruned.parameters())
     if made_linear:
@@ -264,6 +280,17 @@ def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs:
 
 def _first_of(names: Sequence[str]) -> str:
     return f"{names[0]} and {len(names) - 1} like it" if names[1:] else names[0]
+
+
+def _heads(group: ChannelGroup, removed: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """(before, after) heads of an attention, of which one is gone where all its channels are."""
+    held = next(group.role("heads"), None)
+    if held is None or not len(held.channel):
+        return None
+    stays = torch.ones(group.channels, dtype=torch.bool)
+    stays[removed.get(group.name, torch.empty(0, dtype=torch.int64))] = False
+    left = torch.isin(group.unit[held.channel], group.unit[stays])
+    return len(left), int(left.sum())
 
 
 def _repair(row: Mapping[str, Any]) -> Repair:

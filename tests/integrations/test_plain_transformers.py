@@ -121,6 +121,31 @@ def test_models_of_images(kind: str, said: str, ways: tuple[str, ...], tmp_path:
         torch.testing.assert_close(forward(loaded, batch), forward(small, batch), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["ViT", "Llama"])
+def test_the_report_tells_heads_from_their_dimensions(kind: str) -> None:
+    """What it says of a row is what the layers are left with; of two heads that share keys and values, both count."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = FAMILIES["ViT"][0](FAMILIES["ViT"][1]) if kind == "ViT" else transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 1}))
+        batch = {"pixel_values": torch.randn(2, 3, 16, 16)} if kind == "ViT" else {
+            "input_ids": torch.randint(1, 40, (2, 5))}
+    units: Any = "heads_and_dims" if kind == "ViT" else "groups"
+    scores = fastscore.score(model.eval(), [batch], units=units, forward=forward, progress=False)
+    named = next(name for name in scores if "q_proj" in name and (kind == "Llama" or "(whole heads)" in name))
+    others = [name for name in scores if "q_proj" not in name]
+    for share in (1.0, 0.75, 0.5):
+        result = fastscore.prune(model, scores, batch, forward=forward, channels=share, compensate=False,
+                                 floor=dict.fromkeys(others, 0.4), progress=False)
+        row = next(row for row in result.report.groups if row.layer == named)
+        out = next(layer for name, layer in result.model.named_modules() if name.endswith("o_proj"))
+        heads = next(module for name, module in result.model.named_modules() if name.endswith(("attention", "attn")))
+        assert row.heads is not None
+        assert row.heads[0] == 4
+        assert row.heads[1] * heads.head_dim == out.in_features == row.channels[1]
+        assert f" 4 → {row.heads[1]} heads" in str(result.report)
+
+
 WORDS = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TWO = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2,
        "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 32, "decoder_start_token_id": 2}
