@@ -28,6 +28,7 @@ from fastscore.pruning.budgets.costs import Costs
 from fastscore.pruning.budgets.selection import OutOfReachError, rounded_up, scored_graph, select
 from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate
 from fastscore.pruning.order.ranking import rank
+from fastscore.pruning.result import PruneResult
 from fastscore.recovery.compensation import (
     mean_contributions,
     removed_means,
@@ -38,8 +39,8 @@ from fastscore.scoring.scores import Scores
 
 
 @contextmanager
-def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batch, *, scope: Scope = "global",
-         compensate: bool | None = None, ignore: Ignore = (),
+def mask(model: nn.Module, scores: Scores, fraction: float | PruneResult, example_inputs: Batch, *,
+         scope: Scope = "global", compensate: bool | None = None, ignore: Ignore = (),
          forward: Forward = call_model) -> Iterator[Mapping[str, Tensor]]:
     """Within the block, the `fraction` of channels with the lowest scores reads as zero in every consumer.
 
@@ -50,7 +51,8 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
     Args:
         model: the model that was scored.
         scores: of its channels, by fastscore.score.
-        fraction: the share of all channels to mask, 0 <= fraction < 1.
+        fraction: the share of all channels to mask, 0 <= fraction < 1; or what fastscore.prune returned for this model
+            and these scores, by whatever budget: the same channels are masked.
         example_inputs: a batch that `forward(model, batch)` takes, for tracing.
         scope: which channels are compared with each other: see fastscore.prune.
         compensate: add to each consumer's output what the channels gave it on average, as prune(compensate=True) does
@@ -62,25 +64,33 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
         Layer -> removed channels, int64 [R], ascending, as PruneResult.removed has them.
 
     Raises:
-        ValueError: a fraction outside [0, 1) or out of reach, scores of another model, compensate without means.
+        ValueError: a fraction outside [0, 1) or out of reach, scores or a result of another model, compensate without
+            means.
     """
-    check_number("fraction", fraction, "0.3")
-    if not 0 <= fraction < 1:
-        raise ValueError(f"fraction: {fraction}; it is the share of channels to mask, 0 <= fraction < 1")
-    budgets, ranking = Budgets(channels=1 - fraction), Ranking(scope)
+    if not isinstance(fraction, PruneResult):
+        check_number("fraction", fraction, "0.3")
+        if not 0 <= fraction < 1:
+            raise ValueError(f"fraction: {fraction}; it is the share of channels to mask, 0 <= fraction < 1")
+    ranking = Ranking(scope)
     wrapper, model = model, unwrapped(model)
     compensate = resolve_compensate(compensate, scores)
     graph = scored_graph(model, scores, example_inputs, forward, ignore)
     eval_model = evaluation_copy(model)
     with fork_rng(device_of(eval_model)):
         costs = Costs(eval_model, graph.groups, example_inputs, forward, batch_dim=graph.samples.batch)
-        order = rank(eval_model, graph.groups, scores, costs, budgets, ranking, example_inputs, forward)
-        try:
-            removed = select(order, costs, budgets.counted)
-        except OutOfReachError as error:
-            raise ValueError(f"fraction: {fraction:g} cannot be reached: with every channel masked that can be, "
-                             f"{rounded_up(error.least)} of all channels remain; ask for less, or ignore fewer "
-                             "layers") from error
+        if isinstance(fraction, PruneResult):
+            removed = _of_result(fraction, graph.groups)
+            for name, channels in removed.items():
+                costs.remove(name, channels.tolist())
+        else:
+            budgets = Budgets(channels=1 - fraction)
+            order = rank(eval_model, graph.groups, scores, costs, budgets, ranking, example_inputs, forward)
+            try:
+                removed = select(order, costs, budgets.counted)
+            except OutOfReachError as error:
+                raise ValueError(f"fraction: {fraction:g} cannot be reached: with every channel masked that can be, "
+                                 f"{rounded_up(error.least)} of all channels remain; ask for less, or ignore fewer "
+                                 "layers") from error
         positions = removed_positions(graph.groups, removed)
         means = removed_means(model, scores.means, positions, graph.groups, graph.kept_biases) if compensate else {}
         handles: Iterator[RemovableHandle | Handle]
@@ -102,6 +112,18 @@ def mask(model: nn.Module, scores: Scores, fraction: float, example_inputs: Batc
         for handle in handles:
             attached.enter_context(handle)
         yield costs.with_others(removed)
+
+
+def _of_result(result: PruneResult, groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
+    """What went. Raises ValueError where it is not of these groups."""
+    widths, were = ({row.layer: row.channels[0] for row in result.report.groups},
+                    {group.name: group.channels for group in groups})
+    for name in result.removed:
+        if widths.get(name) != were.get(name):
+            raise ValueError(f"fraction: the result is of another model, or other units were scored: {name} has "
+                             f"{widths.get(name, 'no')} channels there and {were.get(name, 'none that can go')} here; "
+                             "give the model that was pruned, as it was, and its scores")
+    return dict(result.removed)
 
 
 def at_consumers(model: nn.Module, positions: Mapping[str, Tensor], added: Mapping[str, Tensor],

@@ -153,7 +153,7 @@ class PruneReport(Table):
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "PruneReport":
         """The report of which dataclasses.asdict and JSON made `data`."""
-        groups = (GroupReport(row["layer"], *(_pair(row[unit]) for unit in ("channels", "macs", "params")),
+        groups = (GroupReport(row["layer"], _pair(row["channels"]), _pair(row["macs"]), _pair(row["params"]),
                               _pair(row["heads"]) if row.get("heads") else None)
                   for row in data["groups"])
         timings = (Timing(**{**row["timing"], "seconds": _pair(row["timing"]["seconds"])})

@@ -278,3 +278,20 @@ def test_padding_is_told_to_an_encoder_that_nests_tensors() -> None:
     with torch.no_grad():
         torch.testing.assert_close(small(x), masked)
         assert (model(x) - masked).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("budget", [{"macs": 0.6}, {"params": 0.5}])
+def test_the_channels_of_a_result_whatever_its_budget(budget: dict[str, float]) -> None:
+    model, x = NETWORKS["mobile"].model().double().eval(), NETWORKS["mobile"].inputs().double()
+    scores = fastscore.score(model, [x], progress=False)
+    result = fastscore.prune(model, scores, x, progress=False, **budget)  # type: ignore[arg-type]
+    with untouched(model), torch.no_grad():
+        with fastscore.mask(model, scores, result, x) as masked:
+            found = model(x)
+        torch.testing.assert_close(found, result.model(x))
+        assert {name: index.tolist() for name, index in masked.items()} == \
+            {name: index.tolist() for name, index in result.removed.items()}
+        other = fastscore.score(result.model, [x], progress=False)
+        with pytest.raises(ValueError, match="the result is of another model"), \
+                fastscore.mask(result.model, other, result, x):
+            pass
