@@ -11,6 +11,7 @@ import torch
 
 _forks: dict[torch.device, tuple[int, AbstractContextManager[None]]] = {}  # blocks inside; the fork of the first
 _forks_lock = threading.Lock()
+_started: dict[torch.device, torch.Tensor] = {}  # the states that start_over left
 
 
 @contextmanager
@@ -55,12 +56,16 @@ def start_over(device: torch.device) -> None:
         torch.default_generator.manual_seed(0)
     else:
         torch.manual_seed(0)
+    _started.update({kind: _state(kind) for kind in _kinds(device)})
 
 
 def has_drawn(device: torch.device) -> bool:
     """Whether anything was drawn since start_over(device)."""
-    kinds = [torch.device("cpu")] + ([] if device.type in ("cpu", "meta") else [device])
-    return any(not torch.equal(_state(kind), torch.Generator(kind).manual_seed(0).get_state()) for kind in kinds)
+    return any(not torch.equal(_state(kind), _started[kind]) for kind in _kinds(device))
+
+
+def _kinds(device: torch.device) -> list[torch.device]:
+    return [torch.device("cpu")] + ([] if device.type in ("cpu", "meta") else [device])
 
 
 def _state(device: torch.device) -> torch.Tensor:

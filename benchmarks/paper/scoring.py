@@ -10,7 +10,7 @@ from benchmarks.paper.data import Images
 from benchmarks.paper.helped import torch_pruning_taylor
 from benchmarks.paper.variants import HELPED, Variant
 from fastscore import Scores, fingerprints
-from fastscore.graph.groups import Units
+from fastscore.graph.scored_units import Units
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.scoring import gradients

@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks import machine
 from fastscore.batches import call_model
-from fastscore.graph.groups import Units
+from fastscore.graph.scored_units import Units
 from fastscore.graph.tracing import trace
 from fastscore.integrations import transformers as hugging_face
 

@@ -55,7 +55,7 @@ def split(batches: Iterable[Batch], held_out: Iterable[Batch] | None, one_of: in
 
 def check_batches(given: object, name: str) -> None:
     """Raise TypeError, or ValueError, where `given` is no iterable of batches that can be read several times."""
-    if isinstance(given, (Tensor, Mapping)) or not isinstance(given, Iterable):
+    if isinstance(given, (Tensor, Mapping, str, bytes)) or not isinstance(given, Iterable):
         shown = "one tensor" if isinstance(given, Tensor) else type(given).__name__
         raise TypeError(f"{name}: {shown}, where an iterable of batches is meant; for a single one: [batch]")
     if isinstance(given, Iterator):

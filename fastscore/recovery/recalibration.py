@@ -126,9 +126,9 @@ def _measuring(model: nn.Module, norms: Mapping[str, Any]) -> Iterator[Callable[
 def _uncalled(norms: Mapping[str, Any], process_group: distributed.ProcessGroup | None) -> list[str]:
     """Those that no batch of any process came by: that do not run, or whose statistics the model's own code reads (as
     F.batch_norm does)."""
-    called = torch.tensor([float(norm.num_batches_tracked) for norm in norms.values()],
-                          device=next(iter(norms.values())).running_mean.device)
+    called = torch.tensor([float(norm.num_batches_tracked) for norm in norms.values()])
     if process_group is not None:
+        called = called.to(next(iter(norms.values())).running_mean.device)
         distributed.all_reduce(called, group=process_group)
     return [name for name, calls in zip(norms, called.tolist(), strict=True) if not calls]
 

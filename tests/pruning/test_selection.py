@@ -235,7 +235,7 @@ def test_the_most_important_come_back_when_a_big_step_made_room() -> None:
 
 def test_a_branch_that_would_go_far_below_stays_and_the_report_says_so() -> None:
     """Two branches of 40 and ten channels of 2 are 100; 50 may remain, and do without one branch and five channels."""
-    steps = [RemovalStep("one", (0,), 0.0), RemovalStep("two", (0,), 1.0)]
+    steps = [RemovalStep("one", (0,), 0.0, whole=True), RemovalStep("two", (0,), 1.0, whole=True)]
     steps += [RemovalStep("fine", (channel,), 2.0) for channel in range(9)]
     costs, budgets = Prices(one=(1, 40), two=(1, 40), fine=(10, 2)), {"params": 0.5}
     assert removed(steps, costs, **budgets) == {"one": [0], "fine": list(range(5))}
@@ -245,7 +245,7 @@ def test_a_branch_that_would_go_far_below_stays_and_the_report_says_so() -> None
     costs = Prices(one=(1, 40), two=(1, 40), fine=(2, 2))
     assert removed(steps[:2], costs, **budgets) == {"one": [0], "two": [0]}
     said = say_coarse(steps[:2], {"one": gone["one"], "two": gone["one"]}, costs, budgets)  # type: ignore[arg-type]
-    assert said.startswith("4.8% of the params where 50.0% may remain: each step that went")
+    assert said.startswith("4.8% of the params where 50.0% may remain: each branch or expert that went")
     assert costs.totals["params"] == 4
 
 
@@ -311,7 +311,7 @@ def test_any_budget_is_met_from_below_by_less_than_a_step(rows: list[list[float]
 def test_finer_steps_stand_in_for_a_coarse_one(sizes: list[int], percent: int, whole: int) -> None:
     """Against the rule by hand: of the steps that meet a budget, each is tried when those before it have stayed;
     it gives way to what follows where it goes further below the budget than all of that takes, and 2 % at least."""
-    steps = [RemovalStep(f"g{number}", (0,), number) for number in range(len(sizes))]
+    steps = [RemovalStep(f"g{number}", (0,), number, whole=True) for number in range(len(sizes))]
     costs = Prices(**{f"g{number}": (1, size) for number, size in enumerate(sizes)}, rest=(1, whole))
     total, limit = sum(sizes) + whole, percent / 100 * (sum(sizes) + whole)
     left, stays, found = float(total), [], []  # found: (what went, what remains, what did before its last)

@@ -28,7 +28,7 @@ def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, ex
            axes: Sequence[int | None]) -> bool:
     """Whether what the model returns for a sample would be another beside other samples, or at another place.
 
-    Samples are run at the places of others; the last is run beside others, larger ones (where there are others), and
+    Where `example` has several samples, they are run at the places of others, and the last is run beside larger ones;
     the first were run beside fewer.
     Where the code decides by what the batch holds, or reads numbers of it, that could show nothing by luck: then every
     sample is run by itself, the first and the last beside copies of themselves, which want what they want, and the last
@@ -62,7 +62,8 @@ def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, ex
             if hold_other_values(batch, other) and _none_is_there(before, outputs(other, known.size), axes):
                 yield batch
         turned = _picked(batch, own, [known.size - 1, *range(known.size - 1)])
-        if hold_other_values(batch, turned) and not _are_there(before, outputs(turned, known.size), axes):
+        if count > 1 and hold_other_values(batch, turned) \
+                and not _are_there(before, outputs(turned, known.size), axes):
             yield batch
         if not was_sketched and known.size > small.size <= count and not _are_there(before, small.outputs, axes):
             yield batch

@@ -1,4 +1,4 @@
-"""Where the step that meets a budget is a coarse one (a branch, an expert), finer steps of the order in its place."""
+"""Where the step that meets a budget is a branch or an expert, finer steps of the order in its place."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from fastscore.pruning.budgets.costs import Costs, Resource
 from fastscore.pruning.order.ranking import RemovalStep
 
-_COARSE = 0.02  # of the dense cost: a step that goes further below the budget than that is a coarse one
+_COARSE = 0.02  # of the dense cost: a branch that goes further below the budget than that is a coarse step
 
 
 def over(costs: Costs, budgets: Mapping[Resource, float]) -> list[Resource]:
@@ -30,12 +30,12 @@ def with_finer_steps(steps: Sequence[RemovalStep], needed: int, costs: Costs,
     """
     best = list(steps[:needed])
     below = -above(costs, budgets)
-    if not best or below <= _COARSE:
+    if not best or not best[-1].whole or below <= _COARSE:
         return best
     before = _undone(best[-1], costs, budgets)  # how far above the budget it is without the last of the best
     taken, stuck = best[:-1], set(best[-1].groups)
     for step in steps[needed:]:
-        if below <= max(before, _COARSE):  # what stands in its place takes as much as `before` at least
+        if not best[-1].whole or below <= max(before, _COARSE):  # what stands in its place takes `before` at least
             break
         if not stuck.isdisjoint(step.groups):  # of a group, nothing goes before what stays
             continue
@@ -76,7 +76,7 @@ def say_coarse(order: Sequence[RemovalStep], removed: Mapping[str, Tensor], cost
     totals, stuck, said = dict(costs.totals), set[str](), []
     now = above(costs, budgets)
     for step, each in zip(order[:last], went, strict=False):
-        if each or not stuck.isdisjoint(step.groups):
+        if each or not step.whole or not stuck.isdisjoint(step.groups):
             continue
         stuck.update(step.groups)
         for group, channels in step.parts:
@@ -87,10 +87,9 @@ def say_coarse(order: Sequence[RemovalStep], removed: Mapping[str, Tensor], cost
         costs.totals.update(totals)
     notes = ["their turn had come, and they stay, as far less than the budget would remain without them: "
              f"{', '.join(said[:3])}{f' and {len(said) - 3} more' if said[3:] else ''}"] if said else []
-    if above(costs, budgets) < -_COARSE:
-        notes.append(f"{_remains(costs, budgets)}: each step that went (a whole branch, expert or head, or as many "
-                     "channels as round_to takes at once) is larger than what lies between, and finer ones in place of "
-                     "the last would take more than that, or do not reach the budget")
+    if above(costs, budgets) < -_COARSE and any(step.whole for step, each in zip(order, went, strict=True) if each):
+        notes.append(f"{_remains(costs, budgets)}: each branch or expert that went is larger than what lies "
+                     "between, and finer steps in place of the last would take more than that, or do not reach it")
     return "; ".join(notes)
 
 

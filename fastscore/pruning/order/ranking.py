@@ -23,12 +23,16 @@ _GROUPED_PRODUCT = 16  # bytes, of which strides are multiples (torch._grouped_m
 @dataclass(frozen=True, slots=True)
 class RemovalStep:
     """Channels of one group that go at once, and the value by which steps are ordered; beside them those of other
-    groups that stay as wide as it (scope="layer")."""
+    groups that stay as wide as it (scope="layer").
+
+    whole: it is a residual branch, or an expert, with all of its layers.
+    """
 
     group: str
     channels: tuple[int, ...]
     value: float
     beside: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    whole: bool = False
 
     @property
     def parts(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -240,6 +244,7 @@ def _group_steps(group: ChannelGroup, values: Tensor, costs: Tensor, round_to: i
     steps: list[RemovalStep] = []
     pending: tuple[int, ...] = ()
     kept, below = group.channels, -math.inf
+    whole = any(group.role("block")) or any(group.role("router"))
     going = sorted(((priority(channels), channels) for channels in units.values()), key=lambda pair: pair[0])
     if group.section is not None:
         going = [(priority(channels), channels) for channels in _from_each_section(group.section.tolist(), going)]
@@ -256,7 +261,7 @@ def _group_steps(group: ChannelGroup, values: Tensor, costs: Tensor, round_to: i
         if kept % round_to == 0:
             # a step cannot go before the one below it in its own group
             below = max(alone if len(pending) == len(channels) else priority(pending), below)
-            steps.append(RemovalStep(group.name, pending, below))
+            steps.append(RemovalStep(group.name, pending, below, whole=whole))
             pending = ()
     return steps
 
