@@ -82,7 +82,7 @@ def test_under_one_budget(name: str, tmp_path: Path) -> None:
         assert {group: len(again[group]) for group in again if group in left} == {
             group: count for group, count in left.items() if group in again}
         assert sum(left.values()) == report.channels[1]
-        for group in left.keys() - set(again):  # what is left alone: one head, or one expert more than are chosen
+        for group in left.keys() - set(again):  # what is kept: one head, or one expert more than are chosen
             assert group in again.skipped or group.removesuffix(" (whole heads)") in again
         if unit != "channels":
             continue

@@ -339,7 +339,7 @@ def test_a_model_with_other_layers_is_not_the_dense_one() -> None:
         fastscore.reconstruct(nn.Sequential(nn.Linear(5, 20)).double(), result, batches)
 
 
-def test_nothing_is_repaired_where_that_is_nearest() -> None:
+def where_means_mislead() -> tuple[nn.Module, Tensor, fastscore.Scores]:
     """One sample that fits is far off in the channel that goes, which no other tells of: its mean misleads."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(96, 8)
@@ -347,6 +347,11 @@ def test_nothing_is_repaired_where_that_is_nearest() -> None:
         model[0].weight.copy_(torch.diag(torch.tensor([0.1, *[1.0] * 7])))
     x[0] = torch.tensor([1e4, *[0.0] * 7])
     scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
+    return model, x, scores
+
+
+def test_nothing_is_repaired_where_that_is_nearest() -> None:
+    model, x, scores = where_means_mislead()
     report = fastscore.prune(model, scores, x, channels=0.9, calibration=[x], progress=False).report
     assert [row.name for row in report.repairs if row.chosen] == ["none"]
 
@@ -409,12 +414,7 @@ def test_what_is_returned_is_what_was_judged(method: Method, monkeypatch: pytest
 
 
 def test_a_repair_that_was_asked_for_and_harms_is_said() -> None:
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(96, 8)
-    with torch.no_grad():
-        model[0].weight.copy_(torch.diag(torch.tensor([0.1, *[1.0] * 7])))
-    x[0] = torch.tensor([1e4, *[0.0] * 7])
-    scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
+    model, x, scores = where_means_mislead()
     with pytest.warns(UserWarning, match=r'repair: "mean" leaves a network further .* than the cut alone, KL .*"auto"'):
         fastscore.prune(model, scores, x, channels=0.9, calibration=[x], repair="mean", progress=False)
 
