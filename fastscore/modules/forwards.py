@@ -1,11 +1,12 @@
 """What stands in the place of a module's forward for a time."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import update_wrapper
 from typing import Any, TypeVar, cast
 
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 F = TypeVar("F", bound="Forward")
 
@@ -47,6 +48,28 @@ class Forward:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return (getattr, (self.module, "forward")) if self.before is None else (_itself, (self.before,))
+
+
+class InThePlaceOfForwards(TorchFunctionMode):
+    """In the block, functions of torch are seen, and what `stand_ins` puts is in the place of modules' forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._put = list[Forward]()
+
+    def stand_ins(self) -> Iterable[Forward]:
+        """Put them."""
+        raise NotImplementedError
+
+    def __enter__(self) -> "InThePlaceOfForwards":
+        self._put += self.stand_ins()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        while self._put:
+            self._put.pop().leave()
 
 
 def put_back(module: nn.Module) -> None:

@@ -13,10 +13,9 @@ from itertools import takewhile
 from typing import Any
 
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from fastscore.modules import frames
-from fastscore.modules.forwards import Forward
+from fastscore.modules.forwards import Forward, InThePlaceOfForwards
 from fastscore.modules.handles import Handle
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import hooked
@@ -35,7 +34,7 @@ class Uses:
 NOTED: "weakref.WeakKeyDictionary[nn.Module, Uses]" = weakref.WeakKeyDictionary()  # of users' models
 
 
-class _Calls(TorchFunctionMode):
+class _Calls(InThePlaceOfForwards):
     """In the block, those layers are called."""
 
     def __init__(self, module: nn.Module, own: "_CallsLayers") -> None:
@@ -44,17 +43,9 @@ class _Calls(TorchFunctionMode):
         self._layers = {name: module.get_submodule(name) for name in own.uses.layers}
         self._of_weight = {id(weight): name for name, layer in self._layers.items()
                            if (weight := layer._parameters.get("weight")) is not None}
-        self._put = list[Forward]()
 
-    def __enter__(self) -> "_Calls":
-        self._put += [_CallOrRun.put(layer) for layer in self._layers.values()]
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        while self._put:
-            self._put.pop().leave()
+    def stand_ins(self) -> Iterator[Forward]:
+        return map(_CallOrRun.put, self._layers.values())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -1,16 +1,16 @@
 """Which layers a model's code runs without a call, as its first run shows: what fastscore.modules.weights.called_layers
 goes by, where they compute what a call would."""
 
+from collections.abc import Iterator
 from itertools import takewhile
 from types import FrameType
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from fastscore.modules import frames
-from fastscore.modules.forwards import Forward, put_back
+from fastscore.modules.forwards import Forward, InThePlaceOfForwards, put_back
 from fastscore.modules.inspection import parametrized
 from fastscore.modules.weights import layer_functions
 from fastscore.modules.weights.called_layers import NOTED, Uses, has_others
@@ -19,7 +19,7 @@ _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, n
            nn.PReLU, nn.Embedding, nn.RNNBase)  # whose forward may run without a call
 
 
-class Noting(TorchFunctionMode):
+class Noting(InThePlaceOfForwards):
     """In the block, what a run of a model, a copy, shows of such uses."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -31,25 +31,17 @@ class Noting(TorchFunctionMode):
         for module in model.modules():
             if (weight := module._parameters.get("weight")) is not None:
                 self._owners.setdefault(id(weight), []).append(module)
-        self._put = list[Forward]()
         self._used: dict[str, set[str]] = {}  # module -> layers
         self._by_function, self._without_bias = set[str](), set[str]()
         self._past = set[str]()  # layers whose forward runs, and cannot be called instead
         self._otherwise = set[str]()  # layers whose weight is used for something else
 
-    def __enter__(self) -> "Noting":
+    def stand_ins(self) -> Iterator[Forward]:
         for module in self._names:
             if not isinstance(module, torch.jit.ScriptModule):
                 watched = _Watched.put(module)
                 watched.noting = self
-                self._put.append(watched)
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        while self._put:
-            self._put.pop().leave()
+                yield watched
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
