@@ -11,7 +11,7 @@ import torch
 
 import fastscore
 from fastscore import files
-from fastscore.cli import models, needs, options, run_files
+from fastscore.cli import models, needs, options, run_files, units
 from fastscore.cli.options import Commands, add_command
 from fastscore.ops import library
 from fastscore.ops.backends import backends
@@ -28,13 +28,15 @@ def add(commands: Commands) -> None:
     command = add_command(
         commands, "info", run, "[MODEL or FILE] ", "what is installed here, and what scoring a model will do",
         "Versions, and which kernels serve which device on this machine, or why they do not.\n"
-        "For a model: how its images are prepared, and what is made of it to score it, layer by layer.\n"
+        "For a model: how its images are prepared, what is made of it to score it, layer by layer, and what cannot\n"
+        "lose channels, with the reason; with --units, also which branches, experts or heads stay as they are.\n"
         "For a file of scores or of a pruned model (.safetensors, .pt2, .onnx, .pt): where it comes from,\n"
         "and what remains. For the file of a run that can go on (resume=): what it is of, and how far it is.",
-        "fastscore info\nfastscore info --json\nfastscore info torchvision:resnet18\n"
+        "fastscore info\nfastscore info --json\nfastscore info torchvision:resnet18 --units blocks\n"
         "fastscore info scores.safetensors\nfastscore info small.onnx\nfastscore info run.ckpt")
     options.add_model(command, optional=True)
     options.add_pixels(command)
+    options.add_units(command)
     command.set_defaults(seed=0)
     options.add_json(command, "the facts")
 
@@ -54,7 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"info: it reads scores, pruned models ({', '.join(needs.READ_BY_INFO)}) and runs that are "
                          f"kept, and {place} is none of them; name one, or MODEL")
     prepare = options.preprocessing(arguments)
-    scores = fastscore.score(options.model(arguments, prepare), [options.example(arguments, prepare)], progress=False)
+    with units.told_here():
+        scores = fastscore.score(options.model(arguments, prepare), [options.example(arguments, prepare)],
+                                 units=arguments.units, progress=False)
     assert scores.coverage is not None
     alone = "".join(f"\n{line}" for line in (*scores.coverage.lines(), *(
         f"{layer}: kept ({reason})" for layer, reason in scores.skipped.items())))

@@ -67,7 +67,8 @@ NEEDS = (
          "it is of a model, and none is named: fastscore report SCORES MODEL, or leave it out"),
     Need(("bench",), (*_MODEL, "--batch-size"), lambda given: given.model is not None,
          "it is of a model, and none is named: fastscore bench MODEL, or leave it out"),
-    Need(("info",), (*_MODEL, "--device"), lambda given: given.model is not None and not names_file(given.model),
+    Need(("info",), (*_MODEL, "--device", "--units"),
+         lambda given: given.model is not None and not names_file(given.model),
          "it is of a model, and none is named: fastscore info MODEL, or leave it out"),
 )
 

@@ -83,11 +83,7 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
     scoring.add_argument("--importance", type=importance, default="taylor-sq", metavar="NAME",
                          help=f"{', '.join(IMPORTANCES)} (default: %(default)s); the signed taylor needs a loss, which "
                          "fastscore.Scorer takes")
-    scoring.add_argument("--units", type=removable_units, default="groups", metavar="NAME",
-                         help="blocks: whole residual branches can go beside the channels; experts: whole experts of "
-                         "mixtures, likewise; head_dims: dimensions of attention heads in the place of whole heads; "
-                         "heads_and_dims: both; blocks+heads_and_dims, and the like, under one budget (default: "
-                         "%(default)s)")
+    add_units(scoring)
     scoring.add_argument("--reduction", choices=REDUCTIONS, default="sum",
                          help="sum a channel's positions before the square or absolute value is taken, or take it of "
                          "each element (default: %(default)s)")
@@ -211,6 +207,15 @@ def preprocessing(arguments: argparse.Namespace) -> images.Preprocessing:
     """How the model wants its images."""
     return images.preprocessing(arguments.model, arguments.weights, arguments.size, arguments.mean, arguments.std,
                                 vars(arguments).get("checkpoint"))
+
+
+def add_units(folder: argparse._ActionsContainer) -> None:
+    """What is scored beside the channels."""
+    folder.add_argument("--units", type=removable_units, default="groups", metavar="NAME",
+                        help="blocks: whole residual branches can go beside the channels; experts: whole experts of "
+                        "mixtures, likewise; head_dims: dimensions of attention heads in the place of whole heads; "
+                        "heads_and_dims: both; blocks+heads_and_dims, and the like, under one budget (default: "
+                        "%(default)s)")
 
 
 def scored(model: nn.Module, arguments: argparse.Namespace, prepare: images.Preprocessing,

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from torch import nn
 
 from fastscore.graph.head_dims import HEAD_DIMENSIONS
-from fastscore.graph.scored_units import among
-from fastscore.graph.whole_experts import WHOLE_EXPERTS
+from fastscore.graph.scored_units import WHOLE, among
 from fastscore.modules.weights.experts import holds_experts
 from fastscore.scoring.scores import Scores
 
-_KEEPS = {HEAD_DIMENSIONS: "whole heads", WHOLE_EXPERTS: "all experts"}  # ending of a name -> what
+# ending of a name -> what is said of what has it
+_KEEPS = {HEAD_DIMENSIONS: "keeps whole heads", WHOLE["experts"]: "keeps all experts",
+          WHOLE["blocks"]: "cannot go whole"}
 
 
 @contextmanager
@@ -35,4 +36,4 @@ def say(units: str, model: nn.Module, scores: Scores, tell: Callable[[str], None
     for name, reason in scores.skipped.items():
         for ending, keeps in _KEEPS.items():
             if name.endswith(ending):
-                tell(f"units: {name.removesuffix(ending)} keeps {keeps}: {reason}")
+                tell(f"units: {name.removesuffix(ending)} {keeps}: {reason}")

@@ -17,14 +17,29 @@ from torch import Tensor, nn
 from fastscore import rng
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
+from fastscore.graph.kept import branches as other_branches
 from fastscore.graph.nodes import LAYERS
-from fastscore.graph.residual_sums import Call, added_at, beside_shortcut, note, readers_of, runs_before, within
+from fastscore.graph.residual_sums import (
+    Call,
+    Readers,
+    added_at,
+    beside_shortcut,
+    note,
+    readers_of,
+    runs_before,
+    within,
+)
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import channel_dim, device_of, parameter_owners
 from fastscore.modules.zero_branch import SAME, put, put_zeros, resized, windows
+from fastscore.wording import said
+
+_NO_WEIGHTS = "its modules hold no weights but those of normalisations"
+_MORE = "its modules read more than the stream that it is added to"
+_INNER = "branches within it go by themselves"
 
 
 @dataclass(frozen=True)
@@ -33,12 +48,14 @@ class Branch:
 
     name: of its last module. call: of that. before: what runs for it alone, and how many things each of it returns.
     zeros: what stands for the last module where the branch changes the shape (see zero_branch.SAME): its shortcut does.
+    larger: why more of the model does not go with it, as one branch.
     """
 
     name: str
     call: Call
     before: tuple[tuple[str, int], ...]
     zeros: int = 0
+    larger: str = ""
 
     @property
     def modules(self) -> Mapping[str, int]:
@@ -54,7 +71,7 @@ class Branch:
         return any(within(one, two) or within(two, one) for one in self.modules for two in other.modules)
 
 
-def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[Branch]:
+def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[list[Branch], dict[str, str]]:
     """The branches of a model, to be tried: see that_go.
 
     Args:
@@ -62,7 +79,8 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[Branch]:
         run: (model) -> its output, on an example.
 
     Returns:
-        Them, in the order of the modules; of branches within branches, the innermost.
+        Them, in the order of the modules; of branches within branches, the innermost. And module -> why the branch that
+        it is, or ends, stays.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     calls: dict[str, list[Call | None]] = {name: [] for name in modules}
@@ -75,29 +93,47 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[Branch]:
             handle.remove()
     readers, owners = readers_of(output.grad_fn), parameter_owners(model)
     found: dict[Any, Branch] = {}  # by where they are added
+    # where a branch is added (of one beside a shortcut, the sum alone) -> what it is called, and why it stays
+    kept: dict[tuple[Any, Any], tuple[str, str]] = {}
     for name in modules:  # outer modules come before inner ones that return the same
         call = calls[name][0] if len(calls[name]) == 1 else None
         added = None if call is None else added_at(call, readers)
         if call is not None and added is None:
-            beside = _beside_shortcut(modules, name, call, calls, readers)
-            if beside is not None and beside[0] not in found and _alone(modules, beside[1].modules, owners):
-                found[beside[0]] = beside[1]
+            where, way = _beside_shortcut(modules, name, call, calls, readers) or (None, "")
+            why = way if isinstance(way, str) else _held_elsewhere(modules, way.modules, owners)
+            if where is not None and why:
+                kept.setdefault((where[0], None), (name, why))
+            elif isinstance(way, Branch):
+                found.setdefault(where, way)
         if call is None or added is None or added[0] in found or call.node is call.source:
             continue
         before = runs_before(name, call, added[1], modules, calls, readers)
         ways = [] if before is None else [Branch(name, call, before)]
         for branch in [*ways, *_last_alone(modules, Branch(name, call, ()))]:
-            if added[0] not in found and _with_weights(modules, branch) and _alone(modules, branch.modules, owners):
-                found[added[0]] = branch
-    return _innermost(modules, [*found.values()])
+            weights = _with_weights(modules, branch)
+            if added[0] in found:
+                break
+            if why := _held_elsewhere(modules, branch.modules, owners) if weights else _NO_WEIGHTS:
+                kept.setdefault(added[0], (_named(modules, branch), why))
+            else:
+                found[added[0]] = replace(branch, larger=kept.pop(added[0], ("", ""))[1])
+        if before is None and added[0] not in found:
+            outer = next(other for other in modules if any(each and each.node is call.node for each in calls[other]))
+            kept.setdefault(added[0], (outer, _MORE))
+    sums = {reader for reader, _ in found}
+    kept = {where: stays for where, stays in kept.items() if where[1] is not None or where[0] not in sums}
+    innermost = _innermost(modules, [*found.values()])
+    around = {branch.name: _INNER for branch in found.values() if not any(map(branch.meets, innermost))}
+    stay = {**other_branches.why(modules, calls, readers, {*found, *kept}), **dict(kept.values()), **around}
+    return innermost, {name: stay[name] for name in modules if name in stay}
 
 
 def _beside_shortcut(modules: Mapping[str, nn.Module], name: str, call: Call, calls: Mapping[str, list[Call | None]],
-                     readers: Any) -> tuple[Any, Branch] | None:
-    """(where it is added, a branch beside a shortcut that changes the shape as it does), with the larger part of the
-    weights; None where that is none."""
+                     readers: Readers) -> tuple[Any, Branch | str] | None:
+    """(where it is added, a branch beside a shortcut that changes the shape as it does, with the larger part of the
+    weights, or why it stays); None where that is none."""
     parent, _, own = name.rpartition(".")
-    if parent not in modules or call.returns or len(call.shape) < 3:
+    if parent not in modules or call.returns or len(call.shape) < 3:  # those that a shortcut of vectors stands beside
         return None
     children = list(modules[parent]._modules)
     siblings = {child: calls[f"{parent}.{child}"] for child in children
@@ -107,24 +143,24 @@ def _beside_shortcut(modules: Mapping[str, nn.Module], name: str, call: Call, ca
         return None
     added, stream, shortcut = sum_and_stream
     before = runs_before(name, call, stream, modules, calls, readers)
-    branch = None if before is None else Branch(name, call, tuple((other, SAME) for other, _ in before),
-                                                SAME - 1 - children.index(shortcut))
-    if branch is None or sum(_layers(modules[other]) for other in branch.modules) <= \
-            _layers(modules[f"{parent}.{shortcut}"]):
-        return None
+    if before is None:
+        return added, _MORE
+    branch = Branch(name, call, tuple((other, SAME) for other, _ in before), SAME - 1 - children.index(shortcut))
+    if sum(_layers(modules[other]) for other in branch.modules) <= _layers(modules[f"{parent}.{shortcut}"]):
+        return added, f"it has no more layers than {shortcut}, which is added to it and is no shortcut then"
     for other in branch.modules:
         seen = calls[other][0]
         try:
             told = seen is not None and resized(seen.read[2:], windows(modules[other])) == [*seen.shape[2:]]
         except ValueError:
-            return None
+            told = False
         if not told or seen is None or seen.returns:
-            return None
+            return added, f"how {other} changes the size is not told by kernels and strides"
     return added, branch
 
 
 def that_go(model: nn.Module, run: Callable[[nn.Module], Tensor], branches: Sequence[Branch],
-            groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
+            groups: Sequence[ChannelGroup]) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
     """The groups of `branches` that can go.
 
     Args:
@@ -134,33 +170,38 @@ def that_go(model: nn.Module, run: Callable[[nn.Module], Tensor], branches: Sequ
 
     Returns:
         A group for each, in the order of the modules, without each of which, and without all, the model computes what
-        it does where they add zeros; so does what is left of it where channels of `groups` are gone as well.
+        it does where they add zeros; so does what is left of it where channels of `groups` are gone as well. And why
+        the others stay.
     """
-    models = [model]
+    models = {"": model}
     if branches and groups:
         with suppress(Exception):  # of a model's code, which prune() tries again
             gone = surgery.removed_indices(groups, some_channels(groups, 0))
             small = surgery.remove_indices(evaluation_copy(model), gone)
             with torch.no_grad():
                 run(small)
-            models.append(small)
+            models[", where channels are gone as well"] = small
 
-    def go(branches: Sequence[Branch]) -> bool:
-        return all(_same_without(each, run, branches) for each in models)
+    def why(branches: Sequence[Branch]) -> str:
+        return next((reason + where for where, each in models.items() if (reason := _difference(each, run, branches))),
+                    "")
 
-    modules, left = dict(model.named_modules()), list[Branch]()
+    modules, left, kept = dict(model.named_modules()), list[Branch](), dict[Branch, str]()
     parts = [list(branches)] if branches else []
     while parts:  # halves, where all together do not go, so that few are tried alone
         part = parts.pop()
-        if go(part):
+        if not (reason := why(part)):
             left += part
         elif len(part) == 1:
-            left += next(([way] for way in _last_alone(modules, part[0]) if go([way])), [])
+            others = [way for way in _last_alone(modules, part[0]) if not why([way])][:1]
+            left += others
+            kept |= {} if others else {part[0]: part[0].larger or reason}
         else:
             parts += part[len(part) // 2:], part[:len(part) // 2]
-    if len(left) > 1 and left != list(branches) and not go(left):
+    if len(left) > 1 and left != list(branches) and (reason := why(left)):
+        kept |= {branch: f"{reason}, and without the others" for branch in left}
         left = []
-    return tuple(_groups(model, left))
+    return tuple(_groups(model, left)), {_named(modules, branch): reason for branch, reason in kept.items()}
 
 
 def with_blocks(graph: ChannelGraph) -> ChannelGraph:
@@ -202,14 +243,16 @@ def _last_alone(modules: Mapping[str, nn.Module], branch: Branch) -> Iterator[Br
         yield replace(branch, before=())
 
 
-def _alone(modules: Mapping[str, nn.Module], names: Collection[str], owners: Mapping[int, int]) -> bool:
-    """Whether no other module holds a parameter of these, which would stay, and none tells the cache of a decoder how
-    long its keys are, as that of its first layer does."""
+def _held_elsewhere(modules: Mapping[str, nn.Module], names: Collection[str], owners: Mapping[int, int]) -> str:
+    """What of these modules is not theirs alone: a parameter that another module holds, too, and would stay, or the
+    cache of a decoder, whose first layer says how long its keys are; empty where they are alone."""
     inside = Counter[int]()
     for name in names:
         inside.update(parameter_owners(modules[name]))
-    return all(owners[key] == count for key, count in inside.items() if key != id(None)) and \
-        not any(getattr(modules[name], "layer_idx", None) == 0 for name in names)
+    if any(owners[key] != count for key, count in inside.items() if key != id(None)):
+        return "other modules hold weights of it, too"
+    first = any(getattr(modules[name], "layer_idx", None) == 0 for name in names)
+    return "the cache of a decoder takes its length from the keys of its first layer" if first else ""
 
 
 def _innermost(modules: Mapping[str, nn.Module], branches: Sequence[Branch]) -> list[Branch]:
@@ -226,7 +269,7 @@ def _innermost(modules: Mapping[str, nn.Module], branches: Sequence[Branch]) -> 
 def _groups(model: nn.Module, branches: Sequence[Branch]) -> Iterator[ChannelGroup]:
     """Each is called as the module that holds its weights is, if no other is; or else as its last module."""
     modules = dict(model.named_modules())
-    owners = {branch: _holder(_with_weights(modules, branch)) or branch.name for branch in branches}
+    owners = {branch: _named(modules, branch) for branch in branches}
     taken = Counter([*owners.values()])
     nought = torch.zeros(1, dtype=torch.int64)
     for branch in branches:
@@ -244,15 +287,22 @@ def _groups(model: nn.Module, branches: Sequence[Branch]) -> Iterator[ChannelGro
             *(Member(other, "block", torch.tensor([returns]), nought) for other, returns in branch.modules.items())))
 
 
+def _named(modules: Mapping[str, nn.Module], branch: Branch) -> str:
+    return _holder(_with_weights(modules, branch)) or branch.name
+
+
 def _holder(names: Sequence[str]) -> str:
     """The innermost module that is, or holds, all of these."""
+    if not names:
+        return ""
     parts = (names[0] + ".").split(".")
     return next(outer for size in range(len(parts) - 1, -1, -1)
                 if (outer := ".".join(parts[:size])) == "" or all(within(name, outer) for name in names))
 
 
-def _same_without(model: nn.Module, run: Callable[[nn.Module], Tensor], branches: Sequence[Branch]) -> bool:
-    """Whether the model runs without the branches, and computes what it does where they add zeros."""
+def _difference(model: nn.Module, run: Callable[[nn.Module], Tensor], branches: Sequence[Branch]) -> str:
+    """Why the branches cannot go; empty where the model runs without them, and computes what it does where they add
+    zeros."""
     handles = [model.get_submodule(branch.name).register_forward_hook(OwnHook(_zeroed)) for branch in branches]
     replaced = {name: model.get_submodule(name) for branch in branches for name in branch.modules}
     try:
@@ -264,11 +314,12 @@ def _same_without(model: nn.Module, run: Callable[[nn.Module], Tensor], branches
                     put_zeros(model, name, returns)
             rng.start_over(device_of(model))
             got = run(model)
-    except Exception:  # whatever the model's code does with a module that is not there
-        return False
+    except Exception as error:  # whatever the model's code does with a module that is not there
+        return f"{type(model).__name__} does not run without it ({said(error)})"
     finally:
         for handle in handles:
             handle.remove()
         for name, module in replaced.items():
             put(model, name, module)
-    return got.shape == want.shape and bool(close(got, want).all())
+    same = got.shape == want.shape and bool(close(got, want).all())
+    return "" if same else f"{type(model).__name__} computes something else without it"

@@ -127,12 +127,12 @@ class ChannelGraph:
     module reads -> MACs of the products with it, of one sample. uncounted: operation that no formula knows -> where it
     ran. blocks: residual branches that can go whole, a group of one channel each, which are no part of `groups` (see
     fastscore.graph.blocks.with_blocks). experts: whole experts of mixtures, likewise (see
-    fastscore.graph.whole_experts). kept_experts: mixture -> why its experts stay. head_dims: dimensions of heads,
-    which can go in the place of whole heads, likewise (see fastscore.graph.head_dims.with_head_dims). whole_heads:
-    group -> why its heads go whole or not at all. not_both: group of head dimensions -> why none go beside whole heads.
-    searched: which of `blocks`, `experts` and `head_dims` were looked
-    for. training_only: layers that run in training alone. kept_biases: Linear or convolution -> what is done with its
-    bias but adding it, so that no mean goes into it (see fastscore.graph.trials.bias_trial).
+    fastscore.graph.whole_experts). kept_whole: of "blocks" and "experts", branch or mixture -> why it, or its
+    experts, stay. head_dims: dimensions of heads, which can go in the place of whole heads, likewise (see
+    fastscore.graph.head_dims.with_head_dims). whole_heads: group -> why its heads go whole or not at all. not_both:
+    group of head dimensions -> why none go beside whole heads. searched: which of `blocks`, `experts` and `head_dims`
+    were looked for. training_only: layers that run in training alone. kept_biases: Linear or convolution -> what is
+    done with its bias but adding it, so that no mean goes into it (see fastscore.graph.trials.bias_trial).
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -143,7 +143,7 @@ class ChannelGraph:
     uncounted: Mapping[str, str] = field(default_factory=dict)
     blocks: tuple[ChannelGroup, ...] = ()
     experts: tuple[ChannelGroup, ...] = ()
-    kept_experts: Mapping[str, str] = field(default_factory=dict)
+    kept_whole: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     head_dims: tuple[ChannelGroup, ...] = ()
     whole_heads: Mapping[str, str] = field(default_factory=dict)
     not_both: Mapping[str, str] = field(default_factory=dict)

@@ -81,6 +81,16 @@ def added_at(call: Call, readers: Readers) -> tuple[Any, Any] | None:
     return None
 
 
+def adds(node: Any) -> bool:
+    """Whether a node is a sum."""
+    return node.name().startswith(_ADDS) and not node.name().startswith(_NO_SUMS)
+
+
+def scales(node: Any) -> bool:
+    """Whether a node makes nothing of nothing, and is linear."""
+    return bool(node.name().startswith(_SCALING))
+
+
 def beside_shortcut(call: Call, siblings: Mapping[str, Sequence[Call | None]], readers: Readers
                     ) -> tuple[Any, Any, str] | None:
     """(the sum that what a module returned comes to, what a shortcut beside it reads, the shortcut) where it is added
@@ -104,11 +114,10 @@ def _sums(node: Any, readers: Readers) -> Iterator[tuple[tuple[Any, Any], list[A
     first = None
     while len(after := list(readers.get(node, ()))) == 1:
         reader = after[0]
-        step = reader.name() if hasattr(reader, "name") else ""
-        if step.startswith(_ADDS) and not step.startswith(_NO_SUMS):
+        if adds(reader):
             first = first or (reader, node)
             yield first, [source for source, _ in reader.next_functions if source is not node and source is not None]
-        elif not step.startswith(_SCALING):
+        elif not scales(reader):
             return
         node = reader
 

@@ -1,6 +1,7 @@
 """What is scored of a model beside, or in the place of, its channels: see `units` of fastscore.score."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TypeAlias
 
 from torch import nn
@@ -16,6 +17,8 @@ Units: TypeAlias = str | Iterable[str]  # one of UNITS, or several
 _WITH: Mapping[str, Callable[[ChannelGraph], ChannelGraph]] = {"head_dims": with_head_dims,
                                                                  "heads_and_dims": with_heads_and_dims,
                                                                  "experts": with_experts, "blocks": with_blocks}
+# behind the name of what is kept, in what is skipped
+WHOLE: Mapping[str, str] = {"experts": " (whole experts)", "blocks": " (whole branch)"}
 _LOOKED_FOR: Mapping[str, str] = {"heads_and_dims": "head_dims"}  # where it is called otherwise than the units
 _CHANNELS, _NORMS = "groups", "norms"  # which are there with all of these; which stand alone
 UNITS = (_CHANNELS, *_WITH, _NORMS)
@@ -63,5 +66,8 @@ def of_graph(model: nn.Module, graph: ChannelGraph, units: Units) -> ChannelGrap
         raise ValueError(f"units: {units!r}, and the graph was traced without {' and '.join(sorted(missing))}: give "
                          f"trace(model, example_inputs, units={units!r})")
     for name, with_units in _WITH.items():
-        graph = with_units(graph) if name in among(units) else graph
+        if name in among(units):
+            kept = {each + WHOLE[name]: reason for each, reason in graph.kept_whole.get(name, {}).items()}
+            graph = with_units(graph)
+            graph = replace(graph, skipped={**graph.skipped, **kept})
     return norm_gates(model, graph) if units == _NORMS else graph

@@ -183,7 +183,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     if unused and recording.shows_without_gradient(unused):
         recording.detached = idle
         unused.clear()
-    branches = blocks.find(eval_model, whole) if "blocks" in searched else []
+    branches, kept_blocks = blocks.find(eval_model, whole) if "blocks" in searched else ([], {})
     mixtures, kept_experts = whole_experts.find(eval_model, whole) if "experts" in searched else ((), {})
     attentions = attention.find(eval_model, whole, unused, "head_dims" in searched, recording.run_again)
     heads, left = attentions.groups, attentions.skipped
@@ -219,14 +219,16 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     kept |= {name: reasons.read_elsewhere(members[name], readers) or why
              for name, why in refused.items() if name not in made}
     found = replace(found, groups=tuple(group for group in tried if group.name not in refused),
-                    skipped={**found.skipped, **kept, **left}, experts=mixtures, kept_experts=kept_experts,
+                    skipped={**found.skipped, **kept, **left}, experts=mixtures,
                     head_dims=tuple(attentions.head_dims), whole_heads=attentions.whole_heads,
                     not_both=attentions.not_both)
     found = cut_otherwise.that_go(recording, replace(found, groups=(*found.groups, *joined)), guesses)
     found = _with_heads(eval_model, found, ())
     found = state_spaces.settled(found, bias_trial.kept_biases(recording) if found.groups else {})
     ran = recording.layers_that_ran
-    found = replace(found, blocks=blocks.that_go(eval_model, whole, branches, found.groups))
+    residual, refused_blocks = blocks.that_go(eval_model, whole, branches, found.groups)
+    found = replace(found, blocks=residual,
+                    kept_whole={"blocks": {**kept_blocks, **refused_blocks}, "experts": kept_experts})
     return found, ran, {*left, *kept, *(readers.keys() - ran)}
 
 

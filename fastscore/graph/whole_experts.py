@@ -24,7 +24,6 @@ from fastscore.wording import said
 
 _CHOOSES = {"softmax", "topk"}  # what the code of a router calls that takes no expert of probability zero
 _COUNT, _CHOSEN = "num_experts", "top_k"
-WHOLE_EXPERTS = " (whole experts)"  # behind the name of a mixture, in what is kept
 
 
 def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
@@ -63,10 +62,9 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[tuple[Ch
 
 def with_experts(graph: ChannelGraph) -> ChannelGraph:
     """The graph's groups, and its experts as groups beside them."""
-    kept = {name + WHOLE_EXPERTS: reason for name, reason in graph.kept_experts.items()}
     routers = {member.layer for group in graph.experts for member in group.role("router")}  # rows go with experts
     skipped = {layer: reason for layer, reason in graph.skipped.items() if layer not in routers}
-    return replace(graph, groups=(*graph.groups, *graph.experts), skipped={**skipped, **kept})
+    return replace(graph, groups=(*graph.groups, *graph.experts), skipped=skipped)
 
 
 def never_chosen(model: nn.Module, groups: Iterable[ChannelGroup], removed: Any) -> Iterator[Any]:

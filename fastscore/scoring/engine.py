@@ -140,7 +140,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         with shown(progress):
             channels = trace(model, example, forward, data.first, origin.units)
         eval_model = evaluation_copy(model)  # of a model that was traced: which layers compute their weight is known
-        if "experts" in among(origin.units) and not (channels.experts or channels.kept_experts):
+        if "experts" in among(origin.units) and not (channels.experts or channels.kept_whole.get("experts")):
             without = named([*among(origin.units) - {"experts"}, "groups"])
             warnings.warn(f"units: {type(model).__name__} has no mixture of experts that is known: these are scores as "
                           f'with units="{without}"', stacklevel=2)

@@ -36,6 +36,14 @@ def residual():
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), Residual(6, 0.3), Residual(8, 0.01),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
 
+class Bent(Residual):
+    def forward(self, x):
+        return x + self.branch(x).relu()
+
+def bent():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), Bent(6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, 5))
+
 class Decoder(nn.Module):
     def __init__(self):
         import transformers
@@ -167,6 +175,16 @@ def test_branches_go_and_what_is_left_is_repaired(capsys: pytest.CaptureFixture[
     assert "chosen: asymmetric" in capsys.readouterr().out
     small = fastscore.load_pruned(models.load("nets.py:residual", seed=1), "small.safetensors")
     assert isinstance(small.get_submodule("3.branch"), ZeroBranch)
+
+
+def test_info_names_branches_that_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    for units, stays in (("groups", False), ("blocks", True)):
+        assert main(["info", "nets.py:bent", "--size", "12", "--units", units]) == 0
+        line = "2.branch (whole branch): kept (what it returns goes through Relu in the code around it before it is"
+        assert (line in capsys.readouterr().out) == stays
+    assert main(["info", "--units", "blocks"]) == 2
+    assert main(["score", "nets.py:bent", *MODEL[1:], "--units", "blocks", "--out", "s.safetensors"]) == 0
+    assert "units: 2.branch cannot go whole: what it returns goes through Relu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("units", "told"), [("blocks", "no residual branch that can go whole"),

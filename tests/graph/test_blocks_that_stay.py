@@ -1,6 +1,7 @@
 """What remains where residual branches went, and branches that stay."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,3 +139,52 @@ def test_one_that_stays_is_found_by_halves() -> None:
     found = trace(model, x, run, units="blocks").blocks
     assert [group.name for group in found] == [f"branches.{i}" for i in range(16) if i != 5]
     assert runs - plain < 2 * 16
+
+
+class Kept(nn.Module):
+    """A branch for each reason to stay, and one that goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.bent, self.norm = nn.Linear(5, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.head = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
+        self.goes, self.twice, self.one, self.inner, self.told = (
+            nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(5))
+        self.source, self.cross = nn.Linear(5, 8), _Cross()
+        self.inner[0].weight = self.one[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory, x = self.source(x), self.embed(x)
+        x = x + self.goes(x)
+        x = x + self.bent(x).relu()
+        x = x + self.norm(x)
+        x = x + self.twice(x)
+        x = x + 0.5 * self.twice(x)
+        x = x + self.one(x) + self.inner(x).flip(-1)
+        x = x + self.cross(memory, x)
+        x = x + self.told(x) / self.told[0].in_features
+        return self.head(x)
+
+
+def test_each_branch_that_stays_says_why(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Kept().eval(), torch.randn(2, 4, 5)
+    scores = fastscore.score(model, [x], units="blocks", progress=False)
+    assert [name for name in scores if len(scores[name]) == 1] == ["goes"]
+    ending = " (whole branch)"
+    kept = {name.removesuffix(ending): why for name, why in scores.skipped.items() if name.endswith(ending)}
+    assert kept == {
+        "bent": "what it returns goes through Relu in the code around it before it is added",
+        "norm": "its modules hold no weights but those of normalisations",
+        "twice": "it runs 2 times",
+        "one": "other modules hold weights of it, too",
+        "inner": "what it returns goes through Flip in the code around it before it is added",
+        "cross": "its modules read more than the stream that it is added to",
+        "told": "Kept does not run without it (TypeError: 'ZeroBranch' object is not subscriptable)"}
+    scores.save(tmp_path / "s.safetensors")
+    again = fastscore.Scores.load(tmp_path / "s.safetensors")
+    for name, why in kept.items():
+        assert str(again).count(f"{name}{ending}: kept ({why})") == 1
+    assert not [name for name in fastscore.score(model, [x], progress=False).skipped if name.endswith(ending)]
+    result = fastscore.prune(model, scores, x, channels=0.9)
+    assert {name: result.report.skipped[f"{name}{ending}"] for name in kept} == kept
