@@ -7,7 +7,8 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import NETWORKS, Head, randomize
+from network_modules import Head
+from networks import NETWORKS, randomize
 from oracles import untouched
 from scipy.stats import spearmanr
 from test_folding import assert_scored_as_it_is, inputs

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from computed_elsewhere import computed_elsewhere
-from networks import NETWORKS, Head, straight
+from network_modules import Head
+from networks import NETWORKS, straight
 from oracles import untouched
 from torch import Tensor, nn
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from head_dims import SIZES, Attend, Oracle, call, inputs, model_of, network, run
 from oracles import untouched
-from test_head_dims import SIZES, Attend, Oracle, _call, _inputs, _model, _network, _run
 from torch import Tensor, nn
 
 import fastscore
@@ -24,16 +24,16 @@ WHOLE = " (whole heads)"
 
 def _case(name: str) -> tuple[nn.Module, Any, str, Oracle]:
     if name in ("timm", "Llama", "GPT-NeoX"):
-        return _model(name)
+        return model_of(name)
     layout, count, shared, turned = {"apart": ("apart", 4, 2, ""), "turned": ("fused", 4, 2, "halves"),
                                      "by head": ("by head", 3, 3, "")}[name]
     names = ("q_proj", "k_proj", "v_proj") if layout == "apart" else ("qkv_proj",) * 3
-    return _network(layout, count, shared, 4, True, turned), _inputs(), f"one.{names[0]}", Oracle(
+    return network(layout, count, shared, 4, True, turned), inputs(), f"one.{names[0]}", Oracle(
         tuple(f"one.{layer}.weight" for layer in (*names, "o_proj")), count, shared, 4, turned, layout == "by head")
 
 
 def _score(model: nn.Module, batch: Any, units: Any) -> fastscore.Scores:
-    return fastscore.score(model, [batch], units=units, probes="exact", normalize=False, forward=_run, progress=False)
+    return fastscore.score(model, [batch], units=units, probes="exact", normalize=False, forward=run, progress=False)
 
 
 def _params(model: nn.Module) -> int:
@@ -59,34 +59,34 @@ def test_in_one_budget(name: str, tmp_path: Path) -> None:
     chosen = fastscore.Scores(totals, scores.origin, means=scores.means, coverage=scores.coverage)
     with untouched(model):
         result = fastscore.prune(model, chosen, batch, params=budget, ignore=others, cost_aware=False, compensate=False,
-                                 forward=_run, progress=False)
+                                 forward=run, progress=False)
     assert {*result.removed} == {group, group + WHOLE}
     assert _params(result.model) == result.report.params[1] <= budget * _params(model)
-    assert total_macs(result.model, batch, _run) == result.report.macs[1] < result.report.macs[0]
+    assert total_macs(result.model, batch, run) == result.report.macs[1] < result.report.macs[0]
     gone, lost = result.removed[group], result.removed[group + WHOLE]
     assert set((heads == 0).nonzero()[:, 0].tolist()) < set(lost.tolist())  # and columns of dimensions that went
     with torch.no_grad():
         gates = torch.ones(len(oracle.units), dtype=torch.float64).index_fill(0, gone, 0)
         values = oracle.gated(model, gates, (0,), True)
         values[oracle.weights[3]] = values[oracle.weights[3]].index_fill(1, lost, 0)  # what reads the head
-        want = _call(model, values, batch)
+        want = call(model, values, batch)
         exact = 1e-10 if name not in ("Llama", "GPT-NeoX") else 1e-5
-        torch.testing.assert_close(_run(result.model, batch), want, rtol=exact, atol=exact)
+        torch.testing.assert_close(run(result.model, batch), want, rtol=exact, atol=exact)
         fastscore.save_pruned(result, tmp_path / "small.safetensors")
         again = fastscore.load_pruned(model, tmp_path / "small.safetensors")
-        assert torch.equal(_run(again, batch), _run(result.model, batch))
+        assert torch.equal(run(again, batch), run(result.model, batch))
         share = result.report.channels[1] / result.report.channels[0]
         with untouched(model), fastscore.mask(model, chosen, 1 - share, batch, ignore=others, compensate=False,
-                                              forward=_run) as masked:
+                                              forward=run) as masked:
             assert {*masked} == {group, group + WHOLE}
-            got = _run(model, batch)
-        small = fastscore.prune(model, chosen, batch, channels=share, ignore=others, compensate=False, forward=_run,
+            got = run(model, batch)
+        small = fastscore.prune(model, chosen, batch, channels=share, ignore=others, compensate=False, forward=run,
                                 progress=False)
         assert {name: at.tolist() for name, at in masked.items()} == {
             name: at.tolist() for name, at in small.removed.items()}
-        torch.testing.assert_close(got, _run(small.model, batch), rtol=exact, atol=exact)
+        torch.testing.assert_close(got, run(small.model, batch), rtol=exact, atol=exact)
     # repaired, by the means of what went in either way
-    repaired = fastscore.prune(model, chosen, batch, params=budget, ignore=others, cost_aware=False, forward=_run,
+    repaired = fastscore.prune(model, chosen, batch, params=budget, ignore=others, cost_aware=False, forward=run,
                                progress=False)
     bias = repaired.model.get_parameter(oracle.weights[3].replace("weight", "bias"))
     weight = model.get_parameter(oracle.weights[3])
@@ -156,7 +156,7 @@ def test_in_steps() -> None:
     with torch.no_grad():
         values = oracle.gated(model, gates, (0,), True)
         values[oracle.weights[3]] = values[oracle.weights[3]].index_fill(1, lost, 0)
-        torch.testing.assert_close(result.model(x), _call(model, values, x))
+        torch.testing.assert_close(result.model(x), call(model, values, x))
 
 
 class Counted(Attend):
@@ -168,11 +168,11 @@ class Counted(Attend):
 
 def test_what_does_not_go_together_is_said() -> None:
     """Dimensions are kept beside heads, by name; what cannot go has the reason that it has alone."""
-    model = _network("apart", 4, 4, 4, True)
+    model = network("apart", 4, 4, 4, True)
     counted = Counted("apart", 4, 4, 4, True).double()
     counted.load_state_dict(model.one.state_dict())
     model.one = counted
-    scores = fastscore.score(model, [_inputs()], units="heads_and_dims", progress=False)
+    scores = fastscore.score(model, [inputs()], units="heads_and_dims", progress=False)
     assert "one.q_proj" in scores
     assert "one.q_proj" + WHOLE not in scores
     assert scores.skipped["one.q_proj (head dimensions)"] == \
@@ -181,7 +181,7 @@ def test_what_does_not_go_together_is_said() -> None:
     assert len(scores["two.q_proj"]) == 32
     assert len(scores["two.q_proj" + WHOLE]) == 16
     with pytest.raises(ValueError, match="taylor importance"):
-        fastscore.score(model, [_inputs()], units="heads_and_dims", importance="random", progress=False)
+        fastscore.score(model, [inputs()], units="heads_and_dims", importance="random", progress=False)
 
 
 def test_a_count_of_heads_that_the_config_keeps() -> None:
@@ -191,16 +191,16 @@ def test_a_count_of_heads_that_the_config_keeps() -> None:
         model = transformers.Phi3ForCausalLM(transformers.Phi3Config(
             **SIZES | {"num_hidden_layers": 1}, num_key_value_heads=2, pad_token_id=0)).double().eval()
     batch = {"input_ids": torch.randint(0, 6, (2, 4))}
-    graph = trace(model, batch, _run, units="heads_and_dims")
+    graph = trace(model, batch, run, units="heads_and_dims")
     assert not graph.not_both
     for units in ("head_dims", "groups"):  # one after the other
-        scores = fastscore.score(model, [batch], units=units, forward=_run, progress=False)
+        scores = fastscore.score(model, [batch], units=units, forward=run, progress=False)
         others = [name for name in scores if "self_attn" not in name]
-        with torch.no_grad(), fastscore.mask(model, scores, 0.5, batch, ignore=others, compensate=False, forward=_run):
-            want = _run(model, batch)
-        model = fastscore.prune(model, scores, batch, channels=0.5, ignore=others, compensate=False, forward=_run,
+        with torch.no_grad(), fastscore.mask(model, scores, 0.5, batch, ignore=others, compensate=False, forward=run):
+            want = run(model, batch)
+        model = fastscore.prune(model, scores, batch, channels=0.5, ignore=others, compensate=False, forward=run,
                                 progress=False).model
         with torch.no_grad():
-            torch.testing.assert_close(_run(model, batch), want, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(run(model, batch), want, rtol=1e-5, atol=1e-5)
     attention = model.model.layers[0].self_attn
     assert (attention.head_dim, attention.num_key_value_heads, attention.o_proj.in_features) == (2, 1, 4)

@@ -12,7 +12,7 @@ import diffusers_models
 import torch
 import transformers_models
 from model_case import Case
-from networks import UNet
+from network_modules import UNet
 from super_resolution import EDSR
 from torch import Tensor, nn
 

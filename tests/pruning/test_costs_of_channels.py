@@ -1,5 +1,6 @@
 """Importance per cost: where it is the default, and what a channel costs."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,8 +11,9 @@ from networks import NETWORKS
 from torch import Tensor, nn
 
 import fastscore
+from fastscore.graph.cutting.surgery import remove_indices, removed_indices
 from fastscore.graph.tracing import trace
-from fastscore.pruning.budgets.costs import Costs
+from fastscore.pruning.budgets.costs import Costs, total_macs
 from fastscore.pruning.budgets.layer_times import layer_seconds
 from fastscore.pruning.order import ranking
 from fastscore.pruning.order.ranking import channel_costs, time_costs
@@ -83,3 +85,38 @@ def test_seconds_of_layers_leave_out_the_layers_inside(monkeypatch: pytest.Monke
     seconds = layer_seconds(model, ["0", "0.0", "1"], torch.ones(1, 3), lambda model, x: model(x))
     assert seconds == {"0": 1e-9, "0.0": 2.0, "1": 2.0}
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["residual", "dense", "mobile", "grouped", "unet", "chunked", "flattening"])
+@pytest.mark.parametrize("compensate", [False, True])
+def test_the_price_of_a_channel_is_what_its_surgery_saves(name: str, compensate: bool) -> None:
+    network = NETWORKS[name]
+    model, x = network.model(), network.inputs(2)
+    groups = trace(model, x).groups
+    costs = Costs(model, groups, x, compensate=compensate)
+    for unit, count in (("macs", lambda m: total_macs(m, x)), ("params", params)):
+        prices = channel_costs(costs, unit)  # type: ignore[arg-type]
+        assert costs.totals == costs.dense
+        for each in groups:
+            first = each.unit == each.unit[0]
+            small = remove_indices(copy.deepcopy(model), removed_indices(groups, {each.name: first.nonzero()[:, 0]}))
+            assert float(prices[each.name][first].sum()) == pytest.approx(count(model) - count(small), rel=1e-9)
+    assert any(layer.bias_below for layer in costs.layers.values()) == \
+        (compensate and name not in ("flattening", "unet"))
+
+
+def test_cost_aware_pruning_keeps_more_channels_within_the_same_budget() -> None:
+    """All channels are as important but for a trace, by which those that cost least go first without costs."""
+    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs()
+    scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
+    for unit in ("macs", "params"):
+        prices = channel_costs(Costs(model, trace(model, x).groups, x), unit)  # type: ignore[arg-type]
+        equal = replace(scores, totals={layer: 1 + 1e-9 * price for layer, price in prices.items()})
+        plain, aware = (fastscore.prune(model, equal, x, cost_aware=aware, **{unit: 0.5}).report  # type: ignore[arg-type]
+                        for aware in (False, True))
+        assert aware.channels[1] > plain.channels[1]
+        assert getattr(aware, unit)[1] / getattr(aware, unit)[0] <= 0.5

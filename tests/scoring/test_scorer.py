@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from networks import NETWORKS, Residual, randomize
+from network_modules import Residual
+from networks import NETWORKS, randomize
 from torch import Tensor, nn
 
 import fastscore

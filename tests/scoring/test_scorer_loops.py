@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loops import RESIDUAL, assert_exact, assert_same, brute_force, measured
-from networks import Residual, randomize
+from network_modules import Residual
+from networks import randomize
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from loops import RESIDUAL, assert_exact, assert_same, brute_force, measured
-from networks import Residual
+from network_modules import Residual
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -6,7 +6,8 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import NETWORKS, BasicBlock, Head, Residual, randomize
+from network_modules import BasicBlock, Head, Residual
+from networks import NETWORKS, randomize
 from oracles import untouched
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
