@@ -1,7 +1,8 @@
 """Builds fastscore/_C, the native kernels: one abi3 library for every Python >= 3.10 and torch >= 2.11.
 
 CUDA kernels go into it where nvcc is found, in CUDA_HOME or on the PATH; no GPU is needed, nor a torch with CUDA.
-FASTSCORE_CUDA=0 leaves them out, FASTSCORE_CUDA=1 makes their absence an error. MAX_JOBS bounds what runs at once.
+FASTSCORE_CUDA=0 leaves them out, FASTSCORE_CUDA=1 makes their absence an error; FASTSCORE_CUDA_TARGETS="80 90" builds
+them for these compute capabilities alone, in less time. MAX_JOBS bounds what runs at once.
 """
 
 import hashlib
@@ -45,6 +46,15 @@ def find_nvcc() -> Path | None:
     return Path(found) if found else None
 
 
+def cuda_targets() -> list[int]:
+    """The compute capabilities to build for."""
+    chosen = os.environ.get("FASTSCORE_CUDA_TARGETS", "").split() or [str(target) for target in CUDA_TARGETS]
+    if not {*chosen} <= {str(target) for target in CUDA_TARGETS}:
+        raise SystemExit(f"FASTSCORE_CUDA_TARGETS is {' '.join(chosen)!r}: name some of "
+                         f"{' '.join(map(str, CUDA_TARGETS))}, with spaces between, or unset it to build for all")
+    return [int(target) for target in chosen]
+
+
 def output_of(*command: str | Path) -> str:
     """What a command prints, errors included."""
     return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
@@ -59,6 +69,7 @@ class BuildKernels(BuildExtension):
 
     def build_extensions(self) -> None:
         nvcc = find_nvcc()
+        self.targets = cuda_targets()
         print(f"CUDA kernels: compiled by {nvcc}" if nvcc else "CUDA kernels: left out, as no nvcc is found or wanted")
         if nvcc:
             for extension in self.extensions:
@@ -68,9 +79,9 @@ class BuildKernels(BuildExtension):
     def add_cuda(self, extension: Extension, nvcc: Path) -> None:
         """Compiles csrc/cuda and links the objects into the extension, with the CUDA runtime as a static library."""
         supported = {int(number) for number in re.findall(r"compute_(\d+)", output_of(nvcc, "--list-gpu-arch"))}
-        targets = [target for target in CUDA_TARGETS if target in supported]
+        targets = [target for target in self.targets if target in supported]
         flags = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
-        flags += [f"-gencode=arch=compute_{target},code=compute_{target}" for target in CUDA_PTX if target in supported]
+        flags += [f"-gencode=arch=compute_{target},code=compute_{target}" for target in targets if target in CUDA_PTX]
         flags += [f"-D{name}={value}" for name, value in extension.define_macros]
         # Objects outlive a build: torch's headers may come and go with it, as only its stable ABI is used.
         folder = Path("build", "cuda", hashlib.sha256(repr([nvcc, *NVCC_FLAGS, *flags]).encode()).hexdigest()[:8])

@@ -1,6 +1,7 @@
 """The CUDA kernels inside the native library in use: targets, loads, registers, and what the library depends on.
 
-The instructions of one target are read in a normal run; FASTSCORE_NIGHTLY=1 reads those of all.
+The instructions of one target are read in a normal run; FASTSCORE_NIGHTLY=1 reads those of all. A library built with
+FASTSCORE_CUDA_TARGETS is tested with it, too.
 """
 
 import importlib.util
@@ -16,9 +17,10 @@ import torch
 
 from fastscore.ops.library import LIBRARY
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
+TARGETS = tuple(f"sm_{target}" for target in os.environ.get("FASTSCORE_CUDA_TARGETS", "80 90 100 120").split())
 READ = TARGETS if "FASTSCORE_NIGHTLY" in os.environ else ("sm_90",)  # the one that was measured
-PTX = ("sm_80", "sm_120")  # for devices between the targets, such as sm_87, and beyond
+# for devices between the targets, such as sm_87, and beyond
+PTX = tuple(target for target in TARGETS if target in ("sm_80", "sm_120"))
 OPS = ("channel_sums", "clamp_backward_", "channel_dot", "channel_powers", "random_gradient", "normalize_gradient")
 # Registers of a thread: three blocks of 256 threads to a multiprocessor have 80 each, two have 128.
 MOST_REGISTERS = {"normalize_held": 128, "scale": 80, "sum_squares": 80, "sum_rows": 64, "sum_columns": 64,
