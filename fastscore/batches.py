@@ -249,8 +249,7 @@ def valid_tokens(batch: Batch) -> Tensor | None:
     has it; None where there is none, or no padding."""
     masks = (value for keywords in mappings(batch) for key, value in keywords.items()
              if key == MASK and isinstance(value, Tensor) and value.dim() == 2)
-    mask = next(masks, None)
-    return None if mask is None or bool((mask != 0).all()) else mask != 0
+    return None if (mask := next(masks, None)) is None or bool((mask != 0).all()) else mask != 0
 
 
 def first_tensor(batch: Batch) -> Tensor | None:
@@ -260,8 +259,7 @@ def first_tensor(batch: Batch) -> Tensor | None:
 
 def first_input(inputs: Any) -> Tensor:
     """The tensor that tells samples apart: the first in a batch, or among a forward call's (args, kwargs)."""
-    tensor = first_tensor(inputs)
-    if tensor is None:
+    if (tensor := first_tensor(inputs)) is None:
         raise TypeError("batches: the model is called without a tensor, so its samples cannot be told apart: give "
                         "tensors, or tuples, lists, dicts or dataclasses of them")
     return tensor

@@ -57,7 +57,7 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
 
 def test_the_cut_is_the_one_that_a_mask_makes(tmp_path):
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs(8)
+    model, x = network.traced(), network.inputs(8)
     scores = fastscore.score(model, [x], progress=False)
     for fraction in (0.0, 0.3, 0.8):
         with fastscore.mask(model, scores, fraction, x) as removed:
@@ -73,7 +73,7 @@ def test_the_cut_is_the_one_that_a_mask_makes(tmp_path):
 
 
 def test_a_pruned_model_plots_its_layers_and_its_curve(tmp_path):
-    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(2)
+    model, x = NETWORKS["residual"].traced(), NETWORKS["residual"].inputs(2)
     result = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, macs=0.5)
     result.plot(tmp_path / "p.png")
     size = Image.open(tmp_path / "p.png").size
@@ -92,7 +92,7 @@ def test_a_pruned_model_plots_its_layers_and_its_curve(tmp_path):
 
 def test_bars_are_as_high_as_layers_are_wide(tmp_path, monkeypatch):
     """Read back from what matplotlib is asked to draw."""
-    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(2)
+    model, x = NETWORKS["residual"].traced(), NETWORKS["residual"].inputs(2)
     result = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=0.5)
     drawing = plots.figure()
     monkeypatch.setattr(plots, "figure", lambda *size: drawing)

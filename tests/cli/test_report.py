@@ -36,7 +36,7 @@ box.dispatchEvent(new Event("input"));
 
 @pytest.fixture(scope="module")
 def scores() -> Scores:
-    return fastscore.score(RESIDUAL.model(), [RESIDUAL.inputs(8)], progress=False)
+    return fastscore.score(RESIDUAL.traced(), [RESIDUAL.inputs(8)], progress=False)
 
 
 def data(path: Path) -> dict:
@@ -98,7 +98,7 @@ def test_the_browser_shows_what_a_mask_would_remove(scores: Scores, tmp_path: Pa
     html_report.write(scores, path, fraction=0.25)
     x = RESIDUAL.inputs(2)
     for fraction in (0.25, 0.6):
-        with fastscore.mask(RESIDUAL.model(), scores, fraction, x) as removed:
+        with fastscore.mask(RESIDUAL.traced(), scores, fraction, x) as removed:
             expected = {layer: len(removed.get(layer, ())) for layer in scores}
         page = shown(path, fraction=None if fraction == 0.25 else round(100 * fraction))
         table = rows(page, "scores")
@@ -135,7 +135,7 @@ def test_the_page_says_what_can_go(scores: Scores, tmp_path: Path) -> None:
 @needs_browser
 def test_names_are_text_whatever_they_hold(tmp_path: Path) -> None:
     name = """</script><script>document.title="taken"</script><img src=x onerror=alert(1)>&quot;"""
-    whole = fastscore.score(RESIDUAL.model(), [RESIDUAL.inputs(2)], progress=False)
+    whole = fastscore.score(RESIDUAL.traced(), [RESIDUAL.inputs(2)], progress=False)
     evil = Scores({name: torch.arange(1.0, 6.0, dtype=torch.float64)}, whole.origin, skipped={name: "<b>bold</b>"})
     path = tmp_path / "r.html"
     html_report.write(evil, path, title=name)
@@ -149,7 +149,7 @@ def test_names_are_text_whatever_they_hold(tmp_path: Path) -> None:
 @needs_browser
 def test_before_and_after_and_a_picture(scores: Scores, tmp_path: Path) -> None:
     path, x = tmp_path / "r.html", RESIDUAL.inputs(2)
-    pruned = fastscore.prune(RESIDUAL.model(), scores, x, macs=0.5).report
+    pruned = fastscore.prune(RESIDUAL.traced(), scores, x, macs=0.5).report
     html_report.write(scores, path, pruned=pruned)
     table = rows(shown(path), "report")
     assert [row[1] for row in table] == [f"{group.channels[0]} → {group.channels[1]}" for group in pruned.groups]
@@ -163,7 +163,7 @@ def test_before_and_after_and_a_picture(scores: Scores, tmp_path: Path) -> None:
 @needs_browser
 @pytest.mark.parametrize("unit", ["macs", "params", "channels"])
 def test_a_budget_removes_what_prune_removes(unit: str, scores: Scores, tmp_path: Path) -> None:
-    path, model, x = tmp_path / "r.html", RESIDUAL.model(), RESIDUAL.inputs(2)
+    path, model, x = tmp_path / "r.html", RESIDUAL.traced(), RESIDUAL.inputs(2)
     costs = html_report.removal_costs(model, scores, x)
     left = costs[unit]["remains"][unit]
     for step in (1, len(left) // 2, len(left) - 1):  # budgets that steps meet to the unit: prune() gives none back
@@ -220,7 +220,7 @@ def test_layers_stand_by_stage(scores: Scores, tmp_path: Path) -> None:
 
 @needs_browser
 def test_measured_agreement_stands_beside_the_budget(scores: Scores, tmp_path: Path) -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(32)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(32)
     kept = replace(scores, notes={"model": "nets.py:build", "date": "today"})
     kept.save(tmp_path / "s.safetensors")
     curve = fastscore.curve(model, kept, [x], (1.0, 0.7, 0.5), progress=False)
@@ -259,7 +259,7 @@ def test_a_narrow_window_holds_all_of_it(width: int, scores: Scores, tmp_path: P
     totals = {name: torch.rand(64, generator=torch.Generator().manual_seed(i)).double() for i, name in enumerate(names)}
     many = Scores(totals, scores.origin, skipped={f"{names[0]}.head": "its channels meet a parameter of the model's"},
                   notes={"model": "/a/long/path/without/any/space/" * 6, "checkpoint": "0123456789abcdef" * 6})
-    report = fastscore.prune(RESIDUAL.model(), scores, RESIDUAL.inputs(2), macs=0.5).report
+    report = fastscore.prune(RESIDUAL.traced(), scores, RESIDUAL.inputs(2), macs=0.5).report
     path, frame = tmp_path / "r.html", tmp_path / "frame.html"
     row = {"budget": 0.7, "macs": 0.7, "params": 0.71, "channels": 0.72, "cut_agreement": 0.9,
            "repaired_agreement": 1.0}

@@ -40,7 +40,7 @@ def tap(plan: Plan, layer: str):
 def test_bytes_are_those_of_what_the_layers_take(name: str) -> None:
     """Twice, activation and gradient, but for what a stride of a 1x1 convolution leaves out."""
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs(2)
+    model, x = network.traced(), network.inputs(2)
     plan = fastscore.score(model, [x], progress=False).plan
     taken: dict[str, Tensor] = {}
     for found in plan.taps:
@@ -62,7 +62,7 @@ def test_bytes_are_those_of_what_the_layers_take(name: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"importance": "taylor-abs"}, {"reduction": "element"}, {"ablation": "mean"}])
 def test_strided_convolutions_of_one_position_are_read_where_they_read(options: dict[str, str]) -> None:
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs(5)
+    model, x = network.traced(), network.inputs(5)
     plan = fastscore.score(model, [x], progress=False, **options).plan
     height = x.shape[2] if options.get("ablation") == "mean" else x.shape[2] // 2
     assert tap(plan, "block2.shortcut.0").reads == (6, height, height)
@@ -214,7 +214,7 @@ def test_a_processor_without_bfloat16_says_that_it_is_slower(monkeypatch: pytest
 
 def test_a_plan_stays_with_the_scores_and_out_of_files(tmp_path: Path) -> None:
     network = NETWORKS["plain"]
-    model, x = network.model(), network.inputs()
+    model, x = network.traced(), network.inputs()
     scores = fastscore.score(model, [x], progress=False)
     scores.save(tmp_path / "s.safetensors")
     assert fastscore.Scores.load(tmp_path / "s.safetensors").plan is None
@@ -239,7 +239,7 @@ def test_a_compiled_pass_has_the_same_scores() -> None:
 def test_layers_that_run_twice_are_not_compiled() -> None:
     network = NETWORKS["plain"]
     with pytest.raises(ValueError, match=r"^compile: .* runs 2 times in a pass.*compile=False"):
-        fastscore.score(network.model(), [network.inputs()], compile=True, progress=False,
+        fastscore.score(network.traced(), [network.inputs()], compile=True, progress=False,
                         forward=lambda model, batch: model(batch) + model(batch.flip(3)))
 
 

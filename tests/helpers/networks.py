@@ -1,11 +1,17 @@
 """Small networks, each with its channel groups written down by hand: the oracle's knowledge, not the tracer's."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import network_modules as modules
 import torch
 from torch import Tensor, nn
+
+from fastscore.batches import call_model
+from fastscore.graph import cache
+from fastscore.graph.groups import ChannelGraph
+from fastscore.graph.tracing import trace
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,21 @@ class Network:
             torch.manual_seed(seed)
             return randomize(self.build()).double().eval()
 
+    def traced(self, seed: int = 0) -> nn.Module:
+        """model(), with the graph of another like it known already: for tests of what comes after tracing."""
+        model = self.model(seed)
+        cache.put(model, self.inputs(1), call_model, _graph(self.build, self.shape, seed))
+        return model
+
     def inputs(self, samples: int = 4, seed: int = 1) -> Tensor:
         """[N, ...], float64."""
         return torch.randn(samples, *self.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@functools.cache
+def _graph(build: Callable[[], nn.Module], shape: tuple[int, ...], seed: int) -> ChannelGraph:
+    network = Network(build, shape, {})
+    return trace(network.model(seed), network.inputs())
 
 
 def randomize(model: nn.Module) -> nn.Module:

@@ -21,3 +21,12 @@ class Generating:
     new_labels: Callable[[int], list[int]]
     pick: Callable[..., int | None]
     pair: Callable[[], tuple[int, int] | None]
+
+    def counting(self, name: str, build: Callable[[int], nn.Module]) -> int | None:
+        """A layer over each pixel's channels, which goes on counting zeros where some are gone."""
+        source = self.pick()
+        if source is None:
+            return None
+        value = self.values[source]
+        return self.add(name, (source,), value.labels, value.size, lambda layer, x: layer(x),
+                        build(len(value.labels)), counts=value.labels)

@@ -69,13 +69,8 @@ class Layers(Generating):
         return {self.owned: 5, self.over_channels: 4, self.swapped: 4, self.attended: 4}
 
     def over_channels(self) -> int | None:
-        """A LayerNorm or RMSNorm over the channels, which go on being counted as zeros where they are gone."""
-        source = self.pick()
-        if source is None:
-            return None
-        value = self.values[source]
-        return self.add("over channels", (source,), value.labels, value.size, lambda layer, x: layer(x),
-                        OverChannels(self.rng.random() < 0.6, len(value.labels)), counts=value.labels)
+        """A LayerNorm or RMSNorm."""
+        return self.counting("over channels", lambda width: OverChannels(self.rng.random() < 0.6, width))
 
     def attended(self) -> int | None:
         """PyTorch's own attention of pixels to each other, or to those of another value."""

@@ -128,13 +128,8 @@ class Mixers(Generating):
                         ties=[(small[1:1 + state], small[1 + state:])])
 
     def responses(self) -> int | None:
-        """The mean of norms goes on counting zeros where channels are gone."""
-        source = self.pick()
-        if source is None:
-            return None
-        value = self.values[source]
-        return self.add("responses", (source,), value.labels, value.size, lambda layer, x: layer(x),
-                        Responses(len(value.labels)), counts=value.labels)
+        """Each channel by its norm over the mean of all norms."""
+        return self.counting("responses", Responses)
 
     def gate_up(self) -> int | None:
         """One convolution makes what goes on, and its gate."""

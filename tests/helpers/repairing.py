@@ -1,6 +1,5 @@
 """Networks to cut and repair."""
 
-import copy
 from functools import lru_cache
 
 from networks import NETWORKS
@@ -11,12 +10,13 @@ import fastscore
 
 def scored(name: str) -> tuple[nn.Module, list[Tensor], fastscore.Scores]:
     """One of NETWORKS, three batches of eight, and its scores on them."""
-    model, batches, scores = _scored(name)
-    return copy.deepcopy(model), list(batches), scores
+    return NETWORKS[name].traced(), _batches(name), _scores(name)
+
+
+def _batches(name: str) -> list[Tensor]:
+    return list(NETWORKS[name].inputs(24).split(8))
 
 
 @lru_cache
-def _scored(name: str) -> tuple[nn.Module, list[Tensor], fastscore.Scores]:
-    model, x = NETWORKS[name].model(), NETWORKS[name].inputs(24)
-    batches = list(x.split(8))
-    return model, batches, fastscore.score(model, batches, ablation="mean", progress=False)
+def _scores(name: str) -> fastscore.Scores:
+    return fastscore.score(NETWORKS[name].traced(), _batches(name), ablation="mean", progress=False)

@@ -10,7 +10,7 @@ from benchmarks.peers.task import Task
 
 def task_of(name: str, samples: int = 4) -> Task:
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs(samples)
+    model, x = network.traced(), network.inputs(samples)
     return Task.of(model, x, torch.arange(samples) % model(x).shape[1])
 
 

@@ -31,7 +31,7 @@ def root_of(graph: Any, group: Any) -> str:
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_a_group_rooted_at_any_of_its_producers_has_the_scores_of_its_channels(name: str) -> None:
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs()
+    model, x = network.traced(), network.inputs()
     scores = scored(model, x)
     graph, _ = groups_of(model, x)
     importance = Importance(scores)
@@ -45,7 +45,7 @@ def test_a_group_rooted_at_any_of_its_producers_has_the_scores_of_its_channels(n
 
 def test_a_group_rooted_at_an_input_has_the_scores_of_the_channels_it_reads() -> None:
     """A Linear behind a flattened convolution reads each channel at 16 places."""
-    model, x = NETWORKS["flattening"].model(), NETWORKS["flattening"].inputs()
+    model, x = NETWORKS["flattening"].traced(), NETWORKS["flattening"].inputs()
     scores = scored(model, x)
     graph, _ = groups_of(model, x)
     for index in (list(range(64)), [0, 16, 17, 63], [5]):
@@ -55,7 +55,7 @@ def test_a_group_rooted_at_an_input_has_the_scores_of_the_channels_it_reads() ->
 
 def test_roots_that_are_unknown_are_passed_over() -> None:
     """Torch-Pruning gives None as root where it cannot tell: keys and values shared by several queries."""
-    model, x = NETWORKS["mlp"].model(), NETWORKS["mlp"].inputs()
+    model, x = NETWORKS["mlp"].traced(), NETWORKS["mlp"].inputs()
     scores = scored(model, x)
     graph, _ = groups_of(model, x)
     group = graph.get_pruning_group(model[0], tp.prune_linear_out_channels, list(range(8)))
@@ -198,7 +198,7 @@ def test_scores_that_are_stale_after_a_step_are_refused_before_anything_changes(
 
 def test_scores_of_another_model_or_of_other_units_are_refused() -> None:
     model, x = built("residual")
-    other, inputs = NETWORKS["plain"].model(), NETWORKS["plain"].inputs()
+    other, inputs = NETWORKS["plain"].traced(), NETWORKS["plain"].inputs()
     for scores, message in ((scored(other, inputs), "know a layer 0, and the pruner's model has none"),
                             (scored(model, x, units="norms"), "units=.norms.")):
         for make in (scores, lambda scores=scores: scores):

@@ -17,7 +17,7 @@ from fastscore.pruning.saved import recipes
 
 
 def pruned(network: Network, times: int = 1, **options: object) -> tuple[nn.Module, Tensor]:
-    model, x = network.model(), network.inputs(3)
+    model, x = network.traced(), network.inputs(3)
     for _ in range(times):
         scores = fastscore.score(model, [x], progress=False)
         model = fastscore.prune(model, scores, x, macs=0.7, **options).model  # type: ignore[arg-type]
@@ -102,7 +102,7 @@ def test_modes_flags_and_layout_are_those_of_the_model_built(tmp_path: Path) -> 
 
 def test_a_result_and_a_model_pruned_in_place(tmp_path: Path) -> None:
     network = NETWORKS["mobile"]
-    model, x = network.model(), network.inputs(3)
+    model, x = network.traced(), network.inputs(3)
     result = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, macs=0.6, inplace=True)
     fastscore.save_pruned(result, tmp_path / "p")
     assert_same(fastscore.load_pruned(network.model(), tmp_path / "p"), model, x)
@@ -165,7 +165,7 @@ def test_into_a_model_with_weight_norm(norm: Callable[[nn.Module], nn.Module], t
 def test_a_dense_model_built_otherwise_is_refused(tmp_path: Path) -> None:
     model, _ = pruned(NETWORKS["residual"])
     fastscore.save_pruned(model, tmp_path / "p")
-    other = NETWORKS["residual"].model()
+    other = NETWORKS["residual"].traced()
     other.block1.conv1.stride = (2, 2)
     with untouched(other), pytest.raises(ValueError, match=r"p: it was pruned from another model: block1\.conv1 was .*"
                                                            r"stride=\(1, 1\).* and is .*stride=\(2, 2\)"):
@@ -198,12 +198,12 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "p"
     with pytest.raises(FileNotFoundError, match="p: there is no such pruned model"):
         fastscore.load_pruned(NETWORKS["mlp"].model, path)
-    fastscore.score(NETWORKS["mlp"].model(), [x], progress=False).save(path)
+    fastscore.score(NETWORKS["mlp"].traced(), [x], progress=False).save(path)
     with pytest.raises(ValueError, match="p: not a fastscore pruned model"):
         fastscore.load_pruned(NETWORKS["mlp"].model, path)
     fastscore.save_pruned(model, path)
     contents = bytearray(path.read_bytes())
-    dense = NETWORKS["mlp"].model()
+    dense = NETWORKS["mlp"].traced()
     noticed = 0
     generator = torch.Generator().manual_seed(0)
     for place in torch.randint(len(contents), (150,), generator=generator).tolist():

@@ -18,7 +18,7 @@ from fastscore.pruning.budgets.layer_times import layer_seconds
 from fastscore.pruning.order import ranking
 from fastscore.pruning.order.ranking import channel_costs, time_costs
 
-MODEL, X = NETWORKS["mobile"].model(), NETWORKS["mobile"].inputs(6)
+MODEL, X = NETWORKS["mobile"].traced(), NETWORKS["mobile"].inputs(6)
 
 
 def removed(scores: fastscore.Scores, **options: Any) -> Mapping[str, list[int]]:
@@ -95,7 +95,7 @@ def params(model: nn.Module) -> int:
 @pytest.mark.parametrize("compensate", [False, True])
 def test_the_price_of_a_channel_is_what_its_surgery_saves(name: str, compensate: bool) -> None:
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs(2)
+    model, x = network.traced(), network.inputs(2)
     groups = trace(model, x).groups
     costs = Costs(model, groups, x, compensate=compensate)
     for unit, count in (("macs", lambda m: total_macs(m, x)), ("params", params)):
@@ -111,7 +111,7 @@ def test_the_price_of_a_channel_is_what_its_surgery_saves(name: str, compensate:
 
 def test_cost_aware_pruning_keeps_more_channels_within_the_same_budget() -> None:
     """All channels are as important but for a trace, by which those that cost least go first without costs."""
-    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs()
+    model, x = NETWORKS["residual"].traced(), NETWORKS["residual"].inputs()
     scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
     for unit in ("macs", "params"):
         prices = channel_costs(Costs(model, trace(model, x).groups, x), unit)  # type: ignore[arg-type]

@@ -71,7 +71,7 @@ def test_torch_compile(small: tuple[nn.Module, list[Tensor]]) -> None:
 @pytest.mark.parametrize("suffix", [".pt", ".pt2", ".safetensors"])
 def test_saving_leaves_the_model_in_its_modes(suffix: str, tmp_path: Path) -> None:
     network = NETWORKS["plain"]
-    model, x = network.model(), network.inputs(2)
+    model, x = network.traced(), network.inputs(2)
     result = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=0.7)
     result.model.train()
     next(result.model.children()).eval()

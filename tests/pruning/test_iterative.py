@@ -30,7 +30,7 @@ def params(model: nn.Module) -> int:
 
 def setting() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     labels = torch.arange(4)
-    return RESIDUAL.model(), [(RESIDUAL.inputs(4, seed), labels) for seed in (1, 2)]
+    return RESIDUAL.traced(), [(RESIDUAL.inputs(4, seed), labels) for seed in (1, 2)]
 
 
 def train(batches: list[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], None]:
@@ -255,7 +255,7 @@ def test_a_data_loader_and_keyword_batches() -> None:
     with untouched(model):
         first, second = (fastscore.prune_iteratively(model, data, steps=2, macs=0.6, progress=False) for _ in range(2))
     assert same(first, second)  # in the same order each time, although it is shuffled
-    linear = NETWORKS["mlp"].model()
+    linear = NETWORKS["mlp"].traced()
 
     class Named(nn.Module):
         def __init__(self) -> None:

@@ -151,7 +151,7 @@ def test_a_clock_that_says_how_unsteady_it_is_needs_fewer_networks() -> None:
 def test_times_are_foreseen_by_widths() -> None:
     """Against the layers of each smaller network, whose MACs over the dense layer's are what remains of its time."""
     network = NETWORKS["mobile"]
-    model, x = network.model().eval(), network.inputs(2)
+    model, x = network.traced().eval(), network.inputs(2)
     graph = trace(model, x)
     costs = Costs(model, graph.groups, x)
     order = [step for group in graph.groups for step in (RemovalStep(group.name, (channel,), 0.0) for channel in (1, 0))
@@ -192,7 +192,7 @@ def in_macs(monkeypatch: pytest.MonkeyPatch, factor: Callable[[], float] = lambd
 def test_pruned_to_a_share_of_the_time(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     in_macs(monkeypatch)
     network = NETWORKS["residual"]
-    model, x = network.model().train(), network.inputs(3)
+    model, x = network.traced().train(), network.inputs(3)
     scores = fastscore.score(model, [x], progress=False)
     given = copy.deepcopy(model)
     result = fastscore.prune(model, scores, x, latency=0.6, **options)  # type: ignore[arg-type]
@@ -216,7 +216,7 @@ def test_pruned_to_a_share_of_the_time(options: dict[str, object], monkeypatch: 
 
 def test_other_budgets_hold_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     in_macs(monkeypatch)
-    model, x = NETWORKS["mobile"].model(), NETWORKS["mobile"].inputs(2)
+    model, x = NETWORKS["mobile"].traced(), NETWORKS["mobile"].inputs(2)
     scores = fastscore.score(model, [x], progress=False)
     tight = fastscore.prune(model, scores, x, latency=0.9, params=0.5)
     assert tight.report.params[1] / tight.report.params[0] <= 0.5
@@ -234,7 +234,7 @@ def test_other_budgets_hold_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_by_a_noisy_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = random.Random(0)
     in_macs(monkeypatch, lambda: generator.uniform(0.9, 1.1))
-    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(2)
+    model, x = NETWORKS["residual"].traced(), NETWORKS["residual"].inputs(2)
     scores = fastscore.score(model, [x], progress=False)
     for percent in range(30, 100, 10):
         report = fastscore.prune(model, scores, x, latency=percent / 100).report
@@ -244,7 +244,7 @@ def test_by_a_noisy_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_clock_that_cannot_tell_is_said_to_be_unsteady(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(2)
+    model, x = NETWORKS["residual"].traced(), NETWORKS["residual"].inputs(2)
     scores = fastscore.score(model, [x], progress=False)
     monkeypatch.setattr(latency, "time_pair", lambda *arguments: Timing((1.0, 0.5), 0.2))
     report = fastscore.prune(model, scores, x, latency=0.6).report
@@ -321,7 +321,7 @@ def test_the_benchmark_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -
     in_macs(monkeypatch)
     monkeypatch.delitem(benchmark.RANKINGS, "round_to auto")  # narrower networks than any hardware likes
     monkeypatch.delitem(benchmark.RANKINGS, "isomorphic, auto")
-    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(1)
+    model, x = NETWORKS["residual"].traced(), NETWORKS["residual"].inputs(1)
     lines = list(benchmark.rows("residual", model, x, (0.6, 0.001)))
     assert len(lines) == 2 * len(benchmark.RANKINGS)
     for reached, refused in zip(lines[::2], lines[1::2], strict=True):

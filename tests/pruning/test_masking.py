@@ -23,7 +23,7 @@ def magnitudes(model: nn.Module, x: Tensor) -> fastscore.Scores:
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_mask_and_surgery_and_the_oracle_agree(name: str, fraction: float) -> None:
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs(5)
+    model, x = network.traced(), network.inputs(5)
     scores = magnitudes(model, x)
     with untouched(model):
         with torch.no_grad(), fastscore.mask(model, scores, fraction, x) as removed:
@@ -43,7 +43,7 @@ def test_mask_and_surgery_and_the_oracle_agree(name: str, fraction: float) -> No
 def test_a_constant_leaks_where_a_channel_is_zeroed_before_its_bias(name: str) -> None:
     """Filters set to zero leave the bias, or BatchNorm's shift, to the consumers: not what surgery computes."""
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs(5)
+    model, x = network.traced(), network.inputs(5)
     gone = {group: [0] for group in network.groups}
     exact = oracles.masked(network, model, gone, x)
     pruned = remove_channels(network.model(), trace(model, x).groups,
@@ -97,7 +97,7 @@ def test_group_norm_is_pruned_with_the_statistics_of_what_remains() -> None:
 
 def test_the_mask_is_there_in_training_too_and_for_the_gradient() -> None:
     network = NETWORKS["residual"]
-    model, x = network.model().train(), network.inputs(5)
+    model, x = network.traced().train(), network.inputs(5)
     with fastscore.mask(model, magnitudes(model, x), 0.4, x) as removed:
         model(x).square().sum().backward()
     for group, channels in removed.items():
@@ -110,7 +110,7 @@ def test_the_mask_is_there_in_training_too_and_for_the_gradient() -> None:
 
 def test_a_fraction_of_zero_masks_nothing() -> None:
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs(5)
+    model, x = network.traced(), network.inputs(5)
     dense = model(x)
     with fastscore.mask(model, magnitudes(model, x), 0.0, x) as removed:
         assert not removed
@@ -119,7 +119,7 @@ def test_a_fraction_of_zero_masks_nothing() -> None:
 
 def test_masks_go_with_the_block_whatever_happens() -> None:
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs(5)
+    model, x = network.traced(), network.inputs(5)
     scores = magnitudes(model, x)
     for error in (ValueError("mine"), KeyboardInterrupt()):
         with untouched(model), pytest.raises(type(error)) as caught, fastscore.mask(model, scores, 0.3, x):
@@ -130,7 +130,7 @@ def test_masks_go_with_the_block_whatever_happens() -> None:
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, float("nan")])
 def test_a_fraction_that_is_none(fraction: float) -> None:
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs(5)
+    model, x = network.traced(), network.inputs(5)
     scores = magnitudes(model, x)
     with untouched(model), pytest.raises(ValueError, match=r"^fraction: "), fastscore.mask(model, scores, fraction, x):
         pass
@@ -138,7 +138,7 @@ def test_a_fraction_that_is_none(fraction: float) -> None:
 
 def test_a_fraction_out_of_reach() -> None:
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs(5)
+    model, x = network.traced(), network.inputs(5)
     scores = magnitudes(model, x)
     with untouched(model), pytest.raises(ValueError, match=r"^fraction: 0\.99 cannot be reached") as caught, \
             fastscore.mask(model, scores, 0.99, x):
@@ -152,7 +152,7 @@ def test_a_fraction_out_of_reach() -> None:
 
 def test_ignore_scope_and_forward() -> None:
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs(5)
+    model, x = network.traced(), network.inputs(5)
     scores = magnitudes(model, x)
     with fastscore.mask(model, scores, 0.4, {"images": x}, ignore=["stem"], scope="layer",
                         forward=lambda model, batch: model(batch["images"])) as removed:
@@ -198,7 +198,7 @@ def norm_outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", NORMALIZED)
 def test_norm_gates_are_set_to_zero_or_to_their_means(name: str, fraction: float, compensate: bool) -> None:
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs(5)
+    model, x = network.traced(), network.inputs(5)
     means = norm_outputs(model, x)
     scores = fastscore.score(model, [x], units="norms", progress=False)
     assert set(scores) == set(means)
@@ -219,7 +219,7 @@ def test_norm_gates_are_set_to_zero_or_to_their_means(name: str, fraction: float
 
 
 def test_norm_gates_pass_no_gradient() -> None:
-    model, x = NETWORKS["inplace"].model(), NETWORKS["inplace"].inputs(5)
+    model, x = NETWORKS["inplace"].traced(), NETWORKS["inplace"].inputs(5)
     scores = fastscore.score(model, [x], units="norms", progress=False)
     with fastscore.mask(model, scores, 0.4, x, compensate=True) as removed:
         model(x).square().sum().backward()
@@ -231,7 +231,7 @@ def test_norm_gates_pass_no_gradient() -> None:
 
 
 def test_norm_gates_are_ignored_by_name() -> None:
-    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(5)
+    model, x = NETWORKS["residual"].traced(), NETWORKS["residual"].inputs(5)
     scores = fastscore.score(model, [x], units="norms", progress=False)
     with fastscore.mask(model, scores, 0.4, x, ignore=["block1", "stem.0"]) as removed:
         assert set(removed) == {"block2.bn1", "block2.bn2", "block2.shortcut.1"}
@@ -239,14 +239,14 @@ def test_norm_gates_are_ignored_by_name() -> None:
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_norm_gates_are_masked_and_not_pruned(inplace: bool) -> None:
-    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(5)
+    model, x = NETWORKS["residual"].traced(), NETWORKS["residual"].inputs(5)
     scores = fastscore.score(model, [x], units="norms", progress=False)
     with untouched(model), pytest.raises(ValueError, match=r'^scores: .*units="norms".*units="groups"'):
         fastscore.prune(model, scores, x, channels=0.5, inplace=inplace)
 
 
 def test_norm_gates_without_means_are_not_compensated() -> None:
-    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(5)
+    model, x = NETWORKS["residual"].traced(), NETWORKS["residual"].inputs(5)
     scores = fastscore.score(model, [x], units="norms", importance="bn-scale", progress=False)
     with untouched(model), pytest.raises(ValueError, match=r"^compensate: .*'bn-scale'"), \
             fastscore.mask(model, scores, 0.3, x, compensate=True):
@@ -282,7 +282,7 @@ def test_padding_is_told_to_an_encoder_that_nests_tensors() -> None:
 
 @pytest.mark.parametrize("budget", [{"macs": 0.6}, {"params": 0.5}])
 def test_the_channels_of_a_result_whatever_its_budget(budget: dict[str, float]) -> None:
-    model, x = NETWORKS["mobile"].model().double().eval(), NETWORKS["mobile"].inputs().double()
+    model, x = NETWORKS["mobile"].traced().double().eval(), NETWORKS["mobile"].inputs().double()
     scores = fastscore.score(model, [x], progress=False)
     result = fastscore.prune(model, scores, x, progress=False, **budget)  # type: ignore[arg-type]
     with untouched(model), torch.no_grad():

@@ -34,7 +34,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, steps: 
 def pruned(network: Network, optimizer: str = "sgd", share: float = 0.6, **options: object) -> \
         tuple[nn.Module, torch.optim.Optimizer, PruneResult, Tensor]:
     """A model in evaluation mode, its optimizer after three steps, and what pruning made of it."""
-    model, x = network.model(), network.inputs(3)
+    model, x = network.traced(), network.inputs(3)
     made = OPTIMIZERS[optimizer](model.parameters())
     train(model, made, x)
     scores = fastscore.score(model, [x], progress=False)
@@ -101,7 +101,7 @@ def test_training_goes_on_as_on_the_dense_model_with_a_mask(name: str, optimizer
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_state_lies_where_its_parameters_lie(name: str) -> None:
     """State that holds a parameter's own values holds those of the smaller one afterwards, whatever surgery did."""
-    model, x = NETWORKS[name].model(), NETWORKS[name].inputs(3)
+    model, x = NETWORKS[name].traced(), NETWORKS[name].inputs(3)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     for share in (0.8, 0.7):
         for parameter in model.parameters():
@@ -114,7 +114,7 @@ def test_state_lies_where_its_parameters_lie(name: str) -> None:
 
 
 def test_groups_settings_and_other_parameters_stay() -> None:
-    model, x = NETWORKS["plain"].model(), NETWORKS["plain"].inputs(3)
+    model, x = NETWORKS["plain"].traced(), NETWORKS["plain"].inputs(3)
     other = nn.Parameter(torch.ones(3, dtype=torch.float64))
     old = torch.optim.SGD([{"params": [p for p in model.parameters() if p.dim() > 1], "lr": 0.1, "weight_decay": 0.5},
                            {"params": [*(p for p in model.parameters() if p.dim() == 1), other], "lr": 0.2}],
@@ -149,7 +149,7 @@ def test_a_new_bias_joins_the_group_of_its_weight() -> None:
 
 
 def test_an_optimizer_that_has_not_stepped_and_frozen_parameters() -> None:
-    model, x = NETWORKS["plain"].model(), NETWORKS["plain"].inputs(3)
+    model, x = NETWORKS["plain"].traced(), NETWORKS["plain"].inputs(3)
     result = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=0.5)
     old = torch.optim.Adam([p for name, p in model.named_parameters() if name.startswith("8")], 0.1)
     new = fastscore.rebuild_optimizer(old, model, result)

@@ -69,7 +69,7 @@ def test_the_price_of_a_channel_holds_its_products() -> None:
 
 def test_nothing_is_tried_twice_where_all_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """One cut to learn that no product of activations follows a width, one to see that the budget holds."""
-    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs()
+    model, x = NETWORKS["residual"].traced(), NETWORKS["residual"].inputs()
     scores = fastscore.score(model, [x], progress=False)
     cuts = []
     prune_module = importlib.import_module("fastscore.pruning.prune")  # whose name is the function's, too

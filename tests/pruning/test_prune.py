@@ -41,7 +41,7 @@ def width(model: nn.Module, layer: str) -> int:
 @pytest.mark.parametrize("name", ["residual", "dense", "mobile", "grouped", "flattening", "unet"])
 def test_the_report_is_the_truth_and_the_budget_holds(name: str, budget: dict[str, float]) -> None:
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs(3)
+    model, x = network.traced(), network.inputs(3)
     scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
     with untouched(model):
         result = fastscore.prune(model, scores, x, **budget)
@@ -76,7 +76,7 @@ def test_the_report_is_the_truth_and_the_budget_holds(name: str, budget: dict[st
 
 @pytest.mark.parametrize("share", [0.2, 0.35, 0.5, 0.77, 0.95, 1.0])
 def test_channels_are_met_exactly_where_they_go_one_by_one(share: float) -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(3)
     report = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=share).report
     assert report.channels == (26, int(26 * share + 1e-9))
 
@@ -97,7 +97,7 @@ def test_many_zeros_are_not_over_pruned() -> None:
 
 
 def test_an_impossible_budget_still_leaves_one_channel_each() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(3)
     scores = fastscore.score(model, [x], progress=False)
     result = fastscore.prune(model, scores, x, channels=4 / 26)
     assert [row.channels[1] for row in result.report.groups] == [1] * 4
@@ -156,7 +156,7 @@ def test_experts_stay_as_wide_as_their_product_takes_them(dtype: torch.dtype) ->
 
 
 def test_ignored_layers_keep_their_width() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(3)
     scores = fastscore.score(model, [x], progress=False)
     for ignore in (["stem.0"], "stem*", [model.stem[0]], [model.stem]):
         result = fastscore.prune(model, scores, x, params=0.5, ignore=ignore)
@@ -168,7 +168,7 @@ def test_ignored_layers_keep_their_width() -> None:
 
 
 def test_layers_without_a_score_are_left_alone() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(3)
     scores = fastscore.score(model, [x], ignore=["block2.conv1"], progress=False)
     result = fastscore.prune(model, scores, x, channels=0.5)
     assert width(result.model, "block2.conv1") == 8
@@ -176,7 +176,7 @@ def test_layers_without_a_score_are_left_alone() -> None:
 
 
 def test_in_place() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(3)
     scores = fastscore.score(model, [x], progress=False)
     apart = fastscore.prune(model, scores, x, macs=0.5)
     result = fastscore.prune(model, scores, x, macs=0.5, inplace=True)
@@ -202,7 +202,7 @@ def test_what_cannot_be_done_is_not_half_done_in_place() -> None:
 
 
 def test_prune_again_needs_new_scores_and_goes_on() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(3)
     scores = fastscore.score(model, [x], progress=False)
     once = fastscore.prune(model, scores, x, macs=0.7).model
     with untouched(once), pytest.raises(ValueError, match=r"^scores: .*pruned\?"):

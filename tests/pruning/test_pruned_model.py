@@ -46,7 +46,7 @@ def test_modes_flags_dtype_and_memory_are_kept() -> None:
 
 
 def test_pruning_inside_a_scorers_block_gives_an_ordinary_model() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(3)
     scorer = fastscore.Scorer(model, x)
     with scorer:
         model(x).square().sum().backward()
@@ -56,7 +56,7 @@ def test_pruning_inside_a_scorers_block_gives_an_ordinary_model() -> None:
 
 
 def test_pruning_inside_a_mask_leaves_the_mask_behind() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(3)
     scores = fastscore.score(model, [x], progress=False)
     with fastscore.mask(model, scores, 0.3, x):
         result = fastscore.prune(model, scores, x, channels=0.9)

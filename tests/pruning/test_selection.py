@@ -74,7 +74,7 @@ def test_classes_shrink_alike_and_compare_within() -> None:
 
 
 def test_the_kinds_of_real_layers() -> None:
-    model, x = NETWORKS["mobile"].model(), NETWORKS["mobile"].inputs()
+    model, x = NETWORKS["mobile"].traced(), NETWORKS["mobile"].inputs()
     groups = trace(model, x).groups
     assert layer_kinds(model, groups) == {
         "stem.0": "Conv2d (3, 3)", "expand.0": "Conv2d (1, 1)", "depthwise.0": "Conv2d (3, 3) depthwise",
@@ -84,7 +84,7 @@ def test_the_kinds_of_real_layers() -> None:
 
 def test_isomorphic_blocks_of_a_network_are_one_class() -> None:
     """Both blocks' inner channels are made and read by 3x3 convolutions: the block whose scores are lowest shrinks."""
-    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs()
+    model, x = NETWORKS["residual"].traced(), NETWORKS["residual"].inputs()
     scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
     low = replace(scores, totals={**scores.totals, "block2.conv1": scores.totals["block2.conv1"] * 1e-6})
     widths = {row.layer: row.channels for row in
@@ -116,7 +116,7 @@ def test_widths_that_the_hardware_likes(capability: str, dtype: torch.dtype, mul
     ({"scope": "group"}, "scope: 'group' is none of global, layer, isomorphic"),
     ({"scope": "layer", "cost_aware": True}, "cost_aware: ")])
 def test_rankings_that_make_no_sense(bad: dict[str, object], message: str) -> None:
-    model, x = NETWORKS["plain"].model(), NETWORKS["plain"].inputs()
+    model, x = NETWORKS["plain"].traced(), NETWORKS["plain"].inputs()
     scores = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
     with untouched(model), pytest.raises(ValueError, match=f"^{message}"):
         fastscore.prune(model, scores, x, channels=0.5, **bad)  # type: ignore[arg-type]
@@ -189,7 +189,7 @@ def test_out_of_reach() -> None:
 
 def test_a_budget_that_everything_already_meets_removes_nothing() -> None:
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs()
+    model, x = network.traced(), network.inputs()
     result = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=1.0, params=1.0, macs=1.0)
     assert not result.removed
     assert torch.equal(result.model(x), model(x))

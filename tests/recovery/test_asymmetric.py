@@ -306,7 +306,7 @@ def test_passes_end_wherever_the_caller_is_interrupted(where: str, monkeypatch: 
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_on_every_network(name: str) -> None:
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs(24)
+    model, x = network.traced(), network.inputs(24)
     batches = list(x.split(8))
     scores = fastscore.score(model, batches, ablation="mean", progress=False)
     result = fastscore.prune(model, scores, x[:1], channels=0.6)
@@ -330,7 +330,7 @@ def test_held_out_samples_take_one_of_two_stiffnesses(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(reconstruct, "refit", spy)
     network = NETWORKS["residual"]
-    model, batches = network.model(), list(network.inputs(24).split(8))
+    model, batches = network.traced(), list(network.inputs(24).split(8))
     scores = fastscore.score(model, batches, ablation="mean", progress=False)
     cut = fastscore.prune(model, scores, batches[0][:1], channels=0.6)
     for stiffnesses in ((1.0, 8.0), (1.0, 0.01)):

@@ -29,7 +29,7 @@ RESIDUAL = NETWORKS["residual"]
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_predicted_parameters_are_those_of_the_compensated_model(name: str, seed: int) -> None:
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs(2)
+    model, x = network.traced(), network.inputs(2)
     graph = trace(model, x)
     costs = Costs(model, graph.groups, x, compensate=True)
     assert costs.totals["params"] == sum(p.numel() for p in model.parameters())
@@ -57,7 +57,7 @@ def test_predicted_parameters_are_those_of_the_compensated_model(name: str, seed
 @pytest.mark.parametrize("name", ["residual", "dense", "mobile", "grouped", "chunked", "squeeze-excite"])
 def test_the_budget_holds_with_the_new_biases_and_the_report_is_the_truth(name: str, budget: dict[str, float]) -> None:
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs(3)
+    model, x = network.traced(), network.inputs(3)
     scores = fastscore.score(model, [x], progress=False)
     result = fastscore.prune(model, scores, x, compensate=True, **budget)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, result.model))
@@ -101,7 +101,7 @@ def test_an_ordinary_model(tmp_path: Any) -> None:
 
 
 def test_in_place() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(3)
     scores = fastscore.score(model, [x], progress=False)
     apart = fastscore.prune(model, scores, x, macs=0.5, compensate=True)
     result = fastscore.prune(model, scores, x, macs=0.5, compensate=True, inplace=True)
@@ -130,7 +130,7 @@ def test_new_biases_follow_their_weights_and_old_ones_stay_as_they_were() -> Non
 
 
 def test_the_users_hooks_see_what_they_will_see_after_surgery() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(3)
     scores = fastscore.score(model, [x], progress=False)
     for layer in (model.block1.conv1, model.block2.conv2, model.head.fc):
         layer.register_forward_hook(lambda module, args, output: output.square())
@@ -141,7 +141,7 @@ def test_the_users_hooks_see_what_they_will_see_after_surgery() -> None:
 
 
 def test_pruning_inside_a_compensating_mask_leaves_the_mask_behind() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(3)
     scores = fastscore.score(model, [x], progress=False)
     expected = fastscore.prune(model, scores, x, channels=0.9, compensate=True).model(x)
     with fastscore.mask(model, scores, 0.3, x, compensate=True):
@@ -151,7 +151,7 @@ def test_pruning_inside_a_compensating_mask_leaves_the_mask_behind() -> None:
 
 
 def test_nothing_removed_is_nothing_changed() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(3)
     scores = fastscore.score(model, [x], progress=False)
     result = fastscore.prune(model, scores, x, params=1.0, compensate=True)
     assert list(result.model.state_dict()) == list(model.state_dict())
@@ -164,7 +164,7 @@ def test_nothing_removed_is_nothing_changed() -> None:
     ({}, True), ({"importance": "molchanov-group"}, True), ({"importance": "magnitude-l2"}, False),
     ({"importance": "taylor-abs", "reduction": "element"}, False)])
 def test_scores_that_hold_means_compensate(options: dict[str, Any], holds: bool) -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(3)
     scores = fastscore.score(model, [x], progress=False, **options)
     found, said = (fastscore.prune(model, scores, x, channels=0.6, **how) for how in ({}, {"compensate": holds}))
     assert torch.equal(found.model(x), said.model(x))
@@ -195,7 +195,7 @@ def damaged(scores: fastscore.Scores, layer: str, mean: Tensor | None) -> fastsc
 ])
 def test_means_that_are_missing_or_wrong(change: Callable[..., fastscore.Scores], error: type[Exception],
                                          message: str) -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(3)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(3)
     scores = change(fastscore.score(model, [x], progress=False), model, x)
     for act in (lambda: fastscore.prune(model, scores, x, channels=0.4, scope="layer", compensate=True),
                 lambda: fastscore.prune(model, scores, x, channels=0.4, scope="layer", compensate=True, inplace=True),

@@ -227,7 +227,7 @@ def test_a_linear_network_keeps_its_mean_output_over_the_data_set(build: Callabl
 
 
 def test_scores_of_weights_compensate_with_the_means_that_others_lend() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(5)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(5)
     measured = fastscore.score(model, [x], progress=False)
     weights = fastscore.score(model, [x], importance="magnitude-l2", progress=False)
     result = fastscore.prune(model, replace(weights, means=measured.means), x, channels=0.6, compensate=True)

@@ -106,7 +106,7 @@ def test_attention_by_hand(wide: int) -> None:
 def test_what_is_covered_is_what_surgery_makes_smaller(name: str) -> None:
     """Every group loses a unit: layers with fewer rows have outputs that go, those with fewer weights shrink."""
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs()
+    model, x = network.traced(), network.inputs()
     scores = fastscore.score(model, [x], progress=False)
     groups = [group for group in trace(model, x[:1]).groups if group.name in scores]
     cut = remove_channels(evaluation_copy(model), groups, {
@@ -159,7 +159,7 @@ def test_reasons_that_differ_in_numbers_are_told_once() -> None:
 
 def test_none_for_channels_that_no_surgery_can_take_out() -> None:
     network = NETWORKS["plain"]
-    model, x = network.model(), network.inputs()
+    model, x = network.traced(), network.inputs()
     assert fastscore.score(model, [x], units="norms", progress=False).coverage is None
 
 
@@ -176,7 +176,7 @@ def test_what_no_formula_knows_is_named() -> None:
 
 def test_every_layer_of_a_group_that_is_left_out_is_named() -> None:
     """In the scores, too, and each with the reason of its group."""
-    model, x = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(2)
+    model, x = NETWORKS["residual"].traced(), NETWORKS["residual"].inputs(2)
     stream = next(group for group in trace(model, x).groups if len(list(group.role("producer"))) > 1)
     scores = fastscore.score(model, [x], ignore=[stream.name], progress=False)
     others = {member.layer for member in stream.role("producer")} - {stream.name}

@@ -68,7 +68,7 @@ def at_norms(model: nn.Module, x: Tensor, v: Callable[[Tensor], Tensor]) -> dict
 @pytest.mark.parametrize("name", NORMALIZED)
 def test_gates_at_norms(name: str, importance: str, gradient: str, normalize: bool) -> None:
     network = NETWORKS[name]
-    model, batches = network.model(), [network.inputs(4, seed=1), network.inputs(3, seed=2)]
+    model, batches = network.traced(), [network.inputs(4, seed=1), network.inputs(3, seed=2)]
     minibatch = importance == "molchanov-bn"
     parts = [at_norms(model, x, lambda z, x=x: sent(z, x, gradient, normalize, len(x) if minibatch else 1))
              for x in batches]
@@ -89,7 +89,7 @@ def test_gates_at_norms(name: str, importance: str, gradient: str, normalize: bo
 def test_molchanov_bn_is_scale_and_shift_times_their_gradients(name: str, training: bool) -> None:
     """γ·∂γ + β·∂β = Σ a·g at the output, in training mode too: the criterion as its paper writes it."""
     network = NETWORKS[name]
-    model, x = network.model().train(training), network.inputs(6)
+    model, x = network.traced().train(training), network.inputs(6)
     scorer = fastscore.Scorer(model, x, importance="molchanov-bn", units="norms", normalize=False)
     with scorer:
         model(x).square().mean().backward()
@@ -103,7 +103,7 @@ def test_molchanov_bn_is_scale_and_shift_times_their_gradients(name: str, traini
 @pytest.mark.parametrize("name", ["residual", "dense", "mobile", "plain", "unet"])
 def test_molchanov_group(name: str, gradient: str, normalize: bool) -> None:
     network = NETWORKS[name]
-    model, batches = network.model(), [network.inputs(4, seed=1), network.inputs(3, seed=2)]
+    model, batches = network.traced(), [network.inputs(4, seed=1), network.inputs(3, seed=2)]
     graph = trace(model, batches[0])
     exact = {group: torch.zeros(spec.channels, dtype=torch.float64) for group, spec in network.groups.items()}
     for x in batches:
@@ -132,7 +132,7 @@ def test_molchanov_group(name: str, gradient: str, normalize: bool) -> None:
 
 def test_molchanov_group_in_a_loop_reads_the_loops_own_gradients() -> None:
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs(6)
+    model, x = network.traced(), network.inputs(6)
     with pytest.raises(ValueError, match=r"^normalize: 'molchanov-group' reads the weight gradients"):
         fastscore.Scorer(model, x, importance="molchanov-group")
     scorer = fastscore.Scorer(model, x, importance="molchanov-group", normalize=False)
@@ -174,7 +174,7 @@ def to_the_mean(model: nn.Module, spec: Group, x: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["plain", "residual", "dense", "mobile", "grouped", "flattening", "unet", "tokens"])
 def test_ablation_to_the_mean_is_replacing_the_channel_by_its_mean_at_first_order(name: str, normalize: bool) -> None:
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs(6)
+    model, x = network.traced(), network.inputs(6)
     v = 2 * model(x).detach()
     if normalize:
         v = v / v.flatten(1).norm(dim=1).reshape(-1, *[1] * (v.dim() - 1))
@@ -197,7 +197,7 @@ def test_ablation_to_the_mean_of_gates_at_norms() -> None:
 
 def test_means_are_those_of_the_consumers_inputs() -> None:
     network = NETWORKS["mobile"]
-    model, x = network.model(), network.inputs(7)
+    model, x = network.traced(), network.inputs(7)
     found = fastscore.score(model, x.split(3), progress=False).means
     for spec in network.groups.values():
         for layer in spec.edges:
@@ -214,7 +214,7 @@ def test_means_are_those_of_the_consumers_inputs() -> None:
 @pytest.mark.parametrize("name", ["residual", "mobile", "unet"])
 def test_exact_probes_give_what_random_ones_approach(name: str, normalize: bool) -> None:
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs(3)
+    model, x = network.traced(), network.inputs(3)
     exact = {}
     for group, spec in network.groups.items():
         u = oracles.output_changes(model, spec, x)
@@ -224,7 +224,7 @@ def test_exact_probes_give_what_random_ones_approach(name: str, normalize: bool)
 
 def test_centred_exact_probes_do_not_see_what_all_classes_share() -> None:
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs(3)
+    model, x = network.traced(), network.inputs(3)
     exact = {}
     for group, spec in network.groups.items():
         u = oracles.output_changes(model, spec, x)
@@ -235,7 +235,7 @@ def test_centred_exact_probes_do_not_see_what_all_classes_share() -> None:
 @pytest.mark.parametrize(("layerwise", "power"), [("l2", 2), ("mean", 1)])
 def test_layerwise(layerwise: str, power: int) -> None:
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs(3)
+    model, x = network.traced(), network.inputs(3)
     for importance in ("taylor-sq", "magnitude-l2"):
         plain = fastscore.score(model, [x], importance=importance, progress=False)
         found = fastscore.score(model, [x], importance=importance, layerwise=layerwise, progress=False)
@@ -247,7 +247,7 @@ def test_layerwise(layerwise: str, power: int) -> None:
 
 def test_overlap_is_that_of_the_scores_of_each_half() -> None:
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs(9)
+    model, x = network.traced(), network.inputs(9)
     how = {"gradient": "loss", "loss": squares, "progress": False}
     halves = [fastscore.score(model, [x[start::2]], **how) for start in (0, 1)]
     for fraction in (0.2, 0.5):
@@ -267,7 +267,7 @@ def test_overlap_is_that_of_the_scores_of_each_half() -> None:
 
 def test_auto_stops_when_the_halves_agree() -> None:
     network = NETWORKS["residual"]
-    model = network.model()
+    model = network.traced()
     batches = [network.inputs(8, seed=seed) for seed in range(200)]
     seen = []
     found = fastscore.score(model, (seen.append(x) or x for x in batches), samples="auto", probes="exact",
@@ -291,7 +291,7 @@ def test_auto_stops_when_the_halves_agree() -> None:
     ({"probes": "exact", "gradient": "loss"}, "^probes: exact, but a loss has one gradient")])
 def test_arguments(options: dict[str, Any], message: str) -> None:
     network: Network = NETWORKS["residual"]
-    model = network.model()
+    model = network.traced()
     with untouched(model), pytest.raises(ValueError, match=message):
         fastscore.score(model, [network.inputs(2)], progress=False, **options)
 
@@ -304,7 +304,7 @@ def test_a_model_without_batchnorm_has_no_norm_gates() -> None:
 
 def test_norm_gates_know_their_convolutions() -> None:
     network = NETWORKS["mobile"]
-    model = network.model()
+    model = network.traced()
     gates = norm_gates(model, trace(model, network.inputs(1)))
     producers = {group.name: [member.layer for member in group.role("producer")] for group in gates.groups}
     assert producers == {f"{name}.1": [f"{name}.0"] for name in ("stem", "expand", "depthwise", "project", "last")}

@@ -37,7 +37,7 @@ def test_batch_size_and_order_do_not_matter(name: str, options: dict[str, object
 
 def test_the_shape_of_a_batch_does_not_matter() -> None:
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs(6)
+    model, x = network.traced(), network.inputs(6)
     y = torch.arange(6) % 4
     plain = fastscore.score(model, [x], progress=False)
     channels_last = x.to(memory_format=torch.channels_last)
@@ -67,7 +67,7 @@ def test_tensors_of_a_batch_that_are_not_per_sample_pass_through() -> None:
 
 def test_samples_is_where_it_stops() -> None:
     network = NETWORKS["plain"]
-    model, x = network.model(), network.inputs(12)
+    model, x = network.traced(), network.inputs(12)
     drawn = []
 
     def loader():
@@ -86,7 +86,7 @@ def test_samples_is_where_it_stops() -> None:
 def test_evaluation_mode_and_nothing_else_is_scored() -> None:
     """A model left in training mode, frozen, or half trained, has the scores of the model in evaluation mode."""
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs(6)
+    model, x = network.traced(), network.inputs(6)
     plain = fastscore.score(model, [x], progress=False)
     for change in (model.train, lambda: model.requires_grad_(False), lambda: model.stem.requires_grad_(True)):
         change()
@@ -127,7 +127,7 @@ def test_half_precision_ranks_as_float32_does(name: str, dtype: torch.dtype) -> 
 
 def test_cross_entropy_is_the_loss_that_stands_in() -> None:
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs(6)
+    model, x = network.traced(), network.inputs(6)
     y = torch.arange(6) % 4
     default = fastscore.score(model, [(x, y)], gradient="loss", progress=False)
     own = fastscore.score(model, [(x, y)], gradient="loss", progress=False,
@@ -140,7 +140,7 @@ def test_cross_entropy_is_the_loss_that_stands_in() -> None:
 
 def test_a_normalised_loss_gradient_does_not_depend_on_batch_size_or_scale() -> None:
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs(12)
+    model, x = network.traced(), network.inputs(12)
     y = torch.arange(12) % 4
     whole = fastscore.score(model, [(x, y)], gradient="loss", progress=False)
     parts = fastscore.score(model, zip(x.split(5), y.split(5), strict=True), gradient="loss", progress=False)
@@ -152,7 +152,7 @@ def test_a_normalised_loss_gradient_does_not_depend_on_batch_size_or_scale() -> 
 
 def test_ignored_layers_have_no_score_and_the_others_keep_theirs() -> None:
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs(6)
+    model, x = network.traced(), network.inputs(6)
     plain = fastscore.score(model, [x], progress=False)
     for ignore in (["stem.0"], "stem", [model.stem[0]], [model.block1.bn2]):
         scores = fastscore.score(model, [x], ignore=ignore, progress=False)
@@ -165,7 +165,7 @@ def test_ignored_layers_have_no_score_and_the_others_keep_theirs() -> None:
 def test_forward_may_call_the_model_more_than_once() -> None:
     """v·(f(a) + f(b)): both calls' channels count."""
     network = NETWORKS["plain"]
-    model, x = network.model(), network.inputs(4)
+    model, x = network.traced(), network.inputs(4)
     loss = {"gradient": "loss", "loss": lambda output, batch: output.sum(), "normalize": False, "importance": "taylor",
             "progress": False}
     twice = fastscore.score(model, [x], forward=lambda model, batch: model(batch) + 3 * model(batch.flip(3)), **loss)

@@ -16,7 +16,7 @@ from fastscore.scoring.gradients import DISTRIBUTIONS, random_gradient
 
 def network(name: str = "residual", samples: int = 4) -> tuple[nn.Module, Tensor]:
     """(model, x), float64."""
-    return NETWORKS[name].model(), NETWORKS[name].inputs(samples)
+    return NETWORKS[name].traced(), NETWORKS[name].inputs(samples)
 
 
 def filled(model: nn.Module) -> dict[str, Tensor]:

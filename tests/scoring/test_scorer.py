@@ -35,7 +35,7 @@ def labels(samples: int) -> Tensor:
 @pytest.mark.parametrize("name", ["residual", "flattening", "unet", "tokens"])
 def test_dividing_by_the_length_is_sending_back_the_unit_gradient(name: str, importance: str, reduction: str) -> None:
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs(6)
+    model, x = network.traced(), network.inputs(6)
     divided = Scorer(model, x, importance=importance, reduction=reduction)
     sent = Scorer(model, x, importance=importance, reduction=reduction, gradient="random")
     with divided:
@@ -50,7 +50,7 @@ def test_dividing_by_the_length_is_sending_back_the_unit_gradient(name: str, imp
 
 
 def test_a_sample_without_a_gradient_counts_and_adds_nothing() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(6)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(6)
     some, whole = Scorer(model, x, importance="taylor-sq"), Scorer(model, x[:4], importance="taylor-sq")
     with some:
         model(x)[:4].square().sum().backward()
@@ -63,7 +63,7 @@ def test_a_sample_without_a_gradient_counts_and_adds_nothing() -> None:
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_drop_in_is_score_with_the_loss_gradient(normalize: bool) -> None:
-    model, x, y = RESIDUAL.model(), RESIDUAL.inputs(12), labels(12)
+    model, x, y = RESIDUAL.traced(), RESIDUAL.inputs(12), labels(12)
     scorer = Scorer(model, x, importance="taylor-sq", normalize=normalize)
     with scorer:
         for images, classes in zip(x.split(4), y.split(4), strict=True):
@@ -74,7 +74,7 @@ def test_drop_in_is_score_with_the_loss_gradient(normalize: bool) -> None:
 
 
 def test_drop_in_probes_are_score_with_random_gradients() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(12)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(12)
     scorer = Scorer(model, x, gradient="random", seed=3)
     with scorer:
         for images in x.split(5):
@@ -89,7 +89,7 @@ def test_drop_in_probes_are_score_with_random_gradients() -> None:
 
 def test_loss_scale_and_accumulation_cancel() -> None:
     """Of AMP's loss scale and of gradients accumulated over steps, a normalised score knows nothing."""
-    model, x, y = RESIDUAL.model(), RESIDUAL.inputs(8), labels(8)
+    model, x, y = RESIDUAL.traced(), RESIDUAL.inputs(8), labels(8)
     plain, scaled = Scorer(model, x), Scorer(model, x)
     with plain:
         F.cross_entropy(model(x), y).backward()
@@ -118,7 +118,7 @@ def test_autocast() -> None:
 
 
 def test_scores_can_be_read_in_the_middle_and_go_on() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(8)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(8)
     scorer = Scorer(model, x)
     with scorer:
         model(x[:4]).square().sum().backward()
@@ -138,7 +138,7 @@ def test_scores_can_be_read_in_the_middle_and_go_on() -> None:
 
 @pytest.mark.parametrize("gradient", ["loss", "random"])
 def test_state_dict_goes_on_where_it_stopped(gradient: str) -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(8)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(8)
 
     def run(scorer: Scorer, images: Tensor) -> None:
         with scorer:
@@ -159,16 +159,16 @@ def test_state_dict_goes_on_where_it_stopped(gradient: str) -> None:
 
 
 def test_state_of_another_scorer_is_refused() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs()
     state = Scorer(model, x).state_dict()
     for other in (Scorer(model, x, seed=1), Scorer(model, x, importance="taylor"), Scorer(model, x, normalize=False),
-                  Scorer(NETWORKS["plain"].model(), NETWORKS["plain"].inputs())):
+                  Scorer(NETWORKS["plain"].traced(), NETWORKS["plain"].inputs())):
         with pytest.raises(ValueError, match=r"^state: "):
             other.load_state_dict(state)
 
 
 def test_merging_halves_is_the_whole() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(9)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(9)
     for importance in ("taylor", "taylor-abs", "taylor-sq"):
         one, other, whole = (fastscore.score(model, [part], importance=importance, gradient="loss", progress=False,
                                              loss=lambda output, batch: output.square().sum())
@@ -180,7 +180,7 @@ def test_merging_halves_is_the_whole() -> None:
 
 
 def test_all_reduce_adds_processes_up(tmp_path: Path) -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(4)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(4)
     scorer = Scorer(model, x)
     with scorer:
         model(x).square().sum().backward()
@@ -200,7 +200,7 @@ def test_all_reduce_adds_processes_up(tmp_path: Path) -> None:
 
 def test_per_sample_sums_of_two_scorers_at_once() -> None:
     """Two scorers on one model do not disturb one another."""
-    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs()
     one, other = Scorer(model, x, importance="taylor"), Scorer(model, x, gradient="random")
     with one, other:
         output = model(x)
@@ -244,7 +244,7 @@ def test_the_only_tensor_in_what_a_model_returns_is_its_output() -> None:
 
 def test_gradients_of_the_users_own_in_between_change_nothing() -> None:
     """A gradient penalty, an adversarial step: autograd.grad before backward() must not count for the length."""
-    model, x = RESIDUAL.model(), RESIDUAL.inputs().requires_grad_()
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs().requires_grad_()
     scorer, plain = (Scorer(model, x.detach(), importance="taylor-abs") for _ in range(2))
     with scorer:
         loss = model(x).square().sum()
@@ -258,7 +258,7 @@ def test_gradients_of_the_users_own_in_between_change_nothing() -> None:
 
 def test_the_oracle_on_a_scorer_that_has_seen_more() -> None:
     """Totals are Σ over samples and probes, nothing else."""
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(5)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(5)
     scorer = Scorer(model, x, importance="taylor", gradient="random")
     v = [torch.randn(5, 4, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(3)]
     with scorer:
@@ -272,7 +272,7 @@ def test_the_oracle_on_a_scorer_that_has_seen_more() -> None:
 
 
 def test_attach_gives_the_scorer() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs()
     scorer = Scorer(model, x)
     with scorer as entered:
         assert entered is scorer

@@ -17,7 +17,7 @@ from fastscore import Scorer
 
 def test_a_pass_that_brings_infinity_is_left_out_and_counted() -> None:
     """Two ways for a loss scale to overflow: at the output, and on the way down, past a gradient that is fine."""
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(12)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(12)
     scorer = Scorer(model, x[:4])
     overflow = False
 
@@ -47,7 +47,7 @@ def test_a_pass_that_brings_infinity_is_left_out_and_counted() -> None:
 
 
 def test_where_every_pass_brings_infinity_there_are_no_scores() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs()
     scorer, again = Scorer(model, x), Scorer(model, x)
     with scorer:
         (model(x).sum() * torch.inf).backward()
@@ -59,7 +59,7 @@ def test_where_every_pass_brings_infinity_there_are_no_scores() -> None:
 
 
 def test_a_probe_that_brings_infinity_is_left_out_and_the_next_one_counts() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs()
     scorer, plain = (Scorer(model, x, gradient="random", importance="taylor-abs") for _ in range(2))
     with scorer, plain:
         output = model(x)
@@ -102,7 +102,7 @@ def test_gradient_scaler_skips_steps_and_scores_do_not_count_them() -> None:
 
 def test_an_average_of_the_model_taken_along() -> None:
     """An EMA, copied while the taps are on, updated, run, saved: it measures nothing and is an ordinary model."""
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(8)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(8)
     copied = copy.deepcopy(model)
     scorer = Scorer(model, x)
     runs: list[tuple[nn.Module, AveragedModel]] = []
@@ -174,8 +174,8 @@ def test_what_no_backward_pass_comes_to_has_no_score_and_says_why() -> None:
 
 
 def test_what_comes_to_a_pass_after_another_has_begun_is_a_backward_pass_of_its_own() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(6)
-    scorer, apart = Scorer(model, x), RESIDUAL.model()
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(6)
+    scorer, apart = Scorer(model, x), RESIDUAL.traced()
     with scorer:
         first = model(x[:2])
         first.square().sum().backward(retain_graph=True)
@@ -195,7 +195,7 @@ def test_what_comes_to_a_pass_after_another_has_begun_is_a_backward_pass_of_its_
 def test_an_adversarial_step_counts_every_pass_of_the_model_that_judges() -> None:
     """Twice in a step, on what is made and on what is there, and once more for the maker, through frozen weights."""
     torch.manual_seed(0)
-    model, apart, x = RESIDUAL.model(), RESIDUAL.model(), RESIDUAL.inputs(6)
+    model, apart, x = RESIDUAL.traced(), RESIDUAL.traced(), RESIDUAL.inputs(6)
     maker, z = nn.Linear(4, x[0].numel()).double(), torch.randn(6, 4, dtype=torch.float64)
     scorer, expected = Scorer(model, x), Scorer(apart, x)
     with scorer:
@@ -213,7 +213,7 @@ def test_an_adversarial_step_counts_every_pass_of_the_model_that_judges() -> Non
 
 
 def test_a_transform_of_torch_func_is_refused_and_leaves_what_was_measured() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs(6)
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs(6)
     parameters = dict(model.named_parameters())
 
     def loss(parameters: dict[str, Tensor], one: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ RESIDUAL = NETWORKS["residual"]
 
 @pytest.fixture(scope="module")
 def scores() -> Scores:
-    return fastscore.score(RESIDUAL.model(), [RESIDUAL.inputs()], ignore=["block2.conv1"], progress=False)
+    return fastscore.score(RESIDUAL.traced(), [RESIDUAL.inputs()], ignore=["block2.conv1"], progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_ties_are_ranked_in_order_of_layer_and_channel() -> None:
 def test_save_and_load(scores: Scores, file: Path, tmp_path: Path) -> None:
     assert_equal(Scores.load(file), scores)
     assert_equal(Scores.load(str(file)), scores)
-    weights = fastscore.score(RESIDUAL.model(), [RESIDUAL.inputs()], importance="magnitude-l2", progress=False)
+    weights = fastscore.score(RESIDUAL.traced(), [RESIDUAL.inputs()], importance="magnitude-l2", progress=False)
     weights.save(tmp_path / "w.safetensors")
     assert_equal(Scores.load(tmp_path / "w.safetensors"), weights)
     Scores.load(file).save(tmp_path / "again.safetensors")
@@ -93,7 +93,7 @@ def test_copies_are_equal(scores: Scores) -> None:
 
 def test_loaded_scores_prune_and_merge(scores: Scores, file: Path) -> None:
     loaded = Scores.load(file)
-    removed = [fastscore.prune(RESIDUAL.model(), s, RESIDUAL.inputs(), channels=0.6).removed for s in (scores, loaded)]
+    removed = [fastscore.prune(RESIDUAL.traced(), s, RESIDUAL.inputs(), channels=0.6).removed for s in (scores, loaded)]
     assert {layer: index.tolist() for layer, index in removed[0].items()} == \
         {layer: index.tolist() for layer, index in removed[1].items()}
     merged = loaded.merge(scores)
@@ -104,14 +104,14 @@ def test_loaded_scores_prune_and_merge(scores: Scores, file: Path) -> None:
 @pytest.mark.parametrize("change", [{"importance": "taylor-abs"}, {"normalize": False}, {"seed": 1},
                                     {"reduction": "element"}, {"ignore": []}])
 def test_scores_made_differently_cannot_be_merged(scores: Scores, change: dict[str, object]) -> None:
-    other = fastscore.score(RESIDUAL.model(), [RESIDUAL.inputs()], progress=False,
+    other = fastscore.score(RESIDUAL.traced(), [RESIDUAL.inputs()], progress=False,
                             **{"ignore": ["block2.conv1"], **change})
     with pytest.raises(ValueError, match=r"^other: scores made differently cannot be merged: ."):
         scores.merge(other)
 
 
 def test_scores_with_another_distribution_cannot_be_merged(scores: Scores) -> None:
-    other = fastscore.score(RESIDUAL.model(), [RESIDUAL.inputs()], ignore=["block2.conv1"], distribution="rademacher",
+    other = fastscore.score(RESIDUAL.traced(), [RESIDUAL.inputs()], ignore=["block2.conv1"], distribution="rademacher",
                             progress=False)
     with pytest.raises(ValueError, match="distribution"):
         scores.merge(other)

@@ -34,7 +34,7 @@ def squares(output: Tensor, batch: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ALL)
 def test_sum_over_positions_first(name: str, importance: str, power: int, normalize: bool) -> None:
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs(5)
+    model, x = network.traced(), network.inputs(5)
     v = 2 * model(x).detach()
     if normalize:
         v = v / v.flatten(1).norm(dim=1).reshape(-1, *[1] * (v.dim() - 1))
@@ -49,7 +49,7 @@ def test_sum_over_positions_first(name: str, importance: str, power: int, normal
 @pytest.mark.parametrize("name", ["residual", "dense", "flattening", "gated", "shared", "tokens"])
 def test_element_by_element(name: str, importance: str, normalize: bool) -> None:
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs(5)
+    model, x = network.traced(), network.inputs(5)
     v = 2 * model(x).detach()
     if normalize:
         v = v / v.norm(dim=1, keepdim=True)
@@ -80,7 +80,7 @@ def depthwise(name: str, group: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("name", ALL)
 def test_magnitude(name: str, power: int) -> None:
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs()
+    model, x = network.traced(), network.inputs()
     exact = {group: oracles.tied(spec, sum(filters(model.get_submodule(layer)).abs().pow(power).sum(1) for layer in
                                            (*spec.producers, *depthwise(name, group)))).pow(1 / power).detach()
              for group, spec in network.groups.items()}
@@ -100,12 +100,12 @@ def test_bn_scale() -> None:
 
 def test_bn_scale_names_the_layers_it_says_nothing_about() -> None:
     network = NETWORKS["plain"]
-    scores = scored(network, network.model(), network.inputs(), importance="bn-scale")
+    scores = scored(network, network.traced(), network.inputs(), importance="bn-scale")
     assert list(scores) == ["3"]
     with pytest.raises(KeyError, match="0 has no score: bn-scale says nothing"):
         scores["0"]
     with pytest.raises(ValueError, match="importance: bn-scale says nothing about any layer"):
-        scored(network, NETWORKS["flattening"].model(), network.inputs(), importance="bn-scale")
+        scored(network, NETWORKS["flattening"].traced(), network.inputs(), importance="bn-scale")
 
 
 def test_random_is_uniform_and_depends_on_seed_and_layer_alone() -> None:
@@ -142,7 +142,7 @@ def test_random_gradients_converge_to_the_change_of_the_output(importance: str, 
                                                                ) -> None:
     """The error in units of its exact standard deviation, which falls as 1/√probes, has mean square 1."""
     network = NETWORKS["flattening"]
-    model, x = network.model(), network.inputs(6)
+    model, x = network.traced(), network.inputs(6)
     changes = {group: oracles.output_changes(model, spec, x) for group, spec in network.groups.items()}
     for probes, seeds in ((2, 24), (16, 12), (256, 3)):
         squares = []
@@ -162,7 +162,7 @@ def test_random_gradients_converge_to_the_change_of_the_output(importance: str, 
 
 def test_the_signed_score_of_a_random_gradient_is_noise_around_zero() -> None:
     network = NETWORKS["flattening"]
-    model, x = network.model(), network.inputs(6)
+    model, x = network.traced(), network.inputs(6)
     few, many = (scored(network, model, x, importance="taylor", normalize=False, probes=p) for p in (4, 1024))
     assert sum(float(many[layer].sum()) for layer in many) < sum(float(few[layer].sum()) for layer in few) / 6
 
@@ -192,7 +192,7 @@ def test_what_is_not_in_the_table(importance: str, reduction: str, message: str)
         gradient_importance(importance, reduction)
     network = NETWORKS["plain"]
     with pytest.raises(ValueError, match=message):
-        scored(network, network.model(), network.inputs(), importance=importance, reduction=reduction)
+        scored(network, network.traced(), network.inputs(), importance=importance, reduction=reduction)
 
 
 def test_every_name_runs() -> None:

@@ -31,7 +31,7 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 @EVERY_NETWORK
 def test_sums_are_the_derivative_by_a_gate_at_every_consumer(name: str) -> None:
     network = NETWORKS[name]
-    model, x = network.model(), network.inputs()
+    model, x = network.traced(), network.inputs()
     v = output_gradient(model(x))
     found = oracles.sums_of_each_sample(Scorer(model, x, importance="taylor", gradient="random"), model, x, v)
     assert set(found) == set(network.groups)
@@ -54,7 +54,7 @@ def test_the_oracle_agrees_with_finite_differences(name: str) -> None:
 def test_what_leaves_the_producers_arrives_at_the_consumers() -> None:
     """Euler: between a BatchNorm and the next convolution all is homogeneous of degree 1 (ReLU, add, average)."""
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs(8)
+    model, x = network.traced(), network.inputs(8)
     v = output_gradient(model(x))
     scorer = Scorer(model, x, importance="taylor", gradient="random")
     found = oracles.sums_of_each_sample(scorer, model, x, v)
@@ -146,7 +146,7 @@ def test_training_is_bit_for_bit_the_same(scored: str, memory_format: torch.memo
 
 def test_probe_leaves_every_gradient_alone() -> None:
     network = NETWORKS["inplace"]
-    model, x = network.model(), network.inputs().requires_grad_()
+    model, x = network.traced(), network.inputs().requires_grad_()
     model(x).square().sum().backward()
     scorer = Scorer(model, x.detach(), gradient="random")
     kept = x.grad.clone()
@@ -158,7 +158,7 @@ def test_probe_leaves_every_gradient_alone() -> None:
 @EVERY_NETWORK
 def test_taps_come_and_go(name: str) -> None:
     network = NETWORKS[name]
-    model, x = network.model().train(), network.inputs()
+    model, x = network.traced().train(), network.inputs()
     with untouched(model):
         scorer = Scorer(model, x, gradient="random")
         for _ in range(2):
@@ -169,7 +169,7 @@ def test_taps_come_and_go(name: str) -> None:
 
 def test_a_copy_made_while_tapped_is_quiet() -> None:
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs()
+    model, x = network.traced(), network.inputs()
     scorer = Scorer(model, x, importance="taylor-abs")
     with scorer:
         copied = copy.deepcopy(model)
@@ -215,7 +215,7 @@ def test_activation_checkpointing_changes_nothing(gradient: str) -> None:
 
 def test_two_passes_before_one_backward_both_count() -> None:
     network = NETWORKS["plain"]
-    model, x = network.model(), network.inputs(6)
+    model, x = network.traced(), network.inputs(6)
     both, apart = (Scorer(model, x, importance="taylor-abs") for _ in range(2))
     with both:
         (model(x[:2]).square().sum() + model(x[2:]).square().sum()).backward()
@@ -229,7 +229,7 @@ def test_two_passes_before_one_backward_both_count() -> None:
 
 def test_two_losses_sent_back_one_after_the_other_are_their_sum() -> None:
     network = NETWORKS["plain"]
-    model, x = network.model(), network.inputs(6)
+    model, x = network.traced(), network.inputs(6)
     apart, joint = (Scorer(model, x, importance="taylor-abs") for _ in range(2))
     with apart:
         output = model(x)

@@ -55,7 +55,7 @@ def equal(found: fastscore.Scores, want: fastscore.Scores) -> bool:
 
 def test_scores_of_different_models():
     networks = [NETWORKS[name] for name in ("plain", "residual", "dense", "mobile")]
-    models = [network.model() for network in networks]
+    models = [network.traced() for network in networks]
 
     def score(i: int) -> fastscore.Scores:
         return fastscore.score(models[i], networks[i].inputs(6).split(2), progress=False)
@@ -69,7 +69,7 @@ def test_scores_of_different_models():
 def test_scores_of_one_model():
     """score() works on a copy of its own, so threads may share a model; dropout draws nothing in evaluation mode."""
     network = NETWORKS["inplace"]
-    model = network.model().train()
+    model = network.traced().train()
     want = {probes: fastscore.score(model, [network.inputs()], probes=probes, progress=False) for probes in (1, 2)}
     with oracles.untouched(model):
         found = at_once([lambda probes=probes: fastscore.score(model, [network.inputs()], probes=probes, progress=False)
