@@ -86,7 +86,7 @@ def is_product(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
     rows, made = read_rows(layer, with_float64(x)), made_rows(layer, with_float64(y))
     if len(rows) != len(made) or not made.numel():  # of nothing that is read, nothing is seen
         return False
-    bias = 0.0 if layer.bias is None else with_float64(layer.bias.detach()).double()
+    bias = 0.0 if layer.bias is None else with_float64(layer.bias.detach()).double()  # type: ignore[operator]
     expected = torch.einsum("ngk,gok->ngo", rows.double(), weight_rows(layer)).flatten(1) + bias
     if expected.shape != made.shape:  # of a part of the weight
         return False
