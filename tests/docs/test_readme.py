@@ -91,12 +91,6 @@ def test_its_figures_are_those_of_the_pages_it_names():
 def test_its_links_lead_somewhere():
     for path in re.findall(r"\]\((?!https?:)([^)#]+)", README):
         assert (ROOT / path).is_file(), path
-    tree = README[README.index("## Where things are"):]
-    for row in [line for line in tree.splitlines() if line.startswith("| `")]:
-        names = re.findall(r"`([^`]+)`", row.split("|")[1])
-        folder = (ROOT / names[0]).parent
-        for name in names:
-            assert (folder / name).exists() or (ROOT / name).exists(), name
 
 
 def test_continuous_integration_runs_its_command_for_the_tests():
