@@ -8,6 +8,7 @@ from fastscore.graph import index_maps
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, Nodes, shape
 
 _MATRICES = ("Bmm", "Mm")  # of two tensors, by whose last dimensions they multiply
+_ADDED = ("Baddbmm", "Addmm")  # the same, and a first tensor that is added to the product
 _ATTENTION = "ScaledDotProduct"  # of queries, keys and values
 
 
@@ -54,15 +55,17 @@ def partners(graph: Nodes) -> Iterator[list[Any]]:
 def _operands(product: Any) -> list[Any]:
     """The autograd functions of what a product multiplies; [] of all else."""
     name = product.grad_fn.name() if product.type == OPTYPE.ELEMENTWISE and hasattr(product.grad_fn, "name") else ""
-    count = 2 if name.startswith(_MATRICES) else 3 if name.startswith(_ATTENTION) else 0
-    operands = [function for function, _ in getattr(product.grad_fn, "next_functions", ())][:count] if count else []
-    return operands if len(operands) == count and None not in operands else []
+    count = 2 if name.startswith(_MATRICES + _ADDED) else 3 if name.startswith(_ATTENTION) else 0
+    begin = 1 if name.startswith(_ADDED) else 0
+    operands = [function for function, _ in getattr(product.grad_fn, "next_functions", ())][begin:begin + count]
+    return operands if count and len(operands) == count and None not in operands else []
 
 
 def _all_of_layers(product: Any) -> bool:
     """Whether layers make all that a product multiplies."""
     if not hasattr(product, "is_of_layers"):
-        product.is_of_layers = len(product.inputs) == len(_operands(product)) and all(map(_of_layer, product.inputs))
+        factors = [node for node in product.inputs if any(node.grad_fn is each for each in _operands(product))]
+        product.is_of_layers = len(factors) == len(_operands(product)) and all(map(_of_layer, factors))
     found: bool = product.is_of_layers
     return found
 

@@ -1,6 +1,7 @@
 """What Torch-Pruning's tracer knows about a model: which node follows which, and where channels lie in each."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
@@ -10,7 +11,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph import contractions, index_maps, layers_inside, lost_ways, ties
+from fastscore.graph import contractions, crossings, index_maps, layers_inside, lost_ways, ties
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.cutting.cut_widths import Width
 from fastscore.graph.groups import Member
@@ -76,7 +77,7 @@ class Graph(Nodes):
             self.module2node = self._trace(model, None, keeping, output_transform=None)
         self._find_norms()
         self._find_channel_buffers(made)
-        self._dims = {}
+        self._dims, self._met = {}, []
         self._find_dims()
         for node in self.module2node.values():
             if node.type == OPTYPE.PARAMETER:
@@ -129,6 +130,8 @@ class Graph(Nodes):
         obstacle = endless = None
         while obstacle is None and (work or self._rest_of_grouped(positions, work)):
             node, function, arrived, before = work.pop()
+            if before is not None and before[0] not in node.inputs and self._reduces(node):
+                continue  # from behind: what is made of all channels of others has none of them
             known = positions.get((node, function))
             if known is None:
                 new = positions[node, function] = arrived
@@ -213,8 +216,7 @@ class Graph(Nodes):
         reads = node.type in LAYERS and function.__name__ == "prune_in_channels"
         if node.type == OPTYPE.OUTPUT or not (node.outputs or reads):
             return "its channels are the model's output"
-        if any(source in self._dims and index_maps.runs_over(node.grad_fn, self._dims[source], len(shape(source)))
-               for source in node.inputs):
+        if any(self._run_over(node)):
             return f"{_RUNS_OVER} ({node.grad_fn.name()})"
         cropped = self._is_padded(node) and min(self._padding(node)) < 0
         if cropped or (self._is_unknown(node) and self.cuts == "fixed"):
@@ -224,6 +226,15 @@ class Graph(Nodes):
         if node.type == OPTYPE.CONV and node.module.transposed and node.module.groups > 1:
             return f"{node._name} is a grouped transposed convolution, which cannot lose channels yet"
         return None
+
+    def _run_over(self, node: Any) -> Iterator[Any]:
+        """The inputs of a node over whose channels it reduces, or normalises."""
+        return (source for source in node.inputs if source in self._dims and
+                index_maps.runs_over(node.grad_fn, self._dims[source], len(shape(source))))
+
+    def _reduces(self, node: Any) -> bool:
+        """Whether a node makes one number of all channels of an input."""
+        return any(math.prod(shape(node)) < math.prod(shape(source)) for source in self._run_over(node))
 
     def _taken_by(self, node: Any) -> Iterator[int]:
         """The id of each parameter that an operation takes, as it is or turned."""
@@ -297,6 +308,9 @@ class Graph(Nodes):
 
     def _ends_at(self, node: Any, onward: Any) -> bool:
         return contractions.summed(self, node, onward)
+
+    def _that_end(self) -> dict[Any, int]:
+        return crossings.that_end(self, self._met)
 
     def _index_map(self, source: Any, node: Any) -> IndexMap | None:
         """From the channels of a node's one input to its output's; None where each stays where it is."""

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias, TypeVar
 
-from fastscore.graph import contractions, index_maps
+from fastscore.graph import contractions, crossings, index_maps
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, TRANSPARENT, Nodes, shape
 
 Key: TypeAlias = tuple[Any, Any]  # (node, pruning function): where channels come to
@@ -32,6 +32,21 @@ def at_end(graph: Nodes, came: Mapping[Key, Key | None], last: Key) -> str | Non
     """Why channels are lost at the last operation that they come to; None where they are not."""
     before = came[last]
     return None if before is None else _at_product(graph, last[0], before[0])
+
+
+def unread(graph: Nodes, positions: Mapping[Key, Any]) -> str | None:
+    """Why channels are not followed from where they are known to be; None where they are as far as they go."""
+    reached = {node for node, _ in positions}
+    onward = [(node, after) for node, function in positions for after in node.outputs
+              if after not in reached and (node.type not in LAYERS or function.__name__ != "prune_in_channels")]
+    for node, after in onward:
+        if crossings.at(graph, node, after) is not None:
+            return "its channels lie along one dimension, and those of another layer along another, of what " \
+                   f"{after.grad_fn.name()} makes of both: those of one are followed"
+    for node, after in onward:
+        if (why := _at_product(graph, after, node) or _between(graph, node, after)) is not None:
+            return why
+    return None
 
 
 _T = TypeVar("_T")

@@ -35,6 +35,7 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
     _calls: NotedCalls
     cuts: str
     _dims: dict[Any, int]  # node -> the dimension that holds the channels in its output
+    _met: list[tuple[Any, Any]]  # (node, one after it whose channels were known to lie somewhere before it was reached)
 
     def _channel_buffers(self) -> list[nn.Module]:
         return [module for module in self.model.modules() if channel_buffers.width(module) is not None]
@@ -68,6 +69,8 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
             self._dims[node] = dims + (-1 if norm is None else norm.dim) if last or norm else \
                 dims - 1 - len(node.module.kernel_size) if node.type == OPTYPE.CONV else 1  # 0 of one sample alone
         divided = self._follow(work)[0]
+        for onward, dim in self._that_end().items():
+            divided = self._follow_again(onward, dim, divided)
         for node in [node for node in self.module2node.values() if node.type == OPTYPE.LINEAR]:
             for source in _read_by(node):  # what no layer made has its channels where the layer reads them
                 self._dims.setdefault(source, len(shape(source)) - 1)
@@ -82,6 +85,25 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
             divided |= {view: source for view, source in more.items() if view not in divided}
             self._follow_back(found)
 
+    def _that_end(self) -> dict[Any, int]:
+        """Node -> the dimension that is to be followed from there on, in the place of one whose channels end."""
+        raise NotImplementedError
+
+    def _follow_again(self, node: Any, dim: int, divided: dict[Any, Any]) -> dict[Any, Any]:
+        """Take the channels of a node to lie along `dim`, and find anew where they are in what comes after it; what
+        _follow returns first, of everything."""
+        work, gone = [node], {node}
+        while work:
+            more = {onward for onward in work.pop().outputs if onward.type in TRANSPARENT} - gone
+            gone |= more
+            work += more
+        for each in gone:
+            self._dims.pop(each, None)
+        self._dims[node] = dim
+        sources = [source for source in self._dims if source is not node and not gone.isdisjoint(source.outputs)]
+        return {onward: source for onward, source in divided.items() if source not in gone} | \
+            self._follow([*sources, node])[0]
+
     def _follow(self, work: list[Any]) -> tuple[dict[Any, Any], list[Any]]:
         """Find the dimensions of what comes after nodes whose own are known, but for views that divide it.
 
@@ -93,6 +115,7 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
             found.append(node)
             for onward in node.outputs:
                 if onward in self._dims or onward.type == _UNKNOWN:  # whose last operation says nothing of its own
+                    self._met.append((node, onward))
                     continue
                 if self._ends_at(node, onward):
                     continue

@@ -114,6 +114,9 @@ def _find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: B
             f"dimension of the batch, it is {shown} of them"
         if not way.exact:
             return None
+        if all(output.dim() and len(output) == 1 for trial in trials for output in trial.outputs):
+            return SampleAxes({layer: (Untold(IRREGULAR.format(layer) + ALONE),) for layer in watched}, 0, None,
+                              one=True)
         others = [tried(model, watched, run, batch_of(example, size), size, False) for size in _SIZES[2:]]
         if _varies([*trials, *(other for other in others if isinstance(other, Trial))]):
             reason += VARYING

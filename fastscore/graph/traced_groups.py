@@ -62,6 +62,8 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
             reason = reasons.read_elsewhere(members, graph.read_elsewhere) or reason
         elif (reason := contractions.end(graph, positions)) is None:
             reason = reasons.of_group(layers, members, owners, recording, graph.read_elsewhere)
+            if reason == reasons.UNREAD:
+                reason = lost_ways.unread(graph, positions) or reason
             if reason is not None and reason.startswith(reasons.CHANGES) and graph.writes_parts(positions):
                 reason = "a part of its channels is written to in place (x[:, :k] = ...), which cannot be followed"
             if reason is not None or not kept.isdisjoint(member.layer for member in members):

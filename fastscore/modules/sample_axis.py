@@ -76,6 +76,7 @@ class SampleAxes:
             fastscore.graph.samples_second.
         together: whether what comes out for a sample depends on the others of its batch: see
             fastscore.graph.trials.companions.
+        one: whether the batch was one sample, whatever its tensors hold: a graph of many nodes.
     """
 
     calls: Mapping[str, tuple[SampleAxis | Untold, ...]] = field(default_factory=dict)
@@ -85,6 +86,7 @@ class SampleAxes:
     second: bool = False
     transposing: str = ""
     together: bool = False
+    one: bool = False
 
     @property
     def batch(self) -> int:

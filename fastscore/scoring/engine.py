@@ -146,7 +146,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
                           f'with units="{without}"', stacklevel=2)
         if origin.gradient == "none":
             return _score_weights(eval_model, channels, origin, ignore)
-        several = len(first_input(data.first)) > 1
+        several = len(first_input(data.first)) > 1 and not channels.samples.one
         totals = Totals(eval_model, channels, origin, ignore, several=several)
         prepared = prepare(eval_model, totals.taps(traceable=True), channels.normalized_by, example, forward, precision,
                            compile)

@@ -90,7 +90,7 @@ class Scorer:
             trace(model, example_inputs, batches.checked_forward(forward, self._outputs), units=origin.units)
         self._output_dim = graph.samples.output
         first = None if isinstance(example_inputs, ChannelGraph) else batches.first_tensor(example_inputs)
-        several = first is not None and first.shape[:1].numel() > 1
+        several = first is not None and first.shape[:1].numel() > 1 and not graph.samples.one
         self._totals = Totals(model, graph, origin, ignore, several=several)
         self._told = self._totals.together
         if self._told:

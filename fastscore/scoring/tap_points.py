@@ -74,5 +74,5 @@ def _way_out(reasons: Iterable[str], transposing: str) -> str:
     if not any("counts samples" in reason for reason in said):
         return ""
     return "\ngive batches [N, ...]; where samples of several sizes lie one after the other in one tensor (nodes of " \
-           "graphs, tokens with cu_seqlens), padded ones, [N, T, ...], and a forward= that takes the padding out, " \
-           "model(x[mask], ...)" + (transposing and f"; where the model takes samples second, {transposing}")
+           "graphs, tokens with cu_seqlens), batches of one sample each" + (
+               transposing and f"; where the model takes samples second, {transposing}")

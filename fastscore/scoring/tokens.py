@@ -8,6 +8,7 @@ attention_mask tells it, has no gradient and is no sample, so that scores do not
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastscore import fingerprints, ops
@@ -18,9 +19,12 @@ from fastscore.scoring.scores import Origin
 from fastscore.taps.passes import ForwardPass
 
 
-def ids_of(done: ForwardPass, axes: SampleAxes) -> Tensor:
+def ids_of(done: ForwardPass, axes: SampleAxes, samples: int) -> Tensor:
     """int64 [N]: the ids of the samples that a pass began with, by what the model was called with, or, where that has
-    no dimension of samples, by the batch."""
+    no dimension of samples, by the batch; by all rows of its first tensor where these are of one sample."""
+    if axes.one:
+        ids = fingerprints.sample_ids(first_input(done.inputs)[None])
+        return ids + torch.arange(samples, device=ids.device)
     known = axes.input is not None or done.batch is None
     return sample_ids(done.inputs if known else done.batch, done.valid, axes.input or 0)
 

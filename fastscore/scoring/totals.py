@@ -141,7 +141,7 @@ class Totals:
         """Send one more random gradient back from the latest forward pass; its samples' ids come from its inputs."""
         assert taps.current is not None
         if taps.current.ids is None:
-            taps.current.ids = tokens.ids_of(taps.current, self._graph.samples)
+            taps.current.ids = tokens.ids_of(taps.current, self._graph.samples, len(output))
         gradient = tokens.random_gradient(output, taps.current.ids, taps.current.probes, self.origin,
                                           taps.current.valid)
         self.propagate(taps, output, gradient / len(output) if self.criterion.minibatch else gradient, last)

@@ -173,8 +173,7 @@ _TOKENS, _IMAGES, _ROWS = torch.randn(3, 5, 4), torch.randn(3, 3, 6, 6), torch.r
     (Hypernetwork, _TOKENS, {"e": _SUMMED.format("Mm"),
                              "f": "a view divides its channels over several dimensions (ViewBackward0)"}),
     (Modulated, _TOKENS, {"e": _PRODUCT.format("Convolution")}),
-    (Weighted, _TOKENS, {"e": _MEET.format("IndexAdd"),
-                         "router": "an operation runs over all its channels (SoftmaxBackward0)"}),
+    (Weighted, _TOKENS, {}),
     (Deformed, _TOKENS, {"e": "the code of own (Own) takes its channels together with its weight, which cannot lose "
                               "channels yet"}),
     (OneByOne, _IMAGES[:1], {}),

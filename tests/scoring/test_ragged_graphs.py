@@ -146,7 +146,7 @@ def test_batches_of_one_sample_each_are_scored_whole(name: str) -> None:
 
 
 def test_graphs_that_lie_one_after_the_other_have_a_way_out() -> None:
-    """Nothing tells how many samples a batch [nodes, C] has; padded, it is as in the tests above."""
+    """Nothing tells how many samples a batch [nodes, C] has; one of a single sample does: see test_flat_batches."""
     caught: list[Any] = []
 
     class Joined(nn.Module):
@@ -156,5 +156,5 @@ def test_graphs_that_lie_one_after_the_other_have_a_way_out() -> None:
             caught.append(batch)
 
     as_graphs(Joined(), CASES["graphs"][4])
-    with pytest.raises(ValueError, match=r"padded ones, \[N, T, \.\.\.\], and a forward= that takes the padding out"):
+    with pytest.raises(ValueError, match="batches of one sample each"):
         score(Graphs(5).double(), caught, forward=call)

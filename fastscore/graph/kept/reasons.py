@@ -15,6 +15,7 @@ from fastscore.modules.inspection import channel_dim, parametrized, shared_param
 from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.computed_weights import PLAIN, unused_parameters, why_it_computes_on
 
+UNREAD = "no Conv or Linear is found to read its channels"
 CHANGES = "their number changes on the way to"
 
 
@@ -32,7 +33,7 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
     if not consumers:
         one = any(units.width_of(layers[member.module], member.role) == 1 for member in members
                   if member.role == "producer")
-        return "it is one channel, which has to stay" if one else "no Conv or Linear is found to read its channels"
+        return "it is one channel, which has to stay" if one else UNREAD
     for layer_name in sorted(consumers.intersection(recording.first_layers)):
         if layer_name in recording.without_gradients:
             return f"{layer_name} runs under torch.no_grad() as well, where nothing can be measured"
