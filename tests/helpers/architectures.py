@@ -78,7 +78,7 @@ def prepared(case: Case) -> tuple[nn.Module, Batch]:
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     for name, parameter in randomize(model).named_parameters():
-        if "layer_scale" in name or "gamma" in name:  # which start near zero, as would all behind them
+        if "layer_scale" in name or "gamma" in name or name.endswith((".ls1", ".ls2")):  # near zero, as all behind them
             nn.init.uniform_(parameter, 0.5, 1.5)
         if not parameter.any():  # a head that starts at zero says nothing of what is before it
             nn.init.normal_(parameter, 0, 0.1)

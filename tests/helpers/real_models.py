@@ -108,10 +108,10 @@ _TIMM: tuple[tuple[str, int, dict[str, Any]], ...] = (
      "vit_small_patch14_dinov2 vit_base_patch16_clip_224 vit_small_patch14_reg4_dinov2 convit_tiny", 64, _VIT),
     ("beit_base_patch16_224 beitv2_base_patch16_224", 64, {"depth": 2, "embed_dim": 48, "num_heads": 3,
                                                            "img_size": 64}),
-    ("eva02_tiny_patch14_224", 56, {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 56}),
+    ("eva02_tiny_patch14_224", 56, {"depth": 2, "img_size": 56}),  # narrower, its blocks add next to nothing
     ("cait_xxs24_224", 64, {**_VIT, "depth_token_only": 1}),
     ("xcit_nano_12_p16_224", 64, _VIT),
-    ("mixer_s16_224 gmlp_ti16_224 resmlp_12_224", 64, {"num_blocks": 2, "embed_dim": 48, "img_size": 64}),
+    ("mixer_s16_224 gmlp_ti16_224 resmlp_12_224", 64, {"img_size": 64}),
     ("efficientvit_m0 swiftformer_xs mobilevit_xxs mobilevitv2_050 fastvit_t8 shvit_s1 nextvit_small convmixer_768_32",
      128, {}),
     ("efficientformer_l1 efficientformerv2_s0 levit_128s levit_conv_128s coat_lite_tiny crossvit_9_240 davit_tiny "
