@@ -89,20 +89,20 @@ def work(rank: int, folder: str) -> None:
         if rank < size:
             for way, options in WAYS.items():
                 for fixed in (False, True):
-                    save(fastscore.score(RESIDUAL.model(), IMAGES.split(3), process_group=some, fixed_order=fixed,
+                    save(fastscore.score(RESIDUAL.traced(), IMAGES.split(3), process_group=some, fixed_order=fixed,
                                          progress=False, **options), f"{way} {size} {fixed}")
             checkpoint = f"{folder}/{size}.ckpt"
-            save(fastscore.score(RESIDUAL.model(), IMAGES.split(3)[:3], process_group=some, fixed_order=True,
+            save(fastscore.score(RESIDUAL.traced(), IMAGES.split(3)[:3], process_group=some, fixed_order=True,
                                  progress=False, resume=checkpoint), f"three batches {size}")
-            save(fastscore.score(RESIDUAL.model(), IMAGES.split(3), process_group=some, fixed_order=True,
+            save(fastscore.score(RESIDUAL.traced(), IMAGES.split(3), process_group=some, fixed_order=True,
                                  progress=False, resume=checkpoint), f"gone on {size}")
     everyone = distributed.group.WORLD
-    expect(ValueError, "another seed", fastscore.score, RESIDUAL.model(), IMAGES.split(3), process_group=everyone,
+    expect(ValueError, "another seed", fastscore.score, RESIDUAL.traced(), IMAGES.split(3), process_group=everyone,
            seed=int(rank == 2), progress=False)
     expect(ValueError, "other weights", fastscore.score, RESIDUAL.model(int(rank == 1)), IMAGES.split(3),
            process_group=everyone, progress=False)
 
-    scorer = fastscore.Scorer(RESIDUAL.model(), IMAGES, gradient="random", seed=3)
+    scorer = fastscore.Scorer(RESIDUAL.traced(), IMAGES, gradient="random", seed=3)
     model = scorer._taps.model
     with scorer:
         for batch in IMAGES[rank:9:WORKERS].split(2) if rank != 3 else ():  # 3, 2, 2 and no samples
@@ -142,7 +142,7 @@ def work(rank: int, folder: str) -> None:
 def repair(rank: int, folder: str) -> None:
     """reconstruct() and recalibrate() by 1, 2 and 4 processes, of which the last has nothing to read."""
     distributed.init_process_group("gloo", timeout=timedelta(seconds=600))
-    model, batches = RESIDUAL.model(), RESIDUAL.inputs(24).split(8)
+    model, batches = RESIDUAL.traced(), RESIDUAL.inputs(24).split(8)
     scores = fastscore.score(model, batches, progress=False)
     for size in (1, 2, 4):
         some = distributed.new_group(list(range(size)))

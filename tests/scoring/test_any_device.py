@@ -46,10 +46,11 @@ options = [{}, {"importance": "taylor"}, {"probes": 2, "center": True}, {"distri
 worst, plan = {}, ""
 for name in ("residual", "mobile", "squeeze-excite"):
     network = NETWORKS[name]
-    model, batches = network.model().float(), [network.inputs().float()]
+    model, elsewhere = network.model().float(), network.model().float().to("other")
+    batches = [network.inputs().float()]
     for each in options if name == "residual" else options[:1]:
         own = fastscore.score(model, batches, progress=False, **each)
-        there = fastscore.score(network.model().float().to("other"), batches, progress=False, **each)
+        there = fastscore.score(elsewhere, batches, progress=False, **each)
         worst[f"{name} {each}"] = max(float((own[x] - there[x].cpu()).abs().max() / own[x].abs().max()) for x in own)
         plan = plan or str(there.plan)
 network = NETWORKS["residual"]

@@ -46,8 +46,8 @@ def assert_same_bits(found: fastscore.Scores, whole: fastscore.Scores) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_one_two_and_four_processes_give_the_same_scores(results: Path, way: str) -> None:
-    whole = fastscore.score(RESIDUAL.model(), IMAGES.split(3), progress=False, **WAYS[way])
-    in_order = fastscore.score(RESIDUAL.model(), IMAGES.split(3), progress=False, fixed_order=True, **WAYS[way])
+    whole = fastscore.score(RESIDUAL.traced(), IMAGES.split(3), progress=False, **WAYS[way])
+    in_order = fastscore.score(RESIDUAL.traced(), IMAGES.split(3), progress=False, fixed_order=True, **WAYS[way])
     assert_close(in_order, whole)
     for size in (1, 2, 4):
         for rank in range(size):
@@ -58,7 +58,7 @@ def test_one_two_and_four_processes_give_the_same_scores(results: Path, way: str
 @pytest.mark.parametrize("name", ["three batches", "gone on"])
 def test_a_process_without_data_and_runs_that_go_on(results: Path, name: str) -> None:
     batches = IMAGES.split(3)[:3 if name == "three batches" else None]
-    whole = fastscore.score(RESIDUAL.model(), batches, progress=False, fixed_order=True)
+    whole = fastscore.score(RESIDUAL.traced(), batches, progress=False, fixed_order=True)
     for size in (1, 2, 4):
         for rank in range(size):
             assert_same_bits(fastscore.Scores.load(results / f"{name} {size} {rank}"), whole)
@@ -69,7 +69,7 @@ def test_a_process_without_data_and_runs_that_go_on(results: Path, name: str) ->
 
 def test_another_number_of_processes_does_not_go_on(results: Path) -> None:
     with pytest.raises(ValueError, match=r"^resume: 4\.ckpt\.0-of-4 was written by another number of processes"):
-        fastscore.score(RESIDUAL.model(), IMAGES.split(3), resume=results / "4.ckpt", progress=False)
+        fastscore.score(RESIDUAL.traced(), IMAGES.split(3), resume=results / "4.ckpt", progress=False)
 
 
 def test_processes_that_do_not_agree_all_say_so(results: Path) -> None:
@@ -92,8 +92,8 @@ def test_all_reduce_of_scorers(results: Path) -> None:
 
 def test_distributed_data_parallel(results: Path) -> None:
     """Layers have the names that they have without the wrapper."""
-    whole = drop_in(RESIDUAL.model(), IMAGES[:8]).scores()
-    scored = fastscore.score(RESIDUAL.model(), IMAGES.split(3), progress=False)
+    whole = drop_in(RESIDUAL.traced(), IMAGES[:8]).scores()
+    scored = fastscore.score(RESIDUAL.traced(), IMAGES.split(3), progress=False)
     for rank in range(WORKERS):
         assert_close(fastscore.Scores.load(results / f"DDP {rank}"), whole)
         assert_close(fastscore.Scores.load(results / f"DDP, score {rank}"), scored)
@@ -113,8 +113,8 @@ def test_a_model_in_distributed_data_parallel_becomes_what_it_does_without(resul
 
 def test_fully_sharded(results: Path) -> None:
     """In the training loop as ever; what needs a copy says how to have one."""
-    whole = drop_in(RESIDUAL.model(), IMAGES[:8]).scores()
-    probed = fastscore.Scorer(model := RESIDUAL.model(), IMAGES, gradient="random", seed=3)
+    whole = drop_in(RESIDUAL.traced(), IMAGES[:8]).scores()
+    probed = fastscore.Scorer(model := RESIDUAL.traced(), IMAGES, gradient="random", seed=3)
     with probed:
         output = model(IMAGES[:8])
         probed.probe(output)
@@ -131,9 +131,9 @@ def test_fully_sharded(results: Path) -> None:
 def test_what_makes_no_sense_with_several() -> None:
     for options in ({"fixed_order": True}, {"process_group": object()}):
         with pytest.raises(ValueError, match=r"samples=.auto. looks after each batch"):
-            fastscore.score(RESIDUAL.model(), IMAGES.split(3), samples="auto", progress=False, **options)
+            fastscore.score(RESIDUAL.traced(), IMAGES.split(3), samples="auto", progress=False, **options)
         with pytest.raises(ValueError, match="magnitude-l2 reads the weights alone"):
-            fastscore.score(RESIDUAL.model(), IMAGES.split(3), importance="magnitude-l2", progress=False, **options)
+            fastscore.score(RESIDUAL.traced(), IMAGES.split(3), importance="magnitude-l2", progress=False, **options)
 
 
 def test_more_processes_than_the_fixed_order_is_for(monkeypatch: pytest.MonkeyPatch) -> None:

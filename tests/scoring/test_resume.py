@@ -33,7 +33,7 @@ def _every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def score(batches: Any = BATCHES, model: nn.Module | None = None, **options: Any) -> Scores:
-    return fastscore.score(RESIDUAL.model() if model is None else model, batches, progress=False, **options)
+    return fastscore.score(RESIDUAL.traced() if model is None else model, batches, progress=False, **options)
 
 
 def stopped(after: int, by: type[BaseException] = RuntimeError) -> Iterator[Tensor]:
@@ -181,7 +181,7 @@ def test_saving_takes_little_of_the_time(tmp_path: Path, monkeypatch: pytest.Mon
         return model(batch)
 
     monkeypatch.setattr(files, "write_state", write_slowly)
-    score([RESIDUAL.inputs(2)] * 110, RESIDUAL.model(), resume=tmp_path / "s.ckpt", forward=forward,
+    score([RESIDUAL.inputs(2)] * 110, RESIDUAL.traced(), resume=tmp_path / "s.ckpt", forward=forward,
           ignore=["block2"])
     assert [after - before - 10 for before, after in itertools.pairwise(saves)][:2] == [500, 500]
 
@@ -271,7 +271,7 @@ class TestRefused:
 
 
 def test_a_scorer_goes_on_in_another_process(tmp_path: Path) -> None:
-    whole, first, second = (Scorer(RESIDUAL.model(), BATCHES[0], gradient="random", ablation="mean") for _ in range(3))
+    whole, first, second = (Scorer(RESIDUAL.traced(), BATCHES[0], gradient="random", ablation="mean") for _ in range(3))
     for scorer, batches in ((whole, BATCHES), (first, BATCHES[:2])):
         model = scorer._taps.model
         with scorer:
@@ -283,7 +283,7 @@ def test_a_scorer_goes_on_in_another_process(tmp_path: Path) -> None:
         for batch in BATCHES[2:]:
             second.probe(second._taps.model(batch))
     assert_same_bits(second.scores(), whole.scores())
-    other = Scorer(RESIDUAL.model(), BATCHES[0], gradient="random")
+    other = Scorer(RESIDUAL.traced(), BATCHES[0], gradient="random")
     with pytest.raises(ValueError, match="state: "):
         other.load(tmp_path / "scorer.ckpt")
     score().save(tmp_path / "s")
