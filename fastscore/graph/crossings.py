@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastscore.graph import contractions, index_maps
-from fastscore.graph.nodes import OPTYPE, PRODUCERS, Nodes, shape
+from fastscore.graph.nodes import LAYERS, OPTYPE, PRODUCERS, Nodes, shape
 
 
 def at(graph: Nodes, source: Any, node: Any) -> int | None:
@@ -32,7 +32,8 @@ def that_end(graph: Nodes, crossings: Iterable[tuple[Any, Any]]) -> dict[Any, in
 
 
 def _all_end(graph: Nodes, node: Any) -> bool:
-    """Whether all channels that are followed from a node end in sums over them, or where others are followed."""
+    """Whether all channels that are followed from a node end in sums over them, or where others are followed or
+    read."""
     work, seen = [node], set[Any]()
     while work:
         node = work.pop()
@@ -43,6 +44,8 @@ def _all_end(graph: Nodes, node: Any) -> bool:
             if onward in seen or contractions.summed(graph, node, onward) or at(graph, node, onward) is not None or \
                     index_maps.runs_over(onward.grad_fn, dim, len(shape(node))):
                 continue
+            if onward.type in LAYERS and dim != len(shape(node)) - 1 - len(getattr(onward.module, "kernel_size", ())):
+                continue  # which reads other channels
             if onward.type in PRODUCERS | {OPTYPE.OUTPUT} or graph.dim_of(onward) is None:
                 return False
             seen.add(onward)

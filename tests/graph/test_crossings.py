@@ -81,6 +81,24 @@ def test_one_side_of_an_outer_product_goes(kind: str, tmp_path: Path) -> None:
     assert trace(noisy(lambda: Outer(product, width)), X).skipped[stays] == _CROSSED.format(operation)
 
 
+class Graph(nn.Module):
+    """Attention over nodes, whose scores two layers of one output make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes, self.source, self.target = nn.Linear(3, 6), nn.Linear(6, 1), nn.Linear(6, 1)
+        self.out, self.last = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.nodes(x.flatten(2).mT)
+        h = F.leaky_relu(self.source(h) + self.target(h).mT).softmax(-1) @ h
+        return self.last(self.out(F.elu(h)).relu().mean(1))
+
+
+def test_rows_of_scores_are_no_channels(tmp_path: Path) -> None:
+    check(Graph, X, ["nodes", "out"], tmp_path)
+
+
 class Wide(nn.Module):
     """A factorisation machine beside a layer of one output."""
 

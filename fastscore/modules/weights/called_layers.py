@@ -7,7 +7,6 @@ model as long as it is tapped or masked, the layer is called there.
 
 import weakref
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -20,6 +19,7 @@ from fastscore.modules.handles import Handle
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import hooked
 from fastscore.modules.weights import layer_functions
+from fastscore.modules.wrappers import without_checkpoints
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ class _CallsLayers(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         called = frames.innermost(frames.outwards())  # which DataParallel may have made of the module
         module = called if called is not None and vars(called).get("forward") is self else self.module
-        with _Calls(module, self) if self.users else nullcontext():
+        if not self.users:
+            return self.run(module, *args, **kwargs)
+        with _Calls(module, self), without_checkpoints():  # which would run a part of this code again, outside
             return self.run(module, *args, **kwargs)
 
 
