@@ -1,4 +1,4 @@
-"""Arguments that are no numbers where numbers are meant."""
+"""Arguments of another type than is meant, or out of their range: what several functions refuse alike."""
 
 
 def check_number(argument: str, value: object, such_as: str) -> None:
@@ -9,3 +9,29 @@ def check_number(argument: str, value: object, such_as: str) -> None:
         float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{argument}: {value!r:.80}, where a number is meant, such as {such_as}") from None
+
+
+def check_whole(argument: str, value: object, such_as: str) -> None:
+    """Raise TypeError, naming the argument, where `value` is no whole number."""
+    check_number(argument, value, such_as)
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{argument}: {value!r:.80}, where a whole number is meant, such as {such_as}")
+
+
+def check_flag(argument: str, value: object) -> None:
+    """Raise TypeError, naming the argument, where `value` is neither a bool nor None."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{argument}: {value!r:.80}, where True, False or None is meant")
+
+
+def check_callable(argument: str, value: object, call: str) -> None:
+    """Raise TypeError, naming the argument and how it is called, where `value` cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{argument}: {value!r:.80}, where a function {call} is meant")
+
+
+def check_fraction(fraction: float) -> None:
+    """Raise TypeError for no number, ValueError for one that is no share of channels to remove, 0 <= fraction < 1."""
+    check_number("fraction", fraction, "0.3")
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction: {fraction}; it is the share of channels to remove, 0 <= fraction < 1")

@@ -75,6 +75,11 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
     return model(batch)
 
 
+def is_call_model(forward: Forward) -> bool:
+    """Whether `forward` is call_model, as it is or checked (see checked_forward), and no function of the user's."""
+    return getattr(forward, "checks", forward) is call_model
+
+
 def call_of(batch: Batch) -> str:
     """Code for what call_model does with a batch like this one."""
     return "model(**batch)" if isinstance(batch, Mapping) else \
@@ -84,7 +89,7 @@ def call_of(batch: Batch) -> str:
 def way_out(forward: Forward, batch: Batch) -> str:
     """How call_model called a model on a batch that it does not take so, and how it is called otherwise; empty where
     that was not call_model, or says nothing new."""
-    if getattr(forward, "checks", forward) is not call_model or isinstance(batch, Tensor):
+    if not is_call_model(forward) or isinstance(batch, Tensor):
         return ""
     kind, how = type(batch).__name__, "pass forward=lambda model, batch: model"
     if isinstance(batch, Mapping):
@@ -121,7 +126,7 @@ def named_outputs(returned: Any, run: Forward, model: str) -> dict[str, Tensor]:
     Raises OutputError where there are none, or several that no one has chosen.
     """
     found = dict(_named_tensors(returned, ""))
-    if len(found) > 1 and getattr(run, "checks", run) is not call_model:
+    if len(found) > 1 and not is_call_model(run):
         return found
     return {"": output_tensors(returned, model)[0]}
 
@@ -159,13 +164,18 @@ def output_selector(output: Output | None) -> Outputs:
     return outputs
 
 
+def check_same_rows(tensors: Sequence[Tensor]) -> None:
+    """Raise ValueError where the tensors of an output differ in their number of rows."""
+    if len({len(tensor) for tensor in tensors}) != 1:
+        raise ValueError(f"output: its tensors have {', '.join(str(len(tensor)) for tensor in tensors)} rows, not one "
+                         "for each sample in all of them: choose those that have, by forward= (of a Scorer: output=)")
+
+
 def concat_outputs(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors [N, ...] as one, [N, K] where there are several: K values in all for each sample."""
     if len(tensors) == 1:
         return tensors[0]
-    if len({len(tensor) for tensor in tensors}) != 1:
-        raise ValueError(f"output: its tensors have {', '.join(str(len(tensor)) for tensor in tensors)} rows, not one "
-                         "for each sample in all of them")
+    check_same_rows(tensors)
     return torch.cat([tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None] for tensor in tensors], 1)
 
 

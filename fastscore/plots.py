@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastscore import files
+from fastscore.arguments import check_fraction
 
 COLOUR, REMOVED = "#0b6e99", "#d9730d"
 LABELLED_LAYERS = 60  # more names than this do not fit under an axis
@@ -42,7 +43,10 @@ def importances(scores: Mapping[str, Tensor], path: str | PathLike[str], fractio
 
     scores: layer -> importance [C]. Zeros have no place on the logarithmic axis; they are counted below it. fraction:
     the lowest share of all channels, drawn in another colour (see `lowest`).
+
+    Raises ImportError without matplotlib, ValueError for an unknown suffix or a fraction outside [0, 1).
     """
+    check(path)
     layers, below = list(scores), lowest(scores, fraction)
     drawing = figure(min(max(6.4, 2 + 0.3 * len(layers)), 18), 4.8)
     axes = drawing.subplots()
@@ -80,8 +84,7 @@ def lowest(scores: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
 
     Ties go in order of layer and channel. Raises ValueError for a fraction outside [0, 1).
     """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"fraction: {fraction}; it is the share of channels to remove, 0 <= fraction < 1")
+    check_fraction(fraction)
     goes = {layer: torch.zeros(len(values), dtype=torch.bool) for layer, values in scores.items()}
     left = math.ceil(fraction * sum(map(len, goes.values())) - 1e-9)
     every = [(layer, channel) for layer, marks in goes.items() for channel in range(len(marks))]

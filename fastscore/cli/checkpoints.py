@@ -84,11 +84,6 @@ def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> str:
     return f"checkpoint: {path}: {counted(len(fitting), 'tensor')} taken; {'; '.join(notes)}" if notes else ""
 
 
-def read_checkpoint(path: str | PathLike[str]) -> dict[str, Tensor]:
-    """The state dict in a file; no code of the file's is run. Raises ValueError where there is none."""
-    return _unwrapped(path)[0]
-
-
 def sha256(*paths: str | PathLike[str]) -> str:
     """Of all these files, one after the other."""
     digest = hashlib.sha256()

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastscore import files
+from fastscore.arguments import check_fraction
 from fastscore.batches import Batch, call_model
 from fastscore.cli import images, models, options
 from fastscore.cli.argument_types import positive, share
@@ -142,8 +143,7 @@ def write(scores: Scores, path: str | PathLike[str], *, title: str = "Channel sc
 
     Raises ValueError for a fraction outside [0, 1), FileNotFoundError for a folder that is not there.
     """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"fraction: {fraction}; it is the share of channels to remove, 0 <= fraction < 1")
+    check_fraction(fraction)
     page = resources.files("fastscore.cli").joinpath("report.html").read_text(encoding="utf-8")
     # "</script>" in a layer's name would end the data
     if curve is not None:

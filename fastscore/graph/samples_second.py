@@ -5,7 +5,7 @@ from dataclasses import fields, is_dataclass
 
 from torch import Tensor
 
-from fastscore.batches import Batch, Forward, call_model, first_tensor
+from fastscore.batches import Batch, Forward, first_tensor, is_call_model
 
 _Second = Callable[[Tensor], bool]
 
@@ -28,7 +28,7 @@ def transposing(forward: Forward, batch: Batch) -> str:
     def second(tensor: Tensor) -> bool:
         return tensor.dim() == first.dim() and tensor.shape[1] == first.shape[1]
 
-    if getattr(forward, "checks", forward) is not call_model:
+    if not is_call_model(forward):
         call = f"own(model, {_transposed('batch', batch, second)}), own being the one given"
     elif isinstance(batch, Mapping):
         call = f"model(**{_transposed('batch', batch, second)})"

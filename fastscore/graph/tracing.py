@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import batches
+from fastscore.arguments import check_callable
 from fastscore.graph import (
     attention,
     blocks,
@@ -61,10 +62,9 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
             sharded, or see fastscore.modules.first_run.
     """
     model = unwrapped(model)
-    if not callable(forward):
-        raise TypeError(f"forward: {forward!r:.80}, where a function forward(model, batch) is meant")
+    check_callable("forward", forward, "forward(model, batch)")
     batches.check_rows(example_inputs, "example_inputs")
-    if forward is batches.call_model:
+    if batches.is_call_model(forward):
         batches.check_example(example_inputs, "example_inputs")
     searched, known = scored_units.searched(units), cache.get(model, example_inputs, forward)
     if known is not None and searched <= known.searched:

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from fastscore.batches import Batch
+from fastscore.scoring.options import check_of_loss
 from fastscore.scoring.scorer import Scorer
 from fastscore.scoring.scores import Scores
 
@@ -37,9 +38,7 @@ class ScoreCallback(Callback):  # type: ignore[misc]
 
     def __init__(self, path: str | PathLike[str] | None = None, *, network: str = "", example_inputs: Batch = None,
                  **options: Any) -> None:
-        if options.get("gradient", "loss") != "loss":
-            raise ValueError(f"gradient: {options['gradient']!r}, where the training step's own backward passes are "
-                             'read: use gradient="loss"')
+        check_of_loss(options)
         self.path, self.network, self.example_inputs, self.options = path, network, example_inputs, options
         self.scorer: Scorer | None = None
         self.scores: Scores | None = None

@@ -11,6 +11,7 @@ from fastscore.batches import Batch, map_tensors
 from fastscore.integrations.plain_transformers import save_pretrained
 from fastscore.modules.inspection import device_of
 from fastscore.rng import fork_rng
+from fastscore.scoring.options import check_of_loss
 from fastscore.scoring.scorer import Scorer
 from fastscore.scoring.scores import Scores
 
@@ -65,9 +66,7 @@ class ScoreCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, path: str | PathLike[str] | None = None, *, example_inputs: Batch = None,
                  writer: Any = None, **options: Any) -> None:
-        if options.get("gradient", "loss") != "loss":
-            raise ValueError(f"gradient: {options['gradient']!r}, where the training step's own backward passes are "
-                             'read: use gradient="loss"')
+        check_of_loss(options)
         self.path, self.example_inputs, self.writer, self.options = path, example_inputs, writer, options
         self.scorer: Scorer | None = None
         self.scores: Scores | None = None

@@ -56,8 +56,7 @@ def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
     Returns:
         A module of the same class, whose nn.MultiheadAttention runs its projections as layers, where transformers'
         Conv1D is nn.Linear and its experts are two layers, where layers that compute their weight are plain ones, and
-        what torch.jit made is one module
-        (see fastscore.modules).
+        what torch.jit made is one module.
 
     Raises:
         TypeError, ValueError: those of fastscore.modules.wrappers.check_whole.

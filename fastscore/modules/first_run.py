@@ -95,7 +95,7 @@ def check_first_run(model: nn.Module, batch: batches.Batch, forward: batches.For
         raise ValueError(f"model: {made[0]} is made when the model first runs: call it once, model(batch), first")
     if all(tensor._version == version for tensor, version in versions):
         return
-    if getattr(forward, "checks", forward) is not batches.call_model:
+    if not batches.is_call_model(forward):
         raise ValueError(f"{type(model).__name__}: it writes in place to the batch that it is called on (`x -= mean`, "
                          "or a first layer with inplace=True), which would change yours: write `x = x - mean`, or hand "
                          "it copies in forward=, as in model(batch.clone())")

@@ -9,7 +9,7 @@ from torch import nn
 from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph.groups import Ignore
 from fastscore.pruning.budgets.quality import HELD_OUT
-from fastscore.pruning.curve import Curve, Drawn, Evaluate, curve
+from fastscore.pruning.curve import Curve, Drawn, Evaluate, budgets_of, curve
 from fastscore.recovery.divergence import judged_by, mixed_of, names
 from fastscore.recovery.held_out import split
 from fastscore.recovery.not_finite import naming_samples
@@ -117,6 +117,7 @@ def compare(model: nn.Module, batches: Iterable[Batch],
     if isinstance(importances, str) or not named:
         raise ValueError(f"importances: {importances!r}; give a sequence of names, such as ['taylor-sq']")
     macs = None if params is not None or channels is not None else macs
+    budgets_of(macs, params, channels)  # before anything is scored
     fit, judges = split(batches, held_out, HELD_OUT, "batches")
     seen = RememberingBatches.of(fit)
     curves: dict[str, Curve] = {}

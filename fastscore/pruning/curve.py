@@ -14,6 +14,7 @@ from fastscore.batches import Batch, Forward, call_model, first_samples, map_ten
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar, shown
+from fastscore.pruning import plots
 from fastscore.pruning.budgets.quality import HELD_OUT, Judge
 from fastscore.pruning.prune import prune
 from fastscore.pruning.result import PruneResult
@@ -81,11 +82,7 @@ class Drawn(Table):
             ImportError: without matplotlib (pip install 'torch-fastscore[plot]').
             ValueError: an unknown suffix.
         """
-        from fastscore.plots import check
-        from fastscore.pruning.plots import curves
-
-        check(path)
-        curves(self._lines, path)
+        plots.curves(self._lines, path)
 
 
 @dataclass(frozen=True, repr=False)
@@ -184,11 +181,7 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
         ValueError: no budget, or budgets of two kinds; whatever fastscore.prune raises.
         TypeError: batches that are none.
     """
-    given = {name: tuple(values) for name, values in zip(RESOURCES, (macs, params, channels, latency), strict=True)
-             if values is not None} or {"macs": (0.9, 0.8, 0.7, 0.6, 0.5)}
-    if len(given) > 1 or not all(given.values()):
-        raise ValueError(f"curve: one kind of budget, with at least one share; these are {', '.join(given)}")
-    (resource, budgets), = given.items()
+    resource, budgets = budgets_of(macs, params, channels, latency)
     fit, judges = split(batches, held_out, HELD_OUT, "batches")
     if repair is None:
         options.setdefault("compensate", False)
@@ -221,6 +214,25 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
             + (f"; repaired: {repair}" if repair is not None else "; not repaired"))
     return Curve(resource, tuple(rows), own, found.decisions, note, judge.decided, found.by_error,
                  mixed_of(kinds))
+
+
+def budgets_of(*shares: Sequence[float] | None) -> tuple[str, tuple[float, ...]]:
+    """(what the budgets count, the budgets) of what was given for each of RESOURCES.
+
+    Raises TypeError for one share where several are meant, ValueError for none, or for those of two kinds.
+    """
+    given = {name: values for name, values in zip(RESOURCES, shares, strict=False) if values is not None} or \
+        {"macs": (0.9, 0.8, 0.7, 0.6, 0.5)}
+    for name, values in given.items():
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise TypeError(f"{name}: {values!r:.80}, where several shares are meant, such as (0.9, 0.7)")
+    if len(given) > 1:
+        raise ValueError(f"{', '.join(given)}: a curve has budgets of one kind: give one of them")
+    (resource, values), = given.items()
+    budgets = tuple(values)
+    if not budgets:
+        raise ValueError(f"{resource}: there is no share; give one or more, such as (0.9, 0.7)")
+    return resource, budgets
 
 
 def example_of(batches: Iterable[Batch], given: Batch, forward: Forward, device: torch.device) -> Batch:

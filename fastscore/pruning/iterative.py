@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import files, rng
-from fastscore.arguments import check_number
+from fastscore.arguments import check_callable, check_whole
 from fastscore.batches import Batch, call_model, first_samples, first_tensor, map_tensors
 from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.groups import matching_layers
@@ -26,6 +26,7 @@ from fastscore.pruning.report import GroupReport, PruneReport
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.saved import recipes
 from fastscore.pruning.saved.checkpoint import load_state
+from fastscore.recovery.held_out import check_batches
 from fastscore.scoring.engine import score
 from fastscore.scoring.scores import Scores
 
@@ -84,11 +85,13 @@ def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs
         The last model, what was done from the first to the last, and the report of each step.
 
     Raises:
-        TypeError: an option that neither score nor prune has, batches that can be read only once.
-        ValueError: a file of another model or other arguments, a budget that a step cannot reach, and whatever score
-            and prune raise.
+        TypeError: an option that neither score nor prune has, batches that are no iterable.
+        ValueError: batches that can be read only once, a file of another model or other arguments, a budget that a step
+            cannot reach, and whatever score and prune raise.
     """
     _check(batches, steps, schedule, options)
+    if finetune is not None:
+        check_callable("finetune", finetune, "finetune(model)")
     shares = Budgets(channels, params, macs, latency).require_one("prune_iteratively").given
     model = unwrapped(model)
     device, seed = device_of(model), options.get("seed", 0)
@@ -263,10 +266,8 @@ def _check(batches: Iterable[Batch], steps: int, schedule: str, options: Mapping
     for name in options:
         if name not in _SCORING | _PRUNING:
             raise TypeError(f"prune_iteratively: {name!r} is an option of neither fastscore.score nor fastscore.prune")
-    if isinstance(batches, Iterator):
-        raise TypeError("batches: an iterator, which can be read only once, and every step scores anew; pass a list or "
-                        "a DataLoader")
-    check_number("steps", steps, "3")
+    check_batches(batches, "batches")
+    check_whole("steps", steps, "3")
     if steps < 1:
         raise ValueError(f"steps: {steps}; it must be 1 or more")
     if schedule not in SCHEDULES:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastscore.arguments import check_number
+from fastscore.arguments import check_fraction
 from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph import blocks, head_dims
 from fastscore.graph.groups import ChannelGroup, Ignore
@@ -68,9 +68,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float | PruneResult, exampl
             means.
     """
     if not isinstance(fraction, PruneResult):
-        check_number("fraction", fraction, "0.3")
-        if not 0 <= fraction < 1:
-            raise ValueError(f"fraction: {fraction}; it is the share of channels to mask, 0 <= fraction < 1")
+        check_fraction(fraction)
     ranking = Ranking(scope)
     wrapper, model = model, unwrapped(model)
     compensate = resolve_compensate(compensate, scores)

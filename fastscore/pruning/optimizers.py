@@ -35,8 +35,12 @@ def rebuild_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, result
     Raises:
         ValueError: an optimizer of other parameters, a result of another model, or state of a shape that says nothing
             about the parameter's elements.
-        TypeError: a class that cannot be built from groups and defaults.
+        TypeError: a class that cannot be built from groups and defaults; what is no optimizer, or no result.
     """
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer: {type(optimizer).__name__}; give the optimizer that trained the model")
+    if not isinstance(result, PruneResult):
+        raise TypeError(f"result: {type(result).__name__}; give what fastscore.prune returned, not its model alone")
     if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
         raise ValueError("optimizer: LBFGS keeps the history of all parameters in one vector; make a new one")
     model = unwrapped(model)
@@ -93,7 +97,8 @@ def _successors(model: nn.Module, result: PruneResult) -> Mapping[str, list[tupl
     remove_indices(numbered_model, result.removed_indices)
     now, made = dict(result.model.named_parameters()), dict(numbered_model.named_parameters())
     if {name: p.shape for name, p in now.items()} != {name: p.shape for name, p in made.items()}:
-        raise ValueError("result: it is not what pruning the model gave, or was changed since")
+        raise ValueError("result: it is not what pruning the model gave, or was changed since: give the model that "
+                         "went into prune(), and what came out, or make a new optimizer")
     fresh = held_after(model, (name for name, _ in result.removed_indices))
     first = torch.tensor(list(starts.values()))
     found: dict[str, list[tuple[nn.Parameter, Tensor]]] = {name: [] for name in starts}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
-from fastscore.arguments import check_number
+from fastscore.arguments import check_flag, check_number, check_whole
 from fastscore.pruning.budgets.costs import Resource
 from fastscore.scoring.scores import Scores
 
@@ -80,10 +80,11 @@ class Ranking:
     def __post_init__(self) -> None:
         if self.scope not in get_args(Scope):
             raise ValueError(f"scope: {self.scope!r} is none of {', '.join(get_args(Scope))}")
+        check_flag("cost_aware", self.cost_aware)
         if self.cost_aware and self.scope == "layer":
             raise ValueError('cost_aware: scope="layer" compares no layer with another: use "global" or "isomorphic"')
         if not isinstance(self.round_to, str):
-            check_number("round_to", self.round_to, "8")
+            check_whole("round_to", self.round_to, "8")
         if (self.round_to != "auto") if isinstance(self.round_to, str) else (self.round_to < 1):
             raise ValueError(f"round_to: {self.round_to!r}; it must be 'auto', or 1 or more")
         for share in self.floor.values() if isinstance(self.floor, Mapping) else (self.floor,):
@@ -94,7 +95,9 @@ class Ranking:
 
 
 def resolve_compensate(compensate: bool | None, scores: Scores) -> bool:
-    """Whether to compensate; None: where the scores hold means. Raises ValueError for True without them."""
+    """Whether to compensate; None: where the scores hold means. Raises ValueError for True without them, TypeError for
+    what is neither a bool nor None."""
+    check_flag("compensate", compensate)
     if compensate and not scores.means:
         raise ValueError(f"compensate: scores by {scores.origin.importance!r} (reduction={scores.origin.reduction!r}) "
                          "hold no mean activations: score with a taylor importance and reduction=\"sum\", or lend them "

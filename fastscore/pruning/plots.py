@@ -14,7 +14,9 @@ def pruning(report: PruneReport, path: str | PathLike[str]) -> None:
     """Draw each layer's channels and MACs, layers from input to output: what was there, and what remains of it.
 
     With a latency budget, also the measured share of the time against the share of the MACs, for each model tried.
+    Raises ImportError without matplotlib, ValueError for an unknown suffix.
     """
+    plots.check(path)
     rows, curve = report.groups, report.candidates
     drawing = plots.figure(min(max(6.4, 2 + 0.3 * len(rows)), 18), 7.2 if not curve else 10.2)
     panels = drawing.subplots(2 + bool(curve))
@@ -47,7 +49,9 @@ def pruning(report: PruneReport, path: str | PathLike[str]) -> None:
 
 def curves(found: Mapping[str, Any], path: str | PathLike[str]) -> None:
     """Draw Curves: agreement, KL divergence and the metric, where there is one, against the share of the MACs that
-    remains: a line for each curve, dashed before the repair, where a single curve has both."""
+    remains: a line for each curve, dashed before the repair, where a single curve has both. Raises as `pruning` does.
+    """
+    plots.check(path)
     first = next(iter(found.values()))
     panels = {"agreement": "agreement with the dense network", "kl": "KL divergence from the dense network, nats"}
     if first.by_error:

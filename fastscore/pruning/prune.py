@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, distributed, nn
 
+from fastscore.arguments import check_flag
 from fastscore.batches import Batch, Forward, call_model, checked_forward
 from fastscore.graph.groups import Ignore
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -137,6 +138,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     check_removable(scores)
     if repair not in get_args(Method):
         raise ValueError(f"repair: {repair!r} is none of {', '.join(get_args(Method))}")
+    if held_out is not None and not quality.given:
+        raise ValueError("held_out: agreement= and kl= are judged by it: give one of them, or leave it out")
     if calibration is None and repair != "auto":
         raise ValueError(f"repair: {repair!r} is fitted to samples: give calibration=batches, too")
     if calibration is not None and compensate is False:
@@ -248,8 +251,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
 
 def _is_measured(asked: bool | None, scores: Scores, scope: Scope, calibration: object, repair: Method) -> bool:
     """Whether groups are measured. Raises ValueError where they are to be and cannot, TypeError for no bool."""
-    if asked is not None and not isinstance(asked, bool):
-        raise TypeError(f"measured: {asked!r:.80}, where True, False or None is meant")
+    check_flag("measured", asked)
     possible = calibration is not None and scope == "global" and measurable(scores)
     if asked and not possible:
         raise ValueError('measured: it takes calibration=batches, scope="global", and scores of channels (units='

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastscore.graph.cutting.surgery import RemovedIndices
+from fastscore.pruning import plots
 from fastscore.pruning.report import PruneReport
 from fastscore.pruning.surgery import Surgery
 from fastscore.tables import Table
@@ -69,8 +70,4 @@ class PruneResult(Table):
             ImportError: without matplotlib (pip install 'torch-fastscore[plot]').
             ValueError: an unknown suffix.
         """
-        from fastscore.plots import check
-        from fastscore.pruning.plots import pruning
-
-        check(path)
-        pruning(self.report, path)
+        plots.pruning(self.report, path)

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
-from fastscore.batches import Batch, Forward, call_model, check_iterable, first_tensor, map_tensors
+from fastscore.batches import Batch, Forward, call_model, first_tensor, map_tensors
+from fastscore.recovery.held_out import check_batches, take_rows
 
 HELD_OUT = 4  # one of so many samples judges what the others fitted
 Part = Literal["fit", "held out", "all"]
@@ -34,10 +35,7 @@ class Calibration:
 
     def __init__(self, batches: Iterable[Batch], device: torch.device, forward: Forward = call_model,
                  process_group: distributed.ProcessGroup | None = None) -> None:
-        check_iterable(batches, "calibration")
-        if isinstance(batches, Iterator):
-            raise ValueError("calibration: it can be read only once, and is read several times: give a list of "
-                             "batches, or a DataLoader")
+        check_batches(batches, "calibration")
         self._batches, self._device, self._group = batches, device, process_group
         self._by_sample = forward is call_model
         self._first: str | None = None
@@ -53,7 +51,7 @@ class Calibration:
             if count != 0:
                 self.size = count or 1
                 if self._by_sample and count is not None:
-                    batch = _rows(batch, count, torch.arange(min(count, 2)))
+                    batch = take_rows(batch, torch.arange(min(count, 2)))
                 return map_tensors(lambda tensor: tensor.to(self._device), batch)
         raise ValueError("calibration: there is no batch, or none that holds a sample")
 
@@ -96,7 +94,7 @@ class Calibration:
                 seen += count
                 chosen = part == "all" or bool(wanted.any())
                 if part != "all" and chosen and mine:
-                    batch = _rows(batch, count, wanted.nonzero()[:, 0])
+                    batch = take_rows(batch, wanted.nonzero()[:, 0])
             given += chosen
             if chosen and mine:
                 yield number, map_tensors(lambda tensor: tensor.to(self._device, non_blocking=True), batch)
@@ -120,11 +118,6 @@ class Calibration:
             raise ValueError("calibration: its first batch is another at each reading, and some samples are held out: "
                              "give batches in a fixed order, without random augmentation (shuffle=False)")
         self._first = digest
-
-
-def _rows(batch: Batch, count: int, rows: Tensor) -> Batch:
-    return map_tensors(lambda tensor: tensor[rows.to(tensor.device)] if tensor.dim() and len(tensor) == count
-                       else tensor, batch)
 
 
 def _samples_in(batch: Batch) -> int | None:

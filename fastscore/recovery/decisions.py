@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward, call_model, named_outputs, valid_tokens
+from fastscore.batches import Batch, Forward, is_call_model, named_outputs, valid_tokens
 from fastscore.recovery.last_operations import LastOperations
 from fastscore.wording import counted
 
@@ -98,7 +98,7 @@ class Decisions:
             return f"{counted(len(parts), 'output')}, each by itself ({ways}): " + "; ".join(said) + \
                 ("" if self._how else '; outputs= names those to judge by "error", or by "decision"')
         (name, part), = parts.items()
-        own = getattr(self._forward, "checks", self._forward) is not call_model and not name
+        own = not is_call_model(self._forward) and not name
         return said[0] + ("; where that is several outputs side by side, let forward= return a tuple of them"
                           if own and name not in self.errors else "") + (
             "" if self._how else _other_way(name, name in self.errors, _columns(part)))

@@ -1,6 +1,6 @@
 """distill(): the dense network's outputs on unlabelled samples train the smaller one."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -9,6 +9,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastscore.arguments import check_callable, check_number, check_whole
 from fastscore.batches import Batch, Forward, call_model, checked_forward
 from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.cutting.surgery import RemovedIndices
@@ -99,7 +100,7 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
     removed = smaller.removed_indices if isinstance(smaller, Pruned) else {}
     network = smaller.model if isinstance(smaller, Pruned) else smaller
     _check(model, network, steps=steps, temperature=temperature, looks=looks, patience=patience, warmup=warmup,
-           clip=clip, feature_weight=feature_weight, precision=precision)
+           clip=clip, feature_weight=feature_weight, precision=precision, loss=loss)
     inner, wrapped = unwrapped(network), isinstance(network, DistributedDataParallel)
     group: Any = network.process_group if wrapped else process_group
     rank, size = (0, 1) if group is None else (distributed.get_rank(group), group.size())
@@ -140,19 +141,30 @@ def _in_training(network: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def _check(model: nn.Module, smaller: nn.Module, **numbers: Any) -> None:
+# argument -> (raises where it is no number, whether one is in its range, one that is, what is said of others)
+_NUMBERS: Mapping[str, tuple[Callable[[str, object, str], None], Callable[[float], bool], str, str]] = {
+    **{name: (check_whole, lambda value: value >= 1, "20", "; it must be 1 or more")
+       for name in ("steps", "looks", "patience")},
+    **{name: (check_number, lambda value: value > 0, "1.0", "; it must be above 0")
+       for name in ("temperature", "clip")},
+    "feature_weight": (check_number, lambda value: value >= 0, "1.0", "; it must be 0 or more"),
+    "warmup": (check_number, lambda value: 0 <= value < 1, "0.05", " is outside [0, 1); it is a share of the steps"),
+}
+_MAY_BE_NONE = ("patience", "clip")
+
+
+def _check(model: nn.Module, smaller: nn.Module, precision: str | None, loss: Loss | None, **numbers: Any) -> None:
+    if loss is not None:
+        check_callable("loss", loss, "loss(smaller's output, dense output)")
     for name, value in numbers.items():
-        if name in ("steps", "looks", "patience") and value is not None and value < 1:
-            raise ValueError(f"{name}: {value}; it must be 1 or more")
-    if not 0 <= numbers["warmup"] < 1:
-        raise ValueError(f"warmup: {numbers['warmup']} is outside [0, 1); it is a share of the steps")
-    if numbers["temperature"] <= 0 or numbers["feature_weight"] < 0:
-        raise ValueError(f"temperature, feature_weight: {numbers['temperature']}, {numbers['feature_weight']}; they "
-                         "must be above 0, and 0 or more")
-    if numbers["clip"] is not None and numbers["clip"] <= 0:
-        raise ValueError(f"clip: {numbers['clip']}; it must be above 0, or None")
-    if numbers["precision"] not in (None, *PRECISIONS):
-        raise ValueError(f"precision: {numbers['precision']!r} is none of None, {', '.join(map(repr, PRECISIONS))}")
+        if value is None and name in _MAY_BE_NONE:
+            continue
+        check, holds, such_as, otherwise = _NUMBERS[name]
+        check(name, value, such_as)
+        if not holds(value):
+            raise ValueError(f"{name}: {value}{otherwise}{', or None' if name in _MAY_BE_NONE else ''}")
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"precision: {precision!r} is none of None, {', '.join(map(repr, PRECISIONS))}")
     own = {parameter.untyped_storage()._cdata for parameter in unwrapped(model).parameters()}
     for name, parameter in unwrapped(smaller).named_parameters():
         if parameter.untyped_storage()._cdata in own:

@@ -199,7 +199,8 @@ class DistillationRun:
         shapes = [{name: list(output.shape) for name, output in outputs.items()} for outputs in (got, expected)]
         if shapes[0] != shapes[1]:
             returned = [each[""] if each.keys() == {""} else each for each in shapes]
-            raise ValueError(f"smaller: it returns {returned[0]} where the dense network returns {returned[1]}")
+            raise ValueError(f"smaller: it returns {returned[0]} where the dense network returns {returned[1]}: give a "
+                             "forward= that returns the same of both")
         return got, expected
 
     def _autocast(self) -> Any:

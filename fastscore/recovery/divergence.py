@@ -122,7 +122,7 @@ def divergence(dense: Iterable[Outputs], smaller: Iterable[Outputs],
         expected_ones, got_ones = _by_name(all_expected), _by_name(all_got)
         if expected_ones.keys() != got_ones.keys():
             raise ValueError(f"outputs: the dense network returns {', '.join(expected_ones)} and the smaller one "
-                             f"{', '.join(got_ones)}")
+                             f"{', '.join(got_ones)}: give a forward= that returns the same of both")
         for name, expected in expected_ones.items():
             _add(sums, name, _compared(expected, got_ones[name], _Erred if name in errors else _Decided))
     if process_group is not None:  # a process may have had no batch, and know of no output
@@ -250,7 +250,7 @@ def _by_name(outputs: Outputs) -> Mapping[str, Tensor]:
 def _compared(expected: Tensor, got: Tensor, kind: type[_Decided] | type[_Erred]) -> "_Decided | _Erred":
     if expected.shape != got.shape:
         raise ValueError(f"outputs: the dense network returns {list(expected.shape)} and the smaller one "
-                         f"{list(got.shape)}")
+                         f"{list(got.shape)}: give a forward= that returns the same of both")
     return kind.of(_Samples.of(expected), _rows(expected), _rows(got.to(expected.device)),
                    torch.finfo(expected.dtype).eps)
 

@@ -20,7 +20,7 @@ class FeatureMaps:
     """
 
     def __init__(self, dense: nn.Module, smaller: nn.Module, layers: Iterable[str], removed: RemovedIndices) -> None:
-        self.layers = tuple(layers)
+        self.layers = (layers,) if isinstance(layers, str) else tuple(layers)
         self._networks, self._removed = (dense, smaller), removed
         self._kept: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._handles: list[RemovableHandle] = []
@@ -68,7 +68,8 @@ class FeatureMaps:
     def _keep(name: str, kept: dict[str, Tensor]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if not isinstance(output, Tensor) or not output.is_floating_point():
-                raise TypeError(f"features: {name} returns {type(output).__name__}, not a floating-point tensor")
+                raise TypeError(f"features: {name} returns {type(output).__name__}, not a floating-point tensor: name "
+                                "a layer within it that returns one")
             kept[name] = output
 
         return hook

@@ -1,11 +1,11 @@
 """Samples held out to judge by, told by what they hold: neither their order nor the batch size matters."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastscore.batches import Batch, first_tensor, map_tensors
+from fastscore.batches import Batch, check_iterable, first_tensor, map_tensors
 from fastscore.fingerprints import sample_ids
 
 
@@ -55,9 +55,7 @@ def split(batches: Iterable[Batch], held_out: Iterable[Batch] | None, one_of: in
 
 def check_batches(given: object, name: str) -> None:
     """Raise TypeError, or ValueError, where `given` is no iterable of batches that can be read several times."""
-    if isinstance(given, (Tensor, Mapping, str, bytes)) or not isinstance(given, Iterable):
-        shown = "one tensor" if isinstance(given, Tensor) else type(given).__name__
-        raise TypeError(f"{name}: {shown}, where an iterable of batches is meant; for a single one: [batch]")
+    check_iterable(given, name)
     if isinstance(given, Iterator):
         raise ValueError(f"{name}: it can be read only once, and is read several times: give a list of batches, or a "
                          "DataLoader")

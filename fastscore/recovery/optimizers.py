@@ -7,6 +7,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
+from fastscore.arguments import check_number
+
 OptimizerMaker: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 OptimizerName = Literal["sgd", "adamw"]
 # class, its settings, learning rate
@@ -31,6 +33,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], optimizer: OptimizerName 
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer: {optimizer!r} is none of {', '.join(map(repr, OPTIMIZERS))}, and no function of "
                          "parameters")
+    if lr is not None:
+        check_number("lr", lr, "0.03")
     if lr is not None and not 0 < lr < math.inf:
         raise ValueError(f"lr: {lr}; it must be above 0")
     make, settings, rate = OPTIMIZERS[optimizer]

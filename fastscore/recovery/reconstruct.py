@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 import torch
 from torch import Tensor, distributed, nn
 
+from fastscore.arguments import check_number
 from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph.cutting.surgery import RemovedIndices, removed_branches
 from fastscore.graph.tracing import trace
@@ -112,6 +113,7 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
         raise ValueError(f"method: {method!r} is none of {', '.join(get_args(Method))}")
     if not hasattr(result, "removed_indices"):
         raise TypeError(f"result: {type(result).__name__}; give what fastscore.prune returned, not its model alone")
+    ridges = _checked(ridges)
     model = unwrapped(model)
     device = device_of(model)
     check_batches(batches, "calibration")
@@ -120,8 +122,19 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
             bar("repairing", " repairs") as tried:
         kept = KeptPasses(resume, model, result.removed_indices, forward, process_group)
         bench = _Bench(model, result, seen, forward, process_group, kept, outputs)
-        repaired: R = bench.best(method, tuple(ridges), tried)
+        repaired: R = bench.best(method, ridges, tried)
     return repaired
+
+
+def _checked(ridges: Iterable[float]) -> tuple[float, ...]:
+    """The ridges. Raises TypeError, or ValueError, for what are none."""
+    several = isinstance(ridges, Iterable) and not isinstance(ridges, str)
+    found: tuple[Any, ...] = tuple(ridges) if several else ()
+    for ridge in found:
+        check_number("ridges", ridge, "0.01")
+    if not found or not all(ridge >= 0 for ridge in found):
+        raise ValueError(f"ridges: {ridges!r:.80}; give one or more, none below 0, such as (0.1, 0.01)")
+    return found
 
 
 def check_dense(model: nn.Module, result: Pruned) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, distributed, nn
 
+from fastscore.arguments import check_callable
 from fastscore.batches import MASK, Batch, Forward, call_model, first_input, first_samples, mappings
 from fastscore.fastpath.graphs import Graphs
 from fastscore.fastpath.prepare import Prepared, prepare
@@ -128,8 +129,10 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
     origin = origin_of(importance, gradient, normalize, probes, reduction=reduction, seed=seed,
                        distribution=distribution, units=units, ablation=ablation, layerwise=layerwise, center=center,
                        sample_dims=sample_dims)
-    sampling, execution = Sampling(probes, samples, agreement), Execution(precision, compile, progress)
+    sampling, execution = Sampling(probes, samples, agreement), Execution(precision, compile, progress, graph)
     persistence = Persistence(resume, process_group, fixed_order)
+    if loss is not None:
+        check_callable("loss", loss, "loss(output, batch)")
     check(batches, origin, sampling, execution, persistence)
     model = unwrapped(model)
     ignore = matching_layers(model, ignore)

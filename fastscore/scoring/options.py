@@ -1,13 +1,13 @@
 """What one call asks for, and every check of it: how to score, on how much, how to run, what to keep and share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Literal, TypeAlias
 
 from torch import distributed
 
-from fastscore.arguments import check_number
+from fastscore.arguments import check_number, check_whole
 from fastscore.batches import check_iterable
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.graph.scored_units import Units, named
@@ -48,9 +48,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, value, word in (("probes", self.probes, "exact"), ("samples", self.samples, "auto")):
-            if (value != word) if isinstance(value, str) else (isinstance(value, int) and value < 1):
+            if value == word or (value is None and name == "samples"):
+                continue
+            if not isinstance(value, str):
+                check_whole(name, value, "8")
+            if isinstance(value, str) or value < 1:  # type: ignore[operator]
                 raise ValueError(f"{name}: {value!r}; it must be {word!r}, or 1 or more")
-        if not (0 < self.agreement[0] < 1 and 0 < self.agreement[1] <= 1):
+        pair = self.agreement if isinstance(self.agreement, (tuple, list)) else ()
+        for number in pair:
+            check_number("agreement", number, "0.3")
+        if len(pair) != 2 or not (0 < pair[0] < 1 and 0 < pair[1] <= 1):
             raise ValueError(f"agreement: {self.agreement}; it is (fraction, share): the halves agree on that share of "
                              "the channels that each would prune, 0 < fraction < 1 and 0 < share <= 1")
 
@@ -62,16 +69,20 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Execution:
-    """How the passes are run. precision: None as the model is. compile: through torch.compile. progress: show a bar."""
+    """How the passes are run. precision: None as the model is. compile: through torch.compile. progress: show a bar.
+    graph: as CUDA graphs, or as they are, or whichever can be ("auto")."""
 
     precision: Precision | None = None
     compile: bool = False
     progress: bool = True
+    graph: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         if self.precision is not None and self.precision not in PRECISIONS:
             raise ValueError(f"precision: {self.precision!r} is neither None nor "
                              f"{' nor '.join(map(repr, PRECISIONS))}")
+        if not isinstance(self.graph, bool) and self.graph != "auto":
+            raise ValueError(f"graph: {self.graph!r} is none of True, False and 'auto'")
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,7 @@ def origin_of(importance: str, gradient: Gradient, normalize: bool, probes: Prob
 def check(batches: object, origin: Origin, sampling: Sampling, execution: Execution, persistence: Persistence) -> None:
     """Raise TypeError where `batches` are none, ValueError where two options of score() contradict each other."""
     check_iterable(batches, "batches")
-    check_number("seed", origin.seed, "0")
+    check_whole("seed", origin.seed, "0")
     probes, by_token, exact = sampling.probes, origin.sample_dims == 2, sampling.probes == "exact"
     kept = {"resume": persistence.resume is not None, "process_group": persistence.process_group is not None,
             "fixed_order": persistence.fixed_order}
@@ -159,6 +170,13 @@ def check_loop(origin: Origin) -> None:
         (origin.sample_dims > 1 and divided, f"normalize: with sample_dims={origin.sample_dims} what reaches one token "
          "comes from all of them, and cannot be divided by the length of one's gradient: use normalize=False, or "
          "fastscore.score, which scales the loss's gradient itself"))
+
+
+def check_of_loss(options: Mapping[str, object]) -> None:
+    """Raise ValueError where options of Scorer ask for another gradient than that of the loop's own loss."""
+    if options.get("gradient", "loss") != "loss":
+        raise ValueError(f"gradient: {options['gradient']!r}, where the training step's own backward passes are read: "
+                         'use gradient="loss"')
 
 
 def _refuse(*rows: tuple[bool, str]) -> None:

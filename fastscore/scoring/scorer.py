@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastscore import batches, files
+from fastscore.arguments import check_callable
 from fastscore.graph.groups import ChannelGraph, Ignore
 from fastscore.graph.scored_units import Units, named
 from fastscore.graph.tracing import trace
@@ -84,6 +85,8 @@ class Scorer:
         origin = Origin(importance, reduction, gradient, normalize, seed, distribution, "", named(units), ablation,
                         layerwise, center, sample_dims)
         check_loop(origin)
+        if output is not None:
+            check_callable("output", output, "output(what the model returns)")
         model = unwrapped(model)
         self._outputs = batches.output_selector(output)
         graph = example_inputs if isinstance(example_inputs, ChannelGraph) else \
@@ -231,9 +234,7 @@ def _read(totals: Totals, output_dim: int, taps: Taps, done: ForwardPass) -> Non
     samples, valid = tokens.rows(gradients[0], totals.origin.sample_dims, done.valid)
     length = None
     if totals.origin.normalize:
-        if any(len(part) != samples for part in parts):
-            raise ValueError(f"output: its tensors have {', '.join(str(len(part)) for part in parts)} rows, not "
-                             "one for each sample in all of them")
+        batches.check_same_rows(parts)
         lengths = [torch.linalg.vector_norm(batches.with_float64(part), dim=1, dtype=torch.float64) for part in parts]
         length = torch.linalg.vector_norm(torch.stack(lengths), dim=0)
         if _mixes_samples(taps.model):

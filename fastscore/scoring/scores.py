@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastscore import files, tables
+from fastscore import files, plots, tables
+from fastscore.arguments import check_number
+from fastscore.fastpath.plan import Plan
 from fastscore.graph import scored_units
 from fastscore.scoring import criteria as importances
 from fastscore.scoring.coverage import Coverage
@@ -16,9 +18,6 @@ from fastscore.scoring.gradients import DISTRIBUTIONS
 from fastscore.scoring.row_notes import row_notes
 from fastscore.scoring.weights import WEIGHT_IMPORTANCES
 from fastscore.wording import counted
-
-if TYPE_CHECKING:  # only the type of a field that passes through
-    from fastscore.fastpath.plan import Plan
 
 _FORMAT = "fastscore-scores-3"
 _TENSORS = ("totals", "means", "half_totals")  # the fields that a file holds as tensors
@@ -103,7 +102,7 @@ class Scores(Mapping[str, Tensor], tables.Table):
     half_totals: Mapping[str, Tensor] = field(default_factory=dict)
     half_passes: int = 0
     zero_gradients: int = 0
-    plan: "Plan | None" = None
+    plan: Plan | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     coverage: Coverage | None = None
 
@@ -143,6 +142,7 @@ class Scores(Mapping[str, Tensor], tables.Table):
         Raises:
             ValueError: The fraction is outside (0, 1), or fewer than two samples were measured.
         """
+        check_number("fraction", fraction, "0.3")
         if not 0 < fraction < 1:
             raise ValueError(f"fraction: {fraction}; it is the share of channels to remove, 0 < fraction < 1")
         if not 0 < self.half_passes < self.passes:
@@ -161,7 +161,10 @@ class Scores(Mapping[str, Tensor], tables.Table):
 
         Raises:
             ValueError: The two were not made the same way; the message says what differs.
+            TypeError: `other` is no Scores.
         """
+        if not isinstance(other, Scores):
+            raise TypeError(f"other: {type(other).__name__}; give what fastscore.score returned")
         if self.origin != other.origin or list(self) != list(other):
             ours, theirs = asdict(self.origin), asdict(other.origin)
             differing = [f"{key} {ours[key]!r} and {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
@@ -219,8 +222,6 @@ class Scores(Mapping[str, Tensor], tables.Table):
             ValueError: The fraction is outside [0, 1), or the suffix is unknown.
             ImportError: There is no matplotlib: pip install 'torch-fastscore[plot]'.
         """
-        from fastscore import plots
-
         plots.importances(self, path, fraction)
 
     def records(self) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from networks import NETWORKS
 from oracles import untouched
 from refusals import RESIDUAL, X, refused, score, trained
@@ -28,7 +29,20 @@ import fastscore
     (lambda m, s: fastscore.mask(m, s, "x", X).__enter__(), "fraction"),
     (lambda m, s: fastscore.prune_iteratively(m, [X], macs="half", steps=2, progress=False), "macs"),
     (lambda m, s: fastscore.prune_iteratively(m, [X], macs=0.5, steps="two", progress=False), "steps"),
-    (lambda m, s: score(m, seed="x"), "seed"),
+    *((lambda m, s, name=name, value=value: fastscore.prune(m, s, X, macs=0.5, **{name: value}), name)
+      for name, value in (("round_to", 2.5), ("compensate", "mean"), ("cost_aware", "yes"))),
+    (lambda m, s: fastscore.prune_iteratively(m, 5, macs=0.5, steps=2, progress=False), "batches"),
+    (lambda m, s: fastscore.prune_iteratively(m, [X], macs=0.5, steps=1, finetune=3, progress=False), "finetune"),
+    (lambda m, s: fastscore.curve(m, s, [X], macs=0.7, progress=False), "macs"),
+    (lambda m, s: fastscore.compare(m, [X], ["taylor-sq"], macs=0.7, progress=False), "macs"),
+    (lambda m, s: fastscore.Scorer(m, 3), "example_inputs"),
+    (lambda m, s: fastscore.Scorer(m, X, output=3), "output"),
+    (lambda m, s: s.overlap("x"), "fraction"),
+    *((lambda m, s, name=name, value=value: score(m, **{name: value}), name)
+      for name, value in (("probes", 2.5), ("probes", None), ("samples", 2.5), ("seed", 1.5), ("seed", "x"))),
+    (lambda m, s: score(m, gradient="loss", loss=3), "loss"),
+    *((lambda m, s, name=name: fastscore.distill(m, m, [X], progress=False, **{"steps": 1, name: "x"}), name)
+      for name in ("steps", "temperature", "feature_weight", "warmup", "clip", "looks", "patience", "loss")),
     (lambda m, s: score(m, "x"), "batches"),
 ])
 def test_another_type_than_is_meant(call: Callable[..., Any], argument: str) -> None:
@@ -42,7 +56,8 @@ def test_another_type_than_is_meant(call: Callable[..., Any], argument: str) -> 
     ({"importance": "taylr"}, "^importance: 'taylr' is none of"), ({"gradient": "none"}, "^gradient: 'none'"),
     ({"reduction": "max"}, "^reduction: 'max'"), ({"probes": 0}, "^probes: 0"), ({"samples": 0}, "^samples: 0"),
     ({"gradient": "loss", "probes": 2}, "^probes: 2"), ({"distribution": "cauchy"}, "^distribution: 'cauchy' is none"),
-    ({"seed": 2**64}, "seed is")])
+    ({"seed": 2**64}, "seed is"), ({"agreement": 0.9}, r"^agreement: 0.9; it is \(fraction, share\)"),
+    ({"graph": "x"}, "^graph: 'x' is none of True, False and 'auto'")])
 def test_arguments_of_score(options: dict[str, Any], message: str) -> None:
     model = trained()
     refused(ValueError, message, model, lambda: score(model, **options))
@@ -54,6 +69,7 @@ def test_arguments_of_score(options: dict[str, Any], message: str) -> None:
     ({"macs": 0.5, "round_to": 0}, "round_to"),
     ({"macs": 0.5, "floor": 1.5}, "floor"), ({"macs": 0.5, "floor": math.nan}, "floor"),
     ({"macs": 0.5, "scope": "local"}, "^scope: 'local'"), ({"macs": 0.001}, "^macs: 0.001 cannot be reached"),
+    ({"macs": 0.5, "held_out": [X]}, "^held_out: agreement= and kl= are judged by it"),
     ({"params": 0.3, "floor": 0.9}, "^params: 0.3 cannot be reached"),
     ({"channels": 0.5, "round_to": 64}, "^channels: 0.5 cannot be reached")])
 @pytest.mark.parametrize("inplace", [False, True])
@@ -61,6 +77,25 @@ def test_arguments_of_prune(options: dict[str, Any], message: str, inplace: bool
     model = trained()
     scores = score(model)
     refused(ValueError, message, model, lambda: fastscore.prune(model, scores, X, inplace=inplace, **options))
+
+
+def test_ridges_that_are_none() -> None:
+    model = trained()
+    result = fastscore.prune(model, score(model), X, macs=0.5)
+    for ridges in (0.1, (), (-1.0,), "0.1"):
+        refused(ValueError, r"^ridges: .*give one or more, none below 0", model,
+                lambda ridges=ridges: fastscore.reconstruct(model, result, [X], ridges=ridges, progress=False))
+
+
+def test_what_is_no_result_and_no_scores() -> None:
+    model = trained()
+    scores = score(model)
+    result = fastscore.prune(model, scores, X, macs=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    refused(TypeError, "^result: .*not its model alone", model,
+            lambda: fastscore.rebuild_optimizer(optimizer, model, result.model))
+    refused(TypeError, "^optimizer: int", model, lambda: fastscore.rebuild_optimizer(3, model, result))
+    refused(TypeError, "^other: int", model, lambda: scores.merge(3))
 
 
 def test_scores_of_another_model() -> None:

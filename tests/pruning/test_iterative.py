@@ -277,7 +277,7 @@ def test_bad_input() -> None:
         yield from batches
 
     cases: list[tuple[object, dict[str, object], type[Exception], str]] = [
-        (generator(), {}, TypeError, "^batches: an iterator"),
+        (generator(), {}, ValueError, "^batches: it can be read only once"),
         ([], {}, ValueError, "^batches: there is none"),
         (batches, {"steps": 0}, ValueError, "^steps: 0"),
         (batches, {"schedule": "cosine"}, ValueError, "^schedule: 'cosine' is none of geometric, linear"),

@@ -234,8 +234,9 @@ def test_tables_for_pandas(trained: Trained, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [
-    ({"macs": (0.5,), "params": (0.5,)}, ValueError, "curve: one kind of budget, .*these are macs, params"),
-    ({"macs": ()}, ValueError, "curve: one kind of budget, with at least one share"),
+    ({"macs": (0.5,), "params": (0.5,)}, ValueError, "^macs, params: a curve has budgets of one kind"),
+    ({"macs": 0.5}, TypeError, "^macs: 0.5, where several shares are meant"),
+    ({"macs": ()}, ValueError, "^macs: there is no share"),
     ({"macs": (1.5,)}, ValueError, r"macs: 1\.5 is outside \(0, 1\]"),
     ({"batches": torch.zeros(3, 1, 8, 8)}, TypeError, "batches: one tensor, where an iterable"),
     ({"batches": iter([])}, ValueError, "batches: it can be read only once"),
