@@ -5,6 +5,7 @@ keys and values, all heads that do. Rows of the query, key and value projections
 are is known by name; every guess is tried: the module, with random weights, must read the same without some heads.
 """
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -13,18 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import with_float64
 from fastscore.graph import attention_calls, given_biases, head_dims, head_norms
-from fastscore.graph.attention_calls import Call
+from fastscore.graph.attention_calls import Call, close, randomized
 from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.head_dims import Projections
-from fastscore.modules.attention import multihead_attention
+from fastscore.modules.attention import handed, multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import parameter_owners, parametrized, shared_parameters
 from fastscore.wording import said
 
-_TOLERANCE = 0.05  # of a channel's length; bfloat16 rounds to 0.004 of each value
 # layers that make a bias for each head, of places of tokens
 _POSITIONS = ("cpb_mlp.2", "self.continuous_position_bias_mlp.2", "relative_attention_bias")
 _TABLES = {"relative_position_bias_table": 1, "logit_scale": 0}  # parameters of a child -> where heads lie in them
@@ -92,6 +91,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[st
     for given in calls.given:
         if not biases.keys().isdisjoint(given):
             calls.take(given)
+    known = Counter(first for found in guesses.values() for first in {guess.whole().name for guess in found})
     # an attention before the block that it stands in
     for names in sorted(calls.together, key=lambda names: len(names[0].split(".")) if names[0] else 0, reverse=True):
         firsts = [guesses[name][0].whole().name for name in names]
@@ -100,7 +100,9 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[st
         if all(edge.layer in unused for name in names for edge in guesses[name][0].whole().edges):
             skipped |= dict.fromkeys(firsts, "the output does not depend on it")
             continue
-        tried = [_tried(model.get_submodule(name), guesses[name], calls.of[name], owners) for name in names]
+        likely = {name: [*guesses[name], *_handed(model.get_submodule(name), guesses[name], calls.of[name], known)]
+                  for name in names}
+        tried = [_tried(model.get_submodule(name), likely[name], calls.of[name], owners) for name in names]
         for name, guess in zip(names, tried, strict=True) if dims else ():
             _find_dims(every, model.get_submodule(name), guesses[name], guess, calls.of[name], owners)
         fitting = [guess.whole() for guess in tried if isinstance(guess, _Guess)]
@@ -127,10 +129,11 @@ def _find_dims(every: Found, module: nn.Module, guesses: Sequence[_Guess], tried
     for guess in () if reason is not None else [tried] if isinstance(tried, _Guess) else guesses:
         dims: ChannelGroup | str = "layers of adapters stand beside its projections, or it holds them itself"
         if guess.projections is not None and not any(_BASE in layer._modules for layer in module.modules()):
-            dims = head_dims.find(guess.group.name, module, guess.projections, call, _randomized)
+            dims = head_dims.find(guess.group.name, module, guess.projections, call, randomized)
         if isinstance(dims, ChannelGroup):
             every.head_dims.append(found := guess.whole(dims))
-            if isinstance(tried, _Guess) and (why := head_dims.beside(module, dims, guess.group, call, _randomized)):
+            why = head_dims.beside(module, dims, guess.group, call, randomized) if isinstance(tried, _Guess) else ""
+            if why:
                 every.not_both[found.name] = why
             return
         reason = reason or dims  # the likeliest one's
@@ -149,6 +152,17 @@ def _tried(module: nn.Module, guesses: Sequence[_Guess], call: Call, owners: Map
             return guess
         reasons.append(reason)
     return reasons[0]
+
+
+def _handed(module: nn.Module, guesses: Sequence[_Guess], call: Call, known: Mapping[str, int]) -> Iterator[_Guess]:
+    """The guesses, where what the model hands to the module holds something for each head, of which it reads a part;
+    none that is `known` of a block around it, too, with the tables which that is made of."""
+    for guess in (guess for guess in guesses if known[guess.whole().name] == 1):
+        number = _heads_of(guess.group)
+        arguments = [name for name in handed.biases(module, call.args, call.kwargs, number) if name not in call.handed]
+        if arguments and heads.count(module) == number:
+            member = replace(next(guess.group.role("heads")), role="handed", attribute=",".join(arguments))
+            yield replace(guess, group=replace(guess.group, members=(*guess.group.members, member)))
 
 
 def _heads_of(group: ChannelGroup) -> int:
@@ -301,7 +315,7 @@ def _difference(module: nn.Module, group: ChannelGroup, call: Call) -> str | Non
     units = int(group.unit.max()) + 1
     if units == 1:
         return "it has one head, or one for all keys and values"
-    dense = _randomized(evaluation_copy(module))
+    dense = randomized(evaluation_copy(module))
     before = call.inputs_of(outputs, dense)
     if unread := [layer for layer, x in before.items() if x is None]:
         return f"{type(module).__name__} does not call {unread[0]}: it reads its weights elsewhere"
@@ -318,27 +332,9 @@ def _difference(module: nn.Module, group: ChannelGroup, call: Call) -> str | Non
             assert x is not None
             assert whole is not None
             expected = whole[..., ~gone.to(whole.device)]
-            if x.shape != expected.shape or not _close(x, expected):
+            if x.shape != expected.shape or not close(x, expected):
                 return f"{type(module).__name__} computes something else with fewer heads"
     return None
-
-
-def _randomized(module: nn.Module) -> nn.Module:
-    """With random weights: trained ones may be zero, or all alike, and hide which row belongs to which head."""
-    generator = torch.Generator().manual_seed(0)
-    for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None and parameter.is_floating_point():
-                fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
-                values = (torch.rand(parameter.shape, generator=generator) - 0.5) * (12 / fan_in) ** 0.5
-                owner._parameters[name] = nn.Parameter(values.to(parameter), requires_grad=False)
-    return module
-
-
-def _close(x: Tensor, expected: Tensor) -> bool:
-    """Channel by channel, to rounding in any dtype: a wrong head, of random weights, differs by its own size."""
-    x, expected = (with_float64(each.flatten(0, -2)).double() for each in (x, expected))
-    return bool(((x - expected).norm(dim=0) <= _TOLERANCE * expected.norm(dim=0)).all())
 
 
 def layers(groups: Sequence[ChannelGroup]) -> dict[str, set[str]]:

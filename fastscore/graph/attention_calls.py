@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import tensors_of
+from fastscore.batches import tensors_of, with_float64
 from fastscore.modules.hooks import input_of
+
+_TOLERANCE = 0.05  # of a channel's length; bfloat16 rounds to 0.004 of each value
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,24 @@ def record(model: nn.Module, heads: Mapping[str, int], run: Callable[[nn.Module]
             handle.remove()
     calls.given = [places for _, places in others.values()]
     return calls
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    """With random weights: trained ones may be zero, or all alike, and hide which row belongs to which head."""
+    generator = torch.Generator().manual_seed(0)
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
+                values = (torch.rand(parameter.shape, generator=generator) - 0.5) * (12 / fan_in) ** 0.5
+                owner._parameters[name] = nn.Parameter(values.to(parameter), requires_grad=False)
+    return module
+
+
+def close(x: Tensor, expected: Tensor) -> bool:
+    """Channel by channel, to rounding in any dtype: a wrong head, of random weights, differs by its own size."""
+    x, expected = (with_float64(each.flatten(0, -2)).double() for each in (x, expected))
+    return bool(((x - expected).norm(dim=0) <= _TOLERANCE * expected.norm(dim=0)).all())
 
 
 def _is_bias(value: object, heads: int) -> bool:

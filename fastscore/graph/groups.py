@@ -19,7 +19,7 @@ from fastscore.modules.sample_axis import SampleAxes
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 
 Role = Literal["producer", "consumer", "channelwise", "norm", "heads", "gate", "tensor", "branch", "block",
-               "reader", "width", "expert", "router", "query", "head_dims", "rotary"]
+               "reader", "width", "expert", "router", "query", "head_dims", "rotary", "handed"]
 READS: tuple[Role, ...] = ("consumer", "reader")  # whose inputs the channels are
 Ignore = Iterable[str | type | nn.Module]
 TIED = "its channels go with those of "  # and the name of a group, or what it would be called
@@ -45,7 +45,9 @@ class Member:
     `width` (a module that keeps in `attribute` how many of the channels there are: see
     fastscore.graph.cutting.cut_widths), `query` (a layer whose outputs are queries, which end in products with keys),
     `head_dims` (an attention module, for the width of a head that it keeps), `rotary` (one that is called with tables
-    by which pairs of queries and keys are turned: see fastscore.graph.head_dims), or `tensor` (a parameter that the
+    by which pairs of queries and keys are turned: see fastscore.graph.head_dims), `handed` (an attention module, for
+    arguments, those in `attribute`, that hold something for each head, which it is to read of its own alone: see
+    fastscore.modules.attention.handed), or `tensor` (a parameter that the
     code of a module reads itself, such as a layer scale or an embedding of positions: `layer` is its qualified name,
     and its dimension `dim` holds the channels). index, channel: int64 [M]; position `index[m]` of the layer's output
     (its input, for a consumer or reader) carries the group's channel `channel[m]`; in the projections of queries and

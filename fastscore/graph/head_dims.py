@@ -19,7 +19,7 @@ from fastscore.graph import head_norms
 from fastscore.graph.attention_calls import Call
 from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
-from fastscore.modules.attention import rotary
+from fastscore.modules.attention import handed
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
 from fastscore.wording import said
@@ -171,8 +171,8 @@ def with_heads_and_dims(graph: ChannelGraph) -> ChannelGraph:
 
 def _guesses(name: str, module: nn.Module, projections: Projections, call: Call) -> Iterator[ChannelGroup]:
     """What may go together, likeliest first."""
-    table, width = rotary.table_width(module, call.args, call.kwargs), projections.width
-    if width == heads.width(module) and table == rotary.turned(module, width) and table % 2 == width % 2 == 0:
+    table, width = handed.table_width(module, call.args, call.kwargs), projections.width
+    if width == heads.width(module) and table == handed.turned(module, width) and table % 2 == width % 2 == 0:
         every, rest = torch.arange(table), torch.arange(width - table)
         for pairs in (every % (table // 2), every // 2):  # halves of what is turned go together, or neighbours
             yield _group(name, module, projections, torch.cat([pairs, (table + rest) // 2]), table)
@@ -213,8 +213,8 @@ def _group(name: str, module: nn.Module, projections: Projections, turned: Tenso
         members.append(Member("", "head_dims", torch.arange(width), first))
     if turned is not None:
         members.append(Member("", "rotary", torch.arange(table), pairs[0][:table]))
-        if rotary.TURNED in vars(module):
-            members.append(Member("", "width", torch.arange(table), pairs[0][:table], attribute=rotary.TURNED))
+        if handed.TURNED in vars(module):
+            members.append(Member("", "width", torch.arange(table), pairs[0][:table], attribute=handed.TURNED))
     read = values[of_heads].flatten()
     members += [*tensors, *queries, *(Member(layer, "consumer", torch.arange(count * width), read)
                                       for layer in projections.outputs)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastscore.graph.cutting import heads
-from fastscore.modules.attention import rotary
+from fastscore.modules.attention import handed
 from fastscore.modules.norms.channel_norms import ChannelNorm, NarrowedNorm, norm_of
 from fastscore.modules.weights.experts import holds_experts
 from fastscore.modules.weights.transposed_linear import is_linear, widths
@@ -102,7 +102,7 @@ def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tupl
     hidden, count = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
     if embeddings is None or not isinstance(hidden, int) or not isinstance(count, int):
         return  # a width for each stage, or configs of parts: what it says stays, and shapes tell whether it fits
-    if turned := next((name for name, module in model.named_modules() if rotary.reads_part(module)), ""):
+    if turned := next((name for name, module in model.named_modules() if handed.reads_part(module)), ""):
         raise ValueError(f"model: {turned} has lost pairs of dimensions that rotary tables turn, and a config tells "
                          f"how many there are, not which: prune whole heads (units=\"groups\"), or {_WAY_OUT}")
     width = next((own for module in model.modules() if (own := heads.width(module)) and heads.count(module)),
@@ -126,16 +126,20 @@ def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tupl
             continue
         norm = norm_of(module)
         if not isinstance(norm, ChannelNorm) or norm.centered or module.weight is None:
-            first, _ = _embeddings(model)
-            same = f'keep that width: prune with ignore=["{first}*"], or ' if first else ""
             raise ValueError(f"model: {name} is a LayerNorm that divides by the dense width, which no config of "
-                             f"transformers can say: {same}{_WAY_OUT}")
+                             f"transformers can say: {_same_width(model)}{_WAY_OUT}")
         ratio = module.dense_width / module.width
         weight = module.weight.detach()
         state[f"{name}.weight"] = (weight.double() + norm.offset).mul(ratio ** 0.5).sub(norm.offset).to(weight.dtype)
         setting = next((setting for setting in _EPS if hasattr(config, setting)), "")
         if norm.eps is not None and setting:
             yield setting, norm.eps * ratio
+
+
+def _same_width(model: PreTrainedModel) -> str:
+    """The way out where the hidden width is to stay."""
+    first, _ = _embeddings(model)
+    return f'keep that width: prune with ignore=["{first}*"], or ' if first else ""
 
 
 def _widths(model: nn.Module) -> Iterator[tuple[str, int]]:
@@ -201,7 +205,9 @@ def _check_same(model: PreTrainedModel, plain: PreTrainedModel) -> None:
     plain.train(modes)
     close: float = torch.finfo(want.dtype).eps ** 0.5
     if not torch.allclose(got, want, rtol=0, atol=close * float(want.abs().max())):
-        raise ValueError(f"model: as an ordinary {type(model).__name__} it gives other outputs: {_WAY_OUT}")
+        narrowed = getattr(plain.config, "hidden_size", None) != getattr(model.config, "hidden_size", None)
+        why = f", as its code computes with the hidden width: {_same_width(model)}" if narrowed else ": "
+        raise ValueError(f"model: as an ordinary {type(model).__name__} it gives other outputs{why}{_WAY_OUT}")
 
 
 def _inputs(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ def coverage(model: nn.Module, graph: ChannelGraph, scored: Collection[str], ski
     roles: dict[str, set[str]] = defaultdict(set)
     for group in graph.groups:
         for member in group.members if group.name in scored else ():
-            if member.role in ("width", "head_dims", "rotary", "query"):
+            if member.role in ("width", "head_dims", "rotary", "query", "handed"):
                 continue
             name = weight_name(model, member.layer) if member.role == "tensor" else member.layer
             roles[name].add(member.role)

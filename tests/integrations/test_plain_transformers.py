@@ -1,5 +1,6 @@
 """Pruned models of transformers as ordinary ones: written, loaded by from_pretrained, and generating alike."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,49 @@ def test_what_a_config_has_no_word_for_is_named_as_ignore_takes_it(tmp_path: Pat
     with pytest.raises(ValueError, match="no word for another width there") as caught:
         save_pretrained(small, tmp_path / "out")
     assert '("transformer.h.*.attn.c_attn")' in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "units", "ways", "narrower"), [
+    ("T5", "groups", ["shared*"], ("d_ff", "num_heads")),
+    ("T5", "head_dims", ["shared*"], ("d_ff", "d_kv")),
+    ("T5, not tied", "groups", [], ("d_ff", "num_heads", "d_model")),
+    ("BERT", "groups", ["bert.embeddings.word_embeddings*", "bert.encoder.layer.*.attention.self.query",
+                        "bert.pooler.dense"], ("intermediate_size",)),
+])
+def test_the_ways_out_lead_to_what_from_pretrained_loads(kind: str, units: Any, ways: list[str],
+                                                        narrower: tuple[str, ...], tmp_path: Path) -> None:
+    """One error after the other says what to ignore: the hidden width where the code divides by it (T5's tied head
+    does), heads where the config holds no width of theirs (BERT's are as wide as the hidden size says)."""
+    family, config, *_ = TEXT["T5"] if kind != "BERT" else (
+        transformers.BertForSequenceClassification,
+        transformers.BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                **WORDS))
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = "not tied" not in kind
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = family(config).eval()
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        batch = {"input_ids": torch.randint(3, 40, (3, 7))}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = batch["input_ids"][:, :5]
+    scores = fastscore.score(model, [batch], units=units, forward=forward, progress=False)
+
+    def pruned(ignore: list[str]) -> Any:
+        return fastscore.prune(model, scores, batch, forward=forward, channels=0.6, scope="layer", compensate=False,
+                               ignore=ignore, round_to=4, progress=False).model
+
+    for number, way in enumerate(ways):
+        with pytest.raises(ValueError, match=r"ignore=") as caught:
+            save_pretrained(pruned(ways[:number]), tmp_path / "out")
+        assert re.search(r'ignore=(?:\["| \(")(.*?)"', str(caught.value))[1] == way  # type: ignore[index]
+    small = pruned(ways)
+    save_pretrained(small, tmp_path / "out")
+    loaded = type(small).from_pretrained(tmp_path / "out")
+    assert all(getattr(loaded.config, name) < getattr(config, name) for name in narrower)
+    with torch.no_grad():
+        torch.testing.assert_close(forward(loaded, batch), forward(small, batch), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("units", ["head_dims", "heads_and_dims"])

@@ -28,6 +28,7 @@ LAYERS = (
     ("query", "key", "value", "dense"),
     ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"),
     ("Wqkv", "Wqkv", "Wqkv", "Wo"),
+    ("Wqkv", "Wqkv", "Wqkv", "out_proj"),
     ("to_q", "to_k", "to_v", "to_out.0"),
     ("q", "k", "v", "proj"),
     ("q", "kv", "kv", "proj"),

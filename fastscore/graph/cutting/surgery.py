@@ -12,7 +12,7 @@ from fastscore.graph.cutting import beside_weights, channel_buffers, heads, own_
 from fastscore.graph.cutting.cut_widths import SIDE, narrow
 from fastscore.graph.groups import ChannelGroup, Role
 from fastscore.modules import zero_branch
-from fastscore.modules.attention import multihead_attention, rotary
+from fastscore.modules.attention import handed, multihead_attention
 from fastscore.modules.copying import deepcopy
 from fastscore.modules.evaluation_copy import own_copies
 from fastscore.modules.hooks import remove_copied_hooks
@@ -20,12 +20,15 @@ from fastscore.modules.weights import called_layers, held_weights, recurrent
 from fastscore.modules.weights.computed_weights import compute_on_in, make_plain
 
 Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
-# "inputs", "outputs", "heads", "head_dims", "rotary", "block", a Dim, or SIDE and what a module keeps
+# "inputs", "outputs", "heads", "head_dims", "rotary", "block", a Dim, SIDE and what a module keeps, or HANDED and names
+# of what it is called with
 Side: TypeAlias = str
 _DIMS: tuple[Dim, ...] = get_args(Dim)
 _SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "norm": "outputs", "gate": "outputs",
                                "router": "outputs", "head_dims": "head_dims", "rotary": "rotary",
                                "consumer": "inputs", "reader": "inputs", "heads": "heads", "block": "block"}
+HANDED = "handed "
+_NAMED: Mapping[Role, str] = {"width": SIDE, "handed": HANDED}
 # what modules keep of the widths of convolutions that they hold: diffusers' up- and downsamplers, and the embeddings of
 # patches of transformers, of what they read, torchvision's VisionTransformer of what it makes of patches
 _OF_OWNERS = {"inputs": ("channels", "num_channels"), "outputs": ("hidden_dim",)}
@@ -51,7 +54,7 @@ def removed_indices(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor
                 if member.role in ("branch", "expert", "query"):
                     continue  # other members say what goes
                 side = _DIMS[member.dim] if member.role == "tensor" else \
-                    f"{SIDE}{member.attribute}" if member.role == "width" else _SIDES[member.role]
+                    f"{_NAMED[member.role]}{member.attribute}" if member.role in _NAMED else _SIDES[member.role]
                 indices[member.layer, side].append(index)
     return {key: index for key, parts in indices.items() if len(index := torch.cat(parts).unique())}
 
@@ -79,6 +82,10 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     for side in ("rotary", "head_dims"):  # of which modules keep the width: before anything that has it
         for name in [name for name, of in indices if of == side]:
             _narrow_heads(model.get_submodule(name), side, indices[name, side])
+    for name, side in indices:  # before it knows of fewer heads
+        if side.startswith(HANDED):
+            module, arguments = model.get_submodule(name), side.removeprefix(HANDED).split(",")
+            handed.narrow_biases(module, indices[name, side], heads.count(module) or 0, arguments)
     layers = [name for name, side in indices if side in ("inputs", "outputs")]
     for handle in multihead_attention.replace_attention(model, layers) if layers else ():
         handle.make_permanent()  # whose code takes the width of a stream for that of heads
@@ -90,7 +97,7 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
                 for name, side in indices if side in ("inputs", "outputs")
                 and not held_weights.is_held(model, name)}
     for (name, side), index in indices.items():
-        if side in ("head_dims", "rotary"):
+        if side in ("head_dims", "rotary") or side.startswith(HANDED):
             continue
         if side in _DIMS:
             own_tensors.cut(model, name, _DIMS.index(side), index)
@@ -158,7 +165,7 @@ def _narrow_heads(module: nn.Module, side: str, index: Tensor) -> None:
     if side == "head_dims":
         heads.narrow(module, len(index))
     elif (width := heads.width(module)) is not None:
-        rotary.narrow(module, index, rotary.turned(module, width))
+        handed.narrow(module, index, handed.turned(module, width))
 
 
 def _narrow_owner(model: nn.Module, name: str, side: str, gone: int) -> None:

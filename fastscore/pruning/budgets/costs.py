@@ -25,7 +25,8 @@ from fastscore.recovery.compensation import gets_bias
 Resource = Literal["channels", "params", "macs"]
 MacsWithout: TypeAlias = Callable[[Mapping[str, Tensor]], int]  # group -> int64 [R] that are gone -> MACs that run then
 _Part: TypeAlias = tuple[str, Member, tuple[int, ...], LayerCost]  # (group, member, positions of each channel, layer)
-_UNCOUNTED = ("width", "expert", "head_dims", "rotary", "query")  # numbers; what is measured, and goes elsewhere
+# numbers; what is measured, and goes elsewhere
+_UNCOUNTED = ("width", "expert", "head_dims", "rotary", "query", "handed")
 # Bytes along the channels that one instruction of a matrix product takes: the depth of a tensor core's multiply (CUDA),
 # a vector register elsewhere.
 _CPU_BYTES = {"AVX512": 64}
