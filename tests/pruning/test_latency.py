@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -330,6 +331,26 @@ def test_the_benchmark_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -
         assert figures[1] == figures[3] <= 60  # time is MACs
         assert figures[5] >= 2
         assert "latency: 0.001 cannot be reached" in refused
+
+
+def test_finer_steps_stand_in_for_a_branch_that_takes_far_more_than_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against what the branch would leave, and the widths that are left, by a clock that counts MACs."""
+    torch.manual_seed(0)
+    model, x = Branches().eval(), torch.randn(2, 4, 5)
+    in_macs(monkeypatch)
+    scores = fastscore.score(model, [x], units="blocks", progress=False)
+    first = replace(scores, totals={name: total * 1e-9 if name == "one" else total for name, total in
+                                    scores.totals.items()})
+    dense = total_macs(model, x)
+    without = total_macs(fastscore.prune(model, replace(scores, totals={"one": scores.totals["one"]}), x,
+                                         params=0.99).model, x)
+    share = 1 - 0.25 * (1 - without / dense)  # a quarter of what the branch takes
+    result = fastscore.prune(model, first, x, latency=share, cost_aware=False)
+    left = result.report.macs[1] / dense
+    assert "one" not in result.removed
+    assert without / dense < left <= share
+    (chosen,) = (tried for tried in result.report.candidates if tried.chosen)
+    assert chosen.timing.share == pytest.approx(left)
 
 
 def test_a_branch_that_goes_takes_the_time_of_all_that_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,18 @@ def with_finer_steps(steps: Sequence[RemovalStep], needed: int, costs: Costs,
     return best
 
 
+def in_place_of_last(steps: Sequence[RemovalStep], needed: int) -> list[RemovalStep]:
+    """The order in which the last of the first `needed` steps stays, a branch or an expert, and so do all others that
+    follow: what else follows goes in its place, less that of a group of which something stays before."""
+    order, stuck = list(steps[:needed - 1]), set(steps[needed - 1].groups)
+    for step in steps[needed:]:
+        if step.whole or not stuck.isdisjoint(step.groups):
+            stuck.update(step.groups)
+        else:
+            order.append(step)
+    return order
+
+
 def say_coarse(order: Sequence[RemovalStep], removed: Mapping[str, Tensor], costs: Costs,
                budgets: Mapping[Resource, float]) -> str:
     """Which coarse steps stayed although their turn had come; why what remains is far below a budget; or nothing.

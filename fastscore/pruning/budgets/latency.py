@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,8 @@ from fastscore.batches import Batch, Forward
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar
 from fastscore.pruning.budgets.clocks import Call, Clock, runner
-from fastscore.pruning.budgets.costs import Costs, MacsWithout
+from fastscore.pruning.budgets.costs import Costs, MacsWithout, Resource
+from fastscore.pruning.budgets.finer_steps import in_place_of_last
 from fastscore.pruning.budgets.layer_times import layer_seconds
 from fastscore.pruning.budgets.selection import channels_of, restore, rounded_up, steps_needed
 from fastscore.pruning.options import Budgets
@@ -177,43 +179,67 @@ def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Budgets,
                       clock: Clock = "torch") -> tuple[dict[str, Tensor], tuple[Candidate, ...]]:
     """Channels to remove (group -> int64 [R]) so that the measured time and the other budgets hold; what was measured.
 
-    order: the first steps of it go, none comes back. build: makes the model without such channels, and counts its
-    MACs. costs: whole; left as they are without the channels. macs_without: counts what remains, see steps_needed.
-    clock: what runs the models. Raises ValueError where a budget is out of reach.
+    order: the first steps of it go, none comes back; but where the last is a branch or an expert and far less than the
+    budget remains then, it stays, and steps of channels that follow go in its place, if they reach the budget. build:
+    makes the model without such channels, and counts its MACs. costs: whole; left as they are without the channels.
+    macs_without: counts what remains, see steps_needed. clock: what runs the models. Raises ValueError where a budget
+    is out of reach.
     """
     share = 1.0 if budgets.latency is None else budgets.latency
     start = steps_needed(order, costs, budgets.counted, macs_without)
     restore(order[:start], costs)
+    taken: Sequence[RemovalStep] = order[:start]
+    rows = list[Candidate]()
+    if share < 1.0:
+        seconds = layer_seconds(dense, costs.layers, example_inputs, forward)
+        whole, device = runner(clock, dense, example_inputs, forward), device_of(dense)
+        with bar("timing", " candidates") as told:
+
+            def along(order: Sequence[RemovalStep], foreseen: Sequence[float], start: int
+                      ) -> tuple[Sequence[RemovalStep], list[Candidate]]:
+                """The steps of an order to take, and what was measured."""
+                measured: dict[int, Timing] = {}
+                counted: dict[int, int] = {}
+                built: dict[int, Call] = {}
+
+                def measure(steps: int, patience: int) -> float:
+                    if steps not in built:
+                        built.clear()
+                        other, counted[steps] = build(channels_of(order[:steps]))
+                        built[steps] = runner(clock, other.eval(), example_inputs, forward)
+                    measured[steps] = replace(time_pair(whole, built[steps], device, patience), clock=clock)
+                    told.set_postfix_str(f"{measured[steps].share:.1%} of the time for {share:.1%}")
+                    told.update()
+                    return measured[steps].share
+
+                steps = search_steps(foreseen, start, share, measure, lambda steps: measured[steps].uncertainty)
+                left = _left_along(order, costs)
+                return order[:steps], [Candidate(left[count]["channels"], left[count]["params"],
+                                                 counted[count] / costs.dense["macs"], timing, count == steps)
+                                       for count, timing in sorted(measured.items())]
+
+            foreseen = foreseen_times(order, costs, seconds)
+            taken, rows = along(order, foreseen, start)
+            below = share - next((row.timing.share for row in rows if row.chosen), share)
+            if len(taken) > start and taken[-1].whole and below > TOLERANCE:
+                finer = in_place_of_last(order, len(taken))
+                times = foreseen_times(finer, costs, seconds)
+                most = sum(time > foreseen[len(taken)] for time in times) - 1  # so many steps leave more than it does
+                if most >= len(taken):
+                    with suppress(ValueError):  # they do not reach the budget
+                        taken, others = along(finer[:most], times[:most + 1], len(taken) - 1)
+                        rows = [*(replace(row, chosen=False) for row in rows), *others]
+    for group, channels in (part for step in taken for part in step.parts):
+        costs.remove(group, channels)
+    return channels_of(taken), tuple(rows)
+
+
+def _left_along(order: Sequence[RemovalStep], costs: Costs) -> list[dict[Resource, float]]:
+    """What remains after 0, 1, 2, ... steps, as shares of the dense cost. costs: whole; so again afterwards."""
     left = [dict(costs.totals)]
     for step in order:
         for group, channels in step.parts:
             costs.remove(group, channels)
         left.append(dict(costs.totals))
     restore(order, costs)
-    measured: dict[int, Timing] = {}
-    counted: dict[int, int] = {}
-    steps = start
-    if share < 1.0:
-        foreseen = foreseen_times(order, costs, layer_seconds(dense, costs.layers, example_inputs, forward))
-        whole, device = runner(clock, dense, example_inputs, forward), device_of(dense)
-        built: dict[int, Call] = {}
-        with bar("timing", " candidates") as told:
-
-            def measure(steps: int, patience: int) -> float:
-                if steps not in built:
-                    built.clear()
-                    other, counted[steps] = build(channels_of(order[:steps]))
-                    built[steps] = runner(clock, other.eval(), example_inputs, forward)
-                measured[steps] = replace(time_pair(whole, built[steps], device, patience), clock=clock)
-                told.set_postfix_str(f"{measured[steps].share:.1%} of the time for {share:.1%}")
-                told.update()
-                return measured[steps].share
-
-            steps = search_steps(foreseen, start, share, measure, lambda steps: measured[steps].uncertainty)
-    for group, channels in (part for step in order[:steps] for part in step.parts):
-        costs.remove(group, channels)
-    shares = [{unit: row[unit] / costs.dense[unit] for unit in costs.dense} for row in left]
-    return channels_of(order[:steps]), tuple(
-        Candidate(shares[count]["channels"], shares[count]["params"], counted[count] / costs.dense["macs"], timing,
-                  count == steps)
-        for count, timing in sorted(measured.items()))
+    return [{unit: row[unit] / costs.dense[unit] for unit in costs.dense} for row in left]
