@@ -156,8 +156,11 @@ def of_leak(where: str, members: Iterable[Member], recording: Recording, readers
         "them"
 
 
-def not_twice(where: str) -> str:
+def not_twice(where: str, recording: Recording) -> str:
     """Why a group is kept of a model in which something else comes to `where` though no channel is changed."""
+    if any(x is not None and x.is_nested for x in (recording.inputs or {}).get(where, ())):
+        return f"{where} reads a nested tensor, in which channels are not followed: it is scored where the model's " \
+               "code pads what it joins (torch.nn.utils.rnn.pad_sequence), and masks the padding"
     return f"something else comes to {where} each time the model runs on the same input (it keeps something from " \
            "call to call, say), so that nobody sees what its channels do"
 
