@@ -116,6 +116,7 @@ class Graph(Nodes):
         self.module2node.clear()
         self._outputs.clear()
         self._in_vain.clear()
+        self._calls.forget()
 
     def positions_of(self, root: Any) -> tuple[Positions, str | None, Mapping[Key, Key | None]]:
         """Where the channels that `root` makes lie, everywhere; or as far as what keeps them from being removed.
@@ -245,7 +246,8 @@ class Graph(Nodes):
         """The members of a group that are numbers which modules keep of its channels."""
         known = set[tuple[str, str]]()
         for (node, function), at in positions.items():
-            for owner, width in (*self._cut_widths(node, function), *self._widths_of_zeros(node, function)):
+            for owner, width in (*self._cut_widths(node, function), *self._widths_of_views(node),
+                                 *self._widths_of_zeros(node, function)):
                 name, position = self._module2name[owner], at >> 32
                 inside = (position >= width.begin) & (position < width.end)
                 if (name, width.attribute) not in known and inside.any():
@@ -265,6 +267,12 @@ class Graph(Nodes):
         for part in self._cuts_of(node, function):
             if self._is_fixed(part) and (cut := self._noted(part)) is not None:
                 yield from ((cut.keeper(width), width) for width in self._widths(part) or ())
+
+    def _widths_of_views(self, node: Any) -> Iterator[tuple[nn.Module, Width]]:
+        """(module, what it keeps) of the dimension that a view has the channels in that it divides."""
+        if node.type == OPTYPE.RESHAPE and any(source in self._dims and self._divided(source, node) is not None
+                                               for source in node.inputs):
+            yield from filter(None, [self._calls.view_of(node.grad_fn).kept.get(self._dims[node])])
 
     def _widths_of_zeros(self, node: Any, function: Any) -> Iterator[tuple[nn.Module, Width]]:
         """(module, what it keeps) of zeros that a recurrent module is given as its state, where a node reads that."""
@@ -291,7 +299,7 @@ class Graph(Nodes):
             inverse = tp.dependency.Dependency(forward.handler, forward.trigger, node, source)
             maps: list[IndexMap] = []
             if source.type == OPTYPE.SPLIT and self._cuts(source):
-                maps.append(index_maps.Lost() if edge is None else self._part(source, edge[1]))
+                maps.append(index_maps.Lost() if edge is None else self._split_part(source, edge[1]))
             if begins:
                 end = begins[number] + index_maps.shape_of(*edge)[self._dims[node]]
                 maps.append(index_maps.Inverse(index_maps.SliceMap(begins[number], end)))
@@ -338,7 +346,7 @@ class Graph(Nodes):
             begin += widths[number] if widths is not None else index_maps.shape_of(*edge)[dim]
         return begins
 
-    def _part(self, split: Any, number: int) -> index_maps.SliceMap:
+    def _split_part(self, split: Any, number: int) -> index_maps.SliceMap:
         sizes = [index_maps.shape_of(split.grad_fn, part)[self._dims[split]] for part in range(number + 1)]
         return index_maps.SliceMap(sum(sizes[:-1]), sum(sizes))
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.batches import tensors_of
-from fastscore.graph.cutting.cut_widths import Cut, calling_module, cut_of, width_of_code
+from fastscore.graph.cutting.cut_widths import Cut, View, calling_module, cut_of, view_of, width_of_code
 
 _SPLITS = (torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes)
 _SLICES = (Tensor.__getitem__, torch.narrow, Tensor.narrow)
+_VIEWS = (Tensor.view, Tensor.reshape, torch.reshape, Tensor.unflatten, torch.unflatten)
 _ZEROS = (torch.zeros, Tensor.new_zeros)
 
 
@@ -65,6 +66,7 @@ class NotedCalls(TorchFunctionMode):
         self._taken = Counter[int]()  # id of a weight -> how often it is taken, by what the outputs are made of or not
         self.cuts: list[Cut] = []
         self.concatenated: list[tuple[Any, list[int]]] = []
+        self._views: dict[Any, View] = {}  # by their autograd functions
         self._zeros: list[tuple[Tensor, nn.Module, str]] = []  # made of a width: the module that keeps it, and where
         self._unused: dict[Any, Tensor] = {}  # autograd function -> what it made, and no later one is known to take
 
@@ -93,6 +95,15 @@ class NotedCalls(TorchFunctionMode):
             if None not in called and times > sum(filter(None, called)):
                 self.read_elsewhere = dict.fromkeys(self._weights[weight], "the model") | self.read_elsewhere
 
+    def forget(self) -> None:
+        """Let go what autograd keeps of operations that were noted."""
+        for noted in (self.cuts, self.concatenated, self._zeros, self._views):
+            noted.clear()
+
+    def view_of(self, function: Any) -> View:
+        """What the code says of the sizes of a view, given its autograd function."""
+        return self._views.get(function, View({}, None))
+
     def width_of(self, zeros: Tensor) -> tuple[nn.Module, str] | None:
         """The module that keeps the last width of what such zeros are, or were made from, and its attribute."""
         memory = zeros.untyped_storage().data_ptr()
@@ -106,6 +117,8 @@ class NotedCalls(TorchFunctionMode):
         part = output[0] if func in _SPLITS and output else output if func in _SLICES else None
         if part is not None and part.grad_fn is not None and (cut := cut_of(part.grad_fn)) is not None:
             self.cuts.append(cut)
+        if func in _VIEWS and output.grad_fn is not None:
+            self._views[output.grad_fn] = view_of(output, _asked(args, kwargs), cut_of(output.grad_fn))
         if isinstance(output, Tensor) and not output.requires_grad and output.dim():
             self._note_zeros(func, args, output)
         for weight in tensors_of((args, tuple(kwargs.values()))):
@@ -135,6 +148,14 @@ class NotedCalls(TorchFunctionMode):
             next((width for x in tensors_of(args) if self._zeros and (width := self.width_of(x)) is not None), None)
         if found is not None and self.width_of(output) is None:
             self._zeros.append((output, *found))
+
+
+def _asked(args: Any, kwargs: Mapping[str, Any]) -> tuple[int, list[int]]:
+    """(the first dimension that a view is asked to make, the sizes of those that it is asked for)."""
+    given = [*args[1:], *kwargs.values()]
+    sizes = next((list(each) for each in given if isinstance(each, tuple | list)), None)
+    dims = [each for each in given if isinstance(each, int)]
+    return (0, dims) if sizes is None else (dims[0] if dims else 0, sizes)
 
 
 def reach(node: Any, reached: set[Any]) -> None:

@@ -164,6 +164,12 @@ def test_network_of_other_kinds(seed):
     check(generate(seed, kinds=True))
 
 
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT // 5))
+def test_network_of_views(seed):
+    """Branches that are weighed, split attention, channel shuffles: see random_views."""
+    check(generate(seed, views=True))
+
+
 def as_offered(network: RandomNetwork, graph: ChannelGraph) -> RandomNetwork:
     """The network, where what the code takes to be as wide goes together channel by channel, as the graph has it."""
     tied, found = unify(network.alike), list[set[int]]()

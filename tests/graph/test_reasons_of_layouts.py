@@ -164,14 +164,14 @@ _TOKENS, _IMAGES, _ROWS = torch.randn(3, 5, 4), torch.randn(3, 3, 6, 6), torch.r
 
 @pytest.mark.parametrize(("build", "x", "reasons"), [
     (Sampled, _IMAGES, dict.fromkeys("ef", _MEET.format("GridSampler2D"))),
-    (Mixer, _TOKENS, {"e": _ALONG.format("f"), "g": _MEET.format("Add")}),
-    (ConvMixer, _TOKENS, {"e": _ALONG.format("f"), "g": "an operation runs over all its channels (MeanBackward1)"}),
+    *((mixer, _TOKENS, {"e": _ALONG.format("f"), "g": "an operation runs over all its channels (MeanBackward1)"})
+      for mixer in (Mixer, ConvMixer)),
     (NormOfTokens, _TOKENS, {"e": _ALONG.format("norm")}),
     (Pairs, _ROWS, dict.fromkeys("ef", _PRODUCT.format("Trilinear"))),
     (PairsOfBags, _ROWS, {"f": _PRODUCT.format("Trilinear"),
                           "e": "an embedding makes its channels by looking them up, and cannot lose any yet"}),
     (Hypernetwork, _TOKENS, {"e": _SUMMED.format("Mm"),
-                             "f": "a view divides its channels over several dimensions (ViewBackward0)"}),
+                             "f": "its channels go with those of e"}),
     (Modulated, _TOKENS, {"e": _PRODUCT.format("Convolution")}),
     (Weighted, _TOKENS, {}),
     (Deformed, _TOKENS, {"e": "the code of own (Own) takes its channels together with its weight, which cannot lose "

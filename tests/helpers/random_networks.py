@@ -11,20 +11,23 @@ from random_layers import Layers
 from random_mixers import Mixers
 from random_program import SIZE, Program, RandomNetwork, Step, Value, equal_parts
 from random_steps import Steps
+from random_views import Views
 from torch import Tensor, nn
 
 
 def generate(seed: int, length: int | None = None, more: bool = False, kinds: bool = False,
-             alike: bool = False) -> RandomNetwork:
+             alike: bool = False, views: bool = False) -> RandomNetwork:
     """The network of this seed, always the same. more: of the steps of random_layers, too. kinds: of those of
-    random_kinds and random_mixers. alike: code between two layers takes the widths of both to be the same."""
-    return _Generator(seed, more, kinds, alike).build(length)
+    random_kinds and random_mixers. alike: code between two layers takes the widths of both to be the same. views:
+    of those of random_views."""
+    return _Generator(seed, more, kinds, alike, views).build(length)
 
 
-class _Generator(Steps, Layers, Kinds, Mixers):
-    def __init__(self, seed: int, more: bool = False, kinds: bool = False, alike: bool = False) -> None:
+class _Generator(Steps, Layers, Kinds, Mixers, Views):
+    def __init__(self, seed: int, more: bool = False, kinds: bool = False, alike: bool = False,
+                 views: bool = False) -> None:
         self.seed, self.rng, self.more, self.with_kinds = seed, random.Random(seed), more, kinds
-        self.alike = alike
+        self.alike, self.with_views = alike, views
         self.parent: list[int] = []
         self.steps: list[Step] = []
         self.layers: dict[str, nn.Module] = {}
@@ -111,6 +114,7 @@ class _Generator(Steps, Layers, Kinds, Mixers):
             options = dict(self.common())
             options |= self.own_layers() if self.more else {}
             options |= {**self.kinds(), **self.mixers()} if self.with_kinds else {}
+            options |= dict(self.views()) if self.with_views else {}
             options |= {self.as_wide: 12} if self.alike else {}
             for step in self.rng.choices(list(options), list(options.values()), k=length or self.rng.randrange(4, 14)):
                 step()

@@ -201,7 +201,7 @@ class Steps(Generating):
         return self.rng.choice((left, right))
 
     def hostile(self) -> int | None:
-        """A cut or a permutation of channels that the code fixes."""
+        """A cut or a permutation of channels that the code fixes; or a shuffle of two halves, which stay alike."""
         source = self.pick(lambda value: len(value.labels) % 2 == 0 and len(value.labels) >= 4)
         if source is None:
             return None
@@ -220,4 +220,5 @@ class Steps(Generating):
             "roll": (labels[1:] + labels[:1], lambda x: x.roll(-1, 1)),
             "select": ([labels[0], labels[2]], lambda x: x[:, [0, 2]]),
         }
-        return self.add(kind, (source,), table[kind][0], value.size, table[kind][1], fixes=labels)
+        halves = {"ties": [equal_parts(labels, 2)]} if kind == "shuffle" else {"fixes": labels}
+        return self.add(kind, (source,), table[kind][0], value.size, table[kind][1], **halves)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastscore.modules import frames
 
@@ -70,6 +70,26 @@ class Cut:
 
     def _named(self, number: int) -> str:
         return next((name for name, value in self.kept.items() if value == number), "")
+
+
+@dataclass(frozen=True)
+class View:
+    """What the code of a view says of its sizes.
+
+    kept: dimension of the output -> what a module keeps of its size. open: the one whose size is asked for as -1.
+    """
+
+    kept: Mapping[int, tuple[nn.Module, Width]]
+    open: int | None
+
+
+def view_of(output: Tensor, asked: tuple[int, Sequence[int]], cut: Cut | None) -> View:
+    """The view that has just made `output`, asked for sizes from a dimension on; cut: as cut_of gives it."""
+    sizes = asked[1]
+    first = asked[0] % max(output.dim() + 1 - len(sizes), 1)
+    kept = {at: (cut.keeper(width), width) for at, size in enumerate(sizes, first) if cut is not None and size > 1
+            for width in cut.of_bounds([size]) or ()}
+    return View(kept, next((at for at, size in enumerate(sizes, first) if size == -1), None))
 
 
 def cut_of(function: Any) -> Cut | None:
