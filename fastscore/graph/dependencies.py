@@ -246,8 +246,7 @@ class Graph(Nodes):
         """The members of a group that are numbers which modules keep of its channels."""
         known = set[tuple[str, str]]()
         for (node, function), at in positions.items():
-            for owner, width in (*self._cut_widths(node, function), *self._widths_of_views(node),
-                                 *self._widths_of_zeros(node, function)):
+            for owner, width in (*self._cut_widths(node, function), *self._widths_of_zeros(node, function)):
                 name, position = self._module2name[owner], at >> 32
                 inside = (position >= width.begin) & (position < width.end)
                 if (name, width.attribute) not in known and inside.any():
@@ -263,16 +262,12 @@ class Graph(Nodes):
                                  torch.from_numpy(at & index_maps.CHANNEL), attribute="d_model")
 
     def _cut_widths(self, node: Any, function: Any) -> Iterator[tuple[nn.Module, Width]]:
-        """(module, what it keeps) of the splits and slices of what a node makes."""
+        """(module, what it keeps) of the splits and slices of what a node makes, and of a view that divides."""
+        if any(source in self._dims and self.dim_after(source, node) is None for source in node.inputs):
+            yield from filter(None, [self._calls.view_of(node.grad_fn).kept.get(self._dims[node])])
         for part in self._cuts_of(node, function):
             if self._is_fixed(part) and (cut := self._noted(part)) is not None:
                 yield from ((cut.keeper(width), width) for width in self._widths(part) or ())
-
-    def _widths_of_views(self, node: Any) -> Iterator[tuple[nn.Module, Width]]:
-        """(module, what it keeps) of the dimension that a view has the channels in that it divides."""
-        if node.type == OPTYPE.RESHAPE and any(source in self._dims and self._divided(source, node) is not None
-                                               for source in node.inputs):
-            yield from filter(None, [self._calls.view_of(node.grad_fn).kept.get(self._dims[node])])
 
     def _widths_of_zeros(self, node: Any, function: Any) -> Iterator[tuple[nn.Module, Width]]:
         """(module, what it keeps) of zeros that a recurrent module is given as its state, where a node reads that."""

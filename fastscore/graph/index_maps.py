@@ -5,7 +5,7 @@ holds channels. Maps take arrays of distinct positions in ascending order to the
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -151,6 +151,20 @@ def multiplies(function: Any) -> bool:
     return hasattr(function, "name") and function.name().startswith(_PRODUCTS)
 
 
+def multiplied(node: Any, through: Container[Any]) -> bool:
+    """Whether what a node makes is multiplied by other activations, as matrices, by a node of the types `through` or
+    behind such nodes alone."""
+    work, seen = [node], {node}
+    while work:
+        node = work.pop()
+        more = {onward for onward in node.outputs if onward.type in through} - seen
+        if any(multiplies(onward.grad_fn) for onward in more):
+            return True
+        seen |= more
+        work += more
+    return False
+
+
 def looks_up(function: Any) -> bool:
     """Whether an operation takes rows of a table."""
     return hasattr(function, "name") and function.name().startswith("Embedding")
@@ -195,6 +209,15 @@ def divided(dim: int, before: Sequence[int], at: int, after: Sequence[int]) -> I
             whole not in (math.prod(after[i:]) for i in range(at + 1)):
         return None
     return Inverse(ViewMap(after[at], inside // behind, whole // (inside * after[at])))
+
+
+def part(dim: int, before: Sequence[int], after: Sequence[int], open_at: int | None, kept: Container[int]
+         ) -> int | None:
+    """Which of the dimensions that a view divides `dim` over is to hold the channels, of whose parts each place goes at
+    once: the one that is open in the code (-1), or else the largest of those whose sizes are not kept."""
+    parts = [at for at, size in enumerate(after) if size > 1 and dim < len(before)
+             and divided(dim, before, at, after) is not None]
+    return max(parts, key=lambda at: (at == open_at, at not in kept, after[at], at), default=None)
 
 
 def channel_dim(function: Any, dim: int, before: Sequence[int], after: Sequence[int]) -> int:

@@ -76,15 +76,17 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
                 self._dims.setdefault(source, len(shape(source)) - 1)
         for node in self.module2node.values():
             for source in node.inputs if node.type in (OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV) else ():
-                if source.type in TRANSPARENT and shape(source):
+                if source.type in TRANSPARENT and source.grad_fn is node.grad_fn.next_functions[0][0]:
                     self._dims.setdefault(source, len(shape(source)) - 1 - len(node.module.kernel_size))
         self._follow_back(list(self._dims))
         while divided:  # of several dimensions, channels are what meets channels further on, or the code leaves open
             onward = min(divided, key=lambda view: (
                 view not in self._dims, self._calls.view_of(view.grad_fn).open is None))
             node = divided.pop(onward)
-            if onward not in self._dims and (at := self._part(node, onward)) is not None:
-                self._dims[onward] = at
+            code = self._calls.view_of(onward.grad_fn)
+            part = index_maps.part(self._dims[node], shape(node), shape(onward), code.open, code.kept)
+            if part is not None and not index_maps.multiplied(onward, TRANSPARENT):  # as heads are
+                self._dims.setdefault(onward, part)
             if self._divided(node, onward) is None:
                 onward.type = OPTYPE.CUSTOMIZED  # its channels lie along more than one dimension from here on
                 self._dims[onward] = self._dims[node]
@@ -110,15 +112,6 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
         sources = [source for source in self._dims if source is not node and not gone.isdisjoint(source.outputs)]
         return {onward: source for onward, source in divided.items() if source not in gone} | \
             self._follow([*sources, node])[0]
-
-    def _part(self, node: Any, onward: Any) -> int | None:
-        """Which of the dimensions that a view divides channels over is to hold them: the one that is open in the code,
-        or else the largest whose size no module keeps, of whose parts each place goes at once."""
-        dim, before, after = self._dims[node], shape(node), shape(onward)
-        parts = [at for at, size in enumerate(after) if size > 1 and dim < len(before)
-                 and index_maps.divided(dim, before, at, after) is not None]
-        code = self._calls.view_of(onward.grad_fn)
-        return max(parts, key=lambda at: (at == code.open, at not in code.kept, after[at], at), default=None)
 
     def _follow(self, work: list[Any]) -> tuple[dict[Any, Any], list[Any]]:
         """Find the dimensions of what comes after nodes whose own are known, but for views that divide it.

@@ -171,7 +171,7 @@ _TOKENS, _IMAGES, _ROWS = torch.randn(3, 5, 4), torch.randn(3, 3, 6, 6), torch.r
     (PairsOfBags, _ROWS, {"f": _PRODUCT.format("Trilinear"),
                           "e": "an embedding makes its channels by looking them up, and cannot lose any yet"}),
     (Hypernetwork, _TOKENS, {"e": _SUMMED.format("Mm"),
-                             "f": "its channels go with those of e"}),
+                             "f": "a view divides its channels over several dimensions (ViewBackward0)"}),
     (Modulated, _TOKENS, {"e": _PRODUCT.format("Convolution")}),
     (Weighted, _TOKENS, {}),
     (Deformed, _TOKENS, {"e": "the code of own (Own) takes its channels together with its weight, which cannot lose "
