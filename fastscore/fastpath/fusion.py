@@ -1,14 +1,15 @@
 """Which layers of an evaluation copy run packed on a CPU or fused by cuDNN, and which clamp goes into which layer."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastscore.fastpath import cudnn_layers, packed_layers
-from fastscore.fastpath.deferred import computed, deferred
+from fastscore.fastpath.deferred import Work, computed, deferred
 from fastscore.fastpath.fused_taps import clamped, packed
 from fastscore.fastpath.packed_layers import RELU, ClampBounds
 from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
@@ -28,12 +29,14 @@ class FusedLayers:
     taps: on the copy; a clamp publishes a tap on its output. clamps: module -> the bounds of the clamp that alone reads
     its output. folded: BatchNorm -> the layer that it went into. inputs: Conv2d or Linear -> shape of its input.
     sums: module -> the bounds of the clamp that alone reads the sum which alone reads the module's output.
+    relus: modules whose output a ReLU alone reads that is no module.
     packed: Conv2d and Linear -> the clamp that they end in, or None. added: those that have waited for what is added to
     their output, and taken the ReLU of the sum. not_packed: those that run as they are -> why.
     """
 
     def __init__(self, model: nn.Module, taps: Taps, clamps: Mapping[str, ClampBounds], folded: Mapping[str, str],
-                 inputs: Mapping[str, tuple[int, ...]], sums: Mapping[str, ClampBounds]) -> None:
+                 inputs: Mapping[str, tuple[int, ...]], sums: Mapping[str, ClampBounds],
+                 relus: Collection[str] = ()) -> None:
         self.packed: dict[str, ClampBounds | None] = {}
         self.added: set[str] = set()
         self.not_packed: dict[str, str] = {}
@@ -45,6 +48,7 @@ class FusedLayers:
         self._rectified: Callable[[], Tensor | None] = lambda: None  # what a layer has clamped already, last
         bounds, sums = (dict(found) | {layer: found[norm] for norm, layer in folded.items() if norm in found}
                         for found in (clamps, sums))
+        relus = {*relus, *(layer for norm, layer in folded.items() if norm in relus)}
         for name, module in model.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 reason, clamp = _why_not(module, inputs.get(name), bounds.get(name)), bounds.get(name)
@@ -55,7 +59,9 @@ class FusedLayers:
                 self.packed[name] = clamp
                 layer = _fast(module, inputs[name], clamp)
                 if sums.get(name) == RELU and clamp is None and packed_layers.adds(layer):
-                    self._replace(module, "forward", self._deferred_forward(name, layer))
+                    self._replace(module, "forward", self._deferred_forward(self._with_addition(name, layer)))
+                elif name in relus and clamp is None and isinstance(layer, packed_layers.Convolution):
+                    self._replace(module, "forward", self._deferred_forward(self._with_relu(name, layer)))
                 else:
                     self._run(module, layer, clamp)
             elif type(module) in NORMS and name not in folded and _plain(module):
@@ -97,23 +103,38 @@ class FusedLayers:
 
         return run
 
-    def _deferred_forward(self, name: str, layer: Any) -> Callable[[Tensor], Tensor]:
+    def _deferred_forward(self, work: Work) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            x = self._taps.claim(x)
+            return work.compute(x, None) if x.is_inference() else deferred(x, work)
+
+        return run
+
+    def _with_addition(self, name: str, layer: Any) -> Work:
         """The module of the ReLU, behind the addition, has nothing left to do."""
 
-        def add(x: Tensor, other: Tensor) -> Tensor | None:
+        def add(x: Tensor, other: Tensor, into: Tensor | None) -> Tensor | None:
             if not layer.takes(x, other):
                 return None
-            y = clamped(x, layer, RELU, self._taps, self._readers, other)
+            y = clamped(x, layer, RELU, self._taps, self._readers, other, into)
             self._rectified = weakref.ref(y)
             self.added.add(name)
             return y
 
-        def run(x: Tensor) -> Tensor:
-            x = self._taps.claim(x)
-            return packed(x, layer, self._taps) if x.is_inference() else \
-                deferred(name, x, lambda x: packed(x, layer, self._taps), add)
+        return Work(name, partial(self._unclamped, layer), add=add)
 
-        return run
+    def _with_relu(self, name: str, layer: packed_layers.Convolution) -> Work:
+        """The code calls a ReLU behind it that is no module, and takes what this has made with one."""
+        rectified = layer.rectified()
+
+        def relu(x: Tensor, into: Tensor | None) -> Tensor:
+            self.packed[name] = RELU
+            return clamped(x, rectified, RELU, self._taps, self._readers, into=into)
+
+        return Work(name, partial(self._unclamped, layer), relu=relu)
+
+    def _unclamped(self, layer: packed_layers.Layer, x: Tensor, into: Tensor | None) -> Tensor:
+        return packed(x, layer, self._taps, into)
 
     def _packed_clamped_forward(self, layer: packed_layers.Layer, clamp: ClampBounds) -> Callable[[Tensor], Tensor]:
         """The module of the clamp, behind this one, has nothing left to do."""

@@ -27,7 +27,8 @@ class Observation:
     layer -> where its tap could stand as well, before an up-sampling, and the shape that it would read there. flat:
     Linear layers whose output is [N, C]. inputs: layer -> shape of its input, but for those under autocast. clamps:
     layer or BatchNorm -> the bounds of the clamp that alone reads its output. sums: the same, of the clamp that alone
-    reads the sum which alone reads that output.
+    reads the sum which alone reads that output. relus: layers and BatchNorms whose output a ReLU alone reads that is no
+    module.
     """
 
     output: Tensor
@@ -37,6 +38,7 @@ class Observation:
     inputs: dict[str, tuple[int, ...]]
     clamps: dict[str, ClampBounds]
     sums: dict[str, ClampBounds]
+    relus: set[str]
     samples: int
 
 
@@ -62,7 +64,8 @@ def observe(eval_model: nn.Module, taps: Taps, example: Batch, run: Forward) -> 
     earlier = recorder.earlier(readers) if taps.measure is SUMS else {}
     return Observation(output.detach(), recorder.shapes, earlier,
                        {name for name, found in recorder.dims.items() if found == {2}}, recorder.inputs,
-                       recorder.clamps(readers), recorder.sums(readers), max(output.shape[taps.axes.output], 1))
+                       recorder.clamps(readers), recorder.sums(readers), recorder.relus(readers),
+                       max(output.shape[taps.axes.output], 1))
 
 
 class _Recorder:
@@ -132,6 +135,13 @@ class _Recorder:
         return {name: self._clamped[reader] for name, (node, *more) in self._made.items()
                 if not more and node is not None
                 for reader in readers[node] if reader in self._clamped and len(readers[node]) == 1}
+
+    def relus(self, readers: Mapping[Any, list[Any]]) -> set[str]:
+        """Layers and BatchNorms that run once, whose output a ReLU alone reads that is no module; where nothing has
+        changed the convolution's input in place."""
+        return {name for name, (node, *more) in self._made.items() if not more and node is not None
+                and [reader.name() for reader in readers[node]] == ["ReluBackward0"]
+                and readers[node][0] not in self._clamped and _keeps_input(node)}
 
     def sums(self, readers: Mapping[Any, list[Any]]) -> dict[str, ClampBounds]:
         """Convolution, or BatchNorm behind one, that runs once -> the bounds of the clamp that alone reads the sum

@@ -5,6 +5,7 @@ directions are oneDNN's forward kernels, which can clamp their result. The opera
 uses on a CPU; they know nothing of autograd (see fastscore.fastpath.fused_taps).
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
@@ -118,6 +119,12 @@ class Convolution:
         y: Tensor = _ops._convolution_pointwise.binary(x, other, self.weight(x), self.bias, self.padding, self.stride,
                                                        self.dilation, self.groups, "add", 1.0, "relu", [], None)
         return y
+
+    def rectified(self) -> "Convolution":
+        """The same, with a ReLU behind it; it is not clamped itself, and shares its weights."""
+        other = copy.copy(self)
+        other.epilogue = _epilogue(RELU)
+        return other
 
     def backward(self, g: Tensor, shape: torch.Size) -> Tensor:
         """[N, C_out, H', W'] -> `shape`, [N, C_in, H, W]."""

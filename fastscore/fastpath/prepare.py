@@ -146,7 +146,7 @@ def _packed(prepared: Prepared) -> FusedLayers | None:
     if prepared.compiled or prepared.taps.weights or not prepared.any_format:
         return None
     return FusedLayers(prepared.copy, prepared.taps, prepared.observation.clamps, prepared.folding.folded,
-                       prepared.observation.inputs, prepared.observation.sums)
+                       prepared.observation.inputs, prepared.observation.sums, prepared.observation.relus)
 
 
 def _verify_or_undo(prepared: Prepared) -> None:

@@ -15,7 +15,7 @@ def unclamped(g: Tensor, y: Tensor, bounds: tuple[float, float]) -> Tensor:
 
     At a bound it is 0, at an infinite one too; where y is NaN, it is that of the output.
     """
-    if y.device.type == "cpu" and y.dim() == 4 and g.stride() != y.stride() \
+    if y.device.type == "cpu" and y.dim() == 4 and g.stride() != y.stride() and g.stride(1) != 1 \
             and y.is_contiguous(memory_format=torch.channels_last):  # PyTorch's own takes 3 ns an element in bfloat16
         return ops.clamp_backward_sums(y, g, None, *bounds)[0]
     result: Tensor = torch.ops.aten.hardtanh_backward.grad_input(g, y, *bounds, grad_input=torch.empty_like(y))

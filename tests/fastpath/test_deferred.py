@@ -3,6 +3,7 @@ was; so that float32 can be held to plain hooks, it takes the path here that bfl
 
 import copy
 import os
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from test_fusion import assert_scored_as_by_hooks, images
 from torch import Tensor, nn
 
 import fastscore
+from fastscore import Scorer
 from fastscore.fastpath import packed_layers
 from fastscore.fastpath.packed_layers import Convolution
 
@@ -195,3 +197,88 @@ def test_bfloat16_alone_takes_that_path(monkeypatch: pytest.MonkeyPatch) -> None
     assert narrow.plan.added == ("blocks.0.two", "blocks.1.two")
     for layer in wide:
         assert float((narrow[layer] - wide[layer]).abs().max()) <= 0.06 * float(wide[layer].max()), layer
+
+
+RELUS = {
+    "F.relu": F.relu, "in place": partial(F.relu, inplace=True), "torch.relu": torch.relu, "x.relu()": Tensor.relu,
+    "x.relu_()": Tensor.relu_, "torch.relu_": torch.relu_,
+    "in place, read since": lambda x: (F.relu(x, inplace=True), x)[1],
+}
+
+
+@pytest.mark.parametrize("way", list(RELUS))
+@pytest.mark.parametrize("normed", [True, False])
+def test_a_relu_that_is_no_module_goes_into_the_convolution(way: str, normed: bool) -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.three = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 5, 3, padding=1)
+            self.norm, self.fc = nn.BatchNorm2d(6) if normed else nn.Identity(), nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = RELUS[way](self.norm(self.two(self.one(x).sigmoid())))
+            kept = self.three(x)
+            return self.fc((F.relu(kept) + kept).mean((2, 3)))
+
+    torch.manual_seed(0)
+    plan = assert_scored_as_by_hooks(randomize(Functional()), images()).plan
+    assert plan.packed == {"one": None, "two": packed_layers.RELU, "three": None, "fc": None}
+    assert "4 layers packed, 1 of them with a clamp" in str(plan)
+
+
+class Square(torch.autograd.Function):
+    """A function of a user's own, which sees what a stand-in is to C++."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        return 2 * g * ctx.saved_tensors[0]
+
+
+class Flagged(nn.Module):
+    """`marked` batches go another way than the rest."""
+
+    def __init__(self, other: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 5, 3)
+        self.fc, self.other = nn.Linear(5, 4), other
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = bool(x[0, 0, 0, 0] > 50)
+        x = self.two(self.one(x).tanh())
+        x = self.other(x) if other else F.relu(x)
+        return self.fc(self.three(x).mean((2, 3)))
+
+
+def marked(samples: int) -> Tensor:
+    x = images(samples)
+    x[0, 0, 0, 0] = 60
+    return x
+
+
+@pytest.mark.parametrize("other", [
+    lambda x: x, lambda x: F.relu(x + 1), lambda x: x * F.relu(x), lambda x: (F.relu_(x), Square.apply(x))[1],
+    lambda x: F.relu(x[:, :, 1:]), lambda x: F.relu(x) + x, lambda x: x.detach() * x.sigmoid(),
+    lambda x: (x.mul_(2), F.relu(x))[1], lambda x: F.relu(input=x, inplace=True) * F.relu(x)])
+def test_a_relu_that_only_some_batches_take(other: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = randomize(Flagged(other)).eval()
+    batches = [images(4), marked(3), images(4), marked(2)]
+    fast = fastscore.score(model, batches, progress=False)
+    assert fast.plan.packed["two"] == packed_layers.RELU
+    scorer = Scorer(model, batches[0], gradient="random")
+    with scorer:
+        for batch in batches:
+            scorer.probe(model(batch))
+    for layer, plain in scorer.scores().items():
+        assert float((fast[layer] - plain).abs().max()) <= 1e-4 * float(plain.max()), layer
+
+
+def test_a_function_that_alone_reads_a_stand_in_is_an_error() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError, match=r"^two: a torch.autograd.Function reads .* FASTSCORE_PORTABLE=1"):
+        fastscore.score(randomize(Flagged(Square.apply)).eval(), [images(4), marked(3)], progress=False)

@@ -141,7 +141,7 @@ CLAMPED = {
     ReadBefore: {"two": RELU},
     Changed: {"two": RELU},
     View: {"two": RELU},
-    Functional: {},
+    Functional: {"two": RELU},  # of the first layer, autograd does not tell whether its input stays
 }
 
 
@@ -150,7 +150,7 @@ def test_a_clamp_goes_into_the_layer_that_it_alone_reads(network: type[Net]) -> 
     scores = assert_scored_as_by_hooks(network(), images())
     assert scores.plan is not None
     if network in CLAMPED:
-        assert {name: ends for name, ends in scores.plan.packed.items() if ends} == CLAMPED[network]
+        assert {name: ends for name, ends in scores.plan.packed.items() if ends} == {**CLAMPED[network], "three": RELU}
         assert set(scores.plan.packed) == {"one", "two", "three", "fc"}
 
 
@@ -213,6 +213,8 @@ def test_the_packed_pass_of_every_family(family: str) -> None:
         model = randomize(build())
     scores = assert_scored_as_by_hooks(model, images(4, size), 2e-3)
     assert len(scores.plan.packed) > 2
+    if family == "googlenet":  # every ReLU of it is F.relu; what is before the first tap is not known so well
+        assert [name for name, ends in scores.plan.packed.items() if ends is None] == ["conv1.conv", "fc"]
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
