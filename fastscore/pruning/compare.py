@@ -9,7 +9,7 @@ from torch import nn
 from fastscore.batches import Batch, Forward, call_model
 from fastscore.graph.groups import Ignore
 from fastscore.pruning.budgets.quality import HELD_OUT
-from fastscore.pruning.curve import Curve, Drawn, Evaluate, budgets_of, curve
+from fastscore.pruning.curve import Curve, Drawn, Evaluate, budgets_of, check_options, curve
 from fastscore.recovery.divergence import judged_by, mixed_of, names
 from fastscore.recovery.held_out import split
 from fastscore.recovery.not_finite import naming_samples
@@ -112,7 +112,9 @@ def compare(model: nn.Module, batches: Iterable[Batch],
 
     Raises:
         ValueError: no criterion; whatever fastscore.score and fastscore.curve raise.
+        TypeError: an option that there is none of.
     """
+    check_options("compare", options)
     named = dict(importances) if isinstance(importances, Mapping) else {name: name for name in importances}
     if isinstance(importances, str) or not named:
         raise ValueError(f"importances: {importances!r}; give a sequence of names, such as ['taylor-sq']")

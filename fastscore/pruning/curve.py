@@ -1,5 +1,6 @@
 """curve(): how much can go? Budget against agreement, KL and the user's own metric, of the cut and of the repair."""
 
+import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ from fastscore.tables import Table
 
 Evaluate = Callable[[nn.Module], float]
 RESOURCES = ("macs", "params", "channels", "latency")
+_PRUNING = set(inspect.signature(prune).parameters) - {"calibration", "inplace"}  # which are for curve() to give
 
 
 @dataclass(frozen=True)
@@ -179,8 +181,9 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
 
     Raises:
         ValueError: no budget, or budgets of two kinds; whatever fastscore.prune raises.
-        TypeError: batches that are none.
+        TypeError: batches that are none, an option that there is none of.
     """
+    check_options("curve", options)
     resource, budgets = budgets_of(macs, params, channels, latency)
     fit, judges = split(batches, held_out, HELD_OUT, "batches")
     if repair is None:
@@ -214,6 +217,13 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
             + (f"; repaired: {repair}" if repair is not None else "; not repaired"))
     return Curve(resource, tuple(rows), own, found.decisions, note, judge.decided, found.by_error,
                  mixed_of(kinds))
+
+
+def check_options(call: str, options: Iterable[str]) -> None:
+    """Raise TypeError, naming the function that was called, for an option that fastscore.prune does not take."""
+    for name in options:
+        if name not in _PRUNING:
+            raise TypeError(f"{call}: {name!r} is none of its options, nor one of fastscore.prune that it passes on")
 
 
 def budgets_of(*shares: Sequence[float] | None) -> tuple[str, tuple[float, ...]]:

@@ -87,6 +87,18 @@ def test_ridges_that_are_none() -> None:
                 lambda ridges=ridges: fastscore.reconstruct(model, result, [X], ridges=ridges, progress=False))
 
 
+@pytest.mark.parametrize("option", ["mac", "calibration", "inplace"])
+def test_options_of_curve_and_compare_that_there_are_none_of(option: str) -> None:
+    """Told by the function that was called; what these give to prune() themselves is none of theirs."""
+    model = trained()
+    scores = score(model)
+    given: dict[str, Any] = {option: True, "progress": False}
+    refused(TypeError, f"^curve: '{option}' is none of its options", model,
+            lambda: fastscore.curve(model, scores, [X], [0.5], **given))
+    refused(TypeError, f"^compare: '{option}' is none of its options", model,
+            lambda: fastscore.compare(model, [X], ["taylor-sq"], **given))
+
+
 def test_what_is_no_result_and_no_scores() -> None:
     model = trained()
     scores = score(model)
