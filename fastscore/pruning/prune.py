@@ -206,7 +206,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             fit, judges = split(calibration, held_out, HELD_OUT, "calibration")
         if fit is not None:
             check_batches(fit, "calibration")
-            fit = RememberingBatches.of(fit)
+            fit = RememberingBatches.of(fit, "calibration")
 
         def pruned(order: list[RemovalStep]) -> PruneResult:
             """The smaller model, whose channels go in this order; `costs` are whole before and after."""

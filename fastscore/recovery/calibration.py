@@ -28,15 +28,15 @@ class Calibration:
 
     Samples are counted through all batches, so that the parts do not depend on the batch size; where `forward` is the
     user's own and what a sample is cannot be known, whole batches are counted instead. With process_group, every
-    process counts alike and gets every size-th batch.
+    process counts alike and gets every size-th batch. Errors call the batches by `name`, the user's argument.
 
     Raises TypeError for what is not an iterable of batches, ValueError for one that can be read only once.
     """
 
     def __init__(self, batches: Iterable[Batch], device: torch.device, forward: Forward = call_model,
-                 process_group: distributed.ProcessGroup | None = None) -> None:
-        check_batches(batches, "calibration")
-        self._batches, self._device, self._group = batches, device, process_group
+                 process_group: distributed.ProcessGroup | None = None, name: str = "batches") -> None:
+        check_batches(batches, name)
+        self._batches, self._device, self._group, self._name = batches, device, process_group, name
         self._by_sample = forward is call_model
         self._first: str | None = None
         self.size = 1  # samples in the first batch, once `first` was called
@@ -53,7 +53,7 @@ class Calibration:
                 if self._by_sample and count is not None:
                     batch = take_rows(batch, torch.arange(min(count, 2)))
                 return map_tensors(lambda tensor: tensor.to(self._device), batch)
-        raise ValueError("calibration: there is no batch, or none that holds a sample")
+        raise ValueError(f"{self._name}: there is no batch, or none that holds a sample")
 
     def part(self, part: Part) -> Iterator[Batch]:
         """The batches of one part. Raises ValueError where they are not those of the reading before, or there is none.
@@ -102,8 +102,8 @@ class Calibration:
         self.held_out = (seen + HELD_OUT - 2) // HELD_OUT
         if not given:
             what = "sample" if self._by_sample else "batch"
-            raise ValueError("calibration: there is no batch, or none that holds a sample" if not seen else
-                             f"calibration: {seen} {what}, and one of {HELD_OUT} is held out to judge by: give more")
+            raise ValueError(f"{self._name}: there is no batch, or none that holds a sample" if not seen else
+                             f"{self._name}: {seen} {what}, and one of {HELD_OUT} is held out to judge by: give more")
 
     def _is_mine(self, number: int) -> bool:
         if self._group is None:
@@ -115,8 +115,8 @@ class Calibration:
         digest = "" if tensor is None else hashlib.sha256(
             tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
         if self._first not in (None, digest):
-            raise ValueError("calibration: its first batch is another at each reading, and some samples are held out: "
-                             "give batches in a fixed order, without random augmentation (shuffle=False)")
+            raise ValueError(f"{self._name}: its first batch is another at each reading, and some samples are held "
+                             "out: give batches in a fixed order, without random augmentation (shuffle=False)")
         self._first = digest
 
 

@@ -116,7 +116,7 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
     ridges = _checked(ridges)
     model = unwrapped(model)
     device = device_of(model)
-    check_batches(batches, "calibration")
+    check_batches(batches, "batches")
     seen = RememberingBatches.of(batches)
     with fork_rng(device), torch.inference_mode(False), torch.no_grad(), shown(progress), \
             bar("repairing", " repairs") as tried:
@@ -163,7 +163,7 @@ class _Bench:
                  process_group: distributed.ProcessGroup | None, kept: KeptPasses,
                  outputs: JudgedOutputs) -> None:
         check_dense(model, result)
-        calibration = Calibration(seen, device_of(model), forward, process_group)
+        calibration = Calibration(seen, device_of(model), forward, process_group, seen.name)
         self._model, self._result, self._calibration = model, result, calibration
         self._forward, self._run, self._group = forward, Decisions(forward, outputs), process_group
         self._example = calibration.first()
@@ -182,7 +182,7 @@ class _Bench:
                 inputs.start(self._example)
                 self._run(self._eval_model, self._example)
         except (RuntimeError, ValueError, IndexError) as error:
-            raise ValueError(f"calibration: the model cannot take its batches ({error}); give what the model takes, or "
+            raise ValueError(f"{seen.name}: the model cannot take its batches ({error}); give what the model takes, or "
                              "forward=") from error
         self._kept_biases = set(graph.kept_biases)
         self._layouts = {name: index[name] for name in inputs.calls}

@@ -35,20 +35,21 @@ class RememberingBatches:
     dense network alone is the same each time.
 
     Attributes:
+        name: what the argument that they came in is called, where errors name it.
         moments: part -> layer -> of what it reads.
         outputs: for the samples held out.
     """
 
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self._batches = batches
+    def __init__(self, batches: Iterable[Batch], name: str = "batches") -> None:
+        self._batches, self.name = batches, name
         self.moments: dict[Part, dict[str, Moments]] = defaultdict(dict)
         self.outputs = DenseOutputs()
         self._once: list[tuple[object, Any]] = []
 
     @classmethod
-    def of(cls, batches: Iterable[Batch]) -> "RememberingBatches":
-        """Themselves, where they remember already."""
-        return batches if isinstance(batches, RememberingBatches) else cls(batches)
+    def of(cls, batches: Iterable[Batch], name: str = "batches") -> "RememberingBatches":
+        """Themselves, under the name that they have, where they remember already."""
+        return batches if isinstance(batches, RememberingBatches) else cls(batches, name)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._batches)

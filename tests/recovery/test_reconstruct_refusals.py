@@ -1,4 +1,4 @@
-"""reconstruct() and prune(calibration=): what is refused, before anything has changed."""
+"""reconstruct(), curve() and prune(calibration=): what is refused, before anything has changed."""
 
 import math
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class Shuffled:
         return iter(self.batches)
 
 
-@pytest.mark.parametrize(("make", "error", "words"), [
+WRONG = [
     (lambda batches: [], ValueError, "calibration: there is no batch"),
     (lambda batches: [batches[0][:0]], ValueError, "calibration: there is no batch"),
     (lambda batches: [batches[0][:1]], ValueError, "calibration: 1 sample"),
@@ -31,13 +31,29 @@ class Shuffled:
     (lambda batches: [batch[:, :1] for batch in batches], ValueError, "calibration: the model cannot take"),
     (lambda batches: [batches[0] * math.nan, *batches[1:]], FloatingPointError, "NaN or infinity in what it reads"),
     (Shuffled, ValueError, "calibration: its first batch is another"),
-])
+]
+
+
+@pytest.mark.parametrize(("make", "error", "words"), WRONG)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_what_cannot_calibrate_is_refused_before_anything_changes(make: Any, error: type[Exception], words: str,
                                                                    inplace: bool) -> None:
     model, batches, scores = scored("residual")
     with untouched(model), pytest.raises(error, match=words):
         fastscore.prune(model, scores, batches[0][:1], calibration=make(batches), inplace=inplace, channels=0.6)
+
+
+@pytest.mark.parametrize(("make", "error", "words"), WRONG)
+def test_they_are_called_what_the_user_called_them(make: Any, error: type[Exception], words: str) -> None:
+    model, batches, scores = scored("residual")
+    x, words = batches[0][:1], words.replace("calibration", "batches")
+    result = fastscore.prune(model, scores, x, channels=0.6)
+    with untouched(model), pytest.raises(error, match=words):
+        fastscore.reconstruct(model, result, make(batches))
+    for options in ({}, {"measured": False}):
+        with untouched(model), pytest.raises(error, match=words):
+            fastscore.curve(model, scores, make(batches), channels=[0.6], held_out=batches, example_inputs=x,
+                            progress=False, **options)
 
 
 def test_arguments_that_contradict_each_other() -> None:

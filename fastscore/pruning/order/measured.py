@@ -83,7 +83,8 @@ class Measured:
                  outputs: JudgedOutputs, process_group: distributed.ProcessGroup | None) -> None:
         self._model, self._eval_model, self._groups, self._forward = model, eval_model, graph.groups, forward
         self._run, self._group, self.measure = Decisions(forward, outputs), process_group, "KL"
-        calibration = self._calibration = Calibration(batches, device_of(model), forward, process_group)
+        calibration = self._calibration = Calibration(batches, device_of(model), forward, process_group,
+                                                       batches.name)
         with torch.no_grad():
             self._example = calibration.first()
             every = {group.name: torch.arange(group.channels) for group in graph.groups}
@@ -96,7 +97,7 @@ class Measured:
                         self._inputs.start(batch)
                         forward(eval_model, batch)
             except RuntimeError as error:
-                raise ValueError(f"calibration: the model cannot take its batches ({error}); give what the model "
+                raise ValueError(f"{batches.name}: the model cannot take its batches ({error}); give what the model "
                                  "takes, or forward=") from error
             self._inputs.finish(process_group)
             self._read = {name: moments for name, moments in self._inputs.moments.items() if moments.count}
