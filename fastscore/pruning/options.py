@@ -1,4 +1,5 @@
-"""What prune() is asked for: budgets, and the order in which channels go. Every check of them stands here."""
+"""What prune() is asked for: budgets, the order in which channels go, and what stands in for them. Every check of these
+stands here."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -6,6 +7,7 @@ from typing import Literal, get_args
 
 from fastscore.arguments import check_flag, check_number, check_whole
 from fastscore.pruning.budgets.costs import Resource
+from fastscore.recovery.reconstruct import Method
 from fastscore.scoring.scores import Scores
 
 Scope = Literal["global", "layer", "isomorphic"]
@@ -92,6 +94,21 @@ class Ranking:
             if not 0 <= share <= 1:
                 raise ValueError(f"floor: {share} is outside [0, 1]; it is the share of each group's channels that "
                                  "stays")
+
+
+def check_repair(repair: Method, calibration: object, compensate: bool | None, held_out: object, judged: bool) -> None:
+    """Raise ValueError for a method there is none of, and for batches and methods that do not go together.
+
+    judged: whether there is a quality to judge by batches held out.
+    """
+    if repair not in get_args(Method):
+        raise ValueError(f"repair: {repair!r} is none of {', '.join(get_args(Method))}")
+    if held_out is not None and not judged:
+        raise ValueError("held_out: agreement= and kl= are judged by it: give one of them, or leave it out")
+    if calibration is None and repair != "auto":
+        raise ValueError(f"repair: {repair!r} is fitted to samples: give calibration=batches, too")
+    if calibration is not None and compensate is False:
+        raise ValueError("calibration: it is there to repair by, which compensate=False forbids: give one of them")
 
 
 def resolve_compensate(compensate: bool | None, scores: Scores) -> bool:

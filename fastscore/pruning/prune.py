@@ -4,12 +4,11 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
-from fastscore.arguments import check_flag
 from fastscore.batches import Batch, Forward, call_model, checked_forward
 from fastscore.graph.groups import Ignore
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -23,16 +22,23 @@ from fastscore.pruning.budgets.finer_steps import say_coarse
 from fastscore.pruning.budgets.latency import select_by_latency
 from fastscore.pruning.budgets.quality import HELD_OUT, Quality, build_after, select_by_quality
 from fastscore.pruning.budgets.selection import check_removable, give_back, macs_along, scored_graph, select
-from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate, say_compensation, say_unread
+from fastscore.pruning.building import Builder
+from fastscore.pruning.options import (
+    Budgets,
+    Ranking,
+    Scope,
+    check_repair,
+    resolve_compensate,
+    say_compensation,
+    say_unread,
+)
 from fastscore.pruning.order.better import better
-from fastscore.pruning.order.measured import Measured, measurable
+from fastscore.pruning.order.measured import Measured, is_measured
 from fastscore.pruning.order.ranking import RemovalStep, ranker
-from fastscore.pruning.refusal import checked, repaired
-from fastscore.pruning.report import Candidate, Judged, new_report
+from fastscore.pruning.report import Candidate
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.saved.recipes import no_biases
-from fastscore.pruning.surgery import Surgery, macs_without, plan_surgery, replay, verify
-from fastscore.recovery.compensation import say_what_takes_no_mean
+from fastscore.pruning.surgery import Surgery, replay
 from fastscore.recovery.decisions import JudgedOutputs
 from fastscore.recovery.held_out import check_batches, split
 from fastscore.recovery.not_finite import naming_samples
@@ -136,125 +142,90 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     budgets = quality.alone(Budgets(channels, params, macs, latency), calibration)
     ranking = Ranking(scope, cost_aware, round_to, floor)
     check_removable(scores)
-    if repair not in get_args(Method):
-        raise ValueError(f"repair: {repair!r} is none of {', '.join(get_args(Method))}")
-    if held_out is not None and not quality.given:
-        raise ValueError("held_out: agreement= and kl= are judged by it: give one of them, or leave it out")
-    if calibration is None and repair != "auto":
-        raise ValueError(f"repair: {repair!r} is fitted to samples: give calibration=batches, too")
-    if calibration is not None and compensate is False:
-        raise ValueError("calibration: it is there to repair by, which compensate=False forbids: give one of them")
-    notes = {**scores.notes, **({"importances": scores.all_zero} if scores.all_zero else {})}
+    check_repair(repair, calibration, compensate, held_out, quality.given)
+    notes = dict(scores.notes)
     if scores.all_zero:
+        notes["importances"] = scores.all_zero
         warnings.warn(f"scores: {scores.all_zero}", stacklevel=4)
     means = resolve_compensate(compensate, scores)
     notes |= say_unread(scores) if means and calibration is None else {}
+    compensation = say_compensation(means, compensate, scores) if calibration is None else ""
+    measures = is_measured(measured, scores, scope, calibration, repair)
+    fit, judges = _parts(calibration, held_out, quality.given)
     clocks.check(clock, latency, model, example_inputs)
     with shown(progress):
         graph = scored_graph(model, scores, example_inputs, forward, ignore)
     if not graph.groups:
         raise ValueError(f"ignore: it leaves no channel that can go from {type(model).__name__}: ignore fewer layers")
     eval_model = evaluation_copy(model)
-    plan = partial(plan_surgery, model, eval_model, graph, scores if means else None, example_inputs, forward)
-    compensation = say_compensation(means, compensate, scores) if calibration is None else ""
-    candidates: tuple[Candidate, ...] = ()
-    judged: tuple[Judged, ...] = ()
     with fork_rng(device_of(eval_model)), shown(progress):
         costs = Costs(eval_model, graph.groups, example_inputs, checked_forward(forward),
                       means or calibration is not None, graph.samples.batch, graph.kept_biases)
-        dense = costs.by_group()
-
-        def run(smaller: nn.Module) -> int:
-            """MACs of a smaller model, as it is."""
-            return verify(smaller, example_inputs, forward, costs.returned.shape, graph.samples.batch)
-
-        def cut(removed: Mapping[str, Tensor]) -> tuple[Surgery, nn.Module, int]:
-            """(what was done, the smaller model, its MACs)."""
-            surgery = plan(removed)
-
-            def attempt(gone: Mapping[str, Tensor]) -> tuple[nn.Module, int]:
-                pruned = (surgery if gone is removed else plan(gone)).copy()
-                return pruned, run(pruned)
-
-            return surgery, *checked(attempt, removed)
-
-        def build(removed: Mapping[str, Tensor], fit: Iterable[Batch] | None) -> PruneResult:
-            """The smaller model; `costs` are without what was removed."""
-            surgery, pruned, macs_left = cut(removed)
-            bare = say_what_takes_no_mean(model, graph.groups, removed)
-            report = new_report(graph, dense, costs, macs_left, pruned, removed, candidates,
-                                {**notes, **({"means": bare} if bare else {})},
-                                compensation + (", but for what the note on means names" if bare and means
-                                                and calibration is None else ""),
-                                scores.origin.units, surgery.made_plain, surgery.made_linear)
-            made = PruneResult(pruned, report, costs.with_others(removed), surgery.removed_indices, surgery.new_biases)
-            if fit is None or not removed:
-                return made
-            return repaired(reconstruct(model, made, fit, repair, forward=forward, outputs=outputs,
-                                        process_group=process_group), run)
-
-        counted: MacsWithout | None = None
-        if budgets.macs is not None or quality.given:
-            counted = partial(macs_without, eval_model, graph.groups, example_inputs, checked_forward(forward),
-                              graph.samples.batch)
+        builder = Builder(model, eval_model, graph, costs, scores, means, example_inputs, forward,
+                          None if fit is None else partial(
+                              reconstruct, model, batches=fit, method=repair, forward=forward, outputs=outputs,
+                              process_group=process_group), notes, compensation)
+        counted = builder.macs_without if budgets.macs is not None or quality.given else None
+        if counted is not None:
             costs.learn_products(counted)
         ranked, per_channel = ranker(eval_model, graph.groups, scores, costs, budgets, ranking, example_inputs, forward)
-        fit: Iterable[Batch] | None = calibration
-        judges = held_out
-        if quality.given:
-            assert calibration is not None
-            fit, judges = split(calibration, held_out, HELD_OUT, "calibration")
-        if fit is not None:
-            check_batches(fit, "calibration")
-            fit = RememberingBatches.of(fit, "calibration")
-
-        def pruned(order: list[RemovalStep]) -> PruneResult:
-            """The smaller model, whose channels go in this order; `costs` are whole before and after."""
-            nonlocal candidates, judged
-            coarse = ""
-            if quality.given:
-                assert judges is not None
-                assert counted is not None
-                result, judged = select_by_quality(
-                    macs_along(order, costs, counted),
-                    lambda steps: build_after(order[:steps], costs, partial(build, fit=fit)), quality, eval_model,
-                    judges, forward, outputs)
-                return result
-            if budgets.latency is None:
-                removed = select(order, costs, budgets.counted, counted)
-                coarse = say_coarse(order, removed, costs, budgets.counted)
-            else:
-                removed, candidates = select_by_latency(order, costs, budgets, lambda gone: cut(gone)[1:],
-                                                        eval_model, example_inputs, forward, counted, clock)
-            try:
-                made = build(removed, fit)
-                return replace(made, report=made.report.with_notes(budget=coarse))
-            finally:
-                give_back(removed, costs)
-
-        if _is_measured(measured, scores, scope, fit, repair):
-            assert isinstance(fit, RememberingBatches)
-            seen = fit
-            found = seen.once(scores, lambda: Measured(model, eval_model, graph, scores, ranked, per_channel, seen,
-                                                       forward, outputs, process_group))
+        if judges is not None:
+            pruned = partial(_until_quality, builder, quality, judges, outputs)
+        else:
+            pruned = partial(_until_budgets, builder, budgets, counted, clock)
+        if measures:
+            assert fit is not None
+            found = fit.once(scores, partial(Measured, model, eval_model, graph, scores, ranked, per_channel, fit,
+                                             forward, outputs, process_group))
             result = better(found, ranked(scores), pruned, costs, budgets, quality.given, counted)
         else:
             result = pruned(ranked(scores))
     report = result.report
-    result = replace(result, report=replace(report, judged=judged, notes={**report.notes, **quality.coarse(judged)}))
-    if inplace:
-        surgery = Surgery(model, result.removed_indices, no_biases(model, result.new_biases))
-        with fork_rng(device_of(model)):
-            return replace(result, model=replay(model, result.model, surgery, run))
-    return result
+    result = replace(result, report=report.with_notes(**quality.coarse(report.judged)))
+    return _in_place(model, result, builder) if inplace else result
 
 
-def _is_measured(asked: bool | None, scores: Scores, scope: Scope, calibration: object, repair: Method) -> bool:
-    """Whether groups are measured. Raises ValueError where they are to be and cannot, TypeError for no bool."""
-    check_flag("measured", asked)
-    possible = calibration is not None and scope == "global" and measurable(scores)
-    if asked and not possible:
-        raise ValueError('measured: it takes calibration=batches, scope="global", and scores of channels (units='
-                         '"groups") without a sign that read gradients (taylor-sq, taylor-abs): give them, or leave '
-                         "measured= out")
-    return possible and repair in ("auto", "asymmetric") if asked is None else asked
+def _parts(calibration: Iterable[Batch] | None, held_out: Iterable[Batch] | None, judged: bool
+           ) -> tuple[RememberingBatches | None, Iterable[Batch] | None]:
+    """(batches to repair by, batches to judge a quality by); None where nothing is repaired, or judged."""
+    if calibration is None:
+        return None, None
+    fit, judges = split(calibration, held_out, HELD_OUT, "calibration") if judged else (calibration, None)
+    check_batches(fit, "calibration")
+    return RememberingBatches.of(fit, "calibration"), judges
+
+
+def _until_budgets(builder: Builder, budgets: Budgets, counted: MacsWithout | None, clock: Clock,
+                   order: list[RemovalStep]) -> PruneResult:
+    """The smaller model, of which channels went in this order until the budgets held; the builder's costs are whole
+    before and after."""
+    costs, coarse, candidates = builder.costs, "", tuple[Candidate, ...]()
+    if budgets.latency is None:
+        removed = select(order, costs, budgets.counted, counted)
+        coarse = say_coarse(order, removed, costs, budgets.counted)
+    else:
+        removed, candidates = select_by_latency(order, costs, budgets, lambda gone: builder.cut(gone)[1:],
+                                                builder.eval_model, builder.example_inputs, builder.forward, counted,
+                                                clock)
+    try:
+        made = builder.build(removed, candidates)
+        return replace(made, report=made.report.with_notes(budget=coarse))
+    finally:
+        give_back(removed, costs)
+
+
+def _until_quality(builder: Builder, quality: Quality, judges: Iterable[Batch], outputs: JudgedOutputs,
+                   order: list[RemovalStep]) -> PruneResult:
+    """Likewise, the smallest that is as good as was asked for."""
+    costs = builder.costs
+    result, judged = select_by_quality(
+        macs_along(order, costs, builder.macs_without), lambda steps: build_after(order[:steps], costs, builder.build),
+        quality, builder.eval_model, judges, builder.forward, outputs)
+    return replace(result, report=replace(result.report, judged=judged))
+
+
+def _in_place(model: nn.Module, result: PruneResult, builder: Builder) -> PruneResult:
+    """The result, with the dense model made what the smaller one is."""
+    surgery = Surgery(model, result.removed_indices, no_biases(model, result.new_biases))
+    with fork_rng(device_of(model)):
+        return replace(result, model=replay(model, result.model, surgery, builder.run))

@@ -21,11 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
+from fastscore.arguments import check_flag
 from fastscore.batches import Forward
 from fastscore.graph.cutting.surgery import removed_indices
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar
+from fastscore.pruning.options import Scope
 from fastscore.pruning.order import redundancy
 from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.pruning.surgery import Surgery
@@ -35,6 +37,7 @@ from fastscore.recovery.decisions import Decisions, JudgedOutputs
 from fastscore.recovery.divergence import divergence, names
 from fastscore.recovery.linear import estimate_inputs, rewired
 from fastscore.recovery.moments import InputMoments, layouts
+from fastscore.recovery.reconstruct import Method
 from fastscore.recovery.remembering_batches import RememberingBatches
 from fastscore.scoring.scores import Scores
 
@@ -52,6 +55,17 @@ def measurable(scores: Scores) -> bool:
     origin = scores.origin
     return (origin.units, origin.layerwise) == ("groups", "none") and origin.gradient != "none" and \
         all(bool((values >= 0).all()) for values in scores.values())
+
+
+def is_measured(asked: bool | None, scores: Scores, scope: Scope, calibration: object, repair: Method) -> bool:
+    """Whether prune() measures groups. Raises ValueError where it is to and cannot, TypeError for no bool."""
+    check_flag("measured", asked)
+    possible = calibration is not None and scope == "global" and measurable(scores)
+    if asked and not possible:
+        raise ValueError('measured: it takes calibration=batches, scope="global", and scores of channels (units='
+                         '"groups") without a sign that read gradients (taylor-sq, taylor-abs): give them, or leave '
+                         "measured= out")
+    return possible and repair in ("auto", "asymmetric") if asked is None else asked
 
 
 class Measured:

@@ -1,0 +1,81 @@
+"""From channels that go to the smaller model: cut, tried, repaired and reported."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from torch import Tensor, nn
+
+from fastscore.batches import Batch, Forward, checked_forward
+from fastscore.graph.groups import ChannelGraph
+from fastscore.pruning.budgets.costs import Costs
+from fastscore.pruning.refusal import checked, repaired
+from fastscore.pruning.report import Candidate, PruneReport, new_report
+from fastscore.pruning.result import PruneResult
+from fastscore.pruning.surgery import Surgery, macs_without, plan_surgery, verify
+from fastscore.recovery.compensation import say_what_takes_no_mean
+from fastscore.scoring.scores import Scores
+
+
+class Builder:
+    """Makes smaller models of a dense one, which stays as it is.
+
+    Args:
+        model: the dense model.
+        eval_model: an evaluation copy of it.
+        graph: its groups.
+        costs: of the whole model now; without the channels that go when `build` is called.
+        scores: of its channels; their means are compensated with where `means` says so.
+        means: whether they are.
+        example_inputs: a batch to run models on.
+        forward: how they are called.
+        repair: makes of the result of a cut that of a repaired one; None: nothing does.
+        notes: of all reports.
+        compensation: what stands in for channels that go, a line of all reports.
+    """
+
+    def __init__(self, model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, costs: Costs, scores: Scores,
+                 means: bool, example_inputs: Batch, forward: Forward,
+                 repair: Callable[[PruneResult], PruneResult] | None, notes: Mapping[str, str],
+                 compensation: str) -> None:
+        self.eval_model, self.costs, self.example_inputs, self.forward = eval_model, costs, example_inputs, forward
+        self._model, self._graph, self._means, self._units = model, graph, means, scores.origin.units
+        self._repair, self._notes, self._compensation = repair, notes, compensation
+        self._dense = costs.by_group()
+        self._plan: Callable[[Mapping[str, Tensor]], Surgery] = partial(
+            plan_surgery, model, eval_model, graph, scores if means else None, example_inputs, forward)
+        self.macs_without: Callable[[Mapping[str, Tensor]], int] = partial(
+            macs_without, eval_model, graph.groups, example_inputs, checked_forward(forward), graph.samples.batch)
+
+    def run(self, smaller: nn.Module) -> int:
+        """MACs of a smaller model, as it is; see `verify` for what it raises."""
+        return verify(smaller, self.example_inputs, self.forward, self.costs.returned.shape, self._graph.samples.batch)
+
+    def cut(self, removed: Mapping[str, Tensor]) -> tuple[Surgery, nn.Module, int]:
+        """(what was done, the smaller model, its MACs) without `removed`, group -> int64 [R].
+
+        Raises RuntimeError where it does not run, with the layers to ignore.
+        """
+        surgery = self._plan(removed)  # not in the attempt: what it raises is said as it is
+
+        def attempt(gone: Mapping[str, Tensor]) -> tuple[nn.Module, int]:
+            smaller = (surgery if gone is removed else self._plan(gone)).copy()
+            return smaller, self.run(smaller)
+
+        return surgery, *checked(attempt, removed)
+
+    def build(self, removed: Mapping[str, Tensor], candidates: tuple[Candidate, ...] = ()) -> PruneResult:
+        """The result of a cut, repaired; `costs` are without what was removed. candidates: for the report."""
+        surgery, smaller, macs = self.cut(removed)
+        made = PruneResult(smaller, self._report(surgery, smaller, macs, removed, candidates),
+                           self.costs.with_others(removed), surgery.removed_indices, surgery.new_biases)
+        return made if self._repair is None or not removed else repaired(self._repair(made), self.run)
+
+    def _report(self, surgery: Surgery, smaller: nn.Module, macs: int, removed: Mapping[str, Tensor],
+                candidates: tuple[Candidate, ...]) -> PruneReport:
+        notes, compensation = dict(self._notes), self._compensation
+        if bare := say_what_takes_no_mean(self._model, self._graph.groups, removed):
+            notes["means"] = bare
+            if self._means and self._repair is None:
+                compensation += ", but for what the note on means names"
+        return new_report(self._graph, self._dense, self.costs, macs, smaller, removed, candidates, notes, compensation,
+                          self._units, surgery.made_plain, surgery.made_linear)
