@@ -1,12 +1,16 @@
 """BatchNorms folded into the layers before them. The input of every Conv and Linear stays as it was, to rounding."""
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastscore.batches import with_float64
+from fastscore.fastpath.done_ahead import DoneAhead
+from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import hooked, parametrized
 
 # exact types: a subclass may do anything
@@ -18,14 +22,18 @@ class Folding:
     """BatchNorms folded into the weights of the layers before them, in place; `undo` brings everything back.
 
     model: an evaluation copy. normalized_by: layer -> the BatchNorm that alone reads its output. flat: Linear layers
-    whose output is [N, C]; behind others a BatchNorm normalises another dimension.
+    whose output is [N, C]; behind others a BatchNorm normalises another dimension. ahead: where what layers have made
+    waits for the BatchNorms that they hold; None of a copy that is compiled, which does not go other ways unseen.
     folded: BatchNorm -> the layer that it went into. not_folded: BatchNorm -> why it stays.
 
     In evaluation mode BatchNorm is affine for each channel, so folding is exact. The modules stay the same objects,
     whatever other names or lists the model has them in.
     """
 
-    def __init__(self, model: nn.Module, normalized_by: Mapping[str, str], flat: Collection[str]) -> None:
+    def __init__(self, model: nn.Module, normalized_by: Mapping[str, str], flat: Collection[str],
+                 ahead: DoneAhead | None) -> None:
+        self._ahead = ahead
+        self._hooks: list[RemovableHandle] = []
         self.folded: dict[str, str] = {}
         self.not_folded = {
             name: "no layer that it alone reads comes before it" for name, module in model.named_modules()
@@ -36,11 +44,11 @@ class Folding:
             reason = _why_not(layer, norm, layer_name in flat)
             if reason is None:
                 self.folded[norm_name] = layer_name
-                self._fold(layer, norm)
+                self._fold(layer_name, layer, norm)
             elif isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 self.not_folded[norm_name] = reason
 
-    def _fold(self, layer: Any, norm: Any) -> None:
+    def _fold(self, name: str, layer: Any, norm: Any) -> None:
         self._before.append((layer, norm, layer.weight, layer.bias))
         weight, mean, variance = (with_float64(x.detach()) for x in (layer.weight, norm.running_mean, norm.running_var))
         bias, factor, offset = (None if x is None else with_float64(x.detach())
@@ -58,13 +66,17 @@ class Folding:
         device = layer.weight.device
         layer.weight = nn.Parameter(new.to(device), requires_grad=False)
         layer.bias = nn.Parameter(shift.to(weight.dtype).to(device), requires_grad=False)
-        vars(norm)["forward"] = _identity
+        vars(norm)["forward"] = _identity if self._ahead is None else partial(_identity, ahead=self._ahead)
+        if self._ahead is not None:
+            self._hooks.append(layer.register_forward_hook(OwnHook(partial(_note, self._ahead, name))))
 
     def undo(self, reason: str) -> None:
         """Everything as it was before; `reason` becomes why."""
         for layer, norm, weight, bias in self._before:
             layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
             del vars(norm)["forward"]
+        for hook in self._hooks:
+            hook.remove()
         self.not_folded |= dict.fromkeys(self.folded, reason)
         self.folded.clear()
         self._before.clear()
@@ -74,7 +86,13 @@ class Folding:
         self._before.clear()
 
 
-def _identity(input: Tensor) -> Tensor:  # as BatchNorm calls it, where code calls it by keyword
+def _note(ahead: DoneAhead, name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
+    ahead.add(name, "BatchNorm", output)
+
+
+def _identity(input: Tensor, ahead: DoneAhead | None = None) -> Tensor:  # as BatchNorm calls it, or code by keyword
+    if ahead is not None:
+        ahead.take("BatchNorm", input)
     return input
 
 

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from fastscore.fastpath import cudnn_layers, packed_layers
 from fastscore.fastpath.deferred import Work, computed, deferred
+from fastscore.fastpath.done_ahead import DoneAhead
 from fastscore.fastpath.fused_taps import clamped, packed
 from fastscore.fastpath.packed_layers import RELU, ClampBounds
 from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
 from fastscore.modules.attention.projections import ProjectionLinear
+from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import hooked, parametrized
 from fastscore.ops.backends import portable
 from fastscore.taps.taps import Taps
@@ -29,23 +31,25 @@ class FusedLayers:
     taps: on the copy; a clamp publishes a tap on its output. clamps: module -> the bounds of the clamp that alone reads
     its output. folded: BatchNorm -> the layer that it went into. inputs: Conv2d or Linear -> shape of its input.
     sums: module -> the bounds of the clamp that alone reads the sum which alone reads the module's output.
-    relus: modules whose output a ReLU alone reads that is no module.
+    relus: modules whose output a ReLU alone reads that is no module. ahead: where clamps that layers have taken wait
+    for the modules that they are.
     packed: Conv2d and Linear -> the clamp that they end in, or None. added: those that have waited for what is added to
     their output, and taken the ReLU of the sum. not_packed: those that run as they are -> why.
     """
 
     def __init__(self, model: nn.Module, taps: Taps, clamps: Mapping[str, ClampBounds], folded: Mapping[str, str],
                  inputs: Mapping[str, tuple[int, ...]], sums: Mapping[str, ClampBounds],
-                 relus: Collection[str] = ()) -> None:
+                 relus: Collection[str], ahead: DoneAhead) -> None:
         self.packed: dict[str, ClampBounds | None] = {}
         self.added: set[str] = set()
         self.not_packed: dict[str, str] = {}
         self._taps: Taps = weakref.proxy(taps)  # which hold the model, whose layers hold what is made here
         self._changed: list[tuple[nn.Module, str]] = []
         # what sends back a gradient that nothing else holds
-        self._readers = {name for name, module in model.named_modules() if type(module) in LAYERS
-                         and not hooked(module) and not parametrized(module) and "forward" not in vars(module)}
-        self._rectified: Callable[[], Tensor | None] = lambda: None  # what a layer has clamped already, last
+        self._readers = {
+            name for name, module in model.named_modules() if type(module) in LAYERS
+            and not _hooked_by_others(module) and not parametrized(module) and "forward" not in vars(module)}
+        self._ahead = ahead
         bounds, sums = (dict(found) | {layer: found[norm] for norm, layer in folded.items() if norm in found}
                         for found in (clamps, sums))
         relus = {*relus, *(layer for norm, layer in folded.items() if norm in relus)}
@@ -63,9 +67,9 @@ class FusedLayers:
                 elif name in relus and clamp is None and isinstance(layer, packed_layers.Convolution):
                     self._replace(module, "forward", self._deferred_forward(self._with_relu(name, layer)))
                 else:
-                    self._run(module, layer, clamp)
+                    self._run(name, module, layer, clamp)
             elif type(module) in NORMS and name not in folded and _plain(module):
-                self._run(module, packed_layers.BatchNorm(module, bounds.get(name)), bounds.get(name))
+                self._run(name, module, packed_layers.BatchNorm(module, bounds.get(name)), bounds.get(name))
             elif type(module) in CLAMPS and "forward" not in vars(module):
                 self._clamp(module, clamp_bounds(module))
             elif isinstance(module, nn.ConvTranspose2d):
@@ -93,9 +97,9 @@ class FusedLayers:
         self._changed.append((module, name))
         vars(module)[name] = function
 
-    def _run(self, module: nn.Module, layer: packed_layers.Layer, clamp: ClampBounds | None = None) -> None:
+    def _run(self, name: str, module: nn.Module, layer: packed_layers.Layer, clamp: ClampBounds | None) -> None:
         self._replace(module, "forward", self._packed_forward(layer) if clamp is None
-                      else self._packed_clamped_forward(layer, clamp))
+                      else self._packed_clamped_forward(name, layer, clamp))
 
     def _packed_forward(self, layer: packed_layers.Layer) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
@@ -117,7 +121,7 @@ class FusedLayers:
             if not layer.takes(x, other):
                 return None
             y = clamped(x, layer, RELU, self._taps, self._readers, other, into)
-            self._rectified = weakref.ref(y)
+            self._ahead.add(name, "clamp", y)
             self.added.add(name)
             return y
 
@@ -136,12 +140,13 @@ class FusedLayers:
     def _unclamped(self, layer: packed_layers.Layer, x: Tensor, into: Tensor | None) -> Tensor:
         return packed(x, layer, self._taps, into)
 
-    def _packed_clamped_forward(self, layer: packed_layers.Layer, clamp: ClampBounds) -> Callable[[Tensor], Tensor]:
+    def _packed_clamped_forward(self, name: str, layer: packed_layers.Layer, clamp: ClampBounds
+                                ) -> Callable[[Tensor], Tensor]:
         """The module of the clamp, behind this one, has nothing left to do."""
 
         def run(x: Tensor) -> Tensor:
             y = clamped(self._taps.claim(x), layer, clamp, self._taps, self._readers)
-            self._rectified = weakref.ref(y)
+            self._ahead.add(name, "clamp", y)
             return y
 
         return run
@@ -166,7 +171,7 @@ class FusedLayers:
 
         def run(x: Tensor) -> Tensor:
             x = computed(x)
-            if x is self._rectified():
+            if self._ahead.take("clamp", x):
                 return x
             if layer.in_place and x._is_view():  # which autograd lets no function change that returns two tensors
                 return layer.forward(x)
@@ -188,6 +193,13 @@ def _to_channels_last(g: Tensor | None) -> Tensor | None:
 def clamp_bounds(module: Any) -> ClampBounds:
     """Of a module whose type is in CLAMPS."""
     return (0.0, float("inf")) if type(module) is nn.ReLU else (float(module.min_val), float(module.max_val))
+
+
+def _hooked_by_others(module: nn.Module) -> bool:
+    """Whether it has hooks that may keep, or change, gradients: others than ours, which note what has run."""
+    return hooked(module) and not all(isinstance(hook, OwnHook) for hooks in (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        for hook in hooks.values())
 
 
 def _plain(norm: Any) -> bool:

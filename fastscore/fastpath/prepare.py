@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastscore import rng
 from fastscore.batches import Batch, Forward, checked_forward, to_channels_last
 from fastscore.fastpath.compiled import compile_tapped
+from fastscore.fastpath.done_ahead import DoneAhead
 from fastscore.fastpath.folding import Folding
 from fastscore.fastpath.fusion import FusedLayers
 from fastscore.fastpath.observation import Observation, observe
@@ -42,14 +43,20 @@ class Prepared:
     observation: Observation = field(init=False)
     dtype: torch.dtype = field(init=False)  # of the passes
     folding: Folding = field(init=False)
+    ahead: DoneAhead = field(default_factory=DoneAhead)
     layers: FusedLayers | None = None
     formats: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # parameters, and as they lay in memory
     unfolded: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # layer -> its weight and bias
 
     def run(self, batch: Batch) -> Tensor:
-        """The copy's output [N, ...] for a batch; float32 or wider where a precision was asked for."""
+        """The copy's output [N, ...] for a batch; float32 or wider where a precision was asked for.
+
+        Raises RuntimeError, naming the layer, where this batch goes past something that layers have done already."""
         wide = torch.promote_types(self.dtype, torch.float32) if self.precision else self.dtype
-        return self.forward(self.copy, self.arrange(batch)).to(wide)
+        self.ahead.start()
+        output = self.forward(self.copy, self.arrange(batch)).to(wide)
+        self.ahead.finish()
+        return output
 
     def arrange(self, batch: Batch) -> Batch:
         """`batch` in the memory format of the activations."""
@@ -121,7 +128,8 @@ def _fold(prepared: Prepared) -> None:
     """BatchNorms, into the layers before them."""
     # a filter's own gradient is read from filters as they are: folding changes them
     normalized_by = {} if prepared.taps.weights else prepared.normalized_by
-    prepared.folding = Folding(prepared.copy, normalized_by, prepared.observation.flat)
+    prepared.folding = Folding(prepared.copy, normalized_by, prepared.observation.flat,
+                               None if prepared.compiled else prepared.ahead)
 
 
 def _channels_last(prepared: Prepared) -> None:
@@ -146,7 +154,8 @@ def _packed(prepared: Prepared) -> FusedLayers | None:
     if prepared.compiled or prepared.taps.weights or not prepared.any_format:
         return None
     return FusedLayers(prepared.copy, prepared.taps, prepared.observation.clamps, prepared.folding.folded,
-                       prepared.observation.inputs, prepared.observation.sums, prepared.observation.relus)
+                       prepared.observation.inputs, prepared.observation.sums, prepared.observation.relus,
+                       prepared.ahead)
 
 
 def _verify_or_undo(prepared: Prepared) -> None:
