@@ -4,7 +4,7 @@ Each is a group of one channel, a gate on the output of the branch's last module
 module and for all that runs for it alone, each of the shape that it reads: see fastscore.modules.zero_branch.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,9 +21,13 @@ from fastscore.graph.kept import branches as other_branches
 from fastscore.graph.nodes import LAYERS
 from fastscore.graph.residual_sums import (
     Call,
+    Makers,
+    Places,
     Readers,
     added_at,
     beside_shortcut,
+    holders,
+    makers_of,
     note,
     readers_of,
     runs_before,
@@ -66,10 +70,6 @@ class Branch:
         """Whether all that goes with the other goes with it."""
         return all(any(within(inner, outer) for outer in self.modules) for inner in other.modules)
 
-    def meets(self, other: "Branch") -> bool:
-        """Whether a module of one is, or holds, one of the other."""
-        return any(within(one, two) or within(two, one) for one in self.modules for two in other.modules)
-
 
 def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[list[Branch], dict[str, str]]:
     """The branches of a model, to be tried: see that_go.
@@ -91,7 +91,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[list[Bra
     finally:
         for handle in handles:
             handle.remove()
-    readers, owners = readers_of(output.grad_fn), parameter_owners(model)
+    readers, makers, owners = readers_of(output.grad_fn), makers_of(calls), parameter_owners(model)
     found: dict[Any, Branch] = {}  # by where they are added
     # where a branch is added (of one beside a shortcut, the sum alone) -> what it is called, and why it stays
     kept: dict[tuple[Any, Any], tuple[str, str]] = {}
@@ -99,7 +99,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[list[Bra
         call = calls[name][0] if len(calls[name]) == 1 else None
         added = None if call is None else added_at(call, readers)
         if call is not None and added is None:
-            where, way = _beside_shortcut(modules, name, call, calls, readers) or (None, "")
+            where, way = _beside_shortcut(modules, name, call, calls, readers, makers) or (None, "")
             why = way if isinstance(way, str) else _held_elsewhere(modules, way.modules, owners)
             if where is not None and why:
                 kept.setdefault((where[0], None), (name, why))
@@ -107,7 +107,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[list[Bra
                 found.setdefault(where, way)
         if call is None or added is None or added[0] in found or call.node is call.source:
             continue
-        before = runs_before(name, call, added[1], modules, calls, readers)
+        before = runs_before(name, call, added[1], modules, calls, readers, makers)
         ways = [] if before is None else [Branch(name, call, before)]
         for branch in [*ways, *_last_alone(modules, Branch(name, call, ()))]:
             weights = _with_weights(modules, branch)
@@ -118,18 +118,18 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[list[Bra
             else:
                 found[added[0]] = replace(branch, larger=kept.pop(added[0], ("", ""))[1])
         if before is None and added[0] not in found:
-            outer = next(other for other in modules if any(each and each.node is call.node for each in calls[other]))
-            kept.setdefault(added[0], (outer, _MORE))
+            kept.setdefault(added[0], (makers[call.node][0][1], _MORE))
     sums = {reader for reader, _ in found}
     kept = {where: stays for where, stays in kept.items() if where[1] is not None or where[0] not in sums}
     innermost = _innermost(modules, [*found.values()])
-    around = {branch.name: _INNER for branch in found.values() if not any(map(branch.meets, innermost))}
+    places = Places(name for branch in innermost for name in branch.modules)
+    around = {branch.name: _INNER for branch in found.values() if not places.meet(branch.modules)}
     stay = {**other_branches.why(modules, calls, readers, {*found, *kept}), **dict(kept.values()), **around}
     return innermost, {name: stay[name] for name in modules if name in stay}
 
 
 def _beside_shortcut(modules: Mapping[str, nn.Module], name: str, call: Call, calls: Mapping[str, list[Call | None]],
-                     readers: Readers) -> tuple[Any, Branch | str] | None:
+                     readers: Readers, makers: Makers) -> tuple[Any, Branch | str] | None:
     """(where it is added, a branch beside a shortcut that changes the shape as it does, with the larger part of the
     weights, or why it stays); None where that is none."""
     parent, _, own = name.rpartition(".")
@@ -142,7 +142,7 @@ def _beside_shortcut(modules: Mapping[str, nn.Module], name: str, call: Call, ca
     if sum_and_stream is None:
         return None
     added, stream, shortcut = sum_and_stream
-    before = runs_before(name, call, stream, modules, calls, readers)
+    before = runs_before(name, call, stream, modules, calls, readers, makers)
     if before is None:
         return added, _MORE
     branch = Branch(name, call, tuple((other, SAME) for other, _ in before), SAME - 1 - children.index(shortcut))
@@ -257,12 +257,18 @@ def _held_elsewhere(modules: Mapping[str, nn.Module], names: Collection[str], ow
 
 def _innermost(modules: Mapping[str, nn.Module], branches: Sequence[Branch]) -> list[Branch]:
     """Those whose last module holds no other; of what stands before it others may go without it."""
-    found: list[Branch] = []
+    inside = defaultdict[str, list[Branch]](list)  # module -> the branches whose last module stands in it, or is it
     for branch in branches:
-        inner = [other for other in branches if other is not branch and branch.holds(other)]
+        for outer in holders(branch.name):
+            inside[outer].append(branch)
+    found, places = list[Branch](), Places()
+    for branch in branches:
+        near = dict.fromkeys(other for outer in branch.modules for other in inside[outer])
+        inner = [other for other in near if other is not branch and branch.holds(other)]
         for way in [branch] if not inner else _last_alone(modules, branch):
-            if not any(within(other.name, way.name) for other in inner) and not any(map(way.meets, found)):
+            if not any(within(other.name, way.name) for other in inner) and not places.meet(way.modules):
                 found.append(way)
+                places.add(way.modules)
     return found
 
 

@@ -54,11 +54,14 @@ class Graph(Nodes):
         self._in_vain = set[Any]()  # autograd functions of what is computed, and not used
         self._outputs: list[Tensor] = []  # in torch 2.11, an autograd.Function's node is gone with its output
         self._module2name = {module: name for name, module in model.named_modules()}
+        self._parameter_names = {parameter: name for name, parameter in model.named_parameters()}
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
         for module in model.modules():
             if channel_norms.norm_of(module) is not None:
                 self.CUSTOMIZED_PRUNERS[type(module)] = channel_buffers.NORMS
         states = [module for module in model.modules() if recurrent.state_layers(module)]
+        self._transformers = {name: set(module.modules()) for module, name in self._module2name.items()
+                              if isinstance(module, nn.Transformer)}
         self._several = {id(layer._parameters.get("weight")): name for layer, name in self._module2name.items()
                          if name in inside}
         self.IGNORED_LAYERS_IN_TRACING = [  # whose parts the tracer is to see
@@ -74,7 +77,10 @@ class Graph(Nodes):
 
         with NotedCalls(self._weights()) as self._calls, outputs_of(self._channel_buffers()) as made, \
                 states_given(states) as self._given, outputs_of(layers_inside.of(model)) as self._inside:
+            self._own_parameters = self.unwrapped_parameters
             self.module2node = self._trace(model, None, keeping, output_transform=None)
+            self.unwrapped_parameters = self._own_parameters
+        self._unwrapped = {id(parameter) for parameter, _ in self.unwrapped_parameters}
         self._find_norms()
         self._find_channel_buffers(made)
         self._dims, self._met = {}, []
@@ -90,7 +96,9 @@ class Graph(Nodes):
         """As Torch-Pruning's; first, layers that run others come to stand where their own weights are read."""
         layers_inside.move(gradfn2module, self._inside)
         self._inside = {}
+        self.unwrapped_parameters = self._own_parameters
         super()._trace_computational_graph(module2node, output, gradfn2module, *args, **kwargs)
+        self.unwrapped_parameters = []  # or it would look for them behind each concatenation, for index maps of its own
 
     @property
     def read_elsewhere(self) -> dict[str, str]:
@@ -253,13 +261,11 @@ class Graph(Nodes):
                     known.add((name, width.attribute))
                     yield Member(name, "width", torch.from_numpy(position[inside] - width.begin),
                                  torch.from_numpy(at[inside] & index_maps.CHANNEL), attribute=width.attribute)
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.Transformer):  # whose code asks whether what it is called on has as many
-                parts = set(module.modules())
-                norms = (at for (node, _), at in positions.items() if node.type == NORM and node.module in parts)
-                for at in itertools.islice(norms, 1):
-                    yield Member(name, "width", torch.from_numpy(at >> 32),
-                                 torch.from_numpy(at & index_maps.CHANNEL), attribute="d_model")
+        for name, parts in self._transformers.items():  # whose code asks whether what it is called on has as many
+            norms = (at for (node, _), at in positions.items() if node.type == NORM and node.module in parts)
+            for at in itertools.islice(norms, 1):
+                yield Member(name, "width", torch.from_numpy(at >> 32), torch.from_numpy(at & index_maps.CHANNEL),
+                             attribute="d_model")
 
     def _cut_widths(self, node: Any, function: Any) -> Iterator[tuple[nn.Module, Width]]:
         """(module, what it keeps) of the splits and slices of what a node makes, and of a view that divides."""
@@ -334,7 +340,7 @@ class Graph(Nodes):
     def _begins(self, node: Any) -> list[int]:
         """Where each traced input of a concatenation begins. What no layer made has a width, but no node."""
         dim, begins, begin = self._dims[node], list[int](), 0
-        widths = next((widths for function, widths in self._calls.concatenated if function is node.grad_fn), None)
+        widths = self._calls.concatenated.get(node.grad_fn)
         for number, edge in enumerate(node.grad_fn.next_functions):
             if self._is_traced(edge[0]):
                 begins.append(begin)
@@ -346,5 +352,5 @@ class Graph(Nodes):
         return index_maps.SliceMap(sum(sizes[:-1]), sum(sizes))
 
     def _is_traced(self, function: Any) -> bool:
-        return function is not None and ("AccumulateGrad" not in function.name() or any(
-            function.variable is parameter for parameter, _ in self.unwrapped_parameters))
+        return function is not None and ("AccumulateGrad" not in function.name()
+                                         or id(function.variable) in self._unwrapped)

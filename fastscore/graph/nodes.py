@@ -187,7 +187,8 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
 
     def parameter_name(self, parameter: nn.Parameter) -> str:
         """The qualified name of a parameter; "" where it is none of the model's."""
-        return next((name for name, own in self.model.named_parameters() if own is parameter), "")
+        name: str = self._parameter_names.get(parameter, "")
+        return name
 
     def taken_with(self, parameter: str) -> str:
         """That an operation takes channels and a parameter of that name, and nobody knows how."""

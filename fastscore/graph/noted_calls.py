@@ -65,7 +65,7 @@ class NotedCalls(TorchFunctionMode):
         self.read_elsewhere: dict[str, str] = {}  # layer -> the class of the module whose code reads its weight
         self._taken = Counter[int]()  # id of a weight -> how often it is taken, by what the outputs are made of or not
         self.cuts: list[Cut] = []
-        self.concatenated: list[tuple[Any, list[int]]] = []
+        self.concatenated: dict[Any, list[int]] = {}  # autograd function -> the widths of what it joins
         self._views: dict[Any, View] = {}  # by their autograd functions
         self._zeros: list[tuple[Tensor, nn.Module, str]] = []  # made of a width: the module that keeps it, and where
         self._unused: dict[Any, Tensor] = {}  # autograd function -> what it made, and no later one is known to take
@@ -130,8 +130,8 @@ class NotedCalls(TorchFunctionMode):
         if func in (torch.cat, torch.concat, torch.concatenate) and output.grad_fn is not None:
             tensors = args[0] if args else kwargs["tensors"]
             dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-            self.concatenated.append((output.grad_fn, [tensor.shape[dim] if tensor.dim() > 1 else tensor.numel()
-                                                       for tensor in tensors]))
+            self.concatenated[output.grad_fn] = [tensor.shape[dim] if tensor.dim() > 1 else tensor.numel()
+                                                 for tensor in tensors]
         return output
 
     def _note_unused(self, output: Any) -> None:

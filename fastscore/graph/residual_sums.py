@@ -1,6 +1,6 @@
 """Calls of modules whose output is only added to a stream that their input comes from, in autograd's own graph."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -31,6 +31,7 @@ class Call:
 
 Calls: TypeAlias = Mapping[str, Sequence[Call | None]]
 Readers: TypeAlias = Mapping[Any, Sequence[Any]]
+Makers: TypeAlias = Mapping[Any, Sequence[tuple[int, str]]]
 
 
 def note(calls: list[Call | None]) -> Callable[..., Any]:
@@ -67,6 +68,16 @@ def readers_of(root: Any) -> Readers:
                     work.append(source)
                 readers[source].append(node)
     return readers
+
+
+def makers_of(calls: Calls) -> Makers:
+    """Autograd node -> the modules that return what it makes, and which of all modules each is."""
+    makers: dict[Any, list[tuple[int, str]]] = {}
+    for number, (name, made) in enumerate(calls.items()):
+        for each in made:
+            if each is not None:
+                makers.setdefault(each.node, []).append((number, name))
+    return makers
 
 
 def added_at(call: Call, readers: Readers) -> tuple[Any, Any] | None:
@@ -145,7 +156,7 @@ def _between(node: Any, source: Any) -> Collection[Any]:
 
 
 def runs_before(name: str, call: Call, stream: Any, modules: Mapping[str, nn.Module], calls: Calls,
-                readers: Readers) -> tuple[tuple[str, int], ...] | None:
+                readers: Readers, makers: Makers) -> tuple[tuple[str, int], ...] | None:
     """The outermost modules, with weights or of another shape than they read, that run for the module `name` alone, and
     how many things each returns.
 
@@ -162,14 +173,17 @@ def runs_before(name: str, call: Call, stream: Any, modules: Mapping[str, nn.Mod
                     own.add(source)
                     work.append(source)
     found: dict[str, int] = {}
-    for other, module in modules.items():
+    here = {other: number for node in own for number, other in makers.get(node, ())}
+    for other in sorted(here, key=here.__getitem__):
         if within(other, name) or within(name, other) or any(within(other, outer) for outer in found):
             continue
+        module = modules[other]
         made = [each for each in calls[other] if each is not None and each.node in own and each.node is not call.node]
         if made and len(made) == len(calls[other]) and all(
                 each.alone or each.source in between for each in made) and (
                 any(True for _ in module.parameters()) or any(each.shape != each.read for each in made)):
-            inner = [each for below in modules if below != other and within(below, other) for each in calls[below]]
+            below = (f"{other}.{path}" for path, _ in module.named_modules() if path)
+            inner = [each for path in below for each in calls.get(path, ())]
             if all(each is None or each.node in own for each in inner):
                 found[other] = made[0].returns
     through = {each.node: each.source for other in found for each in calls[other] if each is not None}
@@ -180,11 +194,35 @@ def runs_before(name: str, call: Call, stream: Any, modules: Mapping[str, nn.Mod
             [source for source, _ in node.next_functions if source is not None]
         work += [source for source in sources if source not in read]
         read.update(sources)
-    if any(each is not None and each.node in read and each.node not in between and each.node is not stream
-           for other in modules if not within(other, name) for each in calls[other]):
+    if any(not within(other, name) for node in read if node not in between and node is not stream
+           for _, other in makers.get(node, ())):
         return None
     return tuple(found.items())
 
 
 def within(name: str, outer: str) -> bool:
     return f"{name}.".startswith(f"{outer}.")
+
+
+def holders(name: str) -> list[str]:
+    """A module and those that it stands in, but for the model."""
+    parts = name.split(".")
+    return [".".join(parts[:size]) for size in range(1, len(parts) + 1)]
+
+
+class Places:
+    """Modules, by name, of which others are asked whether one of either is, or holds, one of the other."""
+
+    def __init__(self, modules: Iterable[str] = ()) -> None:
+        self._modules, self._holders = set[str](), set[str]()
+        self.add(modules)
+
+    def add(self, modules: Iterable[str]) -> None:
+        """So many more."""
+        for name in modules:
+            self._modules.add(name)
+            self._holders.update(holders(name))
+
+    def meet(self, modules: Iterable[str]) -> bool:
+        """Whether one of these is, holds, or stands in one of them."""
+        return any(name in self._holders or not self._modules.isdisjoint(holders(name)) for name in modules)

@@ -1,11 +1,14 @@
 """What a trace computes, in forward passes; and that what it leaves out shows nothing else."""
 
 import copy
+import cProfile
+import pstats
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,6 +41,47 @@ def test_a_trace_multiplies_less_than_in_ten_passes(build: Callable[[], nn.Modul
         found = trace(model, x)
     assert found.groups
     assert traced.get_total_flops() < 10 * 2 * count(model, x).macs
+
+
+class Block(nn.Module):
+    """Attention, of layers whose names are known, and two layers, on a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.num_heads = nn.LayerNorm(8), 2
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in range(4))
+        self.up, self.down = nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (layer(y).unflatten(-1, (-1, 4)).transpose(1, 2)
+                   for layer in (self.q_proj, self.k_proj, self.v_proj))
+        x = x + self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(torch.cat([half.relu() for half in self.up(x).chunk(2, -1)], -1))
+
+
+def cost_of(depth: int) -> tuple[int, int]:
+    """Runs of a model of so many blocks while it is traced, and functions called."""
+    torch.manual_seed(0)
+    model, runs = nn.Sequential(*(Block() for _ in range(depth))).eval(), 0
+
+    def forward(model: nn.Module, x: Tensor) -> Any:
+        nonlocal runs
+        runs += 1
+        return model(x)
+
+    with cProfile.Profile() as profile:
+        found = trace(model, torch.randn(1, 5, 8), forward, units=("blocks", "heads_and_dims"))
+    assert len(found.groups) == len(found.blocks) + 1 == 2 * depth
+    return runs, sum(calls for _, calls, *_ in pstats.Stats(profile).stats.values())
+
+
+def test_a_deeper_model_takes_as_many_runs_and_each_block_as_much_as_the_first() -> None:
+    cost_of(1)  # source files are read once
+    costs = [cost_of(depth) for depth in (3, 6, 12)]
+    assert len({runs for runs, _ in costs}) == 1
+    (_, few), (_, more), (_, most) = costs
+    assert most - more < 1.03 * 2 * (more - few)
 
 
 LAYERS = [

@@ -89,6 +89,9 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     layers = [name for name, side in indices if side in ("inputs", "outputs")]
     for handle in multihead_attention.replace_attention(model, layers) if layers else ():
         handle.make_permanent()  # whose code takes the width of a stream for that of heads
+    if any(side == "heads" for _, side in indices):
+        for handle in multihead_attention.replace_attention(model, called=()):
+            handle.make_permanent()
     for (name, side), index in indices.items():
         if side in _OF_OWNERS and not held_weights.is_held(model, name):
             _narrow_owner(model, name, side, len(index))
@@ -113,8 +116,6 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
             apart = [key for key in heads.PROJECTIONS if
                      (f"{name}.{key.replace('bias', 'weight')}", "outputs") in indices]  # a bias goes with its weight
             heads.remove(layer, index, apart)
-            for handle in multihead_attention.replace_attention(model, called=()):
-                handle.make_permanent()
             continue
         prune = surgeons[name].prune_in_channels if side == "inputs" else surgeons[name].prune_out_channels
         beside_weights.cut_with(layer, partial(prune, idxs=index.tolist()))
