@@ -7,14 +7,11 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.graph import contractions, crossings, index_maps, layers_inside, lost_ways, ties
 from fastscore.graph.cutting import channel_buffers
-from fastscore.graph.cutting.cut_widths import Width
-from fastscore.graph.groups import Member
 from fastscore.graph.index_maps import IndexMap
 from fastscore.graph.lost_ways import Key
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, TRANSPARENT, Nodes, shape, slice_of
@@ -51,6 +48,7 @@ class Graph(Nodes):
         """Trace one call of run(model, None) -> outputs, whose gradients must be enabled. inside: modules whose parts
         are traced in their place."""
         self.model, self.verbose, self.ignored_params = model, False, list[nn.Parameter]()
+        self.written = dict[str, str]()  # group -> why it does not go, if it does not run with fewer channels
         self._in_vain = set[Any]()  # autograd functions of what is computed, and not used
         self._outputs: list[Tensor] = []  # in torch 2.11, an autograd.Function's node is gone with its output
         self._module2name = {module: name for name, module in model.named_modules()}
@@ -249,39 +247,6 @@ class Graph(Nodes):
         """The id of each parameter that an operation takes, as it is or turned."""
         for source, _ in getattr(node.grad_fn, "next_functions", ()) if self._several else ():
             yield id(getattr(layers_inside.before_turned(source), "variable", None))
-
-    def kept_widths(self, positions: Positions) -> Iterator[Member]:
-        """The members of a group that are numbers which modules keep of its channels."""
-        known = set[tuple[str, str]]()
-        for (node, function), at in positions.items():
-            for owner, width in (*self._cut_widths(node, function), *self._widths_of_zeros(node, function)):
-                name, position = self._module2name[owner], at >> 32
-                inside = (position >= width.begin) & (position < width.end)
-                if (name, width.attribute) not in known and inside.any():
-                    known.add((name, width.attribute))
-                    yield Member(name, "width", torch.from_numpy(position[inside] - width.begin),
-                                 torch.from_numpy(at[inside] & index_maps.CHANNEL), attribute=width.attribute)
-        for name, parts in self._transformers.items():  # whose code asks whether what it is called on has as many
-            norms = (at for (node, _), at in positions.items() if node.type == NORM and node.module in parts)
-            for at in itertools.islice(norms, 1):
-                yield Member(name, "width", torch.from_numpy(at >> 32), torch.from_numpy(at & index_maps.CHANNEL),
-                             attribute="d_model")
-
-    def _cut_widths(self, node: Any, function: Any) -> Iterator[tuple[nn.Module, Width]]:
-        """(module, what it keeps) of the splits and slices of what a node makes, and of a view that divides."""
-        if any(source in self._dims and self.dim_after(source, node) is None for source in node.inputs):
-            yield from filter(None, [self._calls.view_of(node.grad_fn).kept.get(self._dims[node])])
-        for part in self._cuts_of(node, function):
-            if self._is_fixed(part) and (cut := self._noted(part)) is not None:
-                yield from ((cut.keeper(width), width) for width in self._widths(part) or ())
-
-    def _widths_of_zeros(self, node: Any, function: Any) -> Iterator[tuple[nn.Module, Width]]:
-        """(module, what it keeps) of zeros that a recurrent module is given as its state, where a node reads that."""
-        if (recurrent.reads_state(node.module) or recurrent.projects(node.module)) and \
-                function.__name__ == "prune_in_channels":
-            for zeros in self._given.get(node.module.owner, ()):
-                if zeros.shape[-1] == node.module.in_features and (found := self._calls.width_of(zeros)) is not None:
-                    yield found[0], Width(found[1], 0, zeros.shape[-1])
 
     def _moves(self, node: Any) -> bool:
         """Whether a view has channels in other places than before."""

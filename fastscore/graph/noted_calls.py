@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,12 +11,27 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.batches import tensors_of
-from fastscore.graph.cutting.cut_widths import Cut, View, calling_module, cut_of, view_of, width_of_code
+from fastscore.graph.cutting.cut_widths import Cut, View, calling_module, cut_of, view_of
 
 _SPLITS = (torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes)
 _SLICES = (Tensor.__getitem__, torch.narrow, Tensor.narrow)
 _VIEWS = (Tensor.view, Tensor.reshape, torch.reshape, Tensor.unflatten, torch.unflatten)
+_JOINS = (torch.cat, torch.concat, torch.concatenate)
 _ZEROS = (torch.zeros, Tensor.new_zeros)
+
+
+@dataclass(frozen=True)
+class MetZeros:
+    """Zeros that an operation takes together with what layers make.
+
+    shape: of the zeros. code: that made them. dim, begin: of a concatenation, the dimension that it joins, and where
+    they begin in that; dim is None of any other.
+    """
+
+    shape: tuple[int, ...]
+    code: Cut
+    dim: int | None = None
+    begin: int = 0
 
 
 @contextmanager
@@ -53,8 +69,8 @@ def outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[An
 class NotedCalls(TorchFunctionMode):
     """Notes what autograd does not keep: splits into parts of a given width (which look like those of chunk()) and
     slices, with the module whose code they stand in, the widths that a concatenation joins, those of tensors that
-    need no gradient included, which modules' code reads the weights of other modules' layers, of which widths that
-    modules keep zeros are made, and what is computed and not used.
+    need no gradient included, which modules' code reads the weights of other modules' layers, where zeros that the code
+    of modules makes meet what layers make, and what is computed and not used.
 
     weights: id of a weight -> the layers that hold it, with their names.
     """
@@ -67,7 +83,8 @@ class NotedCalls(TorchFunctionMode):
         self.cuts: list[Cut] = []
         self.concatenated: dict[Any, list[int]] = {}  # autograd function -> the widths of what it joins
         self._views: dict[Any, View] = {}  # by their autograd functions
-        self._zeros: list[tuple[Tensor, nn.Module, str]] = []  # made of a width: the module that keeps it, and where
+        self._zeros: dict[int, tuple[Tensor, Cut]] = {}  # memory -> zeros there, and the code that made them
+        self.met: dict[Any, list[MetZeros]] = {}  # autograd's function of an operation, module whose code calls it
         self._unused: dict[Any, Tensor] = {}  # autograd function -> what it made, and no later one is known to take
 
     def ends(self, outputs: Iterable[Tensor]) -> tuple[list[Tensor], set[Any]]:
@@ -97,18 +114,17 @@ class NotedCalls(TorchFunctionMode):
 
     def forget(self) -> None:
         """Let go what autograd keeps of operations that were noted."""
-        for noted in (self.cuts, self.concatenated, self._zeros, self._views):
+        for noted in (self.cuts, self.concatenated, self._zeros, self.met, self._views):
             noted.clear()
 
     def view_of(self, function: Any) -> View:
         """What the code says of the sizes of a view, given its autograd function."""
         return self._views.get(function, View({}, None))
 
-    def width_of(self, zeros: Tensor) -> tuple[nn.Module, str] | None:
-        """The module that keeps the last width of what such zeros are, or were made from, and its attribute."""
-        memory = zeros.untyped_storage().data_ptr()
-        return next(((owner, name) for known, owner, name in self._zeros
-                     if known.untyped_storage().data_ptr() == memory and known.shape[-1] == zeros.shape[-1]), None)
+    def zeros_of(self, zeros: Tensor) -> Cut | None:
+        """The code that made what such zeros are, or were made from; None of anything else."""
+        known = self._zeros.get(_memory(zeros)) if self._zeros else None
+        return None if known is None else known[1]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -119,19 +135,20 @@ class NotedCalls(TorchFunctionMode):
             self.cuts.append(cut)
         if func in _VIEWS and output.grad_fn is not None:
             self._views[output.grad_fn] = view_of(output, _asked(args, kwargs), cut_of(output.grad_fn))
-        if isinstance(output, Tensor) and not output.requires_grad and output.dim():
-            self._note_zeros(func, args, output)
+        joined = None
+        if func in _JOINS:
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+            joined = list(args[0] if args else kwargs["tensors"]), dim
+        if isinstance(output, Tensor) and output.dim():
+            self._note_zeros(func, (args, tuple(kwargs.values())), output, joined)
         for weight in tensors_of((args, tuple(kwargs.values()))):
             if (layers := self._weights.get(id(weight))) and _computed_from(output, weight, args, kwargs):
                 reader = calling_module()
                 own = (module for layer in layers.values() for module in layer.modules())
                 if reader is not None and not any(reader is module for module in own):
                     self.read_elsewhere |= dict.fromkeys(layers, type(reader).__name__)
-        if func in (torch.cat, torch.concat, torch.concatenate) and output.grad_fn is not None:
-            tensors = args[0] if args else kwargs["tensors"]
-            dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-            self.concatenated[output.grad_fn] = [tensor.shape[dim] if tensor.dim() > 1 else tensor.numel()
-                                                 for tensor in tensors]
+        if joined is not None and output.grad_fn is not None:
+            self.concatenated[output.grad_fn] = _widths(*joined)
         return output
 
     def _note_unused(self, output: Any) -> None:
@@ -142,12 +159,35 @@ class NotedCalls(TorchFunctionMode):
                     self._unused.pop(source, None)
                 self._unused[tensor.grad_fn] = tensor
 
-    def _note_zeros(self, func: Any, args: Any, output: Tensor) -> None:
-        """Zeros of a kept width, and what is made of such: in another dtype, say."""
-        found = width_of_code(output.shape[-1]) if func in _ZEROS else \
-            next((width for x in tensors_of(args) if self._zeros and (width := self.width_of(x)) is not None), None)
-        if found is not None and self.width_of(output) is None:
-            self._zeros.append((output, *found))
+    def _note_zeros(self, func: Any, args: Any, output: Tensor, joined: tuple[list[Tensor], int] | None) -> None:
+        """Zeros, what is made of them alone (in another dtype, say), and where they meet what layers make.
+
+        joined: of a concatenation, of what, and along which dimension."""
+        if func in _ZEROS:
+            if output.is_floating_point() and (code := cut_of(None)) is not None:
+                self._zeros.setdefault(_memory(output), (output, code))
+            return
+        found = [(x, code) for x in (tensors_of(args) if self._zeros else ()) if (code := self.zeros_of(x)) is not None]
+        if found and output.grad_fn is None:
+            self._zeros.setdefault(_memory(output), (output, found[0][1]))
+        for x, code in found if output.grad_fn is not None else ():
+            dim, begin = None, 0
+            if joined is not None:
+                tensors, dim = joined[0], joined[1] % output.dim()
+                begin = sum(_widths(tensors[:next(at for at, each in enumerate(tensors) if each is x)], dim))
+            for where in (output.grad_fn, calling_module()):
+                self.met.setdefault(where, []).append(MetZeros(tuple(x.shape), code, dim, begin))
+
+
+def _widths(tensors: Iterable[Tensor], dim: int) -> list[int]:
+    """Of tensors that are joined along `dim`."""
+    return [tensor.shape[dim] if tensor.dim() > 1 else tensor.numel() for tensor in tensors]
+
+
+def _memory(x: Tensor) -> int:
+    """What tensors share that are views of each other; 0 of those that have no memory of their own kind."""
+    plain = x.layout is torch.strided and not x.is_nested and torch._C._functorch.maybe_get_level(x) == -1
+    return x.untyped_storage().data_ptr() if plain else 0
 
 
 def _asked(args: Any, kwargs: Mapping[str, Any]) -> tuple[int, list[int]]:

@@ -9,7 +9,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from fastscore.graph import contractions, dependencies, index_maps, lost_ways, units
+from fastscore.graph import contractions, dependencies, index_maps, kept_widths, lost_ways, units
 from fastscore.graph.groups import READS, TIED, ChannelGraph, ChannelGroup, Member, Role
 from fastscore.graph.kept import reasons, unread
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
@@ -84,7 +84,9 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
             channels = graph.get_out_channels(module)
             unit = units.units_of(layers, channels, members, graph.chunks(positions))
             if int(unit.max()) > 0:
-                members += graph.kept_widths(positions)
+                members += kept_widths.of_group(graph, positions)
+                if why := kept_widths.written(graph, positions):
+                    graph.written[name] = why
                 groups.append(ChannelGroup(name, channels, unit, tuple(units.first_channel_of_each_index(members)),
                                            units.least_of(layers, unit, members)))
                 for producer in producers:

@@ -216,7 +216,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         running.check_runs_again(eval_model, whole)
     joined = surgery_trial.together(recording, tried, refused)
     made = {member.layer for group in joined for member in group.role("producer")}
-    kept |= {name: reasons.read_elsewhere(members[name], readers) or why
+    kept |= {name: reasons.of_refusal(why, members[name], recording, readers, graph.written.get(name))
              for name, why in refused.items() if name not in made}
     found = replace(found, groups=tuple(group for group in tried if group.name not in refused),
                     skipped={**found.skipped, **kept, **left}, experts=mixtures,

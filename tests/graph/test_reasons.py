@@ -158,7 +158,7 @@ CASES: Mapping[type[Chain], tuple[list[str], dict[str, str]]] = {
                          "b": "c runs under torch.no_grad() as well, where nothing can be measured",
                          "c": "its channels go with others that are kept"}),
     FromZero: (["b", "d"], {"a": "b is called as well on what no layer makes (the model's input, a constant, or what "
-                                 "detach() gives)", "c": "its channels go with those of a"}),
+                                 "detach() gives)", "c": "its channels go with others that are kept"}),
     OneBias: (["c", "d"], {name: f"{name} shares its bias with another layer" for name in "ab"}),
     NeverCalled: (["c", "d"], {"a": "the tracer cannot follow its channels to c: an operation mixes or moves "
                                   "them, or the code decides by them",

@@ -95,7 +95,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
                                  r"^second \(Standardised\) computes something else with fewer channels"),
     "a bare assert": (lambda: Beside(Fixed()), r"does not run with fewer channels there \(between \(Fixed\): Assert"),
     "a width in the code": (lambda: Beside(Scaled()), r"^second reads something else"),
-    "a recurrent state": (lambda: State(), r"does not run with fewer channels there \(State: RuntimeError: The size"),
+    "a recurrent state": (lambda: State(), r"^the code of State makes zeros of 8 channels that meet them, a number"),
     "a weight read elsewhere": (lambda: Tied(), r"^the code of Tied reads the weight of first as well$"),
 }
 

@@ -7,6 +7,7 @@ else is: by surgery on a copy.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,16 +31,18 @@ class Width:
 
 @dataclass(frozen=True)
 class Cut:
-    """A split, or slice, of a tensor.
+    """A split, or slice, of a tensor; or zeros that code makes.
 
-    function: of autograd, for its output. module: whose code it stands in. kept: attributes that this code reads ->
-    their numbers. children: those of these attributes that another module has, which the code reads them of -> it.
+    function: of autograd, for its output; None of zeros. module: whose code it stands in. kept: attributes that this
+    code reads -> their numbers. children: those of these attributes that another module has, which the code reads them
+    of -> it. written: numbers that stand in the code itself, or in globals that it reads.
     """
 
     function: Any
     module: nn.Module
     kept: Mapping[str, int | list[int]]
     children: Mapping[str, nn.Module] = field(default_factory=dict)
+    written: frozenset[int] = frozenset()
 
     def keeper(self, width: Width) -> nn.Module:
         """The module that keeps a number."""
@@ -68,6 +71,11 @@ class Cut:
         names = [self._named(bound) for bound in bounds]
         return [Width(name, 0, bound) for name, bound in zip(names, bounds, strict=True)] if all(names) else None
 
+    def of_size(self, size: int) -> Width | None:
+        """What is kept of so many channels; None where that is nothing."""
+        name = self._named(size)
+        return Width(name, 0, size) if name else None
+
     def _named(self, number: int) -> str:
         return next((name for name, value in self.kept.items() if value == number), "")
 
@@ -93,28 +101,20 @@ def view_of(output: Tensor, asked: tuple[int, Sequence[int]], cut: Cut | None) -
 
 
 def cut_of(function: Any) -> Cut | None:
-    """The split or slice that has just run, called by whatever has called this."""
+    """The split or slice, or the making of zeros, that has just run, called by whatever has called this."""
     found = _calling_frame()
     if found is None:
         return None
-    owner, names = found
+    owner, frame = found
+    names = frame.f_code.co_names
     numbers = {name: _numbers(vars(owner).get(name)) for name in names}
     kept = {name: value for name, value in numbers.items() if value is not None}
     children = {name: child for child in map(owner._modules.get, names)
                 if child is not None and not child._parameters  # a layer's own widths follow by themselves
                 for name in names if name not in kept and type(vars(child).get(name)) is int}
-    return Cut(function, owner, kept | {name: vars(child)[name] for name, child in children.items()}, children)
-
-
-def width_of_code(size: int) -> tuple[nn.Module, str] | None:
-    """The module whose code runs, called by whatever has called what calls this, and the attribute that is of `size`
-    among those that this code reads; None where there is none."""
-    found = _calling_frame()
-    if found is None:
-        return None
-    owner, names = found
-    return next(((owner, name) for name in names if type(vars(owner).get(name)) is int and vars(owner)[name] == size),
-                None)
+    known = (*frame.f_code.co_consts, *map(frame.f_globals.get, names))
+    return Cut(function, owner, kept | {name: vars(child)[name] for name, child in children.items()}, children,
+               frozenset(number for number in known if type(number) is int))
 
 
 def calling_module() -> nn.Module | None:
@@ -123,9 +123,9 @@ def calling_module() -> nn.Module | None:
     return None if found is None else found[0]
 
 
-def _calling_frame() -> tuple[nn.Module, tuple[str, ...]] | None:
-    """The innermost module whose code runs, and the names that this code reads."""
-    return next(((module, frame.f_code.co_names) for frame in frames.outwards()
+def _calling_frame() -> tuple[nn.Module, FrameType] | None:
+    """The innermost module whose code runs, and where."""
+    return next(((module, frame) for frame in frames.outwards()
                  if isinstance(module := frames.owner(frame), nn.Module)), None)
 
 

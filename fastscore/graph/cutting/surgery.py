@@ -94,7 +94,9 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
             handle.make_permanent()
     for (name, side), index in indices.items():
         if side in _OF_OWNERS and not held_weights.is_held(model, name):
-            _narrow_owner(model, name, side, len(index))
+            held_by = name.rpartition(".")[0]
+            _narrow_owner(model, name, side, len(index), [key for key in _OF_OWNERS[side]
+                                                         if (held_by, f"{SIDE}{key}") not in indices])
     # chosen beforehand: a grouped convolution that has lost inputs can look like a depthwise one
     surgeons = {name: channel_buffers.surgeon(model.get_submodule(name))
                 for name, side in indices if side in ("inputs", "outputs")
@@ -169,12 +171,13 @@ def _narrow_heads(module: nn.Module, side: str, index: Tensor) -> None:
         handed.narrow(module, index, handed.turned(module, width))
 
 
-def _narrow_owner(model: nn.Module, name: str, side: str, gone: int) -> None:
-    """Take what a layer loses off the width that the module which holds it keeps, where it is the layer's."""
+def _narrow_owner(model: nn.Module, name: str, side: str, gone: int, keys: Iterable[str]) -> None:
+    """Take what a layer loses off the width that the module which holds it keeps in one of `keys`, where it is the
+    layer's."""
     owner, layer = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
     if isinstance(layer, nn.modules.conv._ConvNd):
         width = layer.in_channels if side == "inputs" else layer.out_channels
-        for key in _OF_OWNERS[side]:
+        for key in keys:
             if vars(owner).get(key) == width:
                 setattr(owner, key, width - gone)
 

@@ -10,13 +10,14 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from fastscore.graph import units
 from fastscore.graph.cutting import beside_weights
 from fastscore.graph.groups import Member, Role
-from fastscore.graph.trials.recording import READ, Recording
+from fastscore.graph.trials.recording import MISREAD, READ, Recording
 from fastscore.modules.inspection import channel_dim, parametrized, shared_parameters
 from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.computed_weights import PLAIN, unused_parameters, why_it_computes_on
 
 UNREAD = "no Conv or Linear is found to read its channels"
 CHANGES = "their number changes on the way to"
+_FIRST = " is called as well on what no layer makes (the model's input, a constant, or what detach() gives)"
 
 
 def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Mapping[int, int],
@@ -37,8 +38,7 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
     for layer_name in sorted(consumers.intersection(recording.first_layers)):
         if layer_name in recording.without_gradients:
             return f"{layer_name} runs under torch.no_grad() as well, where nothing can be measured"
-        return f"{layer_name} is called as well on what no layer makes (the model's input, a constant, or what " \
-               "detach() gives)"
+        return f"{layer_name}{_FIRST}"
     norms = {member.layer for member in members if member.role == "norm"}
     for layer_name in sorted((consumers | norms) & recording.detached):
         return _without_gradient(layer_name, recording)
@@ -154,6 +154,15 @@ def of_leak(where: str, members: Iterable[Member], recording: Recording, readers
     return read_elsewhere(members, readers) or \
         f"the tracer cannot follow its channels to {where}: an operation mixes or moves them, or the code decides by " \
         "them"
+
+
+def of_refusal(why: str, members: Iterable[Member], recording: Recording, readers: Mapping[str, str],
+               written: str | None) -> str:
+    """Why a group is kept that cannot go by surgery.
+
+    why: as the trial says. written: what kept_widths.written says of it."""
+    first = next((layer for layer in sorted(recording.from_zeros) if why.startswith(f"{layer} {MISREAD}")), None)
+    return read_elsewhere(members, readers) or written or (f"{first}{_FIRST}" if first else why)
 
 
 def not_twice(where: str, recording: Recording) -> str:

@@ -22,6 +22,7 @@ from fastscore.modules.weights.parameter_layers import ParameterLinear
 
 Positions = Mapping[str, Tensor]  # layer -> int64 positions of its input or output
 _RETURN_ONE = {kind.forward for kind in (nn.Linear, SequenceFirstLinear, LinearWithoutKeyBias)}  # of Linears, a tensor
+MISREAD = "reads something else where some channels are gone"
 READ = "the model's own code"  # where it makes Python numbers of what layers gave
 
 
@@ -47,6 +48,7 @@ class Recording:
         self.swapped: dict[tuple[str, int], dict[str, Any]] = {}  # (layer, call) -> parameters that were put in for it
         self.transformed = set[str]()  # layers that run under torch.func, as in torch.vmap
         self.first_layers = set[str]()  # those that read what no gradient comes back from, in one call at least
+        self.from_zeros = set[str]()  # those that read zeros of which none does
         self.detached = frozenset[str]()  # those of which no gradient comes back, while something does
         self.without_gradients = set[str]()  # those that run under torch.no_grad, or inference_mode, in one call
 
@@ -185,7 +187,7 @@ class Recording:
             if x is not None:
                 self._read.append((layer, x, _version(x)))
                 if not x.requires_grad:
-                    self.first_layers.add(layer)
+                    (self.from_zeros if _is_zero(x) else self.first_layers).add(layer)
             if not torch.is_grad_enabled():
                 self.without_gradients.add(layer)
             return output
@@ -299,6 +301,13 @@ def read_by(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
 
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
+
+
+def _is_zero(x: Tensor) -> bool:
+    """Whether all that a layer reads is 0, as the state is that a cell begins with: whatever goes, it is worth nothing
+    there."""
+    x = unwrapped(x.detach())
+    return not x.is_nested and not bool(x.any())
 
 
 def unwrapped(x: Tensor) -> Tensor:

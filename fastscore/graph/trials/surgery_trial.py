@@ -22,7 +22,7 @@ from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.layers_inside import holds_norm
 from fastscore.graph.trials import plain_layers
 from fastscore.graph.trials.differences import close
-from fastscore.graph.trials.recording import Recording, read_by, unwrapped
+from fastscore.graph.trials.recording import MISREAD, Recording, read_by, unwrapped
 from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules import frames
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -206,8 +206,8 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
         read, x = _kept(before, dim, gone_in), unwrapped(x)
         if x.shape != read.shape or not _alike(x, read):
             found.misread.add(name)
-            found.layers.setdefault(name, f"{name} reads something else where some channels are gone: the code before "
-                                          "it depends on which and how many there are")
+            found.layers.setdefault(name, f"{name} {MISREAD}: the code before it depends on which and how many there "
+                                          "are")
         if name in found.layers or name in recording.transformed:
             return expected
         if (name, call) not in recording.swapped and holds_rest() and len(args) + len(kwargs) == 1 and \

@@ -1,0 +1,78 @@
+"""Numbers of channels that modules keep in attributes, by which code cuts channels, or makes zeros that meet them."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastscore.graph import index_maps
+from fastscore.graph.cutting.cut_widths import Cut, Width
+from fastscore.graph.groups import Member
+from fastscore.graph.nodes import LAYERS, NORM, PRODUCERS, shape
+from fastscore.modules.inspection import channel_dim
+from fastscore.modules.weights import recurrent
+
+
+def of_group(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Iterator[Member]:
+    """The members of a group that are numbers which modules keep of its channels.
+
+    Args:
+        graph: of the tracer.
+        positions: of the group, as `graph` has them.
+    """
+    known = set[tuple[str, str]]()
+    for (node, function), at in positions.items():
+        for owner, width in (*_of_cuts(graph, node, function), *_of_zeros(graph, node, function)):
+            name, position = graph._module2name[owner], at >> 32
+            inside = (position >= width.begin) & (position < width.end)
+            if (name, width.attribute) not in known and inside.any():
+                known.add((name, width.attribute))
+                yield Member(name, "width", torch.from_numpy(position[inside] - width.begin),
+                             torch.from_numpy(at[inside] & index_maps.CHANNEL), attribute=width.attribute)
+    for name, parts in graph._transformers.items():  # whose code asks whether what it is called on has as many
+        norms = (at for (node, _), at in positions.items() if node.type == NORM and node.module in parts)
+        for at in itertools.islice(norms, 1):
+            yield Member(name, "width", torch.from_numpy(at >> 32), torch.from_numpy(at & index_maps.CHANNEL),
+                         attribute="d_model")
+
+
+def written(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> str | None:
+    """Why a group does not go if zeros meet its channels of a width that stands in the code; None where none do."""
+    return next((f"the code of {type(code.module).__name__} makes zeros of {size} channels that meet them, a number "
+                 "that is written there: let a module keep it (self.hidden), or take it from a layer"
+                 for node, function in positions for code, size, _ in _zeros_at(graph, node, function)
+                 if size in code.written and code.of_size(size) is None), None)
+
+
+def _of_cuts(graph: Any, node: Any, function: Any) -> Iterator[tuple[nn.Module, Width]]:
+    """(module, what it keeps) of the splits and slices of what a node makes, and of a view that divides."""
+    if any(source in graph._dims and graph.dim_after(source, node) is None for source in node.inputs):
+        yield from filter(None, [graph._calls.view_of(node.grad_fn).kept.get(graph._dims[node])])
+    for part in graph._cuts_of(node, function):
+        if graph._is_fixed(part) and (cut := graph._noted(part)) is not None:
+            yield from ((cut.keeper(width), width) for width in graph._widths(part) or ())
+
+
+def _of_zeros(graph: Any, node: Any, function: Any) -> Iterator[tuple[nn.Module, Width]]:
+    for code, size, begin in _zeros_at(graph, node, function):
+        if (width := code.of_size(size)) is not None:
+            yield code.keeper(width), Width(width.attribute, begin, begin + size)
+
+
+def _zeros_at(graph: Any, node: Any, function: Any) -> Iterator[tuple[Cut, int, int]]:
+    """(code that made zeros, their width, where they begin) for those that a node reads, or makes something of: the
+    state that a recurrent module is given, or one of a cell that is written by hand."""
+    reads = node.type in LAYERS and function.__name__ == "prune_in_channels"
+    if reads and (recurrent.reads_state(node.module) or recurrent.projects(node.module)):
+        for zeros in graph._given.get(node.module.owner, ()):
+            if zeros.shape[-1] == node.module.in_features and (code := graph._calls.zeros_of(zeros)) is not None:
+                yield code, zeros.shape[-1], 0
+    for met in graph._calls.met.get(node.module, ()) if reads else ():
+        yield met.code, met.shape[channel_dim(node.module)], 0
+    for met in graph._calls.met.get(node.grad_fn, ()) if node in graph._dims and node.type not in PRODUCERS else ():
+        at, joined = graph._dims[node] - len(shape(node)), met.dim == graph._dims[node]
+        if -at <= len(met.shape) and (joined or met.shape[at] == shape(node)[at]):
+            yield met.code, met.shape[at], met.begin if joined else 0
