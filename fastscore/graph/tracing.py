@@ -70,7 +70,15 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
     if known is not None and searched <= known.searched:
         return known
     searched |= known.searched if known is not None else frozenset()
-    example_inputs = batches.map_tensors(batches.usable, example_inputs)
+    with fork_rng(device_of(model)):
+        graph = _traced_anew(model, batches.map_tensors(batches.usable, example_inputs), forward, samples, searched)
+    cache.put(model, example_inputs, forward, graph)
+    return graph
+
+
+def _traced_anew(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward,
+                 samples: batches.Batch | None, searched: frozenset[str]) -> ChannelGraph:
+    """See trace. searched: the coarser and finer units that are looked for."""
     check_first_run(model, example_inputs, forward)
     computed_in_run.note(model, forward, example_inputs, samples)
     eval_model = evaluation_copy(model)
@@ -92,7 +100,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         return [tensor for tensor in tensors.values() if tensor.requires_grad or not torch.is_grad_enabled()]
 
     counted = CountedRun(eval_model, example_inputs, forward)
-    with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), recurrent.sketched(eval_model), \
+    with torch.enable_grad(), without_checkpoints(), recurrent.sketched(eval_model), \
             working(f"tracing {type(model).__name__}"):
         try:
             found, ran, explained = _traced(eval_model, run, searched, batches.way_out(forward, example_inputs))
@@ -121,9 +129,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
                              "`x = x + branch(x)`, where it says `x += branch(x)`") from error
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained))
     axes = replace(axes, transposing=samples_second.transposing(forward, samples))
-    graph = replace(graph, samples=axes, searched=searched, **counted.products(axes.batch))
-    cache.put(model, example_inputs, forward, graph)
-    return graph
+    return replace(graph, samples=axes, searched=searched, **counted.products(axes.batch))
 
 
 def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], searched: Container[str],

@@ -1,6 +1,7 @@
 """The evaluation copy: a model that shares the parameters of the user's, and may be changed at will."""
 
 import inspect
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -34,15 +35,43 @@ def own_copies(model: nn.Module) -> dict[int, Any]:
     return computed | scripted.copies(model)
 
 
-def _writes_to_its_weight(module: nn.Module) -> bool:
-    """Whether a forward pass may write to the module's parameters: rows of an embedding that are scaled in place to a
-    norm, or code of a class of its own that writes to tensors (`self.weight.data *= self.mask`)."""
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return module.max_norm is not None
-    forward = inspect.getattr_static(type(module), "forward")
-    code = getattr(inspect.unwrap(forward), "__code__", None) if inspect.isfunction(forward) else None
-    return code is not None and not type(module).__module__.startswith("torch.") and any(
-        name == "data" or (name.endswith("_") and not name.endswith("__")) for name in code.co_names)
+def _may_be_written(module: nn.Module) -> Iterator[nn.Parameter | None]:
+    """The parameters that a forward pass of the module's own code may write to: rows of an embedding that are scaled in
+    place to a norm; what code that writes to tensors (`self.weight.data *= self.mask`) holds, or names in its parts."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        yield from module._parameters.values()
+    if type(module).__module__.startswith("torch."):
+        return
+    names = _named_in_forward(type(module))
+    if not any(name == "data" or name.endswith("_") for name in names):
+        return
+    yield from module._parameters.values()
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[2] in names or names & _ALL_PARAMETERS:
+            yield parameter
+
+
+_ALL_PARAMETERS = {"parameters", "named_parameters", "state_dict", "_parameters"}
+
+
+def _named_in_forward(kind: type[nn.Module]) -> set[str]:
+    """The attributes that a class's forward names, and so do the methods and functions of its file that it calls."""
+    names, work = set[str](), [inspect.unwrap(inspect.getattr_static(kind, "forward"))]
+    seen = set[Any]()
+    while work:
+        function = work.pop()
+        if not inspect.isfunction(function) or function in seen or function.__module__.startswith("torch."):
+            continue
+        seen.add(function)
+        codes = [function.__code__]
+        while codes:
+            code = codes.pop()
+            codes += [part for part in code.co_consts if inspect.iscode(part)]  # those of lambdas, say
+            names |= {name for name in code.co_names if name != "requires_grad_" and not name.endswith("__")}
+            for name in code.co_names:
+                found = inspect.getattr_static(kind, name, function.__globals__.get(name))
+                work.append(inspect.unwrap(getattr(found, "fget", getattr(found, "__func__", found))))
+    return names
 
 
 def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
@@ -65,8 +94,7 @@ def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
     shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
                               for parameter in model.parameters()}
     shared |= {id(parameter): nn.Parameter(parameter.detach().clone(), requires_grad=False)
-               for module in model.modules() if _writes_to_its_weight(module)
-               for parameter in module._parameters.values() if parameter is not None}
+               for module in model.modules() for parameter in _may_be_written(module) if parameter is not None}
     shared |= {id(part): scripted.opaque(part) for _, part in scripted.outermost(model)}
     shared |= {id(tensor): tensor.detach() for tensor in computed_tensors(model)}
     eval_model = deepcopy(model, shared)

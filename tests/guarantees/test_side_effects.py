@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import fastscore
 from fastscore import Scorer
+from fastscore.graph.tracing import trace
 
 PLAIN = NETWORKS["plain"]
 
@@ -279,6 +280,8 @@ def test_random_numbers_of_python_and_numpy_come_back_too() -> None:
     result = fastscore.prune(model, scores, x, macs=0.8)
     options = {"forward": drawing, "progress": False}
     for what in (
+            lambda: trace(PLAIN.model(), x, drawing),
+            lambda: Scorer(PLAIN.model(), x, forward=drawing),
             lambda: fastscore.score(model, [x], **options),
             lambda: fastscore.prune(model, scores, x, macs=0.8, calibration=[x, x], **options),
             lambda: fastscore.reconstruct(model, result, [x, x], **options),

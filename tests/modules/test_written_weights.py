@@ -1,0 +1,71 @@
+"""Models whose forward pass writes to weights, their own or those of their parts: a user's stay as they are."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracles import untouched
+from torch import Tensor, nn
+
+import fastscore
+from fastscore.graph.tracing import trace
+from fastscore.modules.evaluation_copy import evaluation_copy
+
+
+class Writing(nn.Module):
+    """Writes to the weight of a part by the way of that name, as transformers' RWKV does before its first pass."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 10), nn.Linear(10, 8), nn.Linear(8, 3)
+        self.scale, self.way, self.done = nn.Parameter(torch.rand(10)), way, False
+
+    def once(self) -> None:
+        if not self.done:
+            self.second.weight.data.div_(2)
+            self.done = True
+
+    def every(self) -> None:
+        for parameter in self.second.parameters():
+            parameter.data.clamp_(-0.2, 0.2)
+
+    def own(self) -> None:
+        with torch.no_grad():
+            self.scale.clamp_(0, 0.5)
+
+    def elsewhere(self) -> None:
+        _clip(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        {"once": self.once, "every": self.every, "own": self.own, "elsewhere": self.elsewhere}[self.way]()
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)) * self.scale)))
+
+
+def _clip(model: Writing) -> None:
+    model.second.weight.data.clamp_(-0.2, 0.2)
+
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+CALLS: dict[str, Callable[[nn.Module], object]] = {
+    "trace": lambda model: trace(model, X),
+    "score": lambda model: fastscore.score(model, [X], progress=False),
+    "scorer": lambda model: fastscore.Scorer(model, X),
+    "prune": lambda model: fastscore.prune(
+        model, fastscore.score(model, [X], importance="magnitude-l2", progress=False), X, channels=0.8)}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("way", ["once", "every", "own", "elsewhere"])
+def test_a_users_weights_stay(way: str, call: str) -> None:
+    model = Writing(way).eval()
+    with untouched(model):
+        CALLS[call](model)
+    assert not model.done
+
+
+def test_weights_that_no_code_names_are_shared() -> None:
+    model = Writing("once")
+    copied = evaluation_copy(nn.Sequential(model, nn.Linear(3, 3)))
+    assert copied[0].second.weight.data_ptr() != model.second.weight.data_ptr()
+    plain = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    assert evaluation_copy(plain)[0].weight.data_ptr() == plain[0].weight.data_ptr()
