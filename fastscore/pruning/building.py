@@ -77,5 +77,7 @@ class Builder:
             notes["means"] = bare
             if self._means and self._repair is None:
                 compensation += ", but for what the note on means names"
+        if self._means and self._repair is None and removed and not surgery.new_biases:
+            compensation = "removed channels: read as zero (no bias can take what they gave on average)"
         return new_report(self._graph, self._dense, self.costs, macs, smaller, removed, candidates, notes, compensation,
                           self._units, surgery.made_plain, surgery.made_linear)

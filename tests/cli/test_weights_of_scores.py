@@ -1,6 +1,7 @@
 """`--scores` and the weights of the model: missing ones are an error, other ones are kept apart from the scores'."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,6 @@ def test_a_curve_says_which_weights_it_measured(capsys: pytest.CaptureFixture[st
     assert main(["report", "s", "--curve", "one.pt.json", "--out", "r.html"]) == 0
     assert main(["report", "s", "--curve", "other.pt.json", "--out", "r.html"]) == 2
     assert "was measured on another model, whose checkpoint is other.pt (sha256 " in capsys.readouterr().err
+    shutil.copy("one.pt", "moved.pt")
+    assert main(command("curve", "--checkpoint", "moved.pt", "--scores", "s", out="moved.json")) == 0
+    assert main(["report", "s", "--curve", "moved.json", "--out", "r.html"]) == 0  # the same weights, elsewhere

@@ -135,6 +135,19 @@ def test_a_layer_that_makes_a_part_of_the_channels_keeps_one() -> None:
         fastscore.prune(model, scores, x, channels=0.2)
 
 
+def test_a_report_says_where_no_bias_takes_what_channels_gave() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=32)).eval()
+    batch = {"input_ids": torch.randint(40, (4, 8))}
+    scores = fastscore.score(model, [batch], units="experts", forward=forward, progress=False)
+    result = fastscore.prune(model, scores, batch, params=0.7, forward=forward)
+    assert not result.new_biases
+    assert "removed channels: read as zero (no bias can take what they gave on average)" in str(result.report)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_stay_as_wide_as_their_product_takes_them(dtype: torch.dtype) -> None:
     """PyTorch's product of all experts at once takes rows of multiples of 16 bytes alone."""
