@@ -151,7 +151,7 @@ ACTIONS: list[Callable[[nn.Module, Tensor], None]] = [
 MODELS: list[Callable[[], tuple[nn.Module, Tensor]]] = [
     *(lambda name=name: (NETWORKS[name].model(), NETWORKS[name].inputs(2)) for name in
       ("plain", "residual", "inplace", "mobile", "unet", "mlp", "recurrent")),
-    *(lambda seed=seed: (generate(seed).model, generate(seed).inputs(2)) for seed in (6, 11, 17, 28))]
+    *(lambda seed=seed: (generate(seed).model, generate(seed).inputs(2)) for seed in (6, 11, 17, 27))]
 
 
 @settings(max_examples=8, deadline=None, derandomize=True, database=None)
