@@ -71,7 +71,7 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
         return known
     searched |= known.searched if known is not None else frozenset()
     with fork_rng(device_of(model)):
-        graph = _traced_anew(model, batches.map_tensors(batches.usable, example_inputs), forward, samples, searched)
+        graph = _traced_anew(model, batches.map_tensors(_to_try, example_inputs), forward, samples, searched)
     cache.put(model, example_inputs, forward, graph)
     return graph
 
@@ -116,7 +116,7 @@ def _traced_anew(model: nn.Module, example_inputs: batches.Batch, forward: batch
                     inactive = inactive - ran_in_training
         found = training_only.read_in_training(eval_model, found)
         found = returned_trial.offered(model, eval_model, computed_in_run.less(eval_model, found), run)
-        samples = example_inputs if samples is None else batches.map_tensors(batches.usable, samples)
+        samples = example_inputs if samples is None else batches.map_tensors(_to_try, samples)
         try:
             axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples, example_inputs,
                                         counted.once)
@@ -130,6 +130,12 @@ def _traced_anew(model: nn.Module, example_inputs: batches.Batch, forward: batch
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained))
     axes = replace(axes, transposing=samples_second.transposing(forward, samples))
     return replace(graph, samples=axes, searched=searched, **counted.products(axes.batch))
+
+
+def _to_try(tensor: Tensor) -> Tensor:
+    """A tensor to try a model on: zeros for NaN, of which no two are equal; a pass of scores says where they are."""
+    tensor = batches.usable(tensor)
+    return torch.where(tensor.isnan(), 0, tensor) if tensor.is_floating_point() and tensor.isnan().any() else tensor
 
 
 def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], searched: Container[str],

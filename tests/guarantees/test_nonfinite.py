@@ -1,5 +1,7 @@
 """Numbers that networks make when things go wrong: in the ops, in the scores, and over very many samples."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -277,3 +279,16 @@ def test_adding_a_sample_at_a_time_is_one_addition_in_float64():
         totals.add([("1", torch.tensor([value, 0.0, 0.0]).reshape(3, 1, 1))], 1)
         want[n % 2] += value
     assert totals.state_dict()["totals"]["0"].flatten().tolist() == want
+
+
+def test_nan_in_the_first_sample_leaves_no_word_about_the_next_batches() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4)).eval()
+    good = torch.randn(4, 3, 6, 6)
+    bad = good.clone()
+    bad[0, 0, 0, 0] = torch.nan
+    with pytest.raises(FloatingPointError):
+        fastscore.score(model, [bad], progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastscore.score(model, [good], progress=False)
