@@ -19,7 +19,7 @@ from fastscore.pruning.budgets import clocks
 from fastscore.pruning.budgets.clocks import Clock
 from fastscore.pruning.budgets.costs import Costs, MacsWithout
 from fastscore.pruning.budgets.finer_steps import say_coarse
-from fastscore.pruning.budgets.latency import select_by_latency
+from fastscore.pruning.budgets.latency import say_slower, select_by_latency
 from fastscore.pruning.budgets.quality import HELD_OUT, Quality, build_after, select_by_quality
 from fastscore.pruning.budgets.selection import check_removable, give_back, macs_along, scored_graph, select
 from fastscore.pruning.building import Builder
@@ -209,7 +209,7 @@ def _until_budgets(builder: Builder, budgets: Budgets, counted: MacsWithout | No
                                                 clock)
     try:
         made = builder.build(removed, candidates)
-        return replace(made, report=made.report.with_notes(budget=coarse))
+        return replace(made, report=made.report.with_notes(budget=coarse, latency=say_slower(candidates)))
     finally:
         give_back(removed, costs)
 

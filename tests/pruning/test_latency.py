@@ -21,9 +21,9 @@ from fastscore.graph.blocks import with_blocks
 from fastscore.graph.tracing import trace
 from fastscore.pruning.budgets import latency
 from fastscore.pruning.budgets.costs import Costs, total_macs
-from fastscore.pruning.budgets.latency import TOLERANCE, foreseen_times
+from fastscore.pruning.budgets.latency import TOLERANCE, foreseen_times, say_slower
 from fastscore.pruning.order.ranking import RemovalStep
-from fastscore.pruning.report import Timing
+from fastscore.pruning.report import Candidate, Timing
 
 
 class Branches(nn.Module):
@@ -257,3 +257,12 @@ def test_a_branch_that_goes_takes_the_time_of_all_that_it_holds(monkeypatch: pyt
         (chosen,) = (tried for tried in report.candidates if tried.chosen)
         assert chosen.timing.share <= share
         assert chosen.timing.share == pytest.approx(report.macs[1] / report.macs[0])
+
+
+def test_a_note_says_where_smaller_models_were_slower() -> None:
+    def tried(*shares: float) -> list[Candidate]:
+        return [Candidate(0.5, 0.5, 0.5, Timing((1.0, share), 0.01, "onnxruntime"), False) for share in shares]
+
+    assert say_slower(tried(0.7, 1.015)) == ""
+    assert say_slower(tried(0.7, 1.61, 1.18)).startswith(
+        "2 of 3 smaller models that were timed took longer than the dense one (up to 161% of its time): onnxruntime")

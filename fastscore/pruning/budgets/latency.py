@@ -234,6 +234,14 @@ def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Budgets,
     return channels_of(taken), tuple(rows)
 
 
+def say_slower(candidates: Sequence[Candidate]) -> str:
+    """A note on smaller models that took longer than the dense one, by more than that is uncertain by; else empty."""
+    slower = [one.timing for one in candidates if one.timing.share > 1 + max(one.timing.uncertainty, TOLERANCE)]
+    return f"{len(slower)} of {len(candidates)} smaller models that were timed took longer than the dense one (up to " \
+           f"{max(timing.share for timing in slower):.0%} of its time): {slower[0].clock} is slow at such widths; " \
+           "round_to=\"auto\" or 8 leaves others, and more channels" if slower else ""
+
+
 def _left_along(order: Sequence[RemovalStep], costs: Costs) -> list[dict[Resource, float]]:
     """What remains after 0, 1, 2, ... steps, as shares of the dense cost. costs: whole; so again afterwards."""
     left = [dict(costs.totals)]
