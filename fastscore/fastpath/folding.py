@@ -31,7 +31,7 @@ class Folding:
     """
 
     def __init__(self, model: nn.Module, normalized_by: Mapping[str, str], flat: Collection[str],
-                 ahead: DoneAhead | None) -> None:
+                 ahead: DoneAhead | None = None) -> None:
         self._ahead = ahead
         self._hooks: list[RemovableHandle] = []
         self.folded: dict[str, str] = {}

@@ -40,7 +40,7 @@ def _may_be_written(module: nn.Module) -> Iterator[nn.Parameter | None]:
     place to a norm; what code that writes to tensors (`self.weight.data *= self.mask`) holds, or names in its parts."""
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
         yield from module._parameters.values()
-    if type(module).__module__.startswith("torch."):
+    if _is_torchs(type(module)):
         return
     names = _named_in_forward(type(module))
     if not any(name == "data" or name.endswith("_") for name in names):
@@ -54,13 +54,17 @@ def _may_be_written(module: nn.Module) -> Iterator[nn.Parameter | None]:
 _ALL_PARAMETERS = {"parameters", "named_parameters", "state_dict", "_parameters"}
 
 
+def _is_torchs(thing: Any) -> bool:
+    return str(thing.__module__).startswith("torch.")  # what exec() made has None
+
+
 def _named_in_forward(kind: type[nn.Module]) -> set[str]:
     """The attributes that a class's forward names, and so do the methods and functions of its file that it calls."""
     names, work = set[str](), [inspect.unwrap(inspect.getattr_static(kind, "forward"))]
     seen = set[Any]()
     while work:
         function = work.pop()
-        if not inspect.isfunction(function) or function in seen or function.__module__.startswith("torch."):
+        if not inspect.isfunction(function) or function in seen or _is_torchs(function):
             continue
         seen.add(function)
         codes = [function.__code__]

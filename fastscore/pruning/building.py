@@ -73,11 +73,12 @@ class Builder:
     def _report(self, surgery: Surgery, smaller: nn.Module, macs: int, removed: Mapping[str, Tensor],
                 candidates: tuple[Candidate, ...]) -> PruneReport:
         notes, compensation = dict(self._notes), self._compensation
-        if bare := say_what_takes_no_mean(self._model, self._graph.groups, removed):
+        bare = say_what_takes_no_mean(self._model, self._graph.groups, removed)
+        if bare:
             notes["means"] = bare
-            if self._means and self._repair is None:
-                compensation += ", but for what the note on means names"
         if self._means and self._repair is None and removed and not surgery.new_biases:
             compensation = "removed channels: read as zero (no bias can take what they gave on average)"
+        elif self._means and self._repair is None and bare:
+            compensation += ", but for what the note on means names"
         return new_report(self._graph, self._dense, self.costs, macs, smaller, removed, candidates, notes, compensation,
                           self._units, surgery.made_plain, surgery.made_linear)

@@ -65,7 +65,7 @@ def test_a_folded_layer_puts_out_what_layer_and_norm_did(name: str, affine: bool
     model[1].running_var.uniform_(0.5, 2)
     eval_model, x = evaluation_copy(model), inputs(2, 3, 7, 7)
     with untouched(model):
-        folding = Folding(eval_model, {"0": "1"}, (), None)
+        folding = Folding(eval_model, {"0": "1"}, ())
         torch.testing.assert_close(eval_model(x), model(x), rtol=1e-12, atol=1e-12)
         assert folding.folded == {"1": "0"}
         assert not torch.equal(eval_model[0](x), model[0](x))
