@@ -135,7 +135,8 @@ def _traced_anew(model: nn.Module, example_inputs: batches.Batch, forward: batch
 def _to_try(tensor: Tensor) -> Tensor:
     """A tensor to try a model on: zeros for NaN, of which no two are equal; a pass of scores says where they are."""
     tensor = batches.usable(tensor)
-    return torch.where(tensor.isnan(), 0, tensor) if tensor.is_floating_point() and tensor.isnan().any() else tensor
+    may_hold_nan = tensor.is_floating_point() and not tensor.is_meta  # check_first_run says what meta tensors lack
+    return torch.where(tensor.isnan(), 0, tensor) if may_hold_nan and tensor.isnan().any() else tensor
 
 
 def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], searched: Container[str],
