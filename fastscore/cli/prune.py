@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import warnings
 from dataclasses import asdict, replace
 from typing import Any, get_args
 
@@ -70,11 +71,11 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Score where there are no scores yet, prune, print, write."""
-    asked = Budgets(**{name: getattr(arguments, name) for name in ("channels", "params", "macs", "latency")})
-    if not asked.given and arguments.agreement is None:
+    budgets = Budgets(**{name: getattr(arguments, name) for name in ("channels", "params", "macs", "latency")})
+    if not budgets.given and arguments.agreement is None:
         raise ValueError("budget: name what is to remain: --macs 0.7, --params, --channels or --latency, or "
                          "--agreement 0.98 for as little as will do")
-    Quality(arguments.agreement, None, arguments.confidence).alone(asked, True)  # before minutes of work
+    Quality(arguments.agreement, None, arguments.confidence).alone(budgets, True)  # before minutes of work
     Ranking(arguments.scope, arguments.cost_aware, arguments.round_to, arguments.floor)
     check_out(arguments)
     scores = None if arguments.scores is None else options.load_scores(arguments)
@@ -99,12 +100,16 @@ def run(arguments: argparse.Namespace) -> None:
         tell(f"repaired on {repaired_on}")  # not on what was scored
         scores = replace(scores, notes={**scores.notes, "repaired on": repaired_on})
     example = options.example(arguments, prepare)
-    result = fastscore.prune(model, scores, example, **repair,
-                             **{name: getattr(arguments, name) for name in
-                                ("channels", "params", "macs", "latency", "agreement", "confidence", "scope",
-                                 "clock", "cost_aware", "round_to", "floor", "compensate", "measured", "ignore")})
+    asked = {name: getattr(arguments, name) for name in (
+        "channels", "params", "macs", "latency", "agreement", "confidence", "scope", "clock", "cost_aware", "round_to",
+        "floor", "compensate", "measured", "ignore")}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "agreement: ")  # the report has it
+        result = fastscore.prune(model, scores, example, **repair, **asked)
     save(result, example, arguments.out)
     print(json.dumps(asdict(result.report)) if arguments.json else result.report)
+    if arguments.json and "agreement" in result.report.notes:
+        tell(f"agreement: {result.report.notes['agreement']}")
     _tell_quality(result.report)
     wrote(arguments.out)
 

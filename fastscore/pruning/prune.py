@@ -102,7 +102,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
         agreement: in place of the budgets: the smallest network along the removal order, repaired, that makes at least
             this share of the dense model's decisions (of outputs judged by error: such an R²), found by bisection on
             samples that no repair has seen (see fastscore.pruning.budgets.quality); report.judged has what was tried.
-            It needs calibration.
+            It needs calibration. Where few judge, a warning says what they show of others.
         kl: likewise: the largest mean KL divergence from the dense model's outputs, in nats (of outputs judged by
             error: the squared error as a share of their variance).
         confidence: such as 0.95: the agreement holds, with this probability at least, beyond the samples that judge;
@@ -180,8 +180,9 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             result = better(found, ranked(scores), pruned, costs, budgets, quality.given, counted)
         else:
             result = pruned(ranked(scores))
-    report = result.report
-    result = replace(result, report=report.with_notes(**quality.coarse(report.judged)))
+    if few := quality.few(result.report.judged):
+        warnings.warn(f"agreement: {few}", stacklevel=4)
+    result = replace(result, report=result.report.with_notes(agreement=few))
     return _in_place(model, result, builder) if inplace else result
 
 

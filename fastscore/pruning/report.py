@@ -97,6 +97,7 @@ class Judged:
         decisions: how many were compared.
         chosen: whether it is the one that prune() returned.
         by_error, mixed: as in fastscore.recovery.divergence.Divergence.
+        samples: that judged.
     """
 
     macs: float
@@ -107,6 +108,7 @@ class Judged:
     chosen: bool
     by_error: bool = False
     mixed: Mixed = ""
+    samples: int = 0
 
     def __str__(self) -> str:
         agreement, kl = names(self.by_error, self.mixed)

@@ -158,6 +158,16 @@ def test_what_held_the_agreement_is_what_is_said_and_kept(capsys: pytest.Capture
     assert "before the repair" not in said.err
 
 
+def test_few_images_that_judge_are_said_once(capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+                                             ) -> None:
+    for more in ((), ("--json",)):
+        assert main(["prune", *MODEL, "--agreement", "0.8", "--repair", "mean", "--out", "s.safetensors", *more]) == 0
+        told = capsys.readouterr()
+        said = re.findall("of 10 decisions agree, .*--confidence 0.95", told.out + told.err)
+        assert len(said) == 1 + bool(more)  # for whoever reads no JSON
+    assert not [warned for warned in recwarn if "agree" in str(warned.message)]
+
+
 def test_branches_go_and_what_is_left_is_repaired(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["prune", "nets.py:residual", *MODEL[1:], "--units", "blocks", "--out", "small.safetensors"]
     assert main([*arguments, "--macs", "0.3"]) == 0

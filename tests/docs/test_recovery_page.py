@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 
-from fastscore.pruning.budgets.quality import Quality
+from fastscore.pruning.budgets.quality import samples_needed
 
 PAGE = Path(__file__).parents[2] / "docs" / "recovery.md"
 
@@ -40,5 +40,8 @@ def test_its_numbers_of_samples_are_those_that_a_bound_takes() -> None:
     page = " ".join(PAGE.read_text().split())
     found = re.search(r"0\.98 at 95 % takes (\d+) samples .*?\(0\.95: (\d+); 0\.99: (\d+)\)", page)
     assert found is not None
-    assert [int(number) for number in found.groups()] == [Quality(agreement=share, confidence=0.95).samples_needed()
+    assert [int(number) for number in found.groups()] == [samples_needed(share, 0.95)
                                                           for share in (0.98, 0.95, 0.99)]
+    few = re.search(r"(\d+) that all agree show that ([\d.]+) % of others do", page)
+    assert few is not None
+    assert float(few[2]) / 100 == pytest.approx(0.05 ** (1 / int(few[1])), abs=5e-4)

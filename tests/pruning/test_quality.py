@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta
 
-from fastscore.pruning.budgets.quality import Quality, choose_steps, search
+from fastscore.pruning.budgets.quality import Quality, choose_steps, samples_needed, search
 from fastscore.pruning.budgets.selection import MacsLeft
 from fastscore.pruning.report import Judged, PruneReport
 from fastscore.recovery.divergence import Divergence, least_share, most_off
@@ -25,7 +25,7 @@ def test_the_bound_is_clopper_and_pearsons(trials: int, data: Any, confidence: f
 
 @given(st.floats(0.5, 0.999), st.floats(0.5, 0.99))
 def test_so_many_samples_are_needed(agreement: float, confidence: float) -> None:
-    needed = Quality(agreement=agreement, confidence=confidence).samples_needed()
+    needed = samples_needed(agreement, confidence)
     assert least_share(needed, needed, confidence) >= agreement - 1e-9
     if needed > 1:
         assert least_share(needed - 1, needed - 1, confidence) < agreement + 1e-9
@@ -35,18 +35,41 @@ def counted(macs: Sequence[float], foreseen: Sequence[float] | None = None) -> M
     return MacsLeft(foreseen or macs, macs.__getitem__)
 
 
-@pytest.mark.parametrize(("decisions", "said"), [(11, "of 11 decisions it is 100% or 90.9% at most"), (50, ""),
-                                                 (49, "0.98 lets none differ"), (1, "of 1 decision it is 100%, so")])
-def test_where_one_decision_is_more_than_may_differ_it_is_said(decisions: int, said: str) -> None:
-    row = Judged(0.6, 1.0, 0.1, 1.0, decisions, True)
-    note = Quality(agreement=0.98).coarse([row]).get("agreement", "")
-    assert said in note
-    assert bool(said) == bool(note)
-    assert not Quality(kl=0.1).coarse([row])
+@pytest.mark.parametrize(("decisions", "differ", "said"), [
+    (11, 0, "of 11 decisions it is 100% or 90.9% at most"), (49, 0, "0.98 lets none differ"),
+    (1, 0, "of 1 decision it is 100%, so"), (50, 1, "49 of 50 decisions agree"), (148, 2, "146 of 148 decisions agree"),
+    (149, 2, "")])
+def test_where_few_samples_judge_it_is_said_what_they_show(decisions: int, differ: int, said: str) -> None:
+    """Few are those that could not show the agreement even if all of them agreed: fewer than 149, for 0.98."""
+    share = (decisions - differ) / decisions
+    row = Judged(0.6, share, 0.1, share, decisions, True, samples=decisions)
+    asked = Quality(agreement=0.98)
+    assert said in asked.few([row])
+    assert bool(said) == bool(asked.few([row]))
+    if said:
+        at_least = beta.ppf(0.05, decisions - differ, differ + 1)
+        assert f"at least {at_least:.1%} of others do (95 % confidence)" in asked.few([row])
+        assert "confidence=0.95 (--confidence 0.95) holds it beyond them" in asked.few([row])
+        assert "298 held_out, or 1,192 calibration" in asked.few([row])
+    assert not Quality(kl=0.1).few([row])
+    assert not Quality(agreement=0.98, confidence=0.9).few([row])
     report = PruneReport((), (1, 1), (1, 1), (1, 1), {}, judged=(row,))
     off = math.ceil(100 * most_off(decisions))
     assert f"agreement and KL, judged by {decisions} decision" in str(report)
-    assert f"the true share may be up to {off} points off" in str(report)
+    assert decisions >= 100 or f"the true share may be up to {off} points off" in str(report)
+
+
+def test_decisions_about_one_sample_are_no_samples() -> None:
+    """27 texts of 100 tokens each show nothing that a binomial bound could count; values are no decisions at all."""
+    row = Judged(0.6, 0.99, 0.1, 0.99, 2700, True, samples=27)
+    said = Quality(agreement=0.98).few([row])
+    assert "2,700 decisions about 27 samples" in said
+    assert "at least" not in said
+    assert "confidence=" not in said
+    assert "more held_out or calibration samples" in said
+    for values in (Judged(0.6, 0.99, 0.1, 0.99, 0, True, by_error=True, samples=27),
+                   Judged(0.6, 0.99, 0.1, 0.99, 27, True, mixed="error", samples=27)):
+        assert not Quality(agreement=0.98).few([values])
 
 
 @given(st.lists(st.floats(0.01, 5.0), min_size=1, max_size=60), st.data())

@@ -105,6 +105,21 @@ def test_with_confidence_the_samples_are_halved_and_more_stays(trained: Trained)
     assert len(torch.cat(parts).unique(dim=0)) == 599 == sum(map(len, parts))
 
 
+def test_an_agreement_that_few_samples_judge_is_warned_of(trained: Trained, recwarn: pytest.WarningsRecorder) -> None:
+    """Once, and not where enough judge, or where a bound was asked for."""
+    x = trained.calibration[0][:1]
+    few, many = (fastscore.prune(trained.model, trained.scores, x, agreement=0.95, calibration=trained.calibration,
+                                 held_out=held_out, **CHEAP)
+                 for held_out in ([trained.held_out[0][:27]], trained.held_out))
+    (said,) = [str(each.message) for each in recwarn if str(each.message).startswith("agreement: ")]
+    (chosen,) = [row for row in few.report.judged if row.chosen]
+    assert f"{round(27 * chosen.agreement)} of 27 decisions agree" in said
+    assert said == f"agreement: {few.report.notes['agreement']}"
+    assert said in str(few.report)
+    assert "agreement" not in many.report.notes
+    assert [each.filename for each in recwarn if str(each.message) == said] == [__file__]
+
+
 def test_where_nothing_agrees_well_enough_nothing_goes(trained: Trained) -> None:
     result = fastscore.prune(trained.model, trained.scores, trained.calibration[0][:1], kl=1e-9,
                              calibration=trained.calibration, **CHEAP)

@@ -33,6 +33,7 @@ from fastscore.recovery.held_out import Part, samples_in
 from fastscore.wording import counted
 
 HELD_OUT = 4  # one of so many calibration samples judges where no others are given
+_CONFIDENCE = 0.95  # by which samples that judge are few, where none is asked for
 _BIT = 8  # of a sample's id, by which the samples to judge by are halved
 LARGER = (0.25, 0.5, 0.75)  # of what the largest network that passed lost: networks that are tested before it
 TOLERANCE = 0.005  # of the MACs: candidates nearer to each other are not told apart
@@ -99,20 +100,35 @@ class Quality:
         return (self.agreement is None or self.bound(found) >= self.agreement) and \
             (self.kl is None or found.kl <= self.kl)
 
-    def coarse(self, judged: Iterable[Judged]) -> dict[str, str]:
-        """A note where one decision is more than may differ, so that all have to be alike."""
-        decisions = min((row.decisions for row in judged if row.mixed != "error"), default=0)
-        if self.agreement is None or self.confidence is not None or not decisions * (1 - self.agreement) < 1 - 1e-9:
-            return {}
-        most = f" or {1 - 1 / decisions:.1%} at most" if decisions > 1 else ""
-        return {"agreement": f"of {counted(decisions, 'decision')} it is 100%{most}, so {self.agreement:g} lets none "
-                             "differ: more held_out or calibration samples tell finer"} if decisions else {}
+    def few(self, judged: Iterable[Judged]) -> str:
+        """What is said where so few samples judged that they could not show the agreement of others even if all had
+        agreed; empty elsewhere."""
+        rows = [row for row in judged if row.decisions and row.mixed != "error"]
+        if self.agreement is None or self.confidence is not None or not rows:
+            return ""
+        row = next((row for row in rows if row.chosen), rows[-1])
+        needed = samples_needed(self.agreement, _CONFIDENCE)
+        if row.samples >= needed:
+            return ""
+        more = f"{2 * needed:,} held_out, or {2 * HELD_OUT * needed:,} calibration samples (one of {HELD_OUT} judges)"
+        made = counted(row.decisions, "decision")
+        if row.samples != row.decisions:  # those about one sample are no independent trials
+            return (f"judged by {made} about {counted(row.samples, 'sample')} alone: more held_out or calibration "
+                    f"samples say more of others, such as {more}")
+        agreed = round(row.agreement * row.decisions)
+        shown = (f"{agreed:,} of {made} agree, which even of a network that was not chosen by them would only show "
+                 f"that at least {least_share(agreed, row.decisions, _CONFIDENCE):.1%} of others do "
+                 f"({100 * _CONFIDENCE:.0f} % confidence)")
+        if row.decisions * (1 - self.agreement) < 1 - 1e-9:  # all have to be alike
+            most = f" or {1 - 1 / row.decisions:.1%} at most" if row.decisions > 1 else ""
+            shown += f"; of {made} it is 100%{most}, so {self.agreement:g} lets none differ"
+        bound = f"confidence={_CONFIDENCE:g} (--confidence {_CONFIDENCE:g})"
+        return f"{shown}: {bound} holds it beyond them, and takes {more}"
 
-    def samples_needed(self) -> int:
-        """So many samples, all alike, are enough."""
-        if self.confidence is None or self.agreement is None:
-            return 1
-        return math.ceil(math.log(1 - self.confidence) / math.log(self.agreement) - 1e-9)
+
+def samples_needed(agreement: float, confidence: float) -> int:
+    """So many samples, all alike, are enough."""
+    return math.ceil(math.log(1 - confidence) / math.log(agreement) - 1e-9)
 
 
 def search(macs: MacsLeft, passes: Callable[[int], bool], tolerance: float = TOLERANCE) -> list[int]:
@@ -240,8 +256,9 @@ def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quali
     """
     halves = [held_out] if quality.confidence is None else [Part(held_out, 2, judges, _BIT) for judges in (True, False)]
     judges = [Judge(dense, half, forward, outputs) for half in halves]
-    if (fewest := min(judge.samples for judge in judges)) < quality.samples_needed():
-        needed = quality.samples_needed()
+    needed = 1 if quality.confidence is None or quality.agreement is None else \
+        samples_needed(quality.agreement, quality.confidence)
+    if (fewest := min(judge.samples for judge in judges)) < needed:
         raise ValueError(f"held_out: half of the samples to judge by are {fewest}, and agreement={quality.agreement} "
                          f"with confidence={quality.confidence} takes {needed}: give more held_out "
                          f"or calibration samples (about {2 * needed:,} held_out, or {2 * HELD_OUT * needed:,} "
@@ -274,5 +291,6 @@ def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quali
         best, rows = choose_steps(macs, quality, lambda steps: judge(steps, judges[0]),
                                   lambda steps: judge(steps, judges[-1]), tolerance)
     judged = tuple(Judged(remains[steps], found.agreement, found.kl, quality.bound(found), found.decisions,
-                          steps == best, found.by_error, found.mixed) for steps, found in sorted(rows.items()))
+                          steps == best, found.by_error, found.mixed, judges[0].samples)
+                   for steps, found in sorted(rows.items()))
     return built.get(best) or build(0), judged
