@@ -12,6 +12,8 @@ from typing import Protocol
 from torch import distributed
 from tqdm import tqdm
 
+from fastscore.wording import lasting
+
 SECONDS = 2.0  # that pass before anything is said
 BETWEEN_LINES = 30.0  # seconds, where there is no terminal
 _SHOWN = ContextVar("shown", default=True)
@@ -51,6 +53,7 @@ class _Lines:
 
     def __init__(self, what: str, unit: str, total: float | None, done: float) -> None:
         self._what, self._unit, self._total, self._done, self._more = what, unit, total, done, ""
+        self._before = done
         self._start = self._said = time.perf_counter()
 
     def update(self, n: float = 1) -> None:
@@ -58,9 +61,13 @@ class _Lines:
         now = time.perf_counter()
         if now - self._said >= BETWEEN_LINES:
             self._said = now
-            of = "" if self._total is None else f" of {self._total:g}"
-            print(f"{self._what}: {self._done:g}{of}{self._unit} in {now - self._start:.0f} s{self._more}",
-                  file=sys.stderr, flush=True)
+            of, left, took = "", "", now - self._start
+            if self._total is not None:
+                of = f" of {self._total:g}"
+                if self._before < self._done < self._total:
+                    left = f", about {lasting(took * (self._total - self._done) / (self._done - self._before))} left"
+            print(f"{self._what}: {self._done:g}{of}{self._unit} in {took:.0f} s{left}{self._more}", file=sys.stderr,
+                  flush=True)
 
     def set_description(self, desc: str) -> None:
         self._what = desc

@@ -10,3 +10,9 @@ def said(error: Exception) -> str:
     """An exception in one line."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines and lines[0] else type(error).__name__
+
+
+def lasting(seconds: float) -> str:
+    """So much time, roughly: "40 s", "3 min", "2.5 h"."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 5940 else \
+        f"{seconds / 3600:.1f} h"

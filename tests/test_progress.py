@@ -87,7 +87,7 @@ def test_a_log_gets_whole_lines_now_and_then(monkeypatch: pytest.MonkeyPatch,
         for number in range(4):
             bar.set_postfix_str(f"{number} jumped")
             bar.update()
-    assert capsys.readouterr().err == ("counting: 3 of 5 sheep in 40 s; 1 jumped\n"
+    assert capsys.readouterr().err == ("counting: 3 of 5 sheep in 40 s, about 40 s left; 1 jumped\n"
                                        "counting: 5 of 5 sheep in 80 s; 3 jumped\n")
 
 

@@ -4,13 +4,19 @@ import pytest
 import torch
 
 import fastscore
-from fastscore.wording import counted
+from fastscore.wording import counted, lasting
 
 
 @pytest.mark.parametrize(("number", "said"), [(0, "0 passes"), (1, "1 pass"), (2, "2 passes"), (1024, "1,024 passes")])
 def test_one_is_not_many(number: int, said: str) -> None:
     assert counted(number, "pass", "passes") == said
     assert counted(number, "row") == said.replace("passes", "rows").replace("pass", "row")
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5939, "99 min"),
+                                               (9000, "2.5 h")])
+def test_time_is_said_roughly(seconds: float, said: str) -> None:
+    assert lasting(seconds) == said
 
 
 def test_what_is_one_is_said_so() -> None:

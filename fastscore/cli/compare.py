@@ -4,7 +4,7 @@ import argparse
 import json
 
 import fastscore
-from fastscore.cli import options
+from fastscore.cli import options, repair_time
 from fastscore.cli.argument_types import IMPORTANCES, importance, positive
 from fastscore.cli.curve import add_budgets, budgets
 from fastscore.cli.options import Commands, add_command
@@ -48,7 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
     prepare = options.preprocessing(arguments)
     work, judges = options.image_batches(arguments, prepare, judges=True)
     options.tell(f"images: {prepare}")
-    found = fastscore.compare(options.model(arguments, prepare), work, arguments.importances,
+    model = options.model(arguments, prepare)
+    repair_time.tell(model, work, arguments, len(arguments.importances) * len(next(filter(None, asked.values()))))
+    found = fastscore.compare(model, work, arguments.importances,
                               **asked, held_out=judges, repair=arguments.repair,
                               seed=arguments.seed, measured=arguments.measured, ignore=arguments.ignore,
                               outputs=options.judged(arguments))

@@ -6,10 +6,11 @@ from typing import Any
 
 import fastscore
 from fastscore import files
-from fastscore.cli import options
+from fastscore.cli import options, repair_time
 from fastscore.cli.argument_types import share
 from fastscore.cli.options import Commands, add_command
 from fastscore.cli.written import check_out, wrote
+from fastscore.pruning.curve import budgets_of
 from fastscore.pruning.options import Budgets
 
 
@@ -62,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = options.model(arguments, prepare)
     if scores is None:
         scores = options.scored(model, arguments, prepare, work)
+    repair_time.tell(model, work, arguments, len(budgets_of(*asked.values())[1]), len(scores))
     found = fastscore.curve(model, scores, work, **asked, held_out=judges, repair=arguments.repair,
                             measured=arguments.measured, ignore=arguments.ignore, outputs=options.judged(arguments))
     print(json.dumps(found.records()) if arguments.json else found)

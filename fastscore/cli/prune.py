@@ -2,18 +2,19 @@
 
 import argparse
 import json
+import math
 import warnings
 from dataclasses import asdict, replace
 from typing import Any, get_args
 
 import fastscore
-from fastscore.cli import options
+from fastscore.cli import options, repair_time
 from fastscore.cli.argument_types import positive_or, share
 from fastscore.cli.options import Commands, add_command, tell
 from fastscore.cli.written import check_out, wrote
 from fastscore.pruning.budgets import clocks
 from fastscore.pruning.budgets.clocks import Clock
-from fastscore.pruning.budgets.quality import Quality
+from fastscore.pruning.budgets.quality import TOLERANCE, Quality
 from fastscore.pruning.options import Budgets, Ranking
 from fastscore.pruning.report import PruneReport
 from fastscore.pruning.saved.export import save
@@ -99,6 +100,9 @@ def run(arguments: argparse.Namespace) -> None:
     if repair and repaired_on != f"{scores.notes.get('images')}: {scores.notes.get('preprocessing')}":
         tell(f"repaired on {repaired_on}")  # not on what was scored
         scores = replace(scores, notes={**scores.notes, "repaired on": repaired_on})
+    if work is not None:
+        networks = 1 if arguments.agreement is None else round(-math.log2(TOLERANCE))  # by bisection
+        repair_time.tell(model, work, arguments, networks, len(scores) if arguments.scope == "global" else 0)
     example = options.example(arguments, prepare)
     asked = {name: getattr(arguments, name) for name in (
         "channels", "params", "macs", "latency", "agreement", "confidence", "scope", "clock", "cost_aware", "round_to",

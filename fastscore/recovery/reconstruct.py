@@ -49,6 +49,7 @@ from fastscore.wording import counted
 Method = Literal["mean", "linear", "asymmetric", "auto"]
 RIDGES = (0.1, 0.01, 0.001)
 STIFFNESSES = (1.0, 8.0)
+_PARTS = {"asymmetric": 5}  # so many times as long as the others a repair takes
 
 
 class Pruned(Protocol):
@@ -119,7 +120,7 @@ def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: M
     check_batches(batches, "batches")
     seen = RememberingBatches.of(batches)
     with fork_rng(device), torch.inference_mode(False), torch.no_grad(), shown(progress), \
-            bar("repairing", " repairs") as tried:
+            bar("repairing", " parts", _parts(method, ridges, bool(running_norms(result.model)))) as tried:
         kept = KeptPasses(resume, model, result.removed_indices, forward, process_group)
         bench = _Bench(model, result, seen, forward, process_group, kept, outputs)
         repaired: R = bench.best(method, ridges, tried)
@@ -135,6 +136,15 @@ def _checked(ridges: Iterable[float]) -> tuple[float, ...]:
     if not found or not all(ridge >= 0 for ridge in found):
         raise ValueError(f"ridges: {ridges!r:.80}; give one or more, none below 0, such as (0.1, 0.01)")
     return found
+
+
+def _parts(method: Method, ridges: tuple[float, ...], recalibrates: bool) -> int:
+    """Of the work of a repair: what is tried, and the last fit, each as long as `_PARTS` says, or one."""
+    tried = {"mean": method in ("mean", "auto"), "linear": len(ridges) * (method != "mean"),
+             "asymmetric": len(STIFFNESSES) * (method in ("asymmetric", "auto"))}
+    last = _PARTS.get("asymmetric" if method == "auto" else method, 1)
+    return 1 + sum(_PARTS.get(name, 1) * count for name, count in tried.items()) + last + \
+        (method == "auto" and recalibrates)
 
 
 def check_dense(model: nn.Module, result: Pruned) -> None:
@@ -276,7 +286,7 @@ class _Bench:
             if name not in best or found.kl < best[name][0].kl:
                 best[name] = rows[-1], result
             bar.set_postfix_str(f"{name}: {figures(found.agreement, found.kl, found.by_error, found.mixed)}")
-            bar.update()
+            bar.update(1 if recalibrated else _PARTS.get(name, 1))
             return found
 
         corrections: dict[str, float] = {}

@@ -11,7 +11,7 @@ import working_folder
 from PIL import Image
 
 import fastscore
-from fastscore.cli import images, main, models
+from fastscore.cli import images, main, models, repair_time
 from fastscore.cli.info import file_notes
 from fastscore.modules.zero_branch import ZeroBranch
 from fastscore.recovery.reconstruct import reconstruct
@@ -113,6 +113,27 @@ def test_prune_says_where_no_repair_is_better(capsys: pytest.CaptureFixture[str]
     assert main(["prune", *MODEL, "--macs", "0.6", "--out", "small.safetensors"]) == 0
     said = capsys.readouterr().err
     assert f"{taken.agreement:.1%} as it was cut (KL {taken.kl:.3g}), which no repair bettered" in said
+
+
+def test_a_long_repair_is_said_before_it_starts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+                                                ) -> None:
+    """In passes over the images, and in time where a pass of 40 images takes a second; nothing where it is short."""
+    commands = {("prune", "--macs", "0.6", "--out", "s.safetensors"): 1, ("curve", "--macs", "0.8", "0.6"): 2,
+                ("compare", "--macs", "0.8", "--importances", "magnitude-l2", "random"): 2}
+    for (name, *more), networks in commands.items():
+        for repair, said in (("linear", False), ("asymmetric", True)):
+            with monkeypatch.context() as slow:
+                slow.setattr(repair_time, "_of_a_pass", lambda *given: 1.0)
+                assert main([name, *MODEL, *more, "--repair", repair, "--no-measured"]) == 0
+            told, several = capsys.readouterr().err, "" if networks == 1 else " of 2 networks"
+            images_there = 40 if name == "prune" else 30
+            line = f"note: the repair{several} takes about as long as {26 * networks} passes over the {images_there} " \
+                f"images: some {26 * networks} s here; --repair linear takes {2 * networks} passes"
+            assert (line in told) == said
+    assert main(["prune", *MODEL, "--macs", "0.6", "--out", "s.safetensors"]) == 0
+    assert "passes" not in capsys.readouterr().err
+    assert repair_time.passes(400, 1, 20) == 26 + 20 * 3 * 50 / 400  # three cuts of each group, judged on 50 images
+    assert repair_time.passes(80, 2, 20) == 52 + 20 * 3 * 10 / 80  # on half of those held out
 
 
 def test_prune_without_repair(capsys: pytest.CaptureFixture[str]) -> None:

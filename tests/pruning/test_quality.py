@@ -55,7 +55,7 @@ def test_where_few_samples_judge_it_is_said_what_they_show(decisions: int, diffe
     assert not Quality(agreement=0.98, confidence=0.9).few([row])
     report = PruneReport((), (1, 1), (1, 1), (1, 1), {}, judged=(row,))
     off = math.ceil(100 * most_off(decisions))
-    assert f"agreement and KL, judged by {decisions} decision" in str(report)
+    assert f"networks, judged by {decisions} decision" in str(report)
     assert decisions >= 100 or f"the true share may be up to {off} points off" in str(report)
 
 

@@ -231,7 +231,7 @@ def test_what_the_least_agreement_is_of_is_said() -> None:
     assert {row.mixed for row in (*result.report.judged, *result.report.repairs)} == {"error"}  # classes never differ
     text = str(result.report)
     assert f"R² {result.report.judged[-1].agreement:.1%}, KL + error" in text
-    assert "R² and KL + error, judged by the squared error" in text
+    assert "networks, judged by the squared error" in text
     assert " decision" not in text.replace("the dense network decides", "")
     assert "2 outputs, each by itself (agreement or R²: the least, KL and error: the sum)" in text
     assert "agreement" not in result.report.notes
