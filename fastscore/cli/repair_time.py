@@ -38,7 +38,7 @@ def tell(model: nn.Module, work: images.ImageBatches, arguments: argparse.Namesp
     if seconds > SHORT:
         several = "" if networks == 1 else f" of {networks} networks"
         options.tell(f"the repair{several} takes about as long as {count:.0f} passes over the {samples:,} images: some "
-                     f"{lasting(seconds)} here; --repair linear takes {2 * networks} passes")
+                     f"{lasting(seconds)} here, more where they are few; --repair linear takes {2 * networks} passes")
 
 
 def _of_a_pass(model: nn.Module, work: images.ImageBatches, samples: int) -> float:

@@ -18,7 +18,7 @@ def _is_one_of(suffixes: tuple[str, ...], what: str, path: str) -> None:
 
 # command -> raises for an --out whose suffix is that of another kind of file
 _SUFFIX: Mapping[str, Callable[[str], object]] = {
-    "demo": plots.check, "prune": check_suffix,
+    "demo": plots.check, "prune": partial(check_suffix, argument="out"),
     "score": partial(_is_one_of, (".safetensors", ""), "scores, for prune --scores"),
     "curve": partial(_is_one_of, (".json",), "for report --curve; --plot draws it"),
     "report": partial(_is_one_of, (".html", ".htm"), "a page")}

@@ -15,6 +15,10 @@ from fastscore.pruning.surgery import Surgery, macs_without, plan_surgery, verif
 from fastscore.recovery.compensation import say_what_takes_no_mean
 from fastscore.scoring.scores import Scores
 
+_SAVED = ("its config.json tells the dense widths, by which from_pretrained does not load what it writes: keep this "
+          "model with fastscore.save_pruned, or, of transformers' models whose config can tell the widths, with "
+          "fastscore.integrations.transformers.save_pretrained")
+
 
 class Builder:
     """Makes smaller models of a dense one, which stays as it is.
@@ -73,6 +77,8 @@ class Builder:
     def _report(self, surgery: Surgery, smaller: nn.Module, macs: int, removed: Mapping[str, Tensor],
                 candidates: tuple[Candidate, ...]) -> PruneReport:
         notes, compensation = dict(self._notes), self._compensation
+        if removed and callable(getattr(self._model, "save_pretrained", None)):
+            notes["save_pretrained"] = _SAVED
         bare = say_what_takes_no_mean(self._model, self._graph.groups, removed)
         if bare:
             notes["means"] = bare

@@ -126,9 +126,9 @@ def test_a_long_repair_is_said_before_it_starts(capsys: pytest.CaptureFixture[st
                 slow.setattr(repair_time, "_of_a_pass", lambda *given: 1.0)
                 assert main([name, *MODEL, *more, "--repair", repair, "--no-measured"]) == 0
             told, several = capsys.readouterr().err, "" if networks == 1 else " of 2 networks"
-            images_there = 40 if name == "prune" else 30
-            line = f"note: the repair{several} takes about as long as {26 * networks} passes over the {images_there} " \
-                f"images: some {26 * networks} s here; --repair linear takes {2 * networks} passes"
+            there, count = 40 if name == "prune" else 30, 26 * networks
+            line = f"note: the repair{several} takes about as long as {count} passes over the {there} images: some " \
+                f"{count} s here, more where they are few; --repair linear takes {2 * networks} passes"
             assert (line in told) == said
     assert main(["prune", *MODEL, "--macs", "0.6", "--out", "s.safetensors"]) == 0
     assert "passes" not in capsys.readouterr().err

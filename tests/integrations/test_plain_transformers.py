@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from oracles import untouched
+from torch import nn
 
 import fastscore
 from fastscore.integrations.transformers import forward, save_pretrained
@@ -119,6 +120,24 @@ def test_models_of_images(kind: str, said: str, ways: tuple[str, ...], tmp_path:
     assert sum(parameter.numel() for parameter in loaded.parameters()) < dense
     with torch.no_grad():
         torch.testing.assert_close(forward(loaded, batch), forward(small, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_the_report_says_that_the_models_own_way_to_save_does_not_load(tmp_path: Path) -> None:
+    """Where something went; and it does not."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = FAMILIES["ViT"][0](FAMILIES["ViT"][1]).eval()
+        batch = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    scores = fastscore.score(model, [batch], forward=forward, progress=False)
+    for share, said in ((1.0, False), (0.7, True)):
+        result = fastscore.prune(model, scores, batch, forward=forward, channels=share, progress=False)
+        assert ("save_pretrained: its config.json tells the dense widths" in str(result.report)) is said
+    result.model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="mismatched"):
+        type(model).from_pretrained(tmp_path)
+    rest = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    scores = fastscore.score(rest, [torch.ones(2, 3)], progress=False)
+    assert "save_pretrained" not in str(fastscore.prune(rest, scores, torch.ones(2, 3), channels=0.5).report)
 
 
 @pytest.mark.parametrize("kind", ["ViT", "Llama"])

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,6 +192,22 @@ def test_what_prune_did_not_make_is_not_saved(tmp_path: Path) -> None:
     model, _ = pruned(NETWORKS["mlp"])
     with pytest.raises(FileNotFoundError, match="nowhere"):
         fastscore.save_pruned(model, tmp_path / "nowhere" / "p")
+
+
+@pytest.mark.parametrize(("name", "way"), [("p.pth", "torch.save"), ("p.pt", "torch.save"), ("p.BIN", "torch.save"),
+                                           ("p.onnx", "fastscore.save"), ("p.pt2", "fastscore.save")])
+def test_a_name_by_which_another_would_read_it_is_refused(name: str, way: str, tmp_path: Path) -> None:
+    """The ways out work: another name, and what the error says of this one."""
+    model, x = pruned(NETWORKS["mlp"])
+    with pytest.raises(ValueError, match=rf"path: .*{re.escape(name)}: .* p\.safetensors; or {way}\(") as caught:
+        fastscore.save_pruned(model, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    said = re.search(r"safetensors; or (.*\))(?:$|,)", str(caught.value))
+    assert said is not None
+    if name != "p.onnx":
+        eval(said[1], {"torch": torch, "fastscore": fastscore, "model": model, "result": model, "example_inputs": x})
+        assert (tmp_path / name).stat().st_size
+    fastscore.save_pruned(model, tmp_path / "p.safetensors")
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:

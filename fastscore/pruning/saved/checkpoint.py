@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from fastscore.pruning.result import PruneResult
 from fastscore.pruning.saved import recipes
 
 _FORM = "fastscore-pruned-1"
+_OF_TORCH = (".pt", ".pth", ".th", ".bin", ".pkl", ".ckpt", ".tar")  # by which files are known that torch.load reads
 
 
 def save_pruned(pruned: nn.Module | PruneResult, path: str | PathLike[str]) -> None:
@@ -26,12 +28,18 @@ def save_pruned(pruned: nn.Module | PruneResult, path: str | PathLike[str]) -> N
 
     Args:
         pruned: the smaller model, or the result that holds it.
-        path: the file.
+        path: the file, *.safetensors.
 
     Raises:
-        ValueError: a model that prune() did not make.
+        ValueError: a model that prune() did not make; a suffix of files that torch.load, torch.export or ONNX reads.
         FileNotFoundError: a folder that is not there.
     """
+    suffix = Path(path).suffix.lower()
+    if suffix in (*_OF_TORCH, ".pt2", ".onnx"):
+        other = f"torch.save(model.state_dict(), {str(path)!r}), which keeps the weights without the recipe" \
+            if suffix in _OF_TORCH else f"fastscore.save(result, example_inputs, {str(path)!r})"
+        raise ValueError(f"path: {path}: what is written is safetensors, for fastscore.load_pruned, and nothing else "
+                         f"reads it by that name: {Path(path).with_suffix('.safetensors').name}; or {other}")
     model, notes = (pruned.model, pruned.report.kept_notes) if isinstance(pruned, PruneResult) else (pruned, {})
     recipe, state = recipe_and_state(model)
     files.write(path, _FORM, {"recipe": recipe, "notes": notes}, state)

@@ -117,13 +117,13 @@ _NOTES, _NOTE = "fastscore.json", "fastscore "  # a file in .pt and .pt2; before
 _WRITERS = {".pt2": _write_program, ".onnx": _write_onnx, ".pt": _write_module}
 
 
-def check_suffix(path: str | PathLike[str]) -> str:
-    """The suffix of a model file that `save` can write. Raises ValueError for any other, ImportError for .onnx without
-    its packages."""
+def check_suffix(path: str | PathLike[str], argument: str = "path") -> str:
+    """The suffix of a model file that `save` can write. Raises ValueError, naming the argument, for any other,
+    ImportError for .onnx without its packages."""
     suffix = Path(path).suffix
     if suffix not in (".safetensors", *_WRITERS):
-        raise ValueError(f"out: {path}: its suffix must be .safetensors (weights and a recipe), .pt2 (torch.export), "
-                         ".onnx or .pt (the module itself, as a pickle)")
+        raise ValueError(f"{argument}: {path}: its suffix must be .safetensors (weights and a recipe), .pt2 "
+                         "(torch.export), .onnx or .pt (the module itself, as a pickle)")
     if suffix == ".onnx":
         _onnx()
     return suffix
