@@ -26,7 +26,7 @@ from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import with_input
 from fastscore.modules.inspection import device_of, parameter_owners, runs_own_code
 from fastscore.modules.weights import computed_weights, reparametrized
-from fastscore.modules.weights.own_linear import own_linear
+from fastscore.modules.weights.own_layers import own_layer
 from fastscore.modules.wrappers import without_checkpoints
 from fastscore.rng import fork_rng
 
@@ -49,7 +49,7 @@ def note(model: nn.Module, forward: Forward, example: Batch, samples: Batch | No
         computed_weights.compute_on(layers[name], reason)
     unknown = {name for name in held if reparametrized.of_unknown_code(layers[name])}
     users: dict[str, nn.Module] = {name: layer for name, layer in layers.items()
-                                   if name in unknown or runs_own_code(layer) or own_linear(layer) is not None}
+                                   if name in unknown or runs_own_code(layer) or own_layer(layer) is not None}
     if not users:
         return
     plain: dict[str, nn.Module] = dict(evaluation_copy(model).named_modules())
@@ -71,18 +71,18 @@ def note(model: nn.Module, forward: Forward, example: Batch, samples: Batch | No
     for name, reason in {**watch.reasons, **_shared(copy, computed)}.items():
         computed_weights.compute_on(users[name], reason)
     with without_checkpoints(), fork_rng(device_of(model)):
-        _note_read(model, {name: users[name] for name in computed if own_linear(users[name]) is not None},
+        _note_read(model, {name: users[name] for name in computed if own_layer(users[name]) is not None},
                    forward, example)
 
 
 def _note_read(model: nn.Module, layers: dict[str, nn.Module], forward: Forward, example: Batch) -> None:
-    """Note layers of a class of their own where the model does not run with nn.Linears in their places: its code reads
+    """Note layers of a class of their own where the model does not run with PyTorch's in their places: its code reads
     more of them."""
     if layers and _error(forward, evaluation_copy(model), example) is not None and \
             _error(forward, evaluation_copy(model, plain=False), example) is None:
         for name, layer in layers.items():
             computed_weights.compute_on(layer, f"{name} is of a class of its own ({type(layer).__name__}), of which "
-                                               "the model's code reads what a nn.Linear has not")
+                                               f"the model's code reads what a {_plain_name(layer)} has not")
 
 
 def _error(forward: Forward, model: nn.Module, batch: Batch) -> Exception | None:
@@ -116,10 +116,15 @@ def _own(layer: nn.Module) -> dict[str, nn.Parameter]:
             if name != "bias" and parameter is not None}
 
 
+def _plain_name(layer: nn.Module) -> str:
+    own = own_layer(layer)
+    return f"nn.{nn.Linear.__name__ if own is None else own.kind.__name__}"
+
+
 def _shared(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     owners = parameter_owners(model)
     layers = {name: model.get_submodule(name) for name in names}
-    return {name: f"{name} shares its {key} with another layer" if own_linear(layer) is not None else
+    return {name: f"{name} shares its {key} with another layer" if own_layer(layer) is not None else
             f"{name} computes its weight from a {key} that it shares with another layer"
             for name, layer in layers.items() for key, parameter in _own(layer).items() if owners[id(parameter)] > 1}
 
@@ -133,7 +138,7 @@ class _Watch(TorchFunctionMode):
         self.reasons: dict[str, str] = {}
         self._plain, self._layers = plain, {name: model.get_submodule(name) for name in plain}
         self._computed = computed
-        self._linear = {name for name, layer in self._layers.items() if own_linear(layer) is not None}
+        self._own_class = {name for name, layer in self._layers.items() if own_layer(layer) is not None}
         self._owner = {id(parameter): (name, key) for name in computed
                        for key, parameter in _own(self._layers[name]).items()}
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -157,7 +162,7 @@ class _Watch(TorchFunctionMode):
         for tensor in tensors_of([args, kwargs]) if next(tensors_of([output]), None) is not None else ():
             name, key = self._owner.get(id(tensor), ("", ""))
             if name and self._inside[-1:] != [name]:
-                what = "reads" if name in self._linear else "computes its weight from"
+                what = "reads" if name in self._own_class else "computes its weight from"
                 self.reasons[name] = f"{name} {what} {name}.{key}, which other code reads as well"
         if self._inside and (weight := computed_weights.multiplied_by(func, args, kwargs)) is not None:
             self._see_source(self._inside[-1], weight)
@@ -207,8 +212,9 @@ class _Watch(TorchFunctionMode):
             self._note_other(name)
 
     def _note_other(self, name: str) -> None:
-        self.reasons.setdefault(name, f"{name} does not make what a nn.Linear would in every call" if name in
-                                self._linear else f"{name} {_MORE}: it was not the same in every call")
+        plain = _plain_name(self._layers[name])
+        self.reasons.setdefault(name, f"{name} does not make what a {plain} would in every call" if name in
+                                self._own_class else f"{name} {_MORE}: it was not the same in every call")
 
 
 def _made(forward: Callable[..., Any], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.modules.norms.channel_norms import norm_of
-from fastscore.modules.weights.own_linear import own_linear
+from fastscore.modules.weights.own_layers import own_layer
 from fastscore.modules.weights.transposed_linear import is_transposed
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -60,10 +60,12 @@ def channel_dim(layer: nn.Module) -> int:
     """The dimension of a layer's input and output that holds the channels: the last of a Linear (a Conv1D of
     transformers, a user's own, an Embedding), that before the image of a convolution (which need not have a batch
     before it), that of a normalisation over channels, else the second."""
-    if isinstance(layer, (nn.Linear, nn.Embedding)) or is_transposed(layer) or own_linear(layer) is not None:
+    if isinstance(layer, (nn.Linear, nn.Embedding)) or is_transposed(layer):
         return -1
     if isinstance(layer, nn.modules.conv._ConvNd):
         return -1 - len(layer.kernel_size)
+    if (own := own_layer(layer)) is not None:
+        return 1 - layer.get_parameter(own.weight).dim()
     norm = norm_of(layer)
     return 1 if norm is None else norm.dim
 

@@ -87,4 +87,4 @@ class Builder:
         elif self._means and self._repair is None and bare:
             compensation += ", but for what the note on means names"
         return new_report(self._graph, self._dense, self.costs, macs, smaller, removed, candidates, notes, compensation,
-                          self._units, surgery.made_plain, surgery.made_linear)
+                          self._units, surgery.made_plain, surgery.of_own_class)

@@ -248,23 +248,23 @@ class PruneReport(Table):
 
 def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs: Costs, macs: int, pruned: nn.Module,
                removed: Mapping[str, Tensor], candidates: tuple[Candidate, ...], notes: Mapping[str, str],
-               compensation: str, units: str, made_plain: Sequence[str] = (), made_linear: Sequence[str] = ()
+               compensation: str, units: str, made_plain: Sequence[str] = (), of_own_class: Sequence[str] = ()
                ) -> PruneReport:
     """The report of `pruned`, which has lost `removed` (group -> int64 [R]).
 
     dense: (MACs, parameters) of each group as it was, see Costs.by_group. costs: without what was removed. macs: of
     `pruned`, counted. compensation: what stands in for what was removed. units: that were scored. made_plain: layers
-    that computed their weight and hold it now, and those, made_linear, of a class of its own that are a nn.Linear now.
+    that computed their weight and hold it now, and those, of_own_class, that are PyTorch's layers now.
     """
     gone = costs.with_others(removed)
     rows = tuple(GroupReport(group.name, (group.channels, costs.channels_left(group.name)),
                              (round(was[0]), round(now[0])), (round(was[1]), round(now[1])), _heads(group, gone))
                  for group, was, now in zip(graph.groups, dense, costs.by_group(), strict=True))
     params = sum(parameter.numel() for parameter in pruned.parameters())
-    if made_linear:
-        notes = {**notes, "layers": f"{_first_of(made_linear)} was of a class of its own that computes what a "
-                                    "nn.Linear does, and lost channels: it is a nn.Linear now"}
-    if computing := [name for name in made_plain if name not in made_linear]:
+    if of_own_class:
+        notes = {**notes, "layers": f"{_first_of(of_own_class)} was of a class of its own that computes what a "
+                                    "layer of PyTorch does, and lost channels: it is that layer now"}
+    if computing := [name for name in made_plain if name not in of_own_class]:
         notes = {**notes, "weights": f"{_first_of(computing)} computed its weight from its parameters, and lost "
                                      "channels: it holds that weight now, and training goes on without the computation "
                                      "and what it held the weight to (a mask, a norm)"}

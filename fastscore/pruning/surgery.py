@@ -21,7 +21,7 @@ from fastscore.modules.modes import evaluating
 from fastscore.modules.undo import undone_on_error
 from fastscore.modules.weights import held_weights
 from fastscore.modules.weights.computed_weights import computed_weights, make_plain
-from fastscore.modules.weights.own_linear import own_linear
+from fastscore.modules.weights.own_layers import own_layer
 from fastscore.modules.weights.transposed_linear import is_transposed
 from fastscore.pruning.refusal import DoesNotRun, OtherShape, checked, does
 from fastscore.pruning.saved import recipes
@@ -38,7 +38,7 @@ class Surgery:
                  weights: Mapping[str, Tensor] | None = None) -> None:
         self._model, self.removed_indices, self._added, self._weights = model, removed_indices, added, weights or {}
         self.made_plain = tuple(computed_weights(model, (name for name, _ in removed_indices)))
-        self.made_linear = tuple(name for name in self.made_plain if own_linear(model.get_submodule(name)) is not None)
+        self.of_own_class = tuple(name for name in self.made_plain if own_layer(model.get_submodule(name)) is not None)
         self.new_biases = tuple(name for name in added if not held_weights.is_held(model, name)
                                 and _has_no_bias(model.get_submodule(name)))
         self._recipe = recipes.extend(model, removed_indices, self.new_biases)
@@ -65,7 +65,7 @@ class Surgery:
 
 
 def _has_no_bias(layer: nn.Module) -> bool:
-    own = own_linear(layer)
+    own = own_layer(layer)
     return layer.bias is None if own is None else own.bias is None
 
 

@@ -22,7 +22,7 @@ from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim, parameter_owners
 from fastscore.modules.norms.channel_norms import norm_of
 from fastscore.modules.weights import held_weights
-from fastscore.modules.weights.own_linear import own_linear, weight_of
+from fastscore.modules.weights.own_layers import inputs_of, own_layer
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 from fastscore.modules.weights.recurrent import GateLinear
 from fastscore.modules.weights.transposed_linear import is_transposed, widths
@@ -143,8 +143,8 @@ def removed_means(model: nn.Module, activation_means: Mapping[str, Tensor], posi
 def _inputs_of(layer: nn.Module) -> int:
     if is_transposed(layer):
         return widths(layer)[0]
-    if (own := own_linear(layer)) is not None:
-        return weight_of(layer, own).shape[1]
+    if (own := own_layer(layer)) is not None:
+        return inputs_of(layer, own)
     width: int = next(getattr(layer, width) for width in ("in_features", "in_channels", "num_features")
                       if hasattr(layer, width))
     return width

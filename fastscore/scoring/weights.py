@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from fastscore.batches import with_float64
 from fastscore.graph.cutting import heads
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules.weights import held_weights
-from fastscore.modules.weights.own_linear import own_linear
+from fastscore.modules.weights.own_layers import own_layer, weight_of
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 from fastscore.modules.weights.transposed_linear import is_transposed
 
@@ -86,7 +87,7 @@ def filter_parameters(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[M
             continue
         layer = model.get_submodule(member.layer)
         dense = isinstance(layer, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)) or is_transposed(layer)
-        made = own_linear(layer)
+        made = own_layer(layer)
         own = heads.PROJECTIONS if member.role == "heads" else ("weight", "bias") if dense else \
             () if made is None else (made.weight, made.bias)
         for name, parameter in layer.named_parameters(recurse=False):
@@ -107,11 +108,12 @@ def _by_position(model: nn.Module, member: Member, name: str, values: Tensor) ->
 
 def _by_output(layer: nn.Module, weight: Tensor) -> Tensor:
     """A weight of `layer`, or something of its shape, with a row for each output channel: [C, everything else]."""
-    if is_transposed(layer) or ((own := own_linear(layer)) is not None and own.transposed):
+    own = own_layer(layer)
+    if is_transposed(layer) or (own is not None and own.transposed):
         weight = weight.t()
-    if getattr(layer, "transposed", False):  # [in, out / groups, ...]
-        groups = layer.groups
-        assert isinstance(groups, int)
+    plain: Any = layer if own is None else own.made(weight_of(layer, own), False)
+    if getattr(plain, "transposed", False):  # [in, out / groups, ...]
+        groups = plain.groups
         weight = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
     return weight.t() if isinstance(layer, nn.Embedding) else weight.flatten(1)
 

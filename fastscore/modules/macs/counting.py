@@ -20,7 +20,7 @@ from fastscore.modules.attention import multihead_attention
 from fastscore.modules.macs import mac_formulas
 from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.computed_weights import computed_weight
-from fastscore.modules.weights.own_linear import own_linear
+from fastscore.modules.weights.own_layers import own_layer
 from fastscore.modules.weights.weight_products import WeightProducts
 
 # Operations of PyTorch that multiply and add inside and have no formula; those of other packages count as such, too.
@@ -96,7 +96,7 @@ def counting(model: nn.Module) -> Iterator[Counting]:
     counted = Counting()
     running: list[str] = []
     computing = {name for name, module in model.named_modules()
-                 if computed_weight(module) is not None and own_linear(module) is None}
+                 if computed_weight(module) is not None and own_layer(module) is None}
     products = _Products(counter.flop_registry, WeightProducts(model), running, computing)
 
     def flops() -> float:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.modules.weights import reparametrized
-from fastscore.modules.weights.own_linear import become_linear, own_linear, weight_of
+from fastscore.modules.weights.own_layers import become_layer, own_layer, weight_of
 
 PLAIN: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
@@ -42,7 +42,7 @@ def computed_weight(layer: nn.Module) -> Tensor | None:
         return None
     if held := reparametrized.values(layer):
         return held.get("weight", layer._parameters.get("weight"))
-    if (own := own_linear(layer)) is not None:
+    if (own := own_layer(layer)) is not None:
         return weight_of(layer, own)
     weight = _probed(layer)
     return None if weight is None or weight is layer._parameters.get("weight") else weight
@@ -85,7 +85,7 @@ def become_plain(layer: nn.Module, weight: Tensor, keep: bool = False) -> None:
         weight: what it holds from now on.
         keep: the layer's other parameters stay beside it, unused, so that they are counted.
     """
-    made, more, own_kind = reparametrized.values(layer), list[nn.Parameter | None](), own_linear(layer)
+    made, more, own_kind = reparametrized.values(layer), list[nn.Parameter | None](), own_layer(layer)
     if made:
         held = {name: [layer.get_parameter(key) for key in reparametrized.sources(layer, name)] for name in made}
         reparametrized.take_off(layer)
@@ -94,7 +94,7 @@ def become_plain(layer: nn.Module, weight: Tensor, keep: bool = False) -> None:
             layer._parameters[name] = nn.Parameter((weight if name == "weight" else value).detach(), learns)
             more += held[name][1:]
     elif own_kind is not None:
-        become_linear(layer, own_kind, weight)
+        become_layer(layer, own_kind, weight)
     else:
         own, plain = layer._parameters["weight"], _plain(layer)
         assert plain is not None
@@ -166,7 +166,7 @@ def held_after(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     for name in computed_weights(model, names):
         layer = model.get_submodule(name)
         made = reparametrized.values(layer)
-        if not made and own_linear(layer) is not None:  # which holds the same numbers
+        if not made and own_layer(layer) is not None:  # which holds the same numbers
             continue
         found |= {f"{name}.{key}": f"{name}.{reparametrized.sources(layer, key)[0] if made else key}"
                   for key in made or ("weight",)}

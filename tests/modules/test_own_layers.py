@@ -12,7 +12,7 @@ from whole_way import check, noisy
 
 import fastscore
 from fastscore.graph.tracing import trace
-from fastscore.modules.weights.own_linear import OwnLinear, own_linear
+from fastscore.modules.weights.own_layers import OwnLayer, own_layer
 
 Way = Callable[["Dense", Tensor], Tensor]
 
@@ -144,9 +144,9 @@ class Other(Dense):
 
 @pytest.mark.parametrize("kind", [Scaled, Clipped, Rounded, Other])
 def test_what_is_none(kind: type[Dense]) -> None:
-    assert own_linear(Dense(4, 4, "linear")) == OwnLinear("w", "b", False)
-    assert own_linear(Dense(4, 4, "x @ w")) == OwnLinear("w", "b", True)
-    assert own_linear(kind(4, 4, "linear")) is None
+    assert own_layer(Dense(4, 4, "linear")) == OwnLayer("w", "b", False)
+    assert own_layer(Dense(4, 4, "x @ w")) == OwnLayer("w", "b", True)
+    assert own_layer(kind(4, 4, "linear")) is None
 
 
 class Tied(nn.Module):
