@@ -41,6 +41,8 @@ WORK: dict[str, Callable[[nn.Module, torch.Tensor, Any, bool], object]] = {
     "timing": lambda model, x, scores, told: fastscore.prune(model, scores, x, latency=0.6, progress=told),
     "repairing": lambda model, x, scores, told: fastscore.prune(
         model, scores, x, macs=0.6, calibration=[x], repair="mean", progress=told),
+    "ordering channels": lambda model, x, scores, told: fastscore.prune(
+        model, scores, x, macs=0.6, calibration=[x], repair="asymmetric", progress=told),
     "judging": lambda model, x, scores, told: fastscore.prune(
         model, scores, x, agreement=0.9, calibration=[x], repair="mean", progress=told),
     "distilling": lambda model, x, scores, told: fastscore.distill(

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_out(arguments)
     scores = None if arguments.scores is None else options.load_scores(arguments)
     prepare = options.preprocessing(arguments)
-    work, judges = options.image_batches(arguments, prepare, judges=True)
+    work, judges = options.image_batches(arguments, prepare, True, scores)
     model = options.model(arguments, prepare)
     if scores is None:
         scores = options.scored(model, arguments, prepare, work)

@@ -148,11 +148,12 @@ def ablation(arguments: argparse.Namespace) -> str:
     return arguments.ablation or ("mean" if has_mean and repairs(arguments) else "zero")
 
 
-def image_batches(arguments: argparse.Namespace, prepare: images.Preprocessing,
-                  judges: bool) -> tuple[images.ImageBatches, images.ImageBatches | None]:
+def image_batches(arguments: argparse.Namespace, prepare: images.Preprocessing, judges: bool,
+                  scores: Scores | None = None) -> tuple[images.ImageBatches, images.ImageBatches | None]:
     """(images to score and repair with, images to judge by), in an order that is the same at every reading.
 
-    judges: hold one of four images out to judge by. Raises ValueError without images.
+    judges: hold one of four images out to judge by. scores: those of a file, which may be of the same images. Raises
+    ValueError without images.
     """
     if arguments.images is None:
         raise ValueError("images: they are needed here; give --images FOLDER")
@@ -161,6 +162,9 @@ def image_batches(arguments: argparse.Namespace, prepare: images.Preprocessing,
     held_out = paths[HELD_OUT - 1::HELD_OUT] if judges else []
     if judges and not held_out:
         raise ValueError(f"images: {len(paths)}, and one of {HELD_OUT} is held out to judge by; give more")
+    if judges and scores is not None and scores.notes.get("images") == str(arguments.images):
+        tell(f"{arguments.scores} was scored on {arguments.images}, too, and so on the images that judge: networks "
+             "look a little better than they are; leave --scores out, or give --images of others")
     work = [path for number, path in enumerate(paths) if not judges or number % HELD_OUT != HELD_OUT - 1]
     return (images.batches(work, prepare, arguments.batch_size),
             images.batches(held_out, prepare, arguments.batch_size) if judges else None)

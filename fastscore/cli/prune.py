@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     repair: dict[str, Any] = {}
     work = None
     if options.repairs(arguments):
-        work, judges = options.image_batches(arguments, prepare, judges=arguments.agreement is not None)
+        work, judges = options.image_batches(arguments, prepare, arguments.agreement is not None, scores)
         repair = {"calibration": work, "repair": arguments.repair, "held_out": judges,
                   "outputs": options.judged(arguments)}
     elif arguments.agreement is not None:

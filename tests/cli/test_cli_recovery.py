@@ -255,6 +255,18 @@ def test_a_curve(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == [pytest.approx(row) for row in expected.records()]
 
 
+def test_images_that_scored_and_judge_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Scores of a file are of all images of a folder, of which one of four judges then."""
+    assert main(["score", *MODEL, "--out", "s.safetensors"]) == 0
+    said = "note: s.safetensors was scored on photos, too, and so on the images that judge"
+    for command in (("curve", "--macs", "0.8"), ("prune", "--agreement", "0.5", "--out", "small.safetensors")):
+        for scores in (("--scores", "s.safetensors"), ()):
+            assert main([command[0], *MODEL, *command[1:], "--repair", "mean", *scores]) == 0
+            assert capsys.readouterr().err.count(said) == len(scores) // 2
+    assert main(["prune", *MODEL, "--macs", "0.8", "--scores", "s.safetensors", "--out", "small.safetensors"]) == 0
+    assert said not in capsys.readouterr().err
+
+
 def test_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *MODEL, "--importances", "taylor-sq", "magnitude-l2", "--params", "0.7", "--repair", "mean",
                  "--plot", "compared.png"]) == 0

@@ -116,9 +116,13 @@ class Measured:
             self._inputs.finish(process_group)
             self._read = {name: moments for name, moments in self._inputs.moments.items() if moments.count}
             batches.moments["fit"].update(self._read)  # the same in every process, whatever batches it had
-            values = {group.name: redundancy.values(eval_model, group, scores[group.name], self._inputs.moments,
-                                                    graph.normalized_by) for group in graph.groups
-                      if group.name in scores}
+            values = {}
+            scored = [group for group in graph.groups if group.name in scores]
+            with bar("ordering channels", " groups", len(scored)) as done:
+                for group in scored:
+                    values[group.name] = redundancy.values(eval_model, group, scores[group.name], self._inputs.moments,
+                                                           graph.normalized_by)
+                    done.update()
             order = ranked(values)
             self._measuring = max(1, min(-(-SAMPLES // calibration.counted_in), calibration.held_out // 2))
             curves = self._measured(_trials(graph.groups, values, order), index)
