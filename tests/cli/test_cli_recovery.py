@@ -136,6 +136,28 @@ def test_a_long_repair_is_said_before_it_starts(capsys: pytest.CaptureFixture[st
     assert repair_time.passes(80, 2, 20) == 52 + 20 * 3 * 10 / 80  # on half of those held out
 
 
+@pytest.mark.parametrize(("room", "decoded_again"), [(1 << 20, False), (5 * 3 * 12 * 12 * 4, True)])
+def test_a_repair_decodes_an_image_once(monkeypatch: pytest.MonkeyPatch, room: int, decoded_again: bool) -> None:
+    """As long as there is room: of 40, the second holds five."""
+    decoded: list[Path] = []
+    own = images.Preprocessing.__call__
+
+    def counted(prepare: images.Preprocessing, path: Path) -> torch.Tensor:
+        decoded.append(path)
+        return own(prepare, path)
+
+    monkeypatch.setattr(images.Preprocessing, "__call__", counted)
+    monkeypatch.setattr(images, "KEPT", room)
+    assert main(["prune", *MODEL, "--macs", "0.6", "--repair", "linear", "--out", "s.safetensors"]) == 0
+    assert len(set(decoded)) == 40
+    assert (len(decoded) > 40) is decoded_again
+    again = images.batches(images.find("photos"), PREPARE, 8, keep=True)
+    for _ in range(2):
+        for batch, plain in zip(again, batches(), strict=True):
+            assert torch.equal(batch, plain)
+            batch.zero_()  # a model may write to its batch
+
+
 def test_prune_without_repair(capsys: pytest.CaptureFixture[str]) -> None:
     model, example = dense(), torch.zeros(2, 3, 12, 12)
     scores = fastscore.score(model, batches(), progress=False)
