@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from fastscore.graph.cutting import heads
 from fastscore.modules.attention import handed
-from fastscore.modules.norms.channel_norms import ChannelNorm, NarrowedNorm, norm_of
+from fastscore.modules.norms.channel_norm import ChannelNorm
+from fastscore.modules.norms.channel_norms import NarrowedNorm, norm_of
 from fastscore.modules.weights.experts import holds_experts
 from fastscore.modules.weights.transposed_linear import is_linear, widths
 from fastscore.modules.wrappers import unwrapped
@@ -125,12 +126,14 @@ def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tupl
         if not isinstance(module, NarrowedNorm):
             continue
         norm = norm_of(module)
-        if not isinstance(norm, ChannelNorm) or norm.centered or module.weight is None:
+        if not isinstance(norm, ChannelNorm) or norm.centered or norm.place != "inside" or norm.fewer or \
+                module._parameters.get(norm.gain) is None:
             raise ValueError(f"model: {name} is a LayerNorm that divides by the dense width, which no config of "
                              f"transformers can say: {_same_width(model)}{_WAY_OUT}")
         ratio = module.dense_width / module.width
-        weight = module.weight.detach()
-        state[f"{name}.weight"] = (weight.double() + norm.offset).mul(ratio ** 0.5).sub(norm.offset).to(weight.dtype)
+        weight = module.get_parameter(norm.gain).detach()
+        grown = (weight.double() + norm.offset).mul(ratio ** 0.5).sub(norm.offset)
+        state[f"{name}.{norm.gain}"] = grown.to(weight.dtype)
         setting = next((setting for setting in _EPS if hasattr(config, setting)), "")
         if norm.eps is not None and setting:
             yield setting, norm.eps * ratio

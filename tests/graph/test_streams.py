@@ -224,15 +224,7 @@ def test_too_many_readers_for_the_mean_are_left_out_with_the_reason(monkeypatch:
     assert "embed" in fastscore.score(model, [batch], ablation="mean", progress=False)
 
 
-class StandardDeviation(nn.LayerNorm):
-    """Of another estimate of the variance, as in the annotated transformer: not recognised."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + self.eps) * self.weight + self.bias
-
-
 LEFT_ALONE: dict[str, Callable[[int], nn.Module]] = {
-    "another variance": StandardDeviation,
     "over tokens too": lambda n: nn.LayerNorm((TOKENS, n)),
     "a group of them": lambda n: nn.GroupNorm(2, n),
 }

@@ -229,7 +229,7 @@ def _gated(layer: nn.Module, gates: Sequence[tuple[Tensor, Tensor]]) -> Any:
     def instead(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = input_of(args, kwargs)
         weight, bias = (None if value is None else value.flatten().view(-1, *[1] * (-1 - norm.dim))
-                        for value in (getattr(layer, name, None) for name in ("weight", "bias")))
+                        for value in map(layer._parameters.get, (norm.gain, norm.shift)))
         if isinstance(norm, ResponseNorm):  # of which the mean over channels reads gates
             norms, gated_norms = (torch.linalg.vector_norm(value, dim=(-3, -2) if norm.dim == -1 else (-2, -1),
                                                            keepdim=True) for value in (x, gated(x)))

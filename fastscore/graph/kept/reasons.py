@@ -67,7 +67,7 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         follow = {name for module, name, _ in beside_weights.own(layer) if module is layer}
         follow |= {name for name, parameter in layer._parameters.items() if parameter is None or parameter.numel() == 1}
         own = [name for name in layer._parameters if name not in {"weight", "bias", *unused_parameters(layer), *follow}]
-        if own and type(layer) not in PLAIN:  # which do not read them
+        if own and member.role != "norm" and type(layer) not in PLAIN:  # which do not read them
             return f"{member.layer} has a parameter {own[0]} besides weight and bias, which cannot lose channels yet"
         shared = shared_parameters(layer, owners)
         if member.role == "consumer" and shared == "bias":  # which stays as it is

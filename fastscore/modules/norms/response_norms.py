@@ -12,15 +12,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ResponseNorm:
-    """What a module computes of images: x + bias + weight * x * norm of x / (mean of norms + eps).
+    """What a module computes of images: x + shift + gain * x * norm of x / (mean of norms + eps).
 
     Attributes:
         dim: that of the channels, from the end: -1, or -3.
         eps: added to the mean.
+        gain, shift: the parameters that they are, by their names, if there are.
     """
 
     dim: int
     eps: float
+    gain: str = "weight"
+    shift: str = "bias"
 
     @property
     def _image(self) -> tuple[int, int]:
@@ -34,24 +37,24 @@ class ResponseNorm:
         norms = torch.linalg.vector_norm(x, dim=self._image, keepdim=True)
         return norms, norms.sum(self.dim, keepdim=True) / dense_width + self.eps
 
-    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, dense_width: int) -> Tensor:
+    def __call__(self, x: Tensor, gain: Tensor | None, shift: Tensor | None, dense_width: int) -> Tensor:
         """What the module computes; x may have fewer channels than `dense_width`."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         norms, mean = self._norms(wide, dense_width)
         y = wide * (norms / mean)
-        if weight is not None:
-            y = y * self._along_channels(weight)
+        if gain is not None:
+            y = y * self._along_channels(gain)
         y = wide + y
-        if bias is not None:
-            y = y + self._along_channels(bias)
+        if shift is not None:
+            y = y + self._along_channels(shift)
         return y.to(x.dtype)
 
-    def gradient_of_statistics(self, x: Tensor, g: Tensor, weight: Tensor | None, dense_width: int) -> Tensor:
+    def gradient_of_statistics(self, x: Tensor, g: Tensor, gain: Tensor | None, dense_width: int) -> Tensor:
         """The gradient of x through the mean of norms alone, from that of the output: of x's shape and dtype."""
         wide, g = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (x, g))
         norms, mean = self._norms(wide, dense_width)
         product = g * wide * norms
-        if weight is not None:
-            product = product * self._along_channels(weight)
+        if gain is not None:
+            product = product * self._along_channels(gain)
         of_mean = -product.sum((*self._image, self.dim), keepdim=True) / mean.square()
         return (of_mean / dense_width * torch.where(norms > 0, wide / norms, 0.0)).to(x.dtype)

@@ -1,0 +1,93 @@
+"""What normalisations over channels compute, of as many channels as there are."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ChannelNorm:
+    """What a module computes of x: (x - mean) / sqrt(mean of squares + eps) * (gain + offset) + shift, over one
+    dimension.
+
+    Attributes:
+        dim: that of the channels, from the end: -1, -2, or -3 in images.
+        centered: whether the mean is taken off first (LayerNorm), or not (RMSNorm).
+        offset: 1 where gains are kept as differences from 1, as in Gemma.
+        eps: None: the rounding of the input's dtype, as in nn.RMSNorm.
+        place: where eps counts: "inside" the root, "added" to it, or as the "least" that is divided by.
+        fewer: by how much less than the width squares are divided: 1 in torch.std(), all but 1 where they are summed.
+        gain, shift: the parameters that they are, by their names, if there are.
+    """
+
+    dim: int
+    centered: bool
+    offset: float
+    eps: float | None
+    place: Literal["inside", "added", "least"] = "inside"
+    fewer: int = 0
+    gain: str = "weight"
+    shift: str = "bias"
+
+    def statistics(self, x: Tensor, dense_width: int) -> tuple[Tensor, Tensor]:
+        """(x less the mean where it is taken off, what that is multiplied by), of x in float32 or wider."""
+        x, squares = self._squares(x, dense_width)
+        return x, self._scale(squares)
+
+    def _squares(self, x: Tensor, dense_width: int) -> tuple[Tensor, Tensor]:
+        divisor = dense_width - self.fewer
+        if not self.centered:
+            return x, x.square().sum(self.dim, keepdim=True) / divisor
+        mean = x.sum(self.dim, keepdim=True) / dense_width
+        x = x - mean
+        zeros = (dense_width - x.shape[self.dim]) * mean.square()  # what channels that are gone are away from the mean
+        return x, (x.square().sum(self.dim, keepdim=True) + zeros) / divisor
+
+    def _scale(self, squares: Tensor) -> Tensor:
+        eps = torch.finfo(squares.dtype).eps if self.eps is None else self.eps
+        if self.place == "inside":
+            return (squares + eps).rsqrt()
+        root = squares.sqrt()
+        return 1 / (root + eps if self.place == "added" else root.clamp_min(eps))
+
+    def _steepness(self, squares: Tensor, scale: Tensor) -> Tensor:
+        """-2 times the derivative of the scale by the mean of squares, over the scale's square."""
+        if self.place == "inside":
+            return scale
+        root = squares.sqrt()
+        moves = root > (self.eps or 0.0) if self.place == "least" else root > 0
+        return torch.where(moves, 1 / root, 0.0)
+
+    def along_channels(self, values: Tensor) -> Tensor:
+        """[C] in a shape that broadcasts over the input."""
+        return values.view(-1, *[1] * (-1 - self.dim))
+
+    def __call__(self, x: Tensor, gain: Tensor | None, shift: Tensor | None, dense_width: int) -> Tensor:
+        """What the module computes; x may have fewer channels than `dense_width`."""
+        centered, scale = self.statistics(_wide(x), dense_width)
+        y = centered * scale
+        if gain is not None:
+            y = y * self.along_channels(gain + self.offset if self.offset else gain)
+        if shift is not None:
+            y = y + self.along_channels(shift)
+        return y.to(x.dtype)
+
+    def gradient_of_statistics(self, x: Tensor, g: Tensor, gain: Tensor | None, dense_width: int) -> Tensor:
+        """The gradient of x through mean and mean square alone, from that of the output: of x's shape and dtype."""
+        centered, squares = self._squares(_wide(x), dense_width)
+        scale = self._scale(squares)
+        g = _wide(g)
+        if gain is not None:
+            g = g * self.along_channels(gain + self.offset if self.offset else gain)
+        normalized = centered * scale
+        through = normalized * (g * normalized).sum(self.dim, keepdim=True) * self._steepness(squares, scale) / \
+            (self.fewer - dense_width)
+        if self.centered:
+            through = through - g.sum(self.dim, keepdim=True) * (scale / dense_width)
+        return through.to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,146 @@
+"""Which normalisation over channels a module computes: found by running it on inputs of its own, with random
+parameters, so that names do not matter, nor where its code has eps from."""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.modules.norms.channel_norm import ChannelNorm
+from fastscore.modules.norms.response_norms import ResponseNorm
+
+_EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")
+_RESPONSE_EPS = 1e-6  # what a global response normalisation adds whose code holds the number
+_TOLERANCE = 1e-5  # some compute in float32 whatever they are given
+_SMALL = 1e-30  # of inputs beside which eps is all that counts; float32 holds them
+_DIMS = (-1, -3, -2)
+_PLACES: tuple[Literal["inside", "added", "least"], ...] = "inside", "added", "least"
+
+
+def has_eps(module: nn.Module) -> bool:
+    """Whether it has an attribute that is called so."""
+    return any(hasattr(module, name) for name in _EPS)
+
+
+def find(module: nn.Module, size: int) -> ChannelNorm | ResponseNorm | None:
+    """What a module for `size` channels computes, which has at most two parameters of that many numbers, and else
+    nothing; None where it is no normalisation over channels."""
+    with torch.random.fork_rng(devices=[]):
+        for trial in (_Trial(module, size, dim) for dim in _DIMS):
+            for candidate in _of_channels(trial, module) if trial.normalizes() else ():
+                if trial.computes(candidate):
+                    return candidate
+        for trial in (_Trial(module, size, dim, image=True) for dim in _DIMS[:2]):
+            for gain, shift in trial.names:
+                for eps in _epsilons(module) or [_RESPONSE_EPS]:
+                    if trial.computes(norm := ResponseNorm(trial.dim, eps, gain, shift)):
+                        return norm
+    return None
+
+
+class _Trial:
+    """A copy with random parameters, on inputs with channels along one dimension."""
+
+    def __init__(self, module: nn.Module, size: int, dim: int, image: bool = False) -> None:
+        self._random = torch.Generator().manual_seed(0)
+        self.dim, self.size = dim, size
+        self._shape = (2, size, 3, 4) if dim == -3 else (2, size, 5) if dim == -2 else \
+            (2, 3, 4, size) if image else (2, 3, size)
+        self._alone = copy.copy(module)
+        self._alone.training = False
+        self._alone._parameters = {
+            name: None if parameter is None else
+            nn.Parameter(torch.randn(parameter.shape, generator=self._random, dtype=torch.float64), False)
+            for name, parameter in module._parameters.items()}
+        own = [name for name, parameter in module._parameters.items() if parameter is not None]
+        first = sorted(own, key=lambda name: name in ("bias", "beta", "shift", "b"))  # what it is likely to be
+        self.names = list(itertools.permutations(first)) if len(own) == 2 else \
+            [(own[0], ""), ("", own[0])] if own else [("", "")]
+
+    def inputs(self, scale: float) -> Tensor:
+        """Random ones, whose mean is not zero."""
+        return (torch.randn(self._shape, generator=self._random, dtype=torch.float64) + 0.3) * scale
+
+    def run(self, x: Tensor) -> Tensor | None:
+        """What the module makes; None of what it does not take."""
+        try:
+            with torch.no_grad():
+                y = type(self._alone).forward(self._alone, x)
+        except Exception:  # whatever a module's code does with what it does not take
+            return None
+        return y.double() if isinstance(y, Tensor) and y.shape == x.shape else None
+
+    def held(self, name: str) -> Tensor | None:
+        """A parameter, [C]."""
+        parameter = self._alone._parameters.get(name)
+        return None if parameter is None else parameter.flatten()
+
+    def normalizes(self) -> bool:
+        """Whether it makes the same of an input twice as large."""
+        x = self.inputs(100.0)
+        one, two = self.run(x), self.run(2 * x)
+        return one is not None and two is not None and _close(one, two, 1e-3)  # which eps may differ by
+
+    def computes(self, norm: ChannelNorm | ResponseNorm) -> bool:
+        """Whether that is what it computes, of inputs as large as eps lets count, and of larger ones; and nothing is
+        mixed along other dimensions."""
+        eps = norm.eps or torch.finfo(torch.float64).eps
+        inside = isinstance(norm, ChannelNorm) and norm.place == "inside"
+        for scale in (1.0, eps ** 0.5 if inside else eps):
+            x = self.inputs(scale)
+            y = self.run(x)
+            if y is None or not _close(y, norm(x, self.held(norm.gain), self.held(norm.shift), self.size)):
+                return False
+        return True
+
+    def of_little(self, norm: ChannelNorm) -> float | None:
+        """What it multiplies small inputs by, where all of `norm` but eps is right: eps alone counts there. None where
+        that is not one number."""
+        x, held = self.inputs(_SMALL), dict(self._alone._parameters)
+        if (shift := held.get(norm.shift)) is not None:
+            self._alone._parameters[norm.shift] = nn.Parameter(torch.zeros_like(shift), False)
+        y = self.run(x)
+        self._alone._parameters.update(held)
+        if y is None:
+            return None
+        centered = x - x.mean(self.dim, keepdim=True) if norm.centered else x
+        gain = self.held(norm.gain)
+        factors = y / (centered if gain is None else centered * norm.along_channels(gain + norm.offset))
+        factor = float(factors.median())
+        return factor if 0 < factor < float("inf") and _close(factors, torch.full_like(factors, factor), 1e-4) else None
+
+
+def _epsilons(module: nn.Module) -> list[float]:
+    return [float(value) for name in _EPS if isinstance(value := getattr(module, name, None), (int, float))]
+
+
+def _of_channels(trial: _Trial, module: nn.Module) -> Iterator[ChannelNorm]:
+    """What a module may compute that makes the same of an input twice as large: the likeliest first."""
+    eps: list[float | None] = list(_epsilons(module)) or [None]
+    for (gain, shift), centered in itertools.product(trial.names, (True, False)):
+        for offset in (0.0, 1.0) if gain else (0.0,):
+            for value in eps:
+                yield ChannelNorm(trial.dim, centered, offset, value, gain=gain, shift=shift)
+            plain = ChannelNorm(trial.dim, centered, offset, 0.0, gain=gain, shift=shift)
+            little = trial.of_little(plain)
+            for place, fewer in itertools.product(_PLACES, (0, 1, trial.size - 1)):
+                values = eps if place != "inside" or fewer else []
+                if little is not None:
+                    values = [*values, _rounded(little ** -2 if place == "inside" else 1 / little)]
+                for value in values:
+                    yield replace(plain, eps=value, place=place, fewer=fewer)
+            if little is None:
+                yield plain
+
+
+def _rounded(value: float) -> float:
+    """To as many digits as float32 has."""
+    return float(f"{value:.6g}")
+
+
+def _close(one: Tensor, other: Tensor, tolerance: float = _TOLERANCE) -> bool:
+    return torch.allclose(one, other, rtol=0, atol=tolerance * float(other.abs().max()))
