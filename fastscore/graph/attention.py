@@ -2,12 +2,13 @@
 
 The channels of a group are what the output projection reads; a head is a unit of them, or, where several heads share
 keys and values, all heads that do. Rows of the query, key and value projections go with their heads. Where these layers
-are is known by name; every guess is tried: the module, with random weights, must read the same without some heads.
+are is known by name (others are found in fastscore.graph.unnamed_attention); every guess is tried: the module, with
+random weights, must read the same without some heads.
 """
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fastscore.graph import attention_calls, given_biases, head_dims, head_norms
 from fastscore.graph.attention_calls import Call, close, randomized
 from fastscore.graph.cutting import heads, surgery
+from fastscore.graph.found_heads import Found
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.head_dims import Projections
 from fastscore.modules.attention import handed, multihead_attention
@@ -34,19 +36,6 @@ _BESIDE: Mapping[str, str] = {"producer": "lora_B", "consumer": "lora_A"}
 _OUTPUT_ALONE = "out_proj"  # of a module that holds the other projections itself, as nn.MultiheadAttention does
 
 
-@dataclass
-class Found:
-    """What there is in a model: groups of heads; the name of each other one -> why it is kept; head dimensions, which
-    can go in the place of whole heads; the name of those that have none -> why; of those that have some -> why they do
-    not go beside whole heads."""
-
-    groups: list[ChannelGroup] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    head_dims: list[ChannelGroup] = field(default_factory=list)
-    whole_heads: dict[str, str] = field(default_factory=dict)
-    not_both: dict[str, str] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class _Guess:
     """module: qualified name of the attention module. group: with layers named from there, as if it were a model.
@@ -58,12 +47,16 @@ class _Guess:
 
     def whole(self, group: ChannelGroup | None = None) -> ChannelGroup:
         """The group, or another one of the module, with the qualified names that the model has."""
-        def qualified(name: str) -> str:
-            return ".".join(filter(None, (self.module, name)))
+        return within(self.module, group or self.group)
 
-        group = group or self.group
-        members = tuple(replace(member, layer=qualified(member.layer)) for member in group.members)
-        return replace(group, name=qualified(group.name), members=members)
+
+def within(module: str, group: ChannelGroup) -> ChannelGroup:
+    """A group of layers named from a module of that name, with the qualified names that the model has."""
+    def qualified(name: str) -> str:
+        return ".".join(filter(None, (module, name)))
+
+    members = tuple(replace(member, layer=qualified(member.layer)) for member in group.members)
+    return replace(group, name=qualified(group.name), members=members)
 
 
 def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[str] = (), dims: bool = False,
@@ -116,7 +109,8 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[st
                 for first in firsts:
                     skipped.pop(first, None)
                 continue
-        for first, guess in zip(firsts, tried, strict=True):
+        for first, guess, name in zip(firsts, tried, names, strict=True):
+            every.tie(member.layer for member in guesses[name][0].whole().role("producer"))
             skipped.setdefault(first, guess if isinstance(guess, str) else
                                "its heads go with those of other layers, which keep them")
     return every
@@ -125,7 +119,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[st
 def _find_dims(every: Found, module: nn.Module, guesses: Sequence[_Guess], tried: _Guess | str, call: Call,
                owners: Mapping[int, int]) -> None:
     """Note the head dimensions of a module, or why it has none. tried: what its heads are, or why they are kept."""
-    reason = _computed(module, guesses[0].group, owners)
+    reason = computed(module, guesses[0].group, owners)
     for guess in () if reason is not None else [tried] if isinstance(tried, _Guess) else guesses:
         dims: ChannelGroup | str = "layers of adapters stand beside its projections, or it holds them itself"
         if guess.projections is not None and not any(_BASE in layer._modules for layer in module.modules()):
@@ -142,12 +136,12 @@ def _find_dims(every: Found, module: nn.Module, guesses: Sequence[_Guess], tried
 
 def _tried(module: nn.Module, guesses: Sequence[_Guess], call: Call, owners: Mapping[int, int]) -> _Guess | str:
     """The first guess that the module bears out; or why it does not the likeliest."""
-    computed = _computed(module, guesses[0].group, owners)
-    if computed is not None:
-        return computed
+    why = computed(module, guesses[0].group, owners)
+    if why is not None:
+        return why
     reasons = []
     for guess in guesses:
-        reason = _difference(module, guess.group, call)
+        reason = difference(module, guess.group, call)
         if reason is None:
             return guess
         reasons.append(reason)
@@ -297,7 +291,7 @@ def _linear(module: nn.Module, name: str) -> nn.Linear | None:
     return module if isinstance(module, nn.Linear) else None
 
 
-def _computed(module: nn.Module, group: ChannelGroup, owners: Mapping[int, int]) -> str | None:
+def computed(module: nn.Module, group: ChannelGroup, owners: Mapping[int, int]) -> str | None:
     """Why the weights of an attention module cannot lose rows; None where they can."""
     for member in group.members:
         layer = module.get_submodule(member.module)
@@ -309,7 +303,7 @@ def _computed(module: nn.Module, group: ChannelGroup, owners: Mapping[int, int])
     return None
 
 
-def _difference(module: nn.Module, group: ChannelGroup, call: Call) -> str | None:
+def difference(module: nn.Module, group: ChannelGroup, call: Call) -> str | None:
     """How the input of the output projection differs where some heads are gone, at those that are not; None if not."""
     outputs, each = [edge.layer for edge in group.role("consumer")], next(group.role("heads"))
     units = int(group.unit.max()) + 1
@@ -335,12 +329,3 @@ def _difference(module: nn.Module, group: ChannelGroup, call: Call) -> str | Non
             if x.shape != expected.shape or not close(x, expected):
                 return f"{type(module).__name__} computes something else with fewer heads"
     return None
-
-
-def layers(groups: Sequence[ChannelGroup]) -> dict[str, set[str]]:
-    """Role -> the layers that play it in `groups`."""
-    found: dict[str, set[str]] = {"producer": set(), "consumer": set()}
-    for group in groups:
-        for member in group.members:
-            found.setdefault(member.role, set()).add(member.layer)
-    return found

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastscore.batches import tensors_of, with_float64
 from fastscore.modules.hooks import input_of
+from fastscore.modules.inspection import channel_dim
 
 _TOLERANCE = 0.05  # of a channel's length; bfloat16 rounds to 0.004 of each value
 
@@ -41,9 +42,9 @@ class Call:
         seen: dict[str, Tensor | None] = dict.fromkeys(layers)
 
         def see(layer: str) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            def hook(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if seen[layer] is None:
-                    seen[layer] = input_of(args, kwargs).detach()
+                    seen[layer] = input_of(args, kwargs).detach().movedim(channel_dim(called), -1)
 
             return hook
 

@@ -20,6 +20,7 @@ from fastscore.modules.norms import channel_norms
 from fastscore.modules.weights import recurrent
 
 CUT = "its channels are cut at positions that the model's code fixes"
+DIVIDED = "a view divides its channels over several dimensions"
 _SEVERAL = ", the forward of whose class returns several things"
 _RUNS_OVER = "an operation runs over all its channels"
 _MOST_ARRIVALS = 100  # at one node, each time at new places: more than there are branches that end somewhere
@@ -102,6 +103,11 @@ class Graph(Nodes):
     def read_elsewhere(self) -> dict[str, str]:
         """Layer -> the class of a module whose code reads the layer's weight, and is not the layer's own."""
         return self._calls.read_elsewhere
+
+    @property
+    def products(self) -> dict[nn.Module, set[int]]:
+        """See NotedCalls."""
+        return self._calls.products
 
     def note_unseen_readers(self, calls: Callable[[str], int | None]) -> None:
         """See NotedCalls."""
@@ -207,7 +213,7 @@ class Graph(Nodes):
         if (layer := next((self._several[key] for key in self._taken_by(node) if key in self._several), None)):
             return f"its channels come to {layer}{_SEVERAL}"
         if node.type == OPTYPE.CUSTOMIZED:
-            return f"a view divides its channels over several dimensions ({node.grad_fn.name()})"
+            return f"{DIVIDED} ({node.grad_fn.name()})"
         if node.type == OPTYPE.PARAMETER and node in self._dims:
             return None  # one number, or more, for each channel
         if node.type == NORM and (width := channel_norms.width(node.module)) != shape(node)[self._dims[node]]:

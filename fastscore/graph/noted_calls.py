@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.batches import tensors_of
-from fastscore.graph.cutting.cut_widths import Cut, View, calling_module, cut_of, view_of
+from fastscore.graph.cutting.cut_widths import Cut, View, calling_module, calling_modules, cut_of, view_of
 
 _SPLITS = (torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes)
 _SLICES = (Tensor.__getitem__, torch.narrow, Tensor.narrow)
 _VIEWS = (Tensor.view, Tensor.reshape, torch.reshape, Tensor.unflatten, torch.unflatten)
 _JOINS = (torch.cat, torch.concat, torch.concatenate)
 _ZEROS = (torch.zeros, Tensor.new_zeros)
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.bmm, Tensor.bmm, torch.baddbmm,
+             torch.einsum, F.scaled_dot_product_attention)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class NotedCalls(TorchFunctionMode):
         self._taken = Counter[int]()  # id of a weight -> how often it is taken, by what the outputs are made of or not
         self.cuts: list[Cut] = []
         self.concatenated: dict[Any, list[int]] = {}  # autograd function -> the widths of what it joins
+        self.products: dict[nn.Module, set[int]] = {}  # whose code multiplies activations -> the sizes of these
         self._views: dict[Any, View] = {}  # by their autograd functions
         self._zeros: dict[int, tuple[Tensor, Cut]] = {}  # memory -> zeros there, and the code that made them
         self.met: dict[Any, list[MetZeros]] = {}  # autograd's function of an operation, module whose code calls it
@@ -114,7 +118,7 @@ class NotedCalls(TorchFunctionMode):
 
     def forget(self) -> None:
         """Let go what autograd keeps of operations that were noted."""
-        for noted in (self.cuts, self.concatenated, self._zeros, self.met, self._views):
+        for noted in (self.cuts, self.concatenated, self._zeros, self.met, self._views, self.products):
             noted.clear()
 
     def view_of(self, function: Any) -> View:
@@ -135,6 +139,9 @@ class NotedCalls(TorchFunctionMode):
             self.cuts.append(cut)
         if func in _VIEWS and output.grad_fn is not None:
             self._views[output.grad_fn] = view_of(output, _asked(args, kwargs), cut_of(output.grad_fn))
+        if func in PRODUCTS and len(factors := [x for x in tensors_of(args) if x.grad_fn is not None]) > 1:
+            for module in calling_modules():
+                self.products.setdefault(module, set()).update(size for x in factors for size in x.shape[:-1])
         joined = None
         if func in _JOINS:
             dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))

@@ -21,6 +21,7 @@ from fastscore.graph import (
     scored_units,
     state_spaces,
     traced_groups,
+    unnamed_attention,
     whole_experts,
 )
 from fastscore.graph.counted_run import CountedRun
@@ -199,9 +200,17 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     branches, kept_blocks = blocks.find(eval_model, whole) if "blocks" in searched else ([], {})
     mixtures, kept_experts = whole_experts.find(eval_model, whole) if "experts" in searched else ((), {})
     attentions = attention.find(eval_model, whole, unused, "head_dims" in searched, recording.run_again)
+
+    def followed() -> ChannelGraph:
+        return traced_groups.of_graph(eval_model, graph, attentions.layers(), recording, unused, idle)
+
+    found = followed()
+    divided = {layer for layer, why in found.skipped.items() if why.startswith(dependencies.DIVIDED)}
+    unnamed = unnamed_attention.find(eval_model, recording.run_again, graph.products, divided, unused, attentions)
+    if attentions.with_unnamed(unnamed, divided):
+        found = followed()
     heads, left = attentions.groups, attentions.skipped
-    taken = attention.layers(heads)
-    found = traced_groups.of_graph(eval_model, graph, taken, recording, unused, idle)
+    taken = attentions.layers()
     guesses = cut_otherwise.guesses(graph, found.skipped, lambda roots: traced_groups.of_graph(
         eval_model, graph, taken, recording, unused, (), roots))
     found = state_spaces.with_widths(eval_model, _with_heads(eval_model, found, heads))

@@ -146,7 +146,7 @@ def at_group_norms(model: nn.Module, groups: Iterable[ChannelGroup], removed: Ma
     norms = {name for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
     for group in groups:
         for member, index in group.removed_at(removed[group.name]) if group.name in removed else ():
-            if member.layer in norms and member.role not in ("block", "branch"):  # whose index counts no channels
+            if member.layer in norms and member.role == "channelwise":
                 positions[member.layer].append(index)
     for name, parts in positions.items():
         yield model.get_submodule(name).register_forward_hook(_narrowed(torch.cat(parts)), with_kwargs=True,

@@ -29,15 +29,6 @@ class Mixing(Apart):
         return self.o_proj(attend(q, k + k.mean(1, keepdim=True), v))
 
 
-class Across(Apart):
-    """Whose heads lie across the rows of the projections."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(2, (WIDTH, -1)).permute(0, 3, 1, 2)
-                   for layer in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(attend(q, k, v))
-
-
 class FixedWidth(Fused):
     """Whose code writes the width down."""
 
@@ -68,12 +59,9 @@ def _sharing() -> nn.Module:
 
 
 LEFT_ALONE: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "tiled keys": (lambda: Apart(2, tiled=True), "computes something else"),
     "heads that read each other": (Mixing, "computes something else"),
-    "heads across rows": (Across, "computes something else|does not run"),
     "a width in the code": (lambda: FixedWidth(qkv_blocks), "does not run with fewer heads"),
     "one head": (lambda: Multihead(heads=1), "one head"),
-    "one head of keys": (lambda: Apart(HEADS), "one for all keys"),
     "computed weights": (_parametrized, "parametrization"),
     "shared weights": (_sharing, "shares its weight"),
     "an output that is not called": (NotCalled, "does not call"),

@@ -12,36 +12,53 @@ from random_program import SIZE, equal_parts
 from torch import Tensor, nn
 
 HEADS, SHARED, DIMS = 4, 2, 2  # of queries; of keys and values; the width of each
+NAMES, OWN_NAMES = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj"), ("all", "ask", "key", "val", "mix")
 
 
 class Heads(Gated):
     """Pixels ask each other, or those of a memory: queries of two heads share keys and values. fused: one layer makes
-    all three."""
+    all three. own: names that nobody knows, a gate for each head, from a layer, and a key of its own."""
 
-    def __init__(self, width: int, memory: int | None, fused: bool) -> None:
+    def __init__(self, width: int, memory: int | None, fused: bool, own: bool = False) -> None:
         super().__init__()
-        self.num_heads, self.num_key_value_heads, self.head_dim = HEADS, SHARED, DIMS
-        if fused:
-            self.qkv_proj = nn.Linear(width, (HEADS + 2 * SHARED) * DIMS)
+        self.names = OWN_NAMES if own else NAMES
+        if own:
+            self.asking, self.asked, self.each = HEADS, SHARED, DIMS
+            self.gate, self.sinks = nn.Linear(width, HEADS), nn.Parameter(torch.rand(HEADS))
         else:
-            self.q_proj = nn.Linear(width, HEADS * DIMS)
-            self.k_proj, self.v_proj = (nn.Linear(memory or width, SHARED * DIMS) for _ in range(2))
-        self.o_proj = nn.Linear(HEADS * DIMS, width)
+            self.num_heads, self.num_key_value_heads, self.head_dim = HEADS, SHARED, DIMS
+        whole, query, key, value, out = self.names
+        if fused:
+            self.add_module(whole, nn.Linear(width, (HEADS + 2 * SHARED) * DIMS))
+        else:
+            self.add_module(query, nn.Linear(width, HEADS * DIMS))
+            for name in (key, value):
+                self.add_module(name, nn.Linear(memory or width, SHARED * DIMS))
+        self.add_module(out, nn.Linear(HEADS * DIMS, width))
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         """[N, C, H, W], [N, M, H', W'] -> [N, C, H, W]."""
-        query = x.flatten(2).transpose(1, 2)
-        if hasattr(self, "qkv_proj"):
-            sizes = [count * self.head_dim for count in (self.num_heads, *[self.num_key_value_heads] * 2)]
-            made = self.qkv_proj(self.through("qkv_proj", query)).split(sizes, -1)
+        own, query = self.names is OWN_NAMES, x.flatten(2).transpose(1, 2)
+        heads, shared, width = (self.asking, self.asked, self.each) if own else (
+            self.num_heads, self.num_key_value_heads, self.head_dim)
+        whole, *apart, out = self.names
+        if hasattr(self, whole):
+            sizes = [count * width for count in (heads, shared, shared)]
+            made = getattr(self, whole)(self.through(whole, query)).split(sizes, -1)
         else:
             read = query if memory is None else memory.flatten(2).transpose(1, 2)
             made = tuple(getattr(self, name)(self.through(name, each)) for name, each in
-                         (("q_proj", query), ("k_proj", read), ("v_proj", read)))
-        q, k, v = (each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in made)
-        k, v = (each.repeat_interleave(self.num_heads // self.num_key_value_heads, 1) for each in (k, v))
-        heads = ((q @ k.mT * DIMS ** -0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
-        return self.o_proj(self.through("o_proj", heads)).transpose(1, 2).reshape(len(x), -1, *x.shape[2:])
+                         zip(apart, (query, read, read), strict=True))
+        q, k, v = (each.unflatten(-1, (-1, width)).transpose(1, 2) for each in made)
+        k, v = (each.repeat_interleave(heads // shared, 1) for each in (k, v))
+        products = q @ k.mT * DIMS ** -0.5
+        if own:
+            products = torch.cat([products, self.sinks[:, None, None].expand(*products.shape[:3], 1)], -1)
+        y = products.softmax(-1)[..., :k.shape[2]] @ v
+        if own:
+            y = y * self.gate(self.through("gate", query)).sigmoid().mT[..., None]
+        y = getattr(self, out)(self.through(out, y.transpose(1, 2).flatten(2)))
+        return y.transpose(1, 2).reshape(len(x), -1, *x.shape[2:])
 
 
 class StateSpace(Gated):
@@ -107,12 +124,15 @@ class Mixers(Generating):
         shared = self.new_labels(SHARED)
         query = [label for label in shared for _ in range(HEADS // SHARED * DIMS)]
         key, out = [label for label in shared for _ in range(DIMS)], self.new_labels(len(x))
-        within = [(".qkv_proj", x, query + key * 2)] if fused else [
-            (".q_proj", x, query), (".k_proj", memory, key), (".v_proj", memory, key)]
+        own = (source + len(x)) % 2 == 0  # no draw, which would change all that comes after it
+        whole, *apart, last = (f".{name}" for name in (OWN_NAMES if own else NAMES))
+        within = [(whole, x, query + key * 2)] if fused else list(zip(apart, (x, memory, memory), (query, key, key),
+                                                                      strict=True))
+        within += [(".gate", x, query[::DIMS])] if own else []
         return self.add("heads", (source,) if other is None else (source, other), out, self.values[source].size,
                         lambda layer, *values: layer(*values),
-                        Heads(len(x), None if other is None else len(memory), fused),
-                        within=[*within, (".o_proj", query, out)])
+                        Heads(len(x), None if other is None else len(memory), fused, own),
+                        within=[*within, (last, query, out)])
 
     def state_space(self) -> int | None:
         """A channel within has two rows of in_proj; sizes of steps and states are cut where the code says."""

@@ -123,6 +123,12 @@ def calling_module() -> nn.Module | None:
     return None if found is None else found[0]
 
 
+def calling_modules() -> list[nn.Module]:
+    """Those whose code has called whatever has called this, the innermost first."""
+    owners = map(frames.owner, frames.outwards())
+    return list(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
+
+
 def _calling_frame() -> tuple[nn.Module, FrameType] | None:
     """The innermost module whose code runs, and where."""
     return next(((module, frame) for frame in frames.outwards()

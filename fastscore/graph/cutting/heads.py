@@ -59,6 +59,13 @@ def width(module: nn.Module) -> int | None:
     return _first(module, _HEAD_WIDTHS)
 
 
+def counted(module: nn.Module) -> set[tuple[str, str]]:
+    """(child, or "" for the module itself, attribute) of the numbers that `remove` changes."""
+    owners = (("", module), *module.named_children()) if count(module) is not None else ()
+    return {(child, name) for child, owner in owners for name, value in vars(owner).items()
+            if name in (*_COUNTS, *_KEY_COUNTS, *_WIDTHS) and isinstance(value, int)}
+
+
 def tensors(module: nn.Module) -> Iterator[str]:
     """Names of the module's own parameters and buffers that hold heads in one dimension."""
     return (name for name in _TENSORS if isinstance(module._parameters.get(name, module._buffers.get(name)), Tensor))

@@ -85,7 +85,7 @@ def _held(model: nn.Module, groups: Sequence[ChannelGroup]) -> Iterator[tuple[nn
     for group in groups:
         for member in group.role("tensor", "channelwise"):
             owner, name = model.get_submodule(member.module), member.layer.rpartition(".")[2]
-            own = {name: owner._parameters[name]} if member.role == "tensor" else \
+            own = {name: getattr(owner, name)} if member.role == "tensor" else \
                 {**owner._parameters, **owner._buffers}
             for key, tensor in own.items():
                 if tensor is not None and tensor.dim() > member.dim and \

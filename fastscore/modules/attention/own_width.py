@@ -9,8 +9,9 @@ its heads had.
 import ast
 import inspect
 import textwrap
+from collections.abc import Iterable
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -23,14 +24,19 @@ _found: dict[type[nn.Module], type[nn.Module] | None] = {}
 
 
 class _OwnWidth:
-    """What the classes made here have besides the code of their modules."""
+    """What the classes made here have besides the code of their modules: the attributes that it takes before its first
+    product, and from there on; those that it divides by; and whether it asks for the width of what it reads."""
 
     _reads: type[nn.Module]
+    _before: tuple[str, ...]
+    _after: tuple[str, ...]
+    _divisors: frozenset[str]
+    _asks: bool
 
     @property
     def attended_width(self) -> int:
         """Of what the heads make, and the output projection reads."""
-        projection = output_projection(self)  # type: ignore[arg-type]
+        projection = output_projection(self) or _called(self, self._after[::-1])  # type: ignore[arg-type]
         assert projection is not None
         return projection.in_features
 
@@ -55,34 +61,45 @@ def output_projection(module: nn.Module) -> nn.Linear | None:
     return next((layer for layer in found if isinstance(layer, nn.Linear)), None)
 
 
+def _called(module: nn.Module, names: Iterable[str]) -> nn.Linear | None:
+    """The first of these children that is a Linear."""
+    return next((layer for name in names if isinstance(layer := module._modules.get(name), nn.Linear)), None)
+
+
 def replacement(module: nn.Module) -> type[nn.Module] | None:
     """The class that computes the same of the width that the heads have; None for a module whose heads are, today, not
     as wide as what it reads, or whose code does not ask for the width of that."""
-    if isinstance(module, _OwnWidth) or not any(name in vars(module) for name in _COUNTS):
+    if isinstance(module, _OwnWidth) or sum(isinstance(layer, nn.Linear) for layer in module._modules.values()) < 2:
         return None
-    projection = output_projection(module)
-    if projection is None:
+    made: Any = with_own_width(type(module))
+    if made is None:
         return None
-    read = next((layer.in_features for name in _QUERIES if isinstance(layer := module._modules.get(name), nn.Linear)),
-                None)
-    return with_own_width(type(module)) if read == projection.in_features else None
+    projection, reader = output_projection(module), _called(module, _QUERIES)
+    if projection is None or reader is None or not any(name in vars(module) for name in _COUNTS):
+        projection, reader = _called(module, made._after[::-1]), _called(module, made._before)
+        if not made._asks or not any(name in vars(module) for name in made._divisors):
+            return None
+    alike = projection is not None and reader is not None and reader.in_features == projection.in_features
+    return made if alike else None
 
 
 def with_own_width(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The class whose forward reads `attended_width` and `attended_scale`; None where its code asks for neither."""
     if cls not in _found:
-        code = _rewritten(cls.forward)
+        rewritten = _rewritten(cls.forward)
         _found[cls] = None
-        if code is not None:
+        if rewritten is not None:
+            code, read = rewritten
             forward = FunctionType(code, cls.forward.__globals__, "forward", cls.forward.__defaults__)
             forward.__kwdefaults__ = cls.forward.__kwdefaults__
             _found[cls] = type(cls.__name__, (_OwnWidth, cls), {
-                "forward": forward, "_reads": cls, "__module__": cls.__module__, "__doc__": cls.__doc__})
+                "forward": forward, "_reads": cls, "__module__": cls.__module__, "__doc__": cls.__doc__, **read})
     return _found[cls]
 
 
-def _rewritten(forward: Any) -> CodeType | None:
-    """The code of a function, with the last dimension of its first tensor's shape replaced; None where it has none.
+def _rewritten(forward: Any) -> tuple[CodeType, dict[str, Any]] | None:
+    """The code of a function, with the last dimension of its first tensor's shape replaced, and what else a class of
+    _OwnWidth says of it; None where it has none.
 
     A function with decorators, or that refers to what stands around it, stays as it is.
     """
@@ -95,7 +112,12 @@ def _rewritten(forward: Any) -> CodeType | None:
     function = tree.body[0]
     if not isinstance(function, ast.FunctionDef) or function.decorator_list or len(function.args.args) < 2:
         return None
-    x, widths = function.args.args[1].arg, _Widths(function.args.args[0].arg)
+    x, owner = function.args.args[1].arg, function.args.args[0].arg
+    divisors = frozenset(node.right.attr for node in ast.walk(function) if isinstance(node, ast.BinOp)
+                         and isinstance(node.op, ast.FloorDiv) and _is_own(node.right, owner))
+    widths = _Widths(owner, divisors)
+    product = min((_place(node) for node in ast.walk(function) if _multiplies(node)), default=(0, 0))
+    names = sorted((_place(node), node.attr) for node in ast.walk(function) if _is_own(node, owner))
     for number, statement in enumerate(function.body):
         if (name := _width_name(statement, x)) is not None:
             widths.names.add(name)
@@ -118,18 +140,32 @@ def _rewritten(forward: Any) -> CodeType | None:
     function.args.defaults, function.args.kw_defaults = [], [None] * len(function.args.kwonlyargs)
     ast.fix_missing_locations(ast.increment_lineno(tree, forward.__code__.co_firstlineno - 1))
     compiled = compile(tree, forward.__code__.co_filename, "exec")
-    return next(code for code in compiled.co_consts if isinstance(code, CodeType))
+    return next(code for code in compiled.co_consts if isinstance(code, CodeType)), {
+        "_before": tuple(name for place, name in names if place < product), "_divisors": divisors,
+        "_after": tuple(name for place, name in names if place >= product), "_asks": widths.changed}
+
+
+def _is_own(node: ast.AST, owner: str) -> TypeGuard[ast.Attribute]:
+    """Whether it is an attribute of the module."""
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == owner
+
+
+def _place(node: ast.AST) -> tuple[int, int]:
+    """Where code ends, so that what runs within something else comes first."""
+    return getattr(node, "end_lineno", 0), getattr(node, "end_col_offset", 0)
 
 
 class _Widths(ast.NodeTransformer):
     """Has code read the width of the heads where it reads `names`: in statements about heads, and from the first
     product of activations on. What comes before has the width of what the module reads, as where that becomes an image.
 
-    owner: what the code calls its module. stored: whether what it was given is something else by now.
+    owner: what the code calls its module. counts: its attributes that divide a width, beside those of usual names.
+    stored: whether what it was given is something else by now.
     """
 
-    def __init__(self, owner: str) -> None:
+    def __init__(self, owner: str, counts: Iterable[str]) -> None:
         self.names: set[str] = set()
+        self._counts = {*_COUNTS, *counts}
         self.changed = self.stored = False
         self._owner, self._multiplied, self._here = owner, False, False
 
@@ -139,7 +175,8 @@ class _Widths(ast.NodeTransformer):
             return super().visit(node)
         inner = list(ast.walk(node))
         self._multiplied |= any(_multiplies(part) for part in inner)
-        self._here = self._multiplied or any(isinstance(part, ast.Attribute) and part.attr in _COUNTS for part in inner)
+        self._here = self._multiplied or any(isinstance(part, ast.Attribute) and part.attr in self._counts
+                                             for part in inner)
         changed = self.generic_visit(node)
         self._here = False
         self.names -= {part.id for part in inner if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}

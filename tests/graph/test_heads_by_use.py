@@ -1,0 +1,108 @@
+"""Heads of attentions that nobody has named: found by what their code does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from own_attentions import (
+    HEADS,
+    KINDS,
+    TOKENS,
+    Across,
+    HeadGate,
+    Memory,
+    Network,
+    Normed,
+    OneProjection,
+    Retention,
+    Rotary,
+    Sinks,
+    Slopes,
+)
+from torch import Tensor, nn
+from whole_way import check, noisy
+
+import fastscore
+from fastscore.graph.tracing import trace
+
+
+def _x() -> Tensor:
+    return torch.randn(3, TOKENS, 3, generator=torch.Generator().manual_seed(1)).double()
+
+
+@pytest.mark.parametrize("attention", [OneProjection, Rotary, Sinks, HeadGate, Slopes, Retention, Normed, Memory,
+                                       Across])
+def test_heads_go(attention: type[nn.Module], tmp_path: Path) -> None:
+    """Everything from data to a file, by brute force."""
+    others = ["attn.context"] if attention is Memory else []
+    check(lambda: Network(attention), _x(), ["embed", f"attn.{KINDS[attention]}", "mlp.0", *others], tmp_path)
+
+
+@pytest.mark.parametrize("attention", list(KINDS))
+def test_a_unit_is_a_head(attention: type[nn.Module]) -> None:
+    graph = trace(noisy(lambda: Network(attention)), _x())
+    (group,) = (group for group in graph.groups if any(group.role("heads")))
+    units = HEADS // 2 if attention is Rotary else HEADS
+    assert group.unit.tolist() == [c % HEADS if attention is Across else c * units // group.channels
+                                   for c in range(group.channels)]
+    assert len(next(group.role("heads")).index) == HEADS
+
+
+def test_what_a_head_has_beside_its_rows_goes_with_it() -> None:
+    model, x = noisy(lambda: Network(Retention)), _x()
+    scores = fastscore.score(model, [x], progress=False)
+    result = fastscore.prune(model, scores, x, channels=0.5, scope="layer", ignore=["embed", "mlp.0"])
+    kept = torch.arange(HEADS)[~torch.isin(torch.arange(HEADS), result.removed["attn.ask"] // 2)]
+    assert torch.equal(result.model.attn.decay, model.attn.decay[kept])
+    assert result.model.attn.h == result.model.attn.norm.num_groups == len(kept) == HEADS // 2
+    assert result.model.attn.norm.num_channels == result.model.attn.gate.out_features == HEADS
+
+
+class Talking(HeadGate):
+    """Its heads read each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.talk = nn.Linear(HEADS, HEADS)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.talk(super().scores(q, k).movedim(1, -1)).movedim(-1, 1)
+
+
+class Fixed(HeadGate):
+    """The number of heads stands in its code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(2, (HEADS, -1)).transpose(1, 2)
+                   for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(self.after(x, self.between(q, k, v)))
+
+
+@pytest.mark.parametrize(("attention", "reason"), [(Talking, "its heads read each other"),
+                                                   (Fixed, "does not run with fewer")])
+def test_heads_that_stay_have_their_reason(attention: type[nn.Module], reason: str) -> None:
+    graph = trace(noisy(lambda: Network(attention)), _x())
+    assert {"embed", "mlp.0"} <= {group.name for group in graph.groups}
+    assert not any(any(group.role("heads")) for group in graph.groups)
+    assert reason in graph.skipped["attn.q_proj"]
+    assert {graph.skipped[f"attn.{name}"] for name in ("k_proj", "v_proj", "gate")} == {
+        "its channels go with those of attn.q_proj"}
+
+
+class Alone(nn.Module):
+    """A ModuleList of heads, whose values are channels side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(nn.ModuleList(nn.Linear(12, 2) for _ in range(3)) for _ in range(HEADS))
+        self.mix = nn.Linear(2 * HEADS, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = ((layer(x) for layer in head) for head in self.each)
+        return self.mix(torch.cat([(q @ k.mT).softmax(-1) @ v for q, k, v in made], -1))
+
+
+def test_heads_with_layers_of_their_own_are_no_heads() -> None:
+    graph = trace(noisy(lambda: Network(Alone)), _x())
+    assert {f"attn.each.{head}.2" for head in range(HEADS)} <= {group.name for group in graph.groups}
+    assert not any(any(group.role("heads")) for group in graph.groups)

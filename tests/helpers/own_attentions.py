@@ -1,0 +1,307 @@
+"""Attentions as people write them, each with names and a layout of its own, and a residual network around them."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EMBED, HEADS, WIDTH, TOKENS = 12, 4, 2, 5
+INNER = HEADS * WIDTH
+
+
+def split(x: Tensor, heads: int) -> Tensor:
+    """[N, T, H·D] -> [N, H, T, D]."""
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+def join(x: Tensor) -> Tensor:
+    """[N, H, T, D] -> [N, T, H·D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class OneProjection(nn.Module):
+    """A causal one of one projection, whose heads fill what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(EMBED, 3 * EMBED), nn.Linear(EMBED, EMBED)
+        self.nh, self.dim = HEADS, EMBED
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.size()
+        q, k, v = self.into(x).split(self.dim, dim=2)
+        q, k, v = (y.view(B, T, self.nh, C // self.nh).transpose(1, 2) for y in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).contiguous().view(B, T, C))
+
+
+class Filled(nn.Module):
+    """Queries, keys and values apart, whose heads fill what they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ask, self.key, self.val, self.mix = (nn.Linear(EMBED, EMBED) for _ in range(4))
+        self.n_head = HEADS
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (layer(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+                   for layer in (self.ask, self.key, self.val))
+        weights = (q @ k.mT * (C // self.n_head) ** -0.5).softmax(-1)
+        return self.mix((weights @ v).transpose(1, 2).reshape(B, T, C))
+
+
+class Rotary(nn.Module):
+    """Keys and values shared by two heads each, expanded; queries and keys turned by complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_local_heads, self.n_local_kv_heads, self.n_rep, self.head_dim = HEADS, HEADS // 2, 2, WIDTH
+        self.wq, self.wo = nn.Linear(EMBED, INNER, bias=False), nn.Linear(INNER, EMBED, bias=False)
+        self.wk, self.wv = (nn.Linear(EMBED, INNER // 2, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q = self.wq(x).view(n, t, self.n_local_heads, self.head_dim)
+        k, v = (layer(x).view(n, t, self.n_local_kv_heads, self.head_dim) for layer in (self.wk, self.wv))
+        angles = torch.arange(t, dtype=x.dtype)[:, None, None]
+        turn = torch.polar(torch.ones_like(angles), angles)
+        q, k = (torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2))) * turn).flatten(3) for y in (q, k))
+        k, v = (y[:, :, :, None].expand(n, t, self.n_local_kv_heads, self.n_rep, self.head_dim)
+                .reshape(n, t, self.n_local_heads, self.head_dim) for y in (k, v))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        return self.wo(join((q @ k.mT / self.head_dim ** 0.5).softmax(-1) @ v))
+
+
+class Apart(nn.Module):
+    """The plain one: what `between` makes of queries, keys and values is the only thing that others change."""
+
+    names = ("ask", "key", "val", "mix")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = HEADS
+        ask, key, val, mix = self.names
+        for name in (ask, key, val):
+            self.add_module(name, nn.Linear(EMBED, INNER))
+        self.add_module(mix, nn.Linear(INNER, EMBED))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ask, key, val, mix = (getattr(self, name) for name in self.names)
+        return mix(self.after(x, self.between(*(split(layer(x), self.h) for layer in (ask, key, val)))))
+
+    def between(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (self.scores(q, k)).softmax(-1) @ v
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return q @ k.mT * WIDTH ** -0.5
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return join(y)
+
+
+class Capped(Apart):
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return 5 * torch.tanh(super().scores(q, k) / 5)
+
+
+class Sinks(Apart):
+    """Each head has a key of its own that nothing is read at."""
+
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.randn(HEADS))
+
+    def between(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sinks = self.sinks.view(1, -1, 1, 1).expand(len(q), -1, q.shape[2], -1)
+        return torch.cat([self.scores(q, k), sinks], -1).softmax(-1)[..., :-1] @ v
+
+
+class HeadGate(Apart):
+    """A layer makes a number for each head, by which its output is multiplied."""
+
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(EMBED, HEADS)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return join(y * self.gate(x).sigmoid().mT[..., None])
+
+
+class Gate(Apart):
+    """A layer makes a number for each channel of each head."""
+
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(EMBED, INNER)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return join(y) * self.gate(x).sigmoid()
+
+
+class Sigmoid(Apart):
+    """No softmax, and two numbers for each head, in different shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.tau = nn.Parameter(torch.randn(HEADS, 1, 1)), nn.Parameter(torch.rand(1, HEADS, 1, 1) + 0.5)
+
+    def between(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (self.scores(q, k) * self.tau + self.shift).sigmoid() @ v
+
+
+class Slopes(Apart):
+    """A slope for each head, in a buffer, and a bias for each head and distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("slopes", 2.0 ** -torch.arange(1.0, HEADS + 1).view(1, HEADS, 1, 1))
+        self.distances = nn.Embedding(2 * TOKENS - 1, HEADS)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        place = torch.arange(q.shape[2])
+        away = place - place[:, None]
+        bias = self.distances(away + TOKENS - 1).permute(2, 0, 1)
+        return super().scores(q, k) + self.slopes * away + bias
+
+
+class Retention(Apart):
+    """A decay for each head, a GroupNorm of a group a head, and a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.gate = nn.GroupNorm(HEADS, INNER), nn.Linear(EMBED, INNER, bias=False)
+        self.register_buffer("decay", torch.log(1 - 2 ** (-2 - torch.arange(float(HEADS)))))
+
+    def between(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        place = torch.arange(q.shape[2])
+        away = place[:, None] - place
+        return (q @ k.mT * torch.exp(away.clamp(min=0) * self.decay[:, None, None]) * (away >= 0)) @ v
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        y = join(y)
+        return F.silu(self.gate(x)) * self.norm(y.flatten(0, 1)).view_as(y)
+
+
+class Normed(Apart):
+    """Queries are normalised over all heads, keys over each with weights of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all_heads, self.weight = nn.RMSNorm(INNER, eps=1e-6), nn.Parameter(torch.rand(HEADS, 1, WIDTH) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = split(self.all_heads(self.ask(x)), self.h), split(self.key(x), self.h), split(self.val(x), self.h)
+        k = k * (k.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight
+        return self.mix(join(self.between(q, k, v)))
+
+
+class Differential(nn.Module):
+    """Two maps of attention a head, one taken off the other, and a norm that all heads share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.half = HEADS, 1
+        self.ask, self.key, self.val = (nn.Linear(EMBED, INNER, bias=False) for _ in range(3))
+        self.mix, self.norm, self.share = nn.Linear(INNER, EMBED), nn.RMSNorm(WIDTH, 1e-5), nn.Parameter(torch.rand(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (split(layer(x), 2 * self.count) for layer in (self.ask, self.key))
+        v = split(self.val(x), self.count)
+        both = (q @ k.mT).softmax(-1).unflatten(1, (self.count, 2))
+        return self.mix(join(self.norm((both[:, :, 0] - self.share * both[:, :, 1]) @ v)))
+
+
+class OneKey(nn.Module):
+    """All heads share one head of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h, self.ask, self.both = HEADS, nn.Linear(EMBED, INNER), nn.Linear(EMBED, 2 * WIDTH)
+        self.mix = nn.Linear(INNER, EMBED)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = self.both(x).chunk(2, -1)
+        weights = torch.einsum("nhtd,nsd->nhts", split(self.ask(x), self.h), k).softmax(-1)
+        return self.mix(join(torch.einsum("nhts,nsd->nhtd", weights, v)))
+
+
+class Across(Apart):
+    """Whose heads lie across the rows of the projections, and what they make across columns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(2, (-1, self.h)).permute(0, 3, 1, 2) for layer in (self.ask, self.key, self.val))
+        return self.mix(self.between(q, k, v).permute(0, 2, 3, 1).flatten(2))
+
+
+class AcrossRows(Apart):
+    """Whose heads lie across the rows of the projections alone, as many as there are when each has two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(2, (WIDTH, -1)).permute(0, 3, 1, 2) for layer in (self.ask, self.key, self.val))
+        return self.mix(join(self.between(q, k, v)))
+
+
+class Kernel(Apart):
+    """Linear attention, with features of queries and keys."""
+
+    def between(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        state = torch.einsum("nhtd,nhte->nhde", k, v)
+        return torch.einsum("nhtd,nhde->nhte", q, state) / torch.einsum("nhtd,nhd->nht", q, k.sum(2))[..., None]
+
+
+class Pointwise(nn.Module):
+    """Of convolutions over a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups_of, self.into, self.mix = HEADS, nn.Conv1d(EMBED, 3 * INNER, 1), nn.Conv1d(INNER, EMBED, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(1, (self.groups_of, -1)) for y in self.into(x.mT).chunk(3, 1))
+        weights = torch.einsum("nhdi,nhdj->nhij", q, k).softmax(-1)
+        return self.mix(torch.einsum("nhij,nhdj->nhdi", weights, v).flatten(1, 2)).mT
+
+
+class Memory(Apart):
+    """Keys and values of other tokens, from one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.key, self.val
+        self.context, self.both = nn.Linear(EMBED, 6), nn.Linear(6, 2 * INNER)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = (split(y, self.h) for y in self.both(self.context(x[:, :3]).tanh()).chunk(2, -1))
+        return self.mix(join(self.between(split(self.ask(x), self.h), k, v)))
+
+
+class Network(nn.Module):
+    """A stream through one attention and one MLP."""
+
+    def __init__(self, attention: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.embed, self.norm1, self.norm2 = nn.Linear(3, EMBED), nn.LayerNorm(EMBED), nn.LayerNorm(EMBED)
+        self.attn = attention()
+        self.mlp, self.head = nn.Sequential(nn.Linear(EMBED, 6), nn.GELU(), nn.Linear(6, EMBED)), nn.Linear(EMBED, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.attn(self.norm1(x))
+        return self.head((x + self.mlp(self.norm2(x))).mean(1))
+
+
+# attention -> the first layer that its heads are of
+KINDS: dict[type[nn.Module], str] = {
+    OneProjection: "into", Filled: "ask", Rotary: "wq", Apart: "ask", Capped: "ask", Sinks: "q_proj",
+    HeadGate: "q_proj", Gate: "q_proj", Sigmoid: "ask", Slopes: "ask", Retention: "ask", Normed: "ask",
+    Differential: "ask", OneKey: "ask", Kernel: "ask", Pointwise: "into", Memory: "ask",
+    Across: "ask", AcrossRows: "ask"}
