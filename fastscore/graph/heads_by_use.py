@@ -74,8 +74,8 @@ def find(module: nn.Module, call: Call, sizes: Collection[int]) -> ChannelGroup 
         found |= {n: group for n, group in more.items() if n not in found or _units(group) > _units(found[n])}
         if any(_units(group) == n for n, group in found.items()):
             break  # each head can go without any other
-    if found:  # of those of which most can go apart, one of which the products have as many
-        return found[max(found, key=lambda n: (_units(found[n]), n in sizes, n))]
+    if found:  # of those of which most can go apart, the most of which a query is of one
+        return found[max(found, key=lambda n: (_units(found[n]), _is_whole(run, found[n], columns, n), n in sizes, n))]
     return run.makers if any(count in sizes for count in counts) and width not in counts else None
 
 
@@ -250,6 +250,22 @@ def _summed(run: _Run, member: Member, column: int) -> bool:
     (found,) = _gradients(next(iter(run.read.values()))[..., column], [weight])
     by_column = tp.ops.module2type(run.module.get_submodule(member.layer)) == tp.ops.OPTYPE.EMBED
     return found is not None and int(found.movedim(int(by_column), 0).flatten(1).any(1).sum()) > 1
+
+
+def _is_whole(run: _Run, group: ChannelGroup, columns: Tensor, count: int) -> bool:
+    """Whether a row that shows summed up, as a query, shows in the first of `count` heads and in no other."""
+    x, first = next(iter(run.read.values())), next(group.role("heads")).channel
+    size = len(columns) // count
+    one = columns[:size] if int(first[1]) == size else columns[::count]
+    member = next(member for member in group.role("producer") if _summed(run, member, int(first[0])))
+    weight = run.parameters[f"{member.layer}.weight"]
+    dim = int(tp.ops.module2type(run.module.get_submodule(member.layer)) == tp.ops.OPTYPE.EMBED)
+    shown = [None if g is None else g.movedim(dim, 0).flatten(1).any(1) for part in (
+        one, columns[~torch.isin(columns, one)]) for g in _gradients(x[..., part.to(x.device)], [weight])]
+    if shown[0] is None or shown[1] is None:
+        return True
+    rows = member.index.to(shown[0].device)
+    return not bool((shown[0] & shown[1])[rows].any())
 
 
 def _is_layer(module: nn.Module, name: str) -> bool:

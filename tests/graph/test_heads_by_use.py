@@ -16,6 +16,7 @@ from own_attentions import (
     OneProjection,
     Retention,
     Rotary,
+    SharedSinks,
     Sinks,
     Slopes,
 )
@@ -42,7 +43,7 @@ def test_heads_go(attention: type[nn.Module], tmp_path: Path) -> None:
 def test_a_unit_is_a_head(attention: type[nn.Module]) -> None:
     graph = trace(noisy(lambda: Network(attention)), _x())
     (group,) = (group for group in graph.groups if any(group.role("heads")))
-    units = HEADS // 2 if attention is Rotary else HEADS
+    units = HEADS // 2 if attention in (Rotary, SharedSinks) else HEADS
     assert group.unit.tolist() == [c % HEADS if attention is Across else c * units // group.channels
                                    for c in range(group.channels)]
     assert len(next(group.role("heads")).index) == HEADS

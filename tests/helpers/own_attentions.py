@@ -120,6 +120,20 @@ class Sinks(Apart):
         return torch.cat([self.scores(q, k), sinks], -1).softmax(-1)[..., :-1] @ v
 
 
+class SharedSinks(Sinks):
+    """Keys and values shared by two heads each, and no number of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k_proj, self.v_proj = (nn.Linear(EMBED, INNER // 2) for _ in range(2))
+        del self.h
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(2, (-1, WIDTH)).transpose(1, 2)
+                   for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(join(self.between(q, *(y.repeat_interleave(2, 1) for y in (k, v)))))
+
+
 class HeadGate(Apart):
     """A layer makes a number for each head, by which its output is multiplied."""
 
@@ -302,6 +316,7 @@ class Network(nn.Module):
 # attention -> the first layer that its heads are of
 KINDS: dict[type[nn.Module], str] = {
     OneProjection: "into", Filled: "ask", Rotary: "wq", Apart: "ask", Capped: "ask", Sinks: "q_proj",
+    SharedSinks: "q_proj",
     HeadGate: "q_proj", Gate: "q_proj", Sigmoid: "ask", Slopes: "ask", Retention: "ask", Normed: "ask",
     Differential: "ask", OneKey: "ask", Kernel: "ask", Pointwise: "into", Memory: "ask",
     Across: "ask", AcrossRows: "ask"}
