@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -82,11 +82,30 @@ class Graph(Nodes):
         self._unwrapped = {id(parameter) for parameter, _ in self.unwrapped_parameters}
         self._find_norms()
         self._find_channel_buffers(made)
-        self._dims, self._met = {}, []
-        self._find_dims()
         for node in self.module2node.values():
             if node.type == OPTYPE.PARAMETER:
                 node._name = self._param_to_name[node.module]
+        self._connect_all({})
+
+    def pass_by(self, layers: Iterable[Any], dims: Mapping[Any, int]) -> None:
+        """Take nodes of layers for operations that are none, and find anew what depends on what. dims: node -> the
+        dimension that holds the channels in its output."""
+        for node in layers:
+            del self.module2node[node.module]
+            name = node.grad_fn.name()
+            node.module = tp.ops._ReshapeOp(self._op_id) if "View" in name else tp.ops._ElementWiseOp(self._op_id, name)
+            node.type, self._op_id = tp.ops.module2type(node.module), self._op_id + 1
+            self.module2node[node.module] = node
+        for node in self.module2node.values():
+            if isinstance(node.module, tp.ops._ReshapeOp):
+                node.type = OPTYPE.RESHAPE  # of views that were found to divide channels
+            node.dependencies.clear()
+        self._connect_all(dims)
+
+    def _connect_all(self, dims: Mapping[Any, int]) -> None:
+        self._dims, self._met = dict(dims), []
+        self._find_dims()
+        for node in self.module2node.values():
             self._connect(node)
         ties.tie(self)
 

@@ -4,9 +4,10 @@ from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 from fastscore.graph import contractions, crossings, index_maps
-from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, TRANSPARENT, Nodes, shape
+from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, TRANSPARENT, Nodes, reading_dim, shape
 
 Key: TypeAlias = tuple[Any, Any]  # (node, pruning function): where channels come to
+_ALONG = "works along another dimension than that of its channels"
 
 
 def lost(graph: Nodes, came: Mapping[Key, Key | None]) -> dict[Key, str]:
@@ -51,7 +52,6 @@ def unread(graph: Nodes, positions: Mapping[Key, Any]) -> str | None:
 
 _T = TypeVar("_T")
 _SUMS = tuple(f"a product with other activations ({product}" for product in ("Mm", "Bmm", "Baddbmm", "Mv", "Dot"))
-_ALONG = "works along another dimension than that of its channels"
 _MEET = "the tracer cannot follow its channels past where they meet others"
 
 
@@ -74,7 +74,7 @@ def _between(graph: Nodes, node: Any, onward: Any) -> str | None:
         return None
     if target.type in PRODUCERS | CHANNELWISE | {NORM}:
         if target.type in LAYERS | {OPTYPE.DEPTHWISE_CONV}:
-            expected = dims - 1 - len(getattr(target.module, "kernel_size", ()))
+            expected = reading_dim(target, dims)
         elif at is None or dims != len(shape(target)) or hasattr(target, "dim_is_known"):
             return None
         else:

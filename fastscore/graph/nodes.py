@@ -34,6 +34,7 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
     _module2name: dict[nn.Module, str]
     _calls: NotedCalls
     cuts: str
+    _op_id: int  # of the next operation that is none of the model's modules
     _dims: dict[Any, int]  # node -> the dimension that holds the channels in its output
     _met: list[tuple[Any, Any]]  # (node, one after it whose channels were known to lie somewhere before it was reached)
 
@@ -59,16 +60,14 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
                 node.module, node.type, node.dim_is_known = module, OPTYPE.PRELU, False
 
     def _find_dims(self) -> None:
-        """The dimension that holds the channels, in the output of every layer and of what comes after it."""
+        """The dimension that holds the channels, in the output of every layer and of what comes after it, if it is not
+        known yet."""
         work = [node for node in self.module2node.values()
                 if node.type in PRODUCERS | CHANNELWISE | {NORM} and not hasattr(node, "dim_is_known")]
+        known = list(self._dims)
         for node in work:
-            last = node.type in (OPTYPE.LINEAR, OPTYPE.EMBED)
-            norm = channel_norms.norm_of(node.module) if node.type == NORM else None
-            dims = len(shape(node))
-            self._dims[node] = dims + (-1 if norm is None else norm.dim) if last or norm else \
-                dims - 1 - len(node.module.kernel_size) if node.type == OPTYPE.CONV else 1  # 0 of one sample alone
-        divided = self._follow(work)[0]
+            self._dims[node] = reading_dim(node, len(shape(node)))
+        divided = self._follow(known + work)[0]
         for onward, dim in self._that_end().items():
             divided = self._follow_again(onward, dim, divided)
         for node in [node for node in self.module2node.values() if node.type == OPTYPE.LINEAR]:
@@ -150,8 +149,10 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
         """Whether the channels of a node end at an operation that sums over them."""
         raise NotImplementedError
 
-    def dim_after(self, node: Any, onward: Any) -> int | None:
-        dim, before, after = self._dims[node], shape(node), shape(onward)
+    def dim_after(self, node: Any, onward: Any, dim: int | None = None) -> int | None:
+        """Where channels lie after the next operation; None where along several dimensions. dim: where they lie before
+        it, if not where they are known to."""
+        dim, before, after = self._dims[node] if dim is None else dim, shape(node), shape(onward)
         if onward.type != OPTYPE.RESHAPE:
             return index_maps.channel_dim(onward.grad_fn, dim, before, after)
         found = index_maps.view(dim, before, after) if dim < len(before) else None
@@ -305,7 +306,6 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
         widths = self._widths(node)
         return widths[0].end if widths is not None and len(widths) == 1 else None
 
-
     def _share(self, node: Any) -> int:
         """The greatest width that the whole and the parts of a split or slice are made of."""
         function = node.grad_fn
@@ -319,6 +319,16 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
 
 def shape(node: Any) -> tuple[int, ...]:
     return tuple(node.module.shape) if node.type == OPTYPE.PARAMETER else index_maps.shape_of(node.grad_fn)
+
+
+def reading_dim(node: Any, dims: int) -> int:
+    """The dimension of channels in what a layer reads, or makes, that has so many dimensions."""
+    if node.type in (OPTYPE.LINEAR, OPTYPE.EMBED):
+        return dims - 1
+    norm = channel_norms.norm_of(node.module) if node.type == NORM else None
+    if norm is not None:
+        return dims + norm.dim
+    return dims - 1 - len(node.module.kernel_size) if node.type in (OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV) else 1
 
 
 def _read_by(linear: Any) -> Iterator[Any]:

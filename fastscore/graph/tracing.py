@@ -1,6 +1,6 @@
 """Finding the channel groups of a model, through Torch-Pruning's dependency graph, and trying them on the model."""
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -28,7 +28,15 @@ from fastscore.graph.counted_run import CountedRun
 from fastscore.graph.cutting import own_tensors
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.kept import left_alone, reasons, training_only, unread
-from fastscore.graph.trials import bias_trial, cut_otherwise, returned_trial, running, surgery_trial, verification
+from fastscore.graph.trials import (
+    across,
+    bias_trial,
+    cut_otherwise,
+    returned_trial,
+    running,
+    surgery_trial,
+    verification,
+)
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.first_run import check_first_run
@@ -211,12 +219,16 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         found = followed()
     heads, left = attentions.groups, attentions.skipped
     taken = attentions.layers()
-    guesses = cut_otherwise.guesses(graph, found.skipped, lambda roots: traced_groups.of_graph(
-        eval_model, graph, taken, recording, unused, (), roots))
+
+    def groups_of(roots: Collection[str]) -> ChannelGraph:
+        return traced_groups.of_graph(eval_model, graph, taken, recording, unused, (), roots)
+
+    guesses = cut_otherwise.guesses(graph, found.skipped, groups_of)
+    passing, passed = across.guesses(graph, recording, groups_of)
     found = state_spaces.with_widths(eval_model, _with_heads(eval_model, found, heads))
     graph.release()
     readers = graph.read_elsewhere
-    recording.forget_norms(but={member.layer for group in (*found.groups, *guesses)
+    recording.forget_norms(but={member.layer for group in (*found.groups, *guesses, *passing)
                                 for member in group.role("norm", "channelwise")})
     leaks = verification.leaks(recording, found.groups)
     members = {group.name: group.members for group in found.groups}
@@ -245,6 +257,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
                     head_dims=tuple(attentions.head_dims), whole_heads=attentions.whole_heads,
                     not_both=attentions.not_both)
     found = cut_otherwise.that_go(recording, replace(found, groups=(*found.groups, *joined)), guesses)
+    found = across.that_go(recording, found, passing, passed)
     found = _with_heads(eval_model, found, ())
     found = state_spaces.settled(found, bias_trial.kept_biases(recording) if found.groups else {})
     ran = recording.layers_that_ran

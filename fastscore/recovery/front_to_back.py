@@ -23,7 +23,15 @@ from fastscore.recovery.asymmetric import RIDGES, WIDEST, Joint, bias, error, fi
 from fastscore.recovery.calibration import Calibration, Part
 from fastscore.recovery.lockstep import Lockstep, Pass
 from fastscore.recovery.moments import POSITIONS
-from fastscore.recovery.rows import blocks_of, is_product, made_rows, read_rows, set_weight_rows, weight_rows
+from fastscore.recovery.rows import (
+    blocks_of,
+    has_lost_places,
+    is_product,
+    made_rows,
+    read_rows,
+    set_weight_rows,
+    weight_rows,
+)
 from fastscore.recovery.shortcuts import Shortcut, shortcuts
 
 MEMORY = 3 << 27  # bytes of a layer's inputs and outputs that passes may hold while they halt
@@ -105,9 +113,9 @@ class _Run:
             self._next = next(self._batches, None)
         for dense, small, valid in self._passes:
             y, x = dense.to(name), small.to(name)
-            if x is None or y is None:
-                continue
             layer = self._small.model.get_submodule(name)
+            if x is None or y is None or has_lost_places(layer, x, y):
+                continue
             made = made_rows(layer, y, valid, places)[:, site.kept.to(y.device)]
             targets = made.unflatten(1, (blocks_of(layer), -1))
             if site.shortcut is not None:

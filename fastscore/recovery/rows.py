@@ -25,12 +25,11 @@ def read_rows(layer: nn.Module, x: Tensor, valid: Tensor | None = None, limit: i
         return rows_of(layer, x, valid, limit)[:, None]
     conv: Any = layer
     x = x.detach()
+    made = made_sizes(conv, x)
     if any(conv._reversed_padding_repeated_twice):
         x = nn.functional.pad(x, conv._reversed_padding_repeated_twice,
                               mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
     shape = x.shape[2:]
-    made = [(size - step * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, step in
-            zip(shape, conv.kernel_size, conv.stride, conv.dilation, strict=True)]
     places = torch.unravel_index(chosen(made, limit), made)
     at = torch.zeros(len(places[0]), 1, dtype=torch.int64)
     for size, place, kernel, stride, step in zip(shape, places, conv.kernel_size, conv.stride, conv.dilation,
@@ -54,6 +53,23 @@ def made_rows(layer: nn.Module, y: Tensor, valid: Tensor | None = None, limit: i
     if len(at) < flat.shape[2]:
         flat = flat.index_select(2, at.to(y.device))
     return flat.transpose(1, 2).flatten(0, 1)
+
+
+def made_sizes(layer: nn.Module, x: Tensor) -> list[int]:
+    """How many outputs a Linear or a convolution makes of x, along each dimension but those of samples and channels."""
+    if is_linear(layer):
+        return list(x.shape[1:-1])
+    conv: Any = layer
+    padding = conv._reversed_padding_repeated_twice[::-1]  # of the first dimension, behind and before it, first
+    return [(size + behind + before - step * (kernel - 1) - 1) // stride + 1 for size, behind, before, kernel, stride,
+            step in zip(x.shape[2:], padding[::2], padding[1::2], conv.kernel_size, conv.stride, conv.dilation,
+                        strict=True)]
+
+
+def has_lost_places(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Whether there are fewer outputs for what a layer reads, x, than y holds: where channels that went lie along
+    another dimension than that which the layer reads."""
+    return made_sizes(layer, x) != list(y.shape[1:-1] if is_linear(layer) else y.shape[2:])
 
 
 def chosen(shape: list[int], limit: int) -> Tensor:

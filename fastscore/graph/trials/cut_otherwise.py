@@ -48,6 +48,11 @@ def that_go(recording: Recording, graph: ChannelGraph, guesses: Sequence[Channel
     found = [group for group in found if group.name not in refused]
     if not found or any(group.name in refused for group in graph.groups):
         return graph
+    return with_groups(graph, found)
+
+
+def with_groups(graph: ChannelGraph, found: Sequence[ChannelGroup]) -> ChannelGraph:
+    """The graph with more groups, whose layers are not kept."""
     names = {member.layer for group in found for member in group.members if member.role not in (*READS, "width")}
     return replace(graph, groups=(*graph.groups, *found),
                    skipped={name: reason for name, reason in graph.skipped.items() if name not in names})

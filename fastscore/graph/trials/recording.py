@@ -42,6 +42,7 @@ class Recording:
         self.outputs: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
         self._read: list[tuple[str, Tensor, int]] = []  # while recording: what layers read, and its version then
         self._made: list[tuple[str, Tensor, int]] = []  # while recording: views that layers made, and their version
+        self.order: dict[str, None] = {}  # the layers that ran, in the order of their first calls
         self.overwritten = set[str]()  # layers whose input is written to after they have read it
         self.several = set[str]()  # layers of a class whose forward returns no tensor, but several
         self.lost = set[str]()  # Linears whose output is a view that is written to: autograd's graph lacks their node
@@ -73,6 +74,16 @@ class Recording:
         for name in [name for name in self.norms if name not in but]:
             self.norms.remove(name)
             del self.layers[name], self.outputs[name]
+
+    @contextmanager
+    def computing(self, layers: Collection[str]) -> Iterator[None]:
+        """In the block, these layers compute what they give, as the code between layers does."""
+        held = self.outputs
+        self.outputs = {layer: outputs for layer, outputs in held.items() if layer not in layers}
+        try:
+            yield
+        finally:
+            self.outputs = held
 
     @property
     def layers_that_ran(self) -> set[str]:
@@ -168,6 +179,7 @@ class Recording:
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             x = read_by(args, kwargs)
+            self.order.setdefault(layer)
             if layer in self.norms and (len(args) + len(kwargs) != 1 or x is None):  # computed of what, nobody knows
                 unknown: Tensor = type(module).forward(module, *args, **kwargs)
                 return unknown

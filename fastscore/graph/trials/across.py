@@ -1,0 +1,103 @@
+"""Layers that work along another dimension than that of channels, as those that mix tokens do: where all they do is
+done to each channel alone, channels pass them. What the groups would be then is tried by surgery: those go that may.
+"""
+
+from collections.abc import Callable, Collection, Container, Sequence, Set
+from typing import Any
+
+from fastscore.graph import index_maps
+from fastscore.graph.dependencies import Graph
+from fastscore.graph.groups import ChannelGraph, ChannelGroup
+from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, TRANSPARENT, reading_dim, shape
+from fastscore.graph.trials import surgery_trial, verification
+from fastscore.graph.trials.cut_otherwise import with_groups
+from fastscore.graph.trials.recording import Recording
+
+
+def guesses(graph: Graph, recording: Recording, groups_of: Callable[[Collection[str]], ChannelGraph]
+            ) -> tuple[list[ChannelGroup], set[str]]:
+    """What the groups would be of which channels come to layers along another dimension, if they passed these.
+
+    Args:
+        graph: of the tracer; changed, where there are any.
+        recording: of the run that was traced.
+        groups_of: (layers) -> the groups of what they make, as `graph` has them.
+
+    Returns:
+        (these groups, the layers that they pass)
+    """
+    roots, passed, divided, seen = set[Any](), set[Any](), dict[Any, int](), set[tuple[Any, int]]()
+    layers = (graph.module2node.get(recording.layers[name]) for name in recording.order)
+    for root in [node for node in layers if node is not None and node.type in PRODUCERS]:
+        its, views = (set[Any](), {}) if root in passed else _passed(graph, root, seen)
+        if its and roots.isdisjoint(its):  # what one passes is passed for good
+            roots.add(root)
+            passed |= its
+            divided |= views
+    names = [{graph.name_of(node) for node in nodes} for nodes in (roots, passed)]
+    if passed:
+        graph.pass_by(passed, divided)
+    return list(groups_of(names[0]).groups) if passed else [], names[1]
+
+
+def that_go(recording: Recording, graph: ChannelGraph, guesses: Sequence[ChannelGroup], passed: Set[str]
+            ) -> ChannelGraph:
+    """The graph with those of `guesses` that can go.
+
+    Args:
+        recording: of a run of the model; it is not changed.
+        graph: whose groups were tried, and can go.
+        guesses: what more there may be.
+        passed: the layers that these pass, of which others lose channels in trials of their own.
+    """
+    beside = [group for group in graph.groups if passed.isdisjoint(member.layer for member in group.members)]
+    made = {member.layer for group in graph.groups for member in group.role("producer")}
+    with recording.computing(passed):
+        left = [group for group in guesses if made.isdisjoint(member.layer for member in group.role("producer"))]
+        left = _less(left, verification.leaks(recording, left))
+        left = _less(left, verification.leaks(recording, left, chosen=True))
+        refused = surgery_trial.refusals(recording, [*beside, *left]) if left else {}
+    return graph if any(group.name in refused for group in beside) else with_groups(graph, _less(left, refused))
+
+
+def _less(groups: Sequence[ChannelGroup], names: Container[str]) -> list[ChannelGroup]:
+    return [group for group in groups if group.name not in names]
+
+
+def _passed(graph: Graph, root: Any, seen: set[tuple[Any, int]]) -> tuple[set[Any], dict[Any, int]]:
+    """(the layers that what `root` makes comes to along another dimension than that which they read; each view that
+    divides its channels over several dimensions -> the one that holds them then). seen: (node, the dimension of the
+    channels there) that need no second look, to which more are added."""
+    found, divided = set[Any](), dict[Any, int]()
+    dims = {root: reading_dim(root, len(shape(root)))}
+    work = [root] if dims[root] in range(len(shape(root))) else []
+    widths = {node: shape(node)[dims[node]] for node in work}  # without the samples that a view puts before them
+    while work:
+        node = work.pop()
+        for onward in node.outputs:
+            if onward in dims or onward.type not in PRODUCERS | CHANNELWISE | {NORM} | TRANSPARENT:
+                continue
+            before, after, width = shape(node), shape(onward), widths[node]
+            across = onward.type not in TRANSPARENT and not hasattr(onward, "dim_is_known") and \
+                dims[node] != reading_dim(onward, len(before))
+            if not _each_alone(onward) if across else onward.type in PRODUCERS:
+                continue
+            dim = graph.dim_after(node, onward, dims[node])
+            if dim is None:
+                dim = next((at for at, size in enumerate(after) if size == width
+                            and index_maps.divided(dims[node], before, at, after) is not None), len(after))
+                divided[onward] = dim
+            if dim < len(after) and (onward, dim) not in seen:
+                seen.add((onward, dim))
+                dims[onward] = dim
+                widths[onward] = width if onward.type == OPTYPE.RESHAPE else width * after[dim] // before[dims[node]]
+                work.append(onward)
+                if across:
+                    found.add(onward)
+    return found, {view: dim for view, dim in divided.items() if view in dims}
+
+
+def _each_alone(node: Any) -> bool:
+    """Whether a layer works on each place along the dimensions alone that it neither reads nor normalises over."""
+    return node.type not in LAYERS | {OPTYPE.DEPTHWISE_CONV} or \
+        set(getattr(node.module, "kernel_size", ())) | set(getattr(node.module, "stride", ())) <= {1}
