@@ -30,9 +30,10 @@ struct Dims {
   // f(offset in a, offset in g, length) for every stretch of the innermost dimension that covers [begin, end).
   template <class F>
   void runs(int64_t begin, int64_t end, F f) const {
+    if (begin >= end) return;  // as where a dimension is of size 0
     const Dim& last = inner();
     if (depth == 1) {
-      if (begin < end) f(begin * last.a, begin * last.g, end - begin);
+      f(begin * last.a, begin * last.g, end - begin);
       return;
     }
     int64_t index[kMaxDims], offset_a = 0, offset_g = 0, rest = begin;
