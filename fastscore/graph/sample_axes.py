@@ -26,7 +26,7 @@ from fastscore.modules.inspection import channel_dim, device_of
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, joined_axis
 
 _SIZES = (2, 3, 4, 5, 7)  # of batches: the first two as a rule, the others where those leave a choice
-_QUICK = (1, 3)  # of an example of one sample, which is run once for other ends
+_QUICK = (1, 2)  # of an example of one sample, which is run once for other ends
 _DECISIONS = 2  # runs in which the model's code decides otherwise about what a batch holds
 Around = Callable[[], AbstractContextManager[Any]]
 
@@ -95,6 +95,12 @@ class _Way:
     first: Around = nullcontext
     single: Batch = None
 
+    def batch(self, example: Batch, size: int) -> Batch:
+        """So many samples made of the example's; the second batch of the quick way shows whether they depend on each
+        other, too."""
+        made = batch_of(example, size)
+        return made if self.exact else companions.beside_larger(made, example)
+
 
 def _find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Batch, way: _Way) -> SampleAxes | None:
     """What one way shows; None where another may show more."""
@@ -121,10 +127,10 @@ def _find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: B
         if _varies([*trials, *(other for other in others if isinstance(other, Trial))]):
             reason += VARYING
         return SampleAxes(dict.fromkeys(watched, (Untold(reason),)), 0, inputs, values)
-    batch = batch_of(example, trials[-1].size) if len(trials) > 1 else example
+    batch = way.batch(example, trials[-1].size) if len(trials) > 1 else example
     second = _second_dimension(model, run, batch, trials[-1].outputs[0])
     otherwise = _decided_otherwise(model, watched, run, batch, trials[-1], axes, way)
-    together = companions.depend(model, run, trials, batch, example, axes)
+    together = companions.depend(model, run, trials, batch, example, axes, way.single)
     send_back(trials[-1], axes)
     found = _resolve([*otherwise, *trials])
     if not way.exact and any(axis in _UNSURE for of_layer in found.values() for axis in of_layer):
@@ -186,7 +192,7 @@ def _shapes_at_two_sizes(model: nn.Module, watched: Mapping[str, Watched], run: 
             first: Trial | str = trial(model, watched, run, batch, small, grad=False)
     except Exception:  # of the model's code; or of the block
         first = tried(model, watched, run, batch, small, grad=False)
-    batch = batch_of(example, large)
+    batch = way.batch(example, large)
     with Decisions(batch) as noted:
         second = tried(model, watched, run, batch, large, exact=way.exact)
     if isinstance(second, str):  # it may be the looking for decisions that does not run

@@ -24,11 +24,30 @@ _LARGER = 8  # than what is there: the largest of a batch is another then
 _PART = 3  # samples of a batch that are run by themselves
 
 
+def beside_larger(batch: Batch, example: Batch) -> Batch:
+    """Two samples, made of `example`, with the first of them last, beside a larger one: what it returns alone it
+    returns there, unless that depends on others or on its place."""
+    def turned(x: Tensor) -> Tensor:
+        first, other = x[:1], x[1:]
+        return torch.cat([other * _LARGER if x.is_floating_point() else other, first])
+
+    each = iter(_own(example))
+    return map_tensors(lambda x: turned(x) if next(each) else x, batch)
+
+
+def _own(example: Batch) -> list[bool]:
+    """Of each tensor, whether it has a row for each sample."""
+    first = first_tensor(example)
+    count = len(first) if first is not None and first.dim() else 0
+    return [x.dim() > 0 and len(x) == count for x in tensors_of(example)]
+
+
 def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, example: Batch,
-           axes: Sequence[int | None]) -> bool:
+           axes: Sequence[int | None], single: Batch = None) -> bool:
     """Whether what the model returns for a sample would be another beside other samples, or at another place.
 
-    Where `example` has several samples, they are run at the places of others, and the last is run beside larger ones;
+    Where the last of `batch` was run alone, and is beside a larger one there, that has shown it. Otherwise, where
+    `example` has several samples, they are run at the places of others, and the last is run beside larger ones;
     the first were run beside fewer.
     Where the code decides by what the batch holds, or reads numbers of it, that could show nothing by luck: then every
     sample is run by itself, the first and the last beside copies of themselves, which want what they want, and the last
@@ -40,13 +59,16 @@ def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, ex
         trials: runs that were made, the last on `batch`.
         batch: made of `example`, which has the model's own samples.
         axes: where samples lie in each output.
+        single: the batch of one sample that the first run was on, if it was one.
     """
     known, small = trials[-1], trials[0]
     if known.size < 2:
         return False
     first = first_tensor(example)
     count = len(first) if first is not None and first.dim() else 0
-    own = [x.dim() > 0 and len(x) == count for x in tensors_of(example)]
+    own = _own(example)
+    last = _picked(batch, own, [known.size - 1])
+    alone = single is not None and _are_equal(last, single)
     free = bool(known.decides or known.reads)
     drawn = False
 
@@ -58,6 +80,11 @@ def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, ex
 
     def shown() -> Iterator[Batch]:
         """What runs that show something are compared with."""
+        if alone:
+            if _none_is_there(outputs(last, 1) if was_sketched else small.outputs, before, axes):
+                yield batch
+            if not free and any(x.is_floating_point() for x, each in zip(tensors_of(last), own, strict=True) if each):
+                return
         for other in _beside_others(batch, own, free, count > 1):
             if hold_other_values(batch, other) and _none_is_there(before, outputs(other, known.size), axes):
                 yield batch
@@ -65,7 +92,8 @@ def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, ex
         if count > 1 and hold_other_values(batch, turned) \
                 and not _are_there(before, outputs(turned, known.size), axes):
             yield batch
-        if not was_sketched and known.size > small.size <= count and not _are_there(before, small.outputs, axes):
+        if single is None and not was_sketched and known.size > small.size <= count \
+                and not _are_there(before, small.outputs, axes):
             yield batch
         several = [(batch, known.size)] if free else []
         if free and batch is not example and count > known.size:
@@ -83,6 +111,11 @@ def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, ex
             again = outputs(whole, size)
             return not drawn and _are_there(before if whole is batch else outputs(whole, size), again, axes)
         return False
+
+
+def _are_equal(one: Batch, other: Batch) -> bool:
+    ours, theirs = list(tensors_of(one)), list(tensors_of(other))
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
 def _picked(batch: Batch, own: Sequence[bool], samples: slice | list[int]) -> Batch:
