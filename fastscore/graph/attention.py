@@ -316,7 +316,8 @@ def difference(module: nn.Module, group: ChannelGroup, call: Call) -> str | None
     for bit in range((units - 1).bit_length()):  # any two heads part at some bit
         gone = (group.unit >> bit) % 2 == 1
         try:
-            before = call.inputs_of(outputs, dense, head_norms.uncounted(dense, group, gone.nonzero()[:, 0]))
+            if hooks := [*head_norms.uncounted(dense, group, gone.nonzero()[:, 0])]:
+                before = call.inputs_of(outputs, dense, hooks)
             small = surgery.remove_channels(evaluation_copy(dense), [group], {group.name: gone.nonzero()[:, 0]})
             after = call.of_heads(each.index[~gone[each.channel]]).inputs_of(outputs, small)
         except Exception as error:  # whatever the module's code does with a width that it does not expect

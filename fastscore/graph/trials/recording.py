@@ -224,15 +224,18 @@ class Recording:
         return self._replayed[1]
 
     @cached_property
-    def _replayed(self) -> tuple[dict[str, list[Tensor | None]], Tensor, bool]:
+    def _replayed(self) -> tuple[dict[str, list[Tensor | None]], Tensor, bool, Noted]:
         inputs: dict[str, list[Tensor | None]] = {layer: [] for layer in self.outputs}
-        output = self._replay_changed({}, lambda layer, call, x: inputs[layer].append(None if x is None else x.clone()))
-        return inputs, output, rng.has_drawn(device_of(self.model))
+        choices = Choices()
+        output = self._replay_changed({}, lambda layer, call, x: inputs[layer].append(None if x is None else x.clone()),
+                                      choices)
+        made = choices.noted if any(operands is not None for _, operands in choices.noted) else []
+        return inputs, output, rng.has_drawn(device_of(self.model)), made
 
     @cached_property
     def steady(self) -> tuple[Mapping[str, list[Tensor | None]], Tensor]:
         """`inputs` and `output`; where the model's code draws random numbers, those of a run in which all are alike."""
-        inputs, output, drawn = self._replayed
+        inputs, output, drawn, _ = self._replayed
         if drawn:
             inputs = {layer: [] for layer in self.outputs}
             with self.steady_draws():
@@ -244,12 +247,10 @@ class Recording:
         """What the runs are in that are compared with `steady`."""
         return SteadyDraws() if self._replayed[2] else nullcontext()
 
-    @cached_property
+    @property
     def choices(self) -> Noted:
         """What the model's code makes choices by, of what layers gave: see Choices."""
-        choices = Choices()
-        self._replay_changed({}, lambda layer, call, x: None, choices)
-        return choices.noted if any(operands is not None for _, operands in choices.noted) else []
+        return self._replayed[3]
 
     def _replay_changed(self, made: Positions, see: Callable[[str, int, Tensor | None], None],
                         choices: Choices | None = None) -> Tensor:
