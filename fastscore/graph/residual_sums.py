@@ -87,9 +87,19 @@ def added_at(call: Call, readers: Readers) -> tuple[Any, Any] | None:
     It is its first input that says how long and wide the stream is: of a memory that is as long today it does not.
     """
     for first, others in _sums(call.node, readers):
-        if len(others) == 1 and call.source in {others[0], *_between(call.node, others[0])}:
-            return first, others[0]
+        for stream in _terms(others[0], readers) if len(others) == 1 else ():
+            if call.source is stream or call.source in _between(call.node, stream):
+                return first, stream
     return None
+
+
+def _terms(node: Any, readers: Readers) -> Iterator[Any]:
+    """A node; and what comes to it where it is a sum that nothing reads but the next, as of `x + one(x) + two(x)`."""
+    yield node
+    if adds(node) and len(readers.get(node, ())) == 1:
+        for source, _ in node.next_functions:
+            if source is not None:
+                yield from _terms(source, readers)
 
 
 def adds(node: Any) -> bool:

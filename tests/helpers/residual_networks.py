@@ -15,18 +15,19 @@ SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "nu
 
 
 class Steps(nn.Module):
-    """Branches that add, under a scale of their own; one that multiplies; and one whose input is another."""
+    """Branches that add, under a scale of their own, or two in one sum; one that multiplies; and one whose input is
+    another."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
-        self.one, self.two, self.times, self.other = (
-            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 8)) for _ in range(4))
+        self.one, self.two, self.times, self.other, self.beside = (
+            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 8)) for _ in range(5))
         self.scale = nn.Parameter(torch.full((8,), 0.7))
 
     def forward(self, x: Tensor) -> Tensor:
         x, y = self.embed(x), self.embed(x.flip(1))
-        x = x + self.one(x)
+        x = x + self.one(x) + 0.5 * self.beside(x)
         x = x + self.scale * self.two(x)
         x = x * self.times(x)
         return self.head((x + self.other(y)).tanh())
@@ -96,7 +97,7 @@ def case(name: str) -> tuple[nn.Module, Any, list[str]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if name == "steps":
-            model, batch, found = Steps(), torch.randn(3, 4, 5, generator=generator).double(), ["one", "two"]
+            model, batch, found = Steps(), torch.randn(3, 4, 5, generator=generator).double(), ["one", "two", "beside"]
         elif name == "ViT":
             model = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2,
                                                   num_classes=3, mlp_ratio=2, init_values=0.5)
