@@ -149,8 +149,10 @@ class Graph(Nodes):
         self._in_vain.clear()
         self._calls.forget()
 
-    def positions_of(self, root: Any) -> tuple[Positions, str | None, Mapping[Key, Key | None]]:
+    def positions_of(self, root: Any, others: bool = False) -> tuple[Positions, str | None, Mapping[Key, Key | None]]:
         """Where the channels that `root` makes lie, everywhere; or as far as what keeps them from being removed.
+
+        others: with those of other layers, too, that are cut into equal parts together with them.
 
         Returns (positions, what keeps them, the `came` of lost_ways.lost)."""
         pruner = self.get_pruner_of_module(root.module)
@@ -160,7 +162,7 @@ class Graph(Nodes):
         came: dict[Key, Key | None] = {}
         arrivals = Counter[Key]()
         obstacle = endless = None
-        while obstacle is None and (work or self._rest_of_grouped(positions, work)):
+        while obstacle is None and (work or self._rest_of_grouped(positions, work, others)):
             node, function, arrived, before = work.pop()
             if before is not None and before[0] not in node.inputs and self._reduces(node):
                 continue  # from behind: what is made of all channels of others has none of them
@@ -199,23 +201,18 @@ class Graph(Nodes):
             obstacle = lost_ways.lost(self, came).get(last) or lost_ways.at_end(self, came, last) or obstacle
         return positions, obstacle, came
 
-    def _rest_of_grouped(self, positions: Positions, work: list[_Arrival]) -> bool:
-        """Put to `work` the other channels of what works in groups of them on a concatenation; whether there are any.
+    def _rest_of_grouped(self, positions: Positions, work: list[_Arrival], parts: bool) -> bool:
+        """Put to `work` the other channels of what works in groups of them on a concatenation, or, with `parts`, cuts
+        it into equal ones; whether there are any.
 
-        The same place in each group goes at once, whoever makes the channels: they are numbered as those of the root
-        that lie at the same place.
+        The same place in each group, or part, goes at once, whoever makes the channels: they are numbered as those of
+        the root that lie at the same place.
         """
         for (node, function), at in positions.items():
-            module = node.module
-            reads = node.type == OPTYPE.GN or (node.type == OPTYPE.CONV and function.__name__ == "prune_in_channels")
-            sections = getattr(module, "num_groups" if node.type == OPTYPE.GN else "groups", 1) if reads else 1
-            width = channel_buffers.surgeon(module).get_in_channels(module) if sections > 1 else 0
-            if not width:
-                continue
+            width, period = self._period(node, function) if parts or node.type != OPTYPE.SPLIT else (0, 0)
             known = np.unique(at >> 32)
             if len(known) >= width or known[-1] >= width:  # all are there; or their number changes on the way
                 continue
-            period = width // sections
             channel = np.full(period, -1)
             channel[known % period] = (at & index_maps.CHANNEL)[np.searchsorted(at >> 32, known)]
             rest = np.setdiff1d(np.arange(width), known)
@@ -223,6 +220,18 @@ class Graph(Nodes):
                 work.append((node, function, rest << 32 | channel[rest % period], None))
                 return True
         return False
+
+    def _period(self, node: Any, function: Any) -> tuple[int, int]:
+        """(the channels that come to a node, how many of them make one of its groups, or equal parts); (0, 0) where it
+        has none."""
+        if node.type == OPTYPE.SPLIT and node in self._dims and (part := self._chunk(node)) is not None:
+            whole: int = node.grad_fn._saved_self_sym_sizes[self._dims[node]]
+            return (whole, part) if whole % part == 0 else (0, 0)
+        module = node.module
+        reads = node.type == OPTYPE.GN or (node.type == OPTYPE.CONV and function.__name__ == "prune_in_channels")
+        sections = getattr(module, "num_groups" if node.type == OPTYPE.GN else "groups", 1) if reads else 1
+        width: int = channel_buffers.surgeon(module).get_in_channels(module) if sections > 1 else 0
+        return width, width // sections
 
     def _obstacle(self, node: Any, function: Any) -> str | None:
         """Why channels that come to a node cannot be removed; None where they can."""

@@ -40,7 +40,8 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
     called_otherwise = set[str]().union(*taken.values())  # by an attention's own function
     layers = dict(model.named_modules())
     owners = parameter_owners(model)
-    for name, module in layers.items() if roots is None else ((root, layers[root]) for root in layers if root in roots):
+    work = [(name, layer) for name, layer in layers.items() if roots is None or name in roots]
+    for name, module in work:
         node = graph.module2node.get(module)
         kind = tp.ops.module2type(module)
         if (name in idle and kind in PRODUCERS) or (node is None and kind in PRODUCERS
@@ -49,12 +50,14 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
             continue
         if node is None or node.type not in PRODUCERS or name in seen:
             continue
-        positions, reason, came = graph.positions_of(node)
+        positions, reason, came = graph.positions_of(node, others=name in partly)
         lost = {} if reason is None else lost_ways.lost(graph, came)
         members = _members(graph, lost_ways.sure(positions, lost), layers, unused)
         if reason is None and graph.chunks_others(positions):
+            if name not in partly:  # the layer that makes all of them may come yet
+                work.append((name, module))
             partly[name] = "its channels are cut into equal parts together with others (SplitBackward0)"
-            continue  # the layer that makes all of them may come yet
+            continue
         if reason is None and graph.pads_others(positions):
             partly[name] = "constants are padded to its channels, as many whatever goes (ConstantPadNdBackward0)"
             continue  # the layer whose channels they are padded to may come yet

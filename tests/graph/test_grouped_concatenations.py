@@ -37,6 +37,49 @@ def test_grouped_convolution(tmp_path: Path) -> None:
     assert small.reader.in_channels == 2 * small.one.out_channels
 
 
+class Parted(nn.Module):
+    """Two layers, of 8 and of `other` channels, whose concatenation is cut into equal parts."""
+
+    def __init__(self, other: int, parts: int) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, other, 3, padding=1)
+        width = (8 + other) // parts
+        self.readers = nn.ModuleList(nn.Conv2d(width, 2, 1) for _ in range(parts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = self.one(x).relu()
+        parts = torch.cat([one, self.other(one)], 1).tanh().chunk(len(self.readers), 1)
+        return sum(reader(part) for reader, part in zip(self.readers, parts, strict=True)).mean((2, 3))
+
+
+@pytest.mark.parametrize(("other", "parts"), [(8, 2), (4, 3), (8, 4)])
+def test_equal_parts(other: int, parts: int, tmp_path: Path) -> None:
+    """As many channels of each part go, whoever makes them: by brute force, and smaller = masked."""
+    result = check(lambda: Parted(other, parts), _x(), ["one"], tmp_path)
+    small = result.model
+    assert {reader.in_channels for reader in small.readers} == {(small.one.out_channels + small.other.out_channels)
+                                                               // parts}
+    assert small.one.out_channels < 8
+
+
+class Thirds(nn.Module):
+    """Three layers of 4 channels, cut into two parts of 6: none makes a whole part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(5, 4) for _ in range(3)), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = torch.cat([layer(x) for layer in self.layers], 1).chunk(2, 1)
+        return self.head(one.tanh() + other.relu())
+
+
+def test_parts_that_no_layer_makes_alone_are_kept() -> None:
+    skipped = trace(Thirds(), torch.randn(2, 5)).skipped
+    assert {skipped[f"layers.{i}"] for i in range(3)} == {
+        "its channels are cut into equal parts together with others (SplitBackward0)"}
+
+
 def test_group_norm() -> None:
     """Scores by brute force; without a unit, groups are as wide as each other, and the rest is what a network with the
     smaller weights computes."""

@@ -86,7 +86,8 @@ class Choices(TorchDispatchMode):
         self._forget_unused()
         name = _name(func, args, kwargs)
         operands = _operands(func, name, args, kwargs)
-        if self._paused or name is None or not operands or _tells_numbers(operands, args):
+        if self._paused or name is None or not operands or _tells_numbers(operands, args) or \
+                any(x.is_nested for x in operands):  # in which channels are not followed
             return func(*args, **kwargs)
         before = self._before(name, operands)
         if before is None:
