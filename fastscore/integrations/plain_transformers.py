@@ -26,6 +26,7 @@ _WIDTHS: Mapping[str, tuple[str, ...]] = {
     "encoder_ffn_dim": ("*encoder.layers.*.fc1",), "decoder_ffn_dim": ("*decoder.layers.*.fc1",),
     "ffn_dim": ("*.fc1",), "d_ff": ("*.wi", "*.wi_0"), "n_inner": ("*.c_fc", "*.fc_in"), "hidden_dim": ("*.ffn.lin1",),
     "moe_intermediate_size": ("*.experts",), "shared_expert_intermediate_size": ("*.shared_expert.up_proj",),
+    "ffn_hidden_size": ("*.dense_h_to_4h",),
     "intermediate_size": ("*.up_proj", "*.fc1", "*.intermediate.dense", "*.dense_h_to_4h", "*.c_fc", "*.experts"),
     "num_attention_heads": ("*.q_proj", "*.self.query", "*.attention.query", "*Attention.q"),
     "num_key_value_heads": ("*.k_proj",),
@@ -35,6 +36,10 @@ _EXPERTS = ("num_experts", "num_local_experts")
 _PER_HEAD = ("num_attention_heads", "num_key_value_heads")
 _QUERIES, _SCALE = ("q_proj", "query"), "scaling"  # what makes queries, and what an attention multiplies products by
 _BIASES = ("attention_bias", "mlp_bias")  # what a config calls them, where they are optional
+
+
+class _DenseNormError(Exception):
+    """The name of a LayerNorm that no config can say."""
 
 
 def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> PreTrainedModel:
@@ -61,8 +66,13 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> PreTrained
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: {type(model).__name__} is no model of transformers: {_WAY_OUT}")
     state, config = dict(model.state_dict()), copy.deepcopy(model.config)
-    for name, value in _settings(model, state):
-        setattr(config, name, value)
+    try:
+        for name, value in _settings(model, state):
+            setattr(config, name, value)
+    except _DenseNormError as error:
+        config.hidden_size = model.config.hidden_size
+        raise ValueError(f"model: {error} is a LayerNorm that divides by the dense width, which no config of "
+                         f"transformers can say: {_ways(model, _built(model, config))}") from None
     for bias in _BIASES:
         if getattr(config, bias, None) is False and any(
                 layer is not None and layer.bias is not None for layer in _optional(model, bias)):
@@ -75,7 +85,7 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> PreTrained
         shapes = [list(tensors[name].shape) if name in tensors else "not there"
                   for tensors in (state, plain.state_dict())]
         if shapes[0] != shapes[1]:
-            raise ValueError(_mismatch(name, shapes, state, type(config).__name__))
+            raise ValueError(f"{_mismatch(name, shapes, state, type(config).__name__)}: {_ways(model, plain, name)}")
     _scale_queries(model, plain, state)
     plain.load_state_dict(state)
     plain = plain.to(next(model.parameters()).dtype).train(model.training)
@@ -91,9 +101,51 @@ def _mismatch(name: str, shapes: Sequence[object], state: Mapping[str, Tensor], 
     other = next((each for each, shape in others.items() if shape != shapes[0]), "")
     why = f"which has one width for all layers ({other} is {others[other]})" if other else \
         "which has no word for another width there"
-    layer = re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight").removesuffix(".bias"))
-    return (f"model: {name} is {shapes[0]}, and {shapes[1]} by {config}, {why}: prune with scope=\"layer\", "
-            f"compensate=False and such layers in ignore= (\"{layer}\"), or {_WAY_OUT}")
+    return f"model: {name} is {shapes[0]}, and {shapes[1]} by {config}, {why}"
+
+
+def _ways(model: PreTrainedModel, plain: PreTrainedModel, first: str = "") -> str:
+    """The ways out of what the config of `plain` cannot say, of all layers at once: those that are alike in all blocks
+    are to stay; where nothing else of the model is narrower than it was, none of its configs says what went.
+
+    first: a tensor that cannot be said; none where the hidden width cannot, which `plain` has as it was.
+    """
+    own, said, dense = dict(_widths(model)), dict(_widths(plain)), _dense(model)
+    hidden = _hidden(model), getattr(model.config, "hidden_size", None)
+    on_stream = {name for name in own if not first and (own[name], dense.get(name)) == hidden}
+    alike: dict[str, set[int]] = {}
+    for name in own:
+        alike.setdefault(_pattern(name), set()).add(own[name])
+    stay = [_pattern(name) for name in own if name not in on_stream and own[name] != said.get(name, own[name])]
+    layer = _pattern(first.removesuffix(".weight").removesuffix(".bias"))
+    stay = [layer, *stay] if first and not {_pattern(first), layer} & {*stay} else stay
+    stay = [pattern for pattern in dict.fromkeys(stay) if len(alike.get(pattern, ())) < 2]
+    if not first and (embedded := _embeddings(model)[0]):
+        stay.insert(0, f"{embedded}*")
+    if dense and not any(own[name] != dense.get(name, own[name]) and _pattern(name) not in stay for name in own
+                         if name not in on_stream):
+        return f"{type(model.config).__name__} has words for nothing that went: {_WAY_OUT}"
+    ignored = " and, beside what is there, ignore=[" + ", ".join(f'"{each}"' for each in stay) + "]" if stay else ""
+    return f'prune with scope="layer", compensate=False{ignored}, or {_WAY_OUT}'
+
+
+def _pattern(name: str) -> str:
+    """A layer's name, as ignore= takes it for those of all blocks."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def _dense(model: PreTrainedModel) -> dict[str, int]:
+    """The `_widths` of a model of the config that the pruned one still has; none where that is not built."""
+    try:
+        with torch.device("meta"):
+            return dict(_widths(type(model)(copy.deepcopy(model.config))))
+    except Exception:  # each model has its own code
+        return {}
+
+
+def _hidden(model: PreTrainedModel) -> int | None:
+    _, layer = _embeddings(model)
+    return None if layer is None else layer.weight.shape[1 if isinstance(layer, nn.Embedding) else 0]
 
 
 def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tuple[str, Any]]:
@@ -108,7 +160,7 @@ def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tupl
                          f"how many there are, not which: prune whole heads (units=\"groups\"), or {_WAY_OUT}")
     width = next((own for module in model.modules() if (own := heads.width(module)) and heads.count(module)),
                  getattr(config, "head_dim", None) or hidden // count)
-    hidden = embeddings.weight.shape[1 if isinstance(embeddings, nn.Embedding) else 0]
+    hidden = _hidden(model)
     yield "hidden_size", hidden
     left = dict(_widths(model))
     for setting, patterns in _WIDTHS.items():
@@ -128,8 +180,7 @@ def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tupl
         norm = norm_of(module)
         if not isinstance(norm, ChannelNorm) or norm.centered or norm.place != "inside" or norm.fewer or \
                 module._parameters.get(norm.gain) is None:
-            raise ValueError(f"model: {name} is a LayerNorm that divides by the dense width, which no config of "
-                             f"transformers can say: {_same_width(model)}{_WAY_OUT}")
+            raise _DenseNormError(name)
         ratio = module.dense_width / module.width
         weight = module.get_parameter(norm.gain).detach()
         grown = (weight.double() + norm.offset).mul(ratio ** 0.5).sub(norm.offset)

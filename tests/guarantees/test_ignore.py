@@ -157,7 +157,7 @@ def test_no_other_message_speaks_of_it() -> None:
                 found.add(node.value)
     fragments = {fragment for fragment, _, _ in MESSAGES.values()}
     # save_pretrained's, which tests/integrations/test_plain_transformers.py follows to a folder that loads
-    elsewhere = {"such layers in ignore= (", "keep that width: prune with ignore=["}
+    elsewhere = {"beside what is there, ignore=[", "keep that width: prune with ignore=["}
     told = {text for text in found if not any(fragment in text for fragment in fragments | elsewhere)}
     assert told == {"ignore: "}  # the beginning of "no such layer"
     assert all(any(fragment in text for text in found) for fragment in fragments - {"matches no layer of"})
