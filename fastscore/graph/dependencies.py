@@ -150,10 +150,8 @@ class Graph(Nodes):
         self._calls.forget()
 
     def positions_of(self, root: Any, others: bool = False) -> tuple[Positions, str | None, Mapping[Key, Key | None]]:
-        """Where the channels that `root` makes lie, everywhere; or as far as what keeps them from being removed.
-
-        others: with those of other layers, too, that are cut into equal parts together with them.
-
+        """Where the channels that `root` makes lie, everywhere; or as far as what keeps them from being removed. others:
+        and those of other layers that are cut into equal parts together with them.
         Returns (positions, what keeps them, the `came` of lost_ways.lost)."""
         pruner = self.get_pruner_of_module(root.module)
         channels = np.arange(pruner.get_out_channels(root.module))
@@ -203,11 +201,8 @@ class Graph(Nodes):
 
     def _rest_of_grouped(self, positions: Positions, work: list[_Arrival], parts: bool) -> bool:
         """Put to `work` the other channels of what works in groups of them on a concatenation, or, with `parts`, cuts
-        it into equal ones; whether there are any.
-
-        The same place in each group, or part, goes at once, whoever makes the channels: they are numbered as those of
-        the root that lie at the same place.
-        """
+        it into equal ones; whether there are any. The same place in each goes at once, whoever makes the channels: they
+        are numbered as those of the root that lie at the same place."""
         for (node, function), at in positions.items():
             width, period = self._period(node, function) if parts or node.type != OPTYPE.SPLIT else (0, 0)
             known = np.unique(at >> 32)
@@ -222,11 +217,11 @@ class Graph(Nodes):
         return False
 
     def _period(self, node: Any, function: Any) -> tuple[int, int]:
-        """(the channels that come to a node, how many of them make one of its groups, or equal parts); (0, 0) where it
-        has none."""
-        if node.type == OPTYPE.SPLIT and node in self._dims and (part := self._chunk(node)) is not None:
-            whole: int = node.grad_fn._saved_self_sym_sizes[self._dims[node]]
-            return (whole, part) if whole % part == 0 else (0, 0)
+        """(how many channels come to a node, how many make one of its groups, or equal parts); (0, 0) without these."""
+        if node.type == OPTYPE.SPLIT:
+            part = self._chunk(node)
+            whole: int = node.grad_fn._saved_self_sym_sizes[self._dims[node]] if part else 0
+            return (whole, part) if part and whole % part == 0 else (0, 0)
         module = node.module
         reads = node.type == OPTYPE.GN or (node.type == OPTYPE.CONV and function.__name__ == "prune_in_channels")
         sections = getattr(module, "num_groups" if node.type == OPTYPE.GN else "groups", 1) if reads else 1

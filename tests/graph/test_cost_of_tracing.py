@@ -35,12 +35,15 @@ def encoder() -> nn.Module:
 
 
 @pytest.mark.parametrize(("build", "x"), [(Residual, torch.ones(1, 3, 16, 16)), (encoder, torch.randn(1, 5, 8))])
-def test_a_trace_multiplies_less_than_in_ten_passes(build: Callable[[], nn.Module], x: Tensor) -> None:
+@pytest.mark.parametrize("samples", [1, 8])
+def test_a_trace_multiplies_less_than_in_eight_passes(build: Callable[[], nn.Module], x: Tensor, samples: int) -> None:
+    """However many samples there are beside the example."""
     model = build().eval()
     with FlopCounterMode(display=False) as traced:
-        found = trace(model, x)
+        found = trace(model, x, samples=torch.cat([x, torch.randn(samples - 1, *x.shape[1:])]))
     assert found.groups
-    assert traced.get_total_flops() < 10 * 2 * count(model, x).macs
+    assert not found.samples.together
+    assert traced.get_total_flops() < 8 * 2 * count(model, x).macs
 
 
 class Block(nn.Module):
