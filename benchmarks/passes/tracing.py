@@ -1,7 +1,7 @@
 """`python -m benchmarks.passes.tracing`: how long it takes to find what can go, beside a forward pass of one sample.
 
 forward: the median of passes without gradients, in evaluation mode. trace: of a fresh model each time, the least. over
-ten: what is left of the trace after ten such passes, the constant that docs/speed.md states. calls: how often the
+eight: what is left of the trace after eight such passes, the constant that docs/speed.md states. calls: how often the
 model's own code ran, on batches of whatever size.
 """
 
@@ -19,6 +19,7 @@ from benchmarks import machine
 from fastscore.batches import call_model
 from fastscore.graph.scored_units import Units
 from fastscore.graph.tracing import trace
+from fastscore.graph.trials.trial_inputs import batch_of
 from fastscore.integrations import transformers as hugging_face
 
 DEPTH = 36  # of the decoder
@@ -43,10 +44,11 @@ def networks(size: int) -> Iterator[tuple[str, Callable[[], nn.Module], Any, Any
             torch.randn(1, 3, size, size), call_model
 
 
-def measure(build: Callable[[], nn.Module], batch: Any, forward: Any, units: Units = "groups", repeats: int = 3
-            ) -> Mapping[str, float]:
-    """Seconds of a pass and of a trace, what the trace takes over ten passes, and calls of the model in it."""
+def measure(build: Callable[[], nn.Module], batch: Any, forward: Any, units: Units = "groups", repeats: int = 3,
+            samples: int = 1) -> Mapping[str, float]:
+    """Seconds of a pass and of a trace, what the trace takes over eight passes, and calls of the model in it."""
     traces, passes, calls = [], [], 0
+    first = batch_of(batch, samples)  # which begins with the example
 
     def counted(model: nn.Module, batch: Any) -> Any:
         nonlocal calls
@@ -61,10 +63,10 @@ def measure(build: Callable[[], nn.Module], batch: Any, forward: Any, units: Uni
                 forward(model, batch)
                 passes.append(time.perf_counter() - began)
         calls, began = 0, time.perf_counter()
-        trace(model, batch, counted, units=units)
+        trace(model, batch, counted, first, units)
         traces.append(time.perf_counter() - began)
     once = statistics.median(passes)
-    return {"forward": once, "trace": min(traces), "over ten": min(traces) - 10 * once, "calls": calls}
+    return {"forward": once, "trace": min(traces), "over eight": min(traces) - 8 * once, "calls": calls}
 
 
 def main() -> None:
@@ -72,16 +74,17 @@ def main() -> None:
     machine.add_arguments(parser)
     parser.add_argument("--size", type=int, default=224, help="of an image (default: %(default)s)")
     parser.add_argument("--units", choices=get_args(Units), default="groups", help="what is looked for")
+    parser.add_argument("--samples", type=int, default=1, help="of the first batch of a run (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="networks whose name holds this")
     arguments = parser.parse_args()
     machine.settle(arguments)
     print(machine.describe("cpu"))
-    print(f"{'':20} {'forward':>9} {'trace':>9} {'over ten':>9} {'passes':>7} {'calls':>6}")
+    print(f"{'':20} {'forward':>9} {'trace':>9} {'over eight':>10} {'passes':>7} {'calls':>6}")
     for name, build, batch, forward in networks(arguments.size):
         if arguments.only in name:
-            row = measure(build, batch, forward, arguments.units, arguments.repeats)
-            print(f"{name:20} {row['forward']:>8.3f}s {row['trace']:>8.2f}s {row['over ten']:>8.2f}s "
+            row = measure(build, batch, forward, arguments.units, arguments.repeats, arguments.samples)
+            print(f"{name:20} {row['forward']:>8.3f}s {row['trace']:>8.2f}s {row['over eight']:>9.2f}s "
                   f"{row['trace'] / row['forward']:>7.0f} {row['calls']:>6.0f}", flush=True)
 
 
