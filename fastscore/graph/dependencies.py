@@ -150,8 +150,9 @@ class Graph(Nodes):
         self._calls.forget()
 
     def positions_of(self, root: Any, others: bool = False) -> tuple[Positions, str | None, Mapping[Key, Key | None]]:
-        """Where the channels that `root` makes lie, everywhere; or as far as what keeps them from being removed. others:
-        and those of other layers that are cut into equal parts together with them.
+        """Where the channels that `root` makes lie, everywhere; or as far as what keeps them from being removed.
+        others: and those of other layers that are cut into equal parts together with them.
+
         Returns (positions, what keeps them, the `came` of lost_ways.lost)."""
         pruner = self.get_pruner_of_module(root.module)
         channels = np.arange(pruner.get_out_channels(root.module))
