@@ -102,6 +102,12 @@ def test_channels_pass_what_mixes_tokens(kind: str, tmp_path: Path) -> None:
     assert {group.name for group in trace(noisy(build), X[:1]).groups} == set(groups)
 
 
+@pytest.mark.parametrize(("kind", "samples"), [("linears", 6), ("spatial gates", 4), ("a forecast", 6)])
+def test_samples_are_not_taken_for_channels_where_there_are_as_many(kind: str, samples: int) -> None:
+    build, groups = MIXERS[kind]
+    assert {group.name for group in trace(noisy(build), torch.randn(samples, 5, 4).double()).groups} == set(groups)
+
+
 class AcrossChannels(nn.Module):
     """A kernel runs along the channels, as in ECA."""
 

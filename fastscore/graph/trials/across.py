@@ -2,6 +2,7 @@
 done to each channel alone, channels pass them. What the groups would be then is tried by surgery: those go that may.
 """
 
+import math
 from collections.abc import Callable, Collection, Container, Sequence, Set
 from typing import Any
 
@@ -71,26 +72,31 @@ def _passed(graph: Graph, root: Any, seen: set[tuple[Any, int]]) -> tuple[set[An
     found, divided = set[Any](), dict[Any, int]()
     dims = {root: reading_dim(root, len(shape(root)))}
     work = [root] if dims[root] in range(len(shape(root))) else []
-    widths = {node: shape(node)[dims[node]] for node in work}  # without the samples that a view puts before them
+    # how many channels there are, and places of each side by side, without what a view puts before them, as samples
+    widths = {node: (shape(node)[dims[node]], 1) for node in work}
     while work:
         node = work.pop()
         for onward in node.outputs:
             if onward in dims or onward.type not in PRODUCERS | CHANNELWISE | {NORM} | TRANSPARENT:
                 continue
-            before, after, width = shape(node), shape(onward), widths[node]
+            before, after, (width, inner) = shape(node), shape(onward), widths[node]
             across = onward.type not in TRANSPARENT and not hasattr(onward, "dim_is_known") and \
                 dims[node] != reading_dim(onward, len(before))
             if not _each_alone(onward) if across else onward.type in PRODUCERS:
                 continue
             dim = graph.dim_after(node, onward, dims[node])
+            behind = inner * math.prod(before[dims[node] + 1:])
             if dim is None:
-                dim = next((at for at, size in enumerate(after) if size == width
+                dim = next((at for at, size in enumerate(after) if size == width and behind == math.prod(after[at + 1:])
                             and index_maps.divided(dims[node], before, at, after) is not None), len(after))
-                divided[onward] = dim
+                divided[onward], inner = dim, 1
+            elif onward.type == OPTYPE.RESHAPE and dim < len(after):
+                inner = behind // math.prod(after[dim + 1:])
             if dim < len(after) and (onward, dim) not in seen:
                 seen.add((onward, dim))
                 dims[onward] = dim
-                widths[onward] = width if onward.type == OPTYPE.RESHAPE else width * after[dim] // before[dims[node]]
+                made = width if onward.type == OPTYPE.RESHAPE else width * after[dim] // before[dims[node]]
+                widths[onward] = made, inner
                 work.append(onward)
                 if across:
                     found.add(onward)
