@@ -68,6 +68,8 @@ OTHERS: dict[str, tuple[tuple[str, ...], tuple[int, ...], Way]] = {
     "of sizes": (("g",), (WIDTH,), lambda m, x: x / x.abs().mean(-1, keepdim=True) * m.g),
     "over rows": (("g",), (WIDTH,), lambda m, x: (x - x.mean(0)) / x.std(0) * m.g),
     "twice the gain": (("g",), (WIDTH,), lambda m, x: x / _squares(x).sqrt() * m.g.square()),
+    "roots": (("g",), (WIDTH,), lambda m, x: x.sqrt() * m.g),
+    "one number": (("g",), (1,), lambda m, x: F.normalize(x, dim=-1) * m.d ** 0.5 * m.g),
     "noise": (("g",), (WIDTH,), lambda m, x: x / _squares(x).sqrt() * m.g + torch.randn_like(x))}
 EVERY = dict(WAYS)
 WAYS |= OTHERS

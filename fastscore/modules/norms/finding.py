@@ -3,6 +3,7 @@ parameters, so that names do not matter, nor where its code has eps from."""
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
@@ -143,4 +144,5 @@ def _rounded(value: float) -> float:
 
 
 def _close(one: Tensor, other: Tensor, tolerance: float = _TOLERANCE) -> bool:
-    return torch.allclose(one, other, rtol=0, atol=tolerance * float(other.abs().max()))
+    largest = float(other.abs().max())
+    return math.isfinite(largest) and torch.allclose(one, other, rtol=0, atol=tolerance * largest)
