@@ -159,8 +159,8 @@ def test_network_of_more_kinds(seed):
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT // 4))
 def test_network_of_other_kinds(seed):
-    """Recurrent modules, experts, option-A shortcuts, GLU, shuffled pixels, masks, norms of tokens, projections of
-    heads, state spaces and more: see random_kinds and random_mixers."""
+    """Recurrent modules and cells, experts, option-A shortcuts, GLU, shuffled pixels, masks, norms of tokens,
+    projections of heads, state spaces and more: see random_kinds and random_mixers."""
     check(generate(seed, kinds=True))
 
 

@@ -1,5 +1,5 @@
-"""Steps of random networks beside convolutions: recurrent modules, experts, option-A shortcuts, GLU, pixels that are
-shuffled, masks of one channel, and PyTorch's own norms of tokens."""
+"""Steps of random networks beside convolutions: recurrent modules and cells, experts, option-A shortcuts, GLU, pixels
+that are shuffled, masks of one channel, and PyTorch's own norms of tokens."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -101,6 +101,35 @@ class Rows(Gated):
         return found
 
 
+class Cell(Gated):
+    """The same by a cell that is written by hand, one way: one layer makes all gates of what it reads, another of its
+    state."""
+
+    def __init__(self, kind: type[nn.RNNBase], width: int, units: int) -> None:
+        super().__init__()
+        self.kind = kind  # not how many gates there are, which looks like a width where there are as many units
+        self.made, self.again = (nn.Linear(inputs, GATES[kind] * units) for inputs in (width, units))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, D, H, W]."""
+        c = h = x.new_zeros(len(x), self.again.in_features)
+        states = []
+        for step in x.mean(2).unbind(2):
+            a, b = self.made(self.through("made", step)), self.again(self.through("again", h))
+            if self.kind is nn.LSTM:
+                i, f, g, o = (a + b).chunk(4, 1)
+                c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+                h = o.sigmoid() * c.tanh()
+            elif self.kind is nn.GRU:
+                (r, z, n), (s, w, m) = a.chunk(3, 1), b.chunk(3, 1)
+                update = (z + w).sigmoid()
+                h = (1 - update) * (n + (r + s).sigmoid() * m).tanh() + update * h
+            else:
+                h = (a + b).tanh()
+            states.append(h)
+        return torch.stack(states, 2)[:, :, None].expand(-1, -1, x.shape[2], -1)
+
+
 class Mixture(Gated):
     """A residual branch: each pixel goes through the two most probable of three experts, as transformers holds
     them."""
@@ -157,7 +186,8 @@ class Kinds(Generating):
                 self.masked: 3, self.token_norm: 3}
 
     def recurrent(self) -> int | None:
-        """Units of the state of all layers and directions go together."""
+        """Units of the state of all layers and directions go together, of PyTorch's module or of a cell written by
+        hand."""
         source = self.pick()
         if source is None:
             return None
@@ -166,6 +196,11 @@ class Kinds(Generating):
         state = self.new_labels(2) if kind is nn.LSTM and self.rng.random() < 0.5 else units
         layer = Rows(kind, len(reads), len(units), self.rng.choice((1, 1, 2)), self.rng.random() < 0.4,
                      self.rng.random() < 0.5, len(state) if state is not units else 0)
+        if state is units and (source + len(reads)) % 2:  # no draw, which would change all that comes after it
+            made = units * GATES[kind]
+            return self.add("own cell", (source,), units, self.values[source].size, lambda layer, x: layer(x),
+                            Cell(kind, len(reads), len(units)),
+                            within=[(".made", reads, made), (".again", units, made)])
         return self.add("recurrent", (source,), state * (1 + layer.rnn.bidirectional), self.values[source].size,
                         lambda layer, x: layer(x), layer, within=layer.within(reads, units, state))
 
