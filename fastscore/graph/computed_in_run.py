@@ -138,7 +138,8 @@ class _Watch(TorchFunctionMode):
         self.reasons: dict[str, str] = {}
         self._plain, self._layers = plain, {name: model.get_submodule(name) for name in plain}
         self._computed = computed
-        self._own_class = {name for name, layer in self._layers.items() if own_layer(layer) is not None}
+        self._own_class = {name: f"nn.{own.kind.__name__}" for name, layer in self._layers.items()
+                           if (own := own_layer(layer)) is not None}
         self._owner = {id(parameter): (name, key) for name in computed
                        for key, parameter in _own(self._layers[name]).items()}
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -212,9 +213,8 @@ class _Watch(TorchFunctionMode):
             self._note_other(name)
 
     def _note_other(self, name: str) -> None:
-        plain = _plain_name(self._layers[name])
-        self.reasons.setdefault(name, f"{name} does not make what a {plain} would in every call" if name in
-                                self._own_class else f"{name} {_MORE}: it was not the same in every call")
+        self.reasons.setdefault(name, f"{name} does not make what a {self._own_class[name]} would in every call"
+                                if name in self._own_class else f"{name} {_MORE}: it was not the same in every call")
 
 
 def _made(forward: Callable[..., Any], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -149,3 +149,27 @@ def test_what_other_code_reads_stays() -> None:
     graph = trace(noisy(Shared), _x("conv2d"))
     assert [group.name for group in graph.groups] == ["b"]
     assert graph.skipped["a"] == "a reads a.w, which other code reads as well"
+
+
+class Depthwise(Conv):
+    """Whose groups are as many as there are channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.w, self.b, groups=x.shape[1])
+
+
+def test_a_convolution_that_stays_is_said_to_be_one() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), Depthwise(1, 6, "conv2d"), nn.Conv2d(6, 2, 1))
+    reasons = trace(model.double().eval(), _x("conv2d")).skipped
+    assert reasons["1"] == "1 does not make what a nn.Conv2d would in every call"
+
+
+class Dropped(Conv):
+    """With dropout on what it reads, which PyTorch's layer has not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.dropout(x, 0.5, self.training), self.w, self.b)
+
+
+def test_what_it_does_in_training_alone_is_not_lost() -> None:
+    assert own_layer(Dropped(3, 6, "conv2d")) is None

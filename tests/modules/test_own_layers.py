@@ -142,7 +142,15 @@ class Other(Dense):
         return F.linear(x, self.w)
 
 
-@pytest.mark.parametrize("kind", [Scaled, Clipped, Rounded, Other])
+class Noisy(Dense):
+    """With noise while it trains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + torch.randn_like(y) if self.training else y
+
+
+@pytest.mark.parametrize("kind", [Noisy, Scaled, Clipped, Rounded, Other])
 def test_what_is_none(kind: type[Dense]) -> None:
     assert own_layer(Dense(4, 4, "linear")) == OwnLayer("w", "b", False)
     assert own_layer(Dense(4, 4, "x @ w")) == OwnLayer("w", "b", True)

@@ -67,13 +67,14 @@ class _Trial:
         return (torch.randn(self._shape, generator=self._random, dtype=torch.float64) + 0.3) * scale
 
     def run(self, x: Tensor) -> Tensor | None:
-        """What the module makes; None of what it does not take."""
+        """What the module makes; None of what it does not take, or writes to."""
+        given = x.clone()
         try:
             with torch.no_grad():
-                y = type(self._alone).forward(self._alone, x)
+                y = type(self._alone).forward(self._alone, given)
         except Exception:  # whatever a module's code does with what it does not take
             return None
-        return y.double() if isinstance(y, Tensor) and y.shape == x.shape else None
+        return y.double() if isinstance(y, Tensor) and y.shape == x.shape and torch.equal(given, x) else None
 
     def held(self, name: str) -> Tensor | None:
         """A parameter, [C]."""
@@ -87,13 +88,15 @@ class _Trial:
         return one is not None and two is not None and _close(one, two, 1e-3)  # which eps may differ by
 
     def computes(self, norm: ChannelNorm | ResponseNorm) -> bool:
-        """Whether that is what it computes, of inputs as large as eps lets count, and of larger ones; and nothing is
-        mixed along other dimensions."""
+        """Whether that is what it computes, of inputs as large as eps lets count, and of larger ones, in training too;
+        and nothing is mixed along other dimensions."""
         eps = norm.eps or torch.finfo(torch.float64).eps
         inside = isinstance(norm, ChannelNorm) and norm.place == "inside"
         for scale in (1.0, eps ** 0.5 if inside else eps):
             x = self.inputs(scale)
+            self._alone.training = scale == 1.0
             y = self.run(x)
+            self._alone.training = False
             if y is None or not _close(y, norm(x, self.held(norm.gain), self.held(norm.shift), self.size)):
                 return False
         return True

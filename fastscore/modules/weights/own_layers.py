@@ -69,7 +69,7 @@ _found: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, OwnLayer | None]]" = we
 def own_layer(module: nn.Module) -> OwnLayer | None:
     """What such a layer is; None of any other module.
 
-    A copy runs by itself, in evaluation mode, on two inputs of its own and with parameters of its own, and must make of
+    A copy runs by itself, in evaluation and training mode, on inputs and with parameters of its own, and must make of
     them what F.linear does, or a convolution, with the gradient that it has. The module is not run.
     """
     if module._modules or module._buffers or type(module).__module__.partition(".")[0] in _OTHERS or \
@@ -189,6 +189,7 @@ def _computes(module: nn.Module, own: OwnLayer, shapes: dict[str, torch.Size], s
     """Whether it makes of random parameters and inputs what PyTorch's layer does, and its gradient."""
     random = torch.Generator().manual_seed(seed)
     alone, held = _alone(module, shapes, lambda shape: torch.randn(shape, generator=random, dtype=torch.float64))
+    alone.training = bool(seed)  # what it does in training alone, as dropout, would be lost
     x = torch.randn(size, generator=random, dtype=torch.float64) * (_FAR if seed else 1)
     x.requires_grad_()
     weight = held[own.weight].t() if own.transposed else held[own.weight]
