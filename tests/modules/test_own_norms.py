@@ -118,6 +118,21 @@ def test_what_is_none(way: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Shaped(nn.Module):
+    """Whose gain says by its shape where channels lie."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-self.g.dim()) * self.g
+
+
+def test_norms_of_one_class_are_told_apart_by_shapes() -> None:
+    assert [norm_of(Shaped(*shape)).dim for shape in ((8,), (8, 1), (8, 1, 1))] == [-1, -2, -3]
+
+
 class Row(nn.Module):
     """A stream that is normalised."""
 

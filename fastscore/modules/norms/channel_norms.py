@@ -52,7 +52,8 @@ def norm_of(module: nn.Module) -> ChannelNorm | ResponseNorm | None:
     if size is None:
         return None
     own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE and name != "forward"}
-    parts = type(module), size, *((name, parameter is None) for name, parameter in module._parameters.items())
+    parts = type(module), size, *((name, None if parameter is None else parameter.shape)
+                                for name, parameter in module._parameters.items())
     if not all(isinstance(value, _PLAIN) for value in own.values()):  # what it computes may depend on what is in there
         if module not in _found_of or _found_of[module][0] != parts:
             _found_of[module] = parts, find(module, size)
