@@ -285,7 +285,7 @@ def trained(model: nn.Module, x: Batch, forward: Forward) -> str:
     """A step of SGD in training mode, auxiliary outputs and all, after which every weight that was reached differs."""
     model = model.train()
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)  # of random weights, gradients are small
     outputs = [output.float() for output in _tensors(forward(model, x))]
     loss = sum(((output - torch.randn_like(output)).square().mean() for output in outputs), torch.zeros(()))
     loss.backward()

@@ -51,7 +51,7 @@ _DIFFUSERS: tuple[tuple[str, dict[str, Any], Callable[[int], Batch]], ...] = (
      lambda n: {**_hidden(n), "encoder_hidden_states": torch.randn(n, 5, 16),
                 "pooled_projections": torch.randn(n, 16)}),
     ("UNet1DModel", {"block_out_channels": (32, 64), "sample_size": 32, "in_channels": 2, "out_channels": 2,
-                     "extra_in_channels": 16, "down_block_types": ("DownBlock1DNoSkip", "DownBlock1D"),
+                     "extra_in_channels": 64, "down_block_types": ("DownBlock1DNoSkip", "DownBlock1D"),
                      "up_block_types": ("UpBlock1D", "UpBlock1DNoSkip"), "mid_block_type": "UNetMidBlock1D"},
      lambda n: {"sample": torch.randn(n, 2, 64), "timestep": torch.full((n,), 7)}),
 )
