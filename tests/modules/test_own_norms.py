@@ -71,6 +71,9 @@ OTHERS: dict[str, tuple[tuple[str, ...], tuple[int, ...], Way]] = {
     "roots": (("g",), (WIDTH,), lambda m, x: x.sqrt() * m.g),
     "one number": (("g",), (1,), lambda m, x: F.normalize(x, dim=-1) * m.d ** 0.5 * m.g),
     "in place": (("g",), (WIDTH,), lambda m, x: x.mul_(torch.rsqrt(_squares(x) + m.eps)) * m.g),
+    "clamped": (("g",), (WIDTH,), lambda m, x: (x / _squares(x).sqrt() * m.g).clamp(-9, 9)),
+    "of a clamped scale": (("g",), (WIDTH,), lambda m, x: x / _squares(x).sqrt().clamp(max=500.0) * m.g),
+    "detached": (("g",), (WIDTH,), lambda m, x: x / _squares(x).sqrt().detach() * m.g),
     "dropout": (("g",), (WIDTH,), lambda m, x: F.dropout(x / _squares(x).sqrt(), 0.5, m.training) * m.g),
     "noise": (("g",), (WIDTH,), lambda m, x: x / _squares(x).sqrt() * m.g + torch.randn_like(x))}
 EVERY = dict(WAYS)

@@ -16,7 +16,9 @@ from fastscore.modules.norms.response_norms import ResponseNorm
 
 _EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")
 _RESPONSE_EPS = 1e-6  # what a global response normalisation adds whose code holds the number
+_LARGE, _LOUD = 1e6, 100.0  # of an input's largest channel, and of parameters: whatever is clamped is clamped then
 _TOLERANCE = 1e-5  # some compute in float32 whatever they are given
+_ROUGH = 1e-4  # of gradients in float32
 _SMALL = 1e-30  # of inputs beside which eps is all that counts; float32 holds them
 _DIMS = (-1, -3, -2)
 _PLACES: tuple[Literal["inside", "added", "least"], ...] = "inside", "added", "least"
@@ -88,8 +90,9 @@ class _Trial:
         return one is not None and two is not None and _close(one, two, 1e-3)  # which eps may differ by
 
     def computes(self, norm: ChannelNorm | ResponseNorm) -> bool:
-        """Whether that is what it computes, of inputs as large as eps lets count, and of larger ones, in training too;
-        and nothing is mixed along other dimensions."""
+        """Whether that is what it computes, of inputs as large as eps lets count, and of larger ones, in training too,
+        and of such that one channel outweighs all others; with the gradients of it; and nothing is mixed along other
+        dimensions."""
         eps = norm.eps or torch.finfo(torch.float64).eps
         inside = isinstance(norm, ChannelNorm) and norm.place == "inside"
         for scale in (1.0, eps ** 0.5 if inside else eps):
@@ -97,9 +100,29 @@ class _Trial:
             self._alone.training = scale == 1.0
             y = self.run(x)
             self._alone.training = False
-            if y is None or not _close(y, norm(x, self.held(norm.gain), self.held(norm.shift), self.size)):
+            if y is None or not _close(y, self._made(norm, x)):
                 return False
-        return True
+        loud, held = self.inputs(1.0), dict(self._alone._parameters)
+        loud.select(self.dim, 0).mul_(_LARGE)
+        self._alone._parameters = {name: None if parameter is None else nn.Parameter(parameter * _LOUD, False)
+                                   for name, parameter in held.items()}
+        y, expected = self.run(loud), self._made(norm, loud)
+        self._alone._parameters = held
+        return y is not None and _close(y, expected) and self._has_gradients_of(norm)
+
+    def _made(self, norm: ChannelNorm | ResponseNorm, x: Tensor) -> Tensor:
+        return norm(x, self.held(norm.gain), self.held(norm.shift), self.size)
+
+    def _has_gradients_of(self, norm: ChannelNorm | ResponseNorm) -> bool:
+        """Whether gradients come back as they do from `norm`, through its statistics too."""
+        x, weights = self.inputs(1.0).requires_grad_(), self.inputs(1.0)
+        try:
+            with torch.enable_grad():
+                found, expected = (torch.autograd.grad((y.double() * weights).sum(), x)[0] for y in (
+                    type(self._alone).forward(self._alone, x), self._made(norm, x)))
+        except Exception:  # of code that none come back from
+            return False
+        return _close(found, expected, _ROUGH)
 
     def of_little(self, norm: ChannelNorm) -> float | None:
         """What it multiplies small inputs by, where all of `norm` but eps is right: eps alone counts there. None where
