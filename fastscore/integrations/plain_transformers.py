@@ -27,13 +27,15 @@ _WIDTHS: Mapping[str, tuple[str, ...]] = {
     "ffn_dim": ("*.fc1",), "d_ff": ("*.wi", "*.wi_0"), "n_inner": ("*.c_fc", "*.fc_in"), "hidden_dim": ("*.ffn.lin1",),
     "moe_intermediate_size": ("*.experts",), "shared_expert_intermediate_size": ("*.shared_expert.up_proj",),
     "ffn_hidden_size": ("*.dense_h_to_4h",),
-    "intermediate_size": ("*.up_proj", "*.fc1", "*.intermediate.dense", "*.dense_h_to_4h", "*.c_fc", "*.experts"),
+    "intermediate_size": ("*.up_proj", "*.gate_up_proj", "*.fc1", "*.intermediate.dense", "*.dense_h_to_4h", "*.c_fc",
+                          "*.experts"),
     "num_attention_heads": ("*.q_proj", "*.self.query", "*.attention.query", "*Attention.q"),
     "num_key_value_heads": ("*.k_proj",),
 }
 _EPS = ("rms_norm_eps", "layer_norm_epsilon")
 _EXPERTS = ("num_experts", "num_local_experts")
 _PER_HEAD = ("num_attention_heads", "num_key_value_heads")
+_TWICE = "gate_up_proj"  # a layer that makes gates, too
 _QUERIES, _SCALE = ("q_proj", "query"), "scaling"  # what makes queries, and what an attention multiplies products by
 _BIASES = ("attention_bias", "mlp_bias")  # what a config calls them, where they are optional
 
@@ -85,7 +87,9 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> PreTrained
         shapes = [list(tensors[name].shape) if name in tensors else "not there"
                   for tensors in (state, plain.state_dict())]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"{_mismatch(name, shapes, state, type(config).__name__)}: {_ways(model, plain, name)}")
+            wide = name not in state or name in plain.state_dict()  # else a bias that cuts gave a layer
+            raise ValueError(f"{_mismatch(name, shapes, state, type(config).__name__)}: "
+                             f"{_ways(model, plain, name, wide)}")
     _scale_queries(model, plain, state)
     plain.load_state_dict(state)
     plain = plain.to(next(model.parameters()).dtype).train(model.training)
@@ -104,11 +108,12 @@ def _mismatch(name: str, shapes: Sequence[object], state: Mapping[str, Tensor], 
     return f"model: {name} is {shapes[0]}, and {shapes[1]} by {config}, {why}"
 
 
-def _ways(model: PreTrainedModel, plain: PreTrainedModel, first: str = "") -> str:
+def _ways(model: PreTrainedModel, plain: PreTrainedModel, first: str = "", wide: bool = True) -> str:
     """The ways out of what the config of `plain` cannot say, of all layers at once: those that are alike in all blocks
     are to stay; where nothing else of the model is narrower than it was, none of its configs says what went.
 
-    first: a tensor that cannot be said; none where the hidden width cannot, which `plain` has as it was.
+    first: a tensor that cannot be said; none where the hidden width cannot, which `plain` has as it was. wide: whether
+    the width of its layer may be why.
     """
     own, said, dense = dict(_widths(model)), dict(_widths(plain)), _dense(model)
     hidden = _hidden(model), getattr(model.config, "hidden_size", None)
@@ -118,7 +123,7 @@ def _ways(model: PreTrainedModel, plain: PreTrainedModel, first: str = "") -> st
         alike.setdefault(_pattern(name), set()).add(own[name])
     stay = [_pattern(name) for name in own if name not in on_stream and own[name] != said.get(name, own[name])]
     layer = _pattern(first.removesuffix(".weight").removesuffix(".bias"))
-    stay = [layer, *stay] if first and not {_pattern(first), layer} & {*stay} else stay
+    stay = [layer, *stay] if first and wide and not {_pattern(first), layer} & {*stay} else stay
     stay = [pattern for pattern in dict.fromkeys(stay) if len(alike.get(pattern, ())) < 2]
     if not first and (embedded := _embeddings(model)[0]):
         stay.insert(0, f"{embedded}*")
@@ -167,7 +172,7 @@ def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tupl
         names = [name for name in left if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
         if names and hasattr(config, setting):
             found = [left.pop(name) for name in names]
-            yield setting, found[0] // (width if setting in _PER_HEAD else 1)
+            yield setting, found[0] // (width if setting in _PER_HEAD else 2 if names[0].endswith(_TWICE) else 1)
             if setting == "num_attention_heads" and (hasattr(config, "head_dim") or found[0] != hidden):
                 yield "head_dim", width  # without it, some divide the hidden size by the number of heads
     experts = next((len(module.down_proj) for module in model.modules() if holds_experts(module)), None)

@@ -187,6 +187,9 @@ TEXT: dict[str, tuple[Any, Any, tuple[str, ...], tuple[str, ...]]] = {  # what s
                                            num_key_value_heads=2, intermediate_size=32, num_local_experts=3,
                                            num_experts_per_tok=2, **WORDS),
                 ("*q_proj",), ("intermediate_size",)),
+    "GLM": (transformers.GlmForCausalLM, transformers.GlmConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=4, **WORDS), (), ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")),
 }
 
 
@@ -221,6 +224,25 @@ def test_what_a_config_has_no_word_for_is_named_as_ignore_takes_it(tmp_path: Pat
     with pytest.raises(ValueError, match="no word for another width there") as caught:
         save_pretrained(small, tmp_path / "out")
     assert _ignored(caught.value) == ["transformer.h.*.attn.c_attn"]
+
+
+def test_a_bias_that_makes_up_for_channels_keeps_no_layer(tmp_path: Path) -> None:
+    """Without it the same layers go, and from_pretrained loads what is left."""
+    family, config, _, said = TEXT["GLM"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, batch = family(config).eval(), {"input_ids": torch.randint(3, 40, (3, 7))}
+    scores = fastscore.score(model, [batch], forward=forward, progress=False)
+    how: dict[str, Any] = {"forward": forward, "channels": 0.6, "scope": "layer", "progress": False}
+    with pytest.raises(ValueError, match=r"bias is .*, and not there by .*compensate=False, or keep it") as caught:
+        save_pretrained(fastscore.prune(model, scores, batch, **how).model, tmp_path / "out")
+    assert not _ignored(caught.value)
+    small: Any = fastscore.prune(model, scores, batch, compensate=False, **how).model
+    save_pretrained(small, tmp_path / "out")
+    loaded = type(small).from_pretrained(tmp_path / "out")
+    assert all(getattr(loaded.config, name) < getattr(config, name) for name in said)
+    with torch.no_grad():
+        torch.testing.assert_close(forward(loaded, batch), forward(small, batch), rtol=1e-3, atol=1e-4)
 
 
 DECODERS: dict[str, tuple[Any, Any]] = {
