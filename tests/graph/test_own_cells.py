@@ -165,7 +165,7 @@ def test_states_of_images(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asks", ["written", "global"])
-def test_widths_that_stand_in_the_code(asks: str) -> None:
+def test_widths_written_in_the_code(asks: str) -> None:
     graph = trace(whole_way.noisy(lambda: Written(asks)), _inputs())
     assert [group.name for group in graph.groups] == ["embed", "inner"]
     assert graph.skipped["cell.i2h"].startswith("the code of Written makes zeros of 8 channels that meet them")
