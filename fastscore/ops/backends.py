@@ -163,7 +163,8 @@ def _register(backend: str, *devices: str) -> torch.library.Library:
     for op in FAMILIES:
         for device in devices:
             if (backend, op, device) != ("composite", "random_gradient", "CPU"):  # which calls the CPU's
-                registered.impl(op, _KERNELS[backend](op), device)
+                # torch 2.11 takes a second kernel for a device only if that is said
+                registered.impl(op, _KERNELS[backend](op), device, allow_override=True)
     return registered
 
 
