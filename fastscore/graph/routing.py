@@ -5,6 +5,7 @@ batch is tried, and in another one in the next. So what depends on a batch's con
 of a run, and where an operation makes a decision of it, another one can be put in its place.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,9 +26,14 @@ _OF_SHAPES = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like",
               "new_empty", "new_full", "new_empty_strided"}
 
 
+# operations that take rows of their first argument
+_ROWS = {"embedding", "index", "index_select"}
+
+
 class Decisions(TorchDispatchMode):
-    """Within the block, `found` says whether an operation decides anything by what `batch` holds, and `read` whether a
-    Python number was made of it.
+    """Within the block, `found` says whether an operation decides anything by what `batch` holds; `read` whether a
+    Python number was made of it; and `picks` whether integers of it, or answers, were, or came to anything but other
+    integers, tables of what the batch does not hold, and casts: then what a sample's rows are may depend on them.
 
     seed: of other decisions, which take the place of those. They are a function of their operand, so that a decision
     that the code takes twice is the same twice; None: they stay.
@@ -37,11 +43,29 @@ class Decisions(TorchDispatchMode):
 
     def __init__(self, batch: Batch, seed: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found, self.read, self._seed = False, False, seed
+        self.found, self.read, self.picks, self._seed = False, False, False, seed
         self._decided = set[int]()
         self._content: dict[int, StorageWeakRef] = {}  # kept, a weak reference keeps its address from being taken again
+        self._numbers = operations.python_numbers(self._noting)
         for tensor in tensors_of(batch):
             self._mark(tensor)
+
+    def __enter__(self) -> "Decisions":
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._numbers.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._numbers.__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def _noting(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._place(x) in self._content:
+                self.read = self.picks = True
+            return method(x, *args, **kwargs)
+
+        return noting
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -51,6 +75,7 @@ class Decisions(TorchDispatchMode):
         if not content:
             return func(*args, **kwargs)
         self.read |= operation == "_local_scalar_dense"
+        of_a_table = operation in _ROWS and self._place(args[0]) not in self._content
         operand = args[0] if args and isinstance(args[0], Tensor) and args[0].numel() > 1 else None
         # integers that come of a decision, such as an order and its inverse, belong to it
         decided = any(self._place(tensor) in self._decided for tensor in content if not tensor.is_floating_point())
@@ -63,6 +88,8 @@ class Decisions(TorchDispatchMode):
             other = _repeated if operation in operations.ALIKE else _with_zeros
             args = args if self._seed is None else (other(operand, self._seed), *args[1:])
         out = func(*args, **kwargs)
+        self.picks |= not of_a_table and operation != "_to_copy" and not all(map(_is_real, content)) and \
+            (any(map(_is_real, tensors_of(out))) or operation == "_local_scalar_dense")
         if operand is not None and operation in _ANSWERS and isinstance(out, Tensor) and out.numel() > 1 \
                 and not out.is_floating_point() and not out.is_complex():
             self.found = decided = True
@@ -84,6 +111,10 @@ class Decisions(TorchDispatchMode):
             self._content.setdefault(place, StorageWeakRef(tensor.untyped_storage()))
             if decided and not tensor.is_floating_point():
                 self._decided.add(place)
+
+
+def _is_real(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
 
 
 def other_answers(answers: Tensor, seed: int) -> Tensor:

@@ -128,9 +128,10 @@ def _find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: B
             reason += VARYING
         return SampleAxes(dict.fromkeys(watched, (Untold(reason),)), 0, inputs, values)
     batch = way.batch(example, trials[-1].size) if len(trials) > 1 else example
-    second = _second_dimension(model, run, batch, trials[-1].outputs[0])
     otherwise = _decided_otherwise(model, watched, run, batch, trials[-1], axes, way)
     together = companions.depend(model, run, trials, batch, example, axes, way.single)
+    second = not companions.is_alone_what_it_was(trials, batch, example, axes, way.single) and \
+        _second_dimension(model, run, batch, trials[-1].outputs[0])
     send_back(trials[-1], axes)
     found = _resolve([*otherwise, *trials])
     if not way.exact and any(axis in _UNSURE for of_layer in found.values() for axis in of_layer):
@@ -198,7 +199,7 @@ def _shapes_at_two_sizes(model: nn.Module, watched: Mapping[str, Watched], run: 
     if isinstance(second, str):  # it may be the looking for decisions that does not run
         second = tried(model, watched, run, batch, large, exact=way.exact)
     else:
-        second.decides, second.reads = noted.found, noted.read
+        second.note(noted)
     if not isinstance(first, str) and not isinstance(second, str):
         return [first, second]
     if not way.exact:
@@ -223,9 +224,9 @@ def _decided_otherwise(model: nn.Module, watched: Mapping[str, Watched], run: Ru
     if known.decides is None:
         with Decisions(batch) as noted:
             tried(model, watched, run, batch, known.size, grad=False)
-        known.decides, known.reads = noted.found, noted.read
+        known.note(noted)
     trials = []
-    for others, seed in otherwise(batch, _DECISIONS, bool(known.decides)):
+    for others, seed in otherwise(batch, _DECISIONS, bool(known.decides), known.picks):
         for other in others:
             if not known.decides and not hold_other_values(batch, other):
                 continue

@@ -6,15 +6,19 @@ import pstats
 from collections.abc import Callable
 from typing import Any
 
+import diffusers_models
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers_models
+from model_case import Case
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastscore.graph.tracing import trace
 from fastscore.graph.trials.plain_layers import holds_rest
 from fastscore.graph.trials.row_gradients import rows_alone
+from fastscore.graph.trials.trial_inputs import batch_of
 from fastscore.modules.macs.counting import count
 from fastscore.modules.sample_axis import SampleAxis
 
@@ -44,6 +48,48 @@ def test_a_trace_multiplies_less_than_in_eight_passes(build: Callable[[], nn.Mod
     assert found.groups
     assert not found.samples.together
     assert traced.get_total_flops() < 8 * 2 * count(model, x).macs
+
+
+FAMILIES = {f"transformers:{name}" for name in (
+    "LlamaForCausalLM", "T5ForConditionalGeneration", "WhisperForConditionalGeneration",
+    "BertForSequenceClassification", "SwinForImageClassification",
+    "Dinov2ForImageClassification")} | {"diffusers:UNet2DConditionModel"}
+
+
+@pytest.mark.parametrize("case", [case for case in (*transformers_models.cases(), *diffusers_models.cases())
+                                  if case.name in FAMILIES], ids=lambda case: case.name)
+def test_families_take_less_than_ten_passes_however_many_samples_there_are(case: Case) -> None:
+    pytest.importorskip(case.library)
+    torch.manual_seed(0)
+    model, samples = case.make().eval(), case.inputs(8)
+    x = batch_of(samples, 1)
+    with FlopCounterMode(display=False) as once, torch.no_grad():
+        case.forward(model, x)
+    with FlopCounterMode(display=False) as traced:
+        found = trace(model, x, case.forward, samples=samples)
+    assert found.groups
+    assert not found.samples.together
+    assert traced.get_total_flops() < 10 * once.get_total_flops()
+
+
+def test_what_a_trace_multiplies_does_not_grow_with_the_batch_where_code_decides_by_it_either() -> None:
+    """A position that counts the tokens before it is told from the tokens, so that more is tried."""
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.places, self.head = nn.Embedding(9, 6), nn.Embedding(9, 6), nn.Linear(6, 3)
+            self.inner = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.inner(self.embed(tokens) + self.places((tokens != 0).cumsum(1))).mean(1))
+
+    costs = []
+    for samples in (4, 32):
+        model, tokens = Counts().eval(), torch.arange(4 * samples).view(samples, 4) % 9
+        with FlopCounterMode(display=False) as traced:
+            assert not trace(model, tokens[:1], samples=tokens).samples.together
+        costs.append(traced.get_total_flops() / (2 * count(model, tokens[:1]).macs))
+    assert costs[0] == costs[1] < 25
 
 
 class Block(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
+import torch.nn.functional as F
 import whole_way
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from fastscore.graph.routing import Decisions, other_answers
 from fastscore.graph.sample_axes import find
 from fastscore.graph.tracing import trace
 from fastscore.graph.trials.sample_trials import Watched
+from fastscore.modules.sample_axis import SampleAxis
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -159,6 +161,28 @@ def test_decisions_are_a_function_of_what_they_are_made_of() -> None:
         assert not torch.equal(one, before)
     assert 0 < int(other_answers(torch.ones(8, 8, dtype=torch.int64), 0).sum()) < 64
     assert sorted(other_answers(torch.arange(9), 1).tolist()) == list(range(9))
+
+
+def test_integers_may_say_what_rows_are_whose_unless_they_name_rows_of_tables() -> None:
+    table, ids, x = torch.randn(9, 4), torch.arange(6).view(2, 3), torch.randn(2, 3, 4)
+    ways: list[tuple[Callable[[], Any], bool]] = [
+        (lambda: F.embedding((ids + 1).T, table) * x.sum(), False), (lambda: table[ids], False),
+        (lambda: (ids.float() * 0.1).sin(), False), (lambda: x.flatten(0, 1)[ids], True),
+        (lambda: x * ids[..., None], True), (lambda: x.take(ids), True), (lambda: ids.tolist(), True),
+        (lambda: ids.numpy(), True), (lambda: int(ids[0, 0]), True), (lambda: F.embedding(ids, x.flatten(0, 1)), True)]
+    for way, picks in ways:
+        with Decisions((x, ids)) as noted:
+            way()
+        assert noted.picks == picks
+        assert not noted.found
+
+
+def test_rows_that_are_gathered_at_given_places_are_tried_at_others() -> None:
+    model = Routed(lambda model, x, rows: x)
+    x = {"x": torch.randn(3, 4, 6), "places": torch.arange(12).view(3, 4)}
+    graph = trace(model, x, lambda model, batch: model.head(
+        model.inner(batch["x"].flatten(0, 1))[batch["places"].flatten()].view(batch["x"].shape).mean(1)))
+    assert not isinstance(graph.samples.calls["inner.2"][0], SampleAxis)
 
 
 def test_decisions_are_looked_for_in_a_run_that_is_made_anyway() -> None:

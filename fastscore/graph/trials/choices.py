@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_map_only
 
 from fastscore.batches import tensors_of
-from fastscore.graph.operations import ALIKE, ALONG, name_of
+from fastscore.graph.operations import ALIKE, ALONG, name_of, python_numbers
 from fastscore.graph.trials.differences import close
 
 TURNS = 8  # by which all choose otherwise, neighbours unlike each other, and all alike
@@ -35,7 +35,6 @@ _POOLS = {"max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3, "adaptive_
 _FLAT = {"relu", "threshold", "clamp", "clamp_min", "clamp_max", "hardtanh", "hardsigmoid", "hardshrink", "softshrink",
          "maximum", "minimum", "fmax", "fmin"}
 _NUMBERS = {"_local_scalar_dense"}  # of Python: what is made of them, nobody sees
-_TO_PYTHON = ("tolist", "numpy")  # methods that no operation is seen of
 _KNOWN = ALONG | ALIKE | _ANSWERS | _STEPS | _NUMBERS | _FLAT | {"nonzero", *_POOLS}
 
 Noted: TypeAlias = list[tuple[str, list[Tensor] | None]]  # choice by choice; None: of one that nothing depends on
@@ -58,17 +57,16 @@ class Choices(TorchDispatchMode):
         self._places: weakref.ref[Tensor] | None = None  # of maxima, which the last choice was noted for
         self._left = None if noted is None else iter(noted)
         self._paused, self._turn, self._way = False, turn, (turn or 0) // 2 % 4
+        self._numbers = python_numbers(self._noting)
         self._draws, self._count = torch.Generator().manual_seed((turn or 0) % 2), 0
 
     def __enter__(self) -> "Choices":
         super().__enter__()  # type: ignore[no-untyped-call]
-        for name in _TO_PYTHON:  # inherited by Tensor
-            setattr(Tensor, name, self._noting(name, getattr(Tensor, name)))
+        self._numbers.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for name in _TO_PYTHON:
-            delattr(Tensor, name)
+        self._numbers.__exit__(*error)
         self._forget_unused()
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 

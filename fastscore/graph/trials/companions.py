@@ -22,6 +22,7 @@ TOGETHER = ("{0}: what it returns for a sample depends on which others are in it
             "each sample by itself")
 _LARGER = 8  # than what is there: the largest of a batch is another then
 _PART = 3  # samples of a batch that are run by themselves
+_MOST = 4  # samples of the example that are run together
 
 
 def beside_larger(batch: Batch, example: Batch) -> Batch:
@@ -46,13 +47,14 @@ def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, ex
            axes: Sequence[int | None], single: Batch = None) -> bool:
     """Whether what the model returns for a sample would be another beside other samples, or at another place.
 
-    Where the last of `batch` was run alone, and is beside a larger one there, that has shown it. Otherwise, where
+    Where the last of `batch` was run alone, and is beside a larger one there, that has shown it; where there are none,
+    as of tokens, the other, which has the largest of whatever the last has not, is run alone. Otherwise, where
     `example` has several samples, they are run at the places of others, and the last is run beside larger ones;
     the first were run beside fewer.
     Where the code decides by what the batch holds, or reads numbers of it, that could show nothing by luck: then every
     sample is run by itself, the first and the last beside copies of themselves, which want what they want, and the last
-    of `example` without the rest. What shows something counts where the same run twice does not. Code that puts samples
-    in another order returns something that was there before.
+    of `example`, or of its first, without the rest. What shows something counts where the same run twice does not. Code
+    that puts samples in another order returns something that was there before.
 
     Args:
         model, run: as in fastscore.graph.sample_axes.find.
@@ -83,34 +85,48 @@ def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, ex
         if alone:
             if _none_is_there(outputs(last, 1) if was_sketched else small.outputs, before, axes):
                 yield batch
-            if not free and any(x.is_floating_point() for x, each in zip(tensors_of(last), own, strict=True) if each):
+            larger = any(x.is_floating_point() for x, each in zip(tensors_of(last), own, strict=True) if each)
+            if (free or not larger) and not _are_there(before, outputs(_picked(batch, own, slice(1)), 1), axes):
+                yield batch
+            if not free:
                 return
-        for other in _beside_others(batch, own, free, count > 1):
+        for other in _beside_others(batch, own, free, (free or count > 1) and not alone):
             if hold_other_values(batch, other) and _none_is_there(before, outputs(other, known.size), axes):
                 yield batch
         turned = _picked(batch, own, [known.size - 1, *range(known.size - 1)])
-        if count > 1 and hold_other_values(batch, turned) \
+        if count > 1 and not alone and hold_other_values(batch, turned) \
                 and not _are_there(before, outputs(turned, known.size), axes):
             yield batch
         if single is None and not was_sketched and known.size > small.size <= count \
                 and not _are_there(before, small.outputs, axes):
             yield batch
-        several = [(batch, known.size)] if free else []
+        several = [batch] if free and not alone else []
         if free and batch is not example and count > known.size:
-            several.append((example, count))
-        for whole, size in several:
+            several.append(_picked(example, own, slice(_MOST)))
+        for whole in several:
+            size = known.size if whole is batch else min(count, _MOST)
             made = before if whole is batch else outputs(whole, size)
-            for sample in range(size)[-_PART:]:
+            for sample in range(size)[-_PART if whole is batch else -1:]:
                 if not _are_there(made, outputs(_picked(whole, own, slice(sample, sample + 1)), 1), axes):
                     yield whole
 
     with recurrent.whole(model) as was_sketched:
         before = outputs(batch, known.size) if was_sketched else known.outputs
         for whole in shown():
-            size = known.size if whole is batch else count
+            size = known.size if whole is batch else min(count, _MOST)
             again = outputs(whole, size)
             return not drawn and _are_there(before if whole is batch else outputs(whole, size), again, axes)
         return False
+
+
+def is_alone_what_it_was(trials: Sequence[Trial], batch: Batch, example: Batch, axes: Sequence[int | None],
+                         single: Batch) -> bool:
+    """Whether the last sample of `batch` was run alone, and then gave what it gives beside others. See `depend`."""
+    last = _picked(batch, _own(example), [trials[-1].size - 1])
+    if single is None or not _are_equal(last, single):
+        return False
+    found = _found(trials[-1].outputs, trials[0].outputs, axes)
+    return bool(found) and all(all(samples) for samples in found)
 
 
 def _are_equal(one: Batch, other: Batch) -> bool:
@@ -126,7 +142,7 @@ def _picked(batch: Batch, own: Sequence[bool], samples: slice | list[int]) -> Ba
 
 def _beside_others(batch: Batch, own: Sequence[bool], copies: bool, larger: bool) -> Iterator[Batch]:
     """Batches in which one sample is what it was, and others are none of those there were."""
-    ways: list[tuple[int, int | None]] = [(-1, _LARGER)] if larger or copies else []
+    ways: list[tuple[int, int | None]] = [(-1, _LARGER)] if larger else []
     for kept, by in ways + ([(-1, None), (0, None)] if copies else []):
         each = iter(own)
 

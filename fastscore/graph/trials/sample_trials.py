@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastscore import rng
 from fastscore.batches import Batch, first_tensor
+from fastscore.graph.routing import Decisions
 from fastscore.graph.trials.differences import largest_magnitude
 from fastscore.graph.trials.row_gradients import rows_alone
 from fastscore.modules.hooks import input_of, with_input
@@ -47,7 +48,8 @@ class Call:
 class Trial:
     """One run: how large its batch was, and what it showed. anchor: what gradients are asked for. sent: holds the
     number of the sample whose gradient is on its way. decides: whether the model's code decided anything by what the
-    batch holds, where that was looked for. reads: whether it made Python numbers of that."""
+    batch holds, where that was looked for. reads: whether it made Python numbers of that. picks: whether integers of it
+    may say what rows are whose: see fastscore.graph.routing.Decisions."""
 
     size: int
     anchor: Tensor
@@ -57,6 +59,11 @@ class Trial:
     sent: list[int] = field(default_factory=list)
     decides: bool | None = None
     reads: bool = False
+    picks: bool = False
+
+    def note(self, decisions: Decisions) -> None:
+        """What was seen while it ran."""
+        self.decides, self.reads, self.picks = decisions.found, decisions.read, decisions.picks
 
 
 def tried(model: nn.Module, watched: Mapping[str, Watched], run: Run, batch: Batch, size: int, grad: bool = True,

@@ -39,14 +39,16 @@ def _varied(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randint(low, high + 1, x.shape, generator=generator).to(x)
 
 
-def otherwise(batch: Batch, times: int, decides: bool) -> Iterator[tuple[list[Batch], int | None]]:
+def otherwise(batch: Batch, times: int, decides: bool, picks: bool) -> Iterator[tuple[list[Batch], int | None]]:
     """(batches of which the first that a model runs on will do, the seed of other decisions there): with other masks
     and integers `times` times; and with samples that end early, where these are others, or the code decides anything.
+    Nothing where there are no masks, and the code neither decides nor picks rows by integers.
     """
     masked = [other_masks(batch, seed) for seed in range(times)]
-    for seed, other in enumerate(masked):
+    decides |= any(hold_other_values(batch, other) for other in masked)
+    for seed, other in enumerate(masked if decides or picks else ()):
         yield [other_integers(other, seed), other], seed  # some code runs on no other integers
-    if decides or any(hold_other_values(batch, other) for other in masked):
+    if decides:
         yield [ending_early(batch)], None
 
 
