@@ -6,42 +6,22 @@ in the inputs of one head alone are that head's. How many heads there may be is 
 numbers that modules keep; that they go is tried afterwards, as every other guess is (see fastscore.graph.attention).
 """
 
-import copy
 import itertools
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Collection
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from fastscore.batches import tensors_of
-from fastscore.graph.attention_calls import Call, randomized
-from fastscore.graph.cutting import heads, own_tensors
+from fastscore.graph.attention_calls import Call
+from fastscore.graph.cutting import heads
 from fastscore.graph.groups import ChannelGroup, Member
-from fastscore.graph.nodes import CHANNELWISE, LAYERS, PRODUCERS
-from fastscore.graph.noted_calls import PRODUCTS
-from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.modules.hooks import input_of
-from fastscore.modules.inspection import channel_dim, parametrized
+from fastscore.graph.head_numbers import numbers, units_of
+from fastscore.graph.head_run import Run, gradients, run_alone
+from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
 from fastscore.modules.norms import channel_norms
 
 _MOST_HEADS = 256
-_MOST_TRIALS = 24  # sets of numbers that are tried
-
-
-@dataclass
-class _Run:
-    """The copy, what its parameters are called, and the layers that read the last product, with what each reads."""
-
-    module: nn.Module
-    parameters: dict[str, Tensor]
-    read: dict[str, Tensor] = field(default_factory=dict)  # channels last
-    makers: list[str] = field(default_factory=list)  # layers that make what is multiplied, and what gates it
-    norms: dict[str, Tensor] = field(default_factory=dict)  # normalisation over channels -> ones that multiply it
 
 
 def find(module: nn.Module, call: Call, sizes: Collection[int]) -> ChannelGroup | list[str] | None:
@@ -57,149 +37,30 @@ def find(module: nn.Module, call: Call, sizes: Collection[int]) -> ChannelGroup 
         nothing looks like heads.
     """
     try:
-        run = _run(module, call)
+        run = run_alone(module, call)
     except Exception:  # of code that does not run by itself
         return None
     if run is None:
         return None
     width = next(iter(run.read.values())).shape[-1]
-    total, numbers = heads.count(module), {value for _, _, value in _numbers(module)}
-    likely = {total} if total else {*sizes, *numbers, *(width // number for number in numbers if number > 0)}
+    total, held = heads.count(module), {value for _, _, value in numbers(module)}
+    likely = {total} if total else {*sizes, *held, *(width // number for number in held if number > 0)}
     counts = [n for n in likely if 1 < n <= width and width % n == 0 and n <= _MOST_HEADS]
     found: dict[int, ChannelGroup] = {}
     columns = torch.arange(width)
     for across in (False, True):
         more = {n: group for n in counts if n < width and (
             group := _group(run, columns % n if across else columns // (width // n), n)) is not None}
-        found |= {n: group for n, group in more.items() if n not in found or _units(group) > _units(found[n])}
-        if any(_units(group) == n for n, group in found.items()):
+        found |= {n: group for n, group in more.items() if n not in found or units_of(group) > units_of(found[n])}
+        if any(units_of(group) == n for n, group in found.items()):
             break  # each head can go without any other
     if found:  # of those of which most can go apart, the most of which a query is of one
-        return found[max(found, key=lambda n: (_units(found[n]), _is_whole(run, found[n], columns, n), n in sizes, n))]
+        return found[max(found, key=lambda n: (units_of(found[n]), _is_whole(run, found[n], columns, n), n in sizes,
+                                               n))]
     return run.makers if any(count in sizes for count in counts) and width not in counts else None
 
 
-def built(module: nn.Module) -> tuple[Any, ...]:
-    """Alike for modules that are built alike."""
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    return (type(module), *((name, tensor.shape) for name, tensor in tensors), *_numbers(module))
-
-
-def _units(group: ChannelGroup) -> int:
-    return int(group.unit.max()) + 1
-
-
-def with_numbers(module: nn.Module, group: ChannelGroup, fails: Callable[[ChannelGroup], str | None]
-                 ) -> ChannelGroup | str:
-    """The group, with as few of the numbers that a module keeps as let it go; or why it does not go with any.
-
-    fails: why a group does not go, or None.
-    """
-    every, held = list(_counts(module, group)), {member.module for member in group.role("tensor")}
-    of_norms = [each for each in every if each.layer in held
-                and isinstance(module.get_submodule(each.layer), nn.GroupNorm)]
-    group = replace(group, members=(*group.members, *of_norms))  # it says what it has lost, whether it is asked or not
-    every = [each for each in every if all(each is not other for other in of_norms)]
-    first = fails(group)
-    if first is None:
-        return group
-    tried = 0
-    for size in range(1, len(every) + 1):
-        for chosen in itertools.combinations(every, size):
-            tried += 1
-            if tried > _MOST_TRIALS:
-                return first
-            more = replace(group, members=(*group.members, *chosen))
-            if fails(more) is None:
-                return more
-    return first
-
-
-def _run(module: nn.Module, call: Call) -> _Run | None:
-    """One run of a copy; None where no layer reads what others made and code multiplied."""
-    dense = randomized(evaluation_copy(module))
-    if any(map(parametrized, dense.modules())):
-        return None  # weights that are computed lose no rows
-    with own_tensors.buffers_as_parameters(dense), torch.enable_grad(), ExitStack() as hooks:
-        layers = {name: layer for name, layer in dense.named_modules() if tp.ops.module2type(layer) in LAYERS
-                  and isinstance(layer._parameters.get("weight"), nn.Parameter)}
-        run = _Run(dense, {name: parameter.requires_grad_() for name, parameter in dense.named_parameters()
-                           if parameter.is_floating_point()})
-        read: list[tuple[str, Tensor]] = []
-
-        def see(name: str) -> Any:
-            def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = input_of(args, kwargs)
-                if x.dim() >= -channel_dim(layer) and x.grad_fn is not None:
-                    read.append((name, x.movedim(channel_dim(layer), -1)))
-
-            return hook
-
-        def apart(name: str) -> Any:
-            def hook(norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-                x = args[0] if args else None
-                if not isinstance(x, Tensor) or not isinstance(output, Tensor) or output.shape != x.shape:
-                    return None
-                ones = run.norms.setdefault(name, output.new_ones(output.shape[-1]).requires_grad_())
-                return (x + (output - x).detach()) * ones  # without its statistics, which read all heads
-
-            return hook
-
-        for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(see(name), with_kwargs=True))
-        for name, part in dense.named_modules():
-            found = channel_norms.norm_of(part)
-            if found is not None and found.dim == -1:
-                hooks.enter_context(part.register_forward_hook(apart(name)))
-        args, kwargs = copy.deepcopy((call.args, call.kwargs))
-        x = next((x for x in tensors_of((args, tuple(kwargs.values()))) if x.is_floating_point()), None)
-        if x is not None and not x.any():  # weights that read zeros show nowhere
-            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
-        products = hooks.enter_context(_Products())
-        dense(*args, **kwargs)
-    weights = [layer.weight for layer in layers.values()]
-    while products.made and all(g is None for g in _gradients(products.made[-1], weights)):
-        products.made.pop()
-    if not products.made:
-        return None
-    after = {name for name, x in read if any(g is not None for g in _gradients(x, products.made))}
-    for name, x in read:
-        of_product = _gradients(x, [products.made[-1]])[0] is not None
-        known = next(iter(run.read.items()), None)
-        if of_product and (known is None or (x.shape[-1] == known[1].shape[-1] and name not in run.read
-                                             and _gradients(x, [layers[known[0]].weight])[0] is None)):
-            run.read[name] = x
-    if not run.read:
-        return None
-    shown = _gradients(next(iter(run.read.values())), weights)
-    run.makers = [name for name, g in zip(layers, shown, strict=True) if g is not None and name not in after]
-    return run
-
-
-class _Products(TorchFunctionMode):
-    """What products of activations made in the block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func in PRODUCTS and len([x for x in tensors_of(args) if x.grad_fn is not None]) > 1:
-            self.made.append(output)
-        return output
-
-
-def _gradients(x: Tensor, tensors: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """Those of a sum of x, at random weights; None where there are none, or zeros alone."""
-    if not tensors:
-        return ()
-    weights = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x) + 0.5
-    found = torch.autograd.grad(x, tensors, weights, retain_graph=True, allow_unused=True)
-    return tuple(g if g is not None and bool(g.any()) else None for g in found)
-
-
-def _group(run: _Run, of_column: Tensor, count: int) -> ChannelGroup | None:
+def _group(run: Run, of_column: Tensor, count: int) -> ChannelGroup | None:
     """The heads, if the inputs of the layer that reads them belong to `count` heads as `of_column` says, int64; None
     where no two can go apart."""
     tensors = dict(run.parameters) | {f"{name}.": ones for name, ones in run.norms.items()}
@@ -207,7 +68,7 @@ def _group(run: _Run, of_column: Tensor, count: int) -> ChannelGroup | None:
              for name, tensor in tensors.items()}  # by dimension: whether an entry shows in a head
     for head, x in itertools.product(range(count), run.read.values()):
         of_head = x.index_select(-1, (of_column == head).nonzero()[:, 0].to(x.device))
-        found = zip(tensors, _gradients(of_head, list(tensors.values())), strict=True)
+        found = zip(tensors, gradients(of_head, list(tensors.values())), strict=True)
         for name, g in ((name, g) for name, g in found if g is not None):
             for dim, of_dim in enumerate(shows[name]):
                 of_dim[:, head] |= g.ne(0).movedim(dim, 0).reshape(len(of_dim), -1).any(1).cpu()
@@ -244,15 +105,15 @@ def _group(run: _Run, of_column: Tensor, count: int) -> ChannelGroup | None:
     return ChannelGroup(producers[0].layer, len(columns), group_of, tuple(members))
 
 
-def _summed(run: _Run, member: Member, column: int) -> bool:
+def _summed(run: Run, member: Member, column: int) -> bool:
     """Whether one input of the layer that reads heads has several rows of a layer in it, as it has queries."""
     weight = run.parameters[f"{member.layer}.weight"]
-    (found,) = _gradients(next(iter(run.read.values()))[..., column], [weight])
+    (found,) = gradients(next(iter(run.read.values()))[..., column], [weight])
     by_column = tp.ops.module2type(run.module.get_submodule(member.layer)) == tp.ops.OPTYPE.EMBED
     return found is not None and int(found.movedim(int(by_column), 0).flatten(1).any(1).sum()) > 1
 
 
-def _is_whole(run: _Run, group: ChannelGroup, columns: Tensor, count: int) -> bool:
+def _is_whole(run: Run, group: ChannelGroup, columns: Tensor, count: int) -> bool:
     """Whether a row that shows summed up, as a query, shows in the first of `count` heads and in no other."""
     x, first = next(iter(run.read.values())), next(group.role("heads")).channel
     size = len(columns) // count
@@ -261,7 +122,7 @@ def _is_whole(run: _Run, group: ChannelGroup, columns: Tensor, count: int) -> bo
     weight = run.parameters[f"{member.layer}.weight"]
     dim = int(tp.ops.module2type(run.module.get_submodule(member.layer)) == tp.ops.OPTYPE.EMBED)
     shown = [None if g is None else g.movedim(dim, 0).flatten(1).any(1) for part in (
-        one, columns[~torch.isin(columns, one)]) for g in _gradients(x[..., part.to(x.device)], [weight])]
+        one, columns[~torch.isin(columns, one)]) for g in gradients(x[..., part.to(x.device)], [weight])]
     if shown[0] is None or shown[1] is None:
         return True
     rows = member.index.to(shown[0].device)
@@ -299,24 +160,3 @@ def _member(module: nn.Module, name: str, dim: int, slices: Tensor, unit_of_head
     if not owner and key in heads.tensors(module) and heads.count(module) is not None:
         return None  # which goes with the count
     return Member(name, "tensor", index, channel, dim)
-
-
-def _numbers(module: nn.Module) -> Iterator[tuple[str, str, int]]:
-    """(name of a module, attribute, number) of all that a module and what it holds keep, but for its layers."""
-    for name, part in module.named_modules():
-        layer = tp.ops.module2type(part) in PRODUCERS | CHANNELWISE and not isinstance(part, nn.GroupNorm)
-        for attribute, value in () if layer or channel_norms.norm_of(part) is not None else vars(part).items():
-            if type(value) is int and not attribute.startswith("_"):
-                yield name, attribute, value
-
-
-def _counts(module: nn.Module, group: ChannelGroup) -> Iterator[Member]:
-    """Members for numbers that may count heads, those of keys and values, or all their channels; likeliest first."""
-    units = _units(group)
-    firsts = torch.stack([(group.unit == unit).nonzero()[0, 0] for unit in range(units)])
-    likely = {units, len(next(group.role("heads")).index), group.channels,
-              *(len(member.index) for member in group.role("producer"))}
-    known = heads.counted(module)
-    found = [each for each in _numbers(module) if each[:2] not in known and each[2] > 0 and each[2] % units == 0]
-    for name, attribute, value in sorted(found, key=lambda each: each[2] not in likely):
-        yield Member(name, "width", torch.arange(value), firsts.repeat_interleave(value // units), attribute=attribute)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastscore.graph import attention, attention_calls, heads_by_use
+from fastscore.graph import attention, attention_calls, head_numbers, heads_by_use
 from fastscore.graph.found_heads import Found
 from fastscore.graph.groups import ChannelGroup
 from fastscore.modules.inspection import parameter_owners
@@ -47,7 +47,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], products: Mapping[nn
         if holds(name, done) or name not in calls:
             continue
         module, call = model.get_submodule(name), calls[name]
-        key = heads_by_use.built(module)
+        key = head_numbers.built(module)
         likely = known[key] if key in known else heads_by_use.find(module, call, sizes[name])
         known[key] = likely
         if likely is None:
@@ -61,7 +61,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], products: Mapping[nn
         whole = attention.within(name, likely)
         if any(edge.layer in unused for edge in whole.edges):
             continue
-        found = failed.get(key) or attention.computed(module, likely, owners) or heads_by_use.with_numbers(
+        found = failed.get(key) or attention.computed(module, likely, owners) or head_numbers.with_numbers(
             module, likely, partial(attention.difference, module, call=call))
         if isinstance(found, ChannelGroup):
             known[key] = found

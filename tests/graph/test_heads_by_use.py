@@ -1,14 +1,17 @@
 """Heads of attentions that nobody has named: found by what their code does."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from own_attentions import (
     HEADS,
     KINDS,
     TOKENS,
     Across,
+    Apart,
     HeadGate,
     Memory,
     Network,
@@ -107,3 +110,57 @@ def test_heads_with_layers_of_their_own_are_no_heads() -> None:
     graph = trace(noisy(lambda: Network(Alone)), _x())
     assert {f"attn.each.{head}.2" for head in range(HEADS)} <= {group.name for group in graph.groups}
     assert not any(any(group.role("heads")) for group in graph.groups)
+
+
+class Ordered(nn.Module):
+    """Whose queries, keys and values lie one after another, or those of each head together."""
+
+    def __init__(self, order: str | tuple[int, int]) -> None:
+        super().__init__()
+        self.order, self.count, self.width = order, HEADS, 2
+        self.into, self.mix = nn.Linear(12, 3 * HEADS * 2), nn.Linear(HEADS * 2, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = (self.count, 3) if self.order in ("by head", (1, 0)) else (3, self.count)
+        made = self.into(x).unflatten(-1, (*sizes, self.width)).movedim(sizes.index(3) - 3, 0)
+        q, k, v = (y.transpose(1, 2) for y in made)
+        return self.mix(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("orders", [("one by one", "by head"), ((0, 1), (1, 0))])
+def test_modules_that_a_setting_tells_apart_are_tried_apart(orders: tuple[Any, Any]) -> None:
+    graph = trace(noisy(lambda: Network(lambda: nn.Sequential(*map(Ordered, orders)))), _x())
+    heads = {group.name: next(group.role("producer")).channel for group in graph.groups if any(group.role("heads"))}
+    assert set(heads) == {"attn.0.into", "attn.1.into"}
+    assert not torch.equal(*heads.values())
+
+
+class Certain(Apart):
+    """Whose softmax chooses one token: nothing before it has a gradient that float64 can hold."""
+
+    def between(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT * 1e6).softmax(-1) @ v
+
+
+class Fused(Apart):
+    """The same, in one operation."""
+
+    def between(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=1e6)
+
+
+class Rare(Apart):
+    """Whose features of queries and keys are mostly zero."""
+
+    def between(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.relu(q - 0.5) @ (F.relu(k - 0.5).mT @ v)
+
+
+@pytest.mark.parametrize("attention", [Certain, Fused, Rare])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_heads_are_found_whatever_has_a_gradient(attention: type[nn.Module], samples: int) -> None:
+    graph = trace(noisy(lambda: Network(attention)), _x()[:samples])
+    (group,) = (group for group in graph.groups if any(group.role("heads")))
+    assert {member.layer: len(member.index) for member in group.role("producer")} == dict.fromkeys(
+        ("attn.ask", "attn.key", "attn.val"), HEADS * 2)
+    assert group.unit.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]

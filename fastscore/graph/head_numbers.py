@@ -1,0 +1,86 @@
+"""Numbers that attentions keep and that may count heads, or their channels: as few of them as let heads go."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from fastscore.graph.cutting import heads
+from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
+from fastscore.modules.norms import channel_norms
+
+_MOST_TRIALS = 24  # sets of numbers that are tried
+
+
+def built(module: nn.Module) -> tuple[Any, ...]:
+    """Alike for modules that are built alike: of the same classes, with tensors of the same shapes, and with the same
+    words, flags and whole numbers, by which code chooses how heads lie."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    settings = ((name, type(part), *((attribute, _hashable(value)) for attribute, value in vars(part).items()
+                                     if _is_setting(value))) for name, part in module.named_modules())
+    return (*((name, tensor.shape) for name, tensor in tensors), *settings)
+
+
+def _is_setting(value: object) -> bool:
+    return isinstance(value, bool | int | str | type | None) or (
+        isinstance(value, tuple | list) and all(map(_is_setting, value)))
+
+
+def _hashable(value: object) -> object:
+    return tuple(map(_hashable, value)) if isinstance(value, tuple | list) else value
+
+
+def with_numbers(module: nn.Module, group: ChannelGroup, fails: Callable[[ChannelGroup], str | None]
+                 ) -> ChannelGroup | str:
+    """The group, with as few of the numbers that a module keeps as let it go; or why it does not go with any.
+
+    fails: why a group does not go, or None.
+    """
+    every, held = list(_counts(module, group)), {member.module for member in group.role("tensor")}
+    of_norms = [each for each in every if each.layer in held
+                and isinstance(module.get_submodule(each.layer), nn.GroupNorm)]
+    group = replace(group, members=(*group.members, *of_norms))  # it says what it has lost, whether it is asked or not
+    every = [each for each in every if all(each is not other for other in of_norms)]
+    first = fails(group)
+    if first is None:
+        return group
+    tried = 0
+    for size in range(1, len(every) + 1):
+        for chosen in itertools.combinations(every, size):
+            tried += 1
+            if tried > _MOST_TRIALS:
+                return first
+            more = replace(group, members=(*group.members, *chosen))
+            if fails(more) is None:
+                return more
+    return first
+
+
+def units_of(group: ChannelGroup) -> int:
+    return int(group.unit.max()) + 1
+
+
+def numbers(module: nn.Module) -> Iterator[tuple[str, str, int]]:
+    """(name of a module, attribute, number) of all that a module and what it holds keep, but for its layers."""
+    for name, part in module.named_modules():
+        layer = tp.ops.module2type(part) in PRODUCERS | CHANNELWISE and not isinstance(part, nn.GroupNorm)
+        for attribute, value in () if layer or channel_norms.norm_of(part) is not None else vars(part).items():
+            if type(value) is int and not attribute.startswith("_"):
+                yield name, attribute, value
+
+
+def _counts(module: nn.Module, group: ChannelGroup) -> Iterator[Member]:
+    """Members for numbers that may count heads, those of keys and values, or all their channels; likeliest first."""
+    units = units_of(group)
+    firsts = torch.stack([(group.unit == unit).nonzero()[0, 0] for unit in range(units)])
+    likely = {units, len(next(group.role("heads")).index), group.channels,
+              *(len(member.index) for member in group.role("producer"))}
+    known = heads.counted(module)
+    found = [each for each in numbers(module) if each[:2] not in known and each[2] > 0 and each[2] % units == 0]
+    for name, attribute, value in sorted(found, key=lambda each: each[2] not in likely):
+        yield Member(name, "width", torch.arange(value), firsts.repeat_interleave(value // units), attribute=attribute)

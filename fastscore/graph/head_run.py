@@ -1,0 +1,119 @@
+"""One run of an attention by itself, with random weights, whose gradients say what shows where: see
+fastscore.graph.heads_by_use."""
+
+import copy
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastscore.batches import tensors_of
+from fastscore.graph.attention_calls import Call, randomized
+from fastscore.graph.cutting import own_tensors
+from fastscore.graph.nodes import LAYERS
+from fastscore.graph.noted_calls import PRODUCTS
+from fastscore.graph.tempered import Tempered
+from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.hooks import input_of
+from fastscore.modules.inspection import channel_dim, parametrized
+from fastscore.modules.norms import channel_norms
+
+
+@dataclass
+class Run:
+    """The copy, what its parameters are called, and the layers that read the last product, with what each reads."""
+
+    module: nn.Module
+    parameters: dict[str, Tensor]
+    read: dict[str, Tensor] = field(default_factory=dict)  # channels last
+    makers: list[str] = field(default_factory=list)  # layers that make what is multiplied, and what gates it
+    norms: dict[str, Tensor] = field(default_factory=dict)  # normalisation over channels -> ones that multiply it
+
+
+def run_alone(module: nn.Module, call: Call) -> Run | None:
+    """One run of a copy; None where no layer reads what others made and code multiplied."""
+    dense = randomized(evaluation_copy(module))
+    if any(map(parametrized, dense.modules())):
+        return None  # weights that are computed lose no rows
+    with own_tensors.buffers_as_parameters(dense), torch.enable_grad(), ExitStack() as hooks:
+        layers = {name: layer for name, layer in dense.named_modules() if tp.ops.module2type(layer) in LAYERS
+                  and isinstance(layer._parameters.get("weight"), nn.Parameter)}
+        run = Run(dense, {name: parameter.requires_grad_() for name, parameter in dense.named_parameters()
+                           if parameter.is_floating_point()})
+        read: list[tuple[str, Tensor]] = []
+
+        def see(name: str) -> Any:
+            def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = input_of(args, kwargs)
+                if x.dim() >= -channel_dim(layer) and x.grad_fn is not None:
+                    read.append((name, x.movedim(channel_dim(layer), -1)))
+
+            return hook
+
+        def apart(name: str) -> Any:
+            def hook(norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+                x = args[0] if args else None
+                if not isinstance(x, Tensor) or not isinstance(output, Tensor) or output.shape != x.shape:
+                    return None
+                ones = run.norms.setdefault(name, output.new_ones(output.shape[-1]).requires_grad_())
+                return (x + (output - x).detach()) * ones  # without its statistics, which read all heads
+
+            return hook
+
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(see(name), with_kwargs=True))
+        for name, part in dense.named_modules():
+            found = channel_norms.norm_of(part)
+            if found is not None and found.dim == -1:
+                hooks.enter_context(part.register_forward_hook(apart(name)))
+        args, kwargs = copy.deepcopy((call.args, call.kwargs))
+        x = next((x for x in tensors_of((args, tuple(kwargs.values()))) if x.is_floating_point()), None)
+        if x is not None and not x.any():  # weights that read zeros show nowhere
+            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
+        hooks.enter_context(Tempered())
+        products = hooks.enter_context(_Products())
+        dense(*args, **kwargs)
+    weights = [layer.weight for layer in layers.values()]
+    while products.made and all(g is None for g in gradients(products.made[-1], weights)):
+        products.made.pop()
+    if not products.made:
+        return None
+    after = {name for name, x in read if any(g is not None for g in gradients(x, products.made))}
+    for name, x in read:
+        of_product = gradients(x, [products.made[-1]])[0] is not None
+        known = next(iter(run.read.items()), None)
+        if of_product and (known is None or (x.shape[-1] == known[1].shape[-1] and name not in run.read
+                                             and gradients(x, [layers[known[0]].weight])[0] is None)):
+            run.read[name] = x
+    if not run.read:
+        return None
+    shown = gradients(next(iter(run.read.values())), weights)
+    run.makers = [name for name, g in zip(layers, shown, strict=True) if g is not None and name not in after]
+    return run
+
+
+class _Products(TorchFunctionMode):
+    """What products of activations made in the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in PRODUCTS and len([x for x in tensors_of(args) if x.grad_fn is not None]) > 1:
+            self.made.append(output)
+        return output
+
+
+def gradients(x: Tensor, tensors: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Those of a sum of x, at random weights; None where there are none, or zeros alone."""
+    if not tensors:
+        return ()
+    weights = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x) + 0.5
+    found = torch.autograd.grad(x, tensors, weights, retain_graph=True, allow_unused=True)
+    return tuple(g if g is not None and bool(g.any()) else None for g in found)
