@@ -66,12 +66,15 @@ def units_of(group: ChannelGroup) -> int:
 
 
 def numbers(module: nn.Module) -> Iterator[tuple[str, str, int]]:
-    """(name of a module, attribute, number) of all that a module and what it holds keep, but for its layers."""
+    """(name of a module, attribute, number) of all that a module and what it holds keep, but for its layers; `name.2`
+    is the third number of a tuple or list."""
     for name, part in module.named_modules():
         layer = tp.ops.module2type(part) in PRODUCERS | CHANNELWISE and not isinstance(part, nn.GroupNorm)
         for attribute, value in () if layer or channel_norms.norm_of(part) is not None else vars(part).items():
             if type(value) is int and not attribute.startswith("_"):
                 yield name, attribute, value
+            elif type(value) in (tuple, list) and all(type(each) is int for each in value):
+                yield from ((name, f"{attribute}.{place}", each) for place, each in enumerate(value))
 
 
 def _counts(module: nn.Module, group: ChannelGroup) -> Iterator[Member]:
@@ -81,6 +84,7 @@ def _counts(module: nn.Module, group: ChannelGroup) -> Iterator[Member]:
     likely = {units, len(next(group.role("heads")).index), group.channels,
               *(len(member.index) for member in group.role("producer"))}
     known = heads.counted(module)
-    found = [each for each in numbers(module) if each[:2] not in known and each[2] > 0 and each[2] % units == 0]
+    found = [each for each in numbers(module) if each[:2] not in known and each[2] > 0 and each[2] % units == 0
+             and ("." not in each[1] or each[2] in likely)]
     for name, attribute, value in sorted(found, key=lambda each: each[2] not in likely):
         yield Member(name, "width", torch.arange(value), firsts.repeat_interleave(value // units), attribute=attribute)

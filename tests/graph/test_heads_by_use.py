@@ -14,14 +14,17 @@ from own_attentions import (
     Apart,
     HeadGate,
     Memory,
+    NetBias,
     Network,
     Normed,
     OneProjection,
     Retention,
     Rotary,
+    RowBias,
     SharedSinks,
     Sinks,
     Slopes,
+    TableBias,
 )
 from torch import Tensor, nn
 from whole_way import check, noisy
@@ -35,7 +38,7 @@ def _x() -> Tensor:
 
 
 @pytest.mark.parametrize("attention", [OneProjection, Rotary, Sinks, HeadGate, Slopes, Retention, Normed, Memory,
-                                       Across])
+                                       Across, TableBias, RowBias, NetBias])
 def test_heads_go(attention: type[nn.Module], tmp_path: Path) -> None:
     """Everything from data to a file, by brute force."""
     others = ["attn.context"] if attention is Memory else []

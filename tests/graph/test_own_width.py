@@ -80,6 +80,31 @@ class Reduced(Pooled):
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 
+class Positional(Plain):
+    """GPSA of ConViT: of places and of what is there, by a gate for each head, in a method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.qkv
+        self.qk, self.v, self.pos_proj = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(2, HEADS)
+        self.gating_param = nn.Parameter(torch.ones(HEADS))
+        self.register_buffer("places", torch.linspace(-2, 2, 72).reshape(1, 6, 6, 2).sin(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        weights = self.get_attention(x)
+        v = self.v(x).reshape(B, N, self.num_heads, C // self.num_heads).permute(0, 2, 1, 3)
+        return self.proj((weights @ v).transpose(1, 2).reshape(B, N, C))
+
+    def get_attention(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k = self.qk(x).reshape(B, N, 2, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        gate = self.gating_param.view(1, -1, 1, 1).sigmoid()
+        places = self.pos_proj(self.places.expand(B, -1, -1, -1)).permute(0, 3, 1, 2)
+        weights = (1 - gate) * (q @ k.mT * self.scale).softmax(-1) + gate * places.softmax(-1)
+        return weights / weights.sum(-1, keepdim=True)
+
+
 class Model(nn.Module):
     """A residual stream through one attention and one MLP."""
 
@@ -99,10 +124,10 @@ def _x() -> Tensor:
     return torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1)).double()
 
 
-@pytest.mark.parametrize("attention", [Plain, Across, Pooled, Reduced])
+@pytest.mark.parametrize("attention", [Plain, Across, Pooled, Reduced, Positional])
 def test_heads_and_the_stream_go(attention: type[nn.Module], tmp_path: Path) -> None:
     """Each without the other: everything from data to a file, by brute force."""
-    heads = "attn.q" if issubclass(attention, Pooled) else "attn.qkv"
+    heads = "attn.q" if issubclass(attention, Pooled) else "attn.qk" if attention is Positional else "attn.qkv"
     small = check(lambda: Model(attention), _x(), ["embed", heads, "mlp.0"], tmp_path).model
     assert small.attn.num_heads < HEADS
     assert small.attn.proj.in_features == 4 * small.attn.num_heads != small.embed.out_features

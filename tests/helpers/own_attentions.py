@@ -298,6 +298,67 @@ class Memory(Apart):
         return self.mix(join(self.between(split(self.ask(x), self.h), k, v)))
 
 
+class _Places(nn.Module):
+    """A number for each head and pair of places, looked up in a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shape = (TOKENS, TOKENS, HEADS)
+        self.table = nn.Parameter(torch.randn(2 * TOKENS - 1, HEADS))
+        at = torch.arange(TOKENS)
+        self.register_buffer("places", (at[:, None] - at + TOKENS - 1).flatten(), persistent=False)
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return scores + self.table[self.places].view(self.shape).permute(2, 0, 1).contiguous()
+
+
+class TableBias(Apart):
+    """Whose biases are shaped by a tuple that another module keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where = _Places()
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.where(super().scores(q, k))
+
+
+class RowBias(Apart):
+    """Whose biases have a row for each head, and are kept from one call to the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.biases = nn.Parameter(torch.randn(HEADS, TOKENS))
+        at = torch.arange(TOKENS)
+        self.register_buffer("places", (at[:, None] - at).abs(), persistent=False)
+        self.cache: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self.cache = {}
+        return super().train(mode)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        if self.training:
+            return super().scores(q, k) + self.biases[:, self.places]
+        return super().scores(q, k) + self.cache.setdefault(str(q.device), self.biases[:, self.places])
+
+
+class NetBias(Apart):
+    """Whose biases a network makes of places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.shape = HEADS, (TOKENS, TOKENS, HEADS)
+        self.net = nn.Sequential(nn.Linear(1, 7), nn.ReLU(), nn.Linear(7, HEADS))
+        at = torch.arange(TOKENS)
+        self.register_buffer("places", (at[:, None] - at + TOKENS - 1).flatten(), persistent=False)
+        self.register_buffer("far", torch.linspace(-1, 1, 2 * TOKENS - 1)[:, None], persistent=False)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        bias = self.net(self.far).view(-1, self.num_heads)[self.places].view(self.shape)
+        return super().scores(q, k) + 16 * bias.permute(2, 0, 1).sigmoid()
+
+
 class Network(nn.Module):
     """A stream through one attention and one MLP."""
 
@@ -319,4 +380,4 @@ KINDS: dict[type[nn.Module], str] = {
     SharedSinks: "q_proj",
     HeadGate: "q_proj", Gate: "q_proj", Sigmoid: "ask", Slopes: "ask", Retention: "ask", Normed: "ask",
     Differential: "ask", OneKey: "ask", Kernel: "ask", Pointwise: "into", Memory: "ask",
-    Across: "ask", AcrossRows: "ask"}
+    Across: "ask", AcrossRows: "ask", TableBias: "ask", RowBias: "ask", NetBias: "ask"}

@@ -76,7 +76,7 @@ def replacement(module: nn.Module) -> type[nn.Module] | None:
         return None
     projection, reader = output_projection(module), _called(module, _QUERIES)
     if projection is None or reader is None or not any(name in vars(module) for name in _COUNTS):
-        projection, reader = _called(module, made._after[::-1]), _called(module, made._before)
+        projection, reader = projection or _called(module, made._after[::-1]), reader or _called(module, made._before)
         if not made._asks or not any(name in vars(module) for name in made._divisors):
             return None
     alike = projection is not None and reader is not None and reader.in_features == projection.in_features
@@ -84,37 +84,49 @@ def replacement(module: nn.Module) -> type[nn.Module] | None:
 
 
 def with_own_width(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The class whose forward reads `attended_width` and `attended_scale`; None where its code asks for neither."""
+    """The class whose forward, and methods that this hands on what it reads to, read `attended_width` and
+    `attended_scale`; None where their code asks for neither."""
     if cls not in _found:
-        rewritten = _rewritten(cls.forward)
-        _found[cls] = None
-        if rewritten is not None:
-            code, read = rewritten
-            forward = FunctionType(code, cls.forward.__globals__, "forward", cls.forward.__defaults__)
-            forward.__kwdefaults__ = cls.forward.__kwdefaults__
-            _found[cls] = type(cls.__name__, (_OwnWidth, cls), {
-                "forward": forward, "_reads": cls, "__module__": cls.__module__, "__doc__": cls.__doc__, **read})
+        code, read = _rewritten(cls.forward)
+        codes = {"forward": code}
+        for name in read.pop("hands_on", ()):  # what it reads, to a method of its own
+            codes[name], of_method = _rewritten(inspect.getattr_static(cls, name, None))
+            if codes[name] is not None:
+                read |= {key: read[key] | of_method[key] for key in ("_divisors", "_asks")}
+        functions = {name: _function(code, getattr(cls, name)) for name, code in codes.items() if code is not None}
+        _found[cls] = type(cls.__name__, (_OwnWidth, cls), {
+            "_reads": cls, "__module__": cls.__module__, "__doc__": cls.__doc__, **functions, **read}
+        ) if functions else None
     return _found[cls]
 
 
-def _rewritten(forward: Any) -> tuple[CodeType, dict[str, Any]] | None:
-    """The code of a function, with the last dimension of its first tensor's shape replaced, and what else a class of
-    _OwnWidth says of it; None where it has none.
+def _function(code: CodeType, old: Any) -> FunctionType:
+    """The function with other code."""
+    function = FunctionType(code, old.__globals__, old.__name__, old.__defaults__)
+    function.__kwdefaults__ = old.__kwdefaults__
+    return function
+
+
+def _rewritten(forward: Any) -> tuple[CodeType | None, dict[str, Any]]:
+    """The code of a function, with the last dimension of its first tensor's shape replaced, None where it has none; and
+    what else a class of _OwnWidth says of it, and the methods that it hands on what it reads to, where it can be read.
 
     A function with decorators, or that refers to what stands around it, stays as it is.
     """
     if not isinstance(forward, FunctionType) or forward.__closure__:
-        return None
+        return None, {}
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):  # a class that was not written in a file
-        return None
+        return None, {}
     function = tree.body[0]
     if not isinstance(function, ast.FunctionDef) or function.decorator_list or len(function.args.args) < 2:
-        return None
+        return None, {}
     x, owner = function.args.args[1].arg, function.args.args[0].arg
     divisors = frozenset(node.right.attr for node in ast.walk(function) if isinstance(node, ast.BinOp)
                          and isinstance(node.op, ast.FloorDiv) and _is_own(node.right, owner))
+    hands_on = [node.func.attr for node in ast.walk(function) if isinstance(node, ast.Call) and node.args
+                and _is_own(node.func, owner) and isinstance(node.args[0], ast.Name) and node.args[0].id == x]
     widths = _Widths(owner, divisors)
     product = min((_place(node) for node in ast.walk(function) if _multiplies(node)), default=(0, 0))
     names = sorted((_place(node), node.attr) for node in ast.walk(function) if _is_own(node, owner))
@@ -131,8 +143,11 @@ def _rewritten(forward: Any) -> tuple[CodeType, dict[str, Any]] | None:
     for call in unscaled:
         scale = ast.parse(f"{function.args.args[0].arg}.{_SCALE}", mode="eval").body
         call.keywords.append(ast.keyword("scale", scale))
+    read = {"_before": tuple(name for place, name in names if place < product), "_divisors": divisors,
+            "_after": tuple(name for place, name in names if place >= product), "_asks": widths.changed,
+            "hands_on": hands_on}
     if not widths.changed and not unscaled:
-        return None
+        return None, read
     function.returns = None
     for argument in ast.walk(function.args):
         if isinstance(argument, ast.arg):
@@ -140,9 +155,7 @@ def _rewritten(forward: Any) -> tuple[CodeType, dict[str, Any]] | None:
     function.args.defaults, function.args.kw_defaults = [], [None] * len(function.args.kwonlyargs)
     ast.fix_missing_locations(ast.increment_lineno(tree, forward.__code__.co_firstlineno - 1))
     compiled = compile(tree, forward.__code__.co_filename, "exec")
-    return next(code for code in compiled.co_consts if isinstance(code, CodeType)), {
-        "_before": tuple(name for place, name in names if place < product), "_divisors": divisors,
-        "_after": tuple(name for place, name in names if place >= product), "_asks": widths.changed}
+    return next(code for code in compiled.co_consts if isinstance(code, CodeType)), read
 
 
 def _is_own(node: ast.AST, owner: str) -> TypeGuard[ast.Attribute]:
