@@ -24,6 +24,7 @@ from fastscore.graph.head_dims import Projections
 from fastscore.modules.attention import handed, multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import parameter_owners, parametrized, shared_parameters
+from fastscore.modules.narrower import staying
 from fastscore.wording import said
 
 # layers that make a bias for each head, of places of tokens
@@ -322,11 +323,12 @@ def difference(module: nn.Module, group: ChannelGroup, call: Call) -> str | None
             after = call.of_heads(each.index[~gone[each.channel]]).inputs_of(outputs, small)
         except Exception as error:  # whatever the module's code does with a width that it does not expect
             return f"{type(module).__name__} does not run with fewer heads ({said(error)})"
-        for layer, x in after.items():
-            whole = before[layer]
+        for edge in group.role("consumer"):
+            x, whole = after[edge.layer], before[edge.layer]
             assert x is not None
             assert whole is not None
-            expected = whole[..., ~gone.to(whole.device)]
+            stays = staying(whole.shape[-1], edge.index[gone[edge.channel]])
+            expected = whole[..., stays.to(whole.device)]
             if x.shape != expected.shape or not close(x, expected):
                 return f"{type(module).__name__} computes something else with fewer heads"
     return None

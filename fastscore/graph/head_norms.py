@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules.hooks import OwnHook, input_of, with_input
+from fastscore.modules.inspection import channel_dim
 from fastscore.modules.norms.channel_norms import norm_of, width
 
 # what normalises queries, and keys
@@ -32,15 +33,19 @@ def with_norms(module: nn.Module, group: ChannelGroup, layers: tuple[str, ...]) 
 
 
 def uncounted(module: nn.Module, group: ChannelGroup, gone: Tensor) -> Iterator[Any]:
-    """Hooks by which these normalisations count channels of `gone` (int64 [R]) as zeros."""
+    """Hooks by which these normalisations count channels of `gone` (int64 [R]) as zeros, and layers through which heads
+    read each other read zeros of them."""
     for member, index in group.removed_at(gone):
-        if member.role == "norm":
-            yield module.get_submodule(member.layer).register_forward_pre_hook(_zero(index), with_kwargs=True)
+        between = member.role == "consumer" and len(member.index) < group.channels
+        if between or member.role == "norm":
+            layer = module.get_submodule(member.layer)
+            zero = _zero(index, channel_dim(layer) if between else -1)
+            yield layer.register_forward_pre_hook(zero, with_kwargs=True)
 
 
-def _zero(index: Tensor) -> OwnHook:
+def _zero(index: Tensor, dim: int) -> OwnHook:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = input_of(args, kwargs)
-        return with_input(args, kwargs, x.index_fill(-1, index.to(x.device), 0))
+        return with_input(args, kwargs, x.index_fill(dim, index.to(x.device), 0))
 
     return OwnHook(hook)

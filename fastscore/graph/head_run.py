@@ -2,6 +2,7 @@
 fastscore.graph.heads_by_use."""
 
 import copy
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from fastscore.graph.nodes import LAYERS
 from fastscore.graph.noted_calls import PRODUCTS
 from fastscore.graph.tempered import Tempered
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.modules.hooks import input_of
+from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim, parametrized
 from fastscore.modules.norms import channel_norms
 
@@ -32,10 +33,15 @@ class Run:
     read: dict[str, Tensor] = field(default_factory=dict)  # channels last
     makers: list[str] = field(default_factory=list)  # layers that make what is multiplied, and what gates it
     norms: dict[str, Tensor] = field(default_factory=dict)  # normalisation over channels -> ones that multiply it
+    # layers that read a product which is multiplied once more, as those do through which heads talk; what they read
+    between: dict[str, Tensor] = field(default_factory=dict)
 
 
-def run_alone(module: nn.Module, call: Call) -> Run | None:
-    """One run of a copy; None where no layer reads what others made and code multiplied."""
+def run_alone(module: nn.Module, call: Call, ends: Collection[str] = ()) -> Run | None:
+    """One run of a copy; None where no layer reads what others made and code multiplied.
+
+    ends: layers through which no gradient goes.
+    """
     dense = randomized(evaluation_copy(module))
     if any(map(parametrized, dense.modules())):
         return None  # weights that are computed lose no rows
@@ -47,10 +53,11 @@ def run_alone(module: nn.Module, call: Call) -> Run | None:
         read: list[tuple[str, Tensor]] = []
 
         def see(name: str) -> Any:
-            def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 x = input_of(args, kwargs)
                 if x.dim() >= -channel_dim(layer) and x.grad_fn is not None:
                     read.append((name, x.movedim(channel_dim(layer), -1)))
+                return with_input(args, kwargs, x.detach()) if name in ends else None
 
             return hook
 
@@ -92,6 +99,11 @@ def run_alone(module: nn.Module, call: Call) -> Run | None:
     if not run.read:
         return None
     shown = gradients(next(iter(run.read.values())), weights)
+    of_last = gradients(products.made[-1], weights)
+    for name, x in read:  # the first of several on the way
+        if name in after and of_last[list(layers).index(name)] is not None and \
+                all(g is None for g in gradients(x, [layers[other].weight for other in run.between])):
+            run.between[name] = x
     run.makers = [name for name, g in zip(layers, shown, strict=True) if g is not None and name not in after]
     return run
 

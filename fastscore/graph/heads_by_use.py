@@ -46,6 +46,10 @@ def find(module: nn.Module, call: Call, sizes: Collection[int]) -> ChannelGroup 
     total, held = heads.count(module), {value for _, _, value in numbers(module)}
     likely = {total} if total else {*sizes, *held, *(width // number for number in held if number > 0)}
     counts = [n for n in likely if 1 < n <= width and width % n == 0 and n <= _MOST_HEADS]
+    for n in counts if run.between else ():
+        if (group := _talking(module, call, run, n)) is not None:
+            return group
+    run.between.clear()
     found: dict[int, ChannelGroup] = {}
     columns = torch.arange(width)
     for across in (False, True):
@@ -60,14 +64,27 @@ def find(module: nn.Module, call: Call, sizes: Collection[int]) -> ChannelGroup 
     return run.makers if any(count in sizes for count in counts) and width not in counts else None
 
 
+def _talking(module: nn.Module, call: Call, run: Run, count: int) -> ChannelGroup | None:
+    """`count` heads that read each other through layers, which lose inputs with them: as long as these stay, what they
+    make of the others does not depend on who goes. None where no such layers have an input for each head."""
+    talks = [name for name, x in run.between.items() if x.shape[-1] == count]
+    apart = run_alone(module, call, talks) if talks else None
+    if apart is None or apart.read.keys() != run.read.keys() or apart.between.keys() != set(talks):
+        return None
+    columns = next(iter(apart.read.values())).shape[-1]
+    group = _group(apart, torch.arange(columns) // (columns // count), count)
+    return group if group is not None and units_of(group) == count else None
+
+
 def _group(run: Run, of_column: Tensor, count: int) -> ChannelGroup | None:
     """The heads, if the inputs of the layer that reads them belong to `count` heads as `of_column` says, int64; None
     where no two can go apart."""
     tensors = dict(run.parameters) | {f"{name}.": ones for name, ones in run.norms.items()}
     shows = {name: [torch.zeros(size, count, dtype=torch.bool) for size in tensor.shape]
              for name, tensor in tensors.items()}  # by dimension: whether an entry shows in a head
-    for head, x in itertools.product(range(count), run.read.values()):
-        of_head = x.index_select(-1, (of_column == head).nonzero()[:, 0].to(x.device))
+    for head, x in itertools.product(range(count), (*run.read.values(), *run.between.values())):
+        of_head = x[..., head] if any(x is each for each in run.between.values()) else \
+            x.index_select(-1, (of_column == head).nonzero()[:, 0].to(x.device))
         found = zip(tensors, gradients(of_head, list(tensors.values())), strict=True)
         for name, g in ((name, g) for name, g in found if g is not None):
             for dim, of_dim in enumerate(shows[name]):
@@ -96,12 +113,13 @@ def _group(run: Run, of_column: Tensor, count: int) -> ChannelGroup | None:
     members = [*producers, *(member for member in members if member.role != "producer")]
     if not producers or any(len(group_of[member.channel].unique()) == 1 for member in producers):
         return None  # whole layers, as where each head has its own
-    if not any(_summed(run, member, int(first[0])) for member in producers):
+    if not run.between and not any(_summed(run, member, int(first[0])) for member in producers):
         return None  # no more than channels side by side
     every = torch.arange(count)
     columns = torch.arange(len(of_column))
     members += [Member("", "heads", every, first[every])]
     members += [Member(name, "consumer", columns, columns) for name in run.read]
+    members += [Member(name, "consumer", every, first[every]) for name in run.between]
     return ChannelGroup(producers[0].layer, len(columns), group_of, tuple(members))
 
 

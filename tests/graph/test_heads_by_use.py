@@ -25,6 +25,8 @@ from own_attentions import (
     Sinks,
     Slopes,
     TableBias,
+    Talking,
+    TalkingOnce,
 )
 from torch import Tensor, nn
 from whole_way import check, noisy
@@ -38,11 +40,12 @@ def _x() -> Tensor:
 
 
 @pytest.mark.parametrize("attention", [OneProjection, Rotary, Sinks, HeadGate, Slopes, Retention, Normed, Memory,
-                                       Across, TableBias, RowBias, NetBias])
+                                       Across, TableBias, RowBias, NetBias, Talking, TalkingOnce])
 def test_heads_go(attention: type[nn.Module], tmp_path: Path) -> None:
     """Everything from data to a file, by brute force."""
-    others = ["attn.context"] if attention is Memory else []
-    check(lambda: Network(attention), _x(), ["embed", f"attn.{KINDS[attention]}", "mlp.0", *others], tmp_path)
+    others = {Memory: ["attn.context"], Talking: ["attn.before"]}.get(attention, [])
+    check(lambda: Network(attention), _x(), ["embed", f"attn.{KINDS[attention]}", "mlp.0", *others], tmp_path,
+          only=attention is not NetBias)  # of which no gradient tells samples apart
 
 
 @pytest.mark.parametrize("attention", list(KINDS))
@@ -65,15 +68,15 @@ def test_what_a_head_has_beside_its_rows_goes_with_it() -> None:
     assert result.model.attn.norm.num_channels == result.model.attn.gate.out_features == HEADS
 
 
-class Talking(HeadGate):
-    """Its heads read each other."""
+class Mixed(HeadGate):
+    """Its heads read each other by a matrix that no layer holds."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.talk = nn.Linear(HEADS, HEADS)
+        self.talk = nn.Parameter(torch.randn(HEADS, HEADS))
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return self.talk(super().scores(q, k).movedim(1, -1)).movedim(-1, 1)
+        return torch.einsum("nhij,hg->ngij", super().scores(q, k), self.talk)
 
 
 class Fixed(HeadGate):
@@ -85,7 +88,7 @@ class Fixed(HeadGate):
         return self.o_proj(self.after(x, self.between(q, k, v)))
 
 
-@pytest.mark.parametrize(("attention", "reason"), [(Talking, "its heads read each other"),
+@pytest.mark.parametrize(("attention", "reason"), [(Mixed, "its heads read each other"),
                                                    (Fixed, "does not run with fewer")])
 def test_heads_that_stay_have_their_reason(attention: type[nn.Module], reason: str) -> None:
     graph = trace(noisy(lambda: Network(attention)), _x())

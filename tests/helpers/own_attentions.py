@@ -298,6 +298,29 @@ class Memory(Apart):
         return self.mix(join(self.between(split(self.ask(x), self.h), k, v)))
 
 
+class Talking(Apart):
+    """Whose heads read each other before and behind a softmax, through layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.behind = nn.Linear(HEADS, HEADS), nn.Linear(HEADS, HEADS)
+
+    def between(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = self.before(self.scores(q, k).movedim(1, -1)).softmax(-2)
+        return self.behind(weights).movedim(-1, 1) @ v
+
+
+class TalkingOnce(Apart):
+    """Through a convolution, behind the softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.talk, self.norm = nn.Conv2d(HEADS, HEADS, 1), nn.BatchNorm2d(HEADS)
+
+    def between(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.norm(self.talk(self.scores(q, k).softmax(-1))) @ v
+
+
 class _Places(nn.Module):
     """A number for each head and pair of places, looked up in a table."""
 
@@ -380,4 +403,5 @@ KINDS: dict[type[nn.Module], str] = {
     SharedSinks: "q_proj",
     HeadGate: "q_proj", Gate: "q_proj", Sigmoid: "ask", Slopes: "ask", Retention: "ask", Normed: "ask",
     Differential: "ask", OneKey: "ask", Kernel: "ask", Pointwise: "into", Memory: "ask",
-    Across: "ask", AcrossRows: "ask", TableBias: "ask", RowBias: "ask", NetBias: "ask"}
+    Across: "ask", AcrossRows: "ask", TableBias: "ask", RowBias: "ask", NetBias: "ask",
+    Talking: "ask", TalkingOnce: "ask"}
