@@ -33,6 +33,9 @@ class Found:
         for group in unnamed.groups:
             for name in {dims[edge.layer] for edge in group.role("consumer") if edge.layer in dims}:
                 self.not_both[name] = "its heads were not found by the names that its dimensions were found by"
+        self.head_dims += [group for group in unnamed.head_dims
+                           if all(edge.layer not in dims for edge in group.role("consumer"))]
+        self.not_both |= {name: why for name, why in unnamed.not_both.items() if name not in dims.values()}
         self.whole_heads |= {name: why for name, why in unnamed.whole_heads.items() if name not in dims.values()}
         reasons = {**self.tied, **unnamed.tied, **unnamed.skipped}
         self.skipped = {**{layer: why for layer, why in reasons.items() if layer in divided}, **self.skipped}

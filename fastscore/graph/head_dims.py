@@ -139,7 +139,9 @@ def with_head_dims(graph: ChannelGraph, both: bool = False) -> ChannelGraph:
         return {member.layer for member in group.role("producer")}
 
     def read(group: ChannelGroup) -> set[str]:
-        return {member.layer for member in group.role("consumer")}
+        through = any(group.role("heads"))  # which may read each other through layers that read a number of each
+        return {member.layer for member in group.role("consumer")
+                if not through or len(member.index) == group.channels}
 
     found = [group for group in graph.head_dims if not (both and group.name in graph.not_both)]
     dims = {layer for group in found for layer in read(group)}

@@ -124,11 +124,11 @@ def _group(run: Run, of_column: Tensor, count: int) -> ChannelGroup | None:
 
 
 def _summed(run: Run, member: Member, column: int) -> bool:
-    """Whether one input of the layer that reads heads has several rows of a layer in it, as it has queries."""
+    """Whether one input of the layer that reads heads has several rows of a member in it, as it has queries."""
     weight = run.parameters[f"{member.layer}.weight"]
     (found,) = gradients(next(iter(run.read.values()))[..., column], [weight])
     by_column = tp.ops.module2type(run.module.get_submodule(member.layer)) == tp.ops.OPTYPE.EMBED
-    return found is not None and int(found.movedim(int(by_column), 0).flatten(1).any(1).sum()) > 1
+    return found is not None and int(found.movedim(int(by_column), 0)[member.index].flatten(1).any(1).sum()) > 1
 
 
 def _is_whole(run: Run, group: ChannelGroup, columns: Tensor, count: int) -> bool:

@@ -214,7 +214,8 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
 
     found = followed()
     divided = {layer for layer, why in found.skipped.items() if why.startswith(dependencies.DIVIDED)}
-    unnamed = unnamed_attention.find(eval_model, recording.run_again, graph.products, divided, unused, attentions)
+    unnamed = unnamed_attention.find(eval_model, recording.run_again, graph.products, divided, unused, attentions,
+                                     "head_dims" in searched)
     if attentions.with_unnamed(unnamed, divided):
         found = followed()
     heads, left = attentions.groups, attentions.skipped

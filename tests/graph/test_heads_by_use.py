@@ -27,6 +27,7 @@ from own_attentions import (
     TableBias,
     Talking,
     TalkingOnce,
+    Woven,
 )
 from torch import Tensor, nn
 from whole_way import check, noisy
@@ -40,7 +41,7 @@ def _x() -> Tensor:
 
 
 @pytest.mark.parametrize("attention", [OneProjection, Rotary, Sinks, HeadGate, Slopes, Retention, Normed, Memory,
-                                       Across, TableBias, RowBias, NetBias, Talking, TalkingOnce])
+                                       Across, TableBias, RowBias, NetBias, Talking, TalkingOnce, Woven])
 def test_heads_go(attention: type[nn.Module], tmp_path: Path) -> None:
     """Everything from data to a file, by brute force."""
     others = {Memory: ["attn.context"], Talking: ["attn.before"]}.get(attention, [])
@@ -53,7 +54,7 @@ def test_a_unit_is_a_head(attention: type[nn.Module]) -> None:
     graph = trace(noisy(lambda: Network(attention)), _x())
     (group,) = (group for group in graph.groups if any(group.role("heads")))
     units = HEADS // 2 if attention in (Rotary, SharedSinks) else HEADS
-    assert group.unit.tolist() == [c % HEADS if attention is Across else c * units // group.channels
+    assert group.unit.tolist() == [c % HEADS if attention in (Across, Woven) else c * units // group.channels
                                    for c in range(group.channels)]
     assert len(next(group.role("heads")).index) == HEADS
 

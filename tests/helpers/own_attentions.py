@@ -36,6 +36,16 @@ class OneProjection(nn.Module):
         return self.out(y.transpose(1, 2).contiguous().view(B, T, C))
 
 
+class Woven(OneProjection):
+    """Whose heads lie across what is read, as NesT's do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.size()
+        q, k, v = self.into(x).view(B, T, 3, self.nh, C // self.nh).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.permute(0, 2, 3, 1).reshape(B, T, C))
+
+
 class Filled(nn.Module):
     """Queries, keys and values apart, whose heads fill what they read."""
 
@@ -404,4 +414,4 @@ KINDS: dict[type[nn.Module], str] = {
     HeadGate: "q_proj", Gate: "q_proj", Sigmoid: "ask", Slopes: "ask", Retention: "ask", Normed: "ask",
     Differential: "ask", OneKey: "ask", Kernel: "ask", Pointwise: "into", Memory: "ask",
     Across: "ask", AcrossRows: "ask", TableBias: "ask", RowBias: "ask", NetBias: "ask",
-    Talking: "ask", TalkingOnce: "ask"}
+    Talking: "ask", TalkingOnce: "ask", Woven: "into"}
