@@ -12,7 +12,7 @@ from fastscore.batches import tensors_of
 # what may stand between a branch and the sum: linear in the branch, and nothing where that is nothing
 _SCALING = ("Mul", "Div", "NativeDropout", "ToCopy", "Clone", "Permute", "Transpose", "View", "UnsafeView", "Alias",
             "NegBackward", "Roll", "Slice", "ConstantPad", "Squeeze", "Unsqueeze", "ReshapeAlias")
-_ADDS = ("Add", "Sub")
+_ADDS = ("Add", "Sub", "IndexAdd", "ScatterAdd")
 _NO_SUMS = ("Addmm", "Addbmm", "Addcmul", "Addcdiv")
 
 
@@ -87,24 +87,54 @@ def added_at(call: Call, readers: Readers) -> tuple[Any, Any] | None:
     It is its first input that says how long and wide the stream is: of a memory that is as long today it does not.
     """
     for first, others in _sums(call.node, readers):
-        for stream in _terms(others[0], readers) if len(others) == 1 else ():
+        for stream in terms(others, readers):
             if call.source is stream or call.source in _between(call.node, stream):
                 return first, stream
     return None
 
 
-def _terms(node: Any, readers: Readers) -> Iterator[Any]:
-    """A node; and what comes to it where it is a sum that nothing reads but the next, as of `x + one(x) + two(x)`."""
-    yield node
-    if adds(node) and len(readers.get(node, ())) == 1:
-        for source, _ in node.next_functions:
-            if source is not None:
-                yield from _terms(source, readers)
+def terms(nodes: Sequence[Any], readers: Readers) -> Iterator[Any]:
+    """Nodes; and what comes to them where they scale, or are sums that nothing reads but the next, as of
+    `0.9 * x + one(x) + two(x)`; each once, and no parameters."""
+    work, seen = [*reversed(nodes)], set[Any]()
+    while work:
+        node = work.pop()
+        if node in seen or not node.next_functions:
+            continue
+        seen.add(node)
+        yield node
+        if scales(node) or (len(readers.get(node, ())) == 1 and addends(node, readers)):
+            work += [source for source, _ in reversed(node.next_functions) if source is not None]
 
 
-def adds(node: Any) -> bool:
-    """Whether a node is a sum."""
-    return node.name().startswith(_ADDS) and not node.name().startswith(_NO_SUMS)
+def addends(node: Any, readers: Readers) -> list[list[Any]]:
+    """What a sum adds up, each linear in any node of it; nothing of what is none. Of a stack, what is added up behind
+    it; of `lerp`, both ends."""
+    name, sources = node.name(), [source for source, _ in node.next_functions]
+    if name.startswith(("Addcmul", "Baddbmm")):
+        parts = [sources[:1], sources[1:]]
+    elif name.startswith("Lerp"):
+        parts = [sources[:1], sources[1:2]]
+    elif (name.startswith(_ADDS) and not name.startswith(_NO_SUMS)) or _is_stacked_sum(node, readers):
+        parts = [[source] for source in sources]
+    else:
+        return []
+    return [[source for source in part if source is not None] for part in parts]
+
+
+def _is_stacked_sum(node: Any, readers: Readers) -> bool:
+    """Whether a node stacks, or concatenates, what is added up, or averaged, by the only one that reads it."""
+    after = readers.get(node, ())
+    if not node.name().startswith(("Stack", "Cat")) or len(after) != 1 or \
+            not after[0].name().startswith(("Sum", "Mean")):
+        return False
+    over, dims = getattr(after[0], "_saved_dim", None), len(getattr(after[0], "_saved_self_sym_sizes", ()))
+    return over is not None and dims > 0 and [_signed(dim) % dims for dim in over] == [_signed(node._saved_dim) % dims]
+
+
+def _signed(dim: int) -> int:
+    """A dimension, counted from the end where autograd has its number without a sign."""
+    return dim - (1 << 64) if dim >= 1 << 63 else dim
 
 
 def scales(node: Any) -> bool:
@@ -135,10 +165,11 @@ def _sums(node: Any, readers: Readers) -> Iterator[tuple[tuple[Any, Any], list[A
     first = None
     while len(after := list(readers.get(node, ()))) == 1:
         reader = after[0]
-        if adds(reader):
+        parts = addends(reader, readers)
+        if any(node in part for part in parts):
             first = first or (reader, node)
-            yield first, [source for source, _ in reader.next_functions if source is not node and source is not None]
-        elif not scales(reader):
+            yield first, [source for part in parts if node not in part for source in part]
+        elif parts or not (scales(reader) or _is_stacked_sum(node, readers)):
             return
         node = reader
 

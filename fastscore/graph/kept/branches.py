@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from fastscore.graph.residual_sums import Calls, Readers, adds, scales
+from fastscore.graph.residual_sums import Calls, Readers, addends, scales, terms
 
 
 def why(modules: Mapping[str, nn.Module], calls: Calls, readers: Readers, told: Collection[tuple[Any, Any]]
@@ -23,19 +23,21 @@ def why(modules: Mapping[str, nn.Module], calls: Calls, readers: Readers, told: 
 
     def is_told(total: Any, made: Any) -> bool:
         """Whether one that is known comes to the sum as a part of what comes to it."""
-        return (total, made) in told or ((adds(made) or scales(made)) and any(
-            is_told(made if adds(made) else total, source) for source in _sources(made)))
+        within = addends(made, readers)
+        return (total, made) in told or (bool(within or scales(made)) and any(
+            is_told(made if within else total, source) for source in _sources(made)))
 
     noted = [(name, call) for name, module in modules.items() for call in calls[name] if call is not None
              and call.node in number and any(parameter.dim() > 1 for parameter in module.parameters())]
     found: dict[str, str] = {}
-    for total in filter(adds, readers):
-        sources = _sources(total)
-        for stream, made in (sources, sources[::-1]) if len(sources) == 2 else ():
+    for total in readers:
+        parts = addends(total, readers)
+        for made in _sources(total) if len(parts) > 1 else ():
+            own = [source for part in parts if made in part for source in part]
+            others = [source for part in parts if made not in part for source in part]
             # of `x + one(x) + two(x)`, the stream of the second is in the first sum
-            read = next((each for each in (stream, *(_sources(stream) if adds(stream) else ()))
-                         if made_from(made, each)), None)
-            inside = [] if read is None or is_told(total, made) else [
+            read = next((each for each in terms(others, readers) if made_from(made, each)), None)
+            inside = [] if read is None or any(is_told(total, each) for each in own) else [
                 (name, call) for name, call in noted if made_from(call.node, read)
                 and (call.node is made or made_from(made, call.node))]
             if not inside:
