@@ -7,7 +7,8 @@ from fastscore.graph import contractions, crossings, index_maps
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, TRANSPARENT, Nodes, reading_dim, shape
 
 Key: TypeAlias = tuple[Any, Any]  # (node, pruning function): where channels come to
-_ALONG = "works along another dimension than that of its channels"
+ALONG = "works along another dimension than that of its channels"
+_KERNEL = ": its kernel runs over the channels themselves, of which others would be neighbours"
 
 
 def lost(graph: Nodes, came: Mapping[Key, Key | None]) -> dict[Key, str]:
@@ -24,7 +25,7 @@ def lost(graph: Nodes, came: Mapping[Key, Key | None]) -> dict[Key, str]:
             or _between(graph, before[0], key[0])
         if why is not None:
             found[key] = why
-    layers = (why for why in found.values() if why.endswith(_ALONG))
+    layers = (why for why in found.values() if ALONG in why)
     one: str | None = next(layers, None)  # which says more
     return {key: one if one is not None and why.startswith(_MEET) else why for key, why in found.items()}
 
@@ -79,7 +80,11 @@ def _between(graph: Nodes, node: Any, onward: Any) -> str | None:
             return None
         else:
             expected = at
-        return None if dim == expected else f"{graph.name_of(target)} {_ALONG}"
+        if dim == expected:
+            return None
+        kernel = getattr(target.module, "kernel_size", ()) if source is node else ()
+        wide = isinstance(kernel, tuple) and max(kernel, default=1) > 1
+        return f"{graph.name_of(target)} {ALONG}{_KERNEL if wide else ''}"
     if at is None or target.type not in TRANSPARENT:
         return None
     after = graph.dim_after(source, target)
@@ -105,7 +110,7 @@ def _at_product(graph: Nodes, product: Any, origin: Any) -> str | None:
     if layers:  # this is a part of what it does
         dim = graph.dim_of(origin) if origin in product.inputs else None
         across = layers[0].type == OPTYPE.LINEAR and dim is not None and dim != len(shape(origin)) - 1
-        return f"{graph.name_of(layers[0])} {_ALONG}" if across else None
+        return f"{graph.name_of(layers[0])} {ALONG}" if across else None
     if names:
         return graph.taken_with(names[0])
     return f"a product ({name}) takes them where they cannot be followed"

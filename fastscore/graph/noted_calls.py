@@ -88,6 +88,7 @@ class NotedCalls(TorchFunctionMode):
         self.products: dict[nn.Module, set[int]] = {}  # whose code multiplies activations -> the sizes of these
         self._views: dict[Any, View] = {}  # by their autograd functions
         self._zeros: dict[int, tuple[Tensor, Cut]] = {}  # memory -> zeros there, and the code that made them
+        self._like: dict[int, tuple[Tensor, Tensor]] = {}  # id of zeros that code made like another tensor -> they, it
         self.met: dict[Any, list[MetZeros]] = {}  # autograd's function of an operation, module whose code calls it
         self._unused: dict[Any, Tensor] = {}  # autograd function -> what it made, and no later one is known to take
 
@@ -118,7 +119,7 @@ class NotedCalls(TorchFunctionMode):
 
     def forget(self) -> None:
         """Let go what autograd keeps of operations that were noted."""
-        for noted in (self.cuts, self.concatenated, self._zeros, self.met, self._views, self.products):
+        for noted in (self.cuts, self.concatenated, self._zeros, self._like, self.met, self._views, self.products):
             noted.clear()
 
     def view_of(self, function: Any) -> View:
@@ -132,7 +133,11 @@ class NotedCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _JOINS and args and self._like:
+            args = ([self._from_what_it_is_like(x) for x in args[0]], *args[1:])
         output = func(*args, **kwargs)
+        if func is torch.zeros_like and args and args[0].requires_grad:
+            self._like[id(output)] = output, args[0]
         self._note_unused(output)
         part = output[0] if func in _SPLITS and output else output if func in _SLICES else None
         if part is not None and part.grad_fn is not None and (cut := cut_of(part.grad_fn)) is not None:
@@ -157,6 +162,14 @@ class NotedCalls(TorchFunctionMode):
         if joined is not None and output.grad_fn is not None:
             self.concatenated[output.grad_fn] = _widths(*joined)
         return output
+
+    def _from_what_it_is_like(self, x: Tensor) -> Tensor:
+        """Zeros like another tensor, and not written to, as autograd keeps what is computed from that: they have as
+        many channels as it has."""
+        zeros, like = self._like.get(id(x), (None, x))
+        if zeros is not x or x._version or x.dtype != like.dtype:
+            return x
+        return like.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
 
     def _note_unused(self, output: Any) -> None:
         for tensor in tensors_of(output):

@@ -77,7 +77,9 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
                 members = near
                 read = any(member.role == "consumer" for member in near)
                 nearer = reasons.of_group(layers, near, owners, recording, graph.read_elsewhere) if read else None
-                reason = nearer or next(iter(lost.values()))
+                along = next((why for why in lost.values() if lost_ways.ALONG in why), None)  # which says more
+                changes = nearer is not None and nearer.startswith(reasons.CHANGES)
+                reason = (along if changes else None) or nearer or next(iter(lost.values()))
         producers = [member.layer for member in members if member.role == "producer"]
         seen.update(producers)
         reason = reason or next(

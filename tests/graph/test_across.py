@@ -13,6 +13,8 @@ from whole_way import check, noisy
 import fastscore
 from fastscore.graph.tracing import trace
 
+ALONG = "works along another dimension than that of its channels: its kernel runs over the channels themselves, of " \
+        "which others would be neighbours"
 X = torch.randn(3, 3, 5, 4, dtype=torch.float64)[:, 0]  # [N, 5 tokens, 4]
 
 
@@ -122,7 +124,30 @@ class AcrossChannels(nn.Module):
 def test_channels_that_a_kernel_runs_along_stay() -> None:
     graph = trace(noisy(AcrossChannels), X)
     assert not graph.groups
-    assert graph.skipped["stem"] == "along works along another dimension than that of its channels"
+    assert graph.skipped["stem"] == f"along {ALONG}"
+
+
+class Eca(nn.Module):
+    """A gate for each channel, of those beside it. way: how the channels are laid along the kernel, and back."""
+
+    def __init__(self, way: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.along, self.way = nn.Conv2d(3, 6, 1), nn.Conv1d(1, 1, 3, padding=1), way
+        self.inner, self.head = nn.Conv2d(6, 5, 1), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x[:, None].expand(-1, 3, -1, -1)).relu()
+        gate = self.way(self.along, x.mean((2, 3))).sigmoid()
+        return self.head(self.inner(x * gate[..., None, None]).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("way", [
+    lambda along, y: along(y[:, None])[:, 0], lambda along, y: along(y.view(len(y), 1, -1)).view(y.shape),
+    lambda along, y: along(y[..., None].mT).mT.squeeze(-1), lambda along, y: along(y.unsqueeze(1)).flatten(1)])
+def test_channels_of_which_a_kernel_makes_gates_stay_and_the_reason_is_the_kernel(way: Callable[..., Tensor]) -> None:
+    graph = trace(noisy(partial(Eca, way)), X)
+    assert [group.name for group in graph.groups] == ["inner"]
+    assert graph.skipped["stem"] == f"along {ALONG}"
 
 
 def test_a_layer_is_refitted_where_it_reads_as_many_places_as_the_dense_one() -> None:
