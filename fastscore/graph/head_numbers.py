@@ -41,24 +41,30 @@ def with_numbers(module: nn.Module, group: ChannelGroup, fails: Callable[[Channe
 
     fails: why a group does not go, or None.
     """
-    every, held = list(_counts(module, group)), {member.module for member in group.role("tensor")}
-    of_norms = [each for each in every if each.layer in held
-                and isinstance(module.get_submodule(each.layer), nn.GroupNorm)]
-    group = replace(group, members=(*group.members, *of_norms))  # it says what it has lost, whether it is asked or not
-    every = [each for each in every if all(each is not other for other in of_norms)]
-    first = fails(group)
-    if first is None:
-        return group
-    tried = 0
-    for size in range(1, len(every) + 1):
-        for chosen in itertools.combinations(every, size):
-            tried += 1
-            if tried > _MOST_TRIALS:
-                return first
-            more = replace(group, members=(*group.members, *chosen))
-            if fails(more) is None:
-                return more
+    first = ""
+    for way in _ways(module, group):
+        every, held = list(_counts(module, way)), {member.module for member in way.role("tensor")}
+        of_norms = [each for each in every if each.layer in held
+                    and isinstance(module.get_submodule(each.layer), nn.GroupNorm)]
+        every = [each for each in every if all(each is not other for other in of_norms)]
+        chosen = itertools.chain.from_iterable(itertools.combinations(every, size) for size in range(len(every) + 1))
+        for more in itertools.islice(chosen, 1 + _MOST_TRIALS):
+            # a norm says what it has lost, whether it is asked or not
+            likely = replace(way, members=(*way.members, *of_norms, *more))
+            reason = fails(likely)
+            if reason is None:
+                return likely
+            first = first or reason
     return first
+
+
+def _ways(module: nn.Module, group: ChannelGroup) -> Iterator[ChannelGroup]:
+    """The group, where what is called a width of its heads is one; and where it is not, as that of a stream which
+    happens to be as wide."""
+    yield group
+    if heads.counted(module) != heads.counted(module, widths=False):
+        yield replace(group, members=tuple(replace(member, attribute=heads.COUNTS_ALONE) if member.role == "heads" else
+                                           member for member in group.members))
 
 
 def units_of(group: ChannelGroup) -> int:
@@ -83,7 +89,7 @@ def _counts(module: nn.Module, group: ChannelGroup) -> Iterator[Member]:
     firsts = torch.stack([(group.unit == unit).nonzero()[0, 0] for unit in range(units)])
     likely = {units, len(next(group.role("heads")).index), group.channels,
               *(len(member.index) for member in group.role("producer"))}
-    known = heads.counted(module)
+    known = heads.counted(module, next(group.role("heads")).attribute != heads.COUNTS_ALONE)
     found = [each for each in numbers(module) if each[:2] not in known and each[2] > 0 and each[2] % units == 0
              and ("." not in each[1] or each[2] in likely)]
     for name, attribute, value in sorted(found, key=lambda each: each[2] not in likely):

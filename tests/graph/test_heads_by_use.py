@@ -12,6 +12,7 @@ from own_attentions import (
     TOKENS,
     Across,
     Apart,
+    Filled,
     HeadGate,
     Memory,
     NetBias,
@@ -171,3 +172,21 @@ def test_heads_are_found_whatever_has_a_gradient(attention: type[nn.Module], sam
     assert {member.layer: len(member.index) for member in group.role("producer")} == dict.fromkeys(
         ("attn.ask", "attn.key", "attn.val"), HEADS * 2)
     assert group.unit.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("name", ["inner_dim", "dim"])
+def test_a_stream_as_wide_as_its_heads_is_told_from_them(name: str, tmp_path: Path) -> None:
+    """Whatever its width is called."""
+    class Wide(Filled):
+        def __init__(self) -> None:
+            super().__init__()
+            setattr(self, name, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            B, T, _ = x.shape
+            q, k, v = (layer(x).view(B, T, self.n_head, -1).transpose(1, 2) for layer in (self.ask, self.key, self.val))
+            return self.mix(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)).view(B, T, getattr(self, name))
+
+    result = check(lambda: Network(Wide), _x(), ["attn.ask", "mlp.0"], tmp_path)
+    assert result.model.attn.n_head == HEADS // 2
+    assert getattr(result.model.attn, name) == 12

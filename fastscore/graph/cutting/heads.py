@@ -41,6 +41,7 @@ _COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "he
 _KEY_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _WIDTHS = ("attn_dim", "all_head_size", "inner_dim", "all_head_dim", "split_size", "dim_out")
 _HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head", "d_kv")
+COUNTS_ALONE = " alone"  # `attribute` of a member for heads: what is called as one of the widths above is none of them
 # parameter or buffer of the module -> (dimension that holds heads, times that it holds them all)
 _TENSORS = {"in_proj_weight": (0, 3), "in_proj_bias": (0, 3), "q_proj_weight": (0, 1), "k_proj_weight": (0, 1),
             "v_proj_weight": (0, 1), "bias_k": (2, 1), "bias_v": (2, 1), "q_bias": (0, 1), "k_bias": (0, 1),
@@ -59,11 +60,11 @@ def width(module: nn.Module) -> int | None:
     return _first(module, _HEAD_WIDTHS)
 
 
-def counted(module: nn.Module) -> set[tuple[str, str]]:
+def counted(module: nn.Module, widths: bool = True) -> set[tuple[str, str]]:
     """(child, or "" for the module itself, attribute) of the numbers that `remove` changes."""
     owners = (("", module), *module.named_children()) if count(module) is not None else ()
     return {(child, name) for child, owner in owners for name, value in vars(owner).items()
-            if name in (*_COUNTS, *_KEY_COUNTS, *_WIDTHS) and isinstance(value, int)}
+            if name in (*_COUNTS, *_KEY_COUNTS, *(_WIDTHS if widths else ())) and isinstance(value, int)}
 
 
 def tensors(module: nn.Module) -> Iterator[str]:
@@ -77,7 +78,7 @@ def by_head(name: str, values: Tensor, heads: int) -> Tensor:
     return values.movedim(dim, 0).reshape(times, heads, -1).transpose(0, 1).flatten(1)
 
 
-def remove(module: nn.Module, index: Tensor, apart: Collection[str] = ()) -> None:
+def remove(module: nn.Module, index: Tensor, apart: Collection[str] = (), widths: bool = True) -> None:
     """Take heads out of what a module itself holds, in place: its tensors and its counts.
 
     Parameters are new objects afterwards. The layers below it lose their channels elsewhere.
@@ -86,6 +87,7 @@ def remove(module: nn.Module, index: Tensor, apart: Collection[str] = ()) -> Non
         module: an attention module.
         index: the heads that go, int64 [R].
         apart: names of tensors that lose their part elsewhere.
+        widths: whether numbers that are called as widths of all heads are that.
     """
     for handle in multihead_attention.replace_attention(module):  # PyTorch's own cannot be narrower than its embedding
         handle.make_permanent()
@@ -102,7 +104,7 @@ def remove(module: nn.Module, index: Tensor, apart: Collection[str] = ()) -> Non
         setattr(module, name, nn.Parameter(new, old.requires_grad) if name in module._parameters else new)
     for owner in (module, *module.children()):
         for name, value in list(vars(owner).items()):
-            if name in (*_COUNTS, *_KEY_COUNTS, *_WIDTHS) and isinstance(value, int):
+            if name in (*_COUNTS, *_KEY_COUNTS, *(_WIDTHS if widths else ())) and isinstance(value, int):
                 setattr(owner, name, value * len(kept) // total)
     if config is not None:
         module.config = NarrowedConfig(config, {  # type: ignore[assignment]

@@ -20,8 +20,8 @@ from fastscore.modules.weights import called_layers, held_weights, recurrent
 from fastscore.modules.weights.computed_weights import compute_on_in, make_plain
 
 Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
-# "inputs", "outputs", "heads", "head_dims", "rotary", "block", a Dim, SIDE and what a module keeps, or HANDED and names
-# of what it is called with
+# "inputs", "outputs", "heads" (and COUNTS_ALONE, where nothing is a width of them), "head_dims", "rotary", "block", a
+# Dim, SIDE and what a module keeps, or HANDED and names of what it is called with
 Side: TypeAlias = str
 _DIMS: tuple[Dim, ...] = get_args(Dim)
 _SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "norm": "outputs", "gate": "outputs",
@@ -54,7 +54,8 @@ def removed_indices(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor
                 if member.role in ("branch", "expert", "query"):
                     continue  # other members say what goes
                 side = _DIMS[member.dim] if member.role == "tensor" else \
-                    f"{_NAMED[member.role]}{member.attribute}" if member.role in _NAMED else _SIDES[member.role]
+                    f"{_NAMED[member.role]}{member.attribute}" if member.role in _NAMED else \
+                    f"{_SIDES[member.role]}{member.attribute if member.role == 'heads' else ''}"
                 indices[member.layer, side].append(index)
     return {key: index for key, parts in indices.items() if len(index := torch.cat(parts).unique())}
 
@@ -89,7 +90,7 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     layers = [name for name, side in indices if side in ("inputs", "outputs")]
     for handle in multihead_attention.replace_attention(model, layers) if layers else ():
         handle.make_permanent()  # whose code takes the width of a stream for that of heads
-    if any(side == "heads" for _, side in indices):
+    if any(side.removesuffix(heads.COUNTS_ALONE) == "heads" for _, side in indices):
         for handle in multihead_attention.replace_attention(model, called=()):
             handle.make_permanent()
     for (name, side), index in indices.items():
@@ -114,10 +115,10 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
         if side.startswith(SIDE):
             narrow(layer, side.removeprefix(SIDE), len(index))
             continue
-        if side == "heads":
+        if side.removesuffix(heads.COUNTS_ALONE) == "heads":
             apart = [key for key in heads.PROJECTIONS if
                      (f"{name}.{key.replace('bias', 'weight')}", "outputs") in indices]  # a bias goes with its weight
-            heads.remove(layer, index, apart)
+            heads.remove(layer, index, apart, side == "heads")
             continue
         prune = surgeons[name].prune_in_channels if side == "inputs" else surgeons[name].prune_out_channels
         beside_weights.cut_with(layer, partial(prune, idxs=index.tolist()))
