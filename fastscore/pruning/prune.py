@@ -20,7 +20,7 @@ from fastscore.pruning.budgets.clocks import Clock
 from fastscore.pruning.budgets.costs import Costs, MacsWithout
 from fastscore.pruning.budgets.finer_steps import say_coarse
 from fastscore.pruning.budgets.latency import say_slower, select_by_latency
-from fastscore.pruning.budgets.quality import HELD_OUT, Quality, build_after, select_by_quality
+from fastscore.pruning.budgets.quality import HELD_OUT, Quality, Way, build_after, finer_than_next, select_by_quality
 from fastscore.pruning.budgets.selection import check_removable, give_back, macs_along, scored_graph, select
 from fastscore.pruning.building import Builder
 from fastscore.pruning.options import (
@@ -219,9 +219,19 @@ def _until_quality(builder: Builder, quality: Quality, judges: Iterable[Batch], 
                    order: list[RemovalStep]) -> PruneResult:
     """Likewise, the smallest that is as good as was asked for."""
     costs = builder.costs
-    result, judged = select_by_quality(
-        macs_along(order, costs, builder.macs_without), lambda steps: build_after(order[:steps], costs, builder.build),
-        quality, builder.eval_model, judges, builder.forward, outputs)
+
+    def along(order: list[RemovalStep]) -> Way:
+        return macs_along(order, costs, builder.macs_without), \
+            lambda steps: build_after(order[:steps], costs, builder.build)
+
+    macs, build = along(order)
+
+    def finer(best: int) -> Way | None:
+        taken = finer_than_next(order, best, macs, lambda order: along(order)[0])
+        return None if taken is None else along(taken)
+
+    result, judged = select_by_quality(macs, build, quality, builder.eval_model, judges, builder.forward, outputs,
+                                       finer=finer)
     return replace(result, report=replace(result.report, judged=judged))
 
 

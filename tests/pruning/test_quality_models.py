@@ -57,7 +57,7 @@ def test_the_smallest_network_that_agrees_is_the_one_that_trying_all_finds(train
     seen: dict[str, Any] = {}
     own = quality.select_by_quality
 
-    def watched(macs: Any, build: Any, *rest: Any) -> Any:
+    def watched(macs: Any, build: Any, *rest: Any, finer: Any) -> Any:
         seen.update(macs=macs, build=build)
         found = own(macs, build, *rest, tolerance=0.0)
         seen["agreements"] = [agreement(trained.model, build(steps).model, trained.held_out)

@@ -1,17 +1,20 @@
 """A quality budget: the smallest network along the removal order that still decides as the dense one does.
 
 Candidates are found by bisection in the MACs that are counted, each repaired, and judged on samples that no repair has
-seen. With a confidence, the samples to judge by are halved: on one half the bisection runs, the other tests what has
-passed there, and before it three larger networks, from the largest to the smallest, until one fails. Such a fixed
-sequence needs no correction for the number of tests (Marcus, Peritz, Gabriel 1976), and a single test is the exact
-binomial one (Clopper, Pearson 1934): the network that is returned agrees with the dense one less often than asked for
-with a probability of 1 - confidence at most, for samples drawn as the held-out ones were.
+seen. Where the next step is a large one, and fails, smaller ones behind it are tried in its place. With a confidence,
+the samples to judge by are halved: on one half the bisection runs, the other tests what has passed there, and before it
+three larger networks, from the largest to the smallest, until one fails. Such a fixed sequence needs no correction for
+the number of tests (Marcus, Peritz, Gabriel 1976), and a single test is the exact binomial one (Clopper, Pearson 1934):
+the network that is returned agrees with the dense one less often than asked for with a probability of 1 - confidence at
+most, for samples drawn as the held-out ones were.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,7 @@ from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar
 from fastscore.pruning.budgets.costs import Costs
+from fastscore.pruning.budgets.finer_steps import in_place_of_last
 from fastscore.pruning.budgets.selection import MacsLeft
 from fastscore.pruning.options import Budgets
 from fastscore.pruning.order.ranking import RemovalStep
@@ -131,21 +135,24 @@ def samples_needed(agreement: float, confidence: float) -> int:
     return math.ceil(math.log(1 - confidence) / math.log(agreement) - 1e-9)
 
 
-def search(macs: MacsLeft, passes: Callable[[int], bool], tolerance: float = TOLERANCE) -> list[int]:
+def search(macs: MacsLeft, passes: Callable[[int], bool], tolerance: float = TOLERANCE, start: int = 0) -> list[int]:
     """The numbers of steps that were tried, by bisection in MACs; the largest that passed is the one to take.
 
     Args:
-        macs: what remains after 0, 1, 2, ... steps of the removal order; after none, it passes untried.
+        macs: what remains after 0, 1, 2, ... steps of the removal order; after `start` steps, it passes untried.
         passes: whether a network after so many steps is good enough.
         tolerance: a share of macs[0]; the search ends where the next step up from the largest that passed fails, or is
             a network smaller by less than this.
     """
-    low, high, tried = 0, len(macs), list[int]()
+    low, high, tried = start, len(macs), list[int]()
     while high - low > 1 and macs[low] - macs[least := min(high, len(macs) - 1)] > tolerance * macs[0]:
         steps = min(macs.steps_to((macs[low] + macs[least]) / 2, low, least), high - 1)
         tried.append(steps)
         low, high = (steps, high) if passes(steps) else (low, steps)
     return tried
+
+
+Way: TypeAlias = tuple[MacsLeft, Callable[[int], PruneResult]]
 
 
 class Judge:
@@ -190,7 +197,8 @@ class Judge:
 
 
 def choose_steps(macs: MacsLeft, quality: Quality, find: Callable[[int], Divergence],
-                 test: Callable[[int], Divergence], tolerance: float = TOLERANCE) -> tuple[int, dict[int, Divergence]]:
+                 test: Callable[[int], Divergence], tolerance: float = TOLERANCE, start: int = 0
+                 ) -> tuple[int, dict[int, Divergence]]:
     """(steps to take, steps that were tried -> what decided about them).
 
     Args:
@@ -198,7 +206,7 @@ def choose_steps(macs: MacsLeft, quality: Quality, find: Callable[[int], Diverge
         quality: what is asked for.
         find: steps -> how far the network is from the dense one on the samples that bisection goes by.
         test: the same on samples that it does not see; asked only with a confidence.
-        tolerance: see `search`.
+        tolerance, start: see `search`.
     """
     rows: dict[int, Divergence] = {}
 
@@ -206,11 +214,11 @@ def choose_steps(macs: MacsLeft, quality: Quality, find: Callable[[int], Diverge
         rows[steps] = find(steps)
         return quality.holds(rows[steps])
 
-    passed = {steps for steps in search(macs, passes, tolerance) if quality.holds(rows[steps])}
+    passed = {steps for steps in search(macs, passes, tolerance, start) if quality.holds(rows[steps])}
     if passed and quality.confidence is not None:  # bisection soon tries near neighbours alone, which fail together
         gone = macs[0] - macs[min(passed)]
         passed |= {macs.steps_to(macs[0] - part * gone, 0, min(passed)) for part in LARGER}
-    best = 0
+    best = start
     for steps in sorted(passed):
         if quality.confidence is not None:
             rows[steps] = test(steps)
@@ -218,6 +226,20 @@ def choose_steps(macs: MacsLeft, quality: Quality, find: Callable[[int], Diverge
                 break
         best = steps
     return best, rows
+
+
+def finer_than_next(order: Sequence[RemovalStep], best: int, macs: MacsLeft,
+                    along: Callable[[list[RemovalStep]], MacsLeft]) -> list[RemovalStep] | None:
+    """The first `best` steps of an order, and those that go in the place of the next, which is a large one, as far as
+    they leave more than it does; None where it is small, or there are none.
+
+    macs: what remains along the order; along: of another.
+    """
+    if best + 1 >= len(macs) or macs[best] - macs[best + 1] <= TOLERANCE * macs[0]:
+        return None
+    other = in_place_of_last(order, best + 1)
+    left = along(other)
+    return other[:most] if (most := left.steps_to(macs[best + 1], best, len(left)) - 1) > best else None
 
 
 def build_after(steps: Sequence[RemovalStep], costs: Costs,
@@ -237,7 +259,8 @@ def build_after(steps: Sequence[RemovalStep], costs: Costs,
 
 def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quality: Quality, dense: nn.Module,
                       held_out: Iterable[Batch], forward: Forward, outputs: JudgedOutputs = None,
-                      tolerance: float = TOLERANCE) -> tuple[PruneResult, tuple[Judged, ...]]:
+                      tolerance: float = TOLERANCE, finer: Callable[[int], Way | None] | None = None
+                      ) -> tuple[PruneResult, tuple[Judged, ...]]:
     """(the smallest network that holds, all that were judged, from the largest to the smallest).
 
     Args:
@@ -249,6 +272,8 @@ def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quali
         forward: how a network is called.
         outputs: those that are judged, see Decisions.
         tolerance: see `search`.
+        finer: the steps to take -> `macs` and `build` of an order that begins with them, of which more may be taken;
+            None where there is none. Not asked with a confidence, which one fixed sequence of tests has.
 
     Raises:
         ValueError: too few samples for the confidence, or outputs with several decisions about a sample, which are no
@@ -266,7 +291,7 @@ def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quali
     built: dict[int, PruneResult] = {}
     remains: dict[int, float] = {}  # of the MACs, as they are counted then
 
-    def judge(steps: int, judge: Judge) -> Divergence:
+    def judge(build: Callable[[int], PruneResult], judge: Judge, steps: int) -> Divergence:
         if steps not in built:
             built[steps] = build(steps)
             dense_macs, left = built[steps].report.macs
@@ -287,10 +312,21 @@ def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quali
             built.pop(steps)
         return found
 
+    def along(macs: MacsLeft, build: Callable[[int], PruneResult], start: int) -> tuple[int, list[Judged]]:
+        best, rows = choose_steps(macs, quality, partial(judge, build, judges[0]), partial(judge, build, judges[-1]),
+                                  tolerance, start)
+        return best, [Judged(remains[steps], found.agreement, found.kl, quality.bound(found), found.decisions,
+                             steps == best, found.by_error, found.mixed, judges[0].samples)
+                      for steps, found in sorted(rows.items())]
+
     with bar("judging", " networks") as tried:
-        best, rows = choose_steps(macs, quality, lambda steps: judge(steps, judges[0]),
-                                  lambda steps: judge(steps, judges[-1]), tolerance)
-    judged = tuple(Judged(remains[steps], found.agreement, found.kl, quality.bound(found), found.decisions,
-                          steps == best, found.by_error, found.mixed, judges[0].samples)
-                   for steps, found in sorted(rows.items()))
-    return built.get(best) or build(0), judged
+        best, judged = along(macs, build, 0)
+        result = built.get(best)
+        other = finer(best) if finer is not None and quality.confidence is None else None
+        if other is not None:
+            built.clear()
+            most, more = along(*other, best)
+            if most > best:
+                result, judged = built[most], [replace(row, chosen=False) for row in judged]
+            judged = sorted([*judged, *more], key=lambda row: -row.macs)
+    return result or build(0), tuple(judged)
