@@ -16,6 +16,7 @@ Output: TypeAlias = Callable[[Any], Any]  # what a model returns -> a tensor of 
 Outputs: TypeAlias = Callable[[Any, str], Sequence[Tensor]]  # (what a model returns, its name) -> its output
 
 MASK = "attention_mask"  # by this name a model is told which tokens are padding
+INDEX = "batch"  # and by this one, which graph of a batch each node belongs to
 
 
 class OutputError(TypeError):
@@ -281,6 +282,28 @@ def first_samples(batch: Batch, keep: int) -> Batch:
     return map_tensors(lambda tensor: tensor[:keep] if tensor.dim() and len(tensor) == count else tensor, batch)
 
 
+def few_samples(batch: Batch, keep: int) -> Batch:
+    """`first_samples`, to trace a model with that call_model calls; the batch as it is where it cannot be cut."""
+    return first_samples(batch, keep) if can_be_cut(batch[:1] if isinstance(batch, (tuple, list)) else batch) else batch
+
+
+def can_be_cut(batch: Batch) -> bool:
+    """Whether samples can be taken out of a batch by its rows: not where integers of another number, or a vector that
+    is called `batch`, tell which rows belong together (edges of graphs, offsets of sequences, the graph of a node)."""
+    tensor = first_tensor(batch)
+    if tensor is None or not tensor.dim():
+        return True
+    parts = batch if isinstance(batch, (tuple, list)) else [batch]
+    return not any(isinstance(value, Tensor) and value.dim() and value.dtype in (torch.int32, torch.int64)
+                   and (len(value) not in (1, len(tensor)) or (name == INDEX and value is not tensor))
+                   for part in parts for name, value in _own_fields(part).items())
+
+
+def _own_fields(part: Any) -> Mapping[Any, Any]:
+    """What a part of a batch holds, by name; lists of targets are not looked into."""
+    return {"": part} if isinstance(part, Tensor) else part if isinstance(part, Mapping) else _fields(part)
+
+
 def on_device(batches: Iterable[Batch], device: torch.device, samples: int | None = None) -> Iterator[Batch]:
     """The batches on `device`, without empty ones, cut off after `samples` samples."""
     left = samples
@@ -292,6 +315,9 @@ def on_device(batches: Iterable[Batch], device: torch.device, samples: int | Non
         batch = to_device(map_tensors(usable, batch), device)
         if left is not None:
             count = len(first_input(batch))
+            if not can_be_cut(batch):
+                raise ValueError("samples: these batches cannot be cut by their rows, of which integers beside them "
+                                 "tell which belong together: give fewer batches, or samples=\"auto\"")
             if count > left:
                 batch = first_samples(batch, left)
             left -= min(left, count)

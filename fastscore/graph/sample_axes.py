@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastscore import rng
 from fastscore.batches import Batch, first_tensor, map_tensors
+from fastscore.graph import flat_batches
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.routing import Decisions
 from fastscore.graph.trials import companions
@@ -120,6 +121,10 @@ def _find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: B
             f"dimension of the batch, it is {shown} of them"
         if not way.exact:
             return None
+        if (flat := flat_batches.find(model, watched, run, example)) is not None:
+            alone = {layer: tuple(replace(axis, reason=axis.reason + ALONE) if isinstance(axis, Untold) else axis
+                                  for axis in calls) for layer, calls in flat.calls.items()}
+            return replace(flat, calls=alone)
         if all(output.dim() and len(output) == 1 for trial in trials for output in trial.outputs):
             return SampleAxes({layer: (Untold(IRREGULAR.format(layer) + ALONE),) for layer in watched}, 0, None,
                               one=True)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,8 @@ class SampleAxes:
         together: whether what comes out for a sample depends on the others of its batch: see
             fastscore.graph.trials.companions.
         one: whether the batch was one sample, whatever its tensors hold: a graph of many nodes.
+        flat: whether samples lie one after the other, each with as many rows as it holds: a sample is a row of the
+            output then, and is sent back by itself (see fastscore.graph.flat_batches).
     """
 
     calls: Mapping[str, tuple[SampleAxis | Untold, ...]] = field(default_factory=dict)
@@ -87,11 +89,17 @@ class SampleAxes:
     transposing: str = ""
     together: bool = False
     one: bool = False
+    flat: bool = False
 
     @property
     def batch(self) -> int:
         """The dimension of the batch itself that counts samples."""
         return int(self.second)
+
+    def all_at_once(self, reason: str) -> "SampleAxes":
+        """These where no sample is sent back by itself: nothing tells flat ones apart then, for `reason`."""
+        calls = {layer: (Untold(reason),) for layer in self.calls} if self.flat else self.calls
+        return replace(self, calls=calls, flat=False)
 
     def of(self, layer: str, call: int = 0) -> SampleAxis | Untold:
         """The axis in the call of that number, or why it cannot be told."""
@@ -162,6 +170,15 @@ def by_sample(rows: Tensor, axis: SampleAxis | Untold, layer: str, samples: int,
     if mean is not None:
         total[mean] = places[mean].mean((0, 2))
     return total
+
+
+def of_passes(sums: Sequence[Tensor], axis: SampleAxis | Untold, mean: int | None) -> Tensor | str:
+    """[P, 1, C] of each of N samples, that a backward pass of its own measured, as [P, N, C]; or the reason why samples
+    meet there."""
+    joined = torch.cat(list(sums), 1)
+    if isinstance(axis, Untold) and (axis.reached or not _no_gradient(joined, mean)):
+        return axis.reason
+    return joined
 
 
 def by_token(rows: Tensor, axis: SampleAxis | Untold, layer: str, samples: int, tokens: int) -> Tensor | str:

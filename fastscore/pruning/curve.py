@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastscore.batches import Batch, Forward, call_model, first_samples, map_tensors
+from fastscore.batches import Batch, Forward, call_model, few_samples, map_tensors
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar, shown
@@ -252,7 +252,7 @@ def example_of(batches: Iterable[Batch], given: Batch, forward: Forward, device:
         example = next(iter(batches), None)
         if example is None:
             raise ValueError("batches: there is none")
-        example = first_samples(example, 2) if forward is call_model else example
+        example = few_samples(example, 2) if forward is call_model else example
     return map_tensors(lambda tensor: tensor.to(device), example)
 
 

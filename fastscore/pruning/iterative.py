@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastscore import files, rng
 from fastscore.arguments import check_callable, check_whole
-from fastscore.batches import Batch, call_model, first_samples, first_tensor, map_tensors
+from fastscore.batches import Batch, call_model, few_samples, first_tensor, map_tensors
 from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.groups import matching_layers
 from fastscore.modules.evaluation_copy import evaluation_copy, own_copies
@@ -282,4 +282,4 @@ def _first_sample(batches: Iterable[Batch], forward: object) -> Batch:
         raise ValueError("batches: there is none to score on")
     if forward is not call_model or not tensor.dim():
         return batch
-    return first_samples(batch, 1)
+    return few_samples(batch, 1)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import distributed
 
-from fastscore.batches import Batch, Forward, call_model, first_tensor, map_tensors
+from fastscore.batches import Batch, Forward, call_model, can_be_cut, first_tensor, map_tensors
 from fastscore.recovery.held_out import check_batches, take_rows
 
 HELD_OUT = 4  # one of so many samples judges what the others fitted
@@ -123,4 +123,4 @@ class Calibration:
 def _samples_in(batch: Batch) -> int | None:
     """How many samples a batch holds, by its first tensor; None where that does not tell."""
     tensor = first_tensor(batch)
-    return len(tensor) if tensor is not None and tensor.dim() else None
+    return len(tensor) if tensor is not None and tensor.dim() and (can_be_cut(batch) or not len(tensor)) else None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastscore.batches import Batch, check_iterable, first_tensor, map_tensors
+from fastscore.batches import Batch, can_be_cut, check_iterable, first_tensor, map_tensors
 from fastscore.fingerprints import sample_ids
 
 
@@ -61,20 +61,27 @@ def check_batches(given: object, name: str) -> None:
                          "DataLoader")
 
 
-def samples_in(batch: Batch) -> int:
-    """How many samples a batch holds. Raises TypeError for one without a tensor."""
+def rows_in(batch: Batch) -> int:
+    """How many rows the first tensor of a batch has. Raises TypeError for a batch without one."""
     tensor = first_tensor(batch)
     if tensor is None or not tensor.dim():
         raise TypeError(f"batches: one is {type(batch).__name__}, in which there is no tensor [N, ...]")
     return len(tensor)
 
 
+def samples_in(batch: Batch) -> int:
+    """How many samples a batch holds, one row each; one, where they cannot be told by rows. See rows_in."""
+    rows = rows_in(batch)
+    return rows if can_be_cut(batch) else min(rows, 1)
+
+
 def held_out_rows(batch: Batch, one_of: int, shift: int = 0) -> Tensor:
-    """bool [N]: the samples of a batch that judge."""
-    samples_in(batch)
+    """bool [N]: the samples of a batch that judge, of so many as `samples_in` says."""
+    rows_in(batch)
     tensor = first_tensor(batch)
     assert tensor is not None
-    return (sample_ids(tensor).cpu() >> shift) % one_of == 0
+    ids = sample_ids(tensor if can_be_cut(batch) or not len(tensor) else tensor[None])
+    return (ids.cpu() >> shift) % one_of == 0
 
 
 def take_rows(batch: Batch, rows: Tensor) -> Batch:

@@ -8,7 +8,7 @@ import torch
 
 from fastscore.batches import Batch, map_tensors
 from fastscore.fingerprints import digest_of
-from fastscore.recovery.held_out import check_batches, held_out_rows, samples_in, take_rows
+from fastscore.recovery.held_out import check_batches, held_out_rows, rows_in, samples_in, take_rows
 from fastscore.wording import counted
 
 HELD_OUT = 8  # one of so many samples judges and is never trained on
@@ -89,7 +89,7 @@ class TrainingBatches:
                 batch = self._without_labels(batch)
                 digest = digest_of(digest, batch) if self._digests else ""
                 batch = self._to_train_on(batch)
-                if samples_in(batch) < least:
+                if rows_in(batch) < least:
                     continue
                 number += 1
                 position = Position(epoch, index, number, before, digest)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastscore.arguments import check_callable
-from fastscore.batches import MASK, Batch, Forward, call_model, first_input, first_samples, mappings
+from fastscore.batches import MASK, Batch, Forward, call_model, few_samples, first_input, mappings
 from fastscore.fastpath.graphs import Graphs
 from fastscore.fastpath.prepare import Prepared, prepare
 from fastscore.fingerprints import run_fingerprint
@@ -139,7 +139,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
     with fork_rng(device_of(model)), torch.inference_mode(False), torch.enable_grad(), without_checkpoints():
         data = Batches(batches, device_of(model), sampling.limit)
         # one sample is enough to trace with, where it is known how to take it
-        example = first_samples(data.first, 1) if forward is call_model else data.first
+        example = few_samples(data.first, 1) if forward is call_model else data.first
         with shown(progress):
             channels = trace(model, example, forward, data.first, origin.units)
         eval_model = evaluation_copy(model)  # of a model that was traced: which layers compute their weight is known
@@ -149,6 +149,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
                           f'with units="{without}"', stacklevel=2)
         if origin.gradient == "none":
             return _score_weights(eval_model, channels, origin, ignore)
+        _check_flat(channels, sampling, execution)
         several = len(first_input(data.first)) > 1 and not channels.samples.one
         totals = Totals(eval_model, channels, origin, ignore, several=several)
         prepared = prepare(eval_model, totals.taps(traceable=True), channels.normalized_by, example, forward, precision,
@@ -175,10 +176,21 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
 def _why_eager(prepared: Prepared, totals: Totals, graph: bool | Literal["auto"], example: Batch) -> str:
     """Why passes are not recorded as graphs; empty where they may be."""
     reasons = ((graph is False, "graph=False"),
+               (prepared.taps.axes.flat, "a batch has as many backward passes as it has samples"),
                (prepared.compiled, "compile=True"),
                (totals.criterion.filters, f"{totals.origin.importance} reads gradients of weights on the host"),
                (any(MASK in mapping for mapping in mappings(example)), "the padding of each batch is looked at"))
     return next((reason for holds, reason in reasons if holds), "")
+
+
+def _check_flat(graph: ChannelGraph, sampling: Sampling, execution: Execution) -> None:
+    """Raise ValueError for what cannot be done with batches whose samples lie one after the other."""
+    given = {"samples": sampling.limit is not None, "compile": execution.compile}
+    for argument in [argument for argument, holds in given.items() if holds and graph.samples.flat]:
+        why, how = ("so that a batch cannot be cut", "give fewer batches, or samples=\"auto\"") \
+            if argument == "samples" else ("in no fixed number of rows", "use compile=False")
+        raise ValueError(f"{argument}: samples of these batches lie one after the other, each with as many rows as it "
+                         f"holds, {why}: {how}")
 
 
 def _settled(totals: Totals, agreement: tuple[float, float]) -> bool:

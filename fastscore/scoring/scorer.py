@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, distributed, nn
 from fastscore import batches, files
 from fastscore.arguments import check_callable
 from fastscore.graph.groups import ChannelGraph, Ignore
+from fastscore.graph.sample_axes import ALONE
 from fastscore.graph.scored_units import Units, named
 from fastscore.graph.tracing import trace
 from fastscore.graph.trials.companions import TOGETHER
@@ -31,6 +33,8 @@ _MIXED = ("{passes} left out: the backward pass of the loss also went back throu
           "autograd adds those of second order to those of the loss. Send the loss back on its own, "
           "loss.backward(retain_graph=True), and the penalty after it; or make the Scorer with gradient=\"random\" and "
           "call scorer.probe(output) before the backward pass")
+_AT_ONCE = ("samples of a batch lie one after the other, and a loss sends the gradients of all back at once: score(), "
+            "or a Scorer with gradient=\"random\" and scorer.probe(output), sends each back by itself; with the loss's")
 
 
 class Scorer:
@@ -91,6 +95,8 @@ class Scorer:
         self._outputs = batches.output_selector(output)
         graph = example_inputs if isinstance(example_inputs, ChannelGraph) else \
             trace(model, example_inputs, batches.checked_forward(forward, self._outputs), units=origin.units)
+        if gradient == "loss":
+            graph = replace(graph, samples=graph.samples.all_at_once(_AT_ONCE + ALONE))
         self._output_dim = graph.samples.output
         first = None if isinstance(example_inputs, ChannelGraph) else batches.first_tensor(example_inputs)
         several = first is not None and first.shape[:1].numel() > 1 and not graph.samples.one

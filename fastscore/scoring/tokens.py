@@ -21,8 +21,9 @@ from fastscore.taps.passes import ForwardPass
 
 def ids_of(done: ForwardPass, axes: SampleAxes, samples: int) -> Tensor:
     """int64 [N]: the ids of the samples that a pass began with, by what the model was called with, or, where that has
-    no dimension of samples, by the batch; by all rows of its first tensor where these are of one sample."""
-    if axes.one:
+    no dimension of samples, by the batch; by all rows of its first tensor, and by their number, where these are of one
+    sample or of samples that lie one after the other."""
+    if axes.one or axes.flat:
         ids = fingerprints.sample_ids(first_input(done.inputs)[None])
         return ids + torch.arange(samples, device=ids.device)
     known = axes.input is not None or done.batch is None

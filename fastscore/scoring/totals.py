@@ -44,6 +44,9 @@ class Totals:
                  several: bool = False) -> None:
         self.criterion = gradient_importance(origin.importance, origin.reduction, origin.ablation)
         apart = several and not self.criterion.minibatch
+        if graph.samples.flat and origin.sample_dims > 1:
+            raise ValueError(f"sample_dims: {origin.sample_dims}, but samples of these batches lie one after the "
+                             "other: each row of the output is one: use sample_dims=1")
         self.several = several  # whether a batch had several samples
         self._graph, self.origin = groups_to_score(model, graph, origin, ignore, apart)
         self.model = model

@@ -5,7 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, by_sample, by_token, rows_first, spread
+from fastscore.modules.sample_axis import (
+    SampleAxes,
+    SampleAxis,
+    Untold,
+    by_sample,
+    by_token,
+    of_passes,
+    rows_first,
+    spread,
+)
 from fastscore.taps.gates import TapPoint
 from fastscore.taps.measures import Measure
 from fastscore.taps.passes import ForwardPass, Tapped
@@ -54,6 +63,20 @@ class Rows:
             return spread(each, samples, mean) if isinstance(found, str) and not self._apart else found
 
         return [(layer, of(layer, each, axis)) for layer, each, axis in rows]
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether each sample takes a backward pass of its own."""
+        return self._axes.flat and self._apart
+
+    def of_sample(self, rows: Sequence[Tapped]) -> list[Tapped]:
+        """What a backward pass of one sample alone has measured, [P, 1, C]: wherever it came to."""
+        return [each._replace(gate=spread(each.gate, 1, self._measure.mean)) for each in rows]
+
+    def of_samples(self, passes: Sequence[Sequence[Tapped]]) -> list[tuple[str, Tensor | str]]:
+        """As `by_sample`, from what `of_sample` made of each sample's pass."""
+        return [(layer, of_passes([rows[place].gate for rows in passes], axis, self._measure.mean))
+                for place, (layer, _, axis) in enumerate(passes[0])]
 
     def first(self, x: Tensor, channel_dim: int, axis: SampleAxis) -> tuple[Tensor, int]:
         """x with the rows first that are measured one by one, and where its channels are then."""

@@ -7,7 +7,7 @@ no weight gradient, and an ordinary backward pass leaves the sums in `gate.grad`
 the dimension of the samples; where frames or windows lie there too, their rows are added up afterwards.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -136,6 +136,21 @@ class Taps:
         if current is None or not gates or not output.requires_grad:
             raise RuntimeError("output: no tapped forward pass is behind it: run the model with gradients enabled "
                                "while the taps are attached, then pass its output")
+        samples = len(output)
+        if not self.rows.one_by_one or samples < 2:
+            reached, weights = self._sent(output, gradient, gates, last)
+            return self.rows.by_sample(reached, current, output), weights
+        passes = []
+        for sample in range(samples):
+            alone = torch.zeros_like(gradient)
+            alone[sample] = gradient[sample]
+            reached, _ = self._sent(output, alone, gates, last and sample == samples - 1)
+            passes.append(self.rows.of_sample(reached))
+        return self.rows.of_samples(passes), {}
+
+    def _sent(self, output: Tensor, gradient: Tensor, gates: Sequence[Tapped], last: bool
+              ) -> tuple[list[Tapped], dict[str, Tensor]]:
+        """What one backward pass brings to gates that it comes to, and to weights."""
         self._propagating = True
         try:
             found = torch.autograd.grad(output, [*(gate for _, gate, _ in gates), *self.weights.values()], gradient,
@@ -157,8 +172,7 @@ class Taps:
             raise RuntimeError("output: it is not the output of the latest forward pass: send gradients back before "
                                "the model runs again")
         weights = zip(self.weights, found[len(gates):], strict=True)
-        return self.rows.by_sample(reached, current, output), {name: tensor for name, tensor in weights
-                                                               if tensor is not None}
+        return reached, {name: tensor for name, tensor in weights if tensor is not None}
 
     @contextmanager
     def one_pass(self, inputs: Any) -> Iterator[None]:

@@ -1,5 +1,5 @@
 """Samples that lie one after the other in one tensor, nodes of graphs and tokens with cu_seqlens, by brute force:
-batches of one sample are scored, and those of several say so."""
+in batches of one sample."""
 
 from collections.abc import Mapping
 
@@ -112,9 +112,8 @@ def test_random_gradients_of_batches_of_one_sample() -> None:
     _assert_exact(scores, {name: sum(each[name] for each in exact) for name in exact[0]})
 
 
-def test_several_in_a_batch_say_the_way_out() -> None:
+def test_several_after_batches_of_one_say_the_way_out() -> None:
+    """As the first batch, they are told apart: see test_samples_one_after_the_other."""
     model, two = noisy(GraphNetwork), _one(0) | {"batch": torch.tensor([0, 0, 0, 1])}
-    with pytest.raises(ValueError, match=r"\(nodes of graphs, tokens with cu_seqlens\), batches of one sample each"):
-        fastscore.score(model, [two], forward=_graph, progress=False)
     with pytest.raises(RuntimeError, match="scored where batches have one sample each"):
         fastscore.score(model, [_one(1), two], forward=_graph, progress=False)

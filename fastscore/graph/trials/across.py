@@ -95,7 +95,7 @@ def _passed(graph: Graph, root: Any, seen: set[tuple[Any, int]]) -> tuple[set[An
             if dim < len(after) and (onward, dim) not in seen:
                 seen.add((onward, dim))
                 dims[onward] = dim
-                made = width if onward.type == OPTYPE.RESHAPE else width * after[dim] // before[dims[node]]
+                made = width if onward.type == OPTYPE.RESHAPE else width * after[dim] // max(before[dims[node]], 1)
                 widths[onward] = made, inner
                 work.append(onward)
                 if across:
