@@ -13,36 +13,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward, map_tensors
+from fastscore.batches import Batch, Forward, map_tensors, tensors_of
 from fastscore.graph.groups import ChannelGraph
 from fastscore.modules.hooks import OwnHook
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
-_known: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, weakref.ref[Any], ChannelGraph]]" = \
+_known: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, weakref.ref[Any], ChannelGraph, Any]]" = \
     weakref.WeakKeyDictionary()
 
 
-def get(model: nn.Module, example_inputs: Batch, forward: Forward) -> ChannelGraph | None:
+def get(model: nn.Module, example_inputs: Batch, forward: Forward, samples: Batch = None) -> ChannelGraph | None:
     """A graph that was put here.
 
     Args:
         model: compared with what it was: modules, parameters (not their values), buffers, settings, hooks.
         example_inputs: compared by shapes and dtypes, whatever the number of samples.
         forward: compared by identity.
+        samples: a batch of several; where the graph was made with one sample, of as many rows as this.
 
     Returns:
         The graph; None where one of them is another.
     """
-    fingerprint, called, graph = _known.get(model, (None, None, None))
+    fingerprint, called, graph, rows = _known.get(model, (None, None, None, None))
     if called is None or called() is not forward or fingerprint != _fingerprint(model, example_inputs):
         return None
-    return graph
+    return None if graph is not None and graph.samples.one and rows != _rows(samples, example_inputs) else graph
 
 
-def put(model: nn.Module, example_inputs: Batch, forward: Forward, graph: ChannelGraph) -> None:
+def put(model: nn.Module, example_inputs: Batch, forward: Forward, graph: ChannelGraph, samples: Batch = None) -> None:
     """Keep the graph for as long as the model lives; neither it nor `forward` is kept alive by this."""
     with suppress(TypeError):  # what cannot be referred to weakly is traced anew each time
-        _known[model] = _fingerprint(model, example_inputs), weakref.ref(forward), graph
+        _known[model] = _fingerprint(model, example_inputs), weakref.ref(forward), graph, _rows(samples, example_inputs)
+
+
+def _rows(samples: Batch, example_inputs: Batch) -> list[int]:
+    return [x.shape[:1].numel() for x in tensors_of(example_inputs if samples is None else samples)]
 
 
 def _fingerprint(model: nn.Module, example_inputs: Batch) -> Any:

@@ -47,8 +47,10 @@ def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Ba
     for trial in trials:
         trial.size = samples
         send_back(trial, [0 if output.dim() else None for output in trial.outputs])
-    return SampleAxes({layer: tuple(_axis_of(layer, number, trials) for number in range(len(calls)))
-                       for layer, calls in whole.calls.items()}, 0, None, together=together, flat=True)
+    found = {layer: tuple(_axis_of(layer, number, trials) for number in range(len(calls)))
+             for layer, calls in whole.calls.items()}
+    told = any(isinstance(axis, SampleAxis) for axes in found.values() for axis in axes)
+    return SampleAxes(found, 0, None, together=together, flat=True) if told else None
 
 
 def _axis_of(layer: str, number: int, trials: Sequence[Trial]) -> SampleAxis | Untold:

@@ -75,13 +75,13 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
     batches.check_rows(example_inputs, "example_inputs")
     if batches.is_call_model(forward):
         batches.check_example(example_inputs, "example_inputs")
-    searched, known = scored_units.searched(units), cache.get(model, example_inputs, forward)
+    searched, known = scored_units.searched(units), cache.get(model, example_inputs, forward, samples)
     if known is not None and searched <= known.searched:
         return known
     searched |= known.searched if known is not None else frozenset()
     with fork_rng(device_of(model)):
         graph = _traced_anew(model, batches.map_tensors(_to_try, example_inputs), forward, samples, searched)
-    cache.put(model, example_inputs, forward, graph)
+    cache.put(model, example_inputs, forward, graph, samples)
     return graph
 
 

@@ -240,6 +240,12 @@ def test_random_gradients_are_those_of_a_probe() -> None:
     assert set(alike) == set(wanted)
 
 
+def test_a_model_that_was_traced_with_one_sample() -> None:
+    model = noisy(Cloud)
+    for sizes in ((5,), (4, 6, 3), (5,)):
+        assert set(score(model, [joined(parts("cloud", sizes))], progress=False)) == {"first", "second", "head"}
+
+
 def test_gradients_of_whole_batches() -> None:
     """Of molchanov-group, which reads the gradients of minibatches, samples need not be told apart."""
     model, batch = noisy(Cloud), joined(parts("cloud", (4, 6, 3)))
