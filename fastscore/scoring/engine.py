@@ -62,7 +62,8 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
     Args:
         model: Any module.
         batches: Tensors [N, ...], tuples (the first element is the input), dicts (keyword arguments) or dataclasses
-            (what the model is called on). They are moved to the model's device.
+            (what the model is called on). They are moved to the model's device. Samples may lie one after the other,
+            each with as many rows as it holds and one in the output: each then takes a backward pass of its own.
         importance: "taylor", "taylor-abs" or "taylor-sq" (activation x gradient); "molchanov-bn" or "molchanov-group",
             from the gradients of whole batches; or "magnitude-l1", "magnitude-l2", "bn-scale", "random", which read
             only weights.
@@ -185,8 +186,9 @@ def _why_eager(prepared: Prepared, totals: Totals, graph: bool | Literal["auto"]
 
 def _check_flat(graph: ChannelGraph, sampling: Sampling, execution: Execution) -> None:
     """Raise ValueError for what cannot be done with batches whose samples lie one after the other."""
-    given = {"samples": sampling.limit is not None, "compile": execution.compile}
-    for argument in [argument for argument, holds in given.items() if holds and graph.samples.flat]:
+    flat, one = graph.samples.flat, graph.samples.one
+    given = {"samples": sampling.limit is not None and (flat or one), "compile": execution.compile and flat}
+    for argument in [argument for argument, holds in given.items() if holds]:
         why, how = ("so that a batch cannot be cut", "give fewer batches, or samples=\"auto\"") \
             if argument == "samples" else ("in no fixed number of rows", "use compile=False")
         raise ValueError(f"{argument}: samples of these batches lie one after the other, each with as many rows as it "

@@ -165,6 +165,19 @@ def test_each_sample_by_itself(kind: str) -> None:
     check(scores, brute_force(model, expected, joined(samples[0])))
 
 
+@pytest.mark.parametrize("how", [{"importance": "taylor-abs"}, {"importance": "taylor"}, {"reduction": "element"},
+                                 {"units": "norms"}, {"units": "blocks"}, {"normalize": True}], ids=str)
+def test_in_one_batch_as_in_a_batch_each(how: dict[str, Any]) -> None:
+    def mean_square(output: Tensor, batch: Batch) -> Tensor:
+        return output.sin().square().sum()
+
+    for kind in ("cloud", "packed") if how != {"units": "norms"} else ("cloud",):
+        model, samples = noisy(KINDS[kind]), parts(kind, (4, 6, 3, 1))
+        options = {"gradient": "loss", "normalize": False, "loss": mean_square, "progress": False, **how}
+        scores, alone = (score(model, batches, **options) for batches in ([joined(samples)], samples))
+        check(scores, {name: value.double() for name, value in alone.items()})
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any), min_size=1, max_size=2),
        st.sampled_from(["sum", "mean", "amax", "molecules"]))
@@ -340,9 +353,10 @@ def test_what_cannot_be_says_so() -> None:
         score(noisy(Cloud), [(joined(parts("cloud", (4, 6, 3))),)], samples=20, progress=False,
               forward=lambda model, batch: model(**batch[0]))
     rows = joined(parts("cloud", (4, 6, 3)))
-    with pytest.raises(ValueError, match=r"^samples: .*lie one after the other"):
-        score(noisy(Cloud), [(rows["x"], rows["batch"])], samples=20, progress=False,
-              forward=lambda model, batch: model(*batch))
+    for of in (rows["batch"], torch.zeros(13, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"^samples: .*lie one after the other"):
+            score(noisy(Cloud), [(rows["x"], of)], samples=20, progress=False,
+                  forward=lambda model, batch: model(*batch))
 
 
 @pytest.mark.parametrize("kind", ["mean", "packed", "cloud"])
