@@ -1,10 +1,10 @@
 """Batches whose samples lie one after the other in one tensor, each with as many rows as it holds: nodes of graphs,
-tokens with cu_seqlens, points of clouds, frames of videos.
+tokens with cu_seqlens, points of clouds.
 
-Nothing tells which rows are which sample's, but of each row of the output a gradient can be sent back by itself: what
-activation and gradient make of all places of a layer's input is that row's then, in whatever order they lie. So a
-sample is a row of the output. It is one where no place of a layer's input reaches two of them, and where there are as
-many rows whatever the values are, which tells graphs from boxes that a detector finds.
+Integers in the batch say to the model which rows are which sample's, in whatever way; but a gradient can be sent back
+from each row of the output by itself, and what activation and gradient make of all places of a layer's input is that
+row's then, wherever they lie. So a sample is a row of the output, where no place of a layer's input reaches two of
+them, and there are as many rows whatever the values are, which tells graphs from boxes that a detector finds.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Ba
     if isinstance(whole, str):
         return None
     counts = {len(output) for output in whole.outputs if output.dim()}
-    if len(counts) != 1 or not 1 < (samples := counts.pop()) < rows:
+    if len(counts) != 1 or not 1 < (samples := counts.pop()) < rows or not _told_by_integers(example, samples):
         return None
     others = _with_other_values(model, watched, run, example)
     trials = [whole, *(trial for trial in others if {len(output) for output in trial.outputs if output.dim()}
@@ -66,6 +66,16 @@ def _axis_of(layer: str, number: int, trials: Sequence[Trial]) -> SampleAxis | U
 def _rows(example: Batch) -> int:
     """Of the tensor of a batch that has most."""
     return max((len(x) for x in tensors_of(example) if x.dim()), default=0)
+
+
+def _told_by_integers(example: Batch, samples: int) -> bool:
+    """Whether integers in a batch may tell which rows belong together, and its samples do not lie second, [T, N, ...],
+    which costs less where it is put right."""
+    integers = [x for x in tensors_of(example) if x.dtype in (torch.int32, torch.int64) and x.dim()]
+    pairs = [x for x in integers if x.dim() == 2 and len(x) == 2]
+    second = [x for x in tensors_of(example) if x.shape[1:2] == (samples,) and
+              (x.dim() > 2 or not x.is_floating_point()) and not any(x is edges for edges in pairs)]
+    return not second and bool(pairs or any(x.dim() == 1 for x in integers))
 
 
 def _with_other_values(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Batch) -> list[Trial]:
