@@ -53,7 +53,7 @@ def find(module: nn.Module, call: Call, sizes: Collection[int]) -> ChannelGroup 
     found: dict[int, ChannelGroup] = {}
     columns = torch.arange(width)
     for across in (False, True):
-        more = {n: group for n in counts if n < width and (
+        more = {n: group for n in counts if (n < width or n == total) and (
             group := _group(run, columns % n if across else columns // (width // n), n)) is not None}
         found |= {n: group for n, group in more.items() if n not in found or units_of(group) > units_of(found[n])}
         if any(units_of(group) == n for n, group in found.items()):
@@ -113,7 +113,8 @@ def _group(run: Run, of_column: Tensor, count: int) -> ChannelGroup | None:
     members = [*producers, *(member for member in members if member.role != "producer")]
     if not producers or any(len(group_of[member.channel].unique()) == 1 for member in producers):
         return None  # whole layers, as where each head has its own
-    if not run.between and not any(_summed(run, member, int(first[0])) for member in producers):
+    rows = [_summed(run, member, int(first[0])) for member in producers]
+    if not run.between and max(rows) < 2 and (count < len(of_column) or sum(rows) < 2):
         return None  # no more than channels side by side
     every = torch.arange(count)
     columns = torch.arange(len(of_column))
@@ -123,12 +124,12 @@ def _group(run: Run, of_column: Tensor, count: int) -> ChannelGroup | None:
     return ChannelGroup(producers[0].layer, len(columns), group_of, tuple(members))
 
 
-def _summed(run: Run, member: Member, column: int) -> bool:
-    """Whether one input of the layer that reads heads has several rows of a member in it, as it has queries."""
+def _summed(run: Run, member: Member, column: int) -> int:
+    """How many rows of a member one input of the layer that reads heads has in it: several, as of queries, or one."""
     weight = run.parameters[f"{member.layer}.weight"]
     (found,) = gradients(next(iter(run.read.values()))[..., column], [weight])
     by_column = tp.ops.module2type(run.module.get_submodule(member.layer)) == tp.ops.OPTYPE.EMBED
-    return found is not None and int(found.movedim(int(by_column), 0)[member.index].flatten(1).any(1).sum()) > 1
+    return 0 if found is None else int(found.movedim(int(by_column), 0)[member.index].flatten(1).any(1).sum())
 
 
 def _is_whole(run: Run, group: ChannelGroup, columns: Tensor, count: int) -> bool:
@@ -136,7 +137,7 @@ def _is_whole(run: Run, group: ChannelGroup, columns: Tensor, count: int) -> boo
     x, first = next(iter(run.read.values())), next(group.role("heads")).channel
     size = len(columns) // count
     one = columns[:size] if int(first[1]) == size else columns[::count]
-    member = next(member for member in group.role("producer") if _summed(run, member, int(first[0])))
+    member = max(group.role("producer"), key=lambda member: _summed(run, member, int(first[0])) > 1)
     weight = run.parameters[f"{member.layer}.weight"]
     dim = int(tp.ops.module2type(run.module.get_submodule(member.layer)) == tp.ops.OPTYPE.EMBED)
     shown = [None if g is None else g.movedim(dim, 0).flatten(1).any(1) for part in (

@@ -28,6 +28,7 @@ from own_attentions import (
     TableBias,
     Talking,
     TalkingOnce,
+    Thin,
     Woven,
 )
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def _x() -> Tensor:
 
 
 @pytest.mark.parametrize("attention", [OneProjection, Rotary, Sinks, HeadGate, Slopes, Retention, Normed, Memory,
-                                       Across, TableBias, RowBias, NetBias, Talking, TalkingOnce, Woven])
+                                       Across, TableBias, RowBias, NetBias, Talking, TalkingOnce, Woven, Thin])
 def test_heads_go(attention: type[nn.Module], tmp_path: Path) -> None:
     """Everything from data to a file, by brute force."""
     others = {Memory: ["attn.context"], Talking: ["attn.before"]}.get(attention, [])

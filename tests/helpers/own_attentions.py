@@ -331,6 +331,18 @@ class TalkingOnce(Apart):
         return self.norm(self.talk(self.scores(q, k).softmax(-1))) @ v
 
 
+class Thin(nn.Module):
+    """Whose heads have one dimension each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.into, self.mix = HEADS, nn.Linear(EMBED, 3 * HEADS), nn.Linear(HEADS, EMBED)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.into(x).unflatten(-1, (3, self.heads, 1)).permute(2, 0, 3, 1, 4)
+        return self.mix(join((q @ k.mT).softmax(-1) @ v))
+
+
 class _Places(nn.Module):
     """A number for each head and pair of places, looked up in a table."""
 
@@ -414,4 +426,4 @@ KINDS: dict[type[nn.Module], str] = {
     HeadGate: "q_proj", Gate: "q_proj", Sigmoid: "ask", Slopes: "ask", Retention: "ask", Normed: "ask",
     Differential: "ask", OneKey: "ask", Kernel: "ask", Pointwise: "into", Memory: "ask",
     Across: "ask", AcrossRows: "ask", TableBias: "ask", RowBias: "ask", NetBias: "ask",
-    Talking: "ask", TalkingOnce: "ask", Woven: "into"}
+    Talking: "ask", TalkingOnce: "ask", Woven: "into", Thin: "into"}
