@@ -38,6 +38,7 @@ from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import channel_dim, device_of, parameter_owners
+from fastscore.modules.weights.own_products import OWN
 from fastscore.modules.zero_branch import SAME, put, put_zeros, resized, windows
 from fastscore.wording import said
 
@@ -82,7 +83,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[list[Bra
         Them, in the order of the modules; of branches within branches, the innermost. And module -> why the branch that
         it is, or ends, stays.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in model.named_modules() if name and not isinstance(module, OWN)}
     calls: dict[str, list[Call | None]] = {name: [] for name in modules}
     handles = [module.register_forward_hook(note(calls[name]), with_kwargs=True) for name, module in modules.items()]
     try:

@@ -74,7 +74,7 @@ class Graph(Nodes):
             self._outputs = [*outputs, *sums]
             return self._outputs
 
-        with NotedCalls(self._weights()) as self._calls, outputs_of(self._channel_buffers()) as made, \
+        with NotedCalls(ties.weights(self._module2name)) as self._calls, outputs_of(self._channel_buffers()) as made, \
                 states_given(states) as self._given, outputs_of(layers_inside.of(model)) as self._inside:
             self._own_parameters = self.unwrapped_parameters
             self.module2node = self._trace(model, None, keeping, output_transform=None)
@@ -131,14 +131,6 @@ class Graph(Nodes):
     def note_unseen_readers(self, calls: Callable[[str], int | None]) -> None:
         """See NotedCalls."""
         self._calls.note_unseen_readers(calls)
-
-    def _weights(self) -> dict[int, dict[str, nn.Module]]:
-        held: dict[int, dict[str, nn.Module]] = {}
-        for module, name in self._module2name.items():
-            weight = module._parameters.get("weight") if tp.ops.module2type(module) in PRODUCERS else None
-            if weight is not None:
-                held.setdefault(id(weight), {})[name] = module
-        return held
 
     def release(self) -> None:
         """Forget the nodes, which refer to each other and to all that autograd kept, so that it is gone at once."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.modules.sample_axis import SampleAxes
-from fastscore.modules.weights.parameter_layers import ParameterLinear
+from fastscore.modules.weights import own_products
+from fastscore.modules.weights.parameter_layers import ParameterLayer
 
 Role = Literal["producer", "consumer", "channelwise", "norm", "heads", "gate", "tensor", "branch", "block",
                "reader", "width", "expert", "router", "query", "head_dims", "rotary", "handed"]
@@ -51,7 +52,9 @@ class Member:
     code of a module reads itself, such as a layer scale or an embedding of positions: `layer` is its qualified name,
     and its dimension `dim` holds the channels). index, channel: int64 [M]; position `index[m]` of the layer's output
     (its input, for a consumer or reader) carries the group's channel `channel[m]`; in the projections of queries and
-    keys, the rows that go with it. For `heads`, head `index[m]` begins at channel `channel[m]`.
+    keys, the rows that go with it. holds: of a producer or consumer that is a parameter which a module's code
+    multiplies by, its qualified name, of which `dim` is cut; "" where another layer holds it (see
+    fastscore.modules.weights.own_products). For `heads`, head `index[m]` begins at channel `channel[m]`.
     """
 
     layer: str
@@ -60,6 +63,7 @@ class Member:
     channel: Tensor
     dim: int = 0
     attribute: str = ""
+    holds: str | None = None
 
     @property
     def module(self) -> str:
@@ -236,9 +240,11 @@ def matching_layers(model: nn.Module, ignore: Ignore) -> LayerNames:
         return ignore
     names: dict[str, object] = {name: module for name, module in model.named_modules() if name}
     names |= {name: parameter for name, parameter in model.named_parameters()  # those that a module's own code reads
-              if not name.endswith((".weight", ".bias"))}
+              if not name.endswith((".weight", ".bias"))
+              or not type(model.get_submodule(name.rpartition(".")[0])).__module__.startswith("torch.")}
     names |= {f"{name.rpartition('.')[0]}.{held}".lstrip("."): layer for name, layer in model.named_modules()
-              if isinstance(layer, ParameterLinear) for held in layer.held}  # as the user has them
+              if isinstance(layer, ParameterLayer) for held in layer.held}  # as the user has them
+    names |= own_products.names(model)
     matched: set[str] = set()
     if not isinstance(ignore, (str, type, nn.Module, Iterable)):
         raise TypeError(f"ignore: {ignore!r:.80}, where names of layers, module types or modules are meant")

@@ -1,15 +1,16 @@
 """Channels that go together though nothing leads from one to the other in the traced graph."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch_pruning as tp
 from torch import nn
 
 from fastscore.graph import contractions
-from fastscore.graph.nodes import OPTYPE, Nodes
+from fastscore.graph.nodes import OPTYPE, PRODUCERS, Nodes
 from fastscore.modules.weights import recurrent
+from fastscore.modules.weights.own_linear import OwnLinear, TiedLinear
 
 _End: TypeAlias = tuple[Any, Any]  # (node, what prunes those of its channels that are meant)
 
@@ -17,10 +18,22 @@ _End: TypeAlias = tuple[Any, Any]  # (node, what prunes those of its channels th
 def tie(graph: Nodes) -> None:
     """Add dependencies between the nodes of such channels."""
     _tie_embeddings(graph)
+    _tie_products(graph)
     _tie_states(graph)
     _tie_places(graph)
     for sources in contractions.partners(graph):
         _together([_made(graph, source) for source in sources])
+
+
+def weights(names: Mapping[nn.Module, str]) -> dict[int, dict[str, nn.Module]]:
+    """Id of a weight -> the layers that multiply by it, with their names. names: of all modules."""
+    held: dict[int, dict[str, nn.Module]] = {}
+    for module, name in names.items():
+        weight: Any = module._parameters.get("weight") if tp.ops.module2type(module) in PRODUCERS else None
+        weight = module.stored[0] if isinstance(module, TiedLinear) else weight
+        if weight is not None:
+            held.setdefault(id(weight), {})[name] = module
+    return held
 
 
 def _tie_embeddings(graph: Nodes) -> None:
@@ -36,6 +49,27 @@ def _tie_embeddings(graph: Nodes) -> None:
     for ends in sharing.values():
         if any(node.type == OPTYPE.EMBED for node, _ in ends):
             _together(ends)
+
+
+def _tie_products(graph: Nodes) -> None:
+    """A product with a weight that another layer holds loses what that does."""
+    for node in list(graph.module2node.values()):
+        if isinstance(node.module, TiedLinear) and (holder := graph.module2node.get(node.module.owner)) is not None:
+            for dim, end in enumerate(_ends(graph, holder)):
+                one = _ends(graph, node)[dim]
+                if one is not None and end is not None:
+                    _together([one, end])
+
+
+def _ends(graph: Nodes, node: Any) -> list[_End | None]:
+    """What goes of each dimension of the parameter that a layer multiplies by, or looks up in."""
+    pruner = graph.get_pruner_of_module(node.module)
+    if node.type == OPTYPE.EMBED:
+        return [None, (node, pruner.prune_out_channels)]
+    dims = node.module.dims if isinstance(node.module, OwnLinear) else (0, 1)
+    ends: list[_End | None] = [None] * len(dims)
+    ends[dims[-2]], ends[dims[-1]] = (node, pruner.prune_out_channels), (node, pruner.prune_in_channels)
+    return ends
 
 
 def _tie_states(graph: Nodes) -> None:

@@ -1,6 +1,6 @@
 """The groups of channels that a traced graph shows, layer by layer."""
 
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,9 @@ from fastscore.graph.kept import reasons, unread
 from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.inspection import parameter_owners
+from fastscore.modules.weights.own_convolution import OwnConvolution
+from fastscore.modules.weights.own_linear import TiedLinear
+from fastscore.modules.weights.own_products import OWN
 
 
 def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set[str]], recording: Recording,
@@ -135,7 +138,27 @@ def _member(graph: Any, key: tuple[Any, Any], positions: np.ndarray) -> Member |
         role = "consumer" if reads else "producer"
     else:
         return None
-    return Member(graph._module2name[node.module], role, index, channel)
+    return held(node.module, Member(graph._module2name[node.module], role, index, channel))
+
+
+def held(layer: nn.Module | None, member: Member) -> Member:
+    """A member, with what surgery is to cut of a parameter that a module's code multiplies by, where its layer is one.
+    """
+    if not isinstance(layer, OWN) or member.role not in ("producer", *READS, "channelwise"):
+        return member
+    holds, reads = member.layer, member.role in READS
+    if isinstance(layer, OwnConvolution):
+        return replace(member, dim=int(reads), holds=holds)
+    if isinstance(layer, TiedLinear):
+        holds = layer.also and f"{member.layer.rpartition('.')[0]}.{layer.also}".lstrip(".")
+    return replace(member, dim=layer.dims[-1 if reads else -2], holds=holds)
+
+
+def all_held(model: nn.Module, groups: Iterable[ChannelGroup]) -> tuple[ChannelGroup, ...]:
+    """Groups of an evaluation copy, of all whose members that is known."""
+    layers = dict(model.named_modules())
+    return tuple(replace(group, members=tuple(held(layers.get(member.layer), member) for member in group.members))
+                 for group in groups)
 
 
 def _uncalled(graph: dependencies.Graph, layers: Mapping[str, nn.Module], members: Sequence[Member]

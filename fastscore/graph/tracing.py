@@ -124,6 +124,8 @@ def _traced_anew(model: nn.Module, example_inputs: batches.Batch, forward: batch
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
         found = training_only.read_in_training(eval_model, found)
+        found = replace(found, groups=traced_groups.all_held(eval_model, found.groups),
+                        head_dims=traced_groups.all_held(eval_model, found.head_dims))
         found = returned_trial.offered(model, eval_model, computed_in_run.less(eval_model, found), run)
         samples = example_inputs if samples is None else batches.map_tensors(_to_try, samples)
         try:

@@ -73,11 +73,11 @@ def check_first_run(model: nn.Module, batch: batches.Batch, forward: batches.For
     for tensor in _named_tensors(copied):
         own.pop(tensor, None)
     before = [(name, module, _values(module)) for name, module in model.named_modules()]
-    parameters = {name for name, _ in copied.named_parameters()}
     given = batches.map_tensors(lambda tensor: tensor.detach().clone(), batch)
     versions = [(tensor, tensor._version) for tensor in batches.tensors_of(given)]
     with undone_on_error(model):
         watch, noting = _OwnTensors(own), noted_uses.Noting(copied)
+        parameters = {name for name, _ in copied.named_parameters()}
         with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), suppress(Exception), watch, noting:
             forward(copied, given)  # whoever runs it next tells exceptions of its code
         held = next((f"{name}.{where}".lstrip(".") for name, module, values in before

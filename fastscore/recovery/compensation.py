@@ -23,7 +23,7 @@ from fastscore.modules.inspection import channel_dim, parameter_owners
 from fastscore.modules.norms.channel_norms import norm_of
 from fastscore.modules.weights import held_weights
 from fastscore.modules.weights.own_layers import inputs_of, own_layer
-from fastscore.modules.weights.parameter_layers import ParameterLinear
+from fastscore.modules.weights.parameter_layers import ParameterLayer, ParameterLinear
 from fastscore.modules.weights.recurrent import GateLinear
 from fastscore.modules.weights.transposed_linear import is_transposed, widths
 from fastscore.wording import counted
@@ -67,7 +67,7 @@ def has_no_place(model: nn.Module, name: str, kept_biases: Container[str]) -> bo
         return not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) or (
             getattr(layer, "bias", None) is None and "lora_A" not in name.split("."))
     layer = model.get_submodule(name)
-    if isinstance(layer, ParameterLinear) and (layer.bias is None or not isinstance(layer, held_weights.HAVE_PLACES)):
+    if isinstance(layer, ParameterLayer) and (layer.bias is None or not isinstance(layer, held_weights.HAVE_PLACES)):
         return True
     bias = layer._parameters.get("bias")
     return norm_of(layer) is not None or (bias is not None and parameter_owners(model)[id(bias)] > 1)

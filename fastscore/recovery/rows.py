@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastscore.batches import with_float64
 from fastscore.modules.inspection import fits_width
 from fastscore.modules.weights.computed_weights import PLAIN
-from fastscore.modules.weights.parameter_layers import ParameterLinear
+from fastscore.modules.weights.parameter_layers import ParameterLayer
 from fastscore.modules.weights.transposed_linear import is_linear, is_transposed
 from fastscore.recovery.moments import POSITIONS, rows_of
 
@@ -96,7 +96,7 @@ def set_weight_rows(layer: nn.Module, rows: Tensor) -> None:
 
 def is_product(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
     """Whether the layer does make y of x as the rows say: a Linear or a convolution that is none of another kind."""
-    if not isinstance(layer, PLAIN) or isinstance(layer, ParameterLinear) or not isinstance(y, Tensor) \
+    if not isinstance(layer, PLAIN) or isinstance(layer, ParameterLayer) or not isinstance(y, Tensor) \
             or x.dim() != y.dim() or not fits_width(layer, x):
         return False
     rows, made = read_rows(layer, with_float64(x)), made_rows(layer, with_float64(y))

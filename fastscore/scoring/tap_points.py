@@ -9,6 +9,7 @@ from fastscore.graph import scored_units
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Ignore, Role
 from fastscore.graph.sample_axes import ALONE, VARYING
 from fastscore.modules.inspection import channel_dim
+from fastscore.modules.weights.held_weights import channel_dim as channel_dim_held
 from fastscore.modules.weights.held_weights import is_held
 from fastscore.scoring.scores import Origin
 from fastscore.taps.gates import TapPoint
@@ -20,7 +21,7 @@ def tap_points(model: nn.Module, groups: Sequence[ChannelGroup], windowed: bool 
     windowed: a tap reads only the positions that its layer reads, where it skips some.
     """
     points = {edge.tap: TapPoint(-1, output=True, module=edge.layer) if edge.role == "query" else
-              TapPoint(-1) if is_held(model, edge.layer) else
+              TapPoint(channel_dim_held(model, edge.layer)) if is_held(model, edge.layer) else
               TapPoint(edge.dim, output=True, module=edge.layer) if edge.role == "branch" else
               _tap_point(model.get_submodule(edge.layer), edge.role, windowed)
               for group in groups for edge in group.edges if edge.role != "expert"}

@@ -82,6 +82,8 @@ def filter_parameters(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[M
     producers = {member.layer for member in group.role("producer")}
     producers |= {bias for layer in producers if (bias := held_weights.bias_of(model, layer)) is not None}
     for member in group.role("producer", "channelwise", "heads"):
+        if member.holds == "":  # another layer holds it
+            continue
         if held_weights.is_held(model, member.layer):
             yield from ((member, name) for name in (member.layer, held_weights.bias_of(model, member.layer)) if name)
             continue
@@ -101,8 +103,12 @@ def _by_position(model: nn.Module, member: Member, name: str, values: Tensor) ->
         return heads.by_head(name.rpartition(".")[2], values, len(member.index))
     if values.dim() == 1:
         return values[:, None]
-    if held_weights.is_held(model, member.layer) or isinstance(model.get_submodule(member.layer), ParameterLinear):
-        return values.transpose(0, 1).flatten(1) if values.dim() > 2 else values  # [E, outputs, inputs] of experts
+    if member.holds == name:
+        return values.movedim(member.dim, 0).flatten(1)
+    held = held_weights.is_held(model, member.layer)
+    if held or isinstance(model.get_submodule(member.layer), ParameterLinear):
+        return held_weights.by_output(model, member.layer, name, values) if held else \
+            values.movedim(-1 if name.endswith("bias") else -2, 0).flatten(1)  # [E, outputs, inputs] of experts
     return _by_output(model.get_submodule(member.layer), values)
 
 

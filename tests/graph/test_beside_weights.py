@@ -136,7 +136,7 @@ def test_a_quantiser_in_a_layer_is_no_other_reader_of_its_weight() -> None:
     assert [group.name for group in graph.groups] == ["0"]
     assert graph.skipped == {
         "2": "its channels are the model's output",
-        "2.quantiser": "the code of Step reads its step [2, 1, 1, 1], which meets no channels that can go"}
+        "2.quantiser": "the code of Step computes what it multiplies by from its step [2, 1, 1, 1], in each pass"}
 
 
 class Scaled(nn.Linear):

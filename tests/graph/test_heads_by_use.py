@@ -72,14 +72,26 @@ def test_what_a_head_has_beside_its_rows_goes_with_it() -> None:
 
 
 class Mixed(HeadGate):
-    """Its heads read each other by a matrix that no layer holds."""
+    """Its heads read each other by a matrix that is computed from one that no layer holds."""
 
     def __init__(self) -> None:
         super().__init__()
         self.talk = nn.Parameter(torch.randn(HEADS, HEADS))
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return torch.einsum("nhij,hg->ngij", super().scores(q, k), self.talk)
+        return torch.einsum("nhij,hg->ngij", super().scores(q, k), self.talk.tanh())
+
+
+class TalkingItself(Mixed):
+    """Or by that itself, which goes as a layer would."""
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return torch.einsum("nhij,hg->ngij", HeadGate.scores(self, q, k), self.talk)
+
+
+def test_heads_that_talk_by_a_parameter(tmp_path: Path) -> None:
+    small = check(lambda: Network(TalkingItself), _x(), ["attn.q_proj"], tmp_path, only=False).model
+    assert small.attn.talk.shape == (HEADS // 2, HEADS // 2)
 
 
 class Fixed(HeadGate):

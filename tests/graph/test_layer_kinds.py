@@ -100,6 +100,13 @@ def _qwen() -> nn.Module:
         **MOE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=6))
 
 
+def _gpt_oss() -> nn.Module:
+    """Whose experts lie turned, with biases and with gates between what they gate."""
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(
+        **MOE, head_dim=8, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, sliding_window=4,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}))
+
+
 EXPERTS = "model.layers.0.mlp.experts"
 
 
@@ -113,6 +120,22 @@ def test_experts_lose_the_width_between_their_two_matrices(build: Callable[[], n
     assert tuple(experts.down_proj.shape) == (4, 16, width // 2)
     assert experts.intermediate_dim == width // 2
     assert set(dict(small.named_parameters())) == set(dict(build().named_parameters()))
+
+
+def test_experts_that_lie_turned(tmp_path: Path) -> None:
+    """Lose their width, each with what gates it; the stream before and behind them goes as well."""
+    small = whole_way.check(_gpt_oss, TOKENS, [f"{EXPERTS}.gate_up_proj"], tmp_path, only=False).model
+    experts = small.get_submodule(EXPERTS)
+    assert [tuple(parameter.shape) for parameter in experts.parameters()] == [(4, 16, 8), (4, 8), (4, 4, 16), (4, 16)]
+    assert experts.intermediate_size == 4
+    assert set(dict(small.named_parameters())) == set(dict(_gpt_oss().named_parameters()))
+    model = whole_way.noisy(_gpt_oss)
+    scores = fastscore.score(model, [TOKENS], progress=False)
+    assert set(scores) == {"model.embed_tokens", "model.layers.0.self_attn.q_proj", f"{EXPERTS}.gate_up_proj"}
+    options = {"scope": "layer", "compensate": False}
+    small = fastscore.prune(model, scores, TOKENS, channels=0.5, **options).model
+    with torch.no_grad(), fastscore.mask(model, scores, 0.5, TOKENS, **options):
+        torch.testing.assert_close(small(**TOKENS).logits, model(**TOKENS).logits)
 
 
 def test_experts_while_they_are_tapped() -> None:

@@ -94,7 +94,7 @@ def test_layer_scales_that_hardly_show_are_followed_all_the_same() -> None:
 
 
 class Mixed(nn.Module):
-    """Its parameter is multiplied as a matrix: each of its rows reads all channels."""
+    """What is computed from its parameter is multiplied as a matrix: each of its rows reads all channels."""
 
     def __init__(self, shared: bool) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x) * self.gain
-        return self.down(x if hasattr(self, "other") else x @ self.matrix)
+        return self.down(x if hasattr(self, "other") else x @ self.matrix.tanh())
 
 
 @pytest.mark.parametrize(("shared", "reason"), [(False, "matrix"), (True, "gain is shared with another module")])

@@ -140,12 +140,12 @@ class OneBias(Chain):
 
 
 _HEAD = {"last": "its channels are the model's output"}
-_READ = "the code of {0} reads the weight of {1} as well"
 _TOGETHER = "the code of Together takes its channels together with its rows, which cannot lose channels yet"
 _CUT_OFF = "{0} reads its channels where no gradient comes back (detach(), or a choice by them)"
 _OFF = "it runs under torch.no_grad(), where nothing can be measured"
 CASES: Mapping[type[Chain], tuple[list[str], dict[str, str]]] = {
-    Autoencoder: (["c", "d"], {"a": _READ.format("Autoencoder", "a"), "b": _READ.format("Autoencoder", "b")}),
+    Autoencoder: (["a", "b", "c", "d"], {"weight_of_a": "a is called as well on what no layer makes (the model's "
+                                                        "input, a constant, or what detach() gives)"}),
     Chosen: (["a", "d"], {"c": _CUT_OFF.format("d"), "b": _CUT_OFF.format("c")}),
     Unasked: (["a", "d"], dict.fromkeys("bc", "the output does not depend on it")),
     Together: (["c", "d"], {"a": _TOGETHER, "b": _TOGETHER,

@@ -78,10 +78,8 @@ class PrototypesWithBias(Prototypes):
     (Slimmable, ["c"], {"a": "the weight of a makes 10 channels, and its code takes 8 of them",
                         "b": "the weight of b makes 9 channels, and its code takes 6 of them"}),
     (Difference, ["c"], {"a": "the code of Difference reads the weight of b as well"}),
-    (Prototypes, ["a", "b"], {"c": "the code of Prototypes takes its channels together with its prototypes, which "
-                                   "cannot lose channels yet"}),
-    (PrototypesWithBias, ["a", "b"], {"c": "the code of PrototypesWithBias takes its channels together with its "
-                                           "prototypes, which cannot lose channels yet"})])
+    (Prototypes, ["a", "b", "c"], {"prototypes": "its channels are the model's output"}),
+    (PrototypesWithBias, ["a", "b", "c"], {"prototypes": "its channels are the model's output"})])
 def test_the_true_reason(build: type[nn.Module], groups: list[str], reasons: dict[str, str]) -> None:
     model, x = noisy(build), torch.randn(4, 5, generator=torch.Generator().manual_seed(1)).double()
     with untouched(model):

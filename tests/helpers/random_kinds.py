@@ -159,6 +159,19 @@ class Mixture(Gated):
         return found
 
 
+class Multiplied(Gated):
+    """A residual branch: each pixel is multiplied by parameters that no layer holds."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.down, self.up = (nn.Parameter(torch.randn(width, inner) * width ** -0.5) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same."""
+        made = torch.tanh(self.through("down", x.flatten(2).transpose(1, 2)) @ self.down)
+        return x + torch.einsum("nti,oi->not", self.through("up", made), self.up).view(x.shape)
+
+
 class TokenNorm(Gated):
     """nn.LayerNorm or nn.RMSNorm of pixels."""
 
@@ -205,11 +218,17 @@ class Kinds(Generating):
                         lambda layer, x: layer(x), layer, within=layer.within(reads, units, state))
 
     def mixture(self) -> int | None:
-        """The inner width of all experts is one; what the router makes stays, for its softmax."""
+        """The inner width of all experts is one; what the router makes stays, for its softmax. Or there is one alone,
+        of parameters that no layer holds."""
         source = self.pick()
         if source is None:
             return None
         reads = self.values[source].labels
+        if (source + len(reads)) % 2:  # no draw, which would change all that comes after it
+            inner, out = self.new_labels(3), self.new_labels(len(reads))
+            return self.add("multiplied", (source,), out, self.values[source].size, lambda layer, x: layer(x),
+                            Multiplied(len(reads), len(inner)), ties=[(reads, out)],
+                            within=[(".down", reads, inner), (".up", inner, out)])
         inner, chosen, out = (self.new_labels(width) for width in (self.rng.choice((2, 4)), EXPERTS, len(reads)))
         within = [(".router", reads, chosen), (".experts.gate_up_proj", reads, inner * 2),
                   (".experts.down_proj", inner, out)]

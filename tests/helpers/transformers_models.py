@@ -44,6 +44,8 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("MixtralForCausalLM", "MixtralConfig", _EXPERTS, "text"),
     ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", {**_EXPERTS, "shared_expert_intermediate_size": 24}, "text"),
     ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _EXPERTS, "text"),
+    ("GptOssForCausalLM", "GptOssConfig", {**_EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+     "text"),
     ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "n_positions": 32,
                                        "bos_token_id": 1, "eos_token_id": 2}, "text"),
     ("GPTNeoXForCausalLM", "GPTNeoXConfig", _BERT, "text"),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.tracing import trace
+from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.weights.computed_weights import computed_weight
 
@@ -39,12 +40,14 @@ def sums(model: nn.Module, group: ChannelGroup, batch: Any, v: Tensor) -> Tensor
     A gate on what all rows read is one on the weights that read it; samples are run one by one. So neither taps nor
     the order of rows has a part in it.
     """
-    model = copy.deepcopy(model)
+    there = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    tied = any(edge.layer not in there for edge in group.role("producer", "consumer"))
+    model = evaluation_copy(model) if tied else copy.deepcopy(model)  # where products with a weight are layers
     gates: list[Tensor] = []  # that of the sample that runs
     for edge in group.role("norm"):
         _gate_statistics(model.get_submodule(edge.layer), edge, gates)
-    read = [edge for edge in group.role("consumer") if edge.layer in dict(model.named_modules())
-            and (computed_weight(model.get_submodule(edge.layer)) is not None or _is_tied(model, edge.layer))]
+    read = [edge for edge in group.role("consumer") if tied or (edge.layer in dict(model.named_modules())
+            and (computed_weight(model.get_submodule(edge.layer)) is not None or _is_tied(model, edge.layer)))]
     for edge in read:  # whose weight is another one once a parameter is gated, or is read elsewhere
         model.get_submodule(edge.layer).register_forward_pre_hook(partial(_gate_input, edge, gates))
     rows, parameters = [], dict(model.named_parameters())
@@ -56,7 +59,7 @@ def sums(model: nn.Module, group: ChannelGroup, batch: Any, v: Tensor) -> Tensor
         for edge in (edge for edge in group.role("consumer") if not any(edge is other for other in read)):
             name = edge.layer if edge.layer in parameters else f"{edge.layer}.weight"
             weight = weights.get(name, parameters[name].detach())
-            dim = _input_dim(model, edge.layer, weight)
+            dim = edge.dim if edge.holds else _input_dim(model, edge.layer, weight)
             groups = 1 if edge.layer in parameters else getattr(model.get_submodule(edge.layer), "groups", 1)
             whole = torch.ones(weight.shape[dim] * groups, dtype=torch.float64).index_put((edge.index,),
                                                                                           gate[edge.channel])
@@ -103,7 +106,8 @@ def _gate_statistics(norm: nn.Module, edge: Member, gates: list[Tensor]) -> None
 def _input_dim(model: nn.Module, layer: str, weight: Tensor) -> int:
     """Where inputs lie in a weight: of a Linear or Conv, of experts, of transformers' Conv1D, a transposed one."""
     if layer in dict(model.named_parameters()):
-        return weight.dim() - 1
+        turned = getattr(model.get_submodule(layer.rpartition(".")[0]), "is_transposed", False)  # of experts
+        return weight.dim() - (2 if turned else 1)
     module = model.get_submodule(layer)
     return 0 if type(module).__name__ == "Conv1D" or getattr(module, "transposed", False) else 1
 
@@ -160,6 +164,21 @@ def check(build: Callable[[], nn.Module], batch: Any, groups: Sequence[str], pat
         assert torch.equal(run(loaded.eval(), batch), output)
     _learn(small, batch, z)
     return result
+
+
+def scored_alike(one: nn.Module, other: nn.Module, x: Tensor) -> None:
+    """Two models, of layers of the same names, have the same scores by importances of every kind."""
+    for importance in ("taylor-sq", "magnitude-l2", "molchanov-group"):
+        a, b = (fastscore.score(each, [x], importance=importance, progress=False) for each in (one, other))
+        for name in b:
+            torch.testing.assert_close(a[name], b[name])
+
+
+def loads(small: nn.Module, build: Callable[[], nn.Module], x: Tensor, path: Path) -> None:
+    """What is saved of a smaller model makes of another dense one the same."""
+    fastscore.save_pruned(small, path / "small.safetensors")
+    loaded = fastscore.load_pruned(noisy(build, seed=1), path / "small.safetensors")
+    assert torch.equal(loaded(x), small(x))
 
 
 def _learn(model: nn.Module, batch: Any, target: Tensor) -> None:

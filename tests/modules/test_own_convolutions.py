@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from whole_way import check, noisy
+from whole_way import check, loads, noisy, scored_alike
 
 import fastscore
 from fastscore.graph.tracing import trace
@@ -75,10 +75,7 @@ def test_as_of_the_same_network_of_convolutions(way: str, tmp_path: Path) -> Non
         for own, layer in zip(model[::2], plain[::2], strict=True):
             layer.weight.copy_(own.w)
             layer.bias.copy_(own.b)
-    for importance in ("taylor-sq", "magnitude-l2", "molchanov-group"):
-        a, b = (fastscore.score(each, [x], importance=importance, progress=False) for each in (model, plain))
-        for name in b:
-            torch.testing.assert_close(a[name], b[name])
+    scored_alike(model, plain, x)
     scores = fastscore.score(plain, [x], progress=False)
     batches = [torch.randn(8, *x.shape[1:], generator=torch.Generator().manual_seed(n)).double() for n in range(4)]
     for more in ({"compensate": True}, {"calibration": batches, "repair": "linear"}):
@@ -86,9 +83,7 @@ def test_as_of_the_same_network_of_convolutions(way: str, tmp_path: Path) -> Non
         assert small.report.macs == expected.report.macs
         with torch.no_grad():
             torch.testing.assert_close(small.model(x), expected.model(x), rtol=1e-6, atol=1e-8)
-    fastscore.save_pruned(small.model, tmp_path / "small.safetensors")
-    loaded = fastscore.load_pruned(noisy(lambda: _model(way), 1), tmp_path / "small.safetensors")
-    assert torch.equal(loaded(x), small.model(x))
+    loads(small.model, lambda: _model(way), x, tmp_path)
 
 
 class Grouped(nn.Module):

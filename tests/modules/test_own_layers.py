@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from oracles import untouched
 from torch import Tensor, nn
-from whole_way import check, noisy
+from whole_way import check, loads, noisy, scored_alike
 
 import fastscore
 from fastscore.graph.tracing import trace
@@ -80,10 +80,7 @@ def test_as_of_the_same_network_of_linears(way: str, options: object, tmp_path: 
             linear.weight.copy_(own.w.t() if way == "x @ w" else own.w)
             if own.b is not None:
                 linear.bias.copy_(own.b)
-    for importance in ("taylor-sq", "magnitude-l2", "molchanov-group"):
-        a, b = (fastscore.score(each, [x], importance=importance, progress=False) for each in (model, plain))
-        for name in a:
-            torch.testing.assert_close(a[name], b[name])
+    scored_alike(model, plain, x)
     scores = fastscore.score(plain, [x], progress=False)
     batches = [torch.randn(8, 4, 5, generator=torch.Generator().manual_seed(n)).double() for n in range(6)]
     more = {"compensate": True} if options == "means" else {"calibration": batches, **dict(options)}
@@ -92,9 +89,7 @@ def test_as_of_the_same_network_of_linears(way: str, options: object, tmp_path: 
         torch.testing.assert_close(small(x), expected(x), rtol=1e-6, atol=1e-8)
         with fastscore.mask(model, scores, 0.4, x), fastscore.mask(plain, scores, 0.4, x):
             torch.testing.assert_close(model(x), plain(x))
-    fastscore.save_pruned(small, tmp_path / "small.safetensors")
-    loaded = fastscore.load_pruned(noisy(lambda: _model(way), 1), tmp_path / "small.safetensors")
-    assert torch.equal(loaded(x), small(x))
+    loads(small, lambda: _model(way), x, tmp_path)
 
 
 def test_a_scorer_and_an_optimizer() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastscore.graph.cutting import channel_buffers
 from fastscore.modules.narrower import without
-from fastscore.modules.weights.parameter_layers import ParameterLinear
+from fastscore.modules.weights.parameter_layers import ParameterLayer
 
 
 def cut(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
@@ -21,8 +21,10 @@ def cut(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
     """
     path, _, key = name.rpartition(".")
     owner = model.get_submodule(path)
-    if isinstance(layer := owner._modules.get(key), ParameterLinear):  # of an evaluation copy
-        layer.weight = without(layer.weight, dim, index)
+    if isinstance(layer := owner._modules.get(key), ParameterLayer):  # of an evaluation copy
+        weight: Any = layer.weight
+        layer.weight = without(weight, layer.at(dim), index)
+        layer.measure()
         return
     old: Tensor = getattr(owner, key)
     new = without(old, dim, index)

@@ -16,18 +16,20 @@ from fastscore.modules.attention import handed, multihead_attention
 from fastscore.modules.copying import deepcopy
 from fastscore.modules.evaluation_copy import own_copies
 from fastscore.modules.hooks import remove_copied_hooks
-from fastscore.modules.weights import called_layers, held_weights, recurrent
+from fastscore.modules.weights import called_layers, held_weights, own_products, recurrent
 from fastscore.modules.weights.computed_weights import compute_on_in, make_plain
 
 Dim = Literal["dim0", "dim1", "dim2", "dim3", "dim4", "dim5"]
 # "inputs", "outputs", "heads" (and COUNTS_ALONE, where nothing is a width of them), "head_dims", "rotary", "block", a
-# Dim, SIDE and what a module keeps, or HANDED and names of what it is called with
+# Dim, SIDE and what a module keeps, HANDED and names of what it is called with, or PRODUCT and the dimension of a
+# parameter that a module's code multiplies by
 Side: TypeAlias = str
 _DIMS: tuple[Dim, ...] = get_args(Dim)
 _SIDES: Mapping[Role, Side] = {"producer": "outputs", "channelwise": "outputs", "norm": "outputs", "gate": "outputs",
                                "router": "outputs", "head_dims": "head_dims", "rotary": "rotary",
                                "consumer": "inputs", "reader": "inputs", "heads": "heads", "block": "block"}
 HANDED = "handed "
+PRODUCT = "product "
 _NAMED: Mapping[Role, str] = {"width": SIDE, "handed": HANDED}
 # what modules keep of the widths of convolutions that they hold: diffusers' up- and downsamplers, and the embeddings of
 # patches of transformers, of what they read, torchvision's VisionTransformer of what it makes of patches
@@ -53,6 +55,8 @@ def removed_indices(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor
             for member, index in group.removed_at(removed[group.name]):
                 if member.role in ("branch", "expert", "query"):
                     continue  # other members say what goes
+                if member.holds:  # a parameter that a module's code multiplies by
+                    indices[member.holds, f"{PRODUCT}{member.dim}"].append(index)
                 side = _DIMS[member.dim] if member.role == "tensor" else \
                     f"{_NAMED[member.role]}{member.attribute}" if member.role in _NAMED else \
                     f"{_SIDES[member.role]}{member.attribute if member.role == 'heads' else ''}"
@@ -76,6 +80,7 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
             zero_branch.put_zeros(model, name, int(index))
     gone = removed_branches(indices)
     indices = {(name, side): index for (name, side), index in indices.items() if not gone(name)}
+    indices = _cut_once(model, indices)
     make_plain(model, (name for name, _ in indices))
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     shared = _shared_parameters(model)
@@ -105,8 +110,9 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     for (name, side), index in indices.items():
         if side in ("head_dims", "rotary") or side.startswith(HANDED):
             continue
-        if side in _DIMS:
-            own_tensors.cut(model, name, _DIMS.index(side), index)
+        if side in _DIMS or side.startswith(PRODUCT):
+            dim = _DIMS.index(side) if side in _DIMS else int(side.removeprefix(PRODUCT))
+            own_tensors.cut(model, name, dim, index)
             continue
         if side in ("inputs", "outputs") and name not in surgeons:
             held_weights.cut(model, name, "inputs" if side == "inputs" else "outputs", index)
@@ -133,6 +139,15 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
     return model
 
 
+def _cut_once(model: nn.Module, indices: RemovedIndices) -> RemovedIndices:
+    """Those less inputs and outputs of parameters that a module's code multiplies by: their dimensions are cut, or the
+    layer that holds them."""
+    there = {name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))}
+    there -= {name for name, side in indices if side.startswith(PRODUCT)}
+    return {(name, side): index for (name, side), index in indices.items()
+            if side not in ("inputs", "outputs") or name in there}
+
+
 def smaller_copy(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """What `change`, a surgery in place, makes of a copy of `model`, which stays as it is and shares no memory with it.
     """
@@ -143,6 +158,7 @@ def smaller_copy(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> 
     copy = deepcopy(model, shared | own_copies(model))
     compute_on_in(model, copy)
     called_layers.remember_in(model, copy)
+    own_products.remember_in(model, copy)
     pruned = change(copy)
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     for parameter in pruned.parameters():

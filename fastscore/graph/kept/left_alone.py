@@ -11,6 +11,7 @@ from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
 from fastscore.modules.scripted import Scripted
 from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.computed_weights import why_it_computes_on
+from fastscore.modules.weights.own_products import COMPUTED
 
 # what has a reason of its own; of any other module: that its code reads the weight
 _REASONS: tuple[tuple[type[nn.Module], str], ...] = (
@@ -49,11 +50,12 @@ def named(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
                 holder = isinstance(module, (nn.ParameterList, nn.ParameterDict))  # whose code reads nothing
                 reader, _, own = name.rpartition(".") if holder else (name, "", "")
                 more[whole if module._modules or not name or holder else name] = _reason(
-                    model.get_submodule(reader), f"{own}.{key}".lstrip("."), parameter)
+                    model.get_submodule(reader), f"{own}.{key}".lstrip("."), parameter, module)
     return replace(graph, skipped={**graph.skipped, **more})
 
 
-def _reason(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
+def _reason(module: nn.Module, key: str, parameter: nn.Parameter, holder: nn.Module) -> str:
+    """holder: of the parameter, a module below `module`, or itself."""
     kind = type(module).__name__
     if (why := why_it_computes_on(module)) is not None:
         return why
@@ -62,4 +64,6 @@ def _reason(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
         return known.format(kind=kind, why=recurrent.why_kept(module))
     if tp.ops.module2type(module) in PRODUCERS | CHANNELWISE:
         return "its channels go with others that are kept"
+    if key.rpartition(".")[2] in COMPUTED.get(holder, ()):
+        return f"the code of {kind} computes what it multiplies by from its {key} {list(parameter.shape)}, in each pass"
     return f"the code of {kind} reads its {key} {list(parameter.shape)}, which meets no channels that can go"

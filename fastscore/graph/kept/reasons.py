@@ -14,6 +14,7 @@ from fastscore.graph.trials.recording import MISREAD, READ, Recording
 from fastscore.modules.inspection import channel_dim, parametrized, shared_parameters
 from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.computed_weights import PLAIN, unused_parameters, why_it_computes_on
+from fastscore.modules.weights.own_linear import TiedLinear
 
 UNREAD = "no Conv or Linear is found to read its channels"
 CHANGES = "their number changes on the way to"
@@ -235,4 +236,7 @@ def _tied_alike(layers: Mapping[str, nn.Module], member: Member, members: Sequen
              if other.role in kinds and isinstance(layers[other.layer], kinds[other.role])
              and layers[other.layer]._parameters.get("weight") is weight is not None
              and torch.equal(other.index, member.index) and torch.equal(other.channel, member.channel)}
+    alike |= {other.holds for other in members if other.holds and isinstance(tied := layers[other.layer], TiedLinear)
+              and tied.owner is layers[member.layer]  # under the name that a module which is no layer has for it
+              and torch.equal(other.index, member.index) and torch.equal(other.channel, member.channel)}
     return len(alike) == owners[id(weight)] and (bias is None or member.role == "consumer" or owners[id(bias)] == 1)

@@ -21,7 +21,7 @@ from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.inspection import LAYERS, channel_dim, fits_width, runs_own_code
 from fastscore.modules.weights.called_layers import without_bias
 from fastscore.modules.weights.held_weights import HAVE_PLACES
-from fastscore.modules.weights.parameter_layers import ParameterLinear
+from fastscore.modules.weights.parameter_layers import ParameterLayer
 
 _OWN = (LinearWithoutKeyBias, *HAVE_PLACES)  # classes here, which add their biases
 
@@ -36,7 +36,7 @@ def kept_biases(recording: Recording) -> dict[str, str]:
         Name of each -> what is done with its bias, or would be with one, but adding it; or why nobody can tell.
     """
     layers = {name: layer for name, layer in recording.layers.items()
-              if isinstance(layer, LAYERS) and (not isinstance(layer, ParameterLinear) or _has_place(layer))
+              if isinstance(layer, LAYERS) and (not isinstance(layer, ParameterLayer) or _has_place(layer))
               and recording.outputs[name] and layer.weight.is_floating_point()}
     found = {name: "has no bias among its parameters" for name, layer in layers.items()
              if "bias" not in layer._parameters}
@@ -64,12 +64,12 @@ def _reads_another_width(recording: Recording, name: str) -> bool:
     """Whether a layer's own code makes what its weight reads of an input of another width, as one does that puts
     coordinates beside it: means and moments are those of the input."""
     layer = recording.layers[name]
-    if not runs_own_code(layer) or isinstance(layer, (ParameterLinear, *_OWN)):
+    if not runs_own_code(layer) or isinstance(layer, (ParameterLayer, *_OWN)):
         return False
     return any(x is not None and not fits_width(layer, x) for x in recording.inputs[name])
 
 
-def _has_place(layer: ParameterLinear) -> bool:
+def _has_place(layer: ParameterLayer) -> bool:
     """Whether a mean may go into the bias that goes with a parameter."""
     return isinstance(layer, HAVE_PLACES) and layer.bias is not None
 

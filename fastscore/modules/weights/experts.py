@@ -1,5 +1,6 @@
-"""Experts of transformers, two parameters gate_up_proj [E, 2I, H] and down_proj [E, H, I], as two layers; and the
-weight [E, H] of a router, which chooses among them, as one.
+"""Experts of transformers, two parameters gate_up_proj [E, 2I, H] and down_proj [E, H, I], or both turned, [E, H, 2I]
+and [E, I, H], with biases or without, as two layers; and the weight [E, H] of a router, which chooses among them, as
+one.
 
 Rows go through an ExpertLinear in order of tokens, whichever expert they choose: rows of one sample stay together.
 """
@@ -13,29 +14,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastscore.modules.weights.own_linear import TurnedLinear
 from fastscore.modules.weights.parameter_layers import HoldsLayers, Kinds, ParameterLinear
 
 NAMES = ("gate_up_proj", "down_proj")
 ROUTER = ("weight",)
 # what transformers says of a class whose code is that of _Experts
-_SETTINGS = {"is_transposed": False, "has_gate": True, "has_bias": False, "has_post_expert_norm": False,
-             "_is_expert_parallel": False}
+_SETTINGS = {"has_gate": True, "has_post_expert_norm": False, "_is_expert_parallel": False}
+_TURNED, _BIASES = "is_transposed", "has_bias"
 # widths that the code keeps beside its parameters: (parameter, side) -> attributes
 WIDTHS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("down_proj", "inputs"): ("intermediate_dim", "intermediate_size", "ffn_dim"),
     ("gate_up_proj", "inputs"): ("hidden_dim", "hidden_size"), ("weight", "inputs"): ("hidden_dim", "hidden_size")}
 
 
-class ExpertLinear(ParameterLinear):
+class ExpertLinear(TurnedLinear):
     """[rows, inputs], int64 [rows] -> [rows, outputs]: each row times the matrix of its expert, of weight
-    [experts, outputs, inputs]."""
+    [experts, outputs, inputs], and its bias, of [experts, outputs]."""
 
     widths = WIDTHS
+    dims = (0, 1, 2)
 
     def forward(self, x: Tensor, expert: Tensor) -> Tensor:  # type: ignore[override]
         """[rows, inputs] -> [rows, outputs]; rows of no expert are zero."""
-        made: Tensor = _Product.apply(x, self.weight, expert)
+        made: Tensor = _Product.apply(x, self.weight, self._parameters["bias"], expert)
         return made
+
+
+class TurnedExpertLinear(ExpertLinear):
+    """One of a parameter [experts, inputs, outputs]."""
+
+    dims = (0, 2, 1)
 
 
 class RouterLinear(ParameterLinear):
@@ -71,26 +80,31 @@ class _Product(torch.autograd.Function):
     """One node of autograd, however many experts there are: whoever follows channels sees one layer."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, expert: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, expert)
-        made = [(rows, F.linear(x[rows], weight[number])) for number, rows in _rows(expert, len(weight))]
+        ctx.of_bias = None if bias is None else (bias.shape, bias.dtype)
+        made = [(rows, F.linear(x[rows], weight[number], None if bias is None else bias[number]))
+                for number, rows in _rows(expert, len(weight))]
         out = x.new_zeros(len(x), weight.shape[1], dtype=made[0][1].dtype if made else x.dtype)
         for rows, part in made:
             out[rows] = part
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, expert = ctx.saved_tensors
         to_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        to_bias = g.new_zeros(ctx.of_bias[0], dtype=ctx.of_bias[1]) if ctx.needs_input_grad[2] else None
         for number, rows in _rows(expert, len(weight)):
             part = g[rows]
+            if to_bias is not None:
+                to_bias[number] = part.sum(0)
             if to_x is not None:
                 to_x[rows] = (part @ weight[number].to(part.dtype)).to(x.dtype)
             if to_weight is not None:
                 to_weight[number] = (part.t() @ x[rows].to(part.dtype)).to(weight.dtype)
-        return to_x, to_weight, None
+        return to_x, to_weight, to_bias, None
 
 
 def _rows(expert: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
@@ -115,17 +129,34 @@ class _Experts(HoldsLayers):
 def kinds(module: nn.Module) -> Kinds | None:
     """What becomes of a module's parameters; None of one that has no experts, and is no router."""
     if holds_experts(module):
-        return Kinds(NAMES, ExpertLinear, _Experts)
+        layer = TurnedExpertLinear if lie_turned(module) else ExpertLinear
+        biases = {name: bias for name in NAMES if (bias := bias_of(module, name))}
+        return Kinds(NAMES, layer, _Experts, biases)
     return Kinds(ROUTER, RouterLinear, HoldsLayers) if routes(module) else None
 
 
 def holds_experts(module: nn.Module) -> bool:
     """Whether it is such a module, as its user has it."""
     up, down = (module._parameters.get(name) for name in NAMES)
-    return up is not None and down is not None and set(module._parameters) == set(NAMES) \
-        and up.dim() == down.dim() == 3 and up.shape[1] == 2 * down.shape[2] and up.shape[2] == down.shape[1] \
+    biases = {f"{name}_bias" for name in NAMES} if getattr(module, _BIASES, False) else set[str]()
+    if up is None or down is None or set(module._parameters) != {*NAMES, *biases} or not up.dim() == down.dim() == 3:
+        return False
+    if lie_turned(module):
+        up, down = up.transpose(1, 2), down.transpose(1, 2)  # type: ignore[assignment]
+    return up.shape[1] == 2 * down.shape[2] and up.shape[2] == down.shape[1] \
         and hasattr(type(module), "_apply_gate") \
         and all(getattr(module, name, None) is value for name, value in _SETTINGS.items())
+
+
+def lie_turned(module: nn.Module) -> bool:
+    """Whether the parameters of experts are [experts, inputs, outputs]."""
+    return getattr(module, _TURNED, False) is True
+
+
+def bias_of(module: nn.Module, name: str) -> str:
+    """The name of the bias that goes with a parameter of experts; "" where there is none."""
+    bias = f"{name}_bias"
+    return bias if name in NAMES and module._parameters.get(bias) is not None else ""
 
 
 def routes(module: nn.Module) -> bool:

@@ -8,9 +8,11 @@ from fastscore.modules import forwards
 from fastscore.modules.attention import multihead_attention, projections
 from fastscore.modules.handles import Handle
 from fastscore.modules.narrower import without
-from fastscore.modules.weights import called_layers, experts, recurrent
+from fastscore.modules.weights import called_layers, experts, own_products, recurrent
+from fastscore.modules.weights.own_linear import OwnLinear
 from fastscore.modules.weights.parameter_layers import (
     Kinds,
+    ParameterLayer,
     ParameterLinear,
     ParametersAsLayers,
     Side,
@@ -33,6 +35,8 @@ def replace(model: nn.Module, called: Iterable[str] | None = None) -> Iterator[H
         For each module, a handle that undoes it.
     """
     yield from called_layers.replace(model, model)
+    called = None if called is None else set(called)
+    yield from own_products.replace(model, model, called)
     wanted = None if called is None else {name.rpartition(".")[0] for name in called}
     for name, module in list(model.named_modules()):
         if (wanted is None or name in wanted) and (kinds := _kinds(module)) is not None:
@@ -43,20 +47,24 @@ def put_all_back(model: nn.Module) -> None:
     """Make parameters of them again, in place: of a copy of a model that is tapped."""
     for module in model.modules():
         forwards.put_back(module)
-        if any(isinstance(layer, ParameterLinear) for layer in module._modules.values()):
+        if any(isinstance(layer, ParameterLayer) for layer in module._modules.values()):
             put_back(module)
 
 
 def is_held(model: nn.Module, name: str) -> bool:
     """Whether `name` is the qualified name of a parameter that `replace` makes a layer, as a user has it."""
     owner, _, key = name.rpartition(".")
-    kinds = _kinds(model.get_submodule(owner)) if key in model.get_submodule(owner)._parameters else None
-    return kinds is not None and key in kinds.names
+    module = model.get_submodule(owner)
+    kinds = _kinds(module) if key in module._parameters else None
+    return own_products.held(module, key) is not None or (kinds is not None and key in kinds.names)
 
 
 def layer_of(model: nn.Module, name: str) -> type[ParameterLinear]:
     """What `replace` makes of such a parameter."""
-    kinds = _kinds(model.get_submodule(name.rpartition(".")[0]))
+    owner, _, key = name.rpartition(".")
+    if own_products.held(model.get_submodule(owner), key) is not None:
+        return OwnLinear
+    kinds = _kinds(model.get_submodule(owner))
     assert kinds is not None
     return kinds.layer
 
@@ -64,7 +72,18 @@ def layer_of(model: nn.Module, name: str) -> type[ParameterLinear]:
 def inputs_of(model: nn.Module, name: str) -> int:
     """How many channels such a parameter is multiplied by."""
     owner, _, key = name.rpartition(".")
-    return int(getattr(model.get_submodule(owner), key).shape[-1])
+    if own_products.held(model.get_submodule(owner), key) is not None:
+        return own_products.channels_of(model.get_submodule(owner), key)[0]
+    module = model.get_submodule(owner)
+    turned = key in experts.NAMES and experts.lie_turned(module)
+    return int(getattr(module, key).shape[-2 if turned else -1])
+
+
+def channel_dim(model: nn.Module, name: str) -> int:
+    """The dimension of the input of such a layer that holds the channels."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    return -1 if own_products.held(module, key) is None else own_products.channels_of(module, key)[1]
 
 
 def bias_of(model: nn.Module, name: str) -> str | None:
@@ -76,15 +95,25 @@ def bias_of(model: nn.Module, name: str) -> str | None:
     return None if bias is None or module._parameters.get(bias) is None else f"{owner}.{bias}".lstrip(".")
 
 
+def by_output(model: nn.Module, layer: str, name: str, values: Tensor) -> Tensor:
+    """Values of such a parameter `layer`, or of its bias, by their name -> [outputs, all else]."""
+    owner, _, key = layer.rpartition(".")
+    last = name != layer or (key in experts.NAMES and experts.lie_turned(model.get_submodule(owner)))
+    return values.movedim(-1 if last else -2, 0).flatten(1)
+
+
 def cut(model: nn.Module, name: str, side: Side, index: Tensor) -> None:
     """Take inputs or outputs `index` (int64), of all experts, out of such a parameter and its bias, in place."""
     owner, _, key = name.rpartition(".")
     module, bias = model.get_submodule(owner), bias_of(model, name)
     layer = _LAYERS.get(key) or layer_of(model, name)  # of experts, those cut in part are none to `_kinds`
-    setattr(module, key, without_rows(getattr(module, key), module, layer.attributes(key, side), side, index))
-    if side == "outputs" and bias is not None:
-        own = bias.rpartition(".")[2]
-        setattr(module, own, without(getattr(module, own), 0, index))
+    held: Tensor = getattr(module, key)
+    last = (side == "inputs") != (key in experts.NAMES and experts.lie_turned(module))
+    dim = held.dim() - (1 if last else 2)
+    setattr(module, key, without_rows(held, module, layer.attributes(key, side), dim, index))
+    own = experts.bias_of(module, key) or (bias or "").rpartition(".")[2]
+    if side == "outputs" and own:
+        setattr(module, own, without(getattr(module, own), getattr(module, own).dim() - 1, index))
 
 
 _LAYERS: Mapping[str, type[ParameterLinear]] = {

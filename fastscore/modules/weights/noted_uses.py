@@ -14,6 +14,7 @@ from fastscore.modules.forwards import Forward, InThePlaceOfForwards, put_back
 from fastscore.modules.inspection import parametrized
 from fastscore.modules.weights import layer_functions
 from fastscore.modules.weights.called_layers import NOTED, Uses, has_others
+from fastscore.modules.weights.noted_products import NotedProducts, put_parameters_back
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm,
            nn.PReLU, nn.Embedding, nn.RNNBase)  # whose forward may run without a call
@@ -24,9 +25,11 @@ class Noting(InThePlaceOfForwards):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        for module in model.modules():
+        for module in list(model.modules()):
             put_back(module)  # of what was noted before: its own code is to be seen
+            put_parameters_back(module)
         self._names = {module: name for name, module in model.named_modules()}
+        self._products = NotedProducts(model)
         self._owners: dict[int, list[nn.Module]] = {}
         for module in model.modules():
             if (weight := module._parameters.get("weight")) is not None:
@@ -57,7 +60,9 @@ class Noting(InThePlaceOfForwards):
                     self._used.setdefault(around, set()).add(name)
                     self._by_function.add(name)
                     self._without_bias |= {name} if owners[0]._parameters.get("bias") is None else set()
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        self._products.see(func, args, kwargs, output, lambda: list(frames.outwards()))
+        return output
 
     def _around(self, layer: nn.Module, stack: list[FrameType]) -> str | None:
         """The innermost module that is called, where it holds the layer and its forward runs, not a hook of it."""
@@ -93,6 +98,7 @@ class Noting(InThePlaceOfForwards):
             if around in modules and whole <= modules.keys() and whole:
                 NOTED[modules[around]] = Uses(frozenset(name[begin:] for name in whole),
                                                frozenset(name[begin:] for name in whole & self._without_bias))
+        self._products.remember(model, used - self._otherwise - self._past)
         return {name: f"the model's code runs {name} by {name}.forward(x), which its hooks do not see: write {name}(x)"
                 for name in self._past if name in modules}
 

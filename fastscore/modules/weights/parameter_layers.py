@@ -7,6 +7,7 @@ was, with narrower parameters.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -20,12 +21,47 @@ from fastscore.modules.narrower import without
 Side: TypeAlias = Literal["inputs", "outputs"]
 
 
-class ParameterLinear(nn.Linear):
+class ParameterLayer(nn.Module):
+    """A layer of the parameter `_of[1]` of the module `_of[0]`, and of its bias."""
+
+    order: tuple[str, ...] = ()  # of the names of all parameters that the module had
+    bias_name = ""
+    stored_as = "weight"  # the name of the parameter here
+    _of: tuple[nn.Module, str]
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module whose parameter it is."""
+        return self._of[0]
+
+    @property
+    def held(self) -> dict[str, nn.Parameter | None]:
+        """What the module has in the place of this layer."""
+        bias = {self.bias_name: self._parameters["bias"]} if self.bias_name else {}
+        return {self._of[1]: self._parameters["weight"], **bias}
+
+    def measure(self) -> None:
+        """Note how wide the weight is."""
+        raise NotImplementedError
+
+    def lie_as_a_linear(self) -> None:
+        """Of an evaluation copy: have the weight lie in memory as that of a Linear does."""
+
+    def at(self, dim: int) -> int:
+        """The dimension of the weight that a dimension of the parameter is."""
+        return dim
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        around = prefix[:-len(self._of[1]) - 1]
+        destination.update({f"{around}{name}": held if keep_vars else held.detach()
+                            for name, held in self.held.items() if held is not None})
+
+
+class ParameterLinear(ParameterLayer, nn.Linear):
     """A Linear of the parameter `name` of a module, and of its bias; made by `ParametersAsLayers`."""
 
     # widths that the code of a module keeps beside its parameters: (parameter, side) -> attributes
     widths: ClassVar[Mapping[tuple[str, str], tuple[str, ...]]] = {}
-    order: tuple[str, ...] = ()  # of the names of all parameters that the module had
 
     def __init__(self, owner: nn.Module, name: str, bias_name: str) -> None:
         nn.Module.__init__(self)
@@ -36,14 +72,15 @@ class ParameterLinear(nn.Linear):
         self.weight = weight
         self.register_parameter("bias", owner._parameters.get(bias_name))
         owner._parameters.pop(bias_name, None)
-        self._measure()
+        self.measure()
 
     @classmethod
     def attributes(cls, name: str, side: Side) -> tuple[str, ...]:
         """Those of `widths` that the inputs, or outputs, of the parameter `name` are."""
         return cls.widths.get((name, side), ())
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
+        """Note how wide the weight is."""
         self.out_features, self.in_features = self.weight.shape[-2:]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,21 +109,10 @@ class ParameterLinear(nn.Linear):
                                 (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    @property
-    def owner(self) -> nn.Module:
-        """The module whose parameter it is."""
-        return self._of[0]
-
-    @property
-    def held(self) -> dict[str, nn.Parameter | None]:
-        """What the module has in the place of this layer."""
-        bias = {self.bias_name: self._parameters["bias"]} if self.bias_name else {}
-        return {self._of[1]: self._parameters["weight"], **bias}
-
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
         """As Torch-Pruning's functions do of a Linear: without the outputs `idxs`, in place."""
         if self.bias is not None:
-            self.bias = without(self.bias, 0, torch.tensor(idxs))
+            self.bias = without(self.bias, self.bias.dim() - 1, torch.tensor(idxs))
         return self._without("outputs", idxs)
 
     def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
@@ -103,14 +129,10 @@ class ParameterLinear(nn.Linear):
 
     def _without(self, side: Side, index: Sequence[int]) -> nn.Module:
         owner, name = self._of
-        self.weight = without_rows(self.weight, owner, self.attributes(name, side), side, torch.tensor(index))
-        self._measure()
+        dim = self.weight.dim() - (1 if side == "inputs" else 2)
+        self.weight = without_rows(self.weight, owner, self.attributes(name, side), dim, torch.tensor(index))
+        self.measure()
         return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        around = prefix[:-len(self._of[1]) - 1]
-        destination.update({f"{around}{name}": held if keep_vars else held.detach()
-                            for name, held in self.held.items() if held is not None})
 
 
 class HoldsLayers:
@@ -118,15 +140,18 @@ class HoldsLayers:
     theirs now, for code that reads one itself."""
 
     def __getattr__(self: Any, name: str) -> Any:
-        for layer in self.__dict__.get("_modules", {}).values():
-            if isinstance(layer, ParameterLinear) and name and layer.bias_name == name:
+        for key, layer in self.__dict__.get("_modules", {}).items():
+            if isinstance(layer, ParameterLayer) and name and layer.bias_name == name:
                 return layer._parameters["bias"]
+            if key == name and get_ident() in getattr(layer, "readers", ()):
+                with torch._C.DisableTorchFunction():
+                    return layer.raw
         return super().__getattr__(name)  # type: ignore[misc]
 
     def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, layer in self._modules.items():
-            if isinstance(layer, ParameterLinear):
-                for own, held in ((name, "weight"), (layer.bias_name, "bias")):
+            if isinstance(layer, ParameterLayer):
+                for own, held in ((name, layer.stored_as), (layer.bias_name, "bias")):
                     if own and f"{prefix}{own}" in state_dict:
                         state_dict[f"{prefix}{name}.{held}"] = state_dict.pop(f"{prefix}{own}")
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
@@ -159,7 +184,7 @@ class ParametersAsLayers(Handle):
         others = {name: module._modules.pop(name) for name in list(module._modules) if name not in kinds.names}
         module._modules.update(others)  # behind them, so that parameters come in the order that they had
         if kinds.change is not None:
-            module.__class__ = _changed(kinds.change, type(module))
+            module.__class__ = changed(kinds.change, type(module))
 
     def remove(self) -> None:
         if self._module is not None:
@@ -167,38 +192,42 @@ class ParametersAsLayers(Handle):
         self._module = None
 
     def make_permanent(self) -> None:
+        for layer in self._module._modules.values() if self._module is not None else ():
+            if isinstance(layer, ParameterLayer):
+                layer.lie_as_a_linear()
         self._module = None
 
 
 def put_back(module: nn.Module) -> None:
     """Make the layers that a module's parameters have become parameters again, in place."""
-    layers = {name: layer for name, layer in module._modules.items() if isinstance(layer, ParameterLinear)}
+    layers = {name: layer for name, layer in module._modules.items() if isinstance(layer, ParameterLayer)}
     held = dict(module._parameters)
     order: tuple[str, ...] = ()
     for name, layer in layers.items():
         held |= layer.held
-        order = layer.order
+        order = layer.order or order
         del module._modules[name]
     module._parameters.clear()
     module._parameters.update({name: held.pop(name) for name in order if name in held} | held)
     module.__class__ = vars(type(module)).get("_before", type(module))
 
 
-def without_rows(weight: Tensor, owner: nn.Module, attributes: Iterable[str], side: Side, index: Tensor
+def without_rows(weight: Tensor, owner: nn.Module, attributes: Iterable[str], dim: int, index: Tensor
                  ) -> Tensor:
-    """The weight less the inputs or outputs `index` (int64); those of its module's `attributes` that are its width
+    """The weight less `index` (int64) of its dimension `dim`; those of its module's `attributes` that are its width
     follow."""
-    new = without(weight, weight.dim() - (1 if side == "inputs" else 2), index)
+    new = without(weight, dim, index)
     for attribute in attributes:
-        if vars(owner).get(attribute) == weight.shape[-1]:
-            setattr(owner, attribute, new.shape[-1])
+        if vars(owner).get(attribute) == weight.shape[dim]:
+            setattr(owner, attribute, new.shape[dim])
     return new
 
 
 _CHANGED: dict[tuple[type, type], type] = {}  # (what is changed, a class) -> the class, with that changed
 
 
-def _changed(change: type, cls: type) -> type:
+def changed(change: type, cls: type) -> type:
+    """A class that is `cls`, with `change` before it."""
     if (change, cls) not in _CHANGED:
         _CHANGED[change, cls] = type(cls.__name__, (change, cls), {"_before": cls, "__module__": cls.__module__})
     return _CHANGED[change, cls]

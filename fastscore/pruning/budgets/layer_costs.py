@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastscore.graph.cutting import heads
 from fastscore.graph.groups import Member
-from fastscore.modules.weights.experts import ExpertLinear
+from fastscore.modules.weights.parameter_layers import ParameterLinear
 
 Side = Literal["inputs", "outputs", "copies"]
 _Ints: TypeAlias = NDArray[np.int64]
@@ -135,6 +135,7 @@ def layer_cost(layer: nn.Module, macs: float, counted: set[int]) -> LayerCost:
         outputs = next((parameter.numel() for parameter in layer.parameters()), 1)
         return LayerCost(outputs, outputs, True, macs / outputs, 0.0, parameters / outputs)
     width = outputs if channelwise else inputs * outputs
-    copies = len(layer.weight) if isinstance(layer, ExpertLinear) else 1
-    return LayerCost(inputs, outputs, channelwise, macs / width, numel(layer._parameters["weight"]) / width / copies,
-                     numel(layer._parameters["bias"]) / outputs, copies=copies)
+    copies = len(layer.weight) if isinstance(layer, ParameterLinear) and layer.weight.dim() == 3 else 1
+    weights = numel(layer._parameters.get("weight")) / width / copies
+    return LayerCost(inputs, outputs, channelwise, macs / width, weights, numel(layer._parameters["bias"]) / outputs,
+                     copies=copies)

@@ -15,7 +15,7 @@ from fastscore.graph.cutting.surgery import RemovedIndices, Side, remove_indices
 from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.weights.computed_weights import make_plain
-from fastscore.modules.weights.parameter_layers import ParameterLinear
+from fastscore.modules.weights.parameter_layers import ParameterLayer
 from fastscore.recovery.compensation import add_to_biases
 
 K = TypeVar("K", bound=Hashable)
@@ -47,9 +47,9 @@ def structure(model: nn.Module) -> dict[str, str]:
         own_kind: type = torch.jit.ScriptModule if isinstance(module, torch.jit.ScriptModule) else type(module)
         kind = _SAME.get(own_kind, own_kind)
         settings = module.extra_repr() if kind.__module__.startswith("torch.nn") else ""
-        if isinstance(module, ParameterLinear):  # as long as the model is tapped
+        if isinstance(module, ParameterLayer):  # as long as the model is tapped
             continue
-        layers = [layer for layer in module.children() if isinstance(layer, ParameterLinear)]
+        layers = [layer for layer in module.children() if isinstance(layer, ParameterLayer)]
         own: dict[str, Tensor | None] = {name: None for layer in layers for name in layer.order}
         own |= {**module._parameters, **module._buffers}
         for layer in layers:
