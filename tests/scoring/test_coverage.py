@@ -79,7 +79,7 @@ def test_parameters_that_code_reads_by_hand() -> None:
     assert scores.coverage.outputs == pytest.approx(own["up"] / every)
     assert scores.coverage.shrink == pytest.approx((own["up"] + own["down"]) / every)
     assert scores.coverage.reasons["mix"] == scores.skipped["mix"]
-    assert "reads its experts [3, 4, 5]" in scores.coverage.reasons["experts"]
+    assert "from its experts [3, 4, 5]" in scores.coverage.reasons["experts"]
 
 
 @pytest.mark.parametrize("wide", [6, 4])  # with projections of their own for keys and values, too
