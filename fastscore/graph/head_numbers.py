@@ -1,7 +1,8 @@
 """Numbers that attentions keep and that may count heads, or their channels: as few of them as let heads go."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +18,27 @@ from fastscore.modules.norms import channel_norms
 _MOST_TRIALS = 24  # sets of numbers that are tried
 
 
-def built(module: nn.Module) -> tuple[Any, ...]:
+def built(module: nn.Module, but: Container[tuple[str, str]] = ()) -> tuple[Any, ...]:
     """Alike for modules that are built alike: of the same classes, with tensors of the same shapes, and with the same
-    words, flags and whole numbers, by which code chooses how heads lie."""
+    words, flags and whole numbers, by which code chooses how heads lie; but for some: see `numbering`."""
     tensors = (*module.named_parameters(), *module.named_buffers())
     settings = ((name, type(part), *((attribute, _hashable(value)) for attribute, value in vars(part).items()
-                                     if _is_setting(value))) for name, part in module.named_modules())
+                                     if _is_setting(value) and (name, attribute) not in but))
+                for name, part in module.named_modules())
     return (*((name, tensor.shape) for name, tensor in tensors), *settings)
+
+
+def numbering(modules: Sequence[nn.Module]) -> set[tuple[str, str]]:
+    """(what a module holds, attribute) of whole numbers that count modules of one class, as `layer_idx` does: each has
+    one more than the one before it."""
+    held = defaultdict[tuple[str, str], list[int]](list)
+    for module in modules:
+        for name, part in module.named_modules():
+            for attribute, value in vars(part).items():
+                if type(value) is int:
+                    held[name, attribute].append(value)
+    return {key for key, values in held.items()
+            if len(values) == len(modules) > 1 and values == [*range(values[0], values[0] + len(values))]}
 
 
 def _is_setting(value: object) -> bool:

@@ -2,7 +2,7 @@
 fastscore.graph.heads_by_use."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Container
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from fastscore.batches import tensors_of
 from fastscore.graph.attention_calls import Call, randomized
 from fastscore.graph.cutting import own_tensors
 from fastscore.graph.nodes import LAYERS
-from fastscore.graph.noted_calls import PRODUCTS
+from fastscore.graph.noted_calls import PRODUCTS, factors_of
 from fastscore.graph.tempered import Tempered
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import input_of, with_input
@@ -82,7 +82,7 @@ def run_alone(module: nn.Module, call: Call, ends: Collection[str] = ()) -> Run 
         if x is not None and not x.any():  # weights that read zeros show nowhere
             x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
         hooks.enter_context(Tempered())
-        products = hooks.enter_context(_Products())
+        products = hooks.enter_context(_Products({id(layer.weight) for layer in layers.values()}))
         dense(*args, **kwargs)
     weights = [layer.weight for layer in layers.values()]
     while products.made and all(g is None for g in gradients(products.made[-1], weights)):
@@ -109,15 +109,16 @@ def run_alone(module: nn.Module, call: Call, ends: Collection[str] = ()) -> Run 
 
 
 class _Products(TorchFunctionMode):
-    """What products of activations made in the block."""
+    """What products of activations made in the block. weights: ids of those of layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Container[int]) -> None:
         super().__init__()
+        self._weights = weights
         self.made: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func in PRODUCTS and len([x for x in tensors_of(args) if x.grad_fn is not None]) > 1:
+        if func in PRODUCTS and len(factors_of(args, self._weights)) > 1:
             self.made.append(output)
         return output
 

@@ -1,7 +1,7 @@
 """What a traced run shows beside what autograd keeps of it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,11 @@ _JOINS = (torch.cat, torch.concat, torch.concatenate)
 _ZEROS = (torch.zeros, Tensor.new_zeros)
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.bmm, Tensor.bmm, torch.baddbmm,
              torch.einsum, F.scaled_dot_product_attention)
+
+
+def factors_of(args: Any, weights: Container[int]) -> list[Tensor]:
+    """What a product is of that layers made. weights: ids of those of layers, which code of their own may turn."""
+    return [x for x in tensors_of(args) if x.grad_fn is not None and id(x._base) not in weights]
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ class NotedCalls(TorchFunctionMode):
             self.cuts.append(cut)
         if func in _VIEWS and output.grad_fn is not None:
             self._views[output.grad_fn] = view_of(output, _asked(args, kwargs), cut_of(output.grad_fn))
-        if func in PRODUCTS and len(factors := [x for x in tensors_of(args) if x.grad_fn is not None]) > 1:
+        if func in PRODUCTS and len(factors := factors_of(args, self._weights)) > 1:
             for module in calling_modules():
                 self.products.setdefault(module, set()).update(size for x in factors for size in x.shape[:-1])
         joined = None

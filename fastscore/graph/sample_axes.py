@@ -7,7 +7,7 @@ gradients come back. Rows that a model's code routes by what they hold must lie 
 fastscore.graph.routing). The layout that is left is the one for batches of any size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,7 +37,7 @@ _UNTOLD = "it cannot be told which of the rows that {0} reads belong to which sa
 IRREGULAR = _UNTOLD + "the model's code routes, gathers, flips or loops over them"
 UNREACHED = _UNTOLD + "no sample that was tried sends a gradient back to it"
 AMBIGUOUS = _UNTOLD + "the gradients that come back fit more than one order"
-_UNSURE = (IRREGULAR, UNREACHED, AMBIGUOUS)  # may be otherwise with other sizes, or the gradients of the layers
+_UNSURE = (IRREGULAR, AMBIGUOUS)  # may be otherwise with other sizes, or the gradients of the layers
 VARYING = ", as many numbers as it finds"  # of an output whose size is no multiple of the number of samples
 ALONE = ": it is scored where batches have one sample each"
 
@@ -137,12 +137,22 @@ def _find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: B
     together = companions.depend(model, run, trials, batch, example, axes, way.single)
     second = not companions.is_alone_what_it_was(trials, batch, example, axes, way.single) and \
         _second_dimension(model, run, batch, trials[-1].outputs[0])
+    shapes = [output.shape for output in trials[-1].outputs]
     send_back(trials[-1], axes)
     found = _resolve([*otherwise, *trials])
-    if not way.exact and any(axis in _UNSURE for of_layer in found.values() for axis in of_layer):
+    seen = [trials[-1]]
+    if not way.exact and _any(found, (UNREACHED,)):  # a rectifier may pass nothing of these
+        beside = tried(model, watched, run, companions.others(example), 2, exact=False)
+        if isinstance(beside, str) or [output.shape for output in beside.outputs] != shapes:
+            return None
+        send_back(beside, axes)
+        seen.append(beside)
+        found = _resolve([*otherwise, *seen[1:], *trials])
+    if not way.exact and (_any(found, _UNSURE) or (_any(found, (UNREACHED,)) and any(
+            call.overflowed for each in seen for calls in each.calls.values() for call in calls))):
         return None
     for size in way.sizes[2:] if len(trials) > 1 else ():
-        if not any(axis == AMBIGUOUS for of_layer in found.values() for axis in of_layer):
+        if not _any(found, (AMBIGUOUS,)):
             break
         more = tried(model, watched, run, batch_of(example, size), size)
         if not isinstance(more, str):
@@ -153,6 +163,11 @@ def _find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: B
                           Untold(axis.format(layer) + ALONE, axis != UNREACHED) for axis in of_layer)
              for layer, of_layer in found.items()}
     return SampleAxes(calls, axes[0] or 0, inputs, values, second, together=together)
+
+
+def _any(found: Mapping[str, Sequence[SampleAxis | str]], reasons: Collection[str]) -> bool:
+    """Whether one of `reasons` stands in some layer's way."""
+    return any(axis in reasons for of_layer in found.values() for axis in of_layer)
 
 
 def _varies(trials: Sequence[Trial]) -> bool:

@@ -11,7 +11,7 @@ from fastscore import rng
 from fastscore.batches import Batch, first_tensor, map_tensors, tensors_of
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.sample_trials import Run, Trial, tried
-from fastscore.graph.trials.trial_inputs import hold_other_values
+from fastscore.graph.trials.trial_inputs import batch_of, hold_other_values
 from fastscore.modules.inspection import device_of
 from fastscore.modules.weights import recurrent
 
@@ -34,6 +34,11 @@ def beside_larger(batch: Batch, example: Batch) -> Batch:
 
     each = iter(_own(example))
     return map_tensors(lambda x: turned(x) if next(each) else x, batch)
+
+
+def others(example: Batch) -> Batch:
+    """Two samples, as they are, beside the first of `example`."""
+    return _picked(batch_of(example, 3), _own(example), slice(1, 3))
 
 
 def _own(example: Batch) -> list[bool]:

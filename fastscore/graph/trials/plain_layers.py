@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastscore.graph.trials.differences import close
 from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
 from fastscore.modules.attention.projections import ProjectionLinear
 from fastscore.modules.inspection import LAYERS, runs_code_of
@@ -50,6 +51,30 @@ def holds_rest(small: nn.Module, whole: nn.Module, gone_in: Tensor | None, gone_
     if bias is None or of_whole.bias is None:
         return bias is of_whole.bias
     return _same(bias, _without(of_whole.bias, 0, gone_out))
+
+
+def is_product(layer: nn.Module, x: Tensor, made: Tensor, gone_in: Tensor | None = None,
+               gone_out: Tensor | None = None) -> bool:
+    """Whether a Linear of whatever code has made of x the product with the weight that it holds, and its bias, in all
+    rows; without positions that are gone, with the rest of that weight. False where that cannot be seen.
+
+    A random sum over the outputs tells it, which one product with a vector gives: it is off by all that any output is.
+    """
+    held: Any = layer
+    x, made = x.detach(), made.detach()
+    if not isinstance(layer, nn.Linear) or set(layer._parameters) != {"weight", "bias"} or layer._modules or \
+            not made.is_floating_point() or {x.dtype, held.weight.dtype} != {made.dtype}:
+        return False
+    weight, bias = _without(_without(held.weight.detach(), 0, gone_out), 1, gone_in), held.bias
+    if x.shape[-1:] != weight.shape[1:] or made.shape != (*x.shape[:-1], len(weight)) or not made.numel():
+        return False
+    drawn = torch.rand(len(weight), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x.device) + 0.5
+    drawn = torch.where(torch.arange(len(weight), device=x.device) % 2 == 0, drawn, -drawn)
+    expected = x.double() @ (drawn @ weight.double())
+    if bias is not None:
+        expected = expected + drawn @ _without(bias.detach(), 0, gone_out).double()
+    rounding = torch.finfo(made.dtype).eps ** (2 / 3)
+    return bool(close(made.double() @ drawn, expected, rounding=rounding).all())
 
 
 def _settings(layer: nn.Module) -> dict[str, Any]:

@@ -28,7 +28,9 @@ _CONVOLUTIONS: dict[Any, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = 
 def rows_alone(model: nn.Module) -> Iterator[None]:
     """In the block, the gradients that plain layers of `model` (frozen) send back are zero in the same rows, and
     otherwise others."""
-    with replaced(model, {name: _forward_of(layer) for name, layer in model.named_modules() if _is_known(layer)}):
+    gains = torch.Generator().manual_seed(0)
+    known = {name: _forward_of(layer, gains) for name, layer in model.named_modules() if _is_known(layer)}
+    with replaced(model, known):
         yield
 
 
@@ -41,12 +43,13 @@ def _is_known(layer: nn.Module) -> bool:
     return kind is not None and issubclass(kind, nn.Linear) and "forward" not in vars(layer)
 
 
-def _forward_of(layer: Any) -> Callable[..., Any]:
+def _forward_of(layer: Any, gains: torch.Generator) -> Callable[..., Any]:
+    """gains: each call has its own, so that what comes back from several to what they all read does not cancel out."""
     def forward(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and _is_plain(x) and \
                 (isinstance(layer, nn.Linear) or x.dim() == len(layer.kernel_size) + 2):
-            return _RowsAlone.apply(x, layer)
+            return _RowsAlone.apply(x, layer, 0.5 + float(torch.rand((), generator=gains)))
         return type(layer).forward(layer, *args, **kwargs)
 
     return forward
@@ -61,29 +64,29 @@ class _RowsAlone(torch.autograd.Function):
     """A layer's output; backward: gradients of the rows that it read."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: Any, gain: float) -> Tensor:
         if not isinstance(layer, nn.Linear):
             ctx.save_for_backward(x)  # as it does itself: who writes to it meanwhile is told so
-        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
+        ctx.layer, ctx.gain, ctx.shape, ctx.dtype = layer, gain, x.shape, x.dtype
         y: Tensor = type(layer).forward(layer, x)
         return y.clone() if y._is_view() else y  # which may be written to
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         layer, shape = ctx.layer, ctx.shape
         if isinstance(layer, nn.Linear):
-            rows = _scaled(g @ _drawn(g.shape[-1]).to(g))
-            return (rows[..., None] * _drawn(shape[-1]).to(g)).to(ctx.dtype), None
+            rows = ctx.gain * _scaled(g @ _drawn(g.shape[-1]).to(g))
+            return (rows[..., None] * _drawn(shape[-1]).to(g)).to(ctx.dtype), None, None
         assert ctx.saved_tensors
         kernel, (forward, back) = layer.kernel_size, _CONVOLUTIONS[plain_kind(layer)]
         ones = [1] * len(kernel)
-        rows = _scaled(forward(g, _drawn(g.shape[1]).to(g).view(1, -1, *ones)))
+        rows = ctx.gain * _scaled(forward(g, _drawn(g.shape[1]).to(g).view(1, -1, *ones)))
         spare = [size - (made - 1) * step + 2 * padding - dilation * (width - 1) - 1 for
                  size, made, step, padding, dilation, width in
                  zip(shape[2:], g.shape[2:], layer.stride, layer.padding, layer.dilation, kernel, strict=True)]
         weight = _drawn(math.prod(kernel)).to(g).view(1, 1, *kernel)
         rows = back(rows, weight, None, layer.stride, layer.padding, spare, 1, layer.dilation)
-        return (rows * _drawn(shape[1]).to(g).view(-1, *ones)).to(ctx.dtype), None
+        return (rows * _drawn(shape[1]).to(g).view(-1, *ones)).to(ctx.dtype), None, None
 
 
 @cache

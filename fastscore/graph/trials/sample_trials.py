@@ -36,12 +36,15 @@ class Watched:
 @dataclass
 class Call:
     """One call of a layer in a batch of `size` samples: the shape of what is looked at, without the dimension `channel`
-    of its channels; and for each sample whose gradient was sent back, by its number, where that came to."""
+    of its channels; for each sample whose gradient was sent back, by its number, where that came to; and whether one
+    was too large for a number.
+    """
 
     size: int
     shape: torch.Size
     channel: int
     reached: dict[int, Tensor] = field(default_factory=dict)
+    overflowed: bool = False
 
 
 @dataclass
@@ -135,17 +138,19 @@ class _Watch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         for sample in ctx.sent:
-            ctx.call.reached[sample] = _reached(g, ctx.call.channel).cpu()
+            reached, finite = _reached(g, ctx.call.channel)
+            ctx.call.reached[sample] = reached.cpu()
+            ctx.call.overflowed |= not finite
         return g, g.new_zeros((), dtype=torch.float32), None, None, None
 
 
-def _reached(g: Tensor, channel: int) -> Tensor:
-    """Where g is not zero in some channel; NaN and infinity tell nothing."""
+def _reached(g: Tensor, channel: int) -> tuple[Tensor, bool]:
+    """(where g is not zero in some channel, whether there are numbers alone); NaN and infinity tell nothing."""
     if g.numel():
         largest = largest_magnitude(g, channel)
         if largest.isfinite().all():
-            return largest != 0
-    return ((g != 0) & g.isfinite()).any(channel)
+            return largest != 0, True
+    return ((g != 0) & g.isfinite()).any(channel), not g.numel()
 
 
 def send_back(trial: Trial, axes: Sequence[int | None]) -> None:

@@ -213,7 +213,9 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
         if (name, call) not in recording.swapped and holds_rest() and len(args) + len(kwargs) == 1 and \
                 _strides_as_ever(x, before, full, expected, dim):
             return expected
-        if gone_in is not None and name not in recording.norms and runs_own_code(whole) and \
+        multiplies = runs_own_code(whole) and (name, call) not in recording.swapped and \
+            len(args) + len(kwargs) == 1 and plain_layers.is_product(whole, before, full)
+        if not multiplies and gone_in is not None and name not in recording.norms and runs_own_code(whole) and \
                 _reads_besides(whole, args, kwargs, before):
             found.layers[name] = f"the code of {name} ({type(whole).__name__}) does more with what it reads than " \
                                  "multiply it by its weight"
@@ -224,6 +226,8 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
             found.layers.setdefault(name, f"{name} ({type(layer).__name__}) does not run with fewer channels "
                                           f"({said(error)})")
             return expected
+        if multiplies and plain_layers.is_product(whole, x, made, gone_in, gone_out):
+            return torch.empty_like(made).copy_(expected) if made.shape == expected.shape else expected
         masked = before if gone_in is None else before.index_fill(dim, gone_in.to(before.device), 0)
         args, kwargs = with_input(args, kwargs, masked)
         if gone_in is None and gone_out is None and why_it_computes_on(whole) is not None:
