@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastscore.graph import head_numbers, heads_by_use
 from fastscore.graph.tracing import trace
+from fastscore.graph.trials import surgery_trial
 from fastscore.graph.trials.plain_layers import holds_rest, is_product
 from fastscore.graph.trials.row_gradients import rows_alone
 from fastscore.graph.trials.trial_inputs import batch_of
@@ -271,6 +272,28 @@ def test_layers_of_a_class_of_its_own_take_few_passes_more() -> None:
         found = trace(model, x)
     assert [group.name for group in found.groups] == ["0", "2"]
     assert traced.get_total_flops() < 12 * 2 * count(model, x).macs
+
+
+class Narrow(nn.Module):
+    """Runs with as many channels inside as it was made with, where `fixed`."""
+
+    def __init__(self, fixed: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.fixed = nn.Linear(8, 12), nn.Linear(12, 8), fixed
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x).relu()
+        return x + self.down(y.view(-1, 12) if self.fixed else y)
+
+
+def test_a_group_that_does_not_go_is_looked_for_first_where_the_model_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, one = [], surgery_trial._try
+    monkeypatch.setattr(surgery_trial, "_try", lambda recording, groups: tried.append(len(groups)) or one(
+        recording, groups))
+    found = trace(nn.Sequential(*(Narrow(number == 5) for number in range(8)), nn.Linear(8, 3)), torch.randn(2, 8))
+    assert [size for size in tried if size > 2] == [9, 8, 7]  # the stream is as wide as what the model reads
+    assert "shape '[-1, 12]'" in found.skipped["5.up"]
+    assert len(found.groups) == 7
 
 
 def test_modules_that_differ_by_their_number_are_built_alike() -> None:

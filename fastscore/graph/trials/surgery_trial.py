@@ -72,7 +72,8 @@ def refusals(recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, 
         suspects = {layer: _suspects(layer, left, layer in found.misread) for layer in found.layers}
         blamed = {groups[0].name: found.layers[layer] for layer, groups in suspects.items() if len(groups) == 1}
         if not blamed:  # several groups meet there, or it is in no layer's own place
-            blamed = _culprit(recording, next(iter(suspects.values()), [])) or _culprit(recording, left) or \
+            near = next(iter(suspects.values()), None) or _near(found, left)
+            blamed = _culprit(recording, near) or _culprit(recording, left) or \
                 {group.name: found.reason(group) for group in left}  # what fails at random is no ground to stand on
         refused |= blamed
         left = [group for group in left if group.name not in refused]
@@ -130,6 +131,13 @@ def _suspects(layer: str, groups: Sequence[ChannelGroup], misread: bool) -> list
     roles = {group.name: {member.role for member in group.members if member.layer == layer} for group in groups}
     return [group for group in groups if "consumer" in roles[group.name]] or \
         [group for group in groups if roles[group.name] - ({"producer"} if misread else set())]
+
+
+def _near(found: _Findings, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """Those with a layer in the innermost module that does not run: mostly one of these is to blame."""
+    place = _PLACE.search("".join(found.elsewhere or ()))
+    return [] if place is None else [group for group in groups if any(
+        member.layer.startswith(f"{place[1]}.") for member in group.members)]
 
 
 def _culprit(recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, str]:
