@@ -126,7 +126,8 @@ def _traced_anew(model: nn.Module, example_inputs: batches.Batch, forward: batch
         found = training_only.read_in_training(eval_model, found)
         found = replace(found, groups=traced_groups.all_held(eval_model, found.groups),
                         head_dims=traced_groups.all_held(eval_model, found.head_dims))
-        found = returned_trial.offered(model, eval_model, computed_in_run.less(eval_model, found), run)
+        found = returned_trial.offered(model, eval_model, computed_in_run.less(eval_model, found), run,
+                                       run_as_in_training)
         samples = example_inputs if samples is None else batches.map_tensors(_to_try, samples)
         try:
             axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples, example_inputs,

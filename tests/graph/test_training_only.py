@@ -139,3 +139,55 @@ def test_a_parameter_that_is_read_in_training_alone_keeps_what_it_may_meet() -> 
     assert scores.skipped["one"] == \
         "the code of Augmented reads its masked [6] in training alone, where channels are not followed"
     fastscore.prune(model, scores, x, channels=0.6).model.train()(x).sum().backward()
+
+
+class Variational(nn.Module):
+    """A VAE, which draws about its means where it is trained, and takes the means otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.mean, self.log_variance = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(8, 6)
+        self.decoder, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder(x).relu()
+        mean, log_variance = self.mean(x), self.log_variance(x)
+        code = mean + torch.randn_like(mean) * (0.5 * log_variance).exp() if self.training else mean
+        return self.last(self.decoder(code).relu())
+
+
+class WritesInTraining(Variational):
+    """And counts what it has been trained on; as a whole it does not run so, for reasons of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += 1
+            raise NotImplementedError
+        return super().forward(x)
+
+
+def test_channels_that_meet_others_in_training_alone_stay() -> None:
+    """What is left trains, however much goes."""
+    torch.manual_seed(0)
+    model, x = Variational().eval(), torch.randn(3, 4)
+    scores = fastscore.score(model, [x], progress=False)
+    assert list(scores) == ["encoder", "decoder"]
+    assert scores.skipped["mean"].startswith(
+        "the model that prune() would return does not, in training, run with fewer channels there (Variational: ")
+    small = fastscore.prune(model, scores, x, channels=0.4, scope="layer").model
+    small.train()(x).sum().backward()
+    scorer = fastscore.Scorer(model.train(), x)
+    with scorer:
+        model(x).square().sum().backward()
+    assert list(scorer.scores()) == ["encoder", "decoder"]
+
+
+def test_a_model_that_does_not_train_blames_no_channels() -> None:
+    """And nothing of the user's model is written to by trying it."""
+    model, x = WritesInTraining().eval(), torch.randn(3, 4)
+    assert {"encoder", "mean", "decoder"} == set(fastscore.score(model, [x], progress=False))
+    assert float(model.seen) == 0

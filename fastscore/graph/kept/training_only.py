@@ -84,11 +84,16 @@ def read_in_training(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
                    skipped={**graph.skipped, **kept})
 
 
-def _asks(kind: type[nn.Module], parameter: str) -> bool:
-    """Whether code of a class reads `parameter`, and whether it is trained."""
+def code_asks(model: nn.Module) -> bool:
+    """Whether the code of a module that holds others asks whether it is trained."""
+    return any(_asks(type(module)) for module in model.modules() if any(module.children()))
+
+
+def _asks(kind: type[nn.Module], *names: str) -> bool:
+    """Whether code of a class reads `names`, and whether it is trained."""
     functions = (getattr(value, "__code__", None) for cls in kind.__mro__ if cls is not nn.Module
                  for value in vars(cls).values())
-    return any(code is not None and {parameter, "training"} <= set(code.co_names) for code in functions)
+    return any(code is not None and {*names, "training"} <= set(code.co_names) for code in functions)
 
 
 def _extends(group: ChannelGroup, other: ChannelGroup) -> bool:

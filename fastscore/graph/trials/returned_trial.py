@@ -2,7 +2,7 @@
 
 The trial by surgery (surgery_trial) cuts an evaluation copy, whose attention runs its projections as layers and whose
 experts are layers. What is returned is a copy of the user's own model, with its code, hooks and settings: that must run
-with fewer channels, too.
+with fewer channels, too, and as it is trained: a VAE's means alone are read otherwise, and meet its deviations there.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
+from fastscore.graph.kept import training_only
 from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules import frames
 from fastscore.modules.modes import evaluating
@@ -22,7 +23,8 @@ from fastscore.wording import said
 Run = Callable[[nn.Module], Sequence[Tensor]]
 
 
-def offered(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, run: Run) -> ChannelGraph:
+def offered(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training: Run
+            ) -> ChannelGraph:
     """The graph of `model`, less the groups without some of whose channels a copy of it does not run.
 
     Args:
@@ -30,17 +32,21 @@ def offered(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, run: R
         eval_model: its evaluation copy.
         graph: of it; its groups have been tried on the evaluation copy.
         run: calls a model on the example inputs, and gives what it returns.
+        run_as_in_training: the same, where its code takes the way of training: tried where code asks which that is.
     """
     refused: dict[str, str] = {}
     # experts take some widths alone, which ranking sees to
     left = [group for group in graph.groups if not any(
         isinstance(eval_model.get_submodule(member.module), ExpertLinear) for member in group.members)]
-    if left and _fault(model, left, run) and not _fault(model, [], run):  # else no group is to blame
-        while left and (why := _fault(model, left, run)):
+    ways = [("", run), *([(", in training,", run_as_in_training)] if training_only.code_asks(model) else [])]
+    for when, way in ways:
+        if not left or not _fault(model, left, way, when) or _fault(model, [], way, when):
+            continue  # where it fails as it is, no group is to blame
+        while left and (why := _fault(model, left, way, when)):
             good, bad = 0, len(left)  # so many of the first groups go well, or fail
             while bad - good > 1:
                 middle = (good + bad) // 2
-                if found := _fault(model, left[:middle], run):
+                if found := _fault(model, left[:middle], way, when):
                     bad, why = middle, found
                 else:
                     good = middle
@@ -49,7 +55,7 @@ def offered(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, run: R
                    skipped={**graph.skipped, **refused})
 
 
-def _fault(model: nn.Module, groups: Sequence[ChannelGroup], run: Run) -> str:
+def _fault(model: nn.Module, groups: Sequence[ChannelGroup], run: Run, when: str) -> str:
     """What a copy of `model` does without some channels of each of `groups`; nothing where it runs."""
     removed = some_channels(groups, 0)
     small: nn.Module = model
@@ -58,6 +64,6 @@ def _fault(model: nn.Module, groups: Sequence[ChannelGroup], run: Run) -> str:
         with torch.no_grad(), evaluating(small):
             run(small)
     except Exception as error:  # whatever the model's code does with a width that it does not expect
-        return ("the model that prune() would return does not run with fewer channels there "
+        return (f"the model that prune() would return does not{when} run with fewer channels there "
                 f"({frames.where(small, error.__traceback__)}: {said(error)})")
     return ""
