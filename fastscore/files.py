@@ -9,10 +9,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from fastscore import stored_tensors
 
 _TENSOR = "__tensor__"
 
@@ -24,11 +27,12 @@ def write(path: str | PathLike[str], form: str, header: Mapping[str, Any], tenso
     and then moved there, so that whoever is killed meanwhile leaves the old one as it was.
     Raises FileNotFoundError where there is no folder for it.
     """
+    plain, how = stored_tensors.plain(tensors)
     # clones, since safetensors takes no tensors that share their memory
-    tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-               for name, tensor in tensors.items()}
-    text = json.dumps(header)
-    contents = safetensors.torch.save(tensors, {"format": form, "header": text, "sha256": _checksum(text, tensors)})
+    tensors = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in plain.items()}
+    text, stored = json.dumps(header), json.dumps(how) if how else ""
+    contents = safetensors.torch.save(tensors, {"format": form, "header": text, **({"stored": stored} if how else {}),
+                                                "sha256": _checksum(text + stored, tensors)})
     with whole(path) as part, open(part, "wb") as file:
         file.write(contents)
         file.flush()
@@ -84,11 +88,11 @@ def read(path: str | PathLike[str], form: str, what: str, otherwise: str) -> tup
         found = metadata.get("format", "")
         but = f" but {found}" if found.startswith("fastscore-") else ""
         raise ValueError(f"{path}: not a fastscore {what} of this version ({form}){but}; {otherwise}")
-    text = metadata.get("header", "")
-    if _checksum(text, tensors) != metadata.get("sha256"):
+    text, stored = metadata.get("header", ""), metadata.get("stored", "")
+    if _checksum(text + stored, tensors) != metadata.get("sha256"):
         raise ValueError(f"{path}: its contents do not match its checksum; copy it again, or {otherwise}")
     header: dict[str, Any] = json.loads(text)
-    return header, tensors
+    return header, stored_tensors.whole(tensors, json.loads(stored)) if stored else tensors
 
 
 def write_state(path: str | PathLike[str], form: str, state: Mapping[str, Any]) -> None:
@@ -127,7 +131,10 @@ def _with_tensors(value: Any, tensors: Mapping[str, Tensor], device: torch.devic
 
 
 def bytes_of(tensor: Tensor) -> Any:
-    """The bytes of a tensor, in the order of its elements, for a digest."""
+    """The bytes of a tensor, in the order of its elements, for a digest; of a sparse one, where they are, too."""
+    if tensor.layout is not torch.strided:
+        parts = stored_tensors.plain({"": tensor})[0].values()
+        return np.concatenate([bytes_of(part) for part in parts])
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 

@@ -19,13 +19,16 @@ _OF_ITS_OWN = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__", "__slots__
 
 
 def deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """What copy.deepcopy(model, memo) returns.
+    """What copy.deepcopy(model, memo) returns; of a model with compressed sparse buffers, which it refuses, too.
 
     Args:
         model: which stays as it is.
         memo: id of a part of the model -> what stands for it in the copy; more is added.
     """
     made: list[tuple[nn.Module, nn.Module]] = []
+    for buffer in model.buffers():
+        if buffer.layout not in (torch.strided, torch.sparse_coo):  # which have no storage that PyTorch could copy
+            memo.setdefault(id(buffer), buffer.clone())
     for module in model.modules():
         if id(module) not in memo and _is_plain(type(module)) and _OF_ITS_OWN[0] not in vars(module):
             memo[id(module)] = shell = object.__new__(type(module))

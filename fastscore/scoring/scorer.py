@@ -40,7 +40,8 @@ _AT_ONCE = ("samples of a batch lie one after the other, and a loss sends the gr
 class Scorer:
     """Drop-in scores from a loop of your own; a context manager that leaves the model as it found it.
 
-    With gradient="loss" it reads the backward passes of the loop, whose own gradients stay bit for bit what they were.
+    With gradient="loss" it reads the backward passes of the loop, whose own gradients stay bit for bit what they were
+    (to rounding through nn.LSTM, GRU, RNN and nn.MultiheadAttention, in whose place layers run that can be tapped).
     With gradient="random" it reads `probe(output)` alone, and the loop's backward passes are not measured.
 
     In a loop that differentiates gradients (create_graph=True: gradient penalties, inner loops) the scores are those of

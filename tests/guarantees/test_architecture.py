@@ -8,8 +8,8 @@ import fastscore
 
 ROOT = Path(fastscore.__file__).parent
 # from the bottom; names on one floor do not import each other
-FLOORS = (("wording",), ("interrupts", "ops", "files", "rng", "progress", "arguments"), ("tables", "batches", "plots"),
-          ("modules", "fingerprints"),
+FLOORS = (("wording", "stored_tensors"), ("interrupts", "ops", "files", "rng", "progress", "arguments"),
+          ("tables", "batches", "plots"), ("modules", "fingerprints"),
           ("graph", "taps"), ("fastpath",), ("scoring",), ("recovery",), ("pruning",), ("integrations",), ("cli",),
           ("__init__", "__main__"))
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -163,6 +163,42 @@ def test_into_a_model_with_weight_norm(norm: Callable[[nn.Module], nn.Module], t
                                              nn.Linear(5, 2)), tmp_path / "p")
 
 
+class Adjacent(nn.Module):
+    """Mixes six places by a sparse matrix, and has complex factors."""
+
+    def __init__(self, layout: torch.layout, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        near = torch.eye(6, dtype=torch.double) + (torch.rand(6, 6) > 0.5)
+        self.register_buffer("near", near.to_sparse(layout=layout))
+        self.one, self.two, self.head = (nn.Linear(*widths).double() for widths in ((5, 8), (8, 6), (6, 2)))
+        self.factor = nn.Parameter(torch.randn(6, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.one, self.two):
+            x = layer(x).movedim(0, 1)
+            x = torch.sparse.mm(self.near, x.flatten(1)).view_as(x).movedim(0, 1).relu()
+        return (self.head(x.mean(1))[..., None] * self.factor).abs().flatten(1)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_and_complex_tensors(layout: torch.layout, tmp_path: Path) -> None:
+    model, x = Adjacent(layout, 0).eval(), torch.randn(3, 6, 5, dtype=torch.double)
+    scores = fastscore.score(model, [x], resume=tmp_path / "run", progress=False)
+    assert list(scores) == ["one", "two"]
+    small = fastscore.prune(model, scores, x, channels=0.6).model
+    fastscore.save_pruned(small, tmp_path / "small.safetensors")
+    loaded = fastscore.load_pruned(lambda: Adjacent(layout, 1).eval(), tmp_path / "small.safetensors")
+    assert loaded.near.layout is layout
+    assert torch.equal(loaded.near.to_dense(), model.near.to_dense())
+    assert torch.equal(loaded.factor, model.factor)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), small(x))
+    model.near = model.near * 2  # which a run that goes on would not notice in its weights alone
+    with pytest.raises(ValueError, match="run"):
+        fastscore.score(model, [x], resume=tmp_path / "run", progress=False)
+
+
 def test_a_dense_model_built_otherwise_is_refused(tmp_path: Path) -> None:
     model, _ = pruned(NETWORKS["residual"])
     fastscore.save_pruned(model, tmp_path / "p")

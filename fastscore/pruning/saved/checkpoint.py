@@ -111,12 +111,21 @@ def load_state(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     filled: dict[int, str] = {}  # id -> the first name of what several modules hold
     for name, tensor in state.items():
         first = filled.setdefault(id(own[name]), name)
-        if first == name or torch.equal(state[first], tensor):
+        if tensor.layout is not torch.strided:  # the data of a compressed one cannot be set
+            held, key = _holder(model, name)
+            value = tensor.to(own[name].device, copy=True).to_sparse(layout=own[name].layout)
+            held[key] = nn.Parameter(value, own[name].requires_grad) if isinstance(held[key], nn.Parameter) else value
+        elif first == name or torch.equal(state[first], tensor):
             own[name].data = torch.empty_like(own[name], dtype=tensor.dtype).copy_(tensor)
         else:  # tied in the model that is built, and no longer in the one that was saved
-            owner, _, key = name.rpartition(".")
-            module = model.get_submodule(owner)
-            held: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
+            held, key = _holder(model, name)
             held[key] = copy.deepcopy(own[name])
             held[key].data = torch.empty_like(own[name], dtype=tensor.dtype).copy_(tensor)
     return model
+
+
+def _holder(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Where a module keeps what the state dict of `model` has under a name, and under which."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    return (module._parameters if key in module._parameters else module._buffers), key
