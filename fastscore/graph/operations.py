@@ -1,5 +1,6 @@
 """Operations of PyTorch by what they do, as those see them who look on at a run of a model."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,13 +22,34 @@ def name_of(func: Any) -> str:
 
 @contextmanager
 def python_numbers(noting: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """In the block, methods of Tensor that make Python numbers of all its elements, which no operation is seen of, are
-    `noting(name, method)`."""
-    names = ("tolist", "numpy")  # inherited by Tensor
-    for name in names:
-        setattr(Tensor, name, noting(name, getattr(Tensor, name)))
+    """In the block, in this thread, methods of Tensor that make Python numbers of all its elements, which no operation
+    is seen of, are `noting(name, method)`."""
+    noted = vars(_of_thread).setdefault("noted", [])
+    noted.append(noting)
+    with _installing:
+        _blocks.append(None)
+        for name, method in _TO_PYTHON.items() if len(_blocks) == 1 else ():
+            setattr(Tensor, name, _noted(name, method))
     try:
         yield
     finally:
-        for name in names:
-            delattr(Tensor, name)
+        noted.pop()
+        with _installing:
+            _blocks.pop()
+            for name in () if _blocks else _TO_PYTHON:
+                delattr(Tensor, name)
+
+
+_TO_PYTHON: dict[str, Callable[..., Any]] = {name: getattr(Tensor, name) for name in ("tolist", "numpy")}  # inherited
+_of_thread, _installing = threading.local(), threading.Lock()
+_blocks: list[None] = []  # that threads are in
+
+
+def _noted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        made = method
+        for noting in vars(_of_thread).get("noted", ()):
+            made = noting(name, made)
+        return made(x, *args, **kwargs)
+
+    return call

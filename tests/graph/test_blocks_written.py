@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
@@ -57,7 +56,7 @@ WAYS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "alpha": lambda net, x: torch.add(x, net.f(x), alpha=0.5),
     "difference": lambda net, x: x - net.f(x),
     "gate of einsum": lambda net, x: x + torch.einsum("btn,b->btn", net.f(x), net.gate(x).mean((1, 2)).sigmoid()),
-    "einops": lambda net, x: x + rearrange(net.f(rearrange(x, "b t n -> b n t").mT), "b t n -> b t n"),
+    "turned and back": lambda net, x: x + net.f(x.permute(0, 2, 1).mT).permute(1, 0, 2).transpose(0, 1),
     "highway": lambda net, x: (1 - (gate := net.gate(x).sigmoid())) * x + gate * net.f(x),
     "index_add": lambda net, x: x.index_add(1, torch.arange(4), net.f(x)),
     "padded": lambda net, x: x + F.pad(net.f(x[:, 1:]), (0, 0, 1, 0)),

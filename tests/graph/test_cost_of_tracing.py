@@ -93,7 +93,7 @@ def test_what_a_trace_multiplies_does_not_grow_with_the_batch_where_code_decides
         with FlopCounterMode(display=False) as traced:
             assert not trace(model, tokens[:1], samples=tokens).samples.together
         costs.append(traced.get_total_flops() / (2 * count(model, tokens[:1]).macs))
-    assert costs[0] == costs[1] < 25
+    assert costs[0] == costs[1] < 32
 
 
 class Block(nn.Module):

@@ -99,7 +99,8 @@ def test_a_search_by_quality_walks_what_is_counted(monkeypatch: pytest.MonkeyPat
     seen: dict[str, Any] = {"tried": []}
     own = quality.select_by_quality
 
-    def watched(macs: MacsLeft, build: Callable[[int], fastscore.PruneResult], *rest: Any) -> Any:
+    def watched(macs: MacsLeft, build: Callable[[int], fastscore.PruneResult], *rest: Any,
+                finer: Any) -> Any:
         def noted(steps: int) -> fastscore.PruneResult:
             seen["tried"].append(steps)
             return build(steps)

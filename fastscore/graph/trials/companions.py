@@ -57,9 +57,9 @@ def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, ex
     `example` has several samples, they are run at the places of others, and the last is run beside larger ones;
     the first were run beside fewer.
     Where the code decides by what the batch holds, or reads numbers of it, that could show nothing by luck: then every
-    sample is run by itself, the first and the last beside copies of themselves, which want what they want, and the last
-    of `example`, or of its first, without the rest. What shows something counts where the same run twice does not. Code
-    that puts samples in another order returns something that was there before.
+    sample is run by itself, the first and the last beside copies of themselves, which want what they want, and those
+    last in `example`, or among its first. What shows something counts where the same run twice does not. Code that
+    puts samples in another order returns something that was there before.
 
     Args:
         model, run: as in fastscore.graph.sample_axes.find.
@@ -91,27 +91,27 @@ def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, ex
             if _none_is_there(outputs(last, 1) if was_sketched else small.outputs, before, axes):
                 yield batch
             larger = any(x.is_floating_point() for x, each in zip(tensors_of(last), own, strict=True) if each)
-            if (free or not larger) and not _are_there(before, outputs(_picked(batch, own, slice(1)), 1), axes):
+            if not (free or larger) and not _are_there(before, outputs(_picked(batch, own, slice(1)), 1), axes):
                 yield batch
             if not free:
                 return
-        for other in _beside_others(batch, own, free, (free or count > 1) and not alone):
+        for other in _beside_others(batch, own, free, free or count > 1):
             if hold_other_values(batch, other) and _none_is_there(before, outputs(other, known.size), axes):
                 yield batch
         turned = _picked(batch, own, [known.size - 1, *range(known.size - 1)])
-        if count > 1 and not alone and hold_other_values(batch, turned) \
+        if count > 1 and hold_other_values(batch, turned) \
                 and not _are_there(before, outputs(turned, known.size), axes):
             yield batch
         if single is None and not was_sketched and known.size > small.size <= count \
                 and not _are_there(before, small.outputs, axes):
             yield batch
-        several = [batch] if free and not alone else []
+        several = [batch] if free else []
         if free and batch is not example and count > known.size:
             several.append(_picked(example, own, slice(_MOST)))
         for whole in several:
             size = known.size if whole is batch else min(count, _MOST)
             made = before if whole is batch else outputs(whole, size)
-            for sample in range(size)[-_PART if whole is batch else -1:]:
+            for sample in range(size)[-_PART:]:
                 if not _are_there(made, outputs(_picked(whole, own, slice(sample, sample + 1)), 1), axes):
                     yield whole
 
