@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import files
-from fastscore.batches import Batch, tensors_of
+from fastscore.batches.parts import Batch, tensors_of
 
 # SplitMix64 (Steele, Lea, Flood, 2014), as signed 64-bit integers, which wrap the same.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64

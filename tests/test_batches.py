@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.batches import call_model, first_samples, map_tensors
+from fastscore.batches.calls import call_model
+from fastscore.batches.parts import first_samples, map_tensors
 
 Pair = namedtuple("Pair", ["image", "label"])
 

@@ -16,7 +16,7 @@ import torchvision
 from torch import nn
 
 from benchmarks import machine
-from fastscore.batches import call_model
+from fastscore.batches.calls import call_model
 from fastscore.graph.scored_units import Units
 from fastscore.graph.tracing import trace
 from fastscore.graph.trials.trial_inputs import batch_of

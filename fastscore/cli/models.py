@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import OutputError, output_tensors
+from fastscore.batches.outputs import OutputError, output_tensors
 from fastscore.cli import hugging_face
 from fastscore.cli.checkpoints import ResizedError, load_checkpoint
 from fastscore.modules.evaluation_copy import own_copies

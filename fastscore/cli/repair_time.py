@@ -6,7 +6,7 @@ import time
 import torch
 from torch import nn
 
-from fastscore.batches import output_tensors
+from fastscore.batches.outputs import output_tensors
 from fastscore.cli import images, options
 from fastscore.modules.inspection import device_of
 from fastscore.pruning.order.measured import SAMPLES, SHARES

@@ -14,7 +14,8 @@ from torch import nn
 
 from fastscore import files
 from fastscore.arguments import check_fraction
-from fastscore.batches import Batch, call_model
+from fastscore.batches.calls import call_model
+from fastscore.batches.parts import Batch
 from fastscore.cli import images, models, options
 from fastscore.cli.argument_types import positive, share
 from fastscore.cli.options import Commands, add_command

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastscore.batches import with_float64
+from fastscore.batches.devices import with_float64
 from fastscore.fastpath.done_ahead import DoneAhead
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import hooked, parametrized

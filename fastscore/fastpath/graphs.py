@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fastscore.batches import Batch, map_tensors, tensors_of
+from fastscore.batches.parts import Batch, map_tensors, tensors_of
 from fastscore.wording import counted
 
 T = TypeVar("T")

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward
+from fastscore.batches.calls import Forward
+from fastscore.batches.parts import Batch
 from fastscore.fastpath.fusion import CLAMPS, clamp_bounds
 from fastscore.fastpath.packed_layers import ClampBounds
 from fastscore.modules.hooks import input_of

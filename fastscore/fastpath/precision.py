@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastscore.batches import Batch, Forward, to_dtype
+from fastscore.batches.calls import Forward
+from fastscore.batches.devices import to_dtype
+from fastscore.batches.parts import Batch
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import rng
-from fastscore.batches import Batch, Forward, checked_forward, to_channels_last
+from fastscore.batches.calls import Forward
+from fastscore.batches.devices import to_channels_last
+from fastscore.batches.outputs import checked_forward
+from fastscore.batches.parts import Batch
 from fastscore.fastpath.compiled import compile_tapped
 from fastscore.fastpath.done_ahead import DoneAhead
 from fastscore.fastpath.folding import Folding

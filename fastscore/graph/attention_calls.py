@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import tensors_of, with_float64
+from fastscore.batches.devices import with_float64
+from fastscore.batches.parts import tensors_of
 from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import channel_dim
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward, map_tensors, tensors_of
+from fastscore.batches.calls import Forward
+from fastscore.batches.parts import Batch, map_tensors, tensors_of
 from fastscore.graph.groups import ChannelGraph
 from fastscore.modules.hooks import OwnHook
 

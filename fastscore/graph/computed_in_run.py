@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastscore.batches import Batch, Forward, first_tensor, map_tensors, tensors_of, usable
+from fastscore.batches.calls import Forward
+from fastscore.batches.devices import usable
+from fastscore.batches.parts import Batch, first_tensor, map_tensors, tensors_of
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.kept import reasons
 from fastscore.graph.noted_calls import reach

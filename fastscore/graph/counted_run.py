@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from fastscore import batches
+from fastscore.batches.calls import Forward
+from fastscore.batches.parts import Batch
 from fastscore.modules.macs.counting import Counting, count, counting
 from fastscore.modules.weights import recurrent
 
@@ -14,7 +15,7 @@ from fastscore.modules.weights import recurrent
 class CountedRun:
     """model: an evaluation copy. example_inputs, forward: how it is called."""
 
-    def __init__(self, model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Batch, forward: Forward) -> None:
         self._model, self._example, self._forward = model, example_inputs, forward
         self._counted: Counting | None = None
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, first_tensor, map_tensors, tensors_of
+from fastscore.batches.parts import Batch, first_tensor, map_tensors, tensors_of
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.sample_trials import Run, Trial, Watched, send_back, tried
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold

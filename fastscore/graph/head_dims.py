@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import with_float64
+from fastscore.batches.devices import with_float64
 from fastscore.graph import head_norms
 from fastscore.graph.attention_calls import Call
 from fastscore.graph.cutting import heads, surgery

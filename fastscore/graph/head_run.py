@@ -12,7 +12,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastscore.batches import tensors_of
+from fastscore.batches.parts import tensors_of
 from fastscore.graph.attention_calls import Call, randomized
 from fastscore.graph.cutting import own_tensors
 from fastscore.graph.nodes import LAYERS

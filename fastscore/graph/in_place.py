@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastscore.batches import tensors_of
+from fastscore.batches.parts import tensors_of
 
 
 def overwritten(model: nn.Module, run: Callable[[nn.Module], object]) -> str | None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastscore.batches import tensors_of
+from fastscore.batches.parts import tensors_of
 from fastscore.graph.cutting.cut_widths import Cut, View, calling_module, calling_modules, cut_of, view_of
 
 _SPLITS = (torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes)

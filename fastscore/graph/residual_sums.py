@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import tensors_of
+from fastscore.batches.parts import tensors_of
 
 # what may stand between a branch and the sum: linear in the branch, and nothing where that is nothing
 _SCALING = ("Mul", "Div", "NativeDropout", "ToCopy", "Clone", "Permute", "Transpose", "View", "UnsafeView", "Alias",

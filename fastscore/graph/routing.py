@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastscore.batches import Batch, tensors_of
+from fastscore.batches.parts import Batch, tensors_of
 from fastscore.graph import operations
 
 # operations that choose among the elements of their first argument

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import rng
-from fastscore.batches import Batch, first_tensor, map_tensors
+from fastscore.batches.parts import Batch, first_tensor, map_tensors
 from fastscore.graph import flat_batches
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.routing import Decisions

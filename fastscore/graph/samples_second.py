@@ -5,7 +5,8 @@ from dataclasses import fields, is_dataclass
 
 from torch import Tensor
 
-from fastscore.batches import Batch, Forward, first_tensor, is_call_model
+from fastscore.batches.calls import Forward, is_call_model
+from fastscore.batches.parts import Batch, first_tensor
 
 _Second = Callable[[Tensor], bool]
 

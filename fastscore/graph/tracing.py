@@ -7,8 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fastscore import batches
 from fastscore.arguments import check_callable
+from fastscore.batches.calls import Forward, call_model, is_call_model, way_out
+from fastscore.batches.checks import check_example, check_rows
+from fastscore.batches.devices import usable
+from fastscore.batches.outputs import OutputError, checked_forward, floating_tensors
+from fastscore.batches.parts import Batch, map_tensors
 from fastscore.graph import (
     attention,
     blocks,
@@ -47,8 +51,8 @@ from fastscore.progress import working
 from fastscore.rng import fork_rng
 
 
-def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.call_model,
-          samples: batches.Batch | None = None, units: scored_units.Units = "groups") -> ChannelGraph:
+def trace(model: nn.Module, example_inputs: Batch, forward: Forward = call_model,
+          samples: Batch | None = None, units: scored_units.Units = "groups") -> ChannelGraph:
     """Find the channel groups of `model` by running `forward(model, example_inputs)` on a copy of it.
 
     A model that was traced before, and is what it was, is not traced again: see fastscore.graph.cache.
@@ -72,21 +76,21 @@ def trace(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forw
     """
     model = unwrapped(model)
     check_callable("forward", forward, "forward(model, batch)")
-    batches.check_rows(example_inputs, "example_inputs")
-    if batches.is_call_model(forward):
-        batches.check_example(example_inputs, "example_inputs")
+    check_rows(example_inputs, "example_inputs")
+    if is_call_model(forward):
+        check_example(example_inputs, "example_inputs")
     searched, known = scored_units.searched(units), cache.get(model, example_inputs, forward, samples)
     if known is not None and searched <= known.searched:
         return known
     searched |= known.searched if known is not None else frozenset()
     with fork_rng(device_of(model)):
-        graph = _traced_anew(model, batches.map_tensors(_to_try, example_inputs), forward, samples, searched)
+        graph = _traced_anew(model, map_tensors(_to_try, example_inputs), forward, samples, searched)
     cache.put(model, example_inputs, forward, graph, samples)
     return graph
 
 
-def _traced_anew(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward,
-                 samples: batches.Batch | None, searched: frozenset[str]) -> ChannelGraph:
+def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
+                 samples: Batch | None, searched: frozenset[str]) -> ChannelGraph:
     """See trace. searched: the coarser and finer units that are looked for."""
     check_first_run(model, example_inputs, forward)
     computed_in_run.note(model, forward, example_inputs, samples)
@@ -95,24 +99,24 @@ def _traced_anew(model: nn.Module, example_inputs: batches.Batch, forward: batch
         parameter.requires_grad_(parameter.is_floating_point())  # the tracer follows grad_fn
     own_tensors.randomize_constants(eval_model)
 
-    def run(model: nn.Module, batch: batches.Batch = example_inputs) -> list[Tensor]:
-        return [batches.checked_forward(forward)(model, batch)]
+    def run(model: nn.Module, batch: Batch = example_inputs) -> list[Tensor]:
+        return [checked_forward(forward)(model, batch)]
 
-    def run_as_in_training(model: nn.Module, batch: batches.Batch = example_inputs) -> list[Tensor]:
+    def run_as_in_training(model: nn.Module, batch: Batch = example_inputs) -> list[Tensor]:
         with training_only.as_in_training(model) as returned:
             try:
                 returned.append(forward(model, batch))
             except Exception:  # of a forward= that expects what evaluation gives
                 if not returned:
                     raise
-        tensors = {id(tensor): tensor for tensor in batches.floating_tensors(returned)}
+        tensors = {id(tensor): tensor for tensor in floating_tensors(returned)}
         return [tensor for tensor in tensors.values() if tensor.requires_grad or not torch.is_grad_enabled()]
 
     counted = CountedRun(eval_model, example_inputs, forward)
     with torch.enable_grad(), without_checkpoints(), recurrent.sketched(eval_model), \
             working(f"tracing {type(model).__name__}"):
         try:
-            found, ran, explained = _traced(eval_model, run, searched, batches.way_out(forward, example_inputs))
+            found, ran, explained = _traced(eval_model, run, searched, way_out(forward, example_inputs))
         except ValueError as error:
             if how := running.only_whole(eval_model, run, example_inputs, samples):
                 raise ValueError(f"{type(model).__name__}: {how}") from error
@@ -128,7 +132,7 @@ def _traced_anew(model: nn.Module, example_inputs: batches.Batch, forward: batch
                         head_dims=traced_groups.all_held(eval_model, found.head_dims))
         found = returned_trial.offered(model, eval_model, computed_in_run.less(eval_model, found), run,
                                        run_as_in_training)
-        samples = example_inputs if samples is None else batches.map_tensors(_to_try, samples)
+        samples = example_inputs if samples is None else map_tensors(_to_try, samples)
         try:
             axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples, example_inputs,
                                         counted.once)
@@ -146,7 +150,7 @@ def _traced_anew(model: nn.Module, example_inputs: batches.Batch, forward: batch
 
 def _to_try(tensor: Tensor) -> Tensor:
     """A tensor to try a model on: zeros for NaN, of which no two are equal; a pass of scores says where they are."""
-    tensor = batches.usable(tensor)
+    tensor = usable(tensor)
     may_hold_nan = tensor.is_floating_point() and not tensor.is_meta  # check_first_run says what meta tensors lack
     return torch.where(tensor.isnan(), 0, tensor) if may_hold_nan and tensor.isnan().any() else tensor
 
@@ -194,7 +198,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
             graph = dependencies.Graph()
             with recording.record():
                 graph.build(eval_model, first_run, inside=recording.several)
-    except batches.OutputError:
+    except OutputError:
         raise
     except Exception as error:  # the tracer raises whatever its guesses run into
         blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from fastscore.batches import Batch
+from fastscore.batches.parts import Batch
 from fastscore.scoring.options import check_of_loss
 from fastscore.scoring.scorer import Scorer
 from fastscore.scoring.scores import Scores

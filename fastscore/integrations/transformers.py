@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastscore.batches import Batch, map_tensors
+from fastscore.batches.parts import Batch, map_tensors
 from fastscore.integrations.plain_transformers import save_pretrained
 from fastscore.modules.inspection import device_of
 from fastscore.rng import fork_rng

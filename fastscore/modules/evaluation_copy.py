@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastscore.batches import tensors_of
+from fastscore.batches.parts import tensors_of
 from fastscore.modules import scripted
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.copying import ATOMS, deepcopy

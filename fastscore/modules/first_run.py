@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastscore import batches
+from fastscore.batches.calls import Forward, hand_copies_to, is_call_model
+from fastscore.batches.parts import Batch, map_tensors, tensors_of
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.undo import undone_on_error
@@ -55,7 +56,7 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 
 
 @torch.inference_mode(False)
-def check_first_run(model: nn.Module, batch: batches.Batch, forward: batches.Forward) -> None:
+def check_first_run(model: nn.Module, batch: Batch, forward: Forward) -> None:
     """Run an evaluation copy of a model once, on a copy of a batch, so that nothing has happened to the model or the
     batch where such runs would do something to them. A model that does not run is not told here.
 
@@ -73,8 +74,8 @@ def check_first_run(model: nn.Module, batch: batches.Batch, forward: batches.For
     for tensor in _named_tensors(copied):
         own.pop(tensor, None)
     before = [(name, module, _values(module)) for name, module in model.named_modules()]
-    given = batches.map_tensors(lambda tensor: tensor.detach().clone(), batch)
-    versions = [(tensor, tensor._version) for tensor in batches.tensors_of(given)]
+    given = map_tensors(lambda tensor: tensor.detach().clone(), batch)
+    versions = [(tensor, tensor._version) for tensor in tensors_of(given)]
     with undone_on_error(model):
         watch, noting = _OwnTensors(own), noted_uses.Noting(copied)
         parameters = {name for name, _ in copied.named_parameters()}
@@ -95,11 +96,11 @@ def check_first_run(model: nn.Module, batch: batches.Batch, forward: batches.For
         raise ValueError(f"model: {made[0]} is made when the model first runs: call it once, model(batch), first")
     if all(tensor._version == version for tensor, version in versions):
         return
-    if not batches.is_call_model(forward):
+    if not is_call_model(forward):
         raise ValueError(f"{type(model).__name__}: it writes in place to the batch that it is called on (`x -= mean`, "
                          "or a first layer with inplace=True), which would change yours: write `x = x - mean`, or hand "
                          "it copies in forward=, as in model(batch.clone())")
-    batches.hand_copies_to(type(model))
+    hand_copies_to(type(model))
 
 
 def _named_tensors(model: nn.Module) -> dict[int, str]:

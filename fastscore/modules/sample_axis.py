@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastscore.batches import first_tensor
+from fastscore.batches.parts import first_tensor
 from fastscore.wording import counted
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import tensors_of
+from fastscore.batches.parts import tensors_of
 
 
 class ZeroBranch(nn.Module):

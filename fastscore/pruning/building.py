@@ -5,7 +5,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward, checked_forward
+from fastscore.batches.calls import Forward
+from fastscore.batches.outputs import checked_forward
+from fastscore.batches.parts import Batch
 from fastscore.graph.groups import ChannelGraph
 from fastscore.pruning.budgets.costs import Costs
 from fastscore.pruning.refusal import checked, repaired

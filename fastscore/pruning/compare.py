@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from fastscore.batches import Batch, Forward, call_model
+from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.parts import Batch
 from fastscore.graph.groups import Ignore
 from fastscore.pruning.budgets.quality import HELD_OUT
 from fastscore.pruning.curve import Curve, Drawn, Evaluate, budgets_of, check_options, curve

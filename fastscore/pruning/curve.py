@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastscore.batches import Batch, Forward, call_model, few_samples, map_tensors
+from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.parts import Batch, few_samples, map_tensors
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar, shown

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fastscore import files, rng
 from fastscore.arguments import check_callable, check_whole
-from fastscore.batches import Batch, call_model, few_samples, first_tensor, map_tensors
+from fastscore.batches.calls import call_model
+from fastscore.batches.parts import Batch, few_samples, first_tensor, map_tensors
 from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.groups import matching_layers
 from fastscore.modules.evaluation_copy import evaluation_copy, own_copies

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastscore.arguments import check_fraction
-from fastscore.batches import Batch, Forward, call_model
+from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.parts import Batch
 from fastscore.graph import blocks, head_dims
 from fastscore.graph.groups import ChannelGroup, Ignore
 from fastscore.graph.whole_experts import never_chosen

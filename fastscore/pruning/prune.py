@@ -9,7 +9,9 @@ from typing import Literal
 import torch
 from torch import distributed, nn
 
-from fastscore.batches import Batch, Forward, call_model, checked_forward
+from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.outputs import checked_forward
+from fastscore.batches.parts import Batch
 from fastscore.graph.groups import Ignore
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward, checked_forward
+from fastscore.batches.calls import Forward
+from fastscore.batches.outputs import checked_forward
+from fastscore.batches.parts import Batch
 from fastscore.graph.cutting.surgery import (
     RemovedIndices,
     remove_channels,

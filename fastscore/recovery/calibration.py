@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import distributed
 
-from fastscore.batches import Batch, Forward, call_model, can_be_cut, first_tensor, map_tensors
+from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.parts import Batch, can_be_cut, first_tensor, map_tensors
 from fastscore.recovery.held_out import check_batches, take_rows
 
 HELD_OUT = 4  # one of so many samples judges what the others fitted

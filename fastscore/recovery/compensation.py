@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward, with_float64
+from fastscore.batches.calls import Forward
+from fastscore.batches.devices import with_float64
+from fastscore.batches.parts import Batch
 from fastscore.graph.groups import ChannelGroup, Role
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.hooks import input_of, with_input

@@ -6,7 +6,9 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward, is_call_model, named_outputs, valid_tokens
+from fastscore.batches.calls import Forward, is_call_model
+from fastscore.batches.outputs import named_outputs
+from fastscore.batches.parts import Batch, valid_tokens
 from fastscore.recovery.last_operations import LastOperations
 from fastscore.wording import counted
 

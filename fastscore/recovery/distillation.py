@@ -10,7 +10,9 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastscore.arguments import check_callable, check_number, check_whole
-from fastscore.batches import Batch, Forward, call_model, checked_forward
+from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.outputs import checked_forward
+from fastscore.batches.parts import Batch
 from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.cutting.surgery import RemovedIndices
 from fastscore.modules.evaluation_copy import evaluation_copy

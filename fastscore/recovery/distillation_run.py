@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from fastscore.batches import Batch
+from fastscore.batches.parts import Batch
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import Bar

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, distributed
 
-from fastscore.batches import with_float64
+from fastscore.batches.devices import with_float64
 from fastscore.wording import counted
 
 Outputs: TypeAlias = Tensor | Mapping[str, Tensor]

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from fastscore.batches import Batch, Forward, valid_tokens, with_float64
+from fastscore.batches.calls import Forward
+from fastscore.batches.devices import with_float64
+from fastscore.batches.parts import Batch, valid_tokens
 from fastscore.graph.cutting.surgery import RemovedIndices, removed_branches
 from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import device_of

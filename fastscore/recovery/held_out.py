@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastscore.batches import Batch, can_be_cut, check_iterable, first_tensor, map_tensors
+from fastscore.batches.checks import check_iterable
+from fastscore.batches.parts import Batch, can_be_cut, first_tensor, map_tensors
 from fastscore.fingerprints import sample_ids
 
 

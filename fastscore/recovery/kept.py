@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from torch import distributed, nn
 
-from fastscore.batches import Batch, Forward
+from fastscore.batches.calls import Forward
+from fastscore.batches.parts import Batch
 from fastscore.fingerprints import digest_of, run_fingerprint
 from fastscore.graph.cutting.surgery import RemovedIndices
 from fastscore.modules.inspection import device_of

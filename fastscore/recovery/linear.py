@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import with_float64
+from fastscore.batches.devices import with_float64
 from fastscore.recovery.moments import Moments
 
 NOISE = 1e-6  # of the largest eigenvalue: about what float32 products carry, below which a direction is not known

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward
+from fastscore.batches.calls import Forward
+from fastscore.batches.parts import Batch
 from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import device_of
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from fastscore.batches import valid_tokens, with_float64
+from fastscore.batches.devices import with_float64
+from fastscore.batches.parts import valid_tokens
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import device_of

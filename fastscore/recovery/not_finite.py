@@ -7,7 +7,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from fastscore.batches import Batch, first_tensor
+from fastscore.batches.parts import Batch, first_tensor
 from fastscore.wording import counted
 
 P = ParamSpec("P")

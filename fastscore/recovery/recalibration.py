@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastscore.batches import Batch, Forward, call_model, check_iterable
+from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.checks import check_iterable
+from fastscore.batches.parts import Batch
 from fastscore.modules.inspection import device_of
 from fastscore.modules.modes import evaluating
 from fastscore.recovery.calibration import share_of

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastscore.arguments import check_number
-from fastscore.batches import Batch, Forward, call_model
+from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.parts import Batch
 from fastscore.graph.cutting.surgery import RemovedIndices, removed_branches
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy, own_copies

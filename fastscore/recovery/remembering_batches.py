@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from fastscore.batches import Batch
+from fastscore.batches.parts import Batch
 from fastscore.recovery.calibration import Part
 from fastscore.recovery.divergence import Outputs
 from fastscore.recovery.moments import Moments

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import with_float64
+from fastscore.batches.devices import with_float64
 from fastscore.modules.inspection import fits_width
 from fastscore.modules.weights.computed_weights import PLAIN
 from fastscore.modules.weights.parameter_layers import ParameterLayer

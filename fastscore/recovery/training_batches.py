@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastscore.batches import Batch, map_tensors
+from fastscore.batches.parts import Batch, map_tensors
 from fastscore.fingerprints import digest_of
 from fastscore.recovery.held_out import check_batches, held_out_rows, rows_in, samples_in, take_rows
 from fastscore.wording import counted

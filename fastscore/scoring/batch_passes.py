@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward
+from fastscore.batches.calls import Forward
+from fastscore.batches.parts import Batch
 from fastscore.fastpath.graphs import Graphs
 from fastscore.fastpath.prepare import Prepared
 from fastscore.scoring import gradients, tokens

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward, first_input
+from fastscore.batches.calls import Forward
+from fastscore.batches.parts import Batch, first_input
 from fastscore.modules.evaluation_copy import evaluation_copy
 
 

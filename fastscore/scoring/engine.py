@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastscore.arguments import check_callable
-from fastscore.batches import MASK, Batch, Forward, call_model, few_samples, first_input, mappings
+from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.parts import MASK, Batch, few_samples, first_input, mappings
 from fastscore.fastpath.graphs import Graphs
 from fastscore.fastpath.prepare import Prepared, prepare
 from fastscore.fingerprints import run_fingerprint

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastscore import ops
-from fastscore.batches import with_float64
+from fastscore.batches.devices import with_float64
 from fastscore.ops.checks import FLOATING
 from fastscore.wording import counted
 

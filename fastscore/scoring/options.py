@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 from torch import distributed
 
 from fastscore.arguments import check_number, check_whole
-from fastscore.batches import check_iterable
+from fastscore.batches.checks import check_iterable
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.graph.scored_units import Units, named
 from fastscore.scoring.criteria import gradient_importance

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastscore.batches import has_float64
+from fastscore.batches.devices import has_float64
 from fastscore.taps.passes import ForwardPass
 
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastscore import fingerprints
-from fastscore.batches import Batch, first_input
+from fastscore.batches.parts import Batch, first_input
 from fastscore.scoring import gradients
 from fastscore.wording import counted
 

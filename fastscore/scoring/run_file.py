@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastscore import files
-from fastscore.batches import Batch
+from fastscore.batches.parts import Batch
 from fastscore.fingerprints import digest_of
 
 SHARE = 0.02  # of the time, at most, goes into saving

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, distributed
 
 from fastscore import files
-from fastscore.batches import Batch, on_device
+from fastscore.batches.devices import on_device
+from fastscore.batches.parts import Batch
 from fastscore.fingerprints import digest_of
 from fastscore.modules.inspection import device_of
 from fastscore.scoring.options import REDUCTION_SLOTS, Persistence

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from fastscore import batches, files
+from fastscore import files
 from fastscore.arguments import check_callable
+from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.devices import with_float64
+from fastscore.batches.outputs import Output, check_same_rows, checked_forward, concat_outputs, output_selector
+from fastscore.batches.parts import Batch, first_tensor
 from fastscore.graph.groups import ChannelGraph, Ignore
 from fastscore.graph.sample_axes import ALONE
 from fastscore.graph.scored_units import Units, named
@@ -82,24 +86,24 @@ class Scorer:
     Source: arXiv 2310.20203 (importances, random gradient, normalisation).
     """
 
-    def __init__(self, model: nn.Module, example_inputs: batches.Batch | ChannelGraph, *, importance: str = "taylor-sq",
+    def __init__(self, model: nn.Module, example_inputs: Batch | ChannelGraph, *, importance: str = "taylor-sq",
                  gradient: Gradient = "loss", normalize: bool = True, units: Units = "groups", reduction: str = "sum",
                  ablation: str = "zero", layerwise: str = "none", seed: int = 0, distribution: str = "normal",
-                 center: bool = False, sample_dims: int = 1, output: batches.Output | None = None,
-                 forward: batches.Forward = batches.call_model, ignore: Ignore = ()) -> None:
+                 center: bool = False, sample_dims: int = 1, output: Output | None = None,
+                 forward: Forward = call_model, ignore: Ignore = ()) -> None:
         origin = Origin(importance, reduction, gradient, normalize, seed, distribution, "", named(units), ablation,
                         layerwise, center, sample_dims)
         check_loop(origin)
         if output is not None:
             check_callable("output", output, "output(what the model returns)")
         model = unwrapped(model)
-        self._outputs = batches.output_selector(output)
+        self._outputs = output_selector(output)
         graph = example_inputs if isinstance(example_inputs, ChannelGraph) else \
-            trace(model, example_inputs, batches.checked_forward(forward, self._outputs), units=origin.units)
+            trace(model, example_inputs, checked_forward(forward, self._outputs), units=origin.units)
         if gradient == "loss":
             graph = replace(graph, samples=graph.samples.all_at_once(_AT_ONCE + ALONE))
         self._output_dim = graph.samples.output
-        first = None if isinstance(example_inputs, ChannelGraph) else batches.first_tensor(example_inputs)
+        first = None if isinstance(example_inputs, ChannelGraph) else first_tensor(example_inputs)
         several = first is not None and first.shape[:1].numel() > 1 and not graph.samples.one
         self._totals = Totals(model, graph, origin, ignore, several=several)
         self._told = self._totals.together
@@ -151,7 +155,7 @@ class Scorer:
             raise RuntimeError('probe: this scorer reads the loop\'s own gradients; make it with gradient="random"')
         if current is None:
             raise RuntimeError("probe: no forward pass has been seen; attach the scorer before the model runs")
-        tensor = batches.concat_outputs(self._outputs(output, type(self._taps.model).__name__))
+        tensor = concat_outputs(self._outputs(output, type(self._taps.model).__name__))
         self._totals.settle()
         self._totals.probe(self._taps, tensor.movedim(self._output_dim, 0))
 
@@ -241,8 +245,8 @@ def _read(totals: Totals, output_dim: int, taps: Taps, done: ForwardPass) -> Non
     samples, valid = tokens.rows(gradients[0], totals.origin.sample_dims, done.valid)
     length = None
     if totals.origin.normalize:
-        batches.check_same_rows(parts)
-        lengths = [torch.linalg.vector_norm(batches.with_float64(part), dim=1, dtype=torch.float64) for part in parts]
+        check_same_rows(parts)
+        lengths = [torch.linalg.vector_norm(with_float64(part), dim=1, dtype=torch.float64) for part in parts]
         length = torch.linalg.vector_norm(torch.stack(lengths), dim=0)
         if _mixes_samples(taps.model):
             length = _no_shorter_than_usual(length, valid)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastscore import fingerprints, ops
-from fastscore.batches import MASK, first_input, mappings
+from fastscore.batches.parts import MASK, first_input, mappings
 from fastscore.modules.sample_axis import SampleAxes
 from fastscore.scoring import gradients
 from fastscore.scoring.scores import Origin

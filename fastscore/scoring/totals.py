@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from fastscore import batches
+from fastscore.batches.devices import with_float64
+from fastscore.batches.outputs import Outputs, output_tensors
 from fastscore.graph.groups import ChannelGraph, Ignore
 from fastscore.scoring import tokens
 from fastscore.scoring.coverage import coverage
@@ -112,7 +113,7 @@ class Totals:
         return self.several and self._graph.samples.together
 
     def taps(self, on_pass: Callable[[Taps, ForwardPass], None] | None = None,
-             outputs: batches.Outputs = batches.output_tensors, traceable: bool = False) -> Taps:
+             outputs: Outputs = output_tensors, traceable: bool = False) -> Taps:
         """Taps that measure what these totals need."""
         # compared with its mean, a channel has one mean wherever it is read: that of the whole tensor
         points = tap_points(self.model, self._graph.groups, windowed=not self.criterion.edges)
@@ -162,9 +163,9 @@ class Totals:
         """
         self.several |= samples > 1 and self.origin.sample_dims == 1
         self._untold.update((layer, reason) for layer, reason in sums if isinstance(reason, str))
-        measured = [(layer, batches.with_float64(tensor.detach())) for layer, tensor in sums
+        measured = [(layer, with_float64(tensor.detach())) for layer, tensor in sums
                     if isinstance(tensor, Tensor)]
-        valid = None if valid is None else batches.with_float64(valid)
+        valid = None if valid is None else with_float64(valid)
         by_layer: dict[str, list[Tensor]] = {}
         for layer, tensor in measured:
             by_layer.setdefault(layer, []).append(tensor if valid is None else tensor[:, valid])

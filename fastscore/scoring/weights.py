@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import with_float64
+from fastscore.batches.devices import with_float64
 from fastscore.graph.cutting import heads
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules.weights import held_weights

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastscore.batches import valid_tokens
+from fastscore.batches.parts import valid_tokens
 from fastscore.modules.sample_axis import SampleAxis, Untold
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastscore.batches import Outputs, output_tensors
+from fastscore.batches.outputs import Outputs, output_tensors
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.handles import Handle
 from fastscore.modules.hooks import OwnHook, input_of, with_input

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import call_model
+from fastscore.batches.calls import call_model
 from fastscore.graph import cache
 from fastscore.graph.groups import ChannelGraph
 from fastscore.modules.hooks import OwnHook

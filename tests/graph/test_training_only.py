@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.batches import call_model
+from fastscore.batches.calls import call_model
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.graph.kept import training_only
 from fastscore.graph.tracing import trace

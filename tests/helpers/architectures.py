@@ -16,7 +16,9 @@ from networks import randomize
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.batches import Batch, Forward, call_model, checked_forward, map_tensors
+from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.outputs import checked_forward
+from fastscore.batches.parts import Batch, map_tensors
 from fastscore.graph.tracing import trace
 from fastscore.modules.attention.multihead_attention import replace_attention
 from fastscore.modules.hooks import input_of, with_input

@@ -8,7 +8,7 @@ import torch
 from model_case import Case
 from torch import Tensor, nn
 
-from fastscore.batches import Batch
+from fastscore.batches.parts import Batch
 
 _BLOCKS = {"block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1}
 _DIT = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fastscore
 from fastscore import files
-from fastscore.batches import Forward
+from fastscore.batches.calls import Forward
 from fastscore.recovery import kept
 from fastscore.scoring import run_file, runs
 

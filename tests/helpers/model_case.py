@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastscore.batches import Batch, Forward, call_model
+from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.parts import Batch
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import network_modules as modules
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import call_model
+from fastscore.batches.calls import call_model
 from fastscore.graph import cache
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.tracing import trace

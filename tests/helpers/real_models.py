@@ -16,7 +16,7 @@ from network_modules import UNet
 from super_resolution import EDSR
 from torch import Tensor, nn
 
-from fastscore.batches import concat_outputs, floating_tensors
+from fastscore.batches.outputs import concat_outputs, floating_tensors
 from fastscore.cli import models
 
 # torchvision

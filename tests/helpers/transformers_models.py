@@ -8,7 +8,7 @@ import torch
 from model_case import Case
 from torch import Tensor, nn
 
-from fastscore.batches import Batch
+from fastscore.batches.parts import Batch
 
 # (class of the model, class of its configuration, configuration, kind of input)
 

@@ -12,7 +12,7 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.batches import call_model
+from fastscore.batches.calls import call_model
 from fastscore.pruning.budgets import clocks, latency
 from fastscore.pruning.report import PruneReport
 

@@ -10,7 +10,7 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.batches import call_model
+from fastscore.batches.calls import call_model
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.pruning.order import measured

@@ -14,7 +14,7 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.batches import call_model
+from fastscore.batches.calls import call_model
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.recovery.compensation import mean_contributions, removed_positions
 

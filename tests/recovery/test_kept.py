@@ -14,7 +14,7 @@ from networks import NETWORKS
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.batches import call_model
+from fastscore.batches.calls import call_model
 from fastscore.recovery.moments import Moments
 from fastscore.scoring import run_file
 

@@ -10,7 +10,7 @@ from repairing import scored
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.batches import call_model
+from fastscore.batches.calls import call_model
 from fastscore.recovery.divergence import divergence
 from fastscore.recovery.recalibration import recalibrate_on
 from fastscore.recovery.reconstruct import Method, _Bench

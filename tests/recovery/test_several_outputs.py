@@ -10,7 +10,7 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.batches import OutputError
+from fastscore.batches.outputs import OutputError
 from fastscore.pruning.report import PruneReport
 from fastscore.recovery.decisions import Decisions
 from fastscore.recovery.divergence import divergence

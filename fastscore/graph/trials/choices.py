@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_map_only
 
-from fastscore.batches import tensors_of
+from fastscore.batches.parts import tensors_of
 from fastscore.graph.operations import ALIKE, ALONG, name_of, python_numbers
 from fastscore.graph.trials.differences import close
 

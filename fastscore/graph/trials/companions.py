@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import rng
-from fastscore.batches import Batch, first_tensor, map_tensors, tensors_of
+from fastscore.batches.parts import Batch, first_tensor, map_tensors, tensors_of
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.sample_trials import Run, Trial, tried
 from fastscore.graph.trials.trial_inputs import batch_of, hold_other_values

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, call_of, map_tensors, usable
+from fastscore.batches.calls import call_of
+from fastscore.batches.devices import usable
+from fastscore.batches.parts import Batch, map_tensors
 from fastscore.modules.evaluation_copy import evaluation_copy
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import rng
-from fastscore.batches import Batch, first_tensor
+from fastscore.batches.parts import Batch, first_tensor
 from fastscore.graph.routing import Decisions
 from fastscore.graph.trials.differences import largest_magnitude
 from fastscore.graph.trials.row_gradients import rows_alone

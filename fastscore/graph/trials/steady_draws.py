@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastscore.batches import tensors_of
+from fastscore.batches.parts import tensors_of
 from fastscore.graph.operations import name_of
 
 _DRAWN = 0.5  # of every distribution; of what is kept or not, all is kept

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, first_tensor, map_tensors, tensors_of
+from fastscore.batches.parts import Batch, first_tensor, map_tensors, tensors_of
 from fastscore.graph.routing import other_answers
 
 

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
-from fastscore import batches
+from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.parts import Batch, first_tensor, tensors_of
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.macs import mac_formulas
 from fastscore.modules.weights import recurrent
@@ -50,7 +51,7 @@ class Count:
     returned: Any
 
 
-def count(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.call_model,
+def count(model: nn.Module, example_inputs: Batch, forward: Forward = call_model,
           batch_dim: int = 0) -> Count:
     """Count the MACs of one call of `model`, as it is, on the example inputs, whose samples lie along `batch_dim`.
 
@@ -74,10 +75,10 @@ class Counting:
     weights: dict[str, float] = field(default_factory=dict)
     unknown: dict[str, dict[str, None]] = field(default_factory=dict)
 
-    def of(self, batch: batches.Batch, batch_dim: int, returned: Any = None) -> Count:
+    def of(self, batch: Batch, batch_dim: int, returned: Any = None) -> Count:
         """The same for one sample of the batch that the model was called on. returned: what it returned then."""
         samples = 1
-        tensor = batches.first_tensor(batch)
+        tensor = first_tensor(batch)
         if tensor is not None and tensor.dim() > batch_dim:
             samples = max(tensor.shape[batch_dim], 1)
         return Count(int(self.macs // samples), {name: macs / samples for name, macs in self.layers.items()},
@@ -174,7 +175,7 @@ class _Products(TorchDispatchMode):
                     self.on_weights += self.last
                     self.last = flops
             elif func._opname.startswith(_UNKNOWN) if func.namespace in _PYTORCH else \
-                    any(tensor.is_floating_point() for tensor in batches.tensors_of(out)):
+                    any(tensor.is_floating_point() for tensor in tensors_of(out)):
                 self.unknown.setdefault(f"{func.namespace}::{func._opname}", {})[place or "the model itself"] = None
             self.weights.follow(func, operands, out, product=formula is not None)
         return out

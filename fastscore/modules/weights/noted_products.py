@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import tensors_of
+from fastscore.batches.parts import tensors_of
 from fastscore.modules import frames
 from fastscore.modules.inspection import runs_code_of
 from fastscore.modules.weights import own_convolution, own_products

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastscore import batches
+from fastscore.batches.parts import tensors_of
 
 _LOOKED_UP = ("embedding", "embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
 
@@ -80,7 +80,7 @@ def weight_name(model: nn.Module, parameter: str) -> str:
 
 
 def _floating(values: Any) -> Iterator[Tensor]:
-    for tensor in batches.tensors_of(values):
+    for tensor in tensors_of(values):
         if tensor.is_floating_point():
             yield tensor
 

@@ -9,7 +9,9 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward, checked_forward
+from fastscore.batches.calls import Forward
+from fastscore.batches.outputs import checked_forward
+from fastscore.batches.parts import Batch
 from fastscore.modules.inspection import device_of
 
 Clock = Literal["torch", "onnxruntime", "openvino"]

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastscore import batches
+from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.parts import Batch
 from fastscore.graph.groups import READS, ChannelGroup, Member
 from fastscore.modules.inspection import device_of
 from fastscore.modules.macs.counting import count
@@ -33,7 +34,7 @@ _CPU_BYTES = {"AVX512": 64}
 _OTHER_BYTES = 32
 
 
-def total_macs(model: nn.Module, example_inputs: batches.Batch, forward: batches.Forward = batches.call_model) -> int:
+def total_macs(model: nn.Module, example_inputs: Batch, forward: Forward = call_model) -> int:
     """MACs of one sample: those that run for the example inputs (see modules.macs.counting), over their number."""
     return count(model, example_inputs, forward).macs
 
@@ -49,8 +50,8 @@ class Costs:
     sums_hold: whether learn_products found nothing that the sums over the groups' layers did not tell.
     """
 
-    def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup], example_inputs: batches.Batch,
-                 forward: batches.Forward = batches.call_model, compensate: bool = False, batch_dim: int = 0,
+    def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup], example_inputs: Batch,
+                 forward: Forward = call_model, compensate: bool = False, batch_dim: int = 0,
                  kept_biases: Container[str] = ()) -> None:
         self.groups = {group.name: group for group in groups}
         counted = count(model, example_inputs, forward, batch_dim)

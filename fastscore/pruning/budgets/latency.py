@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward
+from fastscore.batches.calls import Forward
+from fastscore.batches.parts import Batch
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar
 from fastscore.pruning.budgets.clocks import Call, Clock, runner

@@ -8,7 +8,8 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from fastscore.batches import Batch, Forward
+from fastscore.batches.calls import Forward
+from fastscore.batches.parts import Batch
 from fastscore.modules.inspection import device_of
 
 _ROUNDS = 9

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.arguments import check_number
-from fastscore.batches import Batch, Forward, map_tensors
+from fastscore.batches.calls import Forward
+from fastscore.batches.parts import Batch, map_tensors
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward
+from fastscore.batches.calls import Forward
+from fastscore.batches.parts import Batch
 from fastscore.graph import scored_units
 from fastscore.graph.groups import ChannelGraph, Ignore
 from fastscore.graph.tracing import trace

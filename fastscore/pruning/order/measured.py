@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastscore.arguments import check_flag
-from fastscore.batches import Forward
+from fastscore.batches.calls import Forward
 from fastscore.graph.cutting.surgery import removed_indices
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.modules.inspection import device_of

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches import Batch, Forward
+from fastscore.batches.calls import Forward
+from fastscore.batches.parts import Batch
 from fastscore.graph.groups import ChannelGroup
 from fastscore.modules.weights.experts import ExpertLinear
 from fastscore.pruning.budgets.costs import Costs, Resource, channel_multiple

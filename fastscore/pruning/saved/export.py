@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import files
-from fastscore.batches import floating_tensors, output_tensors
+from fastscore.batches.outputs import floating_tensors, output_tensors
 from fastscore.modules.modes import evaluating
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.saved.checkpoint import save_pruned

@@ -1,0 +1,2 @@
+"""How a batch reaches a model, and what comes back: tensors, (input, ...) tuples, dicts of keyword arguments, or
+dataclasses."""

@@ -1,0 +1,55 @@
+"""How a model is called on a batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from fastscore.batches.parts import Batch, fields_of, first_tensor, map_tensors
+
+Forward: TypeAlias = Callable[[nn.Module, Batch], Any]
+_handed_copies = set[type[nn.Module]]()
+
+
+def hand_copies_to(kind: type[nn.Module]) -> None:
+    """From here on call_model calls models of this class, which write to what they are called on, on copies of it."""
+    _handed_copies.add(kind)
+
+
+def call_model(model: nn.Module, batch: Batch) -> Any:
+    """Call `model` on a batch: a tensor, or a dataclass, as it is, of a tuple or list the first element, a dict as
+    keyword arguments."""
+    if type(model) in _handed_copies:
+        batch = map_tensors(Tensor.clone, batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(batch[0])
+    return model(batch)
+
+
+def is_call_model(forward: Forward) -> bool:
+    """Whether `forward` is call_model, as it is or checked (see checked_forward), and no function of the user's."""
+    return getattr(forward, "checks", forward) is call_model
+
+
+def call_of(batch: Batch) -> str:
+    """Code for what call_model does with a batch like this one."""
+    return "model(**batch)" if isinstance(batch, Mapping) else \
+        "model(batch[0])" if isinstance(batch, (tuple, list)) else "model(batch)"
+
+
+def way_out(forward: Forward, batch: Batch) -> str:
+    """How call_model called a model on a batch that it does not take so, and how it is called otherwise; empty where
+    that was not call_model, or says nothing new."""
+    if not is_call_model(forward) or isinstance(batch, Tensor):
+        return ""
+    kind, how = type(batch).__name__, "pass forward=lambda model, batch: model"
+    if isinstance(batch, Mapping):
+        called, takes = f"with the keywords {', '.join(map(str, batch))}", f"the {kind} itself, {how}(batch)"
+    elif isinstance(batch, (tuple, list)):
+        called, takes = f"on the first element of the {kind}", f"the whole, {how}(batch), or model(*batch)"
+    else:
+        part = next(name for name, value in fields_of(batch).items() if first_tensor(value) is not None)
+        called, takes = f"on the {kind} itself", f"a part, {how}(batch.{part})"
+    return f". It was called {called}: where it takes {takes}"
