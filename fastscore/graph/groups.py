@@ -239,9 +239,10 @@ def matching_layers(model: nn.Module, ignore: Ignore) -> LayerNames:
     if isinstance(ignore, LayerNames):
         return ignore
     names: dict[str, object] = {name: module for name, module in model.named_modules() if name}
+    kinds = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
     names |= {name: parameter for name, parameter in model.named_parameters()  # those that a module's own code reads
               if not name.endswith((".weight", ".bias"))
-              or not type(model.get_submodule(name.rpartition(".")[0])).__module__.startswith("torch.")}
+              or not kinds[name.rpartition(".")[0]].__module__.startswith("torch.")}
     names |= {f"{name.rpartition('.')[0]}.{held}".lstrip("."): layer for name, layer in model.named_modules()
               if isinstance(layer, ParameterLayer) for held in layer.held}  # as the user has them
     names |= own_products.names(model)

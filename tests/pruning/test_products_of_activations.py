@@ -8,6 +8,7 @@ from networks import NETWORKS
 from torch import Tensor, nn
 
 import fastscore
+from fastscore.batches.calls import call_model
 from fastscore.graph.tracing import trace
 from fastscore.pruning import building
 from fastscore.pruning.budgets.costs import Costs
@@ -60,7 +61,7 @@ def test_the_price_of_a_channel_holds_its_products() -> None:
     model, x = GraphConvolution(), torch.randn(2, 7, 5)
     groups = trace(model, x).groups
     costs = Costs(model.eval(), groups, x)
-    costs.learn_products(partial(macs_without, model, groups, x, fastscore.batches.call_model, 0))
+    costs.learn_products(partial(macs_without, model, groups, x, call_model, 0))
     assert costs.totals == costs.dense
     prices = channel_costs(costs, "macs")
     assert prices["l1"].tolist() == [7 * (5 + 7 + 16)] * 16

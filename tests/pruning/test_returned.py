@@ -60,7 +60,7 @@ def test_what_is_returned_has_run(options: dict[str, Any]) -> None:
 
 def test_a_copy_that_does_not_run_is_an_error_that_names_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the trial lets it pass, as on other example inputs."""
-    monkeypatch.setattr(returned_trial, "offered", lambda model, eval_model, graph, run: graph)
+    monkeypatch.setattr(returned_trial, "offered", lambda model, eval_model, graph, *runs: graph)
 
     class Remembering(nn.Tanh):
         width = 8

@@ -10,6 +10,7 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
+from fastscore.batches.calls import call_model
 from fastscore.batches.outputs import OutputError
 from fastscore.pruning.report import PruneReport
 from fastscore.recovery.decisions import Decisions
@@ -84,12 +85,12 @@ def test_what_one_tensor_is_taken_for() -> None:
     assert said(lambda x: torch.cat([x[:, :1], -x[:, :1]], 1)).startswith("by the largest of 2")  # of two classes
     assert said(lambda x: torch.cat([x, x])).startswith("by the largest of 6")  # of samples
     assert said(lambda x: x[:, 0]).startswith("by squared error")
-    plain = Decisions(fastscore.batches.call_model)
+    plain = Decisions(call_model)
     plain(nn.Identity(), x)
     assert str(plain) == ('by the largest of 6 over dimension 1; where those are values, say so: outputs={"": "error"} '
                           '(--outputs error)')
     with pytest.raises(OutputError, match="or a tuple of those that count"):
-        Decisions(fastscore.batches.call_model)(Heads().eval(), torch.randn(2, 12))
+        Decisions(call_model)(Heads().eval(), torch.randn(2, 12))
 
 
 def case(forward: Any) -> tuple[nn.Module, list[Tensor], fastscore.Scores]:
