@@ -2,11 +2,15 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import update_wrapper
 from typing import Any, TypeVar, cast
 
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from fastscore.modules import frames
+from fastscore.modules.wrappers import without_checkpoints
 
 F = TypeVar("F", bound="Forward")
 
@@ -48,6 +52,24 @@ class Forward:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return (getattr, (self.module, "forward")) if self.before is None else (_itself, (self.before,))
+
+
+class ForwardWithin(Forward):
+    """Of a module whose code runs in a block of its own. permanent: whether it stays there for good."""
+
+    permanent = False
+
+    def block(self, module: nn.Module) -> AbstractContextManager[object]:
+        """That block, for one call of the module, or of the copy of it that DataParallel has made."""
+        raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        called = frames.innermost(frames.outwards())  # which DataParallel may have made of the module
+        module = called if called is not None and vars(called).get("forward") is self else self.module
+        if not self.users:
+            return self.run(module, *args, **kwargs)
+        with self.block(module), without_checkpoints():  # which would run a part of this code again, outside
+            return self.run(module, *args, **kwargs)
 
 
 class InThePlaceOfForwards(TorchFunctionMode):

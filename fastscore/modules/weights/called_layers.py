@@ -14,12 +14,11 @@ from typing import Any
 from torch import nn
 
 from fastscore.modules import frames
-from fastscore.modules.forwards import Forward, InThePlaceOfForwards
+from fastscore.modules.forwards import Forward, ForwardWithin, InThePlaceOfForwards
 from fastscore.modules.handles import Handle
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import hooked
 from fastscore.modules.weights import layer_functions
-from fastscore.modules.wrappers import without_checkpoints
 
 
 @dataclass(frozen=True)
@@ -77,19 +76,13 @@ class _CallOrRun(Forward):
         return self.run(self.module, *args, **kwargs)
 
 
-class _CallsLayers(Forward):
+class _CallsLayers(ForwardWithin):
     """Of a module whose code calls layers. uses: of it, and names below it."""
 
     uses: Uses
-    permanent = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        called = frames.innermost(frames.outwards())  # which DataParallel may have made of the module
-        module = called if called is not None and vars(called).get("forward") is self else self.module
-        if not self.users:
-            return self.run(module, *args, **kwargs)
-        with _Calls(module, self), without_checkpoints():  # which would run a part of this code again, outside
-            return self.run(module, *args, **kwargs)
+    def block(self, module: nn.Module) -> _Calls:
+        return _Calls(module, self)
 
 
 class LayersCalled(Handle):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.modules import frames
-from fastscore.modules.forwards import Forward
+from fastscore.modules.forwards import ForwardWithin
 from fastscore.modules.handles import Handle
 from fastscore.modules.inspection import hooked
 from fastscore.modules.weights import own_convolution
@@ -26,7 +26,6 @@ from fastscore.modules.weights.own_convolution import OwnConvolution
 from fastscore.modules.weights.own_linear import OwnLinear, TiedLinear
 from fastscore.modules.weights.parameter_layers import HoldsLayers, changed, put_back
 from fastscore.modules.weights.products import is_view
-from fastscore.modules.wrappers import without_checkpoints
 
 OwnLayer: TypeAlias = OwnLinear | OwnConvolution
 OWN = (OwnLinear, OwnConvolution)
@@ -139,19 +138,13 @@ class _Products(TorchFunctionMode):
         return bool(holders) and any(frames.owner(frame) is holder for frame in inside for holder in holders)
 
 
-class _MultipliesByLayers(Forward):
+class _MultipliesByLayers(ForwardWithin):
     """Of a module whose code multiplies by parameters. products: of it."""
 
     products: tuple[OwnProduct, ...] = ()
-    permanent = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        called = frames.innermost(frames.outwards())  # which DataParallel may have made of the module
-        module = called if called is not None and vars(called).get("forward") is self else self.module
-        if not self.users:
-            return self.run(module, *args, **kwargs)
-        with _Products(module, self), without_checkpoints():  # which would run a part of this code again, outside
-            return self.run(module, *args, **kwargs)
+    def block(self, module: nn.Module) -> _Products:
+        return _Products(module, self)
 
 
 class ProductsAsLayers(Handle):
