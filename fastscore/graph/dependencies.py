@@ -232,7 +232,8 @@ class Graph(Nodes):
             return f"{DIVIDED} ({node.grad_fn.name()})"
         if node.type == OPTYPE.PARAMETER and node in self._dims:
             return None  # one number, or more, for each channel
-        if node.type == NORM and (width := channel_norms.width(node.module)) != shape(node)[self._dims[node]]:
+        width = channel_norms.width(node.module) if node.type == NORM else None
+        if width is not None and width != shape(node)[self._dims[node]]:
             return f"{node._name} normalises over {width} of several dimensions"
         if node.type == OPTYPE.PARAMETER:
             owner = node._name.rpartition(".")[0]

@@ -327,7 +327,7 @@ def reading_dim(node: Any, dims: int) -> int:
         return dims - 1
     norm = channel_norms.norm_of(node.module) if node.type == NORM else None
     if norm is not None:
-        return dims + norm.dim
+        return norm.dim if norm.dim > 0 else dims + norm.dim
     return dims - 1 - len(node.module.kernel_size) if node.type in (OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV) else 1
 
 

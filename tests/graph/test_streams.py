@@ -197,7 +197,7 @@ def test_smaller_is_masked(kind: str, tmp_path: Path) -> None:
     again = fastscore.prune(small, scores, batch, channels=1 - 1 / (count - 3), compensate=False)
     stream, gate = _stream(kind, small), torch.ones(3, count - 3, dtype=torch.float64)
     norms = [again.model.get_submodule(member.layer) for member in stream.role("norm")]
-    assert all(isinstance(norm, NarrowedNorm) and norm.dense_width - norm.width == 4 * norm.dense_width // count
+    assert all(isinstance(norm, NarrowedNorm) and norm.lost == 4 * (norm.lost + norm.width) // count
                for norm in norms)
 
 

@@ -9,17 +9,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ChannelNorm:
-    """What a module computes of x: (x - mean) / sqrt(mean of squares + eps) * (gain + offset) + shift, over one
-    dimension.
+    """What a module computes of x: (x - mean) / sqrt(mean of squares + eps) * factor * (gain + offset) + shift, over
+    one dimension.
 
     Attributes:
-        dim: that of the channels, from the end: -1, -2, or -3 in images.
+        dim: that of the channels, from the end: -1, -2, or -3 in images; or 1, however many there are.
         centered: whether the mean is taken off first (LayerNorm), or not (RMSNorm).
         offset: 1 where gains are kept as differences from 1, as in Gemma.
         eps: None: the rounding of the input's dtype, as in nn.RMSNorm.
         place: where eps counts: "inside" the root, "added" to it, or as the "least" that is divided by.
-        fewer: by how much less than the width squares are divided: 1 in torch.std(), all but 1 where they are summed.
+        fewer: by how much less than the width squares are divided: 1 in torch.std(); None where they are summed.
         gain, shift: the parameters that they are, by their names, if there are.
+        factor: a number of the code's own.
     """
 
     dim: int
@@ -27,9 +28,18 @@ class ChannelNorm:
     offset: float
     eps: float | None
     place: Literal["inside", "added", "least"] = "inside"
-    fewer: int = 0
+    fewer: int | None = 0
     gain: str = "weight"
     shift: str = "bias"
+    factor: float = 1.0
+
+    @property
+    def ignores_width(self) -> bool:
+        """Whether it computes of some channels alone what it does of these beside zeros."""
+        return not self.centered and self.fewer is None
+
+    def _divisor(self, dense_width: int) -> int:
+        return 1 if self.fewer is None else dense_width - self.fewer
 
     def statistics(self, x: Tensor, dense_width: int) -> tuple[Tensor, Tensor]:
         """(x less the mean where it is taken off, what that is multiplied by), of x in float32 or wider."""
@@ -37,7 +47,7 @@ class ChannelNorm:
         return x, self._scale(squares)
 
     def _squares(self, x: Tensor, dense_width: int) -> tuple[Tensor, Tensor]:
-        divisor = dense_width - self.fewer
+        divisor = self._divisor(dense_width)
         if not self.centered:
             return x, x.square().sum(self.dim, keepdim=True) / divisor
         mean = x.sum(self.dim, keepdim=True) / dense_width
@@ -61,13 +71,13 @@ class ChannelNorm:
         return torch.where(moves, 1 / root, 0.0)
 
     def along_channels(self, values: Tensor) -> Tensor:
-        """[C] in a shape that broadcasts over the input."""
-        return values.view(-1, *[1] * (-1 - self.dim))
+        """[C], or one number, in a shape that broadcasts over the input."""
+        return values.reshape(()) if values.numel() == 1 else values.view(-1, *[1] * (-1 - self.dim))
 
     def __call__(self, x: Tensor, gain: Tensor | None, shift: Tensor | None, dense_width: int) -> Tensor:
         """What the module computes; x may have fewer channels than `dense_width`."""
         centered, scale = self.statistics(_wide(x), dense_width)
-        y = centered * scale
+        y = centered * (scale * self.factor if self.factor != 1 else scale)
         if gain is not None:
             y = y * self.along_channels(gain + self.offset if self.offset else gain)
         if shift is not None:
@@ -78,12 +88,12 @@ class ChannelNorm:
         """The gradient of x through mean and mean square alone, from that of the output: of x's shape and dtype."""
         centered, squares = self._squares(_wide(x), dense_width)
         scale = self._scale(squares)
-        g = _wide(g)
+        g = _wide(g) * self.factor if self.factor != 1 else _wide(g)
         if gain is not None:
             g = g * self.along_channels(gain + self.offset if self.offset else gain)
         normalized = centered * scale
         through = normalized * (g * normalized).sum(self.dim, keepdim=True) * self._steepness(squares, scale) / \
-            (self.fewer - dense_width)
+            -self._divisor(dense_width)
         if self.centered:
             through = through - g.sum(self.dim, keepdim=True) * (scale / dense_width)
         return through.to(x.dtype)

@@ -23,33 +23,36 @@ class NarrowedNorm(nn.Module):
     """A normalisation that has lost channels: see ChannelNorm. Made by `narrow` alone, of the module that it was.
 
     Attributes:
-        width: how many channels there are. dense_width: how many there were, by which sums are divided.
+        width: how many channels there are; None where it was made for any number.
+        lost: how many there were besides: sums are divided by as many as there were.
     """
 
     channel_norm: ChannelNorm | ResponseNorm
-    width: int
-    dense_width: int
+    width: int | None
+    lost: int
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Of the shape and dtype of the one tensor that it is called on, by whatever keyword the dense norm had."""
         gain, shift = (self._parameters.get(name) for name in (self.channel_norm.gain, self.channel_norm.shift))
-        return self.channel_norm(input_of(args, kwargs), gain, shift, self.dense_width)
+        x = input_of(args, kwargs)
+        return self.channel_norm(x, gain, shift, x.shape[self.channel_norm.dim] + self.lost)
 
     def extra_repr(self) -> str:
         """Widths, and what is computed."""
-        return f"{self.width} of {self.dense_width}, {self.channel_norm}"
+        of = "" if self.width is None else f"{self.width} of {self.width + self.lost}, "
+        return f"{of}{self.channel_norm}" if of else f"without {self.lost}, {self.channel_norm}"
 
 
 def norm_of(module: nn.Module) -> ChannelNorm | ResponseNorm | None:
     """What a module computes, if that is a normalisation over channels with at most a gain and a shift of one number
-    each; None for all others.
+    each, or one for all; None for all others.
 
     A copy with random parameters is tried: what it and they are called does not matter, nor a `forward` of its own.
     """
     if isinstance(module, NarrowedNorm):
         return module.channel_norm
     size = width(module)
-    if size is None:
+    if size is None and not _may_be_for_any_width(module):
         return None
     own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE and name != "forward"}
     parts = type(module), size, *((name, None if parameter is None else parameter.shape)
@@ -72,10 +75,10 @@ _found_of: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, ChannelNorm | Respon
 
 
 def width(module: nn.Module) -> int | None:
-    """For how many channels a module that may be a ChannelNorm is; None where it can be none."""
+    """For how many channels a module that may be a ChannelNorm is; None where it can be none, or is for any number."""
     if isinstance(module, NarrowedNorm):
         return module.width
-    if module._modules or module._buffers or len(module._parameters) > 2 or isinstance(module, torch.jit.ScriptModule):
+    if not _stands_alone(module):
         return None
     shapes = {tuple(parameter.shape) for parameter in module._parameters.values() if parameter is not None}
     if type(module).__module__.startswith("torch.") and not has_eps(module):
@@ -84,17 +87,41 @@ def width(module: nn.Module) -> int | None:
     shape = getattr(module, "normalized_shape", None)
     if shape is not None:
         sizes.add(tuple(shape) if isinstance(shape, (tuple, list)) else (shape,))
+    elif sizes == {(1,)}:
+        return None
     return sizes.pop()[0] if len(sizes) == 1 and all(len(size) == 1 for size in sizes) else None
+
+
+def _stands_alone(module: nn.Module) -> bool:
+    return not (module._modules or module._buffers or len(module._parameters) > 2
+                or isinstance(module, torch.jit.ScriptModule))
+
+
+def _may_be_for_any_width(module: nn.Module) -> bool:
+    """Whether a module of a class of the user's, with parameters of one number at most, may be one for any number of
+    channels, by the names in its code."""
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and not type(module).__module__.startswith("torch.") and _stands_alone(module) and all(
+        parameter is None or parameter.numel() == 1 for parameter in module._parameters.values()) and any(
+        name in _OF_NORMS or "norm" in name for name in code.co_names)
+
+
+_OF_NORMS = {"rsqrt", "sqrt", "mean", "sum", "std", "var"}
 
 
 def narrow(module: nn.Module, gone: Tensor) -> None:
     """Take the channels `gone`, int64 [R], out of a ChannelNorm, in place; its parameters are new objects then."""
     norm, size = norm_of(module), width(module)
     assert norm is not None
-    assert size is not None
+    if size is None and isinstance(norm, ChannelNorm) and norm.ignores_width:
+        return  # its own code makes the same of what is left
     if not isinstance(module, NarrowedNorm):
-        module.channel_norm, module.dense_width = norm, size  # type: ignore[assignment]
+        module.channel_norm, module.lost = norm, 0  # type: ignore[assignment]
         module.__class__ = NarrowedNorm
+    module.lost += len(gone)  # type: ignore[assignment, operator]
+    if size is None:
+        module.width = None  # type: ignore[assignment]
+        return
     for name, parameter in module._parameters.items():
         if parameter is not None:
             module._parameters[name] = without(parameter, parameter.shape.index(size), gone)
@@ -106,12 +133,11 @@ def narrow(module: nn.Module, gone: Tensor) -> None:
 
 def gradient_of_statistics(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     """The gradient of the input x of a ChannelNorm through mean and mean square alone, from that of its output."""
-    norm, size = norm_of(module), width(module)
+    norm = norm_of(module)
     assert norm is not None
-    assert size is not None
     gain = module._parameters.get(norm.gain)
     return norm.gradient_of_statistics(x, g, None if gain is None else gain.detach(),
-                                       getattr(module, "dense_width", size))
+                                       x.shape[norm.dim] + getattr(module, "lost", 0))
 
 
 class OneNode(torch.autograd.Function):

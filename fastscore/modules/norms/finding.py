@@ -4,7 +4,7 @@ parameters, so that names do not matter, nor where its code has eps from."""
 import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -19,6 +19,9 @@ _RESPONSE_EPS = 1e-6  # what a global response normalisation adds whose code hol
 _LARGE, _LOUD = 1e6, 100.0  # of an input's largest channel, and of parameters: whatever is clamped is clamped then
 _TOLERANCE = 1e-5  # some compute in float32 whatever they are given
 _ROUGH = 1e-4  # of gradients in float32
+_SIZES = 6, 9  # that those are tried with which are for any number of channels
+_SHAPES: Mapping[int, Sequence[tuple[int, ...]]] = {  # of one sample; -1 stands for the channels
+    -1: ((3, -1), (3, 4, -1), (-1,)), 1: ((-1, 5), (-1, 3, 4)), -3: ((-1, 3, 4),), -2: ((-1, 5),)}
 _SMALL = 1e-30  # of inputs beside which eps is all that counts; float32 holds them
 _DIMS = (-1, -3, -2)
 _PLACES: tuple[Literal["inside", "added", "least"], ...] = "inside", "added", "least"
@@ -29,15 +32,17 @@ def has_eps(module: nn.Module) -> bool:
     return any(hasattr(module, name) for name in _EPS)
 
 
-def find(module: nn.Module, size: int) -> ChannelNorm | ResponseNorm | None:
+def find(module: nn.Module, size: int | None) -> ChannelNorm | ResponseNorm | None:
     """What a module for `size` channels computes, which has at most two parameters of that many numbers, and else
-    nothing; None where it is no normalisation over channels."""
+    nothing; None where it is no normalisation over channels. size: None for any number, with parameters of one."""
     with torch.random.fork_rng(devices=[]):
+        if size is None:
+            return _of_any_size(module)
         for trial in (_Trial(module, size, dim) for dim in _DIMS):
             for candidate in _of_channels(trial, module) if trial.normalizes() else ():
                 if trial.computes(candidate):
                     return candidate
-        for trial in (_Trial(module, size, dim, image=True) for dim in _DIMS[:2]):
+        for trial in (_Trial(module, size, dim, shape) for dim, shape in ((-1, (3, 4, -1)), (-3, ()))):
             for gain, shift in trial.names:
                 for eps in _epsilons(module) or [_RESPONSE_EPS]:
                     if trial.computes(norm := ResponseNorm(trial.dim, eps, gain, shift)):
@@ -45,14 +50,23 @@ def find(module: nn.Module, size: int) -> ChannelNorm | ResponseNorm | None:
     return None
 
 
+def _of_any_size(module: nn.Module) -> ChannelNorm | None:
+    for dim, shapes in _SHAPES.items():
+        first, *others = (_Trial(module, size, dim, shape) for shape in shapes for size in _SIZES)
+        for candidate in _of_channels(first, module, of_any_size=True) if first.normalizes() else ():
+            if first.computes(candidate) and all(trial.computes(candidate) for trial in others if trial.takes()):
+                return candidate
+    return None
+
+
 class _Trial:
     """A copy with random parameters, on inputs with channels along one dimension."""
 
-    def __init__(self, module: nn.Module, size: int, dim: int, image: bool = False) -> None:
+    def __init__(self, module: nn.Module, size: int, dim: int, shape: Sequence[int] = ()) -> None:
         self._random = torch.Generator().manual_seed(0)
         self.dim, self.size = dim, size
-        self._shape = (2, size, 3, 4) if dim == -3 else (2, size, 5) if dim == -2 else \
-            (2, 3, 4, size) if image else (2, 3, size)
+        shape = shape or _SHAPES[dim][0]
+        self._shape = 2, *(size if each < 0 else each for each in shape)
         self._alone = copy.copy(module)
         self._alone.training = False
         self._alone._parameters = {
@@ -82,6 +96,10 @@ class _Trial:
         """A parameter, [C]."""
         parameter = self._alone._parameters.get(name)
         return None if parameter is None else parameter.flatten()
+
+    def takes(self) -> bool:
+        """Whether it makes something of such inputs."""
+        return self.run(self.inputs(1.0)) is not None
 
     def normalizes(self) -> bool:
         """Whether it makes the same of an input twice as large."""
@@ -136,31 +154,48 @@ class _Trial:
             return None
         centered = x - x.mean(self.dim, keepdim=True) if norm.centered else x
         gain = self.held(norm.gain)
-        factors = y / (centered if gain is None else centered * norm.along_channels(gain + norm.offset))
+        factors = y / (centered if gain is None else centered * norm.along_channels(gain + norm.offset)) / norm.factor
         factor = float(factors.median())
         return factor if 0 < factor < float("inf") and _close(factors, torch.full_like(factors, factor), 1e-4) else None
+
+    def factor(self, norm: ChannelNorm) -> float:
+        """What it multiplies large inputs by besides, of which eps does not count."""
+        x, held = self.inputs(_LARGE), dict(self._alone._parameters)
+        if (shift := held.get(norm.shift)) is not None:
+            self._alone._parameters[norm.shift] = nn.Parameter(torch.zeros_like(shift), False)
+        y, expected = self.run(x), norm(x, self.held(norm.gain), None, self.size)
+        self._alone._parameters.update(held)
+        found = 1.0 if y is None else float((y / expected).median())
+        return 1.0 if abs(found - 1) < _TOLERANCE / 10 or not math.isfinite(found) else found
 
 
 def _epsilons(module: nn.Module) -> list[float]:
     return [float(value) for name in _EPS if isinstance(value := getattr(module, name, None), (int, float))]
 
 
-def _of_channels(trial: _Trial, module: nn.Module) -> Iterator[ChannelNorm]:
-    """What a module may compute that makes the same of an input twice as large: the likeliest first."""
+def _of_channels(trial: _Trial, module: nn.Module, of_any_size: bool = False) -> Iterator[ChannelNorm]:
+    """What a module may compute that makes the same of an input twice as large: the likeliest first. of_any_size:
+    numbers of its code's own may multiply it."""
     eps: list[float | None] = list(_epsilons(module)) or [None]
     for (gain, shift), centered in itertools.product(trial.names, (True, False)):
         for offset in (0.0, 1.0) if gain else (0.0,):
-            for value in eps:
+            for value in eps if not of_any_size else ():
                 yield ChannelNorm(trial.dim, centered, offset, value, gain=gain, shift=shift)
             plain = ChannelNorm(trial.dim, centered, offset, 0.0, gain=gain, shift=shift)
             little = trial.of_little(plain)
-            for place, fewer in itertools.product(_PLACES, (0, 1, trial.size - 1)):
-                values = eps if place != "inside" or fewer else []
+            for place, fewer in itertools.product(_PLACES, (0, 1, None)):
+                values = eps if place != "inside" or fewer != 0 or of_any_size else []
+                norm = replace(plain, place=place, fewer=fewer)
+                if of_any_size:
+                    norm = replace(norm, factor=trial.factor(norm))
+                    little = trial.of_little(norm)
                 if little is not None:
                     values = [*values, _rounded(little ** -2 if place == "inside" else 1 / little)]
                 for value in values:
-                    yield replace(plain, eps=value, place=place, fewer=fewer)
-            if little is None:
+                    yield replace(norm, eps=value)
+                if little is None and of_any_size:
+                    yield norm
+            if little is None and not of_any_size:
                 yield plain
 
 
