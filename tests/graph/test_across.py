@@ -42,6 +42,17 @@ class TokenConvs(TokenLinears):
         return mixed
 
 
+class TokenMatrices(nn.Module):
+    """The same of parameters, by which its own code multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(7, 5)), nn.Parameter(torch.randn(5, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.gelu(x.mT @ self.up.T) @ self.down.T).mT
+
+
 class SpatialGate(nn.Module):
     """What a gMLP does: one half of the channels gates the other, mixed by tokens."""
 
@@ -102,6 +113,10 @@ def test_channels_pass_what_mixes_tokens(kind: str, tmp_path: Path) -> None:
     build, groups = MIXERS[kind]
     check(build, X, groups, tmp_path)
     assert {group.name for group in trace(noisy(build), X[:1]).groups} == set(groups)
+
+
+def test_hidden_channels_of_matrices_between_tokens_go(tmp_path: Path) -> None:
+    check(partial(Blocks, TokenMatrices), X, ["up.0", "up.1", "mix.0.up", "mix.1.up"], tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "samples"), [("linears", 6), ("spatial gates", 4), ("a forecast", 6)])

@@ -9,7 +9,7 @@ from typing import Any
 from fastscore.graph import index_maps
 from fastscore.graph.dependencies import Graph
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
-from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, TRANSPARENT, reading_dim, shape
+from fastscore.graph.nodes import CHANNELWISE, NORM, OPTYPE, PRODUCERS, TRANSPARENT, reading_dim, shape
 from fastscore.graph.trials import surgery_trial, verification
 from fastscore.graph.trials.cut_otherwise import with_groups
 from fastscore.graph.trials.recording import Recording
@@ -105,5 +105,5 @@ def _passed(graph: Graph, root: Any, seen: set[tuple[Any, int]]) -> tuple[set[An
 
 def _each_alone(node: Any) -> bool:
     """Whether a layer works on each place along the dimensions alone that it neither reads nor normalises over."""
-    return node.type not in LAYERS | {OPTYPE.DEPTHWISE_CONV} or \
-        set(getattr(node.module, "kernel_size", ())) | set(getattr(node.module, "stride", ())) <= {1}
+    return node.type not in (OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV) or \
+        set(node.module.kernel_size) | set(node.module.stride) <= {1}
