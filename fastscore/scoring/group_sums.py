@@ -24,19 +24,23 @@ class SideBySide(NamedTuple):
 
     @classmethod
     def of(cls, by_layer: ByLayer, mean: int | None = None) -> "SideBySide":
-        """What several calls of a layer measured is added up, but for the part `mean`, which is averaged."""
-        columns = []
-        for calls in by_layer.values():
-            if len(calls) == 1:
-                columns.append(calls[0])
-                continue
-            every = torch.stack(list(calls)).double()
-            columns.append(every.sum(0))
-            if mean is not None:
-                columns[-1][mean] = every[:, mean].nanmean(0)  # of the calls that read something
+        """What several calls of a layer measured is added up, but for the part `mean`: see added_up."""
+        columns = [added_up(calls, mean) for calls in by_layer.values()]
         device = columns[0].device
         return cls(tuple(by_layer), [column.shape[2] for column in columns],
                    torch.cat([column.to(device) for column in columns], 2))
+
+
+def added_up(calls: Sequence[Tensor], mean: int | None) -> Tensor:
+    """[P, N, C_in] of all calls of a layer. The part `mean` is averaged over those that read something: what takes the
+    place of a channel is in the layer's bias, one and the same for all of its calls."""
+    if len(calls) == 1:
+        return calls[0]
+    every = torch.stack(list(calls)).double()
+    summed = every.sum(0)
+    if mean is not None:
+        summed[mean] = every[:, mean].nanmean(0)
+    return summed
 
 
 class _Rows(NamedTuple):
@@ -121,8 +125,9 @@ class EdgeSums:
         device = next((sums.device for layer, _ in self._edges for sums in by_layer.get(layer, ())), None)
         if device is None:
             return None
-        reached = [(sums.to(device).double() if scale is None else sums.to(device) * scale[:, :, None], where)
-                   for layer, where in self._indices(device)[0] for sums in by_layer.get(layer, ())]
+        found = {layer: added_up(by_layer[layer], MEAN) for layer, _ in self._edges if by_layer.get(layer)}
+        reached = [(found[layer].to(device).double() if scale is None else found[layer].to(device) * scale[:, :, None],
+                    where) for layer, where in self._indices(device)[0] if layer in found]
         if (1 + sum(where.most for _, where in reached)) ** 2 * self.units > _MAX_PRODUCTS:
             raise ValueError(f'{self.group.name}: ablation="mean" needs the products of its '
                              f'{sum(where.most for _, where in reached)} places in consumers with each other, which '

@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastscore
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.scoring import group_sums
 from fastscore.scoring.group_sums import EdgeSums, JointSums, SideBySide
+from fastscore.taps.measures import MEAN
 
 PARTS = 3  # Σ a·g, the mean of a, Σ g
 
@@ -73,15 +75,17 @@ def test_edge_sums_are_those_of_a_loop(case: tuple[list[ChannelGroup], dict[str,
     for group in groups:
         edge_sums = EdgeSums(group)
         found = edge_sums(sums, scale)
-        reached = [(edge, call) for edge in group.edges for call in sums.get(edge.layer, ())]
+        reached = [(edge, sums[edge.layer]) for edge in group.edges if sums.get(edge.layer)]
         if not reached:
             assert found is None
             continue
-        units, samples = int(group.unit.max()) + 1, reached[0][1].shape[1]
+        units, samples = int(group.unit.max()) + 1, reached[0][1][0].shape[1]
         s = torch.zeros(samples, units, dtype=torch.float64)
         gradients, means = [], []  # one for each position, among those of an edge, that a unit may have
-        for edge, call in reached:
-            values = call.double() if scale is None else call * scale[:, :, None]
+        for edge, calls in reached:
+            values = sum(call.double() for call in calls)
+            values[MEAN] = values[MEAN] / len(calls)  # one bias makes it good in all calls
+            values = values if scale is None else values * scale[:, :, None]
             of_unit: dict[int, list[int]] = {}
             for position, carried in zip(edge.index.tolist(), edge.channel.tolist(), strict=True):
                 of_unit.setdefault(int(group.unit[carried]), []).append(position)
@@ -137,3 +141,26 @@ def test_indices_go_to_a_device_once() -> None:
             assert edges.of_channels(values).shape[-1] == 4
         counts.append(copies.count)
     assert counts == [7, 0, 0]
+
+
+class Shared(nn.Module):
+    """A layer that reads the channels of another twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(x).relu()) - 2 * self.head(self.hidden(x + 1).relu())
+
+
+def test_a_layer_that_is_called_twice_has_one_mean_of_each_channel() -> None:
+    """Its bias, which makes good what went, is the same in both calls."""
+    model, x = Shared().double().eval(), torch.randn(5, 4, dtype=torch.float64)
+    v = torch.randn(5, 3, dtype=torch.float64)
+    scores = fastscore.score(model, [x[:2], x[2:]], ablation="mean", gradient="loss", normalize=False, progress=False,
+                             loss=lambda y, batch: (y * v[:2] if len(y) == 2 else y * v[2:]).sum())
+    first, second = (model.hidden(given).relu().detach() for given in (x, x + 1))
+    g = v @ model.head.weight.detach()
+    mean = (first.mean(0) + second.mean(0)) / 2
+    close(scores["hidden"].double(), ((first - mean) * g - 2 * (second - mean) * g).square().mean(0))
