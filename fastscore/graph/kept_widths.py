@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -11,9 +11,11 @@ from torch import nn
 from fastscore.graph import index_maps
 from fastscore.graph.cutting.cut_widths import Cut, Width
 from fastscore.graph.groups import Member
-from fastscore.graph.nodes import LAYERS, NORM, PRODUCERS, shape
+from fastscore.graph.nodes import LAYERS, NORM, OPTYPE, PRODUCERS, shape
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.weights import recurrent
+
+Kept: TypeAlias = tuple[nn.Module, Width]  # whose number it is, the number
 
 
 def of_group(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Iterator[Member]:
@@ -47,16 +49,19 @@ def written(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> str 
                  if size in code.written and code.of_size(size) is None), None)
 
 
-def _of_cuts(graph: Any, node: Any, function: Any) -> Iterator[tuple[nn.Module, Width]]:
-    """(module, what it keeps) of the splits and slices of what a node makes, and of a view that divides."""
-    if any(source in graph._dims and graph.dim_after(source, node) is None for source in node.inputs):
-        yield from filter(None, [graph._calls.view_of(node.grad_fn).kept.get(graph._dims[node])])
+def _of_cuts(graph: Any, node: Any, function: Any) -> Iterator[Kept]:
+    """Of the splits and slices of what a node makes, and of a view."""
+    code = graph._calls.view_of(node.grad_fn)
+    for source in node.inputs if node in graph._dims and node.type == OPTYPE.RESHAPE else ():
+        if source in graph._dims and graph._dims[source] < len(shape(source)):
+            found = code.width(graph._dims[node], shape(source)[graph._dims[source]])
+            yield from filter(None, [found])
     for part in graph._cuts_of(node, function):
         if graph._is_fixed(part) and (cut := graph._noted(part)) is not None:
             yield from ((cut.keeper(width), width) for width in graph._widths(part) or ())
 
 
-def _of_zeros(graph: Any, node: Any, function: Any) -> Iterator[tuple[nn.Module, Width]]:
+def _of_zeros(graph: Any, node: Any, function: Any) -> Iterator[Kept]:
     for code, size, begin in _zeros_at(graph, node, function):
         if (width := code.of_size(size)) is not None:
             yield code.keeper(width), Width(width.attribute, begin, begin + size)

@@ -1,5 +1,5 @@
-"""Splits and slices at places that a module keeps in attributes, `x.split(self.splits, 1)` or `x[:, :self.width]`: with
-fewer channels, surgery writes new numbers there.
+"""Splits and slices at places that a module keeps in attributes, `x.split(self.splits, 1)` or `x[:, :self.width]`, and
+views of sizes that it keeps, or has in its code: with fewer channels, surgery writes new numbers there.
 
 Which attributes these are is read off the code that runs and their values; that they are is found out as everything
 else is: by surgery on a copy.
@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastscore.modules import frames
+from fastscore.graph.cutting import heads
+from fastscore.modules import frames, written_numbers
+from fastscore.modules.weights.parameter_layers import ParameterLayer
 
 SIDE = "width "  # before the attribute, in what surgery takes out of a module
 
@@ -43,6 +45,7 @@ class Cut:
     kept: Mapping[str, int | list[int]]
     children: Mapping[str, nn.Module] = field(default_factory=dict)
     written: frozenset[int] = frozenset()
+    named: Mapping[int, str] = field(default_factory=dict)
 
     def keeper(self, width: Width) -> nn.Module:
         """The module that keeps a number."""
@@ -85,10 +88,28 @@ class View:
     """What the code of a view says of its sizes.
 
     kept: dimension of the output -> what a module keeps of its size. open: the one whose size is asked for as -1.
+    code: that asks; None where it is no module's. asked: dimension of the output -> the size asked for.
     """
 
     kept: Mapping[int, tuple[nn.Module, Width]]
     open: int | None
+    code: Cut | None = None
+    asked: Mapping[int, int] = field(default_factory=dict)
+
+    def width(self, dim: int, channels: int) -> tuple[nn.Module, Width] | None:
+        """What there is of the size of a dimension that `channels` come to lie along: a number that a module keeps, or,
+        where several positions of each are joined, one that stands in its code."""
+        size = self.asked.get(dim, 0)
+        if dim in self.kept and (size != channels or not _has_widths(self.kept[dim][0])):
+            return self.kept[dim]
+        name = self.code.named.get(size) if self.code is not None and size > channels else None
+        return None if name is None or self.code is None else (self.code.module, Width(name, 0, size))
+
+
+def _has_widths(module: nn.Module) -> bool:
+    """Whether what a module keeps follows its own parameters, or its heads."""
+    held = bool(module._parameters) or any(isinstance(layer, ParameterLayer) for layer in module._modules.values())
+    return held or heads.count(module) is not None
 
 
 def view_of(output: Tensor, asked: tuple[int, Sequence[int]], cut: Cut | None) -> View:
@@ -97,7 +118,8 @@ def view_of(output: Tensor, asked: tuple[int, Sequence[int]], cut: Cut | None) -
     first = asked[0] % max(output.dim() + 1 - len(sizes), 1)
     kept = {at: (cut.keeper(width), width) for at, size in enumerate(sizes, first) if cut is not None and size > 1
             for width in cut.of_bounds([size]) or ()}
-    return View(kept, next((at for at, size in enumerate(sizes, first) if size == -1), None))
+    return View(kept, next((at for at, size in enumerate(sizes, first) if size == -1), None), cut,
+                {at: size for at, size in enumerate(sizes, first) if size > 1})
 
 
 def cut_of(function: Any) -> Cut | None:
@@ -114,7 +136,7 @@ def cut_of(function: Any) -> Cut | None:
                 for name in names if name not in kept and type(vars(child).get(name)) is int}
     known = (*frame.f_code.co_consts, *map(frame.f_globals.get, names))
     return Cut(function, owner, kept | {name: vars(child)[name] for name, child in children.items()}, children,
-               frozenset(number for number in known if type(number) is int))
+               frozenset(number for number in known if type(number) is int), written_numbers.of_frame(owner, frame))
 
 
 def calling_module() -> nn.Module | None:
@@ -137,6 +159,8 @@ def _calling_frame() -> tuple[nn.Module, FrameType] | None:
 
 def narrow(module: nn.Module, attribute: str, gone: int) -> None:
     """Take `gone` channels off what a module keeps. Raises ValueError where it keeps nothing of that name."""
+    if written_numbers.MARK in attribute:
+        return written_numbers.take_off(module, attribute, gone)
     name, _, place = attribute.removesuffix("//2").partition(".")
     times = 2 if attribute.endswith("//2") else 1
     value: Any = vars(module).get(name)

@@ -83,6 +83,11 @@ def replacement(module: nn.Module) -> type[nn.Module] | None:
     return made if alike else None
 
 
+def asks(cls: type[nn.Module]) -> bool:
+    """Whether a class has such code, or another in its place already."""
+    return issubclass(cls, _OwnWidth) or with_own_width(cls) is not None
+
+
 def with_own_width(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The class whose forward, and methods that this hands on what it reads to, read `attended_width` and
     `attended_scale`; None where their code asks for neither."""

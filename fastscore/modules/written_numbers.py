@@ -1,0 +1,112 @@
+"""Numbers that stand in a module's code, `x.view(-1, 16 * 5 * 5)`. With fewer channels the module gets a class of its
+own: the same code with other numbers.
+"""
+
+import dis
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
+from types import CodeType, FrameType, FunctionType
+from typing import Any
+
+from torch import nn
+
+from fastscore.modules.attention import own_width
+from fastscore.modules.weights.parameter_layers import changed
+
+MARK = "#"  # between a method and the number that its code had first: `forward#400`
+_made: dict[tuple[type[nn.Module], tuple[tuple[str, int], ...]], type[nn.Module]] = {}
+
+
+class _OtherNumbers:
+    """What the classes made here have besides the code of their modules: the class they come from, and its numbers
+    (method#number) -> those in their place."""
+
+    _reads: type[nn.Module]
+    _numbers: Mapping[str, int]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _new, (self._reads, dict(self._numbers)), self.__dict__.copy()
+
+
+def _new(cls: type[nn.Module], numbers: Mapping[str, int]) -> nn.Module:
+    made: nn.Module = object.__new__(_with(cls, numbers))
+    return made
+
+
+def of_frame(module: nn.Module, frame: FrameType) -> dict[int, str]:
+    """The numbers that stand at one place each in the code that runs -> their names. None of code that is no method of
+    the module, or of attentions whose code is another one once heads are gone."""
+    kind, code = type(module), frame.f_code
+    if _method(kind, code.co_name) is not code or own_width.asks(kind):
+        return {}
+    firsts = {now: name for name, now in _numbers_of(kind).items() if name.startswith(f"{code.co_name}{MARK}")}
+    return {number: firsts.get(number, f"{code.co_name}{MARK}{number}") for number in _once(code)}
+
+
+def take_off(module: nn.Module, name: str, gone: int) -> None:
+    """Take `gone` off a number of the code of a module, in place. Raises ValueError where its code has no such
+    number."""
+    method, _, first = name.partition(MARK)
+    kind = type(module)
+    held: type[nn.Module] | None = vars(kind).get("_before")  # where layers stand in for parameters meanwhile
+    now = _numbers_of(kind).get(name, int(first))
+    code = _method(kind, method)
+    if code is None or now not in _once(code):
+        raise ValueError(f"the code of {kind.__name__}.{method} does not have the number {now} at one place, as that "
+                         "of the model did that was pruned: build the dense model as it was")
+    narrowed = _with(vars(held or kind).get("_reads", held or kind), {**_numbers_of(kind), name: now - gone})
+    module.__class__ = narrowed if held is None else changed(kind.__bases__[0], narrowed)
+
+
+def _numbers_of(kind: type[nn.Module]) -> Mapping[str, int]:
+    numbers: Mapping[str, int] = getattr(kind, "_numbers", {}) if issubclass(kind, _OtherNumbers) else {}
+    return numbers
+
+
+def _method(kind: type[nn.Module], name: str) -> CodeType | None:
+    """The code of a method; None where there is none that is written in Python and not decorated."""
+    found = next((vars(cls)[name] for cls in kind.__mro__ if name in vars(cls)), None)
+    return found.__code__ if isinstance(found, FunctionType) else None
+
+
+@lru_cache(maxsize=4096)
+def _once(code: CodeType) -> frozenset[int]:
+    """The whole numbers that the code reads at one place each."""
+    read = Counter(number for each in dis.get_instructions(code) if each.opcode in dis.hasconst
+                   for number in _within(each.argval))
+    constant = {number for value in code.co_consts for number in _within(value)}
+    return frozenset(number for number, times in read.items() if times == 1 and number in constant)
+
+
+def _within(value: object) -> list[int]:
+    if isinstance(value, tuple):
+        return [number for each in value for number in _within(each)]
+    return [value] if type(value) is int else []
+
+
+def _with(cls: type[nn.Module], numbers: Mapping[str, int]) -> type[nn.Module]:
+    """The class with other numbers in its methods."""
+    key = cls, tuple(sorted(numbers.items()))
+    if key not in _made:
+        methods = {name.partition(MARK)[0]: getattr(cls, name.partition(MARK)[0]) for name in numbers}
+        functions = {name: _function(old, {int(each.partition(MARK)[2]): number for each, number in numbers.items()
+                                           if each.partition(MARK)[0] == name}) for name, old in methods.items()}
+        _made[key] = type(cls.__name__, (_OtherNumbers, cls), {
+            "_reads": cls, "_numbers": dict(numbers), "__module__": cls.__module__, "__doc__": cls.__doc__,
+            "__qualname__": cls.__qualname__, **functions})
+    return _made[key]
+
+
+def _function(old: FunctionType, numbers: Mapping[int, int]) -> FunctionType:
+    code = old.__code__.replace(co_consts=tuple(_replaced(value, numbers) for value in old.__code__.co_consts))
+    function = FunctionType(code, old.__globals__, old.__name__, old.__defaults__, old.__closure__)
+    function.__kwdefaults__ = old.__kwdefaults__
+    function.__dict__.update(old.__dict__)
+    return function
+
+
+def _replaced(value: Any, numbers: Mapping[int, int]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_replaced(each, numbers) for each in value)
+    return numbers.get(value, value) if type(value) is int else value

@@ -1,0 +1,128 @@
+"""Views of sizes that stand in a module's code, or that it keeps: `x.view(-1, 16 * 5 * 5)`, `x.view(-1, self.flat)`."""
+
+import copy
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from whole_way import check
+
+import fastscore
+from fastscore.modules import written_numbers
+
+CHANNELS, SIDE = 6, 4
+FLAT = 96
+
+
+class Net(nn.Module):
+    """Convolutions, and a classifier of what they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, CHANNELS, 3, padding=1)
+        self.classifier = nn.Linear(CHANNELS * SIDE * SIDE, 4)
+        self.flat, self.width = CHANNELS * SIDE * SIDE, CHANNELS
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu()).relu()
+
+
+class Literal(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).view(-1, 6 * 4 * 4))
+
+
+class InATuple(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.reshape(self.features(x), (-1, 96)))
+
+
+class InAMethod(Net):
+    def flatten(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.flatten(self.features(x)))
+
+
+class OfTheClassAbove(InAMethod):
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(super().forward(x), Tensor)  # whose closure holds its class
+        return super().forward(x)
+
+
+class Kept(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).view(-1, self.flat))
+
+
+class PositionsFirst(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).permute(0, 2, 3, 1).reshape(-1, self.flat))
+
+
+class Apart(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).view(-1, self.width, 16).flatten(1))
+
+
+class Global(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).view(-1, FLAT))
+
+
+class Twice(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.classifier(self.features(x).view(-1, 96))
+        return y if len(x) < 96 else 2 * y
+
+
+WAYS = (Literal, InATuple, InAMethod, OfTheClassAbove, Kept, PositionsFirst, Apart)
+IN_THE_CODE = WAYS[:4]
+
+
+def images() -> Tensor:
+    return torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_go(way: type[Net], tmp_path: Path) -> None:
+    check(way, images(), ["first", "last"], tmp_path)
+
+
+@pytest.mark.parametrize("way", [Global, Twice])
+def test_what_more_than_the_view_may_read_stays(way: type[Net]) -> None:
+    scores = fastscore.score(way().double().eval(), [images()], progress=False)
+    assert set(scores) == {"first"}
+    assert "does not run with fewer channels" in scores.skipped["last"]
+
+
+@pytest.mark.parametrize("way", IN_THE_CODE)
+def test_go_again_and_come_back_from_files(way: type[Net], tmp_path: Path) -> None:
+    x, model = images(), way().double().eval()
+    small = model
+    for macs in (0.7, 0.6):
+        result = fastscore.prune(small, fastscore.score(small, [x], progress=False), x, macs=macs)
+        small = result.model
+    assert small.last.out_channels < CHANNELS
+    assert isinstance(small, way)
+    assert type(small).__name__ == way.__name__
+    y = small(x)
+    pickled = io.BytesIO()
+    torch.save(small, pickled)
+    pickled.seek(0)
+    fastscore.save_pruned(result, tmp_path / "small.safetensors")
+    for other in (copy.deepcopy(small), torch.load(pickled, weights_only=False),
+                  fastscore.load_pruned(way().double().eval(), tmp_path / "small.safetensors")):
+        torch.testing.assert_close(other(x), y, rtol=0, atol=0)
+    assert way().double()(x).shape == y.shape  # the class is what it was
+    assert type(model) is way
+
+
+def test_a_file_of_other_code_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Literal\.forward does not have the number 97 at one place"):
+        written_numbers.take_off(Literal(), "forward#97", 1)
+    with pytest.raises(ValueError, match=r"Kept\.flatten does not have the number 96"):
+        written_numbers.take_off(Kept(), "flatten#96", 1)
