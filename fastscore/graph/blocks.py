@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore import rng
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.graph.kept import branches as other_branches
+from fastscore.graph.layer_types import type_of
 from fastscore.graph.nodes import LAYERS
 from fastscore.graph.residual_sums import (
     Call,
@@ -240,7 +240,7 @@ def _last_alone(modules: Mapping[str, nn.Module], branch: Branch) -> Iterator[Br
     """The branch whose last module alone goes, where that is more than one layer."""
     module, call = modules[branch.name], branch.call
     if list(module.children()) and call.read == call.shape and any(
-            tp.ops.module2type(inner) in LAYERS for inner in module.modules()):
+            type_of(inner) in LAYERS for inner in module.modules()):
         yield replace(branch, before=())
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fastscore.graph import index_maps
-from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, Nodes, shape
+from fastscore.graph.layer_types import OPTYPE
+from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, PRODUCERS, Nodes, shape
 
 _MATRICES = ("Bmm", "Mm")  # of two tensors, by whose last dimensions they multiply
 _ADDED = ("Baddbmm", "Addmm")  # the same, and a first tensor that is added to the product

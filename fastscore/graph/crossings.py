@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastscore.graph import contractions, index_maps
-from fastscore.graph.nodes import LAYERS, OPTYPE, PRODUCERS, Nodes, shape
+from fastscore.graph.layer_types import OPTYPE
+from fastscore.graph.nodes import LAYERS, PRODUCERS, Nodes, shape
 
 
 def at(graph: Nodes, source: Any, node: Any) -> int | None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fastscore.graph import contractions, crossings, index_maps, layers_inside, lost_ways, ties
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.index_maps import IndexMap
+from fastscore.graph.layer_types import OPTYPE, groups_of, of_groups, type_of
 from fastscore.graph.lost_ways import Key
-from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS, TRANSPARENT, Nodes, shape, slice_of
+from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, PRODUCERS, TRANSPARENT, Nodes, shape, slice_of
 from fastscore.graph.noted_calls import NotedCalls, outputs_of, states_given
 from fastscore.modules.norms import channel_norms
 from fastscore.modules.weights import recurrent
@@ -80,7 +81,7 @@ class Graph(Nodes):
             self.module2node = self._trace(model, None, keeping, output_transform=None)
             self.unwrapped_parameters = self._own_parameters
         self._unwrapped = {id(parameter) for parameter, _ in self.unwrapped_parameters}
-        self._find_norms()
+        self._find_types()
         self._find_channel_buffers(made)
         for node in self.module2node.values():
             if node.type == OPTYPE.PARAMETER:
@@ -94,7 +95,7 @@ class Graph(Nodes):
             del self.module2node[node.module]
             name = node.grad_fn.name()
             node.module = tp.ops._ReshapeOp(self._op_id) if "View" in name else tp.ops._ElementWiseOp(self._op_id, name)
-            node.type, self._op_id = tp.ops.module2type(node.module), self._op_id + 1
+            node.type, self._op_id = type_of(node.module), self._op_id + 1
             self.module2node[node.module] = node
         for node in self.module2node.values():
             if isinstance(node.module, tp.ops._ReshapeOp):
@@ -217,7 +218,7 @@ class Graph(Nodes):
             return (whole, part) if part and whole % part == 0 else (0, 0)
         module = node.module
         reads = node.type == OPTYPE.GN or (node.type == OPTYPE.CONV and function.__name__ == "prune_in_channels")
-        sections = getattr(module, "num_groups" if node.type == OPTYPE.GN else "groups", 1) if reads else 1
+        sections = groups_of(module) if reads else 1
         width: int = channel_buffers.surgeon(module).get_in_channels(module) if sections > 1 else 0
         return width, width // sections
 
@@ -251,9 +252,8 @@ class Graph(Nodes):
         cropped = self._is_padded(node) and min(self._padding(node)) < 0
         if cropped or (self._is_unknown(node) and self.cuts == "fixed"):
             return f"{CUT} ({node.grad_fn.name()})"
-        if node.type == OPTYPE.DEPTHWISE_CONV and node.module.in_channels != node.module.out_channels:
-            return f"{node._name} adds its channels up in fixed sets (as many groups as outputs, and more inputs)"
-        if node.type == OPTYPE.CONV and node.module.transposed and node.module.groups > 1:
+        if node.type in (OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV) and node.module.transposed and \
+                1 < node.module.groups != max(node.module.in_channels, node.module.out_channels):
             return f"{node._name} is a grouped transposed convolution, which cannot lose channels yet"
         return None
 
@@ -318,12 +318,19 @@ class Graph(Nodes):
             return slice_of(node.grad_fn, shape(source)[self._dims[node]])
         if source not in self._dims or self._dims[source] >= len(shape(source)):
             return None  # along more than one dimension: nothing of it goes
+        if node.type == OPTYPE.DEPTHWISE_CONV:
+            return index_maps.of_groups(node.module.in_channels, node.module.out_channels)
         if node.type == OPTYPE.RESHAPE:
             found = index_maps.view(self._dims[source], shape(source), shape(node))
             if found is None:
                 return self._divided(source, node)
             return found[1] if found[1] else None
         return index_maps.regrouped(node.grad_fn, self._dims[source], shape(source))
+
+    def get_pruner_of_module(self, module: nn.Module) -> Any:
+        """Torch-Pruning's, but for what it takes for another layer than it is here."""
+        kind = OPTYPE.DEPTHWISE_CONV if of_groups(module) else None
+        return self.REGISTERED_PRUNERS[kind] if kind else super().get_pruner_of_module(module)
 
     def _begins(self, node: Any) -> list[int]:
         """Where each traced input of a concatenation begins. What no layer made has a width, but no node."""

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import nn
 
 from fastscore.graph.cutting import heads
 from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.graph.layer_types import type_of
 from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
 from fastscore.modules.norms import channel_norms
 
@@ -90,7 +90,7 @@ def numbers(module: nn.Module) -> Iterator[tuple[str, str, int]]:
     """(name of a module, attribute, number) of all that a module and what it holds keep, but for its layers; `name.2`
     is the third number of a tuple or list."""
     for name, part in module.named_modules():
-        layer = tp.ops.module2type(part) in PRODUCERS | CHANNELWISE and not isinstance(part, nn.GroupNorm)
+        layer = type_of(part) in PRODUCERS | CHANNELWISE and not isinstance(part, nn.GroupNorm)
         for attribute, value in () if layer or channel_norms.norm_of(part) is not None else vars(part).items():
             if type(value) is int and not attribute.startswith("_"):
                 yield name, attribute, value

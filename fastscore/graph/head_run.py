@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.batches.parts import tensors_of
 from fastscore.graph.attention_calls import Call, randomized
 from fastscore.graph.cutting import own_tensors
+from fastscore.graph.layer_types import type_of
 from fastscore.graph.nodes import LAYERS
 from fastscore.graph.noted_calls import PRODUCTS, factors_of
 from fastscore.graph.tempered import Tempered
@@ -46,7 +46,7 @@ def run_alone(module: nn.Module, call: Call, ends: Collection[str] = ()) -> Run 
     if any(map(parametrized, dense.modules())):
         return None  # weights that are computed lose no rows
     with own_tensors.buffers_as_parameters(dense), torch.enable_grad(), ExitStack() as hooks:
-        layers = {name: layer for name, layer in dense.named_modules() if tp.ops.module2type(layer) in LAYERS
+        layers = {name: layer for name, layer in dense.named_modules() if type_of(layer) in LAYERS
                   and isinstance(layer._parameters.get("weight"), nn.Parameter)}
         run = Run(dense, {name: parameter.requires_grad_() for name, parameter in dense.named_parameters()
                            if parameter.is_floating_point()})

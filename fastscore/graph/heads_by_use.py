@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Collection
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.graph.attention_calls import Call
@@ -18,6 +17,7 @@ from fastscore.graph.cutting import heads
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.head_numbers import numbers, units_of
 from fastscore.graph.head_run import Run, gradients, run_alone
+from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
 from fastscore.modules.norms import channel_norms
 
@@ -128,7 +128,7 @@ def _summed(run: Run, member: Member, column: int) -> int:
     """How many rows of a member one input of the layer that reads heads has in it: several, as of queries, or one."""
     weight = run.parameters[f"{member.layer}.weight"]
     (found,) = gradients(next(iter(run.read.values()))[..., column], [weight])
-    by_column = tp.ops.module2type(run.module.get_submodule(member.layer)) == tp.ops.OPTYPE.EMBED
+    by_column = type_of(run.module.get_submodule(member.layer)) == OPTYPE.EMBED
     return 0 if found is None else int(found.movedim(int(by_column), 0)[member.index].flatten(1).any(1).sum())
 
 
@@ -139,7 +139,7 @@ def _is_whole(run: Run, group: ChannelGroup, columns: Tensor, count: int) -> boo
     one = columns[:size] if int(first[1]) == size else columns[::count]
     member = max(group.role("producer"), key=lambda member: _summed(run, member, int(first[0])) > 1)
     weight = run.parameters[f"{member.layer}.weight"]
-    dim = int(tp.ops.module2type(run.module.get_submodule(member.layer)) == tp.ops.OPTYPE.EMBED)
+    dim = int(type_of(run.module.get_submodule(member.layer)) == OPTYPE.EMBED)
     shown = [None if g is None else g.movedim(dim, 0).flatten(1).any(1) for part in (
         one, columns[~torch.isin(columns, one)]) for g in gradients(x[..., part.to(x.device)], [weight])]
     if shown[0] is None or shown[1] is None:
@@ -150,7 +150,7 @@ def _is_whole(run: Run, group: ChannelGroup, columns: Tensor, count: int) -> boo
 
 def _is_layer(module: nn.Module, name: str) -> bool:
     owner, _, key = name.rpartition(".")
-    return key == "weight" and tp.ops.module2type(module.get_submodule(owner)) in PRODUCERS
+    return key == "weight" and type_of(module.get_submodule(owner)) in PRODUCERS
 
 
 def _member(module: nn.Module, name: str, dim: int, slices: Tensor, unit_of_head: Tensor, first: Tensor
@@ -166,13 +166,13 @@ def _member(module: nn.Module, name: str, dim: int, slices: Tensor, unit_of_head
     channel = torch.stack([first[row.nonzero()[0, 0]] for row in slices[index]])
     owner, _, key = name.rpartition(".")
     held = module.get_submodule(owner)
-    kind = tp.ops.module2type(held)
+    kind = type_of(held)
     if not key:
         return Member(owner, "norm", index, channel) if len(index) == len(slices) else None
     if channel_norms.norm_of(held) is not None:
         return None  # which is one of all heads, or holds the same for each
     if kind in PRODUCERS:
-        by_column = kind == tp.ops.OPTYPE.EMBED
+        by_column = kind == OPTYPE.EMBED
         return Member(owner, "producer", index, channel) if key == "weight" and dim == int(by_column) else None
     if kind in CHANNELWISE and not isinstance(held, nn.GroupNorm):
         return Member(owner, "channelwise", index, channel) if key == "weight" and dim == 0 else None

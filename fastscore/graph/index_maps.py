@@ -190,6 +190,15 @@ def regrouped(function: Any, dim: int, before: Sequence[int]) -> IndexMap | None
     return None
 
 
+def of_groups(inputs: int, outputs: int) -> IndexMap | None:
+    """The map of a grouped convolution from what it reads to what it makes of each, or of each set of them; None where
+    each stays where it is."""
+    if inputs == outputs:
+        return None
+    return ViewMap(inputs, outputs // inputs, 1) if inputs < outputs else \
+        Inverse(ViewMap(outputs, inputs // outputs, 1))
+
+
 def view(dim: int, before: Sequence[int], after: Sequence[int]) -> tuple[int, ViewMap] | None:
     """(the dimension that holds the channels of `dim` after a view, their map); None where more than one does."""
     channels, inner = before[dim], math.prod(before[dim + 1:])

@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-import torch_pruning as tp
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from fastscore.graph.cutting import channel_buffers
+from fastscore.graph.layer_types import type_of
 from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
 from fastscore.modules.inspection import parametrized
 from fastscore.modules.norms.channel_norms import norm_of
@@ -26,7 +26,7 @@ def of(model: nn.Module) -> list[nn.Module]:
         if _holds_others(module):
             inside = [part for part in module.modules() if part is not module and part not in found]
             parts = [part for part in inside
-                     if tp.ops.module2type(part) in PRODUCERS | CHANNELWISE or norm_of(part) is not None]
+                     if type_of(part) in PRODUCERS | CHANNELWISE or norm_of(part) is not None]
             found += [*parts, module] if parts or any(map(channel_buffers.width, inside)) else []
     return found
 

@@ -11,10 +11,10 @@ from torch import nn
 from fastscore.graph import index_maps
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.cutting.cut_widths import Cut, Width
+from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.graph.noted_calls import NotedCalls
 from fastscore.modules.norms import channel_norms
 
-OPTYPE = tp.ops.OPTYPE
 # What a group may pass through, and the part it plays there. A depthwise convolution and a normalisation work on each
 # channel alone: they lose the channel, but neither make it nor end it.
 CHANNELWISE = {OPTYPE.DEPTHWISE_CONV, OPTYPE.BN, OPTYPE.GN, OPTYPE.IN, OPTYPE.PRELU}
@@ -41,12 +41,15 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
     def _channel_buffers(self) -> list[nn.Module]:
         return [module for module in self.model.modules() if channel_buffers.width(module) is not None]
 
-    def _find_norms(self) -> None:
-        """Nodes of normalisations over channels are of the type NORM, and no others."""
+    def _find_types(self) -> None:
+        """Nodes of normalisations over channels are of the type NORM, and no others; those of convolutions as
+        layer_types says."""
         for node in self.module2node.values():
             if node.type in (OPTYPE.CUSTOMIZED, NORM) and isinstance(node.module, nn.Module):
                 known = channel_norms.norm_of(node.module) is not None
                 node.type = NORM if known else _UNKNOWN
+            elif node.type == OPTYPE.CONV:
+                node.type = type_of(node.module)
 
     def _find_channel_buffers(self, made: Mapping[nn.Module, list[Any]]) -> None:
         """Where a module with buffers of one number for each channel has run, it loses channels as a PReLU does.
@@ -195,7 +198,7 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
         """That an operation takes channels and a parameter of that name, and nobody knows how."""
         owner, _, key = parameter.rpartition(".")
         module = self.model.get_submodule(owner)
-        if tp.ops.module2type(module) in PRODUCERS:  # whose own code does not run
+        if type_of(module) in PRODUCERS:  # whose own code does not run
             return f"the model's code takes its channels together with {parameter}, which cannot lose channels yet"
         kind = type(module).__name__
         who = f"{owner} ({kind})" if owner else kind

@@ -8,7 +8,8 @@ import torch_pruning as tp
 from torch import nn
 
 from fastscore.graph import contractions
-from fastscore.graph.nodes import OPTYPE, PRODUCERS, Nodes
+from fastscore.graph.layer_types import OPTYPE, type_of
+from fastscore.graph.nodes import PRODUCERS, Nodes
 from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.own_linear import OwnLinear, TiedLinear
 
@@ -29,7 +30,7 @@ def weights(names: Mapping[nn.Module, str]) -> dict[int, dict[str, nn.Module]]:
     """Id of a weight -> the layers that multiply by it, with their names. names: of all modules."""
     held: dict[int, dict[str, nn.Module]] = {}
     for module, name in names.items():
-        weight: Any = module._parameters.get("weight") if tp.ops.module2type(module) in PRODUCERS else None
+        weight: Any = module._parameters.get("weight") if type_of(module) in PRODUCERS else None
         weight = module.stored[0] if isinstance(module, TiedLinear) else weight
         if weight is not None:
             held.setdefault(id(weight), {})[name] = module

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch_pruning as tp
 from torch import nn
 
 from fastscore.graph import contractions, dependencies, index_maps, kept_widths, lost_ways, units
 from fastscore.graph.groups import READS, TIED, ChannelGraph, ChannelGroup, Member, Role
 from fastscore.graph.kept import reasons, unread
-from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, OPTYPE, PRODUCERS
+from fastscore.graph.layer_types import OPTYPE, type_of
+from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, PRODUCERS
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.inspection import parameter_owners
 from fastscore.modules.weights.own_convolution import OwnConvolution
@@ -46,7 +46,7 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
     work = [(name, layer) for name, layer in layers.items() if roots is None or name in roots]
     for name, module in work:
         node = graph.module2node.get(module)
-        kind = tp.ops.module2type(module)
+        kind = type_of(module)
         if (name in idle and kind in PRODUCERS) or (node is None and kind in PRODUCERS
                                                       and name not in called_otherwise):
             untraced.append(name)

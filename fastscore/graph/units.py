@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastscore.graph import index_maps
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.groups import READS, Member, Role
+from fastscore.graph.layer_types import groups_of
 from fastscore.modules.weights import recurrent
 
 
@@ -58,10 +59,10 @@ def least_of(layers: Mapping[str, nn.Module], unit: Tensor, members: Iterable[Me
 
 
 def sections_of(layer: nn.Module, role: Role) -> int:
-    """Into how many groups of equal width a grouped convolution or norm divides its channels; 1 for other layers."""
-    if role == "tensor":
-        return 1
-    return int(getattr(layer, "num_groups" if role == "channelwise" else "groups", 1))
+    """Into how many groups of equal width a grouped convolution or norm divides its channels; 1 for other layers, and
+    for convolutions that work on each channel by itself."""
+    alone = role == "tensor" or (role == "channelwise" and not isinstance(layer, nn.GroupNorm))
+    return 1 if alone else groups_of(layer)
 
 
 def width_of(layer: nn.Module, role: Role) -> int | None:

@@ -183,6 +183,8 @@ def _narrowed(gone: Tensor) -> Callable[..., Any]:
         stays = staying(x.shape[1], gone).to(x.device)
         narrow: Any = copy.copy(module)
         narrow.num_channels = len(stays)
+        if module.num_groups == module.num_channels:
+            narrow.num_groups = len(stays)
         narrow._parameters = {name: None if parameter is None else parameter.index_select(0, stays)
                               for name, parameter in module._parameters.items()}
         return output.index_copy(1, stays, type(module).forward(narrow, x.index_select(1, stays)))

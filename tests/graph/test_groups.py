@@ -112,6 +112,8 @@ FOLLOWED: dict[str, tuple[Callable[[Tensor], Tensor], list[list[int]]]] = {
     "repeated": (lambda x: x.repeat(1, 2, 1, 1), [[c, c + 8] for c in range(8)]),
     "after what no layer made": (lambda x: torch.cat([torch.ones(len(x), 3, 8, 8), torch.zeros(len(x), 1, 8, 8), x], 1),
                                  straight(8, 4)),
+    "multiplied": (nn.Conv2d(8, 24, 3, padding=1, groups=8), [[3 * c, 3 * c + 1, 3 * c + 2] for c in range(8)]),
+    "added up in sets": (nn.Conv2d(8, 4, 3, padding=1, groups=4), [[c // 2] if c % 2 == 0 else [] for c in range(8)]),
     "times one number": (lambda x: x * torch.nn.Parameter(torch.tensor(0.5)), straight(8)),
     "times one number for all channels": (lambda x: x * torch.ones(1, 1, 8, 8, requires_grad=True), straight(8)),
 }
@@ -120,15 +122,14 @@ FOLLOWED: dict[str, tuple[Callable[[Tensor], Tensor], list[list[int]]]] = {
 @pytest.mark.parametrize("name", list(FOLLOWED))
 def test_channels_are_followed_through(name: str) -> None:
     function, places = FOLLOWED[name]
-    model = Between(function, 1 + max(p for place in places for p in place)).eval()
+    between = function if isinstance(function, nn.Module) else None
+    model = Between(function, 1 + max(p for place in places for p in place), between).eval()
     (group,) = (group for group in trace(model, torch.randn(2, 3, 8, 8)).groups if group.name == "first")
     (edge,) = group.role("consumer")
     assert [edge.index[edge.channel == c].tolist() for c in range(8)] == places
 
 
 LAYERS: dict[str, tuple[nn.Module, int, str]] = {
-    "multiplier": (nn.Conv2d(8, 16, 3, padding=1, groups=8), 16, "removed together"),
-    "merging": (nn.Conv2d(8, 4, 3, padding=1, groups=4), 4, "fixed sets"),
     "grouped transposed": (nn.ConvTranspose2d(8, 6, 3, padding=1, groups=2), 6, "grouped transposed"),
     "layer norm": (nn.LayerNorm([8, 8, 8]), 8, "LayerNorm"),
 }

@@ -1,12 +1,12 @@
 """Steps of random networks that divide channels over several dimensions: branches weighed against each other, split
-attention, channel shuffles."""
+attention, channel shuffles; and convolutions of which whole groups go."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from random_generating import Generating
-from random_program import equal_parts
+from random_program import WIDTHS, equal_parts
 from torch import Tensor, nn
 
 PATHS = 2
@@ -59,7 +59,7 @@ class Views(Generating):
 
     def views(self) -> Mapping[Callable[[], Any], int]:
         """Step -> how often it comes, beside others."""
-        return {self.weighed: 3, self.split_attention: 2, self.interleaved: 3}
+        return {self.weighed: 3, self.split_attention: 2, self.interleaved: 3, self.whole_groups: 3}
 
     def weighed(self) -> int | None:
         """Two values, channel by channel."""
@@ -91,3 +91,18 @@ class Views(Generating):
         parts = equal_parts(self.values[source].labels, PATHS)
         return self.add("interleaved", (source,), [label for pair in zip(*parts, strict=True) for label in pair],
                         self.values[source].size, shuffled, fresh=True, ties=[parts])
+
+    def whole_groups(self) -> int | None:
+        """A convolution that makes two outputs of each input, or one of each two."""
+        source = self.pick(lambda value: 2 < len(value.labels) <= 2 * max(WIDTHS) and len(value.labels) % 2 == 0)
+        if source is None:
+            return None
+        value = self.values[source]
+        labels, width = value.labels, len(value.labels)
+        if width <= max(WIDTHS) and self.rng.random() < 0.5:
+            layer = nn.Conv2d(width, 2 * width, 3, padding=1, groups=width)
+            return self.add("multiplier", (source,), [label for label in labels for _ in range(2)], value.size,
+                            lambda layer, x: layer(x), layer, fresh=True)
+        layer = nn.Conv2d(width, width // 2, 3, padding=1, groups=width // 2)
+        return self.add("sets", (source,), labels[::2], value.size, lambda layer, x: layer(x), layer, fresh=True,
+                        ties=[(labels[::2], labels[1::2])])

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
+from fastscore.graph.layer_types import type_of
 from fastscore.graph.nodes import PRODUCERS
 from fastscore.modules.inspection import runs_own_code
 
@@ -20,7 +20,7 @@ def own(layer: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     if weight is None or not runs_own_code(layer):
         return
     for module in layer.modules():
-        if module is not layer and tp.ops.module2type(module) in PRODUCERS:
+        if module is not layer and type_of(module) in PRODUCERS:
             continue
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and tensor is not weight and tensor.dim() == weight.dim() and tensor.numel() > 1 and \

@@ -2,12 +2,13 @@
 for normalisations over channels."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from fastscore.graph.layer_types import OPTYPE, groups_of, type_of
 from fastscore.modules.narrower import without
 from fastscore.modules.norms import channel_norms
 from fastscore.modules.weights import parameter_layers, transposed_linear
@@ -22,7 +23,7 @@ def width(module: nn.Module) -> int | None:
     None for modules that Torch-Pruning knows, that hold parameters, or modules with any such tensor of theirs, as the
     padding of a pool has none, and whose buffers differ.
     """
-    if tp.ops.module2type(module) != tp.ops.OPTYPE.ELEMENTWISE or module._parameters or any(
+    if type_of(module) != OPTYPE.ELEMENTWISE or module._parameters or any(
             part._parameters or part._buffers for part in module.modules() if part is not module):
         return None
     dims = [(buffer, _channel_dim(buffer)) for _, buffer in _per_channel(module)]
@@ -38,9 +39,13 @@ def surgeon(module: nn.Module) -> Any:
         return _TRANSPOSED
     if channel_norms.norm_of(module) is not None:
         return NORMS
-    kind = tp.ops.module2type(module)
-    if kind == tp.ops.OPTYPE.IN:
+    kind = type_of(module)
+    if kind == OPTYPE.IN:
         return _STATISTICS
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and not module.transposed:
+        return _GROUPED
+    if kind == OPTYPE.GN and groups_of(module) == 1 < cast(nn.GroupNorm, module).num_groups:
+        return _ALONE
     return _BUFFERS if width(module) is not None else tp.function.PrunerBox[kind]
 
 
@@ -99,6 +104,37 @@ class _Statistics(tp.function.InstanceNormPruner):  # type: ignore[misc]
     prune_in_channels = prune_out_channels
 
 
+class _Grouped(tp.function.ConvPruner):  # type: ignore[misc]
+    """Of a grouped convolution, which loses the same places of each group, and groups of which no output is left: of
+    inputs and outputs whichever comes first, as both are counted in what was there before."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        conv, gone = cast(Any, layer), set(idxs)
+        each = conv.out_channels // conv.groups
+        groups = {at // each for at in range(conv.out_channels) if at not in gone}
+        super().prune_out_channels(layer, idxs)
+        conv.groups, conv.in_channels = len(groups), len(groups) * conv.weight.shape[1]
+        return layer
+
+    def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        conv, gone = cast(Any, layer), set(idxs)
+        kept = [at for at in range(conv.weight.shape[1]) if at not in gone]  # of the first group, as of all
+        conv.weight = self._prune_parameter_and_grad(conv.weight, kept, 1)
+        conv.in_channels = conv.groups * len(kept)
+        return layer
+
+
+class _Alone(tp.function.GroupNormPruner):  # type: ignore[misc]
+    """Of a GroupNorm of one channel in each group."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        norm = cast(nn.GroupNorm, super().prune_out_channels(layer, idxs))
+        norm.num_groups = norm.num_channels
+        return norm
+
+    prune_in_channels = prune_out_channels
+
+
 class _Norms(tp.function.BasePruningFunc):  # type: ignore[misc]
     """Of normalisations over channels."""
 
@@ -115,3 +151,4 @@ class _Norms(tp.function.BasePruningFunc):  # type: ignore[misc]
 
 
 _BUFFERS, _STATISTICS, NORMS, _TRANSPOSED = _Buffers(), _Statistics(), _Norms(), transposed_linear.Surgeon()
+_GROUPED, _ALONE = _Grouped(), _Alone()

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.graph.cutting import channel_buffers
+from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.modules.narrower import without
 from fastscore.modules.weights.parameter_layers import ParameterLayer
 
@@ -57,7 +57,7 @@ def randomize_constants(model: nn.Module) -> None:
                 values
 
     for module in model.modules():
-        own = tp.ops.module2type(module) == tp.ops.OPTYPE.ELEMENTWISE
+        own = type_of(module) == OPTYPE.ELEMENTWISE
         for parameter in module._parameters.values():
             if parameter is not None and (own or parameter.dim() == 1):
                 note(parameter)
@@ -80,7 +80,7 @@ def buffers_as_parameters(model: nn.Module) -> Iterator[bool]:
     promoted: list[tuple[nn.Module, str, Tensor]] = []
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        if tp.ops.module2type(module) != tp.ops.OPTYPE.ELEMENTWISE or channel_buffers.width(module) is not None:
+        if type_of(module) != OPTYPE.ELEMENTWISE or channel_buffers.width(module) is not None:
             continue
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point() and buffer.numel() > 1:

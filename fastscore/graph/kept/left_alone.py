@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-import torch_pruning as tp
 from torch import nn
 
 from fastscore.graph.cutting import beside_weights
 from fastscore.graph.groups import READS, ChannelGraph
+from fastscore.graph.layer_types import type_of
 from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
 from fastscore.modules.scripted import Scripted
 from fastscore.modules.weights import recurrent
@@ -62,7 +62,7 @@ def _reason(module: nn.Module, key: str, parameter: nn.Parameter, holder: nn.Mod
     known = next((reason for cls, reason in _REASONS if isinstance(module, cls)), None)
     if known is not None:
         return known.format(kind=kind, why=recurrent.why_kept(module))
-    if tp.ops.module2type(module) in PRODUCERS | CHANNELWISE:
+    if type_of(module) in PRODUCERS | CHANNELWISE:
         return "its channels go with others that are kept"
     if key.rpartition(".")[2] in COMPUTED.get(holder, ()):
         return f"the code of {kind} computes what it multiplies by from its {key} {list(parameter.shape)}, in each pass"

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch_pruning as tp
 from torch import nn
 
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
+from fastscore.graph.layer_types import type_of
 from fastscore.graph.nodes import LAYERS
 
 
@@ -17,7 +17,7 @@ def callable_layers(model: nn.Module) -> set[str]:
     within = {id(part) for module in model.modules() if isinstance(module, nn.MultiheadAttention)
               for part in module.children()}
     return {name for name, module in model.named_modules()
-            if tp.ops.module2type(module) in LAYERS and id(module) not in within}
+            if type_of(module) in LAYERS and id(module) not in within}
 
 
 @contextmanager

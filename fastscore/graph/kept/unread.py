@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.graph.groups import Member, Role
+from fastscore.graph.layer_types import type_of
 from fastscore.graph.nodes import PRODUCERS
 from fastscore.graph.noted_calls import reach
 from fastscore.modules.norms.channel_norms import norm_of
@@ -22,7 +22,7 @@ class Outputs:
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = {name: module for name, module in model.named_modules()
-                        if tp.ops.module2type(module) in PRODUCERS or norm_of(module) is not None}
+                        if type_of(module) in PRODUCERS or norm_of(module) is not None}
         self._made: list[tuple[str, Tensor, Any]] = []  # layer, output, and the autograd function that made it
         self._handles: list[Any] = []
 

@@ -6,10 +6,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore import rng
+from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.graph.nodes import PRODUCERS
 from fastscore.graph.trials.choices import TURNS, Choices, Noted
 from fastscore.graph.trials.differences import changed, close, differ
@@ -37,7 +37,7 @@ class Recording:
         self.model, self._run_model = model, run
         self.norms = {name for name, module in model.named_modules() if norm_of(module) is not None}
         self.layers = {name: module for name, module in model.named_modules()
-                       if tp.ops.module2type(module) in PRODUCERS or name in self.norms}
+                       if type_of(module) in PRODUCERS or name in self.norms}
         self._dims = {name: channel_dim(layer) for name, layer in self.layers.items()}
         self.outputs: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
         self._read: list[tuple[str, Tensor, int]] = []  # while recording: what layers read, and its version then
@@ -117,7 +117,7 @@ class Recording:
             return lambda x: OneNode.apply(x, module)
 
         return {name: of(module) for name, module in self.model.named_modules()
-                if tp.ops.module2type(module) == tp.ops.OPTYPE.IN}
+                if type_of(module) == OPTYPE.IN}
 
     def leak(self, made: Positions, read: Positions, turn: int | None = None) -> str | None:
         """Run with the outputs at `made` changed and all others held; where an input differs that is not in `read`.

@@ -127,7 +127,7 @@ def layer_cost(layer: nn.Module, macs: float, counted: set[int]) -> LayerCost:
         inputs, outputs, channelwise = layer.in_features, layer.out_features, False
     elif isinstance(layer, nn.modules.conv._ConvNd):
         inputs, outputs = layer.in_channels, layer.out_channels
-        channelwise = layer.groups == layer.out_channels and layer.groups > 1
+        channelwise = layer.groups > 1 and layer.groups in (inputs, outputs)
     elif isinstance(layer, nn.PReLU) and layer.num_parameters == 1:  # one slope for all, however many they are
         return LayerCost(1, 1, True, 0.0, 0.0, 0.0)
     else:  # a normalisation: weight and bias are both one for each channel

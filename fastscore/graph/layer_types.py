@@ -1,0 +1,30 @@
+"""What a module is to a graph of channels: what Torch-Pruning takes it for, but for some convolutions."""
+
+from typing import Any
+
+import torch_pruning as tp
+from torch import nn
+
+OPTYPE = tp.ops.OPTYPE
+
+
+def type_of(module: nn.Module) -> Any:
+    """The OPTYPE of a module. A convolution with one input in each of its groups is to a graph what a depthwise one is,
+    however many outputs it makes of it."""
+    kind = tp.ops.module2type(module)
+    return OPTYPE.DEPTHWISE_CONV if kind == OPTYPE.CONV and of_groups(module) else kind
+
+
+def of_groups(module: nn.Module) -> bool:
+    """Whether it is a convolution that makes several outputs of each input by itself (a depth multiplier), or one of
+    each of several sets of inputs: whose groups go whole."""
+    return isinstance(module, nn.modules.conv._ConvNd) and not module.transposed and module.groups > 1 and \
+        module.in_channels != module.out_channels and module.groups in (module.in_channels, module.out_channels)
+
+
+def groups_of(module: nn.Module) -> int:
+    """Into how many groups of equal width a grouped convolution or norm divides its channels, which stay as many; 1 for
+    other layers, and for GroupNorms of one channel each, as many as there are."""
+    if isinstance(module, nn.GroupNorm):
+        return 1 if module.num_groups == module.num_channels else module.num_groups
+    return int(getattr(module, "groups", 1))
