@@ -264,7 +264,7 @@ class Graph(Nodes):
 
     def _reduces(self, node: Any) -> bool:
         """Whether a node makes one number of all channels of an input."""
-        return any(math.prod(shape(node)) < math.prod(shape(source)) for source in self._run_over(node))
+        return any(math.prod(shape(node)) < math.prod(shape(source, node)) for source in self._run_over(node))
 
     def _taken_by(self, node: Any) -> Iterator[int]:
         """The id of each parameter that an operation takes, as it is or turned."""
@@ -294,7 +294,7 @@ class Graph(Nodes):
                 maps.append(index_maps.Inverse(index_maps.SliceMap(begins[number], end)))
             elif not contractions.carries(self, source, node):
                 maps.append(index_maps.Lost())
-            elif node in self._dims and index_maps.is_broadcast(node.grad_fn, self._dims[node], shape(source)):
+            elif node in self._dims and index_maps.is_broadcast(node.grad_fn, self._dims[node], shape(source, node)):
                 maps.append(index_maps.Lost())  # what has one value for all channels has none of them
             elif (moved := self._index_map(source, node)) is not None:
                 maps.append(moved)
@@ -313,19 +313,19 @@ class Graph(Nodes):
         """From the channels of a node's one input to its output's; None where each stays where it is."""
         if self._is_padded(node):
             before, _ = self._padding(node)
-            return index_maps.Inverse(index_maps.SliceMap(before, before + shape(source)[self._dims[node]]))
+            return index_maps.Inverse(index_maps.SliceMap(before, before + shape(source, node)[self._dims[node]]))
         if node.type == OPTYPE.SLICE and self._cuts(node):
-            return slice_of(node.grad_fn, shape(source)[self._dims[node]])
+            return slice_of(node.grad_fn, shape(source, node)[self._dims[node]])
         if source not in self._dims or self._dims[source] >= len(shape(source)):
             return None  # along more than one dimension: nothing of it goes
         if node.type == OPTYPE.DEPTHWISE_CONV:
             return index_maps.of_groups(node.module.in_channels, node.module.out_channels)
         if node.type == OPTYPE.RESHAPE:
-            found = index_maps.view(self._dims[source], shape(source), shape(node))
+            found = index_maps.view(self._dims[source], shape(source, node), shape(node))
             if found is None:
                 return self._divided(source, node)
             return found[1] if found[1] else None
-        return index_maps.regrouped(node.grad_fn, self._dims[source], shape(source))
+        return index_maps.regrouped(node.grad_fn, self._dims[source], shape(source, node))
 
     def get_pruner_of_module(self, module: nn.Module) -> Any:
         """Torch-Pruning's, but for what it takes for another layer than it is here."""

@@ -57,8 +57,7 @@ def _of_cuts(graph: Any, node: Any, function: Any) -> Iterator[Kept]:
             found = code.width(graph._dims[node], shape(source)[graph._dims[source]])
             yield from filter(None, [found])
     for part in graph._cuts_of(node, function):
-        if graph._is_fixed(part) and (cut := graph._noted(part)) is not None:
-            yield from ((cut.keeper(width), width) for width in graph._widths(part) or ())
+        yield from graph.kept_of(part)
 
 
 def _of_zeros(graph: Any, node: Any, function: Any) -> Iterator[Kept]:

@@ -86,7 +86,7 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
                 view not in self._dims, self._calls.view_of(view.grad_fn).open is None))
             node = divided.pop(onward)
             code = self._calls.view_of(onward.grad_fn)
-            part = index_maps.part(self._dims[node], shape(node), shape(onward), code.open, code.kept)
+            part = index_maps.part(self._dims[node], shape(node, onward), shape(onward), code.open, code.kept)
             if part is not None and not index_maps.multiplied(onward, TRANSPARENT):  # as heads are
                 self._dims.setdefault(onward, part)
             if self._divided(node, onward) is None:
@@ -155,7 +155,7 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
     def dim_after(self, node: Any, onward: Any, dim: int | None = None) -> int | None:
         """Where channels lie after the next operation; None where along several dimensions. dim: where they lie before
         it, if not where they are known to."""
-        dim, before, after = self._dims[node] if dim is None else dim, shape(node), shape(onward)
+        dim, before, after = self._dims[node] if dim is None else dim, shape(node, onward), shape(onward)
         if onward.type != OPTYPE.RESHAPE:
             return index_maps.channel_dim(onward.grad_fn, dim, before, after)
         found = index_maps.view(dim, before, after) if dim < len(before) else None
@@ -163,13 +163,13 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
 
     def _divided(self, node: Any, onward: Any) -> index_maps.IndexMap | None:
         """The map of a view that divides channels over several dimensions, of which one is known to hold them."""
-        dim, before = self._dims[node], shape(node)
+        dim, before = self._dims[node], shape(node, onward)
         at = self._dims.get(onward)
         return None if at is None or dim >= len(before) else index_maps.divided(dim, before, at, shape(onward))
 
     def _dim_before(self, source: Any, node: Any) -> int | None:
         """The dimension of a node's input that comes to hold its channels; None where none does alone."""
-        dim, before, after = self._dims[node], shape(source), shape(node)
+        dim, before, after = self._dims[node], shape(source, node), shape(node)
         if node.type == OPTYPE.RESHAPE:
             moved = [found[0] if (found := index_maps.view(at, before, after)) is not None and not found[1] else None
                      for at in range(len(before))]
@@ -238,6 +238,11 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
         """Whether no module keeps the places of such a split or slice."""
         return self._is_fixed(node) and not self._widths(node)
 
+    def kept_of(self, node: Any) -> list[tuple[nn.Module, Width]]:
+        """(module, what it keeps) of the places of a split, or slice, that the code says."""
+        cut = self._noted(node) if self._is_fixed(node) else None
+        return [] if cut is None else [(cut.keeper(width), width) for width in self._widths(node) or ()]
+
     def _noted(self, node: Any) -> Cut | None:
         return next((cut for cut in self._calls.cuts if cut.function is node.grad_fn), None)
 
@@ -280,7 +285,8 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
     def writes_parts(self, positions: Mapping[tuple[Any, Any], np.ndarray]) -> bool:
         """Whether some of `positions` are written to a part of the channels of another tensor, or are written over."""
         written = (node for node, _ in positions if node in self._dims and _name(node).endswith("CopySlices"))
-        return any(shape(source)[at] != shape(node)[self._dims[node]] for node in written for source in node.inputs
+        return any(shape(source, node)[at] != shape(node)[self._dims[node]]
+                   for node in written for source in node.inputs
                    if (at := self._dims.get(source, -1)) in range(len(shape(source))))
 
     def _chunked(self, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Iterator[tuple[Any, int, np.ndarray]]:
@@ -307,7 +313,8 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
             width: int = node.grad_fn._saved_split_size
             return width
         widths = self._widths(node)
-        return widths[0].end if widths is not None and len(widths) == 1 else None
+        alike = widths is not None and len(widths) == 1 and len(set(node.grad_fn._saved_split_sizes)) == 1
+        return widths[0].end if widths is not None and alike else None
 
     def _share(self, node: Any) -> int:
         """The greatest width that the whole and the parts of a split or slice are made of."""
@@ -320,8 +327,12 @@ class Nodes(tp.DependencyGraph):  # type: ignore[misc]
         return 1 if part.step > 1 else math.gcd(whole, part.begin, part.end)
 
 
-def shape(node: Any) -> tuple[int, ...]:
-    return tuple(node.module.shape) if node.type == OPTYPE.PARAMETER else index_maps.shape_of(node.grad_fn)
+def shape(node: Any, onward: Any = None) -> tuple[int, ...]:
+    """Of what a node makes; onward: of the part of it that this one reads."""
+    if node.type == OPTYPE.PARAMETER:
+        return tuple(node.module.shape)
+    read = getattr(onward.grad_fn, "next_functions", ()) if onward is not None and node.type == OPTYPE.SPLIT else ()
+    return index_maps.shape_of(node.grad_fn, next((part for source, part in read if source is node.grad_fn), 0))
 
 
 def reading_dim(node: Any, dims: int) -> int:

@@ -8,6 +8,7 @@ import torch_pruning as tp
 from torch import nn
 
 from fastscore.graph import contractions
+from fastscore.graph.index_maps import SliceMap
 from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.graph.nodes import PRODUCERS, Nodes
 from fastscore.modules.weights import recurrent
@@ -22,6 +23,7 @@ def tie(graph: Nodes) -> None:
     _tie_products(graph)
     _tie_states(graph)
     _tie_places(graph)
+    _tie_numbers(graph)
     for sources in contractions.partners(graph):
         _together([_made(graph, source) for source in sources])
 
@@ -89,6 +91,18 @@ def _tie_places(graph: Nodes) -> None:
     for (pool, made), (unpool, read) in itertools.product(pools, unpools):
         if made == read and graph.dim_of(pool) == graph.dim_of(unpool) is not None:
             _together([_made(graph, pool), _made(graph, unpool)])
+
+
+def _tie_numbers(graph: Nodes) -> None:
+    """Parts that code cuts by one number that a module keeps lose as many channels, the same places of each."""
+    parts: dict[tuple[nn.Module, str], list[tuple[Any, SliceMap]]] = {}
+    for node in graph.module2node.values():
+        for keeper, width in graph.kept_of(node) if node.type == OPTYPE.SPLIT else ():
+            parts.setdefault((keeper, width.attribute), []).append((node, SliceMap(width.begin, width.end)))
+    for (one, at), (other, there) in itertools.chain(*(itertools.permutations(each, 2) for each in parts.values())):
+        dependency = tp.dependency.Dependency(_made(graph, one)[1], _made(graph, other)[1], one, other)
+        dependency.index_mapping = [at.forward, there.inverse]
+        one.dependencies.append(dependency)
 
 
 def _made(graph: Nodes, node: Any) -> _End:

@@ -138,11 +138,68 @@ class Crossed(Cutting):
         return torch.cat([one, self.conv(other).relu()], 1)
 
 
+class Flattened(Cutting):
+    """A view of each part, of which the widest is a multiple of the first."""
+
+    def numbers(self) -> None:
+        self.splits = [2, 6]
+
+    def parts(self, x: Tensor) -> Tensor:
+        return torch.cat([part.flatten(2).relu() for part in x.split(self.splits, 1)], 1).view(x.shape)
+
+
+class Whole(Cutting):
+    """One number for a part, and one for all: what is left of it."""
+
+    def numbers(self) -> None:
+        self.dim, self.pdim, self.conv = 8, 5, nn.Conv2d(5, 5, 3, padding=1)
+
+    def parts(self, x: Tensor) -> Tensor:
+        convolved, rest = torch.split(x, [self.pdim, self.dim - self.pdim], dim=1)
+        return torch.cat([self.conv(convolved), rest], 1).relu()
+
+
+class SingleHead(Whole):
+    """SHViT's attention of a part of the channels: one number for queries and keys, another for values and the part."""
+
+    def numbers(self) -> None:
+        super().numbers()
+        self.qk_dim, self.qkv = 7, nn.Conv2d(5, 19, 1)
+
+    def parts(self, x: Tensor) -> Tensor:
+        part, rest = torch.split(x, [self.pdim, self.dim - self.pdim], dim=1)
+        q, k, v = (each.flatten(2) for each in torch.split(
+            self.qkv(self.conv(part)), [self.qk_dim, self.qk_dim, self.pdim], dim=1))
+        y = v @ (q.mT @ k).softmax(-1).mT
+        return torch.cat([y.reshape(len(x), self.pdim, *x.shape[2:]), rest], 1).relu()
+
+
+class Cascade(Cutting):
+    """EfficientViT's: what one head makes of its part of the channels is added to the part of the next."""
+
+    def numbers(self) -> None:
+        self.key_dim, self.val_dim = 7, 4
+        self.qkvs = nn.ModuleList(nn.Conv2d(4, 18, 1) for _ in range(2))
+        self.dws = nn.ModuleList(nn.Conv2d(7, 7, 3, padding=1, groups=7) for _ in range(2))
+        self.proj = nn.Conv2d(8, 8, 1)
+
+    def parts(self, x: Tensor) -> Tensor:
+        n, _, height, width = x.shape
+        parts, made = x.chunk(len(self.qkvs), dim=1), list[Tensor]()
+        for part, qkv, dw in zip(parts, self.qkvs, self.dws, strict=True):
+            y = part + made[-1] if made else part
+            q, k, v = qkv(y).view(n, -1, height, width).split([self.key_dim, self.key_dim, self.val_dim], dim=1)
+            q, k, v = dw(q).flatten(2), k.flatten(2), v.flatten(2)
+            made.append((v @ (q.mT @ k).softmax(-1).mT).view(n, self.val_dim, height, width))
+        return x + self.proj(torch.cat(made, 1).relu())
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "a list": (Mixed, ["stem"]), "two numbers": (Partial, ["stem", "conv"]), "a number": (Scaled, ["stem", "convs.1"]),
     "half a number": (Halved, ["stem", "conv"]), "slices": (Sliced, ["stem", "conv"]),
     "the rest": (Rest, ["stem", "block.conv"]), "narrow": (Narrowed, ["stem", "block.conv"]),
-    "crossed": (Crossed, ["stem", "conv"])}
+    "crossed": (Crossed, ["stem", "conv"]), "of a whole": (Whole, ["stem", "conv"]),
+    "flattened": (Flattened, ["stem"]), "single head": (SingleHead, ["stem", "conv"]), "cascade": (Cascade, ["stem"])}
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -151,11 +208,15 @@ def test_parts_lose_channels(kind: str, tmp_path: Path) -> None:
     build, groups = KINDS[kind]
     x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1)).double()
     result = check(build, x, groups, tmp_path, only=False)
+    units = {group.name: int(group.unit.max()) + 1 for group in trace(noisy(build), x).groups}
+    assert units["stem"] == {"a number": 4, "half a number": 4, "cascade": 4}.get(kind, 8)
     before, after = (vars(noisy(build)), vars(result.model))
     numbers = [name for name, value in before.items() if name in after and not name.startswith("_")
                and type(value) in (int, list) and value != after[name]]
     assert numbers == {"a list": ["splits"], "two numbers": ["dim_conv", "dim_rest"], "a number": ["width"],
-                       "half a number": ["expand_chs"], "slices": ["begins"], "crossed": ["half"]}.get(kind, [])
+                       "half a number": ["expand_chs"], "slices": ["begins"], "crossed": ["half"],
+                       "of a whole": ["dim", "pdim"], "flattened": ["splits"], "single head": ["dim", "pdim"],
+                       "cascade": ["val_dim"]}.get(kind, [])
     assert kind not in ("the rest", "narrow") or result.model.block.state == result.model.block.conv.in_channels < 3
     again = fastscore.prune(result.model, fastscore.score(result.model, [x], progress=False), x, channels=0.7,
                             scope="layer", compensate=False).model
@@ -231,5 +292,7 @@ def test_what_is_read_off_the_values() -> None:
     assert cut(a=8).of_sizes([4, 4]) == [Width("a//2", 0, 4)]
     assert cut(a=3).of_sizes([3, 5]) == [Width("a", 0, 3)]  # and what is left
     assert cut(a=5).of_sizes([3, 5]) == [Width("a", 3, 8)]
+    assert cut(a=3, b=8).of_sizes([3, 5]) == [Width("a", 0, 3), Width("b", 0, 8)]  # and what is left of b
+    assert cut(a=2, b=3).of_sizes([2, 2, 3]) == [Width("a", 0, 2), Width("a", 2, 4), Width("b", 4, 7)]
     assert cut(a=3).of_sizes([1, 3, 4]) is cut(a=1).of_sizes([3, 5]) is cut(a=3).of_bounds([2]) is None
     assert cut(a=3, b=5).of_bounds([3, 5]) == [Width("a", 0, 3), Width("b", 0, 5)]

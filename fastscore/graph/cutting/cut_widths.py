@@ -53,7 +53,8 @@ class Cut:
 
     def of_sizes(self, sizes: Sequence[int]) -> list[Width] | None:
         """What is kept of a split into parts of these sizes; None where that is nothing. Of parts that are all alike
-        and known by one number the first stands for all; one part may be what is left of the others."""
+        and known by one number the first stands for all; one part may be what is left of the others, or of a number
+        for all of them."""
         begins = [sum(sizes[:i]) for i in range(len(sizes))]
         places = list(zip(begins, [*begins[1:], sum(sizes)], strict=True))
         for name, value in self.kept.items():
@@ -65,9 +66,11 @@ class Cut:
                                                      *places[0])]
         names = [self._named(size) for size in sizes]
         known = [name for name in names if name]
-        if not known or len(known) < len(sizes) - 1 or len(set(known)) < len(known):
+        if not known or len(known) < len(sizes) - 1:
             return None
-        return [Width(name, *place) for name, place in zip(names, places, strict=True) if name]
+        whole = self._named(sum(sizes)) if len(known) < len(sizes) else ""
+        return [Width(name, *place) for name, place in zip([*names, whole], [*places, (0, sum(sizes))], strict=True)
+                if name]
 
     def of_bounds(self, bounds: Sequence[int]) -> list[Width] | None:
         """What is kept of a slice that begins, or ends, at `bounds`; None where that is nothing."""
