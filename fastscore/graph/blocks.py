@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import rng
+from fastscore.graph.cuts import LAYERS
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.graph.kept import branches as other_branches
 from fastscore.graph.layer_types import type_of
-from fastscore.graph.nodes import LAYERS
 from fastscore.graph.residual_sums import (
     Call,
     Makers,

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fastscore.graph import index_maps
+from fastscore.graph.cuts import LAYERS, shape
 from fastscore.graph.layer_types import OPTYPE
-from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, PRODUCERS, Nodes, shape
+from fastscore.graph.nodes import CHANNELWISE, NORM, PRODUCERS, Nodes
 
 _MATRICES = ("Bmm", "Mm")  # of two tensors, by whose last dimensions they multiply
 _ADDED = ("Baddbmm", "Addmm")  # the same, and a first tensor that is added to the product

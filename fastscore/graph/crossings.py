@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastscore.graph import contractions, index_maps
+from fastscore.graph.cuts import LAYERS, shape
 from fastscore.graph.layer_types import OPTYPE
-from fastscore.graph.nodes import LAYERS, PRODUCERS, Nodes, shape
+from fastscore.graph.nodes import PRODUCERS, Nodes
 
 
 def at(graph: Nodes, source: Any, node: Any) -> int | None:

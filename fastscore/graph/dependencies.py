@@ -11,11 +11,12 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.graph import contractions, crossings, index_maps, layers_inside, lost_ways, ties
+from fastscore.graph.cuts import LAYERS, shape, slice_of
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.index_maps import IndexMap
 from fastscore.graph.layer_types import OPTYPE, groups_of, of_groups, type_of
 from fastscore.graph.lost_ways import Key
-from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, PRODUCERS, TRANSPARENT, Nodes, shape, slice_of
+from fastscore.graph.nodes import CHANNELWISE, NORM, PRODUCERS, TRANSPARENT, Nodes
 from fastscore.graph.noted_calls import NotedCalls, outputs_of, states_given
 from fastscore.modules.norms import channel_norms
 from fastscore.modules.weights import recurrent

@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from fastscore.batches.parts import tensors_of
 from fastscore.graph.attention_calls import Call, randomized
+from fastscore.graph.cuts import LAYERS
 from fastscore.graph.cutting import own_tensors
 from fastscore.graph.layer_types import type_of
-from fastscore.graph.nodes import LAYERS
 from fastscore.graph.noted_calls import PRODUCTS, factors_of
 from fastscore.graph.tempered import Tempered
 from fastscore.modules.evaluation_copy import evaluation_copy

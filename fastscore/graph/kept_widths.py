@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from fastscore.graph import index_maps
+from fastscore.graph.cuts import LAYERS, shape
 from fastscore.graph.cutting.cut_widths import Cut, Width
 from fastscore.graph.groups import Member
-from fastscore.graph.nodes import LAYERS, NORM, OPTYPE, PRODUCERS, shape
+from fastscore.graph.layer_types import OPTYPE
+from fastscore.graph.nodes import NORM, PRODUCERS
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.weights import recurrent
 
@@ -53,8 +55,8 @@ def _of_cuts(graph: Any, node: Any, function: Any) -> Iterator[Kept]:
     """Of the splits and slices of what a node makes, and of a view."""
     code = graph._calls.view_of(node.grad_fn)
     for source in node.inputs if node in graph._dims and node.type == OPTYPE.RESHAPE else ():
-        if source in graph._dims and graph._dims[source] < len(shape(source)):
-            found = code.width(graph._dims[node], shape(source)[graph._dims[source]])
+        if source in graph._dims and graph._dims[source] < len(shape(source, node)):
+            found = code.width(graph._dims[node], shape(source, node)[graph._dims[source]])
             yield from filter(None, [found])
     for part in graph._cuts_of(node, function):
         yield from graph.kept_of(part)

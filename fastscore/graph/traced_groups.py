@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from fastscore.graph import contractions, dependencies, index_maps, kept_widths, lost_ways, units
+from fastscore.graph.cuts import LAYERS
 from fastscore.graph.groups import READS, TIED, ChannelGraph, ChannelGroup, Member, Role
 from fastscore.graph.kept import reasons, unread
 from fastscore.graph.layer_types import OPTYPE, type_of
-from fastscore.graph.nodes import CHANNELWISE, LAYERS, NORM, PRODUCERS
+from fastscore.graph.nodes import CHANNELWISE, NORM, PRODUCERS
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.inspection import parameter_owners
 from fastscore.modules.weights.own_convolution import OwnConvolution

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from fastscore.graph.cuts import LAYERS
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.layer_types import type_of
-from fastscore.graph.nodes import LAYERS
 
 
 def callable_layers(model: nn.Module) -> set[str]:
