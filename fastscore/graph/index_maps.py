@@ -202,8 +202,9 @@ def of_groups(inputs: int, outputs: int) -> IndexMap | None:
 def view(dim: int, before: Sequence[int], after: Sequence[int]) -> tuple[int, ViewMap] | None:
     """(the dimension that holds the channels of `dim` after a view, their map); None where more than one does."""
     channels, inner = before[dim], math.prod(before[dim + 1:])
-    for at, size in enumerate(after):
-        inside = math.prod(after[at + 1:])
+    # one channel would lie in any dimension, repeated, and in any of size 1
+    for at in sorted(range(len(after)), key=lambda at: (1, at) if after[at] != channels else (0, abs(at - dim))):
+        size, inside = after[at], math.prod(after[at + 1:])
         if inside and inner % inside == 0 and size * inside % max(channels * inner, 1) == 0:
             return at, ViewMap(channels, inner // inside, size * inside // max(channels * inner, 1))
     return None
