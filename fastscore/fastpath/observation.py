@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastscore.batches.calls import Forward
-from fastscore.batches.parts import Batch
+from fastscore.batches.parts import Batch, tensors_of
 from fastscore.fastpath.fusion import CLAMPS, clamp_bounds
 from fastscore.fastpath.packed_layers import ClampBounds
 from fastscore.modules.hooks import input_of
@@ -96,7 +96,7 @@ class _Recorder:
                 made = output[0] if isinstance(output, tuple) else output
                 x = made if point.output else input_of(args, kwargs)
                 self.shapes.setdefault(layer, []).append(tuple(x.shape))
-            if not isinstance(output, Tensor):
+            if not isinstance(output, Tensor) or any(tensor.is_nested for tensor in tensors_of((args, output))):
                 return output
             if isinstance(module, nn.Linear):
                 self.dims.setdefault(name, set()).add(output.dim())

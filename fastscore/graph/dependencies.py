@@ -14,17 +14,19 @@ from fastscore.graph import contractions, crossings, index_maps, layers_inside, 
 from fastscore.graph.cuts import LAYERS, shape, slice_of
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.index_maps import IndexMap
+from fastscore.graph.kept import over_channels
 from fastscore.graph.layer_types import OPTYPE, groups_of, of_groups, type_of
 from fastscore.graph.lost_ways import Key
+from fastscore.graph.nested import INTO, comes_out
 from fastscore.graph.nodes import CHANNELWISE, NORM, PRODUCERS, TRANSPARENT, Nodes
 from fastscore.graph.noted_calls import NotedCalls, outputs_of, states_given
+from fastscore.modules import hooks
 from fastscore.modules.norms import channel_norms
 from fastscore.modules.weights import recurrent
 
 CUT = "its channels are cut at positions that the model's code fixes"
 DIVIDED = "a view divides its channels over several dimensions"
 _SEVERAL = ", the forward of whose class returns several things"
-_RUNS_OVER = "an operation runs over all its channels"
 _MOST_ARRIVALS = 100  # at one node, each time at new places: more than there are branches that end somewhere
 
 # (node, pruning function) -> int64 [M], ascending: where channels of the root lie in the node's output or input, in
@@ -46,10 +48,10 @@ class Graph(Nodes):
 
     cuts: Literal["fixed", "moving", "shares"] = "fixed"
 
-    def build(self, model: nn.Module, run: Callable[[nn.Module, Any], list[Tensor]], inside: Container[str] = ()
-              ) -> None:
+    def build(self, model: nn.Module, run: Callable[[nn.Module, Any], list[Tensor]], inside: Container[str] = (),
+              nested: Container[str] = ()) -> None:
         """Trace one call of run(model, None) -> outputs, whose gradients must be enabled. inside: modules whose parts
-        are traced in their place."""
+        are traced in their place. nested: layers that see nested tensors, and are not traced."""
         self.model, self.verbose, self.ignored_params = model, False, list[nn.Parameter]()
         self.written = dict[str, str]()  # group -> why it does not go, if it does not run with fewer channels
         self._in_vain = set[Any]()  # autograd functions of what is computed, and not used
@@ -66,7 +68,7 @@ class Graph(Nodes):
         self._several = {id(layer._parameters.get("weight")): name for layer, name in self._module2name.items()
                          if name in inside}
         self.IGNORED_LAYERS_IN_TRACING = [  # whose parts the tracer is to see
-            *states, *(module for module, name in self._module2name.items() if name in inside)]
+            *states, *(module for module, name in self._module2name.items() if name in inside or name in nested)]
 
         def keeping(*args: Any) -> list[Tensor]:
             outputs = run(*args)
@@ -79,7 +81,9 @@ class Graph(Nodes):
         with NotedCalls(ties.weights(self._module2name)) as self._calls, outputs_of(self._channel_buffers()) as made, \
                 states_given(states) as self._given, outputs_of(layers_inside.of(model)) as self._inside:
             self._own_parameters = self.unwrapped_parameters
-            self.module2node = self._trace(model, None, keeping, output_transform=None)
+            self.module2node = dict[nn.Module, Any]()
+            with hooks.none_left_after_errors(model):
+                self.module2node = self._trace(model, None, keeping, output_transform=None)
             self.unwrapped_parameters = self._own_parameters
         self._unwrapped = {id(parameter) for parameter, _ in self.unwrapped_parameters}
         self._find_types()
@@ -228,6 +232,8 @@ class Graph(Nodes):
         if (part := getattr(node.grad_fn, "scripted", None)) is not None:
             return f"its channels pass through {self._module2name[part]} ({part.part.original_name}), which " \
                    "torch.jit made, and which cannot lose channels"
+        if comes_out(node.grad_fn):
+            return INTO
         if (layer := next((self._several[key] for key in self._taken_by(node) if key in self._several), None)):
             return f"its channels come to {layer}{_SEVERAL}"
         if node.type == OPTYPE.CUSTOMIZED:
@@ -249,7 +255,7 @@ class Graph(Nodes):
         if node.type == OPTYPE.OUTPUT or not (node.outputs or reads):
             return "its channels are the model's output"
         if any(self._run_over(node)):
-            return f"{_RUNS_OVER} ({node.grad_fn.name()})"
+            return over_channels.why(node)
         cropped = self._is_padded(node) and min(self._padding(node)) < 0
         if cropped or (self._is_unknown(node) and self.cuts == "fixed"):
             return f"{CUT} ({node.grad_fn.name()})"
@@ -261,7 +267,7 @@ class Graph(Nodes):
     def _run_over(self, node: Any) -> Iterator[Any]:
         """The inputs of a node over whose channels it reduces, or normalises."""
         return (source for source in node.inputs if source in self._dims and
-                index_maps.runs_over(node.grad_fn, self._dims[source], len(shape(source))))
+                over_channels.runs(node, self._dims[source], len(shape(source))))
 
     def _reduces(self, node: Any) -> bool:
         """Whether a node makes one number of all channels of an input."""

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastscore.batches.parts import tensors_of
 from fastscore.graph.cutting.cut_widths import Cut, View, calling_module, calling_modules, cut_of, view_of
+from fastscore.graph.nested import Nested
 
 _SPLITS = (torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes)
 _SLICES = (Tensor.__getitem__, torch.narrow, Tensor.narrow)
@@ -95,6 +96,7 @@ class NotedCalls(TorchFunctionMode):
         self._zeros: dict[int, tuple[Tensor, Cut]] = {}  # memory -> zeros there, and the code that made them
         self._like: dict[int, tuple[Tensor, Tensor]] = {}  # id of zeros that code made like another tensor -> they, it
         self.met: dict[Any, list[MetZeros]] = {}  # autograd's function of an operation, module whose code calls it
+        self._nested = Nested()
         self._unused: dict[Any, Tensor] = {}  # autograd function -> what it made, and no later one is known to take
 
     def ends(self, outputs: Iterable[Tensor]) -> tuple[list[Tensor], set[Any]]:
@@ -109,6 +111,7 @@ class NotedCalls(TorchFunctionMode):
                 found.append(tensor)
                 reach(tensor.grad_fn, reached)
         self._unused.clear()
+        self._nested.forget()
         self._taken = Counter(id(source.variable) for node in reached for source, _ in node.next_functions
                               if hasattr(source, "variable") and id(source.variable) in self._weights)
         return found, reached - used
@@ -140,8 +143,8 @@ class NotedCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _JOINS and args and self._like:
             args = ([self._from_what_it_is_like(x) for x in args[0]], *args[1:])
-        output = func(*args, **kwargs)
-        if func is torch.zeros_like and args and args[0].requires_grad:
+        output = self._nested.passed(args, kwargs, func(*args, **kwargs))
+        if args and (func is torch.zeros_like or _of_its_shape(func, args, kwargs)) and args[0].requires_grad:
             self._like[id(output)] = output, args[0]
         self._note_unused(output)
         part = output[0] if func in _SPLITS and output else output if func in _SLICES else None
@@ -202,6 +205,12 @@ class NotedCalls(TorchFunctionMode):
                 begin = sum(_widths(tensors[:next(at for at, each in enumerate(tensors) if each is x)], dim))
             for where in (output.grad_fn, calling_module()):
                 self.met.setdefault(where, []).append(MetZeros(tuple(x.shape), code, dim, begin))
+
+
+def _of_its_shape(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is x.new_zeros(x.shape), which has the shape from the tensor, not from numbers in the code."""
+    size = (*args[1:2], kwargs.get("size"))[0] if func is Tensor.new_zeros else None
+    return isinstance(size, torch.Size) and size == args[0].shape
 
 
 def _widths(tensors: Iterable[Tensor], dim: int) -> list[int]:

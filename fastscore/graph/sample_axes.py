@@ -36,6 +36,7 @@ MIXED = "what {0} reads of one sample reaches the outputs of others, so that sam
 _UNTOLD = "it cannot be told which of the rows that {0} reads belong to which sample: "
 IRREGULAR = _UNTOLD + "the model's code routes, gathers, flips or loops over them"
 UNREACHED = _UNTOLD + "no sample that was tried sends a gradient back to it"
+UNTOUCHED = UNREACHED + ", and there are as many for any number of samples"
 AMBIGUOUS = _UNTOLD + "the gradients that come back fit more than one order"
 _UNSURE = (IRREGULAR, AMBIGUOUS)  # may be otherwise with other sizes, or the gradients of the layers
 VARYING = ", as many numbers as it finds"  # of an output whose size is no multiple of the number of samples
@@ -273,13 +274,14 @@ def _resolve(trials: Sequence[Trial]) -> dict[str, list[SampleAxis | str]]:
 
 def _axis_of(calls: Sequence[Call]) -> SampleAxis | str:
     """What one call of a layer showed in several runs."""
-    if len(calls) > 1 and len({call.shape for call in calls}) == 1:
-        return SHARED
     touched = [call for call in calls if any(bool(reached.any()) for reached in call.reached.values())]
+    several = any(bool((torch.stack(list(call.reached.values())).sum(0) > 1).any()) for call in touched)
+    if len(calls) > 1 and len({call.shape for call in calls}) == 1 and (several or not touched):
+        return SHARED if several else UNTOUCHED  # where no row is for several, rows may be picked: as many, by chance
     candidates = _candidates(calls)
     if not touched:
         return UNREACHED if candidates else IRREGULAR
-    if any(bool((torch.stack(list(call.reached.values())).sum(0) > 1).any()) for call in touched):
+    if several:
         return MIXED
     fitting = [axis for axis in candidates if all(_fits(axis, call) for call in touched)]
     if len(fitting) != 1:

@@ -20,6 +20,7 @@ from fastscore.graph import (
     computed_in_run,
     dependencies,
     in_place,
+    nested,
     sample_axes,
     samples_second,
     scored_units,
@@ -191,13 +192,20 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     recording = Recording(eval_model, whole)
     try:
         recording.find_several()
-        with recording.record():
-            graph.build(eval_model, first_run, inside=recording.several)
-        if recording.lost:
+        try:
+            with recording.record():
+                graph.build(eval_model, first_run, inside=recording.several)
+        except Exception:
+            if not recording.nested:
+                raise
+        for name in nested.seeing(eval_model, recording.layers, run) if recording.nested else ():
+            recording.nested.add(name)
+            recording.forget(name)
+        if recording.lost or recording.nested:
             graph.release()
             graph = dependencies.Graph()
             with recording.record():
-                graph.build(eval_model, first_run, inside=recording.several)
+                graph.build(eval_model, first_run, inside=recording.several, nested=recording.nested)
     except OutputError:
         raise
     except Exception as error:  # the tracer raises whatever its guesses run into
@@ -242,7 +250,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     members = {group.name: group.members for group in found.groups}
     again = recording.leak({}, {}) if leaks else None
     kept = {group: reasons.of_leak(where, members[group], recording, readers) if again is None else
-            reasons.not_twice(again, recording) for group, where in leaks.items()}
+            reasons.not_twice(again) for group, where in leaks.items()}
     try:
         chosen = verification.leaks(recording, [group for group in found.groups if group.name not in leaks],
                                     chosen=True)

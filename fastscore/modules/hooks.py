@@ -1,6 +1,7 @@
 """Hooks that can be told from the user's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,3 +49,32 @@ def remove_copied_hooks(model: nn.Module) -> None:
                 if isinstance(hook, OwnHook):
                     del hooks[number]
                     module._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def layers_that(layers: Mapping[str, nn.Module], run: Callable[[], object], do: Callable[[Any, Any], bool]) -> set[str]:
+    """Those of which do(args, output) is true of a call in one run."""
+    found = set[str]()
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda layer, args, output: found.add(name) if do(args, output) else None
+
+    handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@contextmanager
+def none_left_after_errors(model: nn.Module) -> Iterator[None]:
+    """Forward hooks that are put on modules in the block are taken off, if it raises."""
+    before = {module: set(module._forward_hooks) for module in model.modules()}
+    try:
+        yield
+    except BaseException:
+        for module, known in before.items():
+            for number in set(module._forward_hooks) - known:
+                del module._forward_hooks[number]
+        raise

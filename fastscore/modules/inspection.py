@@ -72,9 +72,9 @@ def channel_dim(layer: nn.Module) -> int:
 
 def fits_width(layer: nn.Module, x: Tensor) -> bool:
     """Whether what a Linear or convolution is called with has as many channels as its weight reads: the code of one may
-    put coordinates beside it, or take a part."""
+    put coordinates beside it, or take a part. Of a nested tensor, nobody asks."""
     width = getattr(layer, "in_features", None) or getattr(layer, "in_channels", None)
-    return bool(x.shape[channel_dim(layer)] == width)
+    return not x.is_nested and bool(x.shape[channel_dim(layer)] == width)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -36,7 +36,7 @@ class _Additions(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:
         if getattr(function, "__name__", "") in _ADDS and not kwargs and len(args) == 2 and \
-                all(isinstance(arg, Tensor) for arg in args) and args[0].shape == args[1].shape:
+                all(isinstance(arg, Tensor) and not arg.is_nested for arg in args) and args[0].shape == args[1].shape:
             one, other = args
             self.found.append(((one, one._version), (other, other._version)))
         return function(*args, **(kwargs or {}))

@@ -195,3 +195,20 @@ def test_decisions_are_looked_for_in_a_run_that_is_made_anyway() -> None:
 
     assert runs(Routed(lambda model, x, rows: model.inner(rows))) == [2, 3]
     assert runs(Routed(sorted_rows)) == [2, 3, *[3, 3, 3], *[3, 3, 3, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_that_a_mask_picks_are_not_called_the_same_for_all_samples(seed: int) -> None:
+    """There are as many of some batch as of another by chance, or none."""
+    torch.manual_seed(seed)
+    inner, head = mlp(6, 6, 6), mlp(6, 6, 3)
+    model = nn.ModuleDict({"inner": inner, "head": head}).double().eval()
+    x = torch.randn(4, 6).double()
+    for limit in (0.0, 0.5):
+        def masked(model: Any, x: Tensor, limit: float = limit) -> Tensor:
+            go = x[:, 0] > limit
+            return model["head"](x.index_put((go,), model["inner"](x[go])))
+
+        graph = trace(model, x, masked)
+        if (reason := graph.samples.reason("inner.2")) is not None:
+            assert "it cannot be told which of the rows that inner.2 reads belong to which sample: " in reason

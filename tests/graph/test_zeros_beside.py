@@ -35,6 +35,8 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "before": lambda x: torch.concat((torch.zeros_like(x), x), dim=1),
     "around": lambda x: torch.cat([(zeros := torch.zeros_like(x))[:, :0], x, zeros], 1),
     "of another place": lambda x: torch.cat([x, torch.zeros_like(x.flip(-1))], dim=1),
+    "new": lambda x: torch.cat([x, x.new_zeros(x.shape)], 1),
+    "new of a size": lambda x: torch.cat([x.new_zeros(size=x.size()), x], 1),
     "padded": lambda x: F.pad(x, (0, 0, 0, 0, 0, 4)),
 }
 

@@ -8,6 +8,7 @@ from fastscore.graph.cutting import beside_weights
 from fastscore.graph.groups import READS, ChannelGraph
 from fastscore.graph.layer_types import type_of
 from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
+from fastscore.modules.inspection import parameter_owners
 from fastscore.modules.scripted import Scripted
 from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.computed_weights import why_it_computes_on
@@ -33,6 +34,7 @@ def named(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
                if member.role not in (*READS, "width")}
     beside = {id(tensor) for name, layer in model.named_modules() if name in covered
               for _, _, tensor in beside_weights.own(layer)}
+    owners = parameter_owners(model)
     more: dict[str, str] = {}
     for name, module in model.named_modules():
         if name in covered or name in graph.skipped:
@@ -50,12 +52,13 @@ def named(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
                 holder = isinstance(module, (nn.ParameterList, nn.ParameterDict))  # whose code reads nothing
                 reader, _, own = name.rpartition(".") if holder else (name, "", "")
                 more[whole if module._modules or not name or holder else name] = _reason(
-                    model.get_submodule(reader), f"{own}.{key}".lstrip("."), parameter, module)
+                    model.get_submodule(reader), f"{own}.{key}".lstrip("."), parameter, module,
+                    owners[id(parameter)] > 1)
     return replace(graph, skipped={**graph.skipped, **more})
 
 
-def _reason(module: nn.Module, key: str, parameter: nn.Parameter, holder: nn.Module) -> str:
-    """holder: of the parameter, a module below `module`, or itself."""
+def _reason(module: nn.Module, key: str, parameter: nn.Parameter, holder: nn.Module, shared: bool) -> str:
+    """holder: of the parameter, a module below `module`, or itself. shared: whether others hold it, too."""
     kind = type(module).__name__
     if (why := why_it_computes_on(module)) is not None:
         return why
@@ -64,6 +67,9 @@ def _reason(module: nn.Module, key: str, parameter: nn.Parameter, holder: nn.Mod
         return known.format(kind=kind, why=recurrent.why_kept(module))
     if type_of(module) in PRODUCERS | CHANNELWISE:
         return "its channels go with others that are kept"
+    if shared:
+        return f"the code of {kind} reads its {key} {list(parameter.shape)}, which other modules hold, too: it is " \
+               "followed where one module alone holds it, and the others' code is that module's or reads it there"
     if key.rpartition(".")[2] in COMPUTED.get(holder, ()):
         return f"the code of {kind} computes what it multiplies by from its {key} {list(parameter.shape)}, in each pass"
     return f"the code of {kind} reads its {key} {list(parameter.shape)}, which meets no channels that can go"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from fastscore.graph import units
+from fastscore.graph import nested, units
 from fastscore.graph.cutting import beside_weights
 from fastscore.graph.groups import Member, Role
 from fastscore.graph.trials.recording import MISREAD, READ, Recording
@@ -132,6 +132,8 @@ def of_untraced(names: Sequence[str], idle: Collection[str], recording: Recordin
         elif name in recording.several:
             found[name] = f"the forward of its class ({type(recording.layers[name]).__name__}) returns several " \
                           "things, where one tensor can be followed"
+        elif name in recording.nested:
+            found[name] = f"it reads a nested tensor, {nested.WAY_OUT}"
         elif name in recording.transformed:
             found[name] = "it runs under torch.func (vmap, say), where nothing can be followed or measured"
         elif name in recording.without_gradients:
@@ -166,11 +168,8 @@ def of_refusal(why: str, members: Iterable[Member], recording: Recording, reader
     return read_elsewhere(members, readers) or written or (f"{first}{_FIRST}" if first else why)
 
 
-def not_twice(where: str, recording: Recording) -> str:
+def not_twice(where: str) -> str:
     """Why a group is kept of a model in which something else comes to `where` though no channel is changed."""
-    if any(x is not None and x.is_nested for x in (recording.inputs or {}).get(where, ())):
-        return f"{where} reads a nested tensor, in which channels are not followed: it is scored where the model's " \
-               "code pads what it joins (torch.nn.utils.rnn.pad_sequence), and masks the padding"
     return f"something else comes to {where} each time the model runs on the same input (it keeps something from " \
            "call to call, say), so that nobody sees what its channels do"
 

@@ -47,7 +47,7 @@ class Outputs:
 
     def _note(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(output, Tensor):
+            if isinstance(output, Tensor) and not output.is_nested:
                 self._made.append((name, output, output.grad_fn))
 
         return hook

@@ -14,6 +14,7 @@ from fastscore.graph.nodes import PRODUCERS
 from fastscore.graph.trials.choices import TURNS, Choices, Noted
 from fastscore.graph.trials.differences import changed, close, differ
 from fastscore.graph.trials.steady_draws import SteadyDraws
+from fastscore.modules import hooks
 from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.inspection import channel_dim, device_of, runs_own_code
@@ -47,6 +48,7 @@ class Recording:
         self.several = set[str]()  # layers of a class whose forward returns no tensor, but several
         self.lost = set[str]()  # Linears whose output is a view that is written to: autograd's graph lacks their node
         self.swapped: dict[tuple[str, int], dict[str, Any]] = {}  # (layer, call) -> parameters that were put in for it
+        self.nested = set[str]()  # layers that see nested tensors
         self.transformed = set[str]()  # layers that run under torch.func, as in torch.vmap
         self.first_layers = set[str]()  # those that read what no gradient comes back from, in one call at least
         self.from_zeros = set[str]()  # those that read zeros of which none does
@@ -58,22 +60,20 @@ class Recording:
         of_their_own = {name: layer for name, layer in self.layers.items() if runs_own_code(layer)
                         and type(layer).forward not in _RETURN_ONE and not isinstance(layer, ParameterLinear)}
 
-        def note(name: str) -> Callable[..., None]:
-            return lambda layer, args, output: None if isinstance(output, Tensor) else self.several.add(name)
-
-        handles = [layer.register_forward_hook(note(name)) for name, layer in of_their_own.items()]
-        try:
-            if handles:
-                self._run_model(self.model)
-        finally:
-            for handle in handles:
-                handle.remove()
+        if of_their_own:
+            self.several = hooks.layers_that(of_their_own, lambda: self._run_model(self.model),
+                                             lambda args, output: not isinstance(output, Tensor))
 
     def forget_norms(self, but: Container[str]) -> None:
         """From now on normalisations run as they are, but for those of `but`: what is read there is of no concern."""
         for name in [name for name in self.norms if name not in but]:
-            self.norms.remove(name)
-            del self.layers[name], self.outputs[name]
+            self.forget(name)
+
+    def forget(self, layer: str) -> None:
+        """From now on a layer runs as it is, and nothing is known of it."""
+        self.norms.discard(layer)
+        self.order.pop(layer, None)
+        del self.layers[layer], self.outputs[layer]
 
     @contextmanager
     def computing(self, layers: Collection[str]) -> Iterator[None]:
@@ -88,7 +88,7 @@ class Recording:
     @property
     def layers_that_ran(self) -> set[str]:
         """The layers that were called in the recorded run."""
-        return {layer for layer, outputs in self.outputs.items() if outputs} | self.several
+        return {layer for layer, outputs in self.outputs.items() if outputs} | self.several | self.nested
 
     @contextmanager
     def record(self) -> Iterator[None]:
@@ -180,6 +180,8 @@ class Recording:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             x = read_by(args, kwargs)
             self.order.setdefault(layer)
+            if x is not None and x.is_nested:
+                self.nested.add(layer)
             if layer in self.norms and (len(args) + len(kwargs) != 1 or x is None):  # computed of what, nobody knows
                 unknown: Tensor = type(module).forward(module, *args, **kwargs)
                 return unknown

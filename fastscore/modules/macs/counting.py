@@ -19,6 +19,7 @@ from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.parts import Batch, first_tensor, tensors_of
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.macs import mac_formulas
+from fastscore.modules.macs.of_nested import OfNested
 from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.computed_weights import computed_weight
 from fastscore.modules.weights.own_layers import own_layer
@@ -99,9 +100,10 @@ def counting(model: nn.Module) -> Iterator[Counting]:
     computing = {name for name, module in model.named_modules()
                  if computed_weight(module) is not None and own_layer(module) is None}
     products = _Products(counter.flop_registry, WeightProducts(model), running, computing)
+    nested = OfNested(counter.flop_registry, products.weights, running, products.unknown)
 
     def flops() -> float:
-        return counter.get_total_flops() - products.on_weights
+        return counter.get_total_flops() - products.on_weights + nested.flops
 
     def entering(name: str) -> Callable[..., None]:
         def hook(*args: object) -> None:
@@ -127,7 +129,7 @@ def counting(model: nn.Module) -> Iterator[Counting]:
             if not isinstance(module, torch.jit.ScriptModule):  # which has no such hooks
                 attached.enter_context(module.register_forward_pre_hook(entering(name)))
                 attached.enter_context(module.register_forward_hook(leaving(name)))
-        with products, counter:
+        with products, counter, nested:
             yield counted
     counted.macs = flops() // 2
     counted.weights |= {name: macs / 2 for name, macs in products.weights.flops.items()}

@@ -37,6 +37,15 @@ def settings_of(given: Mapping[str, Any]) -> Settings | None:
     return (*sizes.items(), ("groups", _DEPTHWISE if groups > 1 else 1))
 
 
+def groups_that_stay(given: Mapping[str, Any]) -> str:
+    """What to say of a convolution of each channel by itself whose code keeps the number of groups from elsewhere than
+    from the weight, which has become narrower; empty of any other."""
+    weight, groups = given["weight"], given.get("groups", 1)
+    if groups == 1 or weight.shape[1] != 1 or groups == len(weight):
+        return ""
+    return f"convolves in {groups} groups, whatever goes of the weight: groups=weight.shape[0] follows it"
+
+
 class OwnConvolution(ParameterLayer):
     """What such a layer is beside the convolution of PyTorch."""
 

@@ -112,7 +112,7 @@ class _Products(TorchFunctionMode):
                 for scale in of.scales:
                     y = scale(y)
                 return own_convolution.with_bias(y, given["bias"], given["weight"])
-            self._refuse_another_way()
+            self._refuse_another_way(own_convolution.groups_that_stay(given))
         if (is_view(func) and any(map(self._weights.is_weight, args))) or self._weights.scales(func, args, kwargs):
             with torch._C.DisableTorchFunction():  # what reads the weight is the layer
                 output = func(*args, **kwargs)
@@ -120,10 +120,11 @@ class _Products(TorchFunctionMode):
             return output
         return func(*args, **kwargs)
 
-    def _refuse_another_way(self) -> None:
+    def _refuse_another_way(self, why: str = "") -> None:
         if self._own.permanent or any(map(hooked, self._layers)):
-            raise RuntimeError(f"the code of {type(self._module).__name__} multiplies by a parameter in another way "
-                               "than on the first batch, where nothing would be measured: use batches of one kind")
+            raise RuntimeError(f"the code of {type(self._module).__name__} " + (why or (
+                "multiplies by a parameter in another way than on the first batch, where nothing would be measured: "
+                "use batches of one kind")))
 
     def _of_one_number(self, weight: int, given: Tensor) -> OwnLinear | None:
         """The layer of a weight of one output and one input, which lies the same either way."""

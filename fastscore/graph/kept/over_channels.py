@@ -1,0 +1,30 @@
+"""Operations that a model's code runs over all channels: what they are, and the way out, if there is one."""
+
+from typing import Any
+
+from fastscore.graph import index_maps
+from fastscore.graph.layer_types import OPTYPE
+
+_WAY_OUT = "a normalisation is followed where a module does it, and nothing else (nn.LayerNorm, or one of your own)"
+# operations of PyTorch's functions -> these
+_FUNCTIONS = {"NativeLayerNorm": "F.layer_norm", "NativeGroupNorm": "F.group_norm", "FusedRmsNorm": "F.rms_norm"}
+
+
+def runs(node: Any, dim: int, dims: int) -> bool:
+    """Whether a node reduces or normalises over the dimension `dim` of an input of so many; no module of PyTorch's that
+    normalises, whose channels are known to go."""
+    name: str = node.grad_fn.name() if hasattr(node.grad_fn, "name") else ""
+    if node.type == OPTYPE.ELEMENTWISE and name.startswith(tuple(_FUNCTIONS)):
+        return dim == 1 if name.startswith("NativeGroup") else dim >= dims - len(node.grad_fn._saved_normalized_shape)
+    return index_maps.runs_over(node.grad_fn, dim, dims)
+
+
+def why(node: Any) -> str:
+    """Why channels are kept that come to such an operation. node: of Torch-Pruning's graph."""
+    name: str = node.grad_fn.name()
+    function = next((function for kind, function in _FUNCTIONS.items() if name.startswith(kind)), None)
+    if function is not None:
+        return f"{function} runs over all its channels: {_WAY_OUT}"
+    squares = any(source.grad_fn.name().startswith("Pow") for source in node.inputs if hasattr(source.grad_fn, "name"))
+    hint = f": {_WAY_OUT}" if name.startswith("LinalgVectorNorm") or (squares and name.startswith("Mean")) else ""
+    return f"an operation runs over all its channels ({name}){hint}"
