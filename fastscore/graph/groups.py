@@ -234,8 +234,19 @@ def norm_gates(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
     return replace(graph, groups=tuple(groups), skipped={})
 
 
+def listed(ignore: Ignore) -> Ignore:
+    """What `ignore` holds, to be looked up as often as need be. Raises TypeError."""
+    if isinstance(ignore, (str, type, nn.Module, LayerNames)):
+        return ignore
+    if not isinstance(ignore, Iterable):
+        raise TypeError(f"ignore: {ignore!r:.80}, where names of layers, module types or modules are meant")
+    return tuple(ignore)
+
+
 def matching_layers(model: nn.Module, ignore: Ignore) -> LayerNames:
-    """The names of all layers that `ignore` stands for: see ChannelGraph.without."""
+    """The names of all layers that `ignore` stands for: see ChannelGraph.without. Layers that products with parameters
+    are followed as have theirs once the model has been traced."""
+    ignore = listed(ignore)
     if isinstance(ignore, LayerNames):
         return ignore
     names: dict[str, object] = {name: module for name, module in model.named_modules() if name}
@@ -247,8 +258,6 @@ def matching_layers(model: nn.Module, ignore: Ignore) -> LayerNames:
               if isinstance(layer, ParameterLayer) for held in layer.held}  # as the user has them
     names |= own_products.names(model)
     matched: set[str] = set()
-    if not isinstance(ignore, (str, type, nn.Module, Iterable)):
-        raise TypeError(f"ignore: {ignore!r:.80}, where names of layers, module types or modules are meant")
     for entry in (ignore,) if isinstance(ignore, (str, type, nn.Module)) else ignore:
         if isinstance(entry, str):
             hits = {name for name in names if fnmatch.fnmatchcase(name, entry)}

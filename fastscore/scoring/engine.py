@@ -15,7 +15,7 @@ from fastscore.batches.parts import MASK, Batch, few_samples, first_input, mappi
 from fastscore.fastpath.graphs import Graphs
 from fastscore.fastpath.prepare import Prepared, prepare
 from fastscore.fingerprints import run_fingerprint
-from fastscore.graph.groups import ChannelGraph, Ignore, matching_layers
+from fastscore.graph.groups import ChannelGraph, Ignore, listed, matching_layers
 from fastscore.graph.scored_units import Units, among, named
 from fastscore.graph.tracing import trace
 from fastscore.graph.trials.companions import TOGETHER
@@ -137,13 +137,14 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         check_callable("loss", loss, "loss(output, batch)")
     check(batches, origin, sampling, execution, persistence)
     model = unwrapped(model)
-    ignore = matching_layers(model, ignore)
+    ignore = listed(ignore)
     with fork_rng(device_of(model)), torch.inference_mode(False), torch.enable_grad(), without_checkpoints():
         data = Batches(batches, device_of(model), sampling.limit)
         # one sample is enough to trace with, where it is known how to take it
         example = few_samples(data.first, 1) if forward is call_model else data.first
         with shown(progress):
             channels = trace(model, example, forward, data.first, origin.units)
+        ignore = matching_layers(model, ignore)
         eval_model = evaluation_copy(model)  # of a model that was traced: which layers compute their weight is known
         if "experts" in among(origin.units) and not (channels.experts or channels.kept_whole.get("experts")):
             without = named([*among(origin.units) - {"experts"}, "groups"])

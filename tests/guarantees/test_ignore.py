@@ -186,3 +186,27 @@ def test_what_is_ignored_stays_as_it_is() -> None:
                 {key for key, _ in small.get_submodule(name).named_parameters()}
         for layer in touched:
             assert set(fastscore.score(model, [x], ignore=[layer], progress=False)) < set(scores), layer
+
+
+class Decodes(nn.Module):
+    """By the weight that it encodes by; what multiplies by it the second time has a name once the model was traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.code, self.last = nn.Linear(3, 6), nn.Linear(6, 8, bias=False), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((self.code(self.first(x).relu()).relu() @ self.code.weight).relu())
+
+
+def test_names_that_only_a_trace_finds_are_taken_before_one() -> None:
+    """And kinds of things that are meant for none are refused before it, an iterator is read once."""
+    x = torch.randn(4, 3)
+    scores = fastscore.score(Decodes().eval(), [x], progress=False)
+    assert set(scores) == {"code", "first"}
+    with pytest.raises(ValueError, match="ignored with weight_of_code"):
+        fastscore.score(Decodes().eval(), [x], progress=False, ignore=iter(["weight_of_code"]))
+    with pytest.raises(TypeError, match="ignore: 3, where names"):
+        fastscore.score(Decodes().eval(), [x], progress=False, ignore=3)
+    with pytest.raises(ValueError, match="ignore: 'weight_of_cod' matches no layer of Decodes; did you mean"):
+        fastscore.score(Decodes().eval(), [x], progress=False, ignore="weight_of_cod")
