@@ -148,6 +148,19 @@ class TiedByName(TiedHead):
         return h @ self.vocabulary.t()
 
 
+class TiedLayer(TiedHead):
+    """Whose weight a Linear holds as well, which stands before the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        embed, self.read = self._modules.pop("embed"), nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 11))
+        self.embed = embed
+        self.read[2].weight = embed.weight
+
+    def head(self, h: Tensor) -> Tensor:
+        return self.read(h)
+
+
 class Autoencoder(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -199,13 +212,14 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "low rank": (LowRank, ["a", "down", "up"]), "lora": (LoRA, ["A", "B"]), "experts": (Experts, ["w1", "w2"]),
     "einsum of experts": (ExpertsByEinsum, ["w1", "w2"]), "loop over experts": (ExpertsInALoop, ["w1", "w2"]),
     "tied head": (TiedHead, ["embed", "up"]), "tied by name": (TiedByName, ["embed", "up"]),
+    "tied layer": (TiedLayer, ["down", "up"]),
     "tied autoencoder": (Autoencoder, ["a", "encode"]), "memory": (Memory, ["a"]),
     "convolutions": (Convolutions, ["w1", "w3"]), "over time": (OverTime, ["ws.0", "ws.1"])}
 
 
 def _x(kind: str, n: int = 4, seed: int = 1) -> Tensor:
     random = torch.Generator().manual_seed(seed)
-    ids = kind in ("tied head", "tied by name")
+    ids = kind in ("tied head", "tied by name", "tied layer")
     if kind in ("convolutions", "over time"):
         return torch.randn(n, 3, *((7, 7) if kind == "convolutions" else (7,)), generator=random).double()
     return torch.randint(0, 11, (n, 6), generator=random) if ids else torch.randn(n, 5, generator=random).double()
@@ -218,13 +232,15 @@ def test_every_kind(kind: str, tmp_path: Path) -> None:
     check(build, _x(kind), groups, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["functions", "loop over experts", "tied by name", "memory", "convolutions"])
+@pytest.mark.parametrize("kind", ["functions", "loop over experts", "tied by name", "tied layer", "memory",
+                                  "convolutions"])
 def test_the_same_in_float32_and_in_a_scorer(kind: str) -> None:
     """Where layers are packed, and in a user's own model, which trains on."""
-    build, _ = KINDS[kind]
+    build, groups = KINDS[kind]
     model, x = noisy(build), _x(kind)
     options = {"gradient": "loss", "normalize": False, "loss": lambda output, batch: output.square().sum()}
     exact = fastscore.score(model, [x], progress=False, **options)
+    assert set(exact) == set(groups)
     small = noisy(build).float()
     fast = fastscore.score(small, [x.float() if x.is_floating_point() else x], progress=False, **options)
     with fastscore.Scorer(model, x, normalize=False) as scorer:

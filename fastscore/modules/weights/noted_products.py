@@ -68,10 +68,9 @@ class NotedProducts:
         if before is None:
             return
         one, other = (before, (module, key)) if not layer else ((module, key), before)
-        if not isinstance(one[0], _LAYERS) or (isinstance(other[0], _LAYERS) and not layer) or \
-                (id(parameter) in self._also and not isinstance(other[0], _LAYERS)):
+        if not isinstance(one[0], _LAYERS) or isinstance(other[0], _LAYERS) or id(parameter) in self._also:
             self._otherwise.add(id(parameter))
-        elif not isinstance(other[0], _LAYERS):
+        else:
             self._also[id(parameter)] = f"{self._names[other[0]]}.{other[1]}".lstrip(".")
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any, stack: Callable[[], list[FrameType]]
