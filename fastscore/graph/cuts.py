@@ -2,7 +2,7 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,10 @@ class Cuts:
     def _is_unknown(self, node: Any) -> bool:
         """Whether no module keeps the places of such a split or slice."""
         return self._is_fixed(node) and not self._widths(node)
+
+    def runs_again(self, run: Callable[[], object]) -> None:
+        """Take `run` for one more run of the model, where one is needed."""
+        self._calls.run = run
 
     def kept_of(self, node: Any) -> list[tuple[nn.Module, Width]]:
         """(module, what it keeps) of the places of a split, or slice, that the code says."""

@@ -30,6 +30,8 @@ def of_group(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Ite
     known = set[tuple[str, str]]()
     for (node, function), at in positions.items():
         for owner, width in (*_of_cuts(graph, node, function), *_of_zeros(graph, node, function)):
+            if not graph._calls.is_asked_for(owner, width):
+                continue
             name, position = graph._module2name[owner], at >> 32
             inside = (position >= width.begin) & (position < width.end)
             if (name, width.attribute) not in known and inside.any():
@@ -56,8 +58,8 @@ def _of_cuts(graph: Any, node: Any, function: Any) -> Iterator[Kept]:
     code = graph._calls.view_of(node.grad_fn)
     for source in node.inputs if node in graph._dims and node.type == OPTYPE.RESHAPE else ():
         if source in graph._dims and graph._dims[source] < len(shape(source, node)):
-            found = code.width(graph._dims[node], shape(source, node)[graph._dims[source]])
-            yield from filter(None, [found])
+            found = code.widths(graph._dims[node], shape(source, node)[graph._dims[source]])
+            yield from itertools.islice((kept for kept in found if graph._calls.is_asked_for(*kept)), 1)
     for part in graph._cuts_of(node, function):
         yield from graph.kept_of(part)
 

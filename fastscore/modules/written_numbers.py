@@ -44,13 +44,23 @@ def of_frame(module: nn.Module, frame: FrameType) -> dict[int, str]:
     return {number: firsts.get(number, f"{code.co_name}{MARK}{number}") for number in _once(code)}
 
 
+def number(module: nn.Module, name: str) -> int:
+    """What a number of the code of a module is now."""
+    return _numbers_of(type(module)).get(name, int(name.partition(MARK)[2]))
+
+
+def with_mark(module: nn.Module, name: str, mark: int) -> type[nn.Module]:
+    """A class of a module, for a run of its own, with `mark` in the place of a number of its code."""
+    kind, method = type(module), name.partition(MARK)[0]
+    return type(kind.__name__, (kind,), {
+        "__module__": kind.__module__, method: _function(getattr(kind, method), {number(module, name): mark})})
+
+
 def take_off(module: nn.Module, name: str, gone: int) -> None:
     """Take `gone` off a number of the code of a module, in place. Raises ValueError where its code has no such
     number."""
-    method, _, first = name.partition(MARK)
-    kind = type(module)
+    kind, method, now = type(module), name.partition(MARK)[0], number(module, name)
     held: type[nn.Module] | None = vars(kind).get("_before")  # where layers stand in for parameters meanwhile
-    now = _numbers_of(kind).get(name, int(first))
     code = _method(kind, method)
     if code is None or now not in _once(code):
         raise ValueError(f"the code of {kind.__name__}.{method} does not have the number {now} at one place, as that "

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from whole_way import check
+from whole_way import check, noisy
 
 import fastscore
 from fastscore.modules import written_numbers
@@ -79,6 +79,58 @@ class Twice(Net):
         return y if len(x) < 96 else 2 * y
 
 
+class ByChance(Net):
+    """Reads the sizes of its view off what it views; a number of its own, as large, says how many images it likes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.features(x)
+        y = self.classifier(y.view(len(y), y.shape[1] * 16))
+        return y if len(x) < self.flat else 2 * y
+
+
+class InItsCodeByChance(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.features(x)
+        y = self.classifier(y.view(len(y), y.shape[1] * 16))
+        return y if len(x) < 96 else 2 * y
+
+
+class ChannelsByChance(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        n, channels, height, width = self.features(x).shape
+        y = self.classifier(self.features(x).view(n, channels, height * width).flatten(1))
+        return y if n < self.width else 2 * y
+
+
+class HalvesByChance(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(FLAT // 2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.features(x)
+        one, other = y.split(y.shape[1] // 2, 1)
+        y = self.classifier((one * other).flatten(1))
+        return y if len(x) < self.width else 2 * y
+
+
+class ZerosByChance(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.features(x)
+        y = self.classifier((y + torch.zeros(*y.shape, dtype=y.dtype)).flatten(1))
+        return y if len(x) < self.width else 2 * y
+
+
+class TwoAlike(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self.flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1 if len(x) < self.most else 2
+        return scale * self.classifier(self.features(x).view(-1, self.flat))
+
+
 WAYS = (Literal, InATuple, InAMethod, OfTheClassAbove, Kept, PositionsFirst, Apart)
 IN_THE_CODE = WAYS[:4]
 
@@ -101,7 +153,7 @@ def test_what_more_than_the_view_may_read_stays(way: type[Net]) -> None:
 
 @pytest.mark.parametrize("way", IN_THE_CODE)
 def test_go_again_and_come_back_from_files(way: type[Net], tmp_path: Path) -> None:
-    x, model = images(), way().double().eval()
+    x, model = images(), noisy(way)
     small = model
     for macs in (0.7, 0.6):
         result = fastscore.prune(small, fastscore.score(small, [x], progress=False), x, macs=macs)
@@ -119,6 +171,21 @@ def test_go_again_and_come_back_from_files(way: type[Net], tmp_path: Path) -> No
         torch.testing.assert_close(other(x), y, rtol=0, atol=0)
     assert way().double()(x).shape == y.shape  # the class is what it was
     assert type(model) is way
+
+
+@pytest.mark.parametrize("way", [ByChance, InItsCodeByChance, ChannelsByChance, HalvesByChance, ZerosByChance,
+                                 TwoAlike])
+def test_numbers_that_are_as_large_by_chance_stay(way: type[Net]) -> None:
+    """What is left makes of few images, and of more than half as many, what it made beside zeros."""
+    x, model = images(), noisy(way)
+    scores = fastscore.score(model, [x], progress=False)
+    options = {"scope": "layer", "compensate": False}
+    small = fastscore.prune(model, scores, x, channels=0.5, **options).model
+    assert small.last.out_channels < CHANNELS
+    for times in (1, 20):
+        many = x.repeat(times, 1, 1, 1)
+        with torch.no_grad(), fastscore.mask(model, scores, 0.5, x, **options):
+            torch.testing.assert_close(small(many), model(many), rtol=1e-9, atol=1e-9)
 
 
 def test_a_file_of_other_code_is_refused() -> None:

@@ -5,7 +5,7 @@ Which attributes these are is read off the code that runs and their values; that
 else is: by surgery on a copy.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -30,6 +30,11 @@ class Width:
     begin: int
     end: int
 
+    @property
+    def name(self) -> str:
+        """Of the attribute alone."""
+        return self.attribute.removesuffix("//2").partition(".")[0]
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -49,7 +54,11 @@ class Cut:
 
     def keeper(self, width: Width) -> nn.Module:
         """The module that keeps a number."""
-        return self.children.get(width.attribute.removesuffix("//2").partition(".")[0], self.module)
+        return self.children.get(width.name, self.module)
+
+    def places(self) -> set[tuple[nn.Module, str]]:
+        """Of all numbers that are kept."""
+        return {(self.children.get(name, self.module), name) for name in self.kept}
 
     def of_sizes(self, sizes: Sequence[int]) -> list[Width] | None:
         """What is kept of a split into parts of these sizes; None where that is nothing. Of parts that are all alike
@@ -82,6 +91,10 @@ class Cut:
         name = self._named(size)
         return Width(name, 0, size) if name else None
 
+    def all_of_size(self, size: int) -> list[Width]:
+        """All that is kept of so many channels."""
+        return [Width(name, 0, size) for name, value in self.kept.items() if value == size]
+
     def _named(self, number: int) -> str:
         return next((name for name, value in self.kept.items() if value == number), "")
 
@@ -90,23 +103,30 @@ class Cut:
 class View:
     """What the code of a view says of its sizes.
 
-    kept: dimension of the output -> what a module keeps of its size. open: the one whose size is asked for as -1.
-    code: that asks; None where it is no module's. asked: dimension of the output -> the size asked for.
+    kept: dimension of the output -> the numbers of its size that modules keep. open: the one whose size is asked for as
+    -1. code: that asks; None where it is no module's. asked: dimension of the output -> the size asked for.
     """
 
-    kept: Mapping[int, tuple[nn.Module, Width]]
+    kept: Mapping[int, Sequence[tuple[nn.Module, Width]]]
     open: int | None
     code: Cut | None = None
     asked: Mapping[int, int] = field(default_factory=dict)
 
-    def width(self, dim: int, channels: int) -> tuple[nn.Module, Width] | None:
-        """What there is of the size of a dimension that `channels` come to lie along: a number that a module keeps, or,
-        where several positions of each are joined, one that stands in its code."""
+    def widths(self, dim: int, channels: int) -> Iterator[tuple[nn.Module, Width]]:
+        """What the size may be of a dimension that `channels` come to lie along: numbers that modules keep, or, where
+        several positions of each are joined, one that stands in its code."""
         size = self.asked.get(dim, 0)
-        if dim in self.kept and (size != channels or not _has_widths(self.kept[dim][0])):
-            return self.kept[dim]
+        for module, width in self.kept.get(dim, ()):
+            if size != channels or not _has_widths(module):
+                yield module, width
         name = self.code.named.get(size) if self.code is not None and size > channels else None
-        return None if name is None or self.code is None else (self.code.module, Width(name, 0, size))
+        if name is not None and self.code is not None:
+            yield self.code.module, Width(name, 0, size)
+
+    def places(self) -> set[tuple[nn.Module, str]]:
+        """Of numbers of the code that its sizes may be."""
+        named = {} if self.code is None else self.code.named
+        return {(self.code.module, named[size]) for size in self.asked.values() if self.code and size in named}
 
 
 def _has_widths(module: nn.Module) -> bool:
@@ -119,8 +139,8 @@ def view_of(output: Tensor, asked: tuple[int, Sequence[int]], cut: Cut | None) -
     """The view that has just made `output`, asked for sizes from a dimension on; cut: as cut_of gives it."""
     sizes = asked[1]
     first = asked[0] % max(output.dim() + 1 - len(sizes), 1)
-    kept = {at: (cut.keeper(width), width) for at, size in enumerate(sizes, first) if cut is not None and size > 1
-            for width in cut.of_bounds([size]) or ()}
+    kept = {at: tuple((cut.keeper(width), width) for width in widths) for at, size in enumerate(sizes, first)
+            if cut is not None and size > 1 and (widths := cut.all_of_size(size))}
     return View(kept, next((at for at, size in enumerate(sizes, first) if size == -1), None), cut,
                 {at: size for at, size in enumerate(sizes, first) if size > 1})
 
