@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph import attention_calls, given_biases, head_dims, head_norms
+from fastscore.graph import attention_calls, given_biases, head_dims, head_norms, head_numbers
 from fastscore.graph.attention_calls import Call, close, randomized
 from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.found_heads import Found
@@ -86,6 +86,8 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[st
         if not biases.keys().isdisjoint(given):
             calls.take(given)
     known = Counter(first for found in guesses.values() for first in {guess.whole().name for guess in found})
+    kind_of = head_numbers.kinds({name: model.get_submodule(name) for name in calls.of})
+    borne_out = dict[Any, int | str]()  # kind of module, and of call -> which guess, or why none
     # an attention before the block that it stands in
     for names in sorted(calls.together, key=lambda names: len(names[0].split(".")) if names[0] else 0, reverse=True):
         firsts = [guesses[name][0].whole().name for name in names]
@@ -96,7 +98,8 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[st
             continue
         likely = {name: [*guesses[name], *_handed(model.get_submodule(name), guesses[name], calls.of[name], known)]
                   for name in names}
-        tried = [_tried(model.get_submodule(name), likely[name], calls.of[name], owners) for name in names]
+        tried = [_tried(model.get_submodule(name), likely[name], calls.of[name], owners, borne_out, kind_of[name])
+                 for name in names]
         for name, guess in zip(names, tried, strict=True) if dims else ():
             _find_dims(every, model.get_submodule(name), guesses[name], guess, calls.of[name], owners)
         fitting = [guess.whole() for guess in tried if isinstance(guess, _Guess)]
@@ -135,18 +138,25 @@ def _find_dims(every: Found, module: nn.Module, guesses: Sequence[_Guess], tried
     every.whole_heads[guesses[0].whole().name] = str(reason)
 
 
-def _tried(module: nn.Module, guesses: Sequence[_Guess], call: Call, owners: Mapping[int, int]) -> _Guess | str:
-    """The first guess that the module bears out; or why it does not the likeliest."""
+def _tried(module: nn.Module, guesses: Sequence[_Guess], call: Call, owners: Mapping[int, int],
+           borne_out: dict[Any, int | str], kind: Any) -> _Guess | str:
+    """The first guess that the module bears out; or why it does not the likeliest. Modules that are built alike, and
+    called alike, have the same random weights, and are tried once: see `find`."""
     why = computed(module, guesses[0].group, owners)
     if why is not None:
         return why
-    reasons = []
-    for guess in guesses:
-        reason = difference(module, guess.group, call)
-        if reason is None:
-            return guess
-        reasons.append(reason)
-    return reasons[0]
+    key = kind, call.kind, *(tuple((member.role, member.layer, member.attribute) for member in guess.group.members)
+                             for guess in guesses)
+    if key not in borne_out:
+        reasons = []
+        for guess in guesses:
+            reason = difference(module, guess.group, call)
+            if reason is None:
+                break
+            reasons.append(reason)
+        borne_out[key] = len(reasons) if len(reasons) < len(guesses) else reasons[0]
+    found = borne_out[key]
+    return found if isinstance(found, str) else guesses[found]
 
 
 def _handed(module: nn.Module, guesses: Sequence[_Guess], call: Call, known: Mapping[str, int]) -> Iterator[_Guess]:

@@ -36,6 +36,13 @@ class Call:
         return replace(self, args=tuple(narrow(place, value) for place, value in enumerate(self.args)),
                        kwargs={name: narrow(name, value) for name, value in self.kwargs.items()})
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """The same for calls of as many tensors, of the same sizes, for the same arguments."""
+        given: dict[Any, Any] = {**dict(enumerate(self.args)), **self.kwargs}
+        return self.handed, *((place, type(value), *((x.shape, x.dtype) for x in tensors_of(value)))
+                              for place, value in given.items())
+
     def inputs_of(self, layers: Iterable[str], module: nn.Module, hooks: Iterable[Any] = ()
                   ) -> dict[str, Tensor | None]:
         """What each of `layers` reads in this call of `module`; None where it is not called. hooks: handles of those

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,15 @@ def built(module: nn.Module, but: Container[tuple[str, str]] = ()) -> tuple[Any,
                                      if _is_setting(value) and (name, attribute) not in but))
                 for name, part in module.named_modules())
     return (*((name, tensor.shape) for name, tensor in tensors), *settings)
+
+
+def kinds(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Name of each module -> the same for all that are built alike, but for whole numbers that count them."""
+    of_class = defaultdict[type, list[nn.Module]](list)
+    for module in modules.values():
+        of_class[type(module)].append(module)
+    numbers = {kind: numbering(held) for kind, held in of_class.items()}
+    return {name: built(module, numbers[type(module)]) for name, module in modules.items()}
 
 
 def numbering(modules: Sequence[nn.Module]) -> set[tuple[str, str]]:

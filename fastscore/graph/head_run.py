@@ -18,6 +18,7 @@ from fastscore.graph.cutting import own_tensors
 from fastscore.graph.layer_types import type_of
 from fastscore.graph.noted_calls import PRODUCTS, factors_of
 from fastscore.graph.tempered import Tempered
+from fastscore.graph.trials.row_gradients import rows_shown
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim, parametrized
@@ -83,6 +84,7 @@ def run_alone(module: nn.Module, call: Call, ends: Collection[str] = ()) -> Run 
             x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
         hooks.enter_context(Tempered())
         products = hooks.enter_context(_Products({id(layer.weight) for layer in layers.values()}))
+        hooks.enter_context(rows_shown(dense))
         dense(*args, **kwargs)
     weights = [layer.weight for layer in layers.values()]
     while products.made and all(g is None for g in gradients(products.made[-1], weights)):

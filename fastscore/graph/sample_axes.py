@@ -143,7 +143,7 @@ def _find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: B
     found = _resolve([*otherwise, *trials])
     seen = [trials[-1]]
     if not way.exact and _any(found, (UNREACHED,)):  # a rectifier may pass nothing of these
-        beside = tried(model, watched, run, companions.others(example), 2, exact=False)
+        beside = tried(model, watched, run, companions.others(example), 2, exact=False, values=False)
         if isinstance(beside, str) or [output.shape for output in beside.outputs] != shapes:
             return None
         send_back(beside, axes)
@@ -252,7 +252,7 @@ def _decided_otherwise(model: nn.Module, watched: Mapping[str, Watched], run: Ru
             if not known.decides and not hold_other_values(batch, other):
                 continue
             with Decisions(other, seed):
-                more = tried(model, watched, run, other, known.size, exact=way.exact)
+                more = tried(model, watched, run, other, known.size, exact=way.exact, values=False)
             if not isinstance(more, str) and [output.shape for output in more.outputs] == shapes:
                 send_back(more, axes)
                 trials.append(more)

@@ -2,7 +2,6 @@
 are (see fastscore.graph.attention)."""
 
 import itertools
-from collections import defaultdict
 from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -47,16 +46,13 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], products: Mapping[nn
     done = list[str]()
     failed = dict[Any, str]()
     known = dict[Any, ChannelGroup | list[str] | None]()  # of modules that are built alike
-    of_class = defaultdict[type, list[nn.Module]](list)
-    for name in sizes:
-        of_class[type(model.get_submodule(name))].append(model.get_submodule(name))
-    numbers = {kind: head_numbers.numbering(modules) for kind, modules in of_class.items()}
+    kind_of = head_numbers.kinds({name: model.get_submodule(name) for name in sizes})
     # those within others first
     for name in sorted(sizes, key=lambda name: len(name.split(".")) if name else 0, reverse=True):
         if holds(name, done) or name not in calls:
             continue
         module, call = model.get_submodule(name), calls[name]
-        key = head_numbers.built(module, numbers[type(module)])
+        key = kind_of[name]
         likely = known[key] if key in known else heads_by_use.find(module, call, sizes[name])
         known[key] = likely
         if likely is None:

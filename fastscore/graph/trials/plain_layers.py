@@ -1,6 +1,7 @@
 """Layers of PyTorch's own code, whose output follows from what they hold: what is held need not be run to be compared.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
 from fastscore.modules.attention.projections import ProjectionLinear
 from fastscore.modules.inspection import LAYERS, runs_code_of
 from fastscore.modules.narrower import without
+from fastscore.modules.weights.experts import ExpertLinear, TurnedExpertLinear
 
 # the first that a layer is; those of fastscore.modules multiply as a Linear does, by rows in another order
-_PLAIN = (ProjectionLinear, SequenceFirstLinear, *LAYERS)
+_PLAIN = (ProjectionLinear, SequenceFirstLinear, TurnedExpertLinear, ExpertLinear, *LAYERS)
 _WIDTHS = {"in_features", "out_features", "in_channels", "out_channels"}
 _OTHERWISE = {"forward", "training", "_modules", "_parameters", "_of", *_WIDTHS}  # compared apart, or of no account
 
@@ -23,6 +25,11 @@ def plain_kind(layer: nn.Module) -> type[nn.Module] | None:
     kind = next((kind for kind in _PLAIN if isinstance(layer, kind)), None)
     plain = kind is not None and runs_code_of(layer, kind) and set(layer._parameters) == {"weight", "bias"}
     return kind if plain and not layer._modules else None
+
+
+def reads_one(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a layer is called on what it reads, and on nothing besides, but for the expert of each row."""
+    return len(args) + len(kwargs) == 1 or (isinstance(layer, ExpertLinear) and len(args) == 2 and not kwargs)
 
 
 def holds_rest(small: nn.Module, whole: nn.Module, gone_in: Tensor | None, gone_out: Tensor | None) -> bool:
@@ -42,6 +49,8 @@ def holds_rest(small: nn.Module, whole: nn.Module, gone_in: Tensor | None, gone_
         return False
     held: Any = small
     weight, bias, ins, outs = held.weight, held.bias, *((1, 0) if not getattr(whole, "transposed", False) else (0, 1))
+    if isinstance(whole, ExpertLinear):
+        ins, outs = 2, 1
     of_whole: Any = whole
     expected = _without(_without(of_whole.weight, outs, gone_out), ins, gone_in)
     widths = (held.in_features, held.out_features) if isinstance(whole, nn.Linear) else \
@@ -50,7 +59,7 @@ def holds_rest(small: nn.Module, whole: nn.Module, gone_in: Tensor | None, gone_
         return False
     if bias is None or of_whole.bias is None:
         return bias is of_whole.bias
-    return _same(bias, _without(of_whole.bias, 0, gone_out))
+    return _same(bias, _without(of_whole.bias, bias.dim() - 1, gone_out))
 
 
 def is_product(layer: nn.Module, x: Tensor, made: Tensor, gone_in: Tensor | None = None,

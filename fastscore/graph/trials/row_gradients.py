@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastscore.graph.trials.plain_layers import plain_kind
+from fastscore.graph.trials.plain_layers import is_product, plain_kind, reads_one
 from fastscore.graph.trials.recording import replaced
+from fastscore.modules.weights.experts import ExpertLinear
 
 _CONVOLUTIONS: dict[Any, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     nn.Conv1d: (F.conv1d, F.conv_transpose1d), nn.Conv2d: (F.conv2d, F.conv_transpose2d),
@@ -25,11 +26,11 @@ _CONVOLUTIONS: dict[Any, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = 
 
 
 @contextmanager
-def rows_alone(model: nn.Module) -> Iterator[None]:
+def rows_alone(model: nn.Module, values: bool = True) -> Iterator[None]:
     """In the block, the gradients that plain layers of `model` (frozen) send back are zero in the same rows, and
-    otherwise others."""
+    otherwise others. values: whether Linears make what they make; or, of each row, numbers like those it holds."""
     gains = torch.Generator().manual_seed(0)
-    known = {name: _forward_of(layer, gains) for name, layer in model.named_modules() if _is_known(layer)}
+    known = {name: _forward_of(layer, gains, values) for name, layer in model.named_modules() if _is_known(layer)}
     with replaced(model, known):
         yield
 
@@ -43,13 +44,16 @@ def _is_known(layer: nn.Module) -> bool:
     return kind is not None and issubclass(kind, nn.Linear) and "forward" not in vars(layer)
 
 
-def _forward_of(layer: Any, gains: torch.Generator) -> Callable[..., Any]:
+def _forward_of(layer: Any, gains: torch.Generator, values: bool) -> Callable[..., Any]:
     """gains: each call has its own, so that what comes back from several to what they all read does not cancel out."""
     def forward(*args: Any, **kwargs: Any) -> Any:
-        x = args[0] if len(args) == 1 and not kwargs else None
+        x = args[0] if args and not kwargs and reads_one(layer, args, kwargs) else None
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and _is_plain(x) and \
                 (isinstance(layer, nn.Linear) or x.dim() == len(layer.kernel_size) + 2):
-            return _RowsAlone.apply(x, layer, 0.5 + float(torch.rand((), generator=gains)))
+            own = values or not isinstance(layer, nn.Linear) or x.shape[-1] != layer.in_features or \
+                torch.is_autocast_enabled(x.device.type)
+            made = _RowsAlone.apply(x, layer, 0.5 + float(torch.rand((), generator=gains)), args[1:] if own else None)
+            return made * (args[1] < len(layer.weight))[:, None] if isinstance(layer, ExpertLinear) else made
         return type(layer).forward(layer, *args, **kwargs)
 
     return forward
@@ -64,19 +68,19 @@ class _RowsAlone(torch.autograd.Function):
     """A layer's output; backward: gradients of the rows that it read."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Any, gain: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: Any, gain: float, besides: tuple[Any, ...] | None) -> Tensor:
         if not isinstance(layer, nn.Linear):
             ctx.save_for_backward(x)  # as it does itself: who writes to it meanwhile is told so
         ctx.layer, ctx.gain, ctx.shape, ctx.dtype = layer, gain, x.shape, x.dtype
-        y: Tensor = type(layer).forward(layer, x)
+        y: Tensor = _likely(layer, x) if besides is None else type(layer).forward(layer, x, *besides)
         return y.clone() if y._is_view() else y  # which may be written to
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         layer, shape = ctx.layer, ctx.shape
         if isinstance(layer, nn.Linear):
             rows = ctx.gain * _scaled(g @ _drawn(g.shape[-1]).to(g))
-            return (rows[..., None] * _drawn(shape[-1]).to(g)).to(ctx.dtype), None, None
+            return (rows[..., None] * _drawn(shape[-1]).to(g)).to(ctx.dtype), None, None, None
         assert ctx.saved_tensors
         kernel, (forward, back) = layer.kernel_size, _CONVOLUTIONS[plain_kind(layer)]
         ones = [1] * len(kernel)
@@ -86,7 +90,57 @@ class _RowsAlone(torch.autograd.Function):
                  zip(shape[2:], g.shape[2:], layer.stride, layer.padding, layer.dilation, kernel, strict=True)]
         weight = _drawn(math.prod(kernel)).to(g).view(1, 1, *kernel)
         rows = back(rows, weight, None, layer.stride, layer.padding, spare, 1, layer.dilation)
-        return (rows * _drawn(shape[1]).to(g).view(-1, *ones)).to(ctx.dtype), None, None
+        return (rows * _drawn(shape[1]).to(g).view(-1, *ones)).to(ctx.dtype), None, None, None
+
+
+def _likely(layer: Any, x: Tensor) -> Tensor:
+    """What a Linear might make of x: each output is one input, at a scale of its own, and with the bias."""
+    inputs, outputs, bias = x.shape[-1], layer.out_features, layer._parameters["bias"]
+    order = torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs))[torch.arange(outputs) % inputs]
+    y = x.index_select(-1, order.to(x.device)) * _drawn(outputs).to(x)
+    return y if bias is None or bias.dim() > 1 else y + bias.to(x.dtype)
+
+
+@contextmanager
+def rows_shown(model: nn.Module) -> Iterator[None]:
+    """In the block, gradients come back through layers of `model` that multiply by a weight without zeros to what they
+    would: to each row and column of the weight, and each input, as numbers that are zero where those are."""
+    def forward_of(layer: Any) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            x = args[0] if len(args) == 1 and not kwargs else None
+            if isinstance(x, Tensor) and _is_plain(x):
+                with torch.no_grad():
+                    made = type(layer).forward(layer, x)
+                if is_product(layer, x, made):
+                    return _RowsShown.apply(x, layer.weight, layer._parameters["bias"], made)
+            return type(layer).forward(layer, *args, **kwargs)
+
+        return forward
+
+    with replaced(model, {name: forward_of(layer) for name, layer in model.named_modules() if isinstance(
+            layer, nn.Linear) and isinstance(layer._parameters.get("weight"), nn.Parameter)
+            and "forward" not in vars(layer)}):
+        yield
+
+
+class _RowsShown(torch.autograd.Function):
+    """What a Linear made of x; backward: to x and to its parameters, by sums."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, made: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.with_bias = bias is not None
+        return made.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, = ctx.saved_tensors
+        outputs, inputs = g.abs().flatten(0, -2), x.abs().flatten(0, -2)
+        of_outputs = _scaled((outputs * inputs.any(-1, keepdim=True)).sum(0))
+        of_inputs = _scaled((inputs * outputs.any(-1, keepdim=True)).sum(0))
+        to_x = _scaled(g @ _drawn(g.shape[-1]).to(g))[..., None] * _drawn(x.shape[-1]).to(g)
+        of_bias = _scaled(outputs.sum(0)) if ctx.with_bias else None
+        return to_x.to(x.dtype), of_outputs[:, None] * of_inputs, of_bias, None
 
 
 @cache

@@ -70,22 +70,22 @@ class Trial:
 
 
 def tried(model: nn.Module, watched: Mapping[str, Watched], run: Run, batch: Batch, size: int, grad: bool = True,
-          exact: bool = True) -> "Trial | str":
+          exact: bool = True, values: bool = True) -> "Trial | str":
     """`trial`, or what the model said instead."""
     try:
-        return trial(model, watched, run, batch, size, grad, exact)
+        return trial(model, watched, run, batch, size, grad, exact, values)
     except Exception as error:  # whatever the model's code does with a batch of another size
         return f"the model does not run on {counted(size, 'sample')} ({type(error).__name__}: {error})"
 
 
 def trial(model: nn.Module, watched: Mapping[str, Watched], run: Run, batch: Batch, size: int, grad: bool = True,
-          exact: bool = True) -> Trial:
+          exact: bool = True, values: bool = True) -> Trial:
     """A run on that batch of `size` samples. exact: with the gradients that layers send back, instead of others that
-    reach the same rows."""
+    reach the same rows. values: or exact, with what Linears make, instead of other numbers."""
     made = Trial(size, torch.zeros((), requires_grad=True))
     rng.start_over(device_of(model))
     with _watching(model, watched, made), torch.set_grad_enabled(grad), \
-            nullcontext() if exact or not grad else rows_alone(model):
+            nullcontext() if exact or not grad else rows_alone(model, values):
         made.outputs = run(model, batch)
     return made
 

@@ -218,8 +218,8 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
                                           "are")
         if name in found.layers or name in recording.transformed:
             return expected
-        if (name, call) not in recording.swapped and holds_rest() and len(args) + len(kwargs) == 1 and \
-                _strides_as_ever(x, before, full, expected, dim):
+        if (name, call) not in recording.swapped and holds_rest() and \
+                plain_layers.reads_one(whole, args, kwargs) and _strides_as_ever(x, before, full, expected, dim):
             return expected
         multiplies = runs_own_code(whole) and (name, call) not in recording.swapped and \
             len(args) + len(kwargs) == 1 and plain_layers.is_product(whole, before, full)
