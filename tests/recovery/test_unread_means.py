@@ -36,6 +36,11 @@ def test_a_call_on_nothing_adds_nothing_to_a_mean() -> None:
     for repair in ("mean", "linear", "asymmetric"):
         repaired = fastscore.prune(model, scores, x, channels=0.6, calibration=[x], repair=repair).model
         assert repaired(x).isfinite().all()
+    scores = fastscore.score(model, [x], ablation="mean", progress=False)
+    model.slices = (3,)
+    for name, values in fastscore.score(model, [x], ablation="mean", progress=False).items():
+        torch.testing.assert_close(scores[name], values)
+    model.slices = (0,)
     with pytest.raises(ValueError, match=r'^c: it reads nothing for some samples.*ablation="zero"'):
         fastscore.score(model, [x], ablation="mean", progress=False)
 
