@@ -45,6 +45,9 @@ class Steps(Generating):
             return None
         value, out = self.values[source], self.new_labels(self.rng.choice(WIDTHS))
         layer = nn.Conv2d(len(value.labels), len(out), 3, padding=1, groups=2)
+        if len(value.labels) == 2:  # an input goes with what is made of it alone
+            made = [label for label in value.labels for _ in range(len(out) // 2)]
+            return self.add("multiplier", (source,), made, value.size, lambda layer, x: layer(x), layer, fresh=True)
         return self.call("grouped", source, out, value.size, layer, 2)
 
     def transposed(self) -> int | None:
