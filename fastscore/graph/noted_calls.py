@@ -167,11 +167,10 @@ class NotedCalls(TorchFunctionMode):
                      *(view.code for view in self._views.values() if view.code is not None))
             places = set[marked_numbers.Place]().union(*(code.places() for code in codes),
                                                        *(view.places() for view in self._views.values()))
-            self._by_chance = set()
             sizes = AskedSizes()
-            with suppress(Exception), marked_numbers.marked(places), torch.no_grad(), sizes:  # of code that minds
-                self.run()
-                self._by_chance = places - sizes.places
+            with suppress(Exception), marked_numbers.marked(places), torch.no_grad(), sizes:
+                self.run()  # as far as code comes that minds: what it asks for after that is not known, and stays
+            self._by_chance = places - sizes.places
         return (module, width.name) not in self._by_chance
 
     def zeros_of(self, zeros: Tensor) -> Cut | None:

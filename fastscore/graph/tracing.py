@@ -195,7 +195,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         try:
             with recording.record():
                 graph.build(eval_model, first_run, inside=recording.several)
-        except Exception:
+        except Exception:  # of a model with nested tensors, whose layers are named below; any other's is its own
             if not recording.nested:
                 raise
         for name in nested.seeing(eval_model, recording.layers, run) if recording.nested else ():
