@@ -1,5 +1,6 @@
 """What a module is to a graph of channels: what Torch-Pruning takes it for, but for some convolutions."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch_pruning as tp
@@ -28,3 +29,10 @@ def groups_of(module: nn.Module) -> int:
     if isinstance(module, nn.GroupNorm):
         return 1 if module.num_groups == module.num_channels else module.num_groups
     return int(getattr(module, "groups", 1))
+
+
+def groups_left(groups: int, channels: int, gone: Collection[int]) -> int:
+    """How many of `groups` groups of equal width still have a channel once those of `gone` are out: fewer where groups
+    of one channel each have gone whole, also where they were wider in a dense model that loses all at once."""
+    width = channels // groups
+    return len({at // width for at in range(channels) if at not in gone})

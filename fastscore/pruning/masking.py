@@ -16,6 +16,7 @@ from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.parts import Batch
 from fastscore.graph import blocks, head_dims
 from fastscore.graph.groups import ChannelGroup, Ignore
+from fastscore.graph.layer_types import groups_left
 from fastscore.graph.whole_experts import never_chosen
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -183,8 +184,7 @@ def _narrowed(gone: Tensor) -> Callable[..., Any]:
         stays = staying(x.shape[1], gone).to(x.device)
         narrow: Any = copy.copy(module)
         narrow.num_channels = len(stays)
-        if module.num_groups == module.num_channels:
-            narrow.num_groups = len(stays)
+        narrow.num_groups = groups_left(narrow.num_groups, x.shape[1], set(gone.tolist()))
         narrow._parameters = {name: None if parameter is None else parameter.index_select(0, stays)
                               for name, parameter in module._parameters.items()}
         return output.index_copy(1, stays, type(module).forward(narrow, x.index_select(1, stays)))

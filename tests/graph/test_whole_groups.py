@@ -131,17 +131,21 @@ def test_costs_are_those_of_what_is_left() -> None:
     assert again.report.macs[1] <= result.report.macs[1]
 
 
-def test_first_places_of_groups_and_then_groups_of_one_place(tmp_path: Path) -> None:
-    """A file says of the dense model what goes, whatever its convolution had become between."""
+@pytest.mark.parametrize("kind", ["conv", "norm"])
+def test_first_places_of_groups_and_then_groups_of_one_place(kind: str, tmp_path: Path) -> None:
+    """A file says of the dense model what goes, whatever its convolution, or its norm, had become between."""
     def build() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, groups=4), nn.Tanh(),
+        middle = nn.Conv2d(8, 16, 3, groups=4) if kind == "conv" else \
+            nn.Sequential(nn.GroupNorm(4, 8), nn.Conv2d(8, 16, 3), nn.GroupNorm(4, 16))
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), middle, nn.Tanh(),
                              nn.Conv2d(16, 5, 1), nn.Flatten(), nn.Linear(5 * 4, 2))
 
     model, x, seen = noisy(build), _noise(2, 3, 6, 6), []
     for share in (0.5, 0.7, 0.7):
         scores = fastscore.score(model, [x], progress=False)
         model = fastscore.prune(model, scores, x, channels=share, scope="layer", compensate=False).model
-        seen.append((model[2].in_channels, model[2].out_channels, model[2].groups))
+        seen.append((model[2].in_channels, model[2].out_channels, model[2].groups) if kind == "conv" else
+                    (model[2][0].num_channels, model[2][2].num_channels, model[2][0].num_groups))
     assert seen[0] == (4, 8, 4)
     assert seen[2][2] < 4
     fastscore.save_pruned(model, tmp_path / "small")

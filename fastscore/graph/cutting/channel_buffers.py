@@ -8,7 +8,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph.layer_types import OPTYPE, groups_of, type_of
+from fastscore.graph.layer_types import OPTYPE, groups_left, type_of
 from fastscore.modules.narrower import without
 from fastscore.modules.norms import channel_norms
 from fastscore.modules.weights import parameter_layers, transposed_linear
@@ -44,8 +44,8 @@ def surgeon(module: nn.Module) -> Any:
         return _STATISTICS
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and not module.transposed:
         return _GROUPED
-    if kind == OPTYPE.GN and groups_of(module) == 1 < cast(nn.GroupNorm, module).num_groups:
-        return _ALONE
+    if kind == OPTYPE.GN:
+        return _GROUP_NORMS
     return _BUFFERS if width(module) is not None else tp.function.PrunerBox[kind]
 
 
@@ -109,11 +109,10 @@ class _Grouped(tp.function.ConvPruner):  # type: ignore[misc]
     inputs and outputs whichever comes first, as both are counted in what was there before."""
 
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        conv, gone = cast(Any, layer), set(idxs)
-        each = conv.out_channels // conv.groups
-        groups = {at // each for at in range(conv.out_channels) if at not in gone}
+        conv = cast(Any, layer)
+        groups = groups_left(conv.groups, conv.out_channels, set(idxs))
         super().prune_out_channels(layer, idxs)
-        conv.groups, conv.in_channels = len(groups), len(groups) * conv.weight.shape[1]
+        conv.groups, conv.in_channels = groups, groups * conv.weight.shape[1]
         return layer
 
     def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
@@ -124,12 +123,13 @@ class _Grouped(tp.function.ConvPruner):  # type: ignore[misc]
         return layer
 
 
-class _Alone(tp.function.GroupNormPruner):  # type: ignore[misc]
-    """Of a GroupNorm of one channel in each group."""
+class _GroupNorms(tp.function.GroupNormPruner):  # type: ignore[misc]
+    """Of a GroupNorm, which loses as many channels of each group, or groups of one channel."""
 
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        norm = cast(nn.GroupNorm, super().prune_out_channels(layer, idxs))
-        norm.num_groups = norm.num_channels
+        norm = cast(nn.GroupNorm, layer)
+        norm.num_groups = groups_left(norm.num_groups, norm.num_channels, set(idxs))
+        super().prune_out_channels(norm, idxs)
         return norm
 
     prune_in_channels = prune_out_channels
@@ -151,4 +151,4 @@ class _Norms(tp.function.BasePruningFunc):  # type: ignore[misc]
 
 
 _BUFFERS, _STATISTICS, NORMS, _TRANSPOSED = _Buffers(), _Statistics(), _Norms(), transposed_linear.Surgeon()
-_GROUPED, _ALONE = _Grouped(), _Alone()
+_GROUPED, _GROUP_NORMS = _Grouped(), _GroupNorms()
