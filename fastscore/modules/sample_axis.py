@@ -168,7 +168,7 @@ def by_sample(rows: Tensor, axis: SampleAxis | Untold, layer: str, samples: int,
     places = rows.unflatten(1, (factors[0], samples, factors[1]))
     total: Tensor = places.sum((1, 3))
     if mean is not None:
-        total[mean] = places[mean].mean((0, 2))
+        total[mean] = places[mean].nanmean((0, 2))  # of a row that read nothing there is none
     return total
 
 
@@ -202,7 +202,7 @@ def spread(rows: Tensor, samples: int, mean: int | None) -> Tensor:
     """[P, R, C] -> [P, N, C] with the sums (means) of all rows, in equal parts: for what only their total counts."""
     total = rows.sum(1, keepdim=True) / max(samples, 1)
     if mean is not None:
-        total[mean] = rows[mean].mean(0, keepdim=True)
+        total[mean] = rows[mean].nanmean(0, keepdim=True)
     return total.expand(-1, samples, -1)
 
 

@@ -58,7 +58,8 @@ class FusedTap(NamedTuple):
 class MeasuredRows(Protocol):
     """See fastscore.taps.rows.Rows."""
 
-    def measured(self, x: Tensor, g: Tensor, channel_dim: int, axis: SampleAxis, valid: Tensor | None) -> Tensor:
+    def measured(self, x: Tensor, g: Tensor, channel_dim: int, axis: SampleAxis, valid: Tensor | None,
+                 inside: Tensor | None = None) -> Tensor:
         """[P, R, C] of activation and gradient, a row for each place along `axis`; for each sample, with padding."""
 
 
@@ -82,9 +83,9 @@ class Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, taps: "Measuring", point: TapPoint, axis: SampleAxis,
-                valid: Tensor | None, owner: ForwardPass | None) -> Tensor:
+                valid: Tensor | None, owner: ForwardPass | None, inside: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.taps, ctx.point, ctx.axis, ctx.valid, ctx.owner = taps, point, axis, valid, owner
+        ctx.taps, ctx.point, ctx.axis, ctx.valid, ctx.owner, ctx.inside = taps, point, axis, valid, owner, inside
         # a Conv or Linear never writes to its input; whoever takes a BatchNorm's output may (`out += identity`)
         return x.clone() if point.output else x.view_as(x)
 
@@ -94,8 +95,8 @@ class Gate(torch.autograd.Function):
         point, measured = ctx.point, None
         if ctx.taps.measuring:
             x, h = (x[point.window], g[point.window]) if point.window else (x, g)
-            measured = ctx.taps.rows.measured(x, h, point.channel_dim, ctx.axis, ctx.valid)
-        return ctx.taps.handed_on(g, ctx.owner), measured, None, None, None, None, None
+            measured = ctx.taps.rows.measured(x, h, point.channel_dim, ctx.axis, ctx.valid, ctx.inside)
+        return ctx.taps.handed_on(g, ctx.owner), measured, None, None, None, None, None, None
 
 
 class ExpertGate(torch.autograd.Function):

@@ -34,14 +34,21 @@ class Rows:
         return torch.empty(self._measure.parts, rows, channels, device=like.device, requires_grad=True,
                            dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
-    def measured(self, x: Tensor, g: Tensor, channel_dim: int, axis: SampleAxis, valid: Tensor | None) -> Tensor:
+    def measured(self, x: Tensor, g: Tensor, channel_dim: int, axis: SampleAxis, valid: Tensor | None,
+                 inside: Tensor | None = None) -> Tensor:
         """[P, R, C] of activation and gradient: a row for each place along `axis`, or for each token where tokens are
-        samples; where `valid` (bool [N, T]) tells padding, without it, and a row for each sample."""
+        samples; where `valid` (bool [N, T]) tells padding, without it, and a row for each sample; where `inside` (bool,
+        of the shape of x with one channel) does, without it. Where nothing was read, there is no mean, but NaN."""
         if valid is None:
+            if inside is not None:
+                x = x.masked_fill(~inside, 0)
             x, channel = self.first(x, channel_dim, axis)
             measured = self._measure.compute(x, self.first(g, channel_dim, axis)[0], channel)
             if self._measure.mean is not None and not x.numel():
-                measured[self._measure.mean].fill_(torch.nan)  # nothing was read: there is no mean
+                measured[self._measure.mean].fill_(torch.nan)
+            if self._measure.mean is not None and inside is not None:
+                there = self.first(inside, channel_dim, axis)[0].flatten(1).to(measured.dtype)
+                measured[self._measure.mean] /= there.mean(1, keepdim=True)  # 0 / 0 of a row of padding alone
             return measured
         valid = valid.to(x.device)
         x, g = axis.first(x, len(valid)), axis.first(g, len(valid))

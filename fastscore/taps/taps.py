@@ -21,7 +21,7 @@ from fastscore.modules.attention import multihead_attention
 from fastscore.modules.handles import Handle
 from fastscore.modules.hooks import OwnHook, input_of, with_input
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold
-from fastscore.modules.weights import experts, held_weights
+from fastscore.modules.weights import experts, held_weights, recurrent
 from fastscore.taps.gates import ExpertGate, FusedTap, Gate, NormGate, TapPoint
 from fastscore.taps.measures import Measure
 from fastscore.taps.passes import BackwardPasses, ForwardPass, Tapped
@@ -274,7 +274,8 @@ class Taps:
         else:
             known = self.axes.of(layer)
             axis = known if isinstance(known, SampleAxis) else SampleAxis()
-        gated: Tensor = Gate.apply(x, gate, self, point, axis, valid, owner) if read is None else \
+        inside = None if point.output or self.rows.sample_dims > 1 else recurrent.inside_of(self._owner(layer, point))
+        gated: Tensor = Gate.apply(x, gate, self, point, axis, valid, owner, inside) if read is None else \
             ExpertGate.apply(x, read, gate, self, point, axis, valid, owner) if point.experts else \
             NormGate.apply(x, read.detach(), gate, self.model.get_submodule(layer), self, point, axis,
                            valid, owner)

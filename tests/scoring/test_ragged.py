@@ -143,3 +143,47 @@ def test_other_lengths_that_the_code_does_not_take_leave_what_can_be_told() -> N
 
     x = torch.randn(3, 3, 4, dtype=torch.float64)
     assert check(net(way), [{"x": x, "lengths": torch.tensor([3, 3, 3])}]) == {"one", "pre", "two"}
+
+
+class Recurrent(nn.Module):
+    """Sequences [N, T, 4] -> [N, 3], packed for a recurrent module in one of its layouts."""
+
+    def __init__(self, kind: type[nn.RNNBase], batch_first: bool) -> None:
+        super().__init__()
+        self.embed, self.batch_first = nn.Linear(4, 6), batch_first
+        self.rnn = kind(6, 5, 2, batch_first=batch_first, bidirectional=True)  # type: ignore[arg-type]
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        x = self.embed(x).relu() + 1
+        x = x if self.batch_first else x.transpose(0, 1)
+        rows, _ = self.rnn(pack_padded_sequence(x, lengths, self.batch_first, enforce_sorted=False))
+        return self.head(pad_packed_sequence(rows, batch_first=True)[0].sum(1) / lengths[:, None])
+
+
+@pytest.mark.parametrize(("kind", "batch_first"), [(nn.LSTM, True), (nn.GRU, False)])
+def test_padding_of_packed_sequences_is_in_no_mean(kind: type[nn.RNNBase], batch_first: bool) -> None:
+    """Means, and what is compared with them, are those of the samples one by one, which have none; and of what the
+    first layer reads, the mean is that of the steps there are."""
+    torch.manual_seed(0)
+    model = Recurrent(kind, batch_first).double().eval()
+    lengths = [[5, 2, 3], [1, 4]]
+    batches = [{"x": torch.randn(len(each), max(each), 4, dtype=torch.float64), "lengths": torch.tensor(each)}
+               for each in lengths]
+    alone = [{name: value[n:n + 1] for name, value in batch.items()} for batch in batches
+             for n in range(len(batch["x"]))]
+    v = {float(each["x"].sum()): torch.randn(3, dtype=torch.float64) for each in alone}
+
+    def loss(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return sum(row @ v[float(x.sum())] for row, x in zip(output, batch["x"], strict=True))
+
+    every, one = (fastscore.score(model, given, ablation="mean", gradient="loss", normalize=False, loss=loss,
+                                  progress=False) for given in (batches, alone))
+    assert {"embed", "rnn.weight_ih_l0"} <= set(every) == set(one)
+    for name in every:
+        torch.testing.assert_close(every[name], one[name])
+    for layer in every.means:
+        torch.testing.assert_close(every.means[layer], one.means[layer])
+    with torch.no_grad():
+        read = [(model.embed(each["x"][0, :each["lengths"]]).relu() + 1).mean(0) for each in alone]
+    torch.testing.assert_close(every.means["rnn.weight_ih_l0_reverse"].double(), torch.stack(read).mean(0))

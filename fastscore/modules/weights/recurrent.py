@@ -20,7 +20,7 @@ from fastscore.modules.weights.parameter_layers import HoldsLayers, Kinds, Param
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 _FIRST = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")  # that read what the module is given
-_SKETCHED, _EXACT, _GIVEN = "_sketched", "_exact_rows", "_given_constant"
+_SKETCHED, _EXACT, _GIVEN, _INSIDE = "_sketched", "_exact_rows", "_given_constant", "_inside"
 State = tuple[Tensor, ...]  # h, and c of an LSTM: [N, H] each
 Project = Callable[[Tensor], Tensor]
 
@@ -175,7 +175,7 @@ class _Layers(_Recurrence):
         time, again = int(self.batch_first), getattr(self, f"weight_hh_{name}")
         every = None if inside is None else torch.stack(list(inside), time)
         exact = _EXACT in vars(self)
-        made = _product(getattr(self, f"weight_ih_{name}"), x, every if exact else None)
+        made = _product(getattr(self, f"weight_ih_{name}"), x, every, exact)
         projection = self._modules.get(f"weight_hr_{name}")
         state = self._begin(self.mode, given, made.select(time, 0), projection)
         if _SKETCHED in vars(self):
@@ -187,9 +187,9 @@ class _Layers(_Recurrence):
         outputs = list[Tensor]()
         steps = list(enumerate(made.unbind(time)))
         for at, each in reversed(steps) if name.endswith("_reverse") else steps:
-            there = inside[at] if inside is not None and exact else None
-            product = _product(again, state[0], there)
-            project = None if projection is None else partial(_product, projection, inside=there)
+            there = None if inside is None else inside[at]
+            product = _product(again, state[0], there, exact)
+            project = None if projection is None else partial(_product, projection, inside=there, exact=exact)
             after = self._step(self.mode, each, product, state, project)
             if inside is None:
                 outputs.append(after[0])
@@ -232,12 +232,25 @@ def _given(hx: Any, batched: bool, samples: int, *shapes: tuple[int, ...]) -> li
     return parts
 
 
-def _product(layer: nn.Module, x: Tensor, inside: Tensor | None) -> Tensor:
-    """[..., inputs] -> [..., outputs]; zeros where `inside`, bool [..., 1], is not True."""
+def _product(layer: nn.Module, x: Tensor, inside: Tensor | None, exact: bool) -> Tensor:
+    """[..., inputs] -> [..., outputs], which count where `inside`, bool [..., 1], is True. exact: nothing else is read,
+    and zeros are made of it."""
     if inside is None:
         return layer(x)  # type: ignore[no-any-return]
+    if not exact:
+        vars(layer)[_INSIDE] = inside
+        try:
+            return layer(x)  # type: ignore[no-any-return]
+        finally:
+            del vars(layer)[_INSIDE]
     rows = layer(x[inside[..., 0]])
     return rows.new_zeros(*x.shape[:-1], rows.shape[-1]).index_put((inside[..., 0],), rows)  # type: ignore[no-any-return]
+
+
+def inside_of(layer: nn.Module) -> Tensor | None:
+    """Of what such a layer reads at this moment, which rows are no padding of a packed sequence: bool [..., 1]; None
+    where all are none."""
+    return vars(layer).get(_INSIDE)
 
 
 def _packed(x: Tensor, lengths: Tensor, like: PackedSequence, batch_first: bool) -> PackedSequence:
