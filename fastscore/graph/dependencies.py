@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -11,22 +11,18 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.graph import contractions, crossings, index_maps, layers_inside, lost_ways, ties
-from fastscore.graph.cuts import LAYERS, shape, slice_of
+from fastscore.graph.cuts import shape, slice_of
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.index_maps import IndexMap
-from fastscore.graph.kept import over_channels
+from fastscore.graph.kept import obstacles
 from fastscore.graph.layer_types import OPTYPE, groups_of, of_groups, type_of
 from fastscore.graph.lost_ways import Key
-from fastscore.graph.nested import INTO, comes_out
-from fastscore.graph.nodes import CHANNELWISE, NORM, PRODUCERS, TRANSPARENT, Nodes
+from fastscore.graph.nodes import Nodes
 from fastscore.graph.noted_calls import NotedCalls, outputs_of, states_given
 from fastscore.modules import hooks
 from fastscore.modules.norms import channel_norms
 from fastscore.modules.weights import recurrent
 
-CUT = "its channels are cut at positions that the model's code fixes"
-DIVIDED = "a view divides its channels over several dimensions"
-_SEVERAL = ", the forward of whose class returns several things"
 _MOST_ARRIVALS = 100  # at one node, each time at new places: more than there are branches that end somewhere
 
 # (node, pruning function) -> int64 [M], ascending: where channels of the root lie in the node's output or input, in
@@ -167,7 +163,7 @@ class Graph(Nodes):
             if known is None:
                 new = positions[node, function] = arrived
                 came[node, function] = before
-                obstacle = self._obstacle(node, function)
+                obstacle = obstacles.why(self, node, function)
                 if node.grad_fn in self._in_vain and (obstacle is not None or self._moves(node)):
                     obstacle = None
                     continue  # it asks for widths, not for the order in them: the trial by surgery shows which
@@ -193,7 +189,7 @@ class Graph(Nodes):
                     if len(onward):
                         work.append((dependency.target, dependency.handler, onward, (node, function)))
         obstacle = obstacle or endless
-        if obstacle is not None and not endless and not obstacle.endswith(_SEVERAL):  # which says more
+        if obstacle is not None and not endless and not obstacle.endswith(obstacles.SEVERAL):  # which says more
             last = next(reversed(came))
             obstacle = lost_ways.lost(self, came).get(last) or lost_ways.at_end(self, came, last) or obstacle
         return positions, obstacle, came
@@ -227,56 +223,9 @@ class Graph(Nodes):
         width: int = channel_buffers.surgeon(module).get_in_channels(module) if sections > 1 else 0
         return width, width // sections
 
-    def _obstacle(self, node: Any, function: Any) -> str | None:
-        """Why channels that come to a node cannot be removed; None where they can."""
-        if (part := getattr(node.grad_fn, "scripted", None)) is not None:
-            return f"its channels pass through {self._module2name[part]} ({part.part.original_name}), which " \
-                   "torch.jit made, and which cannot lose channels"
-        if comes_out(node.grad_fn):
-            return INTO
-        if (layer := next((self._several[key] for key in self._taken_by(node) if key in self._several), None)):
-            return f"its channels come to {layer}{_SEVERAL}"
-        if node.type == OPTYPE.CUSTOMIZED:
-            return f"{DIVIDED} ({node.grad_fn.name()})"
-        if node.type == OPTYPE.PARAMETER and node in self._dims:
-            return None  # one number, or more, for each channel
-        width = channel_norms.width(node.module) if node.type == NORM else None
-        if width is not None and width != shape(node)[self._dims[node]]:
-            return f"{node._name} normalises over {width} of several dimensions"
-        if node.type == OPTYPE.PARAMETER:
-            owner = node._name.rpartition(".")[0]
-            beside = [source for operation in node.outputs for source in operation.inputs
-                      if source.type == OPTYPE.PARAMETER and source._name.rpartition(".")[0] == owner]
-            return self.taken_with(max(beside, key=lambda one: one.module.dim())._name)  # a weight, before a bias
-        if node.type not in PRODUCERS | CHANNELWISE | TRANSPARENT | {NORM, OPTYPE.OUTPUT}:
-            return f"its channels pass through {node._name or type(node.module).__name__} " \
-                   f"({type(node.module).__name__}), which cannot lose channels yet"
-        reads = node.type in LAYERS and function.__name__ == "prune_in_channels"
-        if node.type == OPTYPE.OUTPUT or not (node.outputs or reads):
-            return "its channels are the model's output"
-        if any(self._run_over(node)):
-            return over_channels.why(node)
-        cropped = self._is_padded(node) and min(self._padding(node)) < 0
-        if cropped or (self._is_unknown(node) and self.cuts == "fixed"):
-            return f"{CUT} ({node.grad_fn.name()})"
-        if node.type in (OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV) and node.module.transposed and \
-                1 < node.module.groups != max(node.module.in_channels, node.module.out_channels):
-            return f"{node._name} is a grouped transposed convolution, which cannot lose channels yet"
-        return None
-
-    def _run_over(self, node: Any) -> Iterator[Any]:
-        """The inputs of a node over whose channels it reduces, or normalises."""
-        return (source for source in node.inputs if source in self._dims and
-                over_channels.runs(node, self._dims[source], len(shape(source))))
-
     def _reduces(self, node: Any) -> bool:
         """Whether a node makes one number of all channels of an input."""
-        return any(math.prod(shape(node)) < math.prod(shape(source, node)) for source in self._run_over(node))
-
-    def _taken_by(self, node: Any) -> Iterator[int]:
-        """The id of each parameter that an operation takes, as it is or turned."""
-        for source, _ in getattr(node.grad_fn, "next_functions", ()) if self._several else ():
-            yield id(getattr(layers_inside.before_turned(source), "variable", None))
+        return any(math.prod(shape(node)) < math.prod(shape(source, node)) for source in obstacles.reduced(self, node))
 
     def _moves(self, node: Any) -> bool:
         """Whether a view has channels in other places than before."""

@@ -32,7 +32,7 @@ from fastscore.graph import (
 from fastscore.graph.counted_run import CountedRun
 from fastscore.graph.cutting import own_tensors
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
-from fastscore.graph.kept import left_alone, reasons, training_only, unread
+from fastscore.graph.kept import left_alone, obstacles, reasons, training_only, unread
 from fastscore.graph.trials import (
     across,
     bias_trial,
@@ -229,7 +229,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         return traced_groups.of_graph(eval_model, graph, attentions.layers(), recording, unused, idle)
 
     found = followed()
-    divided = {layer for layer, why in found.skipped.items() if why.startswith(dependencies.DIVIDED)}
+    divided = {layer for layer, why in found.skipped.items() if why.startswith(obstacles.DIVIDED)}
     unnamed = unnamed_attention.find(eval_model, recording.run_again, graph.products, divided, unused, attentions,
                                      "head_dims" in searched)
     if attentions.with_unnamed(unnamed, divided):

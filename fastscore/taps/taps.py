@@ -62,6 +62,7 @@ class Taps:
         self._backward = BackwardPasses()
         self._unseen: dict[str, RemovableHandle] = {}  # layers whose taps have not run -> what says so
         self._handles: list[RemovableHandle | Handle] = []
+        self._owners: dict[str, nn.Module] = {}  # of every tap; while a forward runs, some go by their name as tensors
 
     def attach(self) -> None:
         """Set the hooks. Raises RuntimeError when they are set already."""
@@ -72,6 +73,7 @@ class Taps:
         self._handles += [self.model.register_forward_pre_hook(self._hook(self._begin), with_kwargs=True),
                           self.model.register_forward_hook(self._hook(self._end))]
         self._handles += multihead_attention.replace_attention(self.model, layers)
+        self._owners = {layer: self.model.get_submodule(point.owner(layer)) for layer, point in self.points.items()}
         for layer, point in self.points.items():
             module = self.model.get_submodule(point.module or layer)
             self._handles.append(
@@ -80,7 +82,7 @@ class Taps:
         if self._on_pass is not None:
             self._handles += [weight.register_hook(self._receive_weight(name)) for name, weight in self.weights.items()]
             self._unseen = {layer: weight.register_hook(_never_seen(layer)) for layer, point in self.points.items()
-                            if isinstance(weight := getattr(self._owner(layer, point), "weight", None), nn.Parameter)
+                            if isinstance(weight := getattr(self._owners[layer], "weight", None), nn.Parameter)
                             and weight.requires_grad}
 
     def detach(self) -> None:
@@ -88,6 +90,7 @@ class Taps:
         for handle in (*self._handles, *self._unseen.values()):
             handle.remove()
         self._handles.clear()
+        self._owners.clear()
         self._unseen.clear()
         self.flush()
         self.current = None
@@ -274,15 +277,12 @@ class Taps:
         else:
             known = self.axes.of(layer)
             axis = known if isinstance(known, SampleAxis) else SampleAxis()
-        inside = None if point.output or self.rows.sample_dims > 1 else recurrent.inside_of(self._owner(layer, point))
+        inside = None if point.output or self.rows.sample_dims > 1 else recurrent.inside_of(self._owners[layer])
         gated: Tensor = Gate.apply(x, gate, self, point, axis, valid, owner, inside) if read is None else \
             ExpertGate.apply(x, read, gate, self, point, axis, valid, owner) if point.experts else \
             NormGate.apply(x, read.detach(), gate, self.model.get_submodule(layer), self, point, axis,
                            valid, owner)
         return gated
-
-    def _owner(self, layer: str, point: TapPoint) -> nn.Module:
-        return self.model.get_submodule(point.owner(layer))
 
     def _axis(self, layer: str, owner: ForwardPass | None) -> SampleAxis | Untold:
         """Where the samples lie in what a layer that runs now reads, or why that is not known."""
@@ -296,7 +296,7 @@ class Taps:
         """Which tokens of x are no padding, bool [N, T]; None where it has none, or tokens are samples."""
         if owner is None or (valid := owner.valid) is None or point.channel_dim != -1 or self.rows.sample_dims > 1:
             return None
-        if isinstance(self._owner(layer, point), experts.ExpertLinear) and len(x) % valid.numel() == 0:
+        if isinstance(self._owners[layer], experts.ExpertLinear) and len(x) % valid.numel() == 0:
             valid = valid.repeat_interleave(len(x) // valid.numel(), 1)  # a row for each expert that a token chooses
         fits = x.dim() > 1 and axis.fits(x, len(valid)) and axis.first(x.detach(), len(valid)).shape[:-1] == valid.shape
         return valid if fits else None

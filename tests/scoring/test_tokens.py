@@ -240,3 +240,25 @@ def test_rows_that_are_no_tokens_are_kept_and_the_way_out_scores_them() -> None:
     assert "first" not in kept
     assert kept.skipped["first"].endswith("sample_dims=1 scores it")
     assert "first" in fastscore.score(model, batches, sample_dims=1, progress=False)
+
+
+class OwnProducts(nn.Module):
+    """Multiplies tokens by Parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(16, 8), nn.Parameter(torch.randn(8, 12)), nn.Linear(12, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        y = self.down((self.embed(input_ids) @ self.up).relu()) * attention_mask[..., None]
+        return y.sum(1) / attention_mask.sum(1, keepdim=True)
+
+
+def test_padding_is_in_no_mean_of_what_parameters_multiply() -> None:
+    torch.manual_seed(0)
+    model, ids = OwnProducts().double().eval(), torch.randint(16, (2, 5))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    found = fastscore.score(model, [{"input_ids": ids, "attention_mask": mask}], progress=False)
+    tokens = model.embed(ids)
+    each = torch.stack([row[real].mean(0) for row, real in zip(tokens, mask.bool(), strict=True)])
+    torch.testing.assert_close(found.means["up"], each.mean(0).detach(), rtol=1e-6, atol=1e-12)

@@ -8,8 +8,9 @@ that may.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
-from fastscore.graph.dependencies import CUT, Graph
+from fastscore.graph.dependencies import Graph
 from fastscore.graph.groups import READS, TIED, ChannelGraph, ChannelGroup
+from fastscore.graph.kept.obstacles import CUT
 from fastscore.graph.trials import surgery_trial, verification
 from fastscore.graph.trials.recording import Recording
 
