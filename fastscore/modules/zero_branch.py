@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches.parts import tensors_of
+from fastscore.modules.attention.encoder_layer import call_layers
 
 
 class ZeroBranch(nn.Module):
@@ -129,6 +130,10 @@ def put_zeros(model: nn.Module, name: str, returns: int) -> None:
     if isinstance(zeros, ResizedZeros) and returns < SAME:
         zeros.shortcut = list(owner._modules)[SAME - 1 - returns]
         zeros.channels = channels_of(owner.get_submodule(zeros.shortcut))
+    for key, value in vars(old).items():  # such as batch_first, by which code around it decides
+        if isinstance(value, bool) and not hasattr(zeros, key):
+            setattr(zeros, key, value)
+    call_layers(model, name)
     put(model, name, zeros.train(old.training))
 
 
