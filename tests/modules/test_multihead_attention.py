@@ -110,3 +110,26 @@ def test_an_encoder_without_heads_runs_with_padding_and_as_a_fused_kernel_would(
     for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with context():
             torch.testing.assert_close(forward(result.model, x), masked, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
+def test_the_replacement_is_exported_with_any_number_of_samples_and_tokens(options: dict[str, bool],
+                                                                           need_weights: bool) -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)  # type: ignore[arg-type]
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.attention(x, x, x, key_padding_mask=x[..., 0] > 1, need_weights=need_weights)[0]
+            return made
+
+    torch.manual_seed(0)
+    model, x = Padded().eval(), torch.rand(2, 5, 8)
+    (handle,) = multihead_attention.replace_attention(model)
+    handle.make_permanent()
+    free = {0: torch.export.Dim("samples"), 1: torch.export.Dim("tokens", min=2)}
+    program = torch.export.export(model, (x,), dynamic_shapes=(free,)).module()
+    for other in (x, torch.rand(7, 9, 8)):
+        torch.testing.assert_close(program(other), model(other))

@@ -98,3 +98,29 @@ def test_inputs_that_are_not_one_tensor_are_no_single_sample(suffix: str, tmp_pa
         said = rf"example_inputs: {type(given).__name__}, and {suffix} files take one tensor"
         with pytest.raises(TypeError, match=said):
             fastscore.save(network.model(), given, tmp_path / f"small{suffix}")  # type: ignore[arg-type]
+
+
+class Counts(nn.Module):
+    """Its code takes the batch size for a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.layer(x.view(len(x), 4))
+        return made
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_a_file_that_takes_one_batch_size_says_so(suffix: str, tmp_path: Path) -> None:
+    model, x, path = Counts().eval(), torch.randn(5, 4), tmp_path / f"small{suffix}"
+    said = r"it takes 5 samples in a call, no other number, since Counts .*x\.shape\[0\]"
+    with pytest.warns(UserWarning, match=said):
+        fastscore.save(model, x, path)
+    if suffix == ".pt2":
+        found = torch.export.load(path).module()(x)
+    else:
+        runtime = pytest.importorskip("onnxruntime")
+        found = torch.from_numpy(runtime.InferenceSession(path).run(None, {"input": x.numpy()})[0])
+    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)

@@ -74,9 +74,9 @@ class MultiheadAttention(HoldsLayers, nn.Module):
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.repeat(1, samples, 1)])
             v = torch.cat([v, self.bias_v.repeat(1, samples, 1)])
-        q, k, v = (x.view(len(x), samples * self.num_heads, self.head_dim).transpose(0, 1) for x in (q, k, v))
+        q, k, v = (x.view(x.shape[0], samples * self.num_heads, self.head_dim).transpose(0, 1) for x in (q, k, v))
         if self.add_zero_attn:
-            k, v = (torch.cat([x, x.new_zeros(len(x), 1, self.head_dim)], 1) for x in (k, v))
+            k, v = (torch.cat([x, x.new_zeros(x.shape[0], 1, self.head_dim)], 1) for x in (k, v))
         source = k.shape[1]
         causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if causal else self._mask(attn_mask, key_padding_mask, source, samples, query.dtype)
@@ -95,7 +95,7 @@ class MultiheadAttention(HoldsLayers, nn.Module):
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             if mask is not None:
-                mask = mask.unsqueeze(0) if len(mask) == 1 else mask.view(samples, self.num_heads, -1, source)
+                mask = mask.unsqueeze(0) if mask.shape[0] == 1 else mask.view(samples, self.num_heads, -1, source)
             q, k, v = (x.view(samples, self.num_heads, -1, self.head_dim) for x in (q, k, v))
             dense = vars(self).get(own_width.DENSE_WIDTH)
             scale = None if dense is None else dense ** -0.5

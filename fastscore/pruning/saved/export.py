@@ -1,6 +1,7 @@
 """A smaller model out to a file, in the format that its suffix names."""
 
 import json
+import warnings
 import zipfile
 from collections.abc import Mapping
 from os import PathLike
@@ -24,9 +25,9 @@ def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | Pat
         model: the model, or prune()'s result; it comes back in the modes that it was in.
         example_inputs: [N, ...] with N >= 2, which tells the exporters that N is free.
         path: .safetensors, for fastscore.load_pruned, where prune() has made the model; .pt2 (torch.export) and .onnx,
-            which take any batch size; or .pt, the module itself, as a pickle. In .pt2 and .onnx an object of a
-            library's own that holds one tensor (transformers' classifiers return such) becomes that tensor, so that
-            the file is read without the library.
+            which take any batch size (where the model's code fixes it, that of the example inputs: a warning says so);
+            or .pt, the module itself, as a pickle. In .pt2 and .onnx an object of a library's own that holds one tensor
+            (transformers' classifiers return such) becomes that tensor, so that the file is read without the library.
 
     Raises:
         ValueError: another suffix; for .pt2 and .onnx, fewer than two samples; for .safetensors, a model that prune()
@@ -45,7 +46,12 @@ def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | Pat
                          "there is: give two or more")
     model, notes = (model.model, model.report.kept_notes) if isinstance(model, PruneResult) else (model, {})
     with evaluating(model), files.whole(path) as part:
-        _WRITERS[suffix](model if suffix == ".pt" else plain(model, example_inputs), example_inputs, part, notes)
+        free = _WRITERS[suffix](model if suffix == ".pt" else plain(model, example_inputs), example_inputs, part, notes)
+    if not free:
+        warnings.warn(f"{path}: it takes {len(example_inputs)} samples in a call, no other number, since "
+                      f"{type(model).__name__} does not leave it free (its code may write a batch size, or take len(x) "
+                      "for one): have it use x.shape[0], or give example_inputs of as many samples as a call will have",
+                      stacklevel=2)
 
 
 def read_exported_notes(path: str | PathLike[str]) -> dict[str, str]:
@@ -89,24 +95,33 @@ def plain(model: nn.Module, example_inputs: Tensor) -> nn.Module:
     return _Plain(model).eval()
 
 
-def _write_module(model: nn.Module, example_inputs: Tensor, path: Path, notes: Mapping[str, str]) -> None:
+# Each returns whether the file takes any batch size.
+def _write_module(model: nn.Module, example_inputs: Tensor, path: Path, notes: Mapping[str, str]) -> bool:
     torch.save(model, path)
     if notes:
         with zipfile.ZipFile(path, "a") as archive:  # which torch.load reads by the names that it knows
             archive.writestr(f"{archive.namelist()[0].partition('/')[0]}/extra/{_NOTES}", json.dumps(notes))
+    return True
 
 
-def _write_program(model: nn.Module, example_inputs: Tensor, path: Path, notes: Mapping[str, str]) -> None:
-    program = torch.export.export(model, (example_inputs,), dynamic_shapes=_free_batch())
+def _write_program(model: nn.Module, example_inputs: Tensor, path: Path, notes: Mapping[str, str]) -> bool:
+    free = True
+    try:
+        program = torch.export.export(model, (example_inputs,), dynamic_shapes=_free_batch())
+    except Exception:  # a size that is no longer free, in one of several classes; of all else the next says what it is
+        program, free = torch.export.export(model, (example_inputs,)), False
     torch.export.save(program, path, extra_files={_NOTES: json.dumps(notes)} if notes else None)
+    return free
 
 
-def _write_onnx(model: nn.Module, example_inputs: Tensor, path: Path, notes: Mapping[str, str]) -> None:
+def _write_onnx(model: nn.Module, example_inputs: Tensor, path: Path, notes: Mapping[str, str]) -> bool:
     program = torch.onnx.export(model, (example_inputs,), dynamo=True, dynamic_shapes=_free_batch(),
                                 input_names=["input"], output_names=["output"], verbose=False)
     assert program is not None
     program.model.metadata_props.update({f"{_NOTE}{name}": text for name, text in notes.items()})
     program.save(path, external_data=False)
+    shape = program.model.graph.inputs[0].shape
+    return shape is None or not isinstance(shape[0], int)  # where it is not free, PyTorch's exporter fixes it unasked
 
 
 def _free_batch() -> tuple[dict[int, torch.export.Dim]]:
