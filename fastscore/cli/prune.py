@@ -5,7 +5,10 @@ import json
 import math
 import warnings
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, get_args
+
+from torch import Tensor
 
 import fastscore
 from fastscore.cli import options, repair_time
@@ -17,8 +20,11 @@ from fastscore.pruning.budgets.clocks import Clock
 from fastscore.pruning.budgets.quality import TOLERANCE, Quality
 from fastscore.pruning.options import Budgets, Ranking
 from fastscore.pruning.report import PruneReport
+from fastscore.pruning.result import PruneResult
+from fastscore.pruning.saved.checkpoint import save_pruned
 from fastscore.pruning.saved.export import save
 from fastscore.recovery.divergence import judged_by, mixed_of, names
+from fastscore.wording import said
 
 
 def add(commands: Commands) -> None:
@@ -110,12 +116,25 @@ def run(arguments: argparse.Namespace) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "agreement: ")  # the report has it
         result = fastscore.prune(model, scores, example, **repair, **asked)
-    save(result, example, arguments.out)
     print(json.dumps(asdict(result.report)) if arguments.json else result.report)
     if arguments.json and "agreement" in result.report.notes:
         tell(f"agreement: {result.report.notes['agreement']}")
     _tell_quality(result.report)
+    _save(result, example, arguments.out)
     wrote(arguments.out)
+
+
+def _save(result: PruneResult, example: Tensor, out: str) -> None:
+    """Write the smaller model; as weights and a recipe, and raise ValueError, where an exporter does not take it."""
+    try:
+        save(result, example, out)
+    except Exception as error:  # of PyTorch's exporters, which have no class in common
+        if isinstance(error, OSError) or Path(out).suffix == ".safetensors":
+            raise
+        kept = f"{out}.safetensors"  # what was found may have taken an hour
+        save_pruned(result, kept)
+        raise ValueError(f"--out: {out} could not be written ({said(error)}); the smaller model is in {kept}, which "
+                         "fastscore.load_pruned reads") from error
 
 
 def _tell_quality(report: PruneReport) -> None:

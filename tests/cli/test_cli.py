@@ -53,6 +53,23 @@ def test_prune_writes_the_same_model_as_onnx_and_as_a_module(folder):
                                    rtol=1e-4, atol=1e-5)
 
 
+def test_what_an_exporter_does_not_take_is_kept_as_weights_and_a_recipe(folder, capsys, monkeypatch):
+    def refuses(*arguments, **options):
+        raise RuntimeError("no such operator\nand more")
+
+    monkeypatch.setattr(torch.export, "export", refuses)
+    prune = ("prune", *MODEL, "--importance", "magnitude-l2", "--macs", "0.5", "--size", "48", "--out")
+    assert main([*prune, "small.pt2"]) == 2
+    said = capsys.readouterr()
+    assert "remains: " in said.out
+    assert ("--out: small.pt2 could not be written (RuntimeError: no such operator); the smaller model is in "
+            "small.pt2.safetensors, which fastscore.load_pruned reads") in said.err
+    small = fastscore.load_pruned(lambda: models.load("nets:build", checkpoint="net.safetensors"),
+                                  "small.pt2.safetensors")
+    assert small(torch.zeros(1, 3, 48, 48)).isfinite().all()
+    assert not Path("small.pt2").exists()
+
+
 def test_options_reach_the_library(folder, capsys):
     main(["score", *MODEL, "--images", "photos", "--importance", "taylor-abs", "--reduction", "element",
           "--probes", "3", "--seed", "5", "--ignore", "0", "--json"])
