@@ -30,9 +30,9 @@ def output_tensors(returned: Any, model: str) -> list[Tensor]:
         held = ", ".join(f"{name or 'it'} {list(tensor.shape)}" for name, tensor in found.items())
         said = f"{model} returns {shown}{f' with {held}' if held else ''}"
         if len(found) > 1:
-            raise OutputError(f"{said}; which of them count is not said: pass forward=lambda model, batch: <the tensor, "
-                              "or a tuple of those that count>, where model(batch) as it is takes all (to a Scorer: "
-                              "output=lambda returned: <the tensor, or a list of them>)")
+            raise OutputError(f"{said}; which of them count is not said: pass forward=lambda model, batch: <the "
+                              "tensor, or a tuple of those that count>, where model(batch) as it is takes all (to a "
+                              "Scorer: output=lambda returned: <the tensor, or a list of them>)")
         raise OutputError(f"{said}; a floating-point tensor [N, ...] is needed: pass forward=lambda model, batch: <it> "
                           "(to a Scorer: output=lambda returned: <it>)")
     return list(found.values())
