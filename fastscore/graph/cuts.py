@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from fastscore.graph import index_maps
+from fastscore.graph.asked_sizes import AskedSizes
 from fastscore.graph.cutting.cut_widths import Cut, Width
 from fastscore.graph.layer_types import OPTYPE
 from fastscore.graph.noted_calls import NotedCalls
@@ -19,6 +20,7 @@ LAYERS = {OPTYPE.CONV, OPTYPE.LINEAR}
 class Cuts:
     """What is known of the splits and slices in a graph, once it is known where channels lie in them."""
 
+    model: nn.Module
     _calls: NotedCalls
     cuts: str
     _dims: dict[Any, int]  # node -> the dimension that holds the channels in its output
@@ -40,6 +42,10 @@ class Cuts:
     def runs_again(self, run: Callable[[], object]) -> None:
         """Take `run` for one more run of the model, where one is needed."""
         self._calls.run = run
+
+    def asked(self) -> AskedSizes:
+        """What is known of the numbers that sizes are made of."""
+        return self._calls.asked(self.model)
 
     def kept_of(self, node: Any) -> list[tuple[nn.Module, Width]]:
         """(module, what it keeps) of the places of a split, or slice, that the code says."""

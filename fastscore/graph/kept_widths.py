@@ -14,6 +14,7 @@ from fastscore.graph.cutting.cut_widths import Cut, Width
 from fastscore.graph.groups import Member
 from fastscore.graph.layer_types import OPTYPE
 from fastscore.graph.nodes import NORM, PRODUCERS
+from fastscore.modules import written_numbers
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.weights import recurrent
 
@@ -30,7 +31,8 @@ def of_group(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Ite
     known = set[tuple[str, str]]()
     for (node, function), at in positions.items():
         for owner, width in (*_of_cuts(graph, node, function), *_of_zeros(graph, node, function)):
-            if not graph._calls.is_asked_for(owner, width):
+            asked = graph.asked()
+            if not asked.holds(owner, width) or asked.other_use(owner, width) is not None:
                 continue
             name, position = graph._module2name[owner], at >> 32
             inside = (position >= width.begin) & (position < width.end)
@@ -46,11 +48,19 @@ def of_group(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Ite
 
 
 def written(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> str | None:
-    """Why a group does not go if zeros meet its channels of a width that stands in the code; None where none do."""
-    return next((f"the code of {type(code.module).__name__} makes zeros of {size} channels that meet them, a number "
-                 "that is written there: let a module keep it (self.hidden), or take it from a layer"
-                 for node, function in positions for code, size, _ in _zeros_at(graph, node, function)
-                 if size in code.written and code.of_size(size) is None), None)
+    """Why a group does not go if zeros meet its channels of a width that stands in the code, or if a number that it
+    hangs on is for something else, too; None where neither is so."""
+    for node, function in positions:
+        for code, size, _ in _zeros_at(graph, node, function):
+            if size in code.written and code.of_size(size) is None:
+                return f"the code of {type(code.module).__name__} makes zeros of {size} channels that meet them, a " \
+                       "number that is written there: let a module keep it (self.hidden), or take it from a layer"
+        for owner, width in (*_of_cuts(graph, node, function), *_of_zeros(graph, node, function)):
+            if graph.asked().holds(owner, width) and (why := graph.asked().other_use(owner, width)) is not None:
+                name = width.name.rpartition(written_numbers.MARK)[2]
+                return f"{name} of {type(owner).__name__} is the size of a view, cut or zeros, and something else in " \
+                       f"{why}: let this have a number of its own"
+    return None
 
 
 def _of_cuts(graph: Any, node: Any, function: Any) -> Iterator[Kept]:
@@ -59,7 +69,7 @@ def _of_cuts(graph: Any, node: Any, function: Any) -> Iterator[Kept]:
     for source in node.inputs if node in graph._dims and node.type == OPTYPE.RESHAPE else ():
         if source in graph._dims and graph._dims[source] < len(shape(source, node)):
             found = code.widths(graph._dims[node], shape(source, node)[graph._dims[source]])
-            yield from itertools.islice((kept for kept in found if graph._calls.is_asked_for(*kept)), 1)
+            yield from itertools.islice((kept for kept in found if graph.asked().holds(*kept)), 1)
     for part in graph._cuts_of(node, function):
         yield from graph.kept_of(part)
 

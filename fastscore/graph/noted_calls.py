@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.batches.parts import tensors_of
-from fastscore.graph.cutting.cut_widths import Cut, View, Width, calling_module, calling_modules, cut_of, view_of
+from fastscore.graph.asked_sizes import SLICES, SPLITS, VIEWS, ZEROS, AskedSizes
+from fastscore.graph.cutting.cut_widths import Cut, View, calling_module, calling_modules, cut_of, view_of
 from fastscore.graph.nested import Nested
-from fastscore.modules import marked_numbers
+from fastscore.modules.marked_numbers import Place
 
-_SPLITS = (torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes)
-_SLICES = (Tensor.__getitem__, torch.narrow, Tensor.narrow)
-_VIEWS = (Tensor.view, Tensor.reshape, torch.reshape, Tensor.unflatten, torch.unflatten)
 _JOINS = (torch.cat, torch.concat, torch.concatenate)
-_ZEROS = (torch.zeros, Tensor.new_zeros)
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.bmm, Tensor.bmm, torch.baddbmm,
              torch.einsum, F.scaled_dot_product_attention)
 
@@ -76,27 +73,6 @@ def outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[An
             handle.remove()
 
 
-class AskedSizes(TorchFunctionMode):
-    """Notes which Marked numbers views, splits, slices and zeros are asked for with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.places = set[marked_numbers.Place]()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (*_VIEWS, *_SPLITS, *_SLICES, *_ZEROS):
-            self._note([*args, *kwargs.values()])
-        return func(*args, **kwargs)
-
-    def _note(self, given: Any) -> None:
-        if isinstance(given, marked_numbers.Marked):
-            self.places |= given.places
-        parts = (given.start, given.stop) if isinstance(given, slice) else given
-        for part in parts if isinstance(parts, tuple | list) else ():
-            self._note(part)
-
-
 class NotedCalls(TorchFunctionMode):
     """Notes what autograd does not keep: splits into parts of a given width (which look like those of chunk()) and
     slices, with the module whose code they stand in, the widths that a concatenation joins, those of tensors that
@@ -116,7 +92,7 @@ class NotedCalls(TorchFunctionMode):
         self.products: dict[nn.Module, set[int]] = {}  # whose code multiplies activations -> the sizes of these
         self._views: dict[Any, View] = {}  # by their autograd functions
         self.run: Callable[[], object] = list  # of the model, once more
-        self._by_chance: set[marked_numbers.Place] | None = None  # numbers that no view, cut or zeros ask for; if known
+        self._asked: AskedSizes | None = None  # what they are made of
         self._zeros: dict[int, tuple[Tensor, Cut]] = {}  # memory -> zeros there, and the code that made them
         self._like: dict[int, tuple[Tensor, Tensor]] = {}  # id of zeros that code made like another tensor -> they, it
         self.met: dict[Any, list[MetZeros]] = {}  # autograd's function of an operation, module whose code calls it
@@ -153,25 +129,21 @@ class NotedCalls(TorchFunctionMode):
         """Let go what autograd keeps of operations that were noted."""
         for noted in (self.cuts, self.concatenated, self._zeros, self._like, self.met, self._views, self.products):
             noted.clear()
-        self.run, self._by_chance = list, None
+        self.run, self._asked = list, None
 
     def view_of(self, function: Any) -> View:
         """What the code says of the sizes of a view, given its autograd function."""
         return self._views.get(function, View({}, None))
 
-    def is_asked_for(self, module: nn.Module, width: Width) -> bool:
-        """Whether a number is one that a view, cut or zeros are made with: others may be as large by chance. The model
-        runs once more, the first time."""
-        if self._by_chance is None:
+    def asked(self, model: nn.Module) -> AskedSizes:
+        """What is known of the numbers that sizes may be made of. The model runs once more, the first time."""
+        if self._asked is None:
             codes = (*self.cuts, *(code for _, code in self._zeros.values()),
                      *(view.code for view in self._views.values() if view.code is not None))
-            places = set[marked_numbers.Place]().union(*(code.places() for code in codes),
-                                                       *(view.places() for view in self._views.values()))
-            sizes = AskedSizes()
-            with suppress(Exception), marked_numbers.marked(places), torch.no_grad(), sizes:
-                self.run()  # as far as code comes that minds: what it asks for after that is not known, and stays
-            self._by_chance = places - sizes.places
-        return (module, width.name) not in self._by_chance
+            places = set[Place]().union(*(code.places() for code in codes),
+                                        *(view.places() for view in self._views.values()))
+            self._asked = AskedSizes(model, self.run, places)
+        return self._asked
 
     def zeros_of(self, zeros: Tensor) -> Cut | None:
         """The code that made what such zeros are, or were made from; None of anything else."""
@@ -186,10 +158,10 @@ class NotedCalls(TorchFunctionMode):
         if args and (func is torch.zeros_like or _of_its_shape(func, args, kwargs)) and args[0].requires_grad:
             self._like[id(output)] = output, args[0]
         self._note_unused(output)
-        part = output[0] if func in _SPLITS and output else output if func in _SLICES else None
+        part = output[0] if func in SPLITS and output else output if func in SLICES else None
         if part is not None and part.grad_fn is not None and (cut := cut_of(part.grad_fn)) is not None:
             self.cuts.append(cut)
-        if func in _VIEWS and output.grad_fn is not None:
+        if func in VIEWS and output.grad_fn is not None:
             self._views[output.grad_fn] = view_of(output, _asked(args, kwargs), cut_of(output.grad_fn))
         if func in PRODUCTS and len(factors := factors_of(args, self._weights)) > 1:
             for module in calling_modules():
@@ -230,7 +202,7 @@ class NotedCalls(TorchFunctionMode):
         """Zeros, what is made of them alone (in another dtype, say), and where they meet what layers make.
 
         joined: of a concatenation, of what, and along which dimension."""
-        if func in _ZEROS:
+        if func in ZEROS:
             if output.is_floating_point() and (code := cut_of(None)) is not None:
                 self._zeros.setdefault(_memory(output), (output, code))
             return

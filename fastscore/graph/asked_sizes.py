@@ -1,0 +1,103 @@
+"""Which of the numbers that modules keep, or have in their code, sizes are made of, and nothing else."""
+
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastscore.graph.cutting.cut_widths import Width
+from fastscore.modules import frames, marked_numbers
+from fastscore.modules.marked_numbers import Marked, Place
+from fastscore.modules.number_uses import Line, Uses
+from fastscore.modules.reachable_code import ReachableCode
+
+SPLITS = (torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes)
+SLICES = (Tensor.__getitem__, torch.narrow, Tensor.narrow)
+VIEWS = (Tensor.view, Tensor.reshape, torch.reshape, Tensor.unflatten, torch.unflatten)
+ZEROS = (torch.zeros, Tensor.new_zeros)
+_MORE = (Tensor.expand, torch.ones, Tensor.new_ones, torch.rand, torch.randn)
+
+
+class AskedSizes:
+    """Of some numbers, what a run of a model makes of them, and what its code may.
+
+    run: runs the model once more. places: of the numbers.
+    """
+
+    def __init__(self, model: nn.Module, run: Callable[[], object], places: Collection[Place]) -> None:
+        self._noted = _Noted()
+        with suppress(Exception), marked_numbers.marked(places), torch.no_grad(), self._noted:
+            run()  # as far as code comes that minds: what it asks for after that is not known, and stays
+        self._model = model
+        self._code: ReachableCode | None = None
+        self._others: dict[Place, str | None] = {}
+
+    def holds(self, module: nn.Module, width: Width) -> bool:
+        """Whether a number is one that a view, cut or zeros are made with: others may be as large by chance."""
+        return (module, width.name) in self._noted.places
+
+    def other_use(self, module: nn.Module, width: Width) -> str | None:
+        """What else a number is for, or may be, in words; None where it is for nothing else."""
+        place = module, width.name
+        if place not in self._others:
+            self._code = self._code or ReachableCode(self._model, self._noted.codes)
+            self._others[place] = Uses(self._code, *place, self._noted.lines).other()
+        return self._others[place]
+
+
+class _Noted(TorchFunctionMode):
+    """Notes which Marked numbers views, cuts and zeros are asked for with; the lines that cut something at such, or
+    make more of such a size; and what code of modules has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = set[Place]()
+        self.lines = set[Line]()
+        self.codes = set[Any]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        of_size = func in (*VIEWS, *SPLITS, *SLICES, *ZEROS)
+        if (of_size or func in _MORE) and (found := _places([*args, *kwargs.values()])):
+            self.places |= found if of_size else set()
+            stack = list(frames.outwards())
+            self.codes.update(frame.f_code for frame in stack)
+            at = next(frame for frame in stack if frame.f_globals.get("__name__", "").partition(".")[0] not in _OURS)
+            if func not in (*SPLITS, *SLICES) or _cuts(func, args, kwargs, output):
+                self.lines.add((at.f_code.co_filename, at.f_lineno))
+        return output
+
+
+_OURS = ("torch", __name__.partition(".")[0])
+
+
+def _places(given: Any) -> set[Place]:
+    if isinstance(given, Marked):
+        return set(given.places)
+    parts = (given.start, given.stop) if isinstance(given, slice) else given
+    return {place for part in (parts if isinstance(parts, tuple | list) else ()) for place in _places(part)}
+
+
+def _cuts(func: Any, args: Any, kwargs: Any, output: Any) -> bool:
+    """Whether something else comes of a slice or split with numbers that are one less."""
+    try:
+        other = func(*map(_less, args), **{name: _less(value) for name, value in kwargs.items()})
+    except (RuntimeError, IndexError):
+        return True
+    return [each.shape for each in _tensors(other)] != [each.shape for each in _tensors(output)]
+
+
+def _tensors(output: Any) -> tuple[Tensor, ...]:
+    return (output,) if isinstance(output, Tensor) else output
+
+
+def _less(given: Any) -> Any:
+    if isinstance(given, Marked):
+        return int(given) - 1
+    if isinstance(given, slice):
+        return slice(_less(given.start), _less(given.stop), given.step)
+    return type(given)(map(_less, given)) if type(given) in (tuple, list) else given

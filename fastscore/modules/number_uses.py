@@ -1,0 +1,303 @@
+"""What the code of a model does with a number besides making sizes of it, in branches that no example runs, too.
+
+It is read off the source, and follows names, arguments and attributes that the number is put under. What cannot be
+followed is a use of another kind.
+"""
+
+import ast
+import inspect
+from collections.abc import Collection, Iterator, Mapping
+from types import FunctionType, ModuleType
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from fastscore.modules import written_numbers
+from fastscore.modules.reachable_code import ReachableCode, functions_in, is_torchs
+
+Line: TypeAlias = tuple[str, int]  # file, number
+Parents: TypeAlias = Mapping[ast.AST, ast.AST]
+Seed: TypeAlias = tuple[str, Any]  # "attribute", "number" or "argument", and which
+
+_SIZES = {"view", "reshape", "unflatten", "zeros", "new_zeros", "empty", "new_empty", "layer_norm", "rms_norm",
+          "rearrange"}  # that a wrong number makes an error of
+_SEEN = {"split", "split_with_sizes", "narrow", "expand", "ones", "new_ones", "rand", "randn"}
+_SIZES_FIRST = {"zeros", "empty", "ones", "rand", "randn"}  # functions that have their sizes in the place of a tensor
+_THROUGH = {"int", "tuple", "list", "Size"}
+_HARMLESS = {"isinstance", "len", "print", "str", "repr", "hasattr", "format", "type"}
+_CHECKS = {"_assert", "_check"}
+_ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv)
+
+
+class Uses:
+    """The uses of one number.
+
+    code: of the model. module, name: whose it is, as written_numbers names it or an attribute. seen: lines that have
+    cut something at numbers that are marked, or made something of such a size.
+    """
+
+    def __init__(self, code: ReachableCode, module: nn.Module, name: str, seen: Collection[Line]) -> None:
+        self._code, self._module, self._seen = code, module, seen
+        self._work: list[tuple[FunctionType, Seed]] = []
+        self._done = set[tuple[int, Seed]]()
+        if written_numbers.MARK in name:
+            method, number = name.split(written_numbers.MARK)
+            self._add(getattr(type(module), method), ("number", int(number)))
+        else:
+            self._add_attribute(name)
+
+    def other(self) -> str | None:
+        """What else than a size it is, in words; None where it is nothing else."""
+        while self._work:
+            function, seed = self._work.pop()
+            where = f"the code of {function.__qualname__}"
+            try:
+                tree, parents = self._code.source(function)
+            except (OSError, TypeError, SyntaxError):
+                return f"{where}, which cannot be read (it stands in no file)"
+            nodes = list(self._found(function, tree, parents, seed))
+            if seed[0] == "number" and len(nodes) != 1:
+                return where
+            names = set[str]()
+            while nodes:
+                for use in self._uses(function, nodes.pop(), parents):
+                    if isinstance(use, str):
+                        if use not in names:
+                            names.add(use)
+                            nodes += [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == use
+                                      and isinstance(node.ctx, ast.Load)]
+                    elif use is not None:
+                        return f"{where} ({_words(use, parents)})"
+        return None
+
+    def _add(self, function: FunctionType, seed: Seed) -> None:
+        if (id(function), seed) not in self._done:
+            self._done.add((id(function), seed))
+            self._work.append((function, seed))
+
+    def _add_attribute(self, name: str) -> None:
+        for function in self._code.mention(name):
+            self._add(function, ("attribute", name))
+
+    def _found(self, function: FunctionType, tree: ast.AST, parents: Parents, seed: Seed
+               ) -> Iterator[ast.AST]:
+        """Where the number comes into a function."""
+        kind, which = seed
+        for node in ast.walk(tree):
+            if kind == "number":
+                if _value(node) == which and _value(parents.get(node)) is None:
+                    yield node
+            elif kind == "argument":
+                if isinstance(node, ast.Name) and node.id == which and isinstance(node.ctx, ast.Load):
+                    yield node
+            elif isinstance(node, ast.Attribute) and node.attr == which and isinstance(node.ctx, ast.Load):
+                held = self._objects(function, node.value)
+                called = isinstance(parent := parents[node], ast.Call) and parent.func is node
+                if (held is None and not called) or (held is not None and any(x is self._module for x in held)):
+                    yield node
+            elif isinstance(node, ast.Constant) and node.value == which and _is_name(parents[node]):
+                yield parents[node]
+
+    def _objects(self, function: FunctionType, node: ast.AST) -> list[Any] | None:
+        """What an expression may be; None where nobody knows."""
+        if isinstance(node, ast.Attribute):
+            held = self._objects(function, node.value)
+            found = None if held is None else [_attribute(each, node.attr) for each in held]
+            return None if found is None or any(each is _UNKNOWN for each in found) else found
+        if not isinstance(node, ast.Name):
+            return None
+        code = function.__code__
+        if code.co_argcount and node.id == code.co_varnames[0] and (owners := self._code.owners(function)):
+            return list(owners)
+        if node.id in code.co_freevars:
+            held = [cell.cell_contents for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
+                    if name == node.id]
+            return held or None
+        known = node.id in function.__globals__ and node.id not in code.co_varnames + code.co_cellvars
+        return [function.__globals__[node.id]] if known else None
+
+    def _uses(self, function: FunctionType, node: ast.AST, parents: Parents
+              ) -> Iterator[str | ast.AST | None]:
+        """What becomes of a value: names that it gets, or an expression that makes something else of it."""
+        parent = parents[node]
+        if self._in_no_branch(function, node, parents):
+            return
+        if _in_vain(node, parents) or (isinstance(parent, ast.If | ast.While | ast.IfExp) and node is parent.test):
+            return  # it is not zero
+        if (isinstance(parent, ast.BinOp) and isinstance(parent.op, _ARITHMETIC)) or isinstance(
+                parent, ast.Tuple | ast.List | ast.Starred | ast.BoolOp | ast.keyword) or (
+                isinstance(parent, ast.IfExp) and node is not parent.test) or (
+                isinstance(parent, ast.Subscript) and node is parent.value) or (
+                isinstance(parent, ast.UnaryOp) and isinstance(parent.op, ast.USub)):
+            yield from self._uses(function, parent, parents)
+        elif isinstance(parent, ast.Slice):
+            subscript = next(each for each in _outwards(parent, parents) if isinstance(each, ast.Subscript))
+            yield None if self._ran(function, subscript) else subscript
+        elif isinstance(parent, ast.Call) and node is not parent.func:
+            yield from self._of_call(function, node, parent, parents)
+        elif isinstance(parent, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.NamedExpr):
+            for target in parent.targets if isinstance(parent, ast.Assign) else [parent.target]:
+                yield from self._of_target(function, target, parent)
+            if isinstance(parent, ast.NamedExpr):
+                yield from self._uses(function, parent, parents)
+        elif isinstance(parent, ast.For | ast.comprehension) and node is parent.iter:
+            yield from self._of_target(function, parent.target, parent)
+        elif not isinstance(parent, ast.Expr):
+            yield parent
+
+    def _in_no_branch(self, function: FunctionType, node: ast.AST, parents: Parents) -> bool:
+        """Whether something stands in a branch for modules that hold a layer, or lack one, unlike those there are."""
+        before = node
+        for each in _outwards(node, parents):
+            if isinstance(each, ast.If) and before is not each.test and (
+                    taken := self._decided(function, each.test)) is not None and taken != (before in each.body):
+                return True
+            before = each
+        return False
+
+    def _decided(self, function: FunctionType, test: ast.AST) -> bool | None:
+        """Whether modules hold layers, as a branch asks; None where nobody knows, or it depends."""
+        if isinstance(test, ast.BoolOp):
+            parts, whole = [self._decided(function, each) for each in test.values], isinstance(test.op, ast.Or)
+            return whole if whole in parts else None if None in parts else not whole
+        if not isinstance(test, ast.Compare) or not isinstance(test.ops[0], ast.Is | ast.IsNot) or not (
+                isinstance(none := test.comparators[0], ast.Constant) and none.value is None):
+            return None
+        held = {(value is None) == isinstance(test.ops[0], ast.Is)
+                for value in self._objects(function, test.left) or ()}
+        return held.pop() if len(held) == 1 else None
+
+    def _of_target(self, function: FunctionType, target: ast.AST, whole: ast.AST) -> Iterator[str | ast.AST | None]:
+        if isinstance(target, ast.Name):
+            yield target.id
+        elif isinstance(target, ast.Tuple | ast.List):
+            for each in target.elts:
+                yield from self._of_target(function, each, whole)
+        elif isinstance(target, ast.Attribute) and (held := self._objects(function, target.value)) is not None and any(
+                each is self._module for each in held):
+            self._add_attribute(target.attr)
+        else:
+            yield whole
+
+    def _of_call(self, function: FunctionType, node: ast.AST, call: ast.Call, parents: Parents
+                 ) -> Iterator[str | ast.AST | None]:
+        name = _name(call)
+        of_size = name not in _SIZES | _SEEN or not call.args or node is not call.args[0] or \
+            name in _SIZES_FIRST or not self._is_function(function, call.func)
+        if name in _THROUGH:
+            yield from self._uses(function, call, parents)
+        elif name in _SEEN and of_size:
+            yield None if self._ran(function, call) else call
+        elif name not in _SIZES | _HARMLESS or not of_size:
+            called = self._objects(function, call.func)
+            functions = [each for thing in called or () for each in _functions_called(thing)]
+            arguments = {(each, _argument(each, call, node, bound)) for each, bound in functions}
+            if not functions or any(argument is None for _, argument in arguments):
+                yield call
+            for each, argument in arguments:
+                self._add(each, ("argument", argument))
+
+    def _is_function(self, function: FunctionType, called: ast.AST) -> bool:
+        """Whether no method is called, but a function, which has the tensor as its first argument."""
+        held = self._objects(function, called.value) if isinstance(called, ast.Attribute) else None
+        return isinstance(called, ast.Name) or any(isinstance(each, ModuleType) for each in held or ())
+
+    def _ran(self, function: FunctionType, node: Any) -> bool:
+        code, before = function.__code__, function.__code__.co_firstlineno - 1
+        return any((code.co_filename, before + line) in self._seen for line in range(node.lineno, node.end_lineno + 1))
+
+
+_UNKNOWN = object()
+
+
+def _attribute(held: Any, name: str) -> Any:
+    """What an object has of that name, without running code."""
+    own = getattr(held, "__dict__", {})
+    if name in own:
+        return own[name]
+    found = inspect.getattr_static(held, name, _UNKNOWN)
+    if isinstance(found, FunctionType):
+        return found.__get__(held)
+    if found is _UNKNOWN and isinstance(held, nn.Module):
+        return (held._modules | held._parameters | held._buffers).get(name, _UNKNOWN)
+    return _UNKNOWN if hasattr(found, "__get__") else found
+
+
+def _functions_called(called: Any) -> Iterator[tuple[FunctionType, bool]]:
+    """(function, whether its first argument is given already) of what is called."""
+    if isinstance(called, nn.Module):
+        called = called.forward
+    for function in functions_in(called) if not isinstance(called, type) else ():
+        if is_torchs(function):
+            return
+        yield function, inspect.ismethod(called)
+
+
+def _argument(function: FunctionType, call: ast.Call, node: ast.AST, bound: bool) -> str | None:
+    """The name that a function has for what it is called with; None where nobody knows."""
+    code = function.__code__
+    names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
+    for keyword in call.keywords:
+        if keyword is node or keyword.value is node:
+            return keyword.arg if keyword.arg in names else None
+    if node not in call.args or any(isinstance(each, ast.Starred) for each in call.args):
+        return None
+    at = call.args.index(node) + bound
+    return names[at] if at < code.co_argcount else None
+
+
+def _value(node: ast.AST | None) -> int | None:
+    """The whole number that an expression of numbers is."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.BinOp) and (left := _value(node.left)) is not None and (
+            right := _value(node.right)) is not None:
+        how = {ast.Add: int.__add__, ast.Sub: int.__sub__, ast.Mult: int.__mul__}.get(type(node.op))
+        if isinstance(node.op, ast.FloorDiv) and right:
+            return left // right
+        return how(left, right) if how else None
+    return None
+
+
+def _name(call: ast.Call) -> str:
+    """Of the function or method that is called."""
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+def _outwards(node: ast.AST, parents: Parents) -> Iterator[ast.AST]:
+    while node in parents:
+        node = parents[node]
+        yield node
+
+
+def _in_vain(node: ast.AST, parents: Parents) -> bool:
+    """Whether a value only says whether something is raised, or what, or is put into words."""
+    before = node
+    if isinstance(asks := parents[node], ast.Compare) and all(isinstance(op, ast.Is | ast.IsNot) for op in asks.ops):
+        return True
+    for each in _outwards(node, parents):
+        if isinstance(each, ast.Raise | ast.Assert | ast.FormattedValue | ast.JoinedStr):
+            return True
+        if isinstance(each, ast.If):
+            return before is each.test and isinstance(each.body[-1], ast.Raise) and not each.orelse
+        if isinstance(each, ast.Call):
+            return _name(each) in _CHECKS
+        if not isinstance(each, ast.Compare | ast.BoolOp | ast.UnaryOp | ast.BinOp):
+            return False
+        before = each
+    return False
+
+
+def _is_name(node: ast.AST) -> bool:
+    """Whether an expression takes an attribute by its name, getattr(x, "name") or vars(x)["name"]."""
+    call = node.value if isinstance(node, ast.Subscript) else node
+    if isinstance(call, ast.Attribute):
+        return call.attr == "__dict__"
+    return isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in ("getattr", "vars")
+
+
+def _words(node: ast.AST, parents: Parents) -> str:
+    while not isinstance(node, ast.expr | ast.stmt):
+        node = parents[node]
+    words = ast.unparse(node).partition("\n")[0]
+    return words if len(words) <= 80 else f"{words[:77]}..."

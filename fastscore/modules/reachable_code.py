@@ -1,0 +1,116 @@
+"""The functions that a model may run, by the names that its code mentions."""
+
+import ast
+import inspect
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import nn
+
+
+class ReachableCode:
+    """Every function that the forwards of a model's modules may come to, whether an example does or not: more than can
+    run, by names alone; PyTorch's own are left out.
+
+    model: any. more: code that has run, of functions that nothing names.
+    """
+
+    def __init__(self, model: nn.Module, more: Iterable[CodeType] = ()) -> None:
+        self.model = model
+        self.modules = [module for module in model.modules() if not is_torchs(type(module))]
+        self.functions: dict[FunctionType, set[str]] = {}  # -> the names that its code mentions
+        self._named = defaultdict[str, set[FunctionType]](set)  # name -> methods of that name, of any module
+        above = defaultdict[str, set[FunctionType]](set)  # the same, of those in whose place classes have another
+        self._sources: dict[FunctionType, tuple[ast.AST, Mapping[ast.AST, ast.AST]]] = {}
+        self._kinds = defaultdict[FunctionType, set[type]](set)  # method -> the classes that have it
+        more_kinds = [type(value) for module in self.modules for value in vars(module).values()]
+        for kind in dict.fromkeys((*map(type, self.modules), *more_kinds)):  # diffusers' processors are no modules
+            taken = set[str]()
+            for cls in kind.__mro__:
+                for name, value in () if is_torchs(cls) else vars(cls).items():
+                    for function in functions_in(value):
+                        (above if name in taken else self._named)[name].add(function)
+                        self._kinds[function].add(kind)
+                taken |= vars(cls).keys()
+        work = self._named["forward"] | self._named["__call__"]
+        for module in model.modules():
+            hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+            work.update(each for value in (*vars(module).values(), *hooks) for each in functions_in(value))
+        codes = set(more)
+        work |= {each for each in self._kinds if each.__code__ in codes}
+        while work:
+            function = work.pop()
+            if function in self.functions or is_torchs(function):
+                continue
+            names = self.functions[function] = set(_names(function.__code__))
+            calls_above = "super" in names or any(cls.__name__ in names for kind in self._kinds[function]
+                                                  for cls in kind.__mro__)
+            for name in names:
+                work |= self._named.get(name, set()) | (above.get(name, set()) if calls_above else set())
+                work.update(functions_in(function.__globals__.get(name)))
+                for held in map(function.__globals__.get, _files(function)):
+                    work.update(functions_in(vars(held).get(name)))
+            work.update(each for cell in function.__closure__ or () for each in functions_in(_content(cell)))
+
+    def mention(self, name: str) -> list[FunctionType]:
+        """Functions whose code mentions an attribute or string of that name."""
+        return [function for function, names in self.functions.items() if name in names]
+
+    def owners(self, function: FunctionType) -> list[nn.Module]:
+        """The modules that a function is a method of."""
+        return [module for module in self.modules if type(module) in self._kinds.get(function, ())]
+
+    def source(self, function: FunctionType) -> tuple[ast.AST, Mapping[ast.AST, ast.AST]]:
+        """What a function says, and each part of that -> what it is a part of. Raises OSError, TypeError or SyntaxError
+        where nothing says that."""
+        if function not in self._sources:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+            self._sources[function] = tree, {child: node for node in ast.walk(tree)
+                                             for child in ast.iter_child_nodes(node)}
+        return self._sources[function]
+
+
+def functions_in(value: Any) -> Iterator[FunctionType]:
+    """The functions, written in Python, that run where a method, property or decorated function is taken."""
+    value = inspect.unwrap(value) if callable(value) and not isinstance(value, type) else value
+    if isinstance(value, FunctionType):
+        yield value
+        for cell in value.__closure__ or ():
+            if isinstance(inner := _content(cell), FunctionType):
+                yield inner
+    elif isinstance(value, MethodType | staticmethod | classmethod):
+        yield from functions_in(value.__func__)
+    else:
+        for inside in (getattr(value, name, None) for name in ("fget", "func") if hasattr(type(value), name)):
+            yield from functions_in(inside)
+
+
+def is_torchs(thing: Any) -> bool:
+    """Whether a class or function is PyTorch's own, Python's, or stands in for such."""
+    return str(thing.__module__).partition(".")[0] in ("torch", "builtins", "collections", __name__.partition(".")[0])
+
+
+def _files(function: FunctionType) -> set[str]:
+    """The names of files of code that a function's code mentions."""
+    held = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    return {name for name, value in held.items() if isinstance(value, ModuleType)
+            and value.__name__.partition(".")[0] != "torch"}
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for value in code.co_consts:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, CodeType):
+            yield from _names(value)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing yet
+        return None
