@@ -16,7 +16,8 @@ from fastscore.arguments import check_callable, check_whole
 from fastscore.batches.calls import call_model
 from fastscore.batches.parts import Batch, few_samples, first_tensor, map_tensors
 from fastscore.fingerprints import run_fingerprint
-from fastscore.graph.groups import matching_layers
+from fastscore.graph.groups import LayerNames, listed, matching_layers
+from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy, own_copies
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
@@ -101,7 +102,7 @@ def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs
         example = example_inputs if example_inputs is not None else \
             _first_sample(batches, options.get("forward", call_model))
     example = map_tensors(lambda tensor: tensor.to(device), example)
-    options["ignore"] = matching_layers(model, options.get("ignore", ()))  # names, which hold for every step
+    options["ignore"] = _ignored(model, example, options)
     same = run_fingerprint(model, {}, steps=steps, schedule=schedule, shares=shares,
                            **{**options, "ignore": sorted(options["ignore"])})
     run = _Run(model, example, options)
@@ -121,6 +122,14 @@ def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs
         if resume is not None:
             run.save(resume, same)
     return run.result()
+
+
+def _ignored(model: nn.Module, example: Batch, options: Mapping[str, Any]) -> LayerNames:
+    """The names of what is ignored, which hold for every step. Some are found by tracing the model."""
+    ignore = listed(options.get("ignore", ()))
+    if any(isinstance(entry, str) for entry in (ignore if isinstance(ignore, tuple) else (ignore,))):
+        trace(model, example, options.get("forward", call_model), units=options.get("units", "groups"))
+    return matching_layers(model, ignore)
 
 
 class _Run:

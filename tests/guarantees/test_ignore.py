@@ -210,3 +210,7 @@ def test_names_that_only_a_trace_finds_are_taken_before_one() -> None:
         fastscore.score(Decodes().eval(), [x], progress=False, ignore=3)
     with pytest.raises(ValueError, match="ignore: 'weight_of_cod' matches no layer of Decodes; did you mean"):
         fastscore.score(Decodes().eval(), [x], progress=False, ignore="weight_of_cod")
+    with pytest.raises(ValueError, match="ignored with weight_of_code"):
+        fastscore.prune_iteratively(Decodes().eval(), [x], steps=1, channels=0.5, ignore="weight_of_code")
+    with pytest.raises(TypeError, match="ignore: 3, where names"):
+        fastscore.prune_iteratively(Decodes().eval(), [x], steps=1, channels=0.5, ignore=3)
