@@ -53,7 +53,7 @@ class _Generator(Steps, Layers, Kinds, Mixers, Views):
 
     def add(self, name: str, sources: tuple[int, ...], labels: list[int], size: int, run: Callable[..., Tensor],
             layer: nn.Module | str | None = None, fresh: bool = False, **notes: Any) -> int:
-        """A step; notes: its `ties`, `reads`, `makes` and `fixes`."""
+        """A step; notes: its `ties`, `onward`, `reads`, `makes` and `fixes`."""
         for source in sources:
             self.values[source].fresh = False
         key = layer if isinstance(layer, str) else None
@@ -137,7 +137,9 @@ class _Generator(Steps, Layers, Kinds, Mixers, Views):
                     if labels is not None:
                         first = known.setdefault(f"layers.{step.layer}{name}", labels)
                         step.ties.append((first, labels))
-            for ties in step.ties:
+            made = 1 + next(i for i, each in enumerate(self.steps) if each is step)
+            taken = made == output or any(made in each.sources for each in self.steps)
+            for ties in [*step.ties, *(step.onward if taken else [])]:
                 self.tie(*ties)
         fixed = [label for step in self.steps for label in [*step.fixes, *step.alike]]
         if self.seed % 5 == 0:  # what runs to no end

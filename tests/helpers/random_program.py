@@ -35,6 +35,7 @@ class Step:
     run: Callable[..., Tensor]
     layer: str | None = None
     ties: list[tuple[list[int], ...]] = field(default_factory=list)  # lists of labels that go together, place by place
+    onward: list[tuple[list[int], ...]] = field(default_factory=list)  # the same, if a step takes what this makes
     reads: list[int] | None = None  # what lies at each position of the layer's input
     makes: list[int] | None = None
     fixes: list[int] = field(default_factory=list)

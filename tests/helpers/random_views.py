@@ -90,7 +90,7 @@ class Views(Generating):
             return None
         parts = equal_parts(self.values[source].labels, PATHS)
         return self.add("interleaved", (source,), [label for pair in zip(*parts, strict=True) for label in pair],
-                        self.values[source].size, shuffled, fresh=True, ties=[parts])
+                        self.values[source].size, shuffled, fresh=True, onward=[parts])
 
     def whole_groups(self) -> int | None:
         """A convolution that makes two outputs of each input, or one of each two."""
