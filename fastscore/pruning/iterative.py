@@ -42,8 +42,9 @@ SCHEDULES: Mapping[str, Callable[[float, float], float]] = {
 FORM = "fastscore-iterative-1"
 _OURS = {"model", "scores", "example_inputs", "batches", "channels", "params", "macs", "latency", "inplace",
          "resume"}
+_QUALITY = {"agreement", "kl", "confidence", "held_out"}  # budgets of prune() in the place of those of a step
 _SCORING = set(inspect.signature(score).parameters) - _OURS
-_PRUNING = set(inspect.signature(prune).parameters) - _OURS
+_PRUNING = set(inspect.signature(prune).parameters) - _OURS - _QUALITY
 _TRIES = 4  # at a latency that is measured anew
 
 
@@ -166,8 +167,9 @@ class _Run:
 
     def _hold(self, targets: Mapping[str, float]) -> bool:
         first, last = self.reports[0], self.reports[-1]
+        before, after = self._channels()
         left = {"macs": last.macs[1] / first.macs[0], "params": last.params[1] / first.params[0],
-                "channels": self._channels_left() / first.channels[0]}
+                "channels": after / before}
         return all((self._time_of(self.current) if name == "latency" else left[name]) <= share
                    for name, share in targets.items())
 
@@ -178,23 +180,29 @@ class _Run:
         before: int = getattr(self.reports[0], unit)[0]
         after: int = getattr(self.reports[-1], unit)[1]
         if unit == "channels":
-            left = self._channels_left()
+            before, left = self._channels()
             after = sum(map(len, scores.values()))
+            known = self._rows()
+            new = sum(len(values) for layer, values in scores.items() if layer not in known)
+            before, left = before + new, left + new
             return max(min(1.0, (share * before - (left - after)) / after), 1e-9)
         return min(1.0, share * before / after)
 
     def _rows(self) -> dict[str, GroupReport]:
-        """Of each group, as the dense model had it, and what the last step that knew it left."""
-        rows = {row.layer: row for row in self.reports[0].groups}
-        for report in self.reports[1:]:
+        """Of each group, as the first step that knew it had it, such as one that fine-tuning let go, and what the last
+        one left."""
+        rows: dict[str, GroupReport] = {}
+        for report in self.reports:
             for row in report.groups:
-                rows[row.layer] = GroupReport(row.layer, (rows[row.layer].channels[0], row.channels[1]),
-                                              (rows[row.layer].macs[0], row.macs[1]),
-                                              (rows[row.layer].params[0], row.params[1]))
+                first = rows.get(row.layer, row)
+                rows[row.layer] = GroupReport(row.layer, (first.channels[0], row.channels[1]),
+                                              (first.macs[0], row.macs[1]), (first.params[0], row.params[1]))
         return rows
 
-    def _channels_left(self) -> int:
-        return sum(row.channels[1] for row in self._rows().values())
+    def _channels(self) -> tuple[int, int]:
+        """Of all groups that a step knew, before it and now."""
+        before, after = zip(*(row.channels for row in self._rows().values()), strict=True)
+        return sum(before), sum(after)
 
     def _floors(self, scores: Scores) -> float | Mapping[str, float]:
         """The floors of the dense model as shares of the current model's channels."""
@@ -255,7 +263,7 @@ class _Run:
     def result(self) -> IterativeResult:
         first, last = self.reports[0], self.reports[-1]
         report = replace(last, groups=tuple(self._rows().values()),
-                         channels=(first.channels[0], self._channels_left()),
+                         channels=self._channels(),
                          macs=(first.macs[0], last.macs[1]), params=(first.params[0], last.params[1]),
                          skipped=first.skipped)
         return IterativeResult(self.current, report, self.removed, self.removed_indices, self.new_biases,
@@ -273,7 +281,10 @@ def _unchanged(report: PruneReport) -> PruneReport:
 
 
 def _check(batches: Iterable[Batch], steps: int, schedule: str, options: Mapping[str, Any]) -> None:
-    for name in options:
+    for name, value in options.items():
+        if name in _QUALITY - _SCORING or (name == "agreement" and isinstance(value, (int, float))):
+            raise TypeError(f"prune_iteratively: {name}= is of prune(), which finds the smallest network by it; steps go "
+                            "to channels=, params=, macs= or latency=: name one of these, or call prune()")
         if name not in _SCORING | _PRUNING:
             raise TypeError(f"prune_iteratively: {name!r} is an option of neither fastscore.score nor fastscore.prune")
     check_batches(batches, "batches")

@@ -285,6 +285,8 @@ def test_bad_input() -> None:
         (batches, {"macs": 1.5}, ValueError, r"^macs: 1.5 is outside \(0, 1\]"),
         (batches, {"sampels": 4}, TypeError, "'sampels' is an option of neither"),
         (batches, {"inplace": True}, TypeError, "'inplace'"),
+        (batches, {"agreement": 0.9}, TypeError, r"^prune_iteratively: agreement= is of prune\(\)"),
+        (batches, {"kl": 0.1}, TypeError, r"^prune_iteratively: kl= is of prune\(\)"),
         (batches, {"ignore": ["nothing"]}, ValueError, "^ignore: 'nothing'"),
         (batches, {"floor": {"nothing": 0.5}}, ValueError, r"^step 1 of 2 .*: floor: 'nothing'")]
     for given, options, error, message in cases:
@@ -307,3 +309,38 @@ def test_a_step_whose_budget_holds_already_scores_nothing() -> None:
     assert result.report.channels == (8, 4)
     assert len(read) == 2  # an example, and the first step
     assert len(tuned) == 4
+
+
+def test_when_halves_agree_is_said_to_scoring() -> None:
+    model, batches = setting()
+    one, other = (fastscore.prune_iteratively(model, batches, steps=2, macs=0.5, progress=False, **options)
+                  for options in ({}, {"agreement": (0.3, 0.9)}))
+    assert one.removed.keys() == other.removed.keys()
+
+
+class Opened(nn.Module):
+    """Whose second layer nothing can be said of, until training is told to open it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(6, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+        self.closed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(self.one(x).relu())
+        return self.head(x.sort(-1).values if self.closed else x.relu())
+
+
+def test_channels_that_fine_tuning_lets_go_count_from_then_on() -> None:
+    torch.manual_seed(0)
+    model, x = Opened().eval(), torch.randn(8, 6)
+
+    def opened(model: nn.Module) -> None:
+        model.closed = False
+
+    result = fastscore.prune_iteratively(model, [x], steps=2, channels=0.5, scope="layer", finetune=opened,
+                                         progress=False)
+    layers = {row.layer: row.channels for row in result.report.groups}
+    assert (layers["one"][0], layers["two"][0]) == (16, 12)
+    assert result.report.channels == (28, result.model.one.out_features + result.model.two.out_features)
+    assert result.report.channels[1] <= 14
