@@ -47,6 +47,11 @@ def put(model: nn.Module, example_inputs: Batch, forward: Forward, graph: Channe
         _known[model] = _fingerprint(model, example_inputs), weakref.ref(forward), graph, _rows(samples, example_inputs)
 
 
+def forget(model: nn.Module) -> None:
+    """Have the model traced anew when that is next asked for."""
+    _known.pop(model, None)
+
+
 def _rows(samples: Batch, example_inputs: Batch) -> list[int]:
     return [x.shape[:1].numel() for x in tensors_of(example_inputs if samples is None else samples)]
 

@@ -1,6 +1,8 @@
 """prune(): budgets on real graphs, and a report that is the truth."""
 
+import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,3 +270,33 @@ def test_thin_members_of_families(family: str) -> None:
         for handle in handles:
             handle.remove()
         assert (model(x) - masked).abs().max() > 1e-3 * masked.abs().max()
+
+
+class Spectra(nn.Module):
+    """Whose channels lie among the samples while each is made a spectrum by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv1d(1, 4, 3, padding=1), nn.Conv2d(4, 5, 1), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        spectra = torch.stft(x.flatten(0, 1), 8, window=torch.ones(8).to(x), return_complex=True).abs()
+        return self.head(self.two(spectra.view(*x.shape[:2], *spectra.shape[1:])).relu().mean((2, 3)))
+
+
+def test_scores_from_a_file_go_with_an_example_of_several_samples(tmp_path: Path) -> None:
+    """score() traces with one sample; another process prunes with a batch, in which code is followed less far."""
+    torch.manual_seed(0)
+    model, x = Spectra().double().eval(), torch.randn(3, 1, 32, dtype=torch.float64)
+    fastscore.score(model, [x], progress=False).save(tmp_path / "scores")
+    model, scores = copy.deepcopy(model), fastscore.Scores.load(tmp_path / "scores")
+    assert "one" in scores
+    result = fastscore.prune(model, scores, x, channels=0.6, compensate=False, progress=False)
+    gone = result.removed["one"]
+    with torch.no_grad():
+        for closed in (model.one.weight, model.one.bias):
+            closed[gone] = 0
+        fewer = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        fewer["head.weight"][:, result.removed.get("two", [])] = 0
+        torch.testing.assert_close(result.model(x), torch.func.functional_call(model, fewer, (x,)))

@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches.calls import Forward
-from fastscore.batches.parts import Batch
-from fastscore.graph import scored_units
+from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.parts import Batch, few_samples, first_tensor
+from fastscore.graph import cache, scored_units
 from fastscore.graph.groups import ChannelGraph, Ignore
 from fastscore.graph.tracing import trace
 from fastscore.pruning.budgets.costs import Costs, MacsWithout, Resource
@@ -26,14 +26,34 @@ RECOUNTS = 64  # trial cuts by which a budget on MACs is met where sums over cha
 def scored_graph(model: nn.Module, scores: Scores, example_inputs: Batch, forward: Forward,
                  ignore: Ignore) -> ChannelGraph:
     """The groups of `model` that have scores and are not ignored. Raises ValueError for scores of another model."""
-    units = scores.origin.units
-    whole = scored_units.of_graph(model, trace(model, example_inputs, forward, units=units), units)
-    check_scores(whole, scores)
+    whole = _traced_as_scored(model, scores, example_inputs, forward)
     graph = whole.without(model, ignore)
     scored = tuple(group for group in graph.groups if group.name in scores)
     unscored = {group.name: scores.skipped.get(group.name, "no score") for group in graph.groups
                 if group.name not in scores}
     return replace(graph, groups=scored, skipped={**graph.skipped, **unscored})
+
+
+def _traced_as_scored(model: nn.Module, scores: Scores, example_inputs: Batch, forward: Forward) -> ChannelGraph:
+    """The graph of `model` that the scores are of: traced with the example; or with its first sample, as score() does,
+    where code that folds channels into samples can be followed with one alone."""
+    units, first = scores.origin.units, first_tensor(example_inputs)
+
+    def traced(example: Batch, samples: Batch | None) -> ChannelGraph:
+        graph = scored_units.of_graph(model, trace(model, example, forward, samples, units), units)
+        check_scores(graph, scores)
+        return graph
+
+    try:
+        return traced(example_inputs, None)
+    except ValueError as error:
+        if forward is not call_model or first is None or not first.dim() or len(first) < 2:
+            raise
+        cache.forget(model)
+        try:
+            return traced(few_samples(example_inputs, 1), example_inputs)
+        except ValueError:
+            raise error from None
 
 
 def check_removable(scores: Scores) -> None:
