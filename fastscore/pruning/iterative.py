@@ -283,8 +283,8 @@ def _unchanged(report: PruneReport) -> PruneReport:
 def _check(batches: Iterable[Batch], steps: int, schedule: str, options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name in _QUALITY - _SCORING or (name == "agreement" and isinstance(value, (int, float))):
-            raise TypeError(f"prune_iteratively: {name}= is of prune(), which finds the smallest network by it; steps go "
-                            "to channels=, params=, macs= or latency=: name one of these, or call prune()")
+            raise TypeError(f"prune_iteratively: {name}= is of prune(), which finds the smallest network by it; steps "
+                            "go to channels=, params=, macs= or latency=: name one of these, or call prune()")
         if name not in _SCORING | _PRUNING:
             raise TypeError(f"prune_iteratively: {name!r} is an option of neither fastscore.score nor fastscore.prune")
     check_batches(batches, "batches")
