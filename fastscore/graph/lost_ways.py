@@ -85,7 +85,7 @@ def _between(graph: Nodes, node: Any, onward: Any) -> str | None:
         if dim == expected:
             return None
         kernel = getattr(target.module, "kernel_size", ()) if source is node else ()
-        wide = isinstance(kernel, tuple) and max(kernel, default=1) > 1
+        wide = isinstance(kernel, tuple) and max(kernel, default=1) > 1 and dim > expected  # not where samples lie
         return f"{graph.name_of(target)} {ALONG}{_KERNEL if wide else ''}"
     if at is None or target.type not in TRANSPARENT:
         return None

@@ -101,7 +101,7 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
                 for producer in producers:
                     skipped.pop(producer, None)
                 continue
-            reason = "all its channels can only be removed together"
+            reason = reasons.ONE if channels == 1 else "all its channels can only be removed together"
         skipped[name] = reason
         kept.update(producers)
         tied.update((producer, name) for producer in producers)

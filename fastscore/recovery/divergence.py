@@ -168,7 +168,7 @@ class _Samples:
             raise FloatingPointError(
                 f"outputs{name}: the dense network returns NaN or infinity there for {self.broken:,} of "
                 f"{counted(self.count, 'sample')} to judge by, from which nothing has a distance: leave those samples "
-                f"out of the batches, or let forward= return finite numbers (torch.nan_to_num of masked logits){others}")
+                f"out of the batches, or let forward= return finite ones (torch.nan_to_num of masked logits){others}")
 
 
 @dataclass

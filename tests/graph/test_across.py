@@ -165,6 +165,26 @@ def test_channels_of_which_a_kernel_makes_gates_stay_and_the_reason_is_the_kerne
     assert graph.skipped["stem"] == f"along {ALONG}"
 
 
+class Folded(nn.Module):
+    """Each channel by itself through one filter, as if it were a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.filter = nn.Conv1d(2, 4, 3, padding=1), nn.Conv1d(1, 1, 3, padding=1, bias=False)
+        self.mix, self.head = nn.Conv1d(4, 5, 1), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.mix(self.filter(x.reshape(-1, 1, x.shape[2])).tanh().view_as(x)).relu().mean(2))
+
+
+def test_a_kernel_does_not_run_over_channels_that_lie_among_samples() -> None:
+    for samples in (1, 3):
+        skipped = trace(Folded().double(), torch.randn(samples, 2, 7, dtype=torch.float64)).skipped
+        assert skipped["stem"] == f"filter {ALONG.partition(':')[0]}"
+        assert skipped["filter"] == "it is one channel, which has to stay"
+
+
 def test_a_layer_is_refitted_where_it_reads_as_many_places_as_the_dense_one() -> None:
     model, x = noisy(partial(Blocks, TokenLinears)).float(), torch.randn(64, 5, 4)
     scores = fastscore.score(model, x.split(16), ablation="mean", progress=False)

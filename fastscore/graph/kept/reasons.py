@@ -16,6 +16,7 @@ from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.computed_weights import PLAIN, unused_parameters, why_it_computes_on
 from fastscore.modules.weights.own_linear import TiedLinear
 
+ONE = "it is one channel, which has to stay"
 UNREAD = "no Conv or Linear is found to read its channels"
 CHANGES = "their number changes on the way to"
 _FIRST = " is called as well on what no layer makes (the model's input, a constant, or what detach() gives)"
@@ -35,7 +36,7 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
     if not consumers:
         one = any(units.width_of(layers[member.module], member.role) == 1 for member in members
                   if member.role == "producer")
-        return "it is one channel, which has to stay" if one else UNREAD
+        return ONE if one else UNREAD
     for layer_name in sorted(consumers.intersection(recording.first_layers)):
         if layer_name in recording.without_gradients:
             return f"{layer_name} runs under torch.no_grad() as well, where nothing can be measured"
