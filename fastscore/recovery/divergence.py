@@ -16,6 +16,7 @@ Outputs: TypeAlias = Tensor | Mapping[str, Tensor]
 Mixed = Literal["", "decision", "error", "both"]
 _SHARES = {"": "agreement", "decision": "agreement", "error": "R²", "both": "agreement / R²"}
 ALIKE = 0.99  # of the dense network's decisions: where so many are the same one, any network agrees
+_MANY = 20  # samples that are hardly decided alike by chance
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class Divergence:
                 if one.commonest >= ALIKE and one.decisions > 1}
         return "".join(f"; the dense network decides alike on {one.commonest:.1%} of these samples"
                        f"{f' ({name})' if name else ''}, so that agreement says nothing" for name, one in each.items())
+
+
+def of_one_kind(found: Divergence, samples: int) -> str:
+    """What is warned of where the dense network decides alike on many samples; empty elsewhere."""
+    if found.outputs or found.commonest < ALIKE or not _MANY <= found.decisions == samples:
+        return ""
+    return (f"the dense network decides alike on {found.commonest:.1%} of the {samples:,} samples that judge repairs; "
+            "where they are all of a kind, as the first of a sorted data set are, scores and repairs are for that kind "
+            "alone: give samples of every kind that it meets")
 
 
 def names(by_error: bool, mixed: Mixed = "") -> tuple[str, str]:

@@ -34,7 +34,7 @@ from fastscore.progress import bar, shown
 from fastscore.recovery.calibration import Calibration, Part
 from fastscore.recovery.compensation import has_no_place, mean_contributions, weight_alone
 from fastscore.recovery.decisions import Decisions, JudgedOutputs
-from fastscore.recovery.divergence import Divergence, divergence, figures
+from fastscore.recovery.divergence import Divergence, divergence, figures, of_one_kind
 from fastscore.recovery.front_to_back import refit, sites
 from fastscore.recovery.held_out import check_batches
 from fastscore.recovery.kept import KeptPasses
@@ -291,7 +291,9 @@ class _Bench:
             return found
 
         corrections: dict[str, float] = {}
-        one_sided = add("none", None, self._result.cut_again(self._model, {}, {})).one_sided
+        cut = add("none", None, self._result.cut_again(self._model, {}, {}))
+        if kind := of_one_kind(cut, sum(len(next(iter(row.values()))) for row in self._outputs.rows)):
+            warnings.warn(f"calibration: {kind}", stacklevel=4)
         if method in ("mean", "auto"):
             add("mean", None, self._linear(math.inf, "fit"))
         if method != "mean":
@@ -328,7 +330,7 @@ class _Bench:
                                      "without them, and is what was judged")
         repairs = tuple(replace(row, chosen=row is chosen) for row in rows if row.name in ("none", *names))
         report = final.report
-        return replace(final, report=replace(report, repairs=repairs, decided=f"{self._run}{one_sided}",
+        return replace(final, report=replace(report, repairs=repairs, decided=f"{self._run}{cut.one_sided}",
                                              notes={**report.notes, **notes}))
 
     def _fitted(self, chosen: Repair, corrections: Mapping[str, float]) -> Any:
