@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from fastscore import __version__, interrupts
@@ -10,6 +11,7 @@ from fastscore.cli import bench, compare, curve, demo, info, needs, prune, repor
 from fastscore.cli.options import Parser
 from fastscore.cli.processes import ProcessLostError
 from fastscore.cli.spelling import as_options
+from fastscore.cli.warned import in_one_line
 
 EXAMPLES = """examples:
   fastscore demo
@@ -37,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_args(typed)
         known = arguments.parser.options
         needs.check(arguments, typed)
-        arguments.run(arguments)
+        with in_one_line(partial(as_options, known=known, typed=typed)):
+            arguments.run(arguments)
     except (ValueError, TypeError, FloatingPointError, ImportError, OSError, ProcessLostError) as error:
         if not _raised_here(error):
             raise

@@ -142,8 +142,8 @@ def _tell_quality(report: PruneReport) -> None:
     before, after = (report.repairs or (None,))[0], next((row for row in report.repairs if row.chosen), None)
     if (held := report.held) is not None:
         (agreement, kl), judged = names(held.by_error, held.mixed), judged_by(held.decisions, "no repair has seen",
-                                                                              held.mixed)
-        tell(f"{agreement} with the dense model: {held.agreement:.1%} ({kl} {held.kl:.3g}), {judged}")
+                                                                              held.mixed, bool(held.least))
+        tell(f"{agreement} with the dense model: {held.agreement:.1%}{held.least} ({kl} {held.kl:.3g}), {judged}")
     elif before is not None and after is not None:
         mixed = mixed_of((before.mixed, after.mixed))
         (agreement, kl), judged = names(after.by_error, mixed), judged_by(after.decisions, "it is not fitted to", mixed)

@@ -110,12 +110,16 @@ class Judged:
     mixed: Mixed = ""
     samples: int = 0
 
+    @property
+    def least(self) -> str:
+        """The bound, where that is less than the agreement found; else empty."""
+        return "" if self.bound == self.agreement else f" (at least {self.bound:.1%})"
+
     def __str__(self) -> str:
         agreement, kl = names(self.by_error, self.mixed)
-        least = "" if self.bound == self.agreement else f" (at least {self.bound:.1%})"
         rests_on = f", {counted(self.decisions, 'decision')}" if self.decisions and self.mixed != "error" else ""
         return (f"{'chosen' if self.chosen else 'tried'}: {self.macs:.1%} of the MACs: "
-                f"{agreement} {self.agreement:.1%}{least}, {kl} {self.kl:.3g}{rests_on}")
+                f"{agreement} {self.agreement:.1%}{self.least}, {kl} {self.kl:.3g}{rests_on}")
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,8 @@ class PruneReport(Table):
                   if tried.chosen and tried.timing.uncertainty > UNSTEADY]
         if self.judged:
             fewest, mixed = min(row.decisions for row in self.judged), mixed_of(row.mixed for row in self.judged)
-            lines.append(f"networks, {judged_by(fewest, 'no repair has seen', mixed)}")
+            bounded = any(row.least for row in self.judged)
+            lines.append(f"networks, {judged_by(fewest, 'no repair has seen', mixed, bounded)}")
         lines += map(str, self.judged)
         first = self.repairs[0] if self.repairs else None
         if first and (first.decisions or first.by_error):  # a report of an older file does not say

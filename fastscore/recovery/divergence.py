@@ -84,13 +84,14 @@ def each_of(outputs: Mapping[str, tuple[float, float]]) -> str:
     return f" ({rows})" if rows else ""
 
 
-def judged_by(decisions: int, samples: str, mixed: Mixed = "") -> str:
-    """What a share of decisions about some samples rests on; of fewer than 100, by how much it may be off, too."""
+def judged_by(decisions: int, samples: str, mixed: Mixed = "", bounded: bool = False) -> str:
+    """What a share of decisions about some samples rests on; of fewer than 100, by how much it may be off, too, unless
+    a bound of its own is told beside it."""
     if not decisions or mixed == "error":
         return f"judged by the squared error, as a share of the dense outputs' variance, on samples that {samples}"
     values, share = (" or, where an output of values is further off, by its R²,", "share of decisions") \
         if mixed == "both" else ("", "share")
-    few = "" if decisions >= 100 else \
+    few = "" if bounded or decisions >= 100 else \
         f": the true {share} may be up to {math.ceil(100 * most_off(decisions))} points off (95 % confidence)"
     return f"judged by {counted(decisions, 'decision')}{values} about samples that {samples}{few}"
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -57,6 +58,9 @@ def test_where_few_samples_judge_it_is_said_what_they_show(decisions: int, diffe
     off = math.ceil(100 * most_off(decisions))
     assert f"networks, judged by {decisions} decision" in str(report)
     assert decisions >= 100 or f"the true share may be up to {off} points off" in str(report)
+    bounded = str(replace(report, judged=(replace(row, bound=share - 0.25),)))
+    assert f"agreement {share:.1%} (at least {share - 0.25:.1%})" in bounded
+    assert "points off" not in bounded
 
 
 def test_decisions_about_one_sample_are_no_samples() -> None:
