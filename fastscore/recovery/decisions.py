@@ -1,7 +1,7 @@
 """What a network decides, or estimates: its outputs, each by itself."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -22,8 +22,8 @@ class Decisions:
 
     A network of one output returns it under the name "". One that is made by `torch.cat` along the dimension over which
     it decides, of parts of which one at least is wider than one, is taken apart again: the largest of several outputs
-    together says nothing of any. Probabilities come as their logarithms, which are logits that give them: a softmax of
-    them again would be nearly flat.
+    together says nothing of any. Probabilities come as logits that give them: a softmax of them again would be nearly
+    flat, and one that a sigmoid made is never negative.
 
     Args:
         forward: how a network is called; a user's own may return a tuple, list, dict or dataclass of outputs.
@@ -50,7 +50,7 @@ class Decisions:
         self.errors: set[str] = set()
         self._widths: dict[str, list[int]] | None = None  # of the parts of each output, known after the first call
         self._ends: dict[str, str] = {}  # output -> the function that leaves no logits and made it; empty elsewhere
-        self._probabilities: set[str] = set()  # the names of those that are
+        self._logits: dict[str, Callable[[Tensor], Tensor]] = {}  # name of probabilities -> what makes logits of them
         self._said = ""
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -71,10 +71,10 @@ class Decisions:
             parts = [(whole, *part) for whole, output in found.items()
                      for part in _parts(whole, output, self._widths[whole])]
             self.errors.update(name for whole, name, part in parts if self._by_error(whole, part))
-            self._probabilities = {name for _, name, part in parts
-                                   if name not in self.errors and _are_probabilities(part)}
+            self._logits = {name: of for whole, name, part in parts
+                            if name not in self.errors and (of := _logits_of(part, self._ends[whole])) is not None}
             self._said = self._described({name: part for _, name, part in parts})
-        return without_padding({name: _log(part) if name in self._probabilities else part
+        return without_padding({name: self._logits[name](part) if name in self._logits else part
                                 for whole, output in found.items()
                                 for name, part in _parts(whole, output, self._widths.get(whole, []))}, batch)
 
@@ -97,7 +97,7 @@ class Decisions:
         return said[0] == "error" if said else _columns(part) == 1 or bool(self._ends[whole])
 
     def _described(self, parts: Mapping[str, Tensor]) -> str:
-        of = {name: ", which are probabilities" for name in self._probabilities}
+        of = dict.fromkeys(self._logits, ", of probabilities")
         said = [f"{name} {_judged(part, name in self.errors)}{of.get(name, '')}{self._since(name, part)}".strip()
                 for name, part in parts.items()]
         if len(parts) > 1:
@@ -147,19 +147,26 @@ def _parts(name: str, output: Tensor, widths: Sequence[int]) -> list[tuple[str, 
     return found
 
 
-def _are_probabilities(output: Tensor) -> bool:
-    """Whether there are several columns, none is negative, and each row of them sums to 1."""
+def _logits_of(output: Tensor, end: str) -> Callable[[Tensor], Tensor] | None:
+    """What makes logits of probabilities: of columns of which none is negative and each row sums to 1, or of what a
+    sigmoid made last; None of all else."""
+    if end == "sigmoid":
+        return lambda x: torch.logit(_wide(x), torch.finfo(x.dtype).eps)
     if _columns(output) < 2 or not output.numel():
-        return False
-    x = output.detach().to(torch.promote_types(output.dtype, torch.float32))
-    rounding = torch.finfo(output.dtype).eps ** 0.5
-    return bool((x >= 0).all() and ((x.sum(dimension(output)) - 1).abs() <= rounding).all())
+        return None
+    x, rounding = _wide(output.detach()), torch.finfo(output.dtype).eps ** 0.5
+    holds = (x >= 0).all() and ((x.sum(dimension(output)) - 1).abs() <= rounding).all()
+    return _log if holds else None
 
 
 def _log(probabilities: Tensor) -> Tensor:
     """Finite also of 0."""
-    x = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
+    x = _wide(probabilities)
     return x.clamp_min(torch.finfo(x.dtype).tiny).log()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _columns(output: Tensor) -> int:

@@ -32,13 +32,23 @@ def _judging(end: Callable[[Tensor], Tensor], outputs: Any = None) -> tuple[str,
 @pytest.mark.parametrize("end", ENDS)
 def test_probabilities_are_known_and_logits_of_them_judged(end: str) -> None:
     said, found = _judging(ENDS[end])
-    assert ", which are probabilities" in said
+    assert ", of probabilities" in said
     close = 1e-3 if end == "in half" else 1e-6
     torch.testing.assert_close(found.softmax(2 if end == "of tokens" else 1), ENDS[end](X).float(), rtol=close,
                                atol=close)
     said, found = _judging(ENDS[end], {"": "error"})
     assert "probabilities" not in said
     assert torch.equal(found, ENDS[end](X))
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_what_a_sigmoid_made_last_decides_by_its_logit(columns: int) -> None:
+    """Where it is said to: a probability is never negative, and any network agreed."""
+    x = X[:, :columns]
+    said, found = _judging(lambda _: x.sigmoid(), {"": "decision"})
+    assert said.startswith("by its sign, of probabilities" if columns == 1 else
+                           "by the largest of 3 over dimension 1, of probabilities")
+    torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("end", OTHERS)
