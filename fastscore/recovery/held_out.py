@@ -8,6 +8,7 @@ from torch import Tensor
 from fastscore.batches.checks import check_iterable
 from fastscore.batches.parts import Batch, can_be_cut, first_tensor, map_tensors
 from fastscore.fingerprints import sample_ids
+from fastscore.wording import counted
 
 
 @dataclass(frozen=True)
@@ -19,18 +20,25 @@ class Part:
         one_of: one of so many samples is held out.
         judges: whether it is those that are given.
         shift: by which choices of the same samples are independent of each other.
+        name: what the batches are called where all of their samples judge and none is left, which is an error then.
     """
 
     batches: Iterable[Batch]
     one_of: int
     judges: bool
     shift: int = 0
+    name: str = ""
 
     def __iter__(self) -> Iterator[Batch]:
+        read = given = 0
         for batch in self.batches:
             rows = (held_out_rows(batch, self.one_of, self.shift) == self.judges).nonzero()[:, 0]
+            read, given = read + samples_in(batch), given + len(rows)
             if len(rows):
                 yield take_rows(batch, rows)
+        if self.name and read and not given:
+            raise ValueError(f"{self.name}: {counted(read, 'sample')}, of which all are held out to judge by, as those "
+                             "are that hold the same; give more, or held_out= batches")
 
 
 def split(batches: Iterable[Batch], held_out: Iterable[Batch] | None, one_of: int,
@@ -51,7 +59,7 @@ def split(batches: Iterable[Batch], held_out: Iterable[Batch] | None, one_of: in
     if held_out is not None:
         check_batches(held_out, "held_out")
         return batches, held_out
-    return Part(batches, one_of, False), Part(batches, one_of, True)
+    return Part(batches, one_of, False, name=name), Part(batches, one_of, True)
 
 
 def check_batches(given: object, name: str) -> None:

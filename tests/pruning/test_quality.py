@@ -14,6 +14,7 @@ from scipy.stats import beta
 from fastscore.pruning.budgets.quality import Quality, choose_steps, samples_needed, search
 from fastscore.pruning.budgets.selection import MacsLeft
 from fastscore.pruning.report import Judged, PruneReport
+from fastscore.recovery import held_out
 from fastscore.recovery.divergence import Divergence, least_share, most_off
 
 
@@ -186,3 +187,13 @@ def test_where_the_other_half_says_otherwise_a_larger_network_is_returned() -> N
 def test_what_makes_no_sense(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Quality(**options)
+
+
+def test_where_all_samples_are_alike_and_judge_it_is_said() -> None:
+    """Which samples judge is told by what they hold: of the same, all or none."""
+    parts = [held_out.split([torch.full((4, 3), float(value))] * 2, None, 4, "calibration") for value in range(40)]
+    judged = [(fit, judges) for fit, judges in parts if sum(len(batch) for batch in judges) == 8]
+    assert 0 < len(judged) < len(parts)
+    with pytest.raises(ValueError, match=r"^calibration: 8 samples, of which all are held out to judge by"):
+        list(judged[0][0])
+    assert all(sum(map(len, fit)) == 8 for fit, judges in parts if not list(judges))
