@@ -18,7 +18,7 @@ from fastscore.cli.written import check_out, wrote
 from fastscore.pruning.budgets import clocks
 from fastscore.pruning.budgets.clocks import Clock
 from fastscore.pruning.budgets.quality import TOLERANCE, Quality
-from fastscore.pruning.options import Budgets, Ranking
+from fastscore.pruning.options import Budgets, Ranking, multiple
 from fastscore.pruning.report import PruneReport
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.saved.checkpoint import save_pruned
@@ -63,8 +63,9 @@ def add(commands: Commands) -> None:
     command.add_argument("--cost-aware", action=argparse.BooleanOptionalAction,
                          help="rank by importance per MAC (or parameter, or second; default: with such a budget, where "
                          "the importance reads gradients)")
-    command.add_argument("--round-to", type=positive_or("auto"), default=1, metavar="N",
-                         help="make widths multiples of N; auto: of what this device runs fastest")
+    command.add_argument("--round-to", type=positive_or("auto"), metavar="N",
+                         help="make widths multiples of N; auto: of what this device runs fastest (default: auto where "
+                         "--clock is not torch, else 1)")
     command.add_argument("--floor", type=share, default=0.0, metavar="SHARE",
                          help="share of each layer's channels that stays, whatever the budget (default: one channel)")
     command.add_argument("--compensate", action=argparse.BooleanOptionalAction,
@@ -83,7 +84,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("budget: name what is to remain: --macs 0.7, --params, --channels or --latency, or "
                          "--agreement 0.98 for as little as will do")
     Quality(arguments.agreement, None, arguments.confidence).alone(budgets, True)  # before minutes of work
-    Ranking(arguments.scope, arguments.cost_aware, arguments.round_to, arguments.floor)
+    Ranking(arguments.scope, arguments.cost_aware, multiple(arguments.round_to, arguments.latency, arguments.clock),
+            arguments.floor)
     check_out(arguments)
     scores = None if arguments.scores is None else options.load_scores(arguments)
     prepare = options.preprocessing(arguments)

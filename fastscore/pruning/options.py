@@ -13,6 +13,9 @@ from fastscore.scoring.scores import Scores
 Scope = Literal["global", "layer", "isomorphic"]
 
 
+_OF = {"latency": "of the dense model's time, not milliseconds, that"}
+
+
 @dataclass(frozen=True)
 class Budgets:
     """What remains of the original: shares, 0 < share <= 1, None for what is not limited.
@@ -37,7 +40,7 @@ class Budgets:
         for name, share in self.given.items():
             check_number(name, share, "0.5")
             if not 0 < share <= 1:
-                raise ValueError(f"{name}: {share} is outside (0, 1]; it is the share that remains"
+                raise ValueError(f"{name}: {share} is outside (0, 1]; it is the share {_OF.get(name, 'that')} remains"
                                  + (f": {share / 100:g} for {share:g} %" if 2 <= share <= 100 else ", such as 0.7"))
 
     @property
@@ -94,6 +97,14 @@ class Ranking:
             if not 0 <= share <= 1:
                 raise ValueError(f"floor: {share} is outside [0, 1]; it is the share of each group's channels that "
                                  "stays")
+
+
+def multiple(round_to: int | Literal["auto"] | None, latency: float | None, clock: str) -> int | Literal["auto"]:
+    """What widths are to be multiples of; None leaves it to the clock by which a time is measured: ONNX Runtime and
+    OpenVINO lay channels out in blocks, and are slow at widths that fill none."""
+    if round_to is not None:
+        return round_to
+    return 1 if latency is None or clock == "torch" else "auto"
 
 
 def check_repair(repair: Method, calibration: object, compensate: bool | None, held_out: object, judged: bool) -> None:

@@ -30,6 +30,7 @@ from fastscore.pruning.options import (
     Ranking,
     Scope,
     check_repair,
+    multiple,
     resolve_compensate,
     say_compensation,
     say_unread,
@@ -54,7 +55,7 @@ from fastscore.scoring.scores import Scores
 @torch.inference_mode(False)  # whose tensors no one could train
 def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: float | None = None,
           params: float | None = None, macs: float | None = None, latency: float | None = None,
-          scope: Scope = "global", cost_aware: bool | None = None, round_to: int | Literal["auto"] = 1,
+          scope: Scope = "global", cost_aware: bool | None = None, round_to: int | Literal["auto"] | None = None,
           floor: float | Mapping[str, float] = 0.0, compensate: bool | None = None,
           calibration: Iterable[Batch] | None = None, repair: Method = "auto", measured: bool | None = None,
           agreement: float | None = None, kl: float | None = None, confidence: float | None = None,
@@ -83,7 +84,8 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             layers are compared, and the scores measure how the outputs change (by gradients, not layerwise). False: the
             paper's way.
         round_to: remaining widths are multiples of it; "auto": of 8, 16 or 32, by device and dtype (see
-            fastscore.pruning.budgets.costs.channel_multiple).
+            fastscore.pruning.budgets.costs.channel_multiple). None: "auto" where latency is measured by a clock of
+            another runtime, which is slow at other widths, and else 1.
         floor: the share of each group's channels that stays in any case, or layer -> share (at least one always does).
         compensate: add what the channels gave to their consumers on average to the consumers' biases (see
             fastscore.recovery.compensation); consumers without a bias get one, which counts towards params. It takes
@@ -142,7 +144,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     model = unwrapped(model)
     quality = Quality(agreement, kl, confidence)
     budgets = quality.alone(Budgets(channels, params, macs, latency), calibration)
-    ranking = Ranking(scope, cost_aware, round_to, floor)
+    ranking = Ranking(scope, cost_aware, multiple(round_to, latency, clock), floor)
     check_removable(scores)
     check_repair(repair, calibration, compensate, held_out, quality.given)
     notes = dict(scores.notes)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.batches.calls import call_model
 from fastscore.pruning.budgets import clocks, latency
+from fastscore.pruning.options import Budgets, multiple
 from fastscore.pruning.report import PruneReport
 
 RUNTIMES = ["onnxruntime", "openvino"]
@@ -70,3 +71,12 @@ def test_what_a_clock_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "openvino", None)
         with pytest.raises(ImportError, match=r"pip install 'torch-fastscore\[openvino\]'"):
             fastscore.prune(model, scores, x, latency=0.5, clock="openvino")
+
+
+def test_widths_are_those_that_the_runtime_of_the_clock_likes() -> None:
+    """Where nothing else is said; ONNX Runtime took longer with fewer channels of any number."""
+    assert [multiple(None, 0.7, clock) for clock in ("torch", "onnxruntime", "openvino")] == [1, "auto", "auto"]
+    assert multiple(None, None, "torch") == 1
+    assert [multiple(given, 0.7, "onnxruntime") for given in (1, 8, "auto")] == [1, 8, "auto"]
+    with pytest.raises(ValueError, match=r"latency: 15\.0 is outside .* of the dense model's time, not milliseconds"):
+        Budgets(latency=15.0)
