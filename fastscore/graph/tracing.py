@@ -37,9 +37,11 @@ from fastscore.graph.trials import (
     across,
     bias_trial,
     cut_otherwise,
+    kept_numbers,
     returned_trial,
     running,
     surgery_trial,
+    training_trial,
     verification,
 )
 from fastscore.graph.trials.recording import Recording
@@ -128,7 +130,7 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
                 if ran <= ran_in_training and (more.groups or not found.groups):
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
-        found = training_only.read_in_training(eval_model, found)
+        found = training_trial.with_parameters(eval_model, found, run, run_as_in_training)
         found = replace(found, groups=traced_groups.all_held(eval_model, found.groups),
                         head_dims=traced_groups.all_held(eval_model, found.head_dims))
         found = returned_trial.offered(model, eval_model, computed_in_run.less(eval_model, found), run,
@@ -265,6 +267,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         why := reasons.read_elsewhere(group.members, readers)) and not surgery_trial.goes_one_by_one(recording, group)}
     if found.groups and len(refused) == len(tried):
         running.check_runs_again(eval_model, whole)
+    tried, refused = kept_numbers.mended(recording, tried, refused)
     joined = surgery_trial.together(recording, tried, refused)
     made = {member.layer for group in joined for member in group.role("producer")}
     kept |= {name: reasons.of_refusal(why, members[name], recording, readers, graph.written.get(name))

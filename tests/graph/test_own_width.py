@@ -1,8 +1,11 @@
 """Attention whose code takes the width of what it reads for that of its heads, as much of timm's does."""
 
 import copy
+import functools
 import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from whole_way import check, noisy
 
 import fastscore
+from fastscore.graph.cutting import surgery
 from fastscore.graph.tracing import trace
 from fastscore.modules.attention import own_width
 
@@ -105,6 +109,54 @@ class Positional(Plain):
         return weights / weights.sum(-1, keepdim=True)
 
 
+def _counted(number: int) -> Callable[[Any], Any]:
+    """A decorator with something of its own in its closure."""
+    def decorate(function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return function(self, *args, **kwargs) * number
+
+        return wrapper
+
+    return decorate
+
+
+class Decorated(Plain):
+    """As TrOCR's, with a word on an argument that is out of use."""
+
+    @_counted(2)
+    @_counted(3)
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        x = ((q * self.scale * scale) @ k.mT).softmax(-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))
+
+
+class Described(Plain):
+    """As PEGASUS-X's, which asks for one dimension after another, and has methods multiply."""
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        sizes = {"rows": (x.shape[0], x.size(1)), "heads": self.num_heads, "width": x.shape[2]}
+        each = x.size(-1) // self.num_heads
+        q, k, v = self.qkv(x).reshape(*sizes["rows"], 3, sizes["heads"], each).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(self._attend(q * self.scale * scale, k, v).transpose(1, 2).reshape(*sizes["rows"],
+                                                                                          sizes["width"]))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.matmul(torch.matmul(q, k.mT).softmax(-1), v)
+
+
+class Named(Described):
+    """One that gives the width a name."""
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        width = x.size(-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        x = self._attend(q * self.scale * scale, k, v)
+        return self.proj(x.transpose(1, 2).reshape(len(x), -1, width))
+
+
 class Model(nn.Module):
     """A residual stream through one attention and one MLP."""
 
@@ -124,7 +176,7 @@ def _x() -> Tensor:
     return torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1)).double()
 
 
-@pytest.mark.parametrize("attention", [Plain, Across, Pooled, Reduced, Positional])
+@pytest.mark.parametrize("attention", [Plain, Across, Pooled, Reduced, Positional, Decorated, Described, Named])
 def test_heads_and_the_stream_go(attention: type[nn.Module], tmp_path: Path) -> None:
     """Each without the other: everything from data to a file, by brute force."""
     heads = "attn.q" if issubclass(attention, Pooled) else "attn.qk" if attention is Positional else "attn.qkv"
@@ -133,6 +185,88 @@ def test_heads_and_the_stream_go(attention: type[nn.Module], tmp_path: Path) -> 
     assert small.attn.proj.in_features == 4 * small.attn.num_heads != small.embed.out_features
     assert type(small.attn).__name__ == attention.__name__
     assert isinstance(small.attn, attention)
+
+
+class Inner(nn.Module):
+    """As Longformer's: what reads its heads stands in another module, and it asks whether what it reads is as wide as
+    it was built for, and makes something as wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.longest = WIDTH  # another thing, by chance as large
+        self.num_heads, self.head_dim, self.embed_dim = HEADS, WIDTH // HEADS, WIDTH
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :self.longest].transpose(0, 1)
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        N, B, C = x.size()
+        assert self.embed_dim == C, f"{C} is not {self.embed_dim}"
+        q, k, v = (part.view(N, B, self.num_heads, self.head_dim).permute(1, 2, 0, 3) for part in (q, k, v))
+        made = self._attend(q, k, v).permute(2, 0, 1, 3).reshape(N, B, C)
+        first = x.new_zeros(1, B, self.embed_dim)
+        first[0] = x[0]
+        return (made + self.value(first)).transpose(0, 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("bhnm,bhmc->bhnc", torch.einsum("bhnc,bhmc->bhnm", q, k).softmax(-1), v)
+
+
+class Outer(nn.Module):
+    """A module whose attention is in one, and its projection in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self, self.output = Inner(), nn.Sequential(nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.self(x))
+
+
+class Deep(Model):
+    """Two such attentions."""
+
+    def __init__(self) -> None:
+        super().__init__(Outer)
+        self.again = Outer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.attn(self.norm1(x))
+        return self.head((x + self.again(x) + self.mlp(self.norm2(x))).mean(1))
+
+
+def test_a_width_that_code_asks_for_goes_with_the_stream(tmp_path: Path) -> None:
+    """And heads with one that is kept beside them."""
+    small = check(Deep, _x(), ["embed", "attn.self.query", "again.self.query", "mlp.0"], tmp_path).model
+    for attention in (small.attn.self, small.again.self):
+        assert attention.embed_dim == small.embed.out_features < WIDTH == attention.longest
+        assert attention.num_heads < HEADS
+
+
+class Streams(nn.Module):
+    """Two of the same width, of which modules of one class ask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Deep(), Deep()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.two(x)
+
+
+def test_each_of_two_streams_takes_its_own_numbers(tmp_path: Path) -> None:
+    """The modules of the other one keep theirs."""
+    names = ("embed", "attn.self.query", "again.self.query", "mlp.0")
+    every = [f"{stream}.{name}" for stream in ("one", "two") for name in names]
+    check(Streams, _x(), every, tmp_path)
+    model = noisy(Streams)
+    group = next(group for group in trace(model, _x()).groups if group.name == "one.embed")
+    small = surgery.smaller_copy(model, lambda whole: surgery.remove_channels(
+        whole, [group], {group.name: torch.tensor([1, 2, 7])}))
+    assert small.one.again.self.embed_dim == small.one.attn.self.embed_dim == WIDTH - 3
+    assert small.two.again.self.embed_dim == small.two.attn.self.embed_dim == WIDTH
+    assert small(_x()).shape == (2, 4)
 
 
 def test_a_smaller_model_is_copied_pickled_and_pruned_again() -> None:

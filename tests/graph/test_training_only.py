@@ -116,31 +116,6 @@ def test_the_reason_of_what_they_read_is_theirs() -> None:
     assert list(fastscore.score(model.eval(), [x], progress=False)) == ["body"]
 
 
-class Augmented(nn.Module):
-    """Puts an embedding in place of some frames, where it is trained."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.three, self.last = (nn.Linear(*widths) for widths in ((4, 6), (6, 6), (6, 5), (5, 2)))
-        self.masked = nn.Parameter(torch.rand(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.one(x)
-        if self.training:
-            x[:, ::2] = self.masked
-        return self.last(self.three(self.two(x.relu()).relu()).relu())
-
-
-def test_a_parameter_that_is_read_in_training_alone_keeps_what_it_may_meet() -> None:
-    """Of its width; the rest goes, and what is left trains."""
-    model, x = Augmented(), torch.randn(3, 4, 4)
-    scores = fastscore.score(model, [x], progress=False)
-    assert list(scores) == ["three"]
-    assert scores.skipped["one"] == \
-        "the code of Augmented reads its masked [6] in training alone, where channels are not followed"
-    fastscore.prune(model, scores, x, channels=0.6).model.train()(x).sum().backward()
-
-
 class Variational(nn.Module):
     """A VAE, which draws about its means where it is trained, and takes the means otherwise."""
 

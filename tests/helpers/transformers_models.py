@@ -57,6 +57,7 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("MambaForCausalLM", "MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 60, "state_size": 4},
      "text"),
     ("BertForSequenceClassification", "BertConfig", _BERT, "text"),
+    ("LongformerForSequenceClassification", "LongformerConfig", {**_BERT, "attention_window": 8}, "text"),
     ("RobertaForSequenceClassification", "RobertaConfig", _BERT, "text"),
     ("DistilBertForSequenceClassification", "DistilBertConfig", {
         "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 60, "max_position_embeddings": 32},
@@ -73,6 +74,7 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("BartForConditionalGeneration", "BartConfig", _BART, "pair"),
     ("MarianMTModel", "MarianConfig", {**_BART, "pad_token_id": 0, "decoder_start_token_id": 0}, "pair"),
     ("PegasusForConditionalGeneration", "PegasusConfig", {**_BART, "pad_token_id": 0}, "pair"),
+    ("TrOCRForCausalLM", "TrOCRConfig", _BART, "text"),
     ("WhisperForConditionalGeneration", "WhisperConfig", {
         **_BART, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20, "pad_token_id": 0,
         "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}, "mel"),
@@ -106,6 +108,8 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
         "neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 16, "use_auxiliary_head": False}, "pixels"),
     ("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", _AUDIO, "sound"),
     ("HubertForSequenceClassification", "HubertConfig", _AUDIO, "sound"),
+    ("Data2VecAudioForSequenceClassification", "Data2VecAudioConfig", {**_AUDIO, "num_conv_pos_embeddings": 2},
+     "sound"),
     ("ASTForAudioClassification", "ASTConfig", {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8,
         "frequency_stride": 8, "time_stride": 8, "max_length": 32, "num_mel_bins": 16}, "spectrogram"),

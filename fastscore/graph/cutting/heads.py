@@ -40,7 +40,6 @@ LAYERS = (
 _COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")
 _KEY_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _WIDTHS = ("attn_dim", "all_head_size", "inner_dim", "all_head_dim", "split_size", "dim_out")
-_HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head", "d_kv")
 COUNTS_ALONE = " alone"  # `attribute` of a member for heads: what is called as one of the widths above is none of them
 # parameter or buffer of the module -> (dimension that holds heads, times that it holds them all)
 _TENSORS = {"in_proj_weight": (0, 3), "in_proj_bias": (0, 3), "q_proj_weight": (0, 1), "k_proj_weight": (0, 1),
@@ -57,7 +56,7 @@ def count(module: nn.Module) -> int | None:
 
 def width(module: nn.Module) -> int | None:
     """Channels of one head, as an attention module has them written down; None where it has not."""
-    return _first(module, _HEAD_WIDTHS)
+    return _first(module, own_width.HEAD_WIDTHS)
 
 
 def counted(module: nn.Module, widths: bool = True) -> set[tuple[str, str]]:
@@ -124,7 +123,7 @@ def narrow(module: nn.Module, dims: int) -> None:
     vars(module).setdefault(own_width.DENSE_WIDTH, before)
     for owner in (module, *module.children()):
         for name, value in list(vars(owner).items()):
-            if isinstance(value, int) and (name in _HEAD_WIDTHS or (name in _WIDTHS and total
+            if isinstance(value, int) and (name in own_width.HEAD_WIDTHS or (name in _WIDTHS and total
                                                                    and value == total * before)):
                 setattr(owner, name, value // before * (before - dims))
 

@@ -60,28 +60,11 @@ def merge(graph: ChannelGraph, in_training: ChannelGraph, inactive: set[str]) ->
                    training_only=frozenset(inactive), kept_biases={**in_training.kept_biases, **graph.kept_biases})
 
 
-def read_in_training(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
-    """The graph, less the groups whose channels a parameter may meet in training alone, as the embedding does that
-    SpecAugment puts in place of masked frames: there is one number in it for each of them, and the code that reads it
-    asks whether it is trained.
-
-    Args:
-        model: that was traced, or a copy of it.
-        graph: its groups, as they are in evaluation mode.
-    """
-    followed = {member.layer for group in graph.groups for member in group.role("tensor")}
-    kept: dict[str, str] = {}
-    for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        for key, parameter in module._parameters.items():
-            if parameter is None or parameter.dim() != 1 or prefix + key in followed or not _asks(type(module), key):
-                continue
-            kept |= {group.name: f"the code of {type(module).__name__} reads its {key} {list(parameter.shape)} in "
-                                 "training alone, where channels are not followed"
-                     for group in graph.groups if group.channels == len(parameter) and not any(group.role("heads"))
-                     and all(member.layer.startswith(prefix) for member in group.role("producer"))}
-    return replace(graph, groups=tuple(group for group in graph.groups if group.name not in kept),
-                   skipped={**graph.skipped, **kept})
+def asked_for(model: nn.Module) -> dict[str, str]:
+    """Parameters of one dimension that code reads which asks whether it is trained -> the class whose code that is."""
+    return {f"{name}.{key}" if name else key: type(module).__name__ for name, module in model.named_modules()
+            for key, parameter in module._parameters.items()
+            if parameter is not None and parameter.dim() == 1 and _asks(type(module), key)}
 
 
 def code_asks(model: nn.Module) -> bool:

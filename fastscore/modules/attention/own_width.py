@@ -1,5 +1,5 @@
-"""Attention modules whose code takes the width of what they read (`B, N, C = x.shape`) for that of what their heads
-make, which is another one once heads, or channels of the stream, are gone.
+"""Attention modules whose code takes the width of what they read (`B, N, C = x.shape`, x.size(-1)) for that of what
+their heads make, which is another one once heads, or channels of the stream, are gone.
 
 Such a module gets a class of its own: the same code, but for C where it is about heads, or after their products, which
 is what its output projection reads; and where it leaves the scale of its products to PyTorch, that of the width that
@@ -9,16 +9,17 @@ its heads had.
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterable
-from types import CodeType, FunctionType
+from collections.abc import Collection, Iterable, Sequence
+from types import CellType, CodeType, FunctionType
 from typing import Any, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 
 _QUERIES, _OUTPUTS = ("qkv", "q", "to_q", "query", "q_proj"), ("proj", "o_proj", "out_proj", "to_out")
 _COUNTS = ("num_heads", "heads", "n_heads", "num_attention_heads")
+HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head", "d_kv")
 _PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "einsum")
-_WIDTH, _SCALE = "attended_width", "attended_scale"
+_WIDTH, _SCALE, _SIZE = "attended_width", "attended_scale", "attended_size"
 DENSE_WIDTH = "dense_head_dim"  # attribute of attentions whose heads have lost dimensions: the width that they had
 _found: dict[type[nn.Module], type[nn.Module] | None] = {}
 
@@ -36,9 +37,15 @@ class _OwnWidth:
     @property
     def attended_width(self) -> int:
         """Of what the heads make, and the output projection reads."""
-        projection = output_projection(self) or _called(self, self._after[::-1])  # type: ignore[arg-type]
-        assert projection is not None
-        return projection.in_features
+        module: Any = self
+        return _attended(module, self._after)
+
+    def attended_size(self, x: Tensor, dim: int) -> int:
+        """x.shape[dim]; of its last dimension, where that is as wide as what the module reads, `attended_width`."""
+        module: Any = self
+        reader = _called(module, _QUERIES) or _called(module, self._before)
+        own = dim % x.dim() == x.dim() - 1 and reader is not None and x.shape[dim] == reader.in_features
+        return self.attended_width if own else x.shape[dim]
 
     @property
     def attended_scale(self) -> float | None:
@@ -61,6 +68,23 @@ def output_projection(module: nn.Module) -> nn.Linear | None:
     return next((layer for layer in found if isinstance(layer, nn.Linear)), None)
 
 
+def _of_heads(module: nn.Module) -> int:
+    """The width of all heads, of a module that keeps how many there are and how wide; 0 of any other."""
+    count, width = (next((value for name in names if type(value := vars(module).get(name)) is int), 0)
+                    for names in (_COUNTS, HEAD_WIDTHS))
+    return count * width
+
+
+def _attended(module: nn.Module, after: Sequence[str]) -> int:
+    """The width of what the heads of a module make, 0 where nothing says it. after: what its code takes from its first
+    product on."""
+    projection = output_projection(module)
+    total = 0 if projection is not None else _of_heads(module)
+    if projection is None and not total:
+        projection = _called(module, after[::-1])
+    return projection.in_features if projection is not None else total
+
+
 def _called(module: nn.Module, names: Iterable[str]) -> nn.Linear | None:
     """The first of these children that is a Linear."""
     return next((layer for name in names if isinstance(layer := module._modules.get(name), nn.Linear)), None)
@@ -76,11 +100,10 @@ def replacement(module: nn.Module) -> type[nn.Module] | None:
         return None
     projection, reader = output_projection(module), _called(module, _QUERIES)
     if projection is None or reader is None or not any(name in vars(module) for name in _COUNTS):
-        projection, reader = projection or _called(module, made._after[::-1]), reader or _called(module, made._before)
-        if not made._asks or not any(name in vars(module) for name in made._divisors):
+        reader = reader or _called(module, made._before)
+        if not made._asks or not any(name in vars(module) for name in {*made._divisors, *_COUNTS}):
             return None
-    alike = projection is not None and reader is not None and reader.in_features == projection.in_features
-    return made if alike else None
+    return made if reader is not None and reader.in_features == _attended(module, made._after) else None
 
 
 def asks(cls: type[nn.Module]) -> bool:
@@ -92,32 +115,56 @@ def with_own_width(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The class whose forward, and methods that this hands on what it reads to, read `attended_width` and
     `attended_scale`; None where their code asks for neither."""
     if cls not in _found:
-        code, read = _rewritten(cls.forward)
+        code, read = _rewritten(cls, "forward")
         codes = {"forward": code}
         for name in read.pop("hands_on", ()):  # what it reads, to a method of its own
-            codes[name], of_method = _rewritten(inspect.getattr_static(cls, name, None))
+            codes[name], of_method = _rewritten(cls, name)
             if codes[name] is not None:
                 read |= {key: read[key] | of_method[key] for key in ("_divisors", "_asks")}
-        functions = {name: _function(code, getattr(cls, name)) for name, code in codes.items() if code is not None}
+        functions = {name: _with_code(getattr(cls, name), code) for name, code in codes.items() if code is not None}
         _found[cls] = type(cls.__name__, (_OwnWidth, cls), {
             "_reads": cls, "__module__": cls.__module__, "__doc__": cls.__doc__, **functions, **read}
         ) if functions else None
     return _found[cls]
 
 
-def _function(code: CodeType, old: Any) -> FunctionType:
-    """The function with other code."""
-    function = FunctionType(code, old.__globals__, old.__name__, old.__defaults__)
+def _with_code(old: Any, code: CodeType) -> FunctionType:
+    """The function with other code; of one with decorators, those around the one with other code."""
+    inner, closure = _decorated(old), old.__closure__
+    if inner is not None:
+        made = _with_code(inner, code)
+        closure = tuple(CellType(made) if cell.cell_contents is inner else cell for cell in closure)
+    function = FunctionType(code if inner is None else old.__code__, old.__globals__, old.__name__, old.__defaults__,
+                            closure)
     function.__kwdefaults__ = old.__kwdefaults__
+    function.__dict__.update(vars(old), **({} if inner is None else {"__wrapped__": made}))
     return function
 
 
-def _rewritten(forward: Any) -> tuple[CodeType | None, dict[str, Any]]:
-    """The code of a function, with the last dimension of its first tensor's shape replaced, None where it has none; and
+def _decorated(function: Any) -> Any:
+    """What a function that functools.wraps made calls; None where it is none, or has it in more places than one."""
+    inner = vars(function).get("__wrapped__") if isinstance(function, FunctionType) else None
+    held = [cell for cell in function.__closure__ or () if _contents(cell) is inner] if inner is not None else []
+    return inner if len(held) == 1 else None
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing yet
+        return None
+
+
+def _rewritten(cls: type[nn.Module], name: str) -> tuple[CodeType | None, dict[str, Any]]:
+    """The code of a method, with the last dimension of its first tensor's shape replaced, None where it has none; and
     what else a class of _OwnWidth says of it, and the methods that it hands on what it reads to, where it can be read.
 
-    A function with decorators, or that refers to what stands around it, stays as it is.
+    One that refers to what stands around it stays as it is, and what stands around it by decorators does so.
     """
+    forward = inspect.getattr_static(cls, name, None)
+    decorated = _decorated(forward) is not None
+    while (inner := _decorated(forward)) is not None:
+        forward = inner
     if not isinstance(forward, FunctionType) or forward.__closure__:
         return None, {}
     try:
@@ -125,23 +172,25 @@ def _rewritten(forward: Any) -> tuple[CodeType | None, dict[str, Any]]:
     except (OSError, TypeError, SyntaxError):  # a class that was not written in a file
         return None, {}
     function = tree.body[0]
-    if not isinstance(function, ast.FunctionDef) or function.decorator_list or len(function.args.args) < 2:
+    if not isinstance(function, ast.FunctionDef) or (function.decorator_list and not decorated) \
+            or len(function.args.args) < 2:
         return None, {}
+    function.decorator_list = []
     x, owner = function.args.args[1].arg, function.args.args[0].arg
     divisors = frozenset(node.right.attr for node in ast.walk(function) if isinstance(node, ast.BinOp)
                          and isinstance(node.op, ast.FloorDiv) and _is_own(node.right, owner))
     hands_on = [node.func.attr for node in ast.walk(function) if isinstance(node, ast.Call) and node.args
                 and _is_own(node.func, owner) and isinstance(node.args[0], ast.Name) and node.args[0].id == x]
-    widths = _Widths(owner, divisors)
-    product = min((_place(node) for node in ast.walk(function) if _multiplies(node)), default=(0, 0))
+    products = {*_PRODUCTS, *(node.attr for node in ast.walk(function) if _is_own(node, owner)
+                              and _has_products(inspect.getattr_static(cls, node.attr, None)))}
+    widths = _Widths(owner, x, divisors, products)
+    product = min((_place(node) for node in ast.walk(function) if _multiplies(node, products)), default=(0, 0))
     names = sorted((_place(node), node.attr) for node in ast.walk(function) if _is_own(node, owner))
     for number, statement in enumerate(function.body):
-        if (name := _width_name(statement, x)) is not None:
-            widths.names.add(name)
+        if (width := _width_name(statement, x)) is not None:
+            widths.names.add(width)
         else:
             function.body[number] = widths.visit(statement)
-        widths.stored |= any(isinstance(node, ast.Name) and node.id == x and isinstance(node.ctx, ast.Store)
-                             for node in ast.walk(statement))
     unscaled = [call for call in ast.walk(function) if isinstance(call, ast.Call)
                 and _PRODUCTS[0] in (getattr(call.func, "attr", ""), getattr(call.func, "id", ""))
                 and all(keyword.arg not in (None, "scale") for keyword in call.keywords)]
@@ -177,22 +226,22 @@ class _Widths(ast.NodeTransformer):
     """Has code read the width of the heads where it reads `names`: in statements about heads, and from the first
     product of activations on. What comes before has the width of what the module reads, as where that becomes an image.
 
-    owner: what the code calls its module. counts: its attributes that divide a width, beside those of usual names.
-    stored: whether what it was given is something else by now.
+    owner: what the code calls its module; x: what that reads. counts: its attributes that divide a width, beside those
+    of usual names. products: names of functions, and of its methods, that multiply activations.
     """
 
-    def __init__(self, owner: str, counts: Iterable[str]) -> None:
+    def __init__(self, owner: str, x: str, counts: Iterable[str], products: Collection[str]) -> None:
         self.names: set[str] = set()
-        self._counts = {*_COUNTS, *counts}
-        self.changed = self.stored = False
-        self._owner, self._multiplied, self._here = owner, False, False
+        self._counts, self._products = {*_COUNTS, *counts}, products
+        self.changed = False
+        self._owner, self._x, self._multiplied, self._here = owner, x, False, False
 
     def visit(self, node: ast.AST) -> Any:
         """The node with that changed in it."""
         if not isinstance(node, ast.stmt) or hasattr(node, "body"):
             return super().visit(node)
         inner = list(ast.walk(node))
-        self._multiplied |= any(_multiplies(part) for part in inner)
+        self._multiplied |= any(_multiplies(part, self._products) for part in inner)
         self._here = self._multiplied or any(isinstance(part, ast.Attribute) and part.attr in self._counts
                                              for part in inner)
         changed = self.generic_visit(node)
@@ -208,26 +257,59 @@ class _Widths(ast.NodeTransformer):
         owner = ast.copy_location(ast.Name(self._owner, ast.Load()), node)
         return ast.copy_location(ast.Attribute(owner, _WIDTH, ast.Load()), node)
 
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        """A dimension of the shape of what the module reads, or the node as it is."""
+        asked = _is_shape(node.value, self._x) and isinstance(node.ctx, ast.Load)
+        return self._asked(node, node.slice) if asked else self.generic_visit(node)
 
-def _multiplies(node: ast.AST) -> bool:
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """The same of its size."""
+        asked = _is_shape(node.func, self._x) and len(node.args) == 1 and not node.keywords
+        return self._asked(node, node.args[0]) if asked else self.generic_visit(node)
+
+    def _asked(self, node: ast.expr, dim: ast.expr) -> ast.AST:
+        number = ast.unparse(dim)
+        if not self._here or not (number == "-1" or (number.isdigit() and int(number) > 1)):  # which may be the last
+            return node
+        self.changed = True
+        return ast.copy_location(ast.Call(ast.Attribute(ast.Name(self._owner, ast.Load()), _SIZE, ast.Load()),
+                                          [ast.Name(self._x, ast.Load()), dim], []), node)
+
+
+def _is_shape(node: ast.AST, x: str) -> bool:
+    """Whether it is x.shape, or x.size."""
+    return isinstance(node, ast.Attribute) and node.attr in ("shape", "size") and isinstance(node.value, ast.Name) \
+        and node.value.id == x
+
+
+def _has_products(method: Any) -> bool:
+    """Whether the code of a method names products of activations."""
+    code = getattr(getattr(method, "__func__", method), "__code__", None)
+    return code is not None and not set(_PRODUCTS).isdisjoint(code.co_names)
+
+
+def _multiplies(node: ast.AST, products: Collection[str]) -> bool:
     """Whether it is a product of activations, or of attention."""
     if isinstance(node, ast.BinOp):
         return isinstance(node.op, ast.MatMult)
     function = node.func if isinstance(node, ast.Call) else None
     name = getattr(function, "attr", getattr(function, "id", ""))
-    return name in _PRODUCTS
+    return name in products
 
 
 def _width_name(statement: ast.stmt, x: str) -> str | None:
-    """Of `..., name = x.shape` (or x.size()), of three or more names, the last; None for all other statements."""
+    """Of `..., name = x.shape` (or x.size()), of three or more names, the last; of `name = x.shape[-1]` (or x.size(-1))
+    that; None for all other statements."""
     if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
         return None
     target, value = statement.targets[0], statement.value
+    if isinstance(value, (ast.Subscript, ast.Call)) and isinstance(target, ast.Name):
+        dims = [value.slice] if isinstance(value, ast.Subscript) else value.args
+        asked = _is_shape(value.value if isinstance(value, ast.Subscript) else value.func, x)
+        return target.id if asked and [ast.unparse(dim) for dim in dims] == ["-1"] else None
     if isinstance(value, ast.Call) and not value.args:
         value = value.func
-    shape = isinstance(value, ast.Attribute) and value.attr in ("shape", "size") \
-        and isinstance(value.value, ast.Name) and value.value.id == x
-    if not shape or not isinstance(target, ast.Tuple) or len(target.elts) < 3:
+    if not _is_shape(value, x) or not isinstance(target, ast.Tuple) or len(target.elts) < 3:
         return None
     last = target.elts[-1]
     return last.id if isinstance(last, ast.Name) and last.id != "_" else None

@@ -1,0 +1,115 @@
+"""Parameters that channels meet in training alone."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import whole_way
+from torch import Tensor, nn
+
+import fastscore
+
+
+class Augmented(nn.Module):
+    """Puts an embedding in place of some frames, adds it, or otherwise meets it, where it is trained. Two streams of
+    the same width: one meets it."""
+
+    def __init__(self, meet: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.one, self.two, self.three, self.last = (nn.Linear(*widths) for widths in ((4, 6), (6, 6), (6, 5), (5, 2)))
+        self.masked, self.meet = nn.Parameter(torch.rand(shape or 6)), meet
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, T, 4] -> [N, T, 2]."""
+        x = self.one(x)
+        if self.training:
+            x = self.meet(x, self.masked)
+        return self.last(self.three(self.two(x.relu()).relu()).relu())
+
+
+class Apart(Augmented):
+    """The same, where the code that reads the embedding asks nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, T, 4] -> [N, T, 2]."""
+        x = self.one(x)
+        x = self._augmented(x) if self.training else x
+        return self.last(self.three(self.two(x.relu()).relu()).relu())
+
+    def _augmented(self, x: Tensor) -> Tensor:
+        return self.meet(x, self.masked)
+
+
+def _put(x: Tensor, masked: Tensor) -> Tensor:
+    x[:, ::2] = masked
+    return x
+
+
+def _put_at_random(x: Tensor, masked: Tensor) -> Tensor:
+    rows = torch.from_numpy(np.random.rand(*x.shape[:2]) < 0.5)
+    rows[:, 0] = True
+    x[rows] = masked.to(x.dtype)
+    return x
+
+
+def _where(x: Tensor, masked: Tensor) -> Tensor:
+    return torch.where(torch.rand(x.shape[:2]).unsqueeze(-1) < 0.7, masked, x)
+
+
+def _fails(x: Tensor, masked: Tensor) -> Tensor:
+    raise ValueError(x.shape)
+
+
+MEETINGS: dict[str, Any] = {
+    "put": (_put,), "put at random": (_put_at_random,), "where": (_where, 1, 1, 6),
+    "added": (lambda x, masked: x + masked, 1, 6), "scaled": (lambda x, masked: x * (1 + masked),)}
+NOT_FOLLOWED: dict[str, Any] = {
+    "turned": lambda x, masked: x + masked.flip(0), "mixed": lambda x, masked: x + masked.sum(),
+    "fails": _fails, "unread": lambda x, masked: x, "outer": lambda x, masked: x + (masked[:, None] * masked).mean(0)}
+
+
+@pytest.mark.parametrize("kind", [Augmented, Apart])
+@pytest.mark.parametrize("meeting", MEETINGS)
+def test_its_entries_go_with_the_channels_that_they_meet(meeting: str, kind: type[Augmented]) -> None:
+    """Half of all channels go; in training, too, the smaller model computes what the whole one does where they are read
+    as zero."""
+    torch.manual_seed(0)
+    model, x = kind(*MEETINGS[meeting]).double(), torch.randn(3, 4, 4, dtype=torch.float64)
+    scores = fastscore.score(model.eval(), [x], progress=False)
+    assert list(scores) == ["one", "two", "three"]
+    result = fastscore.prune(model, scores, x, channels=0.5, scope="layer", compensate=False)
+    assert result.model.masked.shape == (*MEETINGS[meeting][1:-1], 3)
+    whole = copy.deepcopy(model)
+    for made, reader in ("one", whole.two), ("two", whole.three), ("three", whole.last):
+        reader.weight.data[:, result.removed[made]] = 0
+    outputs = []
+    for each in (whole.train(), result.model.train()):
+        torch.manual_seed(1)
+        np.random.seed(1)
+        outputs.append(each(x))
+    torch.testing.assert_close(*outputs)
+    outputs[1].sum().backward()
+    assert result.model.masked.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("meeting", NOT_FOLLOWED)
+def test_where_that_cannot_be_shown_all_channels_stay_that_it_may_meet(meeting: str) -> None:
+    """Of its width; the rest goes, and what is left trains."""
+    model, x = Augmented(NOT_FOLLOWED[meeting]).eval(), torch.randn(3, 4, 4)
+    scores = fastscore.score(model, [x], progress=False)
+    assert list(scores) == ["three"]
+    assert scores.skipped["one"] == \
+        "the code of Augmented reads its masked [6] in training alone, where channels are not followed"
+    small = fastscore.prune(model, scores, x, channels=0.6).model.train()
+    if meeting != "fails":
+        small(x).sum().backward()
+
+
+def test_the_whole_way(tmp_path: Path) -> None:
+    """Scores by brute force, smaller = masked, export, a training step, save and load."""
+    x = torch.randn(4, 3, 4, dtype=torch.float64)
+    whole_way.check(lambda: Augmented(_put), x, ["one", "two", "three"], tmp_path)
