@@ -124,3 +124,25 @@ def test_a_file_that_takes_one_batch_size_says_so(suffix: str, tmp_path: Path) -
         runtime = pytest.importorskip("onnxruntime")
         found = torch.from_numpy(runtime.InferenceSession(path).run(None, {"input": x.numpy()})[0])
     torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+
+
+class Heads(nn.Module):
+    """Several outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask, self.count = nn.Linear(4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"mask": self.mask(x), "count": self.count(x)}
+
+
+def test_outputs_of_a_dict_keep_their_names_in_onnx(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    model, x = Heads().eval(), torch.randn(5, 4)
+    fastscore.save(model, x[:2], tmp_path / "small.onnx")
+    session = runtime.InferenceSession(tmp_path / "small.onnx")
+    assert [each.name for each in session.get_outputs()] == ["mask", "count"]
+    for name, expected in model(x).items():
+        (found,) = session.run([name], {"input": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)

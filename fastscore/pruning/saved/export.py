@@ -28,6 +28,7 @@ def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | Pat
             which take any batch size (where the model's code fixes it, that of the example inputs: a warning says so);
             or .pt, the module itself, as a pickle. In .pt2 and .onnx an object of a library's own that holds one tensor
             (transformers' classifiers return such) becomes that tensor, so that the file is read without the library.
+            In .onnx the input is called "input", and the output "output", those of a dict of tensors as its keys.
 
     Raises:
         ValueError: another suffix; for .pt2 and .onnx, fewer than two samples; for .safetensors, a model that prune()
@@ -116,12 +117,22 @@ def _write_program(model: nn.Module, example_inputs: Tensor, path: Path, notes: 
 
 def _write_onnx(model: nn.Module, example_inputs: Tensor, path: Path, notes: Mapping[str, str]) -> bool:
     program = torch.onnx.export(model, (example_inputs,), dynamo=True, dynamic_shapes=_free_batch(),
-                                input_names=["input"], output_names=["output"], verbose=False)
+                                input_names=["input"], output_names=_output_names(model, example_inputs), verbose=False)
     assert program is not None
     program.model.metadata_props.update({f"{_NOTE}{name}": text for name, text in notes.items()})
     program.save(path, external_data=False)
     shape = program.model.graph.inputs[0].shape
     return shape is None or not isinstance(shape[0], int)  # where it is not free, PyTorch's exporter fixes it unasked
+
+
+def _output_names(model: nn.Module, example_inputs: Tensor) -> list[str]:
+    """What the outputs are called in a file: of a dict of tensors as its keys; "output", and else as exporters will."""
+    with torch.no_grad():
+        returned = model(example_inputs)
+    if not isinstance(returned, Mapping) or "input" in returned or not all(
+            isinstance(each, Tensor) for each in returned.values()):
+        return ["output"]
+    return [str(key) for key in returned]
 
 
 def _free_batch() -> tuple[dict[int, torch.export.Dim]]:
