@@ -1,15 +1,17 @@
 """Which of the numbers that modules keep, or have in their code, sizes are made of, and nothing else."""
 
-from collections.abc import Callable, Collection
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastscore.graph.cutting.cut_widths import Width
-from fastscore.modules import frames, marked_numbers
+from fastscore.graph.cutting.cut_widths import TIMES, Width
+from fastscore.modules import frames, marked_numbers, written_numbers
 from fastscore.modules.marked_numbers import Marked, Place
 from fastscore.modules.number_uses import Line, Uses
 from fastscore.modules.reachable_code import ReachableCode
@@ -39,6 +41,16 @@ class AskedSizes:
         """Whether a number is one that a view, cut or zeros are made with: others may be as large by chance."""
         return (module, width.name) in self._noted.places
 
+    def products(self, places: Iterable[Place], size: int, channels: int) -> Iterator[tuple[nn.Module, Width]]:
+        """Those of the numbers that so large a size of a view is a multiple of, as code computes it, where it computes
+        it of no size of a tensor that has as many `channels`, and follows these by itself."""
+        for module, name in places:
+            for slopes in self._noted.sizes.get(size, ()):
+                slope = slopes.get((module, name), 0)
+                if slope not in (0, 1) and slope * _number(module, name) == size and (
+                        (_TENSORS, str(channels)) not in slopes):
+                    yield module, Width(f"{name}{TIMES}{slope}", 0, size)
+
     def other_use(self, module: nn.Module, width: Width) -> str | None:
         """What else a number is for, or may be, in words; None where it is for nothing else."""
         place = module, width.name
@@ -50,20 +62,26 @@ class AskedSizes:
 
 class _Noted(TorchFunctionMode):
     """Notes which Marked numbers views, cuts and zeros are asked for with; the lines that cut something at such, or
-    make more of such a size; and what code of modules has run."""
+    make more of such a size; and what code of modules has run. The sizes of tensors are Marked, too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.places = set[Place]()
+        self.sizes = defaultdict[int, list[Mapping[Place, Fraction]]](list)  # of views -> slopes, as Marked has them
         self.lines = set[Line]()
         self.codes = set[Any]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
+        if func in _OF_TENSORS:
+            return _size(output) if isinstance(output, int) else torch.Size(map(_size, output))
         of_size = func in (*VIEWS, *SPLITS, *SLICES, *ZEROS)
-        if (of_size or func in _MORE) and (found := _places([*args, *kwargs.values()])):
-            self.places |= found if of_size else set()
+        numbers = list(_marked([*args, *kwargs.values()])) if of_size or func in _MORE else []
+        if numbers:
+            for number in numbers if of_size else ():
+                self.places |= number.slopes.keys()
+                self.sizes[int(number)] += [number.slopes] if func in VIEWS else []
             stack = list(frames.outwards())
             self.codes.update(frame.f_code for frame in stack)
             at = next(frame for frame in stack if frame.f_globals.get("__name__", "").partition(".")[0] not in _OURS)
@@ -72,14 +90,31 @@ class _Noted(TorchFunctionMode):
         return output
 
 
+_TENSORS = nn.Module()  # whose places are the sizes of tensors, by their values
+_OF_TENSORS = (Tensor.size, vars(torch._C.TensorBase)["shape"].__get__)
+
+
+def _size(number: int) -> Marked:
+    return Marked.at(number, (_TENSORS, str(int(number))))
+
+
 _OURS = ("torch", __name__.partition(".")[0])
 
 
-def _places(given: Any) -> set[Place]:
-    if isinstance(given, Marked):
-        return set(given.places)
+def _marked(given: Any) -> Iterator[Marked]:
+    if isinstance(given, Marked) and any(module is not _TENSORS for module, _ in given.slopes):
+        yield given
     parts = (given.start, given.stop) if isinstance(given, slice) else given
-    return {place for part in (parts if isinstance(parts, tuple | list) else ()) for place in _places(part)}
+    for part in parts if isinstance(parts, tuple | list) else ():
+        yield from _marked(part)
+
+
+def _number(module: nn.Module, name: str) -> int:
+    """What a place holds; 0 where that is several numbers."""
+    if written_numbers.MARK in name:
+        return written_numbers.number(module, name)
+    held: Any = vars(module)[name]
+    return held if isinstance(held, int) else 0
 
 
 def _cuts(func: Any, args: Any, kwargs: Any, output: Any) -> bool:
@@ -96,7 +131,7 @@ def _tensors(output: Any) -> tuple[Tensor, ...]:
 
 
 def _less(given: Any) -> Any:
-    if isinstance(given, Marked):
+    if isinstance(given, int) and list(_marked(given)):
         return int(given) - 1
     if isinstance(given, slice):
         return slice(_less(given.start), _less(given.stop), given.step)

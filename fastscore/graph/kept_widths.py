@@ -36,8 +36,8 @@ def of_group(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Ite
                 continue
             name, position = graph._module2name[owner], at >> 32
             inside = (position >= width.begin) & (position < width.end)
-            if (name, width.attribute) not in known and inside.any():
-                known.add((name, width.attribute))
+            if (name, width.number) not in known and inside.any():
+                known.add((name, width.number))
                 yield Member(name, "width", torch.from_numpy(position[inside] - width.begin),
                              torch.from_numpy(at[inside] & index_maps.CHANNEL), attribute=width.attribute)
     for name, parts in graph._transformers.items():  # whose code asks whether what it is called on has as many
@@ -68,7 +68,11 @@ def _of_cuts(graph: Any, node: Any, function: Any) -> Iterator[Kept]:
     code = graph._calls.view_of(node.grad_fn)
     for source in node.inputs if node in graph._dims and node.type == OPTYPE.RESHAPE else ():
         if source in graph._dims and graph._dims[source] < len(shape(source, node)):
-            found = code.widths(graph._dims[node], shape(source, node)[graph._dims[source]])
+            dim = graph._dims[node]
+            channels = shape(source, node)[graph._dims[source]]
+            found = [*code.widths(dim, channels)]
+            if factors := code.factors(dim, channels):
+                found += graph.asked().products(factors, code.asked[dim], channels)
             yield from itertools.islice((kept for kept in found if graph.asked().holds(*kept)), 1)
     for part in graph._cuts_of(node, function):
         yield from graph.kept_of(part)

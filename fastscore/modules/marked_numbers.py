@@ -1,7 +1,8 @@
 """Numbers that modules keep, or have in their code, marked for a run: what a function is given says whose it is."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -12,30 +13,46 @@ Place: TypeAlias = tuple[nn.Module, str]  # whose number, and its name: an attri
 
 
 class Marked(int):
-    """A number as it was, which says where it is from; so do whole numbers that are computed from it."""
+    """A number as it was, which says where it is from, and how many it gains for one more there; so do whole numbers
+    that are computed from it."""
 
-    places: frozenset[Place]
+    slopes: Mapping[Place, Fraction]
 
     @classmethod
-    def of(cls, value: int, places: Iterable[Place]) -> "Marked":
-        """The number, from these places."""
+    def of(cls, value: int, slopes: Mapping[Place, Fraction]) -> "Marked":
+        """The number, with these slopes."""
         number = cls(value)
-        number.places = frozenset(places)
+        number.slopes = slopes
         return number
 
+    @classmethod
+    def at(cls, value: int, place: Place) -> "Marked":
+        """The number of a place."""
+        return cls.of(value, {place: Fraction(1)})
 
-def _computed(name: str) -> Callable[[Marked, Any], Any]:
+
+def _computed(name: str, gains: Callable[[Any, Any], tuple[Fraction, Fraction]]) -> Callable[[Marked, Any], Any]:
+    """A method of Marked. gains: two numbers -> what the result gains for one more of each."""
     def method(number: Marked, other: Any) -> Any:
         value = getattr(int, name)(number, other)
-        places = number.places | (other.places if isinstance(other, Marked) else frozenset())
-        return Marked.of(value, places) if type(value) is int else value
+        if type(value) is not int:
+            return value
+        slopes: dict[Place, Fraction] = {}
+        for each, gain in zip((number, other), gains(int(number), int(other)), strict=True):
+            for place, slope in each.slopes.items() if isinstance(each, Marked) else ():
+                slopes[place] = slopes.get(place, Fraction(0)) + gain * slope
+        return Marked.of(value, slopes)
 
     return method
 
 
-for _name in ("add", "sub", "mul", "floordiv"):
-    for _side in ("", "r"):
-        setattr(Marked, f"__{_side}{_name}__", _computed(f"__{_side}{_name}__"))
+_ONE, _NONE = Fraction(1), Fraction(0)
+for _name, _gains in {
+        "add": lambda a, b: (_ONE, _ONE), "radd": lambda a, b: (_ONE, _ONE),
+        "sub": lambda a, b: (_ONE, -_ONE), "rsub": lambda a, b: (-_ONE, _ONE),
+        "mul": lambda a, b: (Fraction(b), Fraction(a)), "rmul": lambda a, b: (Fraction(b), Fraction(a)),
+        "floordiv": lambda a, b: (Fraction(1, b), _NONE), "rfloordiv": lambda a, b: (_NONE, Fraction(1, a))}.items():
+    setattr(Marked, f"__{_name}__", _computed(f"__{_name}__", _gains))
 
 
 @contextmanager
@@ -46,13 +63,13 @@ def marked(places: Iterable[Place]) -> Iterator[None]:
         for module, name in places:
             if written_numbers.MARK in name:
                 before.append((module, name, type(module)))
-                number = Marked.of(written_numbers.number(module, name), [(module, name)])
+                number = Marked.at(written_numbers.number(module, name), (module, name))
                 module.__class__ = written_numbers.with_mark(module, name, number)
             else:
                 held = vars(module)[name]
                 before.append((module, name, held))
-                vars(module)[name] = Marked.of(held, [(module, name)]) if isinstance(held, int) else type(held)(
-                    Marked.of(each, [(module, name)]) for each in held)
+                vars(module)[name] = Marked.at(held, (module, name)) if isinstance(held, int) else type(held)(
+                    Marked.at(each, (module, name)) for each in held)
         yield
     finally:
         for module, name, held in reversed(before):

@@ -68,6 +68,43 @@ class Apart(Net):
         return self.classifier(self.features(x).view(-1, self.width, 16).flatten(1))
 
 
+class Product(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        return self.classifier(self.features(x).view(-1, h * w * self.width))
+
+
+class ProductInTheCode(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        return self.classifier(self.features(x).view(-1, 6 * h * w))
+
+
+class HalfOfAProduct(Net):
+    """A number that counts both halves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = 2 * CHANNELS
+
+    def forward(self, x: Tensor) -> Tensor:
+        c, (h, w) = self.both, x.shape[-2:]
+        return self.classifier(self.features(x).reshape(len(x), c * h * w // 2))
+
+
+class TwoOfEach(Net):
+    """Two numbers of it, of which the code takes one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(2 * FLAT, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.features(x)
+        y = torch.stack([y, y.tanh()], 1).view(len(x), 2 * self.width, 4, 4)
+        return self.classifier(y.view(len(x), self.width * 32))
+
+
 class Global(Net):
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).view(-1, FLAT))
@@ -102,6 +139,19 @@ class ChannelsByChance(Net):
         return y if n < self.width else 2 * y
 
 
+class PlacesByChance(Net):
+    """Twice as many as channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.classifier = 12, nn.Linear(72, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.features(x)[..., :3]
+        n, c = y.shape[:2]
+        return self.classifier(y.reshape(n, c * self.places)) + self.classifier(y.reshape(-1, y.size(1) * self.places))
+
+
 class HalvesByChance(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -131,8 +181,8 @@ class TwoAlike(Net):
         return scale * self.classifier(self.features(x).view(-1, self.flat))
 
 
-WAYS = (Literal, InATuple, InAMethod, OfTheClassAbove, Kept, PositionsFirst, Apart)
-IN_THE_CODE = WAYS[:4]
+IN_THE_CODE = (Literal, InATuple, InAMethod, OfTheClassAbove, ProductInTheCode)
+WAYS = (*IN_THE_CODE, Kept, PositionsFirst, Apart, Product, HalfOfAProduct, TwoOfEach)
 
 
 def images() -> Tensor:
@@ -173,8 +223,8 @@ def test_go_again_and_come_back_from_files(way: type[Net], tmp_path: Path) -> No
     assert type(model) is way
 
 
-@pytest.mark.parametrize("way", [ByChance, InItsCodeByChance, ChannelsByChance, HalvesByChance, ZerosByChance,
-                                 TwoAlike])
+@pytest.mark.parametrize("way", [ByChance, InItsCodeByChance, ChannelsByChance, PlacesByChance, HalvesByChance,
+                                 ZerosByChance, TwoAlike])
 def test_numbers_that_are_as_large_by_chance_stay(way: type[Net]) -> None:
     """What is left makes of few images, and of more than half as many, what it made beside zeros."""
     x, model = images(), noisy(way)

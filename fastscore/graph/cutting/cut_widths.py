@@ -7,6 +7,7 @@ else is: by surgery on a copy.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from types import FrameType
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastscore.graph.cutting import heads
 from fastscore.modules import frames, written_numbers
 from fastscore.modules.weights.parameter_layers import ParameterLayer
 
+TIMES = "*"  # between an attribute and how often it is taken
 SIDE = "width "  # before the attribute, in what surgery takes out of a module
 
 
@@ -23,7 +25,8 @@ SIDE = "width "  # before the attribute, in what surgery takes out of a module
 class Width:
     """A number of channels that a module keeps: of those that lie at `begin` to `end` where its code cuts.
 
-    attribute: its name; `name.2` is the third number of a list, `name//2` twice the number.
+    attribute: its name; `name.2` is the third number of a list, `name//2` twice the number, `name*16` a sixteenth of
+        it, and `name*9/2` two ninths.
     """
 
     attribute: str
@@ -31,9 +34,14 @@ class Width:
     end: int
 
     @property
+    def number(self) -> str:
+        """The attribute, or which of its numbers, however often it is taken."""
+        return self.attribute.removesuffix("//2").partition(TIMES)[0]
+
+    @property
     def name(self) -> str:
         """Of the attribute alone."""
-        return self.attribute.removesuffix("//2").partition(".")[0]
+        return self.number.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -123,10 +131,27 @@ class View:
         if name is not None and self.code is not None:
             yield self.code.module, Width(name, 0, size)
 
+    def factors(self, dim: int, channels: int) -> list[tuple[nn.Module, str]]:
+        """The places of numbers that the size of such a dimension may be a product of."""
+        size = self.asked.get(dim, 0)
+        if self.code is None or size < channels or (size == channels and _has_widths(self.code.module)):
+            return []
+        kept = [name for name, value in self.code.kept.items()
+                if isinstance(value, int) and _may_count(value, channels)]
+        written = [name for number, name in self.code.named.items() if _may_count(number, channels)]
+        return [*((self.code.keeper(Width(name, 0, size)), name) for name in kept),
+                *((self.code.module, name) for name in written)]
+
     def places(self) -> set[tuple[nn.Module, str]]:
-        """Of numbers of the code that its sizes may be."""
+        """Of numbers of the code that its sizes may be, or be products of."""
         named = {} if self.code is None else self.code.named
-        return {(self.code.module, named[size]) for size in self.asked.values() if self.code and size in named}
+        return {(self.code.module, named[number]) for size in self.asked.values() for number in named
+                if self.code is not None and number > 1 and size % number == 0}
+
+
+def _may_count(number: int, channels: int) -> bool:
+    """Whether a number may be one of channels, or of their parts, or of several times as many."""
+    return number > 1 and (number % channels == 0 or channels % number == 0)
 
 
 def _has_widths(module: nn.Module) -> bool:
@@ -182,6 +207,11 @@ def _calling_frame() -> tuple[nn.Module, FrameType] | None:
 
 def narrow(module: nn.Module, attribute: str, gone: int) -> None:
     """Take `gone` channels off what a module keeps. Raises ValueError where it keeps nothing of that name."""
+    attribute, _, times_taken = attribute.partition(TIMES)
+    less = gone / Fraction(times_taken or 1)
+    gone = int(less)
+    if less != gone:
+        raise ValueError(f"{type(module).__name__} cannot have {less} channels less in {attribute}")
     if written_numbers.MARK in attribute:
         return written_numbers.take_off(module, attribute, gone)
     name, _, place = attribute.removesuffix("//2").partition(".")
