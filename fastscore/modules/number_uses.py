@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from fastscore.modules import written_numbers
+from fastscore.modules.changed_source import places_of
 from fastscore.modules.reachable_code import ReachableCode, functions_in, is_torchs
 
 Line: TypeAlias = tuple[str, int]  # file, number
@@ -41,8 +42,8 @@ class Uses:
         self._work: list[tuple[FunctionType, Seed]] = []
         self._done = set[tuple[int, Seed]]()
         if written_numbers.MARK in name:
-            method, number = name.split(written_numbers.MARK)
-            self._add(getattr(type(module), method), ("number", int(number)))
+            method = getattr(type(module), name.partition(written_numbers.MARK)[0])
+            self._add(method, ("number", written_numbers.in_source(module, name)))
         else:
             self._add_attribute(name)
 
@@ -55,7 +56,8 @@ class Uses:
                 tree, parents = self._code.source(function)
             except (OSError, TypeError, SyntaxError):
                 return f"{where}, which cannot be read (it stands in no file)"
-            nodes = list(self._found(function, tree, parents, seed))
+            nodes: list[ast.AST] = list(places_of(tree, seed[1]) if seed[0] == "number" else
+                                        self._found(function, tree, parents, seed))
             if seed[0] == "number" and len(nodes) != 1:
                 return where
             names = set[str]()
@@ -84,10 +86,7 @@ class Uses:
         """Where the number comes into a function."""
         kind, which = seed
         for node in ast.walk(tree):
-            if kind == "number":
-                if _value(node) == which and _value(parents.get(node)) is None:
-                    yield node
-            elif kind == "argument":
+            if kind == "argument":
                 if isinstance(node, ast.Name) and node.id == which and isinstance(node.ctx, ast.Load):
                     yield node
             elif isinstance(node, ast.Attribute) and node.attr == which and isinstance(node.ctx, ast.Load):
@@ -244,19 +243,6 @@ def _argument(function: FunctionType, call: ast.Call, node: ast.AST, bound: bool
         return None
     at = call.args.index(node) + bound
     return names[at] if at < code.co_argcount else None
-
-
-def _value(node: ast.AST | None) -> int | None:
-    """The whole number that an expression of numbers is."""
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return node.value
-    if isinstance(node, ast.BinOp) and (left := _value(node.left)) is not None and (
-            right := _value(node.right)) is not None:
-        how = {ast.Add: int.__add__, ast.Sub: int.__sub__, ast.Mult: int.__mul__}.get(type(node.op))
-        if isinstance(node.op, ast.FloorDiv) and right:
-            return left // right
-        return how(left, right) if how else None
-    return None
 
 
 def _name(call: ast.Call) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from fastscore.modules.attention import own_width
+from fastscore.modules.changed_source import with_source
 from fastscore.modules.weights.parameter_layers import changed
 
 MARK = "#"  # between a method and the number that its code had first: `forward#400`
@@ -47,6 +48,14 @@ def of_frame(module: nn.Module, frame: FrameType) -> dict[int, str]:
 def number(module: nn.Module, name: str) -> int:
     """What a number of the code of a module is now."""
     return _numbers_of(type(module)).get(name, int(name.partition(MARK)[2]))
+
+
+def in_source(module: nn.Module, name: str) -> int:
+    """What a number of the code of a module is in the source of this code, which may be that of the class as it was."""
+    kind, (method, number_then) = type(module), name.split(MARK)
+    before = kind._reads if issubclass(kind, _OtherNumbers) else kind
+    files = {getattr(each, method).__code__.co_filename for each in (kind, before)}
+    return number(module, name) if len(files) > 1 else int(number_then)
 
 
 def with_mark(module: nn.Module, name: str, mark: int) -> type[nn.Module]:
@@ -110,6 +119,8 @@ def _with(cls: type[nn.Module], numbers: Mapping[str, int]) -> type[nn.Module]:
 
 def _function(old: FunctionType, numbers: Mapping[int, int]) -> FunctionType:
     code = old.__code__.replace(co_consts=tuple(_replaced(value, numbers) for value in old.__code__.co_consts))
+    if all(type(number) is int for number in numbers.values()):  # no mark
+        code = with_source(old, code, numbers)
     function = FunctionType(code, old.__globals__, old.__name__, old.__defaults__, old.__closure__)
     function.__kwdefaults__ = old.__kwdefaults__
     function.__dict__.update(old.__dict__)

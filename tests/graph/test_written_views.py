@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,10 @@ def test_go_again_and_come_back_from_files(way: type[Net], tmp_path: Path) -> No
     torch.save(small, pickled)
     pickled.seek(0)
     fastscore.save_pruned(result, tmp_path / "small.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.jit, which is deprecated
+        if way is not OfTheClassAbove:  # TorchScript knows no super()
+            torch.testing.assert_close(torch.jit.script(small)(x), y, rtol=0, atol=0)
     for other in (copy.deepcopy(small), torch.load(pickled, weights_only=False),
                   fastscore.load_pruned(way().double().eval(), tmp_path / "small.safetensors")):
         torch.testing.assert_close(other(x), y, rtol=0, atol=0)

@@ -1,0 +1,61 @@
+"""The source of a function with other numbers, for those who read it rather than run the code: torch.jit.script,
+inspect, tracebacks."""
+
+import ast
+import inspect
+import linecache
+import textwrap
+from collections.abc import Iterator, Mapping
+from types import CodeType, FunctionType
+
+
+def with_source(function: FunctionType, code: CodeType, numbers: Mapping[int, int]) -> CodeType:
+    """The code, as of a file of its own, where the source of `function` stands with these numbers; as it is where
+    nobody knows that source, or a number stands in it otherwise than at one place of one line.
+
+    function: that `code` was made of. numbers: old -> new.
+    """
+    try:
+        lines, _ = inspect.getsourcelines(function)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, TypeError, SyntaxError):
+        return code
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    places = []
+    for old, new in numbers.items():
+        found = list(places_of(tree, old))
+        if len(found) != 1 or found[0].lineno != found[0].end_lineno:
+            return code
+        places.append((found[0].lineno - 1, found[0].col_offset + indent, (found[0].end_col_offset or 0) + indent, new))
+    for line, begin, end, new in sorted(places, reverse=True):
+        text = lines[line].encode()  # in which ast counts
+        lines[line] = (text[:begin] + str(new).encode() + text[end:]).decode()
+    name = f"{code.co_filename}:{'.'.join(f'{old}-{new}' for old, new in numbers.items())}:{code.co_firstlineno}"
+    linecache.cache[name] = 0, None, ["\n"] * (code.co_firstlineno - 1) + lines, name
+    return code.replace(co_filename=name)
+
+
+def places_of(tree: ast.AST, number: int) -> Iterator[ast.expr]:
+    """The expressions of numbers alone that are a number, but for those within others such."""
+    work: list[ast.AST] = [tree]
+    while work:
+        node = work.pop()
+        value = _value(node)
+        if isinstance(node, ast.expr) and value is not None:
+            if value == number:
+                yield node
+            continue
+        work += ast.iter_child_nodes(node)
+
+
+def _value(node: ast.AST) -> int | None:
+    """The whole number that an expression of numbers is."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.BinOp) and (left := _value(node.left)) is not None and (
+            right := _value(node.right)) is not None:
+        how = {ast.Add: int.__add__, ast.Sub: int.__sub__, ast.Mult: int.__mul__}.get(type(node.op))
+        if isinstance(node.op, ast.FloorDiv) and right:
+            return left // right
+        return how(left, right) if how else None
+    return None
