@@ -1,5 +1,6 @@
 """Which of the numbers that modules keep, or have in their code, sizes are made of, and nothing else."""
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -91,7 +92,7 @@ class _Noted(TorchFunctionMode):
 
 
 _TENSORS = nn.Module()  # whose places are the sizes of tensors, by their values
-_OF_TENSORS = (Tensor.size, vars(torch._C.TensorBase)["shape"].__get__)
+_OF_TENSORS = (Tensor.size, inspect.getattr_static(Tensor, "shape").__get__)
 
 
 def _size(number: int) -> Marked:

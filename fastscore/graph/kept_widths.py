@@ -52,9 +52,12 @@ def written(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> str 
     hangs on is for something else, too; None where neither is so."""
     for node, function in positions:
         for code, size, _ in _zeros_at(graph, node, function):
-            if size in code.written and code.of_size(size) is None:
-                return f"the code of {type(code.module).__name__} makes zeros of {size} channels that meet them, a " \
-                       "number that is written there: let a module keep it (self.hidden), or take it from a layer"
+            if code.of_size(size) is None:
+                whose, way_out = ("a number that is written there", "let a module keep it (self.hidden), or take it "
+                                  "from a layer") if size in code.written else (
+                    "a number that it computes", "make them by torch.zeros_like, or let a module keep it")
+                return f"the code of {type(code.module).__name__} makes zeros of {size} channels that meet them, " \
+                       f"{whose}: {way_out}"
         for owner, width in (*_of_cuts(graph, node, function), *_of_zeros(graph, node, function)):
             if graph.asked().holds(owner, width) and (why := graph.asked().other_use(owner, width)) is not None:
                 name = width.name.rpartition(written_numbers.MARK)[2]

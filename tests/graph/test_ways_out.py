@@ -44,6 +44,9 @@ NORMS: dict[str, tuple[type[Between], Callable[[Tensor], Tensor], Callable[[], n
     "rms_norm": (Between, lambda x: F.rms_norm(x, (6,)), lambda: nn.RMSNorm(6), "runs over"),
     "by hand": (Between, lambda x: x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt(),
                 lambda: nn.RMSNorm(6, eps=1e-6), "an operation runs over all its channels (MeanBackward1): "),
+    "mean and variance": (Between, lambda x: (x - x.mean(-1, keepdim=True)) / (
+        x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt(), lambda: nn.LayerNorm(6),
+        "an operation runs over all its channels (MeanBackward1): "),
     "normalize": (Between, lambda x: F.normalize(x, dim=-1), Normalize,
                   "an operation runs over all its channels (LinalgVectorNormBackward0): "),
     "group_norm": (Image, lambda x: F.group_norm(x, 2), lambda: nn.GroupNorm(2, 6), "F.group_norm runs over"),

@@ -59,3 +59,9 @@ def test_zeros_that_are_written_to_are_no_zeros() -> None:
         return torch.cat([x, zeros], 1)
 
     assert "stem" not in {group.name for group in trace(noisy(partial(Widened, way)), X).groups}
+
+
+def test_zeros_of_a_size_that_is_computed_stay_with_the_way_out() -> None:
+    graph = trace(noisy(partial(Widened, lambda x: torch.cat([x, x.new_zeros(len(x), x.shape[1], 3, 2)], 1))), X)
+    assert graph.skipped["stem"] == "the code of Widened makes zeros of 4 channels that meet them, a number that it " \
+                                    "computes: make them by torch.zeros_like, or let a module keep it"

@@ -26,5 +26,9 @@ def why(node: Any) -> str:
     if function is not None:
         return f"{function} runs over all its channels: {_WAY_OUT}"
     squares = any(source.grad_fn.name().startswith("Pow") for source in node.inputs if hasattr(source.grad_fn, "name"))
-    hint = f": {_WAY_OUT}" if name.startswith("LinalgVectorNorm") or (squares and name.startswith("Mean")) else ""
+    centres = name.startswith(("Mean", "Std", "Var")) and any(  # x - x.mean(), x / x.std()
+        onward.grad_fn.name().startswith(("Sub", "Div")) and not set(onward.inputs).isdisjoint(node.inputs)
+        for onward in node.outputs if hasattr(onward.grad_fn, "name"))
+    normalises = centres or name.startswith("LinalgVectorNorm") or (squares and name.startswith("Mean"))
+    hint = f": {_WAY_OUT}" if normalises else ""
     return f"an operation runs over all its channels ({name}){hint}"
