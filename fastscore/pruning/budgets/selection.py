@@ -4,6 +4,7 @@ import bisect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -46,14 +47,12 @@ def _traced_as_scored(model: nn.Module, scores: Scores, example_inputs: Batch, f
 
     try:
         return traced(example_inputs, None)
-    except ValueError as error:
-        if forward is not call_model or first is None or not first.dim() or len(first) < 2:
-            raise
-        cache.forget(model)
-        try:
-            return traced(few_samples(example_inputs, 1), example_inputs)
-        except ValueError:
-            raise error from None
+    except ValueError:
+        if forward is call_model and first is not None and first.dim() and len(first) > 1:
+            cache.forget(model)
+            with suppress(ValueError):
+                return traced(few_samples(example_inputs, 1), example_inputs)
+        raise  # the first error, with its cause
 
 
 def check_removable(scores: Scores) -> None:
