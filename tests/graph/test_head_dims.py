@@ -5,6 +5,7 @@ import io
 from collections import Counter
 from pathlib import Path
 
+import attention_layouts
 import own_attentions
 import pytest
 import torch
@@ -123,24 +124,25 @@ def test_looked_for_where_they_are_scored() -> None:
     fastscore.Scorer(model, found, units="head_dims")
 
 
-class ByHead(own_attentions.Apart):
+class ByHead(attention_layouts.Apart):
     """Query, key and value of each head one after another, of one layer; another one is called what others call it."""
 
     def __init__(self) -> None:
         super().__init__()
         del self.ask, self.key, self.val
-        self.into = torch.nn.Linear(own_attentions.EMBED, 3 * own_attentions.INNER)
+        self.into = torch.nn.Linear(attention_layouts.EMBED, 3 * attention_layouts.INNER)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.into(x).unflatten(-1, (self.h, -1)).transpose(1, 2).chunk(3, -1)
-        return self.mix(own_attentions.join(self.between(q, k, v)))
+        return self.mix(attention_layouts.join(self.between(q, k, v)))
 
 
-@pytest.mark.parametrize("attention", [own_attentions.Apart, own_attentions.TableBias, own_attentions.Talking, ByHead])
+@pytest.mark.parametrize("attention", [
+    attention_layouts.Apart, own_attentions.TableBias, own_attentions.Talking, ByHead])
 def test_of_attentions_that_names_say_nothing_of(attention: type[torch.nn.Module]) -> None:
     model = noisy(lambda: own_attentions.Network(attention))
-    x = torch.randn(3, own_attentions.TOKENS, 3, generator=torch.Generator().manual_seed(1)).double()
+    x = torch.randn(3, attention_layouts.TOKENS, 3, generator=torch.Generator().manual_seed(1)).double()
     layers = ("into",) * 3 if attention is ByHead else ("ask", "key", "val")
-    oracle = Oracle(tuple(f"attn.{layer}.weight" for layer in (*layers, "mix")), own_attentions.HEADS,
-                    own_attentions.HEADS, own_attentions.WIDTH, by_head=attention is ByHead)
+    oracle = Oracle(tuple(f"attn.{layer}.weight" for layer in (*layers, "mix")), attention_layouts.HEADS,
+                    attention_layouts.HEADS, attention_layouts.WIDTH, by_head=attention is ByHead)
     check(model, x, f"attn.{layers[0]}", oracle)

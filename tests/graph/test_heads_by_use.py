@@ -6,21 +6,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_layouts import HEADS, TOKENS, Apart, Filled, OneProjection, Rotary, Thin, Woven
 from own_attentions import (
-    HEADS,
     KINDS,
-    TOKENS,
     Across,
-    Apart,
-    Filled,
     HeadGate,
     Memory,
     NetBias,
     Network,
     Normed,
-    OneProjection,
     Retention,
-    Rotary,
     RowBias,
     SharedSinks,
     Sinks,
@@ -28,8 +23,6 @@ from own_attentions import (
     TableBias,
     Talking,
     TalkingOnce,
-    Thin,
-    Woven,
 )
 from torch import Tensor, nn
 from whole_way import check, noisy
