@@ -14,7 +14,7 @@ from torch import nn
 
 from fastscore.modules import written_numbers
 from fastscore.modules.changed_source import places_of
-from fastscore.modules.reachable_code import ReachableCode, functions_in, is_torchs
+from fastscore.modules.reachable_code import ReachableCode, content, functions_in, is_torchs
 
 Line: TypeAlias = tuple[str, int]  # file, number
 Parents: TypeAlias = Mapping[ast.AST, ast.AST]
@@ -109,9 +109,8 @@ class Uses:
         if code.co_argcount and node.id == code.co_varnames[0] and (owners := self._code.owners(function)):
             return list(owners)
         if node.id in code.co_freevars:
-            held = [cell.cell_contents for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
-                    if name == node.id]
-            return held or None
+            held = content((function.__closure__ or ())[code.co_freevars.index(node.id)])
+            return None if held is None else [held]
         known = node.id in function.__globals__ and node.id not in code.co_varnames + code.co_cellvars
         return [function.__globals__[node.id]] if known else None
 

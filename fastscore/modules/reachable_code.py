@@ -5,7 +5,7 @@ import inspect
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -53,7 +53,7 @@ class ReachableCode:
                 work.update(functions_in(function.__globals__.get(name)))
                 for held in map(function.__globals__.get, _files(function)):
                     work.update(functions_in(vars(held).get(name)))
-            work.update(each for cell in function.__closure__ or () for each in functions_in(_content(cell)))
+            work.update(each for cell in function.__closure__ or () for each in functions_in(content(cell)))
 
     def mention(self, name: str) -> list[FunctionType]:
         """Functions whose code mentions an attribute or string of that name."""
@@ -79,7 +79,7 @@ def functions_in(value: Any) -> Iterator[FunctionType]:
     if isinstance(value, FunctionType):
         yield value
         for cell in value.__closure__ or ():
-            if isinstance(inner := _content(cell), FunctionType):
+            if isinstance(inner := content(cell), FunctionType):
                 yield inner
     elif isinstance(value, MethodType | staticmethod | classmethod):
         yield from functions_in(value.__func__)
@@ -109,8 +109,9 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(value)
 
 
-def _content(cell: Any) -> Any:
+def content(cell: CellType) -> Any:
+    """What a variable holds that functions share; None before it holds anything."""
     try:
         return cell.cell_contents
-    except ValueError:  # nothing yet
+    except ValueError:
         return None

@@ -327,3 +327,16 @@ def test_code_that_nobody_can_read() -> None:
          "    def more(self, y):\n"
          "        return y * self.flat\n", {"Net": Net, "__name__": "nowhere"}, names)
     assert "the code of Unread.more, which cannot be read" in trace(noisy(names["Unread"]), images()).skipped["last"]
+
+
+def test_a_variable_around_code_that_holds_nothing_yet() -> None:
+    def kind(known: bool) -> type[Net]:
+        class Around(Net):
+            def more(self, y: Tensor) -> Tensor:
+                return y * other.flat
+
+        if known:
+            other = Net()
+        return Around
+
+    assert "(return y * other.flat)" in trace(noisy(kind(False)), images()).skipped["last"]

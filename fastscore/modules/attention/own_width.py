@@ -15,6 +15,8 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
+from fastscore.modules.reachable_code import content
+
 _QUERIES, _OUTPUTS = ("qkv", "q", "to_q", "query", "q_proj"), ("proj", "o_proj", "out_proj", "to_out")
 _COUNTS = ("num_heads", "heads", "n_heads", "num_attention_heads")
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head", "d_kv")
@@ -133,7 +135,7 @@ def _with_code(old: Any, code: CodeType) -> FunctionType:
     inner, closure = _decorated(old), old.__closure__
     if inner is not None:
         made = _with_code(inner, code)
-        closure = tuple(CellType(made) if cell.cell_contents is inner else cell for cell in closure)
+        closure = tuple(CellType(made) if content(cell) is inner else cell for cell in closure)
     function = FunctionType(code if inner is None else old.__code__, old.__globals__, old.__name__, old.__defaults__,
                             closure)
     function.__kwdefaults__ = old.__kwdefaults__
@@ -144,15 +146,8 @@ def _with_code(old: Any, code: CodeType) -> FunctionType:
 def _decorated(function: Any) -> Any:
     """What a function that functools.wraps made calls; None where it is none, or has it in more places than one."""
     inner = vars(function).get("__wrapped__") if isinstance(function, FunctionType) else None
-    held = [cell for cell in function.__closure__ or () if _contents(cell) is inner] if inner is not None else []
+    held = [cell for cell in function.__closure__ or () if content(cell) is inner] if inner is not None else []
     return inner if len(held) == 1 else None
-
-
-def _contents(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # nothing yet
-        return None
 
 
 def _rewritten(cls: type[nn.Module], name: str) -> tuple[CodeType | None, dict[str, Any]]:
