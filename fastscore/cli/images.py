@@ -16,6 +16,7 @@ from torch import Tensor
 from fastscore.cli import hugging_face
 from fastscore.cli.checkpoints import sha256
 from fastscore.cli.models import parse, timm_settings, torchvision_models, torchvision_weights
+from fastscore.pruning.budgets.quality import HELD_OUT
 from fastscore.wording import counted
 
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # Pillow's numbers
@@ -185,20 +186,21 @@ def _of_hugging_face(spec: str, weights: str | None, checkpoint: str | PathLike[
     return found
 
 
-def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = None, seed: int = 0) -> list[Path]:
+def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = None, seed: int = 0, *,
+         named: str = "images") -> list[Path]:
     """The images in `folder` and below, links followed, hidden ones aside: all, sorted, or `samples` drawn with `seed`.
 
     "auto": all, in an order drawn with `seed`, so that the first few stand for all.
 
-    Raises ValueError where there is no image, or fewer than `samples`.
+    named: the argument that errors name. Raises ValueError where there is no image, or fewer than `samples`.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ValueError(f"images: {root} is not a folder, but a file; give {root.parent}, or a folder of images"
-                         if root.is_file() else f"images: there is no folder {root} (looked in {Path.cwd()})")
+        raise ValueError(f"{named}: {root} is not a folder, but a file; give {root.parent}, or a folder of images"
+                         if root.is_file() else f"{named}: there is no folder {root} (looked in {Path.cwd()})")
     paths = sorted(path for path in _shown(root, frozenset()) if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise ValueError(f"images: there is none in {root} (looked for {', '.join(SUFFIXES)})")
+        raise ValueError(f"{named}: there is none in {root} (looked for {', '.join(SUFFIXES)})")
     if samples is None:
         return paths
     if samples != "auto" and samples > len(paths):
@@ -207,6 +209,23 @@ def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = No
     if samples == "auto":
         return [paths[i] for i in order.tolist()]
     return sorted(paths[i] for i in order[:samples].tolist())
+
+
+def apart(paths: list[Path], folder: str | None) -> tuple[list[Path], list[Path]]:
+    """(images that score and repair, images that judge: those of `folder`, or else one of four)
+
+    Raises ValueError where there are too few, or one is both.
+    """
+    if folder is None:
+        if len(paths) < HELD_OUT:
+            raise ValueError(f"images: {len(paths)}, and one of {HELD_OUT} is held out to judge by; give more")
+        held_out = paths[HELD_OUT - 1::HELD_OUT]
+        return [path for number, path in enumerate(paths, 1) if number % HELD_OUT], held_out
+    held_out = find(folder, named="held-out")
+    if both := {path.resolve() for path in paths} & {path.resolve() for path in held_out}:
+        raise ValueError(f"held-out: {folder} and --images share {counted(len(both), 'image')}, {min(both).name} for "
+                         "one; give a folder of others")
+    return paths, held_out
 
 
 def _shown(folder: Path, above: frozenset[Path]) -> Iterator[Path]:

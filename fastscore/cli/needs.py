@@ -43,6 +43,8 @@ def _reads_images(arguments: argparse.Namespace) -> bool:
 NEEDS = (
     Need(("prune",), ("--confidence",), lambda given: given.agreement is not None,
          "it says how surely --agreement holds: give --agreement 0.98, too"),
+    Need(("prune",), ("--held-out",), lambda given: given.agreement is not None,
+         "its images judge --agreement: give --agreement 0.98, too, or leave it out"),
     Need(("prune",), ("--agreement",), lambda given: not any(vars(given)[name] for name in BUDGETS),
          "it is a budget of its own, which leaves as little as will do: leave it out, or --macs and the like"),
     Need(("prune",), ("--clock",), lambda given: given.latency is not None,

@@ -17,7 +17,6 @@ from fastscore.cli import hugging_face, images, models, processes, units
 from fastscore.cli.argument_types import IMPORTANCES, importance, of_sampling, positive, removable_units
 from fastscore.cli.checkpoints import noted_weights, sha256
 from fastscore.fastpath.precision import PRECISIONS
-from fastscore.pruning.budgets.quality import HELD_OUT
 from fastscore.recovery.decisions import Judging
 from fastscore.recovery.reconstruct import Method
 from fastscore.scoring.criteria import ABLATIONS, GRADIENT_IMPORTANCES, LAYERWISE, REDUCTIONS
@@ -121,6 +120,8 @@ def add_repair(command: argparse.ArgumentParser) -> None:
                         "auto, whichever does best on one of four images, held out)")
     repair.add_argument("--no-repair", action="store_const", const=None, dest="repair",
                         help="cut only; --images are then used for scoring alone")
+    command.add_argument("--held-out", metavar="FOLDER", help="images that judge, and neither score nor repair "
+                         "(default: one of four of --images)")
     command.add_argument("--outputs", choices=get_args(Judging), help="how the model's outputs are judged: decision, "
                          "by the largest (of a single one: by its sign), or error, by the squared error as a share of "
                          "their variance, for estimates and images (default: error for a single one, and after tanh, "
@@ -159,13 +160,11 @@ def image_batches(arguments: argparse.Namespace, prepare: images.Preprocessing, 
         raise ValueError("images: they are needed here; give --images FOLDER")
     samples = None if arguments.samples == "auto" else arguments.samples
     paths = images.find(arguments.images, samples, arguments.seed)
-    held_out = paths[HELD_OUT - 1::HELD_OUT] if judges else []
-    if judges and not held_out:
-        raise ValueError(f"images: {len(paths)}, and one of {HELD_OUT} is held out to judge by; give more")
-    if judges and scores is not None and scores.notes.get("images") == str(arguments.images):
-        tell(f"{arguments.scores} was scored on {arguments.images}, too, and so on the images that judge: networks "
-             "look a little better than they are; leave --scores out, or give --images of others")
-    work = [path for number, path in enumerate(paths) if not judges or number % HELD_OUT != HELD_OUT - 1]
+    work, held_out = images.apart(paths, arguments.held_out) if judges else (paths, [])
+    judges_from = arguments.held_out or arguments.images
+    if judges and scores is not None and scores.notes.get("images") == str(judges_from):
+        tell(f"{arguments.scores} was scored on {judges_from}, too, and so on the images that judge: networks "
+             "look a little better than they are; leave --scores out, or give images of others")
     return (images.batches(work, prepare, arguments.batch_size, keep=True),
             images.batches(held_out, prepare, arguments.batch_size, keep=True) if judges else None)
 

@@ -84,6 +84,8 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     ((*PRUNE, "--images", "photos", "--agreement", "0.9", "--no-repair"), "agreement: it is judged on images, and by"),
     ((*PRUNE, "--importance", "random", "--agreement", "0.9"), "give --images FOLDER, and neither"),
     ((*PRUNE, "--images", "photos", "--agreement", "0.9"), "images: 2, and one of 4 is held out to judge by;"),
+    (("curve", *MODEL, "--images", "photos", "--held-out", "photos/flowers"), "share 1 image, flower.JPG for"),
+    (("compare", *MODEL, "--images", "photos", "--held-out", "none"), "held-out: there is no folder none"),
     (("curve", *MODEL), "images: they are needed here; give --images FOLDER"),
     (("curve", *MODEL, "--images", "photos", "--macs", "0.5", "--params", "0.5"), "not allowed with"),
     (("compare", *MODEL), "the following arguments are required: --images"),

@@ -75,6 +75,7 @@ BARE = "nothing is repaired here, which takes images: give --images FOLDER"
     *(((*PRUNE, *WEIGHTS, *given), given[0], "give --images FOLDER") for given in (
         ("--samples", "4"), ("--batch-size", "4"))),
     ((*PRUNE, "--images", "photos", "--confidence", "0.9"), "--confidence", "give --agreement 0.98, too"),
+    ((*PRUNE, "--images", "photos", "--macs", "0.5", "--held-out", "others"), "--held-out", "or leave it out"),
     ((*PRUNE, "--images", "photos", "--clock", "onnxruntime"), "--clock", "give --latency 0.7, too"),
     ((*PRUNE, "--images", "photos", "--agreement", "0.9"), "--agreement", "leave it out, or --macs"),
     (("curve", *NET, "--images", "photos", "--scores", "s.safetensors", "--probes", "2"), "--probes", SCORED),
