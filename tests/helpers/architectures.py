@@ -241,7 +241,10 @@ def _gated(layer: nn.Module, gates: Sequence[tuple[Tensor, Tensor]]) -> Any:
             centered, scale = norm.statistics(gated(x), x.shape[dim])
             y = (x - (gated(x) - centered)) * scale
             y = y if weight is None else y * (weight + norm.offset)
-        return y if bias is None else y + bias
+        y = y if bias is None else y + bias
+        for part in layer.children():  # activations
+            y = part(y)
+        return y
 
     return layer.register_forward_pre_hook(before, with_kwargs=True) if norm is None else \
         layer.register_forward_hook(instead, with_kwargs=True)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 
 class OverChannels(nn.Module):
-    """A normalisation over the channels of an image, by its definition. gate: of each sample's channels, [N, C], where
-    they count: None for all ones."""
+    """A normalisation over the channels of an image, by its definition, and an activation behind it that it holds, or
+    none. gate: of each sample's channels, [N, C], where they count: None for all ones."""
 
-    def __init__(self, centered: bool, width: int) -> None:
+    def __init__(self, centered: bool, width: int, activation: nn.Module | None = None) -> None:
         super().__init__()
+        self.act = activation
         self.centered, self.eps, self.gate = centered, 0.1, None
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if centered else None
@@ -26,7 +27,8 @@ class OverChannels(nn.Module):
         mean = counted.mean(1, keepdim=True) if self.centered else 0.0
         y = (x - mean) / ((counted - mean).square().mean(1, keepdim=True) + self.eps).sqrt()
         y = y * self.weight[:, None, None]
-        return y if self.bias is None else y + self.bias[:, None, None]
+        y = y if self.bias is None else y + self.bias[:, None, None]
+        return y if self.act is None else self.act(y)
 
 
 class Swapped(nn.Module):
@@ -69,8 +71,10 @@ class Layers(Generating):
         return {self.owned: 5, self.over_channels: 4, self.swapped: 4, self.attended: 4}
 
     def over_channels(self) -> int | None:
-        """A LayerNorm or RMSNorm."""
-        return self.counting("over channels", lambda width: OverChannels(self.rng.random() < 0.6, width))
+        """A LayerNorm or RMSNorm, some with an activation inside."""
+        drawn = self.rng.random()
+        activation = nn.SiLU() if drawn % 0.2 < 0.1 else None
+        return self.counting("over channels", lambda width: OverChannels(drawn < 0.6, width, activation))
 
     def attended(self) -> int | None:
         """PyTorch's own attention of pixels to each other, or to those of another value."""

@@ -2,7 +2,7 @@
 
 Channels that are gone count as zeros: means and mean squares stay over the dense width, so that what remains is what it
 was where those channels read as zero. A channel's gate multiplies it in the statistics, and what is made of it at the
-layers that read it.
+layers that read it. A normalisation may hold what it then gives each number to: activations.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastscore.modules.hooks import input_of
 from fastscore.modules.narrower import staying, without
+from fastscore.modules.norms import activations
 from fastscore.modules.norms.channel_norm import ChannelNorm
 from fastscore.modules.norms.finding import find, has_eps
 from fastscore.modules.norms.response_norms import ResponseNorm
@@ -35,7 +36,7 @@ class NarrowedNorm(nn.Module):
         """Of the shape and dtype of the one tensor that it is called on, by whatever keyword the dense norm had."""
         gain, shift = (self._parameters.get(name) for name in (self.channel_norm.gain, self.channel_norm.shift))
         x = input_of(args, kwargs)
-        return self.channel_norm(x, gain, shift, x.shape[self.channel_norm.dim] + self.lost)
+        return activations.made(self, self.channel_norm(x, gain, shift, x.shape[self.channel_norm.dim] + self.lost))
 
     def extra_repr(self) -> str:
         """Widths, and what is computed."""
@@ -45,7 +46,7 @@ class NarrowedNorm(nn.Module):
 
 def norm_of(module: nn.Module) -> ChannelNorm | ResponseNorm | None:
     """What a module computes, if that is a normalisation over channels with at most a gain and a shift of one number
-    each, or one for all; None for all others.
+    each, or one for all, and then what it holds of each number; None for all others.
 
     A copy with random parameters is tried: what it and they are called does not matter, nor a `forward` of its own.
     """
@@ -56,8 +57,8 @@ def norm_of(module: nn.Module) -> ChannelNorm | ResponseNorm | None:
         return None
     own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE and name != "forward"}
     parts = type(module), size, *((name, None if parameter is None else parameter.shape)
-                                for name, parameter in module._parameters.items())
-    if not all(isinstance(value, _PLAIN) for value in own.values()):  # what it computes may depend on what is in there
+                                for name, parameter in module._parameters.items()), *module._modules.items()
+    if module._modules or not all(isinstance(value, _PLAIN) for value in own.values()):  # which may count
         if module not in _found_of or _found_of[module][0] != parts:
             _found_of[module] = parts, find(module, size)
         return _found_of[module][1]
@@ -93,15 +94,16 @@ def width(module: nn.Module) -> int | None:
 
 
 def _stands_alone(module: nn.Module) -> bool:
-    return not (module._modules or module._buffers or len(module._parameters) > 2
-                or isinstance(module, torch.jit.ScriptModule))
+    return not (module._buffers or len(module._parameters) > 2 or isinstance(module, torch.jit.ScriptModule)) and \
+        activations.may_be_activations(module)
 
 
 def _may_be_for_any_width(module: nn.Module) -> bool:
     """Whether a module of a class of the user's, with parameters of one number at most, may be one for any number of
     channels, by the names in its code."""
     code = getattr(type(module).forward, "__code__", None)
-    return code is not None and not type(module).__module__.startswith("torch.") and _stands_alone(module) and all(
+    return code is not None and not type(module).__module__.startswith("torch.") and not module._modules and \
+        _stands_alone(module) and all(
         parameter is None or parameter.numel() == 1 for parameter in module._parameters.values()) and any(
         name in _OF_NORMS or "norm" in name for name in code.co_names)
 
@@ -135,9 +137,12 @@ def gradient_of_statistics(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     """The gradient of the input x of a ChannelNorm through mean and mean square alone, from that of its output."""
     norm = norm_of(module)
     assert norm is not None
-    gain = module._parameters.get(norm.gain)
-    return norm.gradient_of_statistics(x, g, None if gain is None else gain.detach(),
-                                       x.shape[norm.dim] + getattr(module, "lost", 0))
+    gain, shift = (None if (held := module._parameters.get(name)) is None else held.detach()
+                   for name in (norm.gain, norm.shift))
+    dense_width = x.shape[norm.dim] + getattr(module, "lost", 0)
+    if module._modules:
+        g = activations.gradient_before(module, norm(x, gain, shift, dense_width), g)
+    return norm.gradient_of_statistics(x, g, gain, dense_width)
 
 
 class OneNode(torch.autograd.Function):

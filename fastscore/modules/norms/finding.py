@@ -1,7 +1,6 @@
 """Which normalisation over channels a module computes: found by running it on inputs of its own, with random
 parameters, so that names do not matter, nor where its code has eps from."""
 
-import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastscore.modules.norms import activations
 from fastscore.modules.norms.channel_norm import ChannelNorm
 from fastscore.modules.norms.response_norms import ResponseNorm
 
@@ -36,6 +36,8 @@ def find(module: nn.Module, size: int | None) -> ChannelNorm | ResponseNorm | No
     """What a module for `size` channels computes, which has at most two parameters of that many numbers, and else
     nothing; None where it is no normalisation over channels. size: None for any number, with parameters of one."""
     with torch.random.fork_rng(devices=[]):
+        if not activations.work_on_each_number(module):
+            return None
         if size is None:
             return _of_any_size(module)
         for trial in (_Trial(module, size, dim) for dim in _DIMS):
@@ -67,7 +69,7 @@ class _Trial:
         self.dim, self.size = dim, size
         shape = shape or _SHAPES[dim][0]
         self._shape = 2, *(size if each < 0 else each for each in shape)
-        self._alone = copy.copy(module)
+        self._whole, self._alone = activations.bare(module), activations.without(module)
         self._alone.training = False
         self._alone._parameters = {
             name: None if parameter is None else
@@ -82,12 +84,12 @@ class _Trial:
         """Random ones, whose mean is not zero."""
         return (torch.randn(self._shape, generator=self._random, dtype=torch.float64) + 0.3) * scale
 
-    def run(self, x: Tensor) -> Tensor | None:
-        """What the module makes; None of what it does not take, or writes to."""
-        given = x.clone()
+    def run(self, x: Tensor, module: nn.Module | None = None) -> Tensor | None:
+        """What the module (by default, without what it holds) makes; None of what it does not take, or writes to."""
+        given, module = x.clone(), module or self._alone
         try:
             with torch.no_grad():
-                y = type(self._alone).forward(self._alone, given)
+                y = type(module).forward(module, given)
         except Exception:  # whatever a module's code does with what it does not take
             return None
         return y.double() if isinstance(y, Tensor) and y.shape == x.shape and torch.equal(given, x) else None
@@ -126,7 +128,19 @@ class _Trial:
                                    for name, parameter in held.items()}
         y, expected = self.run(loud), self._made(norm, loud)
         self._alone._parameters = held
-        return y is not None and _close(y, expected) and self._has_gradients_of(norm)
+        return y is not None and _close(y, expected) and self._has_gradients_of(norm) and self._goes_on(norm)
+
+    def _goes_on(self, norm: ChannelNorm | ResponseNorm) -> bool:
+        """Whether what it holds is given what `norm` makes, one after another, and nothing else."""
+        if not self._whole._modules:
+            return True
+        x, self._whole._parameters = self.inputs(1.0), self._alone._parameters
+        for training in (False, True):
+            self._whole.train(training)
+            y, expected = self.run(x, self._whole), activations.made(self._whole, self._made(norm, x))
+            if y is None or not _close(y, expected):
+                return False
+        return True
 
     def _made(self, norm: ChannelNorm | ResponseNorm, x: Tensor) -> Tensor:
         return norm(x, self.held(norm.gain), self.held(norm.shift), self.size)
