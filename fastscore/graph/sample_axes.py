@@ -21,6 +21,7 @@ from fastscore.graph import flat_batches
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.routing import Decisions
 from fastscore.graph.trials import companions
+from fastscore.graph.trials.known_samples import KnownSamples
 from fastscore.graph.trials.sample_trials import Call, Run, Trial, Watched, send_back, trial, tried
 from fastscore.graph.trials.trial_inputs import batch_of, hold_other_values, otherwise, randomize_zeros
 from fastscore.modules.inspection import channel_dim, device_of
@@ -81,19 +82,21 @@ def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Ba
     """
     model.requires_grad_(False)
     randomize_zeros(model)
-    quick = _Way(_QUICK, False, first, single)
+    known = KnownSamples(model)
+    quick = _Way(_QUICK, False, known, first, single)
     found = _find(model, watched, run, example, quick) if _samples_of(single) == 1 else None
-    return found or _find(model, watched, run, example, _Way(_SIZES, True)) or SampleAxes()
+    return found or _find(model, watched, run, example, _Way(_SIZES, True, known)) or SampleAxes()
 
 
 @dataclass(frozen=True)
 class _Way:
     """How samples are told apart: on batches of which sizes, with the gradients that layers send back or with others
-    that reach the same rows (which may grow too large, or too small); and in which block the first run is made, on
-    which batch."""
+    that reach the same rows (which may grow too large, or too small); what is known of samples; and in which block the
+    first run is made, on which batch."""
 
     sizes: Sequence[int]
     exact: bool
+    known: KnownSamples
     first: Around = nullcontext
     single: Batch = None
 
@@ -135,7 +138,7 @@ def _find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: B
         return SampleAxes(dict.fromkeys(watched, (Untold(reason),)), 0, inputs, values)
     batch = way.batch(example, trials[-1].size) if len(trials) > 1 else example
     otherwise = _decided_otherwise(model, watched, run, batch, trials[-1], axes, way)
-    together = companions.depend(model, run, trials, batch, example, axes, way.single)
+    together = companions.depend(model, run, trials, batch, example, axes, way.known, way.single)
     second = not companions.is_alone_what_it_was(trials, batch, example, axes, way.single) and \
         _second_dimension(model, run, batch, trials[-1].outputs[0])
     shapes = [output.shape for output in trials[-1].outputs]
@@ -211,14 +214,14 @@ def _shapes_at_two_sizes(model: nn.Module, watched: Mapping[str, Watched], run: 
     batch = batch_of(example, small) if way.exact else way.single
     try:
         with way.first():
-            first: Trial | str = trial(model, watched, run, batch, small, grad=False)
+            first: Trial | str = trial(model, watched, run, batch, small, grad=False, known=way.known)
     except Exception:  # of the model's code; or of the block
         first = tried(model, watched, run, batch, small, grad=False)
     batch = way.batch(example, large)
     with Decisions(batch) as noted:
-        second = tried(model, watched, run, batch, large, exact=way.exact)
+        second = tried(model, watched, run, batch, large, exact=way.exact, known=way.known)
     if isinstance(second, str):  # it may be the looking for decisions that does not run
-        second = tried(model, watched, run, batch, large, exact=way.exact)
+        second = tried(model, watched, run, batch, large, exact=way.exact, known=way.known)
     else:
         second.note(noted)
     if not isinstance(first, str) and not isinstance(second, str):

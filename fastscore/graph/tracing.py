@@ -215,7 +215,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         advice = "" if has_run or isinstance(error, RuntimeError) else otherwise  # as of shapes
         raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}{advice}") from error
     graph.note_unseen_readers(recording.calls_of)
-    graph.runs_again(lambda: run(eval_model))
+    graph.runs_again(recording.run_between)
     if unverified := reasons.of_gradients_of_its_own(recording):
         graph.release()
         return ChannelGraph((), unverified, {}), recording.layers_that_ran, set(unverified)
@@ -263,8 +263,10 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     kept |= {group: reasons.of_choice(where) for group, where in chosen.items()}
     tried = [group for group in found.groups if group.name not in kept]
     refused = surgery_trial.refusals(recording, tried)
-    refused |= {group.name: why for group in tried if group.name not in refused and (
-        why := reasons.read_elsewhere(group.members, readers)) and not surgery_trial.goes_one_by_one(recording, group)}
+    seen_elsewhere = {group.name: why for group in tried if group.name not in refused and (
+        why := reasons.read_elsewhere(group.members, readers))}
+    going = surgery_trial.go_one_by_one(recording, [group for group in tried if group.name in seen_elsewhere])
+    refused |= {name: why for name, why in seen_elsewhere.items() if name not in going}
     if found.groups and len(refused) == len(tried):
         running.check_runs_again(eval_model, whole)
     tried, refused = kept_numbers.mended(recording, tried, refused)

@@ -35,7 +35,7 @@ def own_copies(model: nn.Module) -> dict[int, Any]:
     return computed | scripted.copies(model)
 
 
-def _may_be_written(module: nn.Module) -> Iterator[nn.Parameter | None]:
+def may_be_written(module: nn.Module) -> Iterator[nn.Parameter | None]:
     """The parameters that a forward pass of the module's own code may write to: rows of an embedding that are scaled in
     place to a norm; what code that writes to tensors (`self.weight.data *= self.mask`) holds, or names in its parts."""
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
@@ -98,7 +98,7 @@ def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
     shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
                               for parameter in model.parameters()}
     shared |= {id(parameter): nn.Parameter(parameter.detach().clone(), requires_grad=False)
-               for module in model.modules() for parameter in _may_be_written(module) if parameter is not None}
+               for module in model.modules() for parameter in may_be_written(module) if parameter is not None}
     shared |= {id(part): scripted.opaque(part) for _, part in scripted.outermost(model)}
     shared |= {id(tensor): tensor.detach() for tensor in computed_tensors(model)}
     eval_model = deepcopy(model, shared)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastscore import rng
 from fastscore.batches.parts import Batch, first_tensor, map_tensors, tensors_of
 from fastscore.graph.trials.differences import close
+from fastscore.graph.trials.known_samples import KnownSamples
 from fastscore.graph.trials.sample_trials import Run, Trial, tried
 from fastscore.graph.trials.trial_inputs import batch_of, hold_other_values
 from fastscore.modules.inspection import device_of
@@ -49,7 +50,7 @@ def _own(example: Batch) -> list[bool]:
 
 
 def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, example: Batch,
-           axes: Sequence[int | None], single: Batch = None) -> bool:
+           axes: Sequence[int | None], known_samples: KnownSamples, single: Batch = None) -> bool:
     """Whether what the model returns for a sample would be another beside other samples, or at another place.
 
     Where the last of `batch` was run alone, and is beside a larger one there, that has shown it; where there are none,
@@ -66,6 +67,7 @@ def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, ex
         trials: runs that were made, the last on `batch`.
         batch: made of `example`, which has the model's own samples.
         axes: where samples lie in each output.
+        known_samples: what layers made of samples in these runs.
         single: the batch of one sample that the first run was on, if it was one.
     """
     known, small = trials[-1], trials[0]
@@ -85,7 +87,7 @@ def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, ex
         for known, made in () if once_more else runs:
             if _are_equal(known, batch):
                 return made
-        ran = tried(model, {}, run, batch, size, grad=False)
+        ran = tried(model, {}, run, batch, size, grad=False, known=known_samples)
         drawn = drawn or rng.has_drawn(device_of(model))
         runs.append((batch, None if isinstance(ran, str) else ran.outputs))
         return runs[-1][1]

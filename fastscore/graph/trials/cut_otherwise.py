@@ -69,4 +69,4 @@ def _outputs(group: ChannelGroup) -> set[tuple[str, int]]:
 
 def _goes(recording: Recording, group: ChannelGroup) -> bool:
     return not verification.leaks(recording, [group]) and not verification.leaks(recording, [group], chosen=True) \
-        and not surgery_trial.refusals(recording, [group]) and surgery_trial.goes_one_by_one(recording, group)
+        and not surgery_trial.refusals(recording, [group]) and bool(surgery_trial.go_one_by_one(recording, [group]))

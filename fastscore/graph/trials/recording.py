@@ -13,6 +13,7 @@ from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.graph.nodes import PRODUCERS
 from fastscore.graph.trials.choices import TURNS, Choices, Noted
 from fastscore.graph.trials.differences import changed, close, differ
+from fastscore.graph.trials.plain_layers import plain_kind
 from fastscore.graph.trials.steady_draws import SteadyDraws
 from fastscore.modules import hooks
 from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
@@ -213,6 +214,11 @@ class Recording:
         """
         assert model is self.model
         return self._replay_changed({}, lambda layer, call, x: None)
+
+    def run_between(self) -> None:
+        """Run the model once more, of whose layers those of PyTorch's own code give what they gave."""
+        with self.computing([name for name, layer in self.layers.items() if plain_kind(layer) is None]):
+            self.run_again(self.model)
 
     @property
     def inputs(self) -> Mapping[str, list[Tensor | None]]:

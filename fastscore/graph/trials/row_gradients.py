@@ -9,13 +9,14 @@ multiples of it.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastscore.graph.trials.known_samples import KnownSamples
 from fastscore.graph.trials.plain_layers import is_product, plain_kind, reads_one
 from fastscore.graph.trials.recording import replaced
 from fastscore.modules.weights.experts import ExpertLinear
@@ -26,12 +27,15 @@ _CONVOLUTIONS: dict[Any, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = 
 
 
 @contextmanager
-def rows_alone(model: nn.Module, values: bool = True) -> Iterator[None]:
+def rows_alone(model: nn.Module, values: bool = True, known: KnownSamples | None = None) -> Iterator[None]:
     """In the block, the gradients that plain layers of `model` (frozen) send back are zero in the same rows, and
-    otherwise others. values: whether Linears make what they make; or, of each row, numbers like those it holds."""
+    otherwise others. values: whether Linears make what they make; or, of each row, numbers like those it holds. known:
+    what layers make of samples; None: it is computed."""
     gains = torch.Generator().manual_seed(0)
-    known = {name: _forward_of(layer, gains, values) for name, layer in model.named_modules() if _is_known(layer)}
-    with replaced(model, known):
+    makers = {name: partial(type(layer).forward, layer) if known is None else partial(known.product, name, layer)
+              for name, layer in model.named_modules() if _is_known(layer)}
+    with replaced(model, {name: _forward_of(model.get_submodule(name), make, gains, values)
+                          for name, make in makers.items()}):
         yield
 
 
@@ -44,17 +48,19 @@ def _is_known(layer: nn.Module) -> bool:
     return kind is not None and issubclass(kind, nn.Linear) and "forward" not in vars(layer)
 
 
-def _forward_of(layer: Any, gains: torch.Generator, values: bool) -> Callable[..., Any]:
-    """gains: each call has its own, so that what comes back from several to what they all read does not cancel out."""
+def _forward_of(layer: Any, make: Callable[..., Tensor], gains: torch.Generator, values: bool) -> Callable[..., Any]:
+    """make: makes the layer's output. gains: each call has its own, so that what comes back from several to what they
+    all read does not cancel out."""
     def forward(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args and not kwargs and reads_one(layer, args, kwargs) else None
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and _is_plain(x) and \
                 (isinstance(layer, nn.Linear) or x.dim() == len(layer.kernel_size) + 2):
-            own = values or not isinstance(layer, nn.Linear) or x.shape[-1] != layer.in_features or \
+            own = values or x.shape[-1 if isinstance(layer, nn.Linear) else 1] != _inputs(layer) or \
                 torch.is_autocast_enabled(x.device.type)
-            made = _RowsAlone.apply(x, layer, 0.5 + float(torch.rand((), generator=gains)), args[1:] if own else None)
+            made = _RowsAlone.apply(x, layer, 0.5 + float(torch.rand((), generator=gains)), make if own else None,
+                                    args[1:])
             return made * (args[1] < len(layer.weight))[:, None] if isinstance(layer, ExpertLinear) else made
-        return type(layer).forward(layer, *args, **kwargs)
+        return make(*args, **kwargs)
 
     return forward
 
@@ -68,19 +74,20 @@ class _RowsAlone(torch.autograd.Function):
     """A layer's output; backward: gradients of the rows that it read."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Any, gain: float, besides: tuple[Any, ...] | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: Any, gain: float, make: Callable[..., Tensor] | None,
+                besides: tuple[Any, ...]) -> Tensor:
         if not isinstance(layer, nn.Linear):
             ctx.save_for_backward(x)  # as it does itself: who writes to it meanwhile is told so
         ctx.layer, ctx.gain, ctx.shape, ctx.dtype = layer, gain, x.shape, x.dtype
-        y: Tensor = _likely(layer, x) if besides is None else type(layer).forward(layer, x, *besides)
+        y: Tensor = _likely(layer, x) if make is None else make(x, *besides)
         return y.clone() if y._is_view() else y  # which may be written to
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
         layer, shape = ctx.layer, ctx.shape
         if isinstance(layer, nn.Linear):
             rows = ctx.gain * _scaled(g @ _drawn(g.shape[-1]).to(g))
-            return (rows[..., None] * _drawn(shape[-1]).to(g)).to(ctx.dtype), None, None, None
+            return (rows[..., None] * _drawn(shape[-1]).to(g)).to(ctx.dtype), None, None, None, None
         assert ctx.saved_tensors
         kernel, (forward, back) = layer.kernel_size, _CONVOLUTIONS[plain_kind(layer)]
         ones = [1] * len(kernel)
@@ -90,14 +97,27 @@ class _RowsAlone(torch.autograd.Function):
                  zip(shape[2:], g.shape[2:], layer.stride, layer.padding, layer.dilation, kernel, strict=True)]
         weight = _drawn(math.prod(kernel)).to(g).view(1, 1, *kernel)
         rows = back(rows, weight, None, layer.stride, layer.padding, spare, 1, layer.dilation)
-        return (rows * _drawn(shape[1]).to(g).view(-1, *ones)).to(ctx.dtype), None, None, None
+        return (rows * _drawn(shape[1]).to(g).view(-1, *ones)).to(ctx.dtype), None, None, None, None
+
+
+def _inputs(layer: Any) -> int:
+    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
 
 
 def _likely(layer: Any, x: Tensor) -> Tensor:
-    """What a Linear might make of x: each output is one input, at a scale of its own, and with the bias."""
-    inputs, outputs, bias = x.shape[-1], layer.out_features, layer._parameters["bias"]
+    """What a layer might make of x: each output of one input, at a scale of its own (or by such a kernel), and with the
+    bias."""
+    linear, bias = isinstance(layer, nn.Linear), layer._parameters["bias"]
+    inputs, outputs = _inputs(layer), layer.out_features if linear else layer.out_channels
     order = torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs))[torch.arange(outputs) % inputs]
-    y = x.index_select(-1, order.to(x.device)) * _drawn(outputs).to(x)
+    y = x.index_select(-1 if linear else 1, order.to(x.device))
+    if not linear:
+        kernel = layer.kernel_size
+        weight = _drawn(outputs * math.prod(kernel)).to(x).view(outputs, 1, *kernel) / math.prod(kernel) ** 0.5
+        made: Tensor = _CONVOLUTIONS[plain_kind(layer)][0](y, weight, bias, layer.stride, layer.padding, layer.dilation,
+                                                           outputs)
+        return made
+    y = y * _drawn(outputs).to(x)
     return y if bias is None or bias.dim() > 1 else y + bias.to(x.dtype)
 
 

@@ -12,6 +12,7 @@ from fastscore import rng
 from fastscore.batches.parts import Batch, first_tensor
 from fastscore.graph.routing import Decisions
 from fastscore.graph.trials.differences import largest_magnitude
+from fastscore.graph.trials.known_samples import KnownSamples
 from fastscore.graph.trials.row_gradients import rows_alone
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import device_of
@@ -70,22 +71,24 @@ class Trial:
 
 
 def tried(model: nn.Module, watched: Mapping[str, Watched], run: Run, batch: Batch, size: int, grad: bool = True,
-          exact: bool = True, values: bool = True) -> "Trial | str":
+          exact: bool = True, values: bool = True, known: KnownSamples | None = None) -> "Trial | str":
     """`trial`, or what the model said instead."""
     try:
-        return trial(model, watched, run, batch, size, grad, exact, values)
+        return trial(model, watched, run, batch, size, grad, exact, values, known)
     except Exception as error:  # whatever the model's code does with a batch of another size
         return f"the model does not run on {counted(size, 'sample')} ({type(error).__name__}: {error})"
 
 
 def trial(model: nn.Module, watched: Mapping[str, Watched], run: Run, batch: Batch, size: int, grad: bool = True,
-          exact: bool = True, values: bool = True) -> Trial:
+          exact: bool = True, values: bool = True, known: KnownSamples | None = None) -> Trial:
     """A run on that batch of `size` samples. exact: with the gradients that layers send back, instead of others that
-    reach the same rows. values: or exact, with what Linears make, instead of other numbers."""
+    reach the same rows. values: or exact, with what Linears make, instead of other numbers. known: what layers make of
+    samples, unless exact gradients are asked for: then it is computed."""
     made = Trial(size, torch.zeros((), requires_grad=True))
     rng.start_over(device_of(model))
-    with _watching(model, watched, made), torch.set_grad_enabled(grad), \
-            nullcontext() if exact or not grad else rows_alone(model, values):
+    shared = nullcontext() if known is None or (grad and exact) else known.run(size) if grad else known.used(size)
+    with _watching(model, watched, made), torch.set_grad_enabled(grad), shared, \
+            nullcontext() if exact or not grad else rows_alone(model, values, known):
         made.outputs = run(model, batch)
     return made
 

@@ -71,6 +71,8 @@ def refusals(recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, 
     while left and (found := _try(recording, left)):
         suspects = {layer: _suspects(layer, left, layer in found.misread) for layer in found.layers}
         blamed = {groups[0].name: found.layers[layer] for layer, groups in suspects.items() if len(groups) == 1}
+        if not blamed and len(left) == 1:
+            blamed = {left[0].name: found.reason(left[0])}
         if not blamed:  # several groups meet there, or it is in no layer's own place
             near = next(iter(suspects.values()), None) or _near(found, left)
             blamed = _culprit(recording, near) or _culprit(recording, left) or \
@@ -160,11 +162,14 @@ def _try(recording: Recording, groups: Sequence[ChannelGroup]) -> _Findings:
     return _try_part(recording, groups, 0) or _try_part(recording, groups, 1)
 
 
-def goes_one_by_one(recording: Recording, group: ChannelGroup) -> bool:
-    """Whether a group can lose its first unit alone, and its last: code that cuts its channels by their number alone
-    would cut them alike."""
-    return not any(_try_without(recording, [group], {group.name: (group.unit == unit).nonzero()[:, 0]})
-                   for unit in (0, int(group.unit[-1])))
+def go_one_by_one(recording: Recording, groups: Sequence[ChannelGroup]) -> set[str]:
+    """Names of those that can lose their first unit alone, and their last: code that cuts their channels by their
+    number alone would cut them alike. All are tried together, and where that fails, each by itself."""
+    if not groups or not any(_try_without(recording, groups, {
+            group.name: (group.unit == (0 if first else int(group.unit[-1]))).nonzero()[:, 0] for group in groups})
+            for first in (True, False)):
+        return {group.name for group in groups}
+    return set[str]().union(*(go_one_by_one(recording, [group]) for group in groups)) if len(groups) > 1 else set()
 
 
 def _try_part(recording: Recording, groups: Sequence[ChannelGroup], part: int) -> _Findings:

@@ -1,0 +1,148 @@
+"""What layers made of a sample, which they need not make again.
+
+Samples are told apart in runs on the same few of them, beside others or alone. What PyTorch's own layers make of a
+sample's rows depends on these alone: where they are to the bit what a layer has read before, in the call of that
+number, it gives what it gave. Whatever the code between layers does to samples that meet is done in every run.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fastscore.graph.trials.plain_layers import plain_kind
+from fastscore.graph.trials.recording import replaced
+from fastscore.modules.evaluation_copy import may_be_written
+from fastscore.modules.weights.experts import ExpertLinear
+
+_KEPT = 2 ** 30  # bytes of what is known, at most
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+Forward = Callable[..., Tensor]
+
+
+@dataclass
+class _Held:
+    """A parameter as it was: its version, and sums over it, where the code of a module may write to its data."""
+
+    parameter: Tensor | None
+    version: int
+    sums: tuple[Tensor, ...]
+
+    def is_same(self, other: "_Held") -> bool:
+        return self.parameter is other.parameter and self.version == other.version and \
+            all(map(torch.equal, self.sums, other.sums))
+
+
+@dataclass
+class _Part:
+    """What a layer read of a sample, by which parameters, and made of it; and the versions that these had then."""
+
+    read: tuple[Tensor, ...]
+    held: tuple[_Held, ...]
+    made: Tensor
+    versions: tuple[int, ...]
+
+    def is_as_it_was(self) -> bool:
+        return self.versions == tuple(x._version for x in (*self.read, self.made))
+
+    def is_of(self, read: tuple[Tensor, ...], held: tuple[_Held, ...]) -> bool:
+        """Whether it is what a layer would make of this."""
+        return all(then.is_same(now) for then, now in zip(self.held, held, strict=True)) and all(
+            x.dtype == y.dtype and x.stride() == y.stride() and torch.equal(x, y)
+            for x, y in zip(self.read, read, strict=True))
+
+
+class KnownSamples:
+    """Of the layers of a model. What one made with other parameters than it holds now is of no use."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._written = {id(parameter) for module in model.modules() for parameter in may_be_written(module)}
+        self._model = model
+        self._layers = {name: layer for name, layer in model.named_modules() if plain_kind(layer) is not None
+                        and "forward" not in vars(layer)}
+        self._parts: dict[tuple[str, int], list[_Part]] = defaultdict(list)
+        self._calls, self._samples, self._left = Counter[str](), 1, _KEPT
+
+    @contextmanager
+    def run(self, samples: int) -> Iterator[None]:
+        """A block in which the model is run once, on so many samples, by whoever calls `product`."""
+        self._calls, self._samples = Counter(), samples
+        yield
+
+    @contextmanager
+    def used(self, samples: int) -> Iterator[None]:
+        """The same, in which layers call it."""
+        with self.run(samples), replaced(self._model, {name: self._forward_of(name) for name in self._layers}):
+            yield
+
+    def _forward_of(self, name: str) -> Forward:
+        return lambda *args, **kwargs: self.product(name, self._layers[name], *args, **kwargs)
+
+    def product(self, name: str, layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer of that name makes of `args`."""
+        call = self._calls[name]
+        self._calls[name] += 1
+        own: Forward = type(layer).forward
+        if kwargs or name not in self._layers or not self._lie_apart(layer, args):
+            return own(layer, *args, **kwargs)
+        parts = self._parts[name, call]
+        each = list(zip(*(x.detach().chunk(self._samples) for x in args), strict=True))
+        with _disable_current_modes():  # who follows what is decided by the batch is to see the model's code alone
+            parts[:] = filter(_Part.is_as_it_was, parts)
+            held = tuple(map(self._as_it_is, layer._parameters.values()))
+            found = [next((part for part in parts if part.is_of(read, held)), None) for read in each]
+        new = [at for at, part in enumerate(found) if part is None]
+        if len(new) < len(each):
+            made = None if not new else own(layer, *(_rows(x.chunk(self._samples), new) for x in args)).chunk(len(new))
+            of_new = iter(made or ())
+            rows = [next(of_new) if part is None else part.made for part in found]
+            # the rest of what was read, of which there is none, is there for who follows what comes of it
+            out = torch.cat([*rows, args[0].flatten()[:0]]).contiguous(memory_format=_order(rows[0]))
+        else:
+            out = own(layer, *args)
+        if new and _order(out) is not None and len(out) == len(args[0]):
+            made_of = out.detach().chunk(self._samples)
+            for at in new:
+                self._keep(parts, each[at], held, made_of[at])
+        return out
+
+    def _lie_apart(self, layer: nn.Module, args: tuple[Any, ...]) -> bool:
+        """Whether what a layer is called on can be taken sample by sample."""
+        if len(args) != 1 + isinstance(layer, ExpertLinear) or not all(
+                type(x) is Tensor and x.layout == torch.strided and not x.is_inference() for x in args):
+            return False
+        x = args[0]
+        kernel = getattr(layer, "kernel_size", None)
+        return x.dim() > 1 and len(x) > 0 and len(x) % self._samples == 0 and x.numel() > 0 and \
+            not x.is_meta and not x.is_complex() and not torch.is_autocast_enabled(x.device.type) and \
+            torch._C._functorch.peek_interpreter_stack() is None and \
+            (kernel is None or (x.dim() == len(kernel) + 2 and _order(x) is not None))
+
+    def _as_it_is(self, parameter: Tensor | None) -> _Held:
+        if parameter is None or id(parameter) not in self._written:
+            return _Held(parameter, 0 if parameter is None else parameter._version, ())
+        return _Held(parameter, parameter._version, (parameter.detach().sum(0), parameter.detach().sum(-1)))
+
+    def _keep(self, parts: list[_Part], read: tuple[Tensor, ...], held: tuple[_Held, ...], made: Tensor) -> None:
+        size = sum(x.numel() * x.element_size() for x in (*read, made))
+        if size <= self._left:
+            self._left -= size
+            parts.append(_Part(read, held, made, tuple(x._version for x in (*read, made))))
+
+
+def _order(x: Tensor) -> Any:
+    """How a tensor lies in memory; None where it lies otherwise, or in several ways at once."""
+    last = _LAST.get(x.dim())
+    ways = [order for order in (torch.contiguous_format, last) if order is not None
+            and x.is_contiguous(memory_format=order)]
+    return ways[0] if len(ways) == 1 else None
+
+
+def _rows(parts: tuple[Tensor, ...], chosen: list[int]) -> Tensor:
+    return torch.cat([parts[at] for at in chosen])
+
