@@ -25,7 +25,7 @@ from fastscore.graph.trials.known_samples import KnownSamples
 from fastscore.graph.trials.sample_trials import Call, Run, Trial, Watched, send_back, trial, tried
 from fastscore.graph.trials.trial_inputs import batch_of, hold_other_values, otherwise, randomize_zeros
 from fastscore.modules.inspection import channel_dim, device_of
-from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold, joined_axis
+from fastscore.modules.sample_axis import EVERY, MIXED, SampleAxes, SampleAxis, Untold, joined_axis
 
 _SIZES = (2, 3, 4, 5, 7)  # of batches: the first two as a rule, the others where those leave a choice
 _QUICK = (1, 2)  # of an example of one sample, which is run once for other ends
@@ -33,12 +33,12 @@ _DECISIONS = 2  # runs in which the model's code decides otherwise about what a 
 Around = Callable[[], AbstractContextManager[Any]]
 
 SHARED = "what {0} reads is the same for all samples, whose gradients there cannot be told apart"
-MIXED = "what {0} reads of one sample reaches the outputs of others, so that samples cannot be told apart"
 _UNTOLD = "it cannot be told which of the rows that {0} reads belong to which sample: "
 IRREGULAR = _UNTOLD + "the model's code routes, gathers, flips or loops over them"
 UNREACHED = _UNTOLD + "no sample that was tried sends a gradient back to it"
 UNTOUCHED = UNREACHED + ", and there are as many for any number of samples"
 AMBIGUOUS = _UNTOLD + "the gradients that come back fit more than one order"
+_MOVING = (IRREGULAR, AMBIGUOUS, UNREACHED, UNTOUCHED)  # as far as was seen, each row is of one sample
 _UNSURE = (IRREGULAR, AMBIGUOUS)  # may be otherwise with other sizes, or the gradients of the layers
 VARYING = ", as many numbers as it finds"  # of an output whose size is no multiple of the number of samples
 ALONE = ": it is scored where batches have one sample each"
@@ -163,9 +163,11 @@ def _find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: B
             send_back(more, axes)
             trials.append(more)
             found = _resolve([*otherwise, *trials])
+    every = [*otherwise, *seen[1:], *trials]
     calls = {layer: tuple(axis if isinstance(axis, SampleAxis) else
-                          Untold(axis.format(layer) + ALONE, axis != UNREACHED) for axis in of_layer)
-             for layer, of_layer in found.items()}
+                          Untold(axis.format(layer) + ALONE, axis != UNREACHED,
+                                 _moving(every, layer, number) if axis in _MOVING else None)
+                          for number, axis in enumerate(of_layer)) for layer, of_layer in found.items()}
     return SampleAxes(calls, axes[0] or 0, inputs, values, second, together=together)
 
 
@@ -291,6 +293,19 @@ def _axis_of(calls: Sequence[Call]) -> SampleAxis | str:
         return AMBIGUOUS if fitting else IRREGULAR
     dim, channel = fitting[0].dim, calls[0].channel
     return replace(fitting[0], dim=dim + (dim >= channel))
+
+
+def _moving(trials: Sequence[Trial], layer: str, number: int) -> int | None:
+    """The dimension along which each place was one sample's in every run, in whatever order, if there is one."""
+    calls = [trial.calls[layer][number] for trial in trials if len(trial.calls.get(layer, ())) > number]
+    for dim in range(min(len(call.shape) for call in calls)):
+        places = [torch.stack([came.movedim(dim, 0).reshape(call.shape[dim], -1).any(1)
+                               for came in call.reached.values()]).sum(0)
+                  for call in calls if call.reached and call.shape.numel()]
+        if all(bool((several <= 1).all()) for several in places):
+            return dim + (dim >= calls[0].channel)
+    every = [torch.stack(list(call.reached.values())).sum(0) for call in calls if call.reached]
+    return EVERY if all(bool((several <= 1).all()) for several in every) else None
 
 
 def _candidates(calls: Sequence[Call]) -> list[SampleAxis]:

@@ -1,7 +1,7 @@
 """Where the samples of a batch lie in a tensor: along which dimension, and in which order with what else lies there."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,13 +11,16 @@ from torch import Tensor
 from fastscore.batches.parts import first_tensor
 from fastscore.wording import counted
 
+EVERY = -1
+MIXED = "what {0} reads of one sample reaches the outputs of others, so that samples cannot be told apart"
+
 
 @dataclass(frozen=True)
 class SampleAxis:
     """Samples along dimension `dim`, which has before * N * after places: place i belongs to sample i // after % N.
 
     Attributes:
-        dim: the dimension; never that of the channels.
+        dim: the dimension, never that of the channels; EVERY, where each place along all of them is a row.
         before, after: (1, 1) for [N, ...] and for [T, N, ...]; (1, T) where a sample's T frames, windows or tokens
             follow one another; (T, 1) where the N samples of one frame do, as in two batches stacked (2, 1).
     """
@@ -55,10 +58,19 @@ class SampleAxis:
 @dataclass(frozen=True)
 class Untold:
     """Why the rows of a tensor cannot be told apart by sample. reached: whether a gradient has been seen there; where
-    none ever comes, nothing is missed."""
+    none ever comes, nothing is missed. moving: the dimension (see SampleAxis) along which they lie, otherwise in every
+    batch, each of one sample: then gradients tell whose they are (see fastscore.taps.owners), where they may be sent back again."""
 
     reason: str
     reached: bool = True
+    moving: int | None = None
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Of which sample each row of a tensor is: int64 [R]."""
+
+    of_row: Tensor
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,7 @@ class SampleAxes:
         one: whether the batch was one sample, whatever its tensors hold: a graph of many nodes.
         flat: whether samples lie one after the other, each with as many rows as it holds: a sample is a row of the
             output then, and is sent back by itself (see fastscore.graph.flat_batches).
+        followed: whether rows that move are followed: gradients are sent back as often as that takes.
     """
 
     calls: Mapping[str, tuple[SampleAxis | Untold, ...]] = field(default_factory=dict)
@@ -90,6 +103,7 @@ class SampleAxes:
     together: bool = False
     one: bool = False
     flat: bool = False
+    followed: bool = True
 
     @property
     def batch(self) -> int:
@@ -97,9 +111,14 @@ class SampleAxes:
         return int(self.second)
 
     def all_at_once(self, reason: str) -> "SampleAxes":
-        """These where no sample is sent back by itself: nothing tells flat ones apart then, for `reason`."""
+        """These where a batch is sent back once, as a whole: nothing tells flat samples apart then, for `reason`, and
+        no row is followed that moves."""
         calls = {layer: (Untold(reason),) for layer in self.calls} if self.flat else self.calls
-        return replace(self, calls=calls, flat=False)
+        return replace(self, calls=calls, flat=False, followed=False)
+
+    def follows(self, axis: "SampleAxis | Untold | Owners") -> bool:
+        """Whether rows that lie so are told apart in each batch anew."""
+        return self.followed and isinstance(axis, Untold) and axis.moving is not None
 
     def of(self, layer: str, call: int = 0) -> SampleAxis | Untold:
         """The axis in the call of that number, or why it cannot be told."""
@@ -110,7 +129,12 @@ class SampleAxes:
             return found[call]
         if found and len(set(found)) == 1:
             return found[0]
-        return Untold(f"{layer} did not run, or not as often, on the samples that the model was traced with")
+        return Untold(f"{layer} did not run, or not as often, on the samples that the model was traced with",
+                      moving=0)
+
+    def of_calls(self, layers: Iterable[str]) -> list[SampleAxis | Untold]:
+        """The axes of all calls of layers; of one that did not run, what is said of it."""
+        return [axis for layer in layers for axis in self.calls.get(layer) or (self.of(layer),)]
 
     def rerun(self, layer: str) -> SampleAxis | Untold:
         """The axis in whichever call it is, as where activation checkpointing runs a layer again."""
@@ -119,8 +143,8 @@ class SampleAxes:
 
     def reason(self, layer: str) -> str | None:
         """Why the samples of a layer cannot be told apart in one of its calls; None where they can."""
-        return next((axis.reason for axis in self.calls.get(layer, ()) if isinstance(axis, Untold) and axis.reached),
-                    None)
+        return next((axis.reason for axis in self.calls.get(layer, ()) if isinstance(axis, Untold) and axis.reached
+                     and not self.follows(axis)), None)
 
     def first_input(self, inputs: Any) -> Tensor | None:
         """The first tensor of a call, samples first; None where no dimension of it is known to count samples."""
@@ -136,10 +160,12 @@ def rows_first(x: Tensor, axis: SampleAxis, channel_dim: int) -> tuple[Tensor, i
     channel = channel_dim % x.dim()
     if channel == 0:
         return x[None], 1
+    if axis.dim == EVERY:
+        return x.movedim(channel, -1).flatten(0, -2), 1
     return (x.movedim(axis.dim, 0), channel + (axis.dim > channel)) if axis.dim else (x, channel)
 
 
-def by_sample(rows: Tensor, axis: SampleAxis | Untold, layer: str, samples: int, mean: int | None,
+def by_sample(rows: Tensor, axis: SampleAxis | Untold | Owners, layer: str, samples: int, mean: int | None,
               fixed: bool = False) -> Tensor | str:
     """What was measured of each row, added up for each sample.
 
@@ -157,6 +183,11 @@ def by_sample(rows: Tensor, axis: SampleAxis | Untold, layer: str, samples: int,
         return rows[:, :0]
     if samples == 1:  # whatever is there belongs to it
         axis = SampleAxis(0, 1, rows.shape[1])
+    if isinstance(axis, Owners):
+        total: Tensor = rows.new_zeros(len(rows), samples, rows.shape[2]).index_add_(1, axis.of_row, rows)
+        if mean is not None:  # not every row need be anybody's
+            total[mean] = rows[mean].nanmean(0, keepdim=True)
+        return total
     if isinstance(axis, Untold):
         return spread(rows, samples, mean) if not axis.reached and _no_gradient(rows, mean) else axis.reason
     factors = axis.factors(rows.shape[1], samples, fixed)
@@ -166,13 +197,13 @@ def by_sample(rows: Tensor, axis: SampleAxis | Untold, layer: str, samples: int,
     if math.prod(factors) == 1:
         return rows
     places = rows.unflatten(1, (factors[0], samples, factors[1]))
-    total: Tensor = places.sum((1, 3))
+    total = places.sum((1, 3))
     if mean is not None:
         total[mean] = places[mean].nanmean((0, 2))  # of a row that read nothing there is none
     return total
 
 
-def of_passes(sums: Sequence[Tensor], axis: SampleAxis | Untold, mean: int | None) -> Tensor | str:
+def of_passes(sums: Sequence[Tensor], axis: SampleAxis | Untold | Owners, mean: int | None) -> Tensor | str:
     """[P, 1, C] of each of N samples, that a backward pass of its own measured, as [P, N, C]; or the reason why samples
     meet there."""
     joined = torch.cat(list(sums), 1)
@@ -181,10 +212,10 @@ def of_passes(sums: Sequence[Tensor], axis: SampleAxis | Untold, mean: int | Non
     return joined
 
 
-def by_token(rows: Tensor, axis: SampleAxis | Untold, layer: str, samples: int, tokens: int) -> Tensor | str:
+def by_token(rows: Tensor, axis: SampleAxis | Untold | Owners, layer: str, samples: int, tokens: int) -> Tensor | str:
     """What was measured of each row, [P, R, C], in the order of an output's tokens: [P, N * T, C], or a reason."""
-    if isinstance(axis, Untold):
-        return axis.reason
+    if not isinstance(axis, SampleAxis):
+        return axis.reason if isinstance(axis, Untold) else f"{layer} reads rows that move"
     factors = axis.factors(rows.shape[1], samples)
     if factors is None or math.prod(factors) != tokens:
         return (f"{layer} read {counted(rows.shape[1], 'row')} for {counted(samples, 'sample')} of "

@@ -153,6 +153,8 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         if origin.gradient == "none":
             return _score_weights(eval_model, channels, origin, ignore)
         _check_flat(channels, sampling, execution)
+        if compile:
+            channels = replace(channels, samples=replace(channels.samples, followed=False))
         several = len(first_input(data.first)) > 1 and not channels.samples.one
         totals = Totals(eval_model, channels, origin, ignore, several=several)
         prepared = prepare(eval_model, totals.taps(traceable=True), channels.normalized_by, example, forward, precision,
@@ -178,8 +180,10 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
 
 def _why_eager(prepared: Prepared, totals: Totals, graph: bool | Literal["auto"], example: Batch) -> str:
     """Why passes are not recorded as graphs; empty where they may be."""
+    axes = prepared.taps.axes
     reasons = ((graph is False, "graph=False"),
-               (prepared.taps.axes.flat, "a batch has as many backward passes as it has samples"),
+               (axes.flat, "a batch has as many backward passes as it has samples"),
+               (any(map(axes.follows, axes.of_calls(prepared.taps.points))), "rows are followed from batch to batch"),
                (prepared.compiled, "compile=True"),
                (totals.criterion.filters, f"{totals.origin.importance} reads gradients of weights on the host"),
                (any(MASK in mapping for mapping in mappings(example)), "the padding of each batch is looked at"))

@@ -48,6 +48,8 @@ class Totals:
         if graph.samples.flat and origin.sample_dims > 1:
             raise ValueError(f"sample_dims: {origin.sample_dims}, but samples of these batches lie one after the "
                              "other: each row of the output is one: use sample_dims=1")
+        if origin.sample_dims > 1:
+            graph = replace(graph, samples=replace(graph.samples, followed=False))
         self.several = several  # whether a batch had several samples
         self._graph, self.origin = groups_to_score(model, graph, origin, ignore, apart)
         self.model = model

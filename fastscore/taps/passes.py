@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastscore.batches.parts import valid_tokens
-from fastscore.modules.sample_axis import SampleAxis, Untold
+from fastscore.modules.sample_axis import Owners, SampleAxis, Untold
 
 
 class Tapped(NamedTuple):
@@ -17,7 +17,7 @@ class Tapped(NamedTuple):
 
     layer: str
     gate: Tensor
-    axis: SampleAxis | Untold
+    axis: SampleAxis | Untold | Owners
 
 
 class ForwardPass:

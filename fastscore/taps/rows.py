@@ -1,11 +1,12 @@
 """The rows of what is tapped: each is measured by itself, and they are told apart by sample afterwards."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastscore.modules.sample_axis import (
+    Owners,
     SampleAxes,
     SampleAxis,
     Untold,
@@ -16,7 +17,7 @@ from fastscore.modules.sample_axis import (
     spread,
 )
 from fastscore.taps.gates import TapPoint
-from fastscore.taps.measures import Measure
+from fastscore.taps.measures import DEGREES, Measure
 from fastscore.taps.passes import ForwardPass, Tapped
 
 
@@ -64,12 +65,22 @@ class Rows:
         tensor = self._axes.first_input(done.inputs)
         fixed = tensor is not None and tensor.numel() == self._axes.values * samples
 
-        def of(layer: str, each: Tensor, axis: SampleAxis | Untold) -> Tensor | str:
+        def of(layer: str, each: Tensor, axis: SampleAxis | Untold | Owners) -> Tensor | str:
             found = by_token(each, axis, layer, samples, output.shape[1]) if self.sample_dims > 1 \
                 else by_sample(each, axis, layer, samples, mean, fixed)
             return spread(each, samples, mean) if isinstance(found, str) and not self._apart else found
 
         return [(layer, of(layer, each, axis)) for layer, each, axis in rows]
+
+    def moving(self, gates: Iterable[Tapped], samples: int) -> list[Tapped]:
+        """Those of `gates` whose rows have to be followed in a pass of so many samples."""
+        return [each for each in gates if self._axes.follows(each.axis)] \
+            if self._apart and self.sample_dims == 1 and samples > 1 else []
+
+    @property
+    def linear(self) -> list[int]:
+        """The parts of what is measured that are as large as the gradient is."""
+        return [part for part, degree in enumerate(DEGREES[self._measure]) if degree == 1]
 
     @property
     def one_by_one(self) -> bool:

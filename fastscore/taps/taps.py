@@ -22,6 +22,7 @@ from fastscore.modules.handles import Handle
 from fastscore.modules.hooks import OwnHook, input_of, with_input
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold
 from fastscore.modules.weights import experts, held_weights, recurrent
+from fastscore.taps import owners
 from fastscore.taps.gates import ExpertGate, FusedTap, Gate, NormGate, TapPoint
 from fastscore.taps.measures import Measure
 from fastscore.taps.passes import BackwardPasses, ForwardPass, Tapped
@@ -141,19 +142,23 @@ class Taps:
                                "while the taps are attached, then pass its output")
         samples = len(output)
         if not self.rows.one_by_one or samples < 2:
-            reached, weights = self._sent(output, gradient, gates, last)
-            return self.rows.by_sample(reached, current, output), weights
+            moving = self.rows.moving(gates, samples)
+            reached, weights = self._sent(output, gradient, gates, last and not moving)
+            if moving:
+                reached = owners.followed(reached, moving, gradient, self.rows.linear, last, lambda scaled, last:
+                                          self._sent(output, scaled, moving, last)[0])
+            return self.rows.by_sample([*reached.values()], current, output), weights
         passes = []
         for sample in range(samples):
             alone = torch.zeros_like(gradient)
             alone[sample] = gradient[sample]
             reached, _ = self._sent(output, alone, gates, last and sample == samples - 1)
-            passes.append(self.rows.of_sample(reached))
+            passes.append(self.rows.of_sample([*reached.values()]))
         return self.rows.of_samples(passes), {}
 
     def _sent(self, output: Tensor, gradient: Tensor, gates: Sequence[Tapped], last: bool
-              ) -> tuple[list[Tapped], dict[str, Tensor]]:
-        """What one backward pass brings to gates that it comes to, and to weights."""
+              ) -> tuple[dict[int, Tapped], dict[str, Tensor]]:
+        """What one backward pass brings to gates that it comes to, by their id, and to weights."""
         self._propagating = True
         try:
             found = torch.autograd.grad(output, [*(gate for _, gate, _ in gates), *self.weights.values()], gradient,
@@ -169,8 +174,8 @@ class Taps:
                                "it") from error
         finally:
             self._propagating = False
-        reached = [tapped._replace(gate=tensor) for tapped, tensor in zip(gates, found, strict=False)
-                   if tensor is not None]
+        reached = {id(tapped.gate): tapped._replace(gate=tensor) for tapped, tensor in zip(gates, found, strict=False)
+                   if tensor is not None}
         if not reached:
             raise RuntimeError("output: it is not the output of the latest forward pass: send gradients back before "
                                "the model runs again")
@@ -260,7 +265,7 @@ class Taps:
         if gate is None:
             owner = pass_of(layer, self.current, self._backward.running)
             known = self._axis(layer, owner)
-            axis = known if isinstance(known, SampleAxis) else SampleAxis()
+            axis = known if isinstance(known, SampleAxis) else SampleAxis(known.moving or 0)
             if layer in self._unseen:
                 self._unseen.pop(layer).remove()
             tap = self._published
@@ -269,8 +274,9 @@ class Taps:
                 self._published = None
                 self.current.gates.append(Tapped(layer, tap.gate, known))
                 return tap.tapped
-            valid = self._padding(x, layer, point, axis, owner)
-            rows = self.rows.first(x.detach(), point.channel_dim, axis)[0] if valid is None else valid
+            valid = None if known is not axis else self._padding(x, layer, point, axis, owner)
+            read_there = (x[point.window] if point.window else x).detach()
+            rows = self.rows.first(read_there, point.channel_dim, axis)[0] if valid is None else valid
             gate = self.rows.gate(rows.shape[0], x.shape[point.channel_dim] + point.experts, x)
             if owner is not None:
                 owner.gates.append(Tapped(layer, gate, self.rows.axis_of(x, layer, point, known, valid)))

@@ -1,5 +1,6 @@
-"""Rows that the model's code routes by what they hold, regular in the batch that is traced and not in the next: no
-group whose rows could lie otherwise is given a number, and every other has that of brute force, in float64."""
+"""Rows that the model's code routes by what they hold, regular in the batch that is traced and not in the next: they
+are followed in each batch, where gradients may be sent back twice, and every number is that of brute force, in float64;
+where they may not, groups whose rows could lie otherwise are given none."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import whole_way
 from torch import Tensor, nn
 
 import fastscore
+from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.routing import Decisions, other_answers
 from fastscore.graph.sample_axes import find
 from fastscore.graph.tracing import trace
@@ -54,6 +56,23 @@ def two_experts(model: Routed, x: Tensor, rows: Tensor) -> Tensor:
     return y
 
 
+def grouped(model: Routed, x: Tensor, rows: Tensor) -> Tensor:
+    """Every token goes to two experts: rows in order of expert, cut at counts, and back with weights, as JetMoe has
+    them."""
+    chosen = torch.stack([rows[:, 0] > rows[:, 1], rows[:, 2] > 0.3]).long().T
+    experts, order = chosen.flatten().sort(stable=True)
+    parts = rows.index_select(0, order // 2).split((experts[:, None] == torch.arange(2)).sum(0).tolist())
+    made = torch.cat([expert(part) for expert, part in zip((model.inner, model.other), parts, strict=True)])
+    gates = rows[:, 3:5].softmax(1).flatten()[order]
+    return torch.zeros_like(rows).index_add(0, order // 2, made * gates[:, None])
+
+
+def gathered(model: Routed, x: Tensor, rows: Tensor) -> Tensor:
+    """Samples in another order at each token: along no dimension is a place one sample's."""
+    some = x[..., 1].argsort(0)
+    return model.inner(x.gather(0, some[..., None].expand_as(x))).gather(0, some.argsort(0)[..., None].expand_as(x))
+
+
 def in_python(model: Routed, x: Tensor, rows: Tensor) -> Tensor:
     first = (rows[:, 0] < 100).tolist()
     at = [place for place, yes in enumerate(first) if yes]
@@ -87,6 +106,8 @@ CASES: dict[str, tuple[Callable[..., Tensor], set[str]]] = {  # routing, groups 
     "sorted rows": (sorted_rows, {"inner.0"}),
     "expert choice": (taken_by_an_expert, {"inner.0"}),
     "two experts": (two_experts, {"inner.0", "other.0"}),
+    "grouped by expert": (grouped, {"inner.0", "other.0"}),
+    "gathered, another order at each place": (gathered, {"inner.0"}),
     "in Python": (in_python, {"inner.0"}),
     "top tokens": (top_tokens, set()),
     "top tokens of all rows": (top_tokens_of_all_rows, set()),
@@ -95,9 +116,18 @@ CASES: dict[str, tuple[Callable[..., Tensor], set[str]]] = {  # routing, groups 
 }
 
 
+def in_the_batch(model: nn.Module, group: ChannelGroup, x: Tensor, v: Tensor) -> Tensor:
+    """As whole_way.sums, of samples beside each other, which are sent back one by one."""
+    gate, (edge,) = torch.ones(group.channels, dtype=torch.float64, requires_grad=True), group.role("consumer")
+    handle = model.get_submodule(edge.layer).register_forward_pre_hook(lambda layer, args: args[0] * gate)
+    z = model(x)
+    handle.remove()
+    return torch.stack([torch.autograd.grad((z[n] * v[n]).sum(), gate, retain_graph=True)[0] for n in range(len(x))])
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_no_group_is_scored_that_a_batch_may_route_otherwise(name: str) -> None:
-    route, untold = CASES[name]
+def test_rows_that_a_batch_may_route_otherwise_are_followed(name: str) -> None:
+    route, moving = CASES[name]
     torch.manual_seed(0)
     model = Routed(route).double().eval()
     x, v = torch.randn(6, 2, 6, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
@@ -115,15 +145,48 @@ def test_no_group_is_scored_that_a_batch_may_route_otherwise(name: str) -> None:
     with oracles.untouched(model):
         scores = fastscore.score(model, [x[:3], x[3:]], **how)
         single = fastscore.score(model, x.split(1), **how)  # the way out that the reason names
-    assert set(scores) == {group.name for group in graph.groups} - untold
-    assert all("routes, gathers, flips or loops over them" in scores.skipped[group] for group in untold)
-    if name == "expert choice":  # no sample is alone what it is among others
-        return
+    scorer = fastscore.Scorer(model, x[:3], normalize=False)
+    with scorer:
+        for part in (slice(3), slice(3, 6)):
+            (model(x[part]) * v[part]).sum().backward()
+    together = name == "expert choice"  # no sample is alone what it is among others
+    assert set(scores) == set(single) == {group.name for group in graph.groups}
+    once = scorer.scores()
+    assert set(once) == set(scores) - moving
+    assert all("routes, gathers, flips or loops over them" in once.skipped[group] for group in moving)
     for group in graph.groups:
-        want = whole_way.sums(model, group, x, v).square().mean(0)
-        for found in (scores, single):
+        want = whole_way.sums(model, group, x, v).square().mean(0) if not together else torch.cat(
+            [in_the_batch(model, group, x[part], v[part]) for part in (slice(3), slice(3, 6))]).square().mean(0)
+        for found in (scores, once) if together else (scores, once, single):
             if group.name in found:
                 torch.testing.assert_close(found[group.name].double(), want, rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("samples", [2, 8, 9, 70])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_any_number_of_samples_is_followed(samples: int, dtype: torch.dtype) -> None:
+    """One digit of each sample's number at a time, also where numbers are short."""
+    torch.manual_seed(0)
+    model, x = Routed(sorted_rows).to(dtype).eval(), torch.randn(samples, 3, 6, dtype=dtype)
+    how: dict[str, Any] = {"probes": 2, "progress": False}
+    scores, single = fastscore.score(model, [x], **how), fastscore.score(model, list(x.split(1)), **how)
+    assert set(scores) == set(single) == {"inner.0", "inner.2", "head.0"}
+    for name in scores:
+        torch.testing.assert_close(scores[name], single[name], rtol=0.05 if dtype == torch.bfloat16 else 1e-4, atol=0)
+
+
+def test_rows_that_meet_in_one_batch_have_no_score() -> None:
+    """In the batch that was traced no row was of several samples."""
+    def meeting(model: Routed, x: Tensor, rows: Tensor) -> Tensor:
+        y = sorted_rows(model, x, rows)
+        return y.unflatten(0, x.shape[:2]) + (0.01 * y.mean(0) if len(x) > 9 else 0)
+
+    torch.manual_seed(0)
+    model, x = Routed(meeting).eval(), torch.randn(12, 3, 6)
+    scores = fastscore.score(model, [x[:4], x], progress=False)
+    assert "head.0" in scores
+    assert scores.skipped["inner.0"] == "what inner.2 reads of one sample reaches the outputs of others, so that " \
+                                        "samples cannot be told apart"
 
 
 def test_padding_that_is_left_out() -> None:
@@ -138,9 +201,16 @@ def test_padding_that_is_left_out() -> None:
 
     torch.manual_seed(0)
     model, x = Unpadded(), torch.randn(3, 4, 6)
-    scores = fastscore.score(model, [{"x": x, "keep": torch.ones(3, 4, dtype=torch.int64)}], progress=False)
-    assert set(scores) == {"head.0"}
-    assert "routes, gathers, flips or loops over them" in scores.skipped["inner.0"]
+    keep = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 1, 1, 0]])
+    batches = [{"x": x, "keep": torch.ones_like(keep)}, {"x": x, "keep": keep}]
+    scores = fastscore.score(model, batches, progress=False)
+    single = fastscore.score(model, [{key: value[n:n + 1] for key, value in batch.items()} for batch in batches
+                                     for n in range(3)], progress=False)
+    assert set(scores) == set(single) == {"head.0", "inner.0"}
+    for name in scores:
+        torch.testing.assert_close(scores[name], single[name], rtol=1e-4, atol=0)
+    scorer = fastscore.Scorer(model, batches[0])
+    assert "routes, gathers, flips or loops over them" in scorer._totals._graph.skipped["inner.0"]
 
 
 def test_decisions_are_a_function_of_what_they_are_made_of() -> None:
@@ -212,3 +282,28 @@ def test_rows_that_a_mask_picks_are_not_called_the_same_for_all_samples(seed: in
         graph = trace(model, x, masked)
         if (reason := graph.samples.reason("inner.2")) is not None:
             assert "it cannot be told which of the rows that inner.2 reads belong to which sample: " in reason
+
+
+def test_rows_along_another_dimension_are_followed() -> None:
+    """One row of places, [1, R, C], as of a batch whose padding is left out; and channels first, [1, C, R]."""
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = mlp(6, 8, 6), mlp(6, 7, 3)
+            self.before, self.after = nn.Conv1d(6, 5, 1), nn.Conv1d(5, 6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            go = x[..., 0] > -0.5
+            rows = x[go][None]
+            y = self.inner(rows) + self.after(self.before(rows.mT).relu()).mT
+            return self.head(x.masked_scatter(go[..., None], y).mean(1))
+
+    torch.manual_seed(0)
+    model, x, v = Joined().double(), torch.randn(5, 4, 6).double(), torch.randn(5, 3).double()
+    scores = fastscore.score(model, [x], gradient="loss", normalize=False, progress=False,
+                             loss=lambda output, batch: (output * v).sum())
+    groups = {group.name: group for group in trace(model, x).groups}
+    assert set(scores) == set(groups) == {"inner.0", "head.0", "before"}
+    for name, group in groups.items():
+        want = whole_way.sums(model, group, x, v).square().mean(0)
+        torch.testing.assert_close(scores[name].double(), want, rtol=1e-6, atol=1e-30)

@@ -81,8 +81,8 @@ LAYOUTS: dict[str, Layout] = {
     "packed": _packed,
     "ragged": _ragged,
 }
-# which rows are whose cannot be told in a batch of several samples
-UNTOLD = ("shared", "routed", "sorted", "packed", "ragged")
+# which rows are whose has to be followed in a batch of several samples
+MOVING = ("routed", "sorted", "packed", "ragged")
 
 
 class Block(nn.Module):
@@ -104,7 +104,7 @@ class Layouts(nn.Module):
     def __init__(self, rng: random.Random, tokens: int) -> None:
         super().__init__()
         self.embed, self.head = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 3)
-        self.layouts = rng.choices(list(LAYOUTS), [1 if name in UNTOLD else 2 for name in LAYOUTS], k=4)
+        self.layouts = rng.choices(list(LAYOUTS), [1 if name in ("shared", *MOVING) else 2 for name in LAYOUTS], k=4)
         self.blocks = nn.ModuleList(Block(rng.choice((5, 7)), tokens) for _ in self.layouts)
         self.pool = rng.choice(("mean", "first", "largest"))
         self.second = rng.random() < 0.3  # takes another input, with its samples along the second dimension
@@ -138,5 +138,5 @@ def generate(seed: int) -> RandomLayouts:
         model = Layouts(rng, tokens).double().eval()
         x = torch.randn(samples, tokens, 4, dtype=torch.float64)
         others = torch.randn_like(x) if model.second else None
-    untold = {f"blocks.{i}.one" for i, layout in enumerate(model.layouts) if layout in UNTOLD}
+    untold = {f"blocks.{i}.one" for i, layout in enumerate(model.layouts) if layout == "shared"}
     return RandomLayouts(model, x, untold, others)

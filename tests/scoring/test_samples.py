@@ -184,7 +184,7 @@ class ZeroBranch(nn.Module):
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
-    # model, shape of a sample, groups that can only be told with one sample in a batch
+    # model, shape of a sample, groups that can only be told with one sample in a batch, or by following rows
     "sequence first, T = N": (SequenceFirst, (4, 6), set()),
     "sequence first, T = 1": (SequenceFirst, (1, 6), set()),
     "sequence first, T = 7": (SequenceFirst, (7, 6), set()),
@@ -204,6 +204,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
     "constant": (Constant, (3, 8, 8), {"mlp.0"}),
     "zero branch": (ZeroBranch, (4, 5), set()),
 }
+
+
+MOVING = {"experts.0.0", "experts.1.0", "flipped.0"}  # each of their rows is of one sample, wherever it lies
 
 
 @pytest.fixture(params=CASES)
@@ -235,6 +238,7 @@ def test_a_batch_is_worth_its_samples_alone(case: tuple[nn.Module, Tensor, set[s
     with oracles.untouched(model):
         scores = score(model, [x], v, x)
         parts = score(model, [x[:3], x[3:]], v, x)
+    untold = untold - MOVING
     assert set(scores) == {group.name for group in graph.groups} - untold
     assert set(parts) == set(scores)
     for name in untold:
@@ -262,7 +266,7 @@ def test_the_same_in_a_loop_of_ones_own(case: tuple[nn.Module, Tensor, set[str]]
             (model(x) * v).sum().backward()
         model.zero_grad(set_to_none=True)
         scores, want = scorer.scores(), score(model, [x], v, x)
-        assert set(scores) == set(want)
+        assert set(scores) == set(want) - untold
         assert untold <= set(scores.skipped)
         for name in scores:
             torch.testing.assert_close(scores[name], want[name], rtol=1e-6, atol=1e-30)
