@@ -27,7 +27,8 @@ def get(model: nn.Module, example_inputs: Batch, forward: Forward, samples: Batc
     """A graph that was put here.
 
     Args:
-        model: compared with what it was: modules, parameters (not their values), buffers, settings, hooks.
+        model: compared with what it was: modules, parameters (not their values), buffers (those of flags alone),
+            settings, hooks.
         example_inputs: compared by shapes and dtypes, whatever the number of samples.
         forward: compared by identity.
         samples: a batch of several; where the graph was made with one sample, of as many rows as this.
@@ -70,7 +71,7 @@ def _fingerprint(model: nn.Module, example_inputs: Batch) -> Any:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    held = [(name, id(tensor), None if tensor is None else tensor.shape)
+    held = [(name, id(tensor), None if tensor is None else _shape_or_flag(tensor))
             for tensors in (module._parameters, module._buffers) for name, tensor in tensors.items()]
     hooks = [id(hook) for hooks in (module._forward_pre_hooks, module._forward_hooks) for hook in hooks.values()
              if not isinstance(hook, OwnHook)]
@@ -78,6 +79,12 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
     own = [(name, _value(value)) for name, value in vars(module).items()
            if name != "training" and not (name.startswith("_") and name in _OF_EVERY_MODULE)]
     return held, hooks, own, id(inspect.getattr_static(type(module), "forward"))
+
+
+def _shape_or_flag(tensor: Tensor) -> Any:
+    """The shape; of a single flag, as FakeQuantize has them, what it says."""
+    flag = tensor.shape == (1,) and not tensor.is_floating_point() and not tensor.is_complex() and not tensor.is_meta
+    return (tensor.shape, int(tensor)) if flag else tensor.shape
 
 
 _OF_EVERY_MODULE = set(vars(nn.Module()))

@@ -84,6 +84,8 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
                 along = next((why for why in lost.values() if lost_ways.ALONG in why), None)  # which says more
                 changes = nearer is not None and nearer.startswith(reasons.CHANGES)
                 reason = (along if changes else None) or nearer or next(iter(lost.values()))
+        if reason is None or lost:
+            reason = reasons.of_ranges(layers, members) or reason
         producers = [member.layer for member in members if member.role == "producer"]
         seen.update(producers)
         reason = reason or next(

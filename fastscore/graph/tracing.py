@@ -253,7 +253,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     members = {group.name: group.members for group in found.groups}
     again = recording.leak({}, {}) if leaks else None
     kept = {group: reasons.of_leak(where, members[group], recording, readers) if again is None else
-            reasons.not_twice(again) for group, where in leaks.items()}
+            reasons.not_twice(again, recording.model) for group, where in leaks.items()}
     try:
         chosen = verification.leaks(recording, [group for group in found.groups if group.name not in leaks],
                                     chosen=True)

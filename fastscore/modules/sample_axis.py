@@ -57,9 +57,13 @@ class SampleAxis:
 
 @dataclass(frozen=True)
 class Untold:
-    """Why the rows of a tensor cannot be told apart by sample. reached: whether a gradient has been seen there; where
-    none ever comes, nothing is missed. moving: the dimension (see SampleAxis) along which they lie, otherwise in every
-    batch, each of one sample: then gradients tell whose they are (see fastscore.taps.owners), where they may be sent back again."""
+    """Why the rows of a tensor cannot be told apart by sample.
+
+    Attributes:
+        reached: whether a gradient has been seen there; where none ever comes, nothing is missed.
+        moving: the dimension (see SampleAxis) along which they lie, otherwise in every batch, each of one sample: then
+            gradients tell whose they are (see fastscore.taps.owners), where they may be sent back again.
+    """
 
     reason: str
     reached: bool = True

@@ -256,8 +256,8 @@ def test_a_model_that_is_prepared_for_quantization_has_a_way_out() -> None:
     """Its ranges follow what comes, in evaluation mode, too: a smaller model would have others than the masked one."""
     model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), torch.randn(8, 4)
 
-    def prepared(model: nn.Module) -> nn.Module:
-        model.qconfig = quantization.default_qat_qconfig
+    def prepared(model: nn.Module, how: Any = quantization.default_qat_qconfig) -> nn.Module:
+        model.qconfig = how
         model = quantization.prepare_qat(model.train())
         model(x)
         return model.eval()
@@ -265,6 +265,15 @@ def test_a_model_that_is_prepared_for_quantization_has_a_way_out() -> None:
     assert trace(prepared(copy.deepcopy(model)), x).skipped["0"] == \
         "FakeQuantize goes on changing the range of the weight of 0: prune the model before it is prepared for " \
         "quantization (prepare_qat)"
+    by_channel = prepared(copy.deepcopy(model), quantization.get_default_qat_qconfig("x86"))
+    assert "goes on changing the range of the weight of 0: prune" in trace(by_channel, x).skipped["0"]
+    assert "has a range for each channel of the weight of 0: prune the model before it is prepared" in \
+        trace(by_channel.apply(quantization.disable_observer), x).skipped["0"]
+    activations = nn.Sequential(model[0], quantization.FakeQuantize(), *copy.deepcopy(model[1:])).eval()
+    assert trace(activations, x).skipped["0"] == "FakeQuantize at 1 goes on changing its range with what it reads: " \
+        "prune the model before it is prepared for quantization (prepare_qat)"
+    settled = prepared(copy.deepcopy(model)).apply(quantization.disable_observer)
+    fastscore.prune(settled, fastscore.score(settled, [x], progress=False), x, channels=0.6)  # smaller = masked
     small = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, channels=0.6).model
     assert prepared(small)(x).shape == (8, 2)
 

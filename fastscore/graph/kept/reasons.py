@@ -18,6 +18,7 @@ from fastscore.modules.weights.own_linear import TiedLinear
 
 ONE = "it is one channel, which has to stay"
 UNREAD = "no Conv or Linear is found to read its channels"
+_BEFORE = ": prune the model before it is prepared for quantization (prepare_qat)"
 CHANGES = "their number changes on the way to"
 _FIRST = " is called as well on what no layer makes (the model's input, a constant, or what detach() gives)"
 
@@ -62,10 +63,6 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
                    "one layer"
         if parametrized(layer):
             return f"the weight of {member.layer} is computed (a parametrization): remove it first{_by(layer)}"
-        observer = layer._modules.get("weight_fake_quant")
-        if observer is not None and any(map(int, getattr(observer, "observer_enabled", ()))):
-            return f"{type(observer).__name__} goes on changing the range of the weight of {member.layer}: prune the " \
-                   "model before it is prepared for quantization (prepare_qat)"
         follow = {name for module, name, _ in beside_weights.own(layer) if module is layer}
         follow |= {name for name, parameter in layer._parameters.items() if parameter is None or parameter.numel() == 1}
         own = [name for name in layer._parameters if name not in {"weight", "bias", *unused_parameters(layer), *follow}]
@@ -79,6 +76,22 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         if width is not None and units.sections_of(layer, member.role) > 1 and len(member.index) < width:
             return f"{member.layer} is grouped and works on other channels too"
     return None
+
+
+def of_ranges(layers: Mapping[str, nn.Module], members: Iterable[Member]) -> str | None:
+    """Why one of a group's layers, whose weight is rounded for quantization, is kept; None where none is."""
+    for member in members:
+        quantizer = layers[member.module]._modules.get("weight_fake_quant") if member.module in layers else None
+        if quantizer is not None and _goes_on(quantizer):
+            return f"{type(quantizer).__name__} goes on changing the range of the weight of {member.layer}{_BEFORE}"
+        if isinstance(scale := getattr(quantizer, "scale", None), Tensor) and scale.numel() > 1:
+            return f"{type(quantizer).__name__} has a range for each channel of the weight of {member.layer}{_BEFORE}"
+    return None
+
+
+def _goes_on(quantizer: nn.Module) -> bool:
+    """Whether a module that rounds what it reads takes its range from that, in evaluation mode, too."""
+    return all(any(map(int, getattr(quantizer, name, ()))) for name in ("observer_enabled", "fake_quant_enabled"))
 
 
 def computing(layers: Mapping[str, nn.Module], members: Iterable[Member]) -> str | None:
@@ -169,8 +182,12 @@ def of_refusal(why: str, members: Iterable[Member], recording: Recording, reader
     return read_elsewhere(members, readers) or written or (f"{first}{_FIRST}" if first else why)
 
 
-def not_twice(where: str) -> str:
+def not_twice(where: str, model: nn.Module) -> str:
     """Why a group is kept of a model in which something else comes to `where` though no channel is changed."""
+    for name, module in model.named_modules():
+        if _goes_on(module):
+            return f"{type(module).__name__} at {name or 'the model'} goes on changing its range with what it reads" \
+                   f"{_BEFORE}"
     return f"something else comes to {where} each time the model runs on the same input (it keeps something from " \
            "call to call, say), so that nobody sees what its channels do"
 
