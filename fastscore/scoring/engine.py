@@ -94,8 +94,9 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
             a gradient and a length of its own, scored by what the channels do at that token. Tokens that an
             attention_mask [N, T], given to the model by that name, has at 0 are padding: they have no gradient and do
             not count.
-        loss: loss(output, batch) -> scalar; default: cross entropy with the labels of (input, label) batches. Its
-            gradient is taken as it stands when normalize=False.
+        loss: loss(output, batch) -> scalar; default: cross entropy, of logits or of probabilities (none negative, each
+            row sums to 1), with the labels of (input, label) batches. Its gradient is taken as it stands when
+            normalize=False.
         forward: forward(model, batch) -> output [N, ...], for models that are called otherwise.
         ignore: Layer names (with `*`; a name stands for all below it), types or modules to leave out, whether they
             make channels or read them.

@@ -18,6 +18,8 @@ from fastscore.wording import counted
 
 Loss: TypeAlias = Callable[[Tensor, Any], Tensor]
 
+_SAME_VALUES = {f"{name}Backward0" for name in ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone",
+                                                "ToCopy", "Alias", "Permute", "Transpose")} | {"SqueezeBackward1"}
 DISTRIBUTIONS = ("normal", "rademacher", "orthogonal", "basis")
 
 
@@ -99,8 +101,13 @@ def classes_of(output: Tensor) -> int:
 def loss_and_gradient(output: Tensor, batch: Any, loss: Loss | None, normalize: bool) -> tuple[Tensor, Tensor]:
     """The loss, and its gradient at `output` [N, ...], scaled to length 1 for each sample when `normalize`.
 
-    Raises ValueError for a loss that is no scalar, or that does not depend on the output.
+    Raises ValueError for a loss that is no scalar, or that does not depend on the output; and for none, of what a
+    sigmoid made last.
     """
+    if loss is None and _made_by(output) == "SigmoidBackward0":
+        raise ValueError("loss: the model ends in a sigmoid, so that each output is a probability by itself, of which "
+                         "cross entropy is no loss: give loss=lambda output, batch: F.binary_cross_entropy(output, "
+                         "batch[1]), or what it is trained with")
     leaf = output.detach().requires_grad_()
     with torch.enable_grad():
         value = (loss or cross_entropy)(leaf, batch)
@@ -111,10 +118,29 @@ def loss_and_gradient(output: Tensor, batch: Any, loss: Loss | None, normalize: 
 
 
 def cross_entropy(output: Tensor, batch: Any) -> Tensor:
-    """The loss that stands in when none is given: cross entropy with the labels of an (input, label) batch."""
+    """The loss that stands in when none is given: cross entropy with the labels of an (input, label) batch, of logits;
+    or of probabilities, where no output is negative and each row sums to 1."""
     labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else \
         batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor):
         raise ValueError('batches: gradient="loss" needs labels: give (input, label) batches, or loss=, or use '
                          'gradient="random", which needs none')
-    return F.cross_entropy(output, labels)
+    return F.cross_entropy(_logits(output), labels)
+
+
+def _logits(output: Tensor) -> Tensor:
+    """An output, or the logarithms of it, where it is probabilities, which is not waited for."""
+    if output.dim() < 2 or output.shape[1] < 2 or not output.is_floating_point():
+        return output
+    wide, rounding = output.to(torch.promote_types(output.dtype, torch.float32)), torch.finfo(output.dtype).eps ** 0.5
+    sums = wide.detach().sum(1)
+    are_probabilities = (wide.detach() >= 0).all() & ((sums - 1).abs() <= rounding).all()
+    return torch.where(are_probabilities, wide.clamp_min(torch.finfo(wide.dtype).tiny).log(), wide)
+
+
+def _made_by(output: Tensor) -> str:
+    """The name of the autograd node that made the values of an output."""
+    node = output.grad_fn
+    while node is not None and node.name() in _SAME_VALUES:
+        node = node.next_functions[0][0]
+    return "" if node is None else node.name()

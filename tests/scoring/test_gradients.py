@@ -2,15 +2,19 @@
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import fastscore
 from fastscore import ops
 from fastscore.ops import reference
+from fastscore.scoring import gradients
 from fastscore.scoring.gradients import DISTRIBUTIONS, random_gradient
 
 SAMPLES, CLASSES = 20_000, 6
@@ -198,3 +202,36 @@ def test_what_it_cannot_draw(shape: tuple[int, ...], how: dict[str, object], mes
     arguments = {"probe": 0, "distribution": "normal", "normalize": True, "center": False, **how}
     with pytest.raises(ValueError, match=message):
         random_gradient(torch.zeros(shape), torch.arange(4), 0, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("last", [nn.Softmax(1), nn.LogSoftmax(1),
+                                  nn.Sequential(nn.Softmax(1), nn.Unflatten(1, (4, 1)))])
+def test_cross_entropy_of_probabilities_is_that_of_their_logits(last: nn.Module) -> None:
+    torch.manual_seed(0)
+    body, x = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4)).double(), torch.randn(6, 5).double()
+    labels = torch.randint(4, (6,))
+    how: dict[str, Any] = {"gradient": "loss", "normalize": False, "progress": False}
+    want = fastscore.score(body, [(x, labels)], **how)["0"]
+    labels = labels[:, None] if isinstance(last, nn.Sequential) else labels
+    scores = fastscore.score(nn.Sequential(*body, last), [(x, labels)], **how)["0"]
+    torch.testing.assert_close(scores, want)
+    own = fastscore.score(nn.Sequential(*body, last), [(x, labels)], **how,
+                          loss=lambda output, batch: F.cross_entropy(output, batch[1]))["0"]
+    assert isinstance(last, nn.LogSoftmax) or not torch.allclose(own, want, rtol=0.01)  # a loss that is given stands
+
+
+def test_of_a_probability_that_ends_at_zero_there_is_a_gradient_for_the_others() -> None:
+    output, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]), torch.tensor([1, 1, 0])
+    value, gradient = gradients.loss_and_gradient(output, (None, labels), None, False)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("last", [nn.Sigmoid(), nn.Sequential(nn.Sigmoid(), nn.Flatten())])
+def test_cross_entropy_of_what_a_sigmoid_made_is_refused(last: nn.Module) -> None:
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4), last), torch.randn(6, 5)
+    labels = torch.randint(2, (6, 4)).float()
+    with pytest.raises(ValueError, match=r"^loss: the model ends in a sigmoid.* give loss=lambda output, batch"):
+        fastscore.score(model, [(x, labels)], gradient="loss", progress=False)
+    assert "0" in fastscore.score(model, [(x, labels)], gradient="loss", progress=False,
+                                  loss=lambda output, batch: F.binary_cross_entropy(output, batch[1]))
