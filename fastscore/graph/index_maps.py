@@ -185,6 +185,11 @@ def regrouped(function: Any, dim: int, before: Sequence[int]) -> IndexMap | None
         return Inverse(ViewMap(before[dim] // square, square, 1))
     if name.startswith("PixelUnshuffle") and dim == len(before) - 3:
         return ViewMap(before[dim], function._saved_downscale_factor ** 2, 1)
+    if name.startswith("Im2Col") and (dim, len(before)) == (1, 4):
+        return ViewMap(before[dim], math.prod(function._saved_kernel_size), 1)
+    if name.startswith("Col2Im") and (dim, len(before)) == (1, 3):
+        kernel = math.prod(function._saved_kernel_size)
+        return Inverse(ViewMap(before[dim] // kernel, kernel, 1))
     if name.startswith("Repeat") and len(repeats := function._saved_repeats) >= len(before):
         return ViewMap(before[dim], 1, repeats[dim + len(repeats) - len(before)])
     return None
@@ -240,6 +245,8 @@ def channel_dim(function: Any, dim: int, before: Sequence[int], after: Sequence[
     if name.startswith("Permute"):
         order = saved_dims(function, "_saved_dims", len(before))
         return order.index(dim) if dim in order else dim
+    if name.startswith(("Im2Col", "Col2Im")):
+        return dim
     if name.startswith("TBackward"):
         return len(after) - 1 - dim
     if name.startswith("Squeeze"):

@@ -237,7 +237,8 @@ def test_the_last_operation_of_a_module_does_not_tell_where_its_channels_lie() -
     passes = "its channels pass through norm (NormAndActivation), which cannot lose channels yet"
     assert ([group.name for group in graph.groups], graph.skipped) == (
         ["narrow"], {"stem": "F.layer_norm runs over all its channels: a normalisation is followed where a module does "
-                             "it, and then at most activations (nn.LayerNorm, or one of your own)",
+                             "it, and then at most activations (nn.LayerNorm, or one of your own, with "
+                             "no parameters but a weight and a bias for each channel)",
                      "gate": passes, "last": "its channels are the model's output"})
 
 

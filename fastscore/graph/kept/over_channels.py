@@ -6,7 +6,7 @@ from fastscore.graph import index_maps
 from fastscore.graph.layer_types import OPTYPE
 
 _WAY_OUT = ("a normalisation is followed where a module does it, and then at most activations (nn.LayerNorm, or one of "
-            "your own)")
+            "your own, with no parameters but a weight and a bias for each channel)")
 # operations of PyTorch's functions -> these
 _FUNCTIONS = {"NativeLayerNorm": "F.layer_norm", "NativeGroupNorm": "F.group_norm", "FusedRmsNorm": "F.rms_norm"}
 
