@@ -22,7 +22,7 @@ CSRC = HERE.parents[2] / "csrc"
 COMMON = [HERE / "driver.cpp", CSRC / "cpu" / "reduction.cpp"]
 SOURCES = [*COMMON, *sorted(CSRC.glob("cpu/tier_*.cpp"))]
 NIGHTLY = "FASTSCORE_NIGHTLY" in os.environ
-FLAGS = ["-std=c++20", "-O1", "-g1", "-ffp-contract=fast", "-Wno-psabi", "-Wno-ignored-attributes", f"-I{CSRC}"]
+FLAGS = ["-std=c++20", "-Og", "-g1", "-ffp-contract=fast", "-Wno-psabi", "-Wno-ignored-attributes", f"-I{CSRC}"]
 
 
 def build(target: Path, sanitizers: str, sources: list[Path], *more: str) -> Path:
