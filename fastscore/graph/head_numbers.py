@@ -14,6 +14,8 @@ from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.layer_types import type_of
 from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
 from fastscore.modules.norms import channel_norms
+from fastscore.modules.number_uses import Uses
+from fastscore.modules.reachable_code import ReachableCode
 
 _MOST_TRIALS = 24  # sets of numbers that are tried
 
@@ -80,6 +82,26 @@ def with_numbers(module: nn.Module, group: ChannelGroup, fails: Callable[[Channe
                 return likely
             first = first or reason
     return first
+
+
+def decided_by(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, str]:
+    """Group of heads -> why it stays: the code compares with a number that goes with them, or cuts something at it, of
+    which no run need have shown more than one side."""
+    code: ReachableCode | None = None
+    known, found = dict[tuple[type, str], str | None](), dict[str, str]()
+    for group in groups:
+        counts = [(f"{member.layer}.{child}".strip("."), name) for member in group.role("heads") for child, name in
+                  heads.counted(model.get_submodule(member.layer), member.attribute != heads.COUNTS_ALONE)]
+        counts += [(member.layer, member.attribute) for member in group.role("width") if counts]
+        for owner, name in sorted(counts):
+            module = model.get_submodule(owner)
+            if "." not in name and (type(module), name) not in known:
+                code = code or ReachableCode(model)
+                known[type(module), name] = Uses(code, module, name, (), decisions=True).other()
+            if (why := known.get((type(module), name))) is not None:
+                found[group.name] = f"{name} of {type(module).__name__} counts heads, or their channels, and decides " \
+                                    f"something in {why}: let this have a number of its own"
+    return found
 
 
 def _ways(module: nn.Module, group: ChannelGroup) -> Iterator[ChannelGroup]:

@@ -19,6 +19,7 @@ from fastscore.graph import (
     cache,
     computed_in_run,
     dependencies,
+    head_numbers,
     in_place,
     nested,
     sample_axes,
@@ -261,6 +262,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         running.check_runs_again(eval_model, whole)
         raise
     kept |= {group: reasons.of_choice(where) for group, where in chosen.items()}
+    kept |= head_numbers.decided_by(eval_model, [group for group in found.groups if group.name not in kept])
     tried = [group for group in found.groups if group.name not in kept]
     refused = surgery_trial.refusals(recording, tried)
     seen_elsewhere = {group.name: why for group in tried if group.name not in refused and (

@@ -34,11 +34,13 @@ class Uses:
     """The uses of one number.
 
     code: of the model. module, name: whose it is, as written_numbers names it or an attribute. seen: lines that have
-    cut something at numbers that are marked, or made something of such a size.
+    cut something at numbers that are marked, or made something of such a size. decisions: only what is decided by it
+    counts, a comparison or a slice, which runs may have shown one side of; all else they would have shown.
     """
 
-    def __init__(self, code: ReachableCode, module: nn.Module, name: str, seen: Collection[Line]) -> None:
-        self._code, self._module, self._seen = code, module, seen
+    def __init__(self, code: ReachableCode, module: nn.Module, name: str, seen: Collection[Line],
+                 decisions: bool = False) -> None:
+        self._code, self._module, self._seen, self._decisions = code, module, seen, decisions
         self._work: list[tuple[FunctionType, Seed]] = []
         self._done = set[tuple[int, Seed]]()
         if written_numbers.MARK in name:
@@ -68,7 +70,7 @@ class Uses:
                             names.add(use)
                             nodes += [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == use
                                       and isinstance(node.ctx, ast.Load)]
-                    elif use is not None:
+                    elif use is not None and (not self._decisions or _decides(use)):
                         return f"{where} ({_words(use, parents)})"
         return None
 
@@ -271,6 +273,10 @@ def _in_vain(node: ast.AST, parents: Parents) -> bool:
             return False
         before = each
     return False
+
+
+def _decides(use: ast.AST) -> bool:
+    return isinstance(use, ast.Compare | ast.Subscript) or (isinstance(use, ast.Call) and _name(use) in ("min", "max"))
 
 
 def _is_name(node: ast.AST) -> bool:

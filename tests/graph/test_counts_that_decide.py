@@ -1,0 +1,71 @@
+"""Numbers of heads by which code decides something, in branches that the traced batch does not take, too."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastscore
+from fastscore.graph.tracing import trace
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 4, 4
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t = x.shape[:2]
+        if x.shape[2] != self.num_heads * self.head_dim and t < 0:
+            raise ValueError(f"not {self.num_heads}")
+        q, k, v = self.qkv(x).view(n, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        return self.more(self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, -1)))
+
+    def more(self, y: Tensor) -> Tensor:
+        return y
+
+
+class Compared(Attention):
+    def more(self, y: Tensor) -> Tensor:
+        return 2 * y if len(y) > self.num_heads else y
+
+
+class Sliced(Attention):
+    def more(self, y: Tensor) -> Tensor:
+        return torch.cat([2 * y[:, :self.num_heads], y[:, self.num_heads:]], 1) if len(y) > 5 else y
+
+
+class Least(Attention):
+    def more(self, y: Tensor) -> Tensor:
+        return y * min(len(y), self.num_heads)
+
+
+class Net(nn.Module):
+    def __init__(self, kind: type[Attention]) -> None:
+        super().__init__()
+        self.attn, self.head = kind(), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x + self.attn(x)).mean(1))
+
+
+X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("kind", "quoted"), [
+    (Compared, r"\(len\(y\) > self.num_heads\)"), (Sliced, r"\(y\[:, (:self.num_heads|self.num_heads:)\]\)"),
+    (Least, r"\(min\(len\(y\), self.num_heads\)\)")])
+def test_heads_stay_by_whose_number_code_decides(kind: type[Attention], quoted: str) -> None:
+    reason = trace(Net(kind).eval(), X).skipped["attn.qkv"]
+    assert reason.startswith(f"num_heads of {kind.__name__} counts heads, or their channels, and decides something in ")
+    assert re.search(quoted, reason), reason
+
+
+def test_a_number_that_only_says_whether_something_is_wrong_decides_nothing() -> None:
+    model = Net(Attention).eval()
+    scores = fastscore.score(model, [X], progress=False)
+    small = fastscore.prune(model, scores, X, channels=0.5, compensate=False)
+    assert small.model.attn.num_heads == 2
