@@ -2,7 +2,7 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastscore.graph.cutting.cut_widths import TIMES, Width
+from fastscore.graph.cutting.cut_widths import TIMES, Cut, Width
 from fastscore.modules import frames, marked_numbers, written_numbers
 from fastscore.modules.marked_numbers import Marked, Place
 from fastscore.modules.number_uses import Line, Uses
@@ -42,6 +42,17 @@ class AskedSizes:
         """Whether a number is one that a view, cut or zeros are made with: others may be as large by chance."""
         return (module, width.name) in self._noted.places
 
+    def of_views(self, module: nn.Module, width: Width) -> bool:
+        """Whether a number is one that so large a size of a view is made of."""
+        return any((module, width.name) in slopes for slopes in self._noted.sizes.get(width.end, ()))
+
+    def split_by(self, cut: Cut, sizes: Sequence[int]) -> list[str] | None:
+        """The numbers that the code of a cut splits by, by their names, one for each part; None where it computes some,
+        or does not always split so."""
+        found = {places for known, places in self._noted.splits if known == tuple(sizes) and places is not None
+                 and all(cut.keeper_of(name) is module for module, name in places)}
+        return [name for _, name in found.pop()] if len(found) == 1 else None
+
     def products(self, places: Iterable[Place], size: int, channels: int) -> Iterator[tuple[nn.Module, Width]]:
         """Those of the numbers that so large a size of a view is a multiple of, as code computes it, where it computes
         it of no size of a tensor that has as many `channels`, and follows these by itself."""
@@ -68,6 +79,7 @@ class _Noted(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.places = set[Place]()
+        self.splits = set[tuple[tuple[int, ...], tuple[Place, ...] | None]]()  # sizes, and where each is from alone
         self.sizes = defaultdict[int, list[Mapping[Place, Fraction]]](list)  # of views -> slopes, as Marked has them
         self.lines = set[Line]()
         self.codes = set[Any]()
@@ -83,6 +95,9 @@ class _Noted(TorchFunctionMode):
             for number in numbers if of_size else ():
                 self.places |= number.slopes.keys()
                 self.sizes[int(number)] += [number.slopes] if func in VIEWS else []
+            for parts in (*args[1:], *kwargs.values()) if func in SPLITS else ():
+                if isinstance(parts, tuple | list):
+                    self.splits.add((tuple(map(int, parts)), _places(parts)))
             stack = list(frames.outwards())
             self.codes.update(frame.f_code for frame in stack)
             at = next(frame for frame in stack if frame.f_globals.get("__name__", "").partition(".")[0] not in _OURS)
@@ -108,6 +123,12 @@ def _marked(given: Any) -> Iterator[Marked]:
     parts = (given.start, given.stop) if isinstance(given, slice) else given
     for part in parts if isinstance(parts, tuple | list) else ():
         yield from _marked(part)
+
+
+def _places(parts: Sequence[int]) -> tuple[Place, ...] | None:
+    """Where each of several numbers is from, as it is; None where that is not so of all."""
+    alone = [dict(part.slopes) if isinstance(part, Marked) else {} for part in parts]
+    return tuple(next(iter(slopes)) for slopes in alone) if all(list(each.values()) == [1] for each in alone) else None
 
 
 def _number(module: nn.Module, name: str) -> int:

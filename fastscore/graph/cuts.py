@@ -2,7 +2,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,10 +39,6 @@ class Cuts:
         """Whether no module keeps the places of such a split or slice."""
         return self._is_fixed(node) and not self._widths(node)
 
-    def runs_again(self, run: Callable[[], object]) -> None:
-        """Take `run` for one more run of the model, where one is needed."""
-        self._calls.run = run
-
     def asked(self) -> AskedSizes:
         """What is known of the numbers that sizes are made of."""
         return self._calls.asked(self.model)
@@ -65,7 +61,8 @@ class Cuts:
             part = slice_of(function, whole)
             return cut.of_bounds([at for at in (part.begin, part.end) if 0 < at < whole]) if part.step == 1 else None
         if hasattr(function, "_saved_split_sizes"):
-            return cut.of_sizes(function._saved_split_sizes)
+            sizes = function._saved_split_sizes
+            return cut.of_sizes(sizes, self.asked().split_by(cut, sizes) if cut.may_be_of_several(sizes) else None)
         size = function._saved_split_size
         return cut.of_sizes([size] * (whole // size)) if whole % size == 0 else None
 

@@ -17,6 +17,7 @@ from fastscore.graph.index_maps import IndexMap
 from fastscore.graph.kept import obstacles
 from fastscore.graph.layer_types import OPTYPE, groups_of, of_groups, type_of
 from fastscore.graph.lost_ways import Key
+from fastscore.graph.made_tables import MadeTables
 from fastscore.graph.nodes import Nodes
 from fastscore.graph.noted_calls import NotedCalls, outputs_of, states_given
 from fastscore.modules import hooks
@@ -89,6 +90,11 @@ class Graph(Nodes):
                 node._name = self._param_to_name[node.module]
         self._connect_all({})
 
+    def runs_again(self, run: Callable[[], object]) -> None:
+        """Take `run` for one more run of the model, where one is needed; what goes together is known from then on."""
+        self._calls.run = run
+        ties.tie(self)
+
     def pass_by(self, layers: Iterable[Any], dims: Mapping[Any, int]) -> None:
         """Take nodes of layers for operations that are none, and find anew what depends on what. dims: node -> the
         dimension that holds the channels in its output."""
@@ -103,13 +109,13 @@ class Graph(Nodes):
                 node.type = OPTYPE.RESHAPE  # of views that were found to divide channels
             node.dependencies.clear()
         self._connect_all(dims)
+        ties.tie(self)
 
     def _connect_all(self, dims: Mapping[Any, int]) -> None:
         self._dims, self._met = dict(dims), []
         self._find_dims()
         for node in self.module2node.values():
             self._connect(node)
-        ties.tie(self)
 
     def _trace_computational_graph(self, module2node: Any, output: Tensor, gradfn2module: dict[Any, Any], *args: Any,
                                    **kwargs: Any) -> None:
@@ -129,6 +135,11 @@ class Graph(Nodes):
     def products(self) -> dict[nn.Module, set[int]]:
         """See NotedCalls."""
         return self._calls.products
+
+    @property
+    def tables(self) -> MadeTables:
+        """See NotedCalls."""
+        return self._calls.tables
 
     def note_unseen_readers(self, calls: Callable[[str], int | None]) -> None:
         """See NotedCalls."""

@@ -14,7 +14,7 @@ import numpy as np
 CHANNEL = 0xFFFFFFFF  # the bits of a position that hold its channel
 _BROADCASTING = ("Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Maximum", "Minimum", "Where", "Lerp", "Addcmul", "Expand")
 _REDUCING = ("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Aminmax", "Var", "Std", "LinalgVectorNorm", "Norm", "Prod",
-             "Logsumexp", "Softmax", "LogSoftmax", "Cumsum", "Sort", "Topk")
+             "Logsumexp", "Softmax", "LogSoftmax", "Cumsum", "Sort", "Topk", "Fft")
 
 _PRODUCTS = ("Mm", "Bmm", "Addmm", "Addbmm", "Baddbmm", "Mv", "Addmv", "Dot", "ScaledDotProduct", "Cdist", "Einsum",
              "Trilinear", "Convolution")

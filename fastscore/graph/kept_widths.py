@@ -14,7 +14,7 @@ from fastscore.graph.cutting.cut_widths import Cut, Width
 from fastscore.graph.groups import Member
 from fastscore.graph.layer_types import OPTYPE
 from fastscore.graph.nodes import NORM, PRODUCERS
-from fastscore.modules import written_numbers
+from fastscore.modules import returned_part, written_numbers
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.weights import recurrent
 
@@ -28,7 +28,7 @@ def of_group(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Ite
         graph: of the tracer.
         positions: of the group, as `graph` has them.
     """
-    known = set[tuple[str, str]]()
+    known, kept = set[tuple[str, str]](), set[nn.Module]()
     for (node, function), at in positions.items():
         for owner, width in (*_of_cuts(graph, node, function), *_of_zeros(graph, node, function)):
             asked = graph.asked()
@@ -38,8 +38,14 @@ def of_group(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Ite
             inside = (position >= width.begin) & (position < width.end)
             if (name, width.number) not in known and inside.any():
                 known.add((name, width.number))
+                kept.add(owner)
                 yield Member(name, "width", torch.from_numpy(position[inside] - width.begin),
                              torch.from_numpy(at[inside] & index_maps.CHANNEL), attribute=width.attribute)
+    for (node, _), at in positions.items():
+        for member in _of_tables(graph, node, at):
+            if (member.layer, member.attribute) not in known and graph.model.get_submodule(member.layer) not in kept:
+                known.add((member.layer, member.attribute))
+                yield member
     for name, parts in graph._transformers.items():  # whose code asks whether what it is called on has as many
         norms = (at for (node, _), at in positions.items() if node.type == NORM and node.module in parts)
         for at in itertools.islice(norms, 1):
@@ -51,15 +57,17 @@ def written(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> str 
     """Why a group does not go if zeros meet its channels of a width that stands in the code, or if a number that it
     hangs on is for something else, too; None where neither is so."""
     for node, function in positions:
+        makers = {maker for maker, *_ in _makers(graph, node)}
         for code, size, _ in _zeros_at(graph, node, function):
-            if code.of_size(size) is None:
+            if code.module not in makers and code.of_size(size) is None:
                 whose, way_out = ("a number that is written there", "let a module keep it (self.hidden), or take it "
                                   "from a layer") if size in code.written else (
                     "a number that it computes", "make them by torch.zeros_like, or let a module keep it")
                 return f"the code of {type(code.module).__name__} makes zeros of {size} channels that meet them, " \
                        f"{whose}: {way_out}"
         for owner, width in (*_of_cuts(graph, node, function), *_of_zeros(graph, node, function)):
-            if graph.asked().holds(owner, width) and (why := graph.asked().other_use(owner, width)) is not None:
+            if owner not in makers and graph.asked().holds(owner, width) and \
+                    (why := graph.asked().other_use(owner, width)) is not None:
                 name = width.name.rpartition(written_numbers.MARK)[2]
                 return f"{name} of {type(owner).__name__} is the size of a view, cut or zeros, and something else in " \
                        f"{why}: let this have a number of its own"
@@ -73,7 +81,7 @@ def _of_cuts(graph: Any, node: Any, function: Any) -> Iterator[Kept]:
         if source in graph._dims and graph._dims[source] < len(shape(source, node)):
             dim = graph._dims[node]
             channels = shape(source, node)[graph._dims[source]]
-            found = [*code.widths(dim, channels)]
+            found = sorted(code.widths(dim, channels), key=lambda kept: not graph.asked().of_views(*kept))
             if factors := code.factors(dim, channels):
                 found += graph.asked().products(factors, code.asked[dim], channels)
             yield from itertools.islice((kept for kept in found if graph.asked().holds(*kept)), 1)
@@ -101,3 +109,19 @@ def _zeros_at(graph: Any, node: Any, function: Any) -> Iterator[tuple[Cut, int, 
         at, joined = graph._dims[node] - len(shape(node)), met.dim == graph._dims[node]
         if -at <= len(met.shape) and (joined or met.shape[at] == shape(node)[at]):
             yield met.code, met.shape[at], met.begin if joined else 0
+
+
+def _makers(graph: Any, node: Any) -> Iterator[tuple[nn.Module, int, int]]:
+    """(module, dimension from the end, size) of each of them that has something for every channel at a node."""
+    met = graph.tables.met.get(node.grad_fn, ())
+    for maker, held in met if node in graph._dims and node.type not in (*PRODUCERS, OPTYPE.CONCAT) else ():
+        dim = graph._dims[node] - len(shape(node))
+        if -dim <= len(held) and held[dim] == shape(node)[dim] > 1:
+            yield maker, dim, held[dim]
+
+
+def _of_tables(graph: Any, node: Any, positions: np.ndarray) -> Iterator[Member]:
+    """The members of a group that are what modules make, where that meets the group's channels at a node."""
+    for maker, dim, size in _makers(graph, node):
+        yield Member(graph._module2name[maker], "width", torch.from_numpy(positions >> 32),
+                     torch.from_numpy(positions & index_maps.CHANNEL), attribute=returned_part.attribute(dim, size))

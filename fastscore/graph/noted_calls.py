@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from fastscore.batches.parts import tensors_of
 from fastscore.graph.asked_sizes import SLICES, SPLITS, VIEWS, ZEROS, AskedSizes
 from fastscore.graph.cutting.cut_widths import Cut, View, calling_module, calling_modules, cut_of, view_of
+from fastscore.graph.made_tables import MadeTables
 from fastscore.graph.nested import Nested
 from fastscore.modules.marked_numbers import Place
 
@@ -96,6 +97,7 @@ class NotedCalls(TorchFunctionMode):
         self._zeros: dict[int, tuple[Tensor, Cut]] = {}  # memory -> zeros there, and the code that made them
         self._like: dict[int, tuple[Tensor, Tensor]] = {}  # id of zeros that code made like another tensor -> they, it
         self.met: dict[Any, list[MetZeros]] = {}  # autograd's function of an operation, module whose code calls it
+        self.tables = MadeTables()
         self._nested = Nested()
         self._unused: dict[Any, Tensor] = {}  # autograd function -> what it made, and no later one is known to take
 
@@ -129,6 +131,7 @@ class NotedCalls(TorchFunctionMode):
         """Let go what autograd keeps of operations that were noted."""
         for noted in (self.cuts, self.concatenated, self._zeros, self._like, self.met, self._views, self.products):
             noted.clear()
+        self.tables.forget()
         self.run, self._asked = list, None
 
     def view_of(self, function: Any) -> View:
@@ -172,6 +175,7 @@ class NotedCalls(TorchFunctionMode):
             joined = list(args[0] if args else kwargs["tensors"]), dim
         if isinstance(output, Tensor) and output.dim():
             self._note_zeros(func, (args, tuple(kwargs.values())), output, joined)
+            self.tables.note((args, tuple(kwargs.values())), output)
         for weight in tensors_of((args, tuple(kwargs.values()))):
             if (layers := self._weights.get(id(weight))) and _computed_from(output, weight, args, kwargs):
                 reader = calling_module()

@@ -194,12 +194,31 @@ class Cascade(Cutting):
         return x + self.proj(torch.cat(made, 1).relu())
 
 
+class Alike(Cascade):
+    """With as wide values as keys: which number is whose, no value says."""
+
+    def numbers(self) -> None:
+        self.key_dim, self.val_dim = 4, 4
+        self.qkvs = nn.ModuleList(nn.Conv2d(4, 12, 1) for _ in range(2))
+        self.dws = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1, groups=4) for _ in range(2))
+        self.proj = nn.Conv2d(8, 8, 1)
+
+
+class Two(Partial):
+    """Two numbers that are alike."""
+
+    def numbers(self) -> None:
+        self.dim_conv = self.dim_rest = 4
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "a list": (Mixed, ["stem"]), "two numbers": (Partial, ["stem", "conv"]), "a number": (Scaled, ["stem", "convs.1"]),
     "half a number": (Halved, ["stem", "conv"]), "slices": (Sliced, ["stem", "conv"]),
     "the rest": (Rest, ["stem", "block.conv"]), "narrow": (Narrowed, ["stem", "block.conv"]),
     "crossed": (Crossed, ["stem", "conv"]), "of a whole": (Whole, ["stem", "conv"]),
-    "flattened": (Flattened, ["stem"]), "single head": (SingleHead, ["stem", "conv"]), "cascade": (Cascade, ["stem"])}
+    "flattened": (Flattened, ["stem"]), "single head": (SingleHead, ["stem", "conv"]), "cascade": (Cascade, ["stem"]),
+    "alike": (Alike, ["stem"]), "two alike": (Two, ["stem", "conv"])}
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -209,14 +228,15 @@ def test_parts_lose_channels(kind: str, tmp_path: Path) -> None:
     x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1)).double()
     result = check(build, x, groups, tmp_path, only=False)
     units = {group.name: int(group.unit.max()) + 1 for group in trace(noisy(build), x).groups}
-    assert units["stem"] == {"a number": 4, "half a number": 4, "cascade": 4}.get(kind, 8)
+    assert units["stem"] == {"a number": 4, "half a number": 4, "cascade": 4, "alike": 4}.get(kind, 8)
     before, after = (vars(noisy(build)), vars(result.model))
     numbers = [name for name, value in before.items() if name in after and not name.startswith("_")
                and type(value) in (int, list) and value != after[name]]
     assert numbers == {"a list": ["splits"], "two numbers": ["dim_conv", "dim_rest"], "a number": ["width"],
                        "half a number": ["expand_chs"], "slices": ["begins"], "crossed": ["half"],
                        "of a whole": ["dim", "pdim"], "flattened": ["splits"], "single head": ["dim", "pdim"],
-                       "cascade": ["val_dim"]}.get(kind, [])
+                       "cascade": ["val_dim"], "alike": ["val_dim"], "two alike": ["dim_conv", "dim_rest"],
+                       }.get(kind, [])
     assert kind not in ("the rest", "narrow") or result.model.block.state == result.model.block.conv.in_channels < 3
     again = fastscore.prune(result.model, fastscore.score(result.model, [x], progress=False), x, channels=0.7,
                             scope="layer", compensate=False).model

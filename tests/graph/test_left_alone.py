@@ -126,6 +126,21 @@ def test_a_sum_over_all_channels_that_is_returned_leaves_the_others_be() -> None
     assert graph.skipped["one"].startswith("an operation runs over all its channels (Sum")
 
 
+def test_a_fourier_transform_mixes_the_dimensions_that_it_runs_over() -> None:
+    """All channels, as FNet's; or places of an image, of which each channel has its own."""
+    class Fourier(nn.Module):
+        def __init__(self, dim: int) -> None:
+            super().__init__()
+            self.one, self.head, self.dim = nn.Linear(3, 6), nn.Linear(6, 2), dim
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.fft.fft(self.one(x), dim=self.dim).abs())
+
+    over_channels, over_places = (trace(Fourier(dim), torch.randn(2, 5, 3)) for dim in (-1, 1))
+    assert over_channels.skipped["one"] == "an operation runs over all its channels (FftR2CBackward0)"
+    assert [group.name for group in over_places.groups] == ["one"]
+
+
 class ByHand(nn.Module):
     """Attention of one head, written out."""
 

@@ -63,6 +63,31 @@ class Owned(nn.Module):
         return x + self.gamma if self.way == "places" else x * self.gamma
 
 
+class Waves(nn.Module):
+    """Places of an image by sines: it makes them of nothing that a layer made."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [C, H, W]."""
+        height, width = (torch.arange(size, dtype=x.dtype) / self.width for size in x.shape[2:])
+        return torch.sin(torch.arange(1, self.width + 1, dtype=x.dtype)[:, None, None] * (height[:, None] - width))
+
+
+class Located(nn.Module):
+    """Its input with places."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.waves = Waves(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same."""
+        return x + self.waves(x)
+
+
 class Layers(Generating):
     """Steps of a generator, each of which adds itself and gives its value, or None where nothing fits."""
 
@@ -111,5 +136,8 @@ class Layers(Generating):
             return None
         value = self.values[source]
         way = self.rng.choice(("gamma", "vector", "gain", "places", "tokens", "scalar", "both"))
+        if way == "scalar" and len(value.labels) > 4:
+            return self.add("located", (source,), value.labels, value.size, lambda layer, x: layer(x),
+                            Located(len(value.labels)))
         return self.add(f"owned {way}", (source,), value.labels, value.size, lambda layer, x: layer(x),
                         Owned(way, len(value.labels), value.size))

@@ -74,6 +74,8 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("BartForConditionalGeneration", "BartConfig", _BART, "pair"),
     ("MarianMTModel", "MarianConfig", {**_BART, "pad_token_id": 0, "decoder_start_token_id": 0}, "pair"),
     ("PegasusForConditionalGeneration", "PegasusConfig", {**_BART, "pad_token_id": 0}, "pair"),
+    ("PegasusXForConditionalGeneration", "PegasusXConfig", {
+        **_BART, "pad_token_id": 0, "block_size": 4, "num_global_tokens": 2}, "pair"),
     ("TrOCRForCausalLM", "TrOCRConfig", _BART, "text"),
     ("WhisperForConditionalGeneration", "WhisperConfig", {
         **_BART, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20, "pad_token_id": 0,

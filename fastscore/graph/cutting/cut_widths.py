@@ -62,21 +62,31 @@ class Cut:
 
     def keeper(self, width: Width) -> nn.Module:
         """The module that keeps a number."""
-        return self.children.get(width.name, self.module)
+        return self.keeper_of(width.name)
+
+    def keeper_of(self, name: str) -> nn.Module:
+        """The module that has an attribute of those that are kept."""
+        return self.children.get(name, self.module)
 
     def places(self) -> set[tuple[nn.Module, str]]:
         """Of all numbers that are kept."""
-        return {(self.children.get(name, self.module), name) for name in self.kept}
+        return {(self.keeper_of(name), name) for name in self.kept}
 
-    def of_sizes(self, sizes: Sequence[int]) -> list[Width] | None:
+    def may_be_of_several(self, sizes: Sequence[int]) -> bool:
+        """Whether two numbers are kept of a part of a split, which are as large."""
+        return any(len(self.all_of_size(size)) > 1 for size in set(sizes))
+
+    def of_sizes(self, sizes: Sequence[int], by: Sequence[str] | None = None) -> list[Width] | None:
         """What is kept of a split into parts of these sizes; None where that is nothing. Of parts that are all alike
         and known by one number the first stands for all; one part may be what is left of the others, or of a number
-        for all of them."""
+        for all of them. by: the name of each part's number, where it is known."""
         begins = [sum(sizes[:i]) for i in range(len(sizes))]
         places = list(zip(begins, [*begins[1:], sum(sizes)], strict=True))
         for name, value in self.kept.items():
             if value == list(sizes):
                 return [Width(f"{name}.{i}", *place) for i, place in enumerate(places)]
+        if by is not None and len(set(by)) > 1:
+            return [Width(name, *place) for name, place in zip(by, places, strict=True)]
         if len(set(sizes)) == 1:
             found = next((form for times, form in ((1, "{}"), (2, "{}//2")) if self._named(sizes[0] * times)), None)
             return None if found is None else [Width(found.format(self._named(sizes[0] * (1 if found == "{}" else 2))),

@@ -1,0 +1,62 @@
+"""Modules that make something for each channel of nothing that layers made, as sinusoids of positions: with fewer
+channels they go on making all, and return a part.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.modules.narrower import without
+
+RETURNED = "returned "  # before the dimension, from the end, and its size, in what surgery takes out of a module
+_KEPT, _DIM = "_returned_entries", "_returned_dim"
+
+
+class _ReturnsPart:
+    """What the classes made here have beside their modules' own: the class they come from."""
+
+    _makes: type[nn.Module]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the module returns, less what it has lost."""
+        whole: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return whole.index_select(vars(self)[_DIM], vars(self)["_buffers"][_KEPT].to(whole.device))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _new, (self._makes,), self.__dict__.copy()
+
+
+def _new(cls: type[nn.Module]) -> nn.Module:
+    made: nn.Module = object.__new__(_returns_part(cls))
+    return made
+
+
+_made: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _returns_part(cls: type[nn.Module]) -> type[nn.Module]:
+    if cls not in _made:
+        _made[cls] = type(cls.__name__, (_ReturnsPart, cls), {"_makes": cls, "__module__": cls.__module__,
+                                                             "__doc__": cls.__doc__})
+    return _made[cls]
+
+
+def makes_alone(module: nn.Module) -> bool:
+    """Whether a module has no parameters, and no buffers: what it returns is of its code, and of what it is given."""
+    return not any(part._parameters or part._buffers.keys() - {_KEPT} for part in module.modules())
+
+
+def attribute(dim: int, size: int) -> str:
+    """What a member is called that is what a module returns along a dimension, from the end, of a size."""
+    return f"{RETURNED}{dim} {size}"
+
+
+def narrow(module: nn.Module, attribute: str, gone: Tensor) -> None:
+    """Have a module return less, in place. attribute: as `attribute` makes it; gone: positions of what it returns."""
+    dim, size = map(int, attribute.removeprefix(RETURNED).split())
+    if _KEPT not in module._buffers:
+        module.register_buffer(_KEPT, torch.arange(size), persistent=False)
+        setattr(module, _DIM, dim)
+        module.__class__ = _returns_part(type(module))
+    module.register_buffer(_KEPT, without(getattr(module, _KEPT), 0, gone), persistent=False)
