@@ -88,17 +88,17 @@ def decided_by(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, st
     """Group of heads -> why it stays: the code compares with a number that goes with them, or cuts something at it, of
     which no run need have shown more than one side."""
     code: ReachableCode | None = None
-    known, found = dict[tuple[type, str], str | None](), dict[str, str]()
+    known, found = dict[tuple[str, str], str | None](), dict[str, str]()
     for group in groups:
         counts = [(f"{member.layer}.{child}".strip("."), name) for member in group.role("heads") for child, name in
                   heads.counted(model.get_submodule(member.layer), member.attribute != heads.COUNTS_ALONE)]
         counts += [(member.layer, member.attribute) for member in group.role("width") if counts]
         for owner, name in sorted(counts):
             module = model.get_submodule(owner)
-            if "." not in name and (type(module), name) not in known:
+            if "." not in name and (owner, name) not in known:
                 code = code or ReachableCode(model)
-                known[type(module), name] = Uses(code, module, name, (), decisions=True).other()
-            if (why := known.get((type(module), name))) is not None:
+                known[owner, name] = Uses(code, module, name, (), decisions=True).other()
+            if (why := known.get((owner, name))) is not None:
                 found[group.name] = f"{name} of {type(module).__name__} counts heads, or their channels, and decides " \
                                     f"something in {why}: let this have a number of its own"
     return found

@@ -163,7 +163,7 @@ class Counted(Attend):
     """Its code runs with fewer heads, and with narrower ones, and with both computes something else."""
 
     def forward(self, x: Tensor, tables: Any = None) -> Tensor:
-        return super().forward(x * (0.5 if self.num_heads < 4 and self.head_dim < 4 else 1.0), tables)
+        return super().forward(x * (1.0 + (4 - self.num_heads) * (4 - self.head_dim)), tables)
 
 
 def test_what_does_not_go_together_is_said() -> None:

@@ -35,19 +35,19 @@ class Attention(nn.Module):
 
 
 class Model(nn.Module):
-    """Three attentions, of which the last takes no more than the second gave it."""
+    """Three attentions, of which the last takes what the second gave it, or a part, by how many heads it has."""
 
     def __init__(self, last: int = HEADS) -> None:
         super().__init__()
         self.embed, self.head = nn.Linear(4, DIM), nn.Linear(DIM, 3)
         self.first, self.second, self.third = Attention(True), Attention(False), Attention(False, last)
-        self.alone = Attention(True)
+        self.alone, self.part = Attention(True), last < HEADS
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
         y, bias = self.first(x)
         y, bias = self.second(x + y.tanh(), bias)
-        z, _ = self.third(x + y, bias[:, :self.third.n_heads] if self.third.n_heads < HEADS else bias)
+        z, _ = self.third(x + y, bias[:, :2] * self.third.n_heads if self.part else bias)
         return self.head(self.alone(x + z.tanh())[0]).mean(1)
 
 
