@@ -276,7 +276,21 @@ def _in_vain(node: ast.AST, parents: Parents) -> bool:
 
 
 def _decides(use: ast.AST) -> bool:
-    return isinstance(use, ast.Compare | ast.Subscript) or (isinstance(use, ast.Call) and _name(use) in ("min", "max"))
+    if isinstance(use, ast.Compare):
+        return not _asks_whether_repeated(use)
+    return isinstance(use, ast.Subscript) or (isinstance(use, ast.Call) and _name(use) in ("min", "max"))
+
+
+def _asks_whether_repeated(compare: ast.Compare) -> bool:
+    """Whether a tensor's first size is compared with a product, as by diffusers, which asks so whether a mask of each
+    sample has been repeated for each head yet: right for any number of heads, or an error."""
+    sides = (compare.left, *compare.comparators)
+    return len(sides) == 2 and any(
+        isinstance(size, ast.Subscript) and isinstance(size.value, ast.Attribute) and size.value.attr == "shape"
+        and isinstance(size.slice, ast.Constant) and size.slice.value == 0
+        and isinstance(product, ast.BinOp) and isinstance(product.op, ast.Mult)
+        and not any(isinstance(factor, ast.Constant) for factor in (product.left, product.right))
+        for size, product in (sides, sides[::-1]))
 
 
 def _is_name(node: ast.AST) -> bool:

@@ -38,6 +38,14 @@ class Sliced(Attention):
         return torch.cat([2 * y[:, :self.num_heads], y[:, self.num_heads:]], 1) if len(y) > 5 else y
 
 
+class Repeated(Attention):
+    def more(self, y: Tensor) -> Tensor:
+        mask = torch.ones(len(y), 1)
+        if mask.shape[0] < len(y) * self.num_heads:
+            mask = mask.repeat_interleave(self.num_heads, 0)
+        return y * mask.unflatten(0, (len(y), self.num_heads)).mean(1)[:, None]
+
+
 class Least(Attention):
     def more(self, y: Tensor) -> Tensor:
         return y * min(len(y), self.num_heads)
@@ -64,8 +72,11 @@ def test_heads_stay_by_whose_number_code_decides(kind: type[Attention], quoted: 
     assert re.search(quoted, reason), reason
 
 
-def test_a_number_that_only_says_whether_something_is_wrong_decides_nothing() -> None:
-    model = Net(Attention).eval()
+@pytest.mark.parametrize("kind", [Attention, Repeated])
+def test_a_number_that_only_says_whether_something_is_wrong_or_repeated_decides_nothing(kind: type[Attention]) -> None:
+    model = Net(kind).eval()
     scores = fastscore.score(model, [X], progress=False)
     small = fastscore.prune(model, scores, X, channels=0.5, compensate=False)
     assert small.model.attn.num_heads == 2
+    with torch.no_grad(), fastscore.mask(model, scores, 0.5, X, compensate=False):
+        torch.testing.assert_close(small.model(X), model(X))
