@@ -1,7 +1,7 @@
 """`python -m benchmarks.passes.tracing`: how long it takes to find what can go, beside a forward pass of one sample.
 
 forward: the median of passes without gradients, in evaluation mode. trace: of a fresh model each time, the least. over
-eight: what is left of the trace after eight such passes, the constant that docs/speed.md states. calls: how often the
+ten: what is left of the trace after ten such passes, the constant that docs/speed.md states. calls: how often the
 model's own code ran, on batches of whatever size.
 """
 
@@ -46,7 +46,7 @@ def networks(size: int) -> Iterator[tuple[str, Callable[[], nn.Module], Any, Any
 
 def measure(build: Callable[[], nn.Module], batch: Any, forward: Any, units: Units = "groups", repeats: int = 3,
             samples: int = 1) -> Mapping[str, float]:
-    """Seconds of a pass and of a trace, what the trace takes over eight passes, and calls of the model in it."""
+    """Seconds of a pass and of a trace, what the trace takes over ten passes, and calls of the model in it."""
     traces, passes, calls = [], [], 0
     first = batch_of(batch, samples)  # which begins with the example
 
@@ -66,7 +66,7 @@ def measure(build: Callable[[], nn.Module], batch: Any, forward: Any, units: Uni
         trace(model, batch, counted, first, units)
         traces.append(time.perf_counter() - began)
     once = statistics.median(passes)
-    return {"forward": once, "trace": min(traces), "over eight": min(traces) - 8 * once, "calls": calls}
+    return {"forward": once, "trace": min(traces), "over ten": min(traces) - 10 * once, "calls": calls}
 
 
 def main() -> None:
@@ -80,11 +80,11 @@ def main() -> None:
     arguments = parser.parse_args()
     machine.settle(arguments)
     print(machine.describe("cpu"))
-    print(f"{'':20} {'forward':>9} {'trace':>9} {'over eight':>10} {'passes':>7} {'calls':>6}")
+    print(f"{'':20} {'forward':>9} {'trace':>9} {'over ten':>10} {'passes':>7} {'calls':>6}")
     for name, build, batch, forward in networks(arguments.size):
         if arguments.only in name:
             row = measure(build, batch, forward, arguments.units, arguments.repeats, arguments.samples)
-            print(f"{name:20} {row['forward']:>8.3f}s {row['trace']:>8.2f}s {row['over eight']:>9.2f}s "
+            print(f"{name:20} {row['forward']:>8.3f}s {row['trace']:>8.2f}s {row['over ten']:>9.2f}s "
                   f"{row['trace'] / row['forward']:>7.0f} {row['calls']:>6.0f}", flush=True)
 
 

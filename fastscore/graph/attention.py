@@ -7,7 +7,7 @@ random weights, must read the same without some heads.
 """
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,7 @@ from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.found_heads import Found
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.head_dims import Projections
+from fastscore.graph.trials.recording import Recording
 from fastscore.modules.attention import handed, multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import parameter_owners, parametrized, shared_parameters
@@ -60,24 +61,21 @@ def within(module: str, group: ChannelGroup) -> ChannelGroup:
     return replace(group, name=qualified(group.name), members=members)
 
 
-def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[str] = (), dims: bool = False,
-         run_again: Callable[[nn.Module], Any] | None = None) -> Found:
+def find(recording: Recording, unused: Container[str] = (), dims: bool = False) -> Found:
     """The groups of heads in a model.
 
     Args:
-        model: an evaluation copy.
-        run: run(model) runs it on example inputs.
+        recording: of a run of the model.
         unused: layers that the output does not depend on.
         dims: look for the dimensions of heads, too, which takes most of the time.
-        run_again: the same, where less need be computed, since layers give what they gave.
     """
-    every = Found()
+    every, model = Found(), recording.model
     guesses = {name: found for name, module in model.named_modules()
                if (found := [_adapted(module, guess) for guess in _guesses(name, module)])}
     if not guesses:
         return every
     calls = attention_calls.record(model, {name: _heads_of(found[0].group) for name, found in guesses.items()},
-                                   run_again or run)
+                                   recording.run_again)
     owners = parameter_owners(model)
     groups, skipped = every.groups, every.skipped
     biases = {name: maker for given in calls.given for name in given
@@ -107,7 +105,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], unused: Container[st
             group: ChannelGroup | None = replace(
                 fitting[0], members=tuple(member for group in fitting for member in group.members))
             if names[0] in biases and group is not None:
-                group = given_biases.with_embedding(model, run, group, biases[names[0]])
+                group = given_biases.with_embedding(recording, group, biases[names[0]])
             if group is not None:
                 groups.append(group)
                 for first in firsts:
@@ -314,14 +312,18 @@ def computed(module: nn.Module, group: ChannelGroup, owners: Mapping[int, int]) 
     return None
 
 
-def difference(module: nn.Module, group: ChannelGroup, call: Call) -> str | None:
-    """How the input of the output projection differs where some heads are gone, at those that are not; None if not."""
+def difference(module: nn.Module, group: ChannelGroup, call: Call, known: dict[Any, Any] | None = None) -> str | None:
+    """How the input of the output projection differs where some heads are gone, at those that are not; None if not.
+    known: what other guesses of this module, and of this call, have shown; more is added."""
     outputs, each = [edge.layer for edge in group.role("consumer")], next(group.role("heads"))
     units = int(group.unit.max()) + 1
     if units == 1:
         return "it has one head, or one for all keys and values"
-    dense = randomized(evaluation_copy(module))
-    before = call.inputs_of(outputs, dense)
+    known = {} if known is None else known
+    if tuple(outputs) not in known:
+        dense = known.setdefault("dense", randomized(evaluation_copy(module)))
+        known[tuple(outputs)] = call.inputs_of(outputs, dense)
+    dense, before = known["dense"], known[tuple(outputs)]
     if unread := [layer for layer, x in before.items() if x is None]:
         return f"{type(module).__name__} does not call {unread[0]}: it reads its weights elsewhere"
     for bit in range((units - 1).bit_length()):  # any two heads part at some bit

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from fastscore.batches.devices import with_float64
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.graph.trials.recording import Recording
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.modules.hooks import input_of, with_input
-from fastscore.modules.narrower import staying
+from fastscore.modules.hooks import input_of
+from fastscore.modules.inspection import channel_dim
+from fastscore.modules.narrower import staying, without
 
 _NAME = "relative_attention_bias"
 _ROUNDING = 1e-3  # of a channel's length
@@ -37,57 +39,73 @@ def maker(model: nn.Module, attentions: Iterable[str], heads: int) -> str | None
     return None
 
 
-def with_embedding(model: nn.Module, run: Callable[[nn.Module], Any], group: ChannelGroup, embedding: str
-                   ) -> ChannelGroup | None:
+def with_embedding(recording: Recording, group: ChannelGroup, embedding: str) -> ChannelGroup | None:
     """The group of heads with the columns of an embedding; None where the model, with other numbers there, reads other
     heads without some.
 
     Args:
-        model: an evaluation copy.
-        run: run(model) runs it on example inputs.
+        recording: of a run of the model.
         group: the heads of all attentions that are given its biases.
         embedding: its name.
     """
     each = next(group.role("heads"))
     column = Member(embedding, "producer", torch.arange(len(each.index)), each.channel)
     group = replace(group, members=(*group.members, column))
-    dense = evaluation_copy(model)
+    dense = evaluation_copy(recording.model)
     weight: Any = dense.get_submodule(embedding).weight
     drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     weight.data = drawn.to(weight)
-    for last in (False, True):
-        gone = (group.unit % 2 == int(last)).nonzero()[:, 0]
-        stays = staying(group.channels, gone)
+    with recording.computing([embedding]):
         try:
-            small = surgery.remove_channels(evaluation_copy(dense), [group], {group.name: gone})
-            got, want = _read(small, run, group), _read(dense, run, group, gone)
+            want = _read(recording, dense, group, {})
+            for last in (False, True):
+                gone = (group.unit % 2 == int(last)).nonzero()[:, 0]
+                stays, positions = staying(group.channels, gone), surgery.removed_indices([group], {group.name: gone})
+                small = surgery.remove_indices(evaluation_copy(dense), positions)
+                got = _read(recording, small, group, positions)
+                if any(layer not in got or not _close(got[layer], whole[..., stays.to(whole.device)])
+                       for layer, whole in want.items()):
+                    return None
         except Exception:  # whatever the model's code does with fewer heads
             return None
-        for layer, whole in want.items():
-            if layer not in got or not _close(got[layer], whole[..., stays.to(whole.device)]):
-                return None
     return group
 
 
-def _read(model: nn.Module, run: Callable[[nn.Module], Any], group: ChannelGroup, zero: Tensor | None = None
+def _read(recording: Recording, model: nn.Module, group: ChannelGroup, gone: surgery.RemovedIndices
           ) -> dict[str, Tensor]:
-    """What each layer that reads the heads reads in a run; where some are zero, if that is said."""
+    """What each layer that reads the heads reads in a run of `model`, a copy of the recorded one without `gone`."""
     seen: dict[str, Tensor] = {}
 
     def see(layer: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            x = input_of(args, kwargs)
-            seen.setdefault(layer, x.detach())
-            return None if zero is None else with_input(args, kwargs, x.index_fill(-1, zero.to(x.device), 0))
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.setdefault(layer, input_of(args, kwargs).detach())
 
         return hook
 
-    with torch.no_grad(), ExitStack() as hooks:
+    with ExitStack() as hooks:
         for edge in group.role("consumer"):
             hooks.enter_context(model.get_submodule(edge.layer).register_forward_pre_hook(see(edge.layer),
                                                                                           with_kwargs=True))
-        run(model)
+        _run_without(recording, model, gone)
     return seen
+
+
+def _run_without(recording: Recording, model: nn.Module, gone: surgery.RemovedIndices) -> Tensor:
+    """The output of a run of `model`, a copy of the recorded one whose layers lack outputs: they give the rest of what
+    they gave."""
+    def forward_of(name: str) -> Callable[..., Tensor]:
+        calls, layer, positions = iter(recording.outputs[name]), model.get_submodule(name), gone.get((name, "outputs"))
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            full = next(calls, None)
+            if full is None:  # one call more than before
+                computed: Tensor = type(layer).forward(layer, *args, **kwargs)
+                return computed
+            return full.clone() if positions is None else without(full, channel_dim(layer), positions)
+
+        return forward
+
+    return recording.replay({name: forward_of(name) for name in recording.outputs}, model)
 
 
 def _close(x: Tensor, expected: Tensor) -> bool:

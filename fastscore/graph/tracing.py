@@ -96,7 +96,7 @@ def trace(model: nn.Module, example_inputs: Batch, forward: Forward = call_model
 def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
                  samples: Batch | None, searched: frozenset[str]) -> ChannelGraph:
     """See trace. searched: the coarser and finer units that are looked for."""
-    check_first_run(model, example_inputs, forward)
+    written = check_first_run(model, example_inputs, forward)
     computed_in_run.note(model, forward, example_inputs, samples)
     eval_model = evaluation_copy(model)
     for parameter in eval_model.parameters():
@@ -107,31 +107,38 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
         return [checked_forward(forward)(model, batch)]
 
     def run_as_in_training(model: nn.Module, batch: Batch = example_inputs) -> list[Tensor]:
-        with training_only.as_in_training(model) as returned:
+        return [tensor for tensor in run_for_all(model, batch, True)
+                if tensor.requires_grad or not torch.is_grad_enabled()]
+
+    def run_for_all(model: nn.Module, batch: Batch, trained: bool) -> list[Tensor]:
+        with training_only.as_in_training(model, trained) as returned:
             try:
                 returned.append(forward(model, batch))
             except Exception:  # of a forward= that expects what evaluation gives
                 if not returned:
                     raise
-        tensors = {id(tensor): tensor for tensor in floating_tensors(returned)}
-        return [tensor for tensor in tensors.values() if tensor.requires_grad or not torch.is_grad_enabled()]
+        return list({id(tensor): tensor for tensor in floating_tensors(returned)}.values())
 
     counted = CountedRun(eval_model, example_inputs, forward)
     with torch.enable_grad(), without_checkpoints(), recurrent.sketched(eval_model), \
             working(f"tracing {type(model).__name__}"):
         try:
-            found, ran, explained = _traced(eval_model, run, searched, way_out(forward, example_inputs))
+            found, ran, explained, recording = _traced(eval_model, run, searched, written,
+                                                       way_out(forward, example_inputs))
         except ValueError as error:
             if how := running.only_whole(eval_model, run, example_inputs, samples):
                 raise ValueError(f"{type(model).__name__}: {how}") from error
             raise
         if inactive := training_only.callable_layers(eval_model) - ran:
             with suppress(Exception):  # of a model's code that does not train
-                more, ran_in_training, explained_then = _traced(eval_model, run_as_in_training, searched)
+                more, ran_in_training, explained_then = (found, ran, explained) if training_trial.takes_same_way(
+                    recording, lambda model, trained: run_for_all(model, example_inputs, trained)) else \
+                    _traced(eval_model, run_as_in_training, searched, written)[:3]
                 if ran <= ran_in_training and (more.groups or not found.groups):
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
-        found = training_trial.with_parameters(eval_model, found, run, run_as_in_training)
+        found = training_trial.with_parameters(recording, found, run_as_in_training)
+        del recording
         found = replace(found, groups=traced_groups.all_held(eval_model, found.groups),
                         head_dims=traced_groups.all_held(eval_model, found.head_dims))
         found = returned_trial.offered(model, eval_model, computed_in_run.less(eval_model, found), run,
@@ -160,22 +167,23 @@ def _to_try(tensor: Tensor) -> Tensor:
 
 
 def _traced(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], searched: Container[str],
-            otherwise: str = "") -> tuple[ChannelGraph, set[str], set[str]]:
+            written: Collection[str], otherwise: str = "") -> tuple[ChannelGraph, set[str], set[str], Recording]:
     """(the groups of one way of running an evaluation copy, the layers that ran, those that are kept with a
-    reason that came of trying them). searched: see ChannelGraph. otherwise: what is said where the
-    model cannot be called so."""
-    plain = _traced_as_it_is(eval_model, run, searched, otherwise)
+    reason that came of trying them, the recording of a run). searched: see ChannelGraph. written: Linears whose
+    outputs are written to, as far as that is known. otherwise: what is said where the model cannot be called so."""
+    plain = _traced_as_it_is(eval_model, run, searched, written, otherwise)
     if not plain[2]:
         return plain
     with own_tensors.buffers_as_parameters(eval_model) as any_buffers, suppress(Exception):  # of code that writes there
-        more = _traced_as_it_is(eval_model, run, searched) if any_buffers else plain
+        more = _traced_as_it_is(eval_model, run, searched, written) if any_buffers else plain
         if {group.name for group in more[0].groups} > {group.name for group in plain[0].groups}:
             return more
     return plain
 
 
 def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tensor]], searched: Container[str],
-                     otherwise: str = "") -> tuple[ChannelGraph, set[str], set[str]]:
+                     written: Collection[str], otherwise: str = ""
+                     ) -> tuple[ChannelGraph, set[str], set[str], Recording]:
     """`_traced`, where buffers are constants."""
     graph = dependencies.Graph()
     has_run, unused = False, set[str]()
@@ -193,18 +201,19 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         return torch.cat([output.flatten() for output in run(eval_model)])
 
     recording = Recording(eval_model, whole)
+    recording.lost.update(written)
     try:
-        recording.find_several()
         try:
             with recording.record():
-                graph.build(eval_model, first_run, inside=recording.several)
-        except Exception:  # of a model with nested tensors, whose layers are named below; any other's is its own
-            if not recording.nested:
+                graph.build(eval_model, first_run)
+        except Exception:  # of a model with nested tensors, or layers that make several; any other's is its own
+            recording.find_several()
+            if not recording.nested and not recording.several:
                 raise
         for name in nested.seeing(eval_model, recording.layers, run) if recording.nested else ():
             recording.nested.add(name)
             recording.forget(name)
-        if recording.lost or recording.nested:
+        if not recording.lost <= set(written) or recording.nested or recording.several:
             graph.release()
             graph = dependencies.Graph()
             with recording.record():
@@ -216,17 +225,17 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         advice = "" if has_run or isinstance(error, RuntimeError) else otherwise  # as of shapes
         raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}{advice}") from error
     graph.note_unseen_readers(recording.calls_of)
-    graph.runs_again(recording.run_between)
+    graph.runs_again(lambda: running.run_between(recording))
     if unverified := reasons.of_gradients_of_its_own(recording):
         graph.release()
-        return ChannelGraph((), unverified, {}), recording.layers_that_ran, set(unverified)
+        return ChannelGraph((), unverified, {}), recording.layers_that_ran, set(unverified), recording
     idle = frozenset(unused)
     if unused and recording.shows_without_gradient(unused):
         recording.detached = idle
         unused.clear()
     branches, kept_blocks = blocks.find(eval_model, whole) if "blocks" in searched else ([], {})
     mixtures, kept_experts = whole_experts.find(eval_model, whole) if "experts" in searched else ((), {})
-    attentions = attention.find(eval_model, whole, unused, "head_dims" in searched, recording.run_again)
+    attentions = attention.find(recording, unused, "head_dims" in searched)
 
     def followed() -> ChannelGraph:
         return traced_groups.of_graph(eval_model, graph, attentions.layers(), recording, unused, idle)
@@ -288,7 +297,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     residual, refused_blocks = blocks.that_go(eval_model, whole, branches, found.groups)
     found = replace(found, blocks=residual,
                     kept_whole={"blocks": {**kept_blocks, **refused_blocks}, "experts": kept_experts})
-    return found, ran, {*left, *kept, *(readers.keys() - ran)}
+    return found, ran, {*left, *kept, *(readers.keys() - ran)}, recording
 
 
 def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGroup]) -> ChannelGraph:

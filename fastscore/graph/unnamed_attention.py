@@ -46,6 +46,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], products: Mapping[nn
     done = list[str]()
     failed = dict[Any, str]()
     known = dict[Any, ChannelGroup | list[str] | None]()  # of modules that are built alike
+    borne_out = set[Any]()  # kinds of modules, and of calls: those have the same random weights, and are tried once
     kind_of = head_numbers.kinds({name: model.get_submodule(name) for name in sizes})
     # those within others first
     for name in sorted(sizes, key=lambda name: len(name.split(".")) if name else 0, reverse=True):
@@ -66,10 +67,12 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], products: Mapping[nn
         whole = attention.within(name, likely)
         if any(edge.layer in unused for edge in whole.edges):
             continue
-        found = failed.get(key) or attention.computed(module, likely, owners) or head_numbers.with_numbers(
-            module, likely, partial(attention.difference, module, call=call))
+        found = failed.get(key) or attention.computed(module, likely, owners) or (
+            likely if (key, call.kind) in borne_out else head_numbers.with_numbers(
+                module, likely, partial(attention.difference, module, call=call, known={})))
         if isinstance(found, ChannelGroup):
             known[key] = found
+            borne_out.add((key, call.kind))
             every.groups.append(attention.within(name, found))
             if not (dims and _find_dims(every, name, module, found, call)):
                 every.whole_heads[whole.name] = _UNNAMED

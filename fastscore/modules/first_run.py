@@ -1,7 +1,7 @@
 """The first run of a copy of a model: whether it keeps to the copy, leaves its batch alone, and makes no new layers."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 
 
 @torch.inference_mode(False)
-def check_first_run(model: nn.Module, batch: Batch, forward: Forward) -> None:
+def check_first_run(model: nn.Module, batch: Batch, forward: Forward) -> set[str]:
     """Run an evaluation copy of a model once, on a copy of a batch, so that nothing has happened to the model or the
     batch where such runs would do something to them. A model that does not run is not told here.
 
@@ -65,6 +65,9 @@ def check_first_run(model: nn.Module, batch: Batch, forward: Forward) -> None:
         batch: what `forward` takes.
         forward: calls the model. Where that is call_model, it hands copies to models of this class from here on if this
             one writes to its batch.
+
+    Returns:
+        Linears with a bias whose output, of rows in several dimensions, was written to.
 
     Raises:
         ValueError: the copy runs layers of the model itself; its first run makes layers; or `forward` writes to the
@@ -79,7 +82,8 @@ def check_first_run(model: nn.Module, batch: Batch, forward: Forward) -> None:
     with undone_on_error(model):
         watch, noting = _OwnTensors(own), noted_uses.Noting(copied)
         parameters = {name for name, _ in copied.named_parameters()}
-        with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), suppress(Exception), watch, noting:
+        with torch.enable_grad(), without_checkpoints(), fork_rng(device_of(model)), _written(copied) as written, \
+                suppress(Exception), watch, noting:
             forward(copied, given)  # whoever runs it next tells exceptions of its code
         held = next((f"{name}.{where}".lstrip(".") for name, module, values in before
                      if (where := _changed(values, _values(module)))), None)
@@ -95,12 +99,36 @@ def check_first_run(model: nn.Module, batch: Batch, forward: Forward) -> None:
     if made := sorted({name for name, _ in copied.named_parameters()} - parameters):
         raise ValueError(f"model: {made[0]} is made when the model first runs: call it once, model(batch), first")
     if all(tensor._version == version for tensor, version in versions):
-        return
+        return written
     if not is_call_model(forward):
         raise ValueError(f"{type(model).__name__}: it writes in place to the batch that it is called on (`x -= mean`, "
                          "or a first layer with inplace=True), which would change yours: write `x = x - mean`, or hand "
                          "it copies in forward=, as in model(batch.clone())")
     hand_copies_to(type(model))
+    return written
+
+
+@contextmanager
+def _written(model: nn.Module) -> Iterator[set[str]]:
+    """After the block, the Linears with a bias of whose outputs in it, of rows in several dimensions, one was written
+    to."""
+    made, names = list[tuple[str, Tensor, int]](), set[str]()
+
+    def noting(name: str) -> Any:
+        def hook(layer: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.dim() > 2 and not output.is_inference():
+                made.append((name, output, output._version))
+
+        return hook
+
+    handles = [layer.register_forward_hook(noting(name)) for name, layer in model.named_modules()
+               if type(layer).forward is nn.Linear.forward and layer._parameters.get("bias") is not None]
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
+        names |= {name for name, output, version in made if output._version != version}
 
 
 def _named_tensors(model: nn.Module) -> dict[int, str]:

@@ -64,8 +64,8 @@ def test_shares_drawn_at_once_are_like_batches_drawn_each() -> None:
 
 
 def test_each_trace_is_of_a_fresh_model() -> None:
-    """And not found in the cache; what is over eight passes is that."""
+    """And not found in the cache; what is over ten passes is that."""
     once, twice = (tracing.measure(lambda: tracing.decoder(1), {"input_ids": torch.arange(4)[None]}, forward,
                                    repeats=repeats) for repeats in (1, 2))
     assert once["calls"] == twice["calls"] > 5
-    assert once["over eight"] == once["trace"] - 8 * once["forward"]
+    assert once["over ten"] == once["trace"] - 10 * once["forward"]

@@ -2,7 +2,7 @@
 
 import cProfile
 import pstats
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers_models
@@ -40,22 +40,27 @@ def encoder() -> nn.Module:
 
 @pytest.mark.parametrize(("build", "x"), [(Residual, torch.ones(1, 3, 16, 16)), (encoder, torch.randn(1, 5, 8))])
 @pytest.mark.parametrize("samples", [1, 8])
-def test_a_trace_multiplies_less_than_in_eight_passes(build: Callable[[], nn.Module], x: Tensor, samples: int) -> None:
+def test_a_trace_multiplies_less_than_in_six_passes(build: Callable[[], nn.Module], x: Tensor, samples: int) -> None:
     """However many samples there are beside the example."""
     model = build().eval()
     with FlopCounterMode(display=False) as traced:
         found = trace(model, x, samples=torch.cat([x, torch.randn(samples - 1, *x.shape[1:])]))
     assert found.groups
     assert not found.samples.together
-    assert traced.get_total_flops() < 8 * 2 * count(model, x).macs
+    assert traced.get_total_flops() < 6 * 2 * count(model, x).macs
 
 
-FAMILIES = {f"transformers:{name}": 10 for name in (
+FAMILIES = {f"transformers:{name}": 10.0 for name in (
     "LlamaForCausalLM", "T5ForConditionalGeneration", "WhisperForConditionalGeneration",
     "BertForSequenceClassification", "SwinForImageClassification", "Dinov2ForImageClassification",
-    "MobileNetV2ForImageClassification")}
-FAMILIES |= {"diffusers:UNet2DConditionModel": 10, "diffusers:SD3Transformer2DModel": 10}
-FAMILIES |= {"transformers:RobertaForSequenceClassification": 21, "transformers:MixtralForCausalLM": 22}
+    "MobileNetV2ForImageClassification", "MixtralForCausalLM")}
+FAMILIES |= {"diffusers:UNet2DConditionModel": 10.0, "diffusers:SD3Transformer2DModel": 10.0}
+# of one sample: whose code decides by its batch, or reads weights itself; of classes of their own, with parameters met
+# in training, outputs that are written to, grouped convolutions, groups that are refused
+OF_ONE = {f"transformers:{name}": passes for name, passes in {
+    "RobertaForSequenceClassification": 6.6, "MixtralForCausalLM": 7.4, "MambaForCausalLM": 8.2,
+    "MPNetForSequenceClassification": 9.3, "FalconForCausalLM": 10.5, "Swinv2ForImageClassification": 9.3,
+    "SegformerForSemanticSegmentation": 7.8, "Wav2Vec2ForSequenceClassification": 9.9}.items()}
 
 
 def counting() -> FlopCounterMode:
@@ -63,14 +68,11 @@ def counting() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=formulas())
 
 
-@pytest.mark.parametrize("case", [case for case in (*transformers_models.cases(), *diffusers_models.cases())
-                                  if case.name in FAMILIES], ids=lambda case: case.name)
-def test_families_take_few_passes_however_many_samples_there_are(case: Case) -> None:
-    """Also where no gradient comes to a layer, as to queries that SD3's last block makes of its text; more where code
-    decides by its batch."""
+def passes(case: Case, size: int) -> float:
+    """What a trace multiplies, in forward passes of one sample."""
     pytest.importorskip(case.library)
     torch.manual_seed(0)
-    model, samples = case.make().eval(), case.inputs(8)
+    model, samples = case.make().eval(), batch_of(case.inputs(8), size)
     x = batch_of(samples, 1)
     with counting() as once, torch.no_grad():
         case.forward(model, x)
@@ -78,7 +80,22 @@ def test_families_take_few_passes_however_many_samples_there_are(case: Case) -> 
         found = trace(model, x, case.forward, samples=samples)
     assert found.groups
     assert not found.samples.together
-    assert traced.get_total_flops() < FAMILIES[case.name] * once.get_total_flops()
+    return traced.get_total_flops() / once.get_total_flops()
+
+
+def of(families: Mapping[str, float]) -> list[Case]:
+    return [case for case in (*transformers_models.cases(), *diffusers_models.cases()) if case.name in families]
+
+
+@pytest.mark.parametrize("case", of(FAMILIES), ids=lambda case: case.name)
+def test_families_take_few_passes_however_many_samples_there_are(case: Case) -> None:
+    """Also where no gradient comes to a layer, as to queries that SD3's last block makes of its text."""
+    assert passes(case, 8) < FAMILIES[case.name]
+
+
+@pytest.mark.parametrize("case", of(OF_ONE), ids=lambda case: case.name)
+def test_families_take_few_passes_of_a_batch_of_one_sample(case: Case) -> None:
+    assert passes(case, 1) < OF_ONE[case.name]
 
 
 def test_what_a_trace_multiplies_does_not_grow_with_the_batch_where_code_decides_by_it_either() -> None:
@@ -98,7 +115,7 @@ def test_what_a_trace_multiplies_does_not_grow_with_the_batch_where_code_decides
         with FlopCounterMode(display=False) as traced:
             assert not trace(model, tokens[:1], samples=tokens).samples.together
         costs.append(traced.get_total_flops() / (2 * count(model, tokens[:1]).macs))
-    assert costs[0] == costs[1] < 27
+    assert costs[0] == costs[1] < 12
 
 
 class Block(nn.Module):
@@ -184,7 +201,7 @@ def test_layers_of_a_class_of_its_own_take_few_passes_more() -> None:
     with FlopCounterMode(display=False) as traced:
         found = trace(model, x)
     assert [group.name for group in found.groups] == ["0", "2"]
-    assert traced.get_total_flops() < 12 * 2 * count(model, x).macs
+    assert traced.get_total_flops() < 10 * 2 * count(model, x).macs
 
 
 class Narrow(nn.Module):

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from fastscore.graph.trials.row_gradients import rows_alone, rows_shown
+from fastscore.graph.trials.row_gradients import likely_numbers, rows_alone, rows_shown
 from fastscore.modules.weights.experts import ExpertLinear
 
 LAYERS = [
@@ -15,7 +16,8 @@ LAYERS = [
     (nn.Conv2d(4, 3, (3, 2), stride=(2, 3), padding=(2, 0), dilation=(2, 1)), (3, 4, 13, 11)),
     (nn.Conv2d(4, 1, 2, stride=3), (3, 4, 10, 9)),
     (nn.Conv3d(2, 3, 2, padding=1), (3, 2, 4, 3, 5)),
-    (nn.Conv2d(4, 4, 3, groups=2), (3, 4, 5, 5)),
+    (nn.Conv2d(4, 6, 3, 2, groups=2), (3, 4, 6, 5)),
+    (nn.Conv2d(4, 4, 3, groups=4), (3, 4, 5, 5)),
     (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), (3, 4, 5, 5)),
     (nn.Conv2d(4, 4, 3, padding="same"), (3, 4, 5, 5)),
     (nn.ConvTranspose2d(4, 3, 2, stride=2), (3, 4, 3, 3)),
@@ -103,3 +105,44 @@ def test_what_a_convolution_reads_may_not_be_written_to_in_runs_for_rows_alone_e
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+class Turned(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class WithMean(Turned):
+    """Whose gradient reaches all rows, though what it makes is a product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(0, keepdim=True)
+        return super().forward(x + (mean - mean.detach()))
+
+
+@pytest.mark.parametrize(("kind", "reached"), [(Turned, 1), (WithMean, 3)])
+def test_layers_that_multiply_by_code_of_their_own_send_back_what_reaches_the_same_rows(kind: type[nn.Linear],
+                                                                                        reached: int) -> None:
+    layer, x = kind(4, 5).requires_grad_(False), torch.randn(3, 4, requires_grad=True) * 1
+    with FlopCounterMode(display=False) as counter:
+        with rows_alone(nn.Sequential(layer)):
+            made = layer(x)
+        before = counter.get_total_flops()
+        g, = torch.autograd.grad(made[0].sum(), x)
+    assert torch.equal(made, layer(x))
+    assert int((g != 0).any(1).sum()) == reached
+    assert (counter.get_total_flops() - before < 100) is (reached == 1)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 6), nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(4, 6, 3, groups=2)])
+def test_likely_numbers_show_widths_that_do_not_fit(layer: nn.Module) -> None:
+    x, dim = (torch.randn(3, 4), 1) if isinstance(layer, nn.Linear) else (torch.randn(3, 4, 6, 5), 1)
+    with torch.no_grad(), likely_numbers(nn.Sequential(layer)):
+        made = layer(x)
+        assert not torch.equal(made, expected := type(layer).forward(layer, x))
+        assert made.shape == expected.shape
+        with pytest.raises(RuntimeError):
+            layer(x.narrow(dim, 0, 2))
+        layer.weight = nn.Parameter(layer.weight[:, :1])
+        with pytest.raises(RuntimeError):
+            layer(x)

@@ -21,14 +21,15 @@ def callable_layers(model: nn.Module) -> set[str]:
 
 
 @contextmanager
-def as_in_training(model: nn.Module) -> Iterator[list[Any]]:
+def as_in_training(model: nn.Module, trained: bool = True) -> Iterator[list[Any]]:
     """In the block, modules of an evaluation copy that hold others take the way that they take in training; BatchNorm
-    and dropout stay as they are. Gives a list that what the model returns there is added to."""
+    and dropout stay as they are. Gives a list that what the model returns there is added to. trained: or not, but for
+    the list."""
     containers = [module for module in model.modules() if any(module.children())]
     returned: list[Any] = []
     handle = model.register_forward_hook(lambda module, args, output: returned.append(output))
     for module in containers:
-        module.training = True
+        module.training = trained
     try:
         yield returned
     finally:

@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from fastscore.graph.trials.differences import close
 from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
 from fastscore.modules.attention.projections import ProjectionLinear
-from fastscore.modules.inspection import LAYERS, runs_code_of
+from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
+from fastscore.modules.inspection import LAYERS, runs_code_of, runs_own_code
 from fastscore.modules.narrower import without
 from fastscore.modules.weights.experts import ExpertLinear, TurnedExpertLinear
+from fastscore.modules.weights.parameter_layers import ParameterLinear
 
 # the first that a layer is; those of fastscore.modules multiply as a Linear does, by rows in another order
 _PLAIN = (ProjectionLinear, SequenceFirstLinear, TurnedExpertLinear, ExpertLinear, *LAYERS)
+_RETURN_ONE = {kind.forward for kind in (nn.Linear, SequenceFirstLinear, LinearWithoutKeyBias)}  # of Linears, a tensor
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _WIDTHS = {"in_features", "out_features", "in_channels", "out_channels"}
 _OTHERWISE = {"forward", "training", "_modules", "_parameters", "_of", *_WIDTHS}  # compared apart, or of no account
 
@@ -25,6 +29,26 @@ def plain_kind(layer: nn.Module) -> type[nn.Module] | None:
     kind = next((kind for kind in _PLAIN if isinstance(layer, kind)), None)
     plain = kind is not None and runs_code_of(layer, kind) and set(layer._parameters) == {"weight", "bias"}
     return kind if plain and not layer._modules else None
+
+
+def may_make_several(layer: nn.Module) -> bool:
+    """Whether a Linear or convolution is of a class whose code may return no tensor, but several."""
+    return runs_own_code(layer) and type(layer).forward not in _RETURN_ONE and not isinstance(layer, ParameterLinear)
+
+
+def memory_order(x: Tensor) -> Any:
+    """How a tensor lies in memory; None where it lies otherwise, or in several ways at once, as images of one channel
+    do."""
+    ways = [order for order in (torch.contiguous_format, _LAST.get(x.dim())) if order is not None
+            and x.is_contiguous(memory_format=order)]
+    return ways[0] if len(ways) == 1 else None
+
+
+def order_of_dims(x: Tensor) -> list[int]:
+    """The dimensions of more than one place, from the outermost in memory to the innermost: in a copy, where elements
+    lie apart, or over each other."""
+    strides = torch.empty_like(x, device="meta").stride()
+    return sorted((dim for dim, size in enumerate(x.shape) if size > 1), key=lambda dim: -strides[dim])
 
 
 def reads_one(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """One run of a model, recorded layer by layer; and runs that differ from it by what is asked for."""
 
+import copy
 from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -13,17 +14,14 @@ from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.graph.nodes import PRODUCERS
 from fastscore.graph.trials.choices import TURNS, Choices, Noted
 from fastscore.graph.trials.differences import changed, close, differ
-from fastscore.graph.trials.plain_layers import plain_kind
+from fastscore.graph.trials.plain_layers import may_make_several
 from fastscore.graph.trials.steady_draws import SteadyDraws
 from fastscore.modules import hooks
-from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
-from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.inspection import channel_dim, device_of, runs_own_code
 from fastscore.modules.norms.channel_norms import OneNode, norm_of
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 
 Positions = Mapping[str, Tensor]  # layer -> int64 positions of its input or output
-_RETURN_ONE = {kind.forward for kind in (nn.Linear, SequenceFirstLinear, LinearWithoutKeyBias)}  # of Linears, a tensor
 MISREAD = "reads something else where some channels are gone"
 READ = "the model's own code"  # where it makes Python numbers of what layers gave
 
@@ -57,10 +55,8 @@ class Recording:
         self.without_gradients = set[str]()  # those that run under torch.no_grad, or inference_mode, in one call
 
     def find_several(self) -> None:
-        """Note `several`: the model is run, where there are layers of which that can be."""
-        of_their_own = {name: layer for name, layer in self.layers.items() if runs_own_code(layer)
-                        and type(layer).forward not in _RETURN_ONE and not isinstance(layer, ParameterLinear)}
-
+        """Note `several`, as a run of the model shows them, which need not be recorded."""
+        of_their_own = {name: layer for name, layer in self.layers.items() if may_make_several(layer)}
         if of_their_own:
             self.several = hooks.layers_that(of_their_own, lambda: self._run_model(self.model),
                                              lambda args, output: not isinstance(output, Tensor))
@@ -101,7 +97,7 @@ class Recording:
             with replaced(self.model, noted | self._instance_norms()):
                 yield
             self.overwritten = {layer for layer, x, version in self._read if _version(x) != version}
-            self.lost = {layer for layer, x, version in self._made if _version(x) != version}
+            self.lost |= {layer for layer, x, version in self._made if _version(x) != version}
         finally:
             self._read.clear()
             self._made.clear()
@@ -190,6 +186,7 @@ class Recording:
                 OneNode.apply(x, module, module.weight) if layer in self.lost else \
                 type(module).forward(module, *args, **kwargs)
             if not isinstance(output, Tensor):  # what reads them, nobody knows
+                self.several |= {layer} if may_make_several(module) else set()
                 return output
             if output._is_view() and type(module).forward is nn.Linear.forward:
                 self._made.append((layer, output, _version(output)))
@@ -209,16 +206,14 @@ class Recording:
 
         return forward
 
-    def run_again(self, model: nn.Module) -> Tensor:
-        """The output of a run of `model`, the recorded one, in which layers compute nothing, but give what they gave.
-        """
+    def run_again(self, model: nn.Module, run: Callable[[nn.Module], Tensor] | None = None,
+                  see: Callable[[str, int, Tensor | None], None] = lambda layer, call, x: None) -> Tensor:
+        """The output of a run of `model`, the recorded one, or of another `run` of it, in which layers compute nothing,
+        but give what they gave. see(layer, call, input) is called for each call of one."""
         assert model is self.model
-        return self._replay_changed({}, lambda layer, call, x: None)
-
-    def run_between(self) -> None:
-        """Run the model once more, of whose layers those of PyTorch's own code give what they gave."""
-        with self.computing([name for name, layer in self.layers.items() if plain_kind(layer) is None]):
-            self.run_again(self.model)
+        again = copy.copy(self)
+        again._run_model = run or self._run_model
+        return again._replay_changed({}, see)
 
     @property
     def inputs(self) -> Mapping[str, list[Tensor | None]]:

@@ -6,6 +6,7 @@ with fewer channels, too, and as it is trained: a VAE's means alone are read oth
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.kept import training_only
+from fastscore.graph.trials.row_gradients import likely_numbers
 from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules import frames
 from fastscore.modules.modes import evaluating
@@ -40,7 +42,8 @@ def offered(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, run: R
         isinstance(eval_model.get_submodule(member.module), ExpertLinear) for member in group.members)]
     ways = [("", run), *([(", in training,", run_as_in_training)] if training_only.code_asks(model) else [])]
     for when, way in ways:
-        if not left or not _fault(model, left, way, when) or _fault(model, [], way, when):
+        if not left or not _fault(model, left, way, when, quickly=True) or not _fault(model, left, way, when) or \
+                _fault(model, [], way, when):
             continue  # where it fails as it is, no group is to blame
         while left and (why := _fault(model, left, way, when)):
             good, bad = 0, len(left)  # so many of the first groups go well, or fail
@@ -55,13 +58,14 @@ def offered(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, run: R
                    skipped={**graph.skipped, **refused})
 
 
-def _fault(model: nn.Module, groups: Sequence[ChannelGroup], run: Run, when: str) -> str:
-    """What a copy of `model` does without some channels of each of `groups`; nothing where it runs."""
+def _fault(model: nn.Module, groups: Sequence[ChannelGroup], run: Run, when: str, quickly: bool = False) -> str:
+    """What a copy of `model` does without some channels of each of `groups`; nothing where it runs. quickly: with other
+    numbers than its layers make, by which code may fail that does not with those."""
     removed = some_channels(groups, 0)
     small: nn.Module = model
     try:
         small = surgery.smaller_copy(model, lambda whole: surgery.remove_channels(whole, groups, removed))
-        with torch.no_grad(), evaluating(small):
+        with torch.no_grad(), evaluating(small), likely_numbers(small) if quickly else nullcontext():
             run(small)
     except Exception as error:  # whatever the model's code does with a width that it does not expect
         return (f"the model that prune() would return does not{when} run with fewer channels there "

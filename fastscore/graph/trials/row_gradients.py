@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastscore.graph.trials.known_samples import KnownSamples
 from fastscore.graph.trials.plain_layers import is_product, plain_kind, reads_one
@@ -26,6 +27,10 @@ _CONVOLUTIONS: dict[Any, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = 
     nn.Conv3d: (F.conv3d, F.conv_transpose3d)}  # and its backward pass
 
 
+_PRODUCTS = {"MmBackward0", "AddmmBackward0", "LinearBackward0"}
+_AROUND = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AddBackward0"}
+
+
 @contextmanager
 def rows_alone(model: nn.Module, values: bool = True, known: KnownSamples | None = None) -> Iterator[None]:
     """In the block, the gradients that plain layers of `model` (frozen) send back are zero in the same rows, and
@@ -34,8 +39,10 @@ def rows_alone(model: nn.Module, values: bool = True, known: KnownSamples | None
     gains = torch.Generator().manual_seed(0)
     makers = {name: partial(type(layer).forward, layer) if known is None else partial(known.product, name, layer)
               for name, layer in model.named_modules() if _is_known(layer)}
-    with replaced(model, {name: _forward_of(model.get_submodule(name), make, gains, values)
-                          for name, make in makers.items()}):
+    forwards = {name: _forward_of(model.get_submodule(name), make, gains, values) for name, make in makers.items()}
+    forwards |= {name: _own_forward_of(layer, gains) for name, layer in model.named_modules() if isinstance(
+        layer, nn.Linear) and plain_kind(layer) is None and "forward" not in vars(layer)}
+    with replaced(model, forwards):
         yield
 
 
@@ -43,8 +50,8 @@ def _is_known(layer: nn.Module) -> bool:
     kind = plain_kind(layer)
     if kind in _CONVOLUTIONS:
         conv: Any = layer
-        return conv.groups == 1 and conv.padding_mode == "zeros" and isinstance(conv.padding, tuple) and \
-            "forward" not in vars(layer)
+        return (conv.groups == 1 or conv.groups < conv.in_channels) and conv.padding_mode == "zeros" and \
+            isinstance(conv.padding, tuple) and "forward" not in vars(layer)
     return kind is not None and issubclass(kind, nn.Linear) and "forward" not in vars(layer)
 
 
@@ -55,14 +62,46 @@ def _forward_of(layer: Any, make: Callable[..., Tensor], gains: torch.Generator,
         x = args[0] if args and not kwargs and reads_one(layer, args, kwargs) else None
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and _is_plain(x) and \
                 (isinstance(layer, nn.Linear) or x.dim() == len(layer.kernel_size) + 2):
-            own = values or x.shape[-1 if isinstance(layer, nn.Linear) else 1] != _inputs(layer) or \
-                torch.is_autocast_enabled(x.device.type)
+            own = values or not _has_room(layer, x) or torch.is_autocast_enabled(x.device.type)
             made = _RowsAlone.apply(x, layer, 0.5 + float(torch.rand((), generator=gains)), make if own else None,
                                     args[1:])
             return made * (args[1] < len(layer.weight))[:, None] if isinstance(layer, ExpertLinear) else made
         return make(*args, **kwargs)
 
     return forward
+
+
+def _own_forward_of(layer: Any, gains: torch.Generator) -> Callable[..., Any]:
+    """The same of a Linear of a class of its own, where its code does nothing but multiply by its weight."""
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        made = type(layer).forward(layer, *args, **kwargs)
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if isinstance(x, Tensor) and isinstance(made, Tensor) and x.requires_grad and torch.is_grad_enabled() and \
+                _is_plain(x) and made.shape[:-1] == x.shape[:-1] and _runs_through_products(made, x) and \
+                _is_product(layer, x, made):
+            return _RowsAlone.apply(x, layer, 0.5 + float(torch.rand((), generator=gains)), lambda x: made.detach(), ())
+        return made
+
+    return forward
+
+
+def _is_product(layer: nn.Module, x: Tensor, made: Tensor) -> bool:
+    with _disable_current_modes():  # who follows what is decided by the batch is to see the model's code alone
+        return is_product(layer, x, made)
+
+
+def _runs_through_products(made: Tensor, x: Tensor) -> bool:
+    """Whether a gradient comes from `made` back to x by one product, sums with what has none, and views alone."""
+    node: Any = made.grad_fn
+    source = torch.autograd.graph.get_gradient_edge(x).node
+    products = 0
+    while node is not source:
+        before = [] if node is None else [function for function, _ in node.next_functions if function is not None]
+        if len(before) != 1 or node.name() not in _PRODUCTS | _AROUND:
+            return False
+        products += node.name() in _PRODUCTS
+        node = before[0]
+    return products == 1
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -90,26 +129,41 @@ class _RowsAlone(torch.autograd.Function):
             return (rows[..., None] * _drawn(shape[-1]).to(g)).to(ctx.dtype), None, None, None, None
         assert ctx.saved_tensors
         kernel, (forward, back) = layer.kernel_size, _CONVOLUTIONS[plain_kind(layer)]
-        ones = [1] * len(kernel)
-        rows = ctx.gain * _scaled(forward(g, _drawn(g.shape[1]).to(g).view(1, -1, *ones)))
+        ones, groups = [1] * len(kernel), layer.groups
+        rows = ctx.gain * _scaled(forward(g, _drawn(g.shape[1]).to(g).view(groups, -1, *ones), groups=groups))
         spare = [size - (made - 1) * step + 2 * padding - dilation * (width - 1) - 1 for
                  size, made, step, padding, dilation, width in
                  zip(shape[2:], g.shape[2:], layer.stride, layer.padding, layer.dilation, kernel, strict=True)]
-        weight = _drawn(math.prod(kernel)).to(g).view(1, 1, *kernel)
-        rows = back(rows, weight, None, layer.stride, layer.padding, spare, 1, layer.dilation)
+        weight = _drawn(math.prod(kernel)).to(g).view(1, 1, *kernel).expand(groups, 1, *kernel)
+        rows = back(rows, weight, None, layer.stride, layer.padding, spare, groups, layer.dilation)
+        rows = rows.repeat_interleave(shape[1] // groups, 1)
         return (rows * _drawn(shape[1]).to(g).view(-1, *ones)).to(ctx.dtype), None, None, None, None
 
 
-def _inputs(layer: Any) -> int:
-    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
+def _has_room(layer: Any, x: Tensor) -> bool:
+    """Whether x has as many channels as a layer takes, where it takes them."""
+    if isinstance(layer, nn.Linear):
+        return x.dim() > 0 and x.shape[-1] == layer.in_features
+    return x.dim() == len(layer.kernel_size) + 2 and x.shape[1] == layer.in_channels
+
+
+def _multiplies(layer: Any, x: Tensor) -> bool:
+    """Whether x is what a layer takes, and it holds what it says."""
+    weight, bias, linear, groups = layer.weight, layer.bias, isinstance(layer, nn.Linear), getattr(layer, "groups", 1)
+    sizes = (layer.out_features, layer.in_features) if linear else (layer.out_channels, layer.in_channels)
+    return _has_room(layer, x) and weight.shape[:2] == (sizes[0], sizes[1] // groups) and \
+        (bias is None or bias.shape == sizes[:1]) and (x.dtype, x.device) == (weight.dtype, weight.device) and \
+        not torch.is_autocast_enabled(x.device.type)
 
 
 def _likely(layer: Any, x: Tensor) -> Tensor:
     """What a layer might make of x: each output of one input, at a scale of its own (or by such a kernel), and with the
     bias."""
     linear, bias = isinstance(layer, nn.Linear), layer._parameters["bias"]
-    inputs, outputs = _inputs(layer), layer.out_features if linear else layer.out_channels
+    groups = 1 if linear else layer.groups
+    inputs, outputs = x.shape[-1 if linear else 1] // groups, layer.out_features if linear else layer.out_channels
     order = torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs))[torch.arange(outputs) % inputs]
+    order += torch.arange(outputs) // (outputs // groups) * inputs
     y = x.index_select(-1 if linear else 1, order.to(x.device))
     if not linear:
         kernel = layer.kernel_size
@@ -119,6 +173,24 @@ def _likely(layer: Any, x: Tensor) -> Tensor:
         return made
     y = y * _drawn(outputs).to(x)
     return y if bias is None or bias.dim() > 1 else y + bias.to(x.dtype)
+
+
+@contextmanager
+def likely_numbers(model: nn.Module) -> Iterator[None]:
+    """In the block, plain layers of `model` make numbers like those that they read, at next to no cost: whether code
+    runs with as many channels as there are, these show as well."""
+    def forward_of(layer: Any) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            x = args[0] if len(args) == 1 and not kwargs else None
+            if isinstance(x, Tensor) and _is_plain(x) and _multiplies(layer, x):
+                return _likely(layer, x)
+            return type(layer).forward(layer, *args, **kwargs)
+
+        return forward
+
+    with replaced(model, {name: forward_of(layer) for name, layer in model.named_modules() if _is_known(layer)
+                          and not isinstance(layer, ExpertLinear)}):
+        yield
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from fastscore.batches.calls import call_of
 from fastscore.batches.devices import usable
 from fastscore.batches.parts import Batch, map_tensors
+from fastscore.graph.trials.plain_layers import plain_kind
+from fastscore.graph.trials.recording import Recording
 from fastscore.modules.evaluation_copy import evaluation_copy
 
 
@@ -31,6 +33,12 @@ def only_whole(eval_model: nn.Module, run: Callable[[nn.Module, Batch], Sequence
     return "it runs on the batch, and not on one sample of it by itself (the first row of each tensor that has a row " \
            f"for each), which it is traced on: {type(error).__name__}: {error}. Pass forward=lambda model, batch: " \
            f"{call_of(batch)}, and it is traced on the whole batch"
+
+
+def run_between(recording: Recording) -> None:
+    """Run a recorded model once more, of whose layers those of PyTorch's own code give what they gave."""
+    with recording.computing([name for name, layer in recording.layers.items() if plain_kind(layer) is None]):
+        recording.run_again(recording.model)
 
 
 @torch.no_grad()

@@ -300,9 +300,11 @@ def _kept(x: Tensor, dim: int, gone: Tensor | None) -> Tensor:
 
 
 def _strides_as_ever(x: Tensor, before: Tensor, full: Tensor, expected: Tensor, dim: int) -> bool:
-    """Whether a layer that reads x makes `expected` in these strides, as it made `full` of `before`: all are
-    contiguous, and nothing else besides, as images of one channel are."""
-    return x.dtype == before.dtype and all(tensor.is_contiguous() for tensor in (x, before, full, expected)) and \
+    """Whether a layer that reads x makes `expected` in these strides, as it made `full` of `before`: these lie in
+    memory alike, and so do those, and in no other way besides, as images of one channel do."""
+    orders = {plain_layers.memory_order(tensor) for tensor in (full, expected)}
+    return x.dtype == before.dtype and len(orders) == 1 and None not in orders and \
+        plain_layers.order_of_dims(x) == plain_layers.order_of_dims(before) and \
         min(x.shape[dim], expected.shape[dim]) > 1
 
 

@@ -5,7 +5,7 @@ of its entries is to go with one channel: a run without some of both must read w
 without the channels alone must not. Where that cannot be shown, all channels that it may meet stay.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -17,20 +17,53 @@ from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.graph.kept import training_only
 from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.graph.trials import surgery_trial, verification
+from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording
 
 Run = Callable[[nn.Module], Sequence[Tensor]]
 
 
-def with_parameters(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training: Run) -> ChannelGraph:
+def takes_same_way(recording: Recording, run: Callable[[nn.Module, bool], Sequence[Tensor]]) -> bool:
+    """Whether a model does in training what it does in evaluation mode: calls the same layers, on the same numbers, and
+    returns the same, where layers give what they gave.
+
+    recording: of a run of it. run(model, trained): all that it returns.
+    """
+    found = []
+    for trained in (False, True):
+        count, read = list[int](), list[tuple[str, Tensor | None]]()
+
+        def whole(model: nn.Module, trained: bool = trained, count: list[int] = count) -> Tensor:
+            outputs = run(model, trained)
+            count.extend(output.numel() for output in outputs)
+            return torch.cat([output.flatten() for output in outputs])
+
+        def see(layer: str, call: int, x: Tensor | None, read: list[tuple[str, Tensor | None]] = read) -> None:
+            read.append((layer, None if x is None else x.clone()))
+
+        output = recording.run_again(recording.model, whole, see)
+        found.append((count, output, read))
+    (count, output, read), (other_count, other, other_read) = found
+    return count == other_count and _alike(output, other) and [layer for layer, _ in read] == [
+        layer for layer, _ in other_read] and all(_alike(x, y) for (_, x), (_, y) in zip(read, other_read, strict=True))
+
+
+def _alike(x: Tensor | None, other: Tensor | None) -> bool:
+    if x is None or other is None:
+        return x is other
+    return x.shape == other.shape and bool(close(x, other).all())
+
+
+def with_parameters(recording: Recording, graph: ChannelGraph, run_as_in_training: Run) -> ChannelGraph:
     """The graph, whose groups have parameters that they meet in training alone, less those that may meet one, and of
     which that is not shown.
 
     Args:
-        model: that was traced, or a copy of it, whose parameters require gradients.
-        graph: its groups, as they are in evaluation mode.
-        run, run_as_in_training: call it on the example inputs, and give what it returns.
+        recording: of a run of the model in evaluation mode.
+        graph: its groups, as they are then.
+        run_as_in_training: calls it on the example inputs, and gives what it returns.
     """
+    model = recording.model
     if not training_only.code_asks(model):
         return graph
     known = {name for group in graph.groups for member in group.members for name in (member.layer, member.module)
@@ -42,11 +75,14 @@ def with_parameters(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_t
     if not found:
         return graph
     asked = training_only.asked_for(model)
-    read = [_read_in(model, found, way) for way in (run, run_as_in_training)]
+    in_training = _recorded(model, run_as_in_training)
+    read = [{name for name, parameter in found.items() if each is not None and _shows(each, name, parameter)}
+            for each in (recording, in_training)]
     kept: dict[str, str] = {}
     for name, parameter in found.items():
         groups = _near(graph, name, parameter)
-        if name in read[1] - read[0] and (met := _meeting(model, groups, name, parameter, run_as_in_training)):
+        if in_training is not None and name in read[1] - read[0] and (
+                met := _meeting(in_training, groups, name, parameter)):
             graph = replace(graph, groups=tuple(met if group.name == met.name else group for group in graph.groups))
         elif name in asked:
             kept |= {group.name: f"the code of {asked[name]} reads its {name.rpartition('.')[2]} "
@@ -69,29 +105,34 @@ def _near(graph: ChannelGraph, name: str, parameter: Tensor) -> list[ChannelGrou
             and all(member.layer.startswith(prefix) for member in group.role("producer"))]
 
 
-def _read_in(model: nn.Module, parameters: Mapping[str, Tensor], run: Run) -> set[str]:
-    """Those whose entries all show in what a run of the model returns; none where it does not run."""
-    with suppress(Exception):  # of a model's code that does not train
-        rng.seed(0)
-        total = torch.stack([output.square().sum().real for output in run(model)]).sum()
-        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-        return {name for name, g in zip(parameters, gradients, strict=True) if g is not None and bool(g.ne(0).any())}
-    return set()
-
-
-def _meeting(model: nn.Module, groups: Sequence[ChannelGroup], name: str, parameter: Tensor, run: Run
-             ) -> ChannelGroup | None:
-    """The group that a parameter is met by in training, with it; None where none is, or several are."""
+def _recorded(model: nn.Module, run: Run) -> Recording | None:
+    """A recording of a run of a model; None where it does not run."""
     def whole(model: nn.Module) -> Tensor:
         rng.seed(0)  # what code draws of numpy, and of Python, too
         return torch.cat([output.flatten() for output in run(model)])
 
-    found: list[ChannelGroup] = []
-    with suppress(Exception):  # of code that does not run twice
+    with suppress(Exception):  # of a model's code that does not train
         recording = Recording(model, whole)
-        recording.find_several()
         with recording.record():
             whole(model)
+        return recording
+    return None
+
+
+def _shows(recording: Recording, name: str, parameter: Tensor) -> bool:
+    """Whether the entries of a parameter show in what a model's layers read, or in what it returns."""
+    assert recording.inputs is not None  # of the model as it is, before anything is changed
+    path, _, key = name.rpartition(".")
+    every = torch.arange(parameter.numel())
+    with verification.entries_changed([(recording.model.get_submodule(path), key, _dim(parameter) or 0, every)]):
+        return recording.leak({}, {}) is not None
+
+
+def _meeting(recording: Recording, groups: Sequence[ChannelGroup], name: str, parameter: Tensor
+             ) -> ChannelGroup | None:
+    """The group that a parameter is met by in training, with it; None where none is, or several are."""
+    found: list[ChannelGroup] = []
+    with suppress(Exception):  # of code that does not run twice
         every = torch.arange(parameter.numel())
         for group in groups:
             more = replace(group, members=(*group.members, Member(name, "tensor", every, every, _dim(parameter) or 0)))

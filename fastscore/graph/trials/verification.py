@@ -52,7 +52,7 @@ def _verify(recording: Recording, groups: Sequence[ChannelGroup], chosen: bool) 
         half = torch.cat([torch.rand(len(group.unit), generator=generator)[group.unit] < 0.5
                           for group, generator in zip(groups, generators, strict=True)])
         for turn, side in enumerate((half, ~half), 2 * pair):
-            with _entries_changed((owner, name, dim, index[side[channel]])
+            with entries_changed((owner, name, dim, index[side[channel]])
                                   for owner, name, dim, index, channel in held):
                 where = recording.leak({layer: index[side[channel]] for layer, (index, channel) in made.items()},
                                        {layer: index[side[channel]] for layer, (index, channel) in read.items()},
@@ -95,7 +95,7 @@ def _held(model: nn.Module, groups: Sequence[ChannelGroup]) -> Iterator[tuple[nn
 
 
 @contextmanager
-def _entries_changed(held: Iterable[tuple[nn.Module, str, int, Tensor]]) -> Iterator[None]:
+def entries_changed(held: Iterable[tuple[nn.Module, str, int, Tensor]]) -> Iterator[None]:
     """In the block, (module, name there, dimension, positions) hold other numbers."""
     before: list[tuple[dict[str, Any], str, Tensor]] = []
     try:

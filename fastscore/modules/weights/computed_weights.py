@@ -29,6 +29,9 @@ _BY_CODE = "_computed_its_weight"  # of one whose class did
 _COMPUTES_ON = "_computes_on"  # of a copy's layer: why it is not made plain
 _compute_on: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()  # the same, of users' layers
 
+# classes -> layers of them that were seen to call no product of PyTorch's, by what their code has to go by
+_multiply_otherwise: "weakref.WeakKeyDictionary[type[nn.Module], set[Any]]" = weakref.WeakKeyDictionary()
+
 
 def computed_weight(layer: nn.Module) -> Tensor | None:
     """The weight that a layer computes of its parameters alone; None of any other layer.
@@ -69,12 +72,34 @@ def _probed(layer: nn.Module) -> Tensor | None:
     own = layer._parameters.get("weight")
     if own is None:  # it is computed by a parametrization, or not yet there
         return None
+    kind = _built(layer)
+    if kind is not None and kind in _multiply_otherwise.get(type(layer), ()):
+        return None
     alone = copy.copy(layer)  # what its code counts or keeps is not for the user's layer
     alone.training = False
-    first, second = (_product(alone, own, seed) for seed in (0, 1))
+    with _Calls() as calls:
+        first = _product(alone, own, 0)
+    if not calls.made and kind is not None:
+        _multiply_otherwise.setdefault(type(layer), set()).add(kind)
+    second = None if first is None else _product(alone, own, 1)
     if first is None or second is None or first.shape != own.shape or not torch.equal(first, second):
         return None
     return first
+
+
+def _built(layer: nn.Module) -> Any:
+    """The same for layers of a class whose code has the same to go by, but for the numbers in its tensors; None where
+    that cannot be said."""
+    settings = {name: value for name, value in vars(layer).items() if name not in ("_parameters", "training")}
+    held = tuple((name, None if x is None else (x.shape, x.dtype, x.device)) for name, x in layer._parameters.items())
+    if any(not _is_plain(value) for value in settings.values()):
+        return None
+    return type(layer).forward, held, repr(sorted(settings.items()))
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, bool | int | float | str) or (
+        isinstance(value, tuple | list) and all(map(_is_plain, value))) or (isinstance(value, dict | set) and not value)
 
 
 def become_plain(layer: nn.Module, weight: Tensor, keep: bool = False) -> None:
