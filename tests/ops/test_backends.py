@@ -208,13 +208,16 @@ def test_kernels_are_not_imported_before_they_are_called():
 
 
 def test_without_triton():
-    """Everything on the CPU works; a GPU op says what is missing."""
+    """Everything on the CPU works, and so does the choice of a launch; a GPU op says what is missing."""
     said = run("import sys; sys.modules['triton'] = None\n"
                "import torch, fastscore\n"
                "from fastscore.ops import backends\n"
+               "from fastscore.ops.triton import launch, traffic\n"
+               "print(launch.plan_channel_sums((2, 3, 4), (12, 4, 1), (12, 4, 1), 1, 4, 132).layout)\n"
                "x = torch.ones(1, 2, 3)\n"
                "print(fastscore.ops.channel_dot(x, x).tolist())\n"
                "try: backends._lazy('channel_dot')(x, x)\n"
                "except RuntimeError as error: print(error)\n")
-    assert said == ("[[3.0, 3.0]]\nfastscore::channel_dot on a GPU needs Triton or a native library with CUDA kernels: "
+    assert said == ("rows\n[[3.0, 3.0]]\n"
+                    "fastscore::channel_dot on a GPU needs Triton or a native library with CUDA kernels: "
                     "pip install triton, or install a wheel that has them\n")
