@@ -35,20 +35,25 @@ def own_copies(model: nn.Module) -> dict[int, Any]:
     return computed | scripted.copies(model)
 
 
-def may_be_written(module: nn.Module) -> Iterator[nn.Parameter | None]:
-    """The parameters that a forward pass of the module's own code may write to: rows of an embedding that are scaled in
+def may_be_written(model: nn.Module) -> Iterator[nn.Parameter | None]:
+    """The parameters that a forward pass of modules' own code may write to: rows of an embedding that are scaled in
     place to a norm; what code that writes to tensors (`self.weight.data *= self.mask`) holds, or names in its parts."""
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+    named: dict[type[nn.Module], set[str]] = {}  # most modules of a model are of few classes
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            yield from module._parameters.values()
+        kind = type(module)
+        if _is_torchs(kind):
+            continue
+        if kind not in named:
+            named[kind] = _named_in_forward(kind)
+        names = named[kind]
+        if not any(name == "data" or name.endswith("_") for name in names):
+            continue
         yield from module._parameters.values()
-    if _is_torchs(type(module)):
-        return
-    names = _named_in_forward(type(module))
-    if not any(name == "data" or name.endswith("_") for name in names):
-        return
-    yield from module._parameters.values()
-    for name, parameter in module.named_parameters():
-        if name.rpartition(".")[2] in names or names & _ALL_PARAMETERS:
-            yield parameter
+        for name, parameter in module.named_parameters():
+            if name.rpartition(".")[2] in names or names & _ALL_PARAMETERS:
+                yield parameter
 
 
 _ALL_PARAMETERS = {"parameters", "named_parameters", "state_dict", "_parameters"}
@@ -60,7 +65,8 @@ def _is_torchs(thing: Any) -> bool:
 
 def _named_in_forward(kind: type[nn.Module]) -> set[str]:
     """The attributes that a class's forward names, and so do the methods and functions of its file that it calls."""
-    names, work = set[str](), [inspect.unwrap(inspect.getattr_static(kind, "forward"))]
+    held: dict[str, Any] = {name: value for base in reversed(kind.__mro__) for name, value in vars(base).items()}
+    names, work = set[str](), [inspect.unwrap(held["forward"])]
     seen = set[Any]()
     while work:
         function = work.pop()
@@ -73,7 +79,7 @@ def _named_in_forward(kind: type[nn.Module]) -> set[str]:
             codes += [part for part in code.co_consts if inspect.iscode(part)]  # those of lambdas, say
             names |= {name for name in code.co_names if name != "requires_grad_" and not name.endswith("__")}
             for name in code.co_names:
-                found = inspect.getattr_static(kind, name, function.__globals__.get(name))
+                found: Any = held.get(name, function.__globals__.get(name))
                 work.append(inspect.unwrap(getattr(found, "fget", getattr(found, "__func__", found))))
     return names
 
@@ -98,7 +104,7 @@ def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
     shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
                               for parameter in model.parameters()}
     shared |= {id(parameter): nn.Parameter(parameter.detach().clone(), requires_grad=False)
-               for module in model.modules() for parameter in may_be_written(module) if parameter is not None}
+               for parameter in may_be_written(model) if parameter is not None}
     shared |= {id(part): scripted.opaque(part) for _, part in scripted.outermost(model)}
     shared |= {id(tensor): tensor.detach() for tensor in computed_tensors(model)}
     eval_model = deepcopy(model, shared)

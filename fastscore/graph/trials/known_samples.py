@@ -61,7 +61,7 @@ class KnownSamples:
     """Of the layers of a model. What one made with other parameters than it holds now is of no use."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._written = {id(parameter) for module in model.modules() for parameter in may_be_written(module)}
+        self._written = {id(parameter) for parameter in may_be_written(model)}
         self._model = model
         self._layers = {name: layer for name, layer in model.named_modules() if plain_kind(layer) is not None
                         and "forward" not in vars(layer)}
