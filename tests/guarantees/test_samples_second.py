@@ -114,16 +114,14 @@ def test_samples_that_come_second_in_sequences_of_one_length_have_a_way_out() ->
         torch.testing.assert_close(scores[name], torch.stack([each[name] for each in alone]).mean(0))
 
 
-def test_a_loop_over_samples_has_a_way_out() -> None:
-    """And the way leads there."""
+def test_a_loop_over_samples_is_followed() -> None:
+    """In batches of several samples, and of one each."""
     model, x = SampleBySample().double().eval(), torch.randn(3, 4, 6, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"no channel that can be scored\n(.*\n)*"
-                                         r"give batches of one sample each, \[1, \.\.\.\]$"):
-        fastscore.score(model, [x], progress=False)
-    scores = fastscore.score(model, x.split(1), progress=False)
-    assert list(scores) == ["one", "two"]
     expected = fastscore.score(model, [x], forward=lambda model, batch: SequenceFirst.forward(
         model, batch.transpose(0, 1)), progress=False)
-    for name in scores:
-        torch.testing.assert_close(scores[name], expected[name])
+    for batches in ([x], x.split(1)):
+        scores = fastscore.score(model, batches, progress=False)
+        assert list(scores) == ["one", "two"]
+        for name in scores:
+            torch.testing.assert_close(scores[name], expected[name])
     fastscore.prune(model, scores, x, channels=0.5)

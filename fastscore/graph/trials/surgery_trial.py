@@ -236,7 +236,7 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
         try:
             made: Tensor = type(layer).forward(layer, *args, **kwargs)
         except Exception as error:
-            found.layers.setdefault(name, f"{name} ({type(layer).__name__}) does not run with fewer channels "
+            found.layers.setdefault(name, f"{name} ({type(whole).__name__}) does not run with fewer channels "
                                           f"({said(error)})")
             return expected
         if multiplies and plain_layers.is_product(whole, x, made, gone_in, gone_out):
@@ -251,7 +251,7 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
         with recording.parameters_of(name, call), _outputs_zero(whole, gone_out):
             want = _kept(type(whole).forward(whole, *args, **kwargs), dim, gone_out)
         if made.shape != want.shape or not _alike(made, want):
-            found.layers.setdefault(name, f"{name} ({type(layer).__name__}) computes something else with fewer "
+            found.layers.setdefault(name, f"{name} ({type(whole).__name__}) computes something else with fewer "
                                           "channels: its weight, or what else its code does, is computed from all")
         return torch.empty_like(made).copy_(expected) if made.shape == expected.shape else expected  # in its strides
 
