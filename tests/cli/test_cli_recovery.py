@@ -190,22 +190,19 @@ def test_the_smallest_that_agrees(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_images_of_a_folder_of_their_own_judge(capsys: pytest.CaptureFixture[str]) -> None:
-    """And all of --images score and repair."""
     Path("others").mkdir()
     for path in images.find("photos")[3::4]:
         path.rename(Path("others", path.name))
-    judges = images.batches(images.find("others"), PREPARE, 8)
+    judges, model = images.batches(images.find("others"), PREPARE, 8), dense()
+    scores = fastscore.score(model, batches(), ablation="mean", progress=False)
     more = ("--held-out", "others", "--repair", "mean")
     assert main(["prune", *MODEL, *more, "--agreement", "0.8", "--out", "s.safetensors", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    model = dense()
-    scores = fastscore.score(model, batches(), ablation="mean", progress=False)
-    expected = fastscore.prune(model, scores, torch.zeros(2, 3, 12, 12), agreement=0.8, calibration=batches(),
-                               held_out=judges, repair="mean")
-    assert [row["agreement"] for row in report["judged"]] == [row.agreement for row in expected.report.judged]
-    assert main(["curve", *MODEL, *more, "--macs", "0.8", "--json"]) == 0
-    curve = fastscore.curve(model, scores, batches(), macs=(0.8,), held_out=judges, repair="mean", progress=False)
-    assert json.loads(capsys.readouterr().out) == [pytest.approx(row) for row in curve.records()]
+    small = fastscore.prune(model, scores, torch.zeros(2, 3, 12, 12), agreement=0.8, calibration=batches(),
+                            held_out=judges, repair="mean")
+    assert [row["agreement"] for row in json.loads(capsys.readouterr().out)["judged"]] == [
+        row.agreement for row in small.report.judged]
+    expected = fastscore.curve(model, scores, batches(), macs=(0.8,), held_out=judges, repair="mean", progress=False)
+    assert (main(["curve", *MODEL, *more, "--macs", "0.8"]), str(expected) in capsys.readouterr().out) == (0, True)
 
 
 def test_what_held_the_agreement_is_what_is_said_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
