@@ -2,44 +2,29 @@
 channels they go on making all, and return a part.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastscore.modules.made_classes import Made, made_class
 from fastscore.modules.narrower import without
 
 RETURNED = "returned "  # before the dimension, from the end, and its size, in what surgery takes out of a module
 _KEPT, _DIM = "_returned_entries", "_returned_dim"
 
 
-class _ReturnsPart:
-    """What the classes made here have beside their modules' own: the class they come from."""
-
-    _makes: type[nn.Module]
-
+class _ReturnsPart(Made):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the module returns, less what it has lost."""
         whole: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
         return whole.index_select(vars(self)[_DIM], vars(self)["_buffers"][_KEPT].to(whole.device))
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new, (self._makes,), self.__dict__.copy()
 
-
-def _new(cls: type[nn.Module]) -> nn.Module:
-    made: nn.Module = object.__new__(_returns_part(cls))
-    return made
-
-
-_made: dict[type[nn.Module], type[nn.Module]] = {}
-
-
+@cache
 def _returns_part(cls: type[nn.Module]) -> type[nn.Module]:
-    if cls not in _made:
-        _made[cls] = type(cls.__name__, (_ReturnsPart, cls), {"_makes": cls, "__module__": cls.__module__,
-                                                             "__doc__": cls.__doc__})
-    return _made[cls]
+    return made_class(_ReturnsPart, cls, _returns_part)
 
 
 def makes_alone(module: nn.Module) -> bool:
@@ -58,5 +43,6 @@ def narrow(module: nn.Module, attribute: str, gone: Tensor) -> None:
     if _KEPT not in module._buffers:
         module.register_buffer(_KEPT, torch.arange(size), persistent=False)
         setattr(module, _DIM, dim)
-        module.__class__ = _returns_part(type(module))
+        kind: Any = type(module)
+        module.__class__ = _returns_part(kind)
     module.register_buffer(_KEPT, without(getattr(module, _KEPT), 0, gone), persistent=False)

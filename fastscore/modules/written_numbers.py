@@ -3,9 +3,9 @@ own: the same code with other numbers.
 """
 
 import dis
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
@@ -13,33 +13,23 @@ from torch import nn
 
 from fastscore.modules.attention import own_width
 from fastscore.modules.changed_source import with_source
+from fastscore.modules.made_classes import Made, made_class, put_together, taken_apart
 from fastscore.modules.weights.parameter_layers import changed
 
 MARK = "#"  # between a method and the number that its code had first: `forward#400`
-_made: dict[tuple[type[nn.Module], tuple[tuple[str, int], ...]], type[nn.Module]] = {}
 
 
-class _OtherNumbers:
-    """What the classes made here have besides the code of their modules: the class they come from, and its numbers
-    (method#number) -> those in their place."""
+class _OtherNumbers(Made):
+    """numbers: method#number -> that in its place."""
 
-    _reads: type[nn.Module]
     _numbers: Mapping[str, int]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new, (self._reads, dict(self._numbers)), self.__dict__.copy()
-
-
-def _new(cls: type[nn.Module], numbers: Mapping[str, int]) -> nn.Module:
-    made: nn.Module = object.__new__(_with(cls, numbers))
-    return made
 
 
 def of_frame(module: nn.Module, frame: FrameType) -> dict[int, str]:
     """The numbers that stand at one place each in the code that runs -> their names. None of code that is no method of
     the module, or of attentions whose code is another one once heads are gone."""
     kind, code = type(module), frame.f_code
-    if _method(kind, code.co_name) is not code or own_width.asks(kind):
+    if _method(_with_code(kind), code.co_name) is not code or own_width.asks(kind):
         return {}
     firsts = {now: name for name, now in _numbers_of(kind).items() if name.startswith(f"{code.co_name}{MARK}")}
     return {number: firsts.get(number, f"{code.co_name}{MARK}{number}") for number in _once(code)}
@@ -52,30 +42,47 @@ def number(module: nn.Module, name: str) -> int:
 
 def in_source(module: nn.Module, name: str) -> int:
     """What a number of the code of a module is in the source of this code, which may be that of the class as it was."""
-    kind, (method, number_then) = type(module), name.split(MARK)
-    before = kind._reads if issubclass(kind, _OtherNumbers) else kind
-    files = {getattr(each, method).__code__.co_filename for each in (kind, before)}
+    kind, (method, number_then) = _with_code(type(module)), name.split(MARK)
+    files = {getattr(each, method).__code__.co_filename for each in (kind, taken_apart(kind)[0])}
     return number(module, name) if len(files) > 1 else int(number_then)
 
 
 def with_mark(module: nn.Module, name: str, mark: int) -> type[nn.Module]:
     """A class of a module, for a run of its own, with `mark` in the place of a number of its code."""
     kind, method = type(module), name.partition(MARK)[0]
-    return type(kind.__name__, (kind,), {
-        "__module__": kind.__module__, method: _function(getattr(kind, method), {number(module, name): mark})})
+    own, others = _with_code(kind), _other_steps(kind)
+    marked = type(kind.__name__, (own if others else kind,), {
+        "__module__": kind.__module__, method: _function(getattr(own, method), {number(module, name): mark})})
+    return put_together(marked, *others)
 
 
 def take_off(module: nn.Module, name: str, gone: int) -> None:
     """Take `gone` off a number of the code of a module, in place. Raises ValueError where its code has no such
     number."""
     kind, method, now = type(module), name.partition(MARK)[0], number(module, name)
-    held: type[nn.Module] | None = vars(kind).get("_before")  # where layers stand in for parameters meanwhile
-    code = _method(kind, method)
+    code = _method(_with_code(kind), method)
     if code is None or now not in _once(code):
         raise ValueError(f"the code of {kind.__name__}.{method} does not have the number {now} at one place, as that "
                          "of the model did that was pruned: build the dense model as it was")
-    narrowed = _with(vars(held or kind).get("_reads", held or kind), {**_numbers_of(kind), name: now - gone})
-    module.__class__ = narrowed if held is None else changed(kind.__bases__[0], narrowed)
+    numbers = sorted({**_numbers_of(kind), name: now - gone}.items())
+    narrowed = put_together(taken_apart(_held(kind))[0], (_with, *numbers), *_other_steps(kind))
+    module.__class__ = narrowed if _held(kind) is kind else changed(kind.__bases__[0], narrowed)
+
+
+def _held(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class itself, where layers stand in for parameters meanwhile."""
+    held: type[nn.Module] = vars(kind).get("_before", kind)
+    return held
+
+
+def _with_code(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class that has no more than the code of the module, and its numbers."""
+    cls, steps = taken_apart(_held(kind))
+    return put_together(cls, *(step for step in steps if step[0] is _with))
+
+
+def _other_steps(kind: type[nn.Module]) -> list[tuple[Any, ...]]:
+    return [step for step in taken_apart(_held(kind))[1] if step[0] is not _with]
 
 
 def _numbers_of(kind: type[nn.Module]) -> Mapping[str, int]:
@@ -104,17 +111,15 @@ def _within(value: object) -> list[int]:
     return [value] if type(value) is int else []
 
 
-def _with(cls: type[nn.Module], numbers: Mapping[str, int]) -> type[nn.Module]:
+@cache
+def _with(cls: type[Any], *numbers: tuple[str, int]) -> type[nn.Module]:
     """The class with other numbers in its methods."""
-    key = cls, tuple(sorted(numbers.items()))
-    if key not in _made:
-        methods = {name.partition(MARK)[0]: getattr(cls, name.partition(MARK)[0]) for name in numbers}
-        functions = {name: _function(old, {int(each.partition(MARK)[2]): number for each, number in numbers.items()
-                                           if each.partition(MARK)[0] == name}) for name, old in methods.items()}
-        _made[key] = type(cls.__name__, (_OtherNumbers, cls), {
-            "_reads": cls, "_numbers": dict(numbers), "__module__": cls.__module__, "__doc__": cls.__doc__,
-            "__qualname__": cls.__qualname__, **functions})
-    return _made[key]
+    methods: dict[str, dict[int, int]] = defaultdict(dict)
+    for name, number in numbers:
+        method, _, first = name.partition(MARK)
+        methods[method][int(first)] = number
+    functions = {method: _function(getattr(cls, method), changes) for method, changes in methods.items()}
+    return made_class(_OtherNumbers, cls, _with, *numbers, _numbers=dict(numbers), **functions)
 
 
 def _function(old: FunctionType, numbers: Mapping[int, int]) -> FunctionType:

@@ -3,11 +3,13 @@ tables, of which it reads some entries, and biases for each head (ALiBi), of whi
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastscore.modules.made_classes import Made, made_class, taken_apart
 from fastscore.modules.narrower import without
 
 TURNED = "rotary_ndims"  # where attentions of GPT-NeoX, Phi, StableLM and others have it
@@ -15,15 +17,11 @@ _KEPT, _WIDTH = "rotary_dims", "rotary_width"  # the entries that are read, int6
 _HEADS, _OF, _BIASES = "handed_heads", "handed_of", "handed_biases"  # heads read, int64, of so many; of what arguments
 
 
-class _ReadsPart:
-    """What the classes made here have besides the code of their modules."""
-
-    _reads: type[nn.Module]
-
+class _ReadsPart(Made):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the class's own, with tables that are as wide as its heads are, and biases of its heads alone."""
         buffers, biases = vars(self)["_buffers"], vars(self).get(_BIASES, ())
-        names = _names(self._reads, args) if biases else [""] * len(args)
+        names = _names(taken_apart(type(self))[0], args) if biases else [""] * len(args)
 
         def part(name: str, value: Any) -> Any:
             if _KEPT in buffers and _tables(value) == getattr(self, _WIDTH):
@@ -33,25 +31,10 @@ class _ReadsPart:
         return super().forward(*map(part, names, args), **{  # type: ignore[misc]
             name: part(name, value) for name, value in kwargs.items()})
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new, (self._reads,), self.__dict__.copy()
 
-
-def _new(cls: type[nn.Module]) -> nn.Module:
-    made: nn.Module = object.__new__(_reads_part(cls))
-    return made
-
-
-_made: dict[type[nn.Module], type[nn.Module]] = {}
-
-
+@cache
 def _reads_part(cls: type[nn.Module]) -> type[nn.Module]:
-    if issubclass(cls, _ReadsPart):
-        return cls
-    if cls not in _made:
-        _made[cls] = type(cls.__name__, (_ReadsPart, cls), {"_reads": cls, "__module__": cls.__module__,
-                                                           "__doc__": cls.__doc__})
-    return _made[cls]
+    return cls if issubclass(cls, _ReadsPart) else made_class(_ReadsPart, cls, _reads_part)
 
 
 def reads_part(module: nn.Module) -> bool:
@@ -109,7 +92,8 @@ def _keep(module: nn.Module, kept: str, of: str, gone: Tensor, size: int) -> Non
         device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
         module.register_buffer(kept, torch.arange(size, device=device), persistent=False)
         setattr(module, of, size)
-        module.__class__ = _reads_part(type(module))
+        kind: Any = type(module)
+        module.__class__ = _reads_part(kind)
     module.register_buffer(kept, without(getattr(module, kept), 0, gone), persistent=False)
 
 

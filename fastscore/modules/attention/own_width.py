@@ -10,11 +10,13 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
+from functools import cache
 from types import CellType, CodeType, FunctionType
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
+from fastscore.modules.made_classes import Made, made_class
 from fastscore.modules.reachable_code import content
 
 _QUERIES, _OUTPUTS = ("qkv", "q", "to_q", "query", "q_proj"), ("proj", "o_proj", "out_proj", "to_out")
@@ -23,16 +25,14 @@ HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_d
 _PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "einsum")
 _WIDTH, _SCALE, _SIZE = "attended_width", "attended_scale", "attended_size"
 DENSE_WIDTH = "dense_head_dim"  # attribute of attentions whose heads have lost dimensions: the width that they had
-_found: dict[type[nn.Module], type[nn.Module] | None] = {}
 
 
-class _OwnWidth:
+class _OwnWidth(Made):
     """What the classes made here have besides the code of their modules: the attributes that it takes before its first
     product, and from there on; those that it divides by; and whether it asks for the width of what it reads."""
 
-    _reads: type[nn.Module]
-    _before: tuple[str, ...]
-    _after: tuple[str, ...]
+    _first_read: tuple[str, ...]
+    _then_read: tuple[str, ...]
     _divisors: frozenset[str]
     _asks: bool
 
@@ -40,12 +40,12 @@ class _OwnWidth:
     def attended_width(self) -> int:
         """Of what the heads make, and the output projection reads."""
         module: Any = self
-        return _attended(module, self._after)
+        return _attended(module, self._then_read)
 
     def attended_size(self, x: Tensor, dim: int) -> int:
         """x.shape[dim]; of its last dimension, where that is as wide as what the module reads, `attended_width`."""
         module: Any = self
-        reader = _called(module, _QUERIES) or _called(module, self._before)
+        reader = _called(module, _QUERIES) or _called(module, self._first_read)
         own = dim % x.dim() == x.dim() - 1 and reader is not None and x.shape[dim] == reader.in_features
         return self.attended_width if own else x.shape[dim]
 
@@ -54,14 +54,6 @@ class _OwnWidth:
         """Of the products of queries and keys; None for that of the width that heads have."""
         dense = vars(self).get(DENSE_WIDTH)
         return None if dense is None else dense ** -0.5
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new, (self._reads,), self.__dict__.copy()
-
-
-def _new(cls: type[nn.Module]) -> nn.Module:
-    made: nn.Module = object.__new__(with_own_width(cls) or cls)
-    return made
 
 
 def output_projection(module: nn.Module) -> nn.Linear | None:
@@ -97,37 +89,35 @@ def replacement(module: nn.Module) -> type[nn.Module] | None:
     as wide as what it reads, or whose code does not ask for the width of that."""
     if isinstance(module, _OwnWidth) or sum(isinstance(layer, nn.Linear) for layer in module._modules.values()) < 2:
         return None
-    made: Any = with_own_width(type(module))
+    kind: Any = type(module)
+    made: Any = with_own_width(kind)
     if made is None:
         return None
     projection, reader = output_projection(module), _called(module, _QUERIES)
     if projection is None or reader is None or not any(name in vars(module) for name in _COUNTS):
-        reader = reader or _called(module, made._before)
+        reader = reader or _called(module, made._first_read)
         if not made._asks or not any(name in vars(module) for name in {*made._divisors, *_COUNTS}):
             return None
-    return made if reader is not None and reader.in_features == _attended(module, made._after) else None
+    return made if reader is not None and reader.in_features == _attended(module, made._then_read) else None
 
 
-def asks(cls: type[nn.Module]) -> bool:
+def asks(cls: Any) -> bool:
     """Whether a class has such code, or another in its place already."""
     return issubclass(cls, _OwnWidth) or with_own_width(cls) is not None
 
 
+@cache
 def with_own_width(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The class whose forward, and methods that this hands on what it reads to, read `attended_width` and
     `attended_scale`; None where their code asks for neither."""
-    if cls not in _found:
-        code, read = _rewritten(cls, "forward")
-        codes = {"forward": code}
-        for name in read.pop("hands_on", ()):  # what it reads, to a method of its own
-            codes[name], of_method = _rewritten(cls, name)
-            if codes[name] is not None:
-                read |= {key: read[key] | of_method[key] for key in ("_divisors", "_asks")}
-        functions = {name: _with_code(getattr(cls, name), code) for name, code in codes.items() if code is not None}
-        _found[cls] = type(cls.__name__, (_OwnWidth, cls), {
-            "_reads": cls, "__module__": cls.__module__, "__doc__": cls.__doc__, **functions, **read}
-        ) if functions else None
-    return _found[cls]
+    code, read = _rewritten(cls, "forward")
+    codes = {"forward": code}
+    for name in read.pop("hands_on", ()):  # what it reads, to a method of its own
+        codes[name], of_method = _rewritten(cls, name)
+        if codes[name] is not None:
+            read |= {key: read[key] | of_method[key] for key in ("_divisors", "_asks")}
+    functions = {name: _with_code(getattr(cls, name), code) for name, code in codes.items() if code is not None}
+    return made_class(_OwnWidth, cls, with_own_width, **functions, **read) if functions else None
 
 
 def _with_code(old: Any, code: CodeType) -> FunctionType:
@@ -192,8 +182,8 @@ def _rewritten(cls: type[nn.Module], name: str) -> tuple[CodeType | None, dict[s
     for call in unscaled:
         scale = ast.parse(f"{function.args.args[0].arg}.{_SCALE}", mode="eval").body
         call.keywords.append(ast.keyword("scale", scale))
-    read = {"_before": tuple(name for place, name in names if place < product), "_divisors": divisors,
-            "_after": tuple(name for place, name in names if place >= product), "_asks": widths.changed,
+    read = {"_first_read": tuple(name for place, name in names if place < product), "_divisors": divisors,
+            "_then_read": tuple(name for place, name in names if place >= product), "_asks": widths.changed,
             "hands_on": hands_on}
     if not widths.changed and not unscaled:
         return None, read
