@@ -36,6 +36,7 @@ from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.kept import left_alone, obstacles, reasons, training_only, unread
 from fastscore.graph.trials import (
     across,
+    among_samples,
     bias_trial,
     cut_otherwise,
     kept_numbers,
@@ -138,6 +139,7 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
         found = training_trial.with_parameters(recording, found, run_as_in_training)
+        chooses = recording.chooses
         del recording
         found = replace(found, groups=traced_groups.all_held(eval_model, found.groups),
                         head_dims=traced_groups.all_held(eval_model, found.head_dims))
@@ -154,6 +156,8 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
             raise ValueError(f"{type(model).__name__}: its code writes in place to what {layer or 'an operation'} has "
                              "read, so that no gradient can be computed, here or in training: write "
                              "`x = x + branch(x)`, where it says `x += branch(x)`") from error
+        if axes.together or chooses:
+            found = found.less(among_samples.refusals(eval_model, run, found.groups, example_inputs, samples))
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained))
     axes = replace(axes, transposing=samples_second.transposing(forward, samples))
     return replace(graph, samples=axes, searched=searched, **counted.products(axes.batch))

@@ -199,6 +199,15 @@ def of_choice(where: str) -> str:
     return f"they choose what comes to {where} (by argmax, topk, a comparison or rounding), without a gradient"
 
 
+def among_samples(where: str, chosen: bool) -> str:
+    """Why a group is kept whose channels show at `where` in a batch of several samples, and not in one of them.
+
+    chosen: because something is chosen by them."""
+    return f"they choose among the samples of a batch what comes to {where} (by argmax, topk, a comparison or " \
+           "rounding), without a gradient" if chosen else \
+        f"what they hold in all samples of a batch comes to {where} together, where they are not followed"
+
+
 def read_elsewhere(members: Iterable[Member], readers: Mapping[str, str]) -> str | None:
     """That a weight of a group is read by code of another module than its own; None where none is.
 

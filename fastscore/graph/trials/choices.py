@@ -20,6 +20,7 @@ from fastscore.batches.parts import tensors_of
 from fastscore.graph.operations import ALIKE, ALONG, name_of, python_numbers
 from fastscore.graph.trials.differences import close
 
+HELD = -1  # in place of a turn: everything is chosen as it was
 TURNS = 8  # by which all choose otherwise, neighbours unlike each other, and all alike
 # operations that answer for each element, in another dtype, or for several at once
 _ANSWERS = {"gt", "lt", "ge", "le", "eq", "ne", "logical_not", "logical_and", "logical_or", "logical_xor", "isin",
@@ -45,7 +46,8 @@ class Choices(TorchDispatchMode):
 
     noted: what the choices of a run were made by; None: `self.noted` is to hold those of this run. Otherwise those
     choices come out otherwise whose operands are not what is noted. turn: another number, another outcome; None: they
-    come out as they did. read: whether the code has made Python numbers of what is not what is noted.
+    come out as they did. differ: whether there were any. read: whether the code has made Python numbers of what is not
+    what is noted.
     """
 
     supports_higher_order_operators = True
@@ -53,7 +55,7 @@ class Choices(TorchDispatchMode):
     def __init__(self, noted: Noted | None = None, turn: int | None = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.noted: Noted = [] if noted is None else noted
-        self.read = False
+        self.read = self.differ = False
         self._places: weakref.ref[Tensor] | None = None  # of maxima, which the last choice was noted for
         self._left = None if noted is None else iter(noted)
         self._paused, self._turn, self._way = False, turn, (turn or 0) // 2 % 4
@@ -144,6 +146,7 @@ class Choices(TorchDispatchMode):
                    before: Sequence[Tensor]) -> Any:
         """What `func` returns, but otherwise where its operands differ from what they were before."""
         differs = _differ(operands, before)
+        self.differ |= bool(differs.any())
         if name in ALIKE:
             out, was = func(*args, **kwargs), func(before[0], *args[1:], **kwargs)
             if any(not torch.equal(x, old) for x, old in zip(tensors_of(out), tensors_of(was), strict=True)

@@ -14,7 +14,7 @@ def changed(x: Tensor, dim: int, index: Tensor) -> Tensor:
     return torch.mul(x, scale, out=torch.empty_like(x)).add_(shift)
 
 
-def differ(x: Tensor, before: Tensor, dim: int, excused: Tensor | None) -> bool:
+def differ(x: Tensor, before: Tensor, dim: int, excused: Tensor | None = None) -> bool:
     """Whether x differs from what it was at a position of `dim` that is not excused."""
     if x.shape != before.shape:  # rows that are picked by what the channels hold
         return True

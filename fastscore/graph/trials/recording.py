@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastscore import rng
 from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.graph.nodes import PRODUCERS
-from fastscore.graph.trials.choices import TURNS, Choices, Noted
+from fastscore.graph.trials.choices import HELD, TURNS, Choices, Noted
 from fastscore.graph.trials.differences import changed, close, differ
 from fastscore.graph.trials.plain_layers import may_make_several
 from fastscore.graph.trials.steady_draws import SteadyDraws
@@ -52,6 +52,7 @@ class Recording:
         self.first_layers = set[str]()  # those that read what no gradient comes back from, in one call at least
         self.from_zeros = set[str]()  # those that read zeros of which none does
         self.detached = frozenset[str]()  # those of which no gradient comes back, while something does
+        self.chooses = False  # whether something is chosen by channels, and shows nowhere
         self.without_gradients = set[str]()  # those that run under torch.no_grad, or inference_mode, in one call
 
     def find_several(self) -> None:
@@ -119,9 +120,9 @@ class Recording:
     def leak(self, made: Positions, read: Positions, turn: int | None = None) -> str | None:
         """Run with the outputs at `made` changed and all others held; where an input differs that is not in `read`.
 
-        turn: what is chosen by what is changed is chosen otherwise, in another way for another number."""
+        turn: what is chosen by what is changed comes out otherwise, for each number in another way; HELD: as it did."""
         before, found = self.inputs, list[str]()
-        choices = None if turn is None else Choices(self.choices, turn)
+        choices = None if turn is None else Choices(self.choices, None if turn == HELD else turn)
 
         def compare(layer: str, call: int, x: Tensor | None) -> None:
             known = before[layer][call]
@@ -138,6 +139,7 @@ class Recording:
             return READ
         if not found and (output.shape != self.output.shape or not close(output, self.output).all()):
             return "the output"
+        self.chooses |= choices is not None and choices.differ and not found
         return found[0] if found else None
 
     def shows_without_gradient(self, layers: Collection[str]) -> bool:
@@ -147,8 +149,7 @@ class Recording:
 
         def compare(layer: str, call: int, x: Tensor | None) -> None:
             known = before[layer][call]
-            if layer not in layers and x is not None and known is not None and differ(x, known, self._dims[layer],
-                                                                                         None):
+            if layer not in layers and x is not None and known is not None and differ(x, known, self._dims[layer]):
                 found.append(layer)
 
         try:
@@ -320,8 +321,7 @@ def _version(x: Tensor) -> int:
 
 
 def _is_zero(x: Tensor) -> bool:
-    """Whether all that a layer reads is 0, as the state is that a cell begins with: whatever goes, it is worth nothing
-    there."""
+    """Whether all that a layer reads is 0, as the state that a cell begins with: whatever goes is worth nothing."""
     x = unwrapped(x.detach())
     return not x.is_nested and not bool(x.any())
 

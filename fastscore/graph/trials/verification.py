@@ -15,19 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.graph.groups import READS, ChannelGroup, Role
-from fastscore.graph.trials.choices import TURNS
+from fastscore.graph.trials.choices import HELD, TURNS
 from fastscore.graph.trials.recording import Recording
 
-_PAIRS = 2  # of a random half of the channels and the other half: 4 passes, which miss one slip in 4, and 32 in 10^4
+_PASSES = 4  # of a random half of the channels and the other half, twice: which miss one slip in 4, and 32 in 10^4
 
 
-def leaks(recording: Recording, groups: Sequence[ChannelGroup], chosen: bool = False) -> dict[str, str]:
+def leaks(recording: Recording, groups: Sequence[ChannelGroup], chosen: bool = False, held: bool = False
+          ) -> dict[str, str]:
     """Where channels show that no member of their group claims.
 
     Args:
         recording: of a run of the model.
         groups: as they were traced.
         chosen: whether what the model's code chooses by these channels is to be chosen otherwise.
+        held: whether it is to be chosen as it was, whatever they are.
 
     Returns:
         Name of a group -> a layer whose input changes with its channels, or "the output".
@@ -35,28 +37,28 @@ def leaks(recording: Recording, groups: Sequence[ChannelGroup], chosen: bool = F
     assert recording.inputs is not None  # of the model as it is, before anything is changed
     if not groups or (chosen and not recording.choices):
         return {}
-    where = _verify(recording, groups, chosen)
+    turns = range(TURNS) if chosen else [HELD if held else None] * _PASSES
+    where = _verify(recording, groups, turns)
     if where is None:
         return {}
-    found = {group.name: alone for group in groups if (alone := _verify(recording, [group], chosen)) is not None}
+    found = {group.name: alone for group in groups if (alone := _verify(recording, [group], turns)) is not None}
     return found or {group.name: where for group in groups}
 
 
-def _verify(recording: Recording, groups: Sequence[ChannelGroup], chosen: bool) -> str | None:
+def _verify(recording: Recording, groups: Sequence[ChannelGroup], turns: Sequence[int | None]) -> str | None:
     # a generator for each group: what shows among the others shows alone
     generators = [torch.Generator().manual_seed(zlib.crc32(group.name.encode())) for group in groups]
     made = _channels_at(groups, recording.norms, "producer")
     read = _channels_at(groups, recording.norms, *READS)
     held = list(_held(recording.model, groups))
-    for pair in range(TURNS // 2 if chosen else _PAIRS):
+    for pair in zip(turns[::2], turns[1::2], strict=True):
         half = torch.cat([torch.rand(len(group.unit), generator=generator)[group.unit] < 0.5
                           for group, generator in zip(groups, generators, strict=True)])
-        for turn, side in enumerate((half, ~half), 2 * pair):
+        for turn, side in zip(pair, (half, ~half), strict=True):
             with entries_changed((owner, name, dim, index[side[channel]])
                                   for owner, name, dim, index, channel in held):
                 where = recording.leak({layer: index[side[channel]] for layer, (index, channel) in made.items()},
-                                       {layer: index[side[channel]] for layer, (index, channel) in read.items()},
-                                       turn if chosen else None)
+                                       {layer: index[side[channel]] for layer, (index, channel) in read.items()}, turn)
             if where is not None:
                 return where
     return None
