@@ -248,3 +248,35 @@ def test_a_batch_of_which_one_sample_does_not_run() -> None:
         fastscore.score(model, [batch], progress=False)
     assert list(fastscore.score(model, [batch], progress=False, forward=lambda model, batch: model(**batch))) == \
         ["make", "read"]
+
+
+def dropped(x: Tensor) -> Tensor:
+    """Tokens whose channels add up to little are left out, as they are pruned while a model runs."""
+    return x[x.detach().sum(-1) > 0][None] if len(x) == 1 else x
+
+
+def test_tokens_that_are_left_out_by_a_threshold_are_chosen() -> None:
+    scores = fastscore.score(network(dropped, 0), [tokens(1, 0)], progress=False)
+    assert scores.skipped["make"].startswith("they choose what comes to read")
+
+
+class Counts(Chosen):
+    """Does something else in every `period`-th call."""
+
+    def __init__(self, period: int, scale: float) -> None:
+        super().__init__(lambda x: x)
+        self.step, self.period, self.scale = 0, period, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.step += 1
+        made = self.make(x) * (self.scale if self.step % self.period == 0 else 1.0)
+        return self.head(self.read(made).relu().mean(1))
+
+
+@pytest.mark.parametrize("period", [2, 3])
+@pytest.mark.parametrize("first", range(3))
+def test_a_model_that_counts_its_calls_is_said_to(period: int, first: int) -> None:
+    model = Counts(period, 2.0).double().eval()
+    model.step = first
+    assert "something else comes to read each time the model runs" in trace(model, tokens(2, 0)).skipped["make"]
+    assert [group.name for group in trace(Counts(period, 1.0).double().eval(), tokens(2, 0)).groups] == ["make", "read"]
