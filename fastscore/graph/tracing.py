@@ -47,6 +47,7 @@ from fastscore.graph.trials import (
     verification,
 )
 from fastscore.graph.trials.recording import Recording
+from fastscore.modules import counted_samples
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.first_run import check_first_run
 from fastscore.modules.inspection import device_of
@@ -158,7 +159,7 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
             raise ValueError(f"{type(model).__name__}: its code writes in place to what {layer or 'an operation'} has "
                              "read, so that no gradient can be computed, here or in training: write "
                              "`x = x + branch(x)`, where it says `x += branch(x)`") from error
-        if axes.together or chooses:
+        if axes.together or chooses or counted_samples.branches(model):
             found = found.less(among_samples.refusals(eval_model, run, found.groups, example_inputs, samples))
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained))
     axes = replace(axes, transposing=samples_second.transposing(forward, samples))

@@ -16,7 +16,7 @@ from fastscore.graph.tracing import trace
 
 WIDTH = 8
 CHOOSE = "they choose among the samples of a batch"
-TOGETHER = "what they hold in all samples of a batch comes to read together"
+TOGETHER = "in a batch of several samples they come to read, or do not, in another way"
 
 
 def held(x: Tensor) -> Tensor:
@@ -186,3 +186,56 @@ def test_what_experts_of_limited_capacity_hold_inside_goes() -> None:
     small = fastscore.prune(model, scores, x, channels=0.5, compensate=False)
     with fastscore.mask(model, scores, small, x, compensate=False):
         assert torch.allclose(model(x), small.model(x))
+
+
+class Branching(nn.Module):
+    """Does something else in a batch of several, or many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pre, self.a, self.b = nn.Linear(3, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.c, self.head, self.few = nn.Linear(2 * WIDTH, WIDTH), nn.Linear(WIDTH, 3), 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.way(self.pre(x).relu()))
+
+    def way(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class AnotherLayer(Branching):
+    def way(self, x: Tensor) -> Tensor:
+        return (self.a if x.shape[0] <= 4 else self.b)(x).relu()
+
+
+class AnotherOrder(Branching):
+    def way(self, x: Tensor) -> Tensor:
+        n, _ = x.size()
+        made = [self.a(x).relu(), self.b(x).relu()]
+        return self.c(torch.cat(made[::-1] if n > self.few else made, 1)).relu()
+
+
+class AnotherView(Branching):
+    def way(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        if len(x) <= 4:
+            return x
+        return x.view(len(x), 2, -1).transpose(1, 2).flatten(1)
+
+
+@pytest.mark.parametrize("kind", [AnotherLayer, AnotherOrder, AnotherView])
+def test_what_is_another_way_in_a_batch_of_many_is_kept(kind: type[Branching]) -> None:
+    """What remains is, in batches of each size, what it is where its channels are masked."""
+    torch.manual_seed(0)
+    model, x = kind().double().eval(), batch("rows", 6, 0)
+    if kind is AnotherLayer:
+        with pytest.raises(ValueError, match=f"a: {TOGETHER[:30]}"):
+            fastscore.score(model, [x], progress=False)
+        return
+    scores = fastscore.score(model, [x], progress=False)
+    assert "a" not in scores
+    assert TOGETHER[:30] in scores.skipped["a"]
+    result = fastscore.prune(model, scores, x, channels=0.7, compensate=False)
+    for samples in (1, 3, 6, 9):
+        with torch.no_grad(), fastscore.mask(model, scores, result, x, compensate=False):
+            torch.testing.assert_close(result.model(batch("rows", samples, 1)), model(batch("rows", samples, 1)))

@@ -207,7 +207,8 @@ def among_samples(where: str, chosen: bool) -> str:
     chosen: because something is chosen by them."""
     return f"they choose among the samples of a batch what comes to {where} (by argmax, topk, a comparison or " \
            "rounding), without a gradient" if chosen else \
-        f"what they hold in all samples of a batch comes to {where} together, where they are not followed"
+        f"in a batch of several samples they come to {where}, or do not, in another way than in one sample (by a " \
+        "number of the whole batch, or by code that asks how many samples there are)"
 
 
 def read_elsewhere(members: Iterable[Member], readers: Mapping[str, str]) -> str | None:

@@ -56,5 +56,7 @@ def _shown(model: nn.Module, run: Run, groups: Sequence[ChannelGroup], batch: Ba
             return {}, {}
     except Exception:  # of the model's code, or forward=
         return {}, {}
-    mixed = verification.leaks(recording, groups, held=True)
+    mixed = {group.name: layer for group in groups for member in group.members if (layer := member.layer)
+             in recording.layers.keys() - recording.layers_that_ran}
+    mixed |= verification.leaks(recording, [group for group in groups if group.name not in mixed], held=True)
     return mixed, verification.leaks(recording, [group for group in groups if group.name not in mixed], chosen=True)
