@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from fastscore.graph.cutting.cut_widths import TIMES, Cut, Width
 from fastscore.modules import frames, marked_numbers, written_numbers
+from fastscore.modules.lines_run import Line
 from fastscore.modules.marked_numbers import Marked, Place
-from fastscore.modules.number_uses import Line, Uses
+from fastscore.modules.number_uses import Uses
 from fastscore.modules.reachable_code import ReachableCode
 
 SPLITS = (torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes)

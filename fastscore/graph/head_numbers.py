@@ -4,6 +4,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fastscore.graph.cutting import heads
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.layer_types import type_of
 from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
+from fastscore.modules.lines_run import Line, lines_run
 from fastscore.modules.norms import channel_norms
 from fastscore.modules.number_uses import Uses
 from fastscore.modules.reachable_code import ReachableCode
@@ -84,10 +86,15 @@ def with_numbers(module: nn.Module, group: ChannelGroup, fails: Callable[[Channe
     return first
 
 
-def decided_by(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, str]:
+def decided_by(model: nn.Module, groups: Sequence[ChannelGroup], run: Callable[[], object]) -> dict[str, str]:
     """Group of heads -> why it stays: the code compares with a number that goes with them, or cuts something at it, of
-    which no run need have shown more than one side."""
+    which no run need have shown more than one side; or it computes with it what `run`, the model's, does not show."""
     code: ReachableCode | None = None
+
+    @cache
+    def lines() -> set[Line]:
+        return lines_run(run, {function.__code__.co_filename for function in code.functions} if code else ())
+
     known, found = dict[tuple[str, str], str | None](), dict[str, str]()
     for group in groups:
         counts = [(f"{member.layer}.{child}".strip("."), name) for member in group.role("heads") for child, name in
@@ -97,10 +104,10 @@ def decided_by(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, st
             module = model.get_submodule(owner)
             if "." not in name and (owner, name) not in known:
                 code = code or ReachableCode(model)
-                known[owner, name] = Uses(code, module, name, (), decisions=True).other()
+                known[owner, name] = Uses(code, module, name, (), lines).other()
             if (why := known.get((owner, name))) is not None:
-                found[group.name] = f"{name} of {type(module).__name__} counts heads, or their channels, and decides " \
-                                    f"something in {why}: let this have a number of its own"
+                found[group.name] = f"{name} of {type(module).__name__} counts heads, or their channels, and is more " \
+                                    f"than a size in {why}: let this have a number of its own"
     return found
 
 

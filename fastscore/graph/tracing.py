@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Container, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -280,7 +281,8 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         running.check_runs_again(eval_model, whole)
         raise
     kept |= {group: reasons.of_choice(where) for group, where in chosen.items()}
-    kept |= head_numbers.decided_by(eval_model, [group for group in found.groups if group.name not in kept])
+    kept |= head_numbers.decided_by(eval_model, [group for group in found.groups if group.name not in kept],
+                                    partial(recording.run_again, recording.model))
     tried = [group for group in found.groups if group.name not in kept]
     refused = surgery_trial.refusals(recording, tried)
     seen_elsewhere = {group.name: why for group in tried if group.name not in refused and (

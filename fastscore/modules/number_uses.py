@@ -6,7 +6,7 @@ followed is a use of another kind.
 
 import ast
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from types import FunctionType, ModuleType
 from typing import Any, TypeAlias
 
@@ -14,10 +14,9 @@ from torch import nn
 
 from fastscore.modules import written_numbers
 from fastscore.modules.changed_source import places_of
+from fastscore.modules.lines_run import Line, Parents, are_among, has_run, outwards
 from fastscore.modules.reachable_code import ReachableCode, content, functions_in, is_torchs
 
-Line: TypeAlias = tuple[str, int]  # file, number
-Parents: TypeAlias = Mapping[ast.AST, ast.AST]
 Seed: TypeAlias = tuple[str, Any]  # "attribute", "number" or "argument", and which
 
 _SIZES = {"view", "reshape", "unflatten", "zeros", "new_zeros", "empty", "new_empty", "layer_norm", "rms_norm",
@@ -28,19 +27,22 @@ _THROUGH = {"int", "tuple", "list", "Size"}
 _HARMLESS = {"isinstance", "len", "print", "str", "repr", "hasattr", "format", "type"}
 _CHECKS = {"_assert", "_check"}
 _ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv)
+_COMPUTES = {"mul", "multiply", "div", "divide", "true_divide", "add", "sub", "subtract", "pow", "sqrt", "rsqrt", "log",
+             "log2", "exp", "float", "tensor", "as_tensor", "full", "arange", "linspace"}  # of numbers, other numbers
 
 
 class Uses:
     """The uses of one number.
 
     code: of the model. module, name: whose it is, as written_numbers names it or an attribute. seen: lines that have
-    cut something at numbers that are marked, or made something of such a size. decisions: only what is decided by it
-    counts, a comparison or a slice, which runs may have shown one side of; all else they would have shown.
+    cut something at numbers that are marked, or made something of such a size. lines: those that have run, where runs
+    have shown what becomes of the number there: then only what is decided by it counts, a comparison or a slice, which
+    they may have shown one side of, and what is computed with it elsewhere.
     """
 
     def __init__(self, code: ReachableCode, module: nn.Module, name: str, seen: Collection[Line],
-                 decisions: bool = False) -> None:
-        self._code, self._module, self._seen, self._decisions = code, module, seen, decisions
+                 lines: Callable[[], Collection[Line]] | None = None) -> None:
+        self._code, self._module, self._seen, self._lines = code, module, seen, lines
         self._work: list[tuple[FunctionType, Seed]] = []
         self._done = set[tuple[int, Seed]]()
         if written_numbers.MARK in name:
@@ -58,21 +60,32 @@ class Uses:
                 tree, parents = self._code.source(function)
             except (OSError, TypeError, SyntaxError):
                 return f"{where}, which cannot be read (it stands in no file)"
-            nodes: list[ast.AST] = list(places_of(tree, seed[1]) if seed[0] == "number" else
-                                        self._found(function, tree, parents, seed))
-            if seed[0] == "number" and len(nodes) != 1:
+            found = list(places_of(tree, seed[1]) if seed[0] == "number" else
+                         self._found(function, tree, parents, seed))
+            if seed[0] == "number" and len(found) != 1:
                 return where
-            names = set[str]()
+            nodes: list[tuple[ast.AST, bool]] = [(node, False) for node in found]
+            names = set[tuple[str, bool]]()
             while nodes:
-                for use in self._uses(function, nodes.pop(), parents):
+                node, unshown = nodes.pop()  # unshown: computed with the number where nothing has run
+                for use in self._uses(function, node, parents):
+                    here = unshown or (self._lines is not None and _computed(node, use, parents)
+                                       and not has_run(function, node, parents, self._lines()))
                     if isinstance(use, str):
-                        if use not in names:
-                            names.add(use)
-                            nodes += [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == use
-                                      and isinstance(node.ctx, ast.Load)]
-                    elif use is not None and (not self._decisions or _decides(use)):
+                        if (use, here) not in names:
+                            names.add((use, here))
+                            nodes += [(other, here) for other in ast.walk(tree) if isinstance(other, ast.Name)
+                                      and other.id == use and isinstance(other.ctx, ast.Load)]
+                    elif use is not None and (self._lines is None or _decides(use) or (
+                            here and not self._is_as_sized(function, use))):
                         return f"{where} ({_words(use, parents)})"
         return None
+
+    def _is_as_sized(self, function: FunctionType, use: ast.AST) -> bool:
+        """Whether something else than a layer is called with a number, as repeat() is: of other sizes with another
+        one."""
+        return isinstance(use, ast.Call) and _name(use) not in _COMPUTES and not any(
+            isinstance(each, nn.Module) for each in self._objects(function, use.func) or ())
 
     def _add(self, function: FunctionType, seed: Seed) -> None:
         if (id(function), seed) not in self._done:
@@ -131,8 +144,8 @@ class Uses:
                 isinstance(parent, ast.UnaryOp) and isinstance(parent.op, ast.USub)):
             yield from self._uses(function, parent, parents)
         elif isinstance(parent, ast.Slice):
-            subscript = next(each for each in _outwards(parent, parents) if isinstance(each, ast.Subscript))
-            yield None if self._ran(function, subscript) else subscript
+            subscript = next(each for each in outwards(parent, parents) if isinstance(each, ast.Subscript))
+            yield None if are_among(self._seen, function, subscript) else subscript
         elif isinstance(parent, ast.Call) and node is not parent.func:
             yield from self._of_call(function, node, parent, parents)
         elif isinstance(parent, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.NamedExpr):
@@ -148,7 +161,7 @@ class Uses:
     def _in_no_branch(self, function: FunctionType, node: ast.AST, parents: Parents) -> bool:
         """Whether something stands in a branch for modules that hold a layer, or lack one, unlike those there are."""
         before = node
-        for each in _outwards(node, parents):
+        for each in outwards(node, parents):
             if isinstance(each, ast.If) and before is not each.test and (
                     taken := self._decided(function, each.test)) is not None and taken != (before in each.body):
                 return True
@@ -187,7 +200,7 @@ class Uses:
         if name in _THROUGH:
             yield from self._uses(function, call, parents)
         elif name in _SEEN and of_size:
-            yield None if self._ran(function, call) else call
+            yield None if are_among(self._seen, function, call) else call
         elif name not in _SIZES | _HARMLESS or not of_size:
             called = self._objects(function, call.func)
             functions = [each for thing in called or () for each in _functions_called(thing)]
@@ -201,10 +214,6 @@ class Uses:
         """Whether no method is called, but a function, which has the tensor as its first argument."""
         held = self._objects(function, called.value) if isinstance(called, ast.Attribute) else None
         return isinstance(called, ast.Name) or any(isinstance(each, ModuleType) for each in held or ())
-
-    def _ran(self, function: FunctionType, node: Any) -> bool:
-        code, before = function.__code__, function.__code__.co_firstlineno - 1
-        return any((code.co_filename, before + line) in self._seen for line in range(node.lineno, node.end_lineno + 1))
 
 
 _UNKNOWN = object()
@@ -251,18 +260,12 @@ def _name(call: ast.Call) -> str:
     return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
 
 
-def _outwards(node: ast.AST, parents: Parents) -> Iterator[ast.AST]:
-    while node in parents:
-        node = parents[node]
-        yield node
-
-
 def _in_vain(node: ast.AST, parents: Parents) -> bool:
     """Whether a value only says whether something is raised, or what, or is put into words."""
     before = node
     if isinstance(asks := parents[node], ast.Compare) and all(isinstance(op, ast.Is | ast.IsNot) for op in asks.ops):
         return True
-    for each in _outwards(node, parents):
+    for each in outwards(node, parents):
         if isinstance(each, ast.Raise | ast.Assert | ast.FormattedValue | ast.JoinedStr):
             return True
         if isinstance(each, ast.If):
@@ -272,6 +275,19 @@ def _in_vain(node: ast.AST, parents: Parents) -> bool:
         if not isinstance(each, ast.Compare | ast.BoolOp | ast.UnaryOp | ast.BinOp):
             return False
         before = each
+    return False
+
+
+def _computed(node: ast.AST, use: str | ast.AST | None, parents: Parents) -> bool:
+    """Whether something is computed of a value up to a use of it, or until it has a name, but for half of it."""
+    for each in outwards(node, parents):
+        whole = isinstance(each, ast.BinOp) and not (isinstance(each.op, ast.FloorDiv)
+                                                     and isinstance(each.right, ast.Constant))
+        if whole or isinstance(each, ast.AugAssign) or (
+                isinstance(each, ast.Call) and _name(each) in _COMPUTES):
+            return True
+        if each is use or isinstance(each, ast.stmt):
+            return False
     return False
 
 
