@@ -159,6 +159,18 @@ class Repeated(Attention):
         return h if h.shape[2] <= 5 else h * h.mean(1, keepdim=True).repeat(1, self.num_heads, 1, 1).sigmoid() * 0 + h
 
 
+class AskedWhetherRepeated(Attention):
+    """As diffusers does, of a mask that the example lacks."""
+
+    def heads(self, h: Tensor) -> Tensor:
+        if h.shape[2] > 5:
+            mask = h.new_ones(len(h), 1)
+            if mask.shape[0] < len(h) * self.num_heads:
+                mask = mask.repeat_interleave(self.num_heads, 0)
+            h = h * mask.view(len(h), self.num_heads, 1, 1)
+        return h
+
+
 class Twice(Attention):
     """What has run is shown, on one line or several, and what comes of it."""
 
@@ -171,7 +183,7 @@ class Twice(Attention):
                               else 3)
 
 
-GO = (Attention, OtherViews, Products, Repeated, Twice)
+GO = (Attention, OtherViews, Products, Repeated, AskedWhetherRepeated, Twice)
 X, LONG = (torch.randn(2, t, 16, generator=torch.Generator().manual_seed(t)).double() for t in (5, 8))
 
 
