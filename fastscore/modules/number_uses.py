@@ -84,8 +84,8 @@ class Uses:
     def _is_as_sized(self, function: FunctionType, use: ast.AST) -> bool:
         """Whether something else than a layer is called with a number, as repeat() is: of other sizes with another
         one. Of a comparison, `_decides` says all."""
-        return isinstance(use, ast.Compare) or isinstance(use, ast.Call) and _name(use) not in _COMPUTES and not any(
-            isinstance(each, nn.Module) for each in self._objects(function, use.func) or ())
+        return isinstance(use, ast.Compare) or (isinstance(use, ast.Call) and _name(use) not in _COMPUTES and not any(
+            isinstance(each, nn.Module) for each in self._objects(function, use.func) or ()))
 
     def _add(self, function: FunctionType, seed: Seed) -> None:
         if (id(function), seed) not in self._done:
