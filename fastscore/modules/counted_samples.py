@@ -54,7 +54,8 @@ def _own(node: ast.expr) -> bool:
 def _tests(tree: ast.AST) -> Iterator[ast.expr]:
     """By which the code does one thing or another."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.IfExp) and isinstance(node.body, ast.Subscript):
+        taken = node.body.slice if isinstance(node, ast.IfExp) and isinstance(node.body, ast.Subscript) else None
+        if isinstance(taken, ast.Constant):
             continue  # outputs[1] if len(outputs) > 1 else None: of a tuple
         if isinstance(node, ast.IfExp | ast.While) or (
                 isinstance(node, ast.If) and not (isinstance(node.body[-1], ast.Raise) and not node.orelse)):
