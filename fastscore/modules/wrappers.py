@@ -28,8 +28,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Within the block, what torch.compile made of `model` calls the model as it is: hooks that are set after it has
-    run are not seen otherwise."""
+    """Within the block, what torch.compile made of `model`, or of parts of it, and what compiled itself
+    (`module.compile()`), runs as it is: hooks that are set after it has run are not seen otherwise."""
     inside = _inside(model)
     with ExitStack() as stack:
         if inside is not None:
@@ -38,6 +38,10 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
             before = vars(model)["forward"]
             vars(model)["forward"] = inside
             stack.callback(vars(model).__setitem__, "forward", before)
+        for module in model.modules():
+            if (call := module._compiled_call_impl) is not None:
+                module._compiled_call_impl = None
+                stack.callback(setattr, module, "_compiled_call_impl", call)
         yield
 
 

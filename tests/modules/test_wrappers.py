@@ -57,6 +57,23 @@ def test_what_was_compiled_comes_back() -> None:
     assert compiled.forward is forward
 
 
+@pytest.mark.parametrize("part", ["", "1"])
+@pytest.mark.parametrize("has_run", [True, False])
+def test_a_mask_of_what_compiled_itself(part: str, has_run: bool) -> None:
+    """By module.compile(), which hooks inside do not take part in; whole, or in part."""
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(3, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 2))
+    x = torch.randn(4, 3)
+    model.get_submodule(part).compile(backend="eager")
+    dense = model(x) if has_run else None
+    scores = fastscore.score(model, [x], progress=False)
+    result = fastscore.prune(model, scores, x, channels=0.5, compensate=False)
+    with fastscore.mask(model, scores, result, x, compensate=False):
+        torch.testing.assert_close(model(x), result.model(x))
+    assert model.get_submodule(part)._compiled_call_impl is not None
+    assert dense is None or torch.equal(model(x), dense)
+
+
 @pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, RESIDUAL.inputs())])
 def test_what_torch_jit_made_is_refused(make: Callable[[nn.Module], nn.Module]) -> None:
     """With the way out."""
