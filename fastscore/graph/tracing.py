@@ -148,7 +148,7 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
         found = replace(found, groups=traced_groups.all_held(eval_model, found.groups),
                         head_dims=traced_groups.all_held(eval_model, found.head_dims))
         found = returned_trial.offered(model, eval_model, computed_in_run.less(eval_model, found), run,
-                                       run_as_in_training)
+                                       run_as_in_training, _with_cache(model, example_inputs, forward))
         samples = example_inputs if samples is None else map_tensors(_to_try, samples)
         try:
             axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples, example_inputs,
@@ -165,6 +165,12 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained))
     axes = replace(axes, transposing=samples_second.transposing(forward, samples))
     return replace(graph, samples=axes, searched=searched, **counted.products(axes.batch))
+
+
+def _with_cache(model: nn.Module, batch: Batch, forward: Forward) -> Callable[[nn.Module], object] | None:
+    """How users call a model that `forward` calls without a cache, as its `with_cache` says; None where it has none."""
+    call: Callable[[nn.Module], object] | None = getattr(forward, "with_cache", lambda *_: None)(model, batch)
+    return call
 
 
 def _to_try(tensor: Tensor) -> Tensor:

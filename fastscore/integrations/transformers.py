@@ -1,6 +1,6 @@
 """Hugging Face's transformers: their batches and outputs, and scores gathered while their Trainer trains."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any
 
@@ -33,14 +33,28 @@ def forward(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     Raises:
         TypeError: a model that returns neither.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    caches = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", False) else {}
-    output = model(**inputs, **caches)
+    output = model(**_inputs(batch), **({"use_cache": False} if _caches(model) else {}))
     for name in ("logits", "last_hidden_state"):
         if isinstance(found := getattr(output, name, None), Tensor):
             return found
     raise TypeError(f"{type(model).__name__} returns {type(output).__name__}, which has neither logits nor "
                     "last_hidden_state: pass forward=lambda model, batch: <the tensor>")
+
+
+def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def _caches(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "use_cache", False))
+
+
+def _with_cache(model: nn.Module, batch: Mapping[str, Any]) -> Callable[[nn.Module], Any] | None:
+    """The call that users make of a model that caches, which fewer channels must not break."""
+    return (lambda model: model(**_inputs(batch))) if _caches(model) else None
+
+
+forward.with_cache = _with_cache  # type: ignore[attr-defined]
 
 
 class ScoreCallback(TrainerCallback):  # type: ignore[misc]

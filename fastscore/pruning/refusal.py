@@ -41,6 +41,9 @@ def checked(attempt: Callable[[Removed], _Result], removed: Removed) -> _Result:
     try:
         return attempt(removed)
     except Exception as error:  # whatever the model's code does with a width that it does not expect
+        if _fails(attempt, {}):
+            raise RuntimeError(f"the model {does(error)} by itself, with all its channels, too: give it, and "
+                               "example_inputs, a dtype and a forward= that its code takes") from error
         names = _culprits(attempt, removed)
         advice = f"keep the channels that it depends on: ignore={names}" if names else "tried again, it did not fail"
         raise RuntimeError(f"the pruned model {does(error)}: its forward depends on a width that changed; {advice}"
@@ -57,14 +60,18 @@ def repaired(result: _Pruned, run: Callable[[nn.Module], object]) -> _Pruned:
     return result
 
 
+def _fails(attempt: Callable[[Removed], object], removed: Removed) -> bool:
+    try:
+        attempt(removed)
+    except Exception:  # likewise
+        return True
+    return False
+
+
 def _culprits(attempt: Callable[[Removed], object], removed: Removed) -> list[str]:
     """Groups without which the attempt succeeds, found one after another by halving."""
     def fails(names: list[str]) -> bool:
-        try:
-            attempt({name: removed[name] for name in names})
-        except Exception:  # likewise
-            return True
-        return False
+        return _fails(attempt, {name: removed[name] for name in names})
 
     left, culprits = list(removed), list[str]()
     while left and fails(left):

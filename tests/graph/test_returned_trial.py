@@ -4,11 +4,13 @@ import re
 
 import pytest
 import torch
+import transformers
 from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
 from fastscore.graph.tracing import trace
+from fastscore.integrations.transformers import forward
 from fastscore.modules import evaluation_copy
 
 X = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -70,3 +72,21 @@ def test_what_the_evaluation_copy_hides_is_found() -> None:
         assert "keeps (KeepsWidth)" in str(scores)
         small = fastscore.prune(model, scores, X, channels=0.5).model
     assert small(X).shape == (3, 4)
+
+
+def test_a_model_goes_on_running_with_its_cache() -> None:
+    """Of a state that is as wide as its config says, which it makes where it keeps one alone."""
+    torch.manual_seed(0)
+    model = transformers.RwkvForCausalLM(transformers.RwkvConfig(
+        vocab_size=30, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, context_length=16)).eval()
+    batch = {"input_ids": torch.randint(0, 30, (3, 5), generator=torch.Generator().manual_seed(0))}
+    scores = fastscore.score(model, [batch], forward=forward, progress=False)
+    assert any(re.search("would return does not, with a cache, run .*must match the existing size", why)
+               for why in scores.skipped.values())
+    result = fastscore.prune(model, scores, batch, macs=0.8, forward=forward, compensate=False)
+    torch.testing.assert_close(result.model(**batch).logits, result.model(**batch, use_cache=False).logits)
+    tokens = batch["input_ids"][:2]
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    text = result.model.generate(tokens, **options)
+    with fastscore.mask(model, scores, result, batch, forward=forward, compensate=False):
+        assert torch.equal(text, model.generate(tokens, **options))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from network_modules import Residual
 from networks import NETWORKS, randomize
 from oracles import untouched
@@ -214,6 +215,21 @@ def test_what_cannot_be_done_is_not_half_done_in_place() -> None:
     scores = fastscore.score(model, [x], progress=False)
     with untouched(model), pytest.raises(RuntimeError, match="its forward depends on a width"):
         fastscore.prune(model, scores, x, channels=0.5, inplace=True)
+
+
+def test_a_model_that_does_not_run_itself_is_said_to() -> None:
+    """As mixtures of experts in float64, which multiply experts at once. No layer is named, as to ignore it would not
+    help."""
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4)).double().eval()
+    batch = {"input_ids": torch.randint(0, 20, (2, 4))}
+    with pytest.raises(RuntimeError, match="Double"):
+        model(**batch)
+    scores = fastscore.score(model, [batch], forward=forward, progress=False)
+    with untouched(model), pytest.raises(RuntimeError, match=r"Double.*\) by itself, with all its channels, too: give"):
+        fastscore.prune(model, scores, batch, channels=0.5, compensate=False, forward=forward)
 
 
 def test_prune_again_needs_new_scores_and_goes_on() -> None:

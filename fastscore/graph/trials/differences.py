@@ -20,6 +20,8 @@ def differ(x: Tensor, before: Tensor, dim: int, excused: Tensor | None = None) -
         return True
     if not x.numel():
         return False
+    if not x.dim():  # a single index, of an Embedding: it has no channels
+        return not bool(close(x, before).all()) if x.is_floating_point() else not torch.equal(x, before)
     difference = x - before if x.is_floating_point() else (x != before).byte()
     # not the least bit, as most of it is; NaN is not 0
     unequal = largest_magnitude(difference.movedim(dim, 0).reshape(x.shape[dim], -1), 1) != 0

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
@@ -22,25 +22,27 @@ from fastscore.modules.modes import evaluating
 from fastscore.modules.weights.experts import ExpertLinear
 from fastscore.wording import said
 
-Run = Callable[[nn.Module], Sequence[Tensor]]
+Run = Callable[[nn.Module], object]
 
 
-def offered(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training: Run
-            ) -> ChannelGraph:
+def offered(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training: Run,
+            run_with_cache: Run | None) -> ChannelGraph:
     """The graph of `model`, less the groups without some of whose channels a copy of it does not run.
 
     Args:
         model: the user's, which stays as it is.
         eval_model: its evaluation copy.
         graph: of it; its groups have been tried on the evaluation copy.
-        run: calls a model on the example inputs, and gives what it returns.
+        run: calls a model on the example inputs.
         run_as_in_training: the same, where its code takes the way of training: tried where code asks which that is.
+        run_with_cache: the same of a model that users call so, though it is scored without; None of all others.
     """
     refused: dict[str, str] = {}
     # experts take some widths alone, which ranking sees to
     left = [group for group in graph.groups if not any(
         isinstance(eval_model.get_submodule(member.module), ExpertLinear) for member in group.members)]
-    ways = [("", run), *([(", in training,", run_as_in_training)] if training_only.code_asks(model) else [])]
+    ways = [("", run), *([(", in training,", run_as_in_training)] if training_only.code_asks(model) else []),
+            *([(", with a cache,", run_with_cache)] if run_with_cache is not None else [])]
     for when, way in ways:
         if not left or not _fault(model, left, way, when, quickly=True) or not _fault(model, left, way, when) or \
                 _fault(model, [], way, when):
