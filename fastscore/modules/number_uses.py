@@ -141,6 +141,7 @@ class Uses:
                 parent, ast.Tuple | ast.List | ast.Starred | ast.BoolOp | ast.keyword) or (
                 isinstance(parent, ast.IfExp) and node is not parent.test) or (
                 isinstance(parent, ast.Subscript) and node is parent.value) or (
+                isinstance(parent, ast.ListComp | ast.GeneratorExp) and node is parent.elt) or (
                 isinstance(parent, ast.UnaryOp) and isinstance(parent.op, ast.USub)):
             yield from self._uses(function, parent, parents)
         elif isinstance(parent, ast.Slice):

@@ -159,6 +159,14 @@ class Repeated(Attention):
         return h if h.shape[2] <= 5 else h * h.mean(1, keepdim=True).repeat(1, self.num_heads, 1, 1).sigmoid() * 0 + h
 
 
+class Listed(Attention):
+    def heads(self, h: Tensor) -> Tensor:
+        if h.shape[2] > 5:
+            sizes = [count * h.shape[2] for count in (self.num_heads, 0)]
+            h = h.flatten(1, 2).split(sizes, 1)[0].view_as(h)
+        return h
+
+
 class AskedWhetherRepeated(Attention):
     """As diffusers does, of a mask that the example lacks."""
 
@@ -183,7 +191,7 @@ class Twice(Attention):
                               else 3)
 
 
-GO = (Attention, OtherViews, Products, Repeated, AskedWhetherRepeated, Twice)
+GO = (Attention, OtherViews, Products, Repeated, Listed, AskedWhetherRepeated, Twice)
 X, LONG = (torch.randn(2, t, 16, generator=torch.Generator().manual_seed(t)).double() for t in (5, 8))
 
 
