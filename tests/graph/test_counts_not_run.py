@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from one_attention import Net
 from torch import Tensor, nn
 from whole_way import noisy
 
@@ -38,15 +39,6 @@ class Attention(nn.Module):
         q, k, v = self.apart(self.qkv(x), n, t).permute(2, 0, 3, 1, 4)
         h = F.scaled_dot_product_attention(self.queries(q), k, v, mask)
         return self.more(self.proj(self.heads(h).transpose(1, 2).reshape(n, t, -1)))
-
-
-class Net(nn.Module):
-    def __init__(self, kind: type[Attention]) -> None:
-        super().__init__()
-        self.attn, self.head = kind(), nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head((x + self.attn(x)).mean(1))
 
 
 class Multiplied(Attention):

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from one_attention import Net
 from torch import Tensor, nn
 
 import fastscore
@@ -49,15 +50,6 @@ class Repeated(Attention):
 class Least(Attention):
     def more(self, y: Tensor) -> Tensor:
         return y * min(len(y), self.num_heads)
-
-
-class Net(nn.Module):
-    def __init__(self, kind: type[Attention]) -> None:
-        super().__init__()
-        self.attn, self.head = kind(), nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head((x + self.attn(x)).mean(1))
 
 
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
