@@ -108,15 +108,22 @@ def few_samples(batch: Batch, keep: int) -> Batch:
 
 
 def can_be_cut(batch: Batch) -> bool:
-    """Whether samples can be taken out of a batch by its rows: not where integers of another number, or a vector that
-    is called `batch`, tell which rows belong together (edges of graphs, offsets of sequences, the graph of a node)."""
+    """Whether samples can be taken out of a batch by its rows: not where integers of another number, one that counts
+    the rows, or a vector that is called `batch`, tell which belong together (edges of graphs, offsets and lengths of
+    sequences, the graph of a node)."""
     tensor = first_tensor(batch)
     if tensor is None or not tensor.dim():
         return True
     parts = batch if isinstance(batch, (tuple, list)) else [batch]
     return not any(isinstance(value, Tensor) and value.dim() and value.dtype in (torch.int32, torch.int64)
-                   and (len(value) not in (1, len(tensor)) or (name == INDEX and value is not tensor))
+                   and (len(value) not in (1, len(tensor)) or (name == INDEX and value is not tensor)
+                        or _counts_rows(value, tensor))
                    for part in parts for name, value in _own_fields(part).items())
+
+
+def _counts_rows(value: Tensor, tensor: Tensor) -> bool:
+    """Whether a single integer is the number of rows of `tensor`, as the length of the one sequence there is."""
+    return value.numel() == 1 < len(tensor) and not value.is_meta and int(value) == len(tensor)
 
 
 def _own_fields(part: Any) -> Mapping[Any, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import rng
-from fastscore.batches.parts import Batch, first_tensor, map_tensors
+from fastscore.batches.parts import Batch, can_be_cut, first_tensor, map_tensors
 from fastscore.graph import flat_batches
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.routing import Decisions
@@ -114,6 +114,8 @@ def _find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: B
         return SampleAxes(dict.fromkeys(watched, (Untold(trials),))) if way.exact else None
     axes = [joined_axis([trial.outputs[place].shape for trial in trials], [trial.size for trial in trials])
             for place in range(min(len(trial.outputs) for trial in trials))]
+    if len(trials) == 1 and not can_be_cut(example):  # as many classes as nodes, say
+        axes = [axis if axis == 0 else None for axis in axes]
     called_with = [trial.called_with for trial in trials if trial.called_with is not None]
     inputs = joined_axis([tensor.shape for tensor in called_with], [trial.size for trial in trials]) \
         if len(called_with) == len(trials) else None

@@ -11,7 +11,7 @@ from whole_way import noisy
 import fastscore
 from fastscore.graph.tracing import trace
 
-SIZES = (4, 6, 3)
+SIZES = (3, 6, 4)  # the first has as many rows as the model has outputs
 
 
 class GraphNetwork(nn.Module):
@@ -47,6 +47,18 @@ class Packed(nn.Module):
         return self.head((ends.diff(dim=0) / cu_seqlens.diff()[:, None]).relu())
 
 
+class Lengths(nn.Module):
+    """Sequences one after the other, told apart by their lengths, in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.neck, self.head = (nn.Linear(*size) for size in ((5, 8), (8, 7), (7, 6), (6, 3)))
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        rows = self.stem(x).relu().split(lengths.tolist())
+        return self.head(self.neck(torch.stack([self.body(each).relu().mean(0) for each in rows])).tanh())
+
+
 def _one(number: int) -> dict[str, Tensor]:
     random, nodes = torch.Generator().manual_seed(number), SIZES[number]
     return {"x": torch.randn(nodes, 5, generator=random, dtype=torch.float64),
@@ -62,7 +74,11 @@ def _packed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return model(batch["x"], torch.tensor([0, len(batch["x"])]))
 
 
-KINDS = {"graphs": (GraphNetwork, _graph), "packed": (Packed, _packed)}
+def _lengths(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    return model(batch["x"], torch.tensor([len(batch["x"])]))
+
+
+KINDS = {"graphs": (GraphNetwork, _graph), "packed": (Packed, _packed), "lengths": (Lengths, _lengths)}
 
 
 def _exact(kind: str, sent: Tensor) -> dict[str, Tensor]:
@@ -103,6 +119,24 @@ def test_batches_of_one_sample(kind: str) -> None:
         assert forward(result.model, batches[1]).shape == (1, 3)
 
 
+@pytest.mark.parametrize("kind", ["graphs", "lengths"])
+def test_batches_that_are_keywords_need_no_forward(kind: str) -> None:
+    def keywords(number: int) -> dict[str, Tensor]:
+        batch = _one(number)
+        return batch if kind == "graphs" else {"x": batch["x"], "lengths": torch.tensor([len(batch["x"])])}
+
+    batches = [keywords(number) for number in range(len(SIZES))]
+    sent = torch.randn(3, 3, generator=torch.Generator().manual_seed(9)).double()
+    model, exact = noisy(KINDS[kind][0]), _exact(kind, sent)
+    scores = fastscore.score(model, batches, progress=False, gradient="loss", normalize=False,
+                             loss=lambda output, batch: (output * sent[SIZES.index(len(batch["x"]))]).sum())
+    _assert_exact(scores, exact)
+    repaired = fastscore.prune(model, scores, batches[0], channels=0.5, calibration=batches, repair="linear")
+    with torch.no_grad():
+        assert repaired.model(**batches[1]).shape == (1, 3)
+    assert fastscore.prune_iteratively(model, batches, steps=2, channels=0.6).report.channels[1]
+
+
 def test_random_gradients_of_batches_of_one_sample() -> None:
     """Every direction once: the mean square is that of the gradients of the three outputs, times three."""
     batches = [_one(number) for number in range(len(SIZES))]
@@ -114,6 +148,6 @@ def test_random_gradients_of_batches_of_one_sample() -> None:
 
 def test_several_after_batches_of_one_say_the_way_out() -> None:
     """As the first batch, they are told apart: see test_samples_one_after_the_other."""
-    model, two = noisy(GraphNetwork), _one(0) | {"batch": torch.tensor([0, 0, 0, 1])}
+    model, two = noisy(GraphNetwork), _one(2) | {"batch": torch.tensor([0, 0, 0, 1])}
     with pytest.raises(RuntimeError, match="scored where batches have one sample each"):
         fastscore.score(model, [_one(1), two], forward=_graph, progress=False)
