@@ -117,7 +117,7 @@ def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs
                 run.step(batches, targets, last=step == steps)
             except ValueError as error:
                 wanted = ", ".join(f"{name} {share:.4g} of the original" for name, share in targets.items())
-                raise ValueError(f"step {step} of {steps} ({wanted}): {error}") from error
+                raise ValueError(f"step {step} of {steps} ({wanted}): {error}{run.lost()}") from error
             if finetune is not None:
                 finetune(run.current)
         if resume is not None:
@@ -144,6 +144,12 @@ class _Run:
         self.removed: dict[str, Tensor] = {}
         self.removed_indices: dict[Any, Tensor] = {}
         self.new_biases: tuple[str, ...] = ()
+        self._skipped: Mapping[str, str] = {}  # when it was last scored
+
+    def lost(self) -> str:
+        """Which groups that an earlier step knew can lose no more, and why; empty where there are none."""
+        return "".join(f"; {name} can lose no more: {self._skipped[name]}" for name in self._rows()
+                       if name in self._skipped)
 
     def step(self, batches: Iterable[Batch], targets: Mapping[str, float], last: bool) -> None:
         """One step down to `targets`, shares of the dense model; none where they hold already."""
@@ -151,6 +157,7 @@ class _Run:
             self.reports.append(_unchanged(self.reports[-1]))
             return
         scores = score(self.current, batches, **self._scoring)
+        self._skipped = scores.skipped
         budgets: dict[str, Any] = {
             name: self._of_current(name, share, scores) for name, share in targets.items()
             if name != "latency"}

@@ -38,6 +38,7 @@ from fastscore.pruning.options import (
 from fastscore.pruning.order.better import better
 from fastscore.pruning.order.measured import Measured, is_measured
 from fastscore.pruning.order.ranking import RemovalStep, ranker
+from fastscore.pruning.order.widths import Widths
 from fastscore.pruning.report import Candidate
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.saved.recipes import no_biases
@@ -139,7 +140,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             means to compensate with, a model that cannot be traced; before anything is changed, as all that follow.
         FloatingPointError: means that are NaN or infinite, or what layers of the dense model read of calibration
             batches, or its outputs, which are judged, naming the sample where it is in there.
-        RuntimeError: a forward that depends on a width which changed; with the layers to ignore.
+        RuntimeError: a smaller model that does not run, for another reason than a width, at which it stays wider.
     """
     model = unwrapped(model)
     quality = Quality(agreement, kl, confidence)
@@ -177,16 +178,19 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             pruned = partial(_until_quality, builder, quality, judges, outputs)
         else:
             pruned = partial(_until_budgets, builder, budgets, counted, clock)
+        plain, widths = ranked(scores), Widths(graph.groups)
         if measures:
             assert fit is not None
             found = fit.once(scores, partial(Measured, model, eval_model, graph, scores, ranked, per_channel, fit,
                                              forward, outputs, process_group))
-            result = better(found, ranked(scores), pruned, costs, budgets, quality.given, counted)
+            result = widths.pruned(lambda: better(found, widths.along(found.order), widths.along(plain), pruned, costs,
+                                                  budgets, quality.given, counted, builder.cut), plain)
         else:
-            result = pruned(ranked(scores))
-    if few := quality.few(result.report.judged):
-        warnings.warn(f"agreement: {few}", stacklevel=4)
-    result = replace(result, report=result.report.with_notes(agreement=few))
+            result = widths.pruned(lambda: pruned(widths.along(plain)), plain)
+    few, left_out = quality.few(result.report.judged), str(widths)
+    for warning in filter(None, (few and f"agreement: {few}", left_out)):
+        warnings.warn(warning, stacklevel=4)
+    result = replace(result, report=result.report.with_notes(agreement=few, widths=left_out))
     return _in_place(model, result, builder) if inplace else result
 
 

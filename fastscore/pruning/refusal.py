@@ -1,6 +1,7 @@
-"""Where a smaller model does not run, or returns something else: which layers to ignore, so that it does."""
+"""Where a smaller model does not run, or returns something else: without which groups' loss it does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -25,6 +26,21 @@ class DoesNotRun(RuntimeError):
     """Where a smaller model stops, and what was said there."""
 
 
+class FailsNarrowerError(RuntimeError):
+    """A smaller model that does not run, of one that does.
+
+    Attributes:
+        groups: that it runs without, one after the other.
+        removed: what was removed.
+        fails: tells it of others.
+        what: what the model does in place of running.
+    """
+
+    def __init__(self, groups: Sequence[str], removed: Removed, fails: Callable[[Removed], bool], what: str) -> None:
+        super().__init__(f"the pruned model {what}: its forward depends on the width of {', '.join(groups)}")
+        self.groups, self.removed, self.fails, self.what = groups, removed, fails, what
+
+
 def does(error: Exception) -> str:
     """What a smaller model does in place of running, in words."""
     if isinstance(error, OtherShape):
@@ -35,8 +51,8 @@ def does(error: Exception) -> str:
 def checked(attempt: Callable[[Removed], _Result], removed: Removed) -> _Result:
     """attempt(removed), which makes a smaller model and runs it.
 
-    Raises RuntimeError where it raises anything: what that was, and the groups without which it runs, as `ignore` takes
-    them.
+    Raises RuntimeError where it raises anything, with what that was; FailsNarrowerError, with the groups without which
+    it runs, where it runs without any.
     """
     try:
         return attempt(removed)
@@ -44,10 +60,9 @@ def checked(attempt: Callable[[Removed], _Result], removed: Removed) -> _Result:
         if _fails(attempt, {}):
             raise RuntimeError(f"the model {does(error)} by itself, with all its channels, too: give it, and "
                                "example_inputs, a dtype and a forward= that its code takes") from error
-        names = _culprits(attempt, removed)
-        advice = f"keep the channels that it depends on: ignore={names}" if names else "tried again, it did not fail"
-        raise RuntimeError(f"the pruned model {does(error)}: its forward depends on a width that changed; {advice}"
-                           ) from error
+        if names := _culprits(attempt, removed):
+            raise FailsNarrowerError(names, removed, partial(_fails, attempt), does(error)) from error
+        raise RuntimeError(f"the pruned model {does(error)}; tried again, it did not fail") from error
 
 
 def repaired(result: _Pruned, run: Callable[[nn.Module], object]) -> _Pruned:
@@ -80,4 +95,4 @@ def _culprits(attempt: Callable[[Removed], object], removed: Removed) -> list[st
             middle = (good + bad) // 2
             good, bad = (good, middle) if fails(left[:middle]) else (middle, bad)
         culprits.append(left.pop(bad - 1))
-    return list(dict.fromkeys(name.partition(" (")[0] for name in culprits))  # of a branch, or heads, the layer
+    return culprits

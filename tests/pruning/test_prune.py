@@ -201,22 +201,6 @@ def test_in_place() -> None:
     assert result.report == apart.report
 
 
-def test_what_cannot_be_done_is_not_half_done_in_place() -> None:
-    class Fixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv1, self.conv2 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.conv1(x)
-            return self.conv2(x * torch.ones(8 if x.shape[1] == 4 else 1, 1, 1)).mean((2, 3))  # a width not tried
-
-    model, x = Fixed(), torch.randn(2, 3, 8, 8)
-    scores = fastscore.score(model, [x], progress=False)
-    with untouched(model), pytest.raises(RuntimeError, match="its forward depends on a width"):
-        fastscore.prune(model, scores, x, channels=0.5, inplace=True)
-
-
 def test_a_model_that_does_not_run_itself_is_said_to() -> None:
     """As mixtures of experts in float64, which multiply experts at once. No layer is named, as to ignore it would not
     help."""

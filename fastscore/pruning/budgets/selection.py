@@ -215,7 +215,7 @@ def select(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, fl
     if macs_without is None or "macs" not in budgets:
         return channels_of(_give_back(taken, costs, budgets))
     if taken != first:
-        costs.totals["macs"] = macs_without(channels_of(taken))
+        costs.totals["macs"] = _counted(taken, costs, macs_without)
         if over(costs, budgets) or costs.totals["macs"] < reached:  # the finer ones were foreseen to be others
             restore(taken, costs)
             for step in first:
@@ -224,7 +224,7 @@ def select(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, fl
     reached, foreseen = costs.totals["macs"], _are_foreseen(taken, costs)
     gone = _give_back(taken, costs, budgets)
     if len(gone) < len(taken):
-        costs.totals["macs"] = macs_without(channels_of(gone))
+        costs.totals["macs"] = _counted(gone, costs, macs_without)
         if over(costs, budgets):
             for step in taken:
                 if step not in gone:
@@ -233,6 +233,16 @@ def select(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, fl
     if not foreseen:  # again, each with a count of its own
         gone = _give_back([step for step in taken if step in gone], costs, budgets, macs_without)
     return channels_of(gone)
+
+
+def _counted(gone: Iterable[RemovalStep], costs: Costs, macs_without: MacsWithout) -> int:
+    """MACs without `gone`, which `costs` are without, too; where what is left does not run, they are whole again."""
+    removed = channels_of(gone)
+    try:
+        return macs_without(removed)
+    except RuntimeError:
+        give_back(removed, costs)
+        raise
 
 
 def _are_foreseen(taken: Sequence[RemovalStep], costs: Costs) -> bool:

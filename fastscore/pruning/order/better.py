@@ -14,12 +14,14 @@ from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.pruning.result import PruneResult
 
 
-def better(found: Measured, plain: list[RemovalStep], pruned: Callable[[list[RemovalStep]], PruneResult], costs: Costs,
-           budgets: Budgets, by_quality: bool, counted: MacsWithout | None) -> PruneResult:
+def better(found: Measured, order: list[RemovalStep], plain: list[RemovalStep],
+           pruned: Callable[[list[RemovalStep]], PruneResult], costs: Costs, budgets: Budgets, by_quality: bool,
+           counted: MacsWithout | None, check: Callable[[Mapping[str, Tensor]], object]) -> PruneResult:
     """The result of the order that loses less, both repaired linearly, on samples that have not measured groups.
 
     Args:
-        found: what was measured, with its order.
+        found: what was measured.
+        order: that of it.
         plain: the order by importances alone.
         pruned: makes the repaired network of an order.
         costs: whole, before and after.
@@ -27,6 +29,7 @@ def better(found: Measured, plain: list[RemovalStep], pruned: Callable[[list[Rem
             order needed.
         by_quality: whether a quality decides.
         counted: counts what remains.
+        check: raises an error that says by which groups a network without such channels does not run.
     """
 
     def removed(order: list[RemovalStep], shares: Mapping[Resource, float]) -> dict[str, Tensor]:
@@ -35,15 +38,20 @@ def better(found: Measured, plain: list[RemovalStep], pruned: Callable[[list[Rem
         return gone
 
     if by_quality or budgets.latency is not None:
-        result = pruned(found.order)
+        result = pruned(order)
         one, share = result.removed, result.report.macs[1] / result.report.macs[0]
         other = removed(plain, {"macs": share})
     else:
-        result, one, other = None, removed(found.order, budgets.counted), removed(plain, budgets.counted)
+        result, one, other = None, removed(order, budgets.counted), removed(plain, budgets.counted)
     if not one or (one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)):
-        return result or pruned(found.order)
-    measured, alone = found.lost(one, other)
-    result = (result or pruned(found.order)) if measured <= alone else pruned(plain)
+        return result or pruned(order)
+    try:
+        measured, alone = found.lost(one, other)
+    except Exception:  # of the model's code
+        check(one)
+        check(other)
+        raise
+    result = (result or pruned(order)) if measured <= alone else pruned(plain)
     said = (f"{'groups as measured' if measured <= alone else 'importances alone'}: "
             f"repaired linearly, {found.measure} {min(measured, alone):.3g} against {max(measured, alone):.3g} by "
             f"{'importances alone' if measured <= alone else 'groups as measured'}, on samples held out"

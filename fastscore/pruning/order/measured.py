@@ -23,6 +23,7 @@ from torch import Tensor, distributed, nn
 
 from fastscore.arguments import check_flag
 from fastscore.batches.calls import Forward
+from fastscore.batches.parts import Batch
 from fastscore.graph.cutting.surgery import removed_indices
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.modules.inspection import device_of
@@ -140,15 +141,24 @@ class Measured:
         with bar("measuring groups", " cuts", len(trials)) as done:
             for group, gone, share, value in trials:
                 small = self._repaired({group.name: gone}, RIDGE)
-                kl = divergence(dense, (self._run(small, batch) for batch in judges), self._group,
-                                self._run.errors).kl
-                measured[group.name].append((share, kl / value))
+                kl = self._far(dense, small, judges)
+                if kl is not None:
+                    measured[group.name].append((share, kl / value))
                 done.update()
         unit = 1.0  # nats; of values, errors and importances may be in any units
         if self._run.errors and measured:
             finite = [ratio for points in measured.values() for _, ratio in points if math.isfinite(ratio)]
             unit = float(np.median(finite or [1.0])) or 1.0
         return {name: _line([(share, ratio / unit) for share, ratio in points]) for name, points in measured.items()}
+
+    def _far(self, dense: Sequence[Mapping[str, Tensor]], small: nn.Module, judges: Sequence[Batch]) -> float | None:
+        """The KL, or error, of a smaller model; None where it does not run, at a width that prune() then leaves out."""
+        try:
+            return divergence(dense, (self._run(small, batch) for batch in judges), self._group, self._run.errors).kl
+        except FloatingPointError:
+            raise
+        except Exception:  # of the model's code, in every process
+            return None
 
     def _repaired(self, removed: Mapping[str, Tensor], ridge: float) -> nn.Module:
         """The model without `removed` (group -> channels), repaired linearly."""
