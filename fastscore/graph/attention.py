@@ -7,7 +7,7 @@ random weights, must read the same without some heads.
 """
 
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -312,9 +312,12 @@ def computed(module: nn.Module, group: ChannelGroup, owners: Mapping[int, int]) 
     return None
 
 
-def difference(module: nn.Module, group: ChannelGroup, call: Call, known: dict[Any, Any] | None = None) -> str | None:
+def difference(module: nn.Module, group: ChannelGroup, call: Call, known: dict[Any, Any] | None = None,
+               beside: Collection[str] = ()) -> str | None:
     """How the input of the output projection differs where some heads are gone, at those that are not; None if not.
-    known: what other guesses of this module, and of this call, have shown; more is added."""
+
+    known: what other guesses of this module, and of this call, have shown; more is added. beside: layers that read
+    other heads, which are to read what they read where those that are gone are zeros."""
     outputs, each = [edge.layer for edge in group.role("consumer")], next(group.role("heads"))
     units = int(group.unit.max()) + 1
     if units == 1:
@@ -329,18 +332,19 @@ def difference(module: nn.Module, group: ChannelGroup, call: Call, known: dict[A
     for bit in range((units - 1).bit_length()):  # any two heads part at some bit
         gone = (group.unit >> bit) % 2 == 1
         try:
-            if hooks := [*head_norms.uncounted(dense, group, gone.nonzero()[:, 0])]:
-                before = call.inputs_of(outputs, dense, hooks)
+            if hooks := [*head_norms.uncounted(dense, group, gone.nonzero()[:, 0], len(outputs) + len(beside) > 1)]:
+                before = call.inputs_of([*outputs, *beside], dense, hooks)
             small = surgery.remove_channels(evaluation_copy(dense), [group], {group.name: gone.nonzero()[:, 0]})
-            after = call.of_heads(each.index[~gone[each.channel]]).inputs_of(outputs, small)
+            after = call.of_heads(each.index[~gone[each.channel]]).inputs_of([*outputs, *beside], small)
         except Exception as error:  # whatever the module's code does with a width that it does not expect
             return f"{type(module).__name__} does not run with fewer heads ({said(error)})"
-        for edge in group.role("consumer"):
-            x, whole = after[edge.layer], before[edge.layer]
+        lost = {edge.layer: edge.index[gone[edge.channel]] for edge in group.role("consumer")}
+        for layer in (*lost, *beside):
+            x, whole = after[layer], before[layer]
             assert x is not None
             assert whole is not None
-            stays = staying(whole.shape[-1], edge.index[gone[edge.channel]])
-            expected = whole[..., stays.to(whole.device)]
-            if x.shape != expected.shape or not close(x, expected):
+            if layer in lost:
+                whole = whole[..., staying(whole.shape[-1], lost[layer]).to(whole.device)]
+            if x.shape != whole.shape or not close(x, whole):
                 return f"{type(module).__name__} computes something else with fewer heads"
     return None

@@ -77,6 +77,7 @@ class Calls:
     of: dict[str, Call] = field(default_factory=dict)
     together: list[list[str]] = field(default_factory=list)
     given: list[dict[str, frozenset[int | str]]] = field(default_factory=list)
+    again: set[str] = field(default_factory=set)  # those that are called more than once
 
     def take(self, given: Mapping[str, frozenset[int | str]]) -> None:
         """What these modules are given, one of `given`, is a bias for each head."""
@@ -85,8 +86,8 @@ class Calls:
         _join(self.together, next(iter(given)), given)
 
 
-def record(model: nn.Module, heads: Mapping[str, int], run: Callable[[nn.Module], Any]) -> Calls:
-    """The calls of modules in one run of a model. heads: name of each module -> how many it has."""
+def record(model: nn.Module, heads: Mapping[str, int], run: Callable[[nn.Module], Any], last: bool = False) -> Calls:
+    """The first calls of modules in one run of a model, or the last. heads: name of each module -> how many it has."""
     calls = Calls()
     returned: dict[int, tuple[Tensor, str]] = {}  # which are kept, so that no other tensor has their ids
     others: dict[int, tuple[Tensor, dict[str, frozenset[int | str]]]] = {}
@@ -94,7 +95,9 @@ def record(model: nn.Module, heads: Mapping[str, int], run: Callable[[nn.Module]
     def before(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name in calls.of:
-                return
+                calls.again.add(name)
+                if not last:
+                    return
             given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
             given.pop(next(iter(given), None), None)  # what attends, which may be an image of as many channels
             handed = {place: returned[id(value)][1] for place, value in given.items()

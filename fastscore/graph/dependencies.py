@@ -132,7 +132,7 @@ class Graph(Nodes):
         return self._calls.read_elsewhere
 
     @property
-    def products(self) -> dict[nn.Module, set[int]]:
+    def products(self) -> dict[tuple[nn.Module, ...], set[int]]:
         """See NotedCalls."""
         return self._calls.products
 

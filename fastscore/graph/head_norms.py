@@ -32,11 +32,11 @@ def with_norms(module: nn.Module, group: ChannelGroup, layers: tuple[str, ...]) 
     return replace(group, members=(*group.members, *members))
 
 
-def uncounted(module: nn.Module, group: ChannelGroup, gone: Tensor) -> Iterator[Any]:
+def uncounted(module: nn.Module, group: ChannelGroup, gone: Tensor, whole: bool = False) -> Iterator[Any]:
     """Hooks by which these normalisations count channels of `gone` (int64 [R]) as zeros, and layers through which heads
-    read each other read zeros of them."""
+    read each other read zeros of them; whole: and those that read heads."""
     for member, index in group.removed_at(gone):
-        between = member.role == "consumer" and len(member.index) < group.channels
+        between = member.role == "consumer" and (whole or len(member.index) < group.channels)
         if between or member.role == "norm":
             layer = module.get_submodule(member.layer)
             zero = _zero(index, channel_dim(layer) if between else -1)

@@ -2,7 +2,7 @@
 fastscore.graph.heads_by_use."""
 
 import copy
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from fastscore.batches.parts import tensors_of
 from fastscore.graph.attention_calls import Call, randomized
 from fastscore.graph.cuts import LAYERS
 from fastscore.graph.cutting import own_tensors
+from fastscore.graph.cutting.cut_widths import calling_modules
 from fastscore.graph.layer_types import type_of
 from fastscore.graph.noted_calls import PRODUCTS, factors_of
 from fastscore.graph.tempered import Tempered
@@ -38,89 +39,105 @@ class Run:
     between: dict[str, Tensor] = field(default_factory=dict)
 
 
-def run_alone(module: nn.Module, call: Call, ends: Collection[str] = ()) -> Run | None:
-    """One run of a copy; None where no layer reads what others made and code multiplied.
+class RunAlone:
+    """One run of a copy of a module. ends: layers through which no gradient goes. but: modules in it whose products are
+    not looked at."""
 
-    ends: layers through which no gradient goes.
-    """
-    dense = randomized(evaluation_copy(module))
-    if any(map(parametrized, dense.modules())):
-        return None  # weights that are computed lose no rows
-    with own_tensors.buffers_as_parameters(dense), torch.enable_grad(), ExitStack() as hooks:
-        layers = {name: layer for name, layer in dense.named_modules() if type_of(layer) in LAYERS
-                  and isinstance(layer._parameters.get("weight"), nn.Parameter)}
-        run = Run(dense, {name: parameter.requires_grad_() for name, parameter in dense.named_parameters()
-                           if parameter.is_floating_point()})
-        read: list[tuple[str, Tensor]] = []
+    def __init__(self, module: nn.Module, call: Call, ends: Container[str] = (), but: Iterable[str] = ()) -> None:
+        self._dense = dense = randomized(evaluation_copy(module))
+        self._weights: dict[str, Tensor] = {}  # of layers
+        self._read: list[tuple[str, Tensor]] = []  # in the order of calls
+        self._norms: dict[str, Tensor] = {}
+        self._products: list[Tensor] = []
+        if any(map(parametrized, dense.modules())):
+            return  # weights that are computed lose no rows
+        with own_tensors.buffers_as_parameters(dense), torch.enable_grad(), ExitStack() as hooks:
+            layers = {name: layer for name, layer in dense.named_modules() if type_of(layer) in LAYERS
+                      and isinstance(layer._parameters.get("weight"), nn.Parameter)}
+            self._parameters: dict[str, Tensor] = {name: parameter.requires_grad_() for name, parameter in
+                                                   dense.named_parameters() if parameter.is_floating_point()}
+            self._weights = {name: self._parameters[f"{name}.weight" if name else "weight"] for name in layers}
+            for name, layer in layers.items():
+                hooks.enter_context(layer.register_forward_pre_hook(self._see(name, name in ends), with_kwargs=True))
+            for name, part in dense.named_modules():
+                found = channel_norms.norm_of(part)
+                if found is not None and found.dim == -1:
+                    hooks.enter_context(part.register_forward_hook(self._apart(name)))
+            args, kwargs = copy.deepcopy((call.args, call.kwargs))
+            x = next((x for x in tensors_of((args, tuple(kwargs.values()))) if x.is_floating_point()), None)
+            if x is not None and not x.any():  # weights that read zeros show nowhere
+                x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
+            hooks.enter_context(Tempered())
+            products = hooks.enter_context(_Products(set(map(id, self._weights.values())),
+                                                     {*map(dense.get_submodule, but)}))
+            hooks.enter_context(rows_shown(dense))
+            dense(*args, **kwargs)
+        self._products = products.made
 
-        def see(name: str) -> Any:
-            def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                x = input_of(args, kwargs)
-                if x.dim() >= -channel_dim(layer) and x.grad_fn is not None:
-                    read.append((name, x.movedim(channel_dim(layer), -1)))
-                return with_input(args, kwargs, x.detach()) if name in ends else None
+    def last(self, but: Container[str] = ()) -> Run | None:
+        """What is made of the last product in which some layers show, and none of `but`; None where no layer reads
+        what others made and code multiplied."""
+        names, weights = list(self._weights), list(self._weights.values())
+        made = self._products
+        while made:
+            of_last = gradients(made[-1], weights)
+            shown = [name for name, g in zip(names, of_last, strict=True) if g is not None]
+            if shown and all(name not in but for name in shown):
+                break
+            made.pop()
+        if not made:
+            return None
+        run = Run(self._dense, self._parameters, norms=self._norms)
+        after = {name for name, x in self._read if any(g is not None for g in gradients(x, made))}
+        for name, x in self._read:
+            of_product = gradients(x, [made[-1]])[0] is not None
+            known = next(iter(run.read.items()), None)
+            if of_product and (known is None or (x.shape[-1] == known[1].shape[-1] and name not in run.read and
+                                                 gradients(x, [self._weights[known[0]]])[0] is None)):
+                run.read[name] = x
+        if not run.read:
+            return None
+        for name, x in self._read:  # the first of several on the way
+            if name in after and of_last[names.index(name)] is not None and \
+                    all(g is None for g in gradients(x, [self._weights[other] for other in run.between])):
+                run.between[name] = x
+        of_read = gradients(next(iter(run.read.values())), weights)
+        run.makers = [name for name, g in zip(names, of_read, strict=True) if g is not None and name not in after]
+        return run
 
-            return hook
+    def _see(self, name: str, is_end: bool) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = input_of(args, kwargs)
+            if x.dim() >= -channel_dim(layer) and x.grad_fn is not None:
+                self._read.append((name, x.movedim(channel_dim(layer), -1)))
+            return with_input(args, kwargs, x.detach()) if is_end else None
 
-        def apart(name: str) -> Any:
-            def hook(norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-                x = args[0] if args else None
-                if not isinstance(x, Tensor) or not isinstance(output, Tensor) or output.shape != x.shape:
-                    return None
-                ones = run.norms.setdefault(name, output.new_ones(output.shape[-1]).requires_grad_())
-                return (x + (output - x).detach()) * ones  # without its statistics, which read all heads
+        return hook
 
-            return hook
+    def _apart(self, name: str) -> Any:
+        def hook(norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            x = args[0] if args else None
+            if not isinstance(x, Tensor) or not isinstance(output, Tensor) or output.shape != x.shape:
+                return None
+            ones = self._norms.setdefault(name, output.new_ones(output.shape[-1]).requires_grad_())
+            return (x + (output - x).detach()) * ones  # without its statistics, which read all heads
 
-        for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(see(name), with_kwargs=True))
-        for name, part in dense.named_modules():
-            found = channel_norms.norm_of(part)
-            if found is not None and found.dim == -1:
-                hooks.enter_context(part.register_forward_hook(apart(name)))
-        args, kwargs = copy.deepcopy((call.args, call.kwargs))
-        x = next((x for x in tensors_of((args, tuple(kwargs.values()))) if x.is_floating_point()), None)
-        if x is not None and not x.any():  # weights that read zeros show nowhere
-            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
-        hooks.enter_context(Tempered())
-        products = hooks.enter_context(_Products({id(layer.weight) for layer in layers.values()}))
-        hooks.enter_context(rows_shown(dense))
-        dense(*args, **kwargs)
-    weights = [layer.weight for layer in layers.values()]
-    while products.made and all(g is None for g in gradients(products.made[-1], weights)):
-        products.made.pop()
-    if not products.made:
-        return None
-    after = {name for name, x in read if any(g is not None for g in gradients(x, products.made))}
-    for name, x in read:
-        of_product = gradients(x, [products.made[-1]])[0] is not None
-        known = next(iter(run.read.items()), None)
-        if of_product and (known is None or (x.shape[-1] == known[1].shape[-1] and name not in run.read
-                                             and gradients(x, [layers[known[0]].weight])[0] is None)):
-            run.read[name] = x
-    if not run.read:
-        return None
-    shown = gradients(next(iter(run.read.values())), weights)
-    of_last = gradients(products.made[-1], weights)
-    for name, x in read:  # the first of several on the way
-        if name in after and of_last[list(layers).index(name)] is not None and \
-                all(g is None for g in gradients(x, [layers[other].weight for other in run.between])):
-            run.between[name] = x
-    run.makers = [name for name, g in zip(layers, shown, strict=True) if g is not None and name not in after]
-    return run
+        return hook
 
 
 class _Products(TorchFunctionMode):
-    """What products of activations made in the block. weights: ids of those of layers."""
+    """What products of activations made in the block. weights: ids of those of layers. but: modules whose own do not
+    count."""
 
-    def __init__(self, weights: Container[int]) -> None:
+    def __init__(self, weights: Container[int], but: Collection[nn.Module]) -> None:
         super().__init__()
-        self._weights = weights
+        self._weights, self._but = weights, but
         self.made: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func in PRODUCTS and len(factors_of(args, self._weights)) > 1:
+        if func in PRODUCTS and len(factors_of(args, self._weights)) > 1 and not (
+                self._but and any(module in self._but for module in calling_modules())):
             self.made.append(output)
         return output
 

@@ -7,7 +7,7 @@ numbers that modules keep; that they go is tried afterwards, as every other gues
 """
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from fastscore.graph.attention_calls import Call
 from fastscore.graph.cutting import heads
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.head_numbers import numbers, units_of
-from fastscore.graph.head_run import Run, gradients, run_alone
+from fastscore.graph.head_run import Run, RunAlone, gradients
 from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
 from fastscore.modules.norms import channel_norms
@@ -24,24 +24,39 @@ from fastscore.modules.norms import channel_norms
 _MOST_HEADS = 256
 
 
-def find(module: nn.Module, call: Call, sizes: Collection[int]) -> ChannelGroup | list[str] | None:
-    """What the heads of a module may be, of layers named from there.
+def find(module: nn.Module, call: Call, sizes: Collection[int], but: Iterable[str] = ()
+         ) -> list[ChannelGroup | list[str]]:
+    """What the heads of a module may be, of layers named from there, in the order of its code.
 
     Args:
         module: of an evaluation copy, whose code multiplies activations.
         call: that the model makes of it.
         sizes: of the dimensions of what it multiplies.
+        but: modules in it whose heads are known.
 
     Returns:
-        The heads; or the layers that make what is multiplied, where that has heads that read each other; or None where
-        nothing looks like heads.
+        The heads of each attention whose code is the module's own; or, in the place of heads that read each other, the
+        layers that make what is multiplied. Nothing behind which nothing looks like heads.
     """
+    found, known = list[ChannelGroup | list[str]](), set[str]()
     try:
-        run = run_alone(module, call)
+        alone = RunAlone(module, call, but=but)
     except Exception:  # of code that does not run by itself
-        return None
-    if run is None:
-        return None
+        return []
+    while (run := alone.last(but=known)) is not None:
+        likely = _likely(module, call, run, sizes)
+        made = likely if isinstance(likely, list) else [] if likely is None else \
+            [member.layer for member in likely.role("producer")]
+        if likely is None or known.issuperset(made):
+            break
+        found.insert(0, likely)
+        known |= {*made}
+    return found
+
+
+def _likely(module: nn.Module, call: Call, run: Run, sizes: Collection[int]) -> ChannelGroup | list[str] | None:
+    """The heads that the last product of a run is of; or the layers that make it, where they read each other; or None
+    where nothing looks like heads."""
     width = next(iter(run.read.values())).shape[-1]
     total, held = heads.count(module), {value for _, _, value in numbers(module)}
     likely = {total} if total else {*sizes, *held, *(width // number for number in held if number > 0)}
@@ -68,7 +83,7 @@ def _talking(module: nn.Module, call: Call, run: Run, count: int) -> ChannelGrou
     """`count` heads that read each other through layers, which lose inputs with them: as long as these stay, what they
     make of the others does not depend on who goes. None where no such layers have an input for each head."""
     talks = [name for name, x in run.between.items() if x.shape[-1] == count]
-    apart = run_alone(module, call, talks) if talks else None
+    apart = RunAlone(module, call, talks).last() if talks else None
     if apart is None or apart.read.keys() != run.read.keys() or apart.between.keys() != set(talks):
         return None
     columns = next(iter(apart.read.values())).shape[-1]

@@ -90,7 +90,8 @@ class NotedCalls(TorchFunctionMode):
         self._taken = Counter[int]()  # id of a weight -> how often it is taken, by what the outputs are made of or not
         self.cuts: list[Cut] = []
         self.concatenated: dict[Any, list[int]] = {}  # autograd function -> the widths of what it joins
-        self.products: dict[nn.Module, set[int]] = {}  # whose code multiplies activations -> the sizes of these
+        # modules whose code multiplies activations, the innermost first -> the sizes of these
+        self.products: dict[tuple[nn.Module, ...], set[int]] = {}
         self._views: dict[Any, View] = {}  # by their autograd functions
         self.run: Callable[[], object] = list  # of the model, once more
         self._asked: AskedSizes | None = None  # what they are made of
@@ -167,8 +168,8 @@ class NotedCalls(TorchFunctionMode):
         if func in VIEWS and output.grad_fn is not None:
             self._views[output.grad_fn] = view_of(output, _asked(args, kwargs), cut_of(output.grad_fn))
         if func in PRODUCTS and len(factors := factors_of(args, self._weights)) > 1:
-            for module in calling_modules():
-                self.products.setdefault(module, set()).update(size for x in factors for size in x.shape[:-1])
+            sizes = (size for x in factors for size in x.shape[:-1])
+            self.products.setdefault(tuple(calling_modules()), set()).update(sizes)
         joined = None
         if func in _JOINS:
             dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))

@@ -255,8 +255,9 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         return traced_groups.of_graph(eval_model, graph, attentions.layers(), recording, unused, idle)
 
     found = followed()
-    divided = {layer for layer, why in found.skipped.items() if why.startswith(obstacles.DIVIDED)}
-    unnamed = unnamed_attention.find(eval_model, recording.run_again, graph.products, divided, unused, attentions,
+    divided, cut = ({layer for layer, why in found.skipped.items() if why.startswith(start)}
+                    for start in (obstacles.DIVIDED, obstacles.CUT))
+    unnamed = unnamed_attention.find(eval_model, recording.run_again, graph.products, divided | cut, unused, attentions,
                                      "head_dims" in searched)
     if attentions.with_unnamed(unnamed, divided):
         found = followed()

@@ -2,7 +2,8 @@
 are (see fastscore.graph.attention)."""
 
 import itertools
-from collections.abc import Callable, Collection, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,67 +20,109 @@ _MIXED = "its heads read each other"
 _UNNAMED = "the names of its layers do not say which make queries, keys and values"
 
 
-def find(model: nn.Module, run: Callable[[nn.Module], Any], products: Mapping[nn.Module, Collection[int]],
+def find(model: nn.Module, run: Callable[[nn.Module], Any], products: Mapping[tuple[nn.Module, ...], Collection[int]],
          divided: Collection[str], unused: Container[str], named: Found, dims: bool = False) -> Found:
     """Heads beside those of `named`; and why others are kept, whose names may have shown them.
 
     Args:
         model: an evaluation copy.
         run: run(model) runs it on example inputs.
-        products: modules whose code multiplies activations -> the sizes of what it multiplies.
-        divided: layers whose channels a view divides, as it does those of heads.
+        products: modules whose code multiplies activations, the innermost first -> the sizes of what it multiplies.
+        divided: layers whose channels a view divides, or code cuts, as it does those of heads.
         unused: layers that the output does not depend on.
         named: heads that are known.
         dims: look for the dimensions of heads, too.
     """
-    every = Found()
-    taken = [member.layer for group in named.groups for member in group.role("consumer")]
+    every, names = Found(), {module: name for name, module in model.named_modules()}
+    done = {model.get_submodule(each.layer) for group in named.groups for each in group.role("heads")}
+    left = {*divided} - {member.layer for group in named.groups for member in group.role("producer")}
 
-    def holds(name: str, layers: Collection[str]) -> bool:
-        return any(f"{layer}.".startswith(f"{name}." if name else "") for layer in layers)
+    def under(module: nn.Module, layers: Collection[str]) -> bool:
+        inside = f"{names[module]}." if names.get(module) else ""
+        return module in names and any(f"{layer}.".startswith(inside) for layer in layers)
 
-    sizes = {name: products[module] for name, module in model.named_modules() if module in products
-             and holds(name, divided) and not holds(name, taken)}
-    if not sizes:
-        return every
-    calls, owners = attention_calls.record(model, dict.fromkeys(sizes, 0), run).of, parameter_owners(model)
-    done = list[str]()
-    failed = dict[Any, str]()
-    known = dict[Any, ChannelGroup | list[str] | None]()  # of modules that are built alike
-    borne_out = set[Any]()  # kinds of modules, and of calls: those have the same random weights, and are tried once
-    kind_of = head_numbers.kinds({name: model.get_submodule(name) for name in sizes})
+    def sizes_of(module: nn.Module) -> set[int]:
+        """Of products that may be of a module's own heads: of its code, or of what it calls, but of modules that are
+        done; where some are in it, of its own layers' alone."""
+        sizes = set[int]()
+        for modules, of_product in products.items() if under(module, left) else ():
+            inner = modules[:modules.index(module)] if module in modules else None
+            if inner is not None and done.isdisjoint(inner) and not (
+                    any(under(each, left) for each in inner) and under(module, [names[each] for each in done])):
+                sizes.update(of_product)
+        return sizes
+
     # those within others first
-    for name in sorted(sizes, key=lambda name: len(name.split(".")) if name else 0, reverse=True):
-        if holds(name, done) or name not in calls:
+    modules = sorted({module: None for made in products for module in made if module in names and sizes_of(module)},
+                     key=lambda module: len(names[module].split(".")) if names[module] else 0, reverse=True)
+    if not modules:
+        return every
+    calls = attention_calls.record(model, {names[module]: 0 for module in modules}, run)
+    owners = parameter_owners(model)
+    known = dict[Any, list[ChannelGroup | list[str]]]()  # of modules that are built alike
+    tried = dict[Any, list[ChannelGroup | str]]()  # of those that are called alike: they have the same random weights
+    kind_of = head_numbers.kinds({names[module]: module for module in modules})
+    for module in modules:
+        name, sizes = names[module], sizes_of(module)
+        if name not in calls.of or not sizes:
             continue
-        module, call = model.get_submodule(name), calls[name]
-        key = kind_of[name]
-        likely = known[key] if key in known else heads_by_use.find(module, call, sizes[name])
-        known[key] = likely
-        if likely is None:
-            continue
-        done.append(name)
-        if isinstance(likely, list):
+        kind = kind_of[name]
+        if kind not in known:
+            inside = [names[each].removeprefix(f"{name}.") for each in done if each is not module and
+                      under(module, [names[each]])]
+            known[kind] = heads_by_use.find(module, calls.of[name], sizes, inside)
+            if name in calls.again and any(isinstance(likely, list) for likely in known[kind]):
+                # that of several keys, where the first is of one; it is given keys of all heads, and shows no fewer
+                last = attention_calls.record(model, {name: 0}, run, last=True).of[name]
+                known[kind] = heads_by_use.find(module, last, sizes, inside) or known[kind]
+        call = calls.of[name]
+        for likely in (each for each in known[kind] if isinstance(each, list)):
             layers = [f"{name}.{layer}" if name else layer for layer in likely]
             every.skipped |= dict.fromkeys(layers[:1], _MIXED)
             every.tie(layers)
+            left.difference_update(layers)
+            done.add(module)
+        groups = [each for each in known[kind] if isinstance(each, ChannelGroup)]
+        if not groups:
             continue
-        whole = attention.within(name, likely)
-        if any(edge.layer in unused for edge in whole.edges):
-            continue
-        found = failed.get(key) or attention.computed(module, likely, owners) or (
-            likely if (key, call.kind) in borne_out else head_numbers.with_numbers(
-                module, likely, partial(attention.difference, module, call=call, known={})))
-        if isinstance(found, ChannelGroup):
-            known[key] = found
-            borne_out.add((key, call.kind))
-            every.groups.append(attention.within(name, found))
-            if not (dims and _find_dims(every, name, module, found, call)):
-                every.whole_heads[whole.name] = _UNNAMED
-        else:
-            every.skipped[whole.name] = failed[key] = found
-            every.tie(member.layer for member in whole.role("producer"))
+        done.add(module)
+        for group in groups:
+            left.difference_update(member.layer for member in attention.within(name, group).role("producer"))
+        if (kind, call.kind) not in tried:
+            tried[kind, call.kind] = _tried(module, groups, call, owners)
+        found = tried[kind, call.kind]
+        for group, result in zip(groups, found, strict=True):
+            whole = attention.within(name, result if isinstance(result, ChannelGroup) else group)
+            if any(edge.layer in unused for edge in whole.edges):
+                continue
+            if isinstance(result, str):
+                every.skipped[whole.name] = result
+                every.tie(member.layer for member in whole.role("producer"))
+            elif whole.name not in (each.name for each in every.groups):  # of several, that go together
+                every.groups.append(whole)
+                if not (dims and _find_dims(every, name, module, result, call)):
+                    every.whole_heads[whole.name] = _UNNAMED
     return every
+
+
+def _tried(module: nn.Module, groups: Sequence[ChannelGroup], call: Call, owners: Mapping[int, int]
+           ) -> list[ChannelGroup | str]:
+    """For each group of heads of a module, of layers named from there, that which goes; or why it does not. Those that
+    do not go one by one may go together, where one number counts the heads of all."""
+    def attempt(group: ChannelGroup, but: Collection[ChannelGroup]) -> ChannelGroup | str:
+        beside = [edge.layer for other in groups if all(other is not each for each in but)
+                  for edge in other.role("consumer")]
+        return attention.computed(module, group, owners) or head_numbers.with_numbers(
+            module, group, partial(attention.difference, module, call=call, known={}, beside=beside))
+
+    found = [attempt(group, [group]) for group in groups]
+    rest = [group for group, result in zip(groups, found, strict=True) if isinstance(result, str)]
+    if len(rest) > 1 and all(torch.equal(group.unit, rest[0].unit) for group in rest):
+        more = (member for group in rest[1:] for member in group.members if member.role != "heads")
+        together = attempt(replace(rest[0], members=(*rest[0].members, *more)), rest)
+        if isinstance(together, ChannelGroup):
+            found = [together if isinstance(result, str) else result for result in found]
+    return found
 
 
 def _find_dims(every: Found, name: str, module: nn.Module, heads: ChannelGroup, call: Call) -> bool:

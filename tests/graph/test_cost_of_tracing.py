@@ -168,7 +168,8 @@ def test_a_deeper_model_takes_as_many_runs_and_each_block_as_much_as_the_first()
 
 def test_attentions_that_are_built_alike_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tried, one = [], attention.difference
-    monkeypatch.setattr(attention, "difference", lambda module, *args: tried.append(module) or one(module, *args))
+    monkeypatch.setattr(attention, "difference", lambda module, *args, **kwargs: tried.append(module) or
+                        one(module, *args, **kwargs))
     blocks = [Block() for _ in range(4)]
     blocks[2].num_heads = 1  # says so, and has two
     found = trace(nn.Sequential(*blocks, nn.Linear(8, 3)).eval(), torch.randn(1, 5, 8))

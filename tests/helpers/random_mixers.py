@@ -17,48 +17,58 @@ NAMES, OWN_NAMES = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj"), ("all",
 
 class Heads(Gated):
     """Pixels ask each other, or those of a memory: queries of two heads share keys and values. fused: one layer makes
-    all three. own: names that nobody knows, a gate for each head, from a layer, and a key of its own."""
+    all three. own: names that nobody knows, a gate for each head, from a layer, and a key of its own; what is fused is
+    cut where the width says that there is. twice: what comes out asks once more, in the same code, through layers whose
+    names end in 2."""
 
-    def __init__(self, width: int, memory: int | None, fused: bool, own: bool = False) -> None:
+    def __init__(self, width: int, memory: int | None, fused: bool, own: bool = False, twice: bool = False) -> None:
         super().__init__()
         self.names = OWN_NAMES if own else NAMES
         if own:
             self.asking, self.asked, self.each = HEADS, SHARED, DIMS
-            self.gate, self.sinks = nn.Linear(width, HEADS), nn.Parameter(torch.rand(HEADS))
         else:
             self.num_heads, self.num_key_value_heads, self.head_dim = HEADS, SHARED, DIMS
-        whole, query, key, value, out = self.names
-        if fused:
-            self.add_module(whole, nn.Linear(width, (HEADS + 2 * SHARED) * DIMS))
-        else:
-            self.add_module(query, nn.Linear(width, HEADS * DIMS))
-            for name in (key, value):
-                self.add_module(name, nn.Linear(memory or width, SHARED * DIMS))
-        self.add_module(out, nn.Linear(HEADS * DIMS, width))
+        self.times = ("", "2") if twice else ("",)
+        for time in self.times:
+            whole, query, key, value, out = (name + time for name in self.names)
+            if own:
+                self.add_module(f"gate{time}", nn.Linear(width, HEADS))
+                self.register_parameter(f"sinks{time}", nn.Parameter(torch.rand(HEADS)))
+            if fused:
+                self.add_module(whole, nn.Linear(width, (HEADS + 2 * SHARED) * DIMS))
+            else:
+                self.add_module(query, nn.Linear(width, HEADS * DIMS))
+                for name in (key, value):
+                    self.add_module(name, nn.Linear(memory or width, SHARED * DIMS))
+            self.add_module(out, nn.Linear(HEADS * DIMS, width))
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         """[N, C, H, W], [N, M, H', W'] -> [N, C, H, W]."""
         own, query = self.names is OWN_NAMES, x.flatten(2).transpose(1, 2)
         heads, shared, width = (self.asking, self.asked, self.each) if own else (
             self.num_heads, self.num_key_value_heads, self.head_dim)
-        whole, *apart, out = self.names
-        if hasattr(self, whole):
-            sizes = [count * width for count in (heads, shared, shared)]
-            made = getattr(self, whole)(self.through(whole, query)).split(sizes, -1)
-        else:
-            read = query if memory is None else memory.flatten(2).transpose(1, 2)
-            made = tuple(getattr(self, name)(self.through(name, each)) for name, each in
-                         zip(apart, (query, read, read), strict=True))
-        q, k, v = (each.unflatten(-1, (-1, width)).transpose(1, 2) for each in made)
-        k, v = (each.repeat_interleave(heads // shared, 1) for each in (k, v))
-        products = q @ k.mT * DIMS ** -0.5
-        if own:
-            products = torch.cat([products, self.sinks[:, None, None].expand(*products.shape[:3], 1)], -1)
-        y = products.softmax(-1)[..., :k.shape[2]] @ v
-        if own:
-            y = y * self.gate(self.through("gate", query)).sigmoid().mT[..., None]
-        y = getattr(self, out)(self.through(out, y.transpose(1, 2).flatten(2)))
-        return y.transpose(1, 2).reshape(len(x), -1, *x.shape[2:])
+        for time in self.times:
+            whole, *apart, out = (name + time for name in self.names)
+            if hasattr(self, whole):
+                made = getattr(self, whole)(self.through(whole, query))
+                part = made.shape[-1] // (2 + HEADS // SHARED) if own else shared * width
+                made = made.split([part * HEADS // SHARED, part, part], -1)
+            else:
+                read = query if memory is None else memory.flatten(2).transpose(1, 2)
+                made = tuple(getattr(self, name)(self.through(name, each)) for name, each in
+                             zip(apart, (query, read, read), strict=True))
+            q, k, v = (each.unflatten(-1, (-1, width)).transpose(1, 2) for each in made)
+            k, v = (each.repeat_interleave(heads // shared, 1) for each in (k, v))
+            products = q @ k.mT * DIMS ** -0.5
+            if own:
+                sinks = getattr(self, f"sinks{time}")[:, None, None].expand(*products.shape[:3], 1)
+                products = torch.cat([products, sinks], -1)
+            y = products.softmax(-1)[..., :k.shape[2]] @ v
+            if own:
+                gate = f"gate{time}"
+                y = y * getattr(self, gate)(self.through(gate, query)).sigmoid().mT[..., None]
+            query = getattr(self, out)(self.through(out, y.transpose(1, 2).flatten(2)))
+        return query.transpose(1, 2).reshape(len(x), -1, *x.shape[2:])
 
 
 class StateSpace(Gated):
@@ -121,18 +131,23 @@ class Mixers(Generating):
         # of as many channels as there are heads it would look like a bias for each head
         other = self.pick(lambda value: len(value.labels) != HEADS) if not fused and self.rng.random() < 0.5 else None
         memory = x if other is None else self.values[other].labels
-        shared = self.new_labels(SHARED)
-        query = [label for label in shared for _ in range(HEADS // SHARED * DIMS)]
-        key, out = [label for label in shared for _ in range(DIMS)], self.new_labels(len(x))
         own = (source + len(x)) % 2 == 0  # no draw, which would change all that comes after it
-        whole, *apart, last = (f".{name}" for name in (OWN_NAMES if own else NAMES))
-        within = [(whole, x, query + key * 2)] if fused else list(zip(apart, (x, memory, memory), (query, key, key),
-                                                                      strict=True))
-        within += [(".gate", x, query[::DIMS])] if own else []
+        times = ("", "2") if own and not fused and other is None else ("",)
+        within, out = list[tuple[str, list[int], list[int]]](), x
+        for time in times:
+            shared, read = self.new_labels(SHARED), out if time else memory
+            query = [label for label in shared for _ in range(HEADS // SHARED * DIMS)]
+            key, whole = [label for label in shared for _ in range(DIMS)], out
+            out = self.new_labels(len(x))
+            name, *apart, last = (f".{each}{time}" for each in (OWN_NAMES if own else NAMES))
+            within += [(name, whole, query + key * 2)] if fused else zip(apart, (whole, read, read), (query, key, key),
+                                                                         strict=True)
+            within += [(f".gate{time}", whole, query[::DIMS])] if own else []
+            within.append((last, query, out))
         return self.add("heads", (source,) if other is None else (source, other), out, self.values[source].size,
                         lambda layer, *values: layer(*values),
-                        Heads(len(x), None if other is None else len(memory), fused, own),
-                        within=[*within, (last, query, out)])
+                        Heads(len(x), None if other is None else len(memory), fused, own, len(times) > 1),
+                        within=within)
 
     def state_space(self) -> int | None:
         """A channel within has two rows of in_proj; sizes of steps and states are cut where the code says."""
