@@ -64,6 +64,11 @@ def has_drawn(device: torch.device) -> bool:
     return any(not torch.equal(_state(kind), _started[kind]) for kind in _kinds(device))
 
 
+def states(device: torch.device) -> Iterator[torch.Tensor]:
+    """Of the generators of the CPU and of `device`."""
+    return map(_state, _kinds(device))
+
+
 def _kinds(device: torch.device) -> list[torch.device]:
     return [torch.device("cpu")] + ([] if device.type in ("cpu", "meta") else [device])
 

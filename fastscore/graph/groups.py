@@ -138,7 +138,8 @@ class ChannelGraph:
     fastscore.graph.head_dims.with_head_dims). whole_heads: group -> why its heads go whole or not at all. not_both:
     group of head dimensions -> why none go beside whole heads. searched: which of `blocks`, `experts` and `head_dims`
     were looked for. training_only: layers that run in training alone. kept_biases: Linear or convolution -> what is
-    done with its bias but adding it, so that no mean goes into it (see fastscore.graph.trials.bias_trial).
+    done with its bias but adding it, so that no mean goes into it (see fastscore.graph.trials.bias_trial). drawing:
+    modules that draw random numbers in evaluation mode (see fastscore.graph.trials.draws).
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -156,6 +157,7 @@ class ChannelGraph:
     searched: frozenset[str] = frozenset()
     training_only: frozenset[str] = frozenset()
     kept_biases: Mapping[str, str] = field(default_factory=dict)
+    drawing: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:

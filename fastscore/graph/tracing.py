@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fastscore import rng
 from fastscore.arguments import check_callable
 from fastscore.batches.calls import Forward, call_model, is_call_model, way_out
 from fastscore.batches.checks import check_example, check_rows
@@ -40,6 +41,7 @@ from fastscore.graph.trials import (
     among_samples,
     bias_trial,
     cut_otherwise,
+    draws,
     kept_numbers,
     returned_trial,
     running,
@@ -144,6 +146,7 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
                     inactive = inactive - ran_in_training
         found = training_trial.with_parameters(recording, found, run_as_in_training)
         chooses = recording.chooses
+        found = replace(found, drawing=draws.drawing(eval_model, run) if recording.draws else ())
         del recording
         found = replace(found, groups=traced_groups.all_held(eval_model, found.groups),
                         head_dims=traced_groups.all_held(eval_model, found.head_dims))
@@ -200,13 +203,14 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
                      ) -> tuple[ChannelGraph, set[str], set[str], Recording]:
     """`_traced`, where buffers are constants."""
     graph = dependencies.Graph()
-    has_run, unused = False, set[str]()
+    has_run, unused, device = False, set[str](), device_of(eval_model)
 
     def first_run(model: nn.Module, batch: object) -> list[Tensor]:
         nonlocal has_run
+        rng.start_over(device)
         with unread.Outputs(model) as made:
             outputs = run(model)
-        has_run = True
+        has_run, recording.draws = True, rng.has_drawn(device)
         layers, more = made.unread(outputs)
         unused.update(layers)
         return [*outputs, *more]

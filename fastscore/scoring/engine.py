@@ -18,6 +18,7 @@ from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.groups import ChannelGraph, Ignore, listed, matching_layers
 from fastscore.graph.scored_units import Units, among, named
 from fastscore.graph.tracing import trace
+from fastscore.graph.trials import draws
 from fastscore.graph.trials.companions import TOGETHER
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
@@ -154,6 +155,8 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         if origin.gradient == "none":
             return _score_weights(eval_model, channels, origin, ignore)
         _check_flat(channels, sampling, execution)
+        if drawn := draws.said(model, channels.drawing):
+            warnings.warn(drawn, stacklevel=2)
         if compile:
             channels = replace(channels, samples=replace(channels.samples, followed=False))
         several = len(first_input(data.first)) > 1 and not channels.samples.one

@@ -20,6 +20,7 @@ from fastscore.graph.groups import ChannelGraph, Ignore
 from fastscore.graph.sample_axes import ALONE
 from fastscore.graph.scored_units import Units, named
 from fastscore.graph.tracing import trace
+from fastscore.graph.trials import draws
 from fastscore.graph.trials.companions import TOGETHER
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
@@ -107,8 +108,9 @@ class Scorer:
         several = first is not None and first.shape[:1].numel() > 1 and not graph.samples.one
         self._totals = Totals(model, graph, origin, ignore, several=several)
         self._told = self._totals.together
-        if self._told:
-            warnings.warn(TOGETHER.format(type(model).__name__), stacklevel=2)
+        drawn = "" if model.training else draws.said(model, graph.drawing)
+        for warning in filter(None, (TOGETHER.format(type(model).__name__) if self._told else "", drawn)):
+            warnings.warn(warning, stacklevel=2)
         on_pass = partial(_read, self._totals, self._output_dim) if gradient == "loss" else None
         self._taps = self._totals.taps(on_pass, self._outputs)
 

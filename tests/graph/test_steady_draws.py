@@ -1,5 +1,7 @@
 """Random numbers that a model draws in evaluation mode, as many as there are channels: what draws them goes, too."""
 
+import re
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -15,12 +17,19 @@ from fastscore.graph.trials.steady_draws import SteadyDraws
 X = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).double()
 
 
-class Drawing(nn.Module):
-    """draw: what becomes of what a layer made."""
+class Noisy(nn.Linear):
+    """A layer that draws by itself."""
 
-    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * torch.randn(self.out_features, dtype=x.dtype)
+
+
+class Drawing(nn.Module):
+    """draw: what becomes of what a layer made. kind: of a layer that may draw, too."""
+
+    def __init__(self, draw: Callable[[Tensor], Tensor], kind: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.a, self.b, self.c, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), kind(6, 6), nn.Linear(6, 2)
         self.draw = draw
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,10 +47,11 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("kind", list(DRAWS))
+@pytest.mark.filterwarnings("ignore:Drawing draws")
+@pytest.mark.parametrize("kind", [*DRAWS, "a layer"])
 def test_what_draws_goes(kind: str) -> None:
     """Where all draws are alike, scores are those of brute force, and the smaller model is the masked one."""
-    model = noisy(lambda: Drawing(DRAWS[kind]))
+    model = noisy(lambda: Drawing(DRAWS.get(kind, torch.tanh), nn.Linear if kind in DRAWS else Noisy))
     graph = trace(model, X)
     assert [group.name for group in graph.groups] == ["a", "b", "c"], graph.skipped
     v = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)).double()
@@ -65,3 +75,58 @@ KEPT: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("kind", list(KEPT))
 def test_what_draws_mix_is_kept(kind: str) -> None:
     assert [group.name for group in trace(noisy(lambda: Drawing(KEPT[kind])), X).groups] == ["c"]
+
+
+class Within(nn.Module):
+    """after: a module between the layers."""
+
+    def __init__(self, after: nn.Module, last: nn.Module) -> None:
+        super().__init__()
+        self.first, self.after, self.last = nn.Linear(3, 8), nn.Sequential(nn.ReLU(), after), last
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.after(self.first(x))).relu())
+
+
+class Left(nn.Module):
+    """Its code draws; shows: whether that changes anything."""
+
+    def __init__(self, shows: bool) -> None:
+        super().__init__()
+        self.shows = shows
+
+    def forward(self, x: Tensor) -> Tensor:
+        drawn = torch.rand(())
+        return x * drawn if self.shows else x
+
+
+WHERE = {
+    "dropout that stays on": (Within(Left(True), nn.Linear(8, 6)), r"in evaluation mode, in after\.1 \(Left\) \("),
+    "two modules": (Within(Left(True), Noisy(8, 6)), r"in after\.1 \(Left\), last \(Noisy\) \("),
+    "a layer": (Within(Noisy(8, 8), nn.Sequential(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 6))),
+                r"in after\.1 \(Noisy\) \("),
+    "the model itself": (Drawing(DRAWS["noise"]), r"^Drawing draws random numbers in evaluation mode \(dropout"),
+}
+
+
+@pytest.mark.parametrize("kind", list(WHERE))
+def test_who_draws_is_named_once(kind: str) -> None:
+    model, message = WHERE[kind]
+    x = X if isinstance(model, Drawing) else X[0, :, 0].T.contiguous()
+    model.double().eval()
+    for made in (lambda: fastscore.score(model, [x], progress=False), lambda: fastscore.Scorer(model, x)):
+        with pytest.warns(UserWarning, match="random numbers") as warned:
+            made()
+        (said,) = {str(each.message) for each in warned if "random numbers" in str(each.message)}
+        assert re.search(message, said)
+
+
+@pytest.mark.parametrize("model", [Within(Left(False), nn.Linear(8, 6)), Within(nn.Dropout(), nn.Linear(8, 6))])
+def test_what_shows_nowhere_is_not_spoken_of(model: nn.Module) -> None:
+    x = X[0, :, 0].T.contiguous()
+    model.double().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastscore.score(model, [x], progress=False)
+        fastscore.Scorer(Within(Left(True), nn.Linear(8, 6)).double().train(), x)

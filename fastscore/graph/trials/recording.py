@@ -52,7 +52,7 @@ class Recording:
         self.first_layers = set[str]()  # those that read what no gradient comes back from, in one call at least
         self.from_zeros = set[str]()  # those that read zeros of which none does
         self.detached = frozenset[str]()  # those of which no gradient comes back, while something does
-        self.chooses = False  # whether something is chosen by channels, and shows nowhere
+        self.chooses = self.draws = False  # whether something is chosen by channels, and shows nowhere; draws at random
         self.without_gradients = set[str]()  # those that run under torch.no_grad, or inference_mode, in one call
 
     def find_several(self) -> None:
@@ -234,7 +234,7 @@ class Recording:
         output = self._replay_changed({}, lambda layer, call, x: inputs[layer].append(None if x is None else x.clone()),
                                       choices)
         made = choices.noted if any(operands is not None for _, operands in choices.noted) else []
-        return inputs, output, rng.has_drawn(device_of(self.model)), made
+        return inputs, output, self.draws or rng.has_drawn(device_of(self.model)), made
 
     @cached_property
     def steady(self) -> tuple[Mapping[str, list[Tensor | None]], Tensor]:
