@@ -27,9 +27,16 @@ def _returns_part(cls: type[nn.Module]) -> type[nn.Module]:
     return made_class(_ReturnsPart, cls, _returns_part)
 
 
+class Table(nn.Parameter):
+    """A buffer, as long as it is a parameter: see fastscore.graph.cutting.own_tensors."""
+
+
 def makes_alone(module: nn.Module) -> bool:
-    """Whether a module has no parameters, and no buffers: what it returns is of its code, and of what it is given."""
-    return not any(part._parameters or part._buffers.keys() - {_KEPT} for part in module.modules())
+    """Whether a module has no parameters, and no buffers but integers: what it returns is of its code, and of what it
+    is given. A Table is allowed, of which some code lets no gradient come back."""
+    return not any(parameter is not None and not isinstance(parameter, Table) for part in module.modules()
+                   for parameter in part._parameters.values()) and \
+        not any(buffer is not None and buffer.is_floating_point() for buffer in module.buffers())
 
 
 def attribute(dim: int, size: int) -> str:

@@ -31,6 +31,26 @@ class Sinusoids(nn.Module):
         return made[None].expand(len(x), -1, -1)
 
 
+class Grown(nn.Module):
+    """As fairseq's, of XGLM and NLLB: a table in a buffer, which is made anew for more positions than it has, and read
+    where no gradient comes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.arange(99), persistent=False)
+        self.register_buffer("table", self.rows(5), persistent=False)
+
+    @staticmethod
+    def rows(count: int) -> Tensor:
+        angles = torch.arange(count)[:, None] / 10 ** torch.linspace(0, 1, WIDTH // 2)
+        return torch.cat([angles.sin(), angles.cos()], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > len(self.table):
+            self.table = self.rows(x.shape[1]).to(self.table)
+        return self.table[self.places[:x.shape[1]]].detach()
+
+
 class Scaled(nn.Module):
     """Which holds another that makes it, and has none of its own."""
 
@@ -110,7 +130,8 @@ class OfTwo(Tokens):
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "added": (Tokens, (2, 5, 3)), "times": (lambda: Tokens(times=True), (2, 5, 3)),
-    "held": (lambda: Tokens(Scaled), (2, 5, 3)), "images": (Images, (2, 3, 6, 6)),
+    "held": (lambda: Tokens(Scaled), (2, 5, 3)), "grown": (lambda: Tokens(Grown), (2, 5, 3)),
+    "images": (Images, (2, 3, 6, 6)),
     "of the input": (OfTheInput, (2, 5, 3)), "of two": (OfTwo, (2, 5, 3))}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.modules.narrower import without
+from fastscore.modules.returned_part import Table
 from fastscore.modules.weights.parameter_layers import ParameterLayer
 
 
@@ -78,7 +79,7 @@ def buffers_as_parameters(model: nn.Module) -> Iterator[bool]:
     fastscore.graph.cutting.channel_buffers.
     """
     promoted: list[tuple[nn.Module, str, Tensor]] = []
-    made: dict[int, nn.Parameter] = {}
+    made: dict[int, Table] = {}
     for module in model.modules():
         if type_of(module) != OPTYPE.ELEMENTWISE or channel_buffers.width(module) is not None:
             continue
@@ -87,7 +88,7 @@ def buffers_as_parameters(model: nn.Module) -> Iterator[bool]:
                 promoted.append((module, name, buffer))
     for module, name, buffer in promoted:
         del module._buffers[name]
-        module._parameters[name] = made.setdefault(id(buffer), nn.Parameter(buffer.detach()))
+        module._parameters[name] = made.setdefault(id(buffer), Table(buffer.detach()))
     try:
         yield bool(promoted)
     finally:
