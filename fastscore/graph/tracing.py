@@ -43,6 +43,7 @@ from fastscore.graph.trials import (
     cut_otherwise,
     draws,
     kept_numbers,
+    mixing,
     returned_trial,
     running,
     surgery_trial,
@@ -283,8 +284,9 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     again = next(filter(None, (recording.leak({}, {}) for _ in range(_RUNS if leaks else 0))), None)
     mixed = leaks if again is not None or not recording.choices else \
         verification.leaks(recording, [group for group in found.groups if group.name in leaks], held=True)
-    kept = {group: reasons.of_leak(where, members[group], recording, readers, group not in mixed) if again is None else
-            reasons.not_twice(again, recording.model) for group, where in leaks.items()}
+    by = mixing.mixers(recording, [group for group in found.groups if group.name in mixed]) if again is None else {}
+    kept = {group: reasons.of_leak(where, members[group], recording, readers, group not in mixed, by.get(group))
+            if again is None else reasons.not_twice(again, recording.model) for group, where in leaks.items()}
     try:
         chosen = verification.leaks(recording, [group for group in found.groups if group.name not in leaks],
                                     chosen=True)

@@ -160,8 +160,8 @@ CASES: Mapping[type[Chain], tuple[list[str], dict[str, str]]] = {
     FromZero: (["b", "d"], {"a": "b is called as well on what no layer makes (the model's input, a constant, or what "
                                  "detach() gives)", "c": "its channels go with others that are kept"}),
     OneBias: (["c", "d"], {name: f"{name} shares its bias with another layer" for name in "ab"}),
-    NeverCalled: (["c", "d"], {"a": "the tracer cannot follow its channels to c: an operation mixes or moves "
-                                  "them, or the code decides by them",
+    NeverCalled: (["c", "d"], {"a": "the tracer cannot follow its channels to c: linear in the code of "
+                                  "NeverCalled mixes or moves them",
                                "b": "the code of NeverCalled reads its weight, and does not call it"}),
 }
 

@@ -162,17 +162,18 @@ def of_untraced(names: Sequence[str], idle: Collection[str], recording: Recordin
     return {name: found[name] for name in names}
 
 
-def of_leak(where: str, members: Iterable[Member], recording: Recording, readers: Mapping[str, str], chosen: bool
-            ) -> str:
+def of_leak(where: str, members: Iterable[Member], recording: Recording, readers: Mapping[str, str], chosen: bool,
+            mixer: str | None) -> str:
     """Why a group is kept whose channels show at `where`, and are not known to come there. chosen: they do not show
-    where all that is chosen by them stays as it is."""
+    where all that is chosen by them stays as it is. mixer: see fastscore.graph.trials.mixing."""
     if where in recording.first_layers:
         return _without_gradient(where, recording)
     if where in recording.layers and recurrent.was_given_constant(recording.layers[where]):
         return f"{where} reads a state that no layer makes: one that the model keeps from call to call, say"
     return read_elsewhere(members, readers) or (of_choice(where) if chosen else \
-        f"the tracer cannot follow its channels to {where}: an operation mixes or moves them, or the code decides by " \
-        "them")
+        f"the tracer cannot follow its channels to {where}: " + (
+            f"{mixer} mixes or moves them" if mixer else
+            "an operation mixes or moves them, or the code decides by them"))
 
 
 def of_refusal(why: str, members: Iterable[Member], recording: Recording, readers: Mapping[str, str],

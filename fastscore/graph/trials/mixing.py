@@ -1,0 +1,147 @@
+"""Which operation of a model's code mixes channels, or moves them, so that they show where the tracer does not know
+them.
+
+A few channels are changed, one by one, beside a run in which nothing is: what comes of each of them is computed next to
+what comes of the whole, operation by operation. The first that gives more of a tensor another value than it was given,
+or another place of it, is the one.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastscore.batches.parts import map_tensors, tensors_of
+from fastscore.graph.groups import ChannelGroup
+from fastscore.graph.trials.differences import changed, close
+from fastscore.graph.trials.recording import Recording
+from fastscore.modules import frames
+from fastscore.modules.inspection import channel_dim
+
+_CHANNELS = 4  # of a group, that are changed
+_MORE = 1.5  # times the share of a tensor that differed before
+# operations that leave every number as it is, in another shape
+_VIEWS = {"transpose", "permute", "t", "T", "mT", "H", "mH", "swapaxes", "swapdims", "movedim", "moveaxis", "reshape",
+          "view", "flatten", "unflatten", "contiguous", "clone", "detach", "to", "adjoint"}
+_SPOKEN = {"getitem": "indexing", "item": "item()", "float": "float()", "int": "int()", "bool": "bool()",
+           "tolist": "tolist()", "numpy": "numpy()"}
+_Key: TypeAlias = tuple[str, int]  # group, which of the channels that are tried
+
+
+def mixers(recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, str]:
+    """Name of a group -> the operation, and the module whose code it is in, where one is found."""
+    made: dict[_Key, dict[str, Tensor]] = {}
+    for group in groups:
+        for number, channel in enumerate(torch.linspace(0, group.channels - 1, _CHANNELS).long().unique().tolist()):
+            made[group.name, number] = {
+                member.layer: member.index[member.channel == channel] for member in group.members
+                if member.role == "producer" or member.layer in recording.norms}
+    if not made:
+        return {}
+    names = {id(module): name for name, module in recording.model.named_modules()}
+    mode = _Beside(names)
+
+    def forward_of(layer: str) -> Callable[..., Tensor]:
+        calls, module = iter(recording.outputs[layer]), recording.layers[layer]
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            known = next(calls, None)
+            if known is None:
+                computed: Tensor = type(module).forward(module, *args, **kwargs)
+                return computed
+            output = known.clone()
+            for key, places in made.items():
+                if len(places.get(layer, ())):
+                    mode.note(output, key, changed(known, channel_dim(module), places[layer]))
+            return output
+
+        return forward
+
+    try:
+        with mode:
+            recording.replay({layer: forward_of(layer) for layer in recording.outputs}, recording.model)
+    except Exception:  # of code that does not run beside itself
+        return {}
+    return mode.found
+
+
+class _Beside(TorchFunctionMode):
+    """Follows what comes of changed tensors. names: of modules, by id. found: group -> what mixes its channels."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.found: dict[str, str] = {}
+        self._names = names
+        self._others: Any = WeakTensorKeyDictionary()
+
+    def note(self, x: Tensor, key: _Key, other: Tensor) -> None:
+        """`other` is what x would be where the channel of `key` is changed."""
+        self._others.setdefault(x, {})[key] = other
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [x for x in tensors_of((args, kwargs)) if x in self._others]
+        keys = dict.fromkeys(key for x in inputs for key in self._others[x] if key[0] not in self.found)
+        name = resolve_name(func) or getattr(func, "__name__", "")
+        if not keys or name.endswith("__set__"):
+            return func(*args, **kwargs)
+        name = (name.removesuffix(".__get__").rpartition(".")[2]).strip("_")
+        writes = getattr(func, "__name__", "").rstrip("_") == getattr(func, "__name__", "")[:-1] or "out" in kwargs
+        others: dict[_Key, Any] = {}
+        for key in keys:
+            def other(x: Tensor, key: _Key = key) -> Tensor:
+                known: Tensor | None = self._others[x].get(key) if x in self._others else None
+                return known if known is not None else x.clone() if writes else x
+
+            others[key] = func(*map_tensors(other, args), **map_tensors(other, kwargs))
+        out = func(*args, **kwargs)
+        for key, each in others.items():
+            before = [_touched(self._others[x][key], x) for x in inputs if key in self._others[x]]
+            if key[0] not in self.found and self._mixes(key, out, each, name, before):
+                module = frames.innermost(frames.outwards())
+                where = "" if module is None else self._names.get(id(module), "")
+                self.found[key[0]] = f"{_SPOKEN.get(name, name)} in the code of " \
+                    f"{f'{where} ({type(module).__name__})' if where else type(module).__name__}"
+        return out
+
+    def _mixes(self, key: _Key, out: Any, other: Any, name: str, before: Sequence[list[Tensor]]) -> bool:
+        """Whether the channel of `key` shows in more of what an operation gives, or elsewhere; before: where it showed
+        in what that read. What it gives is noted."""
+        if isinstance(out, (bool, int, float)):
+            return bool(out != other)
+        most, mixes = max(map(_share, before)), False
+        for x, changed_x in zip(tensors_of(out), tensors_of(other), strict=False):
+            if x.shape != changed_x.shape:
+                return True
+            touched = _touched(changed_x, x)
+            if not touched or not all(bool(along.any()) for along in touched):
+                continue
+            alike = [each for each in before if [len(along) for along in each] == list(x.shape)]
+            moved = name not in _VIEWS and len(alike) == len(before) and any(
+                bool((here & ~torch.stack(there).any(0)).any()) for here, *there in zip(touched, *alike, strict=True)
+                if _is_narrow(there))
+            mixes |= moved or _share(touched) > _MORE * most
+            self.note(x, key, changed_x)
+        return mixes
+
+
+def _touched(x: Tensor, before: Tensor) -> list[Tensor]:
+    """Along each dimension, whether x differs at a place from what it was: bool [size]."""
+    differs = ~close(x, before) if x.is_floating_point() or x.is_complex() else x != before
+    return [differs.movedim(dim, 0).flatten(1).any(1) if x.dim() > 1 else differs for dim in range(x.dim())]
+
+
+def _share(touched: Iterable[Tensor]) -> float:
+    """The part of a tensor that the touched places of all dimensions span."""
+    share = 1.0
+    for along in touched:
+        share *= float(along.double().mean()) if len(along) else 1.0
+    return share
+
+
+def _is_narrow(along: Sequence[Tensor]) -> bool:
+    """Whether a channel is a few places of a dimension alone."""
+    return float(torch.stack(list(along)).any(0).double().mean()) < 0.5
