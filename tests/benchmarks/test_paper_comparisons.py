@@ -65,12 +65,20 @@ def test_agreement_of_rankings() -> None:
     assert [agreement.overlap(one, other, share) for share in (0.2, 0.4, 0.6)] == pytest.approx([0, 1, 2 / 3])
 
 
-@pytest.mark.parametrize(("distribution", "center", "probes"), list(variance.ways(4)))
-def test_one_basis_of_passes_holds_every_random_gradient(distribution: str, center: bool, probes: int) -> None:
+@pytest.fixture(scope="module")
+def basis() -> Mapping[str, Tensor]:
+    """What the outputs change by in the passes of one basis."""
     model, x = NETWORK.model(), NETWORK.inputs(5)
     u = variance.output_changes(model, x, batch=2)
     for name, spec in NETWORK.groups.items():
         torch.testing.assert_close(u[name], output_changes(model, spec, x).transpose(1, 2), rtol=1e-9, atol=1e-12)
+    return u
+
+
+@pytest.mark.parametrize(("distribution", "center", "probes"), list(variance.ways(4)))
+def test_one_basis_of_passes_holds_every_random_gradient(basis: Mapping[str, Tensor], distribution: str, center: bool,
+                                                         probes: int) -> None:
+    model, x, u = NETWORK.model(), NETWORK.inputs(5), basis
     if distribution == "basis":
         probes, how = next(iter(u.values())).shape[1], {"probes": "exact"}
     else:

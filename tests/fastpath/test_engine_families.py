@@ -1,21 +1,19 @@
 """Every torchvision classification family: the fast pass has the scores of hooks on the model as it is.
 
-A thin member of each here. FASTSCORE_NIGHTLY=1 adds every model that torchvision lists, at its own width.
+A thin member of each family here, but of those that test_fusion.py tries. FASTSCORE_NIGHTLY=1 adds these, and every
+model that torchvision lists, at its own width.
 """
-
-import os
 
 import pytest
 import torch
 import torchvision
 from networks import randomize
-from thin_members import THIN
+from thin_members import PACKED, THIN
+from thinned import NIGHTLY
 from torch import Tensor, nn
 
 import fastscore
 from fastscore import Scorer, Scores
-
-NIGHTLY = os.environ.get("FASTSCORE_NIGHTLY") == "1"
 
 
 def assert_fast_is_plain(model: nn.Module, x: Tensor) -> None:
@@ -36,7 +34,7 @@ def assert_fast_is_plain(model: nn.Module, x: Tensor) -> None:
     assert {tap.layer for tap in fast.plan.taps} == set(fast.means)
 
 
-@pytest.mark.parametrize("family", list(THIN))
+@pytest.mark.parametrize("family", [family for family in THIN if NIGHTLY or family not in PACKED])
 def test_the_fast_pass_of_a_thin_member_has_the_plain_scores(family: str) -> None:
     build, size = THIN[family]
     with torch.random.fork_rng(devices=[]):

@@ -1,6 +1,5 @@
 """Clamps and taps fused into layers: where only a clamp reads a layer, and the scores are those of plain hooks."""
 
-import os
 
 import pytest
 import torch
@@ -8,8 +7,9 @@ import torch.nn.functional as F
 from computed_elsewhere import computed_elsewhere
 from networks import NETWORKS, randomize
 from oracles import untouched
-from test_engine_families import THIN
 from test_folding import plain_pass
+from thin_members import PACKED, THIN
+from thinned import NIGHTLY
 from torch import Tensor, nn
 
 import fastscore
@@ -206,12 +206,7 @@ def test_ends_that_bfloat16_rounds(reduction: str) -> None:
         assert float((narrow[layer] - wide[layer]).abs().max()) <= 0.05 * float(wide[layer].max()), layer
 
 
-# Of the others test_engine_families.py says as much in float64
-PACKED = list(THIN) if "FASTSCORE_NIGHTLY" in os.environ else [
-    "resnet, bottlenecks", "densenet", "mobilenet v2", "efficientnet", "shufflenet", "googlenet", "convnext"]
-
-
-@pytest.mark.parametrize("family", PACKED)
+@pytest.mark.parametrize("family", THIN if NIGHTLY else PACKED)
 def test_the_packed_pass_of_every_family(family: str) -> None:
     """Within 2e-3 of a layer's largest score: in float32 rounding tips a ReLU or a maximum over now and then."""
     build, size = THIN[family]

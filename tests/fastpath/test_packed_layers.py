@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from thinned import NIGHTLY
 from torch import Tensor, nn
 
 from fastscore.fastpath import packed_layers
@@ -46,7 +47,7 @@ def assert_near(found: Tensor, wanted: Tensor) -> None:
 sizes = st.integers(1, 3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150 if NIGHTLY else 60, deadline=None)
 @given(groups=st.sampled_from([1, 2, 6]), kernel=st.tuples(sizes, sizes), stride=st.tuples(sizes, sizes),
        padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
        dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),

@@ -1,6 +1,5 @@
 """FASTSCORE_PORTABLE=1: a CPU takes the path that a GPU takes, whose layouts can be looked at here."""
 
-import os
 from typing import Any
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 import torchvision
 from networks import NETWORKS
 from thin_members import THIN
+from thinned import NIGHTLY
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,9 +15,9 @@ import fastscore
 from fastscore.scoring.batch_passes import BatchPasses
 from fastscore.taps.measures import unclamped
 
-FAMILIES = ["densenet", "efficientnet", "googlenet", "mnasnet", "mobilenet v2", "mobilenet v3", "regnet", "resnet",
-            "shufflenet", "squeezenet", "vgg"]  # thin members
-NIGHTLY = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "inception_v3",
+FAMILIES = ["densenet", "googlenet", "mobilenet v3", "resnet", "shufflenet", "vgg"]  # thin members
+MORE = ["efficientnet", "mnasnet", "mobilenet v2", "regnet", "squeezenet"]
+WHOLE = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "inception_v3",
            "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf",
            "resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_0", "vgg11_bn", "wide_resnet50_2"]
 SIZES = {"inception_v3": 96, "maxvit_t": 224}  # others take 64 x 64
@@ -50,7 +50,7 @@ class Layouts(TorchDispatchMode):
 
 
 @pytest.mark.usefixtures("_portable")
-@pytest.mark.parametrize("name", FAMILIES + NIGHTLY * (os.environ.get("FASTSCORE_NIGHTLY") == "1"))
+@pytest.mark.parametrize("name", FAMILIES + (MORE + WHOLE) * NIGHTLY)
 def test_no_convolution_gets_a_gradient_of_another_layout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the pass, that is: the network is traced, and its groups are tried, as it was given."""
     options = {"init_weights": False} if name == "inception_v3" else {}

@@ -12,6 +12,7 @@ import torch
 import transformers
 import whole_way
 from oracles import untouched
+from thinned import NIGHTLY
 from torch import nn
 
 import fastscore
@@ -36,8 +37,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, str]]] = {  # and gr
         d_model=16, n_layers=2, n_heads=4, expansion_ratio=1, max_seq_len=32, **WORDS)),
         ("transformer.blocks", "attn.Wqkv")),
     "Falcon": (lambda: _falcon("sdpa"), ("transformer.h", "self_attention.query_key_value")),
-    "Falcon, eager": (lambda: _falcon("eager"), ("transformer.h", "self_attention.query_key_value")),
 }
+if NIGHTLY:
+    MODELS["Falcon, eager"] = lambda: _falcon("eager"), MODELS["Falcon"][1]
 
 
 def _groups(name: str) -> list[str]:

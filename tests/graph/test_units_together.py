@@ -9,13 +9,16 @@ import torch
 import transformers
 from oracles import untouched
 from residual_networks import SIZES, case, run
+from thinned import NIGHTLY
 from torch import nn
 
 import fastscore
 from fastscore.pruning.budgets.costs import total_macs
 
 MIXTURE = ("blocks", "experts", "heads_and_dims")
-CASES = {"ViT": ("blocks", "heads_and_dims"), "Mixtral": MIXTURE, "Qwen3": ("blocks", "head_dims")}
+CASES: dict[str, tuple[str, ...]] = {"Mixtral": MIXTURE, "Qwen3": ("blocks", "head_dims")}
+if NIGHTLY:
+    CASES["ViT"] = "blocks", "heads_and_dims"
 
 
 def _case(name: str) -> tuple[nn.Module, Any]:

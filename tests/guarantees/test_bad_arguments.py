@@ -8,7 +8,7 @@ import pytest
 import torch
 from networks import NETWORKS
 from oracles import untouched
-from refusals import RESIDUAL, X, refused, score, trained
+from refusals import RESIDUAL, X, refused, score, scored, trained
 from torch import Tensor, nn
 
 import fastscore
@@ -47,7 +47,7 @@ import fastscore
 ])
 def test_another_type_than_is_meant(call: Callable[..., Any], argument: str) -> None:
     model = trained()
-    scores = score(model)
+    scores = scored()
     with untouched(model), pytest.raises(TypeError, match=f"^{argument}: .* meant"):
         call(model, scores)
 
@@ -75,7 +75,7 @@ def test_arguments_of_score(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_arguments_of_prune(options: dict[str, Any], message: str, inplace: bool) -> None:
     model = trained()
-    scores = score(model)
+    scores = scored()
     refused(ValueError, message, model, lambda: fastscore.prune(model, scores, X, inplace=inplace, **options))
 
 
@@ -91,7 +91,7 @@ def test_ridges_that_are_none() -> None:
 def test_options_of_curve_and_compare_that_there_are_none_of(option: str) -> None:
     """Told by the function that was called; what these give to prune() themselves is none of theirs."""
     model = trained()
-    scores = score(model)
+    scores = scored()
     given: dict[str, Any] = {option: True, "progress": False}
     refused(TypeError, f"^curve: '{option}' is none of its options", model,
             lambda: fastscore.curve(model, scores, [X], [0.5], **given))
@@ -101,7 +101,7 @@ def test_options_of_curve_and_compare_that_there_are_none_of(option: str) -> Non
 
 def test_what_is_no_result_and_no_scores() -> None:
     model = trained()
-    scores = score(model)
+    scores = scored()
     result = fastscore.prune(model, scores, X, macs=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     refused(TypeError, "^result: .*not its model alone", model,
@@ -135,7 +135,7 @@ def test_scores_of_another_model() -> None:
 def test_scores_of_channels_that_are_kept_now() -> None:
     """The same model, called so that a layer's channels cannot go: told so, and no word of another model."""
     model = trained()
-    scores = score(model)
+    scores = scored()
     layer = next(iter(scores))
 
     def all_needed(model: nn.Module, x: Tensor) -> Tensor:

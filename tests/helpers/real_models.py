@@ -66,7 +66,7 @@ def _torchvision() -> list[Case]:
     return [
         *(Case(name, functools.partial(torchvision_model, name, num_classes=10), sizes.get(name, 64),
                small=name in small and name not in heavy) for name in [*small, *others, *sizes]),
-        *(Case(name, functools.partial(torchvision_model, name, **detector), small=name.startswith("lraspp"))
+        *(Case(name, functools.partial(torchvision_model, name, **detector))
           for name in ("fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large")),
         Case("retinanet_resnet50_fpn", functools.partial(torchvision_model, "retinanet_resnet50_fpn", **detector), 64,
              retinanet),

@@ -1,6 +1,7 @@
 """A model in the middle of something, and what a refusal must leave as it was."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,6 +17,12 @@ X = RESIDUAL.inputs(4)
 
 def score(model: nn.Module, batches: Any = (X,), **options: Any) -> fastscore.Scores:
     return fastscore.score(model, batches, progress=False, **options)
+
+
+@cache
+def scored() -> fastscore.Scores:
+    """Of every model that `trained` makes."""
+    return score(trained())
 
 
 def trained(name: str = "residual") -> nn.Module:

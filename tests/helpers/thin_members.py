@@ -40,3 +40,5 @@ THIN: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "swin": (partial(tv.SwinTransformer, [4, 4], 8, [1, 1], [1, 2], [4, 4], num_classes=10), 32),
     "maxvit": (partial(tv.MaxVit, (32, 32), 8, 2, [8, 16], [1, 1], 8, 0.0, num_classes=10), 32),
 }
+# Tried in float32 by tests/fastpath/test_fusion.py; the others in float64 by tests/fastpath/test_engine_families.py
+PACKED = ["resnet, bottlenecks", "densenet", "mobilenet v2", "efficientnet", "shufflenet", "googlenet", "convnext"]

@@ -18,6 +18,7 @@ from typing import Any
 import distilling
 import torch
 from networks import NETWORKS
+from thinned import thinned
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,8 +33,7 @@ WORKERS = 4
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {}, "orthogonal": {"probes": 2, "distribution": "orthogonal"}, "to the mean": {"ablation": "mean"},
     "taylor": {"importance": "taylor"}, "minibatches": {"importance": "molchanov-group"}}
-
-
+FOUND = thinned(WAYS, (False, True))  # and in a fixed order, or not
 
 
 def drop_in(model: nn.Module, x: Tensor, graph: Any = None, **options: Any) -> fastscore.Scorer:
@@ -87,10 +87,9 @@ def work(rank: int, folder: str) -> None:
     for size in (1, 2, 4):
         some = distributed.new_group(list(range(size)))
         if rank < size:
-            for way, options in WAYS.items():
-                for fixed in (False, True):
-                    save(fastscore.score(RESIDUAL.traced(), IMAGES.split(3), process_group=some, fixed_order=fixed,
-                                         progress=False, **options), f"{way} {size} {fixed}")
+            for way, fixed in FOUND:
+                save(fastscore.score(RESIDUAL.traced(), IMAGES.split(3), process_group=some, fixed_order=fixed,
+                                     progress=False, **WAYS[way]), f"{way} {size} {fixed}")
             checkpoint = f"{folder}/{size}.ckpt"
             save(fastscore.score(RESIDUAL.traced(), IMAGES.split(3)[:3], process_group=some, fixed_order=True,
                                  progress=False, resume=checkpoint), f"three batches {size}")

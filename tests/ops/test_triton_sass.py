@@ -4,10 +4,10 @@ A stand-in for the CUDA driver names the target. Everything else is Triton's own
 pointers and integers are specialised, what is constant, how many warps. Tensors are on the meta device, where
 addresses are 0 and so as aligned as PyTorch's allocator makes them.
 
-Everything is read for one target, and one kernel of each layout for the others; FASTSCORE_NIGHTLY=1 reads all for all.
+Kernels of each layout, reducer and dtype are read for one target, and a layout of another dtype for each other;
+FASTSCORE_NIGHTLY=1 reads all for all.
 """
 
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from thinned import NIGHTLY, thinned
 
 triton = pytest.importorskip("triton")
 
@@ -32,7 +33,7 @@ from fastscore.ops.triton.launch import (  # noqa: E402
 )
 
 ARCHITECTURES = (80, 90, 100, 120)
-READ_WHOLE = ARCHITECTURES if "FASTSCORE_NIGHTLY" in os.environ else (90,)
+READ_WHOLE = ARCHITECTURES if NIGHTLY else (90,)
 SMS = 132
 META = torch.device("meta")
 WIDE_AND_HALF = (torch.float32, torch.bfloat16)  # where float16 compiles to what bfloat16 does
@@ -131,9 +132,7 @@ def assert_lean(compiled: Compiled) -> None:
 LAYOUTS = {"rows": (False, False), "columns": (True, True), "mixed": (False, True)}
 
 
-@pytest.mark.parametrize("dtype", WIDE_AND_HALF, ids=str)
-@pytest.mark.parametrize("reducer", channel_sums.SUMS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "reducer", "dtype"), thinned(LAYOUTS, channel_sums.SUMS, WIDE_AND_HALF), ids=str)
 def test_main_loops_load_16_bytes_and_spill_nothing(layout, reducer, dtype, architecture, tmp_path):
     """At 56 × 56 positions and 256 channels of 32 samples; split where the heuristic splits it."""
     chosen, calls = channel_calls(reducer, dtype, (32, 256, 56 * 56), *LAYOUTS[layout])
@@ -145,15 +144,12 @@ def test_main_loops_load_16_bytes_and_spill_nothing(layout, reducer, dtype, arch
         assert_lean(compile_call(call, tmp_path))
 
 
-@pytest.mark.parametrize("architecture", [80, 100, 120], indirect=True, ids="sm_{}".format)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("architecture", "layout"), thinned([80, 100, 120], LAYOUTS), indirect=["architecture"])
 def test_main_loops_on_other_targets(layout, architecture, tmp_path):
     test_main_loops_load_16_bytes_and_spill_nothing(layout, "sums", torch.bfloat16, architecture, tmp_path)
 
 
-@pytest.mark.parametrize("dtype", WIDE_AND_HALF, ids=str)
-@pytest.mark.parametrize("reducer", CLAMPS)
-@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize(("layout", "reducer", "dtype"), thinned(["rows", "columns"], CLAMPS, WIDE_AND_HALF), ids=str)
 def test_clamp_backward_loads_and_stores_16_bytes_and_spills_nothing(layout, reducer, dtype, architecture, tmp_path):
     chosen, calls = channel_calls(reducer, dtype, (32, 256, 56 * 56), *LAYOUTS[layout])
     main = compile_call(calls[0], tmp_path)
@@ -165,9 +161,7 @@ def test_clamp_backward_loads_and_stores_16_bytes_and_spills_nothing(layout, red
         assert_lean(compile_call(call, tmp_path))
 
 
-@ON_SM_90
-@pytest.mark.parametrize("dtype", WIDE_AND_HALF, ids=str)
-@pytest.mark.parametrize(("shape", "last", "load"), [
+ACTIVATIONS = [
     ((32, 64, 112 * 112), False, {2: "LDG.E.128", 4: "LDG.E.128"}),
     ((32, 512, 28 * 28), False, {2: "LDG.E.128", 4: "LDG.E.128"}),
     ((32, 1024, 14 * 14), False, {2: "LDG.E.64", 4: "LDG.E.128"}),  # 196 positions: rows start every 8 bytes
@@ -177,7 +171,12 @@ def test_clamp_backward_loads_and_stores_16_bytes_and_spills_nothing(layout, red
     ((32, 768, 197), True, {2: "LDG.E.128", 4: "LDG.E.128"}),  # ViT-B/16
     ((32, 2048, 1), True, {2: "LDG.E.128", 4: "LDG.E.128"}),
     ((1, 64, 112 * 112), False, {2: "LDG.E.128", 4: "LDG.E.128"}),
-], ids=str)
+]
+
+
+@ON_SM_90
+@pytest.mark.parametrize(("shape", "last", "load", "dtype"), [
+    (*activations, dtype) for activations, dtype in thinned(ACTIVATIONS, WIDE_AND_HALF)], ids=str)
 def test_loads_at_the_activations_of_networks(shape, last, load, dtype, architecture, tmp_path):
     _, calls = channel_calls("sums", dtype, shape, last, last)
     main = compile_call(calls[0], tmp_path)
@@ -214,9 +213,8 @@ def test_more_than_2_to_the_31_elements(layout, architecture, tmp_path):
     assert_lean(main)
 
 
-@pytest.mark.parametrize(("normal", "normalize"), [(True, True), (True, False), (False, True)],
-                         ids=["normal, normalized", "normal", "rademacher"])
-@pytest.mark.parametrize("classes", [1000, 50257])
+@pytest.mark.parametrize(("normal", "normalize", "classes"), [
+    (*how, classes) for how, classes in thinned([(True, True), (True, False), (False, True)], [1000, 50257])])
 def test_random_gradient_spills_nothing(classes, normal, normalize, architecture, tmp_path):
     ids, out = torch.empty(32, dtype=torch.int64, device="meta"), torch.empty(32, classes, device="meta")
     launch = random_gradient.launch(plan_random_gradient(32, classes), META, 1, normal, normalize)
@@ -224,8 +222,7 @@ def test_random_gradient_spills_nothing(classes, normal, normalize, architecture
         assert_lean(compile_call(call, tmp_path))
 
 
-@pytest.mark.parametrize("dtype", WIDE_AND_HALF, ids=str)
-@pytest.mark.parametrize("classes", [1000, 50000])
+@pytest.mark.parametrize(("classes", "dtype"), thinned([1000, 50000], WIDE_AND_HALF), ids=str)
 def test_normalize_gradient_loads_16_bytes_and_spills_nothing(classes, dtype, architecture, tmp_path):
     g, unit = torch.empty(2, 32, classes, dtype=dtype, device="meta")
     plan = plan_normalize_gradient(tuple(g.shape), g.stride(), unit.stride(), dtype.itemsize)

@@ -11,6 +11,7 @@ from network_modules import Residual
 from networks import NETWORKS, randomize
 from oracles import untouched
 from thin_members import THIN
+from thinned import NIGHTLY
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -242,7 +243,8 @@ def test_pruning_by_score_hurts_less_than_pruning_at_random() -> None:
     assert errors["taylor-sq"] < errors["random"]
 
 
-@pytest.mark.parametrize("family", ["vgg", "densenet", "resnext", "mnasnet", "efficientnet", "regnet", "convnext"])
+@pytest.mark.parametrize("family", ["densenet", "resnext", "efficientnet", "convnext",
+                                    *(["vgg", "mnasnet", "regnet"] if NIGHTLY else [])])
 def test_thin_members_of_families(family: str) -> None:
     """Of which tests/guarantees/test_architectures.py takes a whole one with FASTSCORE_NIGHTLY=1 alone."""
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """channel_sums, channel_dot and channel_powers in Triton, against the float64 reference.
 
-Of each dtype and layout another fifth of the kinds of launch; FASTSCORE_NIGHTLY=1 takes all.
+Of each dtype and layout another tenth of the kinds of launch; FASTSCORE_NIGHTLY=1 takes all.
 """
 
 import math
@@ -20,7 +20,7 @@ from fastscore.ops.triton.launch import ChannelLaunch, plan_channel_sums
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROUNDINGS = 8  # of a term on its way into a sum, at most: tiles in a row, then a tree
 CPU = torch.device("cpu")
-STEP = 1 if "FASTSCORE_NIGHTLY" in os.environ else 5
+STEP = 1 if "FASTSCORE_NIGHTLY" in os.environ else 10
 
 
 def terms(a: Tensor, g: Tensor, reducer: str, channel_dim: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -83,7 +83,7 @@ def test_the_cases_are_all_that_the_heuristic_can_produce(itemsize):
             assert kind(plan_channel_sums(shape, a, g, 1, itemsize, sms)) in covered, (shape, a, g, sms)
 
 
-@pytest.mark.parametrize(("channels", "splits"), [(32, 32), (32, 33), (32, 64), (33, 32)])
+@pytest.mark.parametrize(("channels", "splits"), [(32, 32), (32, 33), (33, 32)])
 def test_more_splits_and_rows_than_one_load_of_partial_sums(channels, splits, poisoned_memory):
     a, g = torch.randn(2, 1, channels, 128 * splits, generator=torch.Generator().manual_seed(splits))
     plan = check(a.mT.contiguous().mT, g.mT.contiguous().mT, "sums", sms=16, mean=splits % 2 == 0)

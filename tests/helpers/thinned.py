@@ -1,0 +1,17 @@
+"""What runs each time, and what with FASTSCORE_NIGHTLY=1 alone."""
+
+import os
+from collections.abc import Iterable
+from itertools import product
+from typing import Any
+
+NIGHTLY = "FASTSCORE_NIGHTLY" in os.environ
+
+
+def thinned(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Each combination of the values of all axes but the last, with one of the last, which take turns: so each meets
+    each value of the others, where there are enough. With FASTSCORE_NIGHTLY=1 all combinations."""
+    lists = [list(axis) for axis in axes]
+    numbered = product(*(enumerate(values) for values in lists))
+    return [tuple(value for _, value in values) for values in numbered
+            if NIGHTLY or sum(number for number, _ in values) % len(lists[-1]) == 0]
