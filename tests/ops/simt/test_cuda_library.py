@@ -1,7 +1,7 @@
 """The CUDA kernels inside the native library in use: targets, loads, registers, and what the library depends on.
 
-The instructions of one target are read in a normal run; FASTSCORE_NIGHTLY=1 reads those of all. A library built with
-FASTSCORE_CUDA_TARGETS is tested with it, too.
+The instructions of the oldest target are read in a normal run; FASTSCORE_NIGHTLY=1 reads those of all. A library that
+was built with FASTSCORE_CUDA_TARGETS is tested with it, too.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ import torch
 from fastscore.ops.library import LIBRARY
 
 TARGETS = tuple(f"sm_{target}" for target in os.environ.get("FASTSCORE_CUDA_TARGETS", "80 90 100 120").split())
-READ = TARGETS if "FASTSCORE_NIGHTLY" in os.environ else ("sm_90",)  # the one that was measured
+READ = TARGETS if "FASTSCORE_NIGHTLY" in os.environ else TARGETS[:1]
 # for devices between the targets, such as sm_87, and beyond
 PTX = tuple(target for target in TARGETS if target in ("sm_80", "sm_120"))
 OPS = ("channel_sums", "clamp_backward_", "channel_dot", "channel_powers", "random_gradient", "normalize_gradient")
