@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -20,6 +21,14 @@ from fastscore.scoring.scores import Scores
 _SAVED = ("its config.json tells the dense widths, by which from_pretrained does not load what it writes: keep this "
           "model with fastscore.save_pruned, or, of transformers' models whose config can tell the widths, with "
           "fastscore.integrations.transformers.save_pretrained")
+
+
+class Cut(NamedTuple):
+    """What was done, the smaller model, its MACs."""
+
+    surgery: Surgery
+    smaller: nn.Module
+    macs: int
 
 
 class Builder:
@@ -56,8 +65,8 @@ class Builder:
         """MACs of a smaller model, as it is; see `verify` for what it raises."""
         return verify(smaller, self.example_inputs, self.forward, self.costs.returned.shape, self._graph.samples.batch)
 
-    def cut(self, removed: Mapping[str, Tensor]) -> tuple[Surgery, nn.Module, int]:
-        """(what was done, the smaller model, its MACs) without `removed`, group -> int64 [R].
+    def cut(self, removed: Mapping[str, Tensor]) -> Cut:
+        """A smaller model, without `removed`, group -> int64 [R].
 
         Raises RuntimeError where it does not run, with the layers to ignore.
         """
@@ -67,11 +76,13 @@ class Builder:
             smaller = (surgery if gone is removed else self._plan(gone)).copy()
             return smaller, self.run(smaller)
 
-        return surgery, *checked(attempt, removed)
+        return Cut(surgery, *checked(attempt, removed))
 
-    def build(self, removed: Mapping[str, Tensor], candidates: tuple[Candidate, ...] = ()) -> PruneResult:
-        """The result of a cut, repaired; `costs` are without what was removed. candidates: for the report."""
-        surgery, smaller, macs = self.cut(removed)
+    def build(self, removed: Mapping[str, Tensor], candidates: tuple[Candidate, ...] = (), cut: Cut | None = None
+              ) -> PruneResult:
+        """The result of a cut, repaired; `costs` are without what was removed. candidates: for the report. cut: the
+        one without `removed`, where it was made already."""
+        surgery, smaller, macs = cut or self.cut(removed)
         made = PruneResult(smaller, self._report(surgery, smaller, macs, removed, candidates),
                            self.costs.with_others(removed), surgery.removed_indices, surgery.new_biases)
         return made if self._repair is None or not removed else repaired(self._repair(made), self.run)

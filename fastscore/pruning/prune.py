@@ -7,7 +7,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.outputs import checked_forward
@@ -23,8 +23,16 @@ from fastscore.pruning.budgets.costs import Costs, MacsWithout
 from fastscore.pruning.budgets.finer_steps import say_coarse
 from fastscore.pruning.budgets.latency import say_slower, select_by_latency
 from fastscore.pruning.budgets.quality import HELD_OUT, Quality, Way, build_after, finer_than_next, select_by_quality
-from fastscore.pruning.budgets.selection import check_removable, give_back, macs_along, scored_graph, select
-from fastscore.pruning.building import Builder
+from fastscore.pruning.budgets.selection import (
+    OutOfReachError,
+    channels_of,
+    check_removable,
+    give_back,
+    macs_along,
+    scored_graph,
+    select,
+)
+from fastscore.pruning.building import Builder, Cut
 from fastscore.pruning.options import (
     Budgets,
     Ranking,
@@ -208,19 +216,43 @@ def _until_budgets(builder: Builder, budgets: Budgets, counted: MacsWithout | No
                    order: list[RemovalStep]) -> PruneResult:
     """The smaller model, of which channels went in this order until the budgets held; the builder's costs are whole
     before and after."""
-    costs, coarse, candidates = builder.costs, "", tuple[Candidate, ...]()
+    costs, coarse, candidates, cut = builder.costs, "", tuple[Candidate, ...](), None
     if budgets.latency is None:
-        removed = select(order, costs, budgets.counted, counted)
+        removed, cut = _by_sums(builder, budgets, order) if counted is not None and costs.sums_hold else ({}, None)
+        if cut is None:
+            removed = select(order, costs, budgets.counted, counted)
         coarse = say_coarse(order, removed, costs, budgets.counted)
     else:
         removed, candidates = select_by_latency(order, costs, budgets, lambda gone: builder.cut(gone)[1:],
                                                 builder.eval_model, builder.example_inputs, builder.forward, counted,
                                                 clock)
     try:
-        made = builder.build(removed, candidates)
+        made = builder.build(removed, candidates, cut)
         return replace(made, report=made.report.with_notes(budget=coarse, latency=say_slower(candidates)))
     finally:
         give_back(removed, costs)
+
+
+def _by_sums(builder: Builder, budgets: Budgets, order: list[RemovalStep]) -> tuple[dict[str, Tensor], Cut | None]:
+    """(what goes so that the budgets hold by the sums over layers alone, and is gone from the builder's costs; the cut
+    without it, whose MACs are as many as these say). No cut, and costs that are whole, where there is none such."""
+    costs = builder.costs
+    try:
+        removed = select(order, costs, budgets.counted)
+    except OutOfReachError:  # how much remains is for a count to say
+        give_back(channels_of(order), costs)
+        return {}, None
+    cut, foreseen = None, costs.totals["macs"]
+    try:
+        cut = builder.cut(removed)
+        if costs.tells(foreseen, cut.macs):
+            costs.totals["macs"] = cut.macs
+            return removed, cut
+        cut = None
+    finally:
+        if cut is None:
+            give_back(removed, costs)
+    return {}, None
 
 
 def _until_quality(builder: Builder, quality: Quality, judges: Iterable[Batch], outputs: JudgedOutputs,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.batches.calls import call_model
 from fastscore.graph.tracing import trace
-from fastscore.pruning import building
-from fastscore.pruning.budgets.costs import Costs
+from fastscore.pruning import building, surgery
+from fastscore.pruning.budgets.costs import Costs, total_macs
 from fastscore.pruning.order.ranking import channel_costs
 from fastscore.pruning.surgery import macs_without
 
@@ -68,14 +68,30 @@ def test_the_price_of_a_channel_holds_its_products() -> None:
     assert prices["l2"].tolist() == [7 * (16 + 7) + 3] * 16
 
 
-def test_nothing_is_tried_twice_where_all_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One cut to learn that no product of activations follows a width, one to see that the budget holds."""
+def test_no_cut_is_tried_where_layers_alone_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is returned shows that the budget holds."""
     model, x = NETWORKS["residual"].traced(), NETWORKS["residual"].inputs()
     scores = fastscore.score(model, [x], progress=False)
-    cuts = []
-    count = building.macs_without
-    monkeypatch.setattr(building, "macs_without", lambda *args: cuts.append(args[-1]) or count(*args))
-    fastscore.prune(model, scores, x, channels=0.7)
-    assert not cuts
-    fastscore.prune(model, scores, x, macs=0.7)
-    assert 2 <= len(cuts) <= 4
+    monkeypatch.setattr(building, "macs_without", lambda *args: pytest.fail("a cut is tried"))
+    runs, count = [], surgery.count
+    monkeypatch.setattr(surgery, "count", lambda *args: runs.append(args) or count(*args))
+    result = fastscore.prune(model, scores, x, macs=0.7)
+    assert len(runs) == 1
+    assert result.report.macs == (total_macs(model, x), total_macs(result.model, x))
+    assert 0.6 < result.report.macs[1] / result.report.macs[0] <= 0.7
+
+
+def test_sums_that_are_wrong_are_found_out_by_the_smaller_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing was learned of products of activations, the budget holds for what is counted."""
+    model, x = GraphConvolution(), torch.randn(2, 7, 5)
+    scores, dense = fastscore.score(model, [x], progress=False), model.macs(7, 16, 16)
+    monkeypatch.setattr(Costs, "learn_products", lambda self, macs_without: setattr(self, "sums_hold", True))
+    for share in (0.9, 0.6, 0.4):
+        result = fastscore.prune(model, scores, x, macs=share)
+        widths = result.model.l1.out_features, result.model.l2.out_features
+        assert result.report.macs == (dense, model.macs(7, *widths))
+        assert result.report.macs[1] / dense <= share
+        assert max(model.macs(7, widths[0] + a, widths[1] + 1 - a) for a in (0, 1)) > share * dense
+    least = model.macs(7, 1, 1) / dense
+    with pytest.raises(ValueError, match=f"cannot be reached: .* {least:.4g} of the macs"):
+        fastscore.prune(model, scores, x, macs=least * 0.99)

@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.module_tracker import ModuleTracker
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.parts import Batch, first_tensor, tensors_of
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.macs import mac_formulas
-from fastscore.modules.macs.of_nested import OfNested
 from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.computed_weights import computed_weight
 from fastscore.modules.weights.own_layers import own_layer
@@ -93,30 +91,25 @@ def counting(model: nn.Module) -> Iterator[Counting]:
     `count`."""
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which few need
 
-    counter = FlopCounterMode(display=False, custom_mapping=mac_formulas.formulas())
-    counter.mod_tracker = _Everywhere()  # the hooks below know where
     counted = Counting()
     running: list[str] = []
     computing = {name for name, module in model.named_modules()
                  if computed_weight(module) is not None and own_layer(module) is None}
-    products = _Products(counter.flop_registry, WeightProducts(model), running, computing)
-    nested = OfNested(counter.flop_registry, products.weights, running, products.unknown)
-
-    def flops() -> float:
-        return counter.get_total_flops() - products.on_weights + nested.flops
+    known = FlopCounterMode(display=False, custom_mapping=mac_formulas.formulas()).flop_registry
+    products = _Products(known, WeightProducts(model), running, computing)
 
     def entering(name: str) -> Callable[..., None]:
         def hook(*args: object) -> None:
             running.append(name)
             products.last = 0
-            counted.layers[name] -= flops() / 2
+            counted.layers[name] -= products.flops / 2
 
         return hook
 
     def leaving(name: str) -> Callable[..., None]:
         def hook(*args: object) -> None:
             del running[len(running) - 1 - running[::-1].index(name):]  # and those that an exception left
-            counted.layers[name] += flops() / 2
+            counted.layers[name] += products.flops / 2
 
         return hook
 
@@ -125,62 +118,75 @@ def counting(model: nn.Module) -> Iterator[Counting]:
             attached.enter_context(handle)
         attached.enter_context(_without_fused_attention())
         attached.enter_context(recurrent.exact_rows(model))
-        for name, module in model.named_modules():  # the counter knows names below the whole model's own call alone
+        for name, module in model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):  # which has no such hooks
                 attached.enter_context(module.register_forward_pre_hook(entering(name)))
                 attached.enter_context(module.register_forward_hook(leaving(name)))
-        with products, counter, nested:
+        with products:
             yield counted
-    counted.macs = flops() // 2
+    counted.macs = products.flops // 2
     counted.weights |= {name: macs / 2 for name, macs in products.weights.flops.items()}
     counted.unknown |= products.unknown
 
 
-class _Everywhere(ModuleTracker):
-    """In the place of the counter's own tracker of modules: its hooks cost time and end in cycles."""
-
-    def __enter__(self) -> "_Everywhere":
-        self.parents = {"Global"}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-
 class _Products(TorchDispatchMode):
-    """Tells whose weights products are with, and names the operations that make floating-point tensors by products that
-    no formula knows.
+    """Counts the products that run, tells whose weights they are with, and names the operations that make
+    floating-point tensors by products that no formula knows.
 
-    computing: layers that compute their weight, and then run one product with it: what they run before that is in
-    `on_weights`, FLOPs, and in no weight's. last: FLOPs of the last product of such a layer's call that runs.
+    computing: layers that compute their weight, and then run one product with it: what they run before that is in no
+    sum. flops: of all products. last: FLOPs of the last product of such a layer's call that runs.
     """
 
     def __init__(self, known: Mapping[Any, Callable[..., int]], weights: WeightProducts,
                  running: Sequence[str], computing: Container[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.weights, self._known, self._running, self._computing = weights, known, running, computing
-        self.on_weights = self.last = 0
+        self.flops = self.last = 0
         self.unknown: dict[str, dict[str, None]] = {}  # operation -> modules, in order
+        self._made_of_others: dict[Any, bool] = {}  # operation -> whether it is one that is taken apart
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):
+            return func(*args, **kwargs)
+        formula, operands = self._known.get(func._overloadpacket), (*args, *kwargs.values())
+        place = self._running[-1] if self._running else ""
+        if any(tensor.is_nested for tensor in tensors_of(operands)):
+            return self._of_nested(func, args, kwargs, formula is not None, place)
+        if formula is None and self._made_of_others.get(func, True):
+            with self:
+                out = func.decompose(*args, **kwargs)
+            self._made_of_others[func] = out is not NotImplemented
+            if out is not NotImplemented:
+                return out
         out = func(*args, **kwargs)
-        if isinstance(func, torch._ops.OpOverload):
-            formula = self._known.get(func._overloadpacket)
-            operands = (*args, *kwargs.values())
-            place = self._running[-1] if self._running else ""
-            if formula is not None:
-                flops = formula(*args, **kwargs, out_val=out)
-                self.weights.credit(operands, flops, place)
-                if place in self._computing:
-                    self.weights.credit((), -self.last, place)
-                    self.on_weights += self.last
-                    self.last = flops
-            elif func._opname.startswith(_UNKNOWN) if func.namespace in _PYTORCH else \
-                    any(tensor.is_floating_point() for tensor in tensors_of(out)):
-                self.unknown.setdefault(f"{func.namespace}::{func._opname}", {})[place or "the model itself"] = None
-            self.weights.follow(func, operands, out, product=formula is not None)
+        if formula is not None:
+            flops = formula(*args, **kwargs, out_val=out)
+            self.flops += flops
+            self.weights.credit(operands, flops, place)
+            if place in self._computing:
+                self.weights.credit((), -self.last, place)
+                self.flops -= self.last
+                self.last = flops
+        elif func._opname.startswith(_UNKNOWN) if func.namespace in _PYTORCH else \
+                any(tensor.is_floating_point() for tensor in tensors_of(out)):
+            self._note_unknown(f"{func.namespace}::{func._opname}", place)
+        self.weights.follow(func, operands, out, product=formula is not None)
         return out
+
+    def _of_nested(self, func: Any, args: Any, kwargs: Any, product: bool, place: str) -> Any:
+        """Out of sight of the modes around it: they cannot run operations on nested tensors."""
+        with _disable_current_modes():
+            if func is torch.ops.aten.linear.default:
+                flops = 2 * sum(part.numel() for part in args[0].unbind()) * len(args[1])
+                self.weights.credit((*args, *kwargs.values()), flops, place)
+                self.flops += flops
+            elif func._opname == "matmul" or product:
+                self._note_unknown(f"{func._opname} of nested tensors", place)
+            return func(*args, **kwargs)
+
+    def _note_unknown(self, operation: str, place: str) -> None:
+        self.unknown.setdefault(operation, {})[place or "the model itself"] = None
 
 
 @contextmanager

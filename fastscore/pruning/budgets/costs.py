@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.parts import Batch
 from fastscore.graph.groups import READS, ChannelGroup, Member
+from fastscore.graph.trials.plain_layers import plain_kind
 from fastscore.modules.inspection import device_of
 from fastscore.modules.macs.counting import count
 from fastscore.modules.weights.experts import ExpertLinear
@@ -48,6 +49,9 @@ class Costs:
     inputs that counts samples.
     returned: what the model returned when its MACs were counted. uncounted: what no formula knew then.
     sums_hold: whether learn_products found nothing that the sums over the groups' layers did not tell.
+    complete: whether nothing multiplies but layers of PyTorch's own code, by their weights, each as its sum says: rows
+    of what they read follow no width, or the surgery that groups are tried by would have told (see
+    fastscore.graph.trials.surgery_trial).
     """
 
     def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup], example_inputs: Batch,
@@ -102,6 +106,11 @@ class Costs:
         }
         self.dense: Mapping[Resource, float] = dict(self.totals)
         self.sums_hold = False
+        self.complete = not (counted.uncounted or self._blocks or self._places) and \
+            self.tells(sum(counted.weights.values()), counted.macs) and all(
+                name in layers and plain_kind(layers[name]) is not None
+                and (name not in self.layers or self.tells(self.layers[name].macs, macs))
+                for layers in [dict(model.named_modules())] for name, macs in counted.weights.items())
 
     def _split(self, at: Mapping[tuple[str, Side, int], Sequence[_Part]]) -> dict[str, list[Places]]:
         """Group -> where it takes what others may take, too, as heads do that go beside their dimensions: each position
@@ -148,10 +157,16 @@ class Costs:
         """Find what a channel costs beside the groups' layers, by what is counted in trial cuts; nothing is gone yet.
 
         All groups lose a unit at once; where other MACs remain than were foreseen, halves do, down to single groups.
+        None is cut where the sums are complete.
         """
         if groups := [group for group in self.groups.values() if int(group.unit.max()) > 0]:
             self.sums_hold = True
-            self._learn(groups, macs_without)
+            if not self.complete:
+                self._learn(groups, macs_without)
+
+    def tells(self, foreseen: float, counted: float) -> bool:
+        """Whether so many MACs that were foreseen are those that were counted, but for the rounding of sums."""
+        return abs(counted - foreseen) <= max(0.5, 1e-9 * self.dense["macs"])
 
     def _learn(self, groups: Sequence[ChannelGroup], macs_without: MacsWithout) -> None:
         # no function within learn_products: one that calls itself would keep the model alive until it is collected
