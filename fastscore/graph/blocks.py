@@ -4,6 +4,7 @@ Each is a group of one channel, a gate on the output of the branch's last module
 module and for all that runs for it alone, each of the shape that it reads: see fastscore.modules.zero_branch.
 """
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import rng
+from fastscore.graph import branch_widths
 from fastscore.graph.cuts import LAYERS
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
@@ -39,7 +41,7 @@ from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import channel_dim, device_of, parameter_owners
 from fastscore.modules.weights.own_products import OWN
-from fastscore.modules.zero_branch import SAME, put, put_zeros, resized, windows
+from fastscore.modules.zero_branch import ONE, SAME, put, put_zeros, resized, windows
 from fastscore.wording import said
 
 _NO_WEIGHTS = "its modules hold no weights but those of normalisations"
@@ -109,7 +111,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[list[Bra
         if call is None or added is None or added[0] in found or call.node is call.source:
             continue
         before = runs_before(name, call, added[1], modules, calls, readers, makers)
-        ways = [] if before is None else [Branch(name, call, before)]
+        ways = [] if before is None else [Branch(name, call, branch_widths.as_wide(modules, call, before, calls))]
         for branch in [*ways, *_last_alone(modules, Branch(name, call, ()))]:
             weights = _with_weights(modules, branch)
             if added[0] in found:
@@ -194,7 +196,9 @@ def that_go(model: nn.Module, run: Callable[[nn.Module], Tensor], branches: Sequ
         if not (reason := why(part)):
             left += part
         elif len(part) == 1:
-            others = [way for way in _last_alone(modules, part[0]) if not why([way])][:1]
+            ways = [*_last_alone(modules, part[0]), *([replace(part[0], zeros=ONE)] if branch_widths.may_be_one_wide(
+                modules[part[0].name], part[0].call) and not part[0].zeros else [])]
+            others = list(itertools.islice((way for way in ways if not why([way])), 1))
             left += others
             kept |= {} if others else {part[0]: part[0].larger or reason}
         else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastscore.batches.parts import tensors_of
 from fastscore.modules.attention.encoder_layer import call_layers
+from fastscore.modules.inspection import channel_dim
 
 
 class ZeroBranch(nn.Module):
@@ -17,22 +18,25 @@ class ZeroBranch(nn.Module):
 
     Attributes:
         returns: how many things it returns: 0 for a tensor alone; else a tuple of zeros and, for all others, None.
+        times: how many times as wide as what it reads the zeros are, along `dim`; of one channel, where 0.
     """
 
-    def __init__(self, returns: int = 0) -> None:
+    def __init__(self, returns: int = 0, times: int = 1, dim: int = -1) -> None:
         super().__init__()
-        self.returns = returns
+        self.returns, self.times, self.dim = returns, times, dim
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Zeros like the first floating-point tensor that it is given."""
         x = first_floating(args, kwargs)
         assert x is not None
-        zeros = torch.zeros_like(x)
+        zeros = torch.zeros_like(x if self.times else x.narrow(self.dim, 0, 1))
+        zeros = torch.cat([zeros] * self.times, self.dim) if self.times > 1 else zeros
         return (zeros, *[None] * (self.returns - 1)) if self.returns else zeros
 
     def extra_repr(self) -> str:
         """What it returns."""
-        return f"returns={self.returns}" if self.returns else ""
+        wider = f"times={self.times}, dim={self.dim}" if self.times != 1 else ""
+        return f"returns={self.returns}" if self.returns else wider
 
 
 Window: TypeAlias = Sequence[tuple[int, int, int, int]]  # of each dimension: kernel size, stride, padding, dilation
@@ -64,6 +68,9 @@ class ResizedZeros(ZeroBranch):
                                           else "")
 
 
+# `returns`, of a layer: so often as many times as wide as it reads; and zeros of one channel
+WIDER = 1 << 16
+ONE = WIDER - 1
 SAME = -1  # returns: of as many channels as it reads. Below: as child number SAME - 1 - returns of its owner makes
 
 
@@ -126,7 +133,8 @@ def put_zeros(model: nn.Module, name: str, returns: int) -> None:
     """Put zeros in the place of the branch of that qualified name, in place. returns: of a ZeroBranch; or what
     ResizedZeros stand there: see SAME."""
     old, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
-    zeros = ZeroBranch(returns) if returns > SAME else ResizedZeros(windows(old))
+    zeros = ResizedZeros(windows(old)) if returns <= SAME else ZeroBranch(returns) if returns < ONE else \
+        ZeroBranch(0, returns // WIDER, channel_dim(old))
     if isinstance(zeros, ResizedZeros) and returns < SAME:
         zeros.shortcut = list(owner._modules)[SAME - 1 - returns]
         zeros.channels = channels_of(owner.get_submodule(zeros.shortcut))

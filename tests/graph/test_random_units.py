@@ -121,6 +121,11 @@ def test_branches(seed: int) -> None:
                                                         if any(group.role("branch"))))
 
 
+def test_a_branch_with_a_gate() -> None:
+    """Whose zeros are twice as wide before it."""
+    assert check(generate(57, kinds=True), "blocks", lambda graph: graph.blocks)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dimensions_of_heads(seed: int) -> None:
     check(generate(seed, more=True), "head_dims", lambda graph: graph.head_dims)

@@ -11,6 +11,7 @@ class Generating:
     """A generator, as its steps see it."""
 
     more: bool
+    with_kinds: bool
     rng: random.Random
     steps: list[Any]
     layers: dict[str, nn.Module]

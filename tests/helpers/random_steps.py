@@ -141,7 +141,7 @@ class Steps(Generating):
                         lambda x, y: x.reshape(len(x), y.shape[1], *x.shape[2:]), alike=[*first, *other])
 
     def residual(self) -> int | None:
-        """x + a convolution or two of x."""
+        """x + a convolution or two of x; among more kinds, with a gate between them."""
         source = self.pick()
         if source is None:
             return None
@@ -149,7 +149,12 @@ class Steps(Generating):
         branch = self.conv(source)
         assert branch is not None
         if self.rng.random() < 0.7:
-            branch = self.add("relu", (branch,), self.values[branch].labels, self.values[branch].size, torch.relu)
+            labels, size = self.values[branch].labels, self.values[branch].size
+            if self.with_kinds and len(labels) % 4 == 0:  # no draw, which would change all that comes after it
+                parts = equal_parts(labels, 2)
+                branch = self.add("gated", (branch,), parts[0], size, lambda x: F.glu(x, 1), ties=[parts])
+            else:
+                branch = self.add("relu", (branch,), labels, size, torch.relu)
             branch = self.conv(branch, width)
         elif len(self.values[branch].labels) != width:
             return branch
