@@ -21,6 +21,7 @@ from fastscore.graph.made_tables import MadeTables
 from fastscore.graph.nodes import Nodes
 from fastscore.graph.noted_calls import NotedCalls, outputs_of, states_given
 from fastscore.modules import hooks
+from fastscore.modules.inspection import parameter_owners
 from fastscore.modules.norms import channel_norms
 from fastscore.modules.weights import recurrent
 
@@ -122,9 +123,19 @@ class Graph(Nodes):
         """As Torch-Pruning's; first, layers that run others come to stand where their own weights are read."""
         layers_inside.move(gradfn2module, self._inside)
         self._inside = {}
+        self._own_parameters += self._of_uncalled_embeddings({*gradfn2module.values()}) if not module2node else []
         self.unwrapped_parameters = self._own_parameters
         super()._trace_computational_graph(module2node, output, gradfn2module, *args, **kwargs)
         self.unwrapped_parameters = []  # or it would look for them behind each concatenation, for index maps of its own
+
+    def _of_uncalled_embeddings(self, called: Container[Any]) -> list[tuple[Tensor, int]]:
+        """(weight, dimension of channels) of embeddings that no other layer shares a weight with and that code does not
+        call, but reads as parameters of its own."""
+        owners = parameter_owners(self.model)
+        found = {name: module.weight for name, module in self.model.named_modules()
+                 if isinstance(module, nn.Embedding) and module not in called and owners[id(module.weight)] == 1}
+        self._param_to_name |= {weight: f"{name}.weight" for name, weight in found.items()}
+        return [(weight, 1) for weight in found.values()]
 
     @property
     def read_elsewhere(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 CHANNEL = 0xFFFFFFFF  # the bits of a position that hold its channel
 _BROADCASTING = ("Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Maximum", "Minimum", "Where", "Lerp", "Addcmul", "Expand")
@@ -235,10 +236,33 @@ def part(dim: int, before: Sequence[int], after: Sequence[int], open_at: int | N
     return max(parts, key=lambda at: (at == open_at, at not in kept, after[at], at), default=None)
 
 
+def looked_up(function: Any, dim: int, dims: int) -> int | None:
+    """Where the dimension `dim`, of so many, of a tensor lies in what is picked of it by indices; None where it is the
+    one that they pick along, or where an operation picks nothing."""
+    name: str = function.name() if hasattr(function, "name") else ""
+    if looks_up(function):
+        return len(shape_of(function)) - 1 if dim == dims - 1 else None
+    if name.startswith("IndexSelect"):
+        return None if dim in saved_dims(function, "_saved_dim", dims) else dim
+    if not name.startswith("IndexBackward"):
+        return None
+    found = {at: index for at, index in enumerate(function._saved_indices) if index is not None}
+    if dim in found or not found or any(index.is_floating_point() or index.dtype == torch.bool
+                                        for index in found.values()):
+        return None
+    made, first = max(index.dim() for index in found.values()), min(found)
+    if len(found) != max(found) - first + 1:  # apart, they come first
+        first = 0
+    rest = [at for at in range(dims) if at not in found].index(dim)
+    return rest if rest < first else rest + made
+
+
 def channel_dim(function: Any, dim: int, before: Sequence[int], after: Sequence[int]) -> int:
     """Where the channels that lie along `dim` of the input lie in the output of an operation that is no view."""
     name: str = function.name() if hasattr(function, "name") else ""
     more = len(after) - len(before)
+    if (at := looked_up(function, dim, len(before))) is not None:
+        return at
     if name.startswith("Transpose"):
         one, other = (saved_dims(function, f"_saved_dim{i}", len(before))[0] for i in (0, 1))
         return {one: other, other: one}.get(dim, dim)

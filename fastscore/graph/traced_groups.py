@@ -110,7 +110,8 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
         tied.update((member.layer, name) for member in members if member.role == "tensor"
                     and layers[member.module].get_parameter(member.layer.rpartition(".")[2]).dim() > 1)
     covered = {member.layer for group in groups for member in group.members if member.role not in (*READS, "width")}
-    untraced = [name for name in untraced if name not in covered]  # as of an embedding whose weight another one holds
+    # as of an embedding whose weight another one holds, or code reads as a parameter of its own
+    untraced = [name for name in untraced if covered.isdisjoint((name, f"{name}.weight"))]
     if untraced:
         skipped |= reasons.of_untraced(untraced, idle, recording, graph.read_elsewhere)
     skipped |= {name: why for name, why in partly.items() if name not in covered and name not in tied}

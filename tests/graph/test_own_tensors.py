@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import whole_way
 from timm.models.metaformer import Scale
 from torch import Tensor, nn
@@ -75,7 +76,26 @@ class Scales(nn.Module):
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
+class Tables(nn.Module):
+    """Positions of which rows are picked, of parameters, and of embeddings that are not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
+        self.positions, self.steps = nn.Embedding(20, 8), nn.Embedding(4, 8)
+        self.rows, self.planes = nn.Parameter(torch.randn(20, 8)), nn.Parameter(torch.randn(2, 8, 20))
+        self.register_buffer("places", torch.arange(16).flip(0) // 2, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = x + self.positions.weight[None, :x.shape[1]] + self.steps.weight[self.places % 4]
+        x = x + self.rows[self.places]
+        x = x + self.rows.index_select(0, self.places) * F.embedding(self.places + 4, self.rows)
+        return self.head((x + self.planes[1, :, self.places].T).relu().mean(1))
+
+
 @pytest.mark.parametrize(("build", "groups", "cut"), [
+    (Tables, ["embed"], {"positions.weight": (20, 4), "steps.weight": (4, 4), "rows": (20, 4), "planes": (2, 4, 20)}),
     (ConvNet, ["stem", "blocks.0.up", "blocks.1.up"],
      {"blocks.0.layer_scale": (4, 1, 1), "blocks.1.layer_scale": (4, 1, 1)}),
     (Patches, ["embed", "up"], {"cls_token": (1, 1, 4), "pos_embed": (1, 17, 4), "alpha": (1, 1, 4), "beta": (4,),
