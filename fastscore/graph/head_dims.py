@@ -6,6 +6,7 @@ same of all heads of a layer, with the entries of the tables. Products are scale
 whole heads (see fastscore.graph.attention), every guess is tried on the module.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches.devices import with_float64
-from fastscore.graph import head_norms
+from fastscore.graph import head_norms, head_numbers
 from fastscore.graph.attention_calls import Call
 from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
@@ -32,6 +33,7 @@ _QUERIES: Mapping[float, str] = {0.0: "what {} makes of the example inputs does 
                                  2.0: "{} normalises its queries, over all dimensions of a head"}
 _WHOLE = " (whole heads)"  # behind the name of heads beside whose dimensions they go
 HEAD_DIMENSIONS = " (head dimensions)"  # behind the name of an attention's group, in what is kept
+_MOST_TRIALS = 8  # of as many numbers at once
 _EPS = 1e-3  # of a channel's length
 
 
@@ -84,7 +86,8 @@ def find(name: str, module: nn.Module, projections: Projections, call: Call,
         return "its code adds the biases of queries, keys and values to what its layers make"
     dense = randomized(evaluation_copy(module))
     reason = ""
-    for guess in _guesses(name, module, projections, call):
+    for guess in itertools.chain.from_iterable(_with_widths(module, each, projections) for each in
+                                               _guesses(name, module, projections, call)):
         try:
             failed = _difference(dense, guess, projections.outputs, call)
         except Exception as error:  # of the module's code, with random weights or other queries
@@ -180,6 +183,20 @@ def _guesses(name: str, module: nn.Module, projections: Projections, call: Call)
             yield _group(name, module, projections, torch.cat([pairs, (table + rest) // 2]), table)
     yield _group(name, module, projections)
     yield _group(name, module, projections, values_alone=True)
+
+
+def _with_widths(module: nn.Module, guess: ChannelGroup, projections: Projections) -> Iterator[ChannelGroup]:
+    """The guess; and with as few of the numbers that a module keeps as may be widths of a head, or of all, under names
+    that nobody knows."""
+    yield guess
+    read = next(guess.role("consumer")).channel
+    places = {size: read[:size] for size in (projections.width, projections.heads * projections.width)}
+    widths = [Member(name, "width", torch.arange(value), places[value], attribute=attribute)
+              for name, attribute, value in head_numbers.numbers(module)
+              if value in places and not heads.is_known(attribute)] if any(guess.role("head_dims")) else []
+    for size in range(1, len(widths) + 1):
+        for more in itertools.islice(itertools.combinations(widths, size), _MOST_TRIALS):
+            yield replace(guess, members=(*guess.members, *more))
 
 
 def _group(name: str, module: nn.Module, projections: Projections, turned: Tensor | None = None,

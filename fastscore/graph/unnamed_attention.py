@@ -17,7 +17,7 @@ from fastscore.graph.groups import ChannelGroup
 from fastscore.modules.inspection import parameter_owners
 
 _MIXED = "its heads read each other"
-_UNNAMED = "the names of its layers do not say which make queries, keys and values"
+_UNNAMED = "no layers make queries, keys and values, and nothing else, of its heads one after another"
 
 
 def find(model: nn.Module, run: Callable[[nn.Module], Any], products: Mapping[tuple[nn.Module, ...], Collection[int]],
@@ -100,8 +100,8 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], products: Mapping[tu
                 every.tie(member.layer for member in whole.role("producer"))
             elif whole.name not in (each.name for each in every.groups):  # of several, that go together
                 every.groups.append(whole)
-                if not (dims and _find_dims(every, name, module, result, call)):
-                    every.whole_heads[whole.name] = _UNNAMED
+                if dims:
+                    _find_dims(every, name, module, result, call)
     return every
 
 
@@ -125,38 +125,47 @@ def _tried(module: nn.Module, groups: Sequence[ChannelGroup], call: Call, owners
     return found
 
 
-def _find_dims(every: Found, name: str, module: nn.Module, heads: ChannelGroup, call: Call) -> bool:
-    """Note the dimensions of the heads of a module, of layers named from there; whether there are any."""
+def _find_dims(every: Found, name: str, module: nn.Module, heads: ChannelGroup, call: Call) -> None:
+    """Note the dimensions of the heads of a module, of layers named from there; or why there are none."""
+    reason = ""
     for projections in _projections(heads):
         found = head_dims.find(heads.name, module, projections, call, randomized)
         if isinstance(found, ChannelGroup):
             every.head_dims.append(whole := attention.within(name, found))
             if why := head_dims.beside(module, found, heads, call, randomized):
                 every.not_both[whole.name] = why
-            return True
-    return False
+            return
+        reason = reason or found
+    every.whole_heads[attention.within(name, heads).name] = reason or _UNNAMED
 
 
 def _projections(group: ChannelGroup) -> Iterator[head_dims.Projections]:
     """Which layers may make queries, keys and values, by how many outputs they have and which heads these are of."""
-    count, units = len(next(group.role("heads")).index), int(group.unit.max()) + 1
+    count, shared = len(next(group.role("heads")).index), head_numbers.units_of(group)
     width = group.channels // count
     outputs = tuple(edge.layer for edge in group.role("consumer") if len(edge.index) == group.channels)
-    if units != count or not torch.equal(group.unit, torch.arange(group.channels) // width):
+    if count % shared or not torch.equal(group.unit, torch.arange(group.channels) // (width * (count // shared))):
         return
-    layers: dict[str, int] = {}  # -> how many of queries, keys and values it makes, one after another
+    every, once = group.unit, torch.arange(shared).repeat_interleave(width)
+    kinds = {"queries": every, "keys or values": once, "both": torch.cat([once, once]),
+             "all": torch.cat([every, once, once])}
+    made: dict[str, list[str]] = {kind: [] for kind in kinds}
     for member in group.role("producer"):
-        parts, rest = divmod(len(member.index), group.channels)
         rows, owner = torch.arange(len(member.index)), group.unit[member.channel]
-        if rest or not torch.equal(member.index, rows):
+        if not torch.equal(member.index, rows):
             continue
-        if parts == 3 and torch.equal(owner, rows // (3 * width)):
+        for kind, units in kinds.items():
+            if torch.equal(owner, units):
+                made[kind].append(member.layer)
+        if shared == count and len(rows) == 3 * len(every) and torch.equal(owner, rows // (3 * width)):
             layer = member.layer
-            yield head_dims.Projections((layer, layer, layer), count, count, width, outputs, by_head=True)
-        elif torch.equal(owner, rows // width % count):
-            layers[member.layer] = parts
-    for size in range(1, 4):
-        for chosen in itertools.permutations(layers, size):
-            made = tuple(layer for layer in chosen for _ in range(layers[layer]))
-            if len(made) == 3 and (size < 3 or chosen[0] < chosen[1]):  # queries for keys are the same
-                yield head_dims.Projections((made[0], made[1], made[2]), count, count, width, outputs)
+            yield head_dims.Projections((layer, layer, layer), count, shared, width, outputs, by_head=True)
+    ways = [(layer, layer, layer) for layer in made["all"]]
+    ways += [(one, two, two) for one, two in itertools.product(made["queries"], made["both"])]
+    if shared == count:  # one of these may as well make two of the three, one after the other
+        ways += [(two, two, one) for one, two in itertools.product(made["queries"], made["both"])]
+    for query, key, value in itertools.product(made["queries"], *[made["keys or values"]] * 2):
+        if len({query, key, value}) == 3 and (shared < count or query < key):  # queries for keys are the same
+            ways.append((query, key, value))
+    for layers in ways:
+        yield head_dims.Projections(layers, count, shared, width, outputs)

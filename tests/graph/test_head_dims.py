@@ -137,12 +137,42 @@ class ByHead(attention_layouts.Apart):
         return self.mix(attention_layouts.join(self.between(q, k, v)))
 
 
+class Kept(attention_layouts.Apart):
+    """It keeps the widths of a head and of all, under names of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dh, self.whole, self.factor = attention_layouts.WIDTH, attention_layouts.INNER, 0.7
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).view(*x.shape[:2], self.h, self.dh).transpose(1, 2) for layer in
+                   (self.ask, self.key, self.val))
+        y = (q @ k.mT * self.factor).softmax(-1) @ v
+        return self.mix(y.transpose(1, 2).reshape(*x.shape[:2], self.whole))
+
+
+class Shared(attention_layouts.Apart):
+    """Two heads each share keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.val = (torch.nn.Linear(attention_layouts.EMBED, attention_layouts.INNER // 2) for _ in range(2))
+        self.groups = attention_layouts.HEADS // 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = attention_layouts.split(self.ask(x), 2 * self.groups)
+        k, v = (attention_layouts.split(layer(x), self.groups).repeat_interleave(2, 1) for layer in
+                (self.key, self.val))
+        return self.mix(attention_layouts.join((q @ k.mT * 0.7).softmax(-1) @ v))
+
+
 @pytest.mark.parametrize("attention", [
-    attention_layouts.Apart, own_attentions.TableBias, own_attentions.Talking, ByHead])
+    attention_layouts.Apart, own_attentions.TableBias, own_attentions.Talking, ByHead, Kept, Shared])
 def test_of_attentions_that_names_say_nothing_of(attention: type[torch.nn.Module]) -> None:
     model = noisy(lambda: own_attentions.Network(attention))
     x = torch.randn(3, attention_layouts.TOKENS, 3, generator=torch.Generator().manual_seed(1)).double()
     layers = ("into",) * 3 if attention is ByHead else ("ask", "key", "val")
-    oracle = Oracle(tuple(f"attn.{layer}.weight" for layer in (*layers, "mix")), attention_layouts.HEADS,
-                    attention_layouts.HEADS, attention_layouts.WIDTH, by_head=attention is ByHead)
+    shared = attention_layouts.HEADS // (2 if attention is Shared else 1)
+    oracle = Oracle(tuple(f"attn.{layer}.weight" for layer in (*layers, "mix")), attention_layouts.HEADS, shared,
+                    attention_layouts.WIDTH, by_head=attention is ByHead)
     check(model, x, f"attn.{layers[0]}", oracle)

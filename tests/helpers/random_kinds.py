@@ -164,12 +164,17 @@ class Multiplied(Gated):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
+        self.weighed = inner % 2 == 0
         self.down, self.up = (nn.Parameter(torch.randn(width, inner) * width ** -0.5) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same."""
         made = torch.tanh(self.through("down", x.flatten(2).transpose(1, 2)) @ self.down)
-        return x + torch.einsum("nti,oi->not", self.through("up", made), self.up).view(x.shape)
+        made = self.through("up", made)
+        if self.weighed:  # by what no layer made, at once
+            weights = torch.linspace(0.5, 1, made.shape[1], dtype=x.dtype)
+            return x + torch.einsum("nti,t,oi->not", made, weights, self.up).view(x.shape)
+        return x + torch.einsum("nti,oi->not", made, self.up).view(x.shape)
 
 
 class TokenNorm(Gated):

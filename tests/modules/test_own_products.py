@@ -117,6 +117,14 @@ class ExpertsByEinsum(Experts):
         return torch.einsum("enh,ehd->end", h, self.w2)
 
 
+class ExpertsAtOnce(ExpertsByEinsum):
+    """Whose outputs are weighed and summed in the einsum that makes them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(torch.einsum("nd,edh->enh", x, self.w1) + self.b1)
+        return self.out(torch.einsum("enh,ehd,ne->nd", h, self.w2, self.gate(x).softmax(-1)))
+
+
 class ExpertsInALoop(Experts):
     def experts(self, x: Tensor) -> Tensor:
         return torch.stack([F.relu(x @ w1 + b1) @ self.w2[e]
@@ -210,7 +218,8 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "equalised": (lambda: nn.Sequential(Equalised(5, 8), nn.ReLU(), Equalised(8, 6), nn.ReLU(), Equalised(6, 2)),
                   ["0.weight", "2.weight"]),
     "low rank": (LowRank, ["a", "down", "up"]), "lora": (LoRA, ["A", "B"]), "experts": (Experts, ["w1", "w2"]),
-    "einsum of experts": (ExpertsByEinsum, ["w1", "w2"]), "loop over experts": (ExpertsInALoop, ["w1", "w2"]),
+    "einsum of experts": (ExpertsByEinsum, ["w1", "w2"]), "einsum of three": (ExpertsAtOnce, ["w1", "w2"]),
+    "loop over experts": (ExpertsInALoop, ["w1", "w2"]),
     "tied head": (TiedHead, ["embed", "up"]), "tied by name": (TiedByName, ["embed", "up"]),
     "tied layer": (TiedLayer, ["down", "up"]),
     "tied autoencoder": (Autoencoder, ["a", "encode"]), "memory": (Memory, ["a"]),

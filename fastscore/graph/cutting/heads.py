@@ -59,6 +59,11 @@ def width(module: nn.Module) -> int | None:
     return _first(module, own_width.HEAD_WIDTHS)
 
 
+def is_known(attribute: str) -> bool:
+    """Whether a number is known by its name, as one of heads or their widths is."""
+    return attribute in (*_COUNTS, *_KEY_COUNTS, *_WIDTHS, *own_width.HEAD_WIDTHS)
+
+
 def counted(module: nn.Module, widths: bool = True) -> set[tuple[str, str]]:
     """(child, or "" for the module itself, attribute) of the numbers that `remove` changes."""
     owners = (("", module), *module.named_children()) if count(module) is not None else ()

@@ -94,31 +94,45 @@ def _matrices(left: Any, right: Any, is_weight: Callable[[Any], bool]) -> Produc
 
 
 def _einsum(args: tuple[Any, ...], is_weight: Callable[[Any], bool]) -> Product | None:
-    """That of an einsum of two tensors, of which the weight has a letter that is summed over, and one of its own."""
+    """That of an einsum of which one tensor is a weight, which has a letter that is summed over with one other alone,
+    and one of its own. What else there is multiplies what comes of these two."""
     equation, *operands = args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation or \
-            is_weight(operands[0]) == is_weight(operands[1]):
+    if not isinstance(equation, str) or "->" not in equation or len(operands) < 2 or \
+            sum(map(is_weight, operands)) != 1:
         return None
     sides, output = equation.replace(" ", "").split("->")
-    at = int(is_weight(operands[1]))
-    x, weight, (of_x, of_weight) = operands[1 - at], operands[at], sides.split(",")[::1 if at else -1]
-    letters = of_x.replace("...", "")
-    if "." in of_weight or any(len(set(each)) < len(each) for each in (letters, of_weight)):
+    of_each = sides.split(",")
+    at = next(i for i, operand in enumerate(operands) if is_weight(operand))
+    weight, of_weight = operands.pop(at), of_each.pop(at)
+    if "." in of_weight or len(set(of_weight)) < len(of_weight):
         return None
-    both = [letter for letter in letters if letter in of_weight]
-    summed, made = [letter for letter in both if letter not in output], [each for each in of_weight if each in output]
-    made = [letter for letter in made if letter not in both]
-    if not summed or not made or len(both) + len(made) < len(of_weight):
+    for i, of_x in enumerate(of_each):
+        letters, others = of_x.replace("...", ""), "".join((output, *of_each[:i], *of_each[i + 1:]))
+        summed = [letter for letter in letters if letter in of_weight and letter not in others]
+        made = [letter for letter in of_weight if letter in others and letter not in letters]
+        if len(set(letters)) == len(letters) and summed and made:
+            return _pair(weight, of_weight, operands[i], of_x, (summed[-1], made[-1]),
+                         [*zip(of_each[:i], operands[:i], strict=True), *zip(of_each[i + 1:], operands[i + 1:],
+                                                                             strict=True)], output)
+    return None
+
+
+def _pair(weight: Tensor, of_weight: str, x: Tensor, of_x: str, sides: tuple[str, str],
+          others: list[tuple[str, Tensor]], output: str) -> Product | None:
+    """That of a weight and what it is multiplied by in an einsum. sides: the letters of its inputs and outputs. others:
+    letters -> what multiplies that."""
+    inputs, outputs = sides
+    copies = "".join(letter for letter in of_weight if letter not in sides)
+    if len(copies) > 1 or any(letter not in of_x and not any(letter in of_other for of_other in (
+            output, *(each for each, _ in others))) for letter in copies):
         return None
-    inputs, outputs = summed[-1], made[-1]
-    copies = "".join(letter for letter in of_weight if letter not in (inputs, outputs))
-    if len(copies) > 1:
-        return None
+    shared = copies and copies in of_x
     rest = of_x.replace(inputs, "").replace(copies, "") if copies else of_x.replace(inputs, "")
-    x = torch.einsum(f"{of_x}->{copies if copies in both else ''}{rest}{inputs}", x)
-    if copies and copies not in both:
+    x = torch.einsum(f"{of_x}->{copies if shared else ''}{rest}{inputs}", x)
+    if copies and not shared:
         x = x.expand(weight.shape[of_weight.index(copies)], *x.shape)
     order = tuple(map(of_weight.index, (*copies, outputs, inputs)))
-    return Product(weight, order, x, lambda y: torch.einsum(f"{copies}{rest}{outputs}->{output}", y))
+    terms = ",".join((f"{copies}{rest}{outputs}", *(each for each, _ in others)))
+    return Product(weight, order, x, lambda y: torch.einsum(f"{terms}->{output}", y, *(other for _, other in others)))
