@@ -108,6 +108,27 @@ def test_attention_of_any_length(length: int, masked: bool) -> None:
     assert macs(attend, x=torch.randn(N, length, C)) == length * length * (C + 4)
 
 
+class Biased(nn.Module):
+    """Activations times each other, to which weights are added: a bias by distance, as T5's and LayoutLM v3's."""
+
+    def __init__(self, attend: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.near, self.attend = nn.Parameter(torch.randn(T, T)), attend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(x, self.near.repeat(len(x), 1, 1))
+
+
+@pytest.mark.parametrize(("attend", "want", "weights"), [
+    (lambda x, bias: F.scaled_dot_product_attention(*[x[:, None]] * 3, attn_mask=bias[:, None]), 2 * T * T * C, {}),
+    (lambda x, bias: torch.baddbmm(bias, x, x.mT), T * T * C, {}),
+    (lambda x, bias: torch.baddbmm(x, bias, x), T * T * C, {"near": T * T * C})], ids=["attention", "sum", "factor"])
+def test_weights_that_are_added_to_products_are_no_factors(attend: Callable[[Tensor, Tensor], Tensor], want: int,
+                                                           weights: dict[str, int]) -> None:
+    counted = count(Biased(attend), torch.randn(N, T, C))
+    assert (counted.macs, dict(counted.weights)) == (want, weights)
+
+
 def test_attention_with_shared_keys() -> None:
     q, k = torch.randn(N, 8, T, 4), torch.randn(N, 2, T, 4)
     assert macs(lambda x: F.scaled_dot_product_attention(q, k, k, enable_gqa=True)) == 8 * 2 * T * T * 4

@@ -27,6 +27,8 @@ from fastscore.modules.weights.weight_products import WeightProducts
 _UNKNOWN = ("_fft_", "linalg_", "_linalg_", "cholesky", "_cholesky", "lu_", "triangular_solve", "ormqr",
             "_scaled_grouped", "_weight_int", "_native_multi_head_attention", "_transformer_encoder_layer_fwd",
             "quantized_", "fbgemm_")
+# operations that add to a product what stands before its two factors
+_ADD = {"addmm", "_addmm_activation", "baddbmm", "addbmm", "addmv", "_sparse_addmm"}
 _PYTORCH = {"aten", "prim", "prims", "profiler", "inductor", "debugprims", "c10d", "_c10d_functional"}
 
 
@@ -163,7 +165,7 @@ class _Products(TorchDispatchMode):
         if formula is not None:
             flops = formula(*args, **kwargs, out_val=out)
             self.flops += flops
-            self.weights.credit(operands, flops, place)
+            self.weights.credit(_factors(func._opname, operands), flops, place)
             if place in self._computing:
                 self.weights.credit((), -self.last, place)
                 self.flops -= self.last
@@ -187,6 +189,11 @@ class _Products(TorchDispatchMode):
 
     def _note_unknown(self, operation: str, place: str) -> None:
         self.unknown.setdefault(operation, {})[place or "the model itself"] = None
+
+
+def _factors(operation: str, operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What an operation multiplies: not what it adds to products, as the masks and biases of attention."""
+    return operands[1:3] if operation in _ADD else operands[:3] if "attention" in operation else operands
 
 
 @contextmanager
