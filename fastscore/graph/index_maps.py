@@ -247,8 +247,8 @@ def looked_up(function: Any, dim: int, dims: int) -> int | None:
     if not name.startswith("IndexBackward"):
         return None
     found = {at: index for at, index in enumerate(function._saved_indices) if index is not None}
-    if dim in found or not found or any(index.is_floating_point() or index.dtype == torch.bool
-                                        for index in found.values()):
+    if dim in found or dim >= dims or not found or any(index.is_floating_point() or index.dtype == torch.bool
+                                                       for index in found.values()):
         return None
     made, first = max(index.dim() for index in found.values()), min(found)
     if len(found) != max(found) - first + 1:  # apart, they come first

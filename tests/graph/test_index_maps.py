@@ -107,3 +107,14 @@ def test_autograd_tells_shapes_and_dimensions() -> None:
     assert index_maps.saved_dims(x.sum((0, -1)).grad_fn, "_saved_dim", 3) == [0, 2]
     assert index_maps.shape_of(None) == ()
     assert index_maps.saved_dims(x.exp().grad_fn, "_saved_dim", 3) == []
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_what_is_picked_has_no_channels_where_the_tensor_has_no_dimension(at: int) -> None:
+    """As experts' weights that meet all channels of what they weigh, of size 1 there (Switch Transformers)."""
+    rows = torch.tensor([2, 0])
+    picked = torch.randn(3, 4, requires_grad=True)[rows] if at == 1 else \
+        torch.randn(3, 4, 1, requires_grad=True)[rows, rows]
+    dims = 2 if at == 1 else 3
+    assert [index_maps.looked_up(picked.grad_fn, dim, dims) for dim in range(dims + 2)] == \
+        [None] * at + [1] + [None] * 2
