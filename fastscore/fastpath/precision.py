@@ -1,17 +1,23 @@
 """The precision of an evaluation copy's passes."""
 
+import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastscore.batches.calls import Forward
 from fastscore.batches.devices import to_dtype
 from fastscore.batches.parts import Batch
+from fastscore.modules.inspection import device_of
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WRONG = ("precision: PyTorch computes {0} wrong in bfloat16 on this processor (a convolution that makes a single "
+         "column, at a stride, on AMX), and all that is scored with it: use float32, precision=\"float32\"")
+_OFF = 0.05  # of the largest value: rounding is a tenth of that
 
 
 def cast(eval_model: nn.Module, dtype: torch.dtype) -> None:
@@ -46,6 +52,36 @@ def _pop(running: list[str]) -> Callable[[nn.Module, Any, Any], None]:
         running.pop()
 
     return pop
+
+
+def wrong_convolutions(model: nn.Module, inputs: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> list[str]:
+    """Layers that PyTorch computes wrong in bfloat16 on processors with AMX: of convolutions whose kernel goes over
+    several rows in one column, at a stride, some are (PyTorch 2.14; by oneDNN). Each is tried.
+
+    inputs: layer -> the shape that it reads.
+    """
+    if dtype != torch.bfloat16 or device_of(model).type != "cpu" or not torch.cpu._is_amx_tile_supported():
+        return []
+    layers = {name: model.get_submodule(name) for name in inputs}
+    return [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros"
+            and layer.kernel_size[1] > 1 < layer.stride[1] and _is_wrong(layer, inputs[name])]
+
+
+def _is_wrong(layer: nn.Conv2d, shape: tuple[int, ...]) -> bool:
+    """Whether F.conv2d makes something else in bfloat16 of a layer's shapes."""
+    generator = torch.Generator().manual_seed(0)
+    channels, size = (layer.out_channels, layer.in_channels // layer.groups), shape[-2:]
+    weight = torch.randn(*channels, *layer.kernel_size, generator=generator).bfloat16()
+    for samples, form in itertools.product((1, 4), (torch.contiguous_format, torch.channels_last)):
+        x = torch.randn(samples, layer.in_channels, *size, generator=generator)
+        x = x.bfloat16().contiguous(memory_format=form)
+        made, right = (F.conv2d(each, kernel, None, layer.stride, layer.padding, layer.dilation, layer.groups).float()
+                       for each, kernel in ((x, weight), (x.float(), weight.float())))
+        if made.shape[-1] != 1 or made.shape[-2] == 1:
+            return False
+        if not bool(((made - right).abs() <= _OFF * right.abs().max()).all()):
+            return True
+    return False
 
 
 def described(dtype: torch.dtype, device: torch.device) -> str:

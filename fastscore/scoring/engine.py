@@ -13,6 +13,7 @@ from fastscore.arguments import check_callable
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.parts import MASK, Batch, few_samples, first_input, mappings
 from fastscore.fastpath.graphs import Graphs
+from fastscore.fastpath.precision import WRONG, wrong_convolutions
 from fastscore.fastpath.prepare import Prepared, prepare
 from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.groups import ChannelGraph, Ignore, listed, matching_layers
@@ -163,6 +164,8 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         totals = Totals(eval_model, channels, origin, ignore, several=several)
         prepared = prepare(eval_model, totals.taps(traceable=True), channels.normalized_by, example, forward, precision,
                            compile)
+        if wrong := wrong_convolutions(prepared.copy, prepared.observation.inputs, prepared.dtype):
+            warnings.warn(WRONG.format(", ".join(wrong)), stacklevel=2)
         same = run_fingerprint(model, asdict(totals.origin), probes=probes, ignored=sorted(ignore), loss=loss,
                                forward=forward, precision=precision, compile=compile) if persistence.compared else {}
         graphs = Graphs[Measured](device_of(eval_model), _why_eager(prepared, totals, graph, data.first), graph is True)
