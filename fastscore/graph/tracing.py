@@ -146,13 +146,13 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
         found = training_trial.with_parameters(recording, found, run_as_in_training)
-        chooses = recording.chooses
+        chooses, tried = recording.chooses, recording.tried
         found = replace(found, drawing=draws.drawing(eval_model, run) if recording.draws else ())
         del recording
         found = replace(found, groups=traced_groups.all_held(eval_model, found.groups),
                         head_dims=traced_groups.all_held(eval_model, found.head_dims))
         found = returned_trial.offered(model, eval_model, computed_in_run.less(eval_model, found), run,
-                                       run_as_in_training, _with_cache(model, example_inputs, forward))
+                                       run_as_in_training, _with_cache(model, example_inputs, forward), tried)
         samples = example_inputs if samples is None else map_tensors(_to_try, samples)
         try:
             axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples, example_inputs,

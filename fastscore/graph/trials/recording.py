@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import rng
+from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.graph.nodes import PRODUCERS
 from fastscore.graph.trials.choices import HELD, TURNS, Choices, Noted
@@ -47,11 +48,11 @@ class Recording:
         self.several = set[str]()  # layers of a class whose forward returns no tensor, but several
         self.lost = set[str]()  # Linears whose output is a view that is written to: autograd's graph lacks their node
         self.swapped: dict[tuple[str, int], dict[str, Any]] = {}  # (layer, call) -> parameters that were put in for it
-        self.nested = set[str]()  # layers that see nested tensors
-        self.transformed = set[str]()  # layers that run under torch.func, as in torch.vmap
+        self.nested, self.transformed = set[str](), set[str]()  # layers that see nested tensors; run under torch.func
         self.first_layers = set[str]()  # those that read what no gradient comes back from, in one call at least
         self.from_zeros = set[str]()  # those that read zeros of which none does
         self.detached = frozenset[str]()  # those of which no gradient comes back, while something does
+        self.tried: tuple[ChannelGroup, ...] = ()  # without some channels of which, all at once, the model has run
         self.chooses = self.draws = False  # whether something is chosen by channels, and shows nowhere; draws at random
         self.without_gradients = set[str]()  # those that run under torch.no_grad, or inference_mode, in one call
 
@@ -119,7 +120,6 @@ class Recording:
 
     def leak(self, made: Positions, read: Positions, turn: int | None = None) -> str | None:
         """Run with the outputs at `made` changed and all others held; where an input differs that is not in `read`.
-
         turn: what is chosen by what is changed comes out otherwise, for each number in another way; HELD: as it did."""
         before, found = self.inputs, list[str]()
         choices = None if turn is None else Choices(self.choices, None if turn == HELD else turn)

@@ -3,11 +3,14 @@
 The trial by surgery (surgery_trial) cuts an evaluation copy, whose attention runs its projections as layers and whose
 experts are layers. What is returned is a copy of the user's own model, with its code, hooks and settings: that must run
 with fewer channels, too, and as it is trained: a VAE's means alone are read otherwise, and meet its deviations there.
+Where the copy runs nothing but the model's own code, by the same settings, that has been run.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from operator import is_
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +21,7 @@ from fastscore.graph.kept import training_only
 from fastscore.graph.trials.row_gradients import likely_numbers
 from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules import frames
+from fastscore.modules.inspection import LAYERS, hooked
 from fastscore.modules.modes import evaluating
 from fastscore.modules.weights.experts import ExpertLinear
 from fastscore.wording import said
@@ -25,8 +29,13 @@ from fastscore.wording import said
 Run = Callable[[nn.Module], object]
 
 
+# what holds numbers by which the code of others does not go, in a copy as in the model
+_LAYERS = (*LAYERS, nn.Embedding, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_OF_EVERY_MODULE = set(vars(nn.Module()))
+
+
 def offered(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training: Run,
-            run_with_cache: Run | None) -> ChannelGraph:
+            run_with_cache: Run | None, tried: Sequence[ChannelGroup] = ()) -> ChannelGraph:
     """The graph of `model`, less the groups without some of whose channels a copy of it does not run.
 
     Args:
@@ -36,12 +45,14 @@ def offered(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, run: R
         run: calls a model on the example inputs.
         run_as_in_training: the same, where its code takes the way of training: tried where code asks which that is.
         run_with_cache: the same of a model that users call so, though it is scored without; None of all others.
+        tried: groups without some channels of which, all at once, the evaluation copy did run.
     """
     refused: dict[str, str] = {}
     # experts take some widths alone, which ranking sees to
     left = [group for group in graph.groups if not any(
         isinstance(eval_model.get_submodule(member.module), ExpertLinear) for member in group.members)]
-    ways = [("", run), *([(", in training,", run_as_in_training)] if training_only.code_asks(model) else []),
+    ways = [*([] if _are_same(left, tried) and _runs_alike(model, eval_model) else [("", run)]),
+            *([(", in training,", run_as_in_training)] if training_only.code_asks(model) else []),
             *([(", with a cache,", run_with_cache)] if run_with_cache is not None else [])]
     for when, way in ways:
         if not left or not _fault(model, left, way, when, quickly=True) or not _fault(model, left, way, when) or \
@@ -58,6 +69,36 @@ def offered(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, run: R
             refused[left.pop(bad - 1).name] = why
     return replace(graph, groups=tuple(group for group in graph.groups if group.name not in refused),
                    skipped={**graph.skipped, **refused})
+
+
+def _are_same(groups: Sequence[ChannelGroup], tried: Sequence[ChannelGroup]) -> bool:
+    """Whether as much goes with them all."""
+    known = {group.name: group for group in tried}
+    return len(groups) == len(tried) and all(
+        (other := known.get(group.name)) is not None and other.unit is group.unit and other.least == group.least
+        and len(other.members) == len(group.members) and all(map(is_, other.members, group.members))
+        for group in groups)
+
+
+def _runs_alike(model: nn.Module, eval_model: nn.Module) -> bool:
+    """Whether an evaluation copy runs the code of the model's own modules, set as they are, and no more, and none was
+    passed by while it was tried (GroupNorms, recurrent layers); parameters and buffers stand in plain layers alone."""
+    own, copied = dict(model.named_modules(remove_duplicate=False)), eval_model.named_modules(remove_duplicate=False)
+    return all((module := own.pop(name, None)) is not None and type(module) is type(other) and not hooked(module)
+               and not isinstance(module, nn.GroupNorm) and "forward" not in vars(other)
+               and (type(module) in _LAYERS or not (module._parameters or module._buffers))
+               and _settings(module) == _settings(other) is not None for name, other in copied) and not own
+
+
+def _settings(module: nn.Module) -> dict[str, Any] | None:
+    """What a module's code may go by, beside tensors and modules; None where that cannot be compared."""
+    held = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    return held if all(map(_is_plain, held.values())) else None
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, bool | int | float | str | type | None) or (
+        isinstance(value, tuple | list) and all(map(_is_plain, value)))
 
 
 def _fault(model: nn.Module, groups: Sequence[ChannelGroup], run: Run, when: str, quickly: bool = False) -> str:

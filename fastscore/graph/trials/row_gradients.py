@@ -136,7 +136,7 @@ class _RowsAlone(torch.autograd.Function):
                  zip(shape[2:], g.shape[2:], layer.stride, layer.padding, layer.dilation, kernel, strict=True)]
         weight = _drawn(math.prod(kernel)).to(g).view(1, 1, *kernel).expand(groups, 1, *kernel)
         rows = back(rows, weight, None, layer.stride, layer.padding, spare, groups, layer.dilation)
-        rows = rows.repeat_interleave(shape[1] // groups, 1)
+        rows = rows if groups == 1 else rows.repeat_interleave(shape[1] // groups, 1)
         return (rows * _drawn(shape[1]).to(g).view(-1, *ones)).to(ctx.dtype), None, None, None, None
 
 

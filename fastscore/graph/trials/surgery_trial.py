@@ -60,7 +60,7 @@ def refusals(recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, 
     """Groups that cannot go by surgery.
 
     Args:
-        recording: of a run of the model; it is not changed.
+        recording: of a run of the model; what has gone all at once is noted there.
         groups: that the recording was verified with.
 
     Returns:
@@ -79,6 +79,7 @@ def refusals(recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, 
                 {group.name: found.reason(group) for group in left}  # what fails at random is no ground to stand on
         refused |= blamed
         left = [group for group in left if group.name not in refused]
+    recording.tried = tuple(left)
     return refused
 
 
