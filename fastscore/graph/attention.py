@@ -22,7 +22,7 @@ from fastscore.graph.found_heads import Found
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.head_dims import Projections
 from fastscore.graph.trials.recording import Recording
-from fastscore.modules.attention import handed, multihead_attention
+from fastscore.modules.attention import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import parameter_owners, parametrized, shared_parameters
 from fastscore.modules.narrower import staying
@@ -161,11 +161,8 @@ def _handed(module: nn.Module, guesses: Sequence[_Guess], call: Call, known: Map
     """The guesses, where what the model hands to the module holds something for each head, of which it reads a part;
     none that is `known` of a block around it, too, with the tables which that is made of."""
     for guess in (guess for guess in guesses if known[guess.whole().name] == 1):
-        number = _heads_of(guess.group)
-        arguments = [name for name in handed.biases(module, call.args, call.kwargs, number) if name not in call.handed]
-        if arguments and heads.count(module) == number:
-            member = replace(next(guess.group.role("heads")), role="handed", attribute=",".join(arguments))
-            yield replace(guess, group=replace(guess.group, members=(*guess.group.members, member)))
+        if (group := given_biases.with_arguments(module, guess.group, call)) is not None:
+            yield replace(guess, group=group)
 
 
 def _heads_of(group: ChannelGroup) -> int:

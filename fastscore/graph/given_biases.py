@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches.devices import with_float64
-from fastscore.graph.cutting import surgery
+from fastscore.graph.attention_calls import Call
+from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.trials.recording import Recording
+from fastscore.modules.attention import handed
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import channel_dim
@@ -37,6 +39,17 @@ def maker(model: nn.Module, attentions: Iterable[str], heads: int) -> str | None
                 all(other.startswith(f"{owner}." if owner else "") and other != owner for other in names):
             return str(name)
     return None
+
+
+def with_arguments(module: nn.Module, group: ChannelGroup, call: Call) -> ChannelGroup | None:
+    """The heads of an attention module, which reads a part of what it is given for each head; None where it is given
+    no such thing."""
+    each = next(group.role("heads"))
+    arguments = [name for name in handed.biases(module, call.args, call.kwargs, len(each.index))
+                 if name not in call.handed]
+    if not arguments or heads.count(module) != len(each.index):
+        return None
+    return replace(group, members=(*group.members, replace(each, role="handed", attribute=",".join(arguments))))
 
 
 def with_embedding(recording: Recording, group: ChannelGroup, embedding: str) -> ChannelGroup | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastscore.graph import attention, attention_calls, head_dims, head_numbers, heads_by_use
+from fastscore.graph import attention, attention_calls, given_biases, head_dims, head_numbers, heads_by_use
 from fastscore.graph.attention_calls import Call, randomized
 from fastscore.graph.found_heads import Found
 from fastscore.graph.groups import ChannelGroup
@@ -112,8 +112,13 @@ def _tried(module: nn.Module, groups: Sequence[ChannelGroup], call: Call, owners
     def attempt(group: ChannelGroup, but: Collection[ChannelGroup]) -> ChannelGroup | str:
         beside = [edge.layer for other in groups if all(other is not each for each in but)
                   for edge in other.role("consumer")]
-        return attention.computed(module, group, owners) or head_numbers.with_numbers(
-            module, group, partial(attention.difference, module, call=call, known={}, beside=beside))
+        if why := attention.computed(module, group, owners):
+            return why
+        fails = partial(attention.difference, module, call=call, known={}, beside=beside)
+        result = head_numbers.with_numbers(module, group, fails)
+        given = given_biases.with_arguments(module, group, call) if isinstance(result, str) else None
+        read = result if given is None else head_numbers.with_numbers(module, given, fails)
+        return read if isinstance(read, ChannelGroup) else result
 
     found = [attempt(group, [group]) for group in groups]
     rest = [group for group, result in zip(groups, found, strict=True) if isinstance(result, str)]

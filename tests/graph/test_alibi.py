@@ -98,3 +98,40 @@ def test_what_is_handed_for_each_head_is_told_from_what_is_not() -> None:
     assert handed.biases(module, (rows,), {"residual": rows, "alibi": torch.zeros(6, 1, 5)}, 3) == ("alibi",)
     assert handed.biases(module, (rows,), {"residual": rows, "alibi": torch.zeros(2, 1, 5)}, 2) == ("alibi",)
     assert handed.biases(module, (rows,), {"alibi": torch.zeros(2, 1, 5)}, 1) == ()
+
+
+class Own(nn.Module):
+    """An attention of which names say nothing, given a bias for each head, as CPM-Ant's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.one = 4, nn.Linear(8, 16)
+        self.two, self.three, self.back = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+        one, two, three = (layer(x).view(*x.shape[:2], self.num_heads, 4).transpose(1, 2)
+                           for layer in (self.one, self.two, self.three))
+        among = (one @ two.mT / 2 + near).softmax(-1) @ three
+        return self.back(among.transpose(1, 2).flatten(2))
+
+
+class Around(nn.Module):
+    """Two of them, each of which is given the same table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.head = nn.Linear(3, 8), nn.ModuleList([Own(), Own()]), nn.Linear(8, 2)
+        self.near = nn.Parameter(torch.randn(4, 5, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, near = self.stem(x), self.near[None]
+        for block in self.blocks:
+            x = x + block(x, near=near)
+        return self.head(x)
+
+
+def test_attentions_of_which_names_say_nothing(tmp_path: Path) -> None:
+    x = torch.randn(3, 5, 3, generator=torch.Generator().manual_seed(1)).double()
+    small = whole_way.check(Around, x, ["blocks.0.one", "blocks.1.one"], tmp_path, only=False).model
+    assert [block.handed_heads.numel() for block in small.blocks] == [2, 2]
+    assert len(small.near) == 4
