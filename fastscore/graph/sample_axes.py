@@ -45,8 +45,9 @@ ALONE = ": it is scored where batches have one sample each"
 
 
 def of_graph(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training: Run, example: Batch,
-             single: Batch = None, first: Around = nullcontext) -> SampleAxes:
-    """The sample axes of what is tapped: the inputs of consumers and the outputs of BatchNorms. See `find`.
+             single: Batch = None, first: Around = nullcontext, norms: bool = False) -> SampleAxes:
+    """The sample axes of what is tapped: the inputs of consumers, and the outputs of BatchNorms where `norms` are to be
+    scored. See `find`.
 
     run_as_in_training: for layers that `run` does not call.
     """
@@ -56,7 +57,7 @@ def of_graph(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training
     watched |= {edge.tap: Watched(-1, edge.role == "query", edge.layer) for group in graph.head_dims
                 for edge in group.edges}
     watched |= {name: Watched(1, output=True) for name, module in model.named_modules()
-                if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+                if norms and isinstance(module, nn.modules.batchnorm._BatchNorm)}
     axes = find(model, watched, run, example, single, first) if watched else SampleAxes()
     inactive = {layer: watched[layer] for layer in watched.keys() - axes.calls.keys()}
     if not inactive:

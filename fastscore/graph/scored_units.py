@@ -52,7 +52,7 @@ def among(units: str) -> frozenset[str]:
 
 def searched(units: Units) -> frozenset[str]:
     """What a trace has to look for: see ChannelGraph.searched."""
-    return frozenset(_LOOKED_FOR.get(each, each) for each in among(named(units)) & _WITH.keys())
+    return frozenset(_LOOKED_FOR.get(each, each) for each in among(named(units)) - {_CHANNELS})
 
 
 def of_graph(model: nn.Module, graph: ChannelGraph, units: Units) -> ChannelGraph:

@@ -156,7 +156,7 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
         samples = example_inputs if samples is None else map_tensors(_to_try, samples)
         try:
             axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples, example_inputs,
-                                        counted.once)
+                                        counted.once, "norms" in searched)
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
