@@ -1,8 +1,9 @@
 """`python -m benchmarks.passes.tracing`: how long it takes to find what can go, beside a forward pass of one sample.
 
 forward: the median of passes without gradients, in evaluation mode. trace: of a fresh model each time, the least. over
-ten: what is left of the trace after ten such passes, the constant that docs/speed.md states. calls: how often the
-model's own code ran, on batches of whatever size.
+ten: what is left of the trace after ten such passes, the constant that docs/speed.md states. passes: the trace in
+passes, by the clock; multiplied: by what is multiplied in one and the other, which is no matter of the machine. calls:
+how often the model's own code ran, on batches of whatever size.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from typing import Any, get_args
 import torch
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import machine
 from fastscore.batches.calls import call_model
@@ -21,6 +23,7 @@ from fastscore.graph.scored_units import Units
 from fastscore.graph.tracing import trace
 from fastscore.graph.trials.trial_inputs import batch_of
 from fastscore.integrations import transformers as hugging_face
+from fastscore.modules.macs.mac_formulas import formulas
 
 DEPTH = 36  # of the decoder
 IMAGES = ("resnet18", "resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0", "convnext_tiny", "swin_t",
@@ -46,7 +49,8 @@ def networks(size: int) -> Iterator[tuple[str, Callable[[], nn.Module], Any, Any
 
 def measure(build: Callable[[], nn.Module], batch: Any, forward: Any, units: Units = "groups", repeats: int = 3,
             samples: int = 1) -> Mapping[str, float]:
-    """Seconds of a pass and of a trace, what the trace takes over ten passes, and calls of the model in it."""
+    """Seconds of a pass and of a trace, what the trace takes over ten passes, calls of the model in it, and how many
+    passes multiply as much."""
     traces, passes, calls = [], [], 0
     first = batch_of(batch, samples)  # which begins with the example
 
@@ -66,7 +70,13 @@ def measure(build: Callable[[], nn.Module], batch: Any, forward: Any, units: Uni
         trace(model, batch, counted, first, units)
         traces.append(time.perf_counter() - began)
     once = statistics.median(passes)
-    return {"forward": once, "trace": min(traces), "over ten": min(traces) - 10 * once, "calls": calls}
+    model = build().eval()
+    with FlopCounterMode(display=False, custom_mapping=formulas()) as pass_, torch.no_grad():
+        forward(model, batch)
+    with FlopCounterMode(display=False, custom_mapping=formulas()) as all_of_it:
+        trace(model, batch, forward, first, units)
+    return {"forward": once, "trace": min(traces), "over ten": min(traces) - 10 * once, "calls": calls,
+            "multiplied": all_of_it.get_total_flops() / pass_.get_total_flops()}
 
 
 def main() -> None:
@@ -80,12 +90,12 @@ def main() -> None:
     arguments = parser.parse_args()
     machine.settle(arguments)
     print(machine.describe("cpu"))
-    print(f"{'':20} {'forward':>9} {'trace':>9} {'over ten':>10} {'passes':>7} {'calls':>6}")
+    print(f"{'':20} {'forward':>9} {'trace':>9} {'over ten':>10} {'passes':>7} {'multiplied':>11} {'calls':>6}")
     for name, build, batch, forward in networks(arguments.size):
         if arguments.only in name:
             row = measure(build, batch, forward, arguments.units, arguments.repeats, arguments.samples)
             print(f"{name:20} {row['forward']:>8.3f}s {row['trace']:>8.2f}s {row['over ten']:>9.2f}s "
-                  f"{row['trace'] / row['forward']:>7.0f} {row['calls']:>6.0f}", flush=True)
+                  f"{row['trace'] / row['forward']:>7.0f} {row['multiplied']:>11.1f} {row['calls']:>6.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ class Widths:
     def along(self, order: Sequence[RemovalStep]) -> list[RemovalStep]:
         """The steps of an order; those that would leave a width at which the model does not run wait for the next ones
         of their groups, or stay."""
+        if not self._between:
+            return list(order)
         gone, found, waiting = Counter[str](), list[RemovalStep](), list[RemovalStep]()
         for step in order:
             before = [other for other in waiting if not set(other.groups).isdisjoint(step.groups)]
