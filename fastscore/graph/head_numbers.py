@@ -145,5 +145,18 @@ def _counts(module: nn.Module, group: ChannelGroup) -> Iterator[Member]:
     known = heads.counted(module, next(group.role("heads")).attribute != heads.COUNTS_ALONE)
     found = [each for each in numbers(module) if each[:2] not in known and each[2] > 0 and each[2] % units == 0
              and ("." not in each[1] or each[2] in likely)]
+    partly = {width: member for member in group.role("producer", "channelwise")
+              if (width := _width_of(module, member)) > len(member.index)}
+    for name, attribute, value in numbers(module):
+        if (name, attribute) not in known and value in partly:
+            yield Member(name, "width", partly[value].index, partly[value].channel, attribute=attribute)
     for name, attribute, value in sorted(found, key=lambda each: each[2] not in likely):
-        yield Member(name, "width", torch.arange(value), firsts.repeat_interleave(value // units), attribute=attribute)
+        if value not in partly:
+            yield Member(name, "width", torch.arange(value), firsts.repeat_interleave(value // units),
+                         attribute=attribute)
+
+
+def _width_of(module: nn.Module, member: Member) -> int:
+    """How many channels the layer makes, or works on, of which a member says which are of heads."""
+    weight = module.get_submodule(member.layer)._parameters.get("weight")
+    return 0 if weight is None else len(weight)

@@ -82,7 +82,8 @@ class RunAlone:
         while made:
             of_last = gradients(made[-1], weights)
             shown = [name for name, g in zip(names, of_last, strict=True) if g is not None]
-            if shown and all(name not in but for name in shown):
+            if shown and all(name not in but for name in shown) and any(
+                    gradients(x, [made[-1]])[0] is not None for _, x in self._read):
                 break
             made.pop()
         if not made:

@@ -269,8 +269,8 @@ def channel_dim(function: Any, dim: int, before: Sequence[int], after: Sequence[
     if name.startswith("Permute"):
         order = saved_dims(function, "_saved_dims", len(before))
         return order.index(dim) if dim in order else dim
-    if name.startswith(("Im2Col", "Col2Im")):
-        return dim
+    if name.startswith(("Im2Col", "Col2Im", "ViewAsReal", "ViewAsComplex")):
+        return dim  # the parts of a complex number come last
     if name.startswith("TBackward"):
         return len(after) - 1 - dim
     if name.startswith("Squeeze"):

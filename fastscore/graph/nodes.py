@@ -44,6 +44,8 @@ class Nodes(Cuts, tp.DependencyGraph):  # type: ignore[misc]
                 node.type = NORM if known else _UNKNOWN
             elif node.type == OPTYPE.CONV:
                 node.type = type_of(node.module)
+            elif node.type == OPTYPE.RESHAPE and _name(node).startswith("ViewAsReal"):
+                node.type = OPTYPE.ELEMENTWISE
 
     def _find_channel_buffers(self, made: Mapping[nn.Module, list[Any]]) -> None:
         """Where a module with buffers of one number for each channel has run, it loses channels as a PReLU does.

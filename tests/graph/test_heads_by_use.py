@@ -10,6 +10,7 @@ from attention_layouts import HEADS, TOKENS, Apart, Filled, OneProjection, Rotar
 from own_attentions import (
     KINDS,
     Across,
+    Convolved,
     HeadGate,
     Memory,
     NetBias,
@@ -36,7 +37,8 @@ def _x() -> Tensor:
 
 
 @pytest.mark.parametrize("attention", [OneProjection, Rotary, Sinks, HeadGate, Slopes, Retention, Normed, Memory,
-                                       Across, TableBias, RowBias, NetBias, Talking, TalkingOnce, Woven, Thin])
+                                       Across, TableBias, RowBias, NetBias, Talking, TalkingOnce, Woven, Thin,
+                                       Convolved])
 def test_heads_go(attention: type[nn.Module], tmp_path: Path) -> None:
     """Everything from data to a file, by brute force."""
     others = {Memory: ["attn.context"], Talking: ["attn.before"]}.get(attention, [])

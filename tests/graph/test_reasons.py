@@ -31,6 +31,21 @@ class Autoencoder(Chain):
         return self.last(self.d(self.c(decoded).relu()).relu())
 
 
+class Fourier(Chain):
+    """Mixes all that there is by a Fourier transform, as FNet does, of which it takes the real part."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = x + torch.fft.fft2(x).real
+        return self.last(self.d((x + self.b(self.c(x).relu())).relu()).relu())
+
+
+def test_a_transform_over_channels_is_no_view() -> None:
+    graph = trace(Fourier().double().eval(), torch.randn(3, 4, 6).double())
+    assert [group.name for group in graph.groups] == ["c", "d"]
+    assert graph.skipped["a"] == "an operation runs over all its channels (FftC2CBackward0)"
+
+
 class Detached(Chain):
     """A layer reads what no gradient comes back from, beside one that reads what it does."""
 

@@ -263,6 +263,26 @@ class NetBias(Apart):
         return super().scores(q, k) + 16 * bias.permute(2, 0, 1).sigmoid()
 
 
+class Convolved(nn.Module):
+    """A state space's dual, as Mamba 2 has it: one projection for gates, values, what all heads read and write by, and
+    steps; a convolution over those of them that are filtered. The last product is what it would go on from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.inner, self.state, self.mixed = HEADS, INNER, 3, INNER + 2 * 3
+        self.into, self.mix = nn.Linear(EMBED, 2 * INNER + 2 * 3 + HEADS), nn.Linear(INNER, EMBED)
+        self.filters = nn.Conv1d(self.mixed, self.mixed, 3, padding=1, groups=self.mixed)
+        self.decay = nn.Parameter(torch.rand(HEADS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, mixed, step = self.into(x).split([self.inner, self.mixed, self.count], -1)
+        v, read, write = self.filters(mixed.mT).mT.tanh().split([self.inner, self.state, self.state], -1)
+        v = v.unflatten(-1, (self.count, -1)) * F.softplus(step * self.decay)[..., None]
+        y = torch.einsum("nij,njhd->nihd", (read @ write.mT).tril(), v).flatten(2) * gate.sigmoid()
+        _ = torch.einsum("njs,njhd->nhsd", write, v)
+        return self.mix(y)
+
+
 class Network(nn.Module):
     """A stream through one attention and one MLP."""
 
@@ -285,4 +305,4 @@ KINDS: dict[type[nn.Module], str] = {
     HeadGate: "q_proj", Gate: "q_proj", Sigmoid: "ask", Slopes: "ask", Retention: "ask", Normed: "ask",
     Differential: "ask", OneKey: "ask", Kernel: "ask", Pointwise: "into", Memory: "ask",
     Across: "ask", AcrossRows: "ask", TableBias: "ask", RowBias: "ask", NetBias: "ask",
-    Talking: "ask", TalkingOnce: "ask", Woven: "into", Thin: "into"}
+    Talking: "ask", TalkingOnce: "ask", Convolved: "into", Woven: "into", Thin: "into"}
