@@ -17,7 +17,7 @@ BARRIER = "__syncthreads();"
 
 def run(folder: Path, kernels: Path = KERNELS) -> subprocess.CompletedProcess[str]:
     """Builds race.cpp with the kernels of a folder and runs it."""
-    program = compile_driver(folder / "race", "-fsanitize=thread", "-g", source="race.cpp", kernels=kernels)
+    program = compile_driver(folder / "race", "-fsanitize=thread", "-O0", "-g1", source="race.cpp", kernels=kernels)
     return subprocess.run([program], capture_output=True, text=True, env={"TSAN_OPTIONS": "exitcode=66"})
 
 
