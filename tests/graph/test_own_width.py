@@ -160,7 +160,7 @@ class Named(Described):
 class Model(nn.Module):
     """A residual stream through one attention and one MLP."""
 
-    def __init__(self, attention: type[nn.Module]) -> None:
+    def __init__(self, attention: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.embed, self.norm1, self.norm2 = nn.Linear(5, WIDTH), nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.attn = attention()
@@ -214,13 +214,29 @@ class Inner(nn.Module):
 
 class Outer(nn.Module):
     """A module whose attention is in one, and its projection in another."""
-
-    def __init__(self) -> None:
+    def __init__(self, inner: type[nn.Module] = Inner) -> None:
         super().__init__()
-        self.self, self.output = Inner(), nn.Sequential(nn.Linear(WIDTH, WIDTH))
+        self.self, self.output = inner(), nn.Sequential(nn.Linear(WIDTH, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output(self.self(x))
+
+
+class OneLayer(nn.Module):
+    """As TimeSformer's: all three in one layer, and nothing else in the module that attends."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.qkv = HEADS, nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        return ((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).reshape(B, N, C)
+
+
+def test_a_width_of_three_in_one_layer(tmp_path: Path) -> None:
+    small = check(lambda: Model(lambda: Outer(OneLayer)), _x(), ["embed", "attn.self.qkv", "mlp.0"], tmp_path).model
+    assert small.attn.self.qkv.out_features == 12 * small.attn.self.num_heads != 3 * small.embed.out_features
 
 
 class Deep(Model):

@@ -20,6 +20,7 @@ from fastscore.modules.made_classes import Made, made_class
 from fastscore.modules.reachable_code import content
 
 _QUERIES, _OUTPUTS = ("qkv", "q", "to_q", "query", "q_proj"), ("proj", "o_proj", "out_proj", "to_out")
+_THREE = ("qkv", "to_qkv")
 _COUNTS = ("num_heads", "heads", "n_heads", "num_attention_heads")
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head", "d_kv")
 _PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "einsum")
@@ -69,6 +70,12 @@ def _of_heads(module: nn.Module) -> int:
     return count * width
 
 
+def _of_three(module: nn.Module) -> int:
+    """The width of all heads, of a module that makes queries, keys and values in one layer; 0 of any other."""
+    layer = _called(module, _THREE)
+    return 0 if layer is None or layer.out_features % 3 else layer.out_features // 3
+
+
 def _attended(module: nn.Module, after: Sequence[str]) -> int:
     """The width of what the heads of a module make, 0 where nothing says it. after: what its code takes from its first
     product on."""
@@ -76,6 +83,7 @@ def _attended(module: nn.Module, after: Sequence[str]) -> int:
     total = 0 if projection is not None else _of_heads(module)
     if projection is None and not total:
         projection = _called(module, after[::-1])
+        total = _of_three(module)
     return projection.in_features if projection is not None else total
 
 
@@ -87,7 +95,8 @@ def _called(module: nn.Module, names: Iterable[str]) -> nn.Linear | None:
 def replacement(module: nn.Module) -> type[nn.Module] | None:
     """The class that computes the same of the width that the heads have; None for a module whose heads are, today, not
     as wide as what it reads, or whose code does not ask for the width of that."""
-    if isinstance(module, _OwnWidth) or sum(isinstance(layer, nn.Linear) for layer in module._modules.values()) < 2:
+    linears = sum(isinstance(layer, nn.Linear) for layer in module._modules.values())
+    if isinstance(module, _OwnWidth) or linears < (1 if _of_three(module) else 2):
         return None
     kind: Any = type(module)
     made: Any = with_own_width(kind)
