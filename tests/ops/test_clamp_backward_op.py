@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from thinned import thinned
 from torch import Tensor
 
 from fastscore import ops
@@ -23,9 +24,8 @@ def test_opcheck(layout, with_rest, requires_grad):
     torch.library.opcheck(RAW, (y, g, rest if with_rest else None, -1.0, 1.0))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("layout_g", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("layout_g", "overwrite", "dynamic"), thinned(
+    [torch.contiguous_format, torch.channels_last], [False, True], [False, True]))
 def test_compiles_whole(layout_g, overwrite, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(ops.clamp_backward, fullgraph=True, dynamic=dynamic, backend="aot_eager")

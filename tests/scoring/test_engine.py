@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from networks import NETWORKS
 from oracles import untouched
+from thinned import thinned
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -110,8 +111,8 @@ def test_score_leaves_no_trace(name: str) -> None:
         fastscore.score(model, loader, progress=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["residual", "mobile", "mlp", "unet"])
+@pytest.mark.parametrize(("name", "dtype"), thinned(["residual", "mobile", "mlp", "unet"],
+                                                    [torch.bfloat16, torch.float16]))
 def test_half_precision_ranks_as_float32_does(name: str, dtype: torch.dtype) -> None:
     network = NETWORKS[name]
     model, x = network.model().float(), network.inputs(32).float()
