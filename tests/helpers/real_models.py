@@ -55,8 +55,8 @@ def _torchvision() -> list[Case]:
     small = ["resnet18", "resnext50_32x4d", "vgg11", "densenet121", "mobilenet_v2", "mobilenet_v3_small", "mnasnet0_5",
              "efficientnet_b0", "regnet_y_400mf", "shufflenet_v2_x0_5", "squeezenet1_1", "googlenet", "convnext_tiny"]
     # of which tests/pruning/test_prune.py prunes thin members; what GoogLeNet concatenates, SqueezeNet does too
-    heavy = {"resnext50_32x4d", "vgg11", "densenet121", "mobilenet_v2", "mnasnet0_5", "efficientnet_b0",
-             "regnet_y_400mf", "convnext_tiny", "googlenet"}
+    heavy = {"resnext50_32x4d", "vgg11", "densenet121", "mobilenet_v2", "mobilenet_v3_small", "mnasnet0_5",
+             "efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "googlenet"}
     others = ["alexnet", "resnet34", "resnet50", "wide_resnet50_2", "vgg11_bn", "vgg16_bn", "densenet169",
               "mobilenet_v3_large", "mnasnet1_0", "efficientnet_b1", "efficientnet_v2_s", "regnet_x_400mf",
               "regnet_y_1_6gf", "shufflenet_v2_x1_0", "squeezenet1_0"]

@@ -243,7 +243,7 @@ def test_pruning_by_score_hurts_less_than_pruning_at_random() -> None:
     assert errors["taylor-sq"] < errors["random"]
 
 
-@pytest.mark.parametrize("family", ["densenet", "resnext", "efficientnet", "convnext",
+@pytest.mark.parametrize("family", ["densenet", "resnext", "efficientnet", "convnext", "mobilenet v3",
                                     *(["vgg", "mnasnet", "regnet"] if NIGHTLY else [])])
 def test_thin_members_of_families(family: str) -> None:
     """Of which tests/guarantees/test_architectures.py takes a whole one with FASTSCORE_NIGHTLY=1 alone."""
