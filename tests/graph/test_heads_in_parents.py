@@ -1,6 +1,7 @@
 """Heads of attentions that the code of one module computes, several of them, or token by token."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,22 @@ def test_all_attentions_of_a_module(layer: type[nn.Module], heads: list[str], tm
     small = check(lambda: Decoder(layer), _x(), groups, tmp_path).model.layer
     assert small.o2.in_features == small.q2.out_features < WIDTH
     assert small.h == (small.o2.in_features // 2 if layer is Counted else HEADS)
+
+
+def test_each_attention_loses_heads_of_its_own() -> None:
+    model, x = noisy(lambda: Decoder(Layer)), _x()
+    scores = fastscore.score(model, [x], progress=False)
+    one, other = torch.tensor([9., 9, 1, 1, 8, 8, 8, 8]), torch.tensor([1., 1, 2, 2, 9, 9, 9, 9])
+    scores = replace(scores, totals={name: values.double() * scores.passes for name, values in {
+        "stem": 9 * torch.ones(8), "memory": 9 * torch.ones(7), "layer.q1": one, "layer.q2": other}.items()})
+    ignore = ["stem", "memory"]
+    result = fastscore.prune(model, scores, x, channels=0.65, compensate=False, ignore=ignore)
+    gone = {name: channels.tolist() for name, channels in result.removed.items()}
+    assert gone == {"layer.q1": [2, 3], "layer.q2": [0, 1, 2, 3]}
+    assert [row.heads for row in result.report.groups if row.heads] == [(4, 3), (4, 2)]
+    assert result.report.channels == (16, 10)
+    with torch.no_grad(), fastscore.mask(model, scores, result, x, compensate=False, ignore=ignore):
+        torch.testing.assert_close(result.model(x), model(x), rtol=1e-9, atol=1e-9)
 
 
 class Fused(nn.Module):

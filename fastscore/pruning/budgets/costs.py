@@ -6,7 +6,7 @@ The dense figures are counted (see fastscore.modules.macs.counting).
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
@@ -66,6 +66,8 @@ class Costs:
         self._losses: dict[str, dict[tuple[int, ...], list[tuple[LayerCost, Side]]]] = {
             name: defaultdict(list) for name in self.groups}
         at: dict[tuple[str, Side, int], list[_Part]] = {}  # (layer, side, dimension) -> what goes there
+        heads = Counter(member.layer for group in self.groups.values() for member in group.role("heads")
+                        for _ in member.index)
         for group in self.groups.values():
             for member in () if any(group.role("block")) else group.members:
                 if member.role in _UNCOUNTED:
@@ -74,7 +76,7 @@ class Costs:
                 copied = isinstance(held, ExpertLinear) and member.role == "tensor"
                 layer, own = model.get_submodule(member.module), per_layer.get(member.layer, 0.0)
                 if member.layer not in self.layers:
-                    self.layers[member.layer] = heads_cost(member, layer, per_layer) if member.role == "heads" \
+                    self.layers[member.layer] = heads_cost(member, layer, per_layer, heads) if member.role == "heads" \
                         else tensor_cost(member, layer) if member.role == "tensor" and not copied \
                         else layer_cost(held if copied and held is not None else layer, own, counted_parameters)
                 cost = self.layers[member.layer]
@@ -82,7 +84,8 @@ class Costs:
                     cost.bias_below = cost.inputs
                 positions = np.bincount(member.channel.numpy(), minlength=group.channels).tolist()
                 side: Side = "copies" if copied else "inputs" if member.role in READS else "outputs"
-                at.setdefault((member.layer, side, member.dim), []).append((group.name, member, tuple(positions), cost))
+                owner = f"{member.layer} {group.name}" if member.role == "heads" else member.layer  # each its own
+                at.setdefault((owner, side, member.dim), []).append((group.name, member, tuple(positions), cost))
         self._places = self._split(at)
         # group of a branch -> the layers that go with it
         self._blocks: dict[str, dict[str, LayerCost]] = defaultdict(dict)

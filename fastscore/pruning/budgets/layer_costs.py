@@ -94,9 +94,11 @@ class Places:
         return self.cost.grow(int((self.takers == 0).sum()) - before, self.side)
 
 
-def heads_cost(member: Member, module: nn.Module, macs: Mapping[str, float]) -> LayerCost:
-    """Of an attention module, for each head: what it computes beside its layers, and what it holds itself."""
-    count = len(member.index)
+def heads_cost(member: Member, module: nn.Module, macs: Mapping[str, float], heads_of: Mapping[str, int]
+               ) -> LayerCost:
+    """Of each head of a module, whose code may be of several attentions: what it computes beside its layers, and what
+    it holds itself. heads_of: a module -> the heads of all of them."""
+    count = heads_of[member.layer]
     below = sum(macs.get(f"{member.layer}.{name}", 0.0) for name, layer in module.named_modules()
                 if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)))
     own = sum(parameter.numel() for name in heads.tensors(module)
