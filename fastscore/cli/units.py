@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from fastscore.graph.head_dims import HEAD_DIMENSIONS
+from fastscore.graph.heads.head_dims import HEAD_DIMENSIONS
 from fastscore.graph.scored_units import WHOLE, among
 from fastscore.modules.weights.experts import holds_experts
 from fastscore.scoring.scores import Scores

@@ -16,12 +16,9 @@ from torch import Tensor, nn
 
 from fastscore import rng
 from fastscore.graph import branch_widths
-from fastscore.graph.cuts import LAYERS
 from fastscore.graph.cutting import surgery
-from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
-from fastscore.graph.kept import branches as other_branches
-from fastscore.graph.layer_types import type_of
-from fastscore.graph.residual_sums import (
+from fastscore.graph.following.cuts import LAYERS
+from fastscore.graph.following.residual_sums import (
     Call,
     Makers,
     Places,
@@ -35,6 +32,9 @@ from fastscore.graph.residual_sums import (
     runs_before,
     within,
 )
+from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
+from fastscore.graph.kept import branches as other_branches
+from fastscore.graph.layer_types import type_of
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules.evaluation_copy import evaluation_copy

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from fastscore.graph.cuts import LAYERS
+from fastscore.graph.following.cuts import LAYERS
+from fastscore.graph.following.residual_sums import Call, Calls
 from fastscore.graph.layer_types import type_of
-from fastscore.graph.residual_sums import Call, Calls
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.zero_branch import WIDER
 

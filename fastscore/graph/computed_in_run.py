@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 from fastscore.batches.calls import Forward
 from fastscore.batches.devices import usable
 from fastscore.batches.parts import Batch, first_tensor, map_tensors, tensors_of
+from fastscore.graph.following.noted_calls import reach
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.kept import reasons
-from fastscore.graph.noted_calls import reach
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import read_by, replaced, unwrapped
 from fastscore.graph.trials.trial_inputs import batch_of

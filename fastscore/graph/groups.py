@@ -46,8 +46,8 @@ class Member:
     `width` (a module that keeps in `attribute` how many of the channels there are: see
     fastscore.graph.cutting.cut_widths), `query` (a layer whose outputs are queries, which end in products with keys),
     `head_dims` (an attention module, for the width of a head that it keeps), `rotary` (one that is called with tables
-    by which pairs of queries and keys are turned: see fastscore.graph.head_dims), `handed` (an attention module, for
-    arguments, those in `attribute`, that hold something for each head, which it is to read of its own alone: see
+    by which pairs of queries and keys are turned: see fastscore.graph.heads.head_dims), `handed` (an attention module,
+    for arguments, those in `attribute`, that hold something for each head, which it is to read of its own alone: see
     fastscore.modules.attention.handed), or `tensor` (a parameter that the
     code of a module reads itself, such as a layer scale or an embedding of positions: `layer` is its qualified name,
     and its dimension `dim` holds the channels). index, channel: int64 [M]; position `index[m]` of the layer's output
@@ -135,9 +135,9 @@ class ChannelGraph:
     fastscore.graph.blocks.with_blocks). experts: whole experts of mixtures, likewise (see
     fastscore.graph.whole_experts). kept_whole: of "blocks" and "experts", branch or mixture -> why it, or its
     experts, stay. head_dims: dimensions of heads, which can go in the place of whole heads, likewise (see
-    fastscore.graph.head_dims.with_head_dims). whole_heads: group -> why its heads go whole or not at all. not_both:
-    group of head dimensions -> why none go beside whole heads. searched: which of `blocks`, `experts` and `head_dims`
-    were looked for; "norms" where samples are told apart behind BatchNorms, too. training_only: layers that run in
+    fastscore.graph.heads.head_dims.with_head_dims). whole_heads: group -> why its heads go whole or not at all.
+    not_both: group of head dimensions -> why none go beside whole heads. searched: which of `blocks`, `experts` and
+    `head_dims` were looked for; "norms" where samples are told apart behind BatchNorms, too. training_only: layers that run in
     training alone. kept_biases: Linear or convolution -> what is done with its bias but adding it, so that no mean goes
     into it (see fastscore.graph.trials.bias_trial). drawing: modules that draw random numbers in evaluation mode (see
     fastscore.graph.trials.draws).

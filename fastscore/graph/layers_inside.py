@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from fastscore.graph.cutting import channel_buffers
+from fastscore.graph.following.nodes import CHANNELWISE, PRODUCERS
 from fastscore.graph.layer_types import type_of
-from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
 from fastscore.modules.inspection import parametrized
 from fastscore.modules.norms.channel_norms import norm_of
 

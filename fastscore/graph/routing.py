@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastscore.batches.parts import Batch, tensors_of
-from fastscore.graph import operations
+from fastscore.graph.following import operations
 
 # operations that choose among the elements of their first argument
 _CHOICES = operations.ALONG | {"bucketize", "searchsorted", "aminmax", "nms"}

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastscore.graph.blocks import with_blocks
 from fastscore.graph.groups import ChannelGraph, norm_gates
-from fastscore.graph.head_dims import with_head_dims, with_heads_and_dims
+from fastscore.graph.heads.head_dims import with_head_dims, with_heads_and_dims
 from fastscore.graph.whole_experts import with_experts
 
 Units: TypeAlias = str | Iterable[str]  # one of UNITS, or several

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastscore.graph import contractions, dependencies, index_maps, kept_widths, lost_ways, units
-from fastscore.graph.cuts import LAYERS
+from fastscore.graph import units
+from fastscore.graph.following import contractions, dependencies, index_maps, kept_widths, lost_ways
+from fastscore.graph.following.cuts import LAYERS
+from fastscore.graph.following.nodes import CHANNELWISE, NORM, PRODUCERS
 from fastscore.graph.groups import READS, TIED, ChannelGraph, ChannelGroup, Member, Role
 from fastscore.graph.kept import reasons, unread
 from fastscore.graph.layer_types import OPTYPE, type_of
-from fastscore.graph.nodes import CHANNELWISE, NORM, PRODUCERS
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.inspection import parameter_owners
 from fastscore.modules.weights.own_convolution import OwnConvolution

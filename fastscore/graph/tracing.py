@@ -16,26 +16,22 @@ from fastscore.batches.devices import usable
 from fastscore.batches.outputs import OutputError, checked_forward, floating_tensors
 from fastscore.batches.parts import Batch, map_tensors
 from fastscore.graph import (
-    attention,
     blocks,
     cache,
     computed_in_run,
-    dependencies,
-    head_numbers,
     in_place,
-    nested,
-    sample_axes,
-    samples_second,
     scored_units,
     state_spaces,
     traced_groups,
-    unnamed_attention,
     whole_experts,
 )
 from fastscore.graph.counted_run import CountedRun
 from fastscore.graph.cutting import own_tensors
+from fastscore.graph.following import dependencies, nested
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
+from fastscore.graph.heads import attention, head_numbers, unnamed_attention
 from fastscore.graph.kept import left_alone, obstacles, reasons, training_only, unread
+from fastscore.graph.samples import sample_axes, samples_second
 from fastscore.graph.trials import (
     across,
     among_samples,

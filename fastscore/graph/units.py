@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph import index_maps
 from fastscore.graph.cutting import channel_buffers
+from fastscore.graph.following import index_maps
 from fastscore.graph.groups import READS, Member, Role
 from fastscore.graph.layer_types import groups_of
 from fastscore.modules.weights import recurrent

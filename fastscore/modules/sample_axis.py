@@ -89,12 +89,12 @@ class SampleAxes:
         values: how many values that tensor had for each sample.
         second: whether it is the second dimension of the batch itself, not the first, that counts samples.
         transposing: the `forward` by which a model that takes samples second is given batches [N, ...]: see
-            fastscore.graph.samples_second.
+            fastscore.graph.samples.samples_second.
         together: whether what comes out for a sample depends on the others of its batch: see
             fastscore.graph.trials.companions.
         one: whether the batch was one sample, whatever its tensors hold: a graph of many nodes.
         flat: whether samples lie one after the other, each with as many rows as it holds: a sample is a row of the
-            output then, and is sent back by itself (see fastscore.graph.flat_batches).
+            output then, and is sent back by itself (see fastscore.graph.samples.flat_batches).
         followed: whether rows that move are followed: gradients are sent back as often as that takes.
     """
 

@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from fastscore.arguments import check_fraction
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.parts import Batch
-from fastscore.graph import blocks, head_dims
+from fastscore.graph import blocks
 from fastscore.graph.groups import ChannelGroup, Ignore
+from fastscore.graph.heads import head_dims
 from fastscore.graph.layer_types import groups_left
 from fastscore.graph.whole_experts import never_chosen
 from fastscore.modules.attention import multihead_attention

@@ -17,7 +17,7 @@ from fastscore.batches.devices import with_float64
 from fastscore.batches.outputs import Output, check_same_rows, checked_forward, concat_outputs, output_selector
 from fastscore.batches.parts import Batch, first_tensor
 from fastscore.graph.groups import ChannelGraph, Ignore
-from fastscore.graph.sample_axes import ALONE
+from fastscore.graph.samples.sample_axes import ALONE
 from fastscore.graph.scored_units import Units, named
 from fastscore.graph.tracing import trace
 from fastscore.graph.trials import draws

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastscore.graph import scored_units
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Ignore, Role
-from fastscore.graph.sample_axes import ALONE, VARYING
+from fastscore.graph.samples.sample_axes import ALONE, VARYING
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.weights.held_weights import channel_dim as channel_dim_held
 from fastscore.modules.weights.held_weights import is_held

@@ -18,7 +18,7 @@ from thinned import NIGHTLY
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastscore.graph import attention, head_numbers, heads_by_use
+from fastscore.graph.heads import attention, head_numbers, heads_by_use
 from fastscore.graph.tracing import trace
 from fastscore.graph.trials import surgery_trial
 from fastscore.graph.trials.trial_inputs import batch_of

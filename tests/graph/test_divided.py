@@ -7,7 +7,7 @@ import torch
 import whole_way
 from torch import Tensor, nn
 
-from fastscore.graph.index_maps import CHANNEL, divided
+from fastscore.graph.following.index_maps import CHANNEL, divided
 from fastscore.graph.tracing import trace
 
 WIDTH = 6

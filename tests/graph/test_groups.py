@@ -16,7 +16,7 @@ from oracles import untouched
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.graph import dependencies
+from fastscore.graph.following import dependencies
 from fastscore.graph.groups import Ignore
 from fastscore.graph.tracing import trace
 

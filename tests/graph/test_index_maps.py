@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastscore.graph import index_maps
+from fastscore.graph.following import index_maps
 
 
 def positions(indices: Tensor) -> np.ndarray:

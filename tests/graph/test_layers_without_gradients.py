@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph import sample_axes
-from fastscore.graph.sample_axes import find
+from fastscore.graph.samples import sample_axes
+from fastscore.graph.samples.sample_axes import find
 from fastscore.graph.trials.sample_trials import Watched
 from fastscore.modules.sample_axis import SampleAxis, Untold
 

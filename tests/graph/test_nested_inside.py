@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fastscore
-from fastscore.graph import nested
+from fastscore.graph.following import nested
 from fastscore.graph.tracing import trace
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.routing import Decisions, other_answers
-from fastscore.graph.sample_axes import find
+from fastscore.graph.samples.sample_axes import find
 from fastscore.graph.tracing import trace
 from fastscore.graph.trials.sample_trials import Watched
 from fastscore.modules.sample_axis import SampleAxis

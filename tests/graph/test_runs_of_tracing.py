@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph import dependencies, tracing
+from fastscore.graph import tracing
+from fastscore.graph.following import dependencies
 from fastscore.graph.tracing import trace
 from fastscore.graph.trials import surgery_trial
 from fastscore.graph.trials.recording import Recording

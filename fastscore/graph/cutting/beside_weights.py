@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastscore.graph.following.nodes import PRODUCERS
 from fastscore.graph.layer_types import type_of
-from fastscore.graph.nodes import PRODUCERS
 from fastscore.modules.inspection import runs_own_code
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from fastscore.graph.residual_sums import Calls, Readers, addends, scales, terms
+from fastscore.graph.following.residual_sums import Calls, Readers, addends, scales, terms
 
 
 def why(modules: Mapping[str, nn.Module], calls: Calls, readers: Readers, told: Collection[tuple[Any, Any]]

@@ -5,9 +5,9 @@ from dataclasses import replace
 from torch import nn
 
 from fastscore.graph.cutting import beside_weights
+from fastscore.graph.following.nodes import CHANNELWISE, PRODUCERS
 from fastscore.graph.groups import READS, ChannelGraph
 from fastscore.graph.layer_types import type_of
-from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
 from fastscore.modules.inspection import parameter_owners
 from fastscore.modules.scripted import Scripted
 from fastscore.modules.weights import recurrent

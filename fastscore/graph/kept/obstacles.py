@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastscore.graph import layers_inside
-from fastscore.graph.cuts import LAYERS, shape
+from fastscore.graph.following.cuts import LAYERS, shape
+from fastscore.graph.following.nested import INTO, comes_out
+from fastscore.graph.following.nodes import CHANNELWISE, NORM, PRODUCERS, TRANSPARENT, Nodes
 from fastscore.graph.kept import over_channels
 from fastscore.graph.layer_types import OPTYPE
-from fastscore.graph.nested import INTO, comes_out
-from fastscore.graph.nodes import CHANNELWISE, NORM, PRODUCERS, TRANSPARENT, Nodes
 from fastscore.modules.norms import channel_norms
 
 CUT = "its channels are cut at positions that the model's code fixes"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastscore.graph import index_maps
+from fastscore.graph.following import index_maps
 from fastscore.graph.layer_types import OPTYPE
 
 _WAY_OUT = ("a normalisation is followed where a module does it, and then at most activations (nn.LayerNorm, or one of "

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from fastscore.graph import nested, units
+from fastscore.graph import units
 from fastscore.graph.cutting import beside_weights
+from fastscore.graph.following import nested
 from fastscore.graph.groups import Member, Role
 from fastscore.graph.trials.recording import MISREAD, READ, Recording
 from fastscore.modules.inspection import channel_dim, parametrized, shared_parameters

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastscore.graph.cuts import LAYERS
+from fastscore.graph.following.cuts import LAYERS
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.layer_types import type_of
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastscore.graph.following.nodes import PRODUCERS
+from fastscore.graph.following.noted_calls import reach
 from fastscore.graph.groups import Member, Role
 from fastscore.graph.layer_types import type_of
-from fastscore.graph.nodes import PRODUCERS
-from fastscore.graph.noted_calls import reach
 from fastscore.modules.norms.channel_norms import norm_of
 
 

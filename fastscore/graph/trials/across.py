@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Collection, Container, Sequence, Set
 from typing import Any
 
-from fastscore.graph import index_maps
-from fastscore.graph.cuts import shape
-from fastscore.graph.dependencies import Graph
+from fastscore.graph.following import index_maps
+from fastscore.graph.following.cuts import shape
+from fastscore.graph.following.dependencies import Graph
+from fastscore.graph.following.nodes import CHANNELWISE, NORM, PRODUCERS, TRANSPARENT, reading_dim
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.layer_types import OPTYPE
-from fastscore.graph.nodes import CHANNELWISE, NORM, PRODUCERS, TRANSPARENT, reading_dim
 from fastscore.graph.trials import surgery_trial, verification
 from fastscore.graph.trials.cut_otherwise import with_groups
 from fastscore.graph.trials.recording import Recording

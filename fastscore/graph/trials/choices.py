@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_map_only
 
 from fastscore.batches.parts import tensors_of
-from fastscore.graph.operations import ALIKE, ALONG, name_of, python_numbers
+from fastscore.graph.following.operations import ALIKE, ALONG, name_of, python_numbers
 from fastscore.graph.trials.differences import close
 
 HELD = -1  # in place of a turn: everything is chosen as it was

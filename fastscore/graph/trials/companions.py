@@ -63,7 +63,7 @@ def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, ex
     puts samples in another order returns something that was there before.
 
     Args:
-        model, run: as in fastscore.graph.sample_axes.find.
+        model, run: as in fastscore.graph.samples.sample_axes.find.
         trials: runs that were made, the last on `batch`.
         batch: made of `example`, which has the model's own samples.
         axes: where samples lie in each output.

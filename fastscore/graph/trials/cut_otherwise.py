@@ -8,7 +8,7 @@ that may.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
-from fastscore.graph.dependencies import Graph
+from fastscore.graph.following.dependencies import Graph
 from fastscore.graph.groups import READS, TIED, ChannelGraph, ChannelGroup
 from fastscore.graph.kept.obstacles import CUT
 from fastscore.graph.trials import surgery_trial, verification

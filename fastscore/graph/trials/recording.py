@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import rng
+from fastscore.graph.following.nodes import PRODUCERS
 from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.layer_types import OPTYPE, type_of
-from fastscore.graph.nodes import PRODUCERS
 from fastscore.graph.trials.choices import HELD, TURNS, Choices, Noted
 from fastscore.graph.trials.differences import changed, close, differ
 from fastscore.graph.trials.plain_layers import may_make_several

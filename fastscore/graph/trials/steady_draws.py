@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastscore.batches.parts import tensors_of
-from fastscore.graph.operations import name_of
+from fastscore.graph.following.operations import name_of
 
 _DRAWN = 0.5  # of every distribution; of what is kept or not, all is kept
 # operations whose results are drawn element by element, all alike; but not about means that layers make, by

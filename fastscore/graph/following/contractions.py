@@ -4,10 +4,10 @@ both sides go together; what a product does not sum over stays channels, as thos
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from fastscore.graph import index_maps
-from fastscore.graph.cuts import LAYERS, shape
+from fastscore.graph.following import index_maps
+from fastscore.graph.following.cuts import LAYERS, shape
+from fastscore.graph.following.nodes import CHANNELWISE, NORM, PRODUCERS, Nodes
 from fastscore.graph.layer_types import OPTYPE
-from fastscore.graph.nodes import CHANNELWISE, NORM, PRODUCERS, Nodes
 
 _MATRICES = ("Bmm", "Mm")  # of two tensors, by whose last dimensions they multiply
 _ADDED = ("Baddbmm", "Addmm")  # the same, and a first tensor that is added to the product

@@ -1,5 +1,5 @@
-"""Attentions of which names say nothing: their heads, as fastscore.graph.heads_by_use finds them, tried as all others
-are (see fastscore.graph.attention)."""
+"""Attentions of which names say nothing: their heads, as fastscore.graph.heads.heads_by_use finds them, tried as all
+others are (see fastscore.graph.heads.attention)."""
 
 import itertools
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastscore.graph import attention, attention_calls, given_biases, head_dims, head_numbers, heads_by_use
-from fastscore.graph.attention_calls import Call, randomized
-from fastscore.graph.found_heads import Found
 from fastscore.graph.groups import ChannelGroup
+from fastscore.graph.heads import attention, attention_calls, given_biases, head_dims, head_numbers, heads_by_use
+from fastscore.graph.heads.attention_calls import Call, randomized
+from fastscore.graph.heads.found_heads import Found
 from fastscore.modules.inspection import parameter_owners
 
 _MIXED = "its heads read each other"

@@ -3,7 +3,7 @@
 The code of an attention shapes what its layers make into heads of one width, so every head loses as many dimensions,
 each its own: of the products of queries and keys as many as of the values. What rotary tables turn goes in pairs, the
 same of all heads of a layer, with the entries of the tables. Products are scaled as before, by the dense width. As with
-whole heads (see fastscore.graph.attention), every guess is tried on the module.
+whole heads (see fastscore.graph.heads.attention), every guess is tried on the module.
 """
 
 import itertools
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches.devices import with_float64
-from fastscore.graph import head_norms, head_numbers
-from fastscore.graph.attention_calls import Call
 from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
+from fastscore.graph.heads import head_norms, head_numbers
+from fastscore.graph.heads.attention_calls import Call
 from fastscore.modules.attention import handed
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook

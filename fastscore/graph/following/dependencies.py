@@ -10,16 +10,17 @@ import numpy as np
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from fastscore.graph import contractions, crossings, index_maps, layers_inside, lost_ways, ties
-from fastscore.graph.cuts import shape, slice_of
+from fastscore.graph import layers_inside
 from fastscore.graph.cutting import channel_buffers
-from fastscore.graph.index_maps import IndexMap
+from fastscore.graph.following import contractions, crossings, index_maps, lost_ways, ties
+from fastscore.graph.following.cuts import shape, slice_of
+from fastscore.graph.following.index_maps import IndexMap
+from fastscore.graph.following.lost_ways import Key
+from fastscore.graph.following.made_tables import MadeTables
+from fastscore.graph.following.nodes import Nodes
+from fastscore.graph.following.noted_calls import NotedCalls, outputs_of, states_given
 from fastscore.graph.kept import obstacles
 from fastscore.graph.layer_types import OPTYPE, groups_of, of_groups, type_of
-from fastscore.graph.lost_ways import Key
-from fastscore.graph.made_tables import MadeTables
-from fastscore.graph.nodes import Nodes
-from fastscore.graph.noted_calls import NotedCalls, outputs_of, states_given
 from fastscore.modules import hooks
 from fastscore.modules.inspection import parameter_owners
 from fastscore.modules.norms import channel_norms
@@ -28,7 +29,7 @@ from fastscore.modules.weights import recurrent
 _MOST_ARRIVALS = 100  # at one node, each time at new places: more than there are branches that end somewhere
 
 # (node, pruning function) -> int64 [M], ascending: where channels of the root lie in the node's output or input, in
-# the form of fastscore.graph.index_maps
+# the form of fastscore.graph.following.index_maps
 Positions: TypeAlias = Mapping[Key, np.ndarray]
 _Arrival: TypeAlias = tuple[Any, Any, np.ndarray, Key | None]  # node, function, positions, where they come from
 

@@ -7,10 +7,10 @@ from typing import Any, TypeAlias
 import torch_pruning as tp
 from torch import nn
 
-from fastscore.graph import contractions
-from fastscore.graph.index_maps import SliceMap
+from fastscore.graph.following import contractions
+from fastscore.graph.following.index_maps import SliceMap
+from fastscore.graph.following.nodes import PRODUCERS, Nodes
 from fastscore.graph.layer_types import OPTYPE, type_of
-from fastscore.graph.nodes import PRODUCERS, Nodes
 from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.own_linear import OwnLinear, TiedLinear
 

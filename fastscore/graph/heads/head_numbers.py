@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from fastscore.graph.cutting import heads
+from fastscore.graph.following.nodes import CHANNELWISE, PRODUCERS
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.layer_types import type_of
-from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
 from fastscore.modules.lines_run import Line, lines_run
 from fastscore.modules.norms import channel_norms
 from fastscore.modules.number_uses import Uses

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from fastscore import rng
 from fastscore.batches.parts import Batch, can_be_cut, first_tensor, map_tensors
-from fastscore.graph import flat_batches
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.routing import Decisions
+from fastscore.graph.samples import flat_batches
 from fastscore.graph.trials import companions
 from fastscore.graph.trials.known_samples import KnownSamples
 from fastscore.graph.trials.sample_trials import Call, Run, Trial, Watched, send_back, trial, tried

@@ -1,5 +1,6 @@
 """Normalisations over all heads of an attention together, as of OLMo 2's queries and keys: heads that go leave them,
-which go on dividing by the dense width. Known by name, and tried with the attention: see fastscore.graph.attention.
+which go on dividing by the dense width. Known by name, and tried with the attention: see
+fastscore.graph.heads.attention.
 """
 
 from collections.abc import Iterator

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.batches.parts import tensors_of
-from fastscore.graph.asked_sizes import SLICES, SPLITS, VIEWS, ZEROS, AskedSizes
 from fastscore.graph.cutting.cut_widths import Cut, View, calling_module, calling_modules, cut_of, view_of
-from fastscore.graph.made_tables import MadeTables
-from fastscore.graph.nested import Nested
+from fastscore.graph.following.asked_sizes import SLICES, SPLITS, VIEWS, ZEROS, AskedSizes
+from fastscore.graph.following.made_tables import MadeTables
+from fastscore.graph.following.nested import Nested
 from fastscore.modules.marked_numbers import Place
 
 _JOINS = (torch.cat, torch.concat, torch.concatenate)

@@ -1,5 +1,5 @@
 """One run of an attention by itself, with random weights, whose gradients say what shows where: see
-fastscore.graph.heads_by_use."""
+fastscore.graph.heads.heads_by_use."""
 
 import copy
 from collections.abc import Collection, Container, Iterable
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.batches.parts import tensors_of
-from fastscore.graph.attention_calls import Call, randomized
-from fastscore.graph.cuts import LAYERS
 from fastscore.graph.cutting import own_tensors
 from fastscore.graph.cutting.cut_widths import calling_modules
+from fastscore.graph.following.cuts import LAYERS
+from fastscore.graph.following.noted_calls import PRODUCTS, factors_of
+from fastscore.graph.heads.attention_calls import Call, randomized
 from fastscore.graph.layer_types import type_of
-from fastscore.graph.noted_calls import PRODUCTS, factors_of
 from fastscore.graph.tempered import Tempered
 from fastscore.graph.trials.row_gradients import rows_shown
 from fastscore.modules.evaluation_copy import evaluation_copy

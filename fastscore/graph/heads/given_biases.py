@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches.devices import with_float64
-from fastscore.graph.attention_calls import Call
 from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.graph.heads.attention_calls import Call
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.attention import handed
 from fastscore.modules.evaluation_copy import evaluation_copy

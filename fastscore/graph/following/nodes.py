@@ -7,9 +7,9 @@ import numpy as np
 import torch_pruning as tp
 from torch import nn
 
-from fastscore.graph import index_maps
-from fastscore.graph.cuts import LAYERS, Cuts, shape
 from fastscore.graph.cutting import channel_buffers
+from fastscore.graph.following import index_maps
+from fastscore.graph.following.cuts import LAYERS, Cuts, shape
 from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.modules.norms import channel_norms
 

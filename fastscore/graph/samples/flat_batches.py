@@ -29,7 +29,7 @@ def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Ba
     """The sample axes of what a model's layers read or make on `example`; None where rows of its output are no samples
     of such a batch.
 
-    model, watched, run: see fastscore.graph.sample_axes.find.
+    model, watched, run: see fastscore.graph.samples.sample_axes.find.
     """
     rows = _rows(example)
     whole = tried(model, watched, run, example, rows)

@@ -4,10 +4,10 @@ vectors, those of keys and values in linear attention. Channels are followed alo
 from collections.abc import Iterable
 from typing import Any
 
-from fastscore.graph import contractions, index_maps
-from fastscore.graph.cuts import LAYERS, shape
+from fastscore.graph.following import contractions, index_maps
+from fastscore.graph.following.cuts import LAYERS, shape
+from fastscore.graph.following.nodes import PRODUCERS, Nodes
 from fastscore.graph.layer_types import OPTYPE
-from fastscore.graph.nodes import PRODUCERS, Nodes
 
 
 def at(graph: Nodes, source: Any, node: Any) -> int | None:

@@ -3,7 +3,8 @@
 Code that multiplies activations runs alone, on a copy with random weights, and gradients say which rows of which
 layers, and which entries of other tensors, show in which inputs of the layer that reads the products: those that show
 in the inputs of one head alone are that head's. How many heads there may be is read off the products' shapes and the
-numbers that modules keep; that they go is tried afterwards, as every other guess is (see fastscore.graph.attention).
+numbers that modules keep; that they go is tried afterwards, as every other guess is (see
+fastscore.graph.heads.attention).
 """
 
 import itertools
@@ -12,13 +13,13 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph.attention_calls import Call
 from fastscore.graph.cutting import heads
+from fastscore.graph.following.nodes import CHANNELWISE, PRODUCERS
 from fastscore.graph.groups import ChannelGroup, Member
-from fastscore.graph.head_numbers import numbers, units_of
-from fastscore.graph.head_run import Run, RunAlone, gradients
+from fastscore.graph.heads.attention_calls import Call
+from fastscore.graph.heads.head_numbers import numbers, units_of
+from fastscore.graph.heads.head_run import Run, RunAlone, gradients
 from fastscore.graph.layer_types import OPTYPE, type_of
-from fastscore.graph.nodes import CHANNELWISE, PRODUCERS
 from fastscore.modules.norms import channel_norms
 
 _MOST_HEADS = 256

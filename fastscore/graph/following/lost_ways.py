@@ -3,10 +3,10 @@
 from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias, TypeVar
 
-from fastscore.graph import contractions, crossings, index_maps
-from fastscore.graph.cuts import LAYERS, shape
+from fastscore.graph.following import contractions, crossings, index_maps
+from fastscore.graph.following.cuts import LAYERS, shape
+from fastscore.graph.following.nodes import CHANNELWISE, NORM, PRODUCERS, TRANSPARENT, Nodes, reading_dim
 from fastscore.graph.layer_types import OPTYPE
-from fastscore.graph.nodes import CHANNELWISE, NORM, PRODUCERS, TRANSPARENT, Nodes, reading_dim
 
 Key: TypeAlias = tuple[Any, Any]  # (node, pruning function): where channels come to
 ALONG = "works along another dimension than that of its channels"

@@ -2,8 +2,8 @@
 
 The channels of a group are what the output projection reads; a head is a unit of them, or, where several heads share
 keys and values, all heads that do. Rows of the query, key and value projections go with their heads. Where these layers
-are is known by name (others are found in fastscore.graph.unnamed_attention); every guess is tried: the module, with
-random weights, must read the same without some heads.
+are is known by name (others are found in fastscore.graph.heads.unnamed_attention); every guess is tried: the module,
+with random weights, must read the same without some heads.
 """
 
 from collections import Counter
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph import attention_calls, given_biases, head_dims, head_norms, head_numbers
-from fastscore.graph.attention_calls import Call, close, randomized
 from fastscore.graph.cutting import heads, surgery
-from fastscore.graph.found_heads import Found
 from fastscore.graph.groups import ChannelGroup, Member
-from fastscore.graph.head_dims import Projections
+from fastscore.graph.heads import attention_calls, given_biases, head_dims, head_norms, head_numbers
+from fastscore.graph.heads.attention_calls import Call, close, randomized
+from fastscore.graph.heads.found_heads import Found
+from fastscore.graph.heads.head_dims import Projections
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fastscore.graph import index_maps
-from fastscore.graph.asked_sizes import AskedSizes
 from fastscore.graph.cutting.cut_widths import Cut, Width
+from fastscore.graph.following import index_maps
+from fastscore.graph.following.asked_sizes import AskedSizes
+from fastscore.graph.following.noted_calls import NotedCalls
 from fastscore.graph.layer_types import OPTYPE
-from fastscore.graph.noted_calls import NotedCalls
 
 LAYERS = {OPTYPE.CONV, OPTYPE.LINEAR}
 

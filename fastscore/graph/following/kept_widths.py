@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastscore.graph import index_maps
-from fastscore.graph.cuts import LAYERS, shape
 from fastscore.graph.cutting.cut_widths import Cut, Width
+from fastscore.graph.following import index_maps
+from fastscore.graph.following.cuts import LAYERS, shape
+from fastscore.graph.following.nodes import NORM, PRODUCERS
 from fastscore.graph.groups import Member
 from fastscore.graph.layer_types import OPTYPE
-from fastscore.graph.nodes import NORM, PRODUCERS
 from fastscore.modules import returned_part, written_numbers
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.weights import recurrent

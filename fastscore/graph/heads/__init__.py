@@ -1,0 +1,1 @@
+"""Attention heads, and their dimensions, as channels."""

@@ -1,0 +1,1 @@
+"""Which rows of what a layer reads belong to which sample."""
