@@ -137,10 +137,10 @@ class ChannelGraph:
     experts, stay. head_dims: dimensions of heads, which can go in the place of whole heads, likewise (see
     fastscore.graph.heads.head_dims.with_head_dims). whole_heads: group -> why its heads go whole or not at all.
     not_both: group of head dimensions -> why none go beside whole heads. searched: which of `blocks`, `experts` and
-    `head_dims` were looked for; "norms" where samples are told apart behind BatchNorms, too. training_only: layers that run in
-    training alone. kept_biases: Linear or convolution -> what is done with its bias but adding it, so that no mean goes
-    into it (see fastscore.graph.trials.bias_trial). drawing: modules that draw random numbers in evaluation mode (see
-    fastscore.graph.trials.draws).
+    `head_dims` were looked for; "norms" where samples are told apart behind BatchNorms, too. training_only: layers that
+    run in training alone. kept_biases: Linear or convolution -> what is done with its bias but adding it, so that no
+    mean goes into it (see fastscore.graph.trials.bias_trial). drawing: modules that draw random numbers in evaluation
+    mode (see fastscore.graph.trials.draws).
     """
 
     groups: tuple[ChannelGroup, ...]
