@@ -164,3 +164,23 @@ class TokenByToken(nn.Module):
 
 def test_heads_of_one_token_at_a_time(tmp_path: Path) -> None:
     check(TokenByToken, _x(), ["stem", "attention.a"], tmp_path)
+
+
+class AcrossHeads(Inner):
+    """A softmax across heads, in the code that makes what the attention reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        q, k, v = (layer(x).unflatten(-1, (-1, 2)).transpose(1, 2) for layer in (self.a, self.b, self.c))
+        return self.head(x + self.d(((q @ k.mT).softmax(1) @ v).transpose(1, 2).flatten(2)))
+
+
+def test_heads_that_read_each_other_are_not_those_of_what_they_read() -> None:
+    graph = trace(noisy(AcrossHeads), _x())
+    assert [group.name for group in graph.groups] == ["d"]  # what stem makes, too
+    assert graph.skipped["a"] == "its heads read each other"
+    assert {graph.skipped[name] for name in "bc"} == {"its channels go with those of a"}

@@ -78,6 +78,7 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], products: Mapping[tu
         call = calls.of[name]
         for likely in (each for each in known[kind] if isinstance(each, list)):
             layers = [f"{name}.{layer}" if name else layer for layer in likely]
+            layers = [layer for layer in layers if layer in divided] or layers  # not those that they read
             every.skipped |= dict.fromkeys(layers[:1], _MIXED)
             every.tie(layers)
             left.difference_update(layers)
