@@ -51,15 +51,16 @@ class Owned(nn.Module):
         shape = {"gamma": (width, 1, 1), "vector": (width,), "gain": (1, width, 1, 1), "places": (1, width, size, size),
                  "tokens": (1, size * size, width), "scalar": (1,), "both": (2, width)}[way]
         self.way, self.gamma = way, nn.Parameter(0.5 + torch.rand(shape))
+        self.looked_up = width == 8
         if (way, width) == ("tokens", 6):  # of which the code reads the weight
             self.table = nn.Embedding(size * size + 1, width)
             del self.gamma
 
-    def tokens(self, width: int, count: int) -> Tensor:
+    def tokens(self, count: int) -> Tensor:
         """An embedding of positions, as it is or looked up."""
-        if width == 6:
+        if hasattr(self, "table"):
             return self.table.weight[None, :count]
-        return self.gamma[:, torch.arange(count)] if width == 8 else self.gamma
+        return self.gamma[:, torch.arange(count)] if self.looked_up else self.gamma
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same."""
@@ -67,7 +68,7 @@ class Owned(nn.Module):
             return x * self.gamma.view(1, -1, 1, 1)
         if self.way == "tokens":  # of a model that has its channels last
             y = x.flatten(2).transpose(1, 2)
-            return (y + self.tokens(x.shape[1], y.shape[1])).transpose(1, 2).reshape(x.shape)
+            return (y + self.tokens(y.shape[1])).transpose(1, 2).reshape(x.shape)
         if self.way == "both":
             return x * self.gamma[0][:, None, None] + self.gamma[1].view(-1, 1, 1)
         return x + self.gamma if self.way == "places" else x * self.gamma
