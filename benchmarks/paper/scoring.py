@@ -37,7 +37,7 @@ def score_variants(model: nn.Module, images: Images, variants: Iterable[Variant]
 
 def _own(model: nn.Module, images: Images, variants: Iterable[Variant], units: Units, seed: int) -> dict[str, Scores]:
     eval_model = evaluation_copy(model).to(memory_format=torch.channels_last)
-    graph = trace(eval_model, images.images[:1])
+    graph = trace(eval_model, images.images[:1], units=units)
     families: dict[Measure, dict[Variant, Totals]] = {}
     found: dict[str, Scores] = {}
     for variant in variants:

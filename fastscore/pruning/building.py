@@ -95,7 +95,7 @@ class Builder:
         bare = say_what_takes_no_mean(self._model, self._graph.groups, removed)
         if bare:
             notes["means"] = bare
-        if self._means and self._repair is None and removed and not surgery.new_biases:
+        if self._means and self._repair is None and removed and not surgery.takes_means:
             compensation = "removed channels: read as zero (no bias can take what they gave on average)"
         elif self._means and self._repair is None and bare:
             compensation += ", but for what the note on means names"

@@ -54,11 +54,12 @@ class Budgets:
         every: dict[Resource, float | None] = {"channels": self.channels, "params": self.params, "macs": self.macs}
         return {resource: share for resource, share in every.items() if share is not None}
 
-    def require_one(self, call: str) -> "Budgets":
-        """Itself. Raises ValueError, naming the function that was called, where there is no budget."""
+    def require_one(self, call: str, more: str = "") -> "Budgets":
+        """Itself. Raises ValueError, naming the function that was called, where there is no budget. more: what may be
+        given in the place of one."""
         if not self.given:
             raise ValueError(f"{call}: name a budget: channels=, params=, macs= or latency=, what remains of the "
-                             "original")
+                             f"original{more}")
         return self
 
 

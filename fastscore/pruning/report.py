@@ -240,7 +240,8 @@ class PruneReport(Table):
         first = self.repairs[0] if self.repairs else None
         if first and (first.decisions or first.by_error):  # a report of an older file does not say
             mixed = mixed_of(row.mixed for row in self.repairs)
-            lines.append(f"repairs, {judged_by(first.decisions, 'they are not fitted to', mixed)}")
+            by = names(first.by_error, mixed)[1]
+            lines.append(f"repairs, {judged_by(first.decisions, 'they are not fitted to', mixed)}; chosen by {by}")
         lines += map(str, self.repairs)
         lines += [f"outputs: {self.decided}"] if self.decided else []
         lines += [f"{row.layer}: {row.channels[1]} of {row.channels[0]} channels left; floor= keeps a share of each "

@@ -45,6 +45,11 @@ class Surgery:
                                 and _has_no_bias(model.get_submodule(name)))
         self._recipe = recipes.extend(model, removed_indices, self.new_biases)
 
+    @property
+    def takes_means(self) -> bool:
+        """Whether a bias, new or not, takes what removed channels gave on average."""
+        return bool(self._added)
+
     def copy(self) -> nn.Module:
         """A smaller model; the model itself stays as it is."""
         return smaller_copy(self._model, self.apply)

@@ -68,7 +68,9 @@ def _way_out(reasons: Iterable[str], transposing: str) -> str:
     for a model that takes samples second."""
     said = set(reasons)
     if all(reason.endswith(ALONE) for reason in said):
-        return "\ngive batches of one sample each, [1, ...]"
+        return "\ngive batches of one sample each, [1, ...]; where each row of the output is a part of one sample (a " \
+               "node of its graph, say), a forward= that returns [1, rows, ...]: forward=lambda model, batch: " \
+               "model(**batch)[None]"
     if any(reason.endswith(VARYING) for reason in said):
         return "\npass forward= that returns as many numbers for each sample, whatever is in it (what heads make at " \
                "all places, before some are chosen by scores or by NMS)"

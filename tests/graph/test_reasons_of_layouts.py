@@ -167,7 +167,8 @@ _TOKENS, _IMAGES, _ROWS = torch.randn(3, 5, 4), torch.randn(3, 3, 6, 6), torch.r
       for mixer in (Mixer, ConvMixer)),
     (NormOfTokens, _TOKENS, {}),
     (Pairs, _ROWS, dict.fromkeys("ef", _PRODUCT.format("Trilinear"))),
-    (PairsOfBags, _ROWS, {"f": _PRODUCT.format("Trilinear"),
+    (PairsOfBags, _ROWS, {"f": "the tracer cannot follow its channels to last: bilinear in the code of both (Bilinear) "
+                               "mixes or moves them",
                           "e": "an embedding makes its channels by looking them up, and cannot lose any yet"}),
     (Hypernetwork, _TOKENS, {"e": _SUMMED.format("Mm"),
                              "f": "a view divides its channels over several dimensions (ViewBackward0)"}),

@@ -139,6 +139,16 @@ def test_a_layer_that_makes_a_part_of_the_channels_keeps_one() -> None:
         fastscore.prune(model, scores, x, channels=0.2)
 
 
+def test_a_report_says_that_biases_which_were_there_take_what_channels_gave() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(16, 6)
+    scores = fastscore.score(model, [x], progress=False)
+    result = fastscore.prune(model, scores, x, channels=0.5)
+    assert not torch.equal(result.model[2].bias, model[2].bias)
+    assert not result.new_biases
+    assert "removed channels: what they gave on average is in biases" in str(result.report)
+
+
 def test_a_report_says_where_no_bias_takes_what_channels_gave() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """Samples that lie one after the other in one tensor, nodes of graphs and tokens with cu_seqlens, by brute force:
 in batches of one sample."""
 
+import re
 from collections.abc import Mapping
 
 import pytest
@@ -151,3 +152,32 @@ def test_several_after_batches_of_one_say_the_way_out() -> None:
     model, two = noisy(GraphNetwork), _one(2) | {"batch": torch.tensor([0, 0, 0, 1])}
     with pytest.raises(RuntimeError, match="scored where batches have one sample each"):
         fastscore.score(model, [_one(1), two], forward=_graph, progress=False)
+
+
+class NodeNetwork(nn.Module):
+    """What the nodes that lead to a node say of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor) -> Tensor:
+        h = self.second(self.first(x).relu())
+        return torch.zeros_like(h).index_add(0, edge_index[1], h[edge_index[0]])
+
+
+def test_rows_of_one_sample_have_a_way_out_that_works() -> None:
+    """Nodes read each other, so that they are no samples; the graph is one, where [1, nodes, classes] comes back."""
+    model, batches = noisy(NodeNetwork), [_one(number) for number in range(len(SIZES))]
+    with pytest.raises(ValueError, match=re.escape("forward=lambda model, batch: model(**batch)[None]")):
+        fastscore.score(model, batches, progress=False)
+
+    def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return model(**batch)[None]
+
+    scores = fastscore.score(model, batches, forward=forward, progress=False)
+    result = fastscore.prune(model, scores, batches[0], channels=0.5, forward=forward)
+    with torch.no_grad(), fastscore.mask(model, scores, result, batches[0], forward=forward):
+        masked = forward(model, batches[1])
+    assert result.report.channels[1] < result.report.channels[0]
+    torch.testing.assert_close(forward(result.model, batches[1]), masked)

@@ -32,7 +32,7 @@ _QUICK = (1, 2)  # of an example of one sample, which is run once for other ends
 _DECISIONS = 2  # runs in which the model's code decides otherwise about what a batch holds
 Around = Callable[[], AbstractContextManager[Any]]
 
-SHARED = "what {0} reads is the same for all samples, whose gradients there cannot be told apart"
+SHARED = "what {0} reads is shared by several samples, whose gradients there cannot be told apart"
 _UNTOLD = "it cannot be told which of the rows that {0} reads belong to which sample: "
 IRREGULAR = _UNTOLD + "the model's code routes, gathers, flips or loops over them"
 UNREACHED = _UNTOLD + "no sample that was tried sends a gradient back to it"

@@ -96,7 +96,7 @@ def replacement(module: nn.Module) -> type[nn.Module] | None:
     """The class that computes the same of the width that the heads have; None for a module whose heads are, today, not
     as wide as what it reads, or whose code does not ask for the width of that."""
     linears = sum(isinstance(layer, nn.Linear) for layer in module._modules.values())
-    if isinstance(module, _OwnWidth) or linears < (1 if _of_three(module) else 2):
+    if isinstance(module, _OwnWidth) or not linears or (linears == 1 and not _of_three(module)):
         return None
     kind: Any = type(module)
     made: Any = with_own_width(kind)

@@ -86,7 +86,7 @@ class Quality:
         """The budgets that channels are ranked for. Raises ValueError where there is none of either kind, or both, or
         nothing to judge by."""
         if not self.given:
-            return budgets.require_one("prune")
+            return budgets.require_one("prune", "; or, with calibration=batches, agreement= or kl=")
         if budgets.given:
             raise ValueError(f"agreement, kl: they are budgets of their own, which leave as little as will do: leave "
                              f"{next(iter(budgets.given))}= out, or them")
