@@ -109,6 +109,57 @@ def test_where_that_cannot_be_shown_all_channels_stay_that_it_may_meet(meeting: 
         small(x).sum().backward()
 
 
+class Prenet(nn.Module):
+    """Puts an embedding in place of some frames of what it makes, where it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.masked = nn.Linear(4, 6), nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, T, 4] -> [N, T, 6]."""
+        x = self.one(x)
+        return _put(x, self.masked) if self.training else x
+
+
+class Stream(nn.Module):
+    """Layers outside of it add to that. skips: where they are trained, some are left out at random, as LayerDrop does.
+    """
+
+    def __init__(self, skips: bool) -> None:
+        super().__init__()
+        self.skips, self.prenet, self.three, self.last = skips, Prenet(), nn.Linear(6, 5), nn.Linear(5, 2)
+        self.branches = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, T, 4] -> [N, T, 2]."""
+        x = self.prenet(x)
+        for branch in self.branches:
+            if not (self.skips and self.training) or torch.rand(9).min() > 0.4:
+                x = x + branch(x).relu()
+        return self.last(self.three(x).relu())
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_its_entries_go_with_a_stream(skips: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Stream(skips).double(), torch.randn(3, 4, 4, dtype=torch.float64)
+    scores = fastscore.score(model.eval(), [x], progress=False)
+    assert list(scores) == ["prenet.one", "three"]
+    result = fastscore.prune(model, scores, x, channels=0.5, scope="layer", compensate=False)
+    assert result.model.prenet.masked.shape == (3,)
+    whole = copy.deepcopy(model)
+    for made, reader in ("prenet.one", whole.branches[0]), ("prenet.one", whole.branches[1]), \
+            ("prenet.one", whole.three), ("three", whole.last):
+        reader.weight.data[:, result.removed[made]] = 0
+    for seed in range(9):  # those that are left out differ
+        outputs = []
+        for each in (whole.train(), result.model.train()):
+            torch.manual_seed(seed)
+            outputs.append(each(x))
+        torch.testing.assert_close(*outputs)
+
+
 def test_the_whole_way(tmp_path: Path) -> None:
     """Scores by brute force, smaller = masked, export, a training step, save and load."""
     x = torch.randn(4, 3, 4, dtype=torch.float64)

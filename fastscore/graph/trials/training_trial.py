@@ -19,6 +19,7 @@ from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.graph.trials import surgery_trial, verification
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording
+from fastscore.graph.trials.steady_draws import SteadyDraws
 
 Run = Callable[[nn.Module], Sequence[Tensor]]
 
@@ -99,17 +100,19 @@ def _dim(parameter: Tensor) -> int | None:
 
 
 def _near(graph: ChannelGraph, name: str, parameter: Tensor) -> list[ChannelGroup]:
-    """The groups of as many channels as a parameter has numbers, which layers of the module that holds it make."""
+    """The groups of as many channels as a parameter has numbers, which layers of the module that holds it make, or add
+    to."""
     prefix = name[:len(name) - len(name.rpartition(".")[2])]
     return [group for group in graph.groups if group.channels == parameter.numel() and not any(group.role("heads"))
-            and all(member.layer.startswith(prefix) for member in group.role("producer"))]
+            and any(member.layer.startswith(prefix) for member in group.role("producer"))]
 
 
 def _recorded(model: nn.Module, run: Run) -> Recording | None:
     """A recording of a run of a model; None where it does not run."""
     def whole(model: nn.Module) -> Tensor:
         rng.seed(0)  # what code draws of numpy, and of Python, too
-        return torch.cat([output.flatten() for output in run(model)])
+        with SteadyDraws():  # in all runs the same layers, of code that leaves some out at random
+            return torch.cat([output.flatten() for output in run(model)])
 
     with suppress(Exception):  # of a model's code that does not train
         recording = Recording(model, whole)
