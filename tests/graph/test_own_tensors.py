@@ -94,7 +94,26 @@ class Tables(nn.Module):
         return self.head((x + self.planes[1, :, self.places].T).relu().mean(1))
 
 
+class Resized(nn.Module):
+    """Positions of a grid of 3 by 3, which code makes one of 4 by 4 of: by a matrix, as Siglip2 does, and by others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head, self.positions = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5), nn.Embedding(9, 8)
+        self.beside, self.above = nn.Embedding(9, 8), nn.Parameter(torch.randn(9, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).mT
+        near = (1 - (torch.linspace(0, 2, 4)[:, None] - torch.arange(3)).abs()).clamp(min=0).to(x)
+        weights = (near[:, None, :, None] * near[None, :, None, :]).flatten(2).flatten(0, 1)
+        grid = self.positions.weight.reshape(3, 3, -1)
+        x = x + weights.expand(len(x), -1, -1) @ grid.reshape(-1, grid.shape[-1])
+        x = x + torch.bmm(weights.expand(len(x), -1, -1), (self.beside.weight * 2).expand(len(x), -1, -1))
+        return self.head((x * ((self.above + 1).mT @ weights.mT).mT).relu().mean(1))
+
+
 @pytest.mark.parametrize(("build", "groups", "cut"), [
+    (Resized, ["embed"], {"positions.weight": (9, 4), "beside.weight": (9, 4), "above": (9, 4)}),
     (Tables, ["embed"], {"positions.weight": (20, 4), "steps.weight": (4, 4), "rows": (20, 4), "planes": (2, 4, 20)}),
     (ConvNet, ["stem", "blocks.0.up", "blocks.1.up"],
      {"blocks.0.layer_scale": (4, 1, 1), "blocks.1.layer_scale": (4, 1, 1)}),

@@ -257,6 +257,17 @@ def looked_up(function: Any, dim: int, dims: int) -> int | None:
     return rest if rest < first else rest + made
 
 
+def of_constants(function: Any, dim: int, dims: int) -> int | None:
+    """Where the dimension `dim`, of so many, of a matrix, or of several, lies in its product with constants, which
+    nothing made; None where the product sums over it, and of other operations."""
+    if not hasattr(function, "name") or not function.name().startswith(("MmBackward", "BmmBackward")):
+        return None
+    factors = [factor for factor, _ in function.next_functions]
+    if None not in factors:
+        return None
+    return None if dim == dims - (2 if factors[0] is None else 1) else dim
+
+
 def channel_dim(function: Any, dim: int, before: Sequence[int], after: Sequence[int]) -> int:
     """Where the channels that lie along `dim` of the input lie in the output of an operation that is no view."""
     name: str = function.name() if hasattr(function, "name") else ""

@@ -170,7 +170,9 @@ class Nodes(Cuts, tp.DependencyGraph):  # type: ignore[misc]
             moved = [found[0] if (found := index_maps.view(at, before, after)) is not None and not found[1] else None
                      for at in range(len(before))]
         elif index_maps.contracts(node.grad_fn):
-            moved = [index_maps.looked_up(node.grad_fn, at, len(before)) for at in range(len(before))]
+            of = (index_maps.looked_up, index_maps.of_constants)
+            moved = [next((to for each in of if (to := each(node.grad_fn, at, len(before))) is not None), None)
+                     for at in range(len(before))]
         else:
             gone = index_maps.saved_dims(node.grad_fn, "_saved_dim", len(before)) if len(before) > len(after) else ()
             moved = [None if at in gone else index_maps.channel_dim(node.grad_fn, at, before, after)
