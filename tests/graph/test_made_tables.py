@@ -117,6 +117,63 @@ class OfTheInput(Tokens):
         return self.head(x + self.mlp(x).relu())
 
 
+class Kept(Tokens):
+    """As VideoMAE's: a table in an attribute, neither a parameter nor a buffer, and read without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity)
+        self.rows = Grown.rows(9)[None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.rows[:, :x.shape[1]].detach().type_as(x).to(device=x.device, copy=True)
+        return self.head(x + self.mlp(x).relu())
+
+
+class KeptOfImages(Images):
+    """The same for each column of an image, turned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns = Grown.rows(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).tanh() * (self.columns.t() + 2)[:, None]
+        return self.head((x + self.mlp(x)).mean((2, 3)))
+
+
+class Adding(nn.Module):
+    """Adds what it keeps, and has nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = Grown.rows(9).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.rows[:x.shape[1]] * 0.5
+
+
+class Added(Tokens):
+    def __init__(self) -> None:
+        super().__init__(Adding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.table(self.embed(x))
+        return self.head(x + self.mlp(x).relu())
+
+
+class Detached(Tokens):
+    """A buffer, of a module that has more, of which no gradient comes back."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity)
+        self.register_buffer("rows", Grown.rows(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.rows[:x.shape[1]].detach()
+        return self.head(x + self.mlp(x).relu())
+
+
 class OfTwo(Tokens):
     """Two streams meet it, and go as one."""
 
@@ -132,7 +189,8 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "added": (Tokens, (2, 5, 3)), "times": (lambda: Tokens(times=True), (2, 5, 3)),
     "held": (lambda: Tokens(Scaled), (2, 5, 3)), "grown": (lambda: Tokens(Grown), (2, 5, 3)),
     "images": (Images, (2, 3, 6, 6)),
-    "of the input": (OfTheInput, (2, 5, 3)), "of two": (OfTwo, (2, 5, 3))}
+    "kept": (Kept, (2, 5, 3)), "kept, of images": (KeptOfImages, (2, 3, 5, 6)), "kept, and added": (Added, (2, 5, 3)),
+    "a buffer": (Detached, (2, 5, 3)), "of the input": (OfTheInput, (2, 5, 3)), "of two": (OfTwo, (2, 5, 3))}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -177,7 +235,16 @@ class Beside(Tokens):
         return self.head(x + self.mlp(x).relu())
 
 
-@pytest.mark.parametrize("build", [lambda: Tokens(OfWidth), Elsewhere, Beside])
+class MadeAnew(Kept):
+    """For more positions than it has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > self.rows.shape[1]:
+            self.rows = Grown.rows(x.shape[1])[None]
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("build", [lambda: Tokens(OfWidth), Elsewhere, Beside, MadeAnew])
 def test_where_it_is_more_than_that_it_stays(build: Callable[[], nn.Module]) -> None:
     graph = trace(noisy(build), torch.randn(2, 5, 3).double())
     assert "embed" in graph.skipped

@@ -16,7 +16,8 @@ from fastscore.modules.weights.parameter_layers import ParameterLayer
 
 
 def cut(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
-    """Take `index` (int64) of dimension `dim` out of the parameter or buffer of that qualified name, in place.
+    """Take `index` (int64) of dimension `dim` out of the parameter, buffer or other tensor of that qualified name, in
+    place.
 
     A parameter is a new object afterwards.
     """

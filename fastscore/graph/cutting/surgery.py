@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastscore.graph.cutting import beside_weights, channel_buffers, heads, own_tensors
 from fastscore.graph.cutting.cut_widths import SIDE, narrow
 from fastscore.graph.groups import ChannelGroup, Role
-from fastscore.modules import returned_part, zero_branch
+from fastscore.modules import held_tables, returned_part, zero_branch
 from fastscore.modules.attention import handed, multihead_attention
 from fastscore.modules.copying import deepcopy
 from fastscore.modules.evaluation_copy import own_copies
@@ -120,6 +120,10 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
         layer = model.get_submodule(name)
         if side.startswith(SIDE + returned_part.RETURNED):
             returned_part.narrow(layer, side.removeprefix(SIDE), index)
+            continue
+        if side.startswith(SIDE + held_tables.HELD):
+            key, dim = held_tables.place(side.removeprefix(SIDE))
+            own_tensors.cut(model, f"{name}.{key}".lstrip("."), dim, index)
             continue
         if side.startswith(SIDE):
             narrow(layer, side.removeprefix(SIDE), len(index))

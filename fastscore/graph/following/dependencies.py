@@ -77,7 +77,8 @@ class Graph(Nodes):
             self._outputs = [*outputs, *sums]
             return self._outputs
 
-        with NotedCalls(ties.weights(self._module2name)) as self._calls, outputs_of(self._channel_buffers()) as made, \
+        with NotedCalls(ties.weights(self._module2name), model) as self._calls, \
+                outputs_of(self._channel_buffers()) as made, \
                 states_given(states) as self._given, outputs_of(layers_inside.of(model)) as self._inside:
             self._own_parameters = self.unwrapped_parameters
             self.module2node = dict[nn.Module, Any]()

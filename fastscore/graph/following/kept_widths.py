@@ -14,8 +14,9 @@ from fastscore.graph.following.cuts import LAYERS, shape
 from fastscore.graph.following.nodes import NORM, PRODUCERS
 from fastscore.graph.groups import Member
 from fastscore.graph.layer_types import OPTYPE
-from fastscore.modules import returned_part, written_numbers
+from fastscore.modules import written_numbers
 from fastscore.modules.inspection import channel_dim
+from fastscore.modules.returned_part import RETURNED
 from fastscore.modules.weights import recurrent
 
 Kept: TypeAlias = tuple[nn.Module, Width]  # whose number it is, the number
@@ -43,7 +44,8 @@ def of_group(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Ite
                              torch.from_numpy(at[inside] & index_maps.CHANNEL), attribute=width.attribute)
     for (node, _), at in positions.items():
         for member in _of_tables(graph, node, at):
-            if (member.layer, member.attribute) not in known and graph.model.get_submodule(member.layer) not in kept:
+            alone = not member.attribute.startswith(RETURNED) or graph.model.get_submodule(member.layer) not in kept
+            if (member.layer, member.attribute) not in known and alone:
                 known.add((member.layer, member.attribute))
                 yield member
     for name, parts in graph._transformers.items():  # whose code asks whether what it is called on has as many
@@ -57,7 +59,7 @@ def written(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> str 
     """Why a group does not go if zeros meet its channels of a width that stands in the code, or if a number that it
     hangs on is for something else, too; None where neither is so."""
     for node, function in positions:
-        makers = {maker for maker, *_ in _makers(graph, node)}
+        makers = {maker for maker, _ in _tables(graph, node)}
         for code, size, _ in _zeros_at(graph, node, function):
             if code.module not in makers and code.of_size(size) is None:
                 whose, way_out = ("a number that is written there", "let a module keep it (self.hidden), or take it "
@@ -111,17 +113,16 @@ def _zeros_at(graph: Any, node: Any, function: Any) -> Iterator[tuple[Cut, int, 
             yield met.code, met.shape[at], met.begin if joined else 0
 
 
-def _makers(graph: Any, node: Any) -> Iterator[tuple[nn.Module, int, int]]:
-    """(module, dimension from the end, size) of each of them that has something for every channel at a node."""
-    met = graph.tables.met.get(node.grad_fn, ())
-    for maker, held in met if node in graph._dims and node.type not in (*PRODUCERS, OPTYPE.CONCAT) else ():
+def _tables(graph: Any, node: Any) -> Iterator[tuple[nn.Module, str]]:
+    """(module, what surgery is to narrow of it) of each table that has something for every channel at a node."""
+    if node in graph._dims and node.type not in (*PRODUCERS, OPTYPE.CONCAT) and not index_maps.contracts(node.grad_fn):
         dim = graph._dims[node] - len(shape(node))
-        if -dim <= len(held) and held[dim] == shape(node)[dim] > 1:
-            yield maker, dim, held[dim]
+        if dim < 0:
+            yield from graph.tables.at(node.grad_fn, dim, shape(node)[dim])
 
 
 def _of_tables(graph: Any, node: Any, positions: np.ndarray) -> Iterator[Member]:
-    """The members of a group that are what modules make, where that meets the group's channels at a node."""
-    for maker, dim, size in _makers(graph, node):
-        yield Member(graph._module2name[maker], "width", torch.from_numpy(positions >> 32),
-                     torch.from_numpy(positions & index_maps.CHANNEL), attribute=returned_part.attribute(dim, size))
+    """The members of a group that are tables, where these meet the group's channels at a node."""
+    for module, attribute in _tables(graph, node):
+        yield Member(graph._module2name[module], "width", torch.from_numpy(positions >> 32),
+                     torch.from_numpy(positions & index_maps.CHANNEL), attribute=attribute)

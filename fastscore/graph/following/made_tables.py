@@ -1,24 +1,37 @@
-"""What modules make of nothing that layers made (positions by sinusoids, say), and where it meets what these make."""
+"""Tables that no layer made (positions by sinusoids, say), and where they meet what layers make: those that modules
+make in each call, and those that they keep in attributes, and that code reads without a gradient."""
 
-from typing import Any
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from fastscore.batches.parts import tensors_of
 from fastscore.graph.cutting.cut_widths import calling_modules
-from fastscore.modules import returned_part
+from fastscore.modules import held_tables, returned_part
+from fastscore.modules.reachable_code import ReachableCode
+
+_Shape: TypeAlias = tuple[int, ...]
 
 
 class MadeTables:
-    """Notes, call by call of a run, tensors without gradients that modules without parameters make.
+    """Notes, call by call of a run, tensors without gradients that modules without parameters make, and those that are
+    read of attributes of any.
 
-    met: autograd's function of an operation -> (whose module, shape) of what it takes beside what layers made.
+    model: that runs.
     """
 
-    def __init__(self) -> None:
-        self.met: dict[Any, list[tuple[nn.Module, tuple[int, ...]]]] = {}
+    def __init__(self, model: nn.Module) -> None:
+        # autograd's function of an operation -> (its shape, whose module, the attribute or "", the shape of that) of
+        # what it takes beside what layers made
+        self._met: dict[Any, list[tuple[_Shape, nn.Module, str, _Shape]]] = {}
         self._made: dict[int, tuple[Tensor, nn.Module]] = {}  # memory -> what was made there, and by which module
+        # memory -> what is there, the module, the attribute that it was made of, and the shape of that
+        self._held = {_memory(held): (held, module, name, tuple(held.shape))
+                      for module, name, held in held_tables.of(model) if _memory(held)}
+        self._model = model
 
     def note(self, args: Any, output: Tensor) -> None:
         """A call of a function."""
@@ -26,18 +39,52 @@ class MadeTables:
             if output.is_floating_point() and _is_plain(output):
                 maker = next(iter(calling_modules()), None)
                 if maker is not None and returned_part.makes_alone(maker):
-                    self._made.setdefault(output.untyped_storage().data_ptr(), (output, maker))
+                    self._made.setdefault(_memory(output), (output, maker))
+                for x in tensors_of(args) if self._held else ():
+                    if _is_plain(x) and (held := self._held.get(_memory(x))) is not None:
+                        self._held.setdefault(_memory(output), (output, *held[1:]))
             return
-        for x in tensors_of(args) if self._made else ():
-            if x.grad_fn is None and _is_plain(x):
-                _, maker = self._made.get(x.untyped_storage().data_ptr(), (None, None))
+        for x in tensors_of(args) if self._made or self._held else ():
+            if not x.requires_grad and _is_plain(x):
+                memory = _memory(x)
+                _, maker = self._made.get(memory, (None, None))
                 if maker is not None and maker not in calling_modules():
-                    self.met.setdefault(output.grad_fn, []).append((maker, tuple(x.shape)))
+                    self._met.setdefault(output.grad_fn, []).append((tuple(x.shape), maker, "", ()))
+                elif memory in self._held:
+                    self._met.setdefault(output.grad_fn, []).append((tuple(x.shape), *self._held[memory][1:]))
+
+    def at(self, function: Any, dim: int, channels: int) -> Iterator[tuple[nn.Module, str]]:
+        """(module, what surgery is to narrow of it) of each table that an operation takes, and that has something for
+        every channel. function: of autograd. dim: of the channels, from the end."""
+        for shape, module, name, held in self._met.get(function, ()):
+            if -dim <= len(shape) and shape[dim] == channels > 1:
+                if not name:
+                    yield module, returned_part.attribute(dim, channels)
+                elif (at := _dim_of(held, dim, channels)) is not None and \
+                        not held_tables.is_made_anew(name, self._code):
+                    yield module, held_tables.attribute(name, at)
+
+    @cached_property
+    def _code(self) -> ReachableCode:
+        return ReachableCode(self._model)
 
     def forget(self) -> None:
         """Let go of it all."""
-        self.met.clear()
+        self._met.clear()
         self._made.clear()
+        self._held.clear()
+
+
+def _dim_of(held: _Shape, dim: int, channels: int) -> int | None:
+    """The dimension of a tensor of that shape that holds channels which lie along `dim`, from the end, where it meets
+    others; None where several may."""
+    found = [at for at, size in enumerate(held) if size == channels]
+    at = len(held) + dim
+    return at if at in found else found[0] if len(found) == 1 else None
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def _is_plain(x: Tensor) -> bool:

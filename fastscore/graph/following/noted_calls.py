@@ -80,10 +80,10 @@ class NotedCalls(TorchFunctionMode):
     need no gradient included, which modules' code reads the weights of other modules' layers, where zeros that the code
     of modules makes meet what layers make, and what is computed and not used.
 
-    weights: id of a weight -> the layers that hold it, with their names.
+    weights: id of a weight -> the layers that hold it, with their names. model: that runs.
     """
 
-    def __init__(self, weights: Mapping[int, Mapping[str, nn.Module]]) -> None:
+    def __init__(self, weights: Mapping[int, Mapping[str, nn.Module]], model: nn.Module) -> None:
         super().__init__()
         self._weights = weights
         self.read_elsewhere: dict[str, str] = {}  # layer -> the class of the module whose code reads its weight
@@ -98,7 +98,7 @@ class NotedCalls(TorchFunctionMode):
         self._zeros: dict[int, tuple[Tensor, Cut]] = {}  # memory -> zeros there, and the code that made them
         self._like: dict[int, tuple[Tensor, Tensor]] = {}  # id of zeros that code made like another tensor -> they, it
         self.met: dict[Any, list[MetZeros]] = {}  # autograd's function of an operation, module whose code calls it
-        self.tables = MadeTables()
+        self.tables = MadeTables(model)
         self._nested = Nested()
         self._unused: dict[Any, Tensor] = {}  # autograd function -> what it made, and no later one is known to take
 
