@@ -210,6 +210,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         has_run, recording.draws = True, rng.has_drawn(device)
         layers, more = made.unread(outputs)
         unused.update(layers)
+        graph.unread = {tensor.grad_fn for tensor in more}
         return [*outputs, *more]
 
     def whole(eval_model: nn.Module) -> Tensor:
@@ -248,6 +249,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     if unused and recording.shows_without_gradient(unused):
         recording.detached = idle
         unused.clear()
+        graph.unread.clear()
     branches, kept_blocks = blocks.find(eval_model, whole) if "blocks" in searched else ([], {})
     mixtures, kept_experts = whole_experts.find(eval_model, whole) if "experts" in searched else ((), {})
     attentions = attention.find(recording, unused, "head_dims" in searched)

@@ -158,3 +158,42 @@ def test_a_stream_whose_last_sum_nobody_reads(in_place: bool, tmp_path: Path) ->
     (stream,) = (group for group in trace(_Gated(in_place), x.float()).groups if group.name == "embed")
     assert {member.layer for member in stream.role("producer")} == {"embed", "back.0", "back.1"}
     assert {edge.layer for edge in stream.edges} == {"gate.0", "gate.1"}
+
+
+class Crossing(nn.Module):
+    """Two streams that the same layers read and add to, as LXMERT's; of one, nothing is read at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.norm, self.end = nn.Linear(5, 8), nn.Linear(5, 8), nn.LayerNorm(8), nn.LayerNorm(8)
+        self.up, self.down, self.head = nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = self.one(x), self.two(x.flip(-1))
+        one, two = one + self.down(self.up(self.norm(two)).tanh()), two + self.down(self.up(self.norm(one)).tanh())
+        self.kept = self.end(two).detach()
+        return self.made(one)
+
+    def made(self, one: Tensor) -> Tensor:
+        return self.head(self.norm(one)).mean(1)
+
+
+class Returned(Crossing):
+    """And the other is returned."""
+
+    def made(self, one: Tensor) -> Tensor:
+        return one
+
+
+def test_a_stream_of_which_nothing_is_read_at_the_end(tmp_path: Path) -> None:
+    """It goes with the one that the same layers read, and what nobody reads is narrowed."""
+    small = check(Crossing, torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1)).double(), ["one", "up"],
+                  tmp_path).model
+    assert small.two.out_features == small.end.width == small.head.in_features < 8
+
+
+def test_layers_called_on_two_streams_are_no_products_of_activations() -> None:
+    skipped = trace(noisy(Returned), torch.randn(2, 4, 5).double()).skipped
+    assert {skipped[layer] for layer in ("one", "two", "down")} <= {
+        "its channels are the model's output", "its channels go with those of one"}

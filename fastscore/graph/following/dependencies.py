@@ -53,6 +53,7 @@ class Graph(Nodes):
         are traced in their place. nested: layers that see nested tensors, and are not traced."""
         self.model, self.verbose, self.ignored_params = model, False, list[nn.Parameter]()
         self.written = dict[str, str]()  # group -> why it does not go, if it does not run with fewer channels
+        self.unread = set[Any]()
         self._in_vain = set[Any]()  # autograd functions of what is computed, and not used
         self._outputs: list[Tensor] = []  # in torch 2.11, an autograd.Function's node is gone with its output
         self._module2name = {module: name for name, module in model.named_modules()}
@@ -165,6 +166,7 @@ class Graph(Nodes):
         self.module2node.clear()
         self._outputs.clear()
         self._in_vain.clear()
+        self.unread.clear()
         self._calls.forget()
 
     def positions_of(self, root: Any, others: bool = False) -> tuple[Positions, str | None, Mapping[Key, Key | None]]:

@@ -25,11 +25,18 @@ def lost(graph: Nodes, came: Mapping[Key, Key | None]) -> dict[Key, str]:
         origin = came[before]
         why = found.get(before) or _at_product(graph, before[0], None if origin is None else origin[0]) \
             or _between(graph, before[0], key[0])
-        if why is not None:
+        if why is not None and not (origin is not None and _within(origin, before[0])):
             found[key] = why
     layers = (why for why in found.values() if ALONG in why)
     one: str | None = next(layers, None)  # which says more
     return {key: one if one is not None and why.startswith(_MEET) else why for key, why in found.items()}
+
+
+def _within(read: Key, product: Any) -> bool:
+    """Whether channels that a layer reads have come to the product in it of another of its calls, whose input they are:
+    a layer that is called more often reads as many channels each time."""
+    layer, function = read
+    return layer.type in LAYERS and function.__name__ == "prune_in_channels" and product in layer.inputs
 
 
 def at_end(graph: Nodes, came: Mapping[Key, Key | None], last: Key) -> str | None:

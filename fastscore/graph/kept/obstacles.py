@@ -42,7 +42,7 @@ def why(graph: Nodes, node: Any, function: Any) -> str | None:
                f"({type(node.module).__name__}), which cannot lose channels yet"
     reads = node.type in LAYERS and function.__name__ == "prune_in_channels"
     if node.type == OPTYPE.OUTPUT or not (node.outputs or reads):
-        return "its channels are the model's output"
+        return None if node.grad_fn in graph.unread else "its channels are the model's output"
     if any(reduced(graph, node)):
         return over_channels.why(node)
     cropped = graph._is_padded(node) and min(graph._padding(node)) < 0
