@@ -114,7 +114,7 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
     # as of an embedding whose weight another one holds, or code reads as a parameter of its own
     untraced = [name for name in untraced if covered.isdisjoint((name, f"{name}.weight"))]
     if untraced:
-        skipped |= reasons.of_untraced(untraced, idle, recording, graph.read_elsewhere)
+        skipped |= reasons.of_untraced(untraced, idle, recording, graph.read_elsewhere, graph.read_detached)
     skipped |= {name: why for name, why in partly.items() if name not in covered and name not in tied}
     skipped |= {layer: f"{TIED}{first}" for layer, first in tied.items()
                 if layer not in covered and layer not in skipped}

@@ -142,7 +142,7 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
         found = training_trial.with_parameters(recording, found, run_as_in_training)
-        chooses, tried = recording.chooses, recording.tried
+        chooses, tried, taken = recording.chooses, recording.tried, recording.taken
         found = replace(found, drawing=draws.drawing(eval_model, run) if recording.draws else ())
         del recording
         found = replace(found, groups=traced_groups.all_held(eval_model, found.groups),
@@ -162,7 +162,7 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
                              "`x = x + branch(x)`, where it says `x += branch(x)`") from error
         if axes.together or chooses or counted_samples.branches(model):
             found = found.less(among_samples.refusals(eval_model, run, found.groups, example_inputs, samples))
-    graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained))
+    graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained), taken)
     axes = replace(axes, transposing=samples_second.transposing(forward, samples))
     return replace(graph, samples=axes, searched=searched, **counted.products(axes.batch))
 
@@ -241,6 +241,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         advice = "" if has_run or isinstance(error, RuntimeError) else otherwise  # as of shapes
         raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}{advice}") from error
     graph.note_unseen_readers(recording.calls_of)
+    recording.taken = graph.taken
     graph.runs_again(lambda: running.run_between(recording))
     if unverified := reasons.of_gradients_of_its_own(recording):
         graph.release()
@@ -319,7 +320,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     residual, refused_blocks = blocks.that_go(eval_model, whole, branches, found.groups)
     found = replace(found, blocks=residual,
                     kept_whole={"blocks": {**kept_blocks, **refused_blocks}, "experts": kept_experts})
-    return found, ran, {*left, *kept, *(readers.keys() - ran)}, recording
+    return found, ran, {*left, *kept, *((readers.keys() | graph.read_detached.keys()) - ran)}, recording
 
 
 def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGroup]) -> ChannelGraph:

@@ -1,5 +1,6 @@
 """Whatever holds weights is in a group or has a reason, in one line."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -208,3 +209,58 @@ def test_complex_weights_say_so() -> None:
     assert [group.name for group in graph.groups] == ["three"]
     assert [graph.skipped[name] for name in ("one", "two")] == \
         ["its weight is of torch.complex64, of which no gradient is taken"] * 2
+
+
+def test_an_output_that_others_read_is_an_output() -> None:
+    """As the last hidden state is, of which a pooler makes something else."""
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm, self.pool = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6)
+            self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            x = self.embed(x)
+            x = self.norm(x + self.down(self.up(x).relu()))
+            return {"last_hidden_state": x, "pooler_output": self.pool(x[:, 0]).tanh()}
+
+    graph = trace(Pooled(), torch.randn(2, 3, 4), lambda model, batch: model(batch)["last_hidden_state"])
+    assert [group.name for group in graph.groups] == ["up"]
+    assert graph.skipped["embed"] == "its channels are the model's output"
+    assert graph.skipped["down"] in ("its channels go with those of embed", "its channels are the model's output")
+
+
+class Biased(nn.Module):
+    """What a table is made of, in the way of a case, is added to all channels; a parameter is there for nothing."""
+
+    def __init__(self, made: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.one, self.two, self.table, self.made = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(5, 3), made
+        self.token = nn.Parameter(torch.randn(1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x).relu() + self.made(self)[torch.arange(x.shape[1])].mean(-1, keepdim=True))
+
+
+def _without_gradient(model: Biased) -> Tensor:
+    with torch.no_grad():
+        return model.table.weight.t()[:, :]
+
+
+@pytest.mark.parametrize(("made", "reason"), [
+    *((made, "the code of Biased reads its weight, and does not call it, where no gradient comes back "
+             "(torch.no_grad(), or detach())")
+      for made in (_without_gradient, lambda model: model.table.weight.detach().t())),
+    (lambda model: torch.ones_like(model.table.weight).t(),
+     "it does not run on example_inputs: if it reads channels that are removed, it will not fit them")])
+def test_a_layer_that_code_reads_where_no_gradient_comes_back(made: Callable[[Any], Tensor], reason: str) -> None:
+    """It has the reason; what takes no more than its shape does not read it."""
+    graph = trace(Biased(made).eval(), torch.randn(2, 3, 4))
+    assert [group.name for group in graph.groups] == ["one"]
+    assert graph.skipped["table"] == reason
+
+
+def test_a_parameter_that_no_code_reads() -> None:
+    skipped = trace(Biased(lambda model: model.table.weight.t()).eval(), torch.randn(2, 3, 4)).skipped
+    assert skipped["token"] == "no code reads its token [1, 6] on example_inputs: if that meets channels that are " \
+                               "removed, it will not fit them"

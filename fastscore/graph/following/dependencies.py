@@ -53,7 +53,7 @@ class Graph(Nodes):
         are traced in their place. nested: layers that see nested tensors, and are not traced."""
         self.model, self.verbose, self.ignored_params = model, False, list[nn.Parameter]()
         self.written = dict[str, str]()  # group -> why it does not go, if it does not run with fewer channels
-        self.unread = set[Any]()
+        self.returned, self.unread = set[Any](), set[Any]()
         self._in_vain = set[Any]()  # autograd functions of what is computed, and not used
         self._outputs: list[Tensor] = []  # in torch 2.11, an autograd.Function's node is gone with its output
         self._module2name = {module: name for name, module in model.named_modules()}
@@ -72,6 +72,7 @@ class Graph(Nodes):
 
         def keeping(*args: Any) -> list[Tensor]:
             outputs = run(*args)
+            self.returned = {output.grad_fn for output in outputs} - self.unread
             ends, self._in_vain = self._calls.ends(outputs)
             sums = [end.sum() for end in ends]  # roots, behind which each end is what it is
             self._in_vain |= {end.grad_fn for end in sums}
@@ -146,6 +147,16 @@ class Graph(Nodes):
         return self._calls.read_elsewhere
 
     @property
+    def read_detached(self) -> dict[str, str]:
+        """The same, of code that no gradient comes back from."""
+        return self._calls.read_detached
+
+    @property
+    def taken(self) -> set[int]:
+        """See NotedCalls."""
+        return self._calls.taken
+
+    @property
     def products(self) -> dict[tuple[nn.Module, ...], set[int]]:
         """See NotedCalls."""
         return self._calls.products
@@ -166,6 +177,7 @@ class Graph(Nodes):
         self.module2node.clear()
         self._outputs.clear()
         self._in_vain.clear()
+        self.returned.clear()
         self.unread.clear()
         self._calls.forget()
 

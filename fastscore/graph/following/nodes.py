@@ -30,7 +30,8 @@ class Nodes(Cuts, tp.DependencyGraph):  # type: ignore[misc]
     model: nn.Module
     _module2name: dict[nn.Module, str]
     _op_id: int  # of the next operation that is none of the model's modules
-    unread: set[Any]  # autograd functions of what layers made, and nothing is computed from
+    returned: set[Any]  # autograd functions of the model's outputs
+    unread: set[Any]  # and of what layers made, and nothing is computed from
     _met: list[tuple[Any, Any]]  # (node, one after it whose channels were known to lie somewhere before it was reached)
 
     def _channel_buffers(self) -> list[nn.Module]:

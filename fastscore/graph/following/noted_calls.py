@@ -87,6 +87,8 @@ class NotedCalls(TorchFunctionMode):
         super().__init__()
         self._weights = weights
         self.read_elsewhere: dict[str, str] = {}  # layer -> the class of the module whose code reads its weight
+        self.read_detached: dict[str, str] = {}  # the same, where no gradient comes back to the weight
+        self.taken = set[int]()  # ids of parameters that anything is computed from
         self._taken = Counter[int]()  # id of a weight -> how often it is taken, by what the outputs are made of or not
         self.cuts: list[Cut] = []
         self.concatenated: dict[Any, list[int]] = {}  # autograd function -> the widths of what it joins
@@ -115,6 +117,8 @@ class NotedCalls(TorchFunctionMode):
                 reach(tensor.grad_fn, reached)
         self._unused.clear()
         self._nested.forget()
+        self.taken.update(id(source.variable) for node in used for source, _ in node.next_functions
+                          if hasattr(source, "variable"))
         self._taken = Counter(id(source.variable) for node in reached for source, _ in node.next_functions
                               if hasattr(source, "variable") and id(source.variable) in self._weights)
         return found, reached - used
@@ -177,12 +181,7 @@ class NotedCalls(TorchFunctionMode):
         if isinstance(output, Tensor) and output.dim():
             self._note_zeros(func, (args, tuple(kwargs.values())), output, joined)
             self.tables.note((args, tuple(kwargs.values())), output)
-        for weight in tensors_of((args, tuple(kwargs.values()))):
-            if (layers := self._weights.get(id(weight))) and _computed_from(output, weight, args, kwargs):
-                reader = calling_module()
-                own = (module for layer in layers.values() for module in layer.modules())
-                if reader is not None and not any(reader is module for module in own):
-                    self.read_elsewhere |= dict.fromkeys(layers, type(reader).__name__)
+        self._note_parameters(func, args, kwargs, output)
         if joined is not None and output.grad_fn is not None:
             self.concatenated[output.grad_fn] = _widths(*joined)
         return output
@@ -203,6 +202,20 @@ class NotedCalls(TorchFunctionMode):
                     self._unused.pop(source, None)
                 self._unused[tensor.grad_fn] = tensor
 
+    def _note_parameters(self, func: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        """Which parameters a function takes, and whose code it is that has the weights of others' layers."""
+        if next(iter(tensors_of(output)), None) is None:  # but a shape, say
+            return
+        for weight in tensors_of((args, tuple(kwargs.values()))):
+            self.taken.add(id(weight))
+            layers = self._weights.get(id(weight), {})
+            computed = bool(layers) and _computed_from(output, weight, args, kwargs)
+            reader = calling_module() if computed or (layers and _takes_values(func, weight, args)) else None
+            own = (module for layer in layers.values() for module in layer.modules())
+            if reader is not None and not any(reader is module for module in own):
+                found = self.read_elsewhere if computed else self.read_detached
+                found.update(dict.fromkeys(layers, type(reader).__name__))
+
     def _note_zeros(self, func: Any, args: Any, output: Tensor, joined: tuple[list[Tensor], int] | None) -> None:
         """Zeros, what is made of them alone (in another dtype, say), and where they meet what layers make.
 
@@ -221,6 +234,12 @@ class NotedCalls(TorchFunctionMode):
                 begin = sum(_widths(tensors[:next(at for at, each in enumerate(tensors) if each is x)], dim))
             for where in (output.grad_fn, calling_module()):
                 self.met.setdefault(where, []).append(MetZeros(tuple(x.shape), code, dim, begin))
+
+
+def _takes_values(func: Any, tensor: Tensor, args: Any) -> bool:
+    """Whether a function takes more of a tensor than its shape, dtype and device."""
+    name: str = getattr(func, "__name__", "")
+    return not (name.startswith("new_") or name.endswith(("_like", "_as")) or (name == "to" and args[0] is not tensor))
 
 
 def _of_its_shape(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:

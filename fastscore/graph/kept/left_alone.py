@@ -1,5 +1,6 @@
 """What no group covers is named, with the reason: whoever reads a report finds every weight in it."""
 
+from collections.abc import Container
 from dataclasses import replace
 
 from torch import nn
@@ -23,11 +24,11 @@ _REASONS: tuple[tuple[type[nn.Module], str], ...] = (
 )
 
 
-def named(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
+def named(model: nn.Module, graph: ChannelGraph, taken: Container[int]) -> ChannelGraph:
     """The graph, with a word on everything of `model` that holds weights and is in no group.
 
     A weight is a parameter of two or more dimensions; normalisations go with the layers before them. Where a module
-    holds others, the key is the parameter's qualified name.
+    holds others, the key is the parameter's qualified name. taken: ids of parameters that anything was computed from.
     """
     # a layer that only reads channels makes others
     covered = {member.layer for group in graph.groups for member in group.members
@@ -53,12 +54,14 @@ def named(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
                 reader, _, own = name.rpartition(".") if holder else (name, "", "")
                 more[whole if module._modules or not name or holder else name] = _reason(
                     model.get_submodule(reader), f"{own}.{key}".lstrip("."), parameter, module,
-                    owners[id(parameter)] > 1)
+                    owners[id(parameter)] > 1, id(parameter) in taken)
     return replace(graph, skipped={**graph.skipped, **more})
 
 
-def _reason(module: nn.Module, key: str, parameter: nn.Parameter, holder: nn.Module, shared: bool) -> str:
-    """holder: of the parameter, a module below `module`, or itself. shared: whether others hold it, too."""
+def _reason(module: nn.Module, key: str, parameter: nn.Parameter, holder: nn.Module, shared: bool,
+            read: bool) -> str:
+    """holder: of the parameter, a module below `module`, or itself. shared: whether others hold it, too. read: whether
+    anything was computed from it."""
     kind = type(module).__name__
     if (why := why_it_computes_on(module)) is not None:
         return why
@@ -72,4 +75,7 @@ def _reason(module: nn.Module, key: str, parameter: nn.Parameter, holder: nn.Mod
                "followed where one module alone holds it, and the others' code is that module's or reads it there"
     if key.rpartition(".")[2] in COMPUTED.get(holder, ()):
         return f"the code of {kind} computes what it multiplies by from its {key} {list(parameter.shape)}, in each pass"
+    if not read:
+        return f"no code reads its {key} {list(parameter.shape)} on example_inputs: if that meets channels that are " \
+               "removed, it will not fit them"
     return f"the code of {kind} reads its {key} {list(parameter.shape)}, which meets no channels that can go"

@@ -41,8 +41,9 @@ def why(graph: Nodes, node: Any, function: Any) -> str | None:
         return f"its channels pass through {node._name or type(node.module).__name__} " \
                f"({type(node.module).__name__}), which cannot lose channels yet"
     reads = node.type in LAYERS and function.__name__ == "prune_in_channels"
-    if node.type == OPTYPE.OUTPUT or not (node.outputs or reads):
-        return None if node.grad_fn in graph.unread else "its channels are the model's output"
+    if not reads and (node.type == OPTYPE.OUTPUT or node.grad_fn in graph.returned or not node.outputs) and \
+            node.grad_fn not in graph.unread:
+        return "its channels are the model's output"
     if any(reduced(graph, node)):
         return over_channels.why(node)
     cropped = graph._is_padded(node) and min(graph._padding(node)) < 0

@@ -127,8 +127,8 @@ def of_gradients_of_its_own(recording: Recording) -> dict[str, str]:
     return {}
 
 
-def of_untraced(names: Sequence[str], idle: Collection[str], recording: Recording, readers: Mapping[str, str]
-                ) -> dict[str, str]:
+def of_untraced(names: Sequence[str], idle: Collection[str], recording: Recording, readers: Mapping[str, str],
+                detached: Mapping[str, str]) -> dict[str, str]:
     """Why layers of which no gradient comes back are kept.
 
     Args:
@@ -136,6 +136,7 @@ def of_untraced(names: Sequence[str], idle: Collection[str], recording: Recordin
         idle: all layers that ran, and of which none comes back, normalisations included.
         recording: of a run of the model, which nothing has been changed in yet.
         readers: see `read_elsewhere`.
+        detached: the same, of code that no gradient comes back from.
     """
     found: dict[str, str] = {}
     for name in names:
@@ -155,6 +156,9 @@ def of_untraced(names: Sequence[str], idle: Collection[str], recording: Recordin
             found[name] = "it runs under torch.no_grad(), where nothing can be measured"
         elif name in readers and name not in recording.layers_that_ran:
             found[name] = f"the code of {readers[name]} reads its weight, and does not call it"
+        elif name in detached and name not in recording.layers_that_ran:
+            found[name] = f"the code of {detached[name]} reads its weight, and does not call it, where no gradient " \
+                          "comes back (torch.no_grad(), or detach())"
     rest = {name for name in names if name not in found}
     show = recording.read_by_others(rest.union(idle)) is not None  # one of them, or more
     for name in rest:

@@ -49,8 +49,8 @@ class Recording:
         self.lost = set[str]()  # Linears whose output is a view that is written to: autograd's graph lacks their node
         self.swapped: dict[tuple[str, int], dict[str, Any]] = {}  # (layer, call) -> parameters that were put in for it
         self.nested, self.transformed = set[str](), set[str]()  # layers that see nested tensors; run under torch.func
-        self.first_layers = set[str]()  # those that read what no gradient comes back from, in one call at least
-        self.from_zeros = set[str]()  # those that read zeros of which none does
+        self.first_layers, self.from_zeros = set[str](), set[str]()  # that no gradient leaves, in one call; of zeros
+        self.taken = set[int]()  # ids of parameters that anything is computed from
         self.detached = frozenset[str]()  # those of which no gradient comes back, while something does
         self.tried: tuple[ChannelGroup, ...] = ()  # without some channels of which, all at once, the model has run
         self.chooses = self.draws = False  # whether something is chosen by channels, and shows nowhere; draws at random
