@@ -138,9 +138,11 @@ class ChannelGraph:
     fastscore.graph.heads.head_dims.with_head_dims). whole_heads: group -> why its heads go whole or not at all.
     not_both: group of head dimensions -> why none go beside whole heads. searched: which of `blocks`, `experts` and
     `head_dims` were looked for; "norms" where samples are told apart behind BatchNorms, too. training_only: layers that
-    run in training alone. kept_biases: Linear or convolution -> what is done with its bias but adding it, so that no
-    mean goes into it (see fastscore.graph.trials.bias_trial). drawing: modules that draw random numbers in evaluation
-    mode (see fastscore.graph.trials.draws).
+    run in training alone. chosen: layers of experts that code chooses among, some of which may not run: where no
+    batch chooses one, nothing is missed there (see fastscore.graph.trials.idle_siblings).
+    kept_biases: Linear or convolution -> what is done with its bias but adding it, so that no mean goes into it (see
+    fastscore.graph.trials.bias_trial). drawing: modules that draw random numbers in evaluation mode (see
+    fastscore.graph.trials.draws).
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -157,6 +159,7 @@ class ChannelGraph:
     not_both: Mapping[str, str] = field(default_factory=dict)
     searched: frozenset[str] = frozenset()
     training_only: frozenset[str] = frozenset()
+    chosen: frozenset[str] = frozenset()
     kept_biases: Mapping[str, str] = field(default_factory=dict)
     drawing: tuple[str, ...] = ()
 

@@ -38,6 +38,7 @@ from fastscore.graph.trials import (
     bias_trial,
     cut_otherwise,
     draws,
+    idle_siblings,
     kept_numbers,
     mixing,
     returned_trial,
@@ -142,6 +143,7 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
         found = training_trial.with_parameters(recording, found, run_as_in_training)
+        found = idle_siblings.with_siblings(recording, found)
         chooses, tried, taken = recording.chooses, recording.tried, recording.taken
         found = replace(found, drawing=draws.drawing(eval_model, run) if recording.draws else ())
         del recording

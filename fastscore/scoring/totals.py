@@ -256,7 +256,7 @@ class Totals:
         if layer is not None:
             raise FloatingPointError(f"{layer}: NaN or infinity in its activations or gradients")
         missed = {group.name: self._why_missed(layer) for group in self._graph.groups
-                  for layer in sorted({edge.tap for edge in group.edges} - self._reached)[:1]}
+                  for layer in sorted(self._missed({edge.tap for edge in group.edges}))[:1]}
         missed |= {group.name: self._untold[edge.tap] for group in self._graph.groups for edge in group.edges
                    if edge.tap in self._untold}
         totals = {name: total.cpu() for name, total in self._totals.by_name().items() if name not in missed}
@@ -267,6 +267,7 @@ class Totals:
         means = {layer: (total / self._counts["samples"]).cpu() for layer, total in self._means.by_name().items()
                  if layer not in self._untold and layer in reading}  # queries are read as they are, or not at all
         means = {layer: mean.new_empty(0) if mean.isnan().all() else mean for layer, mean in means.items()}
+        means |= {layer: torch.empty(0, dtype=torch.float64) for layer in reading & self._graph.chosen - means.keys()}
         even, odd = self._counts["even"], self._counts["odd"]
         scores = Scores({name: total.sum(0) for name, total in totals.items()}, self.origin, even + odd,
                         self.samples, self._graph.less(missed).skipped, means,
@@ -278,6 +279,11 @@ class Totals:
                                      + ("" if self.origin.normalize else "normalize=True, a smaller loss scale, or ")
                                      + 'importance="taylor-abs", which squares nothing')
         return scores
+
+    def _missed(self, taps: set[str]) -> set[str]:
+        """Those of a group that no backward pass came to, though something is read there; of experts, not all need be
+        chosen."""
+        return taps - self._reached - (self._graph.chosen if taps & self._reached else frozenset())
 
     def _why_missed(self, layer: str) -> str:
         if layer in self._graph.training_only:

@@ -88,8 +88,12 @@ def _extends(group: ChannelGroup, other: ChannelGroup) -> bool:
 
 def with_skip_reasons(graph: ChannelGraph, inactive: Iterable[str]) -> ChannelGraph:
     """The graph, with a word on each layer that never ran, but for those whose heads an attention reads without calling
-    them."""
+    them, and those that lose with their siblings what they make."""
     known = {member.layer for group in graph.groups if any(group.role("heads")) for member in group.members}
+    known |= {member.layer for group in graph.groups for member in group.role("producer")} & graph.chosen
+    fit = {member.layer for group in graph.groups for member in group.members} & graph.chosen
     return replace(graph, skipped={**graph.skipped, **{
-        layer: "it does not run on example_inputs: if it reads channels that are removed, it will not fit them"
+        layer: "nothing in example_inputs chooses it, as the experts beside it: what it makes is not measured"
+        if layer in fit else
+        "it does not run on example_inputs: if it reads channels that are removed, it will not fit them"
         for layer in sorted(set(inactive) - known)}})

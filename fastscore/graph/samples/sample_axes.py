@@ -59,7 +59,7 @@ def of_graph(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training
     watched |= {name: Watched(1, output=True) for name, module in model.named_modules()
                 if norms and isinstance(module, nn.modules.batchnorm._BatchNorm)}
     axes = find(model, watched, run, example, single, first) if watched else SampleAxes()
-    inactive = {layer: watched[layer] for layer in watched.keys() - axes.calls.keys()}
+    inactive = {layer: watched[layer] for layer in watched.keys() - axes.calls.keys() - graph.chosen}
     if not inactive:
         return axes
     return replace(axes, calls={**axes.calls, **find(model, inactive, run_as_in_training, example, single).calls})
