@@ -1,6 +1,6 @@
 """Finding the channel groups of a model, through Torch-Pruning's dependency graph, and trying them on the model."""
 
-from collections.abc import Callable, Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -260,7 +260,8 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     def followed() -> ChannelGraph:
         return traced_groups.of_graph(eval_model, graph, attentions.layers(), recording, unused, idle)
 
-    found = followed()
+    found = plain = followed()
+    named = attentions.layers()
     divided, cut = ({layer for layer, why in found.skipped.items() if why.startswith(start)}
                     for start in (obstacles.DIVIDED, obstacles.CUT))
     unnamed = unnamed_attention.find(eval_model, recording.run_again, graph.products, divided | cut, unused, attentions,
@@ -268,13 +269,12 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     if attentions.with_unnamed(unnamed, divided):
         found = followed()
     heads, left = attentions.groups, attentions.skipped
-    taken = attentions.layers()
 
-    def groups_of(roots: Collection[str]) -> ChannelGraph:
+    def groups_of(taken: Mapping[str, set[str]], roots: Collection[str]) -> ChannelGraph:
         return traced_groups.of_graph(eval_model, graph, taken, recording, unused, (), roots)
 
-    guesses = cut_otherwise.guesses(graph, found.skipped, groups_of)
-    passing, passed = across.guesses(graph, recording, groups_of)
+    guesses = cut_otherwise.guesses(graph, plain.skipped, partial(groups_of, named))  # if the heads do not go
+    passing, passed = across.guesses(graph, recording, partial(groups_of, attentions.layers()))
     found = state_spaces.with_widths(eval_model, _with_heads(eval_model, found, heads))
     graph.release()
     readers = graph.read_elsewhere
@@ -310,6 +310,9 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     made = {member.layer for group in joined for member in group.role("producer")}
     kept |= {name: reasons.of_refusal(why, members[name], recording, readers, graph.written.get(name))
              for name, why in refused.items() if name not in made}
+    for group in unnamed.groups:  # guesses: what is known of their layers without them is why these stay
+        kept |= {layer: plain.skipped[layer] for member in group.role("producer")
+                 if group.name in kept and (layer := member.layer) in plain.skipped}
     found = replace(found, groups=tuple(group for group in tried if group.name not in refused),
                     skipped={**found.skipped, **kept, **left}, experts=mixtures,
                     head_dims=tuple(attentions.head_dims), whole_heads=attentions.whole_heads,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.efficientvit_mit import LiteMLA
 from torch import Tensor, nn
 
 from fastscore.graph.tracing import trace
@@ -184,3 +185,14 @@ def test_what_is_found_where_channels_may_not_be_is_no_reason(build: type[Net], 
     graph = trace(build().eval(), x)
     assert {layer: graph.skipped.get(layer) for layer in reasons} == reasons
     assert [group.name for group in graph.groups if group.name == "e"] == ([] if "e" in reasons else ["e"])
+
+
+def test_what_is_known_of_layers_whose_heads_are_guessed_and_do_not_go() -> None:
+    """As of linear attention at several scales: the reason is that of before the guess."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), LiteMLA(16, 16, dim=8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(16, 3)).double().eval()
+    graph = trace(model, torch.randn(2, 3, 8, 8).double())
+    assert [group.name for group in graph.groups] == ["0", "1.proj.conv"]
+    for layer in ("1.qkv.conv", "1.aggreg.0.1"):
+        assert graph.skipped[layer] == "a view divides its channels over several dimensions (ViewBackward0)"
