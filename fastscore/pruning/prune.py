@@ -25,7 +25,6 @@ from fastscore.pruning.budgets.latency import say_slower, select_by_latency
 from fastscore.pruning.budgets.quality import HELD_OUT, Quality, Way, build_after, finer_than_next, select_by_quality
 from fastscore.pruning.budgets.selection import (
     OutOfReachError,
-    channels_of,
     check_removable,
     give_back,
     macs_along,
@@ -240,7 +239,6 @@ def _by_sums(builder: Builder, budgets: Budgets, order: list[RemovalStep]) -> tu
     try:
         removed = select(order, costs, budgets.counted)
     except OutOfReachError:  # how much remains is for a count to say
-        give_back(channels_of(order), costs)
         return {}, None
     cut, foreseen = None, costs.totals["macs"]
     try:

@@ -1,6 +1,7 @@
 """Code that does not run at some widths, which no trial before scoring met: they are left out, and said; what is pruned
 runs, and computes what the masked model does."""
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from whole_way import noisy
 
 import fastscore
+from fastscore.graph.groups import ChannelGroup
 from fastscore.pruning.budgets import latency
 from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.pruning.order.widths import Widths
@@ -119,6 +121,21 @@ def test_a_width_between_others_is_stepped_over() -> None:
     assert result.model.first.out_channels == 2
 
 
+@pytest.mark.filterwarnings("ignore:(first|second) keeps")
+@pytest.mark.parametrize("budget", [{"channels": 0.25}, {"channels": 0.4, "inplace": True}, {"params": 0.35},
+                                    {"macs": 0.3}, {"channels": 0.4, "round_to": 3}])
+def test_widths_that_depend_on_each_other(budget: dict[str, Any]) -> None:
+    """No width of one of them is left out whatever the other has: both go, in steps with which the model runs."""
+    model, scores = unequal(refusing(lambda one, two: (one + two) % 2 == 0))
+    result = fastscore.prune(copy.deepcopy(model), scores, BATCHES[0], compensate=False, **budget)
+    assert sum(widths(result.model)) % 2 == 0
+    name = next(iter(budget))
+    before, after = getattr(result.report, name)
+    assert after <= budget[name] * before
+    with torch.no_grad(), fastscore.mask(model, scores, result, X, compensate=False):
+        torch.testing.assert_close(result.model.eval()(X), model(X), rtol=1e-9, atol=1e-9)
+
+
 def test_in_steps_that_are_scored_anew() -> None:
     """Where the next step finds that half of what is left cannot go, it says so where its budget cannot be met."""
     model = unequal(KINDS["one"][0])[0]
@@ -141,6 +158,14 @@ def test_where_time_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="first keeps 6"):
         result = fastscore.prune(model, scores, BATCHES[0], latency=0.13, cost_aware=False)
     assert result.model.first.out_channels == 6
+
+
+def test_what_is_said_of_a_width_does_not_contradict_itself() -> None:
+    """Where a group is found to have more than one least width, it has the largest."""
+    found = Widths([ChannelGroup("one", 16, torch.arange(16), ())])
+    found._between["one"] = [(8, None, "fails"), (6, None, "fails"), (2, 4, "fails"), (7, 9, "fails"), (2, 4, "fails")]
+    assert str(found) == "one keeps 10 of its 16 channels: with fewer, the smaller model fails; " \
+                         "one keeps no 13 of its 16 channels: with so many, the smaller model fails"
 
 
 def test_steps_wait_for_those_of_groups_that_go_with_them() -> None:

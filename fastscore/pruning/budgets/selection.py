@@ -165,7 +165,9 @@ def _foreseen_steps(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Res
     while exceeded := over(costs, budgets):
         if count == len(steps):
             unit = exceeded[0]
-            raise OutOfReachError(unit, budgets[unit], costs.totals[unit] / costs.dense[unit])
+            error = OutOfReachError(unit, budgets[unit], costs.totals[unit] / costs.dense[unit])
+            restore(steps, costs)
+            raise error
         _remove(steps[count], costs)
         count += 1
     return count
