@@ -146,6 +146,22 @@ class Deformed(Net):
         return self.last(self.own(self.e(x[:, 0]).relu()).relu())
 
 
+class Uncalled(Net):
+    """Attention by the weights of layers that are not called, as WavLM's; layers before and behind it."""
+
+    def __init__(self) -> None:
+        super().__init__(q=nn.Linear(6, 6), k=nn.Linear(6, 6), v=nn.Linear(6, 6), out=nn.Linear(6, 6),
+                         up=nn.Linear(6, 5), f=nn.Linear(5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.e(x)
+        x = x + F.multi_head_attention_forward(
+            x, x, x, 6, 2, None, torch.cat([self.q.bias, self.k.bias, self.v.bias]), None, None, False, 0.0,
+            self.out.weight, self.out.bias, use_separate_proj_weight=True, need_weights=False,
+            q_proj_weight=self.q.weight, k_proj_weight=self.k.weight, v_proj_weight=self.v.weight)[0]
+        return self.last(x + self.f(self.up(x).relu()))
+
+
 class OneByOne(Net):
     """One sample at a time, without a dimension that counts them."""
 
@@ -177,6 +193,8 @@ _TOKENS, _IMAGES, _ROWS = torch.randn(3, 5, 4), torch.randn(3, 3, 6, 6), torch.r
     (Weighted, _TOKENS, {}),
     (Deformed, _TOKENS, {"e": "the code of own (Own) takes its channels together with its weight, which cannot lose "
                               "channels yet"}),
+    (Uncalled, _TOKENS, {layer: f"the model's code takes its channels together with {read}.weight, which cannot lose "
+                                "channels yet" for layer, read in {"e": "q", "f": "out"}.items()}),
     (OneByOne, _IMAGES[:1], {}),
 ])
 def test_what_is_found_where_channels_may_not_be_is_no_reason(build: type[Net], x: Tensor, reasons: Mapping[str, str]

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias, TypeVar
 
+from fastscore.graph import layers_inside
 from fastscore.graph.following import contractions, crossings, index_maps
 from fastscore.graph.following.cuts import LAYERS, shape
 from fastscore.graph.following.nodes import CHANNELWISE, NORM, PRODUCERS, TRANSPARENT, Nodes, reading_dim
@@ -111,6 +112,8 @@ def _at_product(graph: Nodes, product: Any, origin: Any) -> str | None:
     own = [factor for source in others if (factor := _parameter_at(source)) is not None]
     if own and origin not in product.inputs and not name.startswith("Convolution"):  # where what comes of it lies
         return graph.taken_with(own[0]._name)
+    if (uncalled := _uncalled_weight(graph, product)) is not None:
+        return graph.taken_with(uncalled)
     if made_by_layer:
         return f"a product with other activations ({name}) takes them where they cannot be followed"
     parameters.sort(key=lambda parameter: -parameter.dim())  # a weight, before a bias
@@ -123,6 +126,16 @@ def _at_product(graph: Nodes, product: Any, origin: Any) -> str | None:
     if names:
         return graph.taken_with(names[0])
     return f"a product ({name}) takes them where they cannot be followed"
+
+
+def _uncalled_weight(graph: Nodes, product: Any) -> str | None:
+    """The name of the weight, of a layer that is not called, that code multiplies by; None where it does not."""
+    if not product.grad_fn.name().startswith(("Mm", "Addmm")):
+        return None
+    functions = (layers_inside.before_turned(source) for source, _ in product.grad_fn.next_functions)
+    weights = (function.variable for function in functions if hasattr(function, "variable"))
+    return next((name for weight in weights if weight.dim() > 1 and (name := graph.parameter_name(weight))
+                 and graph.layer_of(name) is None), None)
 
 
 def _made_of(nodes: Collection[Any], product: Any) -> tuple[bool, list[Any]]:
