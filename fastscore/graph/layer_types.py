@@ -6,6 +6,8 @@ from typing import Any
 import torch_pruning as tp
 from torch import nn
 
+from fastscore.modules.weights.parameter_layers import ParameterLayer
+
 OPTYPE = tp.ops.OPTYPE
 
 
@@ -13,7 +15,15 @@ def type_of(module: nn.Module) -> Any:
     """The OPTYPE of a module. A convolution with one input in each of its groups is to a graph what a depthwise one is,
     however many outputs it makes of it."""
     kind = tp.ops.module2type(module)
+    if kind == OPTYPE.LINEAR and holds_its_product(module):
+        return OPTYPE.ELEMENTWISE
     return OPTYPE.DEPTHWISE_CONV if kind == OPTYPE.CONV and of_groups(module) else kind
+
+
+def holds_its_product(module: nn.Module) -> bool:
+    """Whether it is a Linear in which another layer multiplies by its weight, as in one that returns several things: of
+    itself there is only the code around that."""
+    return isinstance(module._modules.get("weight"), ParameterLayer)
 
 
 def of_groups(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.following.nodes import CHANNELWISE, PRODUCERS
-from fastscore.graph.layer_types import type_of
+from fastscore.graph.layer_types import holds_its_product, type_of
 from fastscore.modules.inspection import parametrized
 from fastscore.modules.norms.channel_norms import norm_of
 
@@ -53,7 +53,8 @@ def holds_norm(layer: nn.Module) -> bool:
 
 
 def _holds_others(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, _ConvNd)) and bool(module._modules) and not parametrized(module)
+    return isinstance(module, (nn.Linear, _ConvNd)) and bool(module._modules) and not parametrized(module) and \
+        not holds_its_product(module)
 
 
 def _reading(function: Any, weight: Any) -> Any:

@@ -1,12 +1,14 @@
-"""Layers of a class whose forward returns several things: they are kept, and said to be, with what comes to them."""
+"""Layers of a class whose forward returns several things: Linears are followed; of convolutions it is said that they
+are kept, with what comes to them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from whole_way import noisy
+from whole_way import check, noisy
 
 import fastscore
 
@@ -16,6 +18,15 @@ class Unbiased(nn.Linear):
 
     def forward(self, x: Tensor) -> Any:
         return nn.functional.linear(x, self.weight), self.bias
+
+
+class Router(nn.Linear):
+    """Of a mixture, as Llama 4 has it: the scores of experts, which are zero but for the best, and what they are of."""
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        best, chosen = logits.topk(2, -1)
+        return torch.full_like(logits, -torch.inf).scatter(-1, chosen, best).sigmoid(), logits
 
 
 class Partial(nn.Conv2d):
@@ -48,6 +59,21 @@ class Tokens(nn.Module):
         return self.last(self.mid(x + h + bias).relu()).mean(1)
 
 
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.router, self.last = nn.Linear(3, 8), Router(8, 4), nn.Linear(8, 4)
+        self.up, self.down = nn.ModuleList(nn.Linear(8, 6) for _ in range(4)), nn.ModuleList(
+            nn.Linear(6, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.flatten(2).mT)
+        scores, logits = self.router(x)
+        for number, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            x = x + down(up(x).relu()) * scores[..., number, None]
+        return self.last(x).mean(1) + logits.mean((1, 2))[:, None]
+
+
 class Holes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +99,20 @@ class Beside(Holes):
         return self.last(self.mid(x.relu()).relu()).mean((2, 3)) + (mean + more).mean(1, keepdim=True)
 
 
-@pytest.mark.parametrize("build", [Tokens, Holes, Beside])
+INNER = [f"up.{number}" for number in range(4)]
+
+
+@pytest.mark.parametrize(("build", "groups"), [(Tokens, ["stem", "one.weight", "mid"]), (Mixture, ["stem", *INNER])])
+def test_linears_go_the_whole_way(build: Callable[[], nn.Module], groups: list[str], tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)).double()
+    small = check(build, x, groups, tmp_path, only=False).model
+    for layer in small.modules():
+        assert not isinstance(layer, nn.Linear) or layer.weight.shape == (layer.out_features, layer.in_features)
+    second = fastscore.prune(small, fastscore.score(small, [x], progress=False), x, channels=0.7, scope="layer")
+    assert len(second.removed["stem"])
+
+
+@pytest.mark.parametrize("build", [Holes, Beside])
 def test_they_are_kept_and_the_rest_goes(build: Callable[[], nn.Module]) -> None:
     model, x = noisy(build), torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)).double()
     scores = fastscore.score(model, [x], progress=False)

@@ -33,6 +33,8 @@ def cut(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
     setattr(owner, key, new)
     if isinstance(owner, nn.Embedding):
         owner.num_embeddings, owner.embedding_dim = new.shape
+    elif isinstance(owner, nn.Linear) and key == "weight":
+        owner.out_features, owner.in_features = new.shape
     for name, value in list(vars(owner).items()):  # the shape that the code gives it, as timm's Scale does
         if type(value) is tuple and _is_shape(value, old.shape[dim]):
             setattr(owner, name, tuple(new.shape[dim] if size == old.shape[dim] else size for size in value))

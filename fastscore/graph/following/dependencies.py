@@ -20,7 +20,7 @@ from fastscore.graph.following.made_tables import MadeTables
 from fastscore.graph.following.nodes import Nodes
 from fastscore.graph.following.noted_calls import NotedCalls, outputs_of, states_given
 from fastscore.graph.kept import obstacles
-from fastscore.graph.layer_types import OPTYPE, groups_of, of_groups, type_of
+from fastscore.graph.layer_types import OPTYPE, groups_of, holds_its_product, of_groups, type_of
 from fastscore.modules import hooks
 from fastscore.modules.inspection import parameter_owners
 from fastscore.modules.norms import channel_norms
@@ -59,6 +59,11 @@ class Graph(Nodes):
         self._module2name = {module: name for name, module in model.named_modules()}
         self._parameter_names = {parameter: name for name, parameter in model.named_parameters()}
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
+        around = [module for module in self._module2name if isinstance(module, nn.Linear) and holds_its_product(module)]
+        for linear in around:  # whose bias is read by code
+            held = [parameter for parameter in linear._parameters.values() if parameter is not None]
+            self._param_to_name |= {parameter: self._parameter_names[parameter] for parameter in held}
+            self.unwrapped_parameters += [(parameter, 0) for parameter in held]
         for module in model.modules():
             if channel_norms.norm_of(module) is not None:
                 self.CUSTOMIZED_PRUNERS[type(module)] = channel_buffers.NORMS
@@ -68,7 +73,8 @@ class Graph(Nodes):
         self._several = {id(layer._parameters.get("weight")): name for layer, name in self._module2name.items()
                          if name in inside}
         self.IGNORED_LAYERS_IN_TRACING = [  # whose parts the tracer is to see
-            *states, *(module for module, name in self._module2name.items() if name in inside or name in nested)]
+            *states, *around,
+            *(module for module, name in self._module2name.items() if name in inside or name in nested)]
 
         def keeping(*args: Any) -> list[Tensor]:
             outputs = run(*args)

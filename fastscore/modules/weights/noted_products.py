@@ -1,7 +1,7 @@
 """Which parameters a model's code multiplies by, as its first run shows: what fastscore.modules.weights.own_products
 goes by, where the code does nothing else with them."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from types import FrameType
 from typing import Any
 
@@ -43,6 +43,10 @@ class NotedProducts:
         self._in_products = set[int]()  # those of which what is multiplied by is computed
         self._around: dict[int, set[str]] = {}  # parameter -> modules whose code multiplies by it
         self._orders: dict[int, list[tuple[tuple[int, ...], Settings | None]]] = {}  # and settings of convolutions
+        # of Linears whose own code reads them, the orders in which it multiplies; those with which it does more
+        self._inside: dict[int, set[tuple[int, ...]]] = {}
+        self._more_inside = set[int]()
+        self._several = set[nn.Module]()  # Linears that return no tensor, but several
         self._parameters: dict[int, Tensor] = {}
         for module, name in self._names.items():
             for key, parameter in module._parameters.items():
@@ -84,7 +88,9 @@ class NotedProducts:
                 return
             convolution = own_convolution.given(func, args, kwargs)
             if (found := self._weights.product(func, args, kwargs)) is not None:
-                if not self._runs(found[1].base, stack):
+                if self._runs(found[1].base, stack):
+                    self._inside.setdefault(id(found[1].base), set()).add(found[1].dims)
+                else:
                     self._see_product(id(found[1].base), (found[1].dims, None), stack)
             elif convolution is not None and len(given) == 1 and self._weights.is_weight(convolution["weight"]):
                 settings = own_convolution.settings_of(convolution)
@@ -96,8 +102,13 @@ class NotedProducts:
                 self._weights.note_scaled(func, args, kwargs, output)
             elif not is_view(func) or (isinstance(output, Tensor) and self._weights.find(output) is None):
                 for seen in given:
-                    if not (isinstance(output, Tensor) and output is seen.base) and not self._runs(seen.base, stack):
-                        self._otherwise.add(id(seen.base))
+                    if not (isinstance(output, Tensor) and output is seen.base):
+                        (self._more_inside if self._runs(seen.base, stack) else self._otherwise).add(id(seen.base))
+
+    def made(self, module: nn.Module, output: Any) -> None:
+        """What a module has returned."""
+        if isinstance(module, nn.Linear) and not isinstance(output, Tensor):
+            self._several.add(module)
 
     def _follow_computed(self, func: Any, tensors: list[Tensor], output: Any) -> None:
         """Note what is computed of parameters alone, and which of them what is multiplied by comes of."""
@@ -154,6 +165,9 @@ class NotedProducts:
                     f"{key}{number + 1 if number else ''}_of_{within.replace('.', '_')}".removesuffix("_of_")
                 product = OwnProduct(within, key, order, tied, self._also.get(weight, ""), settings)
                 of_module.setdefault(around, []).append(product)
+        for weight, product in self._of_several():
+            if (name := self._names[self._of[weight][0]]) in modules and name not in called:
+                of_module.setdefault(name, []).append(product)
         for around, found in of_module.items():
             own_products.note(modules[around], tuple(found))
         followed = {product.layer for found in of_module.values() for product in found}
@@ -161,3 +175,13 @@ class NotedProducts:
             owner, key = self._of[weight]
             if self._names[owner] in modules and f"{self._names[owner]}.{key}".lstrip(".") not in followed:
                 own_products.COMPUTED.setdefault(modules[self._names[owner]], set()).add(key)
+
+    def _of_several(self) -> Iterator[tuple[int, OwnProduct]]:
+        """(weight, the product with it) of Linears of a class whose code multiplies by it, and returns several things:
+        what it makes of the product is code as any other."""
+        known = self._otherwise | self._more_inside | self._around.keys() | self._also.keys()
+        for weight in self._inside.keys() - known:
+            owner, key = self._of[weight]
+            order, *others = self._inside[weight]
+            if owner in self._several and not others:
+                yield weight, OwnProduct("", key, order)

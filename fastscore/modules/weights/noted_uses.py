@@ -29,7 +29,7 @@ class Noting(InThePlaceOfForwards):
             put_back(module)  # of what was noted before: its own code is to be seen
             put_parameters_back(module)
         self._names = {module: name for name, module in model.named_modules()}
-        self._products = NotedProducts(model)
+        self.products = NotedProducts(model)
         self._owners: dict[int, list[nn.Module]] = {}
         for module in model.modules():
             if (weight := module._parameters.get("weight")) is not None:
@@ -61,7 +61,7 @@ class Noting(InThePlaceOfForwards):
                     self._by_function.add(name)
                     self._without_bias |= {name} if owners[0]._parameters.get("bias") is None else set()
         output = func(*args, **kwargs)
-        self._products.see(func, args, kwargs, output, lambda: list(frames.outwards()))
+        self.products.see(func, args, kwargs, output, lambda: list(frames.outwards()))
         return output
 
     def _around(self, layer: nn.Module, stack: list[FrameType]) -> str | None:
@@ -98,7 +98,7 @@ class Noting(InThePlaceOfForwards):
             if around in modules and whole <= modules.keys() and whole:
                 NOTED[modules[around]] = Uses(frozenset(name[begin:] for name in whole),
                                                frozenset(name[begin:] for name in whole & self._without_bias))
-        self._products.remember(model, used - self._otherwise - self._past)
+        self.products.remember(model, used - self._otherwise - self._past)
         return {name: f"the model's code runs {name} by {name}.forward(x), which its hooks do not see: write {name}(x)"
                 for name in self._past if name in modules}
 
@@ -110,4 +110,6 @@ class _Watched(Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.noting.runs(self.module, list(frames.outwards()))
-        return self.run(self.module, *args, **kwargs)
+        output = self.run(self.module, *args, **kwargs)
+        self.noting.products.made(self.module, output)
+        return output
