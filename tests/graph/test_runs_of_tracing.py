@@ -76,8 +76,23 @@ class Chain(nn.Module):
         return self.last(y[0] if isinstance(y, tuple) else y)
 
 
+class Several(nn.Conv1d):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), None
+
+
+class Convolved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.own, self.last = nn.Conv1d(3, 6, 1), Several(6, 5, 1), nn.Conv1d(5, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.own(self.first(x).relu())[0])
+
+
 @pytest.mark.parametrize(("build", "times", "names"), [
-    (Writes, 1, {"first"}), (lambda: Chain(Own), 1, {"first", "own"}), (lambda: Chain(Two), 2, set())])
+    (Writes, 1, {"first"}), (lambda: Chain(Own), 1, {"first", "own"}), (lambda: Chain(Two), 1, {"first", "own.weight"}),
+    (Convolved, 2, set())])
 def test_a_graph_is_built_again_where_layers_were_not_what_they_seemed(
         build: Callable[[], nn.Module], times: int, names: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     built, one = [], dependencies.Graph.build
