@@ -67,9 +67,9 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
             partly[name] = "constants are padded to its channels, as many whatever goes (ConstantPadNdBackward0)"
             continue  # the layer whose channels they are padded to may come yet
         if reason is not None:
-            reason = reasons.read_elsewhere(members, graph.read_elsewhere) or reason
+            reason = reasons.read_elsewhere(members, graph.calls.read_elsewhere) or reason
         elif (reason := contractions.end(graph, positions)) is None:
-            reason = reasons.of_group(layers, members, owners, recording, graph.read_elsewhere)
+            reason = reasons.of_group(layers, members, owners, recording, graph.calls.read_elsewhere)
             if reason == reasons.UNREAD:
                 reason = lost_ways.unread(graph, positions) or reason
             if reason is not None and reason.startswith(reasons.CHANGES) and graph.writes_parts(positions):
@@ -81,7 +81,7 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
             if lost and (reason is not None or not far.isdisjoint(kept)):
                 members = near
                 read = any(member.role == "consumer" for member in near)
-                nearer = reasons.of_group(layers, near, owners, recording, graph.read_elsewhere) if read else None
+                nearer = reasons.of_group(layers, near, owners, recording, graph.calls.read_elsewhere) if read else None
                 along = next((why for why in lost.values() if lost_ways.ALONG in why), None)  # which says more
                 changes = nearer is not None and nearer.startswith(reasons.CHANGES)
                 reason = (along if changes else None) or nearer or next(iter(lost.values()))
@@ -114,7 +114,7 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
     # as of an embedding whose weight another one holds, or code reads as a parameter of its own
     untraced = [name for name in untraced if covered.isdisjoint((name, f"{name}.weight"))]
     if untraced:
-        skipped |= reasons.of_untraced(untraced, idle, recording, graph.read_elsewhere, graph.read_detached)
+        skipped |= reasons.of_untraced(untraced, idle, recording, graph.calls.read_elsewhere, graph.calls.read_detached)
     skipped |= {name: why for name, why in partly.items() if name not in covered and name not in tied}
     skipped |= {layer: f"{TIED}{first}" for layer, first in tied.items()
                 if layer not in covered and layer not in skipped}

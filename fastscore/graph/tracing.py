@@ -242,8 +242,8 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
         blame = "Torch-Pruning cannot trace it" if has_run else "it cannot run on example_inputs"
         advice = "" if has_run or isinstance(error, RuntimeError) else otherwise  # as of shapes
         raise ValueError(f"{type(eval_model).__name__}: {blame}: {type(error).__name__}: {error}{advice}") from error
-    graph.note_unseen_readers(recording.calls_of)
-    recording.taken = graph.taken
+    graph.calls.note_unseen_readers(recording.calls_of)
+    recording.taken = graph.calls.taken
     graph.runs_again(lambda: running.run_between(recording))
     if unverified := reasons.of_gradients_of_its_own(recording):
         graph.release()
@@ -264,8 +264,8 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     named = attentions.layers()
     divided, cut = ({layer for layer, why in found.skipped.items() if why.startswith(start)}
                     for start in (obstacles.DIVIDED, obstacles.CUT))
-    unnamed = unnamed_attention.find(eval_model, recording.run_again, graph.products, divided | cut, unused, attentions,
-                                     "head_dims" in searched)
+    unnamed = unnamed_attention.find(eval_model, recording.run_again, graph.calls.products, divided | cut, unused,
+                                     attentions, "head_dims" in searched)
     if attentions.with_unnamed(unnamed, divided):
         found = followed()
     heads, left = attentions.groups, attentions.skipped
@@ -277,7 +277,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     passing, passed = across.guesses(graph, recording, partial(groups_of, attentions.layers()))
     found = state_spaces.with_widths(eval_model, _with_heads(eval_model, found, heads))
     graph.release()
-    readers = graph.read_elsewhere
+    readers = graph.calls.read_elsewhere
     recording.forget_norms(but={member.layer for group in (*found.groups, *guesses, *passing)
                                 for member in group.role("norm", "channelwise")})
     leaks = verification.leaks(recording, found.groups)
@@ -325,7 +325,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     residual, refused_blocks = blocks.that_go(eval_model, whole, branches, found.groups)
     found = replace(found, blocks=residual,
                     kept_whole={"blocks": {**kept_blocks, **refused_blocks}, "experts": kept_experts})
-    return found, ran, {*left, *kept, *((readers.keys() | graph.read_detached.keys()) - ran)}, recording
+    return found, ran, {*left, *kept, *((readers.keys() | graph.calls.read_detached.keys()) - ran)}, recording
 
 
 def _with_heads(model: nn.Module, graph: ChannelGraph, heads: Sequence[ChannelGroup]) -> ChannelGraph:

@@ -240,17 +240,15 @@ def _by_sums(builder: Builder, budgets: Budgets, order: list[RemovalStep]) -> tu
         removed = select(order, costs, budgets.counted)
     except OutOfReachError:  # how much remains is for a count to say
         return {}, None
-    cut, foreseen = None, costs.totals["macs"]
+    holds = False
     try:
         cut = builder.cut(removed)
-        if costs.tells(foreseen, cut.macs):
+        if holds := costs.tells(costs.totals["macs"], cut.macs):
             costs.totals["macs"] = cut.macs
-            return removed, cut
-        cut = None
+        return (removed, cut) if holds else ({}, None)
     finally:
-        if cut is None:
+        if not holds:
             give_back(removed, costs)
-    return {}, None
 
 
 def _until_quality(builder: Builder, quality: Quality, judges: Iterable[Batch], outputs: JudgedOutputs,

@@ -1,6 +1,8 @@
 """Weights that are read in ways which nobody follows: the layers that have them are kept, and what meets those, with
 the true reason; layers among ordinary ones go."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from whole_way import noisy
 
 import fastscore
+from fastscore.graph.tracing import trace
 
 
 class Slim(nn.Linear):
@@ -115,3 +118,42 @@ def test_a_dropped_weight_of_an_lstm() -> None:
     assert scores.skipped["3"] == "its channels pass through 4.module (LSTM), which cannot lose channels yet"
     assert scores.skipped["0.module"].endswith("it has a parameter weight_hh_l0_raw besides, as where other code "
                                                "computes its weights")
+
+
+class Signs(torch.autograd.Function):
+    """Of a weight, as XNOR networks have them; nothing but autograd sees that it is read."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.sign()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+class Binary(nn.Module):
+    """By a weight of whose layer nobody makes use, `read`; one that is read beside it, `beside`; or as a penalty."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.d, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        y = F.linear(x, Signs.apply(self.b.weight)) if self.how == "read" else self.b(x)
+        if self.how == "beside":
+            y = y + F.linear(x, Signs.apply(self.b.weight))
+        y = self.last(self.d(y.relu()).relu())
+        return y * (1 + Signs.apply(self.b.weight).sum()) if self.how == "penalty" else y
+
+
+@pytest.mark.parametrize("how", ["read", "beside", "penalty"])
+def test_weights_that_functions_of_autograd_read(how: str) -> None:
+    graph = trace(Binary(how).double().eval(), torch.randn(3, 6).double())
+    assert [group.name for group in graph.groups] == ["d"]
+    read = "the code of the model reads the weight of b as well"
+    assert graph.skipped["b"] == ("the code of the model reads its weight, and does not call it" if how == "read" else
+                                  read if how == "penalty" else "its channels go with others that are kept")
+    assert how == "read" or graph.skipped["a"] == read

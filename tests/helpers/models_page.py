@@ -37,7 +37,9 @@ _REACH_SAYS = ("The shares of the MACs in layers whose outputs can go / that shr
 
 
 def chosen(names: list[str]) -> list[Case]:
-    """The cases that the names, or patterns, stand for; all without any."""
+    """The cases that the names, or patterns, stand for; all without any. Raises SystemExit for names of none."""
+    if unknown := [name for name in names if not fnmatch.filter([case.name for case in CASES], name)]:
+        raise SystemExit(f"no model is called {', '.join(unknown)}: names are {CASES[0].name} and the like")
     return [case for case in CASES if not names or any(fnmatch.fnmatch(case.name, name) for name in names)]
 
 

@@ -21,7 +21,7 @@ class Cuts:
     """What is known of the splits and slices in a graph, once it is known where channels lie in them."""
 
     model: nn.Module
-    _calls: NotedCalls
+    calls: NotedCalls
     cuts: str
     _dims: dict[Any, int]  # node -> the dimension that holds the channels in its output
 
@@ -41,7 +41,7 @@ class Cuts:
 
     def asked(self) -> AskedSizes:
         """What is known of the numbers that sizes are made of."""
-        return self._calls.asked(self.model)
+        return self.calls.asked(self.model)
 
     def kept_of(self, node: Any) -> list[tuple[nn.Module, Width]]:
         """(module, what it keeps) of the places of a split, or slice, that the code says."""
@@ -49,7 +49,7 @@ class Cuts:
         return [] if cut is None else [(cut.keeper(width), width) for width in self._widths(node) or ()]
 
     def _noted(self, node: Any) -> Cut | None:
-        return next((cut for cut in self._calls.cuts if cut.function is node.grad_fn), None)
+        return next((cut for cut in self.calls.cuts if cut.function is node.grad_fn), None)
 
     def _widths(self, node: Any) -> list[Width] | None:
         """What modules keep of the places of a split, or slice, along the channels; None where that is nothing."""

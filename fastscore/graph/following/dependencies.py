@@ -16,7 +16,6 @@ from fastscore.graph.following import contractions, crossings, index_maps, lost_
 from fastscore.graph.following.cuts import shape, slice_of
 from fastscore.graph.following.index_maps import IndexMap
 from fastscore.graph.following.lost_ways import Key
-from fastscore.graph.following.made_tables import MadeTables
 from fastscore.graph.following.nodes import Nodes
 from fastscore.graph.following.noted_calls import NotedCalls, outputs_of, states_given
 from fastscore.graph.kept import obstacles
@@ -79,13 +78,13 @@ class Graph(Nodes):
         def keeping(*args: Any) -> list[Tensor]:
             outputs = run(*args)
             self.returned = {output.grad_fn for output in outputs} - self.unread
-            ends, self._in_vain = self._calls.ends(outputs)
+            ends, self._in_vain = self.calls.ends(outputs)
             sums = [end.sum() for end in ends]  # roots, behind which each end is what it is
             self._in_vain |= {end.grad_fn for end in sums}
             self._outputs = [*outputs, *sums]
             return self._outputs
 
-        with NotedCalls(ties.weights(self._module2name), model) as self._calls, \
+        with NotedCalls(ties.weights(self._module2name), model) as self.calls, \
                 outputs_of(self._channel_buffers()) as made, \
                 states_given(states) as self._given, outputs_of(layers_inside.of(model)) as self._inside:
             self._own_parameters = self.unwrapped_parameters
@@ -103,7 +102,7 @@ class Graph(Nodes):
 
     def runs_again(self, run: Callable[[], object]) -> None:
         """Take `run` for one more run of the model, where one is needed; what goes together is known from then on."""
-        self._calls.run = run
+        self.calls.run = run
         ties.tie(self)
 
     def pass_by(self, layers: Iterable[Any], dims: Mapping[Any, int]) -> None:
@@ -147,35 +146,6 @@ class Graph(Nodes):
         self._param_to_name |= {weight: f"{name}.weight" for name, weight in found.items()}
         return [(weight, 1) for weight in found.values()]
 
-    @property
-    def read_elsewhere(self) -> dict[str, str]:
-        """Layer -> the class of a module whose code reads the layer's weight, and is not the layer's own."""
-        return self._calls.read_elsewhere
-
-    @property
-    def read_detached(self) -> dict[str, str]:
-        """The same, of code that no gradient comes back from."""
-        return self._calls.read_detached
-
-    @property
-    def taken(self) -> set[int]:
-        """See NotedCalls."""
-        return self._calls.taken
-
-    @property
-    def products(self) -> dict[tuple[nn.Module, ...], set[int]]:
-        """See NotedCalls."""
-        return self._calls.products
-
-    @property
-    def tables(self) -> MadeTables:
-        """See NotedCalls."""
-        return self._calls.tables
-
-    def note_unseen_readers(self, calls: Callable[[str], int | None]) -> None:
-        """See NotedCalls."""
-        self._calls.note_unseen_readers(calls)
-
     def release(self) -> None:
         """Forget the nodes, which refer to each other and to all that autograd kept, so that it is gone at once."""
         for node in self.module2node.values():
@@ -185,7 +155,7 @@ class Graph(Nodes):
         self._in_vain.clear()
         self.returned.clear()
         self.unread.clear()
-        self._calls.forget()
+        self.calls.forget()
 
     def positions_of(self, root: Any, others: bool = False) -> tuple[Positions, str | None, Mapping[Key, Key | None]]:
         """Where the channels that `root` makes lie, everywhere; or as far as what keeps them from being removed.
@@ -335,7 +305,7 @@ class Graph(Nodes):
     def _begins(self, node: Any) -> list[int]:
         """Where each traced input of a concatenation begins. What no layer made has a width, but no node."""
         dim, begins, begin = self._dims[node], list[int](), 0
-        widths = self._calls.concatenated.get(node.grad_fn)
+        widths = self.calls.concatenated.get(node.grad_fn)
         for number, edge in enumerate(node.grad_fn.next_functions):
             if self._is_traced(edge[0]):
                 begins.append(begin)

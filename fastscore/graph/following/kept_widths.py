@@ -78,7 +78,7 @@ def written(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> str 
 
 def _of_cuts(graph: Any, node: Any, function: Any) -> Iterator[Kept]:
     """Of the splits and slices of what a node makes, and of a view."""
-    code = graph._calls.view_of(node.grad_fn)
+    code = graph.calls.view_of(node.grad_fn)
     for source in node.inputs if node in graph._dims and node.type == OPTYPE.RESHAPE else ():
         if source in graph._dims and graph._dims[source] < len(shape(source, node)):
             dim = graph._dims[node]
@@ -103,11 +103,11 @@ def _zeros_at(graph: Any, node: Any, function: Any) -> Iterator[tuple[Cut, int, 
     reads = node.type in LAYERS and function.__name__ == "prune_in_channels"
     if reads and (recurrent.reads_state(node.module) or recurrent.projects(node.module)):
         for zeros in graph._given.get(node.module.owner, ()):
-            if zeros.shape[-1] == node.module.in_features and (code := graph._calls.zeros_of(zeros)) is not None:
+            if zeros.shape[-1] == node.module.in_features and (code := graph.calls.zeros_of(zeros)) is not None:
                 yield code, zeros.shape[-1], 0
-    for met in graph._calls.met.get(node.module, ()) if reads else ():
+    for met in graph.calls.met.get(node.module, ()) if reads else ():
         yield met.code, met.shape[channel_dim(node.module)], 0
-    for met in graph._calls.met.get(node.grad_fn, ()) if node in graph._dims and node.type not in PRODUCERS else ():
+    for met in graph.calls.met.get(node.grad_fn, ()) if node in graph._dims and node.type not in PRODUCERS else ():
         at, joined = graph._dims[node] - len(shape(node)), met.dim == graph._dims[node]
         if -at <= len(met.shape) and (joined or met.shape[at] == shape(node)[at]):
             yield met.code, met.shape[at], met.begin if joined else 0
@@ -118,7 +118,7 @@ def _tables(graph: Any, node: Any) -> Iterator[tuple[nn.Module, str]]:
     if node in graph._dims and node.type not in (*PRODUCERS, OPTYPE.CONCAT) and not index_maps.contracts(node.grad_fn):
         dim = graph._dims[node] - len(shape(node))
         if dim < 0:
-            yield from graph.tables.at(node.grad_fn, dim, shape(node)[dim])
+            yield from graph.calls.tables.at(node.grad_fn, dim, shape(node)[dim])
 
 
 def _of_tables(graph: Any, node: Any, positions: np.ndarray) -> Iterator[Member]:

@@ -81,9 +81,9 @@ class Nodes(Cuts, tp.DependencyGraph):  # type: ignore[misc]
         self._follow_back(list(self._dims))
         while divided:  # of several dimensions, channels are what meets channels further on, or the code leaves open
             onward = min(divided, key=lambda view: (
-                view not in self._dims, self._calls.view_of(view.grad_fn).open is None))
+                view not in self._dims, self.calls.view_of(view.grad_fn).open is None))
             node = divided.pop(onward)
-            code = self._calls.view_of(onward.grad_fn)
+            code = self.calls.view_of(onward.grad_fn)
             part = index_maps.part(self._dims[node], shape(node, onward), shape(onward), code.open, code.kept)
             if part is not None and not index_maps.multiplied(onward, TRANSPARENT):  # as heads are
                 self._dims.setdefault(onward, part)

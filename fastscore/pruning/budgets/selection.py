@@ -165,9 +165,9 @@ def _foreseen_steps(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Res
     while exceeded := over(costs, budgets):
         if count == len(steps):
             unit = exceeded[0]
-            error = OutOfReachError(unit, budgets[unit], costs.totals[unit] / costs.dense[unit])
+            remains = costs.totals[unit] / costs.dense[unit]
             restore(steps, costs)
-            raise error
+            raise OutOfReachError(unit, budgets[unit], remains)
         _remove(steps[count], costs)
         count += 1
     return count
