@@ -12,7 +12,14 @@ from fastscore.modules import scripted
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.copying import ATOMS, deepcopy
 from fastscore.modules.modes import enter_evaluation
-from fastscore.modules.weights import called_layers, computed_weights, held_weights, own_products, transposed_linear
+from fastscore.modules.weights import (
+    called_layers,
+    computed_weights,
+    held_weights,
+    own_norms,
+    own_products,
+    transposed_linear,
+)
 from fastscore.modules.wrappers import check_whole
 
 _OF_EVERY_MODULE = set(vars(nn.Module()))
@@ -114,6 +121,8 @@ def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
         calls.make_permanent()
     for products in own_products.replace(eval_model, model):
         products.make_permanent()
+    for norms in own_norms.replace(eval_model, model):
+        norms.make_permanent()
     for handle in multihead_attention.replace_attention(eval_model):
         handle.make_permanent()
     for parameters in held_weights.replace(eval_model):

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import as_gates_say
 from torch import Tensor, nn
 
 import fastscore
+from fastscore.batches.calls import call_model
 from fastscore.graph.tracing import trace
 
 
@@ -54,3 +56,28 @@ def test_a_size_that_an_idle_layer_decides() -> None:
         model, x = Emptied().double().eval(), torch.randn(1, 7, 5, dtype=torch.float64)
     graph = trace(model, x)
     assert [group.name for group in graph.groups] == ["body", "neck"]
+
+
+class Speech(nn.Module):
+    """As many frames of each token as a layer says, padded to those of the longest sample, as in text to speech."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.encode, self.lengths = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+        self.decode, self.frames = nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = F.gelu(self.encode(self.embed(tokens)))
+        times = (2 * self.lengths(x)[..., 0].sigmoid() + tokens % 3).round().long()
+        x = nn.utils.rnn.pad_sequence([row.repeat_interleave(n, 0) for row, n in zip(x, times, strict=True)], True)
+        return self.frames(F.gelu(self.decode(x)))
+
+
+def test_samples_that_are_shorter_alone_have_the_scores_that_gates_say() -> None:
+    """The frames that pad a sample beside a longer one are its own, too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model, x = Speech().double().eval(), torch.tensor([[0, 3, 6, 9], [2, 5, 8, 11]])
+    assert model(x[:1]).shape[1:] != model(x[1:]).shape[1:]
+    right, wrong = as_gates_say(model, x, x[:1], call_model)
+    assert (right, wrong) == (3, [])

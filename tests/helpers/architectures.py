@@ -194,6 +194,8 @@ def as_gates_say(model: nn.Module, x: Batch, example: Batch, forward: Forward) -
             attached.enter_context(_gated(model.get_submodule(name), positions))
         for number in range(2):
             output = forward(model, first(x, number))
+            if output.shape[1:] != weights.shape[1:]:  # each sample alone is shorter: beside the other it is padded
+                output = forward(model, x)[number:number + 1]
             found = torch.autograd.grad((output * weights[number:number + 1]).sum(),
                                         [gate for _, gate in gates.values()], allow_unused=True, retain_graph=True)
             for (group, gate), s in zip(gates.values(), found, strict=True):

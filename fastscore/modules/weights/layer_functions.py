@@ -19,12 +19,14 @@ FUNCTIONS: Mapping[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     F.conv_transpose1d: (nn.ConvTranspose1d, _TRANSPOSED), F.conv_transpose2d: (nn.ConvTranspose2d, _TRANSPOSED),
     F.conv_transpose3d: (nn.ConvTranspose3d, _TRANSPOSED),
     F.batch_norm: (nn.modules.batchnorm._BatchNorm, _BATCH),
+    F.instance_norm: (nn.modules.instancenorm._InstanceNorm, (*_BATCH[:5], "use_input_stats", *_BATCH[6:])),
     F.group_norm: (nn.GroupNorm, ("input", "num_groups", "weight", "bias", "eps")),
     F.prelu: (nn.PReLU, ("input", "weight")),
     F.embedding: (nn.Embedding, ("input", "weight", "padding_idx", "max_norm")),
 }
 # of arguments that are not given, where they do something
-_DEFAULTS = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1, "training": False, "eps": 1e-5}
+_DEFAULTS = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1, "training": False, "eps": 1e-5,
+             "use_input_stats": True}
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 _NO_MATTER = ("input", "momentum", "padding_idx")  # of evaluation mode
 
@@ -51,8 +53,12 @@ def has_settings_of(layer: nn.Module, given: Mapping[str, Any]) -> bool:
     """Whether the numbers that a function is given are those that the layer has."""
     names = next(names for kind, names in FUNCTIONS.values() if isinstance(layer, kind))
     known = [name for name in names if name not in (*_TENSORS, *_NO_MATTER, "max_norm")]
-    return all(_alike(given.get(name, _DEFAULTS.get(name)), getattr(layer, name)) or
+    return all(_alike(given.get(name, _DEFAULTS.get(name)), _setting(layer, name)) or
                (name == "padding" and _same_padding(layer, given)) for name in known)
+
+
+def _setting(layer: Any, name: str) -> Any:
+    return not layer.track_running_stats if name == "use_input_stats" else getattr(layer, name)
 
 
 def _same_padding(layer: Any, given: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from fastscore.modules import frames
 from fastscore.modules.forwards import Forward, InThePlaceOfForwards, put_back
 from fastscore.modules.inspection import parametrized
-from fastscore.modules.weights import layer_functions
+from fastscore.modules.weights import layer_functions, own_norms
 from fastscore.modules.weights.called_layers import NOTED, Uses, has_others
 from fastscore.modules.weights.noted_products import NotedProducts, put_parameters_back
 
@@ -38,6 +38,7 @@ class Noting(InThePlaceOfForwards):
         self._by_function, self._without_bias = set[str](), set[str]()
         self._past = set[str]()  # layers whose forward runs, and cannot be called instead
         self._otherwise = set[str]()  # layers whose weight is used for something else
+        self._normalizing = set[str]()  # modules whose code runs normalisations with tensors of its own
 
     def stand_ins(self) -> Iterator[Forward]:
         for module in self._names:
@@ -48,6 +49,9 @@ class Noting(InThePlaceOfForwards):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if own_norms.is_own(func, caller := frames.innermost(frames.outwards()), args, kwargs) and \
+                not any(id(tensor) in self._owners for tensor in (*args, *kwargs.values())) and caller in self._names:
+            self._normalizing.add(self._names[caller])
         if func in layer_functions.FUNCTIONS:
             given, stack = layer_functions.bound(func, args, kwargs), list(frames.outwards())
             owners = self._owners.get(id(given.get("weight")), [])
@@ -90,6 +94,8 @@ class Noting(InThePlaceOfForwards):
         modules, used = dict(model.named_modules()), set[str]().union(*self._used.values())
         for module in modules.values():
             NOTED.pop(module, None)
+            own_norms.NOTED.discard(module)
+        own_norms.NOTED.update(modules[name] for name in self._normalizing & modules.keys())
         held = {name for name in used & modules.keys() if has_others(modules[name])}
         self._past |= held - self._by_function
         self._otherwise |= held | {name for name in self._by_function & modules.keys() if parametrized(modules[name])}
