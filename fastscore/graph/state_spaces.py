@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
+from fastscore.graph.groups import TIED, ChannelGraph, ChannelGroup, Member
 from fastscore.modules.inspection import parameter_owners, parametrized, shared_parameters
 
 _LAYERS = ("in_proj", "x_proj", "dt_proj", "out_proj")
@@ -40,12 +40,16 @@ def with_widths(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
 
 def settled(graph: ChannelGraph, biases: Mapping[str, str]) -> ChannelGraph:
     """The graph with no reason to keep what goes with such a group after all, and its `kept_biases`: `biases`, and
-    those that such channels meet, which take no means."""
+    those that such channels meet, which take no means. What was said to go with them and does not, as the steps and
+    states that x_proj makes, stays for the reason that was theirs."""
     found = [group for group in graph.groups
              if any(member.layer.rpartition(".")[2] in _TENSORS for member in group.role("tensor"))]
     there = {member.layer for group in found for member in group.members if member.role != "consumer"}
     read = {edge.layer: _NO_BIAS for group in found for edge in group.role("consumer")}
-    return replace(graph, skipped={name: reason for name, reason in graph.skipped.items() if name not in there},
+    kept = graph.skipped
+    return replace(graph, skipped={
+        name: kept[first] if (first := reason.removeprefix(TIED)) in there & kept.keys() else reason
+        for name, reason in kept.items() if name not in there},
                    kept_biases={**biases, **read})
 
 

@@ -54,6 +54,7 @@ def test_inner_channels_go(name: str, tmp_path: Path) -> None:
         z = model(**BATCH).logits
     assert set(groups) <= {group.name for group in graph.groups}
     assert not [name for name in graph.skipped if name.endswith(("conv1d", "dt_proj", "in_proj", "out_proj"))]
+    assert "sums over its channels" in graph.skipped["backbone.layers.0.mixer.x_proj"]  # its states stay
     v = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     scores = fastscore.score(model, [BATCH], gradient="loss", normalize=False, forward=forward, progress=False,
                              loss=lambda output, batch: (output * v).sum())

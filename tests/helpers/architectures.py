@@ -318,7 +318,7 @@ _IN_SHORT = (
     (r"an operation runs over all its channels", "an operation over all channels"),
     (r"takes its channels together with", "through Parameter"),
     (r"a view divides", "a view divides it"),
-    (r"cut at places", "cut at fixed places"),
+    (r"cut at (places|positions)", "cut at fixed places"),
     (r"tracer cannot follow", "mixed or moved"),
     (r"removed together", "all tied together"),
     (r"shares its weight", "shares a weight"),
