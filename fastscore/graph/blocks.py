@@ -35,7 +35,7 @@ from fastscore.graph.following.residual_sums import (
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.graph.kept import branches as other_branches
 from fastscore.graph.layer_types import type_of
-from fastscore.graph.trials.differences import close
+from fastscore.graph.trials.differences import all_close
 from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
@@ -332,5 +332,5 @@ def _difference(model: nn.Module, run: Callable[[nn.Module], Tensor], branches: 
             handle.remove()
         for name, module in replaced.items():
             put(model, name, module)
-    same = got.shape == want.shape and bool(close(got, want).all())
+    same = got.shape == want.shape and all_close(got, want)
     return "" if same else f"{type(model).__name__} computes something else without it"

@@ -21,7 +21,7 @@ from fastscore.batches.parts import Batch, first_tensor, map_tensors, tensors_of
 from fastscore.graph.following.noted_calls import reach
 from fastscore.graph.groups import ChannelGraph
 from fastscore.graph.kept import reasons
-from fastscore.graph.trials.differences import close
+from fastscore.graph.trials.differences import all_close
 from fastscore.graph.trials.recording import read_by, replaced, unwrapped
 from fastscore.graph.trials.trial_inputs import batch_of
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -230,4 +230,4 @@ def _same(output: object, expected: object) -> bool:
     if not isinstance(output, Tensor) or not isinstance(expected, Tensor):
         return False
     output, expected = unwrapped(output), unwrapped(expected)
-    return output.shape == expected.shape and bool(close(output, expected).all())
+    return output.shape == expected.shape and all_close(output, expected)

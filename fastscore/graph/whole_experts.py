@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastscore import rng
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
-from fastscore.graph.trials.differences import close
+from fastscore.graph.trials.differences import all_close
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import device_of
@@ -149,6 +149,6 @@ def _difference(model: nn.Module, run: Callable[[nn.Module], Tensor], groups: Se
             for handle in handles:
                 handle.remove()
         # a router of fewer rows rounds otherwise
-        if got.shape != want.shape or not close(got, want, rounding=torch.finfo(want.dtype).eps ** (1 / 3)).all():
+        if got.shape != want.shape or not all_close(got, want, rounding=torch.finfo(want.dtype).eps ** (1 / 3)):
             return f"{type(model).__name__} computes something else with fewer experts"
     return ""

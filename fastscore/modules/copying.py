@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 ATOMS = (bool, int, float, str, type(None), type, torch.dtype)
 _DICTS = (dict, OrderedDict)
@@ -26,9 +26,15 @@ def deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         memo: id of a part of the model -> what stands for it in the copy; more is added.
     """
     made: list[tuple[nn.Module, nn.Module]] = []
+    storages: dict[int, Any] = memo.setdefault("torch", {})  # type: ignore[call-overload]  # as PyTorch keeps them
     for buffer in model.buffers():
+        if id(buffer) in memo:
+            continue
         if buffer.layout not in (torch.strided, torch.sparse_coo):  # which have no storage that PyTorch could copy
-            memo.setdefault(id(buffer), buffer.clone())
+            memo[id(buffer)] = buffer.clone()
+        elif _is_all_of_its_storage(buffer) and buffer.untyped_storage()._cdata not in storages:
+            memo[id(buffer)] = own = buffer.clone()
+            storages[buffer.untyped_storage()._cdata] = own.untyped_storage()
     for module in model.modules():
         if id(module) not in memo and _is_plain(type(module)) and _OF_ITS_OWN[0] not in vars(module):
             memo[id(module)] = shell = object.__new__(type(module))
@@ -38,6 +44,13 @@ def deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         shell.__setstate__({name: _copied(value, memo) for name, value in state.items()})
     copied: nn.Module = copy.deepcopy(model, memo)
     return copied
+
+
+def _is_all_of_its_storage(x: Tensor) -> bool:
+    """Whether a clone of a tensor has all that copy.deepcopy() takes along."""
+    return type(x) is Tensor and x.layout == torch.strided and x.device.type in ("cpu", "cuda") and \
+        not x.requires_grad and not vars(x) and not x.is_quantized and not x.is_conj() and not x.is_neg() and \
+        x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -81,3 +81,17 @@ def test_a_module_with_ways_of_its_own_is_copied_in_its_way(kind: Any) -> None:
     assert type(made) is type(expected)
     assert vars(made).keys() == vars(expected).keys()
     assert getattr(made, "kept", None) == getattr(expected, "kept", None)
+
+
+def test_buffers_that_share_memory_share_it_in_the_copy_and_their_gradients_stay() -> None:
+    model, whole = nn.Module(), torch.arange(6.0)
+    for name, buffer in {"part": whole[2:4], "whole": whole, "turned": whole.view(2, 3).T, "same": whole}.items():
+        model.register_buffer(name, buffer)
+    model.register_buffer("learned", torch.ones(2, requires_grad=True))
+    made: Any = deepcopy(model, {})
+    made.whole.zero_()
+    assert not any(bool(made.get_buffer(name).any()) for name in ("part", "whole", "turned", "same"))
+    assert made.same is made.whole
+    assert made.turned.stride() == (1, 3)
+    assert made.learned.requires_grad
+    assert torch.equal(whole, torch.arange(6.0))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph.trials.differences import close
+from fastscore.graph.trials.differences import all_close
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.inspection import LAYERS, channel_dim, fits_width, runs_own_code
@@ -121,7 +121,7 @@ def _is_more(made: Any, before: Tensor, dim: int, added: Tensor) -> bool:
     if made.shape != before.shape:
         return False
     expected = (before.movedim(dim, -1) + added.to(before)).movedim(-1, dim)
-    return bool(close(made, expected, rounding=torch.finfo(before.dtype).eps ** (1 / 3)).all())
+    return all_close(made, expected, rounding=torch.finfo(before.dtype).eps ** (1 / 3))
 
 
 @contextmanager

@@ -35,6 +35,7 @@ _POOLS = {"max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3, "adaptive_
 # functions that are flat on one side, or both: where all that they give is one number, other numbers may show
 _FLAT = {"relu", "threshold", "clamp", "clamp_min", "clamp_max", "hardtanh", "hardsigmoid", "hardshrink", "softshrink",
          "maximum", "minimum", "fmax", "fmin"}
+_SOME = 64  # numbers, which are looked at first
 _NUMBERS = {"_local_scalar_dense"}  # of Python: what is made of them, nobody sees
 _KNOWN = ALONG | ALIKE | _ANSWERS | _STEPS | _NUMBERS | _FLAT | {"nonzero", *_POOLS}
 
@@ -226,8 +227,12 @@ def _name(func: Any, args: Any, kwargs: Any) -> str | None:
 
 def _is_flat(out: Tensor, operands: Sequence[Tensor]) -> bool:
     """Whether one number was made of several, or of one number another."""
-    first, x = out.flatten()[:1], operands[0].flatten()
-    return bool(out.numel()) and bool((out == first).all()) and not bool((x == x[:1]).all() and x[0] == first[0])
+    made = out.flatten()
+    some = made[::max(len(made) // _SOME, 1)]
+    if not len(made) or not all(bool((part == made[0]).all()) for part in (some, made)):
+        return False
+    x = operands[0].flatten()
+    return not bool((x == x[:1]).all() and x[0] == made[0])
 
 
 def _operands(func: Any, name: str | None, args: Any, kwargs: Any) -> list[Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastscore import rng
 from fastscore.batches.parts import Batch, first_tensor, map_tensors, tensors_of
-from fastscore.graph.trials.differences import close
+from fastscore.graph.trials.differences import all_close
 from fastscore.graph.trials.known_samples import KnownSamples
 from fastscore.graph.trials.sample_trials import Run, Trial, tried
 from fastscore.graph.trials.trial_inputs import batch_of, hold_other_values
@@ -184,7 +184,7 @@ def _found(before: Sequence[Tensor] | None, after: Sequence[Tensor] | None, axes
         if old.shape[1:] != new.shape[1:]:
             return []
         rounding = torch.finfo(old.dtype).eps ** 0.5
-        found.append([any(bool(close(one, other, old, rounding).all()) for other in old) for one in new])
+        found.append([any(all_close(one, other, old, rounding) for other in old) for one in new])
     return found
 
 

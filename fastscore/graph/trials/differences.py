@@ -1,7 +1,11 @@
 """Tensors that differ at some channels: made so, and told apart."""
 
+import math
+
 import torch
 from torch import Tensor
+
+_ROUNDING = 16  # of the least step of a dtype
 
 
 def changed(x: Tensor, dim: int, index: Tensor) -> Tensor:
@@ -21,19 +25,30 @@ def differ(x: Tensor, before: Tensor, dim: int, excused: Tensor | None = None) -
     if not x.numel():
         return False
     if not x.dim():  # a single index, of an Embedding: it has no channels
-        return not bool(close(x, before).all()) if x.is_floating_point() else not torch.equal(x, before)
+        return not all_close(x, before) if x.is_floating_point() else not torch.equal(x, before)
     difference = x - before if x.is_floating_point() else (x != before).byte()
     # not the least bit, as most of it is; NaN is not 0
     unequal = largest_magnitude(difference.movedim(dim, 0).reshape(x.shape[dim], -1), 1) != 0
     if excused is not None:
         unequal[excused.to(unequal.device)] = False
     index = unequal.nonzero().flatten()
-    return len(index) > 0 and not close(x.index_select(dim, index), before.index_select(dim, index), before).all()
+    return len(index) > 0 and not all_close(x.index_select(dim, index), before.index_select(dim, index), before)
 
 
 def largest_magnitude(x: Tensor, dim: int) -> Tensor:
     """x.abs().amax(dim), of a complex x too, in half the time: nothing as large as x is written."""
     return x.abs().amax(dim) if x.is_complex() or x.dtype == torch.uint8 else torch.maximum(x.amax(dim), -x.amin(dim))
+
+
+def all_close(x: Tensor, before: Tensor, scale: Tensor | None = None, rounding: float | None = None) -> bool:
+    """close(...).all(), in a tenth of the time where nothing is off by more than what the largest number excuses."""
+    scale = before if scale is None else scale
+    if x.dtype == before.dtype == scale.dtype and x.is_floating_point() and x.numel() and scale.numel():
+        rounding = _ROUNDING * torch.finfo(before.dtype).eps if rounding is None else rounding
+        largest, off = (float(torch.stack(torch.aminmax(each)).abs().max()) for each in (scale, x - before))
+        if off <= rounding * largest < math.inf:  # not where one is NaN
+            return True
+    return bool(close(x, before, scale, rounding).all())
 
 
 def close(x: Tensor, before: Tensor, scale: Tensor | None = None, rounding: float | None = None) -> Tensor:
@@ -43,5 +58,5 @@ def close(x: Tensor, before: Tensor, scale: Tensor | None = None, rounding: floa
     """
     scale = before if scale is None else scale
     largest = float(scale.abs().nan_to_num(0, 0, 0).max()) if scale.numel() else 0.0
-    rounding = 16 * torch.finfo(before.dtype).eps if rounding is None else rounding
+    rounding = _ROUNDING * torch.finfo(before.dtype).eps if rounding is None else rounding
     return torch.isclose(x, before, rtol=rounding, atol=rounding * largest, equal_nan=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import rng
-from fastscore.graph.trials.differences import close
+from fastscore.graph.trials.differences import all_close
 from fastscore.modules.inspection import device_of
 
 _NAMED = 3  # of the modules, in a warning
@@ -27,7 +27,7 @@ def drawing(model: nn.Module, run: Callable[[nn.Module], Sequence[Tensor]]) -> t
             others = run(model)
     except Exception:  # of the model's code, or forward=
         return ()
-    alike = [one.shape == other.shape and bool(close(other, one).all())
+    alike = [one.shape == other.shape and all_close(other, one)
              for one, other in zip(ones, others, strict=False)]
     return () if all(alike) else tuple(drawn)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member, Role
-from fastscore.graph.trials.differences import close
+from fastscore.graph.trials.differences import all_close
 from fastscore.graph.trials.recording import Recording
 from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -137,5 +137,5 @@ def _computes_the_rest(recording: Recording, small: nn.Module, gone: surgery.Rem
             expected = without(expected, channel_dim(whole.get_submodule(made[len(name) + 1:])), gone[made, "outputs"])
         output: Tensor = small.get_submodule(name)(without(x, dim, lost))
         rounding = torch.finfo(x.dtype).eps ** (1 / 2)
-        return output.shape == expected.shape and bool(close(output, expected, rounding=rounding).all())
+        return output.shape == expected.shape and all_close(output, expected, rounding=rounding)
     return False

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.graph.trials.differences import close
+from fastscore.graph.trials.differences import all_close
 from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
 from fastscore.modules.attention.projections import ProjectionLinear
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
@@ -107,7 +107,7 @@ def is_product(layer: nn.Module, x: Tensor, made: Tensor, gone_in: Tensor | None
     if bias is not None:
         expected = expected + drawn @ _without(bias.detach(), 0, gone_out).double()
     rounding = torch.finfo(made.dtype).eps ** (2 / 3)
-    return bool(close(made.double() @ drawn, expected, rounding=rounding).all())
+    return all_close(made.double() @ drawn, expected, rounding=rounding)
 
 
 def _settings(layer: nn.Module) -> dict[str, Any]:

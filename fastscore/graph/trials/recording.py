@@ -14,7 +14,7 @@ from fastscore.graph.following.nodes import PRODUCERS
 from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.graph.trials.choices import HELD, TURNS, Choices, Noted
-from fastscore.graph.trials.differences import changed, close, differ
+from fastscore.graph.trials.differences import all_close, changed, differ
 from fastscore.graph.trials.plain_layers import may_make_several
 from fastscore.graph.trials.steady_draws import SteadyDraws
 from fastscore.modules import hooks
@@ -137,7 +137,7 @@ class Recording:
             return found[0] if found else f"the model's own code ({type(error).__name__})"
         if choices is not None and choices.read:
             return READ
-        if not found and (output.shape != self.output.shape or not close(output, self.output).all()):
+        if not found and (output.shape != self.output.shape or not all_close(output, self.output)):
             return "the output"
         self.chooses |= choices is not None and choices.differ and not found
         return found[0] if found else None
@@ -156,7 +156,7 @@ class Recording:
             output = self._replay_changed(self._whole(layers), compare, Choices(self.choices, None))
         except Exception:  # of the model's code, which looks at them
             return True
-        return bool(found) or output.shape != self.output.shape or not bool(close(output, self.output).all())
+        return bool(found) or output.shape != self.output.shape or not all_close(output, self.output)
 
     def read_by_others(self, layers: Collection[str]) -> str | None:
         """Where what `layers` make shows: the output, or a layer that is none of them; None where it does not."""

@@ -21,7 +21,7 @@ from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.layers_inside import holds_norm
 from fastscore.graph.trials import plain_layers
-from fastscore.graph.trials.differences import close
+from fastscore.graph.trials.differences import all_close
 from fastscore.graph.trials.recording import MISREAD, Recording, read_by, unwrapped
 from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules import frames
@@ -313,4 +313,4 @@ def _alike(x: Tensor, expected: Tensor) -> bool:
     """To the rounding of another algorithm, TF32 among them: what depends on a width differs by far more."""
     if torch.equal(x, expected) or not x.is_floating_point():
         return torch.equal(x, expected)
-    return bool(close(x, expected, rounding=torch.finfo(x.dtype).eps ** (1 / 3)).all())
+    return all_close(x, expected, rounding=torch.finfo(x.dtype).eps ** (1 / 3))

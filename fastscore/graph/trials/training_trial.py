@@ -17,7 +17,7 @@ from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.graph.kept import training_only
 from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.graph.trials import surgery_trial, verification
-from fastscore.graph.trials.differences import close
+from fastscore.graph.trials.differences import all_close
 from fastscore.graph.trials.recording import Recording
 from fastscore.graph.trials.steady_draws import SteadyDraws
 
@@ -52,7 +52,7 @@ def takes_same_way(recording: Recording, run: Callable[[nn.Module, bool], Sequen
 def _alike(x: Tensor | None, other: Tensor | None) -> bool:
     if x is None or other is None:
         return x is other
-    return x.shape == other.shape and bool(close(x, other).all())
+    return x.shape == other.shape and all_close(x, other)
 
 
 def with_parameters(recording: Recording, graph: ChannelGraph, run_as_in_training: Run) -> ChannelGraph:

@@ -126,10 +126,10 @@ def randomize_zeros(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.is_floating_point() or \
-                    int(parameter.count_nonzero()) == parameter.numel():
+                    not (zeros := parameter.numel() - int(parameter.count_nonzero())):
                 continue
             if id(parameter) not in made:
-                values = 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
-                alive = torch.where(parameter == 0, values, parameter)
+                values = 0.1 * torch.randn(zeros, generator=generator).to(parameter)
+                alive = parameter.detach().clone().masked_scatter_(parameter == 0, values)
                 made[id(parameter)] = nn.Parameter(alive, requires_grad=False)
             module._parameters[name] = made[id(parameter)]
