@@ -80,3 +80,36 @@ def test_each_group_has_its_own() -> None:
     assert graph.skipped["first"] == "the tracer cannot follow its channels to second: flip in the code of Two mixes " \
                                      "or moves them"
     assert "cumprod in the code of Two" in graph.skipped["second"]
+
+
+class Separable(nn.Module):
+    """Self-attention whose one row of queries meets all keys, as of MobileViTv2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 6
+        self.first, self.qkv, self.last = nn.Conv1d(3, 6, 1), nn.Conv1d(6, 13, 1), nn.Conv1d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(self.first(x)).split([1, self.width, self.width], 1)
+        context = (key * query.softmax(-1)).sum(-1, keepdim=True)
+        return self.last(value.relu() * context.expand_as(value))
+
+
+class Gated(Separable):
+    """By a part of its channels, which is as wide as what it meets: a sum over them mixes it, not the cut."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, key, value = self.qkv(self.first(x)).split([1, self.width, self.width], 1)
+        return self.last(value.relu() * key.flip(1))
+
+
+@pytest.mark.parametrize(("kind", "what"), [
+    (Separable, "mul in the code of Separable spreads one of them, which is cut off, over others"),
+    (Gated, "flip in the code of Gated mixes or moves them"),
+])
+def test_a_cut_is_none_of_them(kind: type[nn.Module], what: str) -> None:
+    torch.manual_seed(0)
+    graph = trace(kind().double().eval(), torch.randn(2, 3, 7, dtype=torch.float64))
+    assert [group.name for group in graph.groups] == ["first"]
+    assert graph.skipped["qkv"] == f"the tracer cannot follow its channels to last: {what}"

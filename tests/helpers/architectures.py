@@ -319,6 +319,7 @@ _IN_SHORT = (
     (r"takes its channels together with", "through Parameter"),
     (r"a view divides", "a view divides it"),
     (r"cut at (places|positions)", "cut at fixed places"),
+    (r"spreads one of them", "one of them meets all others"),
     (r"tracer cannot follow", "mixed or moved"),
     (r"removed together", "all tied together"),
     (r"shares its weight", "shares a weight"),

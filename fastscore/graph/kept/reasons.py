@@ -176,9 +176,8 @@ def of_leak(where: str, members: Iterable[Member], recording: Recording, readers
     if where in recording.layers and recurrent.was_given_constant(recording.layers[where]):
         return f"{where} reads a state that no layer makes: one that the model keeps from call to call, say"
     return read_elsewhere(members, readers) or (of_choice(where) if chosen else \
-        f"the tracer cannot follow its channels to {where}: " + (
-            f"{mixer} mixes or moves them" if mixer else
-            "an operation mixes or moves them, or the code decides by them"))
+        f"the tracer cannot follow its channels to {where}: "
+        f"{mixer or 'an operation mixes or moves them, or the code decides by them'}")
 
 
 def of_refusal(why: str, members: Iterable[Member], recording: Recording, readers: Mapping[str, str],

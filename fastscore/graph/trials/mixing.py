@@ -6,6 +6,7 @@ what comes of the whole, operation by operation. The first that gives more of a 
 or another place of it, is the one.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -26,13 +27,14 @@ _MORE = 1.5  # times the share of a tensor that differed before
 # operations that leave every number as it is, in another shape
 _VIEWS = {"transpose", "permute", "t", "T", "mT", "H", "mH", "swapaxes", "swapdims", "movedim", "moveaxis", "reshape",
           "view", "flatten", "unflatten", "contiguous", "clone", "detach", "to", "adjoint"}
+_PARTS = {"split", "split_with_sizes", "chunk", "tensor_split", "narrow", "getitem"}  # and these leave some out
 _SPOKEN = {"getitem": "indexing", "item": "item()", "float": "float()", "int": "int()", "bool": "bool()",
            "tolist": "tolist()", "numpy": "numpy()"}
 _Key: TypeAlias = tuple[str, int]  # group, which of the channels that are tried
 
 
 def mixers(recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, str]:
-    """Name of a group -> the operation, and the module whose code it is in, where one is found."""
+    """Name of a group -> the operation, the module whose code it is in, and what it does, where one is found."""
     made: dict[_Key, dict[str, Tensor]] = {}
     for group in groups:
         for number, channel in enumerate(torch.linspace(0, group.channels - 1, _CHANNELS).long().unique().tolist()):
@@ -76,6 +78,7 @@ class _Beside(TorchFunctionMode):
         self.found: dict[str, str] = {}
         self._names = names
         self._others: Any = WeakTensorKeyDictionary()
+        self._parts: Any = WeakTensorKeyDictionary()  # cut from what held more channels -> the share of it that it is
 
     def note(self, x: Tensor, key: _Key, other: Tensor) -> None:
         """`other` is what x would be where the channel of `key` is changed."""
@@ -98,21 +101,36 @@ class _Beside(TorchFunctionMode):
 
             others[key] = func(*map_tensors(other, args), **map_tensors(other, kwargs))
         out = func(*args, **kwargs)
+        before = {key: [(_touched(self._others[x][key], x), self._part(x)) for x in inputs if key in self._others[x]]
+                  for key in others}
+        for x in tensors_of(out):
+            self._parts[x] = max(map(self._part, inputs))
+            if name in _PARTS and x.dim() == inputs[0].dim():
+                narrow = {at for ((touched, _), *_) in before.values() for at, along in enumerate(touched)
+                          if _is_narrow([along])}
+                self._parts[x] *= math.prod(x.shape[at] / inputs[0].shape[at] for at in narrow)
         for key, each in others.items():
-            before = [_touched(self._others[x][key], x) for x in inputs if key in self._others[x]]
-            if key[0] not in self.found and self._mixes(key, out, each, name, before):
+            if key[0] not in self.found and self._mixes(key, out, each, name, before[key]):
                 module = frames.innermost(frames.outwards())
                 where = "" if module is None else self._names.get(id(module), "")
+                one = isinstance(out, Tensor) and any(part < 1 and any(
+                    len(along) == 1 < size for along, size in zip(touched, out.shape, strict=False))
+                    for touched, part in before[key] if len(touched) == out.dim())
                 self.found[key[0]] = f"{_SPOKEN.get(name, name)} in the code of " \
-                    f"{f'{where} ({type(module).__name__})' if where else type(module).__name__}"
+                    f"{f'{where} ({type(module).__name__})' if where else type(module).__name__} " \
+                    f"{'spreads one of them, which is cut off, over others' if one else 'mixes or moves them'}"
         return out
 
-    def _mixes(self, key: _Key, out: Any, other: Any, name: str, before: Sequence[list[Tensor]]) -> bool:
-        """Whether the channel of `key` shows in more of what an operation gives, or elsewhere; before: where it showed
-        in what that read. What it gives is noted."""
+    def _part(self, x: Tensor) -> float:
+        return float(self._parts.get(x, 1.0))
+
+    def _mixes(self, key: _Key, out: Any, other: Any, name: str, read: Sequence[tuple[list[Tensor], float]]) -> bool:
+        """Whether the channel of `key` shows in more of what an operation gives, or elsewhere; read: where it showed in
+        what that read, and which part of the channels this was. What it gives is noted."""
         if isinstance(out, (bool, int, float)):
             return bool(out != other)
-        most, mixes = max(map(_share, before)), False
+        before = [touched for touched, _ in read]
+        most, mixes = max(_share(touched) * part for touched, part in read), False
         for x, changed_x in zip(tensors_of(out), tensors_of(other), strict=False):
             if x.shape != changed_x.shape:
                 return True
@@ -123,7 +141,7 @@ class _Beside(TorchFunctionMode):
             moved = name not in _VIEWS and len(alike) == len(before) and any(
                 bool((here & ~torch.stack(there).any(0)).any()) for here, *there in zip(touched, *alike, strict=True)
                 if _is_narrow(there))
-            mixes |= moved or _share(touched) > _MORE * most
+            mixes |= moved or _share(touched) * self._part(x) > _MORE * most
             self.note(x, key, changed_x)
         return mixes
 
