@@ -126,19 +126,30 @@ def divergence(dense: Iterable[Outputs], smaller: Iterable[Outputs],
     several by name. A single logit stands for two classes, as with a sigmoid. Not finite in the smaller one's: no
     agreement, infinite KL. errors: the names of those that are no decisions but values, judged by their error. Raises
     ValueError where there is nothing to compare, or shapes differ, FloatingPointError where the dense network's are not
-    finite.
+    finite; and what a network raises, of which the other processes raise a RuntimeError, or FloatingPointError.
     """
     sums: dict[str, _Decided | _Erred] = {}
-    for all_expected, all_got in zip(dense, smaller, strict=True):
-        expected_ones, got_ones = _by_name(all_expected), _by_name(all_got)
-        if expected_ones.keys() != got_ones.keys():
-            raise ValueError(f"outputs: the dense network returns {', '.join(expected_ones)} and the smaller one "
-                             f"{', '.join(got_ones)}: give a forward= that returns the same of both")
-        for name, expected in expected_ones.items():
-            _add(sums, name, _compared(expected, got_ones[name], _Erred if name in errors else _Decided))
+    failed: Exception | None = None
+    try:
+        for all_expected, all_got in zip(dense, smaller, strict=True):
+            expected_ones, got_ones = _by_name(all_expected), _by_name(all_got)
+            if expected_ones.keys() != got_ones.keys():
+                raise ValueError(f"outputs: the dense network returns {', '.join(expected_ones)} and the smaller one "
+                                 f"{', '.join(got_ones)}: give a forward= that returns the same of both")
+            for name, expected in expected_ones.items():
+                _add(sums, name, _compared(expected, got_ones[name], _Erred if name in errors else _Decided))
+    except Exception as error:  # of the models' code, on the batches of this process
+        if process_group is None:
+            raise
+        failed = error
     if process_group is not None:  # a process may have had no batch, and know of no output
         gathered: list[Any] = [None] * process_group.size()
-        distributed.all_gather_object(gathered, sums, process_group)
+        own = sums if failed is None else (isinstance(failed, FloatingPointError), f"{type(failed).__name__}: {failed}")
+        distributed.all_gather_object(gathered, own, process_group)
+        if failed is not None:
+            raise failed
+        for rank, (not_finite, why) in ((rank, each) for rank, each in enumerate(gathered) if isinstance(each, tuple)):
+            raise (FloatingPointError if not_finite else RuntimeError)(f"in process {rank}, {why}")
         sums = {}
         for name, row in (pair for each in gathered for pair in each.items()):
             _add(sums, name, row)

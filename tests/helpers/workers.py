@@ -162,6 +162,38 @@ def repair(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+class Fastidious(nn.Module):
+    """Takes no image that holds a 99 once it has lost half of its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).relu()
+        if h.shape[1] < 5 and bool((x == 99).any()):
+            raise RuntimeError("a 99")
+        return self.head(self.second(h).relu().mean((2, 3)))
+
+
+def fastidious(rank: int, folder: str) -> None:
+    """A model that raises, in trials of widths, in one of two processes alone, whose batches it does not take."""
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    torch.manual_seed(0)
+    model, images = Fastidious().double().eval(), torch.randn(24, 3, 8, 8, dtype=torch.float64)
+    images[8:16, 0, 0, 0] = 99
+    batches = images.split(8)
+    scores = fastscore.score(model, batches, progress=False)
+    for size in (1, 2):
+        some = distributed.new_group(list(range(size)), timeout=timedelta(seconds=60))
+        if rank < size:
+            result = fastscore.prune(model, scores, batches[0][:1], channels=0.75, calibration=batches,
+                                     process_group=some, measured=True)
+            torch.save({**result.removed}, f"{folder}/fastidious {size} {rank}")
+            torch.save(result.model.state_dict(), f"{folder}/fastidious state {size} {rank}")
+    distributed.destroy_process_group()
+
+
 def silent(rank: int) -> int:
     """The second process does not answer, until the first has given up."""
     try:
@@ -207,6 +239,7 @@ def main(folder: Path, size: int, job: str, *arguments: str) -> None:
         os.environ.update(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
     jobs: dict[str, Callable[[int], int | None]] = {
         "work": lambda rank: work(rank, str(folder)), "repair": lambda rank: repair(rank, str(folder)),
+        "fastidious": lambda rank: fastidious(rank, str(folder)),
         "distill": lambda rank: distilling.work(rank, str(folder)),
         "silent": silent, "fastscore": lambda rank: cli(arguments)}
     children = [start(folder, rank, lambda rank=rank: jobs[job](rank)) for rank in range(size)]

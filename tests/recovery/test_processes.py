@@ -13,11 +13,16 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("repair")
+    return worked(tmp_path_factory.mktemp("repair"), 4, "repair")
+
+
+def worked(folder: Path, size: int, job: str) -> Path:
+    """The folder, with what so many processes have put there."""
     path = [str(HELPERS.parents[1]), str(HELPERS), os.environ.get("PYTHONPATH", "")]
-    said = subprocess.check_output([sys.executable, "-m", "workers", str(folder), "4", "repair"], cwd=folder, text=True,
+    command = [sys.executable, "-m", "workers", str(folder), str(size), job]
+    said = subprocess.check_output(command, cwd=folder, text=True,
                                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)})
-    assert said.strip() == "[0, 0, 0, 0]", "\n".join((folder / f"err {rank}").read_text() for rank in range(4))
+    assert said.strip() == str([0] * size), "\n".join((folder / f"err {rank}").read_text() for rank in range(size))
     return folder
 
 
@@ -44,6 +49,14 @@ def test_each_process_goes_on_with_the_moments_of_its_own(folder: Path) -> None:
     for rank in range(2):
         for name in ("kept", "gone on"):
             assert_same(torch.load(folder / f"{name} {rank}"), torch.load(folder / "linear 1 0")[1])
+
+
+def test_a_width_at_which_the_model_runs_in_one_process_alone_is_left_out_in_all(tmp_path: Path) -> None:
+    folder = worked(tmp_path, 2, "fastidious")
+    alone = torch.load(folder / "fastidious 1 0")
+    for rank in range(2):
+        assert_same(torch.load(folder / f"fastidious 2 {rank}"), alone)
+        assert_same(torch.load(folder / f"fastidious state 2 {rank}"), torch.load(folder / "fastidious state 1 0"))
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

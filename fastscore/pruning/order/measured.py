@@ -157,7 +157,7 @@ class Measured:
             return divergence(dense, (self._run(small, batch) for batch in judges), self._group, self._run.errors).kl
         except FloatingPointError:
             raise
-        except Exception:  # of the model's code, in every process
+        except Exception:  # of the model's code: where it raises in one process, it does in all (see divergence)
             return None
 
     def _repaired(self, removed: Mapping[str, Tensor], ridge: float) -> nn.Module:
