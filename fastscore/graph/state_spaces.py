@@ -28,14 +28,19 @@ def with_widths(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
 
     model: an evaluation copy.
     """
-    def layers(group: ChannelGroup) -> set[str]:
+    def held(group: ChannelGroup) -> set[str]:
         return {member.layer for member in group.members}
 
     guesses = list(_guesses(model))
-    staying = [group for group in graph.groups if not any(layers(group) < layers(guess) for guess in guesses)]
+    staying = [group for group in graph.groups if not any(held(group) < held(guess) for guess in guesses)]
     made = {member.layer for group in staying for member in group.role("producer")}
     found = [group for group in guesses if made.isdisjoint(member.layer for member in group.role("producer"))]
     return replace(graph, groups=(*staying, *found))
+
+
+def layers(model: nn.Module) -> set[str]:
+    """Of all modules that look like one."""
+    return {member.layer for group in _guesses(model) for member in group.members}
 
 
 def settled(graph: ChannelGraph, biases: Mapping[str, str]) -> ChannelGraph:

@@ -27,7 +27,7 @@ from fastscore.graph import (
 )
 from fastscore.graph.counted_run import CountedRun
 from fastscore.graph.cutting import own_tensors
-from fastscore.graph.following import dependencies, nested
+from fastscore.graph.following import dependencies, nested, nodes
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.heads import attention, head_numbers, unnamed_attention
 from fastscore.graph.kept import left_alone, obstacles, reasons, training_only, unread
@@ -262,9 +262,10 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
 
     found = plain = followed()
     named = attentions.layers()
-    divided, cut = ({layer for layer, why in found.skipped.items() if why.startswith(start)}
-                    for start in (obstacles.DIVIDED, obstacles.CUT))
-    unnamed = unnamed_attention.find(eval_model, recording.run_again, graph.calls.products, divided | cut, unused,
+    divided, cut, taken = ({layer for layer, why in found.skipped.items() if says in why}
+                           for says in (obstacles.DIVIDED, obstacles.CUT, nodes.TAKEN))
+    of_heads = (divided | cut | taken) - state_spaces.layers(eval_model)
+    unnamed = unnamed_attention.find(eval_model, recording.run_again, graph.calls.products, of_heads, unused,
                                      attentions, "head_dims" in searched)
     if attentions.with_unnamed(unnamed, divided):
         found = followed()

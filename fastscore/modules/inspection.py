@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.modules.norms.channel_norms import norm_of
+from fastscore.modules.norms.gated_norms import gated_norm_of
 from fastscore.modules.weights.own_layers import own_layer
 from fastscore.modules.weights.transposed_linear import is_transposed
 
@@ -66,7 +67,7 @@ def channel_dim(layer: nn.Module) -> int:
         return -1 - len(layer.kernel_size)
     if (own := own_layer(layer)) is not None:
         return 1 - layer.get_parameter(own.weight).dim()
-    norm = norm_of(layer)
+    norm = gated_norm_of(layer) or norm_of(layer)
     return 1 if norm is None else norm.dim
 
 

@@ -23,6 +23,7 @@ from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim, parameter_owners
 from fastscore.modules.norms.channel_norms import norm_of
+from fastscore.modules.norms.gated_norms import gated_norm_of
 from fastscore.modules.weights import held_weights
 from fastscore.modules.weights.own_layers import inputs_of, own_layer
 from fastscore.modules.weights.parameter_layers import ParameterLayer, ParameterLinear
@@ -72,7 +73,8 @@ def has_no_place(model: nn.Module, name: str, kept_biases: Container[str]) -> bo
     if isinstance(layer, ParameterLayer) and (layer.bias is None or not isinstance(layer, held_weights.HAVE_PLACES)):
         return True
     bias = layer._parameters.get("bias")
-    return norm_of(layer) is not None or (bias is not None and parameter_owners(model)[id(bias)] > 1)
+    return norm_of(layer) is not None or gated_norm_of(layer) is not None or (
+        bias is not None and parameter_owners(model)[id(bias)] > 1)
 
 
 def weight_alone(model: nn.Module, name: str) -> bool:

@@ -125,24 +125,25 @@ class ExpertGate(torch.autograd.Function):
 
 
 class NormGate(torch.autograd.Function):
-    """(output y of a normalisation, its input x, gate) -> y; backward: (g, nothing, measure(x, its gradient through
-    mean and mean square alone)).
+    """(output y of a normalisation, its input x, what multiplies what it makes, gate) -> y; backward: (g, nothing,
+    nothing, measure(x, its gradient through mean and mean square alone)).
 
     What is made of a channel at its own place is measured by the layers that read it.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, gate: Tensor, norm: nn.Module, taps: "Measuring", point: TapPoint,
-                axis: SampleAxis, valid: Tensor | None, owner: ForwardPass | None) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, y: Tensor, x: Tensor, factor: Tensor | None, gate: Tensor, norm: nn.Module,
+                taps: "Measuring", point: TapPoint, axis: SampleAxis, valid: Tensor | None,
+                owner: ForwardPass | None) -> Tensor:
+        ctx.save_for_backward(x, factor)
         ctx.norm, ctx.taps, ctx.point, ctx.axis, ctx.valid, ctx.owner = norm, taps, point, axis, valid, owner
         return y.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        x, factor = ctx.saved_tensors
         measured = None
         if ctx.taps.measuring:
-            through = channel_norms.gradient_of_statistics(ctx.norm, x, g)
+            through = channel_norms.gradient_of_statistics(ctx.norm, x, g if factor is None else g * factor)
             measured = ctx.taps.rows.measured(x, through, ctx.point.channel_dim, ctx.axis, ctx.valid)
-        return ctx.taps.handed_on(g, ctx.owner), None, measured, None, None, None, None, None, None
+        return ctx.taps.handed_on(g, ctx.owner), None, None, measured, None, None, None, None, None, None

@@ -20,6 +20,7 @@ from fastscore.batches.outputs import Outputs, output_tensors
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.handles import Handle
 from fastscore.modules.hooks import OwnHook, input_of, with_input
+from fastscore.modules.norms import gated_norms
 from fastscore.modules.sample_axis import SampleAxes, SampleAxis, Untold
 from fastscore.modules.weights import experts, held_weights, recurrent
 from fastscore.taps import owners
@@ -234,7 +235,8 @@ class Taps:
                 return None
             if isinstance(output, tuple):
                 return (self._gated(output[0], layer, point), *output[1:])
-            return self._gated(output, layer, point, input_of(args, kwargs) if point.statistics else None)
+            read = gated_norms.statistics(module, args, kwargs) if point.statistics else ()
+            return self._gated(output, layer, point, *read)
 
         return self._hook(hand_over_copy)
 
@@ -259,8 +261,10 @@ class Taps:
         self._published = None
         return tap.tapped
 
-    def _gated(self, x: Tensor, layer: str, point: TapPoint, read: Tensor | None = None) -> Tensor:
-        """x as the gate hands it on. read: what the layer that made x has read, if that counts; or rows' experts."""
+    def _gated(self, x: Tensor, layer: str, point: TapPoint, read: Tensor | None = None, factor: Tensor | None = None
+               ) -> Tensor:
+        """x as the gate hands it on. read: what the layer that made x has read, if that counts; or rows' experts.
+        factor: what that was multiplied by when it was normalised."""
         gate, valid, owner = self._preallocated.get(layer), None, None
         if gate is None:
             owner = pass_of(layer, self.current, self._backward.running)
@@ -286,7 +290,7 @@ class Taps:
         inside = None if point.output or self.rows.sample_dims > 1 else recurrent.inside_of(self._owners[layer])
         gated: Tensor = Gate.apply(x, gate, self, point, axis, valid, owner, inside) if read is None else \
             ExpertGate.apply(x, read, gate, self, point, axis, valid, owner) if point.experts else \
-            NormGate.apply(x, read.detach(), gate, self.model.get_submodule(layer), self, point, axis,
+            NormGate.apply(x, read.detach(), factor, gate, self.model.get_submodule(layer), self, point, axis,
                            valid, owner)
         return gated
 

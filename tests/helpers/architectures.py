@@ -24,6 +24,7 @@ from fastscore.modules.attention.multihead_attention import replace_attention
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.norms.channel_norms import norm_of
+from fastscore.modules.norms.gated_norms import GatedNorm, gated_norm_of
 from fastscore.modules.norms.response_norms import ResponseNorm
 from fastscore.modules.weights import held_weights
 from fastscore.pruning.masking import at_consumers, at_group_norms
@@ -218,7 +219,7 @@ def _mended(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
 
 def _gated(layer: nn.Module, gates: Sequence[tuple[Tensor, Tensor]]) -> Any:
     """Gates on what a layer reads; on what statistics read, of a normalisation over channels."""
-    norm, dim = norm_of(layer), channel_dim(layer)
+    norm, dim = gated_norm_of(layer) or norm_of(layer), channel_dim(layer)
 
     def gated(x: Tensor) -> Tensor:
         shape = [1] * x.dim()
@@ -232,6 +233,9 @@ def _gated(layer: nn.Module, gates: Sequence[tuple[Tensor, Tensor]]) -> Any:
 
     def instead(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = input_of(args, kwargs)
+        if isinstance(norm, GatedNorm):  # what it makes of a channel is taken out again
+            args, kwargs = with_input(args, kwargs, gated(x))
+            return type(layer).forward(layer, *args, **kwargs) / gated(torch.ones_like(x))
         weight, bias = (None if value is None else value.flatten().view(-1, *[1] * (-1 - norm.dim))
                         for value in map(layer._parameters.get, (norm.gain, norm.shift)))
         if isinstance(norm, ResponseNorm):  # of which the mean over channels reads gates

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from oracles import untouched
+from state_attentions import Gated
 from torch import Tensor, nn
 
 import fastscore
@@ -88,8 +89,11 @@ def _gate_input(edge: Member, gates: list[Tensor], layer: nn.Module, args: tuple
 
 
 def _gate_statistics(norm: nn.Module, edge: Member, gates: list[Tensor]) -> None:
-    """Have a LayerNorm, or RMSNorm, of the last dimension, or a LayerNorm with its own forward of images, count a
-    channel as its gate says, by definition."""
+    """Have a LayerNorm, or RMSNorm, of the last dimension, or a LayerNorm with its own forward of images, or one that
+    is called with a gate, count a channel as its gate says, by definition."""
+    if isinstance(norm, Gated):
+        norm.forward = partial(_gated, norm.forward, edge, gates)
+        return
     assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
     dim = -1 if type(norm).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) else -3
 
@@ -101,6 +105,11 @@ def _gate_statistics(norm: nn.Module, edge: Member, gates: list[Tensor]) -> None
         return (y + norm.bias if isinstance(norm, nn.LayerNorm) else y).movedim(-1, dim)
 
     norm.forward = forward
+
+
+def _gated(forward: Callable[..., Tensor], edge: Member, gates: list[Tensor], x: Tensor, gate: Tensor) -> Tensor:
+    counts = torch.ones(x.shape[-1], dtype=x.dtype).index_put((edge.index,), gates[0][edge.channel])
+    return forward(x * counts, gate) / counts  # what it makes of a channel itself is taken out again
 
 
 def _input_dim(model: nn.Module, layer: str, weight: Tensor) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastscore.graph.layer_types import OPTYPE, groups_left, type_of
 from fastscore.modules.narrower import without
-from fastscore.modules.norms import channel_norms
+from fastscore.modules.norms import channel_norms, gated_norms
 from fastscore.modules.weights import parameter_layers, transposed_linear
 
 _COUNTS = ("num_features", "channels")  # attributes that say how many there are, whatever else is as many
@@ -37,7 +37,7 @@ def surgeon(module: nn.Module) -> Any:
         return module
     if transposed_linear.is_transposed(module):
         return _TRANSPOSED
-    if channel_norms.norm_of(module) is not None:
+    if channel_norms.norm_of(module) is not None or gated_norms.gated_norm_of(module) is not None:
         return NORMS
     kind = type_of(module)
     if kind == OPTYPE.IN:

@@ -20,6 +20,7 @@ PRODUCERS = LAYERS | {OPTYPE.EMBED}
 NORM = OPTYPE.LN  # of nodes: any normalisation over channels, and nothing else
 TRANSPARENT = {OPTYPE.ELEMENTWISE, OPTYPE.CONCAT, OPTYPE.SPLIT, OPTYPE.RESHAPE, OPTYPE.UNBIND, OPTYPE.EXPAND,
                OPTYPE.SLICE}
+TAKEN = "takes its channels together with"  # and a parameter, in reasons
 _OF_LINEARS = ("View", "UnsafeView", "Transpose", "AddBackward")  # what stands behind the product of a Linear
 _UNKNOWN = OPTYPE.MHA  # of modules that are no ChannelNorm, and stop whatever comes to them
 
@@ -199,10 +200,10 @@ class Nodes(Cuts, tp.DependencyGraph):  # type: ignore[misc]
         owner, _, key = parameter.rpartition(".")
         module = self.model.get_submodule(owner)
         if type_of(module) in PRODUCERS:  # whose own code does not run
-            return f"the model's code takes its channels together with {parameter}, which cannot lose channels yet"
+            return f"the model's code {TAKEN} {parameter}, which cannot lose channels yet"
         kind = type(module).__name__
         who = f"{owner} ({kind})" if owner else kind
-        return f"the code of {who} takes its channels together with its {key}, which cannot lose channels yet"
+        return f"the code of {who} {TAKEN} its {key}, which cannot lose channels yet"
 
     def layer_of(self, parameter: str) -> Any:
         """The node of the layer that has a parameter of that name; None of one that is not called, or no layer."""

@@ -323,7 +323,7 @@ def difference(module: nn.Module, group: ChannelGroup, call: Call, known: dict[A
     if tuple(outputs) not in known:
         dense = known.setdefault("dense", randomized(evaluation_copy(module)))
         known[tuple(outputs)] = call.inputs_of(outputs, dense)
-    dense, before = known["dense"], known[tuple(outputs)]
+    dense, before, steps = known["dense"], known[tuple(outputs)], attention_calls.Steps()
     if unread := [layer for layer, x in before.items() if x is None]:
         return f"{type(module).__name__} does not call {unread[0]}: it reads its weights elsewhere"
     for bit in range((units - 1).bit_length()):  # any two heads part at some bit
@@ -332,9 +332,11 @@ def difference(module: nn.Module, group: ChannelGroup, call: Call, known: dict[A
             if hooks := [*head_norms.uncounted(dense, group, gone.nonzero()[:, 0], len(outputs) + len(beside) > 1)]:
                 before = call.inputs_of([*outputs, *beside], dense, hooks)
             small = surgery.remove_channels(evaluation_copy(dense), [group], {group.name: gone.nonzero()[:, 0]})
-            after = call.of_heads(each.index[~gone[each.channel]]).inputs_of([*outputs, *beside], small)
+            with steps:
+                after = call.of_heads(each.index[~gone[each.channel]]).inputs_of([*outputs, *beside], small)
         except Exception as error:  # whatever the module's code does with a width that it does not expect
-            return f"{type(module).__name__} does not run with fewer heads ({said(error)})"
+            return head_numbers.Stopped(f"{type(module).__name__} does not run with fewer heads ({said(error)})",
+                                        steps.made)
         lost = {edge.layer: edge.index[gone[edge.channel]] for edge in group.role("consumer")}
         for layer in (*lost, *beside):
             x, whole = after[layer], before[layer]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastscore.batches.devices import with_float64
 from fastscore.batches.parts import tensors_of
@@ -129,6 +130,17 @@ def record(model: nn.Module, heads: Mapping[str, int], run: Callable[[nn.Module]
             handle.remove()
     calls.given = [places for _, places in others.values()]
     return calls
+
+
+class Steps(TorchFunctionMode):
+    """How many operations have been `made` in the block, all done."""
+
+    made = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.made += 1
+        return output
 
 
 def randomized(module: nn.Module) -> nn.Module:

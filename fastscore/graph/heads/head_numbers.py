@@ -1,6 +1,7 @@
 """Numbers that attentions keep and that may count heads, or their channels: as few of them as let heads go."""
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,11 +16,11 @@ from fastscore.graph.following.nodes import CHANNELWISE, PRODUCERS
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.layer_types import type_of
 from fastscore.modules.lines_run import Line, lines_run
-from fastscore.modules.norms import channel_norms
+from fastscore.modules.norms import channel_norms, gated_norms
 from fastscore.modules.number_uses import Uses
 from fastscore.modules.reachable_code import ReachableCode
 
-_MOST_TRIALS = 24  # sets of numbers that are tried
+_MOST_TRIALS = 60  # sets of numbers that are tried
 
 
 def built(module: nn.Module, but: Container[tuple[str, str]] = ()) -> tuple[Any, ...]:
@@ -67,23 +68,98 @@ def with_numbers(module: nn.Module, group: ChannelGroup, fails: Callable[[Channe
                  ) -> ChannelGroup | str:
     """The group, with as few of the numbers that a module keeps as let it go; or why it does not go with any.
 
-    fails: why a group does not go, or None.
+    fails: why a group does not go, or None; a Stopped, where code does not run.
     """
     first = ""
     for way in _ways(module, group):
         every, held = list(_counts(module, way)), {member.module for member in way.role("tensor")}
         of_norms = [each for each in every if each.layer in held
                     and isinstance(module.get_submodule(each.layer), nn.GroupNorm)]
-        every = [each for each in every if all(each is not other for other in of_norms)]
-        chosen = itertools.chain.from_iterable(itertools.combinations(every, size) for size in range(len(every) + 1))
-        for more in itertools.islice(chosen, 1 + _MOST_TRIALS):
-            # a norm says what it has lost, whether it is asked or not
-            likely = replace(way, members=(*way.members, *of_norms, *more))
-            reason = fails(likely)
-            if reason is None:
-                return likely
-            first = first or reason
+        # a norm says what it has lost, whether it is asked or not
+        search = _Search(replace(way, members=(*way.members, *of_norms)), fails,
+                         [each for each in every if all(each is not other for other in of_norms)])
+        found = search.found()
+        if isinstance(found, ChannelGroup):
+            return found
+        first = first or found
     return first
+
+
+class Stopped(str):
+    """Why code does not run. steps: how many operations it came to."""
+
+    steps: int
+
+    def __new__(cls, why: str, steps: int) -> "Stopped":
+        made = super().__new__(cls, why)
+        made.steps = steps
+        return made
+
+
+class _Search:
+    """For as few of `numbers`, likeliest first, as let a group go.
+
+    A number that goes with the heads shows by what becomes of a run without it: code stops elsewhere, or for another
+    reason. So those are looked for one, or some, at a time, with which it comes further than without."""
+
+    def __init__(self, group: ChannelGroup, fails: Callable[[ChannelGroup], str | None], numbers: Sequence[Member]
+                 ) -> None:
+        self._group, self._fails, self._numbers = group, fails, numbers
+        self._tried = dict[frozenset[int], str | None]()
+
+    def found(self) -> ChannelGroup | str:
+        """The group with these; or why it does not go without any."""
+        chosen: frozenset[int] | None = frozenset()
+        while chosen is not None and self._why(chosen) is not None:
+            chosen = self._further(chosen)
+        if chosen is None:
+            chosen = next((some for some in self._likely() if self._left(some) and self._why(some) is None), None)
+        if chosen is None:
+            return self._tried[frozenset()] or ""
+        for number in sorted(chosen, reverse=True):  # the least likely first
+            if len(chosen) > 1 and self._left(chosen - {number}) and self._why(chosen - {number}) is None:
+                chosen -= {number}
+        return self._with(chosen)
+
+    def _likely(self) -> Iterator[frozenset[int]]:
+        every = range(len(self._numbers))
+        sets = itertools.chain.from_iterable(itertools.combinations(every, size) for size in range(len(every) + 1))
+        return map(frozenset, itertools.islice(sets, 1 + _MOST_TRIALS))
+
+    def _further(self, chosen: frozenset[int]) -> frozenset[int] | None:
+        """The first of the least sets of more numbers with which code comes furthest, and further than without."""
+        shown, without = set[int](), self._outcome(chosen)
+        for size in (1, 2, 3):
+            best, most = None, without[0]
+            for more in itertools.combinations(set(range(len(self._numbers))) - chosen, size):
+                some = chosen.union(more)
+                if len(shown.intersection(more)) < size - 1 or not self._left(some):
+                    continue
+                steps, why = self._outcome(some)
+                if why is None:
+                    return some
+                if size == 1 and (steps, why) != without:
+                    shown.update(more)
+                if most < steps < math.inf:  # it does not help that code runs through, and makes something else
+                    best, most = some, steps
+            if best is not None:
+                return best
+        return None
+
+    def _left(self, some: frozenset[int]) -> bool:
+        return some in self._tried or len(self._tried) <= _MOST_TRIALS
+
+    def _outcome(self, some: frozenset[int]) -> tuple[float, str | None]:
+        why = self._why(some)
+        return getattr(why, "steps", math.inf), why
+
+    def _why(self, some: frozenset[int]) -> str | None:
+        if some not in self._tried:
+            self._tried[some] = self._fails(self._with(some))
+        return self._tried[some]
+
+    def _with(self, some: frozenset[int]) -> ChannelGroup:
+        return replace(self._group, members=(*self._group.members, *(self._numbers[each] for each in sorted(some))))
 
 
 def decided_by(model: nn.Module, groups: Sequence[ChannelGroup], run: Callable[[], object]) -> dict[str, str]:
@@ -129,7 +205,8 @@ def numbers(module: nn.Module) -> Iterator[tuple[str, str, int]]:
     is the third number of a tuple or list."""
     for name, part in module.named_modules():
         layer = type_of(part) in PRODUCERS | CHANNELWISE and not isinstance(part, nn.GroupNorm)
-        for attribute, value in () if layer or channel_norms.norm_of(part) is not None else vars(part).items():
+        norm = channel_norms.norm_of(part) is not None and gated_norms.gated_norm_of(part) is None
+        for attribute, value in () if layer or norm else vars(part).items():
             if type(value) is int and not attribute.startswith("_"):
                 yield name, attribute, value
             elif type(value) in (tuple, list) and all(type(each) is int for each in value):

@@ -23,7 +23,7 @@ from fastscore.graph.trials.row_gradients import rows_shown
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import input_of, with_input
 from fastscore.modules.inspection import channel_dim, parametrized
-from fastscore.modules.norms import channel_norms
+from fastscore.modules.norms import channel_norms, gated_norms
 
 
 @dataclass
@@ -60,9 +60,9 @@ class RunAlone:
             for name, layer in layers.items():
                 hooks.enter_context(layer.register_forward_pre_hook(self._see(name, name in ends), with_kwargs=True))
             for name, part in dense.named_modules():
-                found = channel_norms.norm_of(part)
+                found = gated_norms.gated_norm_of(part) or channel_norms.norm_of(part)
                 if found is not None and found.dim == -1:
-                    hooks.enter_context(part.register_forward_hook(self._apart(name)))
+                    hooks.enter_context(part.register_forward_hook(self._apart(name), with_kwargs=True))
             args, kwargs = copy.deepcopy((call.args, call.kwargs))
             x = next((x for x in tensors_of((args, tuple(kwargs.values()))) if x.is_floating_point()), None)
             if x is not None and not x.any():  # weights that read zeros show nowhere
@@ -116,8 +116,9 @@ class RunAlone:
         return hook
 
     def _apart(self, name: str) -> Any:
-        def hook(norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            x = args[0] if args else None
+        def hook(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            gated = gated_norms.elementwise(norm, args, kwargs)
+            x = gated if gated is not None else args[0] if args else None
             if not isinstance(x, Tensor) or not isinstance(output, Tensor) or output.shape != x.shape:
                 return None
             ones = self._norms.setdefault(name, output.new_ones(output.shape[-1]).requires_grad_())

@@ -20,7 +20,7 @@ from fastscore.graph.heads.attention_calls import Call
 from fastscore.graph.heads.head_numbers import numbers, units_of
 from fastscore.graph.heads.head_run import Run, RunAlone, gradients
 from fastscore.graph.layer_types import OPTYPE, type_of
-from fastscore.modules.norms import channel_norms
+from fastscore.modules.norms import channel_norms, gated_norms
 
 _MOST_HEADS = 256
 
@@ -124,6 +124,8 @@ def _group(run: Run, of_column: Tensor, count: int) -> ChannelGroup | None:
     first = torch.stack([(of_column == head).nonzero()[0, 0] for head in range(count)])
     members = [member for name, dims in along.items() for dim, slices in dims.items()
                if (member := _member(run.module, name, dim, slices, unit_of_head, first)) is not None]
+    if any(not name.rpartition(".")[2] and all(member.layer != name[:-1] for member in members) for name in along):
+        return None  # a normalisation of groups of channels, of which some would be wider than others
     producers = sorted((member for member in members if member.role == "producer"),
                        key=lambda member: len(member.index) < len(of_column))  # those of queries, say, before gates
     members = [*producers, *(member for member in members if member.role != "producer")]
@@ -183,9 +185,11 @@ def _member(module: nn.Module, name: str, dim: int, slices: Tensor, unit_of_head
     owner, _, key = name.rpartition(".")
     held = module.get_submodule(owner)
     kind = type_of(held)
+    gated = gated_norms.gated_norm_of(held)
     if not key:
-        return Member(owner, "norm", index, channel) if len(index) == len(slices) else None
-    if channel_norms.norm_of(held) is not None:
+        fits = len(index) == len(slices) and (gated is None or gated_norms.whole_groups(gated, torch.cat(units)))
+        return Member(owner, "norm", index, channel) if fits else None
+    if gated is not None or channel_norms.norm_of(held) is not None:
         return None  # which is one of all heads, or holds the same for each
     if kind in PRODUCERS:
         by_column = kind == OPTYPE.EMBED

@@ -16,6 +16,7 @@ from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.graph.trials.choices import HELD, TURNS, Choices, Noted
 from fastscore.graph.trials.differences import all_close, changed, differ
 from fastscore.graph.trials.plain_layers import may_make_several
+from fastscore.graph.trials.skipped_norms import skipped
 from fastscore.graph.trials.steady_draws import SteadyDraws
 from fastscore.modules import hooks
 from fastscore.modules.inspection import channel_dim, device_of, runs_own_code
@@ -284,19 +285,10 @@ class Recording:
     @torch.no_grad()
     def replay(self, forwards: Mapping[str, Callable[..., Tensor]], model: nn.Module) -> Tensor:
         """The output of a run of `model`, a copy of the recorded one, whose layers compute `forwards` in place of their
-        own, and whose GroupNorms pass on what they read."""
-        def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-            return read_by(args, kwargs)  # the statistics of a GroupNorm depend on all its channels, its positions not
-
-        handles = [module.register_forward_hook(skip, with_kwargs=True)
-                   for module in {*model.modules(), *self.model.modules()} if isinstance(module, nn.GroupNorm)]
+        own, and whose GroupNorms pass on what they read, as norms with a gate do, times that."""
         rng.start_over(device_of(model))
-        try:
-            with replaced(model, forwards):
-                return self._run_model(model).clone()
-        finally:
-            for handle in handles:
-                handle.remove()
+        with skipped(model, self.model), replaced(model, forwards):
+            return self._run_model(model).clone()
 
     @contextmanager
     def parameters_of(self, layer: str, call: int) -> Iterator[None]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastscore.modules.hooks import input_of
 from fastscore.modules.narrower import staying, without
-from fastscore.modules.norms import activations
+from fastscore.modules.norms import activations, gated_norms
 from fastscore.modules.norms.channel_norm import ChannelNorm
 from fastscore.modules.norms.finding import find, has_eps
 from fastscore.modules.norms.response_norms import ResponseNorm
@@ -113,6 +113,9 @@ _OF_NORMS = {"rsqrt", "sqrt", "mean", "sum", "std", "var"}
 
 def narrow(module: nn.Module, gone: Tensor) -> None:
     """Take the channels `gone`, int64 [R], out of a ChannelNorm, in place; its parameters are new objects then."""
+    if (gated := gated_norms.gated_norm_of(module)) is not None:
+        gated_norms.narrow(module, gated, gone)
+        return
     norm, size = norm_of(module), width(module)
     assert norm is not None
     if size is None and isinstance(norm, ChannelNorm) and norm.ignores_width:
@@ -135,6 +138,8 @@ def narrow(module: nn.Module, gone: Tensor) -> None:
 
 def gradient_of_statistics(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     """The gradient of the input x of a ChannelNorm through mean and mean square alone, from that of its output."""
+    if (gated := gated_norms.gated_norm_of(module)) is not None:
+        return gated_norms.gradient_of_statistics(module, gated, x, g)
     norm = norm_of(module)
     assert norm is not None
     gain, shift = (None if (held := module._parameters.get(name)) is None else held.detach()

@@ -1,0 +1,88 @@
+"""Heads that write to states, and go with all that is theirs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from attention_layouts import HEADS, INNER, TOKENS
+from own_attentions import Network
+from state_attentions import Delta, DeltaApart, Dual, DualAfter, DualInGroups, Gated
+from torch import Tensor, nn
+from whole_way import check, noisy
+
+from fastscore.graph.groups import ChannelGroup, Member
+from fastscore.graph.heads import head_numbers
+from fastscore.graph.tracing import trace
+
+
+def _x() -> Tensor:
+    return torch.randn(3, TOKENS, 3, generator=torch.Generator().manual_seed(1)).double()
+
+
+@pytest.mark.parametrize("attention", [Delta, DeltaApart])
+def test_heads_of_a_delta_rule_go(attention: type[nn.Module], tmp_path: Path) -> None:
+    """With two numbers at once that its code cuts at, and two more, and filters of a layer that is not called."""
+    check(lambda: Network(attention), _x(), ["embed", "attn.into", "mlp.0"], tmp_path)
+
+
+@pytest.mark.parametrize("attention", [Dual, DualAfter, DualInGroups])
+def test_heads_go_that_a_norm_with_a_gate_counts_together(attention: type[nn.Module], tmp_path: Path) -> None:
+    small = check(lambda: Network(attention), _x(), ["embed", "attn.into", "mlp.0"], tmp_path).model
+    assert type(small.attn.norm) is Gated
+    assert len(small.attn.norm.weight) == INNER // 2
+
+
+def test_heads_of_one_group_go_together() -> None:
+    graph = trace(noisy(lambda: Network(DualInGroups)), _x())
+    (group,) = (group for group in graph.groups if any(group.role("heads")))
+    assert group.unit.tolist() == [c * 2 // INNER for c in range(INNER)]
+
+
+def test_two_heads_of_values_go_with_one_of_keys() -> None:
+    graph = trace(noisy(lambda: Network(Delta)), _x())
+    (group,) = (group for group in graph.groups if any(group.role("heads")))
+    assert group.unit.tolist() == [c // (INNER // (HEADS // 2)) for c in range(INNER)]
+    assert {(member.attribute, len(member.index)) for member in group.role("width")} == {
+        ("of_keys", HEADS // 2), ("of_values", HEADS), ("keys", 6), ("values", INNER)}
+
+
+class Numbers(nn.Module):
+    """Twelve of them, each 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in "abcdefghijkl":
+            setattr(self, name, 4)
+
+
+def test_numbers_are_found_by_how_far_code_comes_without_them() -> None:
+    """Four of twelve: first two at once, of which one shows nothing by itself, and then one after the other."""
+    tried = []
+
+    def fails(group: ChannelGroup) -> str | None:
+        gone = {member.attribute for member in group.role("width")}
+        tried.append(gone)
+        for steps, wanted in enumerate(("dk", "f", "l"), 3):
+            if not gone.issuperset(wanted):
+                return head_numbers.Stopped(f"without {gone & set(wanted) - {'k'}}", steps)
+        return "it makes something else" if gone & {"a", "e"} else None
+
+    channels = torch.arange(4)
+    group = ChannelGroup("", 4, channels, (Member("", "heads", channels, channels),))
+    found = head_numbers.with_numbers(Numbers(), group, fails)
+    assert isinstance(found, ChannelGroup)
+    assert {member.attribute for member in found.role("width")} == {*"dkfl"}
+    assert len(tried) < 60
+
+
+def test_a_search_for_numbers_ends() -> None:
+    tried = []
+
+    def fails(group: ChannelGroup) -> str | None:
+        tried.append(group)
+        return head_numbers.Stopped(f"for {len(tried)} reasons", 1)
+
+    channels = torch.arange(4)
+    group = ChannelGroup("", 4, channels, (Member("", "heads", channels, channels),))
+    assert head_numbers.with_numbers(Numbers(), group, fails) == "for 1 reasons"
+    assert len(tried) < 70
