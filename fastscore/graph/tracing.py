@@ -45,6 +45,7 @@ from fastscore.graph.trials import (
     running,
     surgery_trial,
     training_trial,
+    unrun,
     verification,
 )
 from fastscore.graph.trials.recording import Recording
@@ -220,6 +221,8 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
 
     recording = Recording(eval_model, whole)
     recording.lost.update(written)
+    passed_by = unrun.PassedBy(eval_model)
+    recording.watched = passed_by.watched
     try:
         try:
             with recording.record():
@@ -322,6 +325,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     found = across.that_go(recording, found, passing, passed)
     found = _with_heads(eval_model, found, ())
     found = state_spaces.settled(found, bias_trial.kept_biases(recording) if found.groups else {})
+    found = found.less(passed_by.refusals(recording, found.groups))
     ran = recording.layers_that_ran
     residual, refused_blocks = blocks.that_go(eval_model, whole, branches, found.groups)
     found = replace(found, blocks=residual,

@@ -55,6 +55,7 @@ class Recording:
         self.detached = frozenset[str]()  # those of which no gradient comes back, while something does
         self.tried: tuple[ChannelGroup, ...] = ()  # without some channels of which, all at once, the model has run
         self.chooses = self.draws = False  # whether something is chosen by channels, and shows nowhere; draws at random
+        self.watched: Callable[[Any], AbstractContextManager[Any]] = nullcontext  # what runs are in: see unrun.PassedBy
         self.without_gradients = set[str]()  # those that run under torch.no_grad, or inference_mode, in one call
 
     def find_several(self) -> None:
@@ -232,8 +233,9 @@ class Recording:
     def _replayed(self) -> tuple[dict[str, list[Tensor | None]], Tensor, bool, Noted]:
         inputs: dict[str, list[Tensor | None]] = {layer: [] for layer in self.outputs}
         choices = Choices()
-        output = self._replay_changed({}, lambda layer, call, x: inputs[layer].append(None if x is None else x.clone()),
-                                      choices)
+        with self.watched(None):
+            output = self._replay_changed({}, lambda layer, call, x: inputs[layer].append(
+                None if x is None else x.clone()), choices)
         made = choices.noted if any(operands is not None for _, operands in choices.noted) else []
         return inputs, output, self.draws or rng.has_drawn(device_of(self.model)), made
 
@@ -262,10 +264,8 @@ class Recording:
         """The output of a run in which layers compute nothing, but give what they gave, changed at `made`.
 
         see(layer, call, input) is called for each call of a layer."""
-
         def forward_of(layer: str) -> Callable[..., Tensor]:
-            calls = enumerate(self.outputs[layer])
-            module = self.layers[layer]
+            calls, module = enumerate(self.outputs[layer]), self.layers[layer]
 
             def forward(*args: Any, **kwargs: Any) -> Tensor:
                 call, output = next(calls, (-1, None))
@@ -279,7 +279,7 @@ class Recording:
 
             return forward
 
-        with choices or nullcontext():
+        with choices or nullcontext(), self.watched(made):
             return self.replay({layer: forward_of(layer) for layer in self.outputs}, self.model)
 
     @torch.no_grad()
