@@ -1,5 +1,6 @@
 """Layers that make several numbers for each channel, which a view tells apart: adaptive normalisations."""
 
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from fastscore.graph.following.index_maps import CHANNEL, divided
 from fastscore.graph.tracing import trace
 
-WIDTH = 6
+WIDTH, HELD = 6, 8
 
 
 class Modulated(nn.Module):
@@ -49,6 +50,32 @@ def test_whole_way(last: bool, tmp_path: Path) -> None:
     (condition,) = (member for member in group.members if member.layer == "condition")
     channel = torch.arange(2 * WIDTH) % WIDTH if last else torch.arange(2 * WIDTH) // 2
     assert torch.equal(condition.channel[condition.index.argsort()], channel)
+
+
+class Reduced(nn.Module):
+    """Attention of one head to fewer tokens, as in PVT: what reduces them is given the width of the stream, and the
+    values, which the stream reads, a width of their own that the code holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.out = nn.Linear(HELD, HELD), nn.Linear(HELD, HELD)
+        self.query, self.key = nn.Linear(HELD, HELD), nn.Linear(HELD, HELD)
+        self.reduction, self.norm = nn.Conv1d(HELD, HELD, 2, 2), nn.LayerNorm(HELD)
+
+    def forward(self, y: Tensor) -> Tensor:
+        samples, _, width = y.shape
+        less = self.reduction(y.transpose(1, 2)).reshape(samples, width, -1).transpose(1, 2)
+        less = self.norm(less)
+        queries, keys, values = (tensor.view(samples, -1, 1, HELD).transpose(1, 2) for tensor in (
+            self.query(y), self.key(less), self.value(less)))
+        read = (queries @ keys.transpose(-1, -2)).softmax(-1) @ values
+        return y + self.out(read.transpose(1, 2).reshape(samples, -1, HELD))
+
+
+def test_what_joins_in_vain_is_left_out(tmp_path: Path) -> None:
+    """The values are the first that might go with the stream, and cannot."""
+    whole_way.check(lambda: nn.Sequential(OrderedDict(embed=nn.Linear(4, HELD), attention=Reduced(),
+                                                      head=nn.Linear(HELD, 3))), X[:, :4], ["embed"], tmp_path)
 
 
 def test_a_width_that_the_code_holds_is_said() -> None:

@@ -33,6 +33,7 @@ from fastscore.modules.weights.computed_weights import why_it_computes_on
 from fastscore.wording import said
 
 _PLACE = re.compile(r"\(([^ ()]+) \(\w+\)")  # in a reason: the module that does not run
+_IN_VAIN = 4  # groups that are tried beside one which does not go alone, besides those that join it one after another
 
 
 @dataclass
@@ -98,21 +99,36 @@ def together(recording: Recording, groups: Sequence[ChannelGroup], refused: Mapp
     found, used = list[ChannelGroup](), set[str]()
     left = [group for group in groups if group.name in refused]
     for group in left:
-        joined, reason = group, refused[group.name]
-        while group.name not in used and "does not run" in reason:
-            place = _PLACE.search(reason)
-            partner = next((other for other in left if other is not group and other.name not in used
-                            and _may_join(joined, other, "" if place is None else f"{place[1]}.")), None)
-            if partner is None:
-                break
-            used.add(partner.name)
-            joined = replace(joined, members=(*joined.members, *partner.members))
-            if not (failed := _try(recording, [joined])):
-                used.add(group.name)
-                found.append(joined)
-            else:
-                reason = failed.reason(joined)
+        if group.name not in used:
+            joined, tried = _joined(recording, group, refused[group.name],
+                                    [other for other in left if other is not group and other.name not in used])
+            used |= tried
+            found += joined
     return found
+
+
+def _joined(recording: Recording, group: ChannelGroup, reason: str, others: Sequence[ChannelGroup]
+            ) -> tuple[list[ChannelGroup], set[str]]:
+    """(the group with some of `others` with which it runs, none if there are none; names of those, or of all that were
+    tried). reason: why it does not go alone. One that joins in vain is left out again, a few times."""
+    used = set[str]()
+
+    def more(joined: ChannelGroup, names: set[str], reason: str) -> Iterator[tuple[ChannelGroup, set[str]]]:
+        place = _PLACE.search(reason)
+        for other in reversed(others) if "does not run" in reason else ():  # the last is tried first
+            if other.name not in names and _may_join(joined, other, "" if place is None else f"{place[1]}."):
+                yield replace(joined, members=(*joined.members, *other.members)), {*names, other.name}
+
+    waiting = list(more(group, {group.name}, reason))
+    for _ in range(len(others) + _IN_VAIN):
+        if not waiting:
+            break
+        joined, names = waiting.pop()
+        if not (failed := _try(recording, [joined])):
+            return [joined], names
+        used |= names - {group.name}
+        waiting += more(joined, names, failed.reason(joined))
+    return [], used
 
 
 def _may_join(group: ChannelGroup, other: ChannelGroup, place: str) -> bool:
