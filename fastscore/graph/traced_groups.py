@@ -96,8 +96,8 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
             channels = graph.get_out_channels(module)
             unit = units.units_of(layers, channels, members, graph.chunks(positions))
             if int(unit.max()) > 0:
-                members += kept_widths.of_group(graph, positions)
-                if why := kept_widths.written(graph, positions):
+                members += kept_widths.of_group(graph, positions, unit)
+                if why := kept_widths.written(graph, positions, unit):
                     graph.written[name] = why
                 groups.append(ChannelGroup(name, channels, unit, tuple(units.first_channel_of_each_index(members)),
                                            units.least_of(layers, unit, members)))

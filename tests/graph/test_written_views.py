@@ -106,6 +106,20 @@ class TwoOfEach(Net):
         return self.classifier(y.view(len(x), self.width * 32))
 
 
+class Merged(Net):
+    """Four neighbours side by side, as in Swin: the 4 counts these, and no channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(4 * CHANNELS, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.features(x).permute(0, 2, 3, 1)
+        n, c = len(y), y.shape[-1]
+        y = torch.cat([y[:, row::2, column::2] for row in range(2) for column in range(2)], -1)
+        return self.classifier(y.view(n, -1, 4 * c)).mean(1)
+
+
 class Global(Net):
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).view(-1, FLAT))
@@ -183,7 +197,7 @@ class TwoAlike(Net):
 
 
 IN_THE_CODE = (Literal, InATuple, InAMethod, OfTheClassAbove, ProductInTheCode)
-WAYS = (*IN_THE_CODE, Kept, PositionsFirst, Apart, Product, HalfOfAProduct, TwoOfEach)
+WAYS = (*IN_THE_CODE, Kept, PositionsFirst, Apart, Product, HalfOfAProduct, TwoOfEach, Merged)
 
 
 def images() -> Tensor:

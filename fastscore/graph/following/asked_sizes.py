@@ -54,13 +54,15 @@ class AskedSizes:
                  and all(cut.keeper_of(name) is module for module, name in places)}
         return [name for _, name in found.pop()] if len(found) == 1 else None
 
-    def products(self, places: Iterable[Place], size: int, channels: int) -> Iterator[tuple[nn.Module, Width]]:
+    def products(self, places: Iterable[Place], size: int, channels: int, least: int
+                 ) -> Iterator[tuple[nn.Module, Width]]:
         """Those of the numbers that so large a size of a view is a multiple of, as code computes it, where it computes
-        it of no size of a tensor that has as many `channels`, and follows these by itself."""
+        it of no size of a tensor that has as many `channels`, and follows these by itself. least: of the size, what
+        goes with the least that can go: the number is to lose a whole one then, or it counts something else."""
         for module, name in places:
             for slopes in self._noted.sizes.get(size, ()):
                 slope = slopes.get((module, name), 0)
-                if slope not in (0, 1) and slope * _number(module, name) == size and (
+                if slope not in (0, 1) and least % slope == 0 and slope * _number(module, name) == size and (
                         (_TENSORS, str(channels)) not in slopes):
                     yield module, Width(f"{name}{TIMES}{slope}", 0, size)
 

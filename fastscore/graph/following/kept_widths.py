@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastscore.graph.cutting.cut_widths import Cut, Width
 from fastscore.graph.following import index_maps
@@ -22,16 +22,17 @@ from fastscore.modules.weights import recurrent
 Kept: TypeAlias = tuple[nn.Module, Width]  # whose number it is, the number
 
 
-def of_group(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Iterator[Member]:
+def of_group(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray], unit: Tensor) -> Iterator[Member]:
     """The members of a group that are numbers which modules keep of its channels.
 
     Args:
         graph: of the tracer.
         positions: of the group, as `graph` has them.
+        unit: of each of its channels, int64: those of one go together.
     """
     known, kept = set[tuple[str, str]](), set[nn.Module]()
     for (node, function), at in positions.items():
-        for owner, width in (*_of_cuts(graph, node, function), *_of_zeros(graph, node, function)):
+        for owner, width in (*_of_cuts(graph, node, function, at, unit), *_of_zeros(graph, node, function)):
             asked = graph.asked()
             if not asked.holds(owner, width) or asked.other_use(owner, width) is not None:
                 continue
@@ -55,10 +56,10 @@ def of_group(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Ite
                          attribute="d_model")
 
 
-def written(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> str | None:
+def written(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray], unit: Tensor) -> str | None:
     """Why a group does not go if zeros meet its channels of a width that stands in the code, or if a number that it
     hangs on is for something else, too; None where neither is so."""
-    for node, function in positions:
+    for (node, function), at in positions.items():
         makers = {maker for maker, _ in _tables(graph, node)}
         for code, size, _ in _zeros_at(graph, node, function):
             if code.module not in makers and code.of_size(size) is None:
@@ -67,7 +68,7 @@ def written(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> str 
                     "a number that it computes", "make them by torch.zeros_like, or let a module keep it")
                 return f"the code of {type(code.module).__name__} makes zeros of {size} channels that meet them, " \
                        f"{whose}: {way_out}"
-        for owner, width in (*_of_cuts(graph, node, function), *_of_zeros(graph, node, function)):
+        for owner, width in (*_of_cuts(graph, node, function, at, unit), *_of_zeros(graph, node, function)):
             if owner not in makers and graph.asked().holds(owner, width) and \
                     (why := graph.asked().other_use(owner, width)) is not None:
                 name = width.name.rpartition(written_numbers.MARK)[2]
@@ -76,7 +77,7 @@ def written(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray]) -> str 
     return None
 
 
-def _of_cuts(graph: Any, node: Any, function: Any) -> Iterator[Kept]:
+def _of_cuts(graph: Any, node: Any, function: Any, at: np.ndarray, unit: Tensor) -> Iterator[Kept]:
     """Of the splits and slices of what a node makes, and of a view."""
     code = graph.calls.view_of(node.grad_fn)
     for source in node.inputs if node in graph._dims and node.type == OPTYPE.RESHAPE else ():
@@ -85,7 +86,8 @@ def _of_cuts(graph: Any, node: Any, function: Any) -> Iterator[Kept]:
             channels = shape(source, node)[graph._dims[source]]
             found = sorted(code.widths(dim, channels), key=lambda kept: not graph.asked().of_views(*kept))
             if factors := code.factors(dim, channels):
-                found += graph.asked().products(factors, code.asked[dim], channels)
+                least = int(np.gcd.reduce(np.unique(unit.numpy()[at & index_maps.CHANNEL], return_counts=True)[1]))
+                found += graph.asked().products(factors, code.asked[dim], channels, least)
             yield from itertools.islice((kept for kept in found if graph.asked().holds(*kept)), 1)
     for part in graph._cuts_of(node, function):
         yield from graph.kept_of(part)
