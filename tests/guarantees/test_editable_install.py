@@ -45,7 +45,8 @@ def run(folder: Path, *command: str | Path) -> str:
 
 
 def test_beside_a_clone_the_library_is_imported(clone: Path) -> None:
-    (clone.parent / "script.py").write_text("import fastscore; print(fastscore.__file__)")
+    (clone.parent / "script.py").write_text(
+        "from importlib.util import find_spec; print(find_spec('fastscore').origin)")
     python = clone.parent / "environment" / "bin" / "python"
     assert run(clone.parent, python, "script.py") == f"{clone / 'fastscore' / '__init__.py'}\n"
     assert run(clone.parent, python, "-m", "fastscore", "--version") == f"fastscore {fastscore.__version__}\n"

@@ -6,6 +6,7 @@ Prints JSON: how many batches the run's file held after each kill and in the end
 nobody killed. Each start is a fork of this process, which has imported torch but run nothing in parallel.
 """
 
+import functools
 import json
 import os
 import random
@@ -22,19 +23,22 @@ from torch import Tensor
 import fastscore
 from fastscore import files
 from fastscore.batches.calls import Forward
+from fastscore.graph.tracing import trace
 from fastscore.recovery import kept
 from fastscore.scoring import run_file, runs
 
 SECONDS = 0.005  # of each call of the model
 LENGTH = {"score": 8, "reconstruct": 5}[sys.argv[4]] * int(sys.argv[2])  # batches of the run
-MODEL = NETWORKS["residual"].model().float()
+NETWORK = NETWORKS["residual"]
+MODEL = NETWORK.model().float()
 
 
 def batches(count: int) -> list[Tensor]:
     """Float32 images, uneven in number."""
-    return list(NETWORKS["residual"].inputs(2 * count + 1).float().split([3, *[2] * (count - 1)]))
+    return list(NETWORK.inputs(2 * count + 1).float().split([3, *[2] * (count - 1)]))
 
 
+@functools.cache
 def slowly(folder: Path) -> Forward:
     """Calls a model after a while; folder/log gets a byte for each call."""
     def forward(model: torch.nn.Module, batch: Tensor) -> Tensor:
@@ -54,11 +58,16 @@ def score(folder: Path, checkpoint: Path | None) -> None:
     scores.save(folder / ("resumed" if checkpoint else "whole"))
 
 
+@functools.cache
+def pruned() -> fastscore.PruneResult:
+    """What is repaired."""
+    scores = fastscore.score(MODEL, batches(3), importance="magnitude-l2", progress=False)
+    return fastscore.prune(MODEL, scores, batches(1)[0], channels=0.6)
+
+
 def reconstruct(folder: Path, checkpoint: Path | None) -> None:
     """Repair a pruned network slowly, and write its weights and what was tried."""
-    example, scores = batches(1)[0], fastscore.score(MODEL, batches(3), importance="magnitude-l2", progress=False)
-    pruned = fastscore.prune(MODEL, scores, example, channels=0.6)
-    found = fastscore.reconstruct(MODEL, pruned, batches(LENGTH), "linear", ridges=(0.01,), forward=slowly(folder),
+    found = fastscore.reconstruct(MODEL, pruned(), batches(LENGTH), "linear", ridges=(0.01,), forward=slowly(folder),
                                   resume=checkpoint)
     torch.save({"weights": found.model.state_dict(), "tried": [vars(row) for row in found.report.repairs]},
                folder / ("resumed" if checkpoint else "whole"))
@@ -144,13 +153,16 @@ def same(job: str, folder: Path) -> bool:
 
 
 JOBS: dict[str, Callable[[Path, Path | None], None]] = {"score": score, "reconstruct": reconstruct}
-REACH = 40  # calls of the model in one start, at most; tracing makes a dozen of them
+REACH = 40  # calls of the model in one start, at most
 
 
 def main(folder: Path, kills: int, seed: int, job: str) -> None:
     torch.set_num_threads(1)
     run_file.SHARE = 0.5  # saved after nearly every batch, so that many a kill comes in the middle of it
     chance = random.Random(seed)
+    trace(MODEL, batches(1)[0], slowly(folder))  # once for all starts, like what is repaired
+    if job == "reconstruct":
+        pruned()
     assert os.waitpid(fork(JOBS[job], folder, None), 0)[1] == 0
     moments = [None] * (kills - 6) + ["before", "half", "after"] * 2
     chance.shuffle(moments)
@@ -159,7 +171,7 @@ def main(folder: Path, kills: int, seed: int, job: str) -> None:
         moment, seen = moments[len(stood_at)], calls(folder)
         child, ended = fork(start, job, folder, moment), (0, 0)
         if moment is None:
-            until = seen + chance.randrange(REACH)  # tracing calls it, too
+            until = seen + chance.randrange(REACH)
             while calls(folder) < until and ended[0] == 0:
                 time.sleep(0.001)
                 ended = os.waitpid(child, os.WNOHANG)
