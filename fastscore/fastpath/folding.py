@@ -16,6 +16,7 @@ from fastscore.modules.inspection import hooked, parametrized
 # exact types: a subclass may do anything
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_AT_ONCE = 2 ** 15  # elements of a weight that are float64 at a time
 
 
 class Folding:
@@ -59,8 +60,7 @@ class Folding:
         shift = shift * scale if offset is None else shift * scale + offset
         groups = layer.groups if getattr(layer, "transposed", False) else None  # then [in, out / groups, ...]
         rows = weight.flatten(1) if groups is None else weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-        # computed in float64 and rounded once, without a copy of the weight that is twice as large
-        rows = torch.mul(rows, scale.reshape(-1, *[1] * (rows.dim() - 1)), out=torch.empty_like(rows))
+        rows = _scaled(rows, scale.reshape(-1, *[1] * (rows.dim() - 1)))
         new = rows.reshape(weight.shape) if groups is None else \
             rows.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
         device = layer.weight.device
@@ -84,6 +84,15 @@ class Folding:
     def make_permanent(self) -> None:
         """Let go of what `undo` would bring back."""
         self._before.clear()
+
+
+def _scaled(rows: Tensor, scale: Tensor) -> Tensor:
+    """rows * scale, computed in float64 and rounded once; a few rows at a time, as a copy of all would be twice as
+    large, and PyTorch takes twice as long for a product of two dtypes."""
+    scaled, few = torch.empty_like(rows), max(_AT_ONCE // max(rows[:1].numel(), 1), 1)
+    for some, by, made in zip(rows.split(few), scale.split(few), scaled.split(few), strict=True):
+        made.copy_(some.double() * by)
+    return scaled
 
 
 def _note(ahead: DoneAhead, name: str, layer: nn.Module, args: Any, output: Tensor) -> None:

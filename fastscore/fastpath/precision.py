@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fastscore.batches.calls import Forward
 from fastscore.batches.devices import to_dtype
@@ -69,16 +69,19 @@ def wrong_convolutions(model: nn.Module, inputs: Mapping[str, tuple[int, ...]], 
 
 def _is_wrong(layer: nn.Conv2d, shape: tuple[int, ...]) -> bool:
     """Whether F.conv2d makes something else in bfloat16 of a layer's shapes."""
+    def made_of(x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    of_weight = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    of_input = (layer.in_channels, *shape[-2:])
+    rows, columns = made_of(torch.empty(1, *of_input, device="meta"), torch.empty(of_weight, device="meta")).shape[-2:]
+    if columns != 1 or rows == 1:
+        return False
     generator = torch.Generator().manual_seed(0)
-    channels, size = (layer.out_channels, layer.in_channels // layer.groups), shape[-2:]
-    weight = torch.randn(*channels, *layer.kernel_size, generator=generator).bfloat16()
+    weight = torch.randn(of_weight, generator=generator).bfloat16()
     for samples, form in itertools.product((1, 4), (torch.contiguous_format, torch.channels_last)):
-        x = torch.randn(samples, layer.in_channels, *size, generator=generator)
-        x = x.bfloat16().contiguous(memory_format=form)
-        made, right = (F.conv2d(each, kernel, None, layer.stride, layer.padding, layer.dilation, layer.groups).float()
-                       for each, kernel in ((x, weight), (x.float(), weight.float())))
-        if made.shape[-1] != 1 or made.shape[-2] == 1:
-            return False
+        x = torch.randn(samples, *of_input, generator=generator).bfloat16().contiguous(memory_format=form)
+        made, right = made_of(x, weight).float(), made_of(x.float(), weight.float())
         if not bool(((made - right).abs() <= _OFF * right.abs().max()).all()):
             return True
     return False
