@@ -284,7 +284,9 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     readers = graph.calls.read_elsewhere
     recording.forget_norms(but={member.layer for group in (*found.groups, *guesses, *passing)
                                 for member in group.role("norm", "channelwise")})
-    leaks = verification.leaks(recording, found.groups)
+    with bias_trial.all_grown(recording) as biases:  # one trial of both, as a rule
+        seen_by_none = biases if found.groups and verification.nothing_leaks(recording, found.groups) else None
+    leaks = verification.leaks(recording, found.groups) if seen_by_none is None else {}
     members = {group.name: group.members for group in found.groups}
     again = next(filter(None, (recording.leak({}, {}) for _ in range(_RUNS if leaks else 0))), None)
     mixed = leaks if again is not None or not recording.choices else \
@@ -324,7 +326,7 @@ def _traced_as_it_is(eval_model: nn.Module, run: Callable[[nn.Module], list[Tens
     found = cut_otherwise.that_go(recording, replace(found, groups=(*found.groups, *joined)), guesses)
     found = across.that_go(recording, found, passing, passed)
     found = _with_heads(eval_model, found, ())
-    found = state_spaces.settled(found, bias_trial.kept_biases(recording) if found.groups else {})
+    found = state_spaces.settled(found, bias_trial.kept_biases(recording, seen_by_none or ()) if found.groups else {})
     found = found.less(passed_by.refusals(recording, found.groups))
     ran = recording.layers_that_ran
     residual, refused_blocks = blocks.that_go(eval_model, whole, branches, found.groups)

@@ -8,7 +8,7 @@ that much more, and nothing else may change.
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,15 +26,38 @@ from fastscore.modules.weights.parameter_layers import ParameterLayer
 _OWN = (LinearWithoutKeyBias, *HAVE_PLACES)  # classes here, which add their biases
 
 
-def kept_biases(recording: Recording) -> dict[str, str]:
+@contextmanager
+def all_grown(recording: Recording) -> Iterator[Collection[str]]:
+    """In the block, all biases hold other numbers that `kept_biases` asks about; their layers. Where nothing that was
+    not to change does so in a trial, no other code reads them either."""
+    names = _asked_about(recording)[1]
+    with _grown(recording, names):
+        yield names
+
+
+def kept_biases(recording: Recording, unread: Collection[str] = ()) -> dict[str, str]:
     """Linears and convolutions whose biases are to stay as they are.
 
     Args:
         recording: of a run of the model; it is not changed.
+        unread: layers whose biases no other code reads, all at once, as was tried before.
 
     Returns:
         Name of each -> what is done with its bias, or would be with one, but adding it; or why nobody can tell.
     """
+    found, names = _asked_about(recording)
+    if not set(names) <= set(unread):
+        found |= dict.fromkeys(_read_elsewhere(recording, names), "has a bias that other code reads as well")
+    swapped, layers = {layer for layer, _ in recording.swapped}, recording.layers
+    odd = [name for name in names if name not in found
+           and (name in swapped or (runs_own_code(layers[name]) and not isinstance(layers[name], _OWN)))]
+    if odd:
+        found |= dict.fromkeys(_not_added(recording, odd), "does more with a bias than add it")
+    return found
+
+
+def _asked_about(recording: Recording) -> tuple[dict[str, str], list[str]]:
+    """(layers whose biases stay, as can be seen -> why; layers of which it is to be tried)."""
     layers = {name: layer for name, layer in recording.layers.items()
               if isinstance(layer, LAYERS) and (not isinstance(layer, ParameterLayer) or _has_place(layer))
               and recording.outputs[name] and layer.weight.is_floating_point()}
@@ -49,15 +72,8 @@ def kept_biases(recording: Recording) -> dict[str, str]:
                            "runs under torch.func (vmap, say), where nobody can tell")
     found |= {name: "reads its input and more that its own code puts there, or a part of it" for name in layers
               if name not in found and _reads_another_width(recording, name)}
-    names = [name for name in layers if name not in found]
     assert recording.inputs is not None  # of the model as it is, before anything is changed
-    found |= dict.fromkeys(_read_elsewhere(recording, names), "has a bias that other code reads as well")
-    swapped = {layer for layer, _ in recording.swapped}
-    odd = [name for name in names if name not in found
-           and (name in swapped or (runs_own_code(layers[name]) and not isinstance(layers[name], _OWN)))]
-    if odd:
-        found |= dict.fromkeys(_not_added(recording, odd), "does more with a bias than add it")
-    return found
+    return found, [name for name in layers if name not in found]
 
 
 def _reads_another_width(recording: Recording, name: str) -> bool:

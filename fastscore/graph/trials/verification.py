@@ -37,12 +37,21 @@ def leaks(recording: Recording, groups: Sequence[ChannelGroup], chosen: bool = F
     assert recording.inputs is not None  # of the model as it is, before anything is changed
     if not groups or (chosen and not recording.choices):
         return {}
-    turns = range(TURNS) if chosen else [HELD if held else None] * _PASSES
+    turns = range(TURNS) if chosen else _turns(held)
     where = _verify(recording, groups, turns)
     if where is None:
         return {}
     found = {group.name: alone for group in groups if (alone := _verify(recording, [group], turns)) is not None}
     return found or {group.name: where for group in groups}
+
+
+def nothing_leaks(recording: Recording, groups: Sequence[ChannelGroup]) -> bool:
+    """Whether `leaks` finds nothing, for less where it does: the groups are not tried one by one."""
+    return _verify(recording, groups, _turns()) is None
+
+
+def _turns(held: bool = False) -> list[int | None]:
+    return [HELD if held else None] * _PASSES
 
 
 def _verify(recording: Recording, groups: Sequence[ChannelGroup], turns: Sequence[int | None]) -> str | None:
