@@ -65,12 +65,12 @@ if NIGHTLY:
 # of one sample: whose code decides by its batch, or reads weights itself; of classes of their own, with parameters met
 # in training, outputs that are written to, grouped convolutions, groups that are refused
 OF_ONE = {f"transformers:{name}": passes for name, passes in {
-    "RobertaForSequenceClassification": 6.6, "MixtralForCausalLM": 7.4, "MambaForCausalLM": 6.2,
-    "FalconForCausalLM": 10.5, "Swinv2ForImageClassification": 9.3}.items()}
+    "RobertaForSequenceClassification": 6.4, "MixtralForCausalLM": 7.3, "MambaForCausalLM": 6.0,
+    "FalconForCausalLM": 10.4, "Swinv2ForImageClassification": 9.2}.items()}
 if NIGHTLY:
     OF_ONE |= {f"transformers:{name}": passes for name, passes in {
-        "MPNetForSequenceClassification": 9.3, "SegformerForSemanticSegmentation": 7.8,
-        "Wav2Vec2ForSequenceClassification": 9.9}.items()}
+        "MPNetForSequenceClassification": 9.2, "SegformerForSemanticSegmentation": 7.6,
+        "Wav2Vec2ForSequenceClassification": 9.7}.items()}
 
 
 def counting() -> FlopCounterMode:
@@ -164,7 +164,7 @@ def cost_of(depth: int) -> tuple[int, int]:
 def test_a_deeper_model_takes_as_many_runs_and_each_block_as_much_as_the_first() -> None:
     cost_of(1)  # source files are read once
     costs = [cost_of(depth) for depth in (3, 6, 12)]
-    assert len({runs for runs, _ in costs}) == 1
+    assert {runs for runs, _ in costs} == {19}
     (_, few), (_, more), (_, most) = costs
     assert most - more < 1.03 * 2 * (more - few)
 
