@@ -118,3 +118,23 @@ def test_what_is_added_to_a_sum_over_channels_has_none_of_them() -> None:
     assert [group.name for group in graph.groups] == ["deep"]
     assert graph.skipped["wide"] == "its channels are the model's output"
     assert graph.skipped["factors"] == "an operation runs over all its channels (SumBackward1)"
+
+
+class Pooled(nn.Module):
+    """Tokens, weighted by one channel whose dimension is gone when it meets them."""
+
+    def __init__(self, first: bool = True) -> None:
+        super().__init__()
+        self.first = first
+        self.body, self.score, self.weight, self.head = (
+            nn.Linear(6, 12), nn.Linear(12, 7), nn.Linear(7, 1), nn.Linear(12, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x).relu()
+        weights = self.weight(self.score(h).tanh()).squeeze(-1).softmax(-1).unsqueeze(-1)
+        return self.head((weights * h if self.first else h * weights).sum(1))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_channel_whose_dimension_is_gone_leaves_those_that_it_meets(first: bool, tmp_path: Path) -> None:
+    check(lambda: Pooled(first), torch.randn(2, 5, 6, dtype=torch.float64), ["body", "score"], tmp_path)

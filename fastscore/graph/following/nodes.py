@@ -119,8 +119,14 @@ class Nodes(Cuts, tp.DependencyGraph):  # type: ignore[misc]
 
         Returns (each of these views -> the node before it, all nodes whose dimensions are known now)."""
         divided: dict[Any, Any] = {}
-        found = list[Any]()
-        while work:
+        found, ended = list[Any](), list[tuple[Any, Any]]()
+        while work or ended:
+            if not work:  # nobody else has channels there
+                node, onward = ended.pop()
+                if onward not in self._dims:
+                    self._dims[onward] = len(shape(onward))
+                    work.append(onward)
+                continue
             node = work.pop()
             found.append(node)
             for onward in node.outputs:
@@ -129,7 +135,9 @@ class Nodes(Cuts, tp.DependencyGraph):  # type: ignore[misc]
                     continue
                 if self._ends_at(node, onward):
                     continue
-                if (dim := self.dim_after(node, onward)) is None:
+                if self._dims[node] >= len(shape(node, onward)) and len(onward.inputs) > 1:
+                    ended.append((node, onward))  # one channel, whose dimension is gone, meets what may have others
+                elif (dim := self.dim_after(node, onward)) is None:
                     divided[onward] = node
                 else:
                     self._dims[onward] = dim
