@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastscore import __version__, interrupts
 from fastscore.cli import bench, compare, curve, demo, info, needs, prune, report, score
-from fastscore.cli.options import Parser
+from fastscore.cli.parsers import Parser
 from fastscore.cli.processes import ProcessLostError
 from fastscore.cli.spelling import as_options
 from fastscore.cli.warned import in_one_line

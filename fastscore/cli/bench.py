@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastscore import ops
 from fastscore.cli import options
 from fastscore.cli.argument_types import positive
-from fastscore.cli.options import Commands, add_command
+from fastscore.cli.parsers import Commands, add_command, add_json
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.scoring.engine import score
@@ -42,7 +42,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--seconds", type=positive, default=3, metavar="S",
                          help="for the kernels, about (default: %(default)s)")
     command.set_defaults(seed=0)
-    options.add_json(command, "what was measured")
+    add_json(command, "what was measured")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import fastscore
 from fastscore.cli import options, repair_time
 from fastscore.cli.argument_types import IMPORTANCES, importance, positive
 from fastscore.cli.curve import add_budgets, budgets
-from fastscore.cli.options import Commands, add_command
+from fastscore.cli.parsers import Commands, add_command, add_json
 from fastscore.cli.written import check_out, wrote
 
 
@@ -36,7 +36,7 @@ def add(commands: Commands) -> None:
     options.add_repair(command)
     options.add_pixels(command)
     command.add_argument("--plot", metavar="PNG", help="draw it")
-    options.add_json(command, "the rows")
+    add_json(command, "the rows")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import fastscore
 from fastscore import files
 from fastscore.cli import options, repair_time
 from fastscore.cli.argument_types import share
-from fastscore.cli.options import Commands, add_command
+from fastscore.cli.parsers import Commands, add_command, add_json
 from fastscore.cli.written import check_out, wrote
 from fastscore.pruning.curve import budgets_of
 from fastscore.pruning.options import Budgets
@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
     options.add_repair(command)
     command.add_argument("--plot", metavar="PNG", help="draw it")
     command.add_argument("--out", metavar="JSON", help="write it, for `fastscore report --curve`")
-    options.add_json(command, "the rows")
+    add_json(command, "the rows")
 
 
 def add_budgets(command: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 
 from fastscore.cli.argument_types import positive
-from fastscore.cli.options import Commands, add_command, add_json
+from fastscore.cli.parsers import Commands, add_command, add_json
 from fastscore.cli.written import check_out, wrote
 
 

@@ -12,7 +12,7 @@ import torch
 import fastscore
 from fastscore import files
 from fastscore.cli import models, needs, options, run_files, units
-from fastscore.cli.options import Commands, add_command
+from fastscore.cli.parsers import Commands, add_command, add_json
 from fastscore.ops import library
 from fastscore.ops.backends import backends
 from fastscore.pruning.saved.checkpoint import read_notes
@@ -38,7 +38,7 @@ def add(commands: Commands) -> None:
     options.add_pixels(command)
     options.add_units(command)
     command.set_defaults(seed=0)
-    options.add_json(command, "the facts")
+    add_json(command, "the facts")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -15,6 +15,9 @@ _GRADIENTS = ("--units", "--reduction", "--ablation", "--probes", "--distributio
 _PIXELS = ("--size", "--mean", "--std")
 _MODEL = ("--checkpoint", "--weights", "--classes", *_PIXELS)
 
+_NOTHING_REPAIRED = "nothing is repaired here, which takes images: give --images FOLDER, and neither --no-repair nor " \
+                    "--no-compensate; or leave it out"
+
 BUDGETS = ("macs", "params", "channels", "latency")
 
 
@@ -60,9 +63,8 @@ NEEDS = (
          "{importance} reads weights, and no image", harmless=True),
     Need(("prune",), ("--samples", "--batch-size"), lambda given: given.images is not None,
          "it is of images, and there are none: give --images FOLDER, or leave it out"),
-    Need(("prune",), ("--repair", "--outputs", "--measured"), options.repairs,
-         "nothing is repaired here, which takes images: give --images FOLDER, and neither --no-repair nor "
-         "--no-compensate; or leave it out"),
+    Need(("prune",), ("--repair",), lambda given: given.repair is None or options.repairs(given), _NOTHING_REPAIRED),
+    Need(("prune",), ("--outputs", "--measured"), options.repairs, _NOTHING_REPAIRED),
     Need(("curve", "compare"), ("--measured",), options.repairs,
          "it measures what repairs give back: leave it out, or --no-repair"),
     Need(("report",), ("--classes", *_PIXELS), lambda given: given.model is not None,

@@ -3,11 +3,10 @@
 import argparse
 import itertools
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ import fastscore
 from fastscore.cli import hugging_face, images, models, processes, units
 from fastscore.cli.argument_types import IMPORTANCES, importance, of_sampling, positive, removable_units
 from fastscore.cli.checkpoints import noted_weights, sha256
+from fastscore.cli.parsers import Parser
 from fastscore.fastpath.precision import PRECISIONS
 from fastscore.recovery.decisions import Judging
 from fastscore.recovery.reconstruct import Method
@@ -27,37 +27,12 @@ from fastscore.scoring.weights import WEIGHT_IMPORTANCES
 _OF_THE_IMAGES = ("images", "preprocessing")  # notes that say what was scored, and not what model it was
 _OF_THE_MODEL = ("size", "classes", "mean", "std")  # options that every command on one model needs
 
-Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+class _Repair(argparse.Action):
+    """--repair; none stands for --no-repair."""
 
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like all others here."""
-
-    @property
-    def options(self) -> frozenset[str]:
-        """Every option, as it is typed."""
-        return frozenset(self._option_string_actions)
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message and leave with exit code 2."""
-        self.exit(2, f"fastscore: error: {message} (see {self.prog} --help)\n")
-
-
-def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], None], usage: str, text: str,
-                description: str, examples: str) -> Parser:
-    """A command of `fastscore`: run is called with its arguments. usage: what it cannot do without; text: of one line;
-    examples: a command a line."""
-    lines = "".join(f"\n  {line}" for line in examples.strip().splitlines())
-    command: Parser = commands.add_parser(name, usage=f"fastscore {name} {usage}[options]", help=text,
-                                          description=description, epilog=f"examples:{lines}",
-                                          formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    command.set_defaults(run=run, command=name, parser=command)
-    return command
-
-
-def add_json(command: argparse.ArgumentParser, what: str) -> None:
-    """--json."""
-    command.add_argument("--json", action="store_true", help=f"print {what} as JSON instead of a table")
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, None if values == "none" else values)
 
 
 def add_model(command: argparse.ArgumentParser, optional: bool = False) -> None:
@@ -115,9 +90,9 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
 def add_repair(command: argparse.ArgumentParser) -> None:
     """How a smaller model is repaired on the images."""
     repair = command.add_mutually_exclusive_group()
-    repair.add_argument("--repair", choices=get_args(Method), default="auto",
+    repair.add_argument("--repair", choices=(*get_args(Method), "none"), default="auto", action=_Repair,
                         help="how the layers that are left take over from what went, fitted to --images (default: "
-                        "auto, whichever does best on one of four images, held out)")
+                        "auto, whichever does best on one of four images, held out); none: as --no-repair")
     repair.add_argument("--no-repair", action="store_const", const=None, dest="repair",
                         help="cut only; --images are then used for scoring alone")
     command.add_argument("--held-out", metavar="FOLDER", help="images that judge, and neither score nor repair "

@@ -13,7 +13,8 @@ from torch import Tensor
 import fastscore
 from fastscore.cli import options, repair_time
 from fastscore.cli.argument_types import positive_or, share
-from fastscore.cli.options import Commands, add_command, tell
+from fastscore.cli.options import tell
+from fastscore.cli.parsers import Commands, add_command, add_json
 from fastscore.cli.written import check_out, wrote
 from fastscore.pruning.budgets import clocks
 from fastscore.pruning.budgets.clocks import Clock
@@ -74,7 +75,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--out", metavar="FILE", required=True,
                          help="the smaller model: .safetensors (weights and a recipe, for fastscore.load_pruned: to "
                          "fine-tune), .pt2 (torch.export), .onnx, or .pt (the module itself, as a pickle)")
-    options.add_json(command, "the report")
+    add_json(command, "the report")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from fastscore.batches.calls import call_model
 from fastscore.batches.parts import Batch
 from fastscore.cli import images, models, options
 from fastscore.cli.argument_types import positive, share
-from fastscore.cli.options import Commands, add_command
+from fastscore.cli.parsers import Commands, add_command
 from fastscore.cli.written import check_out, wrote
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.pruning.budgets.costs import Costs, Resource

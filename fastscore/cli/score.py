@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastscore.cli import options, processes
 from fastscore.cli.argument_types import positive
-from fastscore.cli.options import Commands, add_command
+from fastscore.cli.parsers import Commands, add_command, add_json
 from fastscore.cli.written import check_out, wrote
 from fastscore.scoring.options import Checkpoint
 from fastscore.scoring.weights import WEIGHT_IMPORTANCES
@@ -42,7 +42,7 @@ def add(commands: Commands) -> None:
                       help="how long one process waits for another (default: %(default)s)")
     command.add_argument("--out", metavar="FILE", help="write the scores: a safetensors file, for prune --scores")
     command.add_argument("--plot", metavar="PNG", help="draw each layer's scores")
-    options.add_json(command, "the scores")
+    add_json(command, "the scores")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Options without effect, files of the wrong kind, and errors in the words of the command line: before any work."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,27 @@ def test_keywords_become_options(text: str, expected: str) -> None:
     assert as_options(text, known) == expected
     assert as_options("a: seed=3.pth", known, ("--checkpoint", "seed=3.pth")) == "a: seed=3.pth"
     assert as_options("give seed=3", known, ("--seed=2",)) == "give --seed 3"
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (("prune", *NET, "--mac", "0.7"), "--mac: there is no such option; did you mean --macs?"),
+    (("prune", *NET, "--macs=0.7", "--outt=x.pt2"), "--outt: there is no such option; did you mean --out?"),
+    (("prune", *NET, "--zzz"), "--zzz: there is no such option (see"),
+    (("inf",), "'info'); did you mean info? (see"),
+    (("compare", *NET, "--images", "photos", "--repair", "linera"), "'none'); did you mean linear? (see"),
+])
+def test_slips_are_told_what_may_be_meant(arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str],
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    assert said in refused(capsys, monkeypatch, *arguments)
+
+
+def test_no_repair_has_two_spellings_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without images, too, where nothing is repaired anyway."""
+    shown = []
+    for spelling in (("--no-repair",), ("--repair", "none")):
+        assert main([*PRUNE, *WEIGHTS, *spelling, "--json"]) == 0
+        assert main([*PRUNE, *WEIGHTS, *spelling, "--images", "photos", "--json"]) == 0
+        assert main(["compare", *NET, "--images", "photos", "--macs", "0.8", "--importances", "magnitude-l2",
+                     *spelling, "--json"]) == 0
+        shown.append(re.sub(r'"date": "[^"]*"', "", capsys.readouterr().out))
+    assert shown[0] == shown[1]
