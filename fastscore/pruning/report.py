@@ -38,6 +38,12 @@ class GroupReport:
     heads: tuple[int, int] | None = None
 
     @property
+    def remark(self) -> str:
+        """What is to be said of its figures; empty where nothing is."""
+        narrower = self.channels[0] == self.channels[1] and self.macs[1] < self.macs[0]
+        return self.in_heads or ("its layers read fewer channels" if narrower else "")
+
+    @property
     def in_heads(self) -> str:
         """What of the channels went as heads, and what as dimensions of those that stay; empty without heads."""
         if self.heads is None:
@@ -209,7 +215,7 @@ class PruneReport(Table):
     def __str__(self) -> str:
         width = max([len("group"), *(len(row.layer) for row in self.groups)])
         lines = [f"{'group':<{width}} {'channels':>14} {'MACs':>25} {'parameters':>23}"]
-        rows = [(row.layer, row.channels, row.macs, row.params, row.in_heads) for row in self.groups]
+        rows = [(row.layer, row.channels, row.macs, row.params, row.remark) for row in self.groups]
         for layer, channels, macs, params, heads in [*rows, ("model", self.channels, self.macs, self.params, "")]:
             lines.append(f"{layer:<{width}} {channels[0]:>6} → {channels[1]:<5} {macs[0]:>11,} → {macs[1]:<11,} "
                          f"{params[0]:>10,} → {params[1]:<10,}{heads and f' {heads}'}")

@@ -136,6 +136,17 @@ def test_widths_that_depend_on_each_other(budget: dict[str, Any]) -> None:
         torch.testing.assert_close(result.model.eval()(X), model(X), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("look", "beside"), [
+    (refusing(lambda one, two: one >= 6), False), (refusing(lambda one, two: one + two >= 16), True)])
+def test_a_width_that_depends_on_what_others_keep_is_said_to(look: Look, beside: bool) -> None:
+    model, scores = unequal(look)
+    with pytest.warns(UserWarning, match="keeps"):
+        result = fastscore.prune(model, scores, BATCHES[0], channels=0.45)
+    said = result.report.notes["widths"]
+    assert ("with fewer beside what other groups keep, the smaller model" in said) == beside, said
+    assert ("with fewer, the smaller model" in said) != beside, said
+
+
 def test_in_steps_that_are_scored_anew() -> None:
     """Where the next step finds that half of what is left cannot go, it says so where its budget cannot be met."""
     model = unequal(KINDS["one"][0])[0]
@@ -163,14 +174,16 @@ def test_where_time_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_said_of_a_width_does_not_contradict_itself() -> None:
     """Where a group is found to have more than one least width, it has the largest."""
     found = Widths([ChannelGroup("one", 16, torch.arange(16), ())])
-    found._between["one"] = [(8, None, "fails"), (6, None, "fails"), (2, 4, "fails"), (7, 9, "fails"), (2, 4, "fails")]
+    found._between["one"] = [
+        (8, None, "fails", True), (6, None, "fails", True), (2, 4, "fails", True), (7, 9, "fails", True),
+        (2, 4, "fails", True)]
     assert str(found) == "one keeps 10 of its 16 channels: with fewer, the smaller model fails; " \
                          "one keeps no 13 of its 16 channels: with so many, the smaller model fails"
 
 
 def test_steps_wait_for_those_of_groups_that_go_with_them() -> None:
     found = Widths(())
-    found._between["one"] = [(1, 3, "")]
+    found._between["one"] = [(1, 3, "", True)]
     steps = [RemovalStep("one", (0,), 0.0), RemovalStep("one", (1,), 1.0, (("two", (5,)),)),
              RemovalStep("two", (6,), 2.0), RemovalStep("one", (2,), 3.0)]
     first, *rest = found.along(steps)

@@ -52,3 +52,18 @@ def test_one_line_for_each_kind(name: str, units: Any, said: list[str]) -> None:
         assert all(note.startswith(start) for note, start in zip(notes, said, strict=True))
         assert all(text.count(note) == 1 for note in notes)
     assert PruneReport.of(asdict(report)).row_notes == report.row_notes
+
+
+def test_a_row_that_loses_no_channel_and_yet_costs_less_says_why() -> None:
+    """Its layers read fewer; one that loses none and reads as many says nothing."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    x = torch.randn(2, 4)
+    scores = fastscore.score(model, [x], progress=False)
+    with torch.no_grad():
+        scores.totals["2"].fill_(float(scores.totals["0"].max()) * 2)
+    result = fastscore.prune(model, scores, x, channels=0.6, cost_aware=False)
+    lines = {line.split()[0]: line for line in str(result.report).splitlines()}
+    assert [(row.layer, row.channels) for row in result.report.groups] == [("0", (8, 2)), ("2", (6, 6))]
+    assert lines["2"].endswith(" its layers read fewer channels")
+    assert "its layers" not in lines["0"]
+    assert "its layers" not in str(fastscore.prune(model, scores, x, channels=1.0).report)

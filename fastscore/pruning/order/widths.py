@@ -21,8 +21,9 @@ from fastscore.pruning.refusal import FailsNarrowerError
 _TRIES = 50  # of which each finds another width
 _NEXT = 16  # steps that are tried after one with which the model does not run
 _Result = TypeVar("_Result")
-# so many channels may go of a group, so many the next time, if ever; what the model does in between
-_Widths: TypeAlias = tuple[int, int | None, str]
+# so many channels may go of a group, so many the next time, if ever; what the model does in between, and whether that
+# is so though nothing goes of other groups
+_Widths: TypeAlias = tuple[int, int | None, str, bool]
 
 
 class Widths:
@@ -79,7 +80,7 @@ class Widths:
         return found
 
     def _is_left_out(self, group: str, gone: int) -> bool:
-        return any(fewer < gone and (more is None or gone < more) for fewer, more, _ in self._between.get(group, ()))
+        return any(fewer < gone and (more is None or gone < more) for fewer, more, *_ in self._between.get(group, ()))
 
     def _learn(self, error: FailsNarrowerError, order: Sequence[RemovalStep]) -> bool:
         """Find the widths around that of each group by which the model fails; whether there is one."""
@@ -97,7 +98,8 @@ class Widths:
             most = len(sets) - 1
             fewer = len(sets[_edge(fails, now, 0) - 1])
             more = None if fails(most) else len(sets[_edge(fails, now, most) + 1])
-            self._between[name].append((fewer, more, error.what))
+            alone = not others or error.fails({name: sets[now]})
+            self._between[name].append((fewer, more, error.what, alone))
             learned = True
         return learned
 
@@ -121,13 +123,14 @@ class Widths:
                 return True
         return False
 
-    def _said(self, group: str, fewer: int, more: int | None, what: str) -> str:
+    def _said(self, group: str, fewer: int, more: int | None, what: str, alone: bool) -> str:
+        then = f"{'' if alone else ' beside what other groups keep'}, the smaller model {what}"
         every = self._channels[group]
         if more is None:
-            return f"{group} keeps {every - fewer} of its {every} channels: with fewer, the smaller model {what}"
+            return f"{group} keeps {every - fewer} of its {every} channels: with fewer{then}"
         least, most = every - more + 1, every - fewer - 1
         return f"{group} keeps no {f'{least} to {most}' if least < most else most} of its {every} channels: with so " \
-               f"many, the smaller model {what}"
+               f"many{then}"
 
 
 def _tried(attempt: Callable[[], _Result], learn: Callable[[FailsNarrowerError], bool]) -> _Result:
@@ -175,7 +178,7 @@ def _along(order: Sequence[RemovalStep]) -> Iterator[dict[str, set[int]]]:
 
 def _without_wider(widths: Sequence[_Widths]) -> list[_Widths]:
     """Of the widths that a group does not have, those between others; and the least of those that are the fewest."""
-    least = min((fewer for fewer, more, _ in widths if more is None), default=None)
+    least = min((fewer for fewer, more, *_ in widths if more is None), default=None)
     return [each for each in dict.fromkeys(widths) if least is None or each[0] == least or (
         each[1] is not None and each[1] <= least)]
 
