@@ -138,3 +138,21 @@ class Pooled(nn.Module):
 @pytest.mark.parametrize("first", [True, False])
 def test_one_channel_whose_dimension_is_gone_leaves_those_that_it_meets(first: bool, tmp_path: Path) -> None:
     check(lambda: Pooled(first), torch.randn(2, 5, 6, dtype=torch.float64), ["body", "score"], tmp_path)
+
+
+class PooledByVector(Pooled):
+    """By a parameter that has no other dimension than that of the channels which it meets."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__(first)
+        self.vector = nn.Parameter(torch.randn(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x).relu()
+        weights = (self.score(h).tanh() @ self.vector).softmax(-1).unsqueeze(-1)
+        return self.head((weights * h if self.first else h * weights).sum(1))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_channels_that_end_at_a_vector_leave_those_that_what_comes_of_it_meets(first: bool, tmp_path: Path) -> None:
+    check(lambda: PooledByVector(first), torch.randn(2, 5, 6, dtype=torch.float64), ["body"], tmp_path)

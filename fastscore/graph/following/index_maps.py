@@ -274,6 +274,8 @@ def channel_dim(function: Any, dim: int, before: Sequence[int], after: Sequence[
     more = len(after) - len(before)
     if (at := looked_up(function, dim, len(before))) is not None:
         return at
+    if name.startswith(("MvBackward", "DotBackward")) and dim == len(before) - 1:
+        return len(after)  # they end there
     if name.startswith("Transpose"):
         one, other = (saved_dims(function, f"_saved_dim{i}", len(before))[0] for i in (0, 1))
         return {one: other, other: one}.get(dim, dim)

@@ -135,8 +135,9 @@ class Nodes(Cuts, tp.DependencyGraph):  # type: ignore[misc]
                     continue
                 if self._ends_at(node, onward):
                     continue
-                if self._dims[node] >= len(shape(node, onward)) and len(onward.inputs) > 1:
-                    ended.append((node, onward))  # one channel, whose dimension is gone, meets what may have others
+                gone = self._dims[node] >= len(shape(node, onward))  # as that of one channel, squeezed, or summed over
+                if gone and (len(onward.inputs) > 1 or onward.type == OPTYPE.RESHAPE):
+                    ended.append((node, onward))  # what it meets may have others
                 elif (dim := self.dim_after(node, onward)) is None:
                     divided[onward] = node
                 else:
