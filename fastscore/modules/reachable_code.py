@@ -45,7 +45,7 @@ class ReachableCode:
             function = work.pop()
             if function in self.functions or is_torchs(function):
                 continue
-            names = self.functions[function] = set(_names(function.__code__))
+            names = self.functions[function] = set(names_in(function.__code__))
             calls_above = "super" in names or any(cls.__name__ in names for kind in self._kinds[function]
                                                   for cls in kind.__mro__)
             for name in names:
@@ -100,13 +100,14 @@ def _files(function: FunctionType) -> set[str]:
             and value.__name__.partition(".")[0] != "torch"}
 
 
-def _names(code: CodeType) -> Iterator[str]:
+def names_in(code: CodeType) -> Iterator[str]:
+    """What code mentions, that of functions written in it, too: attributes, global names and strings."""
     yield from code.co_names
     for value in code.co_consts:
         if isinstance(value, str):
             yield value
         elif isinstance(value, CodeType):
-            yield from _names(value)
+            yield from names_in(value)
 
 
 def content(cell: CellType) -> Any:

@@ -1,7 +1,6 @@
 """What an attention module has once for each head, beside the layers that make and read its heads."""
 
-import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from fastscore.modules.attention import multihead_attention, own_width
 from fastscore.modules.narrower import staying
+from fastscore.modules.reachable_code import functions_in, is_torchs, names_in
 
 # where an attention module has its projections: query, key, value (one name where they are one layer), output
 LAYERS = (
@@ -54,6 +54,12 @@ def count(module: nn.Module) -> int | None:
     return _first(module, _COUNTS)
 
 
+def total_of(module: nn.Module) -> int | None:
+    """The same, or what its code reads of a config that it shares."""
+    config = _config_read(module)
+    return count(module) or (config and _first_of(config, _COUNTS))
+
+
 def width(module: nn.Module) -> int | None:
     """Channels of one head, as an attention module has them written down; None where it has not."""
     return _first(module, own_width.HEAD_WIDTHS)
@@ -72,8 +78,9 @@ def counted(module: nn.Module, widths: bool = True) -> set[tuple[str, str]]:
 
 
 def tensors(module: nn.Module) -> Iterator[str]:
-    """Names of the module's own parameters and buffers that hold heads in one dimension."""
-    return (name for name in _TENSORS if isinstance(module._parameters.get(name, module._buffers.get(name)), Tensor))
+    """Names of the module's own parameters and buffers that hold heads in one dimension, if it has that."""
+    return (name for name, (dim, _) in _TENSORS.items() if isinstance(
+        held := module._parameters.get(name, module._buffers.get(name)), Tensor) and held.dim() > dim)
 
 
 def by_head(name: str, values: Tensor, heads: int) -> Tensor:
@@ -95,8 +102,7 @@ def remove(module: nn.Module, index: Tensor, apart: Collection[str] = (), widths
     """
     for handle in multihead_attention.replace_attention(module):  # PyTorch's own cannot be narrower than its embedding
         handle.make_permanent()
-    config = _config_read(module)
-    total = count(module) or (config and _first_of(config, _COUNTS))
+    config, total = _config_read(module), total_of(module)
     if total is None:
         return  # it takes as many heads as its layers make
     kept = staying(total, index)
@@ -146,17 +152,19 @@ class NarrowedConfig:
 
 
 def _config_read(module: nn.Module) -> Any:
-    """The config of a module that keeps no count of heads itself and whose code reads one there; None where it does
-    not."""
+    """The config of a module that keeps no count of heads itself, whatever its children do, and whose code reads one
+    there; None where it does not."""
     config = vars(module).get("config")
-    # of the class below, too, where that of narrowed heads stands before it
-    codes = [getattr(inspect.unwrap(vars(cls)["forward"]), "__code__", None)
-             for cls in type(module).__mro__ if "forward" in vars(cls)]
-    reads = any(name in code.co_names for code in codes if code is not None for name in _COUNTS)
-    return config if count(module) is None and config is not None and reads and _first_of(config, _COUNTS) else None
+    if config is None:
+        return None
+    mentioned = {name for cls in type(module).__mro__ if not is_torchs(cls) for method, held in vars(cls).items()
+                 if method != "__init__" for function in functions_in(held) for name in names_in(function.__code__)}
+    read = [name for name in (*_COUNTS, *_KEY_COUNTS) if name in mentioned]
+    own = any(isinstance(vars(module).get(name), int) for name in _COUNTS)
+    return config if not own and _first_of(config, read) and _first_of(config, _COUNTS) else None
 
 
-def _first_of(config: Any, names: tuple[str, ...]) -> int | None:
+def _first_of(config: Any, names: Sequence[str]) -> int | None:
     return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
 
 

@@ -196,6 +196,6 @@ def _member(module: nn.Module, name: str, dim: int, slices: Tensor, unit_of_head
         return Member(owner, "producer", index, channel) if key == "weight" and dim == int(by_column) else None
     if kind in CHANNELWISE and not isinstance(held, nn.GroupNorm):
         return Member(owner, "channelwise", index, channel) if key == "weight" and dim == 0 else None
-    if not owner and key in heads.tensors(module) and heads.count(module) is not None:
+    if not owner and key in heads.tensors(module) and heads.total_of(module) is not None:
         return None  # which goes with the count
     return Member(name, "tensor", index, channel, dim)
