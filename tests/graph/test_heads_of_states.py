@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_layouts import HEADS, INNER, TOKENS
+from attention_layouts import EMBED, HEADS, INNER, TOKENS, join, split
 from own_attentions import Network
 from state_attentions import Delta, DeltaApart, Dual, DualAfter, DualInGroups, Gated
 from torch import Tensor, nn
@@ -44,6 +44,37 @@ def test_two_heads_of_values_go_with_one_of_keys() -> None:
     assert group.unit.tolist() == [c // (INNER // (HEADS // 2)) for c in range(INNER)]
     assert {(member.attribute, len(member.index)) for member in group.role("width")} == {
         ("of_keys", HEADS // 2), ("of_values", HEADS), ("keys", 6), ("values", INNER)}
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(EMBED, INNER) for _ in range(3))
+        self.o_proj = nn.Linear(INNER, EMBED)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split(layer(x), self.num_heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(join((q @ k.mT).softmax(-1) @ v))
+
+
+class Stays(Network):
+    """Whose stream stays, with what the attention makes: code takes it together with a parameter in another shape."""
+
+    def __init__(self) -> None:
+        super().__init__(Named)
+        self.table = nn.Parameter(torch.randn(2, EMBED // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.table.view(EMBED)
+        x = x + self.attn(self.norm1(x))
+        return self.head((x + self.mlp(self.norm2(x))).mean(1))
+
+
+def test_heads_that_names_show_are_found_once() -> None:
+    graph = trace(noisy(Stays), _x())
+    assert "takes its channels together with its table" in graph.skipped["attn.o_proj"]
+    assert [group.name for group in graph.groups] == ["attn.q_proj", "mlp.0"]
 
 
 class Numbers(nn.Module):

@@ -35,7 +35,8 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], products: Mapping[tu
     """
     every, names = Found(), {module: name for name, module in model.named_modules()}
     done = {model.get_submodule(each.layer) for group in named.groups for each in group.role("heads")}
-    left = {*divided} - {member.layer for group in named.groups for member in group.role("producer")}
+    made = {member.layer for group in named.groups for member in group.role("producer")}
+    left = {*divided} - {member.layer for group in named.groups for member in group.role("producer", "consumer")}
 
     def under(module: nn.Module, layers: Collection[str]) -> bool:
         inside = f"{names[module]}." if names.get(module) else ""
@@ -53,7 +54,8 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], products: Mapping[tu
         return sizes
 
     # those within others first
-    modules = sorted({module: None for made in products for module in made if module in names and sizes_of(module)},
+    modules = sorted({module: None for calling in products for module in calling
+                      if module in names and sizes_of(module)},
                      key=lambda module: len(names[module].split(".")) if names[module] else 0, reverse=True)
     if not modules:
         return every
@@ -94,7 +96,8 @@ def find(model: nn.Module, run: Callable[[nn.Module], Any], products: Mapping[tu
         found = tried[kind, call.kind]
         for group, result in zip(groups, found, strict=True):
             whole = attention.within(name, result if isinstance(result, ChannelGroup) else group)
-            if any(edge.layer in unused for edge in whole.edges):
+            if any(edge.layer in unused for edge in whole.edges) or not made.isdisjoint(
+                    member.layer for member in whole.role("producer")):
                 continue
             if isinstance(result, str):
                 every.skipped[whole.name] = result
