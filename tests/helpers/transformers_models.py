@@ -19,6 +19,8 @@ _HF_VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "
            "image_size": 32, "patch_size": 8, "num_labels": 5}
 _EXPERTS = {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1,
             "num_local_experts": 4}
+_DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+          "layer_types": ["linear_attention", "full_attention"]}
 _STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_labels": 5}
 _BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
          "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 60,
@@ -56,6 +58,18 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("FalconForCausalLM", "FalconConfig", _BERT, "text"),
     ("MambaForCausalLM", "MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 60, "state_size": 4},
      "text"),
+    ("Mamba2ForCausalLM", "Mamba2Config", {
+        "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 60, "num_heads": 8, "head_dim": 8, "state_size": 4,
+        "n_groups": 1, "chunk_size": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}, "text"),
+    ("BambaForCausalLM", "BambaConfig", {
+        **_LLAMA, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4,
+        "mamba_chunk_size": 4, "attn_layer_indices": [1]}, "text"),
+    ("NemotronHForCausalLM", "NemotronHConfig", {
+        **_LLAMA, "num_hidden_layers": 3, "layers_block_type": ["mamba", "attention", "mlp"], "mamba_num_heads": 8,
+        "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 4, "chunk_size": 4}, "text"),
+    ("Qwen3NextForCausalLM", "Qwen3NextConfig", {
+        **_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 24}, "text"),
+    ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", {**_LLAMA, **_DELTA}, "text"),
     ("BertForSequenceClassification", "BertConfig", _BERT, "text"),
     ("LongformerForSequenceClassification", "LongformerConfig", {**_BERT, "attention_window": 8}, "text"),
     ("RobertaForSequenceClassification", "RobertaConfig", _BERT, "text"),
