@@ -37,7 +37,7 @@ def close(found: Mapping[str, Tensor], exact: Mapping[str, Tensor], tolerance: f
 
 @pytest.mark.parametrize("experiment", list(EXPERIMENTS))
 def test_variants_from_shared_passes_are_those_of_score(experiment: str) -> None:
-    model, data = NETWORK.model().float(), images(40)
+    model, data = NETWORK.traced(dtype=torch.float32), images(40)
     units, variants, _ = EXPERIMENTS[experiment]
     found = scoring.score_variants(model, data, variants, units, seed=3)
     assert set(found) == {variant.name for variant in variants}
@@ -68,7 +68,7 @@ def test_agreement_of_rankings() -> None:
 @pytest.fixture(scope="module")
 def basis() -> Mapping[str, Tensor]:
     """What the outputs change by in the passes of one basis."""
-    model, x = NETWORK.model(), NETWORK.inputs(5)
+    model, x = NETWORK.traced(), NETWORK.inputs(5)
     u = variance.output_changes(model, x, batch=2)
     for name, spec in NETWORK.groups.items():
         torch.testing.assert_close(u[name], output_changes(model, spec, x).transpose(1, 2), rtol=1e-9, atol=1e-12)
@@ -78,7 +78,7 @@ def basis() -> Mapping[str, Tensor]:
 @pytest.mark.parametrize(("distribution", "center", "probes"), list(variance.ways(4)))
 def test_one_basis_of_passes_holds_every_random_gradient(basis: Mapping[str, Tensor], distribution: str, center: bool,
                                                          probes: int) -> None:
-    model, x, u = NETWORK.model(), NETWORK.inputs(5), basis
+    model, x, u = NETWORK.traced(), NETWORK.inputs(5), basis
     if distribution == "basis":
         probes, how = next(iter(u.values())).shape[1], {"probes": "exact"}
     else:
@@ -89,7 +89,7 @@ def test_one_basis_of_passes_holds_every_random_gradient(basis: Mapping[str, Ten
 
 
 def test_variance_is_measured_drawn_and_tabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = NETWORK.model().float()
+    model = NETWORK.traced(dtype=torch.float32)
     classes = model(images(1).images).shape[1]
     monkeypatch.setattr(variance, "HALVES", (4, 8))
     monkeypatch.setattr(variance, "CURVE_SAMPLES", 8)
@@ -111,7 +111,7 @@ def test_variance_is_measured_drawn_and_tabled(tmp_path: Path, monkeypatch: pyte
 
 
 def test_stopping_early_against_all(tmp_path: Path) -> None:
-    model, train, test = NETWORK.model().float(), images(160), images(31, 1)
+    model, train, test = NETWORK.traced(dtype=torch.float32), images(160), images(31, 1)
     way = list(stopping.on_the_way(model, train.images, 1))
     assert [scores.samples for scores in way] == [32, 64, 128, 160]
     whole = fastscore.score(model, train.images.split(32), seed=1, progress=False)
@@ -137,7 +137,7 @@ def test_agreement_with_the_dense_network(tmp_path: Path) -> None:
     uniform, sure = torch.full((2, 4), 0.25).log(), torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]]).clamp(min=1e-9).log()
     same, kl = mobilenet.agreement(sure, uniform)
     assert (same, kl) == pytest.approx((0.5, torch.tensor(4.0).log().item()), abs=1e-6)
-    model, data = NETWORK.model().float().eval(), images(16)
+    model, data = NETWORK.traced(dtype=torch.float32).eval(), images(16)
     scores = mobilenet.scored(model, data.images, (*ABLATION[:2], BASELINES[0]), 0)
     assert all(found.means for found in scores.values())
     rows = list(mobilenet.measure(model, scores, data.images, (0.1, 0.4), 0))

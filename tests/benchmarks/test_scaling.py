@@ -28,7 +28,7 @@ def test_bytes_are_those_that_are_sent(tmp_path: Any, monkeypatch: pytest.Monkey
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         monkeypatch.setattr(distributed, "all_reduce", all_reduce)
-        scores = fastscore.score(NETWORK.model(), NETWORK.inputs(128).split(2), process_group=distributed.group.WORLD,
+        scores = fastscore.score(NETWORK.traced(), NETWORK.inputs(128).split(2), process_group=distributed.group.WORLD,
                                  fixed_order=fixed_order, progress=False)
     finally:
         distributed.destroy_process_group()

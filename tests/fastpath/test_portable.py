@@ -75,7 +75,7 @@ def test_no_convolution_gets_a_gradient_of_another_layout(name: str, monkeypatch
 @pytest.mark.parametrize("name", ["residual", "mobile", "squeeze-excite"])
 def test_scores_are_those_of_the_cpus_own_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = NETWORKS[name]
-    model, batches = network.model().float(), [network.inputs().float()]
+    model, batches = network.traced(dtype=torch.float32), [network.inputs().float()]
     own = fastscore.score(model, batches, progress=False)
     monkeypatch.setenv("FASTSCORE_PORTABLE", "1")
     portable = fastscore.score(model, batches, progress=False)

@@ -144,7 +144,7 @@ def test_a_tap_stays_where_something_else_reads_what_was_up_sampled() -> None:
 def test_bfloat16_ranks_nearly_as_float32_does(name: str) -> None:
     """With the same random gradients: samples are told apart before anything is rounded."""
     network = NETWORKS[name]
-    model, x = network.model().float(), network.inputs(32).float()
+    model, x = network.traced(dtype=torch.float32), network.inputs(32).float()
     exact = fastscore.score(model, x.split(8), progress=False)
     with untouched(model):
         rounded = fastscore.score(model, x.split(8), precision="bfloat16", progress=False)
@@ -159,7 +159,7 @@ def test_bfloat16_ranks_nearly_as_float32_does(name: str) -> None:
 
 def test_the_loss_is_computed_in_float32_from_a_model_in_bfloat16() -> None:
     network = NETWORKS["residual"]
-    model, x, y = network.model().float(), network.inputs(8).float(), torch.arange(8) % 4
+    model, x, y = network.traced(dtype=torch.float32), network.inputs(8).float(), torch.arange(8) % 4
     seen: list[torch.dtype] = []
 
     def loss(output: Tensor, batch: object) -> Tensor:
@@ -175,7 +175,7 @@ def test_the_loss_is_computed_in_float32_from_a_model_in_bfloat16() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_float32_is_float32_whatever_the_model_is_in(dtype: torch.dtype) -> None:
     network = NETWORKS["residual"]
-    model, x = network.model().to(dtype), network.inputs(8).to(dtype)
+    model, x = network.traced(dtype=dtype), network.inputs(8).to(dtype)
     loss = {"gradient": "loss", "loss": lambda output, batch: output.square().sum(), "progress": False}
     with untouched(model):
         scores = fastscore.score(model, [x], precision="float32", **loss)
@@ -207,7 +207,7 @@ def test_a_processor_without_bfloat16_says_that_it_is_slower(monkeypatch: pytest
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     network = NETWORKS["mlp"]
-    model, x = network.model().float(), [network.inputs().float()]
+    model, x = network.traced(dtype=torch.float32), [network.inputs().float()]
     assert "slower" in str(fastscore.score(model, x, precision="bfloat16", progress=False).plan)
     assert "slower" not in str(fastscore.score(model, x, progress=False).plan)
 
@@ -226,7 +226,7 @@ def test_a_plan_stays_with_the_scores_and_out_of_files(tmp_path: Path) -> None:
 def test_a_compiled_pass_has_the_same_scores() -> None:
     """Two probes, and a batch of another size, which runs as it is."""
     network = NETWORKS["inplace"]
-    model, x = network.model().float(), network.inputs(10).float()
+    model, x = network.traced(dtype=torch.float32), network.inputs(10).float()
     plain = fastscore.score(model, x.split(4), probes=2, progress=False)
     with untouched(model):
         compiled = fastscore.score(model, x.split(4), probes=2, compile=True, progress=False)

@@ -113,9 +113,9 @@ def test_what_is_no_result_and_no_scores() -> None:
 def test_scores_of_another_model() -> None:
     model = trained()
     other = {
-        "another network": (score(NETWORKS["dense"].model()), "another model, .*conv0"),
+        "another network": (score(NETWORKS["dense"].traced()), "another model, .*conv0"),
         "wider": (score(nn.Sequential(nn.Conv2d(3, 9, 3), nn.Conv2d(9, 4, 3)).double(), [X]), "another model"),
-        "before it was pruned": (score(fastscore.prune(RESIDUAL.model(), score(RESIDUAL.model()), X, macs=0.5).model),
+        "before it was pruned": (score(fastscore.prune(RESIDUAL.traced(), score(RESIDUAL.traced()), X, macs=0.5).model),
                                  r"has \d channels and the scores know \d.*pruned\?"),
         "connected differently": (score(NETWORKS["inplace"].model(), ignore=["block2"]), ""),
     }

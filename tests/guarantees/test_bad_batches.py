@@ -44,7 +44,7 @@ class Takes(nn.Module):
     (lambda batch: batch["images"], {"images": X}, "model(batch)")])
 def test_a_batch_that_the_model_takes_otherwise_has_a_way_out(part: Callable[[Any], Tensor], batch: Any,
                                                               forward: str) -> None:
-    model, want = Takes(part), score(RESIDUAL.model())
+    model, want = Takes(part), score(RESIDUAL.traced())
     for act in (lambda: score(model, [batch]), lambda: Scorer(model, batch)):
         refused(ValueError, re.escape(f"forward=lambda model, batch: {forward}"), model, act)
     found = score(model, [batch], forward=eval(f"lambda model, batch: {forward}"))
@@ -71,7 +71,7 @@ def test_batches_that_are_none() -> None:
                                torch.randn(2, 3, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.int64)])
 def test_a_batch_the_model_cannot_take(x: Tensor) -> None:
     model = trained()
-    scores = score(RESIDUAL.model())
+    scores = score(RESIDUAL.traced())
     for act in (lambda: score(model, [x]), lambda: Scorer(model, x),
                 lambda: fastscore.prune(model, scores, x, macs=0.5)):
         refused(ValueError, "example_inputs", model, act)
@@ -86,8 +86,8 @@ def test_a_later_batch_of_another_shape() -> None:
 
 def test_scores_of_image_sizes_that_the_graph_takes() -> None:
     """A fully convolutional network takes any size."""
-    small = score(RESIDUAL.model(), [X])
-    both = score(RESIDUAL.model(), [X, torch.randn(2, 3, 12, 10).double()])
+    small = score(RESIDUAL.traced(), [X])
+    both = score(RESIDUAL.traced(), [X, torch.randn(2, 3, 12, 10).double()])
     assert small.samples + 2 == both.samples
     assert small.origin == both.origin
 

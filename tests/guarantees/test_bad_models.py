@@ -30,7 +30,7 @@ class NoTensor(nn.Module):
     (lambda z: z.argmax(1), r"torch\.int64 tensor of shape \(\d,\)"), (lambda z: z.sum(), r"shape \(\)")])
 def test_a_model_that_returns_no_tensor(wrap: Callable[[Tensor], Any], shown: str) -> None:
     model = NoTensor(wrap)
-    scores = score(RESIDUAL.model())
+    scores = score(RESIDUAL.traced())
     for act in (lambda: score(model), lambda: score(model, importance="magnitude-l2"), lambda: Scorer(model, X),
                 lambda: fastscore.prune(model, scores, X, macs=0.5),
                 lambda: fastscore.mask(model, scores, 0.3, X).__enter__()):
@@ -39,7 +39,7 @@ def test_a_model_that_returns_no_tensor(wrap: Callable[[Tensor], Any], shown: st
 
 @pytest.mark.parametrize("other", ["resnet18", nn.Conv2d, None])
 def test_what_is_no_model(other: Any) -> None:
-    scores = score(RESIDUAL.model())
+    scores = score(RESIDUAL.traced())
     for act in (lambda: score(other), lambda: Scorer(other, X), lambda: fastscore.prune(other, scores, X, macs=0.5),
                 lambda: fastscore.mask(other, scores, 0.3, X).__enter__()):
         with pytest.raises(TypeError, match=r"^model: .*where a torch\.nn\.Module is meant"):

@@ -75,7 +75,7 @@ def test_the_hostile_file_is_one() -> None:
 @pytest.mark.parametrize("write", [*WRITERS, write_script])
 def test_checkpoints_of_models(write: Any) -> None:
     write(Path("c.pth"))
-    model = NETWORK.model()
+    model = NETWORK.traced()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"^checkpoint: c\.pth holds more than tensors"):
         models.load_checkpoint(model, "c.pth")
@@ -83,7 +83,7 @@ def test_checkpoints_of_models(write: Any) -> None:
 
 
 def loaders() -> dict[str, Any]:
-    model, x = NETWORK.model(), NETWORK.inputs(2)
+    model, x = NETWORK.traced(), NETWORK.inputs(2)
     return {
         "scores": fastscore.Scores.load,
         "checkpoint": lambda path: fastscore.score(model, [x], resume=path, progress=False),
@@ -101,7 +101,7 @@ def test_files_of_its_own(kind: str, write: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["scores", "checkpoint", "scorer", "pruned"])
 def test_one_kind_of_file_is_not_taken_for_another(kind: str) -> None:
-    model, x = NETWORK.model(), NETWORK.inputs(2)
+    model, x = NETWORK.traced(), NETWORK.inputs(2)
     scores = fastscore.score(model, [x], resume="checkpoint", progress=False)
     scores.save("scores")
     scorer = fastscore.Scorer(model, x)
@@ -119,7 +119,7 @@ def test_nothing_of_its_own_is_written_as_a_pickle(monkeypatch: pytest.MonkeyPat
 
     for module, name in ((torch, "save"), (pickle, "dump"), (pickle, "dumps")):
         monkeypatch.setattr(module, name, refuse)
-    model, x = NETWORK.model(), NETWORK.inputs(2)
+    model, x = NETWORK.traced(), NETWORK.inputs(2)
     scores = fastscore.score(model, [x], resume="checkpoint", progress=False)
     scores.save("scores")
     fastscore.Scorer(model, x).save("scorer")

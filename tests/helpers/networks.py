@@ -43,10 +43,10 @@ class Network:
             torch.manual_seed(seed)
             return randomize(self.build()).double().eval()
 
-    def traced(self, seed: int = 0) -> nn.Module:
+    def traced(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
         """model(), with the graph of another like it known already: for tests of what comes after tracing."""
-        model = self.model(seed)
-        cache.put(model, self.inputs(1), call_model, _graph(self.build, self.shape, seed))
+        model = self.model(seed).to(dtype)
+        cache.put(model, self.inputs(1).to(dtype), call_model, _graph(self.build, self.shape, seed))
         return model
 
     def inputs(self, samples: int = 4, seed: int = 1) -> Tensor:

@@ -28,7 +28,7 @@ def scored() -> fastscore.Scores:
 def trained(name: str = "residual") -> nn.Module:
     """In training mode, half frozen, with gradients: as a model is in the middle of something."""
     network = NETWORKS[name]
-    model = network.model()
+    model = network.traced()
     model(network.inputs(4)).square().sum().backward()
     model.train()
     next(model.children()).requires_grad_(False)

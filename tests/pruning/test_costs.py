@@ -24,7 +24,7 @@ def params(model: nn.Module) -> int:
 def test_by_hand() -> None:
     """conv 3→5 (3x3) on 8x8, pool, conv 5→7 (3x3) on 4x4, Linear 7→4; then the same with 3 and 6 channels."""
     network = NETWORKS["plain"]
-    model, x = network.model(), network.inputs(6)
+    model, x = network.traced(), network.inputs(6)
     graph = trace(model, x)
     costs = Costs(model, graph.groups, x)
     assert costs.totals == {"channels": 12, "macs": 3 * 5 * 9 * 64 + 5 * 7 * 9 * 16 + 7 * 4,
@@ -42,7 +42,7 @@ def test_by_hand() -> None:
 def test_predicted_costs_are_those_of_the_pruned_model(name: str) -> None:
     network = NETWORKS[name]
     for seed in range(3):
-        model, x = network.model(), network.inputs(2)
+        model, x = network.traced(), network.inputs(2)
         graph = trace(model, x)
         costs = Costs(model, graph.groups, x)
         assert costs.totals["macs"] == counted(model, network) == total_macs(model, x) == total_macs(model, x[:1])

@@ -24,7 +24,7 @@ BACKEND = "inductor" if NIGHTLY else "aot_eager"
 def small(request: pytest.FixtureRequest) -> tuple[nn.Module, list[Tensor]]:
     """A network pruned twice, with new biases, in float32, and inputs of several batch sizes."""
     network = NETWORKS[request.param]
-    model, x = network.model().float(), network.inputs(3).float()
+    model, x = network.traced(dtype=torch.float32), network.inputs(3).float()
     for share in (0.8, 0.7):
         model = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, macs=share,
                                 compensate=True).model

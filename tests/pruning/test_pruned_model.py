@@ -20,7 +20,7 @@ RESIDUAL = NETWORKS["residual"]
 @pytest.fixture(scope="module")
 def pruned() -> tuple[nn.Module, Tensor]:
     """In float32 and evaluation mode, with half its MACs."""
-    model, x = RESIDUAL.model().float(), RESIDUAL.inputs(4).float()
+    model, x = RESIDUAL.traced(dtype=torch.float32), RESIDUAL.inputs(4).float()
     return fastscore.prune(model, fastscore.score(model, [x], progress=False), x, macs=0.5).model, x
 
 

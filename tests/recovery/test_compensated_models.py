@@ -77,7 +77,7 @@ def test_the_budget_holds_with_the_new_biases_and_the_report_is_the_truth(name: 
 # The model afterwards
 
 def test_an_ordinary_model(tmp_path: Any) -> None:
-    model, x = RESIDUAL.model().float(), RESIDUAL.inputs(4).float()
+    model, x = RESIDUAL.traced(dtype=torch.float32), RESIDUAL.inputs(4).float()
     result = fastscore.prune(model, fastscore.score(model, [x], progress=False), x, macs=0.5, compensate=True)
     pruned = result.model
     with torch.no_grad():

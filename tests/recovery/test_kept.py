@@ -21,7 +21,7 @@ from fastscore.scoring import run_file
 HELPERS = Path(__file__).parents[1] / "helpers"
 RESIDUAL = NETWORKS["residual"]
 BATCHES = list(RESIDUAL.inputs(24).split(4))
-SCORES = fastscore.score(RESIDUAL.model(), BATCHES, importance="magnitude-l2", progress=False)
+SCORES = fastscore.score(RESIDUAL.traced(), BATCHES, importance="magnitude-l2", progress=False)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ class Stopping:
 
 def repaired(batches: Any, resume: Path | None, method: Any = "linear", channels: float = 0.6,
              **options: Any) -> fastscore.PruneResult:
-    model = RESIDUAL.model()
+    model = RESIDUAL.traced()
     result = fastscore.prune(model, SCORES, BATCHES[0][:1], channels=channels)
     return fastscore.reconstruct(model, result, batches, method, resume=resume, **options)
 

@@ -25,7 +25,7 @@ def assert_same(one: Scores, other: Scores, tolerance: float = 2e-5) -> None:
 @pytest.mark.parametrize("name", ["residual", "dense"])
 def test_batch_size_and_order_do_not_matter(name: str, options: dict[str, object]) -> None:
     network = NETWORKS[name]
-    model, x = network.model().float(), network.inputs(64).float()
+    model, x = network.traced(dtype=torch.float32), network.inputs(64).float()
     shuffled = x[torch.randperm(64, generator=torch.Generator().manual_seed(3))]
     whole = fastscore.score(model, [x], progress=False, **options)
     for batches in (x.split(1), x.split(7), shuffled.split(7), reversed(x.split(16))):
@@ -102,7 +102,7 @@ def test_evaluation_mode_and_nothing_else_is_scored() -> None:
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_score_leaves_no_trace(name: str) -> None:
     network = NETWORKS[name]
-    model, x = network.model().train(), network.inputs(6)
+    model, x = network.traced().train(), network.inputs(6)
     model.eval()
     model(x).square().sum().backward()
     model.train()
@@ -115,7 +115,7 @@ def test_score_leaves_no_trace(name: str) -> None:
                                                     [torch.bfloat16, torch.float16]))
 def test_half_precision_ranks_as_float32_does(name: str, dtype: torch.dtype) -> None:
     network = NETWORKS[name]
-    model, x = network.model().float(), network.inputs(32).float()
+    model, x = network.traced(dtype=torch.float32), network.inputs(32).float()
     exact = fastscore.score(model, [x], progress=False)
     half = fastscore.score(model.to(dtype), [x.to(dtype)], gradient="random", progress=False)
     for layer in exact:  # the samples' ids differ, so the random gradients do

@@ -53,7 +53,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_scores_of_replayed_passes_are_those_of_passes_that_run(recorder: HostRecorder, option: str) -> None:
-    model = NETWORKS["residual"].model().float()
+    model = NETWORKS["residual"].traced(dtype=torch.float32)
     batches: list[Any] = inputs("residual", 4, 4, 4, 4, 2)
     if option == "loss":
         batches = [(x, torch.arange(len(x)) % 2) for x in batches]
@@ -69,12 +69,12 @@ def test_the_scores_of_replayed_passes_are_those_of_passes_that_run(recorder: Ho
 
 @pytest.mark.parametrize("name", ["mobile", "squeeze-excite"])
 def test_batches_of_odd_size_take_two_graphs_as_their_halves_differ(recorder: HostRecorder, name: str) -> None:
-    both(NETWORKS[name].model().float(), inputs(name, *[3] * 6))
+    both(NETWORKS[name].traced(dtype=torch.float32), inputs(name, *[3] * 6))
     assert recorder.replays == [3, 2]
 
 
 def test_shapes_that_do_not_repeat_are_not_recorded(recorder: HostRecorder) -> None:
-    scores, _ = both(NETWORKS["residual"].model().float(), inputs("residual", 1, 2, 3))
+    scores, _ = both(NETWORKS["residual"].traced(dtype=torch.float32), inputs("residual", 1, 2, 3))
     assert recorder.replays == []
     assert scores.plan is not None
     assert scores.plan.graph == "no CUDA graph: no two batches in a row of one shape"
@@ -104,7 +104,7 @@ def test_a_model_that_waits_for_the_device_runs_as_it_is_and_the_plan_says_why(r
 
 
 def test_a_graph_that_cannot_be_is_an_error_where_it_was_asked_for() -> None:
-    model, batches = NETWORKS["residual"].model().float(), inputs("residual", 2, 2)
+    model, batches = NETWORKS["residual"].traced(dtype=torch.float32), inputs("residual", 2, 2)
     with pytest.raises(RuntimeError, match='graph: True, but nothing records the work of cpu; use graph="auto"'):
         fastscore.score(model, batches, progress=False, graph=True)
 
@@ -114,7 +114,7 @@ def test_nan_in_a_replayed_pass_is_named(recorder: HostRecorder, bad: int) -> No
     batches = inputs("residual", 2, 2, 2, 2)
     batches[bad][1] = torch.nan
     with pytest.raises(FloatingPointError, match="batches: NaN or infinity in the input"):
-        fastscore.score(NETWORKS["residual"].model().float(), batches, progress=False)
+        fastscore.score(NETWORKS["residual"].traced(dtype=torch.float32), batches, progress=False)
 
 
 class Overflows(torch.autograd.Function):

@@ -196,23 +196,23 @@ class TestRefused:
 
     def refused(self, path: Path, match: str, batches: Any = BATCHES, model: nn.Module | None = None,
                 **options: Any) -> None:
-        before, model = path.read_bytes(), RESIDUAL.model() if model is None else model
+        before, model = path.read_bytes(), RESIDUAL.traced() if model is None else model
         with untouched(model), pytest.raises(ValueError, match=match):
             score(batches, model, resume=path, **options)
         assert path.read_bytes() == before
 
     def test_other_weights(self, path: Path) -> None:
         self.refused(path, r"^resume: .*s\.ckpt is of another run, which differs in weights; ", model=RESIDUAL.model(1))
-        model = RESIDUAL.model()
+        model = RESIDUAL.traced()
         model.stem[1].running_var[2] += 1e-12
         self.refused(path, "differs in weights;", model=model)
 
     def test_other_layers(self, path: Path) -> None:
-        model = RESIDUAL.model()
+        model = RESIDUAL.traced()
         model.block1.relu = nn.LeakyReLU(0.2)
         self.refused(path, "differs in model;", model=model)
         self.refused(path, "differs in model, weights, fingerprint", NETWORKS["plain"].inputs(4).split(2),
-                     NETWORKS["plain"].model())
+                     NETWORKS["plain"].traced())
 
     @pytest.mark.parametrize(("options", "named"), [
         ({"seed": 1}, "seed"), ({"probes": 2}, "probes"), ({"importance": "taylor-abs"}, "importance"),

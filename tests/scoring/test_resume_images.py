@@ -31,7 +31,7 @@ class TestImages:
         return images.find(tmp_path / "photos")
 
     def test_goes_on(self, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        model = RESIDUAL.model().float()
+        model = RESIDUAL.traced(dtype=torch.float32)
         whole = score(images.batches(paths, self.PREPARE, 3), model, samples=10)
         decoded: list[str] = []
         original = images.Preprocessing.__call__
@@ -53,7 +53,7 @@ class TestImages:
         assert_same_bits(resumed, whole)
 
     def test_another_folder(self, paths: list[Path], tmp_path: Path) -> None:
-        model, batches = RESIDUAL.model().float(), images.batches(paths, self.PREPARE, 3)
+        model, batches = RESIDUAL.traced(dtype=torch.float32), images.batches(paths, self.PREPARE, 3)
         score(batches, model, resume=tmp_path / "s.ckpt")
         other = images.Preprocessing(8, 8, (0.4,) * 3, (0.25,) * 3)
         for batches in (images.batches(paths[1:], self.PREPARE, 3), images.batches(paths, self.PREPARE, 4),

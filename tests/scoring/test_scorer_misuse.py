@@ -14,7 +14,7 @@ RESIDUAL = NETWORKS["residual"]
 
 
 def test_used_wrongly() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs()
     with untouched(model):
         scorer = Scorer(model, x, gradient="random")
         with pytest.raises(RuntimeError, match="no backward pass has been measured"):
@@ -54,7 +54,7 @@ def test_used_wrongly() -> None:
 
 def test_gradients_taken_with_autograd_grad_alone_are_not_counted() -> None:
     """torch.autograd.grad(loss, parameters) fills no gate: nothing measured, rather than zeros."""
-    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs()
     scorer = Scorer(model, x)
     with scorer:
         torch.autograd.grad(model(x).sum(), list(model.parameters()))
@@ -72,7 +72,7 @@ def test_hooks_on_a_model_that_was_compiled_before_are_missed_aloud() -> None:
 
 
 def test_nan_in_a_loop_is_named() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs()
     scorer = Scorer(model, x)
     with scorer:
         (model(x).sum() * math.nan).backward()
@@ -89,7 +89,7 @@ def broken_loop(scorer: Scorer, model: nn.Module, x: Tensor, error: BaseExceptio
 
 
 def test_an_exception_in_the_loop_removes_the_hooks_and_keeps_what_was_measured() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs()
     once = Scorer(model, x)
     with once:
         model(x).square().sum().backward()
@@ -105,7 +105,7 @@ def test_an_exception_in_the_loop_removes_the_hooks_and_keeps_what_was_measured(
 
 
 def test_an_exception_in_the_backward_pass_leaves_no_half_measured_pass() -> None:
-    model, x = RESIDUAL.model(), RESIDUAL.inputs()
+    model, x = RESIDUAL.traced(), RESIDUAL.inputs()
     scorer = Scorer(model, x)
 
     def fail(gradient: Tensor) -> None:

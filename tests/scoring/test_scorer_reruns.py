@@ -36,8 +36,8 @@ def test_checkpointed_layers_are_measured(reentrant: bool) -> None:
     model, x = checkpointed(reentrant), RESIDUAL.inputs(6)
     assert trace(model, x).fingerprint == trace(RESIDUAL.model(), x).fingerprint
     assert_exact(measured(model, x), brute_force(RESIDUAL.model(), x, lambda z: z.square().sum()))
-    assert_same(measured(model, x[:2], x[2:]), measured(RESIDUAL.model(), x[:2], x[2:]))
-    assert_same(fastscore.score(model, [x], progress=False), fastscore.score(RESIDUAL.model(), [x], progress=False))
+    assert_same(measured(model, x[:2], x[2:]), measured(RESIDUAL.traced(), x[:2], x[2:]))
+    assert_same(fastscore.score(model, [x], progress=False), fastscore.score(RESIDUAL.traced(), [x], progress=False))
 
 
 def test_two_passes_in_one_backward_pass_through_checkpoints() -> None:
@@ -46,7 +46,7 @@ def test_two_passes_in_one_backward_pass_through_checkpoints() -> None:
     scorer = Scorer(model, x)
     with scorer:
         (model(x[:2]).square().sum() + model(x[2:]).square().sum()).backward()
-    assert_same(scorer.scores(), measured(RESIDUAL.model(), x[:2], x[2:]))
+    assert_same(scorer.scores(), measured(RESIDUAL.traced(), x[:2], x[2:]))
     model = checkpointed(reentrant=True)
     scorer = Scorer(model, x)
     with scorer:
@@ -57,7 +57,7 @@ def test_two_passes_in_one_backward_pass_through_checkpoints() -> None:
 
 def test_probes_through_checkpoints() -> None:
     x = RESIDUAL.inputs()
-    model, reentrant, plain = checkpointed(reentrant=False), checkpointed(reentrant=True), RESIDUAL.model()
+    model, reentrant, plain = checkpointed(reentrant=False), checkpointed(reentrant=True), RESIDUAL.traced()
     scorer, expected = Scorer(model, x, gradient="random"), Scorer(plain, x, gradient="random")
     with scorer, expected:
         scorer.probe(model(x))
@@ -81,7 +81,7 @@ def test_a_gradient_penalty_through_checkpoints_is_no_training_step() -> None:
         loss = model(x).square().sum()
         torch.autograd.grad(loss, x, retain_graph=True)
         loss.backward()
-    assert_same(scorer.scores(), measured(RESIDUAL.model(), x.detach()))
+    assert_same(scorer.scores(), measured(RESIDUAL.traced(), x.detach()))
 
 
 @pytest.fixture(autouse=True)

@@ -68,7 +68,7 @@ def test_ranking_is_every_channel_once_least_important_first(scores: Scores) -> 
 
 
 def test_ties_are_ranked_in_order_of_layer_and_channel() -> None:
-    model = RESIDUAL.model()
+    model = RESIDUAL.traced()
     for parameter in model.parameters():
         parameter.data.zero_()
     ranking = fastscore.score(model, [RESIDUAL.inputs()], importance="magnitude-l2", progress=False).ranking()
@@ -119,7 +119,7 @@ def test_scores_with_another_distribution_cannot_be_merged(scores: Scores) -> No
 
 def test_scores_of_another_model_cannot_be_merged(scores: Scores) -> None:
     plain = NETWORKS["plain"]
-    other = fastscore.score(plain.model(), [plain.inputs()], progress=False)
+    other = fastscore.score(plain.traced(), [plain.inputs()], progress=False)
     with pytest.raises(ValueError, match=r"^other: .*fingerprint"):
         scores.merge(other)
 

@@ -89,7 +89,7 @@ def test_magnitude(name: str, power: int) -> None:
 
 def test_bn_scale() -> None:
     network = NETWORKS["residual"]
-    model, x = network.model(), network.inputs()
+    model, x = network.traced(), network.inputs()
     model.stem[1].weight.data[2] = -7.0
     norms = {"stem.0": ["stem.1", "block1.bn2"], "block1.conv1": ["block1.bn1"], "block2.conv1": ["block2.bn1"],
              "block2.conv2": ["block2.bn2", "block2.shortcut.1"]}
@@ -110,9 +110,9 @@ def test_bn_scale_names_the_layers_it_says_nothing_about() -> None:
 
 def test_random_is_uniform_and_depends_on_seed_and_layer_alone() -> None:
     network = NETWORKS["residual"]
-    one = scored(network, network.model(0), network.inputs(), importance="random", seed=1)
+    one = scored(network, network.traced(0), network.inputs(), importance="random", seed=1)
     same = scored(network, network.model(5), network.inputs(3, seed=9), importance="random", seed=1)
-    other = scored(network, network.model(0), network.inputs(), importance="random", seed=2)
+    other = scored(network, network.traced(0), network.inputs(), importance="random", seed=2)
     for layer in one:
         assert torch.equal(one[layer], same[layer])
         assert not torch.equal(one[layer], other[layer])
@@ -170,7 +170,7 @@ def test_the_signed_score_of_a_random_gradient_is_noise_around_zero() -> None:
 def test_twins_have_twin_scores() -> None:
     """Two channels with equal filters and equal readers are equally important; a channel no one reads is not at all."""
     network = NETWORKS["plain"]
-    model, x = network.model(), network.inputs()
+    model, x = network.traced(), network.inputs()
     with torch.no_grad():
         model[0].weight[1], model[0].bias[1] = model[0].weight[0], model[0].bias[0]
         model[3].weight[:, 1] = model[3].weight[:, 0]
@@ -197,7 +197,7 @@ def test_what_is_not_in_the_table(importance: str, reduction: str, message: str)
 
 def test_every_name_runs() -> None:
     network = NETWORKS["residual"]
-    model, x = network.model().float(), network.inputs().float()
+    model, x = network.traced(dtype=torch.float32), network.inputs().float()
     for name in NAMES:
         scores = scored(network, model, x, importance=name)
         assert set(scores) == set(network.groups)
