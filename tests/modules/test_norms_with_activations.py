@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import whole_way
 from oracles import untouched
 from torch import Tensor, nn
 
@@ -147,3 +148,22 @@ def test_what_is_none(norm: NormAct) -> None:
     assert norm_of(norm) is None
     model = nn.Sequential(nn.Conv2d(3, WIDTH, 1), norm, nn.Flatten(), nn.Linear(WIDTH * 16, 2)).eval()
     assert "0" in trace(model, torch.randn(2, 3, 4, 4)).skipped
+
+
+class GroupNormAct(nn.GroupNorm):
+    """As timm's: in groups of channels, and then what it holds."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__(4, WIDTH * 2)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps))
+
+
+@pytest.mark.parametrize("act", [lambda: nn.ReLU(inplace=True), lambda: nn.Sequential(nn.Tanh(), nn.SiLU())])
+def test_those_of_groups_go(act: Callable[[], nn.Module], tmp_path: Path) -> None:
+    x = torch.randn(3, 3, 6, 5, generator=torch.Generator().manual_seed(0)).double()
+    whole_way.check(lambda: nn.Sequential(nn.Conv2d(3, 2 * WIDTH, 3), GroupNormAct(act()),
+                                          nn.Conv2d(2 * WIDTH, WIDTH, 1), nn.Tanh(), nn.Conv2d(WIDTH, 2, 3)), x,
+                    ["0", "2"], tmp_path)

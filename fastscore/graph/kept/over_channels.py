@@ -2,7 +2,10 @@
 
 from typing import Any
 
+from torch import nn
+
 from fastscore.graph.following import index_maps
+from fastscore.graph.following.nodes import TRANSPARENT
 from fastscore.graph.layer_types import OPTYPE
 
 _WAY_OUT = ("a normalisation is followed where a module does it, and then at most activations (nn.LayerNorm, or one of "
@@ -16,8 +19,24 @@ def runs(node: Any, dim: int, dims: int) -> bool:
     normalises, whose channels are known to go."""
     name: str = node.grad_fn.name() if hasattr(node.grad_fn, "name") else ""
     if node.type == OPTYPE.ELEMENTWISE and name.startswith(tuple(_FUNCTIONS)):
-        return dim == 1 if name.startswith("NativeGroup") else dim >= dims - len(node.grad_fn._saved_normalized_shape)
+        if name.startswith("NativeGroup"):
+            return dim == 1 and not _in_a_layer(node)
+        return dim >= dims - len(node.grad_fn._saved_normalized_shape)
     return index_maps.runs_over(node.grad_fn, dim, dims)
+
+
+def _in_a_layer(node: Any) -> bool:
+    """Whether a GroupNorm's own code runs it, and then more, as timm's with an activation: then it is the layer's."""
+    taken = {id(getattr(source, "variable", None)) for source, _ in node.grad_fn.next_functions}
+    work, seen = [node], {node}
+    while work:
+        onwards = {onward for onward in work.pop().outputs if onward.type in TRANSPARENT or
+                   isinstance(onward.module, nn.GroupNorm)} - seen
+        if any(isinstance(onward.module, nn.GroupNorm) and id(onward.module.weight) in taken for onward in onwards):
+            return True
+        seen |= onwards
+        work += onwards
+    return False
 
 
 def why(node: Any) -> str:
