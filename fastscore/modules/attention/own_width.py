@@ -171,13 +171,14 @@ def _rewritten(cls: type[nn.Module], name: str) -> tuple[CodeType | None, dict[s
         return None, {}
     function.decorator_list = []
     x, owner = function.args.args[1].arg, function.args.args[0].arg
-    divisors = frozenset(node.right.attr for node in ast.walk(function) if isinstance(node, ast.BinOp)
-                         and isinstance(node.op, ast.FloorDiv) and _is_own(node.right, owner))
+    divisors = _divisors(function, owner, x)
     hands_on = [node.func.attr for node in ast.walk(function) if isinstance(node, ast.Call) and node.args
                 and _is_own(node.func, owner) and isinstance(node.args[0], ast.Name) and node.args[0].id == x]
     products = {*_PRODUCTS, *(node.attr for node in ast.walk(function) if _is_own(node, owner)
                               and _has_products(inspect.getattr_static(cls, node.attr, None)))}
-    widths = _Widths(owner, x, divisors, products)
+    layers = {node.func.attr for node in ast.walk(function) if isinstance(node, ast.Call)
+              and _is_own(node.func, owner) and inspect.getattr_static(cls, node.func.attr, None) is None}
+    widths = _Widths(owner, x, divisors, products, layers)
     product = min((_place(node) for node in ast.walk(function) if _multiplies(node, products)), default=(0, 0))
     names = sorted((_place(node), node.attr) for node in ast.walk(function) if _is_own(node, owner))
     for number, statement in enumerate(function.body):
@@ -206,6 +207,18 @@ def _rewritten(cls: type[nn.Module], name: str) -> tuple[CodeType | None, dict[s
     return next(code for code in compiled.co_consts if isinstance(code, CodeType)), read
 
 
+def _divisors(function: ast.FunctionDef, owner: str, x: str) -> frozenset[str]:
+    """The attributes of a module that its code divides the width of x by; of code that does not, and names no count of
+    heads either, all that it divides by. One that divides rows alone, as the side of a window does, is none of them."""
+    widths = {_width_name(node, x) for node in ast.walk(function) if isinstance(node, ast.stmt)}
+    divisions = [(node.left, node.right.attr) for node in ast.walk(function) if isinstance(node, ast.BinOp)
+                 and isinstance(node.op, ast.FloorDiv) and _is_own(node.right, owner)]
+    of_width = frozenset(name for left, name in divisions if any(
+        _dim_asked(part, x) is not None or getattr(part, "id", "") in widths for part in ast.walk(left)))
+    counted = any(_is_own(node, owner) and node.attr in _COUNTS for node in ast.walk(function))
+    return of_width if of_width or counted else frozenset(name for _, name in divisions)
+
+
 def _is_own(node: ast.AST, owner: str) -> TypeGuard[ast.Attribute]:
     """Whether it is an attribute of the module."""
     return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == owner
@@ -218,15 +231,15 @@ def _place(node: ast.AST) -> tuple[int, int]:
 
 class _Widths(ast.NodeTransformer):
     """Has code read the width of the heads where it reads `names`: in statements about heads, and from the first
-    product of activations on. What comes before has the width of what the module reads, as where that becomes an image.
+    product of activations to the output projection. Elsewhere it is that of what the module reads, as of an image.
 
     owner: what the code calls its module; x: what that reads. counts: its attributes that divide a width, beside those
-    of usual names. products: names of functions, and of its methods, that multiply activations.
+    of usual names. products: names of functions, and of its methods, that multiply activations. layers: that it calls.
     """
 
-    def __init__(self, owner: str, x: str, counts: Iterable[str], products: Collection[str]) -> None:
+    def __init__(self, owner: str, x: str, counts: Iterable[str], products: Collection[str], layers: set[str]) -> None:
         self.names: set[str] = set()
-        self._counts, self._products = {*_COUNTS, *counts}, products
+        self._counts, self._products, self._layers = {*_COUNTS, *counts}, products, layers
         self.changed = False
         self._owner, self._x, self._multiplied, self._here = owner, x, False, False
 
@@ -236,10 +249,10 @@ class _Widths(ast.NodeTransformer):
             return super().visit(node)
         inner = list(ast.walk(node))
         self._multiplied |= any(_multiplies(part, self._products) for part in inner)
-        self._here = self._multiplied or any(isinstance(part, ast.Attribute) and part.attr in self._counts
-                                             for part in inner)
+        self._here = self._multiplied or self._counts_heads(inner)
         changed = self.generic_visit(node)
         self._here = False
+        self._multiplied &= not any(map(self._projects, inner))
         self.names -= {part.id for part in inner if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
         return changed
 
@@ -253,18 +266,35 @@ class _Widths(ast.NodeTransformer):
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         """A dimension of the shape of what the module reads, or the node as it is."""
-        asked = _is_shape(node.value, self._x) and isinstance(node.ctx, ast.Load)
-        return self._asked(node, node.slice) if asked else self.generic_visit(node)
+        return self._asked(node) or self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """The same of its size."""
-        asked = _is_shape(node.func, self._x) and len(node.args) == 1 and not node.keywords
-        return self._asked(node, node.args[0]) if asked else self.generic_visit(node)
+        """The same of its size. What a layer is called with may be about heads or not, whatever comes of it; and what
+        is done with what the output projection makes is not."""
+        if (asked := self._asked(node)) is not None:
+            return asked
+        here = self._here
+        if not self._multiplied and _is_own(node.func, self._owner) and node.func.attr in self._layers:
+            self._here = self._counts_heads(ast.walk(node))
+        node.func = self.visit(node.func)
+        if self._multiplied and any(map(self._projects, ast.walk(node.func))):
+            self._here = False
+        node.args, node.keywords = ([self.visit(each) for each in held] for held in (node.args, node.keywords))
+        self._here = here
+        return node
 
-    def _asked(self, node: ast.expr, dim: ast.expr) -> ast.AST:
-        number = ast.unparse(dim)
-        if not self._here or not (number == "-1" or (number.isdigit() and int(number) > 1)):  # which may be the last
-            return node
+    def _counts_heads(self, nodes: Iterable[ast.AST]) -> bool:
+        """Whether some are about heads."""
+        return any(isinstance(node, ast.Attribute) and node.attr in self._counts for node in nodes)
+
+    def _projects(self, node: ast.AST) -> bool:
+        """Whether it is a call of the output projection."""
+        return isinstance(node, ast.Call) and _is_own(node.func, self._owner) and node.func.attr in _OUTPUTS
+
+    def _asked(self, node: ast.expr) -> ast.expr | None:
+        dim = _dim_asked(node, self._x) if self._here else None
+        if dim is None or not isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
+            return None
         self.changed = True
         return ast.copy_location(ast.Call(ast.Attribute(ast.Name(self._owner, ast.Load()), _SIZE, ast.Load()),
                                           [ast.Name(self._x, ast.Load()), dim], []), node)
@@ -274,6 +304,18 @@ def _is_shape(node: ast.AST, x: str) -> bool:
     """Whether it is x.shape, or x.size."""
     return isinstance(node, ast.Attribute) and node.attr in ("shape", "size") and isinstance(node.value, ast.Name) \
         and node.value.id == x
+
+
+def _dim_asked(node: ast.AST, x: str) -> ast.expr | None:
+    """The dimension in x.shape[dim] or x.size(dim) that may be the last; None of other code."""
+    if isinstance(node, ast.Subscript):
+        of, dims = node.value, [node.slice]
+    elif isinstance(node, ast.Call) and not node.keywords:
+        of, dims = node.func, node.args
+    else:
+        return None
+    number = ast.unparse(dims[0]) if _is_shape(of, x) and len(dims) == 1 else ""
+    return dims[0] if number == "-1" or (number.isdigit() and int(number) > 1) else None
 
 
 def _has_products(method: Any) -> bool:
@@ -298,9 +340,8 @@ def _width_name(statement: ast.stmt, x: str) -> str | None:
         return None
     target, value = statement.targets[0], statement.value
     if isinstance(value, (ast.Subscript, ast.Call)) and isinstance(target, ast.Name):
-        dims = [value.slice] if isinstance(value, ast.Subscript) else value.args
-        asked = _is_shape(value.value if isinstance(value, ast.Subscript) else value.func, x)
-        return target.id if asked and [ast.unparse(dim) for dim in dims] == ["-1"] else None
+        dim = _dim_asked(value, x)
+        return target.id if dim is not None and ast.unparse(dim) == "-1" else None
     if isinstance(value, ast.Call) and not value.args:
         value = value.func
     if not _is_shape(value, x) or not isinstance(target, ast.Tuple) or len(target.elts) < 3:
