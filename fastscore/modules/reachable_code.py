@@ -63,6 +63,10 @@ class ReachableCode:
         """The modules that a function is a method of."""
         return [module for module in self.modules if type(module) in self._kinds.get(function, ())]
 
+    def kind(self, function: FunctionType) -> type | None:
+        """A class that a function is a method of, if there is one."""
+        return next(iter(self._kinds.get(function, ())), None)
+
     def source(self, function: FunctionType) -> tuple[ast.AST, Mapping[ast.AST, ast.AST]]:
         """What a function says, and each part of that -> what it is a part of. Raises OSError, TypeError or SyntaxError
         where nothing says that."""

@@ -10,9 +10,8 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -24,11 +23,12 @@ from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording, unwrapped
 from fastscore.modules.channel_uses import Use, may_mean, means, uses_in
 from fastscore.modules.reachable_code import ReachableCode
+from fastscore.modules.tensor_expressions import held_by, value_of
 
 _POSITIONS: Any = getattr(CodeType, "co_positions", None)  # Python 3.11
 _MOST = 1.5  # times the share of a unit that a dimension may have of it
 _WAY_OUT = "channels: a forward= that calls the model that way, too, shows whether they can go"
-_Place = tuple[ast.AST, int]  # what is made of a variable; a line before it
+_Place = tuple[Use, int]  # what is made of a tensor; the line before it at which that is looked up
 
 
 class PassedBy:
@@ -40,9 +40,11 @@ class PassedBy:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._left: dict[CodeType, tuple[FunctionType, list[Use]]] = {}
+        self._left: dict[CodeType, list[_Place]] = {}
         self._held: dict[_Place, list[list[Tensor]]] = {}
-        self._suspects = set[ast.AST]()
+        self._suspects = set[Use]()
+        self._names = _names(model)
+        self._by = defaultdict[Use, set[str]](set)  # what may meet it: names of modules and tensors
 
     @contextmanager
     def watched(self, made: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -53,51 +55,87 @@ class PassedBy:
 
     @contextmanager
     def _first(self) -> Iterator[None]:
-        functions = ReachableCode(self._model).functions if _POSITIONS else ()
-        found = {function.__code__: function for function in functions if uses_in(function)}
+        reachable = ReachableCode(self._model) if _POSITIONS else None
+        found = {function.__code__: uses for function in (reachable.functions if reachable else ())
+                 if (uses := uses_in(function, reachable.kind(function) if reachable else None))}
         ran, held = defaultdict[CodeType, set[int]](set), defaultdict[_Place, list[list[Tensor]]](list)
 
         def see(frame: FrameType, event: str) -> None:
             ran[frame.f_code].add(frame.f_lasti)
-            for use in uses_in(found[frame.f_code]) if event == "line" else ():
-                if frame.f_lineno in use.lines and (x := _looked_up(frame, use)) is not None and may_mean(use, x):
-                    held[use.node, frame.f_lineno].append(_sums(x))
+            for use in found[frame.f_code] if event == "line" else ():
+                if frame.f_lineno in use.lines and (x := _looked_up(frame, use)) is not None and \
+                        may_mean(use, x) and _meets(frame, use, x.shape):
+                    held[use, frame.f_lineno].append(_sums(x))
+                    if use.by is not None:
+                        self._by[use].add(self._names.get(id(_by(frame, use)), ""))
 
         with _traced(found, see, True) if found else nullcontext():
             yield
         for code, instructions in ran.items():
             positions = {each for at, each in enumerate(_POSITIONS(code)) if 2 * at in instructions}
             lines = {each[0] for each in positions}
-            passed_by = [replace(use, lines=tuple(line for line in use.lines if line in lines)[-1:])
-                         for use in uses_in(found[code]) if use.position not in positions]
-            passed_by = [use for use in passed_by if any((use.node, line) in held for line in use.lines)]
-            if passed_by:
-                self._left[code] = found[code], passed_by
-        self._held = {(use.node, line): held[use.node, line] for _, uses in self._left.values()
-                      for use in uses for line in use.lines}
+            passed_by = [(use, [line for line in use.lines if line in lines][-1:])
+                         for use in found[code] if use.position not in positions]
+            if places := [(use, line) for use, last in passed_by for line in last if (use, line) in held]:
+                self._left[code] = places
+        self._held = {place: held[place] for places in self._left.values() for place in places}
 
     def _changed(self) -> AbstractContextManager[None]:
         calls = {place: iter(held) for place, held in self._held.items()}
 
         def see(frame: FrameType, event: str) -> None:
-            for use in self._left[frame.f_code][1] if event == "line" else ():
-                if frame.f_lineno in use.lines and (x := _looked_up(frame, use)) is not None and may_mean(use, x):
-                    before = next(calls[use.node, frame.f_lineno], None)
-                    if before is not None and use.node not in self._suspects and _means_some(use, x, before):
-                        self._suspects.add(use.node)
+            for use, line in self._left[frame.f_code] if event == "line" else ():
+                if frame.f_lineno == line and (x := _looked_up(frame, use)) is not None and \
+                        may_mean(use, x) and _meets(frame, use, x.shape):
+                    before = next(calls[use, line], None)
+                    if before is not None and use not in self._suspects and _means_some(use, x, before):
+                        self._suspects.add(use)
 
         return _traced(self._left, see, False)
 
     def refusals(self, recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, str]:
         """Group -> why it stays: what code that no example has run says of its channels."""
-        left = {code: (function, suspects) for code, (function, uses) in self._left.items()
-                if (suspects := [use for use in uses if use.node in self._suspects])}
+        suspects = {use for use in self._suspects if use not in self._by or not all(
+            any(_goes_with(name, group) for group in groups) for name in self._by[use])}
+        left = {code: some for code, places in self._left.items()
+                if (some := [place for place in places if place[0] in suspects])}
         return _meant(recording, groups, left) if left and groups else {}
 
 
+def _names(model: nn.Module) -> dict[int, str]:
+    """By id, what modules and tensors of a model are called."""
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {id(each): name for name, each in (*model.named_modules(), *tensors)}
+
+
+def _by(frame: FrameType, use: Use) -> Any:
+    """What meets a tensor there."""
+    return None if use.by is None else value_of(use.by, frame.f_locals, frame.f_globals)
+
+
+def _meets(frame: FrameType, use: Use, sizes: Sequence[int]) -> bool:
+    """Whether a tensor of such sizes may meet one as wide in `use.by`, if there is one."""
+    return use.by is None or _is_as_wide(_by(frame, use), sizes)
+
+
+def _goes_with(name: str, group: ChannelGroup) -> bool:
+    """Whether a module has, or is, a layer of a group, or a tensor is one of such a layer's."""
+    layers = {member.layer for member in group.members}
+    return bool(name) and (name.rpartition(".")[0] in layers or any(
+        f"{layer}.".startswith(f"{name}.") for layer in layers))
+
+
+def _is_as_wide(by: object, sizes: Sequence[int]) -> bool:
+    """Whether a module holds something, or a tensor is, as wide as one of some sizes, or several times."""
+    if isinstance(by, nn.Module):
+        own = {size for each in (*by.parameters(), *by.buffers()) for size in each.shape}
+        return any(size % width == 0 for size in own for width in sizes if width > 1)
+    return isinstance(by, Tensor) and bool(set(sizes) & set(by.shape) - {1})
+
+
 def _looked_up(frame: FrameType, use: Use) -> Tensor | None:
-    """What a variable holds, if it is an ordinary tensor."""
-    x = frame.f_locals.get(use.name)
+    """What variables hold there, if it is an ordinary tensor."""
+    x = value_of(use.tensors[frame.f_lineno], frame.f_locals, frame.f_globals)
     return x if isinstance(x, Tensor) and not x.is_nested and not x.is_meta else None
 
 
@@ -122,34 +160,52 @@ def _means_some(use: Use, x: Tensor, before: Sequence[Tensor]) -> bool:
                for dim, each in enumerate(same))
 
 
-def _meant(recording: Recording, groups: Sequence[ChannelGroup],
-           left: Mapping[CodeType, tuple[FunctionType, list[Use]]]) -> dict[str, str]:
+def _meant(recording: Recording, groups: Sequence[ChannelGroup], left: Mapping[CodeType, Sequence[_Place]]
+           ) -> dict[str, str]:
     """Group -> what is said of it, where these uses mean channels of it."""
     made: dict[Key, Places] = {}
-    units = {}
+    of = {group.name: group for group in groups}
+    units = {group.name: int(group.unit.max()) + 1 for group in groups}
     for group in groups:
-        units[group.name] = int(group.unit.max()) + 1
         made[group.name, 0] = places_of(recording, group, group.unit == units[group.name] // 2)
     mode, found = Beside(), dict[str, str]()
+    names = _names(recording.model)
 
     def look(frame: FrameType, event: str) -> None:
-        function, uses = left[frame.f_code]
-        for use in uses if event == "line" else ():
-            x = frame.f_locals.get(use.name) if frame.f_lineno in use.lines else None
-            if not isinstance(x, Tensor):
+        for use, line in left[frame.f_code] if event == "line" else ():
+            if frame.f_lineno != line or (x := _looked_up(frame, use)) is None:
                 continue
-            for (name, _), other in mode.others_of(x).items():
+            for key, other in _others(mode, frame, use).items():
                 with torch._C.DisableTorchFunction():
                     dims = {dim: at for dim, at in enumerate(touched(other, x))
-                            if 0 < float(at.double().mean()) <= _MOST / units[name] < 1}
-                if dims and means(use, dims, x.dim()):
-                    found.setdefault(name, f"{ast.unparse(use.node)} in {function.__qualname__} (line "
-                                     f"{use.position[0]} of {Path(function.__code__.co_filename).name}), which "
-                                     f"example_inputs do not come to, would be something else of fewer {_WAY_OUT}")
+                            if 0 < float(at.double().mean()) <= _MOST / units[key[0]] < 1}
+                if dims and means(use, dims, x.dim()) and _meets(frame, use, [x.shape[dim] for dim in dims]) and \
+                        not _goes_with(names.get(id(_by(frame, use)), ""), of[key[0]]):
+                    found.setdefault(key[0], _reason(use.innermost))
 
     with suppress(Exception), _traced(left, look, False):
         replayed(recording, mode, made)
     return found
+
+
+def _others(mode: Beside, frame: FrameType, use: Use) -> dict[Key, Tensor]:
+    """What the tensor that is looked up would be, by the changes that come to it."""
+    tensor = use.tensors[frame.f_lineno]
+    known = {name: mode.others_of(x) for name in held_by(tensor) if isinstance(x := frame.f_locals.get(name), Tensor)}
+    found = {}
+    for key in dict.fromkeys(key for others in known.values() for key in others):
+        instead = {name: others[key] for name, others in known.items() if key in others}
+        if isinstance(other := value_of(tensor, {**frame.f_locals, **instead}, frame.f_globals), Tensor):
+            found[key] = other
+    return found
+
+
+def _reason(use: Use) -> str:
+    """What code says that no example runs."""
+    code = use.function.__code__
+    return f"{ast.unparse(use.node)} in {use.function.__qualname__} (line {use.position[0]} of " \
+           f"{Path(code.co_filename).name}), which example_inputs do not come to, " \
+           f"{'would be something else of fewer' if use.by is None else 'takes all its'} {_WAY_OUT}"
 
 
 @contextmanager
