@@ -155,10 +155,11 @@ class _Reader:
                     yield use(tensor, inner.by, inner)
 
     def _called(self, func: ast.expr) -> FunctionType | None:
-        """The user's function that is called."""
+        """The function that is called, of the same file, or of the same object."""
         found: Any = None
         if isinstance(func, ast.Name):
             found = self._function.__globals__.get(func.id)
+            found = found if getattr(found, "__globals__", None) is self._function.__globals__ else None
         elif isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name) and func.value.id == "self":
             found = inspect.getattr_static(self._kind, func.attr, None) if self._kind is not None else None
         return found if isinstance(found, FunctionType) and not is_torchs(found) else None
