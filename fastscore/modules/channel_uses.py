@@ -1,34 +1,29 @@
 """What code says of a variable that would mean its channels, if it held them there: how many there are, or which."""
 
 import ast
-import dis
-import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from types import FunctionType
+from functools import cached_property
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastscore.modules.reachable_code import is_torchs
-from fastscore.modules.tensor_expressions import Step, held_by, inlined, substituted
+from fastscore.modules.tensor_expressions import Step, inlined
 
 # that run along a dimension, or several: of fewer channels they make something else -> where it is said, if not first
 _ALONG = dict.fromkeys(("flip", "softmax", "log_softmax", "softmin", "logsumexp", "mean", "std", "var", "amax", "amin",
-                        "median", "sort", "argsort", "cumprod", "cumsum", "sum", "prod", "max", "min", "argmax",
-                        "argmin"), 0) | {"roll": 1, "topk": 1, "norm": 1, "normalize": 1}
-_OF_ALL = {"mean", "std", "var", "median"}  # along all dimensions, where none is said
-_DEFAULTS = {"normalize": 1, "glu": -1}  # where they run along one, if none is said
-_FIRST_OF_IMAGES = {"group_norm", "pixel_shuffle", "channel_shuffle"}  # that take the second dimension for channels
-_PARTS = {"chunk", "split", "unflatten", "view", "reshape"}
+                        "median", "sort", "argsort", "cumprod", "cumsum", "cummax", "cummin", "sum", "prod", "max",
+                        "min", "argmax", "argmin", "unbind", "narrow", "select", "index_select", "diff"), 0) | {
+    "roll": 1, "topk": 1, "norm": 1, "normalize": 1, "vector_norm": 1, "quantile": 1, "glu": 0, "cat": 0, "concat": 0}
+_OF_ALL = {"mean", "std", "var", "median", "norm", "vector_norm", "quantile"}  # along all dimensions, if none is said
+_DEFAULTS = {"normalize": 1, "glu": -1, "cat": 0, "concat": 0, "unbind": 0}  # where they run along one, if none is said
+_FIRST_OF_IMAGES = {"group_norm", "pixel_shuffle", "channel_shuffle", "local_response_norm"}  # take the second for it
+_PARTS = {"chunk", "split", "tensor_split", "unflatten", "view", "reshape", "layer_norm"}
 _CALLED = {*_ALONG, *_DEFAULTS, *_FIRST_OF_IMAGES, *_PARTS}
-_OF_THEIR_OWN = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)  # code objects
-_CHOICES = (ast.If, ast.While, ast.For, ast.Try, ast.With)
-_ENDS = (ast.Return, ast.Continue, ast.Break)
-_DEEP = 3  # functions that are looked into from one another
+_OF_SEVERAL = {"cat", "concat"}  # tensors, the first argument
 Dims = Mapping[int, Tensor]  # dimension along which channels lie -> where those of a unit do, bool [size]
 Position = tuple[int, int | None, int, int]  # of an instruction: lines, and columns
 
@@ -38,8 +33,9 @@ class Use:
     """What a function makes of a tensor. position: of it in the file. tensor: an expression of what variables hold,
     where it stands. lines: that come before, each condition that it depends on, outwards in: the last of them that runs
     is where the variables are looked up. steps: assignments that come before. parts: variables that hold a part of a
-    size, or count. within: what is done with it, where a function that is called there does it. by: an expression of a
-    module that is called on it, or of a tensor that a module holds and that meets it.
+    size, or count. asked: conditions that constructors chose, and the answer that leads here. within: what is done with
+    it, where a function that is called there does it. by: an expression of a module that is called on it, or of a
+    tensor that a module or a variable holds and that meets it.
     """
 
     node: Any
@@ -49,6 +45,7 @@ class Use:
     steps: tuple[Step, ...]
     parts: frozenset[str]
     function: FunctionType
+    asked: tuple[tuple[ast.expr, bool], ...] = ()
     by: ast.expr | None = None
     within: "Use | None" = None
 
@@ -62,163 +59,52 @@ class Use:
         """Line -> the tensor as an expression of what variables hold before that line runs."""
         return {line: inlined(self.tensor, self.steps, line) for line in self.lines}
 
-
-@lru_cache(maxsize=10000)
-def uses_in(function: FunctionType, kind: type | None, depth: int = 0) -> tuple[Use, ...]:
-    """What a function does with variables that would mean their channels, if they held them there. kind: the class
-    whose method it is, if it is one."""
-    if not depth and not any("JUMP" in each.opname for each in dis.get_instructions(function.__code__)):
-        return ()  # no part of which is passed by
-    try:
-        lines, first = inspect.getsourcelines(function)
-        indent = len(lines[0]) - len(lines[0].lstrip())
-        tree = ast.parse("".join(line[indent:] if line.strip() else "\n" for line in lines))
-    except (OSError, TypeError, SyntaxError):  # of which nothing says what it does
-        return ()
-    body = tree.body[0]
-    if not isinstance(body, ast.FunctionDef):
-        return ()
-    ast.increment_lineno(tree, max(first, 1) - 1)
-    return tuple(_Reader(function, kind, tree, indent, depth).read(body))
+    def met(self, line: int) -> ast.expr | None:
+        """What meets the tensor, as an expression of what variables hold before that line runs."""
+        return None if self.by is None else inlined(self.by, self.steps, line)
 
 
-class _Reader:
-    """Reads what a function says, statement by statement: see uses_in."""
-
-    def __init__(self, function: FunctionType, kind: type | None, tree: ast.AST, indent: int, depth: int) -> None:
-        self._function, self._kind, self._indent, self._depth = function, kind, indent, depth
-        halves = [target for each in ast.walk(tree) if isinstance(each, ast.Assign) and isinstance(
-            each.value, ast.BinOp) and isinstance(each.value.op, ast.FloorDiv) and _is_size(each.value.left)
-            for target in each.targets]
-        counts = [each.target for each in ast.walk(tree) if isinstance(each, ast.For | ast.comprehension)]
-        self._in_training = 0  # conditions around that ask for it: layers that run then are traced so
-        self._parts = frozenset(each.id for each in (*halves, *counts) if isinstance(each, ast.Name))
-
-    def read(self, body: ast.FunctionDef) -> Iterator[Use]:
-        yield from self._block(body.body, (), (), None)
-
-    def _block(self, statements: Sequence[ast.stmt], lines: tuple[int, ...], steps: tuple[Step, ...],
-               chosen: bool | None) -> Iterator[Use]:
-        for statement in statements:
-            yield from self._in(statement, (*lines, statement.lineno), steps, bool(chosen), None)
-            steps = (*steps, *_assigned(statement))
-            if isinstance(statement, ast.If) and any(isinstance(each, _ENDS) for each in ast.walk(statement)):
-                lines, chosen = (*lines, statement.lineno), True
-
-    def _in(self, node: Any, lines: tuple[int, ...], steps: tuple[Step, ...], chosen: bool,
-            place: Position | None) -> Iterator[Use]:
-        """chosen: whether it may be passed by. place: of a loop within an expression that it is in."""
-        if isinstance(node, ast.FunctionDef | ast.Lambda):
-            return
-        here = place or _position(node, self._indent)
-        training = isinstance(node, ast.If | ast.IfExp) and any(
-            isinstance(each, ast.Attribute) and each.attr == "training" for each in ast.walk(node.test))
-        self._in_training += training
-        if isinstance(node, _OF_THEIR_OWN):
-            place = here
-        for field, value in ast.iter_fields(node):
-            if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
-                before = (*lines, node.test.lineno) if isinstance(node, ast.If | ast.While) else lines
-                yield from self._block(value, before, steps, chosen or isinstance(node, _CHOICES))
-                continue
-            may = chosen or (isinstance(node, ast.IfExp | ast.BoolOp) and field != "test") or place is not None
-            for each in value if isinstance(value, list) else [value]:
-                if isinstance(each, ast.AST):
-                    yield from self._in(each, lines, steps, may, place)
-        self._in_training -= training
-        if (chosen or self._depth) and here is not None:
-            yield from (use for use in self._uses(node, here, lines, steps) if use.by is None or not self._in_training)
-
-    def _uses(self, node: Any, position: Position, lines: tuple[int, ...], steps: tuple[Step, ...]) -> Iterator[Use]:
-        def use(tensor: ast.expr, by: ast.expr | None = None, within: Use | None = None) -> Use:
-            return Use(node, position, tensor, lines, steps, self._parts, self._function, by, within)
-
-        yield from (use(whole) for whole in _tensors(node) if held_by(whole))
-        if isinstance(node, ast.BinOp):
-            for one, other in ((node.left, node.right), (node.right, node.left)):
-                yield from (use(one, each) for each in _of_self(other) if held_by(one))
-        if not isinstance(node, ast.Call):
-            return
-        given = [*node.args, *(each.value for each in node.keywords)]
-        args = [each for each in given if held_by(each)]
-        yield from (use(one, each) for one in args for other in given for each in _of_self(other) if other is not one)
-        if (called := self._called(node.func)) is None:
-            if _of_self(node.func) and not isinstance(node.func, ast.Call):
-                yield from (use(each, node.func) for each in args)
-        elif self._depth < _DEEP:
-            names = called.__code__.co_varnames[:called.__code__.co_argcount]
-            put = dict(zip(names[isinstance(node.func, ast.Attribute):], node.args, strict=False))
-            put |= {each.arg: each.value for each in node.keywords if each.arg}
-            for inner in uses_in(called, self._kind, self._depth + 1):
-                whole = inlined(inner.tensor, inner.steps, 0)
-                if held_by(whole) <= put.keys() and held_by(tensor := substituted(whole, put)):
-                    yield use(tensor, inner.by, inner)
-
-    def _called(self, func: ast.expr) -> FunctionType | None:
-        """The function that is called, of the same file, or of the same object."""
-        found: Any = None
-        if isinstance(func, ast.Name):
-            found = self._function.__globals__.get(func.id)
-            found = found if getattr(found, "__globals__", None) is self._function.__globals__ else None
-        elif isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name) and func.value.id == "self":
-            found = inspect.getattr_static(self._kind, func.attr, None) if self._kind is not None else None
-        return found if isinstance(found, FunctionType) and not is_torchs(found) else None
-
-
-def _position(node: ast.AST, indent: int) -> Position | None:
-    return (node.lineno, node.end_lineno, node.col_offset + indent, (node.end_col_offset or 0) + indent) \
-        if isinstance(node, ast.expr) else None
-
-
-def _assigned(statement: ast.stmt) -> Iterator[Step]:
-    """What a statement assigns to variables."""
-    if isinstance(statement, ast.Assign):
-        for target in statement.targets:
-            if isinstance(target, ast.Name):
-                yield statement.lineno, target.id, statement.value
-            elif isinstance(target, ast.Tuple):
-                for number, each in enumerate(target.elts):
-                    if isinstance(each, ast.Name):
-                        part = ast.Subscript(statement.value, ast.Constant(number), ast.Load())
-                        yield statement.lineno, each.id, part
-    elif isinstance(statement, ast.AugAssign) and isinstance(statement.target, ast.Name):
-        yield statement.lineno, statement.target.id, ast.BinOp(
-            ast.Name(statement.target.id, ast.Load()), statement.op, statement.value)
-
-
-def _of_self(node: ast.expr) -> list[ast.expr]:
-    """What `self` holds that an expression reads: `self.scale`, `self.heads[1]`."""
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-        return [node]
-    if isinstance(node, ast.Attribute | ast.Subscript) and (inner := _of_self(node.value)):
-        return [node] if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) else inner
-    if isinstance(node, ast.BinOp):
-        return [*_of_self(node.left), *_of_self(node.right)]
-    return _of_self(node.func.value) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else []
-
-
-def _tensors(node: ast.AST) -> Sequence[ast.expr]:
-    """The tensors of which something is made that may mean their channels."""
+def tensors_in(node: ast.AST, around: Mapping[str, Any]) -> Sequence[ast.expr]:
+    """The tensors of which something is made that may mean their channels. around: a file's names."""
     if isinstance(node, ast.Subscript):
         return [node.value] if isinstance(node.ctx, ast.Load) else []
     if isinstance(node, ast.BinOp):
         sized = _sized(_size_in(node))
         return [] if sized is None else [sized]
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+    if not isinstance(node, ast.Call):
         return []
-    if node.func.attr == "einsum":
-        return node.args[1:]
-    holder = node.args[:1] if _is_torch(node.func.value) else [node.func.value]
-    return holder if node.func.attr in _CALLED else []
+    name, args = _call(node, around)
+    if name == "einsum":
+        return args[1:]
+    if name in _OF_SEVERAL:
+        return args[0].elts if args and isinstance(args[0], ast.Tuple | ast.List) else []
+    return args[:1] if name in _CALLED else []
 
 
-def _is_torch(node: ast.expr) -> bool:
-    return ast.unparse(node) in ("torch", "F", "nn.functional", "torch.nn.functional")
+def _call(node: ast.Call, around: Mapping[str, Any]) -> tuple[str, list[ast.expr]]:
+    """What is called of PyTorch, or of a tensor, and on what, the tensor first."""
+    tensor = [each.value for each in node.keywords if each.arg in ("input", "tensors")]
+    if isinstance(node.func, ast.Name):
+        found = around.get(node.func.id)
+        of_torch = callable(found) and str(getattr(found, "__module__", "")).partition(".")[0] == "torch"
+        return (str(getattr(found, "__name__", "")) if of_torch else ""), [*tensor, *node.args]
+    if not isinstance(node.func, ast.Attribute):
+        return "", []
+    return node.func.attr, [*tensor, *node.args] if is_torch(node.func.value, around) else [node.func.value, *node.args]
+
+
+def is_torch(node: ast.expr, around: Mapping[str, Any]) -> bool:
+    """Whether a file means PyTorch by this, or a part of it: `torch.linalg`, `F`."""
+    if isinstance(node, ast.Attribute):
+        return is_torch(node.value, around)
+    found = around.get(node.id) if isinstance(node, ast.Name) else None
+    return isinstance(found, ModuleType) and found.__name__.partition(".")[0] == "torch"
 
 
 def _size_in(node: ast.BinOp) -> ast.expr:
     """What may be a size that something is divided by, or that has a power taken of it."""
-    return node.left if isinstance(node.op, ast.Pow) else node.right if isinstance(node.op, ast.Div) else node
+    whole = node.left if isinstance(node.op, ast.Pow) else node.right if isinstance(node.op, ast.Div) else node
+    return whole if whole is node else next(filter(is_size, ast.walk(whole)), whole)  # type: ignore[arg-type]
 
 
 def _sized(node: ast.expr) -> ast.expr | None:
@@ -227,7 +113,7 @@ def _sized(node: ast.expr) -> ast.expr | None:
     return whole.value if isinstance(whole, ast.Attribute) and whole.attr in ("shape", "size") else None
 
 
-def _is_size(node: ast.expr) -> bool:
+def is_size(node: ast.expr) -> bool:
     return _sized(node) is not None
 
 
@@ -250,27 +136,66 @@ def means(use: Use, dims: Dims, count: int) -> bool:
         size: Any = _size_in(node)
         at = size.slice if isinstance(size, ast.Subscript) else size.args[0] if size.args else None
         return any(dim in dims for dim in _numbers(at, count))
-    if node.func.attr == "einsum":
-        return _contracts(node.args[0], node.args[1:].index(use.tensor), dims, count)
-    args = node.args[1:] if _is_torch(node.func.value) else node.args
-    name, words = node.func.attr, {each.arg: each.value for each in node.keywords}
+    name, args = _call(node, use.function.__globals__)
+    if name == "einsum":
+        return _contracts(args[0], args[1:].index(use.tensor), dims, count)
+    args, words = args[1:], {each.arg: each.value for each in node.keywords}
     if name in _FIRST_OF_IMAGES:
         return 1 in dims
-    if name in _ALONG or name in _DEFAULTS:
-        place = _ALONG.get(name, 0)
-        at = words.get("dim", words.get("dims", args[place] if len(args) > place else None))
+    if name in _ALONG:
+        place = _ALONG[name]
+        at = words.get("dim", words.get("dims", words.get("axis", args[place] if len(args) > place else None)))
+        if name == "flip" and len(args) > 1:
+            at = ast.Tuple(args, ast.Load())
         if at is None and name in _DEFAULTS:
             at = ast.Constant(_DEFAULTS[name])
         return any(dim in dims for dim in _numbers(at, count)) or (at is None and name in _OF_ALL)
-    if name in ("chunk", "split"):
+    if name in ("chunk", "split", "tensor_split"):
         at = words.get("dim", args[1] if len(args) > 1 else ast.Constant(0))
         return any(_unequal(name, args[0] if args else None, dims[dim]) for dim in _numbers(at, count) if dim in dims)
     if name == "unflatten":
         sizes = args[1].elts if len(args) > 1 and isinstance(args[1], ast.Tuple | ast.List) else ()
         return any(_divides(sizes, dims[dim]) for dim in _numbers(args[0] if args else None, count) if dim in dims)
+    if name == "layer_norm":
+        over = _said(words.get("normalized_shape", args[0] if args else ast.Constant(1)), count)
+        return over is not None and any(dim >= count - over for dim in dims)
     sizes = args[0].elts if len(args) == 1 and isinstance(args[0], ast.Tuple | ast.List) else args
-    return not any(isinstance(size, ast.Starred) for size in sizes) and any(
-        _divides(sizes[dim:], at) for dim, at in dims.items())
+    sizes = list(_one_by_one(sizes, count))
+    return any(_divides(sizes[dim:], at) for dim, at in dims.items())
+
+
+def _said(sizes: ast.expr, count: int) -> int | None:
+    """How many sizes are said by `(3, 4)` or `x.shape[1:]`."""
+    if isinstance(sizes, ast.Tuple | ast.List):
+        return len(sizes.elts)
+    whole = sizes.value if isinstance(sizes, ast.Subscript) else None
+    if not isinstance(whole, ast.Attribute) or whole.attr != "shape":
+        return 1
+    return len(_numbers_of(sizes.slice, count)) if isinstance(sizes, ast.Subscript) else None
+
+
+def _numbers_of(index: ast.expr, count: int) -> range:
+    """Which of so many dimensions a slice takes; none where the code computes its ends."""
+    if not isinstance(index, ast.Slice):
+        return range(0)
+    ends = [None if each is None else ast.literal_eval(each) for each in (index.lower, index.upper)]
+    return range(count)[slice(*ends)]
+
+
+def _one_by_one(sizes: Iterable[ast.expr], count: int) -> Iterable[ast.expr]:
+    """Sizes of a view, `*x.shape[2:]` as so many that code computes; none after what is not known."""
+    for size in sizes:
+        if not isinstance(size, ast.Starred):
+            yield size
+            continue
+        whole = size.value.value if isinstance(size.value, ast.Subscript) else None
+        taken = range(0)
+        if isinstance(whole, ast.Attribute) and whole.attr == "shape" and isinstance(size.value, ast.Subscript):
+            with suppress(ValueError):
+                taken = _numbers_of(size.value.slice, count)
+        if not taken:
+            return
+        yield from (ast.Name("size", ast.Load()) for _ in taken)
 
 
 def _contracts(equation: ast.AST, operand: int, dims: Dims, count: int) -> bool:
@@ -286,7 +211,8 @@ def _numbers(node: ast.AST | None, count: int) -> list[int]:
     """Dimensions, counted from the first; none where the code computes them."""
     with suppress(Exception):
         value = ast.literal_eval(node)  # type: ignore[arg-type]
-        return [each % count for each in (value if isinstance(value, tuple | list) else [value])]
+        dims = list(value) if isinstance(value, tuple | list) else [value]
+        return [each % count for each in dims] if all(-count <= each < count for each in dims) else []
     return []
 
 
@@ -313,7 +239,7 @@ def _stands(node: ast.AST, names: frozenset[str] = frozenset()) -> bool:
     if isinstance(node, ast.UnaryOp):
         return _stands(node.operand, names)
     if isinstance(node, ast.BinOp):
-        return isinstance(node.op, ast.FloorDiv) and _is_size(node.left)
+        return isinstance(node.op, ast.FloorDiv) and is_size(node.left)
     return node.id in names if isinstance(node, ast.Name) else isinstance(node, ast.Attribute) or \
         (isinstance(node, ast.Constant) and type(node.value) is int and node.value != 0)
 

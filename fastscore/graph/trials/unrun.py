@@ -21,9 +21,10 @@ from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.trials.beside import Beside, Key, Places, places_of, replayed, touched
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording, unwrapped
-from fastscore.modules.channel_uses import Use, may_mean, means, uses_in
+from fastscore.modules.channel_uses import Use, may_mean, means
 from fastscore.modules.reachable_code import ReachableCode
 from fastscore.modules.tensor_expressions import held_by, value_of
+from fastscore.modules.uses_in_code import uses_in
 
 _POSITIONS: Any = getattr(CodeType, "co_positions", None)  # Python 3.11
 _MOST = 1.5  # times the share of a unit that a dimension may have of it
@@ -110,7 +111,8 @@ def _names(model: nn.Module) -> dict[int, str]:
 
 def _by(frame: FrameType, use: Use) -> Any:
     """What meets a tensor there."""
-    return None if use.by is None else value_of(use.by, frame.f_locals, frame.f_globals)
+    met = use.met(frame.f_lineno)
+    return None if met is None else value_of(met, frame.f_locals, frame.f_globals)
 
 
 def _meets(frame: FrameType, use: Use, sizes: Sequence[int]) -> bool:
@@ -136,7 +138,10 @@ def _is_as_wide(by: object, sizes: Sequence[int]) -> bool:
 def _looked_up(frame: FrameType, use: Use) -> Tensor | None:
     """What variables hold there, if it is an ordinary tensor."""
     x = value_of(use.tensors[frame.f_lineno], frame.f_locals, frame.f_globals)
-    return x if isinstance(x, Tensor) and not x.is_nested and not x.is_meta else None
+    if not isinstance(x, Tensor) or x.is_nested or x.is_meta:
+        return None
+    asked = all(bool(value_of(test, frame.f_locals, frame.f_globals)) is answer for test, answer in use.asked)
+    return x if asked else None
 
 
 def _sums(x: Tensor) -> list[Tensor]:
@@ -144,8 +149,9 @@ def _sums(x: Tensor) -> list[Tensor]:
     with torch._C.DisableTorchFunction(), torch.no_grad():
         x = unwrapped(x.detach())
         x = x.abs() if x.is_complex() else x
-        whole = torch.promote_types(x.dtype, torch.float32)
-        return [x.sum([other for other in range(x.dim()) if other != dim], dtype=whole) if x.dim() > 1 else x.to(whole)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x * x.abs()  # softmax has rows that sum up to one, and normalize those whose squares do
+        return [x.sum([other for other in range(x.dim()) if other != dim]) if x.dim() > 1 else x
                 for dim in range(x.dim())]
 
 
@@ -175,12 +181,13 @@ def _meant(recording: Recording, groups: Sequence[ChannelGroup], left: Mapping[C
         for use, line in left[frame.f_code] if event == "line" else ():
             if frame.f_lineno != line or (x := _looked_up(frame, use)) is None:
                 continue
-            for key, other in _others(mode, frame, use).items():
+            for key, other in _others(mode, frame, use.tensors[frame.f_lineno]).items():
                 with torch._C.DisableTorchFunction():
                     dims = {dim: at for dim, at in enumerate(touched(other, x))
                             if 0 < float(at.double().mean()) <= _MOST / units[key[0]] < 1}
                 if dims and means(use, dims, x.dim()) and _meets(frame, use, [x.shape[dim] for dim in dims]) and \
-                        not _goes_with(names.get(id(_by(frame, use)), ""), of[key[0]]):
+                        not _goes_with(names.get(id(_by(frame, use)), ""), of[key[0]]) and \
+                        not _changes_alike(mode, frame, use, key, list(dims.values())):
                     found.setdefault(key[0], _reason(use.innermost))
 
     with suppress(Exception), _traced(left, look, False):
@@ -188,9 +195,8 @@ def _meant(recording: Recording, groups: Sequence[ChannelGroup], left: Mapping[C
     return found
 
 
-def _others(mode: Beside, frame: FrameType, use: Use) -> dict[Key, Tensor]:
-    """What the tensor that is looked up would be, by the changes that come to it."""
-    tensor = use.tensors[frame.f_lineno]
+def _others(mode: Beside, frame: FrameType, tensor: ast.expr) -> dict[Key, Tensor]:
+    """What a tensor that is looked up would be, by the changes that come to it."""
     known = {name: mode.others_of(x) for name in held_by(tensor) if isinstance(x := frame.f_locals.get(name), Tensor)}
     found = {}
     for key in dict.fromkeys(key for others in known.values() for key in others):
@@ -198,6 +204,16 @@ def _others(mode: Beside, frame: FrameType, use: Use) -> dict[Key, Tensor]:
         if isinstance(other := value_of(tensor, {**frame.f_locals, **instead}, frame.f_globals), Tensor):
             found[key] = other
     return found
+
+
+def _changes_alike(mode: Beside, frame: FrameType, use: Use, key: Key, channels: Sequence[Tensor]) -> bool:
+    """Whether what meets a tensor there is changed at the same channels along with it."""
+    by = use.met(frame.f_lineno)
+    if by is None or not held_by(by) or (other := _others(mode, frame, by).get(key)) is None:
+        return False
+    with torch._C.DisableTorchFunction():
+        places = touched(other, value_of(by, frame.f_locals, frame.f_globals))
+    return all(any(torch.equal(at, each) for each in places) for at in channels)
 
 
 def _reason(use: Use) -> str:

@@ -1,0 +1,196 @@
+"""Reading code for what it does, where it may be passed by, with tensors that may hold channels."""
+
+import ast
+import dis
+import inspect
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from types import FunctionType
+from typing import Any
+
+from fastscore.modules.channel_uses import Position, Use, is_size, tensors_in
+from fastscore.modules.reachable_code import is_torchs
+from fastscore.modules.tensor_expressions import Step, held_by, inlined, substituted
+
+_OF_THEIR_OWN = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)  # code objects
+_CHOICES = (ast.If, ast.While, ast.For, ast.Try, ast.ExceptHandler, ast.With, ast.match_case)
+_ENDS = (ast.Return, ast.Continue, ast.Break)
+_DEEP = 3  # functions that are looked into from one another
+_Asked = tuple[tuple[ast.expr, bool], ...]
+
+
+@lru_cache(maxsize=10000)
+def uses_in(function: FunctionType, kind: type | None, depth: int = 0) -> tuple[Use, ...]:
+    """What a function does with variables that would mean their channels, if they held them there. kind: the class
+    whose method it is, if it is one."""
+    if not depth and not any("JUMP" in each.opname for each in dis.get_instructions(function.__code__)):
+        return ()  # no part of which is passed by
+    try:
+        lines, first = inspect.getsourcelines(function)
+        indent = len(lines[0]) - len(lines[0].lstrip())
+        tree = ast.parse("".join(line[indent:] if line.strip() else "\n" for line in lines))
+    except (OSError, TypeError, SyntaxError):  # of which nothing says what it does
+        return ()
+    body = tree.body[0]
+    if not isinstance(body, ast.FunctionDef):
+        return ()
+    ast.increment_lineno(tree, max(first, 1) - 1)
+    return tuple(_Reader(function, kind, tree, indent, depth).read(body))
+
+
+class _Reader:
+    """Reads what a function says, statement by statement: see uses_in."""
+
+    def __init__(self, function: FunctionType, kind: type | None, tree: ast.AST, indent: int, depth: int) -> None:
+        self._function, self._kind, self._indent, self._depth = function, kind, indent, depth
+        halves = [target for each in ast.walk(tree) if isinstance(each, ast.Assign) and isinstance(
+            each.value, ast.BinOp) and isinstance(each.value.op, ast.FloorDiv) and is_size(each.value.left)
+            for target in each.targets]
+        counts = [each.target for each in ast.walk(tree) if isinstance(each, ast.For | ast.comprehension)]
+        self._in_training = 0  # conditions around that ask for it: layers that run then are traced so
+        self._parts = frozenset(each.id for each in (*halves, *counts) if isinstance(each, ast.Name))
+
+    def read(self, body: ast.FunctionDef) -> Iterator[Use]:
+        yield from self._block(body.body, (), (), False, ())
+
+    def _block(self, statements: Sequence[ast.stmt], lines: tuple[int, ...], steps: tuple[Step, ...],
+               chosen: bool, asked: _Asked) -> Iterator[Use]:
+        for statement in statements:
+            yield from self._in(statement, (*lines, statement.lineno), steps, chosen, asked, None)
+            steps = (*steps, *_assigned(statement))
+            if isinstance(statement, ast.If) and any(isinstance(each, _ENDS) for each in ast.walk(statement)):
+                lines, chosen = (*lines, statement.lineno), True
+                if isinstance(statement.body[-1], _ENDS) and not statement.orelse:
+                    asked = (*asked, *self._asked(statement, False))
+
+    def _asked(self, node: Any, answer: bool) -> _Asked:
+        """A condition of which constructors have the answer: what runs does not change it."""
+        local = self._function.__code__.co_varnames + self._function.__code__.co_freevars
+        return ((node.test, answer),) if isinstance(node, ast.If | ast.IfExp) and _is_for_good(node.test, local) else ()
+
+    def _in(self, node: Any, lines: tuple[int, ...], steps: tuple[Step, ...], chosen: bool, asked: _Asked,
+            place: Position | None) -> Iterator[Use]:
+        """chosen: whether it may be passed by. place: of a loop within an expression that it is in."""
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            return
+        here = place or _position(node, self._indent)
+        training = isinstance(node, ast.If | ast.IfExp) and any(
+            isinstance(each, ast.Attribute) and each.attr == "training" for each in ast.walk(node.test))
+        self._in_training += training
+        if isinstance(node, _OF_THEIR_OWN):
+            place = here
+        for field, value in ast.iter_fields(node):
+            within = asked if field == "test" else (*asked, *self._asked(node, field == "body"))
+            if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
+                before = (*lines, node.test.lineno) if isinstance(node, ast.If | ast.While) else lines
+                yield from self._block(value, before, steps, chosen or isinstance(node, _CHOICES), within)
+                continue
+            may = chosen or (isinstance(node, ast.IfExp | ast.BoolOp) and field != "test") or place is not None
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, ast.AST):
+                    yield from self._in(each, lines, steps, may, within, place)
+        self._in_training -= training
+        if (chosen or self._depth) and here is not None:
+            yield from (use for use in self._uses(node, here, lines, steps, asked)
+                        if use.by is None or not self._in_training)
+
+    def _uses(self, node: Any, position: Position, lines: tuple[int, ...], steps: tuple[Step, ...], asked: _Asked
+              ) -> Iterator[Use]:
+        def use(tensor: ast.expr, by: ast.expr | None = None, within: Use | None = None) -> Use:
+            inner = () if within is None else within.asked
+            return Use(node, position, tensor, lines, steps, self._parts, self._function, (*asked, *inner), by, within)
+
+        whole = [each for each in tensors_in(node, self._function.__globals__) if held_by(each)]
+        side_by_side = len(whole) > 1 and whole[0] not in node.args
+        if not side_by_side or len({frozenset(held_by(inlined(each, steps, 0))) for each in whole}) > 1:
+            yield from map(use, whole)  # but for parts of one variable, put together again
+        if isinstance(node, ast.BinOp):
+            sizes = ast.copy_location(ast.BinOp(node.left, node.op, inlined(node.right, steps, 0)), node)
+            sized = [] if whole else [each for each in tensors_in(sizes, {}) if held_by(each)]
+            yield from (Use(sizes, position, each, lines, steps, self._parts, self._function, asked) for each in sized)
+            for one, other in ((node.left, node.right), (node.right, node.left)):
+                meeting = [other] if held_by(other) and not _reads(other, one, steps) else _of_self(other)
+                yield from (use(one, each) for each in meeting if held_by(one))
+        if not isinstance(node, ast.Call):
+            return
+        given = [*node.args, *(each.value for each in node.keywords)]
+        args = [each for each in given if held_by(each)]
+        yield from (use(one, each) for one in args for other in given for each in _of_self(other) if other is not one)
+        if (called := self._called(node.func)) is None:
+            if _of_self(node.func) and not isinstance(node.func, ast.Call):
+                yield from (use(each, node.func) for each in args)
+        elif self._depth < _DEEP:
+            names = called.__code__.co_varnames[:called.__code__.co_argcount]
+            put = dict(zip(names[isinstance(node.func, ast.Attribute):], node.args, strict=False))
+            put |= {each.arg: each.value for each in node.keywords if each.arg}
+            for inner in uses_in(called, self._kind, self._depth + 1):
+                inside = inlined(inner.tensor, inner.steps, 0)
+                by = None if inner.by is None else inlined(inner.by, inner.steps, 0)
+                if held_by(inside) | (set() if by is None else held_by(by)) <= put.keys() and \
+                        held_by(tensor := substituted(inside, put)):
+                    yield use(tensor, None if by is None else substituted(by, put), inner)
+
+    def _called(self, func: ast.expr) -> FunctionType | None:
+        """The function that is called, of the same file, or of the same object."""
+        found: Any = None
+        if isinstance(func, ast.Name):
+            found = self._function.__globals__.get(func.id)
+            found = found if getattr(found, "__globals__", None) is self._function.__globals__ else None
+        elif isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name) and func.value.id == "self":
+            found = inspect.getattr_static(self._kind, func.attr, None) if self._kind is not None else None
+        return found if isinstance(found, FunctionType) and not is_torchs(found) else None
+
+
+def _position(node: ast.AST, indent: int) -> Position | None:
+    return (node.lineno, node.end_lineno, node.col_offset + indent, (node.end_col_offset or 0) + indent) \
+        if isinstance(node, ast.expr) else None
+
+
+def _assigned(statement: ast.stmt) -> Iterator[Step]:
+    """What a statement assigns to variables."""
+    if isinstance(statement, ast.Assign):
+        for target in statement.targets:
+            if isinstance(target, ast.Name):
+                yield statement.lineno, target.id, statement.value
+            elif isinstance(target, ast.Tuple):
+                for number, each in enumerate(target.elts):
+                    if isinstance(each, ast.Name):
+                        part = ast.Subscript(statement.value, ast.Constant(number), ast.Load())
+                        yield statement.lineno, each.id, part
+    elif isinstance(statement, ast.AugAssign) and isinstance(statement.target, ast.Name):
+        yield statement.lineno, statement.target.id, ast.BinOp(
+            ast.Name(statement.target.id, ast.Load()), statement.op, statement.value)
+
+
+def _is_for_good(test: ast.expr, local: Sequence[str]) -> bool:
+    """Whether a condition compares what an object holds with names: `self.kind is nn.GRU`, `self.norm == "layer"`."""
+    if isinstance(test, ast.BoolOp):
+        return all(_is_for_good(each, local) for each in test.values)
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return _is_for_good(test.operand, local)
+    if isinstance(test, ast.Call):
+        return isinstance(test.func, ast.Name) and test.func.id == "isinstance" and bool(_of_self(test.args[0]))
+    if not isinstance(test, ast.Compare) or not isinstance(test.ops[0], ast.Is | ast.IsNot | ast.Eq | ast.NotEq | ast.In
+                                                           | ast.NotIn):
+        return False
+    return _of_self(test.left) == [test.left] and all(
+        isinstance(part, ast.Tuple | ast.List | ast.expr_context | ast.Attribute)
+        or (isinstance(part, ast.Name) and part.id not in local)
+        or (isinstance(part, ast.Constant) and isinstance(part.value, str))
+        for each in test.comparators for part in ast.walk(each))
+
+
+def _reads(node: ast.expr, other: ast.expr, steps: Sequence[Step]) -> bool:
+    """Whether two expressions are of the same variables, in part."""
+    return not held_by(inlined(node, steps, 0)).isdisjoint(held_by(inlined(other, steps, 0)))
+
+
+def _of_self(node: ast.expr) -> list[ast.expr]:
+    """What `self` holds that an expression reads: `self.scale`, `self.heads[1]`."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+        return [node]
+    if isinstance(node, ast.Attribute | ast.Subscript) and (inner := _of_self(node.value)):
+        return [node] if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) else inner
+    if isinstance(node, ast.BinOp):
+        return [*_of_self(node.left), *_of_self(node.right)]
+    return _of_self(node.func.value) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else []
