@@ -41,16 +41,15 @@ def _is_pure(node: ast.AST) -> bool:
 
 
 def inlined(node: ast.expr, steps: Sequence[Step], line: int) -> ast.expr:
-    """An expression, of what variables hold before `line`, where these assignments come before it."""
-    unknown = set[str]()
+    """An expression, of what variables hold before `line`, where these assignments come before it; that of None where
+    one of them cannot be told. What a module makes of a variable is taken for as wide: `h = self.act(h)`."""
     for number, name, value in reversed(steps):
-        if number < line or name in unknown or not any(
-                isinstance(each, ast.Name) and each.id == name for each in ast.walk(node)):
+        if number < line or not any(isinstance(each, ast.Name) and each.id == name for each in ast.walk(node)):
             continue
         if held_by(value):
             node = substituted(node, {name: value})
-        else:
-            unknown.add(name)
+        elif not isinstance(value, ast.Call) or [ast.unparse(each) for each in value.args] != [name]:
+            return ast.Constant(None)
     return node
 
 

@@ -102,14 +102,16 @@ class _Reader:
 
         whole = [each for each in tensors_in(node, self._function.__globals__) if held_by(each)]
         side_by_side = len(whole) > 1 and whole[0] not in node.args
-        if not side_by_side or len({frozenset(held_by(inlined(each, steps, 0))) for each in whole}) > 1:
+        if not side_by_side or len({_variables(each, steps) for each in whole}) > 1:
             yield from map(use, whole)  # but for parts of one variable, put together again
         if isinstance(node, ast.BinOp):
             sizes = ast.copy_location(ast.BinOp(node.left, node.op, inlined(node.right, steps, 0)), node)
             sized = [] if whole else [each for each in tensors_in(sizes, {}) if held_by(each)]
             yield from (Use(sizes, position, each, lines, steps, self._parts, self._function, asked) for each in sized)
             for one, other in ((node.left, node.right), (node.right, node.left)):
-                meeting = [other] if held_by(other) and not _reads(other, one, steps) else _of_self(other)
+                of_others = held_by(other) and not isinstance(node.op, ast.MatMult) and \
+                    _variables(other, steps).isdisjoint(_variables(one, steps))
+                meeting = [other] if of_others else _of_self(other)
                 yield from (use(one, each) for each in meeting if held_by(one))
         if not isinstance(node, ast.Call):
             return
@@ -180,9 +182,9 @@ def _is_for_good(test: ast.expr, local: Sequence[str]) -> bool:
         for each in test.comparators for part in ast.walk(each))
 
 
-def _reads(node: ast.expr, other: ast.expr, steps: Sequence[Step]) -> bool:
-    """Whether two expressions are of the same variables, in part."""
-    return not held_by(inlined(node, steps, 0)).isdisjoint(held_by(inlined(other, steps, 0)))
+def _variables(node: ast.expr, steps: Sequence[Step]) -> frozenset[str]:
+    """Those that an expression is of, before these assignments if that can be told."""
+    return frozenset(held_by(inlined(node, steps, 0)) or held_by(node))
 
 
 def _of_self(node: ast.expr) -> list[ast.expr]:

@@ -21,7 +21,7 @@ from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.trials.beside import Beside, Key, Places, places_of, replayed, touched
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording, unwrapped
-from fastscore.modules.channel_uses import Use, may_mean, means
+from fastscore.modules.channel_uses import Dims, Use, may_mean, means
 from fastscore.modules.reachable_code import ReachableCode
 from fastscore.modules.tensor_expressions import held_by, value_of
 from fastscore.modules.uses_in_code import uses_in
@@ -187,7 +187,7 @@ def _meant(recording: Recording, groups: Sequence[ChannelGroup], left: Mapping[C
                             if 0 < float(at.double().mean()) <= _MOST / units[key[0]] < 1}
                 if dims and means(use, dims, x.dim()) and _meets(frame, use, [x.shape[dim] for dim in dims]) and \
                         not _goes_with(names.get(id(_by(frame, use)), ""), of[key[0]]) and \
-                        not _changes_alike(mode, frame, use, key, list(dims.values())):
+                        _meets_others(mode, frame, use, key, dims, x.dim()):
                     found.setdefault(key[0], _reason(use.innermost))
 
     with suppress(Exception), _traced(left, look, False):
@@ -206,14 +206,18 @@ def _others(mode: Beside, frame: FrameType, tensor: ast.expr) -> dict[Key, Tenso
     return found
 
 
-def _changes_alike(mode: Beside, frame: FrameType, use: Use, key: Key, channels: Sequence[Tensor]) -> bool:
-    """Whether what meets a tensor there is changed at the same channels along with it."""
+def _meets_others(mode: Beside, frame: FrameType, use: Use, key: Key, dims: Dims, count: int) -> bool:
+    """Whether what a variable holds that meets a tensor there has channels of other groups where the tensor, of `count`
+    dimensions, has these; True where it is no variable that meets it."""
     by = use.met(frame.f_lineno)
-    if by is None or not held_by(by) or (other := _others(mode, frame, by).get(key)) is None:
-        return False
+    if by is None or not held_by(by):
+        return True
+    met, others = value_of(by, frame.f_locals, frame.f_globals), _others(mode, frame, by)
     with torch._C.DisableTorchFunction():
-        places = touched(other, value_of(by, frame.f_locals, frame.f_globals))
-    return all(any(torch.equal(at, each) for each in places) for at in channels)
+        places = {each: dict(enumerate(touched(other, met), count - met.dim())) for each, other in others.items()}
+    if key in places:
+        return any(not torch.equal(at, places[key].get(dim, at)) for dim, at in dims.items())
+    return any(0 < float(each[dim].double().mean()) < 1 for each in places.values() for dim in dims if dim in each)
 
 
 def _reason(use: Use) -> str:
