@@ -8,7 +8,7 @@ from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
-from fastscore.modules.channel_uses import Position, Use, is_size, tensors_in
+from fastscore.modules.channel_uses import Position, Use, flag_in, is_size, tensors_in
 from fastscore.modules.reachable_code import is_torchs
 from fastscore.modules.tensor_expressions import Step, held_by, inlined, substituted
 
@@ -64,9 +64,9 @@ class _Reader:
                     asked = (*asked, *self._asked(statement, False))
 
     def _asked(self, node: Any, answer: bool) -> _Asked:
-        """A condition of which constructors have the answer: what runs does not change it."""
+        """Of a choice, what constructors have decided of it: what runs does not change that."""
         local = self._function.__code__.co_varnames + self._function.__code__.co_freevars
-        return ((node.test, answer),) if isinstance(node, ast.If | ast.IfExp) and _is_for_good(node.test, local) else ()
+        return tuple(_settled(node.test, answer, local)) if isinstance(node, ast.If | ast.IfExp) else ()
 
     def _in(self, node: Any, lines: tuple[int, ...], steps: tuple[Step, ...], chosen: bool, asked: _Asked,
             place: Position | None) -> Iterator[Use]:
@@ -164,22 +164,30 @@ def _assigned(statement: ast.stmt) -> Iterator[Step]:
             ast.Name(statement.target.id, ast.Load()), statement.op, statement.value)
 
 
-def _is_for_good(test: ast.expr, local: Sequence[str]) -> bool:
-    """Whether a condition compares what an object holds with names: `self.kind is nn.GRU`, `self.norm == "layer"`."""
-    if isinstance(test, ast.BoolOp):
-        return all(_is_for_good(each, local) for each in test.values)
+def _settled(test: ast.expr, answer: bool, local: Sequence[str]) -> Iterator[tuple[ast.expr, bool]]:
+    """The parts of a condition that constructors decide, and what they must be for such an answer."""
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        return _is_for_good(test.operand, local)
+        yield from _settled(test.operand, not answer, local)
+    elif isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) is answer:
+        for each in test.values:
+            yield from _settled(each, answer, local)
+    elif _is_settled(test, local):
+        yield test, answer
+
+
+def _is_settled(test: ast.expr, local: Sequence[str]) -> bool:
+    """Whether a condition is a flag of an object, or compares what one holds with names: `self.norm == "layer"`."""
     if isinstance(test, ast.Call):
-        return isinstance(test.func, ast.Name) and test.func.id == "isinstance" and bool(_of_self(test.args[0]))
-    if not isinstance(test, ast.Compare) or not isinstance(test.ops[0], ast.Is | ast.IsNot | ast.Eq | ast.NotEq | ast.In
-                                                           | ast.NotIn):
-        return False
-    return _of_self(test.left) == [test.left] and all(
-        isinstance(part, ast.Tuple | ast.List | ast.expr_context | ast.Attribute)
-        or (isinstance(part, ast.Name) and part.id not in local)
-        or (isinstance(part, ast.Constant) and isinstance(part.value, str))
-        for each in test.comparators for part in ast.walk(each))
+        kind = isinstance(test.func, ast.Name) and test.func.id == "isinstance" and bool(_of_self(test.args[0]))
+        return kind or flag_in(test) is not None
+    if not isinstance(test, ast.Compare):
+        return flag_in(test) is not None
+    return isinstance(test.ops[0], ast.Is | ast.IsNot | ast.Eq | ast.NotEq | ast.In | ast.NotIn) and \
+        _of_self(test.left) == [test.left] and all(
+            isinstance(part, ast.Tuple | ast.List | ast.expr_context | ast.Attribute)
+            or (isinstance(part, ast.Name) and part.id not in local)
+            or (isinstance(part, ast.Constant) and isinstance(part.value, str))
+            for each in test.comparators for part in ast.walk(each))
 
 
 def _variables(node: ast.expr, steps: Sequence[Step]) -> frozenset[str]:

@@ -369,6 +369,18 @@ class Chosen(Net):
         return h
 
 
+class Flagged(Net):
+    """A flag that the constructor set, by itself and beside an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = False
+
+    def between(self, h: Tensor) -> Tensor:
+        h = h - h.mean(1, keepdim=True) if self.shared else h
+        return h.softmax(1) if getattr(self, "shared", True) and len(h) > 7 else h
+
+
 class OfRows(Net):
     """Dimensions that rows do not have."""
 
@@ -482,7 +494,7 @@ class SameLayer(Net):
         return self.second(h).mean((2, 3))
 
 
-@pytest.mark.parametrize("kind", [Positions, SomethingElse, Thirds, SameLayer, Chosen, OfRows])
+@pytest.mark.parametrize("kind", [Positions, SomethingElse, Thirds, SameLayer, Chosen, Flagged, OfRows])
 def test_what_means_something_else_does_not(kind: type[Net]) -> None:
     model: Any = noisy(kind)
     scores = fastscore.score(model, [X], progress=False)

@@ -21,7 +21,7 @@ from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.trials.beside import Beside, Key, Places, places_of, replayed, touched
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording, unwrapped
-from fastscore.modules.channel_uses import Dims, Use, may_mean, means
+from fastscore.modules.channel_uses import Dims, Use, flag_in, may_mean, means
 from fastscore.modules.reachable_code import ReachableCode
 from fastscore.modules.tensor_expressions import held_by, value_of
 from fastscore.modules.uses_in_code import uses_in
@@ -140,8 +140,14 @@ def _looked_up(frame: FrameType, use: Use) -> Tensor | None:
     x = value_of(use.tensors[frame.f_lineno], frame.f_locals, frame.f_globals)
     if not isinstance(x, Tensor) or x.is_nested or x.is_meta:
         return None
-    asked = all(bool(value_of(test, frame.f_locals, frame.f_globals)) is answer for test, answer in use.asked)
-    return x if asked else None
+    return x if all(_may_be(frame, test, answer) for test, answer in use.asked) else None
+
+
+def _may_be(frame: FrameType, test: ast.expr, answer: bool) -> bool:
+    """Whether a condition has that answer, or may come to it: a flag that only the class has, or training."""
+    flag = flag_in(test)
+    decided = flag is None or (flag != "training" and flag in getattr(frame.f_locals.get("self"), "__dict__", ()))
+    return not decided or bool(value_of(test, frame.f_locals, frame.f_globals)) is answer
 
 
 def _sums(x: Tensor) -> list[Tensor]:
