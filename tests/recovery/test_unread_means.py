@@ -76,7 +76,7 @@ def test_an_expert_that_no_token_chose_has_no_mean(tmp_path: Path) -> None:
     result = fastscore.prune(model, scores, batches[0], channels=0.7, scope="layer")
     assert "experts.0.0" in result.removed
     assert torch.equal(result.model.get_submodule("experts.0.2").bias, model.get_submodule("experts.0.2").bias)
-    assert result.report.notes["means"].startswith("experts.0.2")
+    assert result.report.notes["means"].startswith("experts.0.0 and 1 like it read nothing for some samples")
     assert all(value.isfinite().all() for value in result.model.state_dict().values())
     repaired = fastscore.prune(model, scores, batches[0], channels=0.7, calibration=batches).model
     assert all(value.isfinite().all() for value in repaired.state_dict().values())
