@@ -89,7 +89,7 @@ def planned_tap(layer: str, point: TapPoint, axis: SampleAxis | Untold, shape: t
                 dtype: torch.dtype) -> PlannedTap:
     """The tap of `layer` at `point`, where what stands there of that many samples has that shape and dtype."""
     if point.window:
-        shape = (*shape[:2], *(len(range(size)[step]) for size, step in zip(shape[2:], point.window[2:], strict=True)))
+        shape = tuple(len(range(size)[step]) for size, step in zip(shape, point.window, strict=True))
     dim = axis.dim if isinstance(axis, SampleAxis) else 0
     places = shape[dim] // samples
     reads = ((places,) if places > 1 else ()) + shape[:dim] + shape[dim + 1:]

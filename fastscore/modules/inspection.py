@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastscore.modules.norms.channel_norms import norm_of
 from fastscore.modules.norms.gated_norms import gated_norm_of
+from fastscore.modules.weights.channels_last import takes_channels_last
 from fastscore.modules.weights.own_layers import own_layer
 from fastscore.modules.weights.transposed_linear import is_transposed
 
@@ -59,12 +60,12 @@ def held_by_others(model: nn.Module, key: str) -> set[str]:
 
 def channel_dim(layer: nn.Module) -> int:
     """The dimension of a layer's input and output that holds the channels: the last of a Linear (a Conv1D of
-    transformers, a user's own, an Embedding), that before the image of a convolution (which need not have a batch
-    before it), that of a normalisation over channels, else the second."""
+    transformers, a user's own, an Embedding) and of a convolution whose code turns what it reads, that before the image
+    of any other (which need not have a batch before it), that of a normalisation over channels, else the second."""
     if isinstance(layer, (nn.Linear, nn.Embedding)) or is_transposed(layer):
         return -1
     if isinstance(layer, nn.modules.conv._ConvNd):
-        return -1 - len(layer.kernel_size)
+        return -1 if takes_channels_last(layer) else -1 - len(layer.kernel_size)
     if (own := own_layer(layer)) is not None:
         return 1 - layer.get_parameter(own.weight).dim()
     norm = gated_norm_of(layer) or norm_of(layer)

@@ -20,6 +20,7 @@ from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import device_of
 from fastscore.modules.weights import recurrent
+from fastscore.modules.weights.channels_last import channels_first
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 from fastscore.modules.weights.transposed_linear import is_linear
 
@@ -218,7 +219,7 @@ def rows_of(layer: nn.Module, x: Tensor, valid: Tensor | None = None, limit: int
         raise ValueError(f"{layer} reads {list(x.shape)}, without a dimension for samples: of a batch of one (its part "
                          "that is held out may be one) the model's code drops it, as squeeze() does; name the "
                          "dimensions to drop, or pass a forward= that brings it back")
-    x = x.detach()
+    x = channels_first(layer, x.detach())
     if is_linear(layer):
         if valid is not None and x.dim() == 3 and x.shape[:2] == valid.shape:
             x = x[valid]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastscore.batches.devices import with_float64
 from fastscore.modules.inspection import fits_width
+from fastscore.modules.weights.channels_last import channels_first
 from fastscore.modules.weights.computed_weights import PLAIN
 from fastscore.modules.weights.parameter_layers import ParameterLayer
 from fastscore.modules.weights.transposed_linear import is_linear, is_transposed
@@ -24,8 +25,7 @@ def read_rows(layer: nn.Module, x: Tensor, valid: Tensor | None = None, limit: i
     if is_linear(layer):
         return rows_of(layer, x, valid, limit)[:, None]
     conv: Any = layer
-    x = x.detach()
-    made = made_sizes(conv, x)
+    made, x = made_sizes(conv, x), channels_first(conv, x.detach())
     if any(conv._reversed_padding_repeated_twice):
         x = nn.functional.pad(x, conv._reversed_padding_repeated_twice,
                               mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
@@ -48,8 +48,8 @@ def made_rows(layer: nn.Module, y: Tensor, valid: Tensor | None = None, limit: i
     """[n, C_out]: the outputs that belong to read_rows."""
     if is_linear(layer):
         return rows_of(layer, y, valid, limit)
-    flat = y.detach().flatten(2)
-    at = chosen(list(y.shape[2:]), limit)
+    y = channels_first(layer, y.detach())
+    flat, at = y.flatten(2), chosen(list(y.shape[2:]), limit)
     if len(at) < flat.shape[2]:
         flat = flat.index_select(2, at.to(y.device))
     return flat.transpose(1, 2).flatten(0, 1)
@@ -61,15 +61,15 @@ def made_sizes(layer: nn.Module, x: Tensor) -> list[int]:
         return list(x.shape[1:-1])
     conv: Any = layer
     padding = conv._reversed_padding_repeated_twice[::-1]  # of the first dimension, behind and before it, first
+    places = channels_first(conv, x).shape[2:]
     return [(size + behind + before - step * (kernel - 1) - 1) // stride + 1 for size, behind, before, kernel, stride,
-            step in zip(x.shape[2:], padding[::2], padding[1::2], conv.kernel_size, conv.stride, conv.dilation,
-                        strict=True)]
+            step in zip(places, padding[::2], padding[1::2], conv.kernel_size, conv.stride, conv.dilation, strict=True)]
 
 
 def has_lost_places(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
     """Whether there are fewer outputs for what a layer reads, x, than y holds: where channels that went lie along
     another dimension than that which the layer reads."""
-    return made_sizes(layer, x) != list(y.shape[1:-1] if is_linear(layer) else y.shape[2:])
+    return made_sizes(layer, x) != list(y.shape[1:-1] if is_linear(layer) else channels_first(layer, y).shape[2:])
 
 
 def chosen(shape: list[int], limit: int) -> Tensor:

@@ -9,6 +9,7 @@ from fastscore.graph import scored_units
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Ignore, Role
 from fastscore.graph.samples.sample_axes import ALONE, VARYING
 from fastscore.modules.inspection import channel_dim
+from fastscore.modules.weights.channels_last import takes_channels_last
 from fastscore.modules.weights.held_weights import channel_dim as channel_dim_held
 from fastscore.modules.weights.held_weights import is_held
 from fastscore.scoring.scores import Origin
@@ -39,8 +40,10 @@ def _tap_point(layer: nn.Module, role: Role, windowed: bool) -> TapPoint:
     # a convolution of one position with stride, as in a ResNet's shortcuts, reads no other positions
     alone = not layer.transposed and all(size == 1 for size in layer.kernel_size) and set(layer.padding) <= {0}
     steps = layer.stride if windowed and alone and any(step > 1 for step in layer.stride) else ()
-    window = (slice(None), slice(None), *(slice(None, None, step) for step in steps)) if steps else ()
-    return TapPoint(channel_dim(layer), window=window)
+    window = [slice(None), *(slice(None, None, step) for step in steps)] if steps else []
+    if steps:
+        window.insert(len(window) if takes_channels_last(layer) else 1, slice(None))  # of channels
+    return TapPoint(channel_dim(layer), window=tuple(window))
 
 
 def groups_to_score(model: nn.Module, graph: ChannelGraph, origin: Origin, ignore: Ignore, apart: bool = False
