@@ -33,7 +33,9 @@ def held_by(node: ast.expr) -> set[str]:
 
 def _is_pure(node: ast.AST) -> bool:
     if isinstance(node, ast.Call):
-        return isinstance(node.func, ast.Attribute) and node.func.attr in _PURE
+        whole = node.func.value if isinstance(node.func, ast.Attribute) else None
+        return isinstance(node.func, ast.Attribute) and node.func.attr in _PURE and not (
+            isinstance(whole, ast.Name) and whole.id == "self")  # a layer: `self.norm(x)`
     if isinstance(node, ast.Attribute):
         return node.attr in _PURE | {"shape", "mT", "T", "dtype", "ndim"}
     return isinstance(node, ast.Name | ast.Constant | ast.BinOp | ast.UnaryOp | ast.operator | ast.unaryop |
@@ -67,6 +69,9 @@ def value_of(node: ast.expr, names: Mapping[str, Any], around: dict[str, Any]) -
     """What an expression is, of variables, and of a file's; None where it cannot be computed."""
     if isinstance(node, ast.Name):
         return names.get(node.id)
+    if any(isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and isinstance(each.func.value, ast.Name)
+           and isinstance(names.get(each.func.value.id), torch.nn.Module) for each in ast.walk(node)):
+        return None  # which would run a layer
     with suppress(Exception), torch._C.DisableTorchFunction(), torch.no_grad():
         return eval(_compiled(node), around, names)
     return None

@@ -234,23 +234,32 @@ def _reason(use: Use) -> str:
            f"{'would be something else of fewer' if use.by is None else 'takes all its'} {_WAY_OUT}"
 
 
+class _Watch:
+    """Sees each line, or instruction, of some code before it runs. An object, as functions that return themselves would
+    keep alive what they see."""
+
+    def __init__(self, codes: Mapping[CodeType, object], see: Callable[[FrameType, str], None], instructions: bool
+                 ) -> None:
+        self._codes, self._see, self._instructions = codes, see, instructions
+
+    def called(self, frame: FrameType, event: str, value: Any) -> Any:
+        if frame.f_code not in self._codes:
+            return None
+        frame.f_trace_opcodes = self._instructions
+        return self._noted
+
+    def _noted(self, frame: FrameType, event: str, value: Any) -> Any:
+        with suppress(Exception):  # which would be the code's that runs
+            self._see(frame, event)
+        return self._noted
+
+
 @contextmanager
 def _traced(codes: Mapping[CodeType, object], see: Callable[[FrameType, str], None], instructions: bool
             ) -> Iterator[None]:
     """A block in which each line, or instruction, of some code is seen before it runs, in this thread."""
-    def called(frame: FrameType, event: str, value: Any) -> Any:
-        if frame.f_code not in codes:
-            return None
-        frame.f_trace_opcodes = instructions
-        return noted
-
-    def noted(frame: FrameType, event: str, value: Any) -> Any:
-        with suppress(Exception):  # which would be the code's that runs
-            see(frame, event)
-        return noted
-
     before = sys.gettrace()  # a debugger's
-    sys.settrace(called)
+    sys.settrace(_Watch(codes, see, instructions).called)
     try:
         yield
     finally:
