@@ -1,15 +1,16 @@
 """Attention whose code takes the width of what it reads for that of its heads, and lays rows out in windows: numbers
 that divide rows, not channels, say nothing of heads."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from test_own_width import HEADS, WIDTH
+from test_own_width import Model as OfTokens
 from torch import Tensor, nn
 from whole_way import check
 
-WIDTH, HEADS, SIDE, ROWS = 12, 3, 2, 4
+SIDE, ROWS = 2, 4
 
 
 class Windows(nn.Module):
@@ -78,14 +79,8 @@ class After(Windows):
         return x.reshape(B, N, C)
 
 
-class Model(nn.Module):
-    """A residual stream through one attention and one MLP."""
-
-    def __init__(self, attention: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        self.embed, self.norm1, self.norm2 = nn.Linear(5, WIDTH), nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attn = attention()
-        self.mlp, self.head = nn.Sequential(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, WIDTH)), nn.Linear(WIDTH, 4)
+class Model(OfTokens):
+    """The same, of tokens in rows of windows."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
