@@ -26,8 +26,6 @@ _ARGUMENTS: Mapping[Any, tuple[str, ...]] = {
     torch.batch_norm: (*_GAINS, *_STATISTICS, "by_input", "momentum", "eps"),
     torch.instance_norm: (*_GAINS, *_STATISTICS, "by_input", "momentum", "eps"),
 }
-_PLAIN: Mapping[Any, Any] = {F.batch_norm: F.batch_norm, torch.batch_norm: F.batch_norm,
-                             F.instance_norm: F.instance_norm, torch.instance_norm: F.instance_norm}
 
 NOTED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # users' modules whose code does so
 
@@ -43,7 +41,7 @@ def is_own(func: Any, caller: nn.Module | None, args: tuple[Any, ...], kwargs: M
 def _as_operations(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """What such a call computes."""
     given: dict[str, Any] = {**dict(zip(("input", *_ARGUMENTS[func]), args, strict=False)), **kwargs}
-    plain, eps = _PLAIN[func], given.get("eps", 1e-5)
+    plain, eps = getattr(F, func.__name__), given.get("eps", 1e-5)
     x: Tensor = given["input"]
     by_input = given.get("by_input", given.get("training", given.get("use_input_stats", plain is F.instance_norm)))
     mean, var, weight, bias = (None if value is None else value.reshape(-1, *[1] * (x.dim() - 2))
