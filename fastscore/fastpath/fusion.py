@@ -61,7 +61,7 @@ class FusedLayers:
                     self._arrange(module)
                     continue
                 self.packed[name] = clamp
-                layer = _fast(module, inputs[name], clamp)
+                layer = _fast(module, inputs[name], clamp, name not in taps.points)  # where a tap sees NaN
                 if sums.get(name) == RELU and clamp is None and packed_layers.adds(layer):
                     self._replace(module, "forward", self._deferred_forward(self._with_addition(name, layer)))
                 elif name in relus and clamp is None and isinstance(layer, packed_layers.Convolution):
@@ -208,12 +208,12 @@ def _plain(norm: Any) -> bool:
         and "forward" not in vars(norm)
 
 
-def _fast(layer: Any, shape: tuple[int, ...], clamp: ClampBounds | None) -> packed_layers.Layer:
+def _fast(layer: Any, shape: tuple[int, ...], clamp: ClampBounds | None, keeps_nan: bool) -> packed_layers.Layer:
     """`layer`, for which `_why_not` has no reason, for inputs of `shape`."""
     if cudnn_layers.available(layer, clamp):
         return cudnn_layers.Convolution(layer)
-    return packed_layers.Convolution(layer, shape[2:], clamp) if type(layer) is nn.Conv2d else \
-        packed_layers.Linear(layer.weight, layer.bias, clamp)
+    return packed_layers.Convolution(layer, shape[2:], clamp, keeps_nan) if type(layer) is nn.Conv2d else \
+        packed_layers.Linear(layer.weight, layer.bias, clamp, keeps_nan)
 
 
 def _why_not(layer: Any, shape: tuple[int, ...] | None, clamp: ClampBounds | None) -> str | None:

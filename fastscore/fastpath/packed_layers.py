@@ -50,6 +50,16 @@ def _epilogue(clamp: ClampBounds | None) -> tuple[str, list[float], str]:
     return ("relu", [], "") if clamp == RELU else ("hardtanh", list(clamp), "")
 
 
+def _loses_nan(x: Tensor, epilogue: tuple[str, list[float], str]) -> bool:
+    """Whether oneDNN's clamp may make a number of NaN, which PyTorch's keeps. A sum that overflows costs time alone."""
+    return epilogue[0] != "none" and not math.isfinite(x.sum())
+
+
+def _clamped(y: Tensor, epilogue: tuple[str, list[float], str]) -> Tensor:
+    kind, bounds, _ = epilogue
+    return F.relu(y) if kind == "relu" else F.hardtanh(y, bounds[0], bounds[1])
+
+
 class _PrepackedWeight:
     """A convolution's weight, prepacked for inputs of one height and width, on which the best layout depends.
 
@@ -79,9 +89,13 @@ class Convolution:
     Backward is a forward convolution with the flipped weight. With a stride and a 1x1 kernel, zeros are then put
     between the positions of its result. Any other strided convolution has a transposed one for backward; but for a
     depthwise one in bfloat16 oneDNN has no fast transposed kernel, so zeros are put between those of the gradient.
+
+    keeps_nan: where NaN comes in, it goes out, also through a clamp.
     """
 
-    def __init__(self, layer: nn.Conv2d, size: Sequence[int], clamp: ClampBounds | None = None) -> None:
+    def __init__(self, layer: nn.Conv2d, size: Sequence[int], clamp: ClampBounds | None = None,
+                 keeps_nan: bool = True) -> None:
+        self.keeps_nan = keeps_nan
         self.bias, self.epilogue, self.width = layer.bias, _epilogue(clamp), layer.out_channels
         self.dtype = layer.weight.dtype
         self.stride, self.dilation, self.groups = list(layer.stride), list(layer.dilation), layer.groups
@@ -103,9 +117,10 @@ class Convolution:
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, C_out, H', W']."""
+        apart = self.keeps_nan and _loses_nan(x, self.epilogue)
         y: Tensor = _ops._convolution_pointwise(x, self.weight(x), self.bias, self.padding, self.stride, self.dilation,
-                                                self.groups, *self.epilogue)
-        return y
+                                                self.groups, *_epilogue(None) if apart else self.epilogue)
+        return _clamped(y, self.epilogue) if apart else y
 
     def takes(self, x: Tensor, other: Tensor) -> bool:
         """Whether `add_relu` does what an addition and a ReLU do."""
@@ -188,9 +203,11 @@ def adds(layer: Layer) -> bool:
 
 
 class Linear:
-    """A Linear on [..., C]."""
+    """A Linear on [..., C]. keeps_nan: as a Convolution's."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, clamp: ClampBounds | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, clamp: ClampBounds | None = None,
+                 keeps_nan: bool = True) -> None:
+        self.keeps_nan = keeps_nan
         weight = weight.detach()
         self.bias, self.epilogue, self.width = bias, _epilogue(clamp), len(weight)
         self.weight = _ops._reorder_linear_weight(weight.contiguous(), _SAMPLES)
@@ -198,8 +215,10 @@ class Linear:
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C_in] -> [..., C_out]."""
-        y: Tensor = _ops._linear_pointwise(x.reshape(-1, x.shape[-1]), self.weight, self.bias, *self.epilogue)
-        return _reshaped(y, [*x.shape[:-1], y.shape[-1]])
+        apart = self.keeps_nan and _loses_nan(x, self.epilogue)
+        y: Tensor = _ops._linear_pointwise(x.reshape(-1, x.shape[-1]), self.weight, self.bias,
+                                           *_epilogue(None) if apart else self.epilogue)
+        return _reshaped(_clamped(y, self.epilogue) if apart else y, [*x.shape[:-1], y.shape[-1]])
 
     def backward(self, g: Tensor, shape: torch.Size) -> Tensor:
         """[..., C_out] -> `shape`, [..., C_in]."""

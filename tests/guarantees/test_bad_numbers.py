@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from refusals import X, refused, score, trained
+from torch import Tensor, nn
 
 
 def test_nan_and_infinity_name_the_layer() -> None:
@@ -34,6 +35,38 @@ def test_nan_in_the_input() -> None:
     model, x = trained(), X.clone()
     x[2, 1] = math.nan
     refused(FloatingPointError, "^batches: NaN or infinity in the input", model, lambda: score(model, [X, x]))
+
+
+class Loud(nn.Module):
+    """Takes the logarithm of what it is given, which the first layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = _clamped()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.abs().log())
+
+
+def _clamped() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU6(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+@pytest.mark.parametrize(("build", "value"), [
+    (_clamped, math.nan), (Loud, 0.0),
+    (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 5)), math.nan)])
+def test_one_value_of_a_later_batch(build: Callable[[], nn.Module], value: float, precision: Any) -> None:
+    """oneDNN's clamps, which layers are fused with, make zero of NaN."""
+    model, batches = build().eval(), [torch.randn(4, 3, 8, 8) for _ in range(3)]
+    batches[2][1, 1, 3, 4] = value
+    if value == 0:
+        batches[2][1] = 0
+    assert not torch.isfinite(model(batches[2])).all()
+    refused(FloatingPointError, "NaN or infinity", model,
+            lambda: score(model, batches, precision=precision))
+    assert score(model, batches[:2], precision=precision).samples == 8
 
 
 def test_nan_in_weights_that_are_ranked() -> None:
