@@ -44,6 +44,11 @@ def tensors_of(batch: Batch) -> Iterator[Tensor]:
     return iter(found)
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been written to; 0 of one that torch.inference_mode made, as it does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _collect(batch: Batch, found: list[Tensor]) -> None:
     """Add the tensors of a batch, depth first: every operation of a model that is watched asks for its operands'."""
     if isinstance(batch, Tensor):

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastscore.batches.parts import tensors_of
+from fastscore.batches.parts import tensors_of, version_of
 
 
 def overwritten(model: nn.Module, run: Callable[[nn.Module], object]) -> str | None:
@@ -19,7 +19,7 @@ def overwritten(model: nn.Module, run: Callable[[nn.Module], object]) -> str | N
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            read.extend((name, x, x._version) for x in tensors_of((args, kwargs)))
+            read.extend((name, x, version_of(x)) for x in tensors_of((args, kwargs)))
 
         return hook
 
@@ -30,4 +30,4 @@ def overwritten(model: nn.Module, run: Callable[[nn.Module], object]) -> str | N
     finally:
         for handle in handles:
             handle.remove()
-    return next((name for name, x, version in read if x._version != version), None)
+    return next((name for name, x, version in read if version_of(x) != version), None)

@@ -27,7 +27,7 @@ from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy, own_copies
 from fastscore.modules.inspection import device_of, held_by_others
 from fastscore.modules.modes import evaluating
-from fastscore.modules.weights import called_layers
+from fastscore.modules.weights import called_layers, own_products
 from fastscore.modules.weights.computed_weights import computed_weight, why_it_computes_on
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import bar, shown
@@ -151,7 +151,8 @@ def _parts(method: Method, ridges: tuple[float, ...], recalibrates: bool) -> int
 def check_dense(model: nn.Module, result: Pruned) -> None:
     """Raise ValueError where `model` is not the one that `result` was pruned from: what is to go is gone already, or
     never was there, or leaves other widths."""
-    modules = {**dict(model.named_parameters()), **dict(model.named_buffers()), **dict(model.named_modules())}
+    modules = {**own_products.names(result.model), **dict(model.named_parameters()), **dict(model.named_buffers()),
+               **dict(model.named_modules())}
     for (name, side), index in result.removed_indices.items():
         layer: Any = modules.get(name)
         width = getattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", None)

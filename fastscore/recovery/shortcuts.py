@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fastscore.batches.parts import version_of
 from fastscore.modules.hooks import input_of
 from fastscore.recovery.lockstep import Side
 
@@ -38,7 +39,7 @@ class _Additions(TorchFunctionMode):
         if getattr(function, "__name__", "") in _ADDS and not kwargs and len(args) == 2 and \
                 all(isinstance(arg, Tensor) and not arg.is_nested for arg in args) and args[0].shape == args[1].shape:
             one, other = args
-            self.found.append(((one, one._version), (other, other._version)))
+            self.found.append(((one, version_of(one)), (other, version_of(other))))
         return function(*args, **(kwargs or {}))
 
 
@@ -58,8 +59,8 @@ def shortcuts(model: nn.Module, run: Callable[[], object], normalized_by: Mappin
     def note(x: object, module: nn.Module, side: Side) -> None:
         nonlocal clock
         clock += 1
-        if isinstance(x, Tensor) and id(x) not in seen:
-            seen[id(x)] = x, x._version, names[module], side
+        if isinstance(x, Tensor) and id(x) not in seen and not x.is_inference():  # of which no writes are counted
+            seen[id(x)] = x, version_of(x), names[module], side
             met[id(x)] = clock
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

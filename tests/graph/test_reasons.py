@@ -194,6 +194,8 @@ def test_the_reason_is_true_and_the_rest_goes(build: type[Chain]) -> None:
         small = fastscore.prune(model, scores, x, channels=share, scope="layer", compensate=False).model
         with torch.no_grad(), fastscore.mask(model, scores, 1 - share, x, scope="layer", compensate=False):
             torch.testing.assert_close(small(x), model(x))
+    repaired = fastscore.prune(model, scores, x, channels=0.6, calibration=[x, -x, 2 * x, x + 1], repair="linear")
+    assert repaired.report.repairs
 
 
 class Embeddings(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import rng
+from fastscore.batches.parts import version_of
 from fastscore.graph.following.nodes import PRODUCERS
 from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.layer_types import OPTYPE, type_of
@@ -100,8 +101,8 @@ class Recording:
         try:
             with replaced(self.model, noted | self._instance_norms()):
                 yield
-            self.overwritten = {layer for layer, x, version in self._read if _version(x) != version}
-            self.lost |= {layer for layer, x, version in self._made if _version(x) != version}
+            self.overwritten = {layer for layer, x, version in self._read if version_of(x) != version}
+            self.lost |= {layer for layer, x, version in self._made if version_of(x) != version}
         finally:
             self._read.clear()
             self._made.clear()
@@ -192,7 +193,7 @@ class Recording:
                 self.several |= {layer} if may_make_several(module) else set()
                 return output
             if output._is_view() and type(module).forward is nn.Linear.forward:
-                self._made.append((layer, output, _version(output)))
+                self._made.append((layer, output, version_of(output)))
             if any(module._parameters.get(name) is not parameter for name, parameter in own.items()):
                 self.swapped[layer, len(self.outputs[layer])] = {
                     name: None if held is None else held.detach() for name, held in module._parameters.items()}
@@ -200,7 +201,7 @@ class Recording:
             if torch._C._functorch.maybe_get_level(output) != -1:
                 self.transformed.add(layer)
             if x is not None:
-                self._read.append((layer, x, _version(x)))
+                self._read.append((layer, x, version_of(x)))
                 if not x.requires_grad:
                     (self.from_zeros if _is_zero(x) else self.first_layers).add(layer)
             if not torch.is_grad_enabled():
@@ -306,10 +307,6 @@ def read_by(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """What a layer is called on, by position or by keyword; None where that is no tensor, but a shape, say."""
     x = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
     return x if isinstance(x, Tensor) else None
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
 
 
 def _is_zero(x: Tensor) -> bool:

@@ -178,7 +178,7 @@ class OutOfReachError(ValueError):
 
     def __init__(self, unit: Resource, share: float, least: float) -> None:
         super().__init__(f"{unit}: {share:g} cannot be reached: with every removable channel gone, {rounded_up(least)} "
-                         f"of the {unit} remain; ask for more, lower the floor, or ignore fewer layers")
+                         f"of the {unit} remain; ask for more, lower the floor or round_to, or ignore fewer layers")
         self.least = least
 
 
