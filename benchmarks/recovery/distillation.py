@@ -37,7 +37,7 @@ def trained(network: str | None, data: Path | None, seed: int) -> tuple[nn.Modul
     split = digits.Digits.split(seed)
     torch.manual_seed(seed)
     model = digits.network()
-    digits.train(model, *split.train, digits.EPOCHS, 0.1, lambda: None)
+    digits.train(model, *split.train, 15, 0.1, lambda: None)
     return model, split.train[0], split.test[0]
 
 

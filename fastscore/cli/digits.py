@@ -5,12 +5,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastscore.cli import side_by_side
 from fastscore.progress import bar, shown
 from fastscore.pruning.budgets.costs import total_macs
 from fastscore.pruning.prune import prune
@@ -20,7 +22,8 @@ from fastscore.wording import counted
 IMPORTANCES = {"fastscore": "taylor-sq", "magnitude": "magnitude-l2", "random": "random"}
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the MACs, what remains
 TARGET = 0.5
-EPOCHS, FINE_TUNING_EPOCHS = 15, 2
+EPOCHS, PEAK = 8, 0.05
+FINE_TUNING_EPOCHS = 2
 
 
 class Residual(nn.Module):
@@ -127,25 +130,33 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def run(networks: int = 5, seed: int = 0, epochs: int = EPOCHS, progress: bool = True) -> Result:
-    """Train networks with seeds seed, seed + 1, ...; prune and fine-tune each by every criterion; measure."""
-    outcomes: dict[str, list[Outcome]] = {"dense": [], **{name: [] for name in IMPORTANCES}}
-    steps = networks * (epochs + len(IMPORTANCES) * (len(SHARES) + FINE_TUNING_EPOCHS))
-    with _one_thread(), torch.random.fork_rng(devices=[]), shown(progress), bar("demo", " rounds", steps) as told:
-        for number in range(networks):
-            digits = Digits.split(seed + number)
-            torch.manual_seed(seed + number)
-            model = network()
-            told.set_description(f"network {number + 1} of {networks}, training")
-            outcomes["dense"].append(_train_dense(model, digits, epochs, told.update))
-            for name, importance in IMPORTANCES.items():
-                told.set_description(f"network {number + 1} of {networks}, {name}")
-                outcomes[name].append(_prune(model, importance, digits, seed + number, told.update))
+    """Train networks with seeds seed, seed + 1, ...; prune and fine-tune each by every criterion; measure.
+
+    As many networks at once as PyTorch has threads, each in a process of its own. One thread each: images this small
+    leave nothing to share out, and waiting for a second thread costs the more the busier it is.
+    """
+    rounds = networks * (epochs + len(IMPORTANCES) * (len(SHARES) + 1 + FINE_TUNING_EPOCHS))
+    with shown(progress), bar("demo", " rounds", rounds) as told:
+        found = side_by_side.each(partial(_network, epochs=epochs), range(seed, seed + networks),
+                                  min(networks, torch.get_num_threads()), told.update)
+    return replace(found[0], outcomes={name: [one for result in found for one in result.outcomes[name]]
+                                       for name in found[0].outcomes})
+
+
+def _network(seed: int, done: Callable[[], object], epochs: int) -> Result:
+    """Of one network."""
+    with _one_thread(), torch.random.fork_rng(devices=[]):
+        digits = Digits.split(seed)
+        torch.manual_seed(seed)
+        model = network()
+        outcomes = {"dense": [_train_dense(model, digits, epochs, done)]}
+        for name, importance in IMPORTANCES.items():
+            outcomes[name] = [_prune(model, importance, digits, seed, done)]
     return Result(outcomes, len(digits.train[0]), len(digits.test[0]))
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Images this small leave nothing to share out, and waiting for a second thread costs the more the busier it is."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -156,7 +167,7 @@ def _one_thread() -> Iterator[None]:
 
 def _train_dense(model: nn.Module, digits: Digits, epochs: int, done: Callable[[], object]) -> Outcome:
     start = time.perf_counter()
-    train(model, *digits.train, epochs, 0.1, done)
+    train(model, *digits.train, epochs, PEAK, done)
     seconds = time.perf_counter() - start
     correct = accuracy(model, *digits.test)
     return Outcome(correct, correct, correct, total_macs(model, digits.test[0][:1]),
@@ -178,6 +189,7 @@ def _prune(model: nn.Module, importance: str, digits: Digits, seed: int, done: C
         done()
     smaller = prune(model, scores, images[:1], macs=TARGET, calibration=images.split(256)).model
     repaired = accuracy(smaller, *digits.test)
+    done()
     train(result.model, images, labels, FINE_TUNING_EPOCHS, 0.02, done)
     report = result.report
     after = accuracy(result.model, *digits.test)
@@ -191,6 +203,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, peak: f
 
     images: [N, ...]. labels: int64 [N]. done: called after each epoch.
     """
+    model.to(memory_format=torch.channels_last)  # a fifth less time on a CPU
     optimizer = torch.optim.SGD(model.parameters(), peak, momentum=0.9, weight_decay=5e-4, nesterov=True)
     batches = len(images) // 64
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=epochs * batches)
