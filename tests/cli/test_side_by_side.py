@@ -36,7 +36,7 @@ def _no_process_stays() -> object:
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.parametrize("processes", (1, 2))
+@pytest.mark.parametrize("processes", [1, 2])
 def test_in_order_and_told_of_progress(processes: int) -> None:
     ticks = list[int]()
     found = side_by_side.each(square, range(1, 4), processes, lambda: ticks.append(os.getpid()))
