@@ -48,6 +48,15 @@ class Functions(Net):
         return F.linear(F.relu(x).mean((2, 3)), self.h.weight, self.h.bias)
 
 
+class Views(Functions):
+    """Of whole weights as views, as a convolution's that is handed on without its dimension of one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(F.relu(self.norm(self.a(x))), self.b.weight.unsqueeze(0).squeeze(0), self.b.bias, 2, 1)
+        x = F.conv2d(self.slopes(x), self.c.weight.flatten(1)[..., None, None], self.c.bias)
+        return self.h(F.relu(x).mean((2, 3)))
+
+
 class OneOfThem(Net):
     def second(self, x: Tensor) -> Tensor:
         return self.slopes(F.conv2d(x, self.b.weight, self.b.bias, 2, 1))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from called_layers import NAMES, ByForward, Forwards, Functions, Net, OneOfThem, inputs
+from called_layers import NAMES, ByForward, Forwards, Functions, Net, OneOfThem, Views, inputs
 from oracles import untouched
 from torch import Tensor, nn
 from whole_way import check, noisy
@@ -39,6 +39,21 @@ class OwnForwards(Forwards):
         return self.h(self.over.forward(F.relu(self.c(x)).mean((2, 3))))
 
 
+class Short(nn.Module):
+    """A gated convolution over the steps before, each channel by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(8, 8, 3, padding=2, groups=8)
+        self.expand, self.project = nn.Linear(3, 24), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, behind, x = self.expand(x).mT.chunk(3, 1)
+        weight = self.conv.weight.squeeze(1)
+        y = F.conv1d(before * x, weight.unsqueeze(1), self.conv.bias, padding=2, groups=x.shape[1])[..., :x.shape[2]]
+        return self.project((behind * y).mT)
+
+
 class Inside(Net):
     """By a module that holds them; and one of them is called as well."""
 
@@ -61,14 +76,19 @@ class Inside(Net):
 
 
 @pytest.mark.parametrize(("build", "names"), [
-    (Forwards, NAMES), (Functions, NAMES), (OneOfThem, NAMES), (OwnForwards, NAMES),
+    (Forwards, NAMES), (Functions, NAMES), (OneOfThem, NAMES), (Views, NAMES), (OwnForwards, NAMES),
     (Inside, ["a", "c", "part.conv"])])
 def test_from_data_to_a_file(build: type[Net], names: list[str], tmp_path: Path) -> None:
     """By brute force; and what was found is what is found of the same layers, called."""
     result = check(build, inputs(), names, tmp_path)
     assert type(result.model) is build
-    if build in (Forwards, Functions, OneOfThem):
+    if build in (Forwards, Functions, OneOfThem, Views):
         assert trace(noisy(build), inputs()).fingerprint == trace(noisy(Net), inputs()).fingerprint
+
+
+def test_a_convolution_of_its_own_channels(tmp_path: Path) -> None:
+    """Handed on as a matrix."""
+    check(Short, inputs()[..., 0].mT, ["expand"], tmp_path)
 
 
 @pytest.mark.parametrize("build", [Forwards, Functions])

@@ -32,8 +32,16 @@ _NO_MATTER = ("input", "momentum", "padding_idx")  # of evaluation mode
 
 
 def bound(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of one of these functions, by their names."""
-    return {**dict(zip(FUNCTIONS[func][1], args, strict=False)), **kwargs}
+    """The arguments of one of these functions, by their names; a weight, where code hands over all of it as a view."""
+    given = {**dict(zip(FUNCTIONS[func][1], args, strict=False)), **kwargs}
+    return given | {"weight": _whole(given.get("weight"))}
+
+
+def _whole(x: Any) -> Any:
+    """What a view is of, where that is the same in all: `weight.squeeze(1)`, given another dimension again."""
+    base = x._base if isinstance(x, Tensor) else None
+    return x if base is None or x.shape != base.shape or x.storage_offset() != base.storage_offset() or any(
+        size > 1 and own != of for size, own, of in zip(x.shape, x.stride(), base.stride(), strict=True)) else base
 
 
 def computes_the_same(layer: nn.Module, func: Any, given: Mapping[str, Any]) -> bool:
