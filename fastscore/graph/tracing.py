@@ -116,6 +116,10 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
         return [tensor for tensor in run_for_all(model, batch, True)
                 if tensor.requires_grad or not torch.is_grad_enabled()]
 
+    def run_as_trained(model: nn.Module) -> list[Tensor]:
+        with training_only.as_in_training(model):
+            return run(model)
+
     def run_for_all(model: nn.Module, batch: Batch, trained: bool) -> list[Tensor]:
         with training_only.as_in_training(model, trained) as returned:
             try:
@@ -143,7 +147,7 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
                 if ran <= ran_in_training and (more.groups or not found.groups):
                     found, explained = training_only.merge(found, more, inactive), explained | explained_then
                     inactive = inactive - ran_in_training
-        found = training_trial.with_parameters(recording, found, run_as_in_training)
+        found = training_trial.with_parameters(recording, found, run_as_trained, run_as_in_training)
         found = idle_siblings.with_siblings(recording, found)
         chooses, tried, taken = recording.chooses, recording.tried, recording.taken
         found = replace(found, drawing=draws.drawing(eval_model, run) if recording.draws else ())

@@ -101,9 +101,9 @@ class _Reader:
             return Use(node, position, tensor, lines, steps, self._parts, self._function, (*asked, *inner), by, within)
 
         whole = [each for each in tensors_in(node, self._function.__globals__) if held_by(each)]
-        side_by_side = len(whole) > 1 and whole[0] not in node.args
+        side_by_side = len(whole) > 1 and whole[0] not in node.args  # parts of one variable, put together again
         if not side_by_side or len({_variables(each, steps) for each in whole}) > 1:
-            yield from map(use, whole)  # but for parts of one variable, put together again
+            yield from (use(each) for each in whole if not _is_summed_with_own(node, each))
         if isinstance(node, ast.BinOp):
             sizes = ast.copy_location(ast.BinOp(node.left, node.op, inlined(node.right, steps, 0)), node)
             sized = [] if whole else [each for each in tensors_in(sizes, {}) if held_by(each)]
@@ -176,18 +176,27 @@ def _settled(test: ast.expr, answer: bool, local: Sequence[str]) -> Iterator[tup
 
 
 def _is_settled(test: ast.expr, local: Sequence[str]) -> bool:
-    """Whether a condition is a flag of an object, or compares what one holds with names: `self.norm == "layer"`."""
+    """Whether a condition is a flag of an object, or compares what one holds with names, or with a number that counts
+    nothing: `self.norm == "layer"`, `self.share > 0.0`."""
     if isinstance(test, ast.Call):
         kind = isinstance(test.func, ast.Name) and test.func.id == "isinstance" and bool(_of_self(test.args[0]))
         return kind or flag_in(test) is not None
     if not isinstance(test, ast.Compare):
         return flag_in(test) is not None
-    return isinstance(test.ops[0], ast.Is | ast.IsNot | ast.Eq | ast.NotEq | ast.In | ast.NotIn) and \
+    of_shares = all(isinstance(each, ast.Constant) and isinstance(each.value, float) for each in test.comparators)
+    return (of_shares or isinstance(test.ops[0], ast.Is | ast.IsNot | ast.Eq | ast.NotEq | ast.In | ast.NotIn)) and \
         _of_self(test.left) == [test.left] and all(
             isinstance(part, ast.Tuple | ast.List | ast.expr_context | ast.Attribute)
             or (isinstance(part, ast.Name) and part.id not in local)
-            or (isinstance(part, ast.Constant) and isinstance(part.value, str))
+            or (isinstance(part, ast.Constant) and isinstance(part.value, str | float))
             for each in test.comparators for part in ast.walk(each))
+
+
+def _is_summed_with_own(node: Any, tensor: ast.expr) -> bool:
+    """Whether a sum of products, as einsum computes it, is of a tensor and of one that `self` holds: which that is
+    decides."""
+    given = node.args[1:] if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "einsum" else []
+    return len(given) == 2 and any(_of_self(each) for each in given if each is not tensor)
 
 
 def _variables(node: ast.expr, steps: Sequence[Step]) -> frozenset[str]:

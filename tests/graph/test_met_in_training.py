@@ -164,3 +164,33 @@ def test_the_whole_way(tmp_path: Path) -> None:
     """Scores by brute force, smaller = masked, export, a training step, save and load."""
     x = torch.randn(4, 3, 4, dtype=torch.float64)
     whole_way.check(lambda: Augmented(_put), x, ["one", "two", "three"], tmp_path)
+
+
+class Beside(Stream):
+    """Returns the stream beside its output, as encoders return their last states."""
+
+    def forward(self, x: Tensor) -> Any:
+        """[N, T, 4] -> [N, T, 2], [N, T, 6]."""
+        x = self.prenet(x)
+        for branch in self.branches:
+            x = x + branch(x).relu()
+        return self.last(self.three(x).relu()), x
+
+
+def test_a_stream_that_is_returned_beside_the_output_goes_with_them() -> None:
+    """In training, as in evaluation mode, its channels are fewer there."""
+    torch.manual_seed(0)
+    model, x = Beside(False).double(), torch.randn(3, 4, 4, dtype=torch.float64)
+    scores = fastscore.score(model.eval(), [x], forward=lambda model, x: model(x)[0], progress=False)
+    assert list(scores) == ["prenet.one", "three"]
+    result = fastscore.prune(model, scores, x, channels=0.5, scope="layer", compensate=False,
+                             forward=lambda model, x: model(x)[0])
+    whole = copy.deepcopy(model)
+    for layer in (*whole.branches, whole.three):
+        layer.weight.data[:, result.removed["prenet.one"]] = 0
+    whole.last.weight.data[:, result.removed["three"]] = 0
+    for training in (False, True):
+        (y, stream), (small, narrow) = whole.train(training)(x), result.model.train(training)(x)
+        torch.testing.assert_close(small, y)
+        kept = [channel for channel in range(6) if channel not in result.removed["prenet.one"]]
+        torch.testing.assert_close(narrow, stream[..., kept])

@@ -261,6 +261,28 @@ class Einsum(Net):
         return torch.einsum("nchw,ndhw->nchw", h, h) if self.other else h
 
 
+class Counted(Net):
+    """A number that the constructor set, which counts channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 16
+
+    def between(self, h: Tensor) -> Tensor:
+        return h - h.mean(1, keepdim=True) if self.width < 12.0 else h
+
+
+class EinsumWithOwn(Net):
+    """With a parameter that nothing else reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing = nn.Parameter(torch.randn(16, 16))
+
+    def between(self, h: Tensor) -> Tensor:
+        return torch.einsum("nchw,dc->ndhw", h, self.mixing) if self.other else h
+
+
 STAY: dict[type[Net], str] = {
     View: "h.view(n, 4, 4, height, width)", Shuffle: "h.view(n, 2, -1, height, width)",
     Neighbours: "h.reshape((n, -1, 4, height, width))", Chunk: "h.chunk(2, 1)", Split: "torch.split(h, [4, 12], dim=1)",
@@ -271,7 +293,9 @@ STAY: dict[type[Net], str] = {
     HeadView: "x.view(2, 36, 3, 4, -1)", SecondHead: "self.aux(h.mean((2, 3)))",
     Scale: "h * self.scale.view(1, -1, 1, 1)", Renamed: "y.softmax(-1)", ByAttribute: "h[:, :self.width]",
     Loop: "h[:, i:i + 1]", OfAll: "h.std()", Normalized: "F.normalize(h)",
-    Einsum: "torch.einsum('nchw,ndhw->nchw', h, h)", ByFunction: "x.mean(1, keepdim=True)", ByMethods: "x[:, :4]"}
+    Einsum: "torch.einsum('nchw,ndhw->nchw', h, h)", Counted: "h.mean(1, keepdim=True)",
+    EinsumWithOwn: "torch.einsum('nchw,dc->ndhw', h, self.mixing)",
+    ByFunction: "x.mean(1, keepdim=True)", ByMethods: "x[:, :4]"}
 
 
 @pytest.mark.parametrize("kind", STAY)

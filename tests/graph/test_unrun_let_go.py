@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_unrun import Attention, Net, X
 from torch import Tensor, nn
 from whole_way import noisy
@@ -38,6 +39,33 @@ class Flagged(Net):
     def between(self, h: Tensor) -> Tensor:
         h = h - h.mean(1, keepdim=True) if self.shared else h
         return h.softmax(1) if getattr(self, "shared", True) and len(h) > 7 else h
+
+
+class Share(Net):
+    """A number that counts nothing, which the constructor set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = 0.0
+
+    def between(self, h: Tensor) -> Tensor:
+        if self.share > 0.0:
+            h = F.relu(h - h.mean(1, keepdim=True) - self.share * h.std(1, keepdim=True))
+        return h
+
+
+class SummedWithOwn(Net):
+    """With the parameter that reads them anyway, in another sum of products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).relu()
+        if self.other:
+            return torch.einsum("nc,dc->nd", 2 * h.mean((2, 3)), self.weight)
+        return torch.einsum("nchw,dc->nd", h, self.weight)
 
 
 class OfRows(Net):
@@ -103,7 +131,8 @@ class SameLayer(Net):
         return self.second(h).mean((2, 3))
 
 
-@pytest.mark.parametrize("kind", [Positions, SomethingElse, Thirds, SameLayer, Chosen, Flagged, OfRows])
+@pytest.mark.parametrize("kind", [Positions, SomethingElse, Thirds, SameLayer, Chosen, Flagged, Share, SummedWithOwn,
+                                  OfRows])
 def test_what_means_something_else_does_not(kind: type[Net]) -> None:
     model: Any = noisy(kind)
     scores = fastscore.score(model, [X], progress=False)

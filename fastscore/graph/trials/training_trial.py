@@ -55,14 +55,15 @@ def _alike(x: Tensor | None, other: Tensor | None) -> bool:
     return x.shape == other.shape and all_close(x, other)
 
 
-def with_parameters(recording: Recording, graph: ChannelGraph, run_as_in_training: Run) -> ChannelGraph:
+def with_parameters(recording: Recording, graph: ChannelGraph, *runs_as_in_training: Run) -> ChannelGraph:
     """The graph, whose groups have parameters that they meet in training alone, less those that may meet one, and of
     which that is not shown.
 
     Args:
         recording: of a run of the model in evaluation mode.
         graph: its groups, as they are then.
-        run_as_in_training: calls it on the example inputs, and gives what it returns.
+        runs_as_in_training: each calls it on the example inputs, and gives the output, or all that it returns: the
+            first of them that runs is what parameters are tried in.
     """
     model = recording.model
     if not training_only.code_asks(model):
@@ -76,7 +77,7 @@ def with_parameters(recording: Recording, graph: ChannelGraph, run_as_in_trainin
     if not found:
         return graph
     asked = training_only.asked_for(model)
-    in_training = _recorded(model, run_as_in_training)
+    in_training = next(filter(None, (_recorded(model, run) for run in runs_as_in_training)), None)
     read = [{name for name, parameter in found.items() if each is not None and _shows(each, name, parameter)}
             for each in (recording, in_training)]
     kept: dict[str, str] = {}

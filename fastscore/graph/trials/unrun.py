@@ -68,7 +68,7 @@ class PassedBy:
                         may_mean(use, x) and _meets(frame, use, x.shape):
                     held[use, frame.f_lineno].append(_sums(x))
                     if use.by is not None:
-                        self._by[use].add(self._names.get(id(_by(frame, use)), ""))
+                        self._by[use].add(_name_in(self._names, _by(frame, use)))
 
         with _traced(found, see, True) if found else nullcontext():
             yield
@@ -109,6 +109,11 @@ def _names(model: nn.Module) -> dict[int, str]:
     return {id(each): name for name, each in (*model.named_modules(), *tensors)}
 
 
+def _name_in(names: Mapping[int, str], thing: Any) -> str:
+    """What a module or tensor is called, or the tensor that it is a view of; empty of any other."""
+    return names.get(id(thing)) or names.get(id(getattr(thing, "_base", None)), "")
+
+
 def _by(frame: FrameType, use: Use) -> Any:
     """What meets a tensor there."""
     met = use.met(frame.f_lineno)
@@ -147,6 +152,9 @@ def _may_be(frame: FrameType, test: ast.expr, answer: bool) -> bool:
     """Whether a condition has that answer, or may come to it: a flag that only the class has, or training."""
     flag = flag_in(test)
     decided = flag is None or (flag != "training" and flag in getattr(frame.f_locals.get("self"), "__dict__", ()))
+    if isinstance(test, ast.Compare) and any(isinstance(getattr(each, "value", None), float)
+                                             for each in test.comparators):  # what counts channels may become less
+        decided = isinstance(value_of(test.left, frame.f_locals, frame.f_globals), float)
     return not decided or bool(value_of(test, frame.f_locals, frame.f_globals)) is answer
 
 
@@ -192,7 +200,7 @@ def _meant(recording: Recording, groups: Sequence[ChannelGroup], left: Mapping[C
                     dims = {dim: at for dim, at in enumerate(touched(other, x))
                             if 0 < float(at.double().mean()) <= _MOST / units[key[0]] < 1}
                 if dims and means(use, dims, x.dim()) and _meets(frame, use, [x.shape[dim] for dim in dims]) and \
-                        not _goes_with(names.get(id(_by(frame, use)), ""), of[key[0]]) and \
+                        not _goes_with(_name_in(names, _by(frame, use)), of[key[0]]) and \
                         _meets_others(mode, frame, use, key, dims, x.dim()):
                     found.setdefault(key[0], _reason(use.innermost))
 
