@@ -18,6 +18,7 @@ from fastscore.modules.norms.channel_norms import NarrowedNorm, norm_of
 from fastscore.modules.weights.experts import holds_experts
 from fastscore.modules.weights.transposed_linear import is_linear, widths
 from fastscore.modules.wrappers import unwrapped
+from fastscore.pruning.result import PruneResult
 
 _WAY_OUT = "keep it with fastscore.save_pruned, and load it with fastscore.load_pruned"
 # what a config calls a width -> the layers whose outputs have it, or mixtures whose experts do, by their names. A layer
@@ -44,15 +45,20 @@ class _DenseNormError(Exception):
     """The name of a LayerNorm that no config can say."""
 
 
-def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> PreTrainedModel:
+def save_pretrained(pruned: nn.Module | PruneResult, folder: str | PathLike[str]) -> PreTrainedModel:
     """Write a pruned model of transformers as transformers does, with a config.json that tells its widths.
+
+    A config has one number for all blocks, and seldom a word for biases. So prune with scope="layer", which takes the
+    same share of every block; and, where layers have no bias (Llama), with compensate=False and without calibration=,
+    as what channels gave on average, and what repairs, goes into biases. Models whose layers have biases (ViT) may be
+    compensated and repaired.
 
     An RMSNorm that divides by the dense width becomes one that does not: its weight grows by the root of the widths'
     ratio, and the config's eps by the ratio. So do queries of narrower heads, which were scaled by the dense width.
     Nothing is pushed anywhere.
 
     Args:
-        model: what fastscore.prune made of a transformers model.
+        pruned: what fastscore.prune made of a transformers model: the smaller model, or the result that holds it.
         folder: where config.json and the weights go; `type(model).from_pretrained(folder)` loads them.
 
     Returns:
@@ -61,19 +67,19 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> PreTrained
 
     Raises:
         TypeError: no model of transformers.
-        ValueError: a model that its config has no words for, such as one whose layers differ in width (prune with
-            scope="layer" for equal ones), with the way out; nothing is written then.
+        ValueError: a model that its config has no words for, such as one whose layers differ in width, with the way
+            out; nothing is written then.
     """
-    model = unwrapped(model)
+    model = unwrapped(pruned.model if isinstance(pruned, PruneResult) else pruned)
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: {type(model).__name__} is no model of transformers: {_WAY_OUT}")
+        raise TypeError(f"pruned: {type(model).__name__} is no model of transformers: {_WAY_OUT}")
     state, config = dict(model.state_dict()), copy.deepcopy(model.config)
     try:
         for name, value in _settings(model, state):
             setattr(config, name, value)
     except _DenseNormError as error:
         config.hidden_size = model.config.hidden_size
-        raise ValueError(f"model: {error} is a LayerNorm that divides by the dense width, which no config of "
+        raise ValueError(f"pruned: {error} is a LayerNorm that divides by the dense width, which no config of "
                          f"transformers can say: {_ways(model, _built(model, config))}") from None
     for bias in _BIASES:
         if getattr(config, bias, None) is False and any(
@@ -104,8 +110,8 @@ def _mismatch(name: str, shapes: Sequence[object], state: Mapping[str, Tensor], 
     others = {each: list(tensor.shape) for each, tensor in state.items() if alike.fullmatch(each)}
     other = next((each for each, shape in others.items() if shape != shapes[0]), "")
     why = f"which has one width for all layers ({other} is {others[other]})" if other else \
-        "which has no word for another width there"
-    return f"model: {name} is {shapes[0]}, and {shapes[1]} by {config}, {why}"
+        f"which has no word for {'a bias' if name.endswith('.bias') and name in state else 'another width'} there"
+    return f"pruned: {name} is {shapes[0]}, and {shapes[1]} by {config}, {why}"
 
 
 def _ways(model: PreTrainedModel, plain: PreTrainedModel, first: str = "", wide: bool = True) -> str:
@@ -131,7 +137,7 @@ def _ways(model: PreTrainedModel, plain: PreTrainedModel, first: str = "", wide:
                          if name not in on_stream):
         return f"{type(model.config).__name__} has words for nothing that went: {_WAY_OUT}"
     ignored = " and, beside what is there, ignore=[" + ", ".join(f'"{each}"' for each in stay) + "]" if stay else ""
-    return f'prune with scope="layer", compensate=False{ignored}, or {_WAY_OUT}'
+    return f'prune with scope="layer", compensate=False (and no calibration=){ignored}, or {_WAY_OUT}'
 
 
 def _pattern(name: str) -> str:
@@ -161,7 +167,7 @@ def _settings(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[tupl
     if embeddings is None or not isinstance(hidden, int) or not isinstance(count, int):
         return  # a width for each stage, or configs of parts: what it says stays, and shapes tell whether it fits
     if turned := next((name for name, module in model.named_modules() if handed.reads_part(module)), ""):
-        raise ValueError(f"model: {turned} has lost pairs of dimensions that rotary tables turn, and a config tells "
+        raise ValueError(f"pruned: {turned} has lost pairs of dimensions that rotary tables turn, and a config tells "
                          f"how many there are, not which: prune whole heads (units=\"groups\"), or {_WAY_OUT}")
     width = next((own for module in model.modules() if (own := heads.width(module)) and heads.count(module)),
                  getattr(config, "head_dim", None) or hidden // count)
@@ -246,8 +252,8 @@ def _built(model: PreTrainedModel, config: Any) -> PreTrainedModel:
             plain: PreTrainedModel = type(model)(config)
     except Exception as error:  # each configuration and model checks in its own words
         said = " ".join(str(error).split())
-        raise ValueError(f"model: {type(model).__name__} cannot be built with the widths that are left ({said}): prune "
-                         f"with round_to=8 or the like, or {_WAY_OUT}") from error
+        raise ValueError(f"pruned: {type(model).__name__} cannot be built with the widths that are left ({said}): "
+                         f"prune with round_to=8 or the like, or {_WAY_OUT}") from error
     return plain.eval()
 
 
@@ -259,14 +265,14 @@ def _check_same(model: PreTrainedModel, plain: PreTrainedModel) -> None:
             want, got = (each.eval().cpu()(**_inputs(model))[0] for each in (copy.deepcopy(model), plain))
     except Exception as error:  # inputs that transformers holds ready are not made for every model
         said = " ".join(str(error).split())
-        raise ValueError(f"model: {type(model).__name__} cannot be run to compare it with the ordinary one "
+        raise ValueError(f"pruned: {type(model).__name__} cannot be run to compare it with the ordinary one "
                          f"({type(error).__name__}: {said}): {_WAY_OUT}") from error
     plain.train(modes)
     close: float = torch.finfo(want.dtype).eps ** 0.5
     if not torch.allclose(got, want, rtol=0, atol=close * float(want.abs().max())):
         narrowed = getattr(plain.config, "hidden_size", None) != getattr(model.config, "hidden_size", None)
         why = f", as its code computes with the hidden width: {_same_width(model)}" if narrowed else ": "
-        raise ValueError(f"model: as an ordinary {type(model).__name__} it gives other outputs{why}{_WAY_OUT}")
+        raise ValueError(f"pruned: as an ordinary {type(model).__name__} it gives other outputs{why}{_WAY_OUT}")
 
 
 def _inputs(model: PreTrainedModel) -> dict[str, Tensor]:

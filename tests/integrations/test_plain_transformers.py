@@ -234,7 +234,7 @@ def test_a_bias_that_makes_up_for_channels_keeps_no_layer(tmp_path: Path) -> Non
         model, batch = family(config).eval(), {"input_ids": torch.randint(3, 40, (3, 7))}
     scores = fastscore.score(model, [batch], forward=forward, progress=False)
     how: dict[str, Any] = {"forward": forward, "channels": 0.6, "scope": "layer", "progress": False}
-    with pytest.raises(ValueError, match=r"bias is .*, and not there by .*compensate=False, or keep it") as caught:
+    with pytest.raises(ValueError, match=r"bias is .*, and not there by .*compensate=False .*, or keep it") as caught:
         save_pretrained(fastscore.prune(model, scores, batch, **how).model, tmp_path / "out")
     assert not _ignored(caught.value)
     small: Any = fastscore.prune(model, scores, batch, compensate=False, **how).model
@@ -323,6 +323,26 @@ def test_dimensions_of_heads(units: Any, tmp_path: Path) -> None:
     assert (attention.q_proj.out_features < 4 * attention.head_dim) == (units == "heads_and_dims")
     with torch.no_grad():
         torch.testing.assert_close(forward(loaded, batch), forward(small, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_repaired_where_layers_have_biases(tmp_path: Path) -> None:
+    """The result itself is taken, too; where layers have no bias, nor the config a word, what repairs is refused."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = FAMILIES["ViT"][0](FAMILIES["ViT"][1]).eval()
+        batches = [{"pixel_values": torch.randn(4, 3, 16, 16)} for _ in range(4)]
+    how: dict[str, Any] = {"forward": forward, "progress": False}
+    scores = fastscore.score(model, batches, ignore=["vit.embeddings.patch_embeddings*"], **how)
+    result = fastscore.prune(model, scores, batches[0], params=0.8, scope="layer", round_to=8,
+                            calibration=batches, **how)
+    save_pretrained(result, tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(forward(type(model).from_pretrained(tmp_path / "out"), batches[0]),
+                                   forward(result.model, batches[0]), rtol=1e-4, atol=1e-5)
+    texts = [{"input_ids": torch.arange(at, at + 21).reshape(3, 7) % 39 + 1} for at in range(4)]
+    small, _ = _pruned("Llama", channels=0.6, scope="layer", round_to=8, calibration=texts)
+    with pytest.raises(ValueError, match=r"no word for a bias there: .*\(and no calibration=\)"):
+        save_pretrained(small, tmp_path / "Llama")
 
 
 def test_only_models_of_transformers(tmp_path: Path) -> None:
