@@ -9,13 +9,15 @@ import architectures
 import pytest
 import reach
 import torch
-from architectures import row
+from architectures import row, trained
 from model_case import Case
 from models_page import PAGE, on_page
 from oracles import untouched
 from real_models import CASES
+from torch import Tensor, nn
 
 import fastscore
+from fastscore.batches.calls import call_model
 from fastscore.cli import models
 
 ON_PAGE = on_page()
@@ -35,6 +37,26 @@ def test_the_page_is_true(case: Case) -> None:
 
 def test_the_page_has_a_line_for_a_member_of_each_family() -> None:
     assert {case.name for case in CASES if case.small} <= ON_PAGE.keys() <= {case.name for case in CASES}
+
+
+class Faint(nn.Module):
+    """A network whose output moves by `share` of what its last layer says."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.layers, self.share = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), share
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.share * self.layers(x)
+
+
+def test_a_step_of_training_is_not_rounded_away() -> None:
+    """However small gradients are, they arrived; of zeros, and of what is not finite, the row says so."""
+    assert trained(Faint(1e-12), torch.randn(2, 4), call_model) == "yes"
+    with pytest.raises(AssertionError, match="0 of 4 weights moved"):
+        trained(Faint(0.0), torch.randn(2, 4), call_model)
+    with pytest.raises(AssertionError):
+        trained(Faint(float("inf")), torch.randn(2, 4), call_model)
 
 
 @pytest.mark.parametrize("family", reach.FAMILIES, ids=lambda family: family.name)
