@@ -53,7 +53,7 @@ class Builder:
                  repair: Callable[[PruneResult], PruneResult] | None, notes: Mapping[str, str],
                  compensation: str) -> None:
         self.eval_model, self.costs, self.example_inputs, self.forward = eval_model, costs, example_inputs, forward
-        self._model, self._graph, self._means, self._units = model, graph, means, scores.origin.units
+        self._model, self._graph, self._means, self._scores = model, graph, means, scores
         self._repair, self._notes, self._compensation = repair, notes, compensation
         self._dense = costs.by_group()
         self._plan: Callable[[Mapping[str, Tensor]], Surgery] = partial(
@@ -95,9 +95,20 @@ class Builder:
         bare = say_what_takes_no_mean(self._model, self._graph.groups, removed)
         if bare:
             notes["means"] = bare
+        if tied := self._ties(removed):
+            notes["ties"] = tied
         if self._means and self._repair is None and removed and not surgery.takes_means:
             compensation = "removed channels: read as zero (no bias can take what they gave on average)"
         elif self._means and self._repair is None and bare:
             compensation += ", but for what the note on means names"
         return new_report(self._graph, self._dense, self.costs, macs, smaller, removed, candidates, notes, compensation,
-                          self._units, surgery.made_plain, surgery.of_own_class)
+                          self._scores.origin.units, surgery.made_plain, surgery.of_own_class)
+
+    def _ties(self, removed: Mapping[str, Tensor]) -> str:
+        """What to say where some channels of importance 0 went and others stay; empty where they did alike."""
+        zero = {group.name: self._scores[group.name] == 0 for group in self._graph.groups
+                if group.name in self._scores and len(group.unit.unique()) == group.channels}
+        every = sum(int(each.sum()) for each in zero.values())
+        gone = sum(int(zero[name][index].sum()) for name, index in removed.items() if name in zero)
+        return "" if gone in (0, every) else (f"of {every} channels whose importance is 0, {gone} went, and which is "
+                                              "arbitrary: by their scores the others may go, too")

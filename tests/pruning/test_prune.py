@@ -100,6 +100,20 @@ def test_many_zeros_are_not_over_pruned() -> None:
         assert all(row.channels[1] >= 1 for row in report.groups)
 
 
+def test_a_report_says_where_which_of_several_zeros_went_is_arbitrary() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 10, 1), nn.ReLU(), nn.Conv2d(10, 4, 1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    model[0].bias.data[:6] = -100.0  # dead
+    x = torch.randn(8, 2, 1, 1, generator=torch.Generator().manual_seed(0))
+    scores = fastscore.score(model, [x], progress=False)
+    assert int((scores["0"] == 0).sum()) == 6
+    for left, said in ((14, None), (12, "of 6 channels whose importance is 0, 2 went, and which is arbitrary"),
+                       (8, None), (7, None)):
+        result = fastscore.prune(model, scores, x[:1], channels=left / 14, progress=False)
+        note = result.report.notes.get("ties")
+        assert (note is None) if said is None else said in note
+        assert note is None or f"ties: {note}" in str(result.report)
+
+
 def test_an_impossible_budget_still_leaves_one_channel_each() -> None:
     model, x = RESIDUAL.traced(), RESIDUAL.inputs(3)
     scores = fastscore.score(model, [x], progress=False)
