@@ -11,7 +11,7 @@ from fastscore.graph import units
 from fastscore.graph.cutting import beside_weights
 from fastscore.graph.following import nested
 from fastscore.graph.groups import Member, Role
-from fastscore.graph.trials.recording import MISREAD, READ, Recording
+from fastscore.graph.trials.recording import MISREAD, OWN_FAULT, READ, Recording
 from fastscore.modules.inspection import channel_dim, parametrized, shared_parameters
 from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.computed_weights import PLAIN, unused_parameters, why_it_computes_on
@@ -171,6 +171,8 @@ def of_leak(where: str, members: Iterable[Member], recording: Recording, readers
             mixer: str | None) -> str:
     """Why a group is kept whose channels show at `where`, and are not known to come there. chosen: they do not show
     where all that is chosen by them stays as it is. mixer: see fastscore.graph.trials.mixing."""
+    if where.startswith(OWN_FAULT):
+        return where
     if where in recording.first_layers:
         return _without_gradient(where, recording)
     if where in recording.layers and recurrent.was_given_constant(recording.layers[where]):
@@ -191,6 +193,8 @@ def of_refusal(why: str, members: Iterable[Member], recording: Recording, reader
 
 def not_twice(where: str, model: nn.Module) -> str:
     """Why a group is kept of a model in which something else comes to `where` though no channel is changed."""
+    if where.startswith(OWN_FAULT):
+        return where
     for name, module in model.named_modules():
         if _goes_on(module):
             return f"{type(module).__name__} at {name or 'the model'} goes on changing its range with what it reads" \

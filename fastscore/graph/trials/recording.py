@@ -1,6 +1,7 @@
 """One run of a model, recorded layer by layer; and runs that differ from it by what is asked for."""
 
 import copy
+import traceback
 from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -27,6 +28,7 @@ from fastscore.modules.weights.parameter_layers import ParameterLinear
 Positions = Mapping[str, Tensor]  # layer -> int64 positions of its input or output
 MISREAD = "reads something else where some channels are gone"
 READ = "the model's own code"  # where it makes Python numbers of what layers gave
+OWN_FAULT = "fastscore fails"  # what leak() begins with where not the model's code is to blame
 
 
 class Recording:
@@ -137,7 +139,7 @@ class Recording:
         except Exception as error:  # of the model's code, which picks rows by what the channels hold
             if choices is not None and choices.read:
                 return READ
-            return found[0] if found else f"the model's own code ({type(error).__name__})"
+            return found[0] if found else _fault(error)
         if choices is not None and choices.read:
             return READ
         if not found and (output.shape != self.output.shape or not all_close(output, self.output)):
@@ -301,6 +303,14 @@ class Recording:
             yield
         finally:
             held.update(own)
+
+
+def _fault(error: Exception) -> str:
+    """Whose an error of a run is: what compares lies in this file or the one it compares by, and calls torch alone."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    own = frame.f_code.co_filename in (__file__, differ.__code__.co_filename)
+    return f"{OWN_FAULT} to compare runs without its channels, which is no fault of the model's: please report " \
+           f"{error!r:.200} in {frame.f_code.co_name}()" if own else f"the model's own code ({type(error).__name__})"
 
 
 def read_by(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
