@@ -127,6 +127,10 @@ def flag_in(test: ast.expr) -> str | None:
     return name if isinstance(whole, ast.Name) and whole.id == "self" and isinstance(name, str) else None
 
 
+def is_none(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
 def may_mean(use: Use, x: Tensor, dims: Iterable[int] | None = None) -> bool:
     """Whether what is made of x may mean channels along one of its dimensions."""
     return any(x.shape[dim] > 1 and means(use, {dim: torch.arange(x.shape[dim]) == x.shape[dim] // 2}, x.dim())

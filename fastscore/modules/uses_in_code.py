@@ -8,7 +8,7 @@ from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
-from fastscore.modules.channel_uses import Position, Use, flag_in, is_size, tensors_in
+from fastscore.modules.channel_uses import Position, Use, flag_in, is_none, is_size, tensors_in
 from fastscore.modules.reachable_code import is_torchs
 from fastscore.modules.tensor_expressions import Step, held_by, inlined, substituted
 
@@ -171,13 +171,14 @@ def _settled(test: ast.expr, answer: bool, local: Sequence[str]) -> Iterator[tup
     elif isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) is answer:
         for each in test.values:
             yield from _settled(each, answer, local)
-    elif _is_settled(test, local):
+    elif _is_settled(test, local) or (isinstance(test, ast.BoolOp) and all(_is_settled(each, local)
+                                                                           for each in test.values)):
         yield test, answer
 
 
 def _is_settled(test: ast.expr, local: Sequence[str]) -> bool:
-    """Whether a condition is a flag of an object, or compares what one holds with names, or with a number that counts
-    nothing: `self.norm == "layer"`, `self.share > 0.0`."""
+    """Whether a condition is a flag of an object, or compares what one holds with names, with None, or with a number
+    that counts nothing: `self.norm == "layer"`, `self.short is None`, `self.share > 0.0`."""
     if isinstance(test, ast.Call):
         kind = isinstance(test.func, ast.Name) and test.func.id == "isinstance" and bool(_of_self(test.args[0]))
         return kind or flag_in(test) is not None
@@ -189,6 +190,7 @@ def _is_settled(test: ast.expr, local: Sequence[str]) -> bool:
             isinstance(part, ast.Tuple | ast.List | ast.expr_context | ast.Attribute)
             or (isinstance(part, ast.Name) and part.id not in local)
             or (isinstance(part, ast.Constant) and isinstance(part.value, str | float))
+            or is_none(part)
             for each in test.comparators for part in ast.walk(each))
 
 

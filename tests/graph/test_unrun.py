@@ -50,6 +50,15 @@ class Shuffle(Net):
         return h.view(n, 2, -1, height, width).transpose(1, 2).flatten(1, 2)
 
 
+class Kept(Net):
+    """What is None until a call keeps something."""
+
+    kept: Tensor | None = None
+
+    def between(self, h: Tensor) -> Tensor:
+        return h if self.kept is None else h.flip(1)
+
+
 class Neighbours(Net):
     def between(self, h: Tensor) -> Tensor:
         if self.other:
@@ -284,6 +293,7 @@ class EinsumWithOwn(Net):
 
 
 STAY: dict[type[Net], str] = {
+    Kept: "h.flip(1)",
     View: "h.view(n, 4, 4, height, width)", Shuffle: "h.view(n, 2, -1, height, width)",
     Neighbours: "h.reshape((n, -1, 4, height, width))", Chunk: "h.chunk(2, 1)", Split: "torch.split(h, [4, 12], dim=1)",
     SplitAlike: "h.split(4, 1)", Unflatten: "h.unflatten(1, (4, -1))", Slice: "h[:, :4]", Half: "h[:, :half]",

@@ -54,6 +54,22 @@ class Share(Net):
         return h
 
 
+class Both(Net):
+    """Layers that the constructor made, which no call takes away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one: nn.Module | None = nn.ReLU()
+        self.two: nn.Module | None = nn.Tanh()
+
+    def between(self, h: Tensor) -> Tensor:
+        if self.one is not None and self.two is not None:
+            h = self.one(h) + self.two(h)
+        else:
+            h = torch.cat([h[:, 8:], h[:, :8]], 1)
+        return h.flip(1) if self.one is None or self.two is None else h
+
+
 class SummedWithOwn(Net):
     """With the parameter that reads them anyway, in another sum of products."""
 
@@ -131,8 +147,8 @@ class SameLayer(Net):
         return self.second(h).mean((2, 3))
 
 
-@pytest.mark.parametrize("kind", [Positions, SomethingElse, Thirds, SameLayer, Chosen, Flagged, Share, SummedWithOwn,
-                                  OfRows])
+@pytest.mark.parametrize("kind", [Positions, SomethingElse, Thirds, SameLayer, Chosen, Flagged, Share, Both,
+                                  SummedWithOwn, OfRows])
 def test_what_means_something_else_does_not(kind: type[Net]) -> None:
     model: Any = noisy(kind)
     scores = fastscore.score(model, [X], progress=False)

@@ -21,7 +21,7 @@ from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.trials.beside import Beside, Key, Places, places_of, replayed, touched
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording, unwrapped
-from fastscore.modules.channel_uses import Dims, Use, flag_in, may_mean, means
+from fastscore.modules.channel_uses import Dims, Use, flag_in, is_none, may_mean, means
 from fastscore.modules.reachable_code import ReachableCode
 from fastscore.modules.tensor_expressions import held_by, value_of
 from fastscore.modules.uses_in_code import uses_in
@@ -149,12 +149,18 @@ def _looked_up(frame: FrameType, use: Use) -> Tensor | None:
 
 
 def _may_be(frame: FrameType, test: ast.expr, answer: bool) -> bool:
-    """Whether a condition has that answer, or may come to it: a flag that only the class has, or training."""
+    """Whether a condition has that answer, or may come to it: a flag that only the class has, training, or a variable
+    that is None until something is kept there."""
+    if isinstance(test, ast.BoolOp):
+        some = all if isinstance(test.op, ast.And) is answer else any
+        return some(_may_be(frame, each, answer) for each in test.values)
     flag = flag_in(test)
     decided = flag is None or (flag != "training" and flag in getattr(frame.f_locals.get("self"), "__dict__", ()))
     if isinstance(test, ast.Compare) and any(isinstance(getattr(each, "value", None), float)
                                              for each in test.comparators):  # what counts channels may become less
         decided = isinstance(value_of(test.left, frame.f_locals, frame.f_globals), float)
+    if isinstance(test, ast.Compare) and any(map(is_none, test.comparators)):
+        decided = isinstance(value_of(test.left, frame.f_locals, frame.f_globals), nn.Module)
     return not decided or bool(value_of(test, frame.f_locals, frame.f_globals)) is answer
 
 
