@@ -10,10 +10,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-ATOMS = (bool, int, float, str, type(None), type, torch.dtype)
-_DICTS = (dict, OrderedDict)
+ATOMS = frozenset((bool, int, float, str, type(None), type, torch.dtype))
+_CONTAINERS = (dict, OrderedDict, list, set)
 _PROTOCOL = {"__reduce_ex__": object.__reduce_ex__, "__reduce__": object.__reduce__, "__new__": object.__new__,
-             "__getattr__": nn.Module.__getattr__, "__setstate__": nn.Module.__setstate__}
+             "__getattr__": nn.Module.__getattr__}
+# that put what they are given into the module, and add what old checkpoints lack
+_RESTORING = (nn.Module.__setstate__, nn.modules.conv._ConvNd.__setstate__, nn.MultiheadAttention.__setstate__)
 _known = WeakKeyDictionary[type[nn.Module], bool]()
 _OF_ITS_OWN = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__", "__slots__")
 
@@ -57,9 +59,21 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if kind in ATOMS:
         return value
-    if kind in _DICTS and not value:
-        return memo.setdefault(id(value), kind())
-    return copy.deepcopy(value, memo)
+    if kind in _CONTAINERS:
+        if not value:
+            return memo.setdefault(id(value), kind())
+        if kind is dict and id(value) not in memo and all(type(key) in ATOMS for key in value):
+            memo[id(value)] = made = {}
+            made.update({key: _copied(each, memo) for key, each in value.items()})
+            return made
+        if kind is list and id(value) not in memo:
+            memo[id(value)] = several = []
+            several.extend([_copied(each, memo) for each in value])
+            return several
+    if kind is tuple and all(type(each) in ATOMS for each in value):
+        return value
+    found = memo.get(id(value))
+    return copy.deepcopy(value, memo) if found is None else found
 
 
 def _is_plain(kind: type[nn.Module]) -> bool:
@@ -71,6 +85,7 @@ def _is_plain(kind: type[nn.Module]) -> bool:
 
 def _has_no_ways_of_its_own(kind: type[nn.Module]) -> bool:
     return all(getattr(kind, name) is method for name, method in _PROTOCOL.items()) and \
+        kind.__setstate__ in _RESTORING and \
         kind not in copyreg.dispatch_table and \
         getattr(kind, "__getstate__", None) is getattr(nn.Module, "__getstate__", None) and \
         not any(name in vars(base) for base in kind.__mro__[:-1] for name in _OF_ITS_OWN)

@@ -30,7 +30,7 @@ def computed_tensors(model: nn.Module) -> list[Tensor]:
     weight_norm computes, what RAFT keeps of its last call."""
     held: list[Any] = list({  # each thing once: all modules of a transformer hold its configuration
         id(value): value for module in model.modules() for name, value in vars(module).items()
-        if type(value) not in ATOMS and (name == "_buffers" or name not in _OF_EVERY_MODULE)}.values())
+        if (name not in _OF_EVERY_MODULE or name == "_buffers") and type(value) not in ATOMS}.values())
     known = (nn.Module, Tensor, type, ModuleType)
     held += [vars(value) for value in held if hasattr(value, "__dict__") and not isinstance(value, known)]
     return [tensor for tensor in tensors_of(held) if not tensor.is_leaf]

@@ -62,11 +62,12 @@ def check_whole(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model: {type(model).__name__}, which torch.jit made, has no layers that could be measured or "
                         "made smaller: pass the nn.Module that it was made from, and script or trace the smaller one")
-    for name, tensor in _held(model):
-        if is_lazy(tensor):
-            owner = model.get_submodule(name.rpartition(".")[0])
-            raise ValueError(f"model: {name} ({type(owner).__name__}) has no shape before the model has run: call it "
-                             "once, model(batch), first")
+    for owner, module in model.named_modules():
+        for key, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
+            if tensor is not None and is_lazy(tensor):
+                name = f"{owner}.{key}".lstrip(".")
+                raise ValueError(f"model: {name} ({type(module).__name__}) has no shape before the model has run: call "
+                                 "it once, model(batch), first")
     for name, parameter in model.named_parameters():
         if parameter.is_meta or parameter.is_inference():
             raise ValueError(f"model: {name} " + (
@@ -88,12 +89,6 @@ def check_whole(model: nn.Module) -> None:
                 "model, options=StateDictOptions(full_state_dict=True)) into a model that is not sharded; or use a "
                 "Scorer in the training loop, with the ChannelGraph that fastscore.graph.tracing.trace found before "
                 "sharding")
-
-
-def _held(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters and buffers of a model, module by module, with their names."""
-    for name, module in model.named_modules():
-        yield from itertools.chain(module.named_parameters(name, False), module.named_buffers(name, False))
 
 
 _blocks: Counter[int] = Counter()  # thread -> blocks of without_checkpoints that it is in

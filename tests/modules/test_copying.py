@@ -20,6 +20,8 @@ class Holds(nn.Module):
         self.others, self.settings = [self.norm, self], {"a": [1], "of": self.again}
         self.first, self.empty = self.norm.running_mean[:2], {}
         self.shared = self.empty
+        self.pairs, self.numbers = {"one": self.others, "sizes": (1, [2])}, {1, 2}
+        self.pairs["itself"] = self.pairs
         self.register_forward_hook(hook)
 
 
@@ -35,6 +37,11 @@ class OfItsOwn(nn.Linear):
 class LeavesOut(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "note"}
+
+
+class Restores(nn.Linear):
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "restored": len(state)})
 
 
 class Slots(nn.Linear):
@@ -55,6 +62,11 @@ def test_a_copy_holds_what_copy_deepcopy_makes() -> None:
     assert held.others[0] is held.norm
     assert held.others[1] is held
     assert held.settings["of"] is held.again
+    assert held.pairs["one"] is held.others
+    assert held.pairs["itself"] is held.pairs
+    assert held.pairs["sizes"][1] is not model[0].pairs["sizes"][1]
+    assert held.numbers == {1, 2}
+    assert held.numbers is not model[0].numbers
     assert held.shared is held.empty is not model[0].empty
     assert held.first.untyped_storage().data_ptr() == held.norm.running_mean.untyped_storage().data_ptr()
     assert list(held._forward_hooks.values()) == [hook]
@@ -71,7 +83,7 @@ def test_what_the_memo_has_stands_for_its_part() -> None:
     assert list(made) == [other, other]
 
 
-@pytest.mark.parametrize("kind", [OfItsOwn, LeavesOut, Slots])
+@pytest.mark.parametrize("kind", [OfItsOwn, LeavesOut, Restores, Slots])
 def test_a_module_with_ways_of_its_own_is_copied_in_its_way(kind: Any) -> None:
     layer = kind(2, 2)
     layer.note = 1

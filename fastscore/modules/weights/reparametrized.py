@@ -25,6 +25,9 @@ def values(layer: nn.Module) -> dict[str, Tensor]:
     Empty where they do nothing, or where that is not all that computes these two, or where it is not the same twice.
     Neither the layer nor what it holds is run or changed.
     """
+    if not layer._forward_pre_hooks and "parametrizations" not in layer._modules and \
+            vars(layer).keys().isdisjoint(_TENSORS):  # as most have none
+        return {}
     made: dict[str, Tensor] = {}
     with torch.no_grad(), suppress(Exception):  # of a user's parametrization
         made = _by_hooks(layer) if not nn.utils.parametrize.is_parametrized(layer) else _by_parametrizations(layer)
