@@ -1,6 +1,8 @@
 """Every test: no deadline for hypothesis, whose examples take as long as the machine is busy; one thread for each of
-several processes (`pytest -n 2`), which would otherwise wait for each other's."""
+several processes (`pytest -n 2`), which would otherwise wait for each other's; and no search for garbage among what was
+imported, a million objects that stay."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -11,6 +13,7 @@ settings.register_profile("untimed", deadline=None, suppress_health_check=[Healt
 settings.load_profile("untimed")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+gc.disable()  # until all is imported
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -18,6 +21,11 @@ def pytest_configure(config: pytest.Config) -> None:
     one process wait for the other."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="module")

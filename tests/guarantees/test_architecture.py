@@ -1,6 +1,7 @@
 """Imports point down: a package of fastscore imports what stands below it, and nothing imports in a circle."""
 
 import ast
+import functools
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ FLOORS = (("wording", "stored_tensors"), ("interrupts", "ops", "files", "rng", "
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
+@functools.cache
 def imports() -> dict[str, set[str]]:
     """File of the library -> the files of the library that it imports, in functions too; dotted, from its top."""
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
