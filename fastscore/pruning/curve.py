@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastscore.arguments import check_number
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.parts import Batch, few_samples, map_tensors
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -212,7 +213,7 @@ def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequ
             rows.append(CurveRow(budget, left["macs"], left["params"], left["channels"], cut, repaired,
                                  "none" if chosen is None else _named(chosen)))
             told.update()
-        own = None if evaluate is None else float(evaluate(dense))
+        own = _metric(evaluate, dense)
     origin = scores.origin
     note = (f"ranked by {origin.importance}" + (f" ({origin.ablation} ablation)" if origin.ablation != "zero" else "")
             + (f"; repaired: {repair}" if repair is not None else "; not repaired"))
@@ -264,5 +265,14 @@ def _named(repair: Any) -> str:
 
 def _point(judge: Judge, result: PruneResult, evaluate: Evaluate | None) -> tuple[Point, Divergence]:
     found = judge(result.model)
-    own = None if evaluate is None else float(evaluate(evaluation_copy(result.model)))
+    own = None if evaluate is None else _metric(evaluate, evaluation_copy(result.model))
     return Point(found.agreement, found.kl, own), found
+
+
+def _metric(evaluate: Evaluate | None, model: nn.Module) -> float | None:
+    """What the user's own function says of a model. Raises TypeError where that is no number."""
+    if evaluate is None:
+        return None
+    value = evaluate(model)
+    check_number("evaluate(model)", value, "0.76")
+    return float(value)

@@ -119,10 +119,20 @@ def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs
                 wanted = ", ".join(f"{name} {share:.4g} of the original" for name, share in targets.items())
                 raise ValueError(f"step {step} of {steps} ({wanted}): {error}{run.lost()}") from error
             if finetune is not None:
-                finetune(run.current)
+                _finetuned(run.current, finetune)
         if resume is not None:
             run.save(resume, same)
     return run.result()
+
+
+def _finetuned(model: nn.Module, finetune: Callable[[nn.Module], object]) -> None:
+    """Raises TypeError where a function returns another model than the one that it was to train: nobody would see it.
+    """
+    returned = finetune(model)
+    if isinstance(returned, nn.Module) and unwrapped(returned) is not model:
+        raise TypeError(f"finetune: it returned another {type(returned).__name__}, where it is meant to train the one "
+                        "that it is given, in place: load what was trained into that, model.load_state_dict(...), and "
+                        "return nothing")
 
 
 def _ignored(model: nn.Module, example: Batch, options: Mapping[str, Any]) -> LayerNames:

@@ -27,8 +27,9 @@ class Divergence:
     several outputs, each by itself; agreement, and how many were compared, is then that of the output that agrees
     least (where that has no decisions, of those that have), and kl the sum of all. commonest: the share of the
     decision that the dense network makes most often. by_error: of outputs that are no decisions: kl is the squared
-    error as a share of the dense output's variance, agreement is 1 - that, R², and decisions is 0. mixed: where some
-    outputs are judged by their error and some are not, what `agreement` is of: "decision" or "error"; empty elsewhere.
+    error as a share of the dense output's variance, agreement is 1 - that, R², and decisions is 0. rows: of such, how
+    many samples (tokens, pixels) there were. mixed: where some outputs are judged by their error and some are not, what
+    `agreement` is of: "decision" or "error"; empty elsewhere.
     """
 
     agreement: float
@@ -38,6 +39,7 @@ class Divergence:
     commonest: float = 0.0
     by_error: bool = False
     mixed: Mixed = ""
+    rows: int = 0
 
     def __str__(self) -> str:
         return figures(self.agreement, self.kl, self.by_error, self.mixed) + \
@@ -45,11 +47,16 @@ class Divergence:
 
     @property
     def one_sided(self) -> str:
-        """What is said where decisions are nearly all alike; empty elsewhere."""
-        each = {name: one for name, one in (self.outputs or {"": self}).items()
-                if one.commonest >= ALIKE and one.decisions > 1}
-        return "".join(f"; the dense network decides alike on {one.commonest:.1%} of these samples"
-                       f"{f' ({name})' if name else ''}, so that agreement says nothing" for name, one in each.items())
+        """What is said where decisions are nearly all alike, or values too few to vary as others do; else empty."""
+        said = ""
+        for name, one in (self.outputs or {"": self}).items():
+            which = f" ({name})" if name else ""
+            if one.commonest >= ALIKE and one.decisions > 1:
+                said += (f"; the dense network decides alike on {one.commonest:.1%} of these samples{which}, so that "
+                         "agreement says nothing")
+            elif one.by_error and one.rows < _MANY:
+                said += f"; the variance is that of {counted(one.rows, 'sample')} alone{which}"
+        return said
 
 
 def of_one_kind(found: Divergence, samples: int) -> str:
@@ -154,7 +161,7 @@ def divergence(dense: Iterable[Outputs], smaller: Iterable[Outputs],
         for name, row in (pair for each in gathered for pair in each.items()):
             _add(sums, name, row)
     if not sums or any(not row.count for row in sums.values()):
-        raise ValueError("outputs: there are none to compare")
+        raise ValueError("outputs: there are none to compare: the batches that judge hold no sample")
     for name, row in sums.items():
         row.samples.check(name, alone=len(sums) == 1)
     found = {name: row.divergence for name, row in sums.items()}
@@ -258,7 +265,7 @@ class _Erred:
         varies = self.scatter > self.count * (self.eps * self.mean).square()
         scale = float(self.scatter[varies].sum()) or self.count * float(self.mean.square().sum())
         share = self.error / scale if scale else math.inf if self.error else 0.0
-        return Divergence(1 - share, share, 0, by_error=True)
+        return Divergence(1 - share, share, 0, by_error=True, rows=self.count)
 
 
 def _add(sums: dict[str, Any], name: str, row: Any) -> None:

@@ -34,6 +34,11 @@ import fastscore
     (lambda m, s: fastscore.prune_iteratively(m, 5, macs=0.5, steps=2, progress=False), "batches"),
     (lambda m, s: fastscore.prune_iteratively(m, [X], macs=0.5, steps=1, finetune=3, progress=False), "finetune"),
     (lambda m, s: fastscore.curve(m, s, [X], macs=0.7, progress=False), "macs"),
+    *((lambda m, s, value=value: fastscore.curve(m, s, [X, -X], macs=(0.7,), repair=None, progress=False,
+                                                 evaluate=lambda model: value), r"evaluate\(model\)")
+      for value in (None, {"top1": 0.7})),
+    (lambda m, s: fastscore.prune_iteratively(m, [X], macs=0.5, steps=1, finetune=lambda model: trained(),
+                                              progress=False), "finetune"),
     (lambda m, s: fastscore.compare(m, [X], ["taylor-sq"], macs=0.7, progress=False), "macs"),
     (lambda m, s: fastscore.Scorer(m, 3), "example_inputs"),
     (lambda m, s: fastscore.Scorer(m, X, output=3), "output"),

@@ -141,6 +141,15 @@ def test_a_network_that_always_decides_alike_is_said() -> None:
     assert not divergence([logits[:1]], [logits[:1]]).one_sided  # a single decision is always like itself
 
 
+def test_values_of_few_samples_are_said() -> None:
+    """Two that lie close together have next to no variance, of which any error is a large share."""
+    values, errors = torch.tensor([[1.0], [1.001]]), torch.tensor([[1.01], [1.0]])
+    found = divergence([values], [errors], errors=[""])
+    assert found.kl > 100
+    assert found.one_sided == "; the variance is that of 2 samples alone"
+    assert not divergence([values.repeat(10, 1)], [errors.repeat(10, 1)], errors=[""]).one_sided
+
+
 def test_a_curve_of_values_says_so() -> None:
     model, batches, scores = made(only("depth"))
     found = fastscore.curve(model, scores, batches, (0.7,), repair=None, forward=only("depth"), progress=False)
