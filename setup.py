@@ -2,7 +2,8 @@
 
 CUDA kernels go into it where nvcc is found, in CUDA_HOME or on the PATH; no GPU is needed, nor a torch with CUDA.
 FASTSCORE_CUDA=0 leaves them out, FASTSCORE_CUDA=1 makes their absence an error; FASTSCORE_CUDA_TARGETS="80 90" builds
-them for these compute capabilities alone, in less time. MAX_JOBS bounds what runs at once.
+them for these compute capabilities alone, in less time. MAX_JOBS bounds what runs at once for CPUs, and for CUDA beside
+it; with MAX_JOBS=1 one comes after the other.
 """
 
 import hashlib
@@ -11,7 +12,8 @@ import re
 import shlex
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -20,9 +22,10 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]  # torch 2.11
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno",
              "-fno-trapping-math", "-Wall", "-Wno-psabi", "-Wno-ignored-attributes"]
-NVCC_FLAGS = ["-O3", "-std=c++20", "--compiler-options", "-fPIC,-fvisibility=hidden,-g0", "--threads", "2"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "--compiler-options", "-fPIC,-fvisibility=hidden,-g0"]
 CUDA_TARGETS = (80, 90, 100, 120)  # compute capabilities
 CUDA_PTX = (80, 120)  # what is compiled when first run: by devices between these, and by what comes after
+JOBS = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
 
 
 def files(*patterns: str) -> list[str]:
@@ -67,17 +70,29 @@ class BuildKernels(BuildExtension):
     that sees torch through its stable ABI alone does not need.
     """
 
+    compiled: "Future[None] | None" = None
+
     def build_extensions(self) -> None:
         nvcc = find_nvcc()
         self.targets = cuda_targets()
         print(f"CUDA kernels: compiled by {nvcc}" if nvcc else "CUDA kernels: left out, as no nvcc is found or wanted")
-        if nvcc:
-            for extension in self.extensions:
-                self.add_cuda(extension, nvcc)
-        super().build_extensions()
+        with ThreadPoolExecutor(1) as beside:
+            if nvcc:
+                self.compiled = beside.submit(self.add_cuda(self.extensions[0], nvcc))
+                if JOBS == 1:
+                    self.compiled.result()
+            super().build_extensions()
 
-    def add_cuda(self, extension: Extension, nvcc: Path) -> None:
-        """Compiles csrc/cuda and links the objects into the extension, with the CUDA runtime as a static library."""
+    def get_libraries(self, ext: Extension) -> list[str]:
+        """Asked for before linking, for which all has to be compiled."""
+        if self.compiled is not None:
+            self.compiled.result()
+        libraries: list[str] = super().get_libraries(ext)
+        return libraries
+
+    def add_cuda(self, extension: Extension, nvcc: Path) -> Callable[[], None]:
+        """What compiles csrc/cuda, in one piece, as most of the time goes into headers; the extension is linked with
+        it, and with the CUDA runtime as a static library."""
         supported = {int(number) for number in re.findall(r"compute_(\d+)", output_of(nvcc, "--list-gpu-arch"))}
         targets = [target for target in self.targets if target in supported]
         flags = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
@@ -87,25 +102,26 @@ class BuildKernels(BuildExtension):
         folder = Path("build", "cuda", hashlib.sha256(repr([nvcc, *NVCC_FLAGS, *flags]).encode()).hexdigest()[:8])
         flags += [f"-isystem={include}" for include in extension.include_dirs]
         headers = [*files("*.h", "cuda/*.h", "cuda/*.cuh"), __file__]
-        newest_header = max(Path(header).stat().st_mtime for header in headers)
+        sources, output = files("cuda/*.cu"), folder / "kernels.o"
+        newest = max(Path(file).stat().st_mtime for file in (*sources, *headers))
 
-        def compile_source(source: str) -> str:
-            output = folder / Path(source).with_suffix(".o").name
-            newest = max(Path(source).stat().st_mtime, newest_header)
+        def compile_sources() -> None:
             if not output.exists() or output.stat().st_mtime < newest:
                 folder.mkdir(parents=True, exist_ok=True)
-                command = [str(nvcc), *NVCC_FLAGS, *flags, "-c", source, "-o", str(output)]
+                together = output.with_suffix(".cu")
+                together.write_text("".join(f'#include "{Path(source).resolve()}"\n' for source in sources))
+                command = [str(nvcc), *NVCC_FLAGS, *flags, "--threads", str(JOBS), "-c", str(together), "-o",
+                           str(output)]
                 print(shlex.join(command), flush=True)
                 subprocess.run(command, check=True)
-            return str(output)
 
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            extension.extra_objects += pool.map(compile_source, files("cuda/*.cu"))
+        extension.extra_objects.append(str(output))
         folders = re.search(r"LIBRARIES=(.*)", output_of(nvcc, "--dryrun", "-x", "cu", os.devnull))
         extension.library_dirs += [flag.removeprefix("-L") for flag in shlex.split(folders[1] if folders else "")]
         extension.libraries += ["cudart_static", "dl", "pthread", "rt"]
         # Its symbols must not meet those of the CUDA runtime that torch loads.
         extension.extra_link_args.append("-Wl,--exclude-libs,libcudart_static.a")
+        return compile_sources
 
 
 setup(
