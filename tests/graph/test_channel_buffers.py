@@ -127,6 +127,39 @@ def test_a_pool_that_holds_its_padding(tmp_path: Path) -> None:
     assert (pool.width, tuple(pool.filt.shape)) == (4, (4, 1, 3, 3))
 
 
+class Looked(nn.Module):
+    """Rows that are scaled where they are looked up, to a length over all channels, and for good."""
+
+    def __init__(self, norm_type: float = 2.0, tied: bool = False) -> None:
+        super().__init__()
+        self.embed, self.places = nn.Embedding(20, 12, max_norm=1.0, norm_type=norm_type), nn.Embedding(6, 12)
+        self.body, self.head = nn.Linear(12, 12), nn.Linear(12, 20 if tied else 4)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x) + self.places(torch.arange(x.shape[1]))
+        return self.head((h + self.body(h.relu())).relu()).mean(1)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0])
+def test_rows_that_no_example_looked_up_are_scaled_over_all_channels(norm_type: float) -> None:
+    torch.manual_seed(0)
+    model, seen = Looked(norm_type).double().eval(), torch.randint(0, 5, (4, 6))
+    with untouched(model):
+        scores = fastscore.score(model, [seen], progress=False)
+        result = fastscore.prune(model, scores, seen, channels=0.5, scope="layer", compensate=False)
+    assert result.model.embed.weight.shape == (20, 6)
+    unseen = torch.randint(5, 20, (4, 6))
+    with torch.no_grad(), fastscore.mask(model, scores, result, seen, compensate=False):
+        torch.testing.assert_close(result.model(unseen), model(unseen))
+
+
+def test_a_head_that_reads_rows_before_they_are_scaled_keeps_them() -> None:
+    graph = trace(Looked(tied=True).eval(), torch.randint(0, 20, (4, 6)))
+    assert "scales rows of its weight when it runs (max_norm)" in graph.skipped["embed"]
+
+
 def test_only_modules_with_one_number_for_each_channel_have_a_width() -> None:
     """Or a filter; and none that Torch-Pruning knows, that holds parameters or modules, or whose buffers differ."""
     def holding(*shapes: tuple[int, ...]) -> nn.Module:

@@ -39,6 +39,8 @@ def surgeon(module: nn.Module) -> Any:
         return _TRANSPOSED
     if channel_norms.norm_of(module) is not None or gated_norms.gated_norm_of(module) is not None:
         return NORMS
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return _SCALED_ROWS
     kind = type_of(module)
     if kind == OPTYPE.IN:
         return _STATISTICS
@@ -150,5 +152,21 @@ class _Norms(tp.function.BasePruningFunc):  # type: ignore[misc]
     get_in_channels = get_out_channels
 
 
+class _ScaledRows(tp.function.EmbeddingPruner):  # type: ignore[misc]
+    """Of embeddings that scale rows to a length, max_norm, over all channels, where they are looked up: they are scaled
+    before any goes. What is left is shorter, and never scaled again."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        embedding = cast(nn.Embedding, layer)
+        weight = embedding.weight.detach().clone()
+        rows = torch.arange(len(weight), device=weight.device)
+        torch.embedding_renorm_(weight, rows, cast(float, embedding.max_norm), embedding.norm_type)
+        embedding.weight = nn.Parameter(weight, embedding.weight.requires_grad)
+        super().prune_out_channels(embedding, idxs)
+        return embedding
+
+    prune_in_channels = prune_out_channels
+
+
 _BUFFERS, _STATISTICS, NORMS, _TRANSPOSED = _Buffers(), _Statistics(), _Norms(), transposed_linear.Surgeon()
-_GROUPED, _GROUP_NORMS = _Grouped(), _GroupNorms()
+_GROUPED, _GROUP_NORMS, _SCALED_ROWS = _Grouped(), _GroupNorms(), _ScaledRows()

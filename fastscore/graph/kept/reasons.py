@@ -72,6 +72,8 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         shared = shared_parameters(layer, owners)
         if member.role == "consumer" and shared == "bias":  # which stays as it is
             shared = ""
+        if shared and getattr(layer, "max_norm", None) is not None:
+            return f"{member.layer} scales rows of its weight when it runs (max_norm), and another layer holds it, too"
         if shared and not _tied_alike(layers, member, members, owners):
             return f"{member.layer} shares its {shared} with another layer"
         if width is not None and units.sections_of(layer, member.role) > 1 and len(member.index) < width:
