@@ -11,7 +11,7 @@ from fastscore.batches.calls import Forward
 from fastscore.batches.parts import Batch, tensors_of
 from fastscore.fastpath.fusion import CLAMPS, clamp_bounds
 from fastscore.fastpath.packed_layers import ClampBounds
-from fastscore.modules.hooks import input_of
+from fastscore.modules.hooks import input_of, put_on
 from fastscore.modules.inspection import hooked
 from fastscore.taps.gates import TapPoint
 from fastscore.taps.measures import SUMS
@@ -54,12 +54,8 @@ def observe(eval_model: nn.Module, taps: Taps, example: Batch, run: Forward) -> 
     if recorder.repeating:
         handles += [eval_model.get_submodule(point.owner(layer)).register_forward_pre_hook(
             recorder.before(layer), with_kwargs=True) for layer, point in taps.points.items()]
-    try:
-        with taps, taps.one_pass(example):
-            output: Tensor = run(eval_model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with put_on(handles), taps, taps.one_pass(example):
+        output: Tensor = run(eval_model, example)
     readers = _readers(output)
     # Σ a·g, Σ g and the mean of a are the same before an up-sampling; powers of a·g are not
     earlier = recorder.earlier(readers) if taps.measure is SUMS else {}

@@ -2,8 +2,7 @@
 
 import itertools
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from fastscore.batches.calls import Forward
 from fastscore.batches.devices import to_dtype
 from fastscore.batches.parts import Batch
+from fastscore.modules.hooks import put_on
 from fastscore.modules.inspection import device_of
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,27 +31,21 @@ def cast(eval_model: nn.Module, dtype: torch.dtype) -> None:
 def check_runs(eval_model: nn.Module, batch: Batch, run: Forward, precision: str) -> None:
     """Raise ValueError, naming the layer, where the copy does not run on `batch` as it was cast."""
     running: list[str] = []
+
+    def leave(*args: object) -> None:
+        running.pop()
+
     handles = []
     for name, module in eval_model.named_modules():
         handles += [module.register_forward_pre_hook(lambda module, args, name=name: running.append(name)),
-                    module.register_forward_hook(_pop(running))]
+                    module.register_forward_hook(leave)]
     try:
-        with torch.no_grad():
+        with put_on(handles), torch.no_grad():
             run(eval_model, batch)
     except (RuntimeError, TypeError) as error:
         name = running[-1] if running else ""
         where = f"{name} ({type(eval_model.get_submodule(name)).__name__})" if name else type(eval_model).__name__
         raise ValueError(f"precision: {where} does not run in {precision}: {error}; use precision=None") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _pop(running: list[str]) -> Callable[[nn.Module, Any, Any], None]:
-    def pop(module: nn.Module, args: Any, output: Any) -> None:
-        running.pop()
-
-    return pop
 
 
 def wrong_convolutions(model: nn.Module, inputs: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> list[str]:

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from fastscore.graph.layer_types import type_of
 from fastscore.graph.trials.differences import all_close
 from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.modules.hooks import OwnHook
+from fastscore.modules.hooks import OwnHook, put_on
 from fastscore.modules.inspection import channel_dim, device_of, parameter_owners
 from fastscore.modules.weights.own_products import OWN
 from fastscore.modules.zero_branch import ONE, SAME, put, put_zeros, resized, windows
@@ -87,13 +88,9 @@ def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[list[Bra
     """
     modules = {name: module for name, module in model.named_modules() if name and not isinstance(module, OWN)}
     calls: dict[str, list[Call | None]] = {name: [] for name in modules}
-    handles = [module.register_forward_hook(note(calls[name]), with_kwargs=True) for name, module in modules.items()]
-    try:
-        with torch.enable_grad():
-            output = run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.enable_grad(), put_on(module.register_forward_hook(partial(note, calls[name]), with_kwargs=True)
+                                     for name, module in modules.items()):
+        output = run(model)
     readers, makers, owners = readers_of(output.grad_fn), makers_of(calls), parameter_owners(model)
     found: dict[Any, Branch] = {}  # by where they are added
     # where a branch is added (of one beside a shortcut, the sum alone) -> what it is called, and why it stays
@@ -314,12 +311,13 @@ def _holder(names: Sequence[str]) -> str:
 def _difference(model: nn.Module, run: Callable[[nn.Module], Tensor], branches: Sequence[Branch]) -> str:
     """Why the branches cannot go; empty where the model runs without them, and computes what it does where they add
     zeros."""
-    handles = [model.get_submodule(branch.name).register_forward_hook(OwnHook(_zeroed)) for branch in branches]
     replaced = {name: model.get_submodule(name) for branch in branches for name in branch.modules}
     try:
         with torch.no_grad():
             rng.start_over(device_of(model))
-            want = run(model)
+            with put_on(model.get_submodule(branch.name).register_forward_hook(OwnHook(_zeroed))
+                        for branch in branches):
+                want = run(model)
             for branch in branches:
                 for name, returns in branch.modules.items():
                     put_zeros(model, name, returns)
@@ -328,8 +326,6 @@ def _difference(model: nn.Module, run: Callable[[nn.Module], Tensor], branches: 
     except Exception as error:  # whatever the model's code does with a module that is not there
         return f"{type(model).__name__} does not run without it ({said(error)})"
     finally:
-        for handle in handles:
-            handle.remove()
         for name, module in replaced.items():
             put(model, name, module)
     same = got.shape == want.shape and all_close(got, want)

@@ -1,11 +1,13 @@
 """Code that writes to a tensor whose values a gradient needs, as `x += branch(norm(x))` does."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastscore.batches.parts import tensors_of, version_of
+from fastscore.modules.hooks import put_on
 
 
 def overwritten(model: nn.Module, run: Callable[[nn.Module], object]) -> str | None:
@@ -17,17 +19,10 @@ def overwritten(model: nn.Module, run: Callable[[nn.Module], object]) -> str | N
     """
     read: list[tuple[str, Tensor, int]] = []
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            read.extend((name, x, version_of(x)) for x in tensors_of((args, kwargs)))
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read.extend((name, x, version_of(x)) for x in tensors_of((args, kwargs)))
 
-        return hook
-
-    handles = [module.register_forward_pre_hook(note(name), with_kwargs=True)
-               for name, module in model.named_modules() if not module._modules]
-    try:
+    with put_on(module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+                for name, module in model.named_modules() if not module._modules):
         run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
     return next((name for name, x, version in read if version_of(x) != version), None)

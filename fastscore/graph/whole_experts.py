@@ -17,7 +17,7 @@ from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup, Member
 from fastscore.graph.trials.differences import all_close
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.modules.hooks import OwnHook
+from fastscore.modules.hooks import OwnHook, put_on
 from fastscore.modules.inspection import device_of
 from fastscore.modules.weights.experts import NAMES, ROUTER, ExpertLinear, RouterLinear
 from fastscore.wording import said
@@ -129,7 +129,6 @@ def _with_counts_above(model: nn.Module, groups: Sequence[ChannelGroup]) -> Chan
 def _difference(model: nn.Module, run: Callable[[nn.Module], Tensor], groups: Sequence[ChannelGroup]) -> str:
     """Why some experts of all groups, or then others, cannot go; empty where the model runs without them, and computes
     what it does where none of them is chosen."""
-    handles: list[Any] = []
     for last in (False, True):
         gone = {}
         for group in groups:
@@ -140,14 +139,11 @@ def _difference(model: nn.Module, run: Callable[[nn.Module], Tensor], groups: Se
                 small = surgery.remove_channels(evaluation_copy(model), groups, gone)
                 rng.start_over(device_of(model))
                 got = run(small)
-                handles += never_chosen(model, groups, gone)
-                rng.start_over(device_of(model))
-                want = run(model)
+                with put_on(never_chosen(model, groups, gone)):
+                    rng.start_over(device_of(model))
+                    want = run(model)
         except Exception as error:  # whatever the model's code does with fewer of them
             return f"{type(model).__name__} does not run with fewer experts ({said(error)})"
-        finally:
-            for handle in handles:
-                handle.remove()
         # a router of fewer rows rounds otherwise
         if got.shape != want.shape or not all_close(got, want, rounding=torch.finfo(want.dtype).eps ** (1 / 3)):
             return f"{type(model).__name__} computes something else with fewer experts"

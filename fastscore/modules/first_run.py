@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from fastscore.batches.calls import Forward, hand_copies_to, is_call_model
 from fastscore.batches.parts import Batch, map_tensors, tensors_of
 from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.hooks import put_on
 from fastscore.modules.inspection import device_of
 from fastscore.modules.undo import undone_on_error
 from fastscore.modules.weights import computed_weights, noted_uses
@@ -114,20 +116,15 @@ def _written(model: nn.Module) -> Iterator[set[str]]:
     to."""
     made, names = list[tuple[str, Tensor, int]](), set[str]()
 
-    def noting(name: str) -> Any:
-        def hook(layer: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.dim() > 2 and not output.is_inference():
-                made.append((name, output, output._version))
+    def note(name: str, layer: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.dim() > 2 and not output.is_inference():
+            made.append((name, output, output._version))
 
-        return hook
-
-    handles = [layer.register_forward_hook(noting(name)) for name, layer in model.named_modules()
-               if type(layer).forward is nn.Linear.forward and layer._parameters.get("bias") is not None]
     try:
-        yield names
+        with put_on(layer.register_forward_hook(partial(note, name)) for name, layer in model.named_modules()
+                    if type(layer).forward is nn.Linear.forward and layer._parameters.get("bias") is not None):
+            yield names
     finally:
-        for handle in handles:
-            handle.remove()
         names |= {name for name, output, version in made if output._version != version}
 
 

@@ -1,7 +1,8 @@
 """Hooks that can be told from the user's."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,19 +52,25 @@ def remove_copied_hooks(model: nn.Module) -> None:
                     module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
+@contextmanager
+def put_on(handles: Iterable[Any]) -> Iterator[None]:
+    """A block at whose end these hooks are taken off."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
 def layers_that(layers: Mapping[str, nn.Module], run: Callable[[], object], do: Callable[[Any, Any], bool]) -> set[str]:
     """Those of which do(args, output) is true of a call in one run."""
     found = set[str]()
 
-    def note(name: str) -> Callable[..., None]:
-        return lambda layer, args, output: found.add(name) if do(args, output) else None
+    def note(name: str, layer: nn.Module, args: Any, output: Any) -> None:
+        if do(args, output):
+            found.add(name)
 
-    handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
-    try:
+    with put_on(layer.register_forward_hook(partial(note, name)) for name, layer in layers.items()):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

@@ -10,6 +10,7 @@ The layer itself is run to find it, so that stride, padding mode, dilation and g
 import copy
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from fastscore.batches.devices import with_float64
 from fastscore.batches.parts import Batch
 from fastscore.graph.groups import ChannelGroup, Role
 from fastscore.modules.attention.windowed_attention import LinearWithoutKeyBias
-from fastscore.modules.hooks import input_of, with_input
+from fastscore.modules.hooks import input_of, put_on, with_input
 from fastscore.modules.inspection import channel_dim, parameter_owners
 from fastscore.modules.norms.channel_norms import norm_of
 from fastscore.modules.norms.gated_norms import gated_norm_of
@@ -167,41 +168,35 @@ def mean_contributions(model: nn.Module, means: Mapping[str, Tensor], example_in
     found: dict[str, list[Tensor]] = defaultdict(list)
     beside: dict[str, dict[str, list[Tensor]]] = defaultdict(dict)  # layer -> adapter -> what that adds in each call
 
-    def contribution_of(name: str, mean: Tensor) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            if is_part(module, args, kwargs) or (isinstance(module, GateLinear) and found[name]):
-                return  # of a state each step makes the same
-            dim, x = channel_dim(module), input_of(args, kwargs)
-            shape = x.shape[1:] if dim % x.dim() else x.shape  # one without a batch has its channels first
-            if not shape.numel():
-                return  # there is no position to average over
-            constant = with_float64(x.new_zeros(2, *shape)).double()  # the second gives the bias
-            constant[0].movedim(dim if dim < 0 else dim - 1, -1).copy_(mean)
-            exact = copy.deepcopy(module).to(constant.device).double()
-            args, kwargs = with_input(args, kwargs, constant)
-            y = type(exact).forward(exact, *args, **kwargs)  # past the hooks
-            added = (y[:1] - y[1:]).movedim(dim, 0).flatten(1).mean(1)
-            if isinstance(module, LinearWithoutKeyBias):
-                added.chunk(3)[1].zero_()
-            found[name].append(added)
+    def contribution_of(name: str, mean: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+                        output: Tensor) -> None:
+        if is_part(module, args, kwargs) or (isinstance(module, GateLinear) and found[name]):
+            return  # of a state each step makes the same
+        dim, x = channel_dim(module), input_of(args, kwargs)
+        shape = x.shape[1:] if dim % x.dim() else x.shape  # one without a batch has its channels first
+        if not shape.numel():
+            return  # there is no position to average over
+        constant = with_float64(x.new_zeros(2, *shape)).double()  # the second gives the bias
+        constant[0].movedim(dim if dim < 0 else dim - 1, -1).copy_(mean)
+        exact = copy.deepcopy(module).to(constant.device).double()
+        args, kwargs = with_input(args, kwargs, constant)
+        y = type(exact).forward(exact, *args, **kwargs)  # past the hooks
+        added = (y[:1] - y[1:]).movedim(dim, 0).flatten(1).mean(1)
+        if isinstance(module, LinearWithoutKeyBias):
+            added.chunk(3)[1].zero_()
+        found[name].append(added)
 
-        return hook
+    def beside_layer(name: str, layer: str, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+                     output: Any) -> None:
+        if found[name] and (added := _through(owner, args, kwargs, name, layer, found[name].pop())) is not None:
+            beside[layer].setdefault(name, []).append(added)
 
-    def beside_layer(name: str, layer: str) -> Any:
-        def hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if found[name] and (added := _through(owner, args, kwargs, name, layer, found[name].pop())) is not None:
-                beside[layer].setdefault(name, []).append(added)
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(contribution_of(name, mean), with_kwargs=True)
+    handles = [model.get_submodule(name).register_forward_hook(partial(contribution_of, name, mean), with_kwargs=True)
                for name, mean in means.items()]
     handles += [model.get_submodule(layer.rpartition(".")[0]).register_forward_hook(
-        beside_layer(name, layer), with_kwargs=True) for name in means if (layer := adapted(name)) is not None]
-    with torch.no_grad():
+        partial(beside_layer, name, layer), with_kwargs=True) for name in means if (layer := adapted(name)) is not None]
+    with put_on(handles), torch.no_grad():
         forward(model, example_inputs)
-    for handle in handles:
-        handle.remove()
     added = {name: torch.stack(calls).mean(0) for name, calls in found.items() if calls}
     for layer, adapters in beside.items():
         more = torch.stack([torch.stack(calls).mean(0) for calls in adapters.values()]).sum(0)
@@ -233,9 +228,8 @@ def _through(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ad
         def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             return (output.movedim(dim, -1) + value).movedim(-1, dim)
 
-        handle = inner.register_forward_hook(add)
-        made: Tensor = type(exact).forward(exact, *args, **kwargs)
-        handle.remove()
+        with put_on([inner.register_forward_hook(add)]):
+            made: Tensor = type(exact).forward(exact, *args, **kwargs)
         return made.movedim(channel_dim(exact.get_submodule(_ADAPTED)), 0).flatten(1).mean(1)
 
     nothing = adding(layer, value.new_zeros(()))

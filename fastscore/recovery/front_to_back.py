@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from fastscore.batches.calls import Forward
 from fastscore.batches.devices import with_float64
 from fastscore.batches.parts import Batch, valid_tokens
 from fastscore.graph.cutting.surgery import RemovedIndices, removed_branches
-from fastscore.modules.hooks import input_of
+from fastscore.modules.hooks import input_of, put_on
 from fastscore.modules.inspection import device_of
 from fastscore.recovery.asymmetric import RIDGES, WIDEST, Joint, bias, error, fit, rescaled
 from fastscore.recovery.calibration import Calibration, Part
@@ -69,26 +70,21 @@ def sites(dense: nn.Module, example: Batch, forward: Forward, removed: RemovedIn
     at_rest = [(module._parameters, name, parameter) for module in dense.modules()
                for name, parameter in module._parameters.items()]
 
-    def hook(name: str) -> Any:
-        def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            x = input_of(args, kwargs)
-            if all(held.get(key) is parameter for held, key, parameter in at_rest) and is_product(layer, x, y):
-                kept = torch.ones(len(weight_rows(layer).flatten(0, 1)), dtype=torch.bool)
-                if (name, "outputs") in removed:
-                    kept[removed[name, "outputs"]] = False
-                norm = normalized_by.get(name)
-                if layer.bias is not None or norm is None or modules[norm].running_mean is None:
-                    norm = None
-                size = sum(tensor.numel() * tensor.element_size() for tensor in (x, y))
-                found[name] = Site(kept, norm, None, size // max(len(x), 1))
+    def look(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        calls[name] = calls.get(name, 0) + 1
+        x = input_of(args, kwargs)
+        if all(held.get(key) is parameter for held, key, parameter in at_rest) and is_product(layer, x, y):
+            kept = torch.ones(len(weight_rows(layer).flatten(0, 1)), dtype=torch.bool)
+            if (name, "outputs") in removed:
+                kept[removed[name, "outputs"]] = False
+            norm = normalized_by.get(name)
+            if layer.bias is not None or norm is None or modules[norm].running_mean is None:
+                norm = None
+            size = sum(tensor.numel() * tensor.element_size() for tensor in (x, y))
+            found[name] = Site(kept, norm, None, size // max(len(x), 1))
 
-        return look
-
-    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
-    beside = shortcuts(dense, lambda: forward(dense, example), normalized_by)
-    for handle in handles:
-        handle.remove()
+    with put_on(layer.register_forward_hook(partial(look, name), with_kwargs=True) for name, layer in layers.items()):
+        beside = shortcuts(dense, lambda: forward(dense, example), normalized_by)
     order = list(found)
     gone = removed_branches(removed)
     lost = [number for number, name in enumerate(order) if (name, "inputs") in removed or gone(name)]

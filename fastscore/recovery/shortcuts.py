@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.batches.parts import version_of
-from fastscore.modules.hooks import input_of
+from fastscore.modules.hooks import input_of, put_on
 from fastscore.recovery.lockstep import Side
 
 _ADDS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
@@ -77,13 +77,8 @@ def shortcuts(model: nn.Module, run: Callable[[], object], normalized_by: Mappin
     leaves = [module for module in names if not list(module.children())]
     handles: list[Any] = [module.register_forward_pre_hook(before, with_kwargs=True) for module in leaves]
     handles += [module.register_forward_hook(after) for module in leaves]
-    additions = _Additions()
-    try:
-        with torch.no_grad(), additions:
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with put_on(handles), torch.no_grad(), _Additions() as additions:
+        run()
     found: dict[str, Shortcut] = {}
     for pair in additions.found:
         for (branch, _), (other, version) in (pair, pair[::-1]):

@@ -16,6 +16,7 @@ from fastscore.graph.cutting.cut_widths import Cut, View, calling_module, callin
 from fastscore.graph.following.asked_sizes import SLICES, SPLITS, VIEWS, ZEROS, AskedSizes
 from fastscore.graph.following.made_tables import MadeTables
 from fastscore.graph.following.nested import Nested
+from fastscore.modules.hooks import put_on
 from fastscore.modules.marked_numbers import Place
 
 _JOINS = (torch.cat, torch.concat, torch.concatenate)
@@ -50,12 +51,8 @@ def states_given(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given.setdefault(module, []).extend(tensors_of((args[1:], kwargs.get("hx"))))
 
-    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
-    try:
+    with put_on(module.register_forward_pre_hook(note, with_kwargs=True) for module in modules):
         yield given
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -66,12 +63,8 @@ def outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[An
     def note(module: nn.Module, args: Any, output: Any) -> None:
         made.setdefault(module, []).append(output.grad_fn if isinstance(output, Tensor) else None)
 
-    handles = [module.register_forward_hook(note) for module in modules]
-    try:
+    with put_on(module.register_forward_hook(note) for module in modules):
         yield made
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class NotedCalls(TorchFunctionMode):

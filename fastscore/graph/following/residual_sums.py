@@ -1,6 +1,6 @@
 """Calls of modules whose output is only added to a stream that their input comes from, in autograd's own graph."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -34,25 +34,22 @@ Readers: TypeAlias = Mapping[Any, Sequence[Any]]
 Makers: TypeAlias = Mapping[Any, Sequence[tuple[int, str]]]
 
 
-def note(calls: list[Call | None]) -> Callable[..., Any]:
+def note(calls: list[Call | None], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+         ) -> Any:
     """A forward hook that keeps each call of a module; None where its output, or what it reads, is not computed."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        first = output[0] if isinstance(output, tuple) and output else output
-        given = [tensor for tensor in tensors_of((args, kwargs)) if tensor.is_floating_point()]
-        if not (isinstance(first, Tensor) and first.grad_fn is not None and first.dim() > 1 and given
-                and given[0].grad_fn is not None and given[0].dtype == first.dtype):
-            calls.append(None)
-            return output
-        if first._is_view():  # of which autograd would lose sight where it is written to
-            first = first.clone()
-            output = (first, *output[1:]) if isinstance(output, tuple) else first
-        calls.append(Call(first.grad_fn, given[0].grad_fn, first.shape, given[0].shape,
-                          len(output) if isinstance(output, tuple) else 0,
-                          sum(tensor.grad_fn is not None for tensor in given) == 1))
+    first = output[0] if isinstance(output, tuple) and output else output
+    given = [tensor for tensor in tensors_of((args, kwargs)) if tensor.is_floating_point()]
+    if not (isinstance(first, Tensor) and first.grad_fn is not None and first.dim() > 1 and given
+            and given[0].grad_fn is not None and given[0].dtype == first.dtype):
+        calls.append(None)
         return output
-
-    return hook
+    if first._is_view():  # of which autograd would lose sight where it is written to
+        first = first.clone()
+        output = (first, *output[1:]) if isinstance(output, tuple) else first
+    calls.append(Call(first.grad_fn, given[0].grad_fn, first.shape, given[0].shape,
+                      len(output) if isinstance(output, tuple) else 0,
+                      sum(tensor.grad_fn is not None for tensor in given) == 1))
+    return output
 
 
 def readers_of(root: Any) -> Readers:

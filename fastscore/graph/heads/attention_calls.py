@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastscore.batches.devices import with_float64
 from fastscore.batches.parts import tensors_of
-from fastscore.modules.hooks import input_of
+from fastscore.modules.hooks import input_of, put_on
 from fastscore.modules.inspection import channel_dim
 
 _TOLERANCE = 0.05  # of a channel's length; bfloat16 rounds to 0.004 of each value
@@ -50,22 +51,15 @@ class Call:
         that are there for this call alone."""
         seen: dict[str, Tensor | None] = dict.fromkeys(layers)
 
-        def see(layer: str) -> Any:
-            def hook(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if seen[layer] is None:
-                    seen[layer] = input_of(args, kwargs).detach().movedim(channel_dim(called), -1)
+        def see(layer: str, called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if seen[layer] is None:
+                seen[layer] = input_of(args, kwargs).detach().movedim(channel_dim(called), -1)
 
-            return hook
-
-        handles = [module.get_submodule(layer).register_forward_pre_hook(see(layer), with_kwargs=True)
+        handles = [module.get_submodule(layer).register_forward_pre_hook(partial(see, layer), with_kwargs=True)
                    for layer in seen] + [*hooks]
         args, kwargs = copy.deepcopy((self.args, self.kwargs))
-        try:
-            with torch.no_grad():
-                module(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with put_on(handles), torch.no_grad():
+            module(*args, **kwargs)
         return seen
 
 
@@ -93,41 +87,32 @@ def record(model: nn.Module, heads: Mapping[str, int], run: Callable[[nn.Module]
     returned: dict[int, tuple[Tensor, str]] = {}  # which are kept, so that no other tensor has their ids
     others: dict[int, tuple[Tensor, dict[str, frozenset[int | str]]]] = {}
 
-    def before(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name in calls.of:
-                calls.again.add(name)
-                if not last:
-                    return
-            given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-            given.pop(next(iter(given), None), None)  # what attends, which may be an image of as many channels
-            handed = {place: returned[id(value)][1] for place, value in given.items()
-                      if id(value) in returned and _is_bias(value, heads[name])}
-            for place, value in given.items():
-                if id(value) not in returned and _is_bias(value, heads[name]):
-                    places = others.setdefault(id(value), (value, {}))[1]
-                    places[name] = places.get(name, frozenset()) | {place}
-            calls.of[name] = Call(*copy.deepcopy((args, kwargs)), frozenset(handed))
-            _join(calls.together, name, handed.values())
+    def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name in calls.of:
+            calls.again.add(name)
+            if not last:
+                return
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        given.pop(next(iter(given), None), None)  # what attends, which may be an image of as many channels
+        handed = {place: returned[id(value)][1] for place, value in given.items()
+                  if id(value) in returned and _is_bias(value, heads[name])}
+        for place, value in given.items():
+            if id(value) not in returned and _is_bias(value, heads[name]):
+                places = others.setdefault(id(value), (value, {}))[1]
+                places[name] = places.get(name, frozenset()) | {place}
+        calls.of[name] = Call(*copy.deepcopy((args, kwargs)), frozenset(handed))
+        _join(calls.together, name, handed.values())
 
-        return hook
+    def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for tensor in tensors_of(output):
+            if _is_bias(tensor, heads[name]):
+                returned.setdefault(id(tensor), (tensor, name))
 
-    def after(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            for tensor in tensors_of(output):
-                if _is_bias(tensor, heads[name]):
-                    returned.setdefault(id(tensor), (tensor, name))
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(before(name), with_kwargs=True) for name in heads]
-    handles += [model.get_submodule(name).register_forward_hook(after(name)) for name in heads]
-    try:
-        with torch.no_grad():
-            run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    modules = {name: model.get_submodule(name) for name in heads}
+    with torch.no_grad(), put_on(handle for name, module in modules.items() for handle in (
+            module.register_forward_pre_hook(partial(before, name), with_kwargs=True),
+            module.register_forward_hook(partial(after, name)))):
+        run(model)
     calls.given = [places for _, places in others.values()]
     return calls
 

@@ -4,6 +4,7 @@ of all go together, with the columns of the embedding that the biases are looked
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,15 +90,12 @@ def _read(recording: Recording, model: nn.Module, group: ChannelGroup, gone: sur
     """What each layer that reads the heads reads in a run of `model`, a copy of the recorded one without `gone`."""
     seen: dict[str, Tensor] = {}
 
-    def see(layer: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.setdefault(layer, input_of(args, kwargs).detach())
-
-        return hook
+    def see(layer: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.setdefault(layer, input_of(args, kwargs).detach())
 
     with ExitStack() as hooks:
         for edge in group.role("consumer"):
-            hooks.enter_context(model.get_submodule(edge.layer).register_forward_pre_hook(see(edge.layer),
+            hooks.enter_context(model.get_submodule(edge.layer).register_forward_pre_hook(partial(see, edge.layer),
                                                                                           with_kwargs=True))
         _run_without(recording, model, gone)
     return seen

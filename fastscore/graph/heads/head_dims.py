@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ def beside(module: nn.Module, dims: ChannelGroup, whole: ChannelGroup, call: Cal
                 for member, index in dims.removed_at(gone):
                     if member.role == "query":
                         layer = dense.get_submodule(member.layer)
-                        hooks.enter_context(layer.register_forward_hook(_times(index, 0.0)))
+                        hooks.enter_context(layer.register_forward_hook(partial(_times, index, 0.0)))
                 want = call.inputs_of(outputs, dense, head_norms.uncounted(dense, whole, heads_gone))
             small = surgery.remove_channels(evaluation_copy(dense), [dims, whole],
                                             {dims.name: gone, whole.name: heads_gone})
@@ -256,7 +257,7 @@ def _difference(dense: nn.Module, group: ChannelGroup, outputs: Sequence[str], c
             for part, factor in scaled:
                 for member, index in part:
                     layer = dense.get_submodule(member.layer)
-                    hooks.enter_context(layer.register_forward_hook(_times(index, factor)))
+                    hooks.enter_context(layer.register_forward_hook(partial(_times, index, factor)))
             return call.inputs_of(outputs, dense)
 
     def differ(found: Mapping[str, Tensor | None], whole: Mapping[str, Tensor | None], gone: Tensor) -> bool:
@@ -309,15 +310,12 @@ def zero_queries(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mapp
     for group in groups:
         for member, index in group.removed_at(removed[group.name]) if group.name in removed else ():
             if member.role == "query":
-                yield model.get_submodule(member.layer).register_forward_hook(OwnHook(_times(index, 0.0)))
+                yield model.get_submodule(member.layer).register_forward_hook(OwnHook(partial(_times, index, 0.0)))
 
 
-def _times(index: Tensor, factor: float) -> Callable[..., Tensor]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        index_there = index.to(output.device)
-        return output.index_copy(-1, index_there, output.index_select(-1, index_there) * factor)
-
-    return hook
+def _times(index: Tensor, factor: float, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    index_there = index.to(output.device)
+    return output.index_copy(-1, index_there, output.index_select(-1, index_there) * factor)
 
 
 def _close(x: Tensor | None, expected: Tensor | None) -> bool:

@@ -5,6 +5,7 @@ import copy
 from collections.abc import Collection, Container, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,11 +59,12 @@ class RunAlone:
                                                    dense.named_parameters() if parameter.is_floating_point()}
             self._weights = {name: self._parameters[f"{name}.weight" if name else "weight"] for name in layers}
             for name, layer in layers.items():
-                hooks.enter_context(layer.register_forward_pre_hook(self._see(name, name in ends), with_kwargs=True))
+                hooks.enter_context(layer.register_forward_pre_hook(partial(self._see, name, name in ends),
+                                                                     with_kwargs=True))
             for name, part in dense.named_modules():
                 found = gated_norms.gated_norm_of(part) or channel_norms.norm_of(part)
                 if found is not None and found.dim == -1:
-                    hooks.enter_context(part.register_forward_hook(self._apart(name), with_kwargs=True))
+                    hooks.enter_context(part.register_forward_hook(partial(self._apart, name), with_kwargs=True))
             args, kwargs = copy.deepcopy((call.args, call.kwargs))
             x = next((x for x in tensors_of((args, tuple(kwargs.values()))) if x.is_floating_point()), None)
             if x is not None and not x.any():  # weights that read zeros show nowhere
@@ -106,25 +108,19 @@ class RunAlone:
         run.makers = [name for name, g in zip(names, of_read, strict=True) if g is not None and name not in after]
         return run
 
-    def _see(self, name: str, is_end: bool) -> Any:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            x = input_of(args, kwargs)
-            if x.dim() >= -channel_dim(layer) and x.grad_fn is not None:
-                self._read.append((name, x.movedim(channel_dim(layer), -1)))
-            return with_input(args, kwargs, x.detach()) if is_end else None
+    def _see(self, name: str, is_end: bool, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = input_of(args, kwargs)
+        if x.dim() >= -channel_dim(layer) and x.grad_fn is not None:
+            self._read.append((name, x.movedim(channel_dim(layer), -1)))
+        return with_input(args, kwargs, x.detach()) if is_end else None
 
-        return hook
-
-    def _apart(self, name: str) -> Any:
-        def hook(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            gated = gated_norms.elementwise(norm, args, kwargs)
-            x = gated if gated is not None else args[0] if args else None
-            if not isinstance(x, Tensor) or not isinstance(output, Tensor) or output.shape != x.shape:
-                return None
-            ones = self._norms.setdefault(name, output.new_ones(output.shape[-1]).requires_grad_())
-            return (x + (output - x).detach()) * ones  # without its statistics, which read all heads
-
-        return hook
+    def _apart(self, name: str, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        gated = gated_norms.elementwise(norm, args, kwargs)
+        x = gated if gated is not None else args[0] if args else None
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor) or output.shape != x.shape:
+            return None
+        ones = self._norms.setdefault(name, output.new_ones(output.shape[-1]).requires_grad_())
+        return (x + (output - x).detach()) * ones  # without its statistics, which read all heads
 
 
 class _Products(TorchFunctionMode):

@@ -10,6 +10,7 @@ from torch import nn
 from fastscore.graph.following.cuts import LAYERS
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.layer_types import type_of
+from fastscore.modules.hooks import put_on
 
 
 def callable_layers(model: nn.Module) -> set[str]:
@@ -27,13 +28,12 @@ def as_in_training(model: nn.Module, trained: bool = True) -> Iterator[list[Any]
     the list."""
     containers = [module for module in model.modules() if any(module.children())]
     returned: list[Any] = []
-    handle = model.register_forward_hook(lambda module, args, output: returned.append(output))
     for module in containers:
         module.training = trained
     try:
-        yield returned
+        with put_on([model.register_forward_hook(lambda module, args, output: returned.append(output))]):
+            yield returned
     finally:
-        handle.remove()
         for module in containers:
             module.training = False
 

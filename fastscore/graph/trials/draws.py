@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from fastscore import rng
 from fastscore.graph.trials.differences import all_close
+from fastscore.modules.hooks import put_on
 from fastscore.modules.inspection import device_of
 
 _NAMED = 3  # of the modules, in a warning
@@ -53,21 +55,14 @@ def _noting(model: nn.Module, device: torch.device, drawn: dict[str, None]) -> I
             seen[:] = now
             drawn.setdefault(inside[-1] if inside else "")
 
-    def enter(name: str) -> Callable[..., None]:
-        def hook(*args: Any) -> None:
-            look()
-            inside.append(name)
-
-        return hook
+    def enter(name: str, *args: Any) -> None:
+        look()
+        inside.append(name)
 
     def leave(*args: Any) -> None:
         look()
         inside.pop()
 
-    handles = [handle for name, module in model.named_modules() for handle in (
-        module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave))]
-    try:
+    with put_on(handle for name, module in model.named_modules() for handle in (
+            module.register_forward_pre_hook(partial(enter, name)), module.register_forward_hook(leave))):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

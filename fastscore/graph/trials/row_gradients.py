@@ -25,8 +25,6 @@ from fastscore.modules.weights.experts import ExpertLinear
 _CONVOLUTIONS: dict[Any, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     nn.Conv1d: (F.conv1d, F.conv_transpose1d), nn.Conv2d: (F.conv2d, F.conv_transpose2d),
     nn.Conv3d: (F.conv3d, F.conv_transpose3d)}  # and its backward pass
-
-
 _PRODUCTS = {"MmBackward0", "AddmmBackward0", "LinearBackward0"}
 _AROUND = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AddBackward0"}
 
@@ -39,8 +37,9 @@ def rows_alone(model: nn.Module, values: bool = True, known: KnownSamples | None
     gains = torch.Generator().manual_seed(0)
     makers = {name: partial(type(layer).forward, layer) if known is None else partial(known.product, name, layer)
               for name, layer in model.named_modules() if _is_known(layer)}
-    forwards = {name: _forward_of(model.get_submodule(name), make, gains, values) for name, make in makers.items()}
-    forwards |= {name: _own_forward_of(layer, gains) for name, layer in model.named_modules() if isinstance(
+    forwards = {name: partial(_forward, model.get_submodule(name), make, gains, values)
+                for name, make in makers.items()}
+    forwards |= {name: partial(_own_forward, layer, gains) for name, layer in model.named_modules() if isinstance(
         layer, nn.Linear) and plain_kind(layer) is None and "forward" not in vars(layer)}
     with replaced(model, forwards):
         yield
@@ -55,34 +54,29 @@ def _is_known(layer: nn.Module) -> bool:
     return kind is not None and issubclass(kind, nn.Linear) and "forward" not in vars(layer)
 
 
-def _forward_of(layer: Any, make: Callable[..., Tensor], gains: torch.Generator, values: bool) -> Callable[..., Any]:
+def _forward(layer: Any, make: Callable[..., Tensor], gains: torch.Generator, values: bool, /, *args: Any,
+             **kwargs: Any) -> Any:
     """make: makes the layer's output. gains: each call has its own, so that what comes back from several to what they
     all read does not cancel out."""
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args and not kwargs and reads_one(layer, args, kwargs) else None
-        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and _is_plain(x) and \
-                (isinstance(layer, nn.Linear) or x.dim() == len(layer.kernel_size) + 2):
-            own = values or not _has_room(layer, x) or torch.is_autocast_enabled(x.device.type)
-            made = _RowsAlone.apply(x, layer, 0.5 + float(torch.rand((), generator=gains)), make if own else None,
-                                    args[1:])
-            return made * (args[1] < len(layer.weight))[:, None] if isinstance(layer, ExpertLinear) else made
-        return make(*args, **kwargs)
-
-    return forward
+    x = args[0] if args and not kwargs and reads_one(layer, args, kwargs) else None
+    if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and _is_plain(x) and \
+            (isinstance(layer, nn.Linear) or x.dim() == len(layer.kernel_size) + 2):
+        own = values or not _has_room(layer, x) or torch.is_autocast_enabled(x.device.type)
+        made = _RowsAlone.apply(x, layer, 0.5 + float(torch.rand((), generator=gains)), make if own else None,
+                                args[1:])
+        return made * (args[1] < len(layer.weight))[:, None] if isinstance(layer, ExpertLinear) else made
+    return make(*args, **kwargs)
 
 
-def _own_forward_of(layer: Any, gains: torch.Generator) -> Callable[..., Any]:
+def _own_forward(layer: Any, gains: torch.Generator, /, *args: Any, **kwargs: Any) -> Any:
     """The same of a Linear of a class of its own, where its code does nothing but multiply by its weight."""
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        made = type(layer).forward(layer, *args, **kwargs)
-        x = args[0] if len(args) == 1 and not kwargs else None
-        if isinstance(x, Tensor) and isinstance(made, Tensor) and x.requires_grad and torch.is_grad_enabled() and \
-                _is_plain(x) and made.shape[:-1] == x.shape[:-1] and _runs_through_products(made, x) and \
-                _is_product(layer, x, made):
-            return _RowsAlone.apply(x, layer, 0.5 + float(torch.rand((), generator=gains)), lambda x: made.detach(), ())
-        return made
-
-    return forward
+    made = type(layer).forward(layer, *args, **kwargs)
+    x = args[0] if len(args) == 1 and not kwargs else None
+    if isinstance(x, Tensor) and isinstance(made, Tensor) and x.requires_grad and torch.is_grad_enabled() and \
+            _is_plain(x) and made.shape[:-1] == x.shape[:-1] and _runs_through_products(made, x) and \
+            _is_product(layer, x, made):
+        return _RowsAlone.apply(x, layer, 0.5 + float(torch.rand((), generator=gains)), lambda x: made.detach(), ())
+    return made
 
 
 def _is_product(layer: nn.Module, x: Tensor, made: Tensor) -> bool:
@@ -179,16 +173,13 @@ def _likely(layer: Any, x: Tensor) -> Tensor:
 def likely_numbers(model: nn.Module) -> Iterator[None]:
     """In the block, plain layers of `model` make numbers like those that they read, at next to no cost: whether code
     runs with as many channels as there are, these show as well."""
-    def forward_of(layer: Any) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            x = args[0] if len(args) == 1 and not kwargs else None
-            if isinstance(x, Tensor) and _is_plain(x) and _multiplies(layer, x):
-                return _likely(layer, x)
-            return type(layer).forward(layer, *args, **kwargs)
+    def forward(layer: Any, /, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if isinstance(x, Tensor) and _is_plain(x) and _multiplies(layer, x):
+            return _likely(layer, x)
+        return type(layer).forward(layer, *args, **kwargs)
 
-        return forward
-
-    with replaced(model, {name: forward_of(layer) for name, layer in model.named_modules() if _is_known(layer)
+    with replaced(model, {name: partial(forward, layer) for name, layer in model.named_modules() if _is_known(layer)
                           and not isinstance(layer, ExpertLinear)}):
         yield
 
@@ -197,19 +188,16 @@ def likely_numbers(model: nn.Module) -> Iterator[None]:
 def rows_shown(model: nn.Module) -> Iterator[None]:
     """In the block, gradients come back through layers of `model` that multiply by a weight without zeros to what they
     would: to each row and column of the weight, and each input, as numbers that are zero where those are."""
-    def forward_of(layer: Any) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            x = args[0] if len(args) == 1 and not kwargs else None
-            if isinstance(x, Tensor) and _is_plain(x):
-                with torch.no_grad():
-                    made = type(layer).forward(layer, x)
-                if is_product(layer, x, made):
-                    return _RowsShown.apply(x, layer.weight, layer._parameters["bias"], made)
-            return type(layer).forward(layer, *args, **kwargs)
+    def forward(layer: Any, /, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if isinstance(x, Tensor) and _is_plain(x):
+            with torch.no_grad():
+                made = type(layer).forward(layer, x)
+            if is_product(layer, x, made):
+                return _RowsShown.apply(x, layer.weight, layer._parameters["bias"], made)
+        return type(layer).forward(layer, *args, **kwargs)
 
-        return forward
-
-    with replaced(model, {name: forward_of(layer) for name, layer in model.named_modules() if isinstance(
+    with replaced(model, {name: partial(forward, layer) for name, layer in model.named_modules() if isinstance(
             layer, nn.Linear) and isinstance(layer._parameters.get("weight"), nn.Parameter)
             and "forward" not in vars(layer)}):
         yield

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from fastscore.graph.routing import Decisions
 from fastscore.graph.trials.differences import largest_magnitude
 from fastscore.graph.trials.known_samples import KnownSamples
 from fastscore.graph.trials.row_gradients import rows_alone
-from fastscore.modules.hooks import input_of, with_input
+from fastscore.modules.hooks import input_of, put_on, with_input
 from fastscore.modules.inspection import device_of
 from fastscore.modules.weights import recurrent
 from fastscore.wording import counted
@@ -103,12 +104,9 @@ def _watching(model: nn.Module, watched: Mapping[str, Watched], trial: Trial) ->
         watched: Tensor = _Watch.apply(x, trial.anchor.to(x.device), trial.sent, call, what.output)
         return watched
 
-    def on_input(layer: str, what: Watched) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            x = input_of(args, kwargs)
-            return None if recurrent.at_no_step(module, x) else with_input(args, kwargs, seen(layer, x, what))
-
-        return hook
+    def on_input(layer: str, what: Watched, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = input_of(args, kwargs)
+        return None if recurrent.at_no_step(module, x) else with_input(args, kwargs, seen(layer, x, what))
 
     def on_output(layer: str, what: Watched) -> Callable[..., Any]:
         return lambda module, args, output: (seen(layer, output[0], what), *output[1:]) \
@@ -122,12 +120,9 @@ def _watching(model: nn.Module, watched: Mapping[str, Watched], trial: Trial) ->
     for layer, what in watched.items():
         module = model.get_submodule(what.module or layer)
         handles.append(module.register_forward_hook(on_output(layer, what)) if what.output else
-                       module.register_forward_pre_hook(on_input(layer, what), with_kwargs=True))
-    try:
+                       module.register_forward_pre_hook(partial(on_input, layer, what), with_kwargs=True))
+    with put_on(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Watch(torch.autograd.Function):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastscore.modules.hooks import input_of
+from fastscore.modules.hooks import input_of, put_on
 from fastscore.modules.norms.gated_norms import elementwise, gated_norm_of
 
 
@@ -17,11 +17,7 @@ def skipped(*models: nn.Module) -> Iterator[None]:
     def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         return input_of(args, kwargs) if isinstance(module, nn.GroupNorm) else elementwise(module, args, kwargs)
 
-    handles = [module.register_forward_hook(skip, with_kwargs=True)
-               for module in {module for model in models for module in model.modules()}
-               if isinstance(module, nn.GroupNorm) or gated_norm_of(module) is not None]
-    try:
+    with put_on(module.register_forward_hook(skip, with_kwargs=True)
+                for module in {module for model in models for module in model.modules()}
+                if isinstance(module, nn.GroupNorm) or gated_norm_of(module) is not None):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,20 +101,14 @@ def counting(model: nn.Module) -> Iterator[Counting]:
     known = FlopCounterMode(display=False, custom_mapping=mac_formulas.formulas()).flop_registry
     products = _Products(known, WeightProducts(model), running, computing)
 
-    def entering(name: str) -> Callable[..., None]:
-        def hook(*args: object) -> None:
-            running.append(name)
-            products.last = 0
-            counted.layers[name] -= products.flops / 2
+    def entering(name: str, *args: object) -> None:
+        running.append(name)
+        products.last = 0
+        counted.layers[name] -= products.flops / 2
 
-        return hook
-
-    def leaving(name: str) -> Callable[..., None]:
-        def hook(*args: object) -> None:
-            del running[len(running) - 1 - running[::-1].index(name):]  # and those that an exception left
-            counted.layers[name] += products.flops / 2
-
-        return hook
+    def leaving(name: str, *args: object) -> None:
+        del running[len(running) - 1 - running[::-1].index(name):]  # and those that an exception left
+        counted.layers[name] += products.flops / 2
 
     with ExitStack() as attached:
         for handle in multihead_attention.replace_attention(model):
@@ -122,8 +117,8 @@ def counting(model: nn.Module) -> Iterator[Counting]:
         attached.enter_context(recurrent.exact_rows(model))
         for name, module in model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):  # which has no such hooks
-                attached.enter_context(module.register_forward_pre_hook(entering(name)))
-                attached.enter_context(module.register_forward_hook(leaving(name)))
+                attached.enter_context(module.register_forward_pre_hook(partial(entering, name)))
+                attached.enter_context(module.register_forward_hook(partial(leaving, name)))
         with products:
             yield counted
     counted.macs = products.flops // 2

@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,19 +23,16 @@ def layer_seconds(model: nn.Module, names: Iterable[str], example_inputs: Batch,
     names = [name for name in names if name in modules]
     rounds: dict[str, list[float]] = {name: [] for name in names}
 
-    def clock(sign: int, name: str) -> Callable[..., None]:
-        def hook(*args: object) -> None:
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-            rounds[name][-1] += sign * time.perf_counter()
-
-        return hook
+    def clock(sign: int, name: str, *args: object) -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        rounds[name][-1] += sign * time.perf_counter()
 
     with torch.no_grad(), ExitStack() as attached:
         for name in names:
             layer = modules[name]
-            attached.enter_context(layer.register_forward_pre_hook(clock(-1, name)))
-            attached.enter_context(layer.register_forward_hook(clock(1, name)))
+            attached.enter_context(layer.register_forward_pre_hook(partial(clock, -1, name)))
+            attached.enter_context(layer.register_forward_hook(partial(clock, 1, name)))
         for _ in range(1 + _ROUNDS):  # the first one warms up
             for row in rounds.values():
                 row.append(0.0)
