@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastscore.batches.calls import Forward
 from fastscore.batches.parts import Batch, map_tensors, tensors_of
 from fastscore.graph.groups import ChannelGraph
+from fastscore.modules.copying import own_attributes
 from fastscore.modules.hooks import OwnHook
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
@@ -76,8 +77,7 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
     hooks = [id(hook) for hooks in (module._forward_pre_hooks, module._forward_hooks) for hook in hooks.values()
              if not isinstance(hook, OwnHook)]
     # Whatever else a forward may read: settings by value, lists of them too, all else by what object it is.
-    own = [(name, _value(value)) for name, value in vars(module).items()
-           if name != "training" and not (name.startswith("_") and name in _OF_EVERY_MODULE)]
+    own = [(name, _value(value)) for name, value in own_attributes(module).items()]
     return held, hooks, own, id(inspect.getattr_static(type(module), "forward"))
 
 
@@ -85,9 +85,6 @@ def _shape_or_flag(tensor: Tensor) -> Any:
     """The shape; of a single flag, as FakeQuantize has them, what it says."""
     flag = tensor.shape == (1,) and not tensor.is_floating_point() and not tensor.is_complex() and not tensor.is_meta
     return (tensor.shape, int(tensor)) if flag else tensor.shape
-
-
-_OF_EVERY_MODULE = set(vars(nn.Module()))
 
 
 def _value(value: object) -> Any:

@@ -19,13 +19,11 @@ from fastscore.graph import (
     blocks,
     cache,
     computed_in_run,
-    in_place,
     scored_units,
     state_spaces,
     traced_groups,
     whole_experts,
 )
-from fastscore.graph.counted_run import CountedRun
 from fastscore.graph.cutting import own_tensors
 from fastscore.graph.following import dependencies, nested, nodes
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
@@ -53,6 +51,7 @@ from fastscore.modules import counted_samples
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.first_run import check_first_run
 from fastscore.modules.inspection import device_of
+from fastscore.modules.macs.counting import CountedRun
 from fastscore.modules.weights import recurrent
 from fastscore.modules.wrappers import unwrapped, without_checkpoints
 from fastscore.progress import working
@@ -154,8 +153,10 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
         del recording
         found = replace(found, groups=traced_groups.all_held(eval_model, found.groups),
                         head_dims=traced_groups.all_held(eval_model, found.head_dims))
+        # how users call a model that `forward` calls without a cache
+        with_cache = getattr(forward, "with_cache", lambda *_: None)(model, example_inputs)
         found = returned_trial.offered(model, eval_model, computed_in_run.less(eval_model, found), run,
-                                       run_as_in_training, _with_cache(model, example_inputs, forward), tried)
+                                       run_as_in_training, with_cache, tried)
         samples = example_inputs if samples is None else map_tensors(_to_try, samples)
         try:
             axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples, example_inputs,
@@ -163,7 +164,7 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
-            layer = in_place.overwritten(eval_model, run)
+            layer = running.overwritten(eval_model, run)
             raise ValueError(f"{type(model).__name__}: its code writes in place to what {layer or 'an operation'} has "
                              "read, so that no gradient can be computed, here or in training: write "
                              "`x = x + branch(x)`, where it says `x += branch(x)`") from error
@@ -172,12 +173,6 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained), taken)
     axes = replace(axes, transposing=samples_second.transposing(forward, samples))
     return replace(graph, samples=axes, searched=searched, **counted.products(axes.batch))
-
-
-def _with_cache(model: nn.Module, batch: Batch, forward: Forward) -> Callable[[nn.Module], object] | None:
-    """How users call a model that `forward` calls without a cache, as its `with_cache` says; None where it has none."""
-    call: Callable[[nn.Module], object] | None = getattr(forward, "with_cache", lambda *_: None)(model, batch)
-    return call
 
 
 def _to_try(tensor: Tensor) -> Tensor:

@@ -18,6 +18,12 @@ _PROTOCOL = {"__reduce_ex__": object.__reduce_ex__, "__reduce__": object.__reduc
 _RESTORING = (nn.Module.__setstate__, nn.modules.conv._ConvNd.__setstate__, nn.MultiheadAttention.__setstate__)
 _known = WeakKeyDictionary[type[nn.Module], bool]()
 _OF_ITS_OWN = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__", "__slots__")
+_OF_EVERY_MODULE = set(vars(nn.Module()))
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module has beside what every module has: settings, mostly."""
+    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
 
 
 def deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:

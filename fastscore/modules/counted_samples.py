@@ -1,8 +1,6 @@
 """Whether a model's code goes another way by how many samples there are: `if len(x) > 4:`, `if x.shape[0] == 1:`."""
 
 import ast
-import inspect
-import textwrap
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from functools import cache
@@ -10,7 +8,7 @@ from types import FunctionType
 
 from torch import nn
 
-from fastscore.modules.reachable_code import functions_in, is_torchs
+from fastscore.modules.reachable_code import functions_in, is_torchs, tree_of
 
 
 def branches(model: nn.Module) -> bool:
@@ -33,9 +31,7 @@ def branches(model: nn.Module) -> bool:
 
 @cache
 def _compares(function: FunctionType) -> bool:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # of which nothing says what it does
+    if (tree := tree_of(function)) is None:
         return False
     more = {node.arg for at in ast.walk(tree) if isinstance(at, ast.arguments)
             for node in (at.vararg, at.kwarg) if node}

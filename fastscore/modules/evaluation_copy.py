@@ -1,6 +1,7 @@
 """The evaluation copy: a model that shares the parameters of the user's, and may be changed at will."""
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from fastscore.batches.parts import tensors_of
 from fastscore.modules import scripted
 from fastscore.modules.attention import multihead_attention
-from fastscore.modules.copying import ATOMS, deepcopy
+from fastscore.modules.copying import ATOMS, deepcopy, own_attributes
 from fastscore.modules.modes import enter_evaluation
 from fastscore.modules.weights import (
     called_layers,
@@ -22,15 +23,13 @@ from fastscore.modules.weights import (
 )
 from fastscore.modules.wrappers import check_whole
 
-_OF_EVERY_MODULE = set(vars(nn.Module()))
-
 
 def computed_tensors(model: nn.Module) -> list[Tensor]:
     """The tensors with a history that modules hold, in plain objects too, and copy.deepcopy() refuses: a weight that
     weight_norm computes, what RAFT keeps of its last call."""
     held: list[Any] = list({  # each thing once: all modules of a transformer hold its configuration
-        id(value): value for module in model.modules() for name, value in vars(module).items()
-        if (name not in _OF_EVERY_MODULE or name == "_buffers") and type(value) not in ATOMS}.values())
+        id(value): value for module in model.modules() for value in (module._buffers, *own_attributes(module).values())
+        if type(value) not in ATOMS}.values())
     known = (nn.Module, Tensor, type, ModuleType)
     held += [vars(value) for value in held if hasattr(value, "__dict__") and not isinstance(value, known)]
     return [tensor for tensor in tensors_of(held) if not tensor.is_leaf]
@@ -117,16 +116,10 @@ def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
     eval_model = deepcopy(model, shared)
     computed_weights.mark_copies(model, eval_model)
     enter_evaluation(eval_model)
-    for calls in called_layers.replace(eval_model, model):
-        calls.make_permanent()
-    for products in own_products.replace(eval_model, model):
-        products.make_permanent()
-    for norms in own_norms.replace(eval_model, model):
-        norms.make_permanent()
-    for handle in multihead_attention.replace_attention(eval_model):
+    of_what_was_noted = (weights.replace(eval_model, model) for weights in (called_layers, own_products, own_norms))
+    for handle in itertools.chain(*of_what_was_noted, multihead_attention.replace_attention(eval_model),
+                                  held_weights.replace(eval_model)):
         handle.make_permanent()
-    for parameters in held_weights.replace(eval_model):
-        parameters.make_permanent()
     for module in filter(transposed_linear.is_transposed, list(eval_model.modules())):
         transposed_linear.become_linear(module)
     for module in eval_model.modules() if plain else ():

@@ -11,15 +11,15 @@ from torch.overrides import TorchFunctionMode
 
 from fastscore.batches.calls import Forward, hand_copies_to, is_call_model
 from fastscore.batches.parts import Batch, map_tensors, tensors_of
+from fastscore.modules.copying import own_attributes
 from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.handles import undone_on_error
 from fastscore.modules.hooks import put_on
 from fastscore.modules.inspection import device_of
-from fastscore.modules.undo import undone_on_error
 from fastscore.modules.weights import computed_weights, noted_uses
 from fastscore.modules.wrappers import without_checkpoints
 from fastscore.rng import fork_rng
 
-_OF_EVERY_MODULE = set(vars(nn.Module())) - {"_buffers"}
 # what these return is of no use to compute with, unless it is a tensor: shapes, dtypes, devices
 _LOOKS = {"__get__", "size", "dim", "stride", "numel", "__len__", "is_floating_point", "is_complex", "data_ptr"}
 
@@ -134,7 +134,7 @@ def _named_tensors(model: nn.Module) -> dict[int, str]:
 
 def _values(module: nn.Module) -> dict[tuple[str, Any], Any]:
     """(attribute of a module's own, key in it or None) -> what lies there."""
-    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    own = {"_buffers": module._buffers, **own_attributes(module)}
     found: dict[tuple[str, Any], Any] = {(name, None): value for name, value in own.items()}
     for name, value in own.items():
         inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()

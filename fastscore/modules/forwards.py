@@ -10,6 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.modules import frames
+from fastscore.modules.handles import Handle
 from fastscore.modules.wrappers import without_checkpoints
 
 F = TypeVar("F", bound="Forward")
@@ -54,7 +55,7 @@ class Forward:
         return (getattr, (self.module, "forward")) if self.before is None else (_itself, (self.before,))
 
 
-class ForwardWithin(Forward):
+class ForwardWithin(Forward, Handle):
     """Of a module whose code runs in a block of its own. permanent: whether it stays there for good."""
 
     permanent = False
@@ -70,6 +71,12 @@ class ForwardWithin(Forward):
             return self.run(module, *args, **kwargs)
         with self.block(module), without_checkpoints():  # which would run a part of this code again, outside
             return self.run(module, *args, **kwargs)
+
+    def remove(self) -> None:
+        self.leave()
+
+    def make_permanent(self) -> None:
+        self.permanent = True
 
 
 class InThePlaceOfForwards(TorchFunctionMode):

@@ -77,6 +77,14 @@ class ReachableCode:
         return self._sources[function]
 
 
+def tree_of(function: Any) -> ast.Module | None:
+    """What a function says; None where nothing says that."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # as of one that was not written in a file
+        return None
+
+
 def functions_in(value: Any) -> Iterator[FunctionType]:
     """The functions, written in Python, that run where a method, property or decorated function is taken."""
     value = inspect.unwrap(value) if callable(value) and not isinstance(value, type) else value

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches.parts import tensors_of
-from fastscore.modules.attention.encoder_layer import call_layers
 from fastscore.modules.inspection import channel_dim
 
 
@@ -141,7 +140,7 @@ def put_zeros(model: nn.Module, name: str, returns: int) -> None:
     for key, value in vars(old).items():  # such as batch_first, by which code around it decides
         if isinstance(value, bool) and not hasattr(zeros, key):
             setattr(zeros, key, value)
-    call_layers(model, name)
+    _call_layers(model, name)
     put(model, name, zeros.train(old.training))
 
 
@@ -149,3 +148,29 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where that name stands, in place."""
     path, _, key = name.rpartition(".")
     model.get_submodule(path)._modules[key] = module
+
+
+class EncoderLayer(nn.TransformerEncoderLayer):
+    """What nn.TransformerEncoderLayer computes, of any modules in the place of its own; whose own code reads
+    its layers in one fused kernel where it can."""
+
+    def forward(self, src: Tensor, src_mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None,
+                is_causal: bool = False) -> Tensor:
+        """As nn.TransformerEncoderLayer.forward."""
+        masks = (src_mask, src_key_padding_mask, is_causal)
+        if self.norm_first:
+            x: Tensor = src + self._sa_block(self.norm1(src), *masks)
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(src + self._sa_block(src, *masks))
+        made: Tensor = self.norm2(x + self._ff_block(x))
+        return made
+
+
+def _call_layers(model: nn.Module, name: str) -> None:
+    """Have what holds the module of that name, of PyTorch's own encoder, call it rather than read it, in place."""
+    outer = [model.get_submodule(name[:end]) for end, sign in enumerate(name) if sign == "."]
+    for module in (model, *outer):
+        if type(module) is nn.TransformerEncoderLayer:
+            module.__class__ = EncoderLayer
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # only its layers' fused path takes nested ones

@@ -18,9 +18,9 @@ from fastscore.graph.cutting.surgery import (
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.modules import frames
 from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.handles import undone_on_error
 from fastscore.modules.macs.counting import Count, count
 from fastscore.modules.modes import evaluating
-from fastscore.modules.undo import undone_on_error
 from fastscore.modules.weights import held_weights
 from fastscore.modules.weights.computed_weights import computed_weights, make_plain
 from fastscore.modules.weights.own_layers import own_layer

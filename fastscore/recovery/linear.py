@@ -47,7 +47,7 @@ def estimate_inputs(moments: Moments, removed: Tensor, ridge: float) -> InputEst
     if ridge != math.inf:
         for block, (c, keep) in enumerate(zip(covariance, kept, strict=True)):
             if keep.any() and not keep.all():
-                mixing[block][(~keep)[:, None] & keep] = _regression(c, keep, ridge).flatten()
+                mixing[block][(~keep)[:, None] & keep] = solve(c[keep][:, keep], c[~keep][:, keep], ridge).flatten()
     constant = torch.zeros(moments.index.numel(), dtype=torch.float64)
     rest = moments.mean - moments.mean @ mixing.transpose(1, 2)
     constant[moments.index.flatten()] = torch.where(kept[:, None], 0.0, rest).flatten()
@@ -94,8 +94,3 @@ def solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     weights = torch.where(usable, 1 / (values + ridge).clamp(min=1e-150), 0.0)
     found: Tensor = (cross @ vectors * weights[..., None, :]) @ vectors.mT
     return found * inverse[..., None, :]
-
-
-def _regression(covariance: Tensor, keep: Tensor, ridge: float) -> Tensor:
-    """B, float64 [R, K]."""
-    return solve(covariance[keep][:, keep], covariance[~keep][:, keep], ridge)

@@ -219,7 +219,7 @@ class _Bench:
                     inputs.start(batch)
                     output = self._run(self._eval_model, batch)
                     if judges:
-                        self._outputs.rows.append(_on_cpu(output))
+                        self._outputs.rows.append({name: each.cpu() for name, each in output.items()})
             inputs.finish(self._group)
             seen.update(inputs.moments)
         self._moments[part] = {name: seen[name] for name in self._layouts}
@@ -343,7 +343,3 @@ class _Bench:
         else:
             final = self._asymmetric(ridge, "all", stiff) if chosen.name == "asymmetric" else self._linear(ridge, "all")
         return self._recalibrated(final, "all") if chosen.recalibrated else final
-
-
-def _on_cpu(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: output.cpu() for name, output in outputs.items()}

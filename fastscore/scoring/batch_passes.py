@@ -3,16 +3,17 @@
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fastscore.batches.calls import Forward
-from fastscore.batches.parts import Batch
+from fastscore.batches.parts import Batch, first_input
 from fastscore.fastpath.graphs import Graphs
 from fastscore.fastpath.prepare import Prepared
+from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.scoring import gradients, tokens
-from fastscore.scoring.diagnosis import first_nonfinite
 from fastscore.scoring.options import Probes
 from fastscore.scoring.pending import Flags, Pending, largest
 from fastscore.scoring.totals import Totals
@@ -122,7 +123,22 @@ class BatchPasses:
         return again.settle()
 
     def _first_nonfinite(self, batch: Batch) -> str | None:
-        return first_nonfinite(self._model, batch, self._forward)
+        """The first layer, in the order they run, that turns finite input into NaN or infinity; None if none does."""
+        tensor, model, found = first_input(batch), evaluation_copy(self._model), list[str]()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            return "batches: NaN or infinity in the input"
+
+        def look(name: str, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+            if isinstance(output, Tensor) and not torch.isfinite(output).all():
+                weights = any(not torch.isfinite(parameter).all() for parameter in module.parameters())
+                found.append(f"{name}: NaN or infinity in its {'weights' if weights else 'output'}")
+
+        for name, module in model.named_modules():
+            if not any(module.children()):
+                module.register_forward_hook(partial(look, name))
+        with torch.no_grad():
+            self._forward(model, batch)
+        return found[0] if found else None
 
 
 def _of_returned(loss: gradients.Loss | None, dim: int) -> gradients.Loss | None:

@@ -27,7 +27,8 @@ class Cuts:
 
     def _cuts(self, node: Any) -> bool:
         """Whether a split or slice is along the dimension that holds the channels."""
-        return node in self._dims and _saved_dim(node) == self._dims[node]
+        return node in self._dims and \
+            index_maps.saved_dims(node.grad_fn, "_saved_dim", len(shape(node))) == [self._dims[node]]
 
     def _is_fixed(self, node: Any) -> bool:
         """Whether the code says where channels are split, or sliced; chunk() takes equal parts of whatever is left."""
@@ -128,8 +129,3 @@ def slice_of(function: Any, size: int) -> index_maps.SliceMap:
     begin, end = (bound + size if bound < 0 else min(bound, size) for bound in
                   (function._saved_start, function._saved_end))
     return index_maps.SliceMap(begin, end, function._saved_step)
-
-
-def _saved_dim(node: Any) -> int | None:
-    dims = index_maps.saved_dims(node.grad_fn, "_saved_dim", len(shape(node)))
-    return dims[0] if len(dims) == 1 else None

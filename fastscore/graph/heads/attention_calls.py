@@ -140,10 +140,12 @@ def randomized(module: nn.Module) -> nn.Module:
     return module
 
 
-def close(x: Tensor, expected: Tensor) -> bool:
+def close(x: Tensor, expected: Tensor, tolerance: float = _TOLERANCE) -> bool:
     """Channel by channel, to rounding in any dtype: a wrong head, of random weights, differs by its own size."""
+    if x.shape != expected.shape:
+        return False
     x, expected = (with_float64(each.flatten(0, -2)).double() for each in (x, expected))
-    return bool(((x - expected).norm(dim=0) <= _TOLERANCE * expected.norm(dim=0)).all())
+    return bool(((x - expected).norm(dim=0) <= tolerance * expected.norm(dim=0)).all())
 
 
 def _is_bias(value: object, heads: int) -> bool:

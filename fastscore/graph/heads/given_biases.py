@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore.batches.devices import with_float64
 from fastscore.graph.cutting import heads, surgery
 from fastscore.graph.groups import ChannelGroup, Member
-from fastscore.graph.heads.attention_calls import Call
+from fastscore.graph.heads.attention_calls import Call, close
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.attention import handed
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -77,7 +76,7 @@ def with_embedding(recording: Recording, group: ChannelGroup, embedding: str) ->
                 stays, positions = staying(group.channels, gone), surgery.removed_indices([group], {group.name: gone})
                 small = surgery.remove_indices(evaluation_copy(dense), positions)
                 got = _read(recording, small, group, positions)
-                if any(layer not in got or not _close(got[layer], whole[..., stays.to(whole.device)])
+                if any(layer not in got or not close(got[layer], whole[..., stays.to(whole.device)], _ROUNDING)
                        for layer, whole in want.items()):
                     return None
         except Exception:  # whatever the model's code does with fewer heads
@@ -117,10 +116,3 @@ def _run_without(recording: Recording, model: nn.Module, gone: surgery.RemovedIn
         return forward
 
     return recording.replay({name: forward_of(name) for name in recording.outputs}, model)
-
-
-def _close(x: Tensor, expected: Tensor) -> bool:
-    if x.shape != expected.shape:
-        return False
-    x, expected = (with_float64(each.flatten(0, -2)).double() for each in (x, expected))
-    return bool(((x - expected).norm(dim=0) <= _ROUNDING * expected.norm(dim=0)).all())

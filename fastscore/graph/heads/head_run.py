@@ -2,13 +2,14 @@
 fastscore.graph.heads.heads_by_use."""
 
 import copy
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -19,7 +20,6 @@ from fastscore.graph.following.cuts import LAYERS
 from fastscore.graph.following.noted_calls import PRODUCTS, factors_of
 from fastscore.graph.heads.attention_calls import Call, randomized
 from fastscore.graph.layer_types import type_of
-from fastscore.graph.tempered import Tempered
 from fastscore.graph.trials.row_gradients import rows_shown
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import input_of, with_input
@@ -69,7 +69,7 @@ class RunAlone:
             x = next((x for x in tensors_of((args, tuple(kwargs.values()))) if x.is_floating_point()), None)
             if x is not None and not x.any():  # weights that read zeros show nowhere
                 x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
-            hooks.enter_context(Tempered())
+            hooks.enter_context(_Tempered())
             products = hooks.enter_context(_Products(set(map(id, self._weights.values())),
                                                      {*map(dense.get_submodule, but)}))
             hooks.enter_context(rows_shown(dense))
@@ -147,3 +147,29 @@ def gradients(x: Tensor, tensors: list[Tensor]) -> tuple[Tensor | None, ...]:
     weights = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x) + 0.5
     found = torch.autograd.grad(x, tensors, weights, retain_graph=True, allow_unused=True)
     return tuple(g if g is not None and bool(g.any()) else None for g in found)
+
+
+_SOFTMAX: set[Callable[..., Any]] = {torch.softmax, Tensor.softmax, F.softmax}
+_FLAT: set[Callable[..., Any]] = {
+    torch.relu, Tensor.relu, F.relu, F.relu6, F.hardtanh, F.hardswish, F.hardsigmoid, F.silu, F.gelu, torch.sigmoid,
+    Tensor.sigmoid, F.sigmoid, torch.tanh, Tensor.tanh, F.tanh}
+
+
+class _Tempered(TorchFunctionMode):
+    """In the block softmaxes read numbers that are near each other, and functions of each entry by itself have a slope
+    everywhere; what depends on what stays as it is. A softmax of random numbers a hundred apart chooses one of them,
+    and a ReLU may be given none above zero: then nothing before them would have a gradient."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, x = dict(kwargs or {}), args[0] if args else None
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return func(*args, **kwargs)
+        if func in _SOFTMAX:
+            return func(x.asinh(), *args[1:], **kwargs)
+        if func is F.scaled_dot_product_attention and len(args) > 2:
+            longest = args[1].detach().norm(dim=-1, keepdim=True).amax(-2, keepdim=True)
+            query, key = (y / size.clamp_min(1) for y, size in (
+                (x, x.detach().norm(dim=-1, keepdim=True)), (args[1], longest)))
+            return func(query, key, *args[2:], **{**kwargs, "scale": 1.0})
+        output = func(*args, **kwargs)
+        return output + 0.1 * x if func in _FLAT and not kwargs.get("inplace") else output

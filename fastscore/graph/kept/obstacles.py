@@ -3,16 +3,22 @@
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+
 from fastscore.graph import layers_inside
+from fastscore.graph.following import index_maps
 from fastscore.graph.following.cuts import LAYERS, shape
 from fastscore.graph.following.nested import INTO, comes_out
 from fastscore.graph.following.nodes import CHANNELWISE, NORM, PRODUCERS, TRANSPARENT, Nodes
-from fastscore.graph.kept import over_channels
 from fastscore.graph.layer_types import OPTYPE
 from fastscore.modules.norms import channel_norms
 
 CUT = "its channels are cut at positions that the model's code fixes"
 DIVIDED = "a view divides its channels over several dimensions"
+_WAY_OUT = ("a normalisation is followed where a module does it, and then at most activations (nn.LayerNorm, or one of "
+            "your own, with no parameters but a weight and a bias for each channel)")
+# operations of PyTorch's functions -> these
+_FUNCTIONS = {"NativeLayerNorm": "F.layer_norm", "NativeGroupNorm": "F.group_norm", "FusedRmsNorm": "F.rms_norm"}
 SEVERAL = ", the forward of whose class returns several things"
 
 
@@ -23,8 +29,9 @@ def why(graph: Nodes, node: Any, function: Any) -> str | None:
                "torch.jit made, and which cannot lose channels"
     if comes_out(node.grad_fn):
         return INTO
-    if (layer := next((graph._several[key] for key in _taken_by(graph, node) if key in graph._several), None)):
-        return f"its channels come to {layer}{SEVERAL}"
+    for source, _ in getattr(node.grad_fn, "next_functions", ()) if graph._several else ():
+        if (taken := id(getattr(layers_inside.before_turned(source), "variable", None))) in graph._several:
+            return f"its channels come to {graph._several[taken]}{SEVERAL}"
     if node.type == OPTYPE.CUSTOMIZED:
         return f"{DIVIDED} ({node.grad_fn.name()})"
     if node.type == OPTYPE.PARAMETER and node in graph._dims:
@@ -45,7 +52,7 @@ def why(graph: Nodes, node: Any, function: Any) -> str | None:
             node.grad_fn not in graph.unread:
         return "its channels are the model's output"
     if any(reduced(graph, node)):
-        return over_channels.why(node)
+        return _why_over_all(node)
     cropped = graph._is_padded(node) and min(graph._padding(node)) < 0
     if cropped or (graph._is_unknown(node) and graph.cuts == "fixed"):
         return f"{CUT} ({node.grad_fn.name()})"
@@ -58,10 +65,45 @@ def why(graph: Nodes, node: Any, function: Any) -> str | None:
 def reduced(graph: Nodes, node: Any) -> Iterator[Any]:
     """The inputs of a node over whose channels it reduces, or normalises."""
     return (source for source in node.inputs if source in graph._dims and
-            over_channels.runs(node, graph._dims[source], len(shape(source))))
+            _runs_over(node, graph._dims[source], len(shape(source))))
 
 
-def _taken_by(graph: Nodes, node: Any) -> Iterator[int]:
-    """The id of each parameter that an operation takes, as it is or turned."""
-    for source, _ in getattr(node.grad_fn, "next_functions", ()) if graph._several else ():
-        yield id(getattr(layers_inside.before_turned(source), "variable", None))
+
+def _runs_over(node: Any, dim: int, dims: int) -> bool:
+    """Whether a node reduces or normalises over the dimension `dim` of an input of so many; no module of PyTorch's that
+    normalises, whose channels are known to go."""
+    name: str = node.grad_fn.name() if hasattr(node.grad_fn, "name") else ""
+    if node.type == OPTYPE.ELEMENTWISE and name.startswith(tuple(_FUNCTIONS)):
+        if name.startswith("NativeGroup"):
+            return dim == 1 and not _in_a_layer(node)
+        return dim >= dims - len(node.grad_fn._saved_normalized_shape)
+    return index_maps.runs_over(node.grad_fn, dim, dims)
+
+
+def _in_a_layer(node: Any) -> bool:
+    """Whether a GroupNorm's own code runs it, and then more, as timm's with an activation: then it is the layer's."""
+    taken = {id(getattr(source, "variable", None)) for source, _ in node.grad_fn.next_functions}
+    work, seen = [node], {node}
+    while work:
+        onwards = {onward for onward in work.pop().outputs if onward.type in TRANSPARENT or
+                   isinstance(onward.module, nn.GroupNorm)} - seen
+        if any(isinstance(onward.module, nn.GroupNorm) and id(onward.module.weight) in taken for onward in onwards):
+            return True
+        seen |= onwards
+        work += onwards
+    return False
+
+
+def _why_over_all(node: Any) -> str:
+    """Why channels are kept that come to such an operation, and the way out, if there is one."""
+    name: str = node.grad_fn.name()
+    function = next((function for kind, function in _FUNCTIONS.items() if name.startswith(kind)), None)
+    if function is not None:
+        return f"{function} runs over all its channels: {_WAY_OUT}"
+    squares = any(source.grad_fn.name().startswith("Pow") for source in node.inputs if hasattr(source.grad_fn, "name"))
+    centres = name.startswith(("Mean", "Std", "Var")) and any(  # x - x.mean(), x / x.std()
+        onward.grad_fn.name().startswith(("Sub", "Div")) and not set(onward.inputs).isdisjoint(node.inputs)
+        for onward in node.outputs if hasattr(onward.grad_fn, "name"))
+    normalises = centres or name.startswith("LinalgVectorNorm") or (squares and name.startswith("Mean"))
+    hint = f": {_WAY_OUT}" if normalises else ""
+    return f"an operation runs over all its channels ({name}){hint}"

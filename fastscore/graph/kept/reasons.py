@@ -10,6 +10,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from fastscore.graph import units
 from fastscore.graph.cutting import beside_weights
 from fastscore.graph.following import nested
+from fastscore.graph.following.residual_sums import holders
 from fastscore.graph.groups import Member, Role
 from fastscore.graph.trials.recording import MISREAD, OWN_FAULT, READ, Recording
 from fastscore.modules.inspection import channel_dim, parametrized, shared_parameters
@@ -58,7 +59,7 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         width = units.width_of(layer, member.role)
         if width is not None and int(member.index.max()) >= width:
             return read_elsewhere(members, readers) or f"{CHANGES} {member.layer}"
-        around = next((outer for outer in _around(member.layer) if outer in recording.layers), None)
+        around = next((outer for outer in holders(member.layer)[:-1] if outer in recording.layers), None)
         if around is not None and member.role in ("producer", "consumer"):
             return f"{member.layer} runs inside of {around} ({type(layers[around]).__name__}), which is followed as " \
                    "one layer"
@@ -229,12 +230,6 @@ def read_elsewhere(members: Iterable[Member], readers: Mapping[str, str]) -> str
     """
     return next((f"the code of {readers[member.layer]} reads the weight of {member.layer} as well"
                  for member in members if member.layer in readers), None)
-
-
-def _around(name: str) -> list[str]:
-    """The names of all modules that hold one."""
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def _by(layer: nn.Module) -> str:

@@ -59,7 +59,8 @@ def kept_biases(recording: Recording, unread: Collection[str] = ()) -> dict[str,
 def _asked_about(recording: Recording) -> tuple[dict[str, str], list[str]]:
     """(layers whose biases stay, as can be seen -> why; layers of which it is to be tried)."""
     layers = {name: layer for name, layer in recording.layers.items()
-              if isinstance(layer, LAYERS) and (not isinstance(layer, ParameterLayer) or _has_place(layer))
+              if isinstance(layer, LAYERS) and (not isinstance(layer, ParameterLayer) or (
+                  isinstance(layer, HAVE_PLACES) and layer.bias is not None))
               and recording.outputs[name] and layer.weight.is_floating_point()}
     found = {name: "has no bias among its parameters" for name, layer in layers.items()
              if "bias" not in layer._parameters}
@@ -83,11 +84,6 @@ def _reads_another_width(recording: Recording, name: str) -> bool:
     if not runs_own_code(layer) or isinstance(layer, (ParameterLayer, *_OWN)):
         return False
     return any(x is not None and not fits_width(layer, x) for x in recording.inputs[name])
-
-
-def _has_place(layer: ParameterLayer) -> bool:
-    """Whether a mean may go into the bias that goes with a parameter."""
-    return isinstance(layer, HAVE_PLACES) and layer.bias is not None
 
 
 def _read_elsewhere(recording: Recording, names: Sequence[str]) -> list[str]:
@@ -134,8 +130,6 @@ def _not_added(recording: Recording, names: Sequence[str]) -> list[str]:
 
 def _is_more(made: Any, before: Tensor, dim: int, added: Tensor) -> bool:
     """Whether a layer makes `added` more than before, to the rounding of another algorithm."""
-    if made.shape != before.shape:
-        return False
     expected = (before.movedim(dim, -1) + added.to(before)).movedim(-1, dim)
     return all_close(made, expected, rounding=torch.finfo(before.dtype).eps ** (1 / 3))
 

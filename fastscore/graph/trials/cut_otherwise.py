@@ -42,7 +42,9 @@ def that_go(recording: Recording, graph: ChannelGraph, guesses: Sequence[Channel
     """
     found, made = list[ChannelGroup](), set[tuple[str, int]]().union(*map(_outputs, graph.groups))
     for group in guesses:
-        if made.isdisjoint(_outputs(group)) and _goes(recording, group):
+        if made.isdisjoint(_outputs(group)) and not verification.leaks(recording, [group]) and \
+                not verification.leaks(recording, [group], chosen=True) and \
+                not surgery_trial.refusals(recording, [group]) and surgery_trial.go_one_by_one(recording, [group]):
             found.append(group)
             made |= _outputs(group)
     refused = surgery_trial.refusals(recording, [*graph.groups, *found]) if found else {}
@@ -65,8 +67,3 @@ def _producers(group: ChannelGroup) -> set[str]:
 
 def _outputs(group: ChannelGroup) -> set[tuple[str, int]]:
     return {(member.layer, place) for member in group.role("producer") for place in member.index.tolist()}
-
-
-def _goes(recording: Recording, group: ChannelGroup) -> bool:
-    return not verification.leaks(recording, [group]) and not verification.leaks(recording, [group], chosen=True) \
-        and not surgery_trial.refusals(recording, [group]) and bool(surgery_trial.go_one_by_one(recording, [group]))

@@ -43,7 +43,10 @@ def largest_magnitude(x: Tensor, dim: int) -> Tensor:
 
 
 def all_close(x: Tensor, before: Tensor, scale: Tensor | None = None, rounding: float | None = None) -> bool:
-    """close(...).all(), in a tenth of the time where nothing is off by more than what the largest number excuses."""
+    """Whether x has the shape of what was before, and close(...) is true of all of it: in a tenth of the time where
+    nothing is off by more than what the largest number excuses."""
+    if x.shape != before.shape:
+        return False
     scale = before if scale is None else scale
     if x.dtype == before.dtype == scale.dtype and x.is_floating_point() and x.numel() and scale.numel():
         rounding = _ROUNDING * torch.finfo(before.dtype).eps if rounding is None else rounding

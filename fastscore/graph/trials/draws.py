@@ -29,9 +29,7 @@ def drawing(model: nn.Module, run: Callable[[nn.Module], Sequence[Tensor]]) -> t
             others = run(model)
     except Exception:  # of the model's code, or forward=
         return ()
-    alike = [one.shape == other.shape and all_close(other, one)
-             for one, other in zip(ones, others, strict=False)]
-    return () if all(alike) else tuple(drawn)
+    return () if all(all_close(other, one) for one, other in zip(ones, others, strict=False)) else tuple(drawn)
 
 
 def said(model: nn.Module, drawn: tuple[str, ...]) -> str:

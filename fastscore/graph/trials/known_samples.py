@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,11 +78,9 @@ class KnownSamples:
     @contextmanager
     def used(self, samples: int) -> Iterator[None]:
         """The same, in which layers call it."""
-        with self.run(samples), replaced(self._model, {name: self._forward_of(name) for name in self._layers}):
+        with self.run(samples), replaced(self._model, {name: partial(self.product, name, layer)
+                                                       for name, layer in self._layers.items()}):
             yield
-
-    def _forward_of(self, name: str) -> Forward:
-        return lambda *args, **kwargs: self.product(name, self._layers[name], *args, **kwargs)
 
     def product(self, name: str, layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer of that name makes of `args`."""

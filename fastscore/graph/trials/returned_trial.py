@@ -21,6 +21,7 @@ from fastscore.graph.kept import training_only
 from fastscore.graph.trials.row_gradients import likely_numbers
 from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules import frames
+from fastscore.modules.copying import own_attributes
 from fastscore.modules.inspection import LAYERS, hooked
 from fastscore.modules.modes import evaluating
 from fastscore.modules.weights.experts import ExpertLinear
@@ -28,10 +29,8 @@ from fastscore.wording import said
 
 Run = Callable[[nn.Module], object]
 
-
 # what holds numbers by which the code of others does not go, in a copy as in the model
 _LAYERS = (*LAYERS, nn.Embedding, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_OF_EVERY_MODULE = set(vars(nn.Module()))
 
 
 def offered(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training: Run,
@@ -92,7 +91,7 @@ def _runs_alike(model: nn.Module, eval_model: nn.Module) -> bool:
 
 def _settings(module: nn.Module) -> dict[str, Any] | None:
     """What a module's code may go by, beside tensors and modules; None where that cannot be compared."""
-    held = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    held = own_attributes(module)
     return held if all(map(_is_plain, held.values())) else None
 
 

@@ -1,16 +1,19 @@
-"""Models that run, but not again; or on a batch, but not on one sample of it."""
+"""Models that run, but not again; or on a batch, but not on one sample of it; or write over what gradients need."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastscore.batches.calls import call_of
 from fastscore.batches.devices import usable
-from fastscore.batches.parts import Batch, map_tensors
+from fastscore.batches.parts import Batch, map_tensors, tensors_of, version_of
 from fastscore.graph.trials.plain_layers import plain_kind
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.evaluation_copy import evaluation_copy
+from fastscore.modules.hooks import put_on
 
 
 def check_runs_again(eval_model: nn.Module, whole: Callable[[nn.Module], Tensor]) -> None:
@@ -39,6 +42,20 @@ def run_between(recording: Recording) -> None:
     """Run a recorded model once more, of whose layers those of PyTorch's own code give what they gave."""
     with recording.computing([name for name, layer in recording.layers.items() if plain_kind(layer) is None]):
         recording.run_again(recording.model)
+
+
+def overwritten(model: nn.Module, run: Callable[[nn.Module], object]) -> str | None:
+    """The innermost module of an evaluation copy that reads, first of all, what is written to afterwards though
+    a gradient needs it, as in `x += branch(norm(x))`; None where none does. run: its outputs, on an example."""
+    read: list[tuple[str, Tensor, int]] = []
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read.extend((name, x, version_of(x)) for x in tensors_of((args, kwargs)))
+
+    with put_on(module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+                for name, module in model.named_modules() if not module._modules):
+        run(model)
+    return next((name for name, x, version in read if version_of(x) != version), None)
 
 
 @torch.no_grad()

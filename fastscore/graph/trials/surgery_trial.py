@@ -206,7 +206,7 @@ def _try_without(recording: Recording, groups: Sequence[ChannelGroup], removed: 
     except Exception as error:  # whatever the model's code does with a width that it does not expect
         found.elsewhere = "does not run", f" ({frames.where(small, error.__traceback__)}: {said(error)})"
         return found
-    if output.shape != expected.shape or not _alike(output, expected):
+    if not _alike(output, expected):
         found.elsewhere = "returns something else", ""
     return found
 
@@ -234,7 +234,7 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
         if before is None or x is None:
             return expected
         read, x = _kept(before, dim, gone_in), unwrapped(x)
-        if x.shape != read.shape or not _alike(x, read):
+        if not _alike(x, read):
             found.misread.add(name)
             found.layers.setdefault(name, f"{name} {MISREAD}: the code before it depends on which and how many there "
                                           "are")
@@ -261,13 +261,13 @@ def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.Re
         masked = before if gone_in is None else before.index_fill(dim, gone_in.to(before.device), 0)
         args, kwargs = with_input(args, kwargs, masked)
         if gone_in is None and gone_out is None and why_it_computes_on(whole) is not None:
-            if made.shape != full.shape or not _alike(made, full):  # `whole` computes what it was told last
+            if not _alike(made, full):  # `whole` computes what it was told last
                 found.layers.setdefault(name, f"what {name} computes its weight from depends on which channels there "
                                               "are")
             return expected
         with recording.parameters_of(name, call), _outputs_zero(whole, gone_out):
             want = _kept(type(whole).forward(whole, *args, **kwargs), dim, gone_out)
-        if made.shape != want.shape or not _alike(made, want):
+        if not _alike(made, want):
             found.layers.setdefault(name, f"{name} ({type(whole).__name__}) computes something else with fewer "
                                           "channels: its weight, or what else its code does, is computed from all")
         return torch.empty_like(made).copy_(expected) if made.shape == expected.shape else expected  # in its strides
@@ -308,7 +308,7 @@ def _reads_besides(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         return False
     finally:
         layer._parameters["weight"] = weight
-    return made.shape != again.shape or not _alike(made, again)
+    return not _alike(made, again)
 
 
 def _kept(x: Tensor, dim: int, gone: Tensor | None) -> Tensor:

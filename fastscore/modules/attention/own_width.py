@@ -8,7 +8,6 @@ its heads had.
 
 import ast
 import inspect
-import textwrap
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from types import CellType, CodeType, FunctionType
@@ -17,7 +16,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 
 from fastscore.modules.made_classes import Made, made_class
-from fastscore.modules.reachable_code import content
+from fastscore.modules.reachable_code import content, tree_of
 
 _QUERIES, _OUTPUTS = ("qkv", "q", "to_q", "query", "q_proj"), ("proj", "o_proj", "out_proj", "to_out")
 _THREE = ("qkv", "to_qkv")
@@ -161,9 +160,7 @@ def _rewritten(cls: type[nn.Module], name: str) -> tuple[CodeType | None, dict[s
         forward = inner
     if not isinstance(forward, FunctionType) or forward.__closure__:
         return None, {}
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError, SyntaxError):  # a class that was not written in a file
+    if (tree := tree_of(forward)) is None:
         return None, {}
     function = tree.body[0]
     if not isinstance(function, ast.FunctionDef) or (function.decorator_list and not decorated) \

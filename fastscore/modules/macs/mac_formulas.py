@@ -21,38 +21,14 @@ def _recurrent(x: Shape, *weights: Any, **kwargs: object) -> int:
     return 2 * math.prod(x[:-1]) * sum(math.prod(shape) for shape in held if len(shape) == 2)
 
 
-def _recurrent_mps(x: Shape, states: object, weights: Sequence[Shape], *args: object, **kwargs: object) -> int:
-    return _recurrent(x, weights)
-
-
 def _inner(*shapes: Any, out_shape: Shape, **kwargs: object) -> int:
     """matrix x vector, vector x vector: of the last operand's length for each element that comes out."""
     return 2 * math.prod(out_shape) * next(shape for shape in reversed(shapes) if isinstance(shape, torch.Size))[-1]
 
 
-def _distances(a: Shape, *args: object, out_shape: Shape, **kwargs: object) -> int:
-    return 2 * math.prod(out_shape) * a[-1]
-
-
-def _summed_products(total: Shape, a: Shape, b: Shape, **kwargs: object) -> int:
-    return 2 * math.prod(a) * b[-1]
-
-
-def _bilinear(rows: Shape, weight: Shape, *args: object, **kwargs: object) -> int:
-    return 2 * rows[0] * math.prod(weight)
-
-
 def _experts(a: Shape, b: Shape, *args: object, **kwargs: object) -> int:
     """[M, K] x [G, K, N] and [M, K] x [K, N] have each row, or column, in one group; [G, M, K] x [G, K, N] is a bmm."""
     return 2 * math.prod(a) * b[-1]
-
-
-def _deformable(x: Shape, weight: Shape, *args: object, out_shape: Shape, **kwargs: object) -> int:
-    return 2 * out_shape[0] * math.prod(out_shape[2:]) * math.prod(weight)
-
-
-def _time_first_convolution(x: Shape, weight: Shape, *args: object, out_shape: Shape, **kwargs: object) -> int:
-    return 2 * math.prod(out_shape[:2]) * math.prod(weight)
 
 
 def _matrices(*tensors: Any, out_val: object, **kwargs: object) -> int:
@@ -70,16 +46,17 @@ FORMULAS: Mapping[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_fused_attention_overrideable": _attention,
     "aten::_scaled_dot_product_attention_math_for_mps": _attention,
     "aten::mkldnn_rnn_layer": _recurrent, "aten::_cudnn_rnn": _recurrent, "aten::miopen_rnn": _recurrent,
-    "aten::_lstm_mps": _recurrent_mps,
+    "aten::_lstm_mps": lambda x, states, weights, *args, **kwargs: _recurrent(x, weights),
     "aten::mv": _inner, "aten::addmv": _inner, "aten::dot": _inner, "aten::vdot": _inner,
-    "aten::_cdist_forward": _distances,
-    "aten::addbmm": _summed_products,
-    "aten::_trilinear": _bilinear,
+    "aten::_cdist_forward": lambda a, *args, out_shape, **kwargs: 2 * math.prod(out_shape) * a[-1],
+    "aten::addbmm": lambda total, a, b, **kwargs: 2 * math.prod(a) * b[-1],
+    "aten::_trilinear": lambda rows, weight, *args, **kwargs: 2 * rows[0] * math.prod(weight),
     "aten::_grouped_mm": _experts, "transformers::grouped_mm_fallback": _experts,
     "aten::mm": _matrices, "aten::addmm": _matrices, "aten::_int_mm": _matrices, "aten::_addmm_activation": _matrices,
     "aten::_sparse_mm": _matrices, "aten::_sparse_addmm": _matrices,
-    "aten::conv_tbc": _time_first_convolution,
-    "torchvision::deform_conv2d": _deformable,
+    "aten::conv_tbc": lambda x, weight, *args, out_shape, **kwargs: 2 * math.prod(out_shape[:2]) * math.prod(weight),
+    "torchvision::deform_conv2d": lambda x, weight, *args, out_shape, **kwargs: (
+        2 * out_shape[0] * math.prod(out_shape[2:]) * math.prod(weight)),
 }
 """Operation -> its FLOPs from the shapes of its arguments, beside those that PyTorch's counter knows."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastscore.modules.copying import own_attributes
 from fastscore.modules.hooks import input_of
 from fastscore.modules.narrower import staying, without
 from fastscore.modules.norms import activations, gated_norms
@@ -55,7 +56,7 @@ def norm_of(module: nn.Module) -> ChannelNorm | ResponseNorm | None:
     size = width(module)
     if size is None and not _may_be_for_any_width(module):
         return None
-    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE and name != "forward"}
+    own = {name: value for name, value in own_attributes(module).items() if name != "forward"}
     parts = type(module), size, *((name, None if parameter is None else parameter.shape)
                                 for name, parameter in module._parameters.items()), *module._modules.items()
     if module._modules or not all(isinstance(value, _PLAIN) for value in own.values()):  # which may count
@@ -69,7 +70,6 @@ def norm_of(module: nn.Module) -> ChannelNorm | ResponseNorm | None:
 
 
 _PLAIN = (bool, int, float, str, tuple, torch.Size, torch.dtype, type(None))
-_OF_EVERY_MODULE = set(vars(nn.Module()))
 _found: dict[Any, ChannelNorm | ResponseNorm | None] = {}
 _found_of: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, ChannelNorm | ResponseNorm | None]]" = \
     weakref.WeakKeyDictionary()

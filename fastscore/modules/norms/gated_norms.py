@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastscore.modules.copying import own_attributes
 from fastscore.modules.hooks import input_of
 from fastscore.modules.narrower import staying, without
 
@@ -70,7 +71,7 @@ def gated_norm_of(module: nn.Module) -> GatedNorm | None:
     (parameter,) = module._parameters.values()
     if parameter is None or parameter.dim() != 1 or len(parameter) < 2 or len(_names(type(module))) != 2:
         return None
-    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE and name != "forward"}
+    own = {name: value for name, value in own_attributes(module).items() if name != "forward"}
     if not all(isinstance(value, _PLAIN) for value in own.values()):
         return None
     key = type(module), len(parameter), *module._parameters, *own.items()
@@ -80,7 +81,6 @@ def gated_norm_of(module: nn.Module) -> GatedNorm | None:
     return _found[key]
 
 
-_OF_EVERY_MODULE = set(vars(nn.Module()))
 _found: dict[Any, GatedNorm | None] = {}
 
 

@@ -85,20 +85,6 @@ class _CallsLayers(ForwardWithin):
         return _Calls(module, self)
 
 
-class LayersCalled(Handle):
-    """A module whose code calls layers, until `remove`."""
-
-    def __init__(self, module: nn.Module, uses: Uses) -> None:
-        self._own = _CallsLayers.put(module)
-        self._own.uses = uses
-
-    def remove(self) -> None:
-        self._own.leave()
-
-    def make_permanent(self) -> None:
-        self._own.permanent = True
-
-
 def replace(model: nn.Module, noted: nn.Module) -> Iterator[Handle]:
     """Have modules whose code was noted call their layers.
 
@@ -119,7 +105,9 @@ def replace(model: nn.Module, noted: nn.Module) -> Iterator[Handle]:
                                  f"not run, as it does not call it: remove the hook, or write {name}(x) there")
     for name, module in list(noted.named_modules()) if NOTED else ():
         if module in NOTED:
-            yield LayersCalled(model.get_submodule(name), NOTED[module])
+            calls = _CallsLayers.put(model.get_submodule(name))
+            calls.uses = NOTED[module]
+            yield calls
 
 
 def remember_in(model: nn.Module, copy: nn.Module) -> None:

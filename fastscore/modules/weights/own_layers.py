@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastscore.modules.copying import ATOMS
+from fastscore.modules.copying import ATOMS, own_attributes
 
 _LEADING = ((3,), (2, 3), (2, 2, 3))  # of inputs that it is tried on: as many dimensions as its code takes
 _FAR = 100.0
@@ -61,7 +61,6 @@ class OwnLayer:
         return made
 
 
-_OF_EVERY_MODULE = set(vars(nn.Module()))
 _alike: "weakref.WeakKeyDictionary[type, dict[Any, OwnLayer | None]]" = weakref.WeakKeyDictionary()
 _found: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, OwnLayer | None]]" = weakref.WeakKeyDictionary()
 
@@ -106,14 +105,14 @@ def become_layer(module: nn.Module, own: OwnLayer, weight: Tensor) -> None:
     module._parameters.clear()
     for name in ("weight", "bias"):
         vars(module).pop(name, None)
-    vars(module).update({name: value for name, value in vars(made).items() if name not in _OF_EVERY_MODULE})
+    vars(module).update(own_attributes(made))
     module.__class__ = own.kind
     module._parameters.update(weight=nn.Parameter(weight.detach(), learns), bias=bias)
 
 
 def _of_its_like(module: nn.Module, shapes: Any, of_dims: dict[int, str]) -> OwnLayer | None:
     """The same, tried once for all modules of a class that hold equal numbers and words: copies of one, mostly."""
-    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    own = own_attributes(module)
     if not all(type(value) in ATOMS for value in own.values()):
         return _probed(module, of_dims[2], of_dims.get(1))
     known = _alike.setdefault(type(module), {})

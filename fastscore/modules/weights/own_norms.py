@@ -77,19 +77,6 @@ class _Normalizes(ForwardWithin):
         return _Operations(module)
 
 
-class NormsAsOperations(Handle):
-    """A module whose code normalises by operations until `remove`."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._own = _Normalizes.put(module)
-
-    def remove(self) -> None:
-        self._own.leave()
-
-    def make_permanent(self) -> None:
-        self._own.permanent = True
-
-
 def replace(model: nn.Module, noted: nn.Module) -> Iterator[Handle]:
     """Have modules whose code was noted normalise by operations. noted: the model that `model` is a copy of.
 
@@ -98,4 +85,4 @@ def replace(model: nn.Module, noted: nn.Module) -> Iterator[Handle]:
     """
     for name, module in list(noted.named_modules()) if NOTED else ():
         if module in NOTED:
-            yield NormsAsOperations(model.get_submodule(name))
+            yield _Normalizes.put(model.get_submodule(name))
