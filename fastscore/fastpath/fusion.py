@@ -15,8 +15,8 @@ from fastscore.fastpath.fused_taps import clamped, packed
 from fastscore.fastpath.packed_layers import RELU, ClampBounds
 from fastscore.modules.attention.multihead_attention import SequenceFirstLinear
 from fastscore.modules.attention.projections import ProjectionLinear
-from fastscore.modules.hooks import OwnHook
-from fastscore.modules.inspection import hooked, parametrized
+from fastscore.modules.hooks import has_users_hooks
+from fastscore.modules.inspection import parametrized
 from fastscore.ops.backends import portable
 from fastscore.taps.taps import Taps
 
@@ -48,7 +48,7 @@ class FusedLayers:
         # what sends back a gradient that nothing else holds
         self._readers = {
             name for name, module in model.named_modules() if type(module) in LAYERS
-            and not _hooked_by_others(module) and not parametrized(module) and "forward" not in vars(module)}
+            and not has_users_hooks(module) and not parametrized(module) and "forward" not in vars(module)}
         self._ahead = ahead
         bounds, sums = (dict(found) | {layer: found[norm] for norm, layer in folded.items() if norm in found}
                         for found in (clamps, sums))
@@ -193,13 +193,6 @@ def _to_channels_last(g: Tensor | None) -> Tensor | None:
 def clamp_bounds(module: Any) -> ClampBounds:
     """Of a module whose type is in CLAMPS."""
     return (0.0, float("inf")) if type(module) is nn.ReLU else (float(module.min_val), float(module.max_val))
-
-
-def _hooked_by_others(module: nn.Module) -> bool:
-    """Whether it has hooks that may keep, or change, gradients: others than ours, which note what has run."""
-    return hooked(module) and not all(isinstance(hook, OwnHook) for hooks in (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        for hook in hooks.values())
 
 
 def _plain(norm: Any) -> bool:

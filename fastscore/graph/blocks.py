@@ -76,16 +76,9 @@ class Branch:
 
 
 def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[list[Branch], dict[str, str]]:
-    """The branches of a model, to be tried: see that_go.
-
-    Args:
-        model: an evaluation copy, whose parameters require gradients.
-        run: (model) -> its output, on an example.
-
-    Returns:
-        Them, in the order of the modules; of branches within branches, the innermost. And module -> why the branch that
-        it is, or ends, stays.
-    """
+    """The branches of a model, an evaluation copy whose parameters require gradients, to be tried (see that_go): in the
+    order of the modules, of branches within branches the innermost; and module -> why the branch that it is, or ends,
+    stays. run: (model) -> its output, on an example."""
     modules = {name: module for name, module in model.named_modules() if name and not isinstance(module, OWN)}
     calls: dict[str, list[Call | None]] = {name: [] for name in modules}
     with torch.enable_grad(), put_on(module.register_forward_hook(partial(note, calls[name]), with_kwargs=True)
@@ -161,17 +154,10 @@ def _beside_shortcut(modules: Mapping[str, nn.Module], name: str, call: Call, ca
 
 def that_go(model: nn.Module, run: Callable[[nn.Module], Tensor], branches: Sequence[Branch],
             groups: Sequence[ChannelGroup]) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
-    """The groups of `branches` that can go.
+    """A group for each of `branches` that can go, in the order of the modules, and why the others stay.
 
-    Args:
-        model, run: as in `find`.
-        branches: found in it.
-        groups: channels that can go from it.
-
-    Returns:
-        A group for each, in the order of the modules, without each of which, and without all, the model computes what
-        it does where they add zeros; so does what is left of it where channels of `groups` are gone as well. And why
-        the others stay.
+    Without each of them, and without all, the model computes what it does where they add zeros; so does what is left of
+    it where channels of `groups` are gone as well.
     """
     models = {"": model}
     if branches and groups:

@@ -39,11 +39,7 @@ _FAR = 100.0  # times what a layer reads: its weight may depend on the range of 
 def note(model: nn.Module, forward: Forward, example: Batch, samples: Batch | None) -> None:
     """Note the layers of a user's model that compute their weight from more than their own parameters, or share those.
 
-    Args:
-        model: as the user has it; copies of it run.
-        forward: calls a copy.
-        example: a batch that it takes.
-        samples: another, of several samples, if there is one; the copy is run on others like them as well.
+    Copies of it run on the example, on `samples`, if there are some, and on others like them.
     """
     layers = dict(model.named_modules())
     held = [name for name, layer in layers.items() if reparametrized.values(layer)]

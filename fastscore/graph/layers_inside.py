@@ -32,12 +32,8 @@ def of(model: nn.Module) -> list[nn.Module]:
 
 
 def move(of_function: dict[Any, Any], made: Mapping[nn.Module, list[Any]]) -> None:
-    """Put modules where their own operations are.
-
-    Args:
-        of_function: of autograd, for what modules returned -> the module, of the last that returned it; changed.
-        made: module of those of `of` -> the functions of what it returned, in each call.
-    """
+    """Put modules where their own operations are, in `of_function`: autograd's function of what modules returned -> the
+    last that returned it. made: module of those of `of` -> the functions of what it returned, in each call."""
     for module, functions in made.items():
         for function in functions:
             inner = _reading(function, module._parameters.get("weight")) if _holds_others(module) else function

@@ -24,6 +24,14 @@ class OwnHook:
         return OwnHook, (_nothing,)
 
 
+def has_users_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks that are not ours: they may keep, or change, what they see, and run where it is called
+    alone."""
+    return any(not isinstance(hook, OwnHook) for hooks in (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        for hook in hooks.values())
+
+
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """What a Conv, Linear or BatchNorm is called on, by position or by keyword."""
     x: Tensor = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
@@ -36,6 +44,15 @@ def with_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> t
         return (x, *args[1:]), dict(kwargs)
     name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
     return args, {**kwargs, name: x}
+
+
+def reading_zero(index: Tensor, dim: int) -> OwnHook:
+    """A pre-hook, with kwargs, by which a layer reads zero at `index` (int64) of a dimension."""
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = input_of(args, kwargs)
+        return with_input(args, kwargs, x.index_fill(dim, index.to(x.device), 0))
+
+    return OwnHook(hook)
 
 
 def _nothing(*args: Any) -> None:

@@ -3,8 +3,9 @@
 import copy
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from fastscore.graph.whole_experts import never_chosen
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.handles import Handle
-from fastscore.modules.hooks import OwnHook, input_of, with_input
+from fastscore.modules.hooks import OwnHook, input_of, reading_zero
 from fastscore.modules.inspection import channel_dim, device_of
 from fastscore.modules.narrower import staying
 from fastscore.modules.weights import held_weights
@@ -32,11 +33,7 @@ from fastscore.pruning.budgets.selection import OutOfReachError, rounded_up, sco
 from fastscore.pruning.options import Budgets, Ranking, Scope, resolve_compensate
 from fastscore.pruning.order.ranking import rank
 from fastscore.pruning.result import PruneResult
-from fastscore.recovery.compensation import (
-    mean_contributions,
-    removed_means,
-    removed_positions,
-)
+from fastscore.recovery.compensation import mean_contributions, removed_means, removed_positions
 from fastscore.rng import fork_rng
 from fastscore.scoring.scores import Scores
 
@@ -136,9 +133,10 @@ def at_consumers(model: nn.Module, positions: Mapping[str, Tensor], added: Mappi
     yield from held_weights.replace(model, [*positions, *made])
     yield from multihead_attention.replace_attention(model, [*positions, *made])
     for name, index in positions.items():
-        yield model.get_submodule(name).register_forward_pre_hook(_zero(index), with_kwargs=True)
+        layer = model.get_submodule(name)
+        yield layer.register_forward_pre_hook(reading_zero(index, channel_dim(layer)), with_kwargs=True)
     for name, value in added.items():  # before the hooks that the layer has: it is part of the layer, as its bias is
-        yield model.get_submodule(name).register_forward_hook(_add(value), prepend=True)
+        yield model.get_submodule(name).register_forward_hook(OwnHook(partial(_add, value)), prepend=True)
 
 
 def at_group_norms(model: nn.Module, groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]
@@ -152,8 +150,8 @@ def at_group_norms(model: nn.Module, groups: Iterable[ChannelGroup], removed: Ma
             if member.layer in norms and member.role == "channelwise":
                 positions[member.layer].append(index)
     for name, parts in positions.items():
-        yield model.get_submodule(name).register_forward_hook(_narrowed(torch.cat(parts)), with_kwargs=True,
-                                                              prepend=True)
+        narrowed = OwnHook(partial(_narrowed, torch.cat(parts)))
+        yield model.get_submodule(name).register_forward_hook(narrowed, with_kwargs=True, prepend=True)
 
 
 def at_gates(model: nn.Module, positions: Mapping[str, Tensor],
@@ -161,44 +159,27 @@ def at_gates(model: nn.Module, positions: Mapping[str, Tensor],
     """Hooks that set the outputs of BatchNorms at `positions` to their means (float64 [C]), or to zero without any."""
     for name, index in positions.items():
         value = means[name][index] if name in means else torch.zeros(len(index))
-        yield model.get_submodule(name).register_forward_hook(_set(index, value))
+        yield model.get_submodule(name).register_forward_hook(OwnHook(partial(_set, index, value)))
 
 
-def _zero(index: Tensor) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        x = input_of(args, kwargs)
-        return with_input(args, kwargs, x.index_fill(channel_dim(module), index.to(x.device), 0))
-
-    return OwnHook(hook)
+def _add(value: Tensor, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output + _along_channels(value, module, output)
 
 
-def _add(value: Tensor) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output + _along_channels(value, module, output)
-
-    return OwnHook(hook)
-
-
-def _narrowed(gone: Tensor) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        x = input_of(args, kwargs)
-        stays = staying(x.shape[1], gone).to(x.device)
-        narrow: Any = copy.copy(module)
-        narrow.num_channels = len(stays)
-        narrow.num_groups = groups_left(narrow.num_groups, x.shape[1], set(gone.tolist()))
-        narrow._parameters = {name: None if parameter is None else parameter.index_select(0, stays)
-                              for name, parameter in module._parameters.items()}
-        return output.index_copy(1, stays, type(module).forward(narrow, x.index_select(1, stays)))
-
-    return OwnHook(hook)
+def _narrowed(gone: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    x = input_of(args, kwargs)
+    stays = staying(x.shape[1], gone).to(x.device)
+    narrow: Any = copy.copy(module)
+    narrow.num_channels = len(stays)
+    narrow.num_groups = groups_left(narrow.num_groups, x.shape[1], set(gone.tolist()))
+    narrow._parameters = {name: None if parameter is None else parameter.index_select(0, stays)
+                          for name, parameter in module._parameters.items()}
+    return output.index_copy(1, stays, type(module).forward(narrow, x.index_select(1, stays)))
 
 
-def _set(index: Tensor, value: Tensor) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        rows = _along_channels(value, module, output).expand_as(output.narrow(channel_dim(module), 0, len(index)))
-        return output.index_copy(channel_dim(module), index.to(output.device), rows)
-
-    return OwnHook(hook)
+def _set(index: Tensor, value: Tensor, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    rows = _along_channels(value, module, output).expand_as(output.narrow(channel_dim(module), 0, len(index)))
+    return output.index_copy(channel_dim(module), index.to(output.device), rows)
 
 
 def _along_channels(value: Tensor, layer: nn.Module, output: Tensor) -> Tensor:

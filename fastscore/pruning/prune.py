@@ -198,7 +198,11 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     for warning in filter(None, (few and f"agreement: {few}", left_out)):
         warnings.warn(warning, stacklevel=4)
     result = replace(result, report=result.report.with_notes(agreement=few, widths=left_out))
-    return _in_place(model, result, builder) if inplace else result
+    if inplace:
+        surgery = Surgery(model, result.removed_indices, no_biases(model, result.new_biases))
+        with fork_rng(device_of(model)):
+            result = replace(result, model=replay(model, result.model, surgery, builder.run))
+    return result
 
 
 def _parts(calibration: Iterable[Batch] | None, held_out: Iterable[Batch] | None, judged: bool
@@ -269,10 +273,3 @@ def _until_quality(builder: Builder, quality: Quality, judges: Iterable[Batch], 
     result, judged = select_by_quality(macs, build, quality, builder.eval_model, judges, builder.forward, outputs,
                                        finer=finer)
     return replace(result, report=replace(result.report, judged=judged))
-
-
-def _in_place(model: nn.Module, result: PruneResult, builder: Builder) -> PruneResult:
-    """The result, with the dense model made what the smaller one is."""
-    surgery = Surgery(model, result.removed_indices, no_biases(model, result.new_biases))
-    with fork_rng(device_of(model)):
-        return replace(result, model=replay(model, result.model, surgery, builder.run))

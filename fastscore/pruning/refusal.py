@@ -6,6 +6,8 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from fastscore.graph.trials.halving import first_failing
+
 Removed = Mapping[str, Tensor]  # group -> the channels that go, int64 [R]
 _Result = TypeVar("_Result")
 
@@ -85,14 +87,10 @@ def _fails(attempt: Callable[[Removed], object], removed: Removed) -> bool:
 
 def _culprits(attempt: Callable[[Removed], object], removed: Removed) -> list[str]:
     """Groups without which the attempt succeeds, found one after another by halving."""
-    def fails(names: list[str]) -> bool:
+    def fails(names: Sequence[str]) -> bool:
         return _fails(attempt, {name: removed[name] for name in names})
 
     left, culprits = list(removed), list[str]()
     while left and fails(left):
-        good, bad = 0, len(left)  # so many of the first groups go well, or fail
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            good, bad = (good, middle) if fails(left[:middle]) else (middle, bad)
-        culprits.append(left.pop(bad - 1))
+        culprits.append(left.pop(first_failing(left, True, fails)[0]))
     return culprits

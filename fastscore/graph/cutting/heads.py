@@ -94,11 +94,8 @@ def remove(module: nn.Module, index: Tensor, apart: Collection[str] = (), widths
 
     Parameters are new objects afterwards. The layers below it lose their channels elsewhere.
 
-    Args:
-        module: an attention module.
-        index: the heads that go, int64 [R].
-        apart: names of tensors that lose their part elsewhere.
-        widths: whether numbers that are called as widths of all heads are that.
+    index: the heads that go, int64 [R]. apart: names of tensors that lose their part elsewhere. widths: whether numbers
+    that are called as widths of all heads are that.
     """
     for handle in multihead_attention.replace_attention(module):  # PyTorch's own cannot be narrower than its embedding
         handle.make_permanent()

@@ -40,15 +40,8 @@ RemovedIndices: TypeAlias = Mapping[tuple[str, Side], Tensor]
 
 
 def removed_indices(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]) -> RemovedIndices:
-    """Where channels lie in each layer.
-
-    Args:
-        groups: of a traced model.
-        removed: group -> the channels that go, int64 [R]; groups that it does not name stay whole.
-
-    Returns:
-        Positions, int64, ascending, of each layer's inputs or outputs, or heads, that loses some.
-    """
+    """Where the channels lie in each layer that go: group -> int64 [R]; groups that `removed` does not name stay
+    whole."""
     indices: dict[tuple[str, Side], list[Tensor]] = defaultdict(list)
     for group in groups:
         if group.name in removed:
@@ -65,15 +58,10 @@ def removed_indices(groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor
 
 
 def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
-    """Take positions out of the layers of a model, in place.
+    """Take positions out of the layers of a model that was traced, or a copy of it, in place; returns it.
 
-    Args:
-        model: that was traced, or a copy of it.
-        indices: what goes, as removed_indices gives it.
-
-    Returns:
-        The model. Parameters that lost something are new objects, which require gradients, and have the memory format,
-        as the old ones did.
+    Parameters that lost something are new objects, which require gradients, and have the memory format, as the old ones
+    did.
     """
     for (name, side), index in indices.items():
         if side == "block":

@@ -23,13 +23,8 @@ Kept: TypeAlias = tuple[nn.Module, Width]  # whose number it is, the number
 
 
 def of_group(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray], unit: Tensor) -> Iterator[Member]:
-    """The members of a group that are numbers which modules keep of its channels.
-
-    Args:
-        graph: of the tracer.
-        positions: of the group, as `graph` has them.
-        unit: of each of its channels, int64: those of one go together.
-    """
+    """The members of a group that are numbers which modules keep of its channels. positions: of the group. unit: of
+    each of its channels, int64: those of one go together."""
     known, kept = set[tuple[str, str]](), set[nn.Module]()
     for (node, function), at in positions.items():
         for owner, width in (*_of_cuts(graph, node, function, at, unit), *_of_zeros(graph, node, function)):

@@ -62,13 +62,8 @@ def within(module: str, group: ChannelGroup) -> ChannelGroup:
 
 
 def find(recording: Recording, unused: Container[str] = (), dims: bool = False) -> Found:
-    """The groups of heads in a model.
-
-    Args:
-        recording: of a run of the model.
-        unused: layers that the output does not depend on.
-        dims: look for the dimensions of heads, too, which takes most of the time.
-    """
+    """The groups of heads in a recorded model. unused: layers that the output does not depend on. dims: look for the
+    dimensions of heads, too, which takes most of the time."""
     every, model = Found(), recording.model
     guesses = {name: found for name, module in model.named_modules()
                if (found := [_adapted(module, guess) for guess in _guesses(name, module)])}

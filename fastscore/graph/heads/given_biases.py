@@ -25,13 +25,8 @@ _ROUNDING = 1e-3  # of a channel's length
 
 
 def maker(model: nn.Module, attentions: Iterable[str], heads: int) -> str | None:
-    """The embedding that biases for the heads of some attention modules may be looked up in; None without one.
-
-    Args:
-        model: that holds them.
-        attentions: names of the modules.
-        heads: of each.
-    """
+    """The embedding that biases for the heads of some attention modules, by name, of so many each, may be looked up in;
+    None without one."""
     names = list(attentions)
     for name, module in model.named_modules():
         owner, _, own = name.rpartition(".")
@@ -54,13 +49,7 @@ def with_arguments(module: nn.Module, group: ChannelGroup, call: Call) -> Channe
 
 def with_embedding(recording: Recording, group: ChannelGroup, embedding: str) -> ChannelGroup | None:
     """The group of heads with the columns of an embedding; None where the model, with other numbers there, reads other
-    heads without some.
-
-    Args:
-        recording: of a run of the model.
-        group: the heads of all attentions that are given its biases.
-        embedding: its name.
-    """
+    heads without some. group: the heads of all attentions that are given its biases."""
     each = next(group.role("heads"))
     column = Member(embedding, "producer", torch.arange(len(each.index)), each.channel)
     group = replace(group, members=(*group.members, column))

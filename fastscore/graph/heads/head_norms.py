@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastscore.graph.groups import ChannelGroup, Member
-from fastscore.modules.hooks import OwnHook, input_of, with_input
+from fastscore.modules.hooks import reading_zero
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.norms.channel_norms import norm_of, width
 
@@ -40,13 +40,5 @@ def uncounted(module: nn.Module, group: ChannelGroup, gone: Tensor, whole: bool 
         between = member.role == "consumer" and (whole or len(member.index) < group.channels)
         if between or member.role == "norm":
             layer = module.get_submodule(member.layer)
-            zero = _zero(index, channel_dim(layer) if between else -1)
+            zero = reading_zero(index, channel_dim(layer) if between else -1)
             yield layer.register_forward_pre_hook(zero, with_kwargs=True)
-
-
-def _zero(index: Tensor, dim: int) -> OwnHook:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = input_of(args, kwargs)
-        return with_input(args, kwargs, x.index_fill(dim, index.to(x.device), 0))
-
-    return OwnHook(hook)

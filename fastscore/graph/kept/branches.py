@@ -10,12 +10,8 @@ from fastscore.graph.following.residual_sums import Calls, Readers, addends, sca
 
 def why(modules: Mapping[str, nn.Module], calls: Calls, readers: Readers, told: Collection[tuple[Any, Any]]
         ) -> dict[str, str]:
-    """Module that ends such a branch, the last with weights -> why it stays.
-
-    Args:
-        modules: those that were noted; calls: of each; readers: of each node (see residual_sums).
-        told: (sum, what comes to it) of the branches that are known.
-    """
+    """Module that ends such a branch, the last with weights -> why it stays. told: (sum, what comes to it) of the
+    branches that are known."""
     behind, number = _behind(readers), {node: place for place, node in enumerate(readers)}
 
     def made_from(node: Any, source: Any) -> bool:

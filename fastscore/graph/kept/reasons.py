@@ -134,12 +134,8 @@ def of_untraced(names: Sequence[str], idle: Collection[str], recording: Recordin
                 detached: Mapping[str, str]) -> dict[str, str]:
     """Why layers of which no gradient comes back are kept.
 
-    Args:
-        names: of the layers.
-        idle: all layers that ran, and of which none comes back, normalisations included.
-        recording: of a run of the model, which nothing has been changed in yet.
-        readers: see `read_elsewhere`.
-        detached: the same, of code that no gradient comes back from.
+    idle: all layers that ran, and of which none comes back, normalisations included. readers: see `read_elsewhere`.
+    detached: the same, of code that no gradient comes back from.
     """
     found: dict[str, str] = {}
     for name in names:

@@ -39,15 +39,10 @@ def as_in_training(model: nn.Module, trained: bool = True) -> Iterator[list[Any]
 
 
 def merge(graph: ChannelGraph, in_training: ChannelGraph, inactive: set[str]) -> ChannelGraph:
-    """The groups of evaluation mode, which layers that run in training alone read as well.
+    """The groups of evaluation mode, `graph`, which layers that run in training alone, `inactive`, read as well.
 
-    Args:
-        graph: traced in evaluation mode.
-        in_training: traced as in training; what it lacks, or has otherwise, is taken from `graph`.
-        inactive: layers that do not run in evaluation mode.
-
-    Returns:
-        No group that `graph` does not have: where inactive layers alone read it, there is nothing to measure.
+    What the other lacks, or has otherwise, is taken from `graph`, and there is no group that it does not have: where
+    inactive layers alone read one, there is nothing to measure.
     """
     more = {group.name: group for group in in_training.groups}
     unread = {name: "it is read by layers that run in training alone" for name, group in more.items()

@@ -14,13 +14,8 @@ _Second = Callable[[Tensor], bool]
 def transposing(forward: Forward, batch: Batch) -> str:
     """A `forward` that transposes what the model takes [T, N, ...], of batches like this one but [N, T, ...].
 
-    Args:
-        forward: how the model is called now.
-        batch: that the model takes now, [T, N, ...]: what has as many dimensions as its first tensor, and as many
-            places along the second, is transposed.
-
-    Returns:
-        "forward=lambda model, batch: ...", of Python; empty where the first tensor has no second dimension.
+    What has as many dimensions as its first tensor, and as many places along the second, is transposed. In Python,
+    "forward=lambda model, batch: ..."; empty where the first tensor has no second dimension.
     """
     first = first_tensor(batch)
     if first is None or first.dim() < 2:

@@ -21,13 +21,8 @@ def guesses(graph: Graph, recording: Recording, groups_of: Callable[[Collection[
             ) -> tuple[list[ChannelGroup], set[str]]:
     """What the groups would be of which channels come to layers along another dimension, if they passed these.
 
-    Args:
-        graph: of the tracer; changed, where there are any.
-        recording: of the run that was traced.
-        groups_of: (layers) -> the groups of what they make, as `graph` has them.
-
-    Returns:
-        (these groups, the layers that they pass)
+    graph: changed, where there are any. groups_of: (layers) -> the groups of what they make, as `graph` has them.
+    Returns (these groups, the layers that they pass).
     """
     roots, passed, divided, seen = set[Any](), set[Any](), dict[Any, int](), set[tuple[Any, int]]()
     layers = (graph.module2node.get(recording.layers[name]) for name in recording.order)
@@ -45,14 +40,8 @@ def guesses(graph: Graph, recording: Recording, groups_of: Callable[[Collection[
 
 def that_go(recording: Recording, graph: ChannelGraph, guesses: Sequence[ChannelGroup], passed: Set[str]
             ) -> ChannelGraph:
-    """The graph with those of `guesses` that can go.
-
-    Args:
-        recording: of a run of the model; it is not changed.
-        graph: whose groups were tried, and can go.
-        guesses: what more there may be.
-        passed: the layers that these pass, of which others lose channels in trials of their own.
-    """
+    """The graph, whose groups were tried and can go, with those of `guesses` that can, too. passed: the layers that
+    these pass, of which others lose channels in trials of their own."""
     beside = [group for group in graph.groups if passed.isdisjoint(member.layer for member in group.members)]
     made = {member.layer for group in graph.groups for member in group.role("producer")}
     with recording.computing(passed):

@@ -23,12 +23,8 @@ def refusals(model: nn.Module, run: Run, groups: Sequence[ChannelGroup], example
     """Name of a group that was verified on one sample -> why its channels are kept, as a run on several shows it; empty
     where it was traced with several, or does not run on them, or not twice in the same way.
 
-    Args:
-        model: an evaluation copy.
-        run: (model, batch) -> its floating-point outputs.
-        groups: of its channels.
-        example: the batch that it was traced with.
-        samples: of which the batch is made that is tried.
+    run: (model, batch) -> its floating-point outputs. example: the batch that it was traced with. samples: of which the
+    batch is made that is tried.
     """
     traced, given = (first.shape[:1].numel() if (first := first_tensor(batch)) is not None else 0
                      for batch in (example, samples))

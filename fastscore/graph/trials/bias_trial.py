@@ -36,15 +36,8 @@ def all_grown(recording: Recording) -> Iterator[Collection[str]]:
 
 
 def kept_biases(recording: Recording, unread: Collection[str] = ()) -> dict[str, str]:
-    """Linears and convolutions whose biases are to stay as they are.
-
-    Args:
-        recording: of a run of the model; it is not changed.
-        unread: layers whose biases no other code reads, all at once, as was tried before.
-
-    Returns:
-        Name of each -> what is done with its bias, or would be with one, but adding it; or why nobody can tell.
-    """
+    """Linears and convolutions whose biases are to stay as they are -> what is done with one, or would be, but adding
+    it; or why nobody can tell. unread: layers whose biases no other code reads, all at once, as was tried before."""
     found, names = _asked_about(recording)
     if not set(names) <= set(unread):
         found |= dict.fromkeys(_read_elsewhere(recording, names), "has a bias that other code reads as well")

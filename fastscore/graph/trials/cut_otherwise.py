@@ -19,10 +19,7 @@ def guesses(graph: Graph, skipped: Mapping[str, str], groups_of: Callable[[Colle
             ) -> list[ChannelGroup]:
     """What the groups would be that are kept as the code fixes where it cuts their channels, if it did not.
 
-    Args:
-        graph: of the tracer.
-        skipped: layer -> why it is kept.
-        groups_of: (layers) -> the groups of what they make, as `graph` has them.
+    skipped: layer -> why it is kept. groups_of: (layers) -> the groups of what they make, as `graph` has them.
     """
     roots = {name for name, reason in skipped.items() if reason.startswith(CUT)}
     own = roots | {name for name, reason in skipped.items() if reason.removeprefix(TIED) in roots}
@@ -33,13 +30,7 @@ def guesses(graph: Graph, skipped: Mapping[str, str], groups_of: Callable[[Colle
 
 
 def that_go(recording: Recording, graph: ChannelGraph, guesses: Sequence[ChannelGroup]) -> ChannelGraph:
-    """The graph with those of `guesses` that can go, the first of each layer.
-
-    Args:
-        recording: of a run of the model; it is not changed.
-        graph: whose groups were tried, and can go.
-        guesses: what more there may be.
-    """
+    """The graph, whose groups were tried and can go, with those of `guesses` that can, too, the first of each layer."""
     found, made = list[ChannelGroup](), set[tuple[str, int]]().union(*map(_outputs, graph.groups))
     for group in guesses:
         if made.isdisjoint(_outputs(group)) and not verification.leaks(recording, [group]) and \

@@ -27,13 +27,8 @@ _PLACE = re.compile(r"\(([^ ()]+) \(\w+\): ")  # in a reason: the module that do
 
 def mended(recording: Recording, groups: Sequence[ChannelGroup], refused: Mapping[str, str]
            ) -> tuple[list[ChannelGroup], dict[str, str]]:
-    """Groups that were tried, those that go with such numbers together with them; and what is refused of them still.
-
-    Args:
-        recording: of a run of the model; it is not changed.
-        groups: that were tried.
-        refused: names of those that fail -> why.
-    """
+    """Groups that were tried, those that go with such numbers together with them; and what is `refused` of them still,
+    name -> why."""
     sizes = _Sizes(recording.model)
     found = {group.name: more for group in groups if group.name in refused
              and (more := _with_numbers(recording, group, refused[group.name], sizes, iter(range(_MOST)))) is not None}

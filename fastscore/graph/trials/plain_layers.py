@@ -60,11 +60,7 @@ def holds_rest(small: nn.Module, whole: nn.Module, gone_in: Tensor | None, gone_
     """Whether a smaller layer computes what a larger one does of inputs that are zero at what is gone: its code is
     PyTorch's, and it holds the rest of the same weights. False where that cannot be seen.
 
-    Args:
-        small: a copy of `whole` that has been cut.
-        whole: the layer as it was.
-        gone_in: positions of its inputs that are gone, int64; None where there are none.
-        gone_out: of its outputs, likewise.
+    gone_in, gone_out: positions of its inputs, and outputs, that are gone, int64; None where there are none.
     """
     kind = plain_kind(whole)
     if kind is None or type(small) is not type(whole) or plain_kind(small) is None or getattr(whole, "groups", 1) != 1:

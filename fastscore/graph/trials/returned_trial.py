@@ -9,6 +9,7 @@ Where the copy runs nothing but the model's own code, by the same settings, that
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from fastscore.graph.cutting import surgery
 from fastscore.graph.groups import ChannelGraph, ChannelGroup
 from fastscore.graph.kept import training_only
+from fastscore.graph.trials.halving import first_failing
 from fastscore.graph.trials.row_gradients import likely_numbers
 from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules import frames
@@ -58,14 +60,8 @@ def offered(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, run: R
                 _fault(model, [], way, when):
             continue  # where it fails as it is, no group is to blame
         while left and (why := _fault(model, left, way, when)):
-            good, bad = 0, len(left)  # so many of the first groups go well, or fail
-            while bad - good > 1:
-                middle = (good + bad) // 2
-                if found := _fault(model, left[:middle], way, when):
-                    bad, why = middle, found
-                else:
-                    good = middle
-            refused[left.pop(bad - 1).name] = why
+            at, why = first_failing(left, why, partial(_fault, model, run=way, when=when))
+            refused[left.pop(at).name] = why
     return replace(graph, groups=tuple(group for group in graph.groups if group.name not in refused),
                    skipped={**graph.skipped, **refused})
 

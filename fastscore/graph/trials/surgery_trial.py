@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fastscore.graph.groups import ChannelGroup
 from fastscore.graph.layers_inside import holds_norm
 from fastscore.graph.trials import plain_layers
 from fastscore.graph.trials.differences import all_close
+from fastscore.graph.trials.halving import first_failing
 from fastscore.graph.trials.recording import MISREAD, Recording, read_by, unwrapped
 from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules import frames
@@ -58,15 +59,8 @@ class _Findings:
 
 
 def refusals(recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, str]:
-    """Groups that cannot go by surgery.
-
-    Args:
-        recording: of a run of the model; what has gone all at once is noted there.
-        groups: that the recording was verified with.
-
-    Returns:
-        Name of each group that fails -> why, naming the innermost module and what it said.
-    """
+    """Name of each group that cannot go by surgery -> why, naming the innermost module and what it said. Those that
+    have gone all at once are noted in the recording."""
     refused: dict[str, str] = {}
     left = list(groups)
     while left and (found := _try(recording, left)):
@@ -86,16 +80,8 @@ def refusals(recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, 
 
 def together(recording: Recording, groups: Sequence[ChannelGroup], refused: Mapping[str, str]) -> list[ChannelGroup]:
     """Groups that go as one, though none goes alone: the code between them takes their widths to be the same, as where
-    a convolution's output is given the shape of its input.
-
-    Args:
-        recording: of a run of the model; it is not changed.
-        groups: that were tried.
-        refused: names of those that fail -> why.
-
-    Returns:
-        Groups that run, each made of some of `refused`, channel by channel.
-    """
+    a convolution's output is given the shape of its input. Each is made, channel by channel, of some of `refused`,
+    those of `groups` that were tried and fail -> why."""
     found, used = list[ChannelGroup](), set[str]()
     left = [group for group in groups if group.name in refused]
     for group in left:
@@ -163,15 +149,8 @@ def _culprit(recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, 
     """The group with which `groups`, tried in their order, begin to fail, and why; none where they do not."""
     if not groups or not (found := _try(recording, groups)):
         return {}
-    good, bad = 0, len(groups)
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        if part := _try(recording, groups[:middle]):
-            bad, found = middle, part
-        else:
-            good = middle
-    culprit = groups[bad - 1]
-    return {culprit.name: found.reason(culprit)}
+    at, found = first_failing(groups, found, partial(_try, recording))
+    return {groups[at].name: found.reason(groups[at])}
 
 
 def _try(recording: Recording, groups: Sequence[ChannelGroup]) -> _Findings:
@@ -213,9 +192,7 @@ def _try_without(recording: Recording, groups: Sequence[ChannelGroup], removed: 
 
 def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.RemovedIndices,
              found: _Findings) -> Callable[..., Tensor]:
-    """A layer's forward in the smaller copy: what it reads and makes is compared, what the whole one made is returned.
-
-    """
+    """A layer's forward in the smaller copy: compares what it reads and makes, and returns what the whole one made."""
     layer, whole = small.get_submodule(name), recording.layers[name]
     dim = channel_dim(layer)
     gone_out = gone.get((name, "outputs"))

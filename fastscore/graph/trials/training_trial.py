@@ -56,15 +56,9 @@ def _alike(x: Tensor | None, other: Tensor | None) -> bool:
 
 
 def with_parameters(recording: Recording, graph: ChannelGraph, *runs_as_in_training: Run) -> ChannelGraph:
-    """The graph, whose groups have parameters that they meet in training alone, less those that may meet one, and of
-    which that is not shown.
-
-    Args:
-        recording: of a run of the model in evaluation mode.
-        graph: its groups, as they are then.
-        runs_as_in_training: each calls it on the example inputs, and gives the output, or all that it returns: the
-            first of them that runs is what parameters are tried in.
-    """
+    """The graph of evaluation mode, in which `recording` ran, whose groups have parameters that they meet in training
+    alone, less those that may meet one, and of which that is not shown: parameters are tried in the first of the runs
+    that runs."""
     model = recording.model
     if not training_only.code_asks(model):
         return graph

@@ -23,16 +23,11 @@ _PASSES = 4  # of a random half of the channels and the other half, twice: which
 
 def leaks(recording: Recording, groups: Sequence[ChannelGroup], chosen: bool = False, held: bool = False
           ) -> dict[str, str]:
-    """Where channels show that no member of their group claims.
+    """Where channels show that no member of their group claims: name of a group -> a layer whose input changes with its
+    channels, or "the output".
 
-    Args:
-        recording: of a run of the model.
-        groups: as they were traced.
-        chosen: whether what the model's code chooses by these channels is to be chosen otherwise.
-        held: whether it is to be chosen as it was, whatever they are.
-
-    Returns:
-        Name of a group -> a layer whose input changes with its channels, or "the output".
+    chosen: whether what the model's code chooses by these channels is to be chosen otherwise. held: whether it is to be
+    chosen as it was, whatever they are.
     """
     assert recording.inputs is not None  # of the model as it is, before anything is changed
     if not groups or (chosen and not recording.choices):

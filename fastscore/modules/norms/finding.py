@@ -142,6 +142,15 @@ class _Trial:
                 return False
         return True
 
+    def _unshifted(self, norm: ChannelNorm, x: Tensor) -> Tensor | None:
+        """What it makes of x, with zeros for the shift."""
+        held = dict(self._alone._parameters)
+        if (shift := held.get(norm.shift)) is not None:
+            self._alone._parameters[norm.shift] = nn.Parameter(torch.zeros_like(shift), False)
+        y = self.run(x)
+        self._alone._parameters.update(held)
+        return y
+
     def _made(self, norm: ChannelNorm | ResponseNorm, x: Tensor) -> Tensor:
         return norm(x, self.held(norm.gain), self.held(norm.shift), self.size)
 
@@ -159,12 +168,8 @@ class _Trial:
     def of_little(self, norm: ChannelNorm) -> float | None:
         """What it multiplies small inputs by, where all of `norm` but eps is right: eps alone counts there. None where
         that is not one number."""
-        x, held = self.inputs(_SMALL), dict(self._alone._parameters)
-        if (shift := held.get(norm.shift)) is not None:
-            self._alone._parameters[norm.shift] = nn.Parameter(torch.zeros_like(shift), False)
-        y = self.run(x)
-        self._alone._parameters.update(held)
-        if y is None:
+        x = self.inputs(_SMALL)
+        if (y := self._unshifted(norm, x)) is None:
             return None
         centered = x - x.mean(self.dim, keepdim=True) if norm.centered else x
         gain = self.held(norm.gain)
@@ -174,11 +179,8 @@ class _Trial:
 
     def factor(self, norm: ChannelNorm) -> float:
         """What it multiplies large inputs by besides, of which eps does not count."""
-        x, held = self.inputs(_LARGE), dict(self._alone._parameters)
-        if (shift := held.get(norm.shift)) is not None:
-            self._alone._parameters[norm.shift] = nn.Parameter(torch.zeros_like(shift), False)
-        y, expected = self.run(x), norm(x, self.held(norm.gain), None, self.size)
-        self._alone._parameters.update(held)
+        x = self.inputs(_LARGE)
+        y, expected = self._unshifted(norm, x), norm(x, self.held(norm.gain), None, self.size)
         found = 1.0 if y is None else float((y / expected).median())
         return 1.0 if abs(found - 1) < _TOLERANCE / 10 or not math.isfinite(found) else found
 

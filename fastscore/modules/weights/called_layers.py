@@ -16,7 +16,7 @@ from torch import nn
 from fastscore.modules import frames
 from fastscore.modules.forwards import Forward, ForwardWithin, InThePlaceOfForwards
 from fastscore.modules.handles import Handle
-from fastscore.modules.hooks import OwnHook
+from fastscore.modules.hooks import has_users_hooks
 from fastscore.modules.inspection import hooked
 from fastscore.modules.weights import layer_functions
 
@@ -100,7 +100,7 @@ def replace(model: nn.Module, noted: nn.Module) -> Iterator[Handle]:
     """
     for module in noted.modules() if NOTED and noted is model else ():
         for name in NOTED[module].layers if module in NOTED else ():
-            if has_others(module.get_submodule(name)):
+            if has_users_hooks(module.get_submodule(name)):
                 raise ValueError(f"{name}: a hook has been set on it, which the code of {type(module).__name__} does "
                                  f"not run, as it does not call it: remove the hook, or write {name}(x) there")
     for name, module in list(noted.named_modules()) if NOTED else ():
@@ -121,10 +121,3 @@ def without_bias(model: nn.Module) -> set[str]:
     """The layers of such a copy that have no bias, where the model's code would add none."""
     return {f"{name}.{layer}".lstrip(".") for name, module in model.named_modules()
             if isinstance(own := vars(module).get("forward"), _CallsLayers) for layer in own.uses.without_bias}
-
-
-def has_others(layer: nn.Module) -> bool:
-    """Whether a layer has hooks of its user's, which do not run for a user whose code does not call it."""
-    return any(not isinstance(hook, OwnHook) for hooks in
-               (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-               for hook in hooks.values())

@@ -11,9 +11,10 @@ from torch import nn
 
 from fastscore.modules import frames
 from fastscore.modules.forwards import Forward, InThePlaceOfForwards, put_back
+from fastscore.modules.hooks import has_users_hooks
 from fastscore.modules.inspection import parametrized
 from fastscore.modules.weights import layer_functions, own_norms
-from fastscore.modules.weights.called_layers import NOTED, Uses, has_others
+from fastscore.modules.weights.called_layers import NOTED, Uses
 from fastscore.modules.weights.noted_products import NotedProducts, put_parameters_back
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm,
@@ -96,7 +97,7 @@ class Noting(InThePlaceOfForwards):
             NOTED.pop(module, None)
             own_norms.NOTED.discard(module)
         own_norms.NOTED.update(modules[name] for name in self._normalizing & modules.keys())
-        held = {name for name in used & modules.keys() if has_others(modules[name])}
+        held = {name for name in used & modules.keys() if has_users_hooks(modules[name])}
         self._past |= held - self._by_function
         self._otherwise |= held | {name for name in self._by_function & modules.keys() if parametrized(modules[name])}
         for around, names in self._used.items():
