@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from fastscore.batches.checks import check_rows
 from fastscore.batches.parts import Batch, can_be_cut, first_input, first_samples, first_tensor, map_tensors
@@ -70,6 +70,16 @@ def has_float64(device: torch.device) -> bool:
 def with_float64(tensor: Tensor) -> Tensor:
     """`tensor` where float64 is to be had: on its device, or else on the CPU."""
     return tensor if has_float64(tensor.device) else tensor.cpu()
+
+
+def wide(x: Tensor) -> Tensor:
+    """A floating-point tensor in float32, or wider where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rank_and_size(process_group: distributed.ProcessGroup | None) -> tuple[int, int]:
+    """(the number of this process among those that share the work, how many they are); (0, 1) of one alone."""
+    return (0, 1) if process_group is None else (distributed.get_rank(process_group), process_group.size())
 
 
 def usable(tensor: Tensor) -> Tensor:

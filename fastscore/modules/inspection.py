@@ -38,6 +38,12 @@ def hooked(module: nn.Module) -> bool:
                 or module._backward_pre_hooks)
 
 
+def held_in(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """(the module that has what is of that qualified name, its name there)."""
+    owner, _, key = name.rpartition(".")
+    return model.get_submodule(owner), key
+
+
 def parameter_owners(model: nn.Module) -> Mapping[int, int]:
     """id of each parameter of `model` -> how many modules hold it; 0 for any other."""
     return Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())

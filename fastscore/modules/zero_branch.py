@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches.parts import tensors_of
-from fastscore.modules.inspection import channel_dim
+from fastscore.modules.inspection import channel_dim, held_in
 
 
 class ZeroBranch(nn.Module):
@@ -131,7 +131,7 @@ def first_floating(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | No
 def put_zeros(model: nn.Module, name: str, returns: int) -> None:
     """Put zeros in the place of the branch of that qualified name, in place. returns: of a ZeroBranch; or what
     ResizedZeros stand there: see SAME."""
-    old, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    old, owner = model.get_submodule(name), held_in(model, name)[0]
     zeros = ResizedZeros(windows(old)) if returns <= SAME else ZeroBranch(returns) if returns < ONE else \
         ZeroBranch(0, returns // WIDER, channel_dim(old))
     if isinstance(zeros, ResizedZeros) and returns < SAME:
@@ -146,8 +146,8 @@ def put_zeros(model: nn.Module, name: str, returns: int) -> None:
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where that name stands, in place."""
-    path, _, key = name.rpartition(".")
-    model.get_submodule(path)._modules[key] = module
+    owner, key = held_in(model, name)
+    owner._modules[key] = module
 
 
 class EncoderLayer(nn.TransformerEncoderLayer):

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, distributed
 
+from fastscore.batches.devices import wide
 from fastscore.recovery.linear import solve
 
 RIDGES = (math.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
@@ -52,7 +53,7 @@ class Joint:
         count = len(x)
         if not count:
             return
-        x, t = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (x, t))
+        x, t = wide(x), wide(t)
         mean_x, mean_t = x.mean(0), t.mean(0)
         x, t = (x - mean_x).transpose(0, 1), (t - mean_t).transpose(0, 1)
         total = self.count + count

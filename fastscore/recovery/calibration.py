@@ -8,6 +8,7 @@ import torch
 from torch import distributed
 
 from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.devices import rank_and_size
 from fastscore.batches.parts import Batch, can_be_cut, first_tensor, map_tensors
 from fastscore.recovery.held_out import check_batches, take_rows
 
@@ -18,7 +19,7 @@ Part = Literal["fit", "held out", "all"]
 def share_of(batches: Iterable[Batch], device: torch.device,
              process_group: distributed.ProcessGroup | None = None) -> Iterator[Batch]:
     """The batches that hold a sample and are this process's to read, on `device`."""
-    rank, size = (0, 1) if process_group is None else (distributed.get_rank(process_group), process_group.size())
+    rank, size = rank_and_size(process_group)
     for number, batch in enumerate(batches):
         if number % size == rank and _samples_in(batch) != 0:
             yield map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
@@ -37,7 +38,8 @@ class Calibration:
     def __init__(self, batches: Iterable[Batch], device: torch.device, forward: Forward = call_model,
                  process_group: distributed.ProcessGroup | None = None, name: str = "batches") -> None:
         check_batches(batches, name)
-        self._batches, self._device, self._group, self._name = batches, device, process_group, name
+        self._batches, self._device, self._name = batches, device, name
+        self._rank, self._processes = rank_and_size(process_group)
         self._by_sample = forward is call_model
         self._first: str | None = None
         self.size = 1  # samples in the first batch, once `first` was called
@@ -81,7 +83,7 @@ class Calibration:
                 continue
             if not seen:
                 self._check_order(batch)
-            mine = self._is_mine(number)
+            mine = number % self._processes == self._rank
             if not self._by_sample or count is None:
                 chosen = part == "all" or (number % HELD_OUT == 1) == (part == "held out")
                 chosen = chosen and (only is None or number // HELD_OUT in only)
@@ -105,11 +107,6 @@ class Calibration:
             what = "sample" if self._by_sample else "batch"
             raise ValueError(f"{self._name}: there is no batch, or none that holds a sample" if not seen else
                              f"{self._name}: {seen} {what}, and one of {HELD_OUT} is held out to judge by: give more")
-
-    def _is_mine(self, number: int) -> bool:
-        if self._group is None:
-            return True
-        return number % self._group.size() == distributed.get_rank(self._group)
 
     def _check_order(self, batch: Batch) -> None:
         tensor = first_tensor(batch)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches.calls import Forward, is_call_model
+from fastscore.batches.devices import wide
 from fastscore.batches.outputs import named_outputs
 from fastscore.batches.parts import Batch, valid_tokens
 from fastscore.recovery.last_operations import LastOperations
@@ -151,22 +152,18 @@ def _logits_of(output: Tensor, end: str) -> Callable[[Tensor], Tensor] | None:
     """What makes logits of probabilities: of columns of which none is negative and each row sums to 1, or of what a
     sigmoid made last; None of all else."""
     if end == "sigmoid":
-        return lambda x: torch.logit(_wide(x), torch.finfo(x.dtype).eps)
+        return lambda x: torch.logit(wide(x), torch.finfo(x.dtype).eps)
     if _columns(output) < 2 or not output.numel():
         return None
-    x, rounding = _wide(output.detach()), torch.finfo(output.dtype).eps ** 0.5
+    x, rounding = wide(output.detach()), torch.finfo(output.dtype).eps ** 0.5
     holds = (x >= 0).all() and ((x.sum(dimension(output)) - 1).abs() <= rounding).all()
     return _log if holds else None
 
 
 def _log(probabilities: Tensor) -> Tensor:
     """Finite also of 0."""
-    x = _wide(probabilities)
+    x = wide(probabilities)
     return x.clamp_min(torch.finfo(x.dtype).tiny).log()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _columns(output: Tensor) -> int:

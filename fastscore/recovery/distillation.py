@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastscore.arguments import check_callable, check_number, check_whole
 from fastscore.batches.calls import Forward, call_model
+from fastscore.batches.devices import rank_and_size
 from fastscore.batches.outputs import checked_forward
 from fastscore.batches.parts import Batch
 from fastscore.fingerprints import run_fingerprint
@@ -105,7 +106,7 @@ def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Bat
            clip=clip, feature_weight=feature_weight, precision=precision, loss=loss)
     inner, wrapped = unwrapped(network), isinstance(network, DistributedDataParallel)
     group: Any = network.process_group if wrapped else process_group
-    rank, size = (0, 1) if group is None else (distributed.get_rank(group), group.size())
+    rank, size = rank_and_size(group)
     data = TrainingBatches(batches, held_out, seed, rank=0 if wrapped else rank, size=1 if wrapped else size,
                            first_only=forward is call_model, digests=resume is not None)
     with fork_rng(device_of(inner)), torch.inference_mode(False), torch.enable_grad(), _in_training(network):

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from fastscore.batches.devices import rank_and_size
 from fastscore.batches.parts import Batch
 from fastscore.modules.inspection import device_of
 from fastscore.modules.wrappers import unwrapped
 from fastscore.progress import Bar
 from fastscore.recovery.decisions import Decisions
-from fastscore.recovery.divergence import Mixed, divergence, judged_by, mixed_of, names
+from fastscore.recovery.divergence import Mixed, divergence, judged_by, mixed_of, names, rows
 from fastscore.recovery.features import FeatureMaps
 from fastscore.recovery.optimizers import schedule
 from fastscore.recovery.training_batches import Position, TrainingBatches, on_device
@@ -124,6 +125,7 @@ class DistillationRun:
                  seed: int, clip: float | None) -> None:
         self._dense, self._network, self._smaller, self.objective = dense, network, unwrapped(network), objective
         self._call, self._data, self._judges, self._group = call, data, data.judges(), group
+        self._rank, self._size = rank_and_size(group)
         self._optimizer, self._seed, self._clip, self.step = optimizer, seed, clip, 0
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._device, self._precision = device_of(self._smaller), precision
@@ -165,14 +167,9 @@ class DistillationRun:
         judged = [look.judged for look in self._looks[1:]]
         return patience is not None and len(judged) > patience and min(judged[-patience:]) >= min(judged[:-patience])
 
-    @property
-    def _size(self) -> int:
-        return 1 if self._group is None else self._group.size()
-
     def _train_on(self, batch: Batch, position: Position) -> Tensor:
         """One step; the loss."""
-        rank = 0 if self._group is None else distributed.get_rank(self._group)
-        torch.manual_seed(self._seed + _STRIDE * (self.step * self._size + rank + 1))
+        torch.manual_seed(self._seed + _STRIDE * (self.step * self._size + self._rank + 1))
         with self.objective.maps, self._autocast():
             got, expected = self._outputs(self._network.train(), batch)
             loss = self.objective(got, expected)
@@ -256,7 +253,7 @@ class DistillationRun:
         """Go on from the file at `path` where there is one, and write it from now on; the first process does both."""
         self._file = RunFile(path, FORM, "file of distill(resume=)", same)
         found: list[Any] = [None]
-        if self._first:
+        if self._rank == 0:
             try:
                 found = [self._file.load()]
             except (ValueError, OSError) as error:  # which every process raises
@@ -267,11 +264,6 @@ class DistillationRun:
             raise found[0]
         if found[0] is not None:
             self._restore(found[0])
-
-    @property
-    def _first(self) -> bool:
-        """Whether this process keeps the run's file."""
-        return self._group is None or distributed.get_rank(self._group) == 0
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.step, self._position = state["step"], Position(**state["position"])
@@ -286,7 +278,7 @@ class DistillationRun:
         self._scaler.load_state_dict(state["scaler"])
 
     def _save(self) -> None:
-        if self._file is None or not self._first:
+        if self._file is None or self._rank:
             return
         looks = [{key: None if value != value else value for key, value in asdict(look).items()}  # NaN is not JSON
                  for look in self._looks]
@@ -298,13 +290,6 @@ class DistillationRun:
 
 def _samples(outputs: Mapping[str, Tensor]) -> int:
     return len(next(iter(outputs.values())))
-
-
-def rows(output: Tensor) -> Tensor:
-    """[decisions, K], float32 or wider, of [N], [N, K], [N, T, K] or [N, K, H, W]."""
-    x = output.to(torch.promote_types(output.dtype, torch.float32))
-    x = x[:, None] if x.dim() == 1 else x.movedim(1, -1) if x.dim() > 3 else x
-    return x.flatten(0, -2)
 
 
 def log_softmax(output: Tensor) -> Tensor:

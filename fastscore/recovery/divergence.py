@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, distributed
 
-from fastscore.batches.devices import with_float64
+from fastscore.batches.devices import wide, with_float64
 from fastscore.wording import counted
 
 Outputs: TypeAlias = Tensor | Mapping[str, Tensor]
@@ -285,10 +285,11 @@ def _compared(expected: Tensor, got: Tensor, kind: type[_Decided] | type[_Erred]
 
 
 def _rows(output: Tensor) -> Tensor:
-    """float64 [decisions, K]."""
-    x = with_float64(output.detach()).double()
-    if x.dim() == 1:
-        x = x[:, None]
-    if x.dim() > 3:  # [N, K, H, W]
-        x = x.movedim(1, -1)
+    return rows(with_float64(output.detach()).double())
+
+
+def rows(output: Tensor) -> Tensor:
+    """[decisions, K], float32 or wider, of [N], [N, K], [N, T, K] or [N, K, H, W]."""
+    x = wide(output)
+    x = x[:, None] if x.dim() == 1 else x.movedim(1, -1) if x.dim() > 3 else x
     return x.flatten(0, -2)

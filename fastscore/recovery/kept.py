@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import distributed, nn
 
 from fastscore.batches.calls import Forward
+from fastscore.batches.devices import rank_and_size
 from fastscore.batches.parts import Batch
 from fastscore.fingerprints import digest_of, run_fingerprint
 from fastscore.graph.cutting.surgery import RemovedIndices
@@ -51,7 +52,7 @@ class KeptPasses:
         self._passes: dict[str, _Pass] = {}
         if path is None:
             return
-        rank, size = (0, 1) if process_group is None else (distributed.get_rank(process_group), process_group.size())
+        rank, size = rank_and_size(process_group)
         gone = json.dumps(sorted((name, side, index.tolist()) for (name, side), index in removed.items()))
         identity = run_fingerprint(model, {}, removed=hashlib.sha256(gone.encode()).hexdigest(), forward=forward)
         self._file = RunFile(path, FORM, "file of reconstruct(resume=)", {**identity, "process": [rank, size]}, rank,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from fastscore.batches.devices import with_float64
+from fastscore.batches.devices import wide, with_float64
 from fastscore.batches.parts import valid_tokens
 from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.modules.hooks import input_of
@@ -57,7 +57,7 @@ class Moments:
         """Take rows [n, inputs of the layer] in."""
         if not len(rows):
             return
-        x = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        x = wide(rows)
         x = x[:, self.index.to(x.device)] if self.index.numel() != x.shape[1] or self.index.shape[:2] != (1, 1) \
             else x[:, None, None]  # [n, G, P, C]
         mean = x.mean(0)

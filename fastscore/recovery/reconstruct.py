@@ -237,11 +237,9 @@ class _Bench:
                   for name, moments in self._moments[part].items()}
         weights = {name: rewired(self._eval_model.get_submodule(name), x) for name, x in inputs.items()
                    if name not in self._tied} if ridge != math.inf else {}
-        return weights, self._contributions({name: x.constant for name, x in inputs.items()
-                                             if name not in self._alone}), inputs
-
-    def _contributions(self, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return mean_contributions(self._eval_model, constants, self._example, self._forward)
+        constants = {name: x.constant for name, x in inputs.items() if name not in self._alone}
+        added = mean_contributions(self._eval_model, constants, self._example, self._forward)
+        return weights, added, inputs
 
     def _asymmetric(self, ridge: float, part: Part, ridges: dict[str, float]) -> Any:
         """The result, reconstructed front to back. ridges: layer -> of its asymmetric fit; those that are not there yet

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastscore import ops
-from fastscore.batches.devices import with_float64
+from fastscore.batches.devices import wide, with_float64
 from fastscore.ops.checks import FLOATING
 from fastscore.wording import counted
 
@@ -132,10 +132,10 @@ def _logits(output: Tensor) -> Tensor:
     """An output, or the logarithms of it, where it is probabilities, which is not waited for."""
     if output.dim() < 2 or output.shape[1] < 2 or not output.is_floating_point():
         return output
-    wide, rounding = output.to(torch.promote_types(output.dtype, torch.float32)), torch.finfo(output.dtype).eps ** 0.5
-    sums = wide.detach().sum(1)
-    are_probabilities = (wide.detach() >= 0).all() & ((sums - 1).abs() <= rounding).all()
-    return torch.where(are_probabilities, wide.clamp_min(torch.finfo(wide.dtype).tiny).log(), wide)
+    x, rounding = wide(output), torch.finfo(output.dtype).eps ** 0.5
+    sums = x.detach().sum(1)
+    are_probabilities = (x.detach() >= 0).all() & ((sums - 1).abs() <= rounding).all()
+    return torch.where(are_probabilities, x.clamp_min(torch.finfo(x.dtype).tiny).log(), x)
 
 
 def _made_by(output: Tensor) -> str:

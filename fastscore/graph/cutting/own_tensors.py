@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastscore.graph.cutting import channel_buffers
 from fastscore.graph.layer_types import OPTYPE, type_of
+from fastscore.modules.inspection import held_in
 from fastscore.modules.narrower import without
 from fastscore.modules.returned_part import Table
 from fastscore.modules.weights.parameter_layers import ParameterLayer
@@ -21,8 +22,7 @@ def cut(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
 
     A parameter is a new object afterwards.
     """
-    path, _, key = name.rpartition(".")
-    owner = model.get_submodule(path)
+    owner, key = held_in(model, name)
     if isinstance(layer := owner._modules.get(key), ParameterLayer):  # of an evaluation copy
         weight: Any = layer.weight
         layer.weight = without(weight, layer.at(dim), index)

@@ -20,6 +20,7 @@ from fastscore.graph.trials import surgery_trial, verification
 from fastscore.graph.trials.differences import all_close
 from fastscore.graph.trials.recording import Recording
 from fastscore.graph.trials.steady_draws import SteadyDraws
+from fastscore.modules.inspection import held_in
 
 Run = Callable[[nn.Module], Sequence[Tensor]]
 
@@ -120,9 +121,8 @@ def _recorded(model: nn.Module, run: Run) -> Recording | None:
 def _shows(recording: Recording, name: str, parameter: Tensor) -> bool:
     """Whether the entries of a parameter show in what a model's layers read, or in what it returns."""
     assert recording.inputs is not None  # of the model as it is, before anything is changed
-    path, _, key = name.rpartition(".")
     every = torch.arange(parameter.numel())
-    with verification.entries_changed([(recording.model.get_submodule(path), key, _dim(parameter) or 0, every)]):
+    with verification.entries_changed([(*held_in(recording.model, name), _dim(parameter) or 0, every)]):
         return recording.leak({}, {}) is not None
 
 

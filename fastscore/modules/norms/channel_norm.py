@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastscore.batches.devices import wide
+
 
 @dataclass(frozen=True)
 class ChannelNorm:
@@ -76,7 +78,7 @@ class ChannelNorm:
 
     def __call__(self, x: Tensor, gain: Tensor | None, shift: Tensor | None, dense_width: int) -> Tensor:
         """What the module computes; x may have fewer channels than `dense_width`."""
-        centered, scale = self.statistics(_wide(x), dense_width)
+        centered, scale = self.statistics(wide(x), dense_width)
         y = centered * (scale * self.factor if self.factor != 1 else scale)
         if gain is not None:
             y = y * self.along_channels(gain + self.offset if self.offset else gain)
@@ -86,9 +88,9 @@ class ChannelNorm:
 
     def gradient_of_statistics(self, x: Tensor, g: Tensor, gain: Tensor | None, dense_width: int) -> Tensor:
         """The gradient of x through mean and mean square alone, from that of the output: of x's shape and dtype."""
-        centered, squares = self._squares(_wide(x), dense_width)
+        centered, squares = self._squares(wide(x), dense_width)
         scale = self._scale(squares)
-        g = _wide(g) * self.factor if self.factor != 1 else _wide(g)
+        g = wide(g) * self.factor if self.factor != 1 else wide(g)
         if gain is not None:
             g = g * self.along_channels(gain + self.offset if self.offset else gain)
         normalized = centered * scale
@@ -97,7 +99,3 @@ class ChannelNorm:
         if self.centered:
             through = through - g.sum(self.dim, keepdim=True) * (scale / dense_width)
         return through.to(x.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

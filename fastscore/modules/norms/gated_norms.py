@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastscore.batches.devices import wide
 from fastscore.modules.copying import own_attributes
 from fastscore.modules.hooks import input_of
 from fastscore.modules.narrower import staying, without
@@ -49,7 +50,7 @@ class GatedNorm:
 
     def normalized(self, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(x in its groups, less their lengths; what it was multiplied by), in float32 or wider."""
-        of_group = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (self.groups, -1))
+        of_group = wide(x).unflatten(-1, (self.groups, -1))
         scale = (of_group.square().mean(-1, keepdim=True) + eps).rsqrt()
         return of_group * scale, scale
 

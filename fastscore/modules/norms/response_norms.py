@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastscore.batches.devices import wide
+
 
 @dataclass(frozen=True)
 class ResponseNorm:
@@ -39,22 +41,22 @@ class ResponseNorm:
 
     def __call__(self, x: Tensor, gain: Tensor | None, shift: Tensor | None, dense_width: int) -> Tensor:
         """What the module computes; x may have fewer channels than `dense_width`."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        norms, mean = self._norms(wide, dense_width)
-        y = wide * (norms / mean)
+        large = wide(x)
+        norms, mean = self._norms(large, dense_width)
+        y = large * (norms / mean)
         if gain is not None:
             y = y * self._along_channels(gain)
-        y = wide + y
+        y = large + y
         if shift is not None:
             y = y + self._along_channels(shift)
         return y.to(x.dtype)
 
     def gradient_of_statistics(self, x: Tensor, g: Tensor, gain: Tensor | None, dense_width: int) -> Tensor:
         """The gradient of x through the mean of norms alone, from that of the output: of x's shape and dtype."""
-        wide, g = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (x, g))
-        norms, mean = self._norms(wide, dense_width)
-        product = g * wide * norms
+        large, g = wide(x), wide(g)
+        norms, mean = self._norms(large, dense_width)
+        product = g * large * norms
         if gain is not None:
             product = product * self._along_channels(gain)
         of_mean = -product.sum((*self._image, self.dim), keepdim=True) / mean.square()
-        return (of_mean / dense_width * torch.where(norms > 0, wide / norms, 0.0)).to(x.dtype)
+        return (of_mean / dense_width * torch.where(norms > 0, large / norms, 0.0)).to(x.dtype)

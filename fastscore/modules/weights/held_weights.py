@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fastscore.modules import forwards
 from fastscore.modules.attention import multihead_attention, projections
 from fastscore.modules.handles import Handle
+from fastscore.modules.inspection import held_in
 from fastscore.modules.narrower import without
 from fastscore.modules.weights import called_layers, experts, own_products, recurrent
 from fastscore.modules.weights.own_linear import OwnLinear
@@ -53,59 +54,54 @@ def put_all_back(model: nn.Module) -> None:
 
 def is_held(model: nn.Module, name: str) -> bool:
     """Whether `name` is the qualified name of a parameter that `replace` makes a layer, as a user has it."""
-    owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
+    module, key = held_in(model, name)
     kinds = _kinds(module) if key in module._parameters else None
     return own_products.held(module, key) is not None or (kinds is not None and key in kinds.names)
 
 
 def layer_of(model: nn.Module, name: str) -> type[ParameterLinear]:
     """What `replace` makes of such a parameter."""
-    owner, _, key = name.rpartition(".")
-    if own_products.held(model.get_submodule(owner), key) is not None:
+    module, key = held_in(model, name)
+    if own_products.held(module, key) is not None:
         return OwnLinear
-    kinds = _kinds(model.get_submodule(owner))
+    kinds = _kinds(module)
     assert kinds is not None
     return kinds.layer
 
 
 def inputs_of(model: nn.Module, name: str) -> int:
     """How many channels such a parameter is multiplied by."""
-    owner, _, key = name.rpartition(".")
-    if own_products.held(model.get_submodule(owner), key) is not None:
-        return own_products.channels_of(model.get_submodule(owner), key)[0]
-    module = model.get_submodule(owner)
+    module, key = held_in(model, name)
+    if own_products.held(module, key) is not None:
+        return own_products.channels_of(module, key)[0]
     turned = key in experts.NAMES and experts.lie_turned(module)
     return int(getattr(module, key).shape[-2 if turned else -1])
 
 
 def channel_dim(model: nn.Module, name: str) -> int:
     """The dimension of the input of such a layer that holds the channels."""
-    owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
+    module, key = held_in(model, name)
     return -1 if own_products.held(module, key) is None else own_products.channels_of(module, key)[1]
 
 
 def bias_of(model: nn.Module, name: str) -> str | None:
     """The qualified name of the bias that goes with such a parameter; None where it has none, and for all else."""
-    owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
+    module, key = held_in(model, name)
     kinds = _kinds(module) if key in module._parameters else None
     bias = None if kinds is None else kinds.biases.get(key)
-    return None if bias is None or module._parameters.get(bias) is None else f"{owner}.{bias}".lstrip(".")
+    return None if bias is None or module._parameters.get(bias) is None else f"{name.removesuffix(key)}{bias}"
 
 
 def by_output(model: nn.Module, layer: str, name: str, values: Tensor) -> Tensor:
     """Values of such a parameter `layer`, or of its bias, by their name -> [outputs, all else]."""
-    owner, _, key = layer.rpartition(".")
-    last = name != layer or (key in experts.NAMES and experts.lie_turned(model.get_submodule(owner)))
+    module, key = held_in(model, layer)
+    last = name != layer or (key in experts.NAMES and experts.lie_turned(module))
     return values.movedim(-1 if last else -2, 0).flatten(1)
 
 
 def cut(model: nn.Module, name: str, side: Side, index: Tensor) -> None:
     """Take inputs or outputs `index` (int64), of all experts, out of such a parameter and its bias, in place."""
-    owner, _, key = name.rpartition(".")
-    module, bias = model.get_submodule(owner), bias_of(model, name)
+    (module, key), bias = held_in(model, name), bias_of(model, name)
     layer = _LAYERS.get(key) or layer_of(model, name)  # of experts, those cut in part are none to `_kinds`
     held: Tensor = getattr(module, key)
     last = (side == "inputs") != (key in experts.NAMES and experts.lie_turned(module))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastscore import files
 from fastscore.modules.evaluation_copy import own_copies
+from fastscore.modules.inspection import held_in
 from fastscore.modules.wrappers import unwrapped
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.saved import recipes
@@ -126,6 +127,5 @@ def load_state(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 
 def _holder(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     """Where a module keeps what the state dict of `model` has under a name, and under which."""
-    owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
+    module, key = held_in(model, name)
     return (module._parameters if key in module._parameters else module._buffers), key
