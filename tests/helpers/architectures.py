@@ -18,10 +18,10 @@ from torch import Tensor, nn
 import fastscore
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.outputs import checked_forward
-from fastscore.batches.parts import Batch, map_tensors
+from fastscore.batches.parts import Batch, map_tensors, tensors_of
 from fastscore.graph.tracing import trace
 from fastscore.modules.attention.multihead_attention import replace_attention
-from fastscore.modules.hooks import input_of, with_input
+from fastscore.modules.hooks import input_of, put_on, with_input
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.norms.channel_norms import norm_of
 from fastscore.modules.norms.gated_norms import GatedNorm, gated_norm_of
@@ -92,8 +92,7 @@ def prepared(case: Case) -> tuple[nn.Module, Batch]:
     x = case.inputs(2)
     model.eval()
     for module in batchnorms:
-        module.train()
-        module.momentum = 1.0
+        module.train().momentum = 1.0
     with torch.no_grad():
         case.forward(model, case.inputs(4))
     for module, momentum in zip(batchnorms, momenta, strict=True):
@@ -186,8 +185,7 @@ def as_gates_say(model: nn.Module, x: Batch, example: Batch, forward: Forward) -
             read[edge.layer].append((edge.index, gate[edge.channel]))
     total: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
     with ExitStack() as attached:
-        for handle in (*held_weights.replace(model, read), *replace_attention(model, read)):  # which then run as layers
-            attached.callback(handle.remove)
+        attached.enter_context(put_on((*held_weights.replace(model, read), *replace_attention(model, read))))
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 attached.enter_context(module.register_forward_hook(_mended))
@@ -262,11 +260,9 @@ def as_masked(model: nn.Module, pruned: nn.Module, removed: dict[str, Tensor], x
     groups = trace(model, example, forward).groups
     with torch.no_grad():
         dense = forward(model, x)
-        handles = [*at_consumers(model, removed_positions(groups, removed), {}),
-                   *at_group_norms(model, groups, removed)]
-        masked = forward(model, x)
-        for handle in handles:
-            handle.remove()
+        with put_on((*at_consumers(model, removed_positions(groups, removed), {}),
+                     *at_group_norms(model, groups, removed))):
+            masked = forward(model, x)
         smaller = forward(pruned.eval(), x)
     assert smaller.shape == dense.shape
     assert (dense - masked).abs().max() > 1e-4 * masked.abs().max(), "nothing was masked"
@@ -301,7 +297,7 @@ def trained(model: nn.Module, x: Batch, forward: Forward) -> str:
     model = model.train()
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.Rprop(model.parameters())
-    outputs = [output.float() for output in _tensors(forward(model, x))]
+    outputs = [output.float() for output in tensors_of(forward(model, x))]
     loss = sum(((output - torch.randn_like(output)).square().mean() for output in outputs), torch.zeros(()))
     loss.backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -311,13 +307,6 @@ def trained(model: nn.Module, x: Batch, forward: Forward) -> str:
     moved = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, weights[name])]
     assert len(moved) > 0.5 * len(reached), f"{len(moved)} of {len(reached)} weights moved"
     return "yes"
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, dict) else output or ()
-    return [tensor for value in values for tensor in _tensors(value)] if not isinstance(output, str) else []
 
 
 _IN_SHORT = (
