@@ -25,17 +25,11 @@ _known: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, weakref.ref[Any], Chann
 
 
 def get(model: nn.Module, example_inputs: Batch, forward: Forward, samples: Batch = None) -> ChannelGraph | None:
-    """A graph that was put here.
+    """The graph that was put here; None where one of what it was made by is another.
 
-    Args:
-        model: compared with what it was: modules, parameters (not their values), buffers (those of flags alone),
-            settings, hooks.
-        example_inputs: compared by shapes and dtypes, whatever the number of samples.
-        forward: compared by identity.
-        samples: a batch of several; where the graph was made with one sample, of as many rows as this.
-
-    Returns:
-        The graph; None where one of them is another.
+    Of the model, its modules, parameters (not their values), buffers (those of flags alone), settings and hooks are
+    compared; the inputs by shapes and dtypes, whatever the number of samples; `forward` by identity. samples: a batch
+    of several; where the graph was made with one sample, of as many rows as this.
     """
     fingerprint, called, graph, rows = _known.get(model, (None, None, None, None))
     if called is None or called() is not forward or fingerprint != _fingerprint(model, example_inputs):

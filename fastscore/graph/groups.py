@@ -175,18 +175,11 @@ class ChannelGraph:
         return digest.hexdigest()
 
     def without(self, model: nn.Module, ignore: Ignore) -> "ChannelGraph":
-        """This graph less the groups that a layer matched by `ignore` makes, passes or reads.
+        """This graph less the groups that a layer matched by `ignore` makes, passes or reads, which are `skipped`.
 
-        Args:
-            model: that was traced, or a copy of it.
-            ignore: qualified names (a name stands for all below it; `*` and `?` are wildcards), module types, modules;
-                or LayerNames, where matching_layers has looked them up before.
-
-        Returns:
-            The rest; what was left out is in `skipped`.
-
-        Raises:
-            ValueError: an entry matches no layer of `model`.
+        model: that was traced, or a copy of it. ignore: qualified names (a name stands for all below it; `*` and `?`
+        are wildcards), module types, modules; or LayerNames, where matching_layers has looked them up before. Raises
+        ValueError where an entry matches no layer.
         """
         ignored = matching_layers(model, ignore)
         reasons = dict[str, str]()
@@ -214,19 +207,11 @@ class ChannelGraph:
 
 
 def norm_gates(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
-    """One group for each BatchNorm of `model`, whose channels end at its output: the paper's units.
+    """One group for each BatchNorm of `model`, whose channels end at its output: the units of arXiv 2310.20203; nothing
+    is kept.
 
     The convolution that a BatchNorm alone reads is the producer of its group. Such channels can be scored and masked;
-    surgery needs the groups of `graph`.
-
-    Args:
-        model: that was traced, or a copy of it.
-        graph: its groups.
-
-    Returns:
-        A graph of other groups, and nothing kept.
-
-    Source: arXiv 2310.20203.
+    surgery needs the groups of `graph`, of this model, or of one that it is a copy of.
     """
     producers = {norm: layer for layer, norm in graph.normalized_by.items()}
     groups = []

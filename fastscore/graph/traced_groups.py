@@ -24,16 +24,11 @@ from fastscore.modules.weights.own_products import OWN
 
 def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, set[str]], recording: Recording,
              unused: Container[str], idle: Collection[str], roots: Collection[str] | None = None) -> ChannelGraph:
-    """The groups of what the layers of a model make, and the reason for what is kept.
+    """The groups of what the layers of a model, an evaluation copy, make, and the reason for what is kept.
 
-    Args:
-        model: an evaluation copy.
-        graph: as the tracer left it.
-        taken: role -> layers that play it in groups of heads, and in no other.
-        recording: of the run that was traced.
-        unused: layers that ran, and that the output does not depend on: they may read what can go.
-        idle: those of which no gradient comes back.
-        roots: layers of whose channels alone groups are made; None: of all.
+    graph: as the tracer left it. taken: role -> layers that play it in groups of heads, and in no other. recording: of
+    the run that was traced. unused: layers that ran, and that the output does not depend on: they may read what can go.
+    idle: those of which no gradient comes back. roots: layers of whose channels alone groups are made; None: of all.
     """
     groups: list[ChannelGroup] = []
     skipped: dict[str, str] = {}

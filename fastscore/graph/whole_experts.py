@@ -27,16 +27,8 @@ _COUNT, _CHOSEN = "num_experts", "top_k"
 
 
 def find(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
-    """The mixtures of a model, a group of their experts each.
-
-    Args:
-        model: an evaluation copy.
-        run: (model) -> its output, on an example.
-
-    Returns:
-        Those whose experts can go: the model runs without some, and computes what it does where the router gives them
-        minus infinity; and of the others why their experts stay.
-    """
+    """A group of experts for each mixture whose experts can go: the model, an evaluation copy, runs without some, and
+    computes what it does where the router gives them minus infinity; and of the others why their experts stay."""
     found: list[ChannelGroup] = []
     kept: dict[str, str] = {}
     for name, block in model.named_modules():

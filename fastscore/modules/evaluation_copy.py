@@ -94,17 +94,10 @@ def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:
     """A copy of `model` in evaluation mode with frozen parameters, which share their memory with the model's own unless
     a forward pass writes to them.
 
-    Args:
-        model: any module; it is left as it is.
-        plain: layers that compute their weight become plain ones, but for those that compute_on() was told of.
-
-    Returns:
-        A module of the same class, whose nn.MultiheadAttention runs its projections as layers, where transformers'
-        Conv1D is nn.Linear and its experts are two layers, where layers that compute their weight are plain ones, and
-        what torch.jit made is one module.
-
-    Raises:
-        TypeError, ValueError: those of fastscore.modules.wrappers.check_whole.
+    Its nn.MultiheadAttention runs its projections as layers, transformers' Conv1D is nn.Linear there and its experts
+    are two layers, what torch.jit made is one module, and layers that compute their weight are plain ones, unless
+    `plain` is False, but for those that compute_on() was told of. Raises what fastscore.modules.wrappers.check_whole
+    does.
     """
     check_whole(model)
     shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)

@@ -171,17 +171,12 @@ def rows_first(x: Tensor, axis: SampleAxis, channel_dim: int) -> tuple[Tensor, i
 
 def by_sample(rows: Tensor, axis: SampleAxis | Untold | Owners, layer: str, samples: int, mean: int | None,
               fixed: bool = False) -> Tensor | str:
-    """What was measured of each row, added up for each sample.
+    """What was measured of each row, added up for each of N samples: [P, N, C]; or the reason why the rows cannot be
+    told apart.
 
-    Args:
-        rows: [P, R, C], of what a layer reads. axis: how they belong to samples, or why that is not known.
-        layer: its name, for the reason.
-        samples: N.
-        mean: the part that holds means, which are averaged, if there is one.
-        fixed: see SampleAxis.factors.
-
-    Returns:
-        [P, N, C], or the reason why the rows cannot be told apart.
+    rows: [P, R, C], of what a layer reads, which is called `layer` in the reason. axis: how they belong to samples, or
+    why that is not known. mean: the part that holds means, which are averaged, if there is one. fixed: see
+    SampleAxis.factors.
     """
     if samples == 0:
         return rows[:, :0]

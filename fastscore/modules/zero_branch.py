@@ -43,18 +43,15 @@ _KERNELS = ("kernel_size", "filt_size")  # of convolutions and pools, and of tim
 
 
 class ResizedZeros(ZeroBranch):
-    """Zeros of the size that a convolution or pool, or several, made of its input's, and of as many channels as a
-    shortcut makes.
+    """Zeros of the size that a convolution or pool, or several, made of its input's; and of as many channels as the
+    module beside it that is called `shortcut` makes, or as it reads.
 
-    Attributes:
-        windows: of what changed the size, one after the other; none where all keep it.
-        shortcut: the module beside this one that makes as many channels; "": there are as many as it reads.
-        channels: how many these are.
+    windows: of what changed the size, one after the other; none where all keep it.
     """
 
-    def __init__(self, windows: Sequence[Window], shortcut: str = "", channels: int = 0) -> None:
+    def __init__(self, windows: Sequence[Window]) -> None:
         super().__init__()
-        self.windows, self.shortcut, self.channels = windows, shortcut, channels
+        self.windows, self.shortcut, self.channels = windows, "", 0
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, ...] -> [N, channels, ...]."""

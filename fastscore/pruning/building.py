@@ -32,20 +32,11 @@ class Cut(NamedTuple):
 
 
 class Builder:
-    """Makes smaller models of a dense one, which stays as it is.
+    """Makes smaller models of a dense one, which stays as it is, as `eval_model` does, its evaluation copy.
 
-    Args:
-        model: the dense model.
-        eval_model: an evaluation copy of it.
-        graph: its groups.
-        costs: of the whole model now; without the channels that go when `build` is called.
-        scores: of its channels; their means are compensated with where `means` says so.
-        means: whether they are.
-        example_inputs: a batch to run models on.
-        forward: how they are called.
-        repair: makes of the result of a cut that of a repaired one; None: nothing does.
-        notes: of all reports.
-        compensation: what stands in for channels that go, a line of all reports.
+    costs: of the whole model now; without the channels that go when `build` is called. means: whether those of `scores`
+    are compensated with. repair: makes of the result of a cut that of a repaired one. notes, compensation: of all
+    reports; the latter says in a line what stands in for channels that go.
     """
 
     def __init__(self, model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, costs: Costs, scores: Scores,

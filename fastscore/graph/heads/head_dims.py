@@ -68,17 +68,10 @@ class Projections:
 
 def find(name: str, module: nn.Module, projections: Projections, call: Call,
          randomized: Callable[[nn.Module], nn.Module]) -> ChannelGroup | str:
-    """The head dimensions of an attention module.
+    """The head dimensions of an attention module of an evaluation copy: the first guess that the module bears out, of
+    layers named from there; or why it bears out none.
 
-    Args:
-        name: of the group.
-        module: of an evaluation copy.
-        projections: of the module.
-        call: that the model makes of it.
-        randomized: gives a copy of it random weights, in place.
-
-    Returns:
-        The first guess that the module bears out, of layers named from there; or why it bears out none.
+    call: that the model makes of it. randomized: gives a copy of it random weights, in place.
     """
     if projections.width < 2:
         return "its heads have one dimension each"

@@ -27,17 +27,12 @@ _MOST_HEADS = 256
 
 def find(module: nn.Module, call: Call, sizes: Collection[int], but: Iterable[str] = ()
          ) -> list[ChannelGroup | list[str]]:
-    """What the heads of a module may be, of layers named from there, in the order of its code.
+    """What the heads of a module may be, of layers named from there, in the order of its code: the heads of each
+    attention whose code is the module's own; or, in the place of heads that read each other, the layers that make what
+    is multiplied. Nothing behind which nothing looks like heads.
 
-    Args:
-        module: of an evaluation copy, whose code multiplies activations.
-        call: that the model makes of it.
-        sizes: of the dimensions of what it multiplies.
-        but: modules in it whose heads are known.
-
-    Returns:
-        The heads of each attention whose code is the module's own; or, in the place of heads that read each other, the
-        layers that make what is multiplied. Nothing behind which nothing looks like heads.
+    module: of an evaluation copy, whose code multiplies activations, of these `sizes`. but: modules in it whose heads
+    are known.
     """
     found, known = list[ChannelGroup | list[str]](), set[str]()
     try:

@@ -22,16 +22,11 @@ _UNNAMED = "no layers make queries, keys and values, and nothing else, of its he
 
 def find(model: nn.Module, run: Callable[[nn.Module], Any], products: Mapping[tuple[nn.Module, ...], Collection[int]],
          divided: Collection[str], unused: Container[str], named: Found, dims: bool = False) -> Found:
-    """Heads beside those of `named`; and why others are kept, whose names may have shown them.
+    """Heads beside those of `named`, which are known; and why others are kept, whose names may have shown them.
 
-    Args:
-        model: an evaluation copy.
-        run: run(model) runs it on example inputs.
-        products: modules whose code multiplies activations, the innermost first -> the sizes of what it multiplies.
-        divided: layers whose channels a view divides, or code cuts, as it does those of heads.
-        unused: layers that the output does not depend on.
-        named: heads that are known.
-        dims: look for the dimensions of heads, too.
+    products: modules whose code multiplies activations, the innermost first -> the sizes of what it multiplies.
+    divided: layers whose channels a view divides, or code cuts, as it does those of heads. unused: those that the
+    output does not depend on. dims: look for the dimensions of heads, too.
     """
     every, names = Found(), {module: name for name, module in model.named_modules()}
     done = {model.get_submodule(each.layer) for group in named.groups for each in group.role("heads")}

@@ -67,19 +67,13 @@ def of_graph(model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training
 
 def find(model: nn.Module, watched: Mapping[str, Watched], run: Run, example: Batch, single: Batch = None,
          first: Around = nullcontext) -> SampleAxes:
-    """The sample axes of what a model's layers read or make.
+    """The sample axes of what those layers of a model that ran read or make; every reason says why a layer's samples
+    cannot be told apart.
 
-    Args:
-        model: an evaluation copy that nobody else uses; parameters that are zero, which let no gradient pass, become
-            random.
-        watched: layer -> what to look at.
-        run: (model, batch) -> its floating-point outputs.
-        example: a batch; samples of it make up the batches that are tried.
-        single: one that may be of a single sample.
-        first: a run on a single sample, without gradients, is made in this block, if there is one.
-
-    Returns:
-        What is known of each layer that ran; every reason says why a layer's samples cannot be told apart.
+    model: an evaluation copy that nobody else uses; parameters that are zero, which let no gradient pass, become
+    random. run: (model, batch) -> its floating-point outputs. example: samples of it make up the batches that are
+    tried. single: a batch that may be of a single sample. first: a run on a single sample, without gradients, is made
+    in this block.
     """
     model.requires_grad_(False)
     randomize_zeros(model)

@@ -37,16 +37,11 @@ _LAYERS = (*LAYERS, nn.Embedding, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, 
 
 def offered(model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, run: Run, run_as_in_training: Run,
             run_with_cache: Run | None, tried: Sequence[ChannelGroup] = ()) -> ChannelGraph:
-    """The graph of `model`, less the groups without some of whose channels a copy of it does not run.
+    """The graph of `model`, the user's, less the groups without some of whose channels a copy of it does not run.
 
-    Args:
-        model: the user's, which stays as it is.
-        eval_model: its evaluation copy.
-        graph: of it; its groups have been tried on the evaluation copy.
-        run: calls a model on the example inputs.
-        run_as_in_training: the same, where its code takes the way of training: tried where code asks which that is.
-        run_with_cache: the same of a model that users call so, though it is scored without; None of all others.
-        tried: groups without some channels of which, all at once, the evaluation copy did run.
+    run_as_in_training: as `run`, where the model's code takes the way of training: tried where code asks which that is.
+    run_with_cache: of a model that users call so, though it is scored without; None of all others. tried: groups
+    without some channels of which, all at once, the evaluation copy did run.
     """
     refused: dict[str, str] = {}
     # experts take some widths alone, which ranking sees to

@@ -162,20 +162,14 @@ def _is_replaced(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
 
 
 def replace_attention(model: nn.Module, called: Iterable[str] | None = None) -> Iterator[Handle]:
-    """Put MultiheadAttention in the place of each nn.MultiheadAttention of a model, whose parameters stay.
+    """Put MultiheadAttention in the place of each nn.MultiheadAttention of a model, whose parameters stay: a handle for
+    each change.
 
     Each nn.TransformerEncoder then calls its layers on plain tensors. The modules that fastscore.modules'
     windowed_attention and own_width know are replaced alike; subclasses, and modules whose out_proj is no plain Linear,
-    stay as they are.
-
-    Args:
-        model: changed in place.
-        called: names of layers; only modules whose output projection is among them are changed (of those that
-            windowed_attention and own_width know, any of whose layers is), and encoders that hold one. None: all;
-            (): encoders alone.
-
-    Yields:
-        For each change, a handle that undoes it, or makes it permanent.
+    stay as they are. called: names of layers; only modules whose output projection is among them are changed (of those
+    that windowed_attention and own_width know, any of whose layers is), and encoders that hold one. None: all; ():
+    encoders alone.
     """
     wanted = None if called is None else {id(_layer(model, name)) for name in called}
     for module in model.modules():

@@ -86,17 +86,10 @@ class _CallsLayers(ForwardWithin):
 
 
 def replace(model: nn.Module, noted: nn.Module) -> Iterator[Handle]:
-    """Have modules whose code was noted call their layers.
+    """Have modules whose code was noted call their layers, a handle for each.
 
-    Args:
-        model: changed in place.
-        noted: itself, or the model that it is a copy of.
-
-    Yields:
-        For each module, a handle that undoes it.
-
-    Raises:
-        ValueError: the user has set a hook on such a layer since.
+    noted: the model itself, or the one that it is a copy of. Raises ValueError where the user has set a hook on such a
+    layer since.
     """
     for module in noted.modules() if NOTED and noted is model else ():
         for name in NOTED[module].layers if module in NOTED else ():

@@ -105,10 +105,7 @@ def _is_plain(value: object) -> bool:
 def become_plain(layer: nn.Module, weight: Tensor, keep: bool = False) -> None:
     """Make a layer the Conv or Linear that holds `weight`, in place.
 
-    Args:
-        layer: of which computed_weight() has said `weight`.
-        weight: what it holds from now on.
-        keep: the layer's other parameters stay beside it, unused, so that they are counted.
+    keep: the layer's other parameters stay beside it, unused, so that they are counted.
     """
     made, more, own_kind = reparametrized.values(layer), list[nn.Parameter | None](), own_layer(layer)
     if made:

@@ -26,14 +26,9 @@ HAVE_PLACES = (projections.ProjectionLinear, recurrent.GateLinear)  # layers whi
 
 def replace(model: nn.Module, called: Iterable[str] | None = None) -> Iterator[Handle]:
     """Make layers, which compute the same, of the parameters that experts, routers, nn.MultiheadAttention and recurrent
-    modules hold; and have modules call layers that their code runs without a call.
+    modules hold; and have modules call layers that their code runs without a call: a handle for each change.
 
-    Args:
-        model: changed in place.
-        called: names of layers; only modules of which one is among them are changed. None: all.
-
-    Yields:
-        For each module, a handle that undoes it.
+    called: names of layers; only modules of which one is among them are changed. None: all.
     """
     yield from called_layers.replace(model, model)
     called = None if called is None else set(called)

@@ -31,13 +31,8 @@ _OF_TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
 
 @dataclass(frozen=True)
 class OwnLayer:
-    """What one is.
-
-    Attributes:
-        weight, bias: the names of its parameters.
-        transposed: whether the weight of a Linear is [inputs, outputs].
-        kind: the layer of PyTorch that computes the same. settings: those of a convolution.
-    """
+    """What one is: the names of its parameters; whether the weight of a Linear is [inputs, outputs]; the layer of
+    PyTorch that computes the same, and the settings of a convolution."""
 
     weight: str
     bias: str | None

@@ -197,15 +197,10 @@ def _below(module: nn.Module, name: str) -> OwnLayer:
 
 
 def replace(model: nn.Module, noted: nn.Module, called: Collection[str] | None = None) -> Iterator[Handle]:
-    """Have modules whose code was noted multiply by layers.
+    """Have modules whose code was noted multiply by layers, a handle for each.
 
-    Args:
-        model: changed in place.
-        noted: itself, or the model that it is a copy of.
-        called: names of layers; only modules that multiply by one of them are changed. None: all.
-
-    Yields:
-        For each module, a handle that undoes it.
+    noted: the model itself, or the one that it is a copy of. called: names of layers; only modules that multiply by one
+    of them are changed. None: all.
     """
     for name, module in list(noted.named_modules()) if noted is not model and COMPUTED else ():
         if module in COMPUTED:

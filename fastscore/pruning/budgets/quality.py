@@ -139,11 +139,8 @@ def samples_needed(agreement: float, confidence: float) -> int:
 def search(macs: MacsLeft, passes: Callable[[int], bool], tolerance: float = TOLERANCE, start: int = 0) -> list[int]:
     """The numbers of steps that were tried, by bisection in MACs; the largest that passed is the one to take.
 
-    Args:
-        macs: what remains after 0, 1, 2, ... steps of the removal order; after `start` steps, it passes untried.
-        passes: whether a network after so many steps is good enough.
-        tolerance: a share of macs[0]; the search ends where the next step up from the largest that passed fails, or is
-            a network smaller by less than this.
+    It ends where the next step up from that one fails, or is a network smaller by less than `tolerance`, a share of
+    macs[0]. macs: what remains after 0, 1, 2, ... steps of the removal order; after `start` steps, it passes untried.
     """
     low, high, tried = start, len(macs), list[int]()
     while high - low > 1 and macs[low] - macs[least := min(high, len(macs) - 1)] > tolerance * macs[0]:
@@ -157,18 +154,8 @@ Way: TypeAlias = tuple[MacsLeft, Callable[[int], PruneResult]]
 
 
 class Judge:
-    """Compares smaller networks with the dense one, whose outputs are kept, on batches in a fixed order.
-
-    Args:
-        dense: in evaluation mode.
-        batches: to judge by.
-        forward: how a network is called.
-        outputs: those that are judged, see Decisions.
-
-    Raises:
-        ValueError: no sample to judge by.
-        FloatingPointError: outputs that are not finite.
-    """
+    """Compares smaller networks with the dense one, in evaluation mode, whose outputs are kept, on batches in a fixed
+    order. Raises ValueError where those have no sample, FloatingPointError for outputs that are not finite."""
 
     def __init__(self, dense: nn.Module, batches: Iterable[Batch], forward: Forward,
                  outputs: JudgedOutputs = None) -> None:
@@ -200,14 +187,10 @@ class Judge:
 def choose_steps(macs: MacsLeft, quality: Quality, find: Callable[[int], Divergence],
                  test: Callable[[int], Divergence], tolerance: float = TOLERANCE, start: int = 0
                  ) -> tuple[int, dict[int, Divergence]]:
-    """(steps to take, steps that were tried -> what decided about them).
+    """(steps to take, steps that were tried -> what decided about them); macs, tolerance, start: see `search`.
 
-    Args:
-        macs: see `search`.
-        quality: what is asked for.
-        find: steps -> how far the network is from the dense one on the samples that bisection goes by.
-        test: the same on samples that it does not see; asked only with a confidence.
-        tolerance, start: see `search`.
+    find: steps -> how far the network is from the dense one on the samples that bisection goes by. test: the same on
+    samples that it does not see; asked only with a confidence.
     """
     rows: dict[int, Divergence] = {}
 
@@ -260,25 +243,13 @@ def build_after(steps: Sequence[RemovalStep], costs: Costs,
 
 def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quality: Quality, dense: nn.Module,
                       held_out: Iterable[Batch], forward: Forward, outputs: JudgedOutputs = None,
-                      tolerance: float = TOLERANCE, finer: Callable[[int], Way | None] | None = None
-                      ) -> tuple[PruneResult, tuple[Judged, ...]]:
+                      finer: Callable[[int], Way | None] | None = None) -> tuple[PruneResult, tuple[Judged, ...]]:
     """(the smallest network that holds, all that were judged, from the largest to the smallest).
 
-    Args:
-        macs: see `search`.
-        build: makes the repaired network after so many steps.
-        quality: what is asked for.
-        dense: the network to agree with, in evaluation mode.
-        held_out: batches to judge by, in a fixed order.
-        forward: how a network is called.
-        outputs: those that are judged, see Decisions.
-        tolerance: see `search`.
-        finer: the steps to take -> `macs` and `build` of an order that begins with them, of which more may be taken;
-            None where there is none. Not asked with a confidence, which one fixed sequence of tests has.
-
-    Raises:
-        ValueError: too few samples for the confidence, or outputs with several decisions about a sample, which are no
-            independent trials.
+    macs: see `search`. build: makes the repaired network after so many steps. dense, held_out, outputs: see `Judge`.
+    finer: the steps to take -> `macs` and `build` of an order that begins with them, of which more may be taken; None
+    where there is none. Not asked with a confidence, which one fixed sequence of tests has. Raises ValueError for too
+    few samples for the confidence, and outputs with several decisions about a sample, which are no independent trials.
     """
     halves = [held_out] if quality.confidence is None else [Part(held_out, 2, judges, _BIT) for judges in (True, False)]
     judges = [Judge(dense, half, forward, outputs) for half in halves]
@@ -315,7 +286,7 @@ def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quali
 
     def along(macs: MacsLeft, build: Callable[[int], PruneResult], start: int) -> tuple[int, list[Judged]]:
         best, rows = choose_steps(macs, quality, partial(judge, build, judges[0]), partial(judge, build, judges[-1]),
-                                  tolerance, start)
+                                  start=start)
         return best, [Judged(remains[steps], found.agreement, found.kl, quality.bound(found), found.decisions,
                              steps == best, found.by_error, found.mixed, judges[0].samples)
                       for steps, found in sorted(rows.items())]
