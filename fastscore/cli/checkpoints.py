@@ -39,19 +39,10 @@ class ResizedError(ValueError):
 def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> str:
     """Read `path` into `model`; what was done for it in one line, "" where the file was a state dict of this model.
 
-    Prefixes in front of every name (DataParallel, torch.compile, Lightning) are taken off, what is no part of the
-    model (an averaging counter, a loss's weights) is left, and missing counters of BatchNorms stay as they are.
-
-    Args:
-        model: gets the values; unchanged where an error is raised.
-        path: safetensors, or what torch.load(weights_only=True) reads.
-
-    Returns:
-        What was taken and what was left.
-
-    Raises:
-        ValueError: naming the first layers, where the two do not fit; a file that holds more than tensors.
-        FileNotFoundError: no such file.
+    Prefixes in front of every name (DataParallel, torch.compile, Lightning) are taken off, what is no part of the model
+    (an averaging counter, a loss's weights) is left, and missing counters of BatchNorms stay as they are. path:
+    safetensors, or what torch.load(weights_only=True) reads. Raises ValueError, naming the first layers, where the two
+    do not fit, and for a file that holds more than tensors; the model is unchanged then.
     """
     own = model.state_dict()
     found, notes = _unwrapped(path)

@@ -15,15 +15,10 @@ Found = TypeVar("Found")
 
 
 def load(name: str, weights: bool = True) -> nn.Module:
-    """The image classifier `name`, with the weights that it was saved with, or random ones; no code of its own is run.
+    """The image classifier `name` of the hub (downloaded where it is not cached), or of a folder that save_pretrained
+    wrote, with the weights that it was saved with, or random ones; no code of its own is run.
 
-    Args:
-        name: of the hub (downloaded where it is not cached), or a folder that save_pretrained wrote.
-        weights: False: only its structure is read.
-
-    Raises:
-        ValueError: no such model, or one that is no image classifier.
-        ImportError: without transformers.
+    Raises ValueError for no such model, or one that is no image classifier, ImportError without transformers.
     """
     library = _transformers()
     classifiers = library.AutoModelForImageClassification

@@ -17,14 +17,9 @@ Work = Callable[[int, Callable[[], object]], R]
 def each(work: Work[R], numbers: Sequence[int], processes: int, done: Callable[[], object]) -> list[R]:
     """What `work` makes of each number, in their order.
 
-    Args:
-        work: work(number, done), which may call done() on the way. With several processes it goes to them by pickle.
-        numbers: shared out among processes in turn.
-        processes: so many; with 1, it is done in this one.
-        done: called here, as often as `work` calls its own.
-
-    Raises:
-        ProcessLostError: a process has ended early. Whatever `work` raises.
+    work: work(number, done), which may call done() on the way, as which `done` is called here. With several processes
+    it goes to them by pickle, and they take numbers in turn; with 1, it is done in this one. Raises ProcessLostError
+    where a process has ended early, and whatever `work` raises.
     """
     if processes == 1:
         return [work(number, done) for number in numbers]

@@ -85,19 +85,12 @@ class Prepared:
 
 def prepare(eval_model: nn.Module, taps: Taps, normalized_by: Mapping[str, str], example: Batch, forward: Forward,
             precision: str | None = None, compiled: bool = False) -> Prepared:
-    """Make an evaluation copy fast, in place.
+    """Make an evaluation copy fast, in place; it runs two or three times, and taps on it may be moved.
 
-    Args:
-        eval_model: The copy; it runs two or three times.
-        taps: On the copy. They may be moved.
-        normalized_by: Layer -> the BatchNorm that alone reads its output.
-        example: A batch.
-        forward: Calls a model on a batch.
-        precision: None as the copy is, or a name in PRECISIONS; outputs are float32 then, and so is what follows.
-        compiled: Through torch.compile, for batches of the size of the first; others run as they are.
-
-    Raises:
-        ValueError: A layer, which is named, cannot take the precision, or is called twice and compiled.
+    normalized_by: layer -> the BatchNorm that alone reads its output. example: a batch. precision: None as the copy is,
+    or a name in PRECISIONS; outputs are float32 then, and so is what follows. compiled: through torch.compile, for
+    batches of the size of the first; others run as they are. Raises ValueError, naming the layer, where one cannot take
+    the precision, or is called twice and compiled.
     """
     for weight in taps.weights.values():
         weight.requires_grad_()

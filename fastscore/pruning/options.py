@@ -18,18 +18,8 @@ _OF = {"latency": "of the dense model's time, not milliseconds, that"}
 
 @dataclass(frozen=True)
 class Budgets:
-    """What remains of the original: shares, 0 < share <= 1, None for what is not limited.
-
-    Args:
-        channels: of the channels that can go.
-        params: of the parameters.
-        macs: of the multiply-accumulates.
-        latency: of the time of a call, measured.
-
-    Raises:
-        ValueError: a share outside (0, 1].
-        TypeError: one that is no number.
-    """
+    """What remains of the original: shares, 0 < share <= 1, of the channels that can go, the parameters, the
+    multiply-accumulates, and the time of a call, measured; None for what is not limited."""
 
     channels: float | None = None
     params: float | None = None
@@ -65,17 +55,10 @@ class Budgets:
 
 @dataclass(frozen=True)
 class Ranking:
-    """In which order channels go.
+    """In which order channels go, how many stay where, and of which multiples.
 
-    Args:
-        scope: which channels are compared with each other: see fastscore.prune.
-        cost_aware: rank by importance per cost; None: where that makes sense (see fastscore.pruning.order.ranking).
-        round_to: widths that remain are multiples of it; "auto": of what the device likes.
-        floor: the share of each group's channels that stays in any case, or group -> share.
-
-    Raises:
-        ValueError: an unknown scope, a multiple below 1, a floor outside [0, 1], costs where no layers are compared.
-        TypeError: a multiple or a floor that is no number.
+    cost_aware: rank by importance per cost; None: where that makes sense (see fastscore.pruning.order.ranking). scope,
+    round_to, floor: as fastscore.prune takes them.
     """
 
     scope: Scope = "global"

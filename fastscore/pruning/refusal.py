@@ -31,11 +31,8 @@ class DoesNotRun(RuntimeError):
 class FailsNarrowerError(RuntimeError):
     """A smaller model that does not run, of one that does.
 
-    Attributes:
-        groups: that it runs without, one after the other.
-        removed: what was removed.
-        fails: tells it of others.
-        what: what the model does in place of running.
+    groups: that it runs without, one after the other. fails: tells of others than `removed`. what: what the model does
+    in place of running.
     """
 
     def __init__(self, groups: Sequence[str], removed: Removed, fails: Callable[[Removed], bool], what: str) -> None:

@@ -33,15 +33,11 @@ class PruneResult(Table):
     new_biases: tuple[str, ...]
 
     def cut_again(self, model: nn.Module, weights: Mapping[str, Tensor], added: Mapping[str, Tensor]) -> "PruneResult":
-        """The same channels out of the dense model once more, with other values in the layers that remain.
+        """This result with another model: the same channels out of the dense one once more, with other values in the
+        layers that remain.
 
-        Args:
-            model: the dense model, which stays as it is.
-            weights: layer -> its new weight, of the dense shape.
-            added: layer -> float64 [C_out], by which its bias grows; it gets one where it has none.
-
-        Returns:
-            This result with another model.
+        weights: layer -> its new weight, of the dense shape. added: layer -> float64 [C_out], by which its bias grows;
+        it gets one where it has none.
         """
         surgery = Surgery(model, self.removed_indices, added, weights)
         pruned = surgery.copy()

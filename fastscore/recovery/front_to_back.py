@@ -142,13 +142,11 @@ class _Run:
 
 def refit(dense: nn.Module, small: nn.Module, where: Mapping[str, Site], calibration: Calibration, part: Part,
           ridges: dict[str, float], forward: Forward, process_group: distributed.ProcessGroup | None) -> None:
-    """Refit the layers `where` says of `small`, in place.
+    """Refit the layers `where` (see `sites`) says of `small`, in place; those that have no bias, nor a norm for it, get
+    none.
 
-    Args:
-        dense, small: in evaluation mode. Layers of `small` that have no bias, nor a norm for it, get none.
-        where: see `sites`.
-        calibration: its `part` fits.
-        ridges: layer -> its ridge; those that are not there are chosen by the samples held out, and written there.
+    dense, small: in evaluation mode. calibration: its `part` fits. ridges: layer -> its ridge; those that are not there
+    are chosen by the samples held out, and written there.
     """
     device = device_of(small)
     limits = _limits(where, calibration)

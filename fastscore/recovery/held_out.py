@@ -13,14 +13,12 @@ from fastscore.wording import counted
 
 @dataclass(frozen=True)
 class Part:
-    """Batches without the samples that are held out, or those alone; a batch of which nothing is left is left out.
+    """Batches without the samples that are held out, or those alone, as `judges` says; a batch of which nothing is left
+    is left out.
 
-    Args:
-        batches: read anew at every reading of the part.
-        one_of: one of so many samples is held out.
-        judges: whether it is those that are given.
-        shift: by which choices of the same samples are independent of each other.
-        name: what the batches are called where all of their samples judge and none is left, which is an error then.
+    batches: read anew at every reading of the part. one_of: one of so many samples is held out. shift: by which choices
+    of the same samples are independent of each other. name: what the batches are called where all of their samples
+    judge and none is left, which is an error then.
     """
 
     batches: Iterable[Batch]
@@ -45,15 +43,9 @@ def split(batches: Iterable[Batch], held_out: Iterable[Batch] | None, one_of: in
           name: str) -> tuple[Iterable[Batch], Iterable[Batch]]:
     """(batches to work on, batches to judge by), disjoint.
 
-    Args:
-        batches: a list or a DataLoader; it may shuffle, but not change samples at random.
-        held_out: to judge by; None: one of `one_of` samples of `batches`.
-        one_of: see held_out.
-        name: what `batches` is called in errors.
-
-    Raises:
-        TypeError: what is no iterable of batches.
-        ValueError: what can be read only once.
+    batches: a list or a DataLoader, called `name` in errors; it may shuffle, but not change samples at random.
+    held_out: to judge by; None: one of `one_of` samples of `batches`. Raises TypeError for what is no iterable of
+    batches, ValueError for what can be read only once.
     """
     check_batches(batches, name)
     if held_out is not None:

@@ -55,16 +55,10 @@ class Coverage:
 
 def coverage(model: nn.Module, graph: ChannelGraph, scored: Collection[str], skipped: Mapping[str, str]
              ) -> Coverage | None:
-    """What `scored` groups of a graph cover.
+    """What `scored`, groups of a graph by name, cover; None for channels that can be masked and not removed: the gates
+    of units="norms".
 
-    Args:
-        model: that was traced, or a copy of it.
-        graph: that was scored, or a part of it.
-        scored: names of its groups that have scores.
-        skipped: layer -> why its channels are kept.
-
-    Returns:
-        None for channels that can be masked and not removed: the gates of units="norms".
+    model: that was traced, or a copy of it. skipped: layer -> why its channels are kept.
     """
     if any(True for group in graph.groups for _ in group.role("gate")):
         return None

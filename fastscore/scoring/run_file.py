@@ -17,16 +17,10 @@ SHARE = 0.02  # of the time, at most, goes into saving
 
 
 class RunFile:
-    """Where a run is kept.
+    """Where a run is kept: a file for each of the processes that share it, PATH.RANK-of-SIZE where they are several.
 
-    Args:
-        path: of a file; each of several processes has one of its own, PATH.RANK-of-SIZE.
-        form: what kind of file it is, with its version.
-        what: what it is called in errors.
-        identity: what makes a run the same one (see fastscore.fingerprints), as JSON gives it back.
-        rank: of this process.
-        size: how many processes share the run.
-        device: where tensors go that were not on the CPU.
+    form: what kind of file it is, with its version. what: what it is called in errors. identity: what makes a run the
+    same one (see fastscore.fingerprints), as JSON gives it back. device: where tensors go that were not on the CPU.
     """
 
     def __init__(self, path: str | PathLike[str], form: str, what: str, identity: Mapping[str, Any], rank: int = 0,

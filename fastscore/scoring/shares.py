@@ -25,11 +25,9 @@ class Shares:
            weight_gradients: Mapping[str, Tensor]) -> Iterator[Share]:
         """What the pass adds to the totals of groups, float64 [2, ..., ΣC].
 
-        Args:
-            by_layer: layer -> what its taps measured. joint: the same, side by side.
-            length: of each sample's output gradient, float64 [N], where it is divided out.
-            halves: which samples (or minibatches) go to which half.
-            weight_gradients: of the parameters that the criterion reads, by name.
+        by_layer: layer -> what its taps measured. joint: the same, side by side. length: of each sample's output
+        gradient, float64 [N], where it is divided out. halves: which samples (or minibatches) go to which half.
+        weight_gradients: of the parameters that the criterion reads, by name.
         """
         scale = None if length is None else self._scale(length)
 

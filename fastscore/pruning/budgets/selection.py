@@ -85,11 +85,9 @@ def check_scores(graph: ChannelGraph, scores: Scores) -> None:
 class MacsLeft:
     """MACs that remain after 0, 1, 2, ... steps of a removal order, each counted when it is first asked for.
 
-    Args:
-        foreseen: what is expected there; it says where to look.
-        count: steps -> what remains in truth; less with more steps.
-        sums_hold: whether what was foreseen has been true so far: where it is true of a number of steps, too, it is
-            believed of one step less.
+    foreseen: what is expected there; it says where to look. count: steps -> what remains in truth; less with more
+    steps. sums_hold: whether what was foreseen has been true so far: where it is true of a number of steps, too, it is
+    believed of one step less.
     """
 
     def __init__(self, foreseen: Sequence[float], count: Callable[[int], float], sums_hold: bool = False) -> None:

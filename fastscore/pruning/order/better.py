@@ -19,17 +19,10 @@ def better(found: Measured, order: list[RemovalStep], plain: list[RemovalStep],
            counted: MacsWithout | None, check: Callable[[Mapping[str, Tensor]], object]) -> PruneResult:
     """The result of the order that loses less, both repaired linearly, on samples that have not measured groups.
 
-    Args:
-        found: what was measured.
-        order: that of it.
-        plain: the order by importances alone.
-        pruned: makes the repaired network of an order.
-        costs: whole, before and after.
-        budgets: what is to remain. Where a time, or a quality, decides, both are compared at the MACs that the measured
-            order needed.
-        by_quality: whether a quality decides.
-        counted: counts what remains.
-        check: raises an error that says by which groups a network without such channels does not run.
+    order: that of what was measured, `found`; plain: by importances alone. pruned: makes the repaired network of an
+    order. costs: whole, before and after. budgets: where a time, or a quality, decides, both are compared at the MACs
+    that the measured order needed. counted: counts what remains. check: raises an error that says by which groups a
+    network without such channels does not run.
     """
 
     def removed(order: list[RemovalStep], shares: Mapping[Resource, float]) -> dict[str, Tensor]:

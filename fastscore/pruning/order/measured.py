@@ -70,27 +70,13 @@ def is_measured(asked: bool | None, scores: Scores, scope: Scope, calibration: o
 
 
 class Measured:
-    """What groups cost, and the order in which their channels go by that.
+    """What groups cost, and the `order` in which their channels go by that; `measure` says what `lost` tells: KL or
+    error.
 
-    Args:
-        model: the dense model; it stays as it is.
-        eval_model: an evaluation copy of it.
-        graph: of the model.
-        scores: their importances.
-        ranked: the steps by given values.
-        channel_costs: as for removal_order.
-        batches: to fit on, and one of four samples to judge by: see fastscore.reconstruct. A half of these at most
-            measures the groups; the rest tells the order from another. They are told what the dense layers read.
-        forward: how the model is called.
-        outputs: those that are judged, see Decisions.
-        process_group: processes that share the work.
-
-    Attributes:
-        order: the steps in which channels go, by what was measured.
-        measure: what `lost` tells: KL or error.
-
-    Raises:
-        ValueError: batches that the model cannot take.
+    ranked: the steps by given values; scores: importances; channel_costs: as for removal_order. batches: to fit on, and
+    one of four samples to judge by: see fastscore.reconstruct. A half of these at most measures the groups; the rest
+    tells the order from another. They are told what the dense layers read. outputs: those that are judged, see
+    Decisions. process_group: processes that share the work. Raises ValueError for batches that the model cannot take.
     """
 
     def __init__(self, model: nn.Module, eval_model: nn.Module, graph: ChannelGraph, scores: Scores, ranked: Ranked,

@@ -111,26 +111,15 @@ def removal_order(groups: tuple[ChannelGroup, ...], scores: Mapping[str, Tensor]
                   round_to: int | Mapping[str, int] = 1,
                   floor: float | Mapping[str, float] = 0.0, kinds: Mapping[str, str] | None = None,
                   channel_costs: Mapping[str, Tensor] | None = None) -> list[RemovalStep]:
-    """The steps in which channels go, least important first; ties in order of group and channel.
+    """The steps in which channels of groups go, least important first; ties in order of group and channel.
 
-    Args:
-        groups: those that may lose channels.
-        scores: their importances.
-        scope: "global" compares importances across groups; "layer" their rank within each group, so that all groups
-            shrink alike, and those of equal width stay equally wide; "isomorphic" their rank among the groups whose
-            channels the same kinds of layers make, pass and read, so that all such classes shrink alike.
-        round_to: widths that remain are multiples of it (where a group is wide enough), or group -> its multiple.
-        floor: the share of each group's channels that stays whatever the budget, or group -> share; at least one
-            channel stays always.
-        kinds: layer -> its kind, for "isomorphic"; see layer_kinds.
-        channel_costs: group -> float64 [C], what each channel costs: importances count per cost (1 for every channel
-            without it).
-
-    Raises:
-        ValueError: a floor of a group that there is not.
-
-    Source:
-        "isomorphic": Fang et al., Isomorphic Pruning for Vision Models, arXiv 2407.04616.
+    scope: "global" compares importances across groups; "layer" their rank within each group, so that all groups shrink
+    alike, and those of equal width stay equally wide; "isomorphic" (arXiv 2407.04616) their rank among the groups whose
+    channels the same `kinds` of layers (see layer_kinds) make, pass and read, so that all such classes shrink alike.
+    round_to: widths that remain are multiples of it (where a group is wide enough), or group -> its multiple. floor:
+    the share of each group's channels that stays whatever the budget, or group -> share; at least one channel stays
+    always. channel_costs: group -> float64 [C], what each channel costs: importances count per cost (1 for every
+    channel without it). Raises ValueError for a floor of a group that there is not.
     """
     classes: dict[object, list[ChannelGroup]] = defaultdict(list)
     for group in groups:

@@ -57,17 +57,12 @@ class _Reader:
 
 def values(model: nn.Module, group: ChannelGroup, importances: Tensor, moments: Mapping[str, Moments],
            normalized_by: Mapping[str, str]) -> Tensor:
-    """In place of the importances of a group: float64 [C], in the order in which its channels go best, with their sum.
+    """In place of the importances of a group, [C], none below 0: float64 [C], in the order in which its channels go
+    best, with their sum.
 
     Groups of more than WIDEST channels, of which a layer reads several that go together, or that are read by no layer
-    of which moments are known, keep what they have.
-
-    Args:
-        model: an evaluation copy.
-        group: of the model.
-        importances: [C], none below 0.
-        moments: of what layers read.
-        normalized_by: layer -> the BatchNorm that alone reads its output, by which outputs are weighed.
+    of which moments are known, keep what they have. moments: of what layers read. normalized_by: layer -> the BatchNorm
+    that alone reads its output, by which outputs are weighed.
     """
     before = importances.double()
     _, unit, sizes = group.unit.unique(return_inverse=True, return_counts=True)
