@@ -87,6 +87,8 @@ def read(path: str | PathLike[str], form: str, what: str, otherwise: str) -> tup
     if metadata.get("format") != form:
         found = metadata.get("format", "")
         but = f" but {found}" if found.startswith("fastscore-") else ""
+        if but and found.rpartition("-")[0] != form.rpartition("-")[0]:
+            otherwise = f"name a {what}, or {otherwise}"
         raise ValueError(f"{path}: not a fastscore {what} of this version ({form}){but}; {otherwise}")
     text, stored = metadata.get("header", ""), metadata.get("stored", "")
     if _checksum(text + stored, tensors) != metadata.get("sha256"):

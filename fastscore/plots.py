@@ -31,11 +31,12 @@ def save(drawing: Any, path: str | PathLike[str]) -> None:
         drawing.savefig(part, dpi=150)
 
 
-def check(path: str | PathLike[str]) -> None:
-    """Raise before any work is done for a plot: ImportError without matplotlib, ValueError for an unknown suffix."""
+def check(path: str | PathLike[str], argument: str = "path") -> None:
+    """Raise before any work is done for a plot: ImportError without matplotlib, ValueError, naming the argument, for an
+    unknown suffix."""
     suffix, known = Path(path).suffix.removeprefix("."), figure().canvas.get_supported_filetypes()
     if suffix not in known:
-        raise ValueError(f"{path}: a plot's suffix is one of {', '.join(known)}")
+        raise ValueError(f"{argument}: {path}: a plot's suffix is one of {', '.join(known)}")
 
 
 def importances(scores: Mapping[str, Tensor], path: str | PathLike[str], fraction: float = 0.0) -> None:

@@ -200,7 +200,8 @@ def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = No
                          if root.is_file() else f"{named}: there is no folder {root} (looked in {Path.cwd()})")
     paths = sorted(path for path in _shown(root, frozenset()) if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise ValueError(f"{named}: there is none in {root} (looked for {', '.join(SUFFIXES)})")
+        raise ValueError(f"{named}: there is none in {root} (looked for {', '.join(SUFFIXES)}); name a "
+                         "folder of some")
     if samples is None:
         return paths
     if samples != "auto" and samples > len(paths):
@@ -218,7 +219,8 @@ def apart(paths: list[Path], folder: str | None) -> tuple[list[Path], list[Path]
     """
     if folder is None:
         if len(paths) < HELD_OUT:
-            raise ValueError(f"images: {len(paths)}, and one of {HELD_OUT} is held out to judge by; give more")
+            raise ValueError(f"images: {len(paths)}, and one of {HELD_OUT} is held out to judge by; give "
+                             f"{HELD_OUT} or more")
         held_out = paths[HELD_OUT - 1::HELD_OUT]
         return [path for number, path in enumerate(paths, 1) if number % HELD_OUT], held_out
     held_out = find(folder, named="held-out")

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
@@ -95,9 +95,20 @@ def parse(spec: str) -> tuple[str, str]:
     if not source or not name or weights:
         hint = f"; a file of weights needs one of them, and --checkpoint {spec}" if weights else \
             f"; name the function in it: {spec}:build" if spec.endswith(".py") else \
-            f"; torchvision:{spec}?" if spec.isidentifier() else ""
+            _meant(spec)
         raise ValueError(f"model: {spec!r} is none of torchvision:NAME, timm:NAME, hf:NAME and module:function{hint}")
     return source, name
+
+
+def _meant(name: str) -> str:
+    """What a name alone may stand for, of what there is."""
+    if (Path(name) / "config.json").is_file():
+        return f"; hf:{name}, where save_pretrained wrote that folder?"
+    if Path(f"{name}.py").is_file():
+        return f"; name the function in it: {name}:build"
+    with suppress(ImportError):
+        return f"; torchvision:{name}?" if name in torchvision_models().list_models() else ""
+    return ""
 
 
 def torchvision_models() -> ModuleType:

@@ -136,6 +136,9 @@ def image_batches(arguments: argparse.Namespace, prepare: images.Preprocessing, 
     samples = None if arguments.samples == "auto" else arguments.samples
     paths = images.find(arguments.images, samples, arguments.seed)
     work, held_out = images.apart(paths, arguments.held_out) if judges else (paths, [])
+    if repairs(arguments) and len(work) < 2:  # the second is held out
+        cut_only = ", or --no-repair" if vars(arguments).get("agreement") is None else ""
+        raise ValueError(f"images: {len(work)}, and a repair holds some out to choose by; give 2 or more{cut_only}")
     judges_from = arguments.held_out or arguments.images
     if judges and scores is not None and scores.notes.get("images") == str(judges_from):
         tell(f"{arguments.scores} was scored on {judges_from}, too, and so on the images that judge: networks "
@@ -268,7 +271,10 @@ def load_scores(arguments: argparse.Namespace) -> Scores:
     """
     if arguments.model is not None:
         models.parse(arguments.model)  # before what is said of its weights
-    scores = Scores.load(arguments.scores)
+    try:
+        scores = Scores.load(arguments.scores)
+    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
+        raise type(error)(f"scores: {error}") from error
     if "checkpoint" in vars(arguments):  # of a command that needs weights
         _check_weights(scores, arguments)
     if arguments.model is None or scores.notes.get("model") != arguments.model:

@@ -18,7 +18,7 @@ def _is_one_of(suffixes: tuple[str, ...], what: str, path: str) -> None:
 
 # command -> raises for an --out whose suffix is that of another kind of file
 _SUFFIX: Mapping[str, Callable[[str], object]] = {
-    "demo": plots.check, "prune": partial(check_suffix, argument="out"),
+    "demo": partial(plots.check, argument="out"), "prune": partial(check_suffix, argument="out"),
     "score": partial(_is_one_of, (".safetensors", ""), "scores, for prune --scores"),
     "curve": partial(_is_one_of, (".json",), "for report --curve; --plot draws it"),
     "report": partial(_is_one_of, (".html", ".htm"), "a page")}
@@ -35,19 +35,19 @@ def check_out(arguments: argparse.Namespace) -> None:
             if name != other and path.resolve() == file.resolve():
                 raise ValueError(f"{name}: {path} is the file of {other}, too; name another")
         if not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent} to write it in; make it first")
+            raise ValueError(f"{name}: {path}: there is no folder {path.parent} to write it in; make it first")
         if path.is_dir():
-            raise ValueError(f"{path}: it is a folder; name a file in it")
+            raise ValueError(f"{name}: {path}: it is a folder; name a file in it")
         try:
             with tempfile.TemporaryFile(dir=path.parent):
                 pass
         except OSError as error:
-            raise ValueError(f"{path}: nothing can be written to {path.parent} ({error.strerror}); name a file "
-                             "elsewhere") from error
+            raise ValueError(f"{name}: {path}: nothing can be written to {path.parent} ({error.strerror}); name a "
+                             "file elsewhere") from error
     if "out" in written:
         _SUFFIX[arguments.command](arguments.out)
     if "plot" in written:
-        plots.check(arguments.plot)
+        plots.check(arguments.plot, "plot")
 
 
 def wrote(*paths: str | None) -> None:

@@ -18,6 +18,8 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
 @pytest.mark.parametrize(("arguments", "named"), [
     (("score", "resnet18"), "none of torchvision:NAME, timm:NAME, hf:NAME and module:function"),
     (("score", "resnet18"), "module:function; torchvision:resnet18?"),
+    (("info", "nets"), "module:function; name the function in it: nets:build"),
+    (("info", "wrote"), "module:function; hf:wrote, where save_pretrained wrote that folder?"),
     (("score", "nets.py"), "module:function; name the function in it: nets.py:build"),
     (("score", "nets:half", *OWN[2:]), "nets:half is in float16, and images are in float32; name a function that"),
     (("score", "net.safetensors"), "a file of weights needs one of them, and --checkpoint net.safetensors"),
@@ -41,7 +43,7 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     ((*SCORE, "--device", "abacus", "--images", "photos"), "device: abacus"),
     (SCORE, "images: taylor-sq needs a folder"),
     ((*SCORE, "--images", "nowhere"), "images: there is no folder nowhere (looked in "),
-    ((*SCORE, "--images", "empty"), "images: there is none in empty"),
+    ((*SCORE, "--images", "empty"), "images: there is none in empty (looked for .bmp"),
     ((*SCORE, "--images", "photos", "--samples", "3"), "holds 2 images"),
     ((*SCORE, "--images", "photos", "--samples", "0"), "1 or more"),
     ((*SCORE, "--images", "photos", "--importance", "taylor"), "for gradients of a loss, fastscore.Scorer"),
@@ -57,8 +59,8 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
      "fc.weight (10, 512) for (1000, 512), fc.bias (10,) for (1000,): if it is of 10 classes, --classes 10"),
     ((*SCORE, "--images", "photos", "--mean", "0.5", "0.5"), "mean and std"),
     ((*SCORE, "--images", "photos", "--ignore", "nothing"), "nothing"),
-    ((*SCORE, "--images", "photos", "--out", "nowhere/s.safetensors"), "no folder nowhere"),
-    ((*SCORE, "--images", "photos", "--plot", "s.plot"), "suffix is one of"),
+    ((*SCORE, "--images", "photos", "--out", "nowhere/s.safetensors"), "out: nowhere/s.safetensors: there is no"),
+    ((*SCORE, "--images", "photos", "--plot", "s.plot"), "plot: s.plot: a plot's suffix is one of"),
     ((*SCORE, "--images", "damaged"), "damaged/half.jpg cannot be decoded"),
     ((*PRUNE, "--images", "photos"), "budget: name what is to remain: --macs 0.7, --params"),
     ((*PRUNE, "--images", "photos", "--macs", "1.5"), "macs: 1.5"),
@@ -70,12 +72,12 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     ((*PRUNE, "--images", "damaged", "--macs", "0.5", "--floor", "10"), "floor: 10.0 is outside [0, 1]"),
     ((*SCORE, "--images", "photos/flowers/flower.JPG"), "is not a folder, but a file; give photos/flowers"),
     ((*OWN, "--checkpoint", "photos"), "checkpoint: photos is a folder; name a file in it"),
-    ((*SCORE, "--images", "damaged", "--out", "empty"), "empty: it is a folder; name a file in it"),
+    ((*SCORE, "--images", "damaged", "--out", "empty"), "out: empty: it is a folder; name a file in it"),
     ((*SCORE, "--images", "damaged", "--out", "/proc/s.safetensors"), "nothing can be written to /proc"),
     ((*PRUNE, "--images", "photos", "--macs", "0.000001"), "cannot be reached"),
-    ((*PRUNE, "--scores", "net.safetensors", "--macs", "0.5"), "not a fastscore score file"),
-    ((*PRUNE, "--scores", "no.safetensors", "--macs", "0.5"), "no.safetensors"),
-    ((*PRUNE, "--scores", "pruned.safetensors", "--macs", "0.5"), "(fastscore-scores-3) but fastscore-pruned-1"),
+    ((*PRUNE, "--scores", "net.safetensors", "--macs", "0.5"), "scores: net.safetensors: not a fastscore score file"),
+    ((*PRUNE, "--scores", "no.safetensors", "--macs", "0.5"), "scores: no.safetensors: there is no such score file"),
+    ((*PRUNE, "--scores", "pruned.safetensors", "--macs", "0.5"), "but fastscore-pruned-1; name a score file, or"),
     ((*PRUNE, "--scores", "small.pt2", "--macs", "0.5"), "out: small.pt2 is the file of scores, too; name another"),
     ((*OWN, "--checkpoint", "net.safetensors", "--out", "photos/../net.safetensors"), "is the file of checkpoint, too"),
     ((*OWN, "--resume", "run", "--out", "run"), "out: run is the file of resume, too; name another"),
@@ -83,7 +85,10 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     (("prune", *MODEL, "--images", "photos", "--macs", "0.5", "--out", "small.pkl"), "suffix"),
     ((*PRUNE, "--images", "photos", "--agreement", "0.9", "--no-repair"), "agreement: it is judged on images, and by"),
     ((*PRUNE, "--importance", "random", "--agreement", "0.9"), "give --images FOLDER, and neither"),
-    ((*PRUNE, "--images", "photos", "--agreement", "0.9"), "images: 2, and one of 4 is held out to judge by;"),
+    ((*PRUNE, "--images", "photos", "--agreement", "0.9"), "images: 2, and one of 4 is held out to judge by; give 4"),
+    ((*PRUNE, "--images", "photos/flowers", "--macs", "0.5"), "images: 1, and a repair holds some out to choose by;"),
+    ((*PRUNE, "--images", "photos/flowers", "--macs", "0.5"), "give 2 or more, or --no-repair"),
+    (("curve", *MODEL, "--images", "photos/flowers"), "images: 1, and one of 4 is held out to judge by; give 4"),
     (("curve", *MODEL, "--images", "photos", "--held-out", "photos/flowers"), "share 1 image, flower.JPG for"),
     (("compare", *MODEL, "--images", "photos", "--held-out", "none"), "held-out: there is no folder none"),
     (("curve", *MODEL), "images: they are needed here; give --images FOLDER"),
@@ -105,6 +110,9 @@ def test_input_that_cannot_be_used_is_one_line_and_exit_code_2(folder, capsys, a
         Path("cut.pt").write_bytes(Path("cut.pt").read_bytes()[:-100])
     whole = Path("photos/flowers/flower.JPG").read_bytes()
     Path("damaged/half.jpg").write_bytes(whole[:100])
+    if "wrote" in arguments:
+        Path("wrote").mkdir()
+        Path("wrote/config.json").write_text("{}")
     before = set(Path().rglob("*"))
     try:
         code = main(arguments)

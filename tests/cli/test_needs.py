@@ -122,7 +122,7 @@ def test_a_suffix_of_another_kind_is_refused(capsys: pytest.CaptureFixture[str],
     (("report", "small.onnx"), "not a readable safetensors file, which a score file is: it is of another kind"),
     (("report", "s.safetensors", "--curve", "s.safetensors"), "writes: make it with fastscore curve --scores"),
     (("report", "s.safetensors", "--curve", "curve.json"), "writes: make it with fastscore curve --scores"),
-    (("prune", "build", *PRUNE[2:], "--scores", "s.safetensors"), "module:function; torchvision:build?"),
+    (("prune", "build", *PRUNE[2:], "--scores", "s.safetensors"), "hf:NAME and module:function"),
     ((*PRUNE, "--images", "photos", "--units", "channels"), "such as \"blocks+heads_and_dims\""),
 ])
 def test_errors_say_what_was_meant(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
