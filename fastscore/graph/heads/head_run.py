@@ -110,7 +110,7 @@ class RunAlone:
 
     def _see(self, name: str, is_end: bool, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = input_of(args, kwargs)
-        if x.dim() >= -channel_dim(layer) and x.grad_fn is not None:
+        if x.dim() >= -channel_dim(layer) and x.grad_fn is not None and torch.is_grad_enabled():
             self._read.append((name, x.movedim(channel_dim(layer), -1)))
         return with_input(args, kwargs, x.detach()) if is_end else None
 
@@ -134,7 +134,7 @@ class _Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func in PRODUCTS and len(factors_of(args, self._weights)) > 1 and not (
+        if func in PRODUCTS and torch.is_grad_enabled() and len(factors_of(args, self._weights)) > 1 and not (
                 self._but and any(module in self._but for module in calling_modules())):
             self.made.append(output)
         return output
