@@ -100,16 +100,8 @@ def preprocessing(spec: str, weights: str | None = None, size: int | None = None
 
     For torchvision and timm: the preprocessing of `weights`, of those of torchvision whose file `checkpoint` is, or of
     the default weights (mostly ImageNet). For hf: that of its image processor. For others only the size is asked for,
-    and without mean and std values stay within [0, 1], which `source` says.
-
-    Args:
-        spec: names the model.
-        weights: torchvision's or timm's.
-        size, mean, std: replace what is known.
-        checkpoint: the file that the model's weights come from, if they do.
-
-    Raises:
-        ValueError: where the size is not known, or the model takes no plain images.
+    and without mean and std values stay within [0, 1], which `source` says. size, mean, std: replace what is known.
+    Raises ValueError where the size is not known, or the model takes no plain images.
     """
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and not all(0 <= value <= 1 for value in values):

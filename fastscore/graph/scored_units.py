@@ -26,11 +26,8 @@ _BETWEEN = "+"
 
 
 def named(units: Units) -> str:
-    """What several units are called together, whatever their order: "experts+blocks"; one by its own name.
-
-    Raises:
-        ValueError: there are none of that name, or they do not go together.
-    """
+    """What several units are called together, whatever their order: "experts+blocks"; one by its own name. Raises
+    ValueError where there are none of that name, or they do not go together."""
     given = (units,) if isinstance(units, str) or not isinstance(units, Iterable) else tuple(units)
     names = {part.strip() for each in given for part in str(each).split(_BETWEEN)}
     if not names or names - set(UNITS):
@@ -56,11 +53,7 @@ def searched(units: Units) -> frozenset[str]:
 
 
 def of_graph(model: nn.Module, graph: ChannelGraph, units: Units) -> ChannelGraph:
-    """The graph whose groups are what is scored.
-
-    Raises:
-        ValueError: the graph was traced for other units.
-    """
+    """The graph whose groups are what is scored. Raises ValueError where the graph was traced for other units."""
     units = named(units)
     if missing := searched(units) - graph.searched:
         raise ValueError(f"units: {units!r}, and the graph was traced without {' and '.join(sorted(missing))}: give "

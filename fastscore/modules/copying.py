@@ -27,12 +27,8 @@ def own_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """What copy.deepcopy(model, memo) returns; of a model with compressed sparse buffers, which it refuses, too.
-
-    Args:
-        model: which stays as it is.
-        memo: id of a part of the model -> what stands for it in the copy; more is added.
-    """
+    """What copy.deepcopy(model, memo) returns; of a model with compressed sparse buffers, which it refuses, too. memo:
+    id of a part of the model -> what stands for it in the copy; more is added."""
     made: list[tuple[nn.Module, nn.Module]] = []
     storages: dict[int, Any] = memo.setdefault("torch", {})  # type: ignore[call-overload]  # as PyTorch keeps them
     for buffer in model.buffers():

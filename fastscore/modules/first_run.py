@@ -60,20 +60,12 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 @torch.inference_mode(False)
 def check_first_run(model: nn.Module, batch: Batch, forward: Forward) -> set[str]:
     """Run an evaluation copy of a model once, on a copy of a batch, so that nothing has happened to the model or the
-    batch where such runs would do something to them. A model that does not run is not told here.
+    batch where such runs would do something to them: the Linears with a bias whose output, of rows in several
+    dimensions, was written to. A model that does not run is not told here.
 
-    Args:
-        model: the one that is copied.
-        batch: what `forward` takes.
-        forward: calls the model. Where that is call_model, it hands copies to models of this class from here on if this
-            one writes to its batch.
-
-    Returns:
-        Linears with a bias whose output, of rows in several dimensions, was written to.
-
-    Raises:
-        ValueError: the copy runs layers of the model itself; its first run makes layers; or `forward` writes to the
-            batch. Whatever a module of the model holds is what it was.
+    forward: where that is call_model, it hands copies to models of this class from here on if this one writes to its
+    batch. Raises ValueError where the copy runs layers of the model itself, its first run makes layers, or `forward`
+    writes to the batch. Whatever a module of the model holds is what it was.
     """
     copied, own = evaluation_copy(model), _named_tensors(model)
     for tensor in _named_tensors(copied):

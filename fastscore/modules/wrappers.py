@@ -54,10 +54,8 @@ def _inside(model: nn.Module) -> nn.Module | None:
 def check_whole(model: nn.Module) -> None:
     """Refuse a model of which no copy can be made that runs, or whose layers cannot be seen.
 
-    Raises:
-        TypeError: torch.jit made it.
-        ValueError: its parameters are sharded, hold no values or have no shape yet, or were made under
-            torch.inference_mode; a part of it is compiled, or in DistributedDataParallel.
+    Raises TypeError where torch.jit made it; ValueError where its parameters are sharded, hold no values or have no
+    shape yet, or were made under torch.inference_mode, or a part of it is compiled, or in DistributedDataParallel.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model: {type(model).__name__}, which torch.jit made, has no layers that could be measured or "

@@ -27,7 +27,7 @@ from fastscore.modules.norms.channel_norms import norm_of
 from fastscore.modules.norms.gated_norms import gated_norm_of
 from fastscore.modules.weights import held_weights
 from fastscore.modules.weights.own_layers import inputs_of, own_layer
-from fastscore.modules.weights.parameter_layers import ParameterLayer, ParameterLinear
+from fastscore.modules.weights.parameter_layers import ParameterLayer, is_part
 from fastscore.modules.weights.recurrent import GateLinear
 from fastscore.modules.weights.transposed_linear import is_transposed, widths
 from fastscore.wording import counted
@@ -202,11 +202,6 @@ def mean_contributions(model: nn.Module, means: Mapping[str, Tensor], example_in
         more = torch.stack([torch.stack(calls).mean(0) for calls in adapters.values()]).sum(0)
         added[layer] = added[layer] + more if layer in added else more
     return added
-
-
-def is_part(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call makes queries, keys or values alone, each maybe of something else."""
-    return isinstance(layer, ParameterLinear) and len(args) + len(kwargs) > 1
 
 
 def _through(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter: str, layer: str, value: Tensor

@@ -1,6 +1,7 @@
 """Feature maps of two networks, layer by layer: how far the smaller one's are from the dense one's."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class FeatureMaps:
     def __enter__(self) -> "FeatureMaps":
         for network, kept in zip(self._networks, self._kept, strict=True):
             for name in self.layers:
-                self._handles.append(network.get_submodule(name).register_forward_hook(self._keep(name, kept)))
+                self._handles.append(network.get_submodule(name).register_forward_hook(partial(_keep, name, kept)))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -64,12 +65,9 @@ class FeatureMaps:
                              "name a convolution, a Linear or a normalisation, of which it says what went")
         return expected
 
-    @staticmethod
-    def _keep(name: str, kept: dict[str, Tensor]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not isinstance(output, Tensor) or not output.is_floating_point():
-                raise TypeError(f"features: {name} returns {type(output).__name__}, not a floating-point tensor: name "
-                                "a layer within it that returns one")
-            kept[name] = output
 
-        return hook
+def _keep(name: str, kept: dict[str, Tensor], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        raise TypeError(f"features: {name} returns {type(output).__name__}, not a floating-point tensor: name a layer "
+                        "within it that returns one")
+    kept[name] = output

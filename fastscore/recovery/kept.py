@@ -38,12 +38,10 @@ class _Pass:
 
 
 class KeptPasses:
-    """Passes over batches, each known by a name, whose sums are kept in the file at `path`.
+    """Passes over batches, each known by a name, whose sums are kept in the file at `path`, if there is one.
 
-    Args:
-        path: None: nothing is kept.
-        model: the dense one, and `removed` what goes from it: with `forward`, what makes a run the same.
-        process_group: processes that share the batches; each has a file of its own.
+    model: the dense one, and `removed` what goes from it: with `forward`, what makes a run the same. process_group:
+    processes that share the batches; each has a file of its own.
     """
 
     def __init__(self, path: str | PathLike[str] | None, model: nn.Module, removed: RemovedIndices, forward: Forward,

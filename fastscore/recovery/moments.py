@@ -6,9 +6,10 @@ its layer's call.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fastscore.modules.hooks import input_of
 from fastscore.modules.inspection import device_of
 from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.channels_last import channels_first
-from fastscore.modules.weights.parameter_layers import ParameterLinear
+from fastscore.modules.weights.parameter_layers import is_part
 from fastscore.modules.weights.transposed_linear import is_linear
 
 POSITIONS = 256  # of each sample and call, as many are looked at
@@ -181,7 +182,8 @@ class InputMoments:
         self._handles.enter_context(recurrent.exact_rows(self._model))  # padding is none of what a module reads
         for name, moments in self.moments.items():
             layer = self._model.get_submodule(name)
-            self._handles.enter_context(layer.register_forward_pre_hook(self._hook(name, moments), with_kwargs=True))
+            self._handles.enter_context(layer.register_forward_pre_hook(partial(self._add, name, moments),
+                                                                        with_kwargs=True))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -191,14 +193,11 @@ class InputMoments:
         """Before each batch: padding among its tokens does not count."""
         self._valid = valid_tokens(batch)
 
-    def _hook(self, name: str, moments: Moments) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if isinstance(layer, ParameterLinear) and len(args) + len(kwargs) > 1:
-                return  # queries, keys or values alone, each maybe of something else
+    def _add(self, name: str, moments: Moments, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+             ) -> None:
+        if not is_part(layer, args, kwargs):
             self.calls[name] += 1
             moments.add(rows_of(layer, input_of(args, kwargs), self._valid))
-
-        return hook
 
     def finish(self, process_group: distributed.ProcessGroup | None = None) -> None:
         """After the last batch: add up over processes. Raises FloatingPointError for NaN or infinity, naming the first

@@ -32,12 +32,8 @@ class RememberingBatches:
     """Batches that remember what one dense network, called in one way, has made of them.
 
     A cut is measured, repaired, compared with others, and a search or a curve repairs many: all that follows from the
-    dense network alone is the same each time.
-
-    Attributes:
-        name: what the argument that they came in is called, where errors name it.
-        moments: part -> layer -> of what it reads.
-        outputs: for the samples held out.
+    dense network alone is the same each time. name: what the argument that they came in is called, where errors name
+    it. moments: part -> layer -> of what it reads. outputs: for the samples held out.
     """
 
     def __init__(self, batches: Iterable[Batch], name: str = "batches") -> None:

@@ -2,7 +2,6 @@
 of all go together, with the columns of the embedding that the biases are looked up in."""
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ from fastscore.graph.heads.attention_calls import Call, close
 from fastscore.graph.trials.recording import Recording
 from fastscore.modules.attention import handed
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.modules.hooks import input_of
+from fastscore.modules.hooks import input_of, put_on
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.narrower import staying, without
 
@@ -81,10 +80,8 @@ def _read(recording: Recording, model: nn.Module, group: ChannelGroup, gone: sur
     def see(layer: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.setdefault(layer, input_of(args, kwargs).detach())
 
-    with ExitStack() as hooks:
-        for edge in group.role("consumer"):
-            hooks.enter_context(model.get_submodule(edge.layer).register_forward_pre_hook(partial(see, edge.layer),
-                                                                                          with_kwargs=True))
+    with put_on(model.get_submodule(edge.layer).register_forward_pre_hook(partial(see, edge.layer), with_kwargs=True)
+                for edge in group.role("consumer")):
         _run_without(recording, model, gone)
     return seen
 

@@ -8,7 +8,6 @@ whole heads (see fastscore.graph.heads.attention), every guess is tried on the m
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from fastscore.graph.heads import head_norms, head_numbers
 from fastscore.graph.heads.attention_calls import Call, close
 from fastscore.modules.attention import handed
 from fastscore.modules.evaluation_copy import evaluation_copy
-from fastscore.modules.hooks import OwnHook
+from fastscore.modules.hooks import OwnHook, put_on
 from fastscore.wording import said
 
 # keys and values that an attention module adds to those that it makes, [1, 1, heads · width]: 1 keys, 2 values
@@ -93,12 +92,8 @@ def find(name: str, module: nn.Module, projections: Projections, call: Call,
 
 def beside(module: nn.Module, dims: ChannelGroup, whole: ChannelGroup, call: Call,
            randomized: Callable[[nn.Module], nn.Module]) -> str:
-    """Why dimensions of heads do not go beside whole heads of an attention module; empty where they do.
-
-    Args:
-        module, call, randomized: as in `find`.
-        dims, whole: its head dimensions, as found, and its heads, of layers named from there.
-    """
+    """Why dimensions of heads, `dims`, do not go beside whole heads of an attention module, `whole`, both of layers
+    named from there; empty where they do. module, call, randomized: as in `find`."""
     if any(dims.role("tensor")):
         return f"{type(module).__name__} adds keys and values of its own"
     dense, whole = randomized(evaluation_copy(module)), replace(whole, name=dims.name + _WHOLE)
@@ -108,11 +103,8 @@ def beside(module: nn.Module, dims: ChannelGroup, whole: ChannelGroup, call: Cal
         heads_gone = (whole.unit % 2 == part).nonzero()[:, 0]
         kept = each.index[~torch.isin(each.channel, heads_gone)]
         try:
-            with ExitStack() as hooks:
-                for member, index in dims.removed_at(gone):
-                    if member.role == "query":
-                        layer = dense.get_submodule(member.layer)
-                        hooks.enter_context(layer.register_forward_hook(partial(_times, index, 0.0)))
+            with put_on(dense.get_submodule(member.layer).register_forward_hook(partial(_times, index, 0.0))
+                        for member, index in dims.removed_at(gone) if member.role == "query"):
                 want = call.inputs_of(outputs, dense, head_norms.uncounted(dense, whole, heads_gone))
             small = surgery.remove_channels(evaluation_copy(dense), [dims, whole],
                                             {dims.name: gone, whole.name: heads_gone})
@@ -245,11 +237,8 @@ def _difference(dense: nn.Module, group: ChannelGroup, outputs: Sequence[str], c
 
     def inputs(*scaled: tuple[Iterable[tuple[Member, Tensor]], float]) -> dict[str, Tensor | None]:
         """What the outputs read with queries, at the positions of each part of `scaled`, times a number."""
-        with ExitStack() as hooks:
-            for part, factor in scaled:
-                for member, index in part:
-                    layer = dense.get_submodule(member.layer)
-                    hooks.enter_context(layer.register_forward_hook(partial(_times, index, factor)))
+        with put_on(dense.get_submodule(member.layer).register_forward_hook(partial(_times, index, factor))
+                    for part, factor in scaled for member, index in part):
             return call.inputs_of(outputs, dense)
 
     def differ(found: Mapping[str, Tensor | None], whole: Mapping[str, Tensor | None], gone: Tensor) -> bool:

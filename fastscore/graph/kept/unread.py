@@ -5,6 +5,7 @@ They read channels that can go, and must lose them too.
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ class Outputs:
         self._handles: list[Any] = []
 
     def __enter__(self) -> "Outputs":
-        self._handles = [module.register_forward_hook(self._note(name)) for name, module in self._layers.items()]
+        self._handles = [module.register_forward_hook(partial(self._note, name))
+                         for name, module in self._layers.items()]
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -45,12 +47,9 @@ class Outputs:
         self._made.clear()
         return {name for name, _, _ in found}, [tensor for _, tensor, node in found if tensor.grad_fn is node]
 
-    def _note(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(output, Tensor) and not output.is_nested:
-                self._made.append((name, output, output.grad_fn))
-
-        return hook
+    def _note(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and not output.is_nested:
+            self._made.append((name, output, output.grad_fn))
 
 
 def without_edge(member: Member) -> Member:

@@ -62,13 +62,9 @@ def depend(model: nn.Module, run: Run, trials: Sequence[Trial], batch: Batch, ex
     last in `example`, or among its first. What shows something counts where the same run twice does not. Code that
     puts samples in another order returns something that was there before.
 
-    Args:
-        model, run: as in fastscore.graph.samples.sample_axes.find.
-        trials: runs that were made, the last on `batch`.
-        batch: made of `example`, which has the model's own samples.
-        axes: where samples lie in each output.
-        known_samples: what layers made of samples in these runs.
-        single: the batch of one sample that the first run was on, if it was one.
+    model, run: as in fastscore.graph.samples.sample_axes.find. trials: runs that were made, the last on `batch`, made
+    of `example`, which has the model's own samples. axes: where samples lie in each output. known_samples: what layers
+    made of samples in these runs. single: the batch of one sample that the first run was on, if it was one.
     """
     known, small = trials[-1], trials[0]
     if known.size < 2:

@@ -24,9 +24,8 @@ from fastscore.modules.norms.response_norms import ResponseNorm
 class NarrowedNorm(nn.Module):
     """A normalisation that has lost channels: see ChannelNorm. Made by `narrow` alone, of the module that it was.
 
-    Attributes:
-        width: how many channels there are; None where it was made for any number.
-        lost: how many there were besides: sums are divided by as many as there were.
+    width: how many channels there are; None where it was made for any number. lost: how many there were besides: sums
+    are divided by as many as there were.
     """
 
     channel_norm: ChannelNorm | ResponseNorm

@@ -78,11 +78,8 @@ class _Normalizes(ForwardWithin):
 
 
 def replace(model: nn.Module, noted: nn.Module) -> Iterator[Handle]:
-    """Have modules whose code was noted normalise by operations. noted: the model that `model` is a copy of.
-
-    Yields:
-        For each module, a handle that undoes it.
-    """
+    """Have modules whose code was noted normalise by operations, a handle for each. noted: the model that `model` is a
+    copy of."""
     for name, module in list(noted.named_modules()) if NOTED else ():
         if module in NOTED:
             yield _Normalizes.put(model.get_submodule(name))

@@ -135,6 +135,11 @@ class ParameterLinear(ParameterLayer, nn.Linear):
         return self
 
 
+def is_part(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call makes queries, keys or values alone, each maybe of something else."""
+    return isinstance(layer, ParameterLinear) and len(args) + len(kwargs) > 1
+
+
 class HoldsLayers:
     """Of a module that holds such layers: loads the names that it has outside of this file, and has the biases that are
     theirs now, for code that reads one itself."""

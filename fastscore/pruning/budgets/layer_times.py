@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from fastscore.batches.calls import Forward
 from fastscore.batches.parts import Batch
+from fastscore.modules.hooks import put_on
 from fastscore.modules.inspection import device_of
 
 _ROUNDS = 9
@@ -28,11 +28,8 @@ def layer_seconds(model: nn.Module, names: Iterable[str], example_inputs: Batch,
             torch.accelerator.synchronize(device)
         rounds[name][-1] += sign * time.perf_counter()
 
-    with torch.no_grad(), ExitStack() as attached:
-        for name in names:
-            layer = modules[name]
-            attached.enter_context(layer.register_forward_pre_hook(partial(clock, -1, name)))
-            attached.enter_context(layer.register_forward_hook(partial(clock, 1, name)))
+    with torch.no_grad(), put_on(put(partial(clock, sign, name)) for name in names for sign, put in (
+            (-1, modules[name].register_forward_pre_hook), (1, modules[name].register_forward_hook))):
         for _ in range(1 + _ROUNDS):  # the first one warms up
             for row in rounds.values():
                 row.append(0.0)

@@ -26,12 +26,10 @@ _SAME: Mapping[type, type] = {NonDynamicallyQuantizableLinear: nn.Linear, Sequen
 
 
 class Recipe(TypedDict):
-    """What pruning took out of a dense model.
+    """What pruning took out of a dense model of this `structure`.
 
-    Attributes:
-        structure: of the dense model, see `structure`.
-        removed: layer -> "inputs", "outputs" or "heads" -> positions, ascending.
-        biases: layers that have a bias which they had not.
+    removed: layer -> "inputs", "outputs" or "heads" -> positions, ascending. biases: layers that have a bias which they
+    had not.
     """
 
     structure: dict[str, str]
