@@ -54,7 +54,7 @@ def may_be_written(model: nn.Module) -> Iterator[nn.Parameter | None]:
         if kind not in named:
             named[kind] = _named_in_forward(kind)
         names = named[kind]
-        if not any(name == "data" or name.endswith("_") for name in names):
+        if not any(name in ("data", "max_norm") or name.endswith("_") for name in names):
             continue
         yield from module._parameters.values()
         for name, parameter in module.named_parameters():
@@ -70,7 +70,8 @@ def _is_torchs(thing: Any) -> bool:
 
 
 def _named_in_forward(kind: type[nn.Module]) -> set[str]:
-    """The attributes that a class's forward names, and so do the methods and functions of its file that it calls."""
+    """The attributes that a class's forward names, and so do the methods and functions of its file that it calls; with
+    "max_norm" where they hand it on, as F.embedding(x, w, max_norm=1), which scales rows of w in place."""
     held: dict[str, Any] = {name: value for base in reversed(kind.__mro__) for name, value in vars(base).items()}
     names, work = set[str](), [inspect.unwrap(held["forward"])]
     seen = set[Any]()
@@ -84,6 +85,8 @@ def _named_in_forward(kind: type[nn.Module]) -> set[str]:
             code = codes.pop()
             codes += [part for part in code.co_consts if inspect.iscode(part)]  # those of lambdas, say
             names |= {name for name in code.co_names if name != "requires_grad_" and not name.endswith("__")}
+            names |= {"max_norm" for names_given in code.co_consts if isinstance(names_given, tuple) and
+                      "max_norm" in names_given}
             for name in code.co_names:
                 found: Any = held.get(name, function.__globals__.get(name))
                 work.append(inspect.unwrap(getattr(found, "fget", getattr(found, "__func__", found))))

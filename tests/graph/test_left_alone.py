@@ -126,6 +126,21 @@ def test_a_sum_over_all_channels_that_is_returned_leaves_the_others_be() -> None
     assert graph.skipped["one"].startswith("an operation runs over all its channels (Sum")
 
 
+def test_vectors_that_are_cut_to_a_length_only_where_they_are_longer() -> None:
+    """torch.renorm, of which a batch of short ones shows nothing."""
+    class Renormed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Linear(3, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.two(torch.renorm(self.one(x), 2, 0, 100.0)).relu())
+
+    graph = trace(Renormed(), torch.randn(2, 3))
+    assert graph.skipped["one"] == "an operation runs over all its channels (RenormBackward0)"
+    assert [group.name for group in graph.groups] == ["two"]
+
+
 def test_a_fourier_transform_mixes_the_dimensions_that_it_runs_over() -> None:
     """All channels, as FNet's; or places of an image, of which each channel has its own."""
     class Fourier(nn.Module):

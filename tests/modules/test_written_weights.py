@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracles import untouched
 from torch import Tensor, nn
 
@@ -61,6 +62,24 @@ def test_a_users_weights_stay(way: str, call: str) -> None:
     with untouched(model):
         CALLS[call](model)
     assert not model.done
+
+
+class Scaling(nn.Module):
+    """Looks rows up in a table of its own, by the function, which scales them in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first, self.head = nn.Parameter(torch.randn(9, 6)), nn.Linear(6, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.first(F.embedding(x, self.table, max_norm=0.5)))).mean(1)
+
+
+def test_rows_that_a_function_scales_stay() -> None:
+    model, x = Scaling().eval(), torch.randint(9, (4, 5))
+    with untouched(model):
+        scores = fastscore.score(model, [x], progress=False)
+        fastscore.prune(model, scores, x, channels=0.8, calibration=[x, x], repair="linear")
 
 
 def test_weights_that_no_code_names_are_shared() -> None:

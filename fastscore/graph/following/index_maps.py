@@ -15,7 +15,8 @@ import torch
 CHANNEL = 0xFFFFFFFF  # the bits of a position that hold its channel
 _BROADCASTING = ("Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Maximum", "Minimum", "Where", "Lerp", "Addcmul", "Expand")
 _REDUCING = ("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Aminmax", "Var", "Std", "LinalgVectorNorm", "Norm", "Prod",
-             "Logsumexp", "Softmax", "LogSoftmax", "Cumsum", "Sort", "Topk", "Fft")
+             "Logsumexp", "Softmax", "LogSoftmax", "Cum", "Logcumsumexp", "Sort", "Topk", "Fft", "Kthvalue", "Median",
+             "Nanmedian", "Mode", "Nansum", "LinalgCross")
 
 _PRODUCTS = ("Mm", "Bmm", "Addmm", "Addbmm", "Baddbmm", "Mv", "Addmv", "Dot", "ScaledDotProduct", "Cdist", "Einsum",
              "Trilinear", "Convolution")
@@ -143,8 +144,11 @@ def is_broadcast(function: Any, dim: int, shape: Sequence[int]) -> bool:
 
 def runs_over(function: Any, dim: int, dims: int) -> bool:
     """Whether an operation reduces or normalises over the dimension `dim` of its input of so many dimensions."""
-    return hasattr(function, "name") and function.name().startswith(_REDUCING) \
-        and dim in saved_dims(function, "_saved_dim", dims)
+    if not hasattr(function, "name"):
+        return False
+    along = saved_dims(function, "_saved_dim", dims)
+    return dim not in along if function.name().startswith("Renorm") else \
+        function.name().startswith(_REDUCING) and dim in along
 
 
 def multiplies(function: Any) -> bool:
