@@ -1,6 +1,6 @@
 """Random networks against what their generator knows: groups, scores, masks and surgery, in float64.
 
-24 networks in a normal run, and some of more kinds; FASTSCORE_NIGHTLY=1 makes it 500, and FASTSCORE_FIRST_SEED=n begins
+16 networks in a normal run, and some of more kinds; FASTSCORE_NIGHTLY=1 makes it 500, and FASTSCORE_FIRST_SEED=n begins
 at another.
 """
 
@@ -22,7 +22,7 @@ from fastscore.graph.tracing import trace
 FIRST = int(os.environ.get("FASTSCORE_FIRST_SEED", "0"))
 LOCATED = 75  # of more kinds, with places that a module makes of nothing
 MULTIPLIED = 20  # of other kinds, with products by parameters that no layer holds
-COUNT = 500 if os.environ.get("FASTSCORE_NIGHTLY") else 24
+COUNT = 500 if os.environ.get("FASTSCORE_NIGHTLY") else 16
 
 
 def units_of(network: RandomNetwork, group: ChannelGroup) -> list[int]:
