@@ -29,18 +29,16 @@ def read_rows(layer: nn.Module, x: Tensor, valid: Tensor | None = None, limit: i
     if any(conv._reversed_padding_repeated_twice):
         x = nn.functional.pad(x, conv._reversed_padding_repeated_twice,
                               mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
-    shape = x.shape[2:]
-    places = torch.unravel_index(chosen(made, limit), made)
-    at = torch.zeros(len(places[0]), 1, dtype=torch.int64)
-    for size, place, kernel, stride, step in zip(shape, places, conv.kernel_size, conv.stride, conv.dilation,
-                                                 strict=True):
-        at = (at * size)[:, :, None] + ((place * stride)[:, None] + torch.arange(kernel) * step)[:, None]
-        at = at.flatten(1)
-    flat, every = x.flatten(2), at.flatten()
-    if not torch.equal(every, torch.arange(flat.shape[2])):  # a kernel of one place reads them all as they lie
-        flat = flat.index_select(2, every.to(x.device))
-    flat = flat.unflatten(2, at.shape)  # [N, C, P, k]
-    rows: Tensor = flat.transpose(1, 2).flatten(2).unflatten(2, (blocks_of(layer), -1)).flatten(0, 1)
+    steps = x.stride()[2:]
+    view = x.as_strided((len(x), *made, x.shape[1], *conv.kernel_size), (  # [N, *made, C, *kernel]
+        x.stride(0), *(step * stride for step, stride in zip(steps, conv.stride, strict=True)),
+        x.stride(1), *(step * dilation for step, dilation in zip(steps, conv.dilation, strict=True))))
+    at = chosen(made, limit)
+    if len(at) < torch.Size(made).numel():
+        index: tuple[Any, ...] = slice(None), *(place.to(x.device) for place in torch.unravel_index(at, made))
+        view = view[index]
+    read = x.shape[1] // blocks_of(layer) * torch.Size(conv.kernel_size).numel()
+    rows: Tensor = view.reshape(len(x) * len(at), blocks_of(layer), read)
     return rows
 
 
