@@ -70,6 +70,18 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("Qwen3NextForCausalLM", "Qwen3NextConfig", {
         **_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 24}, "text"),
     ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", {**_LLAMA, **_DELTA}, "text"),
+    ("Lfm2ForCausalLM", "Lfm2Config", {
+        **_BERT, "num_key_value_heads": 2, "pad_token_id": 0, "layer_types": ["conv", "full_attention"]}, "text"),
+    ("Lfm3ForCausalLM", "Lfm3Config", _EXPERTS, "text"),
+    ("KimiLinearForCausalLM", "KimiLinearConfig", {
+        **_EXPERTS, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 8, "num_key_value_heads": 4, "n_shared_experts": 1, "linear_head_dim": 8, "linear_num_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"]}, "text"),
+    ("HYV3ForCausalLM", "HYV3Config", {**_EXPERTS, "num_shared_experts": 1}, "text"),
+    ("Gemma3nForCausalLM", "Gemma3nTextConfig", {
+        **_LLAMA, "vocab_size_per_layer_input": 60, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
+        "num_kv_shared_layers": 0, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0],
+        "layer_types": ["sliding_attention", "full_attention"]}, "text"),
     ("BertForSequenceClassification", "BertConfig", _BERT, "text"),
     ("LongformerForSequenceClassification", "LongformerConfig", {**_BERT, "attention_window": 8}, "text"),
     ("RobertaForSequenceClassification", "RobertaConfig", _BERT, "text"),
@@ -80,6 +92,8 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("AlbertForSequenceClassification", "AlbertConfig", {**_BERT, "embedding_size": 16}, "text"),
     ("MPNetForSequenceClassification", "MPNetConfig", _BERT, "text"),
     ("DebertaV2ForSequenceClassification", "DebertaV2Config", _BERT, "text"),
+    ("NomicBertForSequenceClassification", "NomicBertConfig", _BERT, "text"),
+    ("GteForSequenceClassification", "GteConfig", {**_BERT, "initializer_range": 0.2}, "text"),
     ("ModernBertForSequenceClassification", "ModernBertConfig", {**_BERT, "pad_token_id": 0}, "text"),
     ("MobileBertForSequenceClassification", "MobileBertConfig", {
         **_BERT, "embedding_size": 32, "intra_bottleneck_size": 32, "initializer_range": 0.2}, "text"),
@@ -126,6 +140,9 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("HubertForSequenceClassification", "HubertConfig", _AUDIO, "sound"),
     ("Data2VecAudioForSequenceClassification", "Data2VecAudioConfig", {**_AUDIO, "num_conv_pos_embeddings": 2},
      "sound"),
+    ("SpeechT5ForSpeechToText", "SpeechT5Config", {
+        **_AUDIO, "vocab_size": 60, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}, "speech"),
     ("ASTForAudioClassification", "ASTConfig", {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8,
         "frequency_stride": 8, "time_stride": 8, "max_length": 32, "num_mel_bins": 16}, "spectrogram"),
@@ -149,6 +166,7 @@ _BATCHES: dict[str, Callable[[int], Batch]] = {
     "pixels embeds": lambda n: {"pixel_values": torch.randn(n, 3, 32, 32)},
     "clip": lambda n: {"input_ids": _text(n), "pixel_values": torch.randn(n, 3, 32, 32)},
     "sound": lambda n: {"input_values": torch.randn(n, 400)},
+    "speech": lambda n: {"input_values": torch.randn(n, 400), "decoder_input_ids": _text(n)[:, :7]},
     "spectrogram": lambda n: {"input_values": torch.randn(n, 32, 16)},
     "detr": lambda n: {"pixel_values": torch.randn(n, 3, 64, 64)},
 }
