@@ -158,9 +158,10 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
         found = returned_trial.offered(model, eval_model, computed_in_run.less(eval_model, found), run,
                                        run_as_in_training, with_cache, tried)
         samples = example_inputs if samples is None else map_tensors(_to_try, samples)
+        ways = counted_samples.Ways(model)
         try:
             axes = sample_axes.of_graph(eval_model, found, run, run_as_in_training, samples, example_inputs,
-                                        counted.once, "norms" in searched)
+                                        partial(ways.watched, counted.once), "norms" in searched)
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
@@ -168,7 +169,7 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
             raise ValueError(f"{type(model).__name__}: its code writes in place to what {layer or 'an operation'} has "
                              "read, so that no gradient can be computed, here or in training: write "
                              "`x = x + branch(x)`, where it says `x += branch(x)`") from error
-        if axes.together or chooses or counted_samples.branches(model):
+        if axes.together or chooses or ways.may_differ(among_samples.tried(samples)):
             found = found.less(among_samples.refusals(eval_model, run, found.groups, example_inputs, samples))
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained), taken)
     axes = replace(axes, transposing=samples_second.transposing(forward, samples))

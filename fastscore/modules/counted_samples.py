@@ -1,44 +1,124 @@
 """Whether a model's code goes another way by how many samples there are: `if len(x) > 4:`, `if x.shape[0] == 1:`."""
 
 import ast
+import operator
+import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import cache
-from types import FunctionType
+from types import CodeType, FrameType, FunctionType
+from typing import Any
 
 from torch import nn
 
-from fastscore.modules.reachable_code import functions_in, is_torchs, tree_of
+from fastscore.modules.reachable_code import functions_in, is_torchs, names_in, tree_of
+from fastscore.modules.tensor_expressions import value_of
 
 
-def branches(model: nn.Module) -> bool:
-    """Whether methods of its modules compare the first size of a tensor, or len(x), with a number of their own, and do
-    one thing or another; whether there is anything, and checks that raise, are no such comparisons."""
-    named = defaultdict[str, set[FunctionType]](set)
-    for cls in {cls for module in model.modules() for cls in type(module).__mro__ if not is_torchs(cls)}:
-        for name, value in vars(cls).items():
-            named[name].update(functions_in(value))
-    work, seen = ["forward"], {"forward"}
-    while work:  # what forwards come to, by name
-        for function in named.get(work.pop(), ()):
-            names = set(function.__code__.co_names)
-            if not names.isdisjoint({"shape", "size", "len"}) and _compares(function):
-                return True
-            work += names - seen
-            seen |= names
-    return False
+@dataclass(frozen=True)
+class _Comparison:
+    """`size` with `other`; `holds` of their values, None where that is not known. line: of the function's source, where
+    it stands; None in code that is written in the function's."""
+
+    size: ast.expr
+    other: ast.expr
+    holds: Callable[[int, int], bool] | None
+    line: int | None
+
+    def may_differ(self, size: Any, other: Any, times: int) -> bool:
+        """Whether it comes out otherwise for some size from this one to so many times as much."""
+        if self.holds is None or type(size) is not int or type(other) is not int:
+            return True
+        between = {other} if size <= other <= times * size else set()
+        return len({self.holds(each, other) for each in {size, times * size} | between}) > 1
+
+
+class Ways:
+    """Comparisons of the first size of a tensor, or of len(x), with a number of their own, by which methods of a
+    model's modules do one thing or another; whether there is anything, and checks that raise, are no such comparisons.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._found: dict[CodeType, dict[int | None, list[_Comparison]]] = {}  # by line
+        self._values = set[tuple[_Comparison, Any, Any]]()  # as they were come to
+        self._has_run = False
+        named = defaultdict[str, set[FunctionType]](set)
+        for cls in {cls for module in model.modules() for cls in type(module).__mro__ if not is_torchs(cls)}:
+            for name, value in vars(cls).items():
+                named[name].update(functions_in(value))
+        work, seen = ["forward"], {"forward"}
+        while work:  # what forwards come to, by name
+            for function in named.get(work.pop(), ()):
+                names = set(names_in(function.__code__))
+                if not names.isdisjoint({"shape", "size", "len"}):
+                    self._note(function)
+                work += names - seen
+                seen |= names
+
+    def _note(self, function: FunctionType) -> None:
+        code, lines = function.__code__, defaultdict[int | None, list[_Comparison]](list)
+        for each in _comparisons(function):
+            lines[None if each.line is None else code.co_firstlineno + each.line - 1].append(each)
+        if lines:
+            self._found[code] = dict(lines)
+
+    @contextmanager
+    def watched(self, around: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """A block, in a block of `around`, in which the model runs on one sample: what is compared is noted."""
+        before = sys.gettrace()  # a debugger's
+        with around():
+            sys.settrace(self._called if self._found else before)
+            try:
+                yield
+            finally:
+                sys.settrace(before)
+        self._has_run = True
+
+    def _called(self, frame: FrameType, event: str, value: Any) -> Any:
+        return self._noted if frame.f_code in self._found else None
+
+    def _noted(self, frame: FrameType, event: str, value: Any) -> Any:
+        for each in self._found[frame.f_code].get(frame.f_lineno, ()) if event == "line" else ():
+            size, other = (value if type(value := value_of(side, frame.f_locals, frame.f_globals)) is int else None
+                           for side in (each.size, each.other))
+            self._values.add((each, size, other))
+        return self._noted
+
+    def may_differ(self, samples: int) -> bool:
+        """Whether one of so many samples may go another way than one alone: a size is then, at most, as many times what
+        it was. True where no run on one was watched, or it cannot be seen what is compared."""
+        return bool(self._found) and (not self._has_run or any(None in lines for lines in self._found.values()) or any(
+            each.may_differ(size, other, samples) for each, size, other in self._values))
 
 
 @cache
-def _compares(function: FunctionType) -> bool:
+def _comparisons(function: FunctionType) -> Sequence[_Comparison]:
     if (tree := tree_of(function)) is None:
-        return False
+        return ()
     more = {node.arg for at in ast.walk(tree) if isinstance(at, ast.arguments)
             for node in (at.vararg, at.kwarg) if node}
-    names = set(_counts(tree))
-    return any(_counted(one, names, more) and _own(other) for test in _tests(tree) for node in ast.walk(test)
-               if isinstance(node, ast.Compare) for pair in [(node.left, node.comparators[0])]
-               for one, other in (pair, pair[::-1]))
+    names, inner = set(_counts(tree)), {
+        part for scope in ast.walk(tree) if isinstance(scope, _SCOPES) and scope not in tree.body
+        for part in ast.walk(scope)}
+    found = list[_Comparison]()
+    for node in [node for test in _tests(tree) for node in ast.walk(test) if isinstance(node, ast.Compare)]:
+        sides = node.left, node.comparators[0]
+        ways = _OPERATORS.get(type(node.ops[0])) if len(node.ops) == 1 else None
+        size = next((at for at in (0, 1) if _counted(sides[at], names, more) and _own(sides[1 - at])), None)
+        if size is not None:
+            found.append(_Comparison(sides[size], sides[1 - size], ways and ways[size],
+                                     None if node in inner else node.lineno))
+    return found
+
+
+_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp,
+           ast.GeneratorExp)
+# what holds of (size, other) where the size stands to the left, or to the right
+_OPERATORS: Mapping[type[ast.cmpop], tuple[Callable[[int, int], bool], Callable[[int, int], bool]]] = {
+    ast.Eq: (operator.eq, operator.eq), ast.NotEq: (operator.ne, operator.ne), ast.Lt: (operator.lt, operator.gt),
+    ast.LtE: (operator.le, operator.ge), ast.Gt: (operator.gt, operator.lt), ast.GtE: (operator.ge, operator.le)}
 
 
 def _own(node: ast.expr) -> bool:

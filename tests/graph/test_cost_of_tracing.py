@@ -61,7 +61,7 @@ if NIGHTLY:
     FAMILIES |= {f"transformers:{name}": 10.0 for name in (
         "T5ForConditionalGeneration", "Dinov2ForImageClassification", "MobileNetV2ForImageClassification",
         "WhisperForConditionalGeneration", "MixtralForCausalLM")}
-    FAMILIES |= {"diffusers:UNet2DConditionModel": 10.0}
+    FAMILIES |= {"diffusers:UNet2DConditionModel": 6.0}
 # of one sample: whose code decides by its batch, or reads weights itself; of classes of their own, with parameters met
 # in training, outputs that are written to, grouped convolutions, groups that are refused
 OF_ONE = {f"transformers:{name}": passes for name, passes in {

@@ -26,16 +26,23 @@ def refusals(model: nn.Module, run: Run, groups: Sequence[ChannelGroup], example
     run: (model, batch) -> its floating-point outputs. example: the batch that it was traced with. samples: of which the
     batch is made that is tried.
     """
-    traced, given = (first.shape[:1].numel() if (first := first_tensor(batch)) is not None else 0
-                     for batch in (example, samples))
-    if traced != 1 or not can_be_cut(samples):
+    if _count(example) != 1 or not can_be_cut(samples):
         return {}
-    mixed, chosen = _shown(model, run, groups, batch_of(samples, min(max(given, _FEWEST), _MOST)))
+    mixed, chosen = _shown(model, run, groups, batch_of(samples, tried(samples)))
     if mixed or chosen:  # what shows on one sample, too, is known, and allowed for elsewhere
         for known in _shown(model, run, [group for group in groups if group.name in mixed | chosen], example):
             mixed, chosen = ({name: found[name] for name in found.keys() - known.keys()} for found in (mixed, chosen))
     return {name: reasons.among_samples(where, found is chosen)
             for found in (mixed, chosen) for name, where in found.items()}
+
+
+def tried(samples: Batch) -> int:
+    """Of how many samples the batch is that is tried."""
+    return min(max(_count(samples), _FEWEST), _MOST)
+
+
+def _count(batch: Batch) -> int:
+    return first.shape[:1].numel() if (first := first_tensor(batch)) is not None else 0
 
 
 def _shown(model: nn.Module, run: Run, groups: Sequence[ChannelGroup], batch: Batch) -> tuple[dict[str, str], ...]:

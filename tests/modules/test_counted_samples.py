@@ -1,0 +1,108 @@
+"""Whether a batch of several samples may go another way than one, against what it does."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastscore.modules.counted_samples import Ways
+
+ONE = 2  # rows of x for each sample
+
+
+class Counts(nn.Module):
+    """Says which way it went. of: the number that it holds."""
+
+    def __init__(self, of: float = 6) -> None:
+        super().__init__()
+        self.of, self.went = of, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.went = self.way(x)
+        return x
+
+    def way(self, x: Tensor) -> int:
+        raise NotImplementedError
+
+
+class More(Counts):
+    def way(self, x: Tensor) -> int:
+        return 1 if x.shape[0] > 16 else 0
+
+
+class TurnedRound(Counts):
+    def way(self, x: Tensor) -> int:
+        if 16 <= len(x):  # noqa: SIM300
+            return 1
+        return 0
+
+
+class Same(Counts):
+    def way(self, x: Tensor) -> int:
+        n, _ = x.shape
+        if (n
+                == self.of):
+            return 1
+        return 0
+
+
+class NotOne(Counts):
+    def way(self, x: Tensor) -> int:
+        return int(self.inner(x)) if x.size(0) != 2 else 2
+
+    def inner(self, x: Tensor) -> bool:
+        return True
+
+
+class NotThere(Counts):
+    def way(self, x: Tensor) -> int:
+        if x.dim() > 5:
+            return 1 if len(x) > 4 else 2
+        return 0
+
+
+EXACT = [More, TurnedRound, NotOne, NotThere]
+
+
+class Within(Counts):
+    """Where it cannot be seen."""
+
+    def way(self, x: Tensor) -> int:
+        return [1 if len(x) > 16 else 0 for _ in range(2)].pop()
+
+
+class Between(Counts):
+    def way(self, x: Tensor) -> int:
+        return 1 if 3 < len(x) < 9 else 0
+
+
+def went(model: Counts, samples: int) -> int:
+    model(torch.zeros(ONE * samples, 3))
+    return model.went
+
+
+@pytest.mark.parametrize("kind", [*EXACT, Same, Within, Between])
+@pytest.mark.parametrize("of", [6, 3, 6.0])
+def test_a_batch_that_goes_another_way_is_told(kind: type[Counts], of: float) -> None:
+    model = kind(of)
+    ways = Ways(model)
+    assert ways.may_differ(1)  # no run was seen
+    with ways.watched(nullcontext):
+        one = went(model, 1)
+    for samples in range(1, 20):
+        other = went(model, samples) != one
+        assert ways.may_differ(samples) >= other
+        assert ways.may_differ(samples) == other or kind not in EXACT
+
+
+def test_a_run_that_stops_shows_nothing() -> None:
+    model = More()
+    ways = Ways(model)
+    with pytest.raises(ZeroDivisionError), ways.watched(nullcontext):
+        raise ZeroDivisionError
+    assert ways.may_differ(2)
+
+
+def test_code_without_comparisons_goes_one_way() -> None:
+    assert not Ways(nn.Sequential(nn.Linear(3, 3), nn.ReLU())).may_differ(16)
