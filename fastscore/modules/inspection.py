@@ -38,10 +38,21 @@ def hooked(module: nn.Module) -> bool:
                 or module._backward_pre_hooks)
 
 
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """What model.get_submodule(name) returns, for a part of its time: each run of a trace asks for each layer.
+    """
+    found = model
+    for part in name.split(".") if name else ():
+        if (inner := found._modules.get(part)) is None:
+            return model.get_submodule(name)  # or what it raises
+        found = inner
+    return found
+
+
 def held_in(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """(the module that has what is of that qualified name, its name there)."""
     owner, _, key = name.rpartition(".")
-    return model.get_submodule(owner), key
+    return submodule(model, owner), key
 
 
 def parameter_owners(model: nn.Module) -> Mapping[int, int]:

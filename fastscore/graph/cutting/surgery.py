@@ -16,6 +16,7 @@ from fastscore.modules.attention import handed, multihead_attention
 from fastscore.modules.copying import deepcopy
 from fastscore.modules.evaluation_copy import own_copies
 from fastscore.modules.hooks import remove_copied_hooks
+from fastscore.modules.inspection import submodule
 from fastscore.modules.weights import called_layers, held_weights, own_products, recurrent
 from fastscore.modules.weights.computed_weights import compute_on_in, make_plain
 
@@ -92,7 +93,7 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
             _narrow_owner(model, name, side, len(index), [key for key in _OF_OWNERS[side]
                                                          if (held_by, f"{SIDE}{key}") not in indices])
     # chosen beforehand: a grouped convolution that has lost inputs can look like a depthwise one
-    surgeons = {name: channel_buffers.surgeon(model.get_submodule(name))
+    surgeons = {name: channel_buffers.surgeon(submodule(model, name))
                 for name, side in indices if side in ("inputs", "outputs")
                 and not held_weights.is_held(model, name)}
     for (name, side), index in indices.items():
@@ -105,7 +106,7 @@ def remove_indices(model: nn.Module, indices: RemovedIndices) -> nn.Module:
         if side in ("inputs", "outputs") and name not in surgeons:
             held_weights.cut(model, name, "inputs" if side == "inputs" else "outputs", index)
             continue
-        layer = model.get_submodule(name)
+        layer = submodule(model, name)
         if side.startswith(SIDE + returned_part.RETURNED):
             returned_part.narrow(layer, side.removeprefix(SIDE), index)
             continue
@@ -186,7 +187,7 @@ def _narrow_heads(module: nn.Module, side: str, index: Tensor) -> None:
 def _narrow_owner(model: nn.Module, name: str, side: str, gone: int, keys: Iterable[str]) -> None:
     """Take what a layer loses off the width that the module which holds it keeps in one of `keys`, where it is the
     layer's."""
-    owner, layer = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
+    owner, layer = submodule(model, name.rpartition(".")[0]), submodule(model, name)
     if isinstance(layer, nn.modules.conv._ConvNd):
         width = layer.in_channels if side == "inputs" else layer.out_channels
         for key in keys:

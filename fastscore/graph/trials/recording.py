@@ -21,7 +21,7 @@ from fastscore.graph.trials.plain_layers import may_make_several
 from fastscore.graph.trials.skipped_norms import skipped
 from fastscore.graph.trials.steady_draws import SteadyDraws
 from fastscore.modules import hooks
-from fastscore.modules.inspection import channel_dim, device_of, runs_own_code
+from fastscore.modules.inspection import channel_dim, device_of, runs_own_code, submodule
 from fastscore.modules.norms.channel_norms import OneNode, norm_of
 from fastscore.modules.weights.parameter_layers import ParameterLinear
 
@@ -341,9 +341,9 @@ def _looks_at_shape(module: nn.Module, x: Tensor) -> bool:
 def replaced(model: nn.Module, forwards: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
     """The layers' own forwards replaced in the block; whatever hooks they have run as they would."""
     for layer, forward in forwards.items():
-        vars(model.get_submodule(layer))["forward"] = forward
+        vars(submodule(model, layer))["forward"] = forward
     try:
         yield
     finally:
         for layer in forwards:
-            del vars(model.get_submodule(layer))["forward"]
+            del vars(submodule(model, layer))["forward"]

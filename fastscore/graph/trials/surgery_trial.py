@@ -28,7 +28,7 @@ from fastscore.graph.trials.some_channels import some_channels
 from fastscore.modules import frames
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.hooks import with_input
-from fastscore.modules.inspection import channel_dim, runs_own_code
+from fastscore.modules.inspection import channel_dim, runs_own_code, submodule
 from fastscore.modules.narrower import staying
 from fastscore.modules.weights.computed_weights import why_it_computes_on
 from fastscore.wording import said
@@ -193,7 +193,7 @@ def _try_without(recording: Recording, groups: Sequence[ChannelGroup], removed: 
 def _watched(recording: Recording, small: nn.Module, name: str, gone: surgery.RemovedIndices,
              found: _Findings) -> Callable[..., Tensor]:
     """A layer's forward in the smaller copy: compares what it reads and makes, and returns what the whole one made."""
-    layer, whole = small.get_submodule(name), recording.layers[name]
+    layer, whole = submodule(small, name), recording.layers[name]
     dim = channel_dim(layer)
     gone_out = gone.get((name, "outputs"))
     gone_in = gone_out if name in recording.norms else gone.get((name, "inputs"))

@@ -16,6 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastscore.modules.attention import own_width, windowed_attention
 from fastscore.modules.handles import Handle
+from fastscore.modules.inspection import submodule
 from fastscore.modules.weights.parameter_layers import HoldsLayers
 
 _SEPARATE = "qkv_bias_separate"  # of timm's attention: False has it read the weight of its layer without calling it
@@ -196,10 +197,10 @@ def _layer(model: nn.Module, name: str) -> nn.Module:
     """The layer of that qualified name; of a parameter the module that holds it, or, of a projection, the output
     projection there."""
     owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
+    module = submodule(model, owner)
     if key in PROJECTIONS and isinstance(output := getattr(module, "out_proj", None), nn.Module):
         return output
-    return module if key in module._parameters else model.get_submodule(name)
+    return module if key in module._parameters else submodule(model, name)
 
 
 class AttributesSet(Handle):

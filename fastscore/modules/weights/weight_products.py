@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastscore.batches.parts import tensors_of
+from fastscore.modules.inspection import submodule
 
 _LOOKED_UP = ("embedding", "embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
 
@@ -75,7 +76,7 @@ def weight_name(model: nn.Module, parameter: str) -> str:
     """What a parameter is called in reports: as its module, or by its own qualified name where that holds others."""
     owner, _, _ = parameter.rpartition(".")
     owner, parametrized, _ = owner.partition(".parametrizations.")
-    module = model.get_submodule(owner)
+    module = submodule(model, owner)
     return owner if owner and (parametrized or not module._modules) else parameter
 
 

@@ -18,7 +18,7 @@ from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.parts import Batch
 from fastscore.graph.groups import READS, ChannelGroup, Member
 from fastscore.graph.trials.plain_layers import plain_kind
-from fastscore.modules.inspection import device_of
+from fastscore.modules.inspection import device_of, submodule
 from fastscore.modules.macs.counting import count
 from fastscore.modules.weights.experts import ExpertLinear
 from fastscore.pruning.budgets.layer_costs import LayerCost, Places, Side, heads_cost, layer_cost, tensor_cost
@@ -72,9 +72,9 @@ class Costs:
             for member in () if any(group.role("block")) else group.members:
                 if member.role in _UNCOUNTED:
                     continue
-                held = model.get_submodule(member.module)._modules.get(member.layer.rpartition(".")[2])
+                held = submodule(model, member.module)._modules.get(member.layer.rpartition(".")[2])
                 copied = isinstance(held, ExpertLinear) and member.role == "tensor"
-                layer, own = model.get_submodule(member.module), per_layer.get(member.layer, 0.0)
+                layer, own = submodule(model, member.module), per_layer.get(member.layer, 0.0)
                 if member.layer not in self.layers:
                     self.layers[member.layer] = heads_cost(member, layer, per_layer, heads) if member.role == "heads" \
                         else tensor_cost(member, layer) if member.role == "tensor" and not copied \
@@ -136,7 +136,7 @@ class Costs:
         """The layers of a block that lose channels, and what all else in it costs as one more, under the block's name
         (with an addition where that is a layer already: an attention that loses heads)."""
         inside = {name: cost for name, cost in self.layers.items() if f"{name}.".startswith(f"{block}.")}
-        params = sum(parameter.numel() for parameter in model.get_submodule(block).parameters())
+        params = sum(parameter.numel() for parameter in submodule(model, block).parameters())
         rest = LayerCost(1, 1, True, macs.get(block, 0.0) - sum(cost.macs for cost in inside.values()), 0.0,
                          params - sum(cost.params for cost in inside.values()))
         name = f"{block} (all else)" if block in self.layers else block
