@@ -85,7 +85,7 @@ def test_what_was_assumed_is_said_and_kept(photo: Path, capsys: pytest.CaptureFi
     told = capsys.readouterr()
     pruned = json.loads(told.out)["notes"]
     kept = {name: text for name, text in notes.items() if name != "date"}
-    assert {name: text for name, text in pruned.items() if name not in ("date", "scores")} == kept
+    assert {name: text for name, text in pruned.items() if name not in ("date", "scores", "ties")} == kept
     assert "note: size 32: as s.safetensors says" in told.err
     assert main(["report", "s.safetensors", "--out", "s.html"]) == 0
     assert notes["preprocessing"] in Path("s.html").read_text()
