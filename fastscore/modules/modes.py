@@ -6,11 +6,14 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from fastscore.modules import written_state
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """In the block, `model` is in evaluation mode; then each module is in the mode that it was in."""
-    with modes_kept(model):
+    """In the block, `model` is in evaluation mode; then each module is in the mode that it was in, and what its code
+    wrote to buffers and attributes is undone."""
+    with written_state.undone(model), modes_kept(model):
         model.eval()  # which some models have written anew, without returning themselves
         yield model
 

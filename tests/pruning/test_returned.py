@@ -120,3 +120,39 @@ def test_a_repair_after_which_nothing_runs_is_an_error(monkeypatch: pytest.Monke
     with untouched(model), pytest.raises(RuntimeError, match=r"^the pruned model does not run \(act \(Linear\): .*"
                                          "once it is repaired, and did before: leave calibration= out"):
         fastscore.prune(model, scores, X, **options)
+
+
+class Stream(nn.Module):
+    """Keeps what it read: a first batch's mean, the last batches, how many they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 4)
+        self.calls, self.last, self.found = 0, list[Tensor](), dict[str, Any]({"all": [1]})
+        self.plain = torch.zeros(5, dtype=torch.float64)
+        self.register_buffer("mean", torch.zeros(5, dtype=torch.float64))
+        self.register_buffer("begun", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.begun == 0:
+            self.mean.copy_(x.mean(0))
+            self.begun.fill_(1)
+            self.plain += 1
+        self.calls += 1
+        self.last.append(x)
+        self.found["all"].append(2)
+        self.seen = x
+        self.register_buffer("kept", x)
+        return self.second(self.first(x - self.mean).relu())
+
+
+@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"calibration": CALIBRATION}])
+def test_what_is_returned_starts_where_the_dense_one_did(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = Stream().double().eval()
+    small = fastscore.prune(model, fastscore.score(model, CALIBRATION), X[:2], channels=0.5, **options).model
+    assert small.first.out_features < 8
+    for each in (model, small):
+        assert (int(each.begun), each.calls, each.last, each.found) == (0, 0, [], {"all": [1]})
+        assert not torch.cat([each.mean, each.plain]).any()
+        assert not {"seen", "kept"} & {*vars(each), *each._buffers}
