@@ -39,11 +39,11 @@ def hooked(module: nn.Module) -> bool:
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
-    """What model.get_submodule(name) returns, for a part of its time: each run of a trace asks for each layer.
-    """
+    """What model.get_submodule(name) returns, for a part of its time: each run of a trace asks for each layer."""
     found = model
     for part in name.split(".") if name else ():
-        if (inner := found._modules.get(part)) is None:
+        inner = found._modules.get(part) if isinstance(found._modules, dict) else None  # torch.jit has others
+        if inner is None:
             return model.get_submodule(name)  # or what it raises
         found = inner
     return found
