@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from networks import randomize
-from thinned import NIGHTLY
+from thinned import NIGHTLY, thinned
 from torch import Tensor, nn
 
 import fastscore
@@ -52,8 +52,7 @@ def hooked(model: nn.Module, removed: Mapping[str, Tensor], means: Mapping[str, 
     return output
 
 
-@pytest.mark.parametrize("compensate", [False, True])
-@pytest.mark.parametrize("name", EVALUATED)
+@pytest.mark.parametrize(("name", "compensate"), thinned(EVALUATED, [False, True]))
 def test_masked_gates_are_what_hooks_on_the_batchnorms_make(name: str, compensate: bool) -> None:
     model, images = trained_like(name)
     x = images.images[:4]
@@ -69,8 +68,7 @@ def test_masked_gates_are_what_hooks_on_the_batchnorms_make(name: str, compensat
     assert (hooked(model, {}, {}, x) - exact).abs().max() > 0.01 * exact.abs().max()
 
 
-@pytest.mark.parametrize("compensate", [False, True])
-@pytest.mark.parametrize("name", EVALUATED)
+@pytest.mark.parametrize(("name", "compensate"), thinned(EVALUATED, [False, True]))
 def test_removed_channels_are_what_the_mask_makes(name: str, compensate: bool) -> None:
     model, images = trained_like(name)
     x = images.images[:4]

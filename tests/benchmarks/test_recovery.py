@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from networks import randomize
+from thinned import thinned
 from torch import Tensor, nn
 
 import fastscore
@@ -90,8 +91,7 @@ def test_macs_are_counted_as_fastscore_counts_them() -> None:
     assert (peers.macs(subject.model, x), peers.macs(result.model, x)) == result.report.macs
 
 
-@pytest.mark.parametrize("scope", ["local", "global"])
-@pytest.mark.parametrize("criterion", list(peers.CRITERIA))
+@pytest.mark.parametrize(("criterion", "scope"), thinned(list(peers.CRITERIA), ["local", "global"]))
 def test_torch_prunings_networks_keep_the_budgets(criterion: str, scope: str) -> None:
     subject = task()
     x = subject.images.images

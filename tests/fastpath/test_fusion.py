@@ -9,7 +9,7 @@ from networks import NETWORKS, randomize
 from oracles import untouched
 from test_folding import plain_pass
 from thin_members import PACKED, THIN
-from thinned import NIGHTLY
+from thinned import NIGHTLY, thinned
 from torch import Tensor, nn
 
 import fastscore
@@ -156,9 +156,9 @@ def test_a_clamp_goes_into_the_layer_that_it_alone_reads(network: type[Net]) -> 
         assert set(scores.plan.packed) == {"one", "two", "three", "fc"}
 
 
-@pytest.mark.parametrize("network", [Chain, Residual, TwoTaps, Passing])
-@pytest.mark.parametrize("options", [{}, {"probes": 3}, {"importance": "taylor-abs"}, {"ablation": "mean"},
-                                     {"reduction": "element"}, {"units": "norms"}])
+@pytest.mark.parametrize(("options", "network"), thinned(
+    [{}, {"probes": 3}, {"importance": "taylor-abs"}, {"ablation": "mean"}, {"reduction": "element"},
+     {"units": "norms"}], [Chain, Residual, TwoTaps, Passing]))
 def test_every_measure_and_several_probes(network: type[Net], options: dict[str, object]) -> None:
     model = network().eval()
     fast = fastscore.score(model, [images()], progress=False, **options)

@@ -20,9 +20,11 @@ from attentions import (
     group_of,
     inputs,
     network,
+    traced,
 )
 from oracles import finite_difference, sums, sums_of_each_sample, untouched
 from random_mixers import Heads
+from thinned import thinned
 from torch import Tensor
 
 import fastscore
@@ -59,7 +61,7 @@ def test_the_embedding_is_a_group_too(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_scores_are_those_of_a_gate_on_each_head(kind: str) -> None:
-    model, x = network(KINDS[kind][0]), inputs()
+    model, x = traced(kind), inputs()
     v = torch.randn(len(x), 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     expected = sums(called(model), group_of(kind), x, v)
     with untouched(model):
@@ -77,11 +79,10 @@ def test_scores_are_those_of_a_gate_on_each_head(kind: str) -> None:
                                    rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("units", [1, 2, 3])
+@pytest.mark.parametrize(("kind", "units"), thinned(list(KINDS), [1, 2, 3]))
 def test_without_heads_it_computes_what_it_computes_masked(kind: str, units: int) -> None:
-    build, name, output, unit = KINDS[kind]
-    model, x = network(build), inputs()
+    _, name, output, unit = KINDS[kind]
+    model, x = traced(kind), inputs()
     count = channels_of(kind) // unit
     units = min(units, count - 1)  # one always stays
     scores = fastscore.score(model, [x], ignore=EMBEDDING, progress=False)
@@ -108,7 +109,7 @@ def test_without_heads_it_computes_what_it_computes_masked(kind: str, units: int
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_costs_are_those_of_the_smaller_model(kind: str) -> None:
     """Attention itself costs less with fewer heads, so a budget that counted its layers alone would not be met."""
-    model, x = network(KINDS[kind][0]), inputs(1)
+    model, x = traced(kind), inputs(1)
     scores = fastscore.score(model, [x], ignore=EMBEDDING, importance="random")
     result = fastscore.prune(model, scores, x, channels=0.5)
     for unit in ("macs", "params"):
@@ -121,7 +122,7 @@ def test_costs_are_those_of_the_smaller_model(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_weights_of_a_head_are_its_rows(kind: str) -> None:
-    model, x = network(KINDS[kind][0]), inputs()
+    model, x = traced(kind), inputs()
     _, name, _, unit = KINDS[kind]
     labels = torch.tensor([0, 1, 2])
     norms = fastscore.score(model, [x], importance="magnitude-l2")[name]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from thinned import thinned
 from torch import Tensor, nn
 from whole_way import check
 
@@ -72,8 +73,7 @@ def _x(places: int, samples: int = 2) -> Tensor:
     return torch.randn(samples, places, 5, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("places", [6, WIDTH, 30])
-@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize(("places", "kernel"), thinned([6, WIDTH, 30], [1, 3]))
 def test_everything_goes(places: int, kernel: int, tmp_path: Path) -> None:
     """As many places as channels, fewer or more: by brute force."""
     check(lambda: Model(lambda *widths: Turned(*widths, kernel, padding=kernel // 2)), _x(places).double(),
@@ -86,8 +86,8 @@ def test_images_go(tmp_path: Path) -> None:
           ["embed", "a", "mid"], tmp_path)
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("options", [{"compensate": True}, {"repair": "auto"}, {"repair": "linear"}])
+@pytest.mark.parametrize(("options", "steps"), thinned(
+    [{"compensate": True}, {"repair": "auto"}, {"repair": "linear"}], [1, 2]))
 def test_as_linears_do(steps: int, options: dict[str, Any]) -> None:
     """The same numbers, computed in another layout: scores, what goes, what is counted and what repairs give."""
     strides = iter([steps, 1])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from thinned import NIGHTLY
 from torch import Tensor, nn
 
 import fastscore
@@ -143,7 +144,7 @@ def tokens(samples: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("choose", MIXED)
 def test_channels_that_choose_among_rows_are_kept(choose: Callable[[Tensor], Tensor]) -> None:
     """Whatever the weights are, and the batch."""
-    for seed, samples in enumerate((1, 4, 2, 1)):
+    for seed, samples in enumerate((1, 4, 2, 1)[:None if NIGHTLY else 2]):
         scores = fastscore.score(network(choose, seed), [tokens(samples, seed)], progress=False)
         assert list(scores) == ["read"]
         assert any(reason in scores.skipped["make"] for reason in REASONS)

@@ -25,6 +25,7 @@ from own_attentions import (
     Talking,
     TalkingOnce,
 )
+from thinned import thinned
 from torch import Tensor, nn
 from whole_way import check, noisy
 
@@ -172,8 +173,7 @@ class Rare(Apart):
         return F.relu(q - 0.5) @ (F.relu(k - 0.5).mT @ v)
 
 
-@pytest.mark.parametrize("attention", [Certain, Fused, Rare])
-@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize(("attention", "samples"), thinned([Certain, Fused, Rare], [1, 3]))
 def test_heads_are_found_whatever_has_a_gradient(attention: type[nn.Module], samples: int) -> None:
     graph = trace(noisy(lambda: Network(attention)), _x()[:samples])
     (group,) = (group for group in graph.groups if any(group.role("heads")))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import whole_way
+from thinned import thinned
 from torch import Tensor, nn
 
 import fastscore
@@ -72,8 +73,7 @@ NOT_FOLLOWED: dict[str, Any] = {
     "fails": _fails, "unread": lambda x, masked: x, "outer": lambda x, masked: x + (masked[:, None] * masked).mean(0)}
 
 
-@pytest.mark.parametrize("kind", [Augmented, Apart])
-@pytest.mark.parametrize("meeting", MEETINGS)
+@pytest.mark.parametrize(("meeting", "kind"), thinned(MEETINGS, [Augmented, Apart]))
 def test_its_entries_go_with_the_channels_that_they_meet(meeting: str, kind: type[Augmented]) -> None:
     """Half of all channels go; in training, too, the smaller model computes what the whole one does where they are read
     as zero."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from thinned import thinned
 from torch import Tensor, nn
 
 import fastscore
@@ -46,8 +47,7 @@ class Joined(nn.Module):
         return self.last(self.c(x + y if self.beside else y).relu()).mean(1)
 
 
-@pytest.mark.parametrize("join", KINDS)
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(("join", "beside"), thinned(KINDS, [False, True]))
 def test_what_sees_nested_tensors_stays_and_the_rest_goes(join: Callable[[Sequence[Tensor]], Tensor], beside: bool
                                                           ) -> None:
     torch.manual_seed(0)

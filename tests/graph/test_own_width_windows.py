@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_own_width import HEADS, WIDTH
 from test_own_width import Model as OfTokens
+from thinned import thinned
 from torch import Tensor, nn
 from whole_way import check
 
@@ -88,8 +89,7 @@ class Model(OfTokens):
         return self.head((x + self.mlp(self.norm2(x))).mean(1))
 
 
-@pytest.mark.parametrize("attention", [Windows, Nested, Unnamed, After])
-@pytest.mark.parametrize("columns", [4, 5])
+@pytest.mark.parametrize(("attention", "columns"), thinned([Windows, Nested, Unnamed, After], [4, 5]))
 def test_heads_and_the_stream_go_beside_windows(attention: type[nn.Module], columns: int, tmp_path: Path) -> None:
     """Each without the other: everything from data to a file, by brute force."""
     x = torch.randn(2, ROWS * columns, 5, generator=torch.Generator().manual_seed(1)).double()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import whole_way
+from thinned import thinned
 from torch import Tensor, nn
 
 import fastscore
@@ -162,8 +163,7 @@ def test_rows_that_a_batch_may_route_otherwise_are_followed(name: str) -> None:
                 torch.testing.assert_close(found[group.name].double(), want, rtol=1e-6, atol=1e-30)
 
 
-@pytest.mark.parametrize("samples", [2, 8, 9, 70])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("samples", "dtype"), thinned([2, 8, 9, 70], [torch.float64, torch.float32, torch.bfloat16]))
 def test_any_number_of_samples_is_followed(samples: int, dtype: torch.dtype) -> None:
     """One digit of each sample's number at a time, also where numbers are short."""
     torch.manual_seed(0)

@@ -1,12 +1,18 @@
 """Attentions of every layout whose heads are found, and a network around each."""
 
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from networks import Group
 from torch import Tensor, nn
+
+from fastscore.batches.calls import call_model
+from fastscore.graph import cache
+from fastscore.graph.groups import ChannelGraph
+from fastscore.graph.tracing import trace
 
 EMBED, HEADS, WIDTH, TOKENS = 10, 4, 3, 5  # heads x width differs from the embedding
 EMBEDDING = ("embed",)  # the layer that makes it: a group of its own
@@ -129,6 +135,19 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], str, str, int]] = {
     "nested": (Nested, "attention.self.query", "attention.output.dense", WIDTH),
     "multihead": (Multihead, "attention.inner", "attention.inner.out_proj", 2),
 }
+
+
+def traced(kind: str) -> nn.Module:
+    """A network around an attention, with the graph of another like it known: for tests of what comes after tracing."""
+    model = network(KINDS[kind][0])
+    if kind != "by functions":  # whose calls are noted of the model that is traced
+        cache.put(model, inputs(1), call_model, _graph(kind))
+    return model
+
+
+@functools.cache
+def _graph(kind: str) -> ChannelGraph:
+    return trace(network(KINDS[kind][0]), inputs())
 
 
 def channels_of(kind: str) -> int:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from called_layers import NAMES, ByForward, Forwards, Functions, Net, OneOfThem, Views, inputs
 from oracles import untouched
+from thinned import thinned
 from torch import Tensor, nn
 from whole_way import check, noisy
 
@@ -91,9 +92,9 @@ def test_a_convolution_of_its_own_channels(tmp_path: Path) -> None:
     check(Short, inputs()[..., 0].mT, ["expand"], tmp_path)
 
 
-@pytest.mark.parametrize("build", [Forwards, Functions])
-@pytest.mark.parametrize("options", [{"precision": "bfloat16"}, {"reduction": "element"}, {"units": "blocks"},
-                                     {"importance": "magnitude-l2"}, {"ablation": "mean"}])
+@pytest.mark.parametrize(("options", "build"), thinned(
+    [{"precision": "bfloat16"}, {"reduction": "element"}, {"units": "blocks"}, {"importance": "magnitude-l2"},
+     {"ablation": "mean"}], [Forwards, Functions]))
 def test_scores_are_those_of_called_layers(build: type[Net], options: dict[str, Any]) -> None:
     x = inputs().float()
     found, expected = (fastscore.score(noisy(kind).float(), [x], progress=False, **options) for kind in (build, Net))
@@ -151,8 +152,7 @@ def test_means_go_where_they_are_added(build: type[Net]) -> None:
     assert list(again) == NAMES
 
 
-@pytest.mark.parametrize("build", [Forwards, Functions])
-@pytest.mark.parametrize("repair", ["linear", "asymmetric"])
+@pytest.mark.parametrize(("build", "repair"), thinned([Forwards, Functions], ["linear", "asymmetric"]))
 def test_repairs_are_those_of_called_layers(build: type[Net], repair: str) -> None:
     """Where passes halt at layers, too."""
     x, models = inputs(), [noisy(build), noisy(Net)]

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS, Network
 from oracles import untouched
+from thinned import thinned
 from torch import Tensor, nn
 
 import fastscore
@@ -145,8 +146,7 @@ def test_mask_and_surgery_and_the_oracle_agree(name: str, seed: int, fraction: f
     torch.testing.assert_close(result.model(x), exact, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["replicate", "circular"])
-@pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.parametrize(("name", "mode"), thinned(list(NETWORKS), ["replicate", "circular"]))
 def test_where_nothing_is_padded_with_zeros_it_is_the_mean_in_place_of_the_channel(name: str, mode: str) -> None:
     network = NETWORKS[name]
     model, x = padded(network.model(), mode), network.inputs(5)

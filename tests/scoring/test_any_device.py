@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from networks import NETWORKS
-from thinned import WITHOUT_TIMM
+from thinned import WITHOUT_TIMM, thinned
 
 import fastscore
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
 
-@pytest.mark.parametrize("importance", ["taylor", "taylor-sq"])
-@pytest.mark.parametrize("name", ["residual", "mobile", "squeeze-excite"])
+@pytest.mark.parametrize(("name", "importance"), thinned(
+    ["residual", "mobile", "squeeze-excite"], ["taylor", "taylor-sq"]))
 def test_scores_without_kernels(name: str, importance: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = NETWORKS[name]
     model, batches = network.model().float(), [network.inputs().float()]

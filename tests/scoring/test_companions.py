@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from thinned import NIGHTLY
+from thinned import NIGHTLY, thinned
 from torch import Tensor, nn
 
 import fastscore
@@ -86,8 +86,8 @@ def test_what_all_samples_share_is_left_as_it_is() -> None:
                      model["b"](model["a"](batch["x"]).relu()) + batch["shift"]).samples.together
 
 
-@pytest.mark.parametrize("how", ["", "scale of a sample", "norm", "noise", "flipped", "never the same"])
-@pytest.mark.parametrize("samples", [1, 2, 4])
+@pytest.mark.parametrize(("how", "samples"), thinned(
+    ["", "scale of a sample", "norm", "noise", "flipped", "never the same"], [1, 2, 4]))
 def test_nothing_is_said_of_samples_that_do_not_meet(how: str, samples: int) -> None:
     assert not trace(made(how), X[:samples]).samples.together
     assert not trace(made(how).float(), X[:1].float(), samples=X[:samples].float()).samples.together
@@ -181,8 +181,8 @@ def drawn(kind: str, seed: int) -> Tensor:
         torch.randint(0, 30, (4, 4), generator=generator)
 
 
-@pytest.mark.parametrize("kind", ["floats", "tokens"])
-@pytest.mark.parametrize("way", [best_rows, best_samples, capacity, alike, clusters, counted])
+@pytest.mark.parametrize(("way", "kind"), thinned(
+    [best_rows, best_samples, capacity, alike, clusters, counted], ["floats", "tokens"]))
 def test_rows_that_compete_are_found_whatever_is_drawn(way: Callable[..., Tensor], kind: str) -> None:
     """Wherever a sample of the first batch is another by itself."""
     some = 0
@@ -197,8 +197,8 @@ def test_rows_that_compete_are_found_whatever_is_drawn(way: Callable[..., Tensor
     assert some or (way, kind) == (alike, "floats")
 
 
-@pytest.mark.parametrize("kind", ["floats", "tokens"])
-@pytest.mark.parametrize("way", [of_its_own, routed, in_order, of_largest_first])
+@pytest.mark.parametrize(("way", "kind"), thinned(
+    [of_its_own, routed, in_order, of_largest_first], ["floats", "tokens"]))
 def test_rows_that_are_chosen_within_a_sample_are_no_companions(way: Callable[..., Tensor], kind: str) -> None:
     for seed in range(2):
         x = drawn(kind, seed)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import whole_way
+from thinned import thinned
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -119,16 +120,15 @@ def check(model: Net, batches: Sequence[dict[str, Tensor]]) -> set[str]:
     return set(scores)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("lengths", FIRST, ids=str)
+@pytest.mark.parametrize(("way", "lengths"), thinned(WAYS, FIRST), ids=str)
 def test_lengths(way: str, lengths: tuple[list[int], list[int]]) -> None:
     batches = [{"x": torch.randn(len(each), max(each), 4, dtype=torch.float64), "lengths": torch.tensor(each)}
                for each in lengths]
     assert "one" not in check(net(WAYS[way]), batches)
 
 
-@pytest.mark.parametrize("way", TOKENS)
-@pytest.mark.parametrize("first", [[[1, 2], [3, 4], [5, 6]], [[5, 6, 7], [8, 9, 10]], [[5, 6, 7]]], ids=str)
+@pytest.mark.parametrize(("first", "way"), thinned(
+    [[[1, 2], [3, 4], [5, 6]], [[5, 6, 7], [8, 9, 10]], [[5, 6, 7]]], TOKENS), ids=str)
 def test_tokens(way: str, first: list[list[int]]) -> None:
     batches = [{"x": torch.tensor(ids)} for ids in (first, [[9, 3, 2], [1, 0, 9]], [[9, 9, 0, 0], [9, 1, 2, 3]])]
     assert "one" not in check(net(TOKENS[way]), batches)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from thinned import thinned
 from torch import Tensor, nn
 from torchvision.ops import nms
 
@@ -105,8 +106,7 @@ CASES: dict[str, tuple[type[Rows], int, Callable[[nn.Module, Batch], Any], Batch
     "boxes": (Boxes, 6, call, [far(2, 12, 6)], [clustered([3, 5, 4, 8], 6)])}
 
 
-@pytest.mark.parametrize("samples", [1, 2])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "samples"), thinned(CASES, [1, 2]))
 def test_rows_that_are_regular_where_it_is_traced(name: str, samples: int) -> None:
     """As many rows in all as the number of samples divides: nothing else tells that they are not."""
     torch.manual_seed(0)
