@@ -12,10 +12,11 @@ from fastscore.modules import written_state
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """In the block, `model` is in evaluation mode; then each module is in the mode that it was in, and what its code
-    wrote to buffers and attributes is undone."""
-    with written_state.undone(model), modes_kept(model):
+    wrote to buffers and attributes is undone, but for what its own train() and eval() write."""
+    with modes_kept(model):
         model.eval()  # which some models have written anew, without returning themselves
-        yield model
+        with written_state.undone(model):
+            yield model
 
 
 @contextmanager

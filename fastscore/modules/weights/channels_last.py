@@ -36,8 +36,10 @@ def _runs(layer: nn.modules.conv._ConvNd, dim: int) -> bool:
     places = [sum(widths) + 2 * step * kernel for step, kernel in zip(layer.dilation, layer.kernel_size, strict=True)]
     size = [2, widths[0], *places] if dim == 1 else [2, *places, widths[0]]
     held = (*layer._parameters.values(), *layer._buffers.values())
+    memo: dict[int, Any] = {id(x): torch.empty_like(x, device="meta") for x in held if x is not None}
+    memo |= {id(hooks): {} for name, hooks in vars(layer).items() if name.endswith("_hooks")}  # which may hold a model
     with torch.no_grad(), suppress(Exception):  # of what takes something else
-        alone: Any = deepcopy(layer, {id(x): torch.empty_like(x, device="meta") for x in held if x is not None})
+        alone: Any = deepcopy(layer, memo)
         alone.training = False
         made = type(alone).forward(alone, torch.empty(size, device="meta", dtype=alone.weight.dtype))
         return isinstance(made, Tensor) and made.dim() == len(size) and made.shape[dim] == widths[1]

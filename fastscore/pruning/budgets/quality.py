@@ -243,13 +243,15 @@ def build_after(steps: Sequence[RemovalStep], costs: Costs,
 
 def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quality: Quality, dense: nn.Module,
                       held_out: Iterable[Batch], forward: Forward, outputs: JudgedOutputs = None,
-                      finer: Callable[[int], Way | None] | None = None) -> tuple[PruneResult, tuple[Judged, ...]]:
+                      tolerance: float = TOLERANCE, finer: Callable[[int], Way | None] | None = None
+                      ) -> tuple[PruneResult, tuple[Judged, ...]]:
     """(the smallest network that holds, all that were judged, from the largest to the smallest).
 
-    macs: see `search`. build: makes the repaired network after so many steps. dense, held_out, outputs: see `Judge`.
-    finer: the steps to take -> `macs` and `build` of an order that begins with them, of which more may be taken; None
-    where there is none. Not asked with a confidence, which one fixed sequence of tests has. Raises ValueError for too
-    few samples for the confidence, and outputs with several decisions about a sample, which are no independent trials.
+    macs, tolerance: see `search`. build: makes the repaired network after so many steps. dense, held_out, outputs: see
+    `Judge`. finer: the steps to take -> `macs` and `build` of an order that begins with them, of which more may be
+    taken; None where there is none. Not asked with a confidence, which one fixed sequence of tests has. Raises
+    ValueError for too few samples for the confidence, and outputs with several decisions about a sample, which are no
+    independent trials.
     """
     halves = [held_out] if quality.confidence is None else [Part(held_out, 2, judges, _BIT) for judges in (True, False)]
     judges = [Judge(dense, half, forward, outputs) for half in halves]
@@ -286,7 +288,7 @@ def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quali
 
     def along(macs: MacsLeft, build: Callable[[int], PruneResult], start: int) -> tuple[int, list[Judged]]:
         best, rows = choose_steps(macs, quality, partial(judge, build, judges[0]), partial(judge, build, judges[-1]),
-                                  start=start)
+                                  tolerance, start)
         return best, [Judged(remains[steps], found.agreement, found.kl, quality.bound(found), found.decisions,
                              steps == best, found.by_error, found.mixed, judges[0].samples)
                       for steps, found in sorted(rows.items())]
