@@ -156,3 +156,28 @@ class PooledByVector(Pooled):
 @pytest.mark.parametrize("first", [True, False])
 def test_channels_that_end_at_a_vector_leave_those_that_what_comes_of_it_meets(first: bool, tmp_path: Path) -> None:
     check(lambda: PooledByVector(first), torch.randn(2, 5, 6, dtype=torch.float64), ["body"], tmp_path)
+
+
+class Streams(nn.Module):
+    """Several streams beside each other, from which layers read a weighted sum, and to which they give, by weights that
+    are computed of all: hyper-connections, as DeepSeek V4 has them."""
+
+    def __init__(self, mixed: bool) -> None:
+        super().__init__()
+        self.embed, self.last, self.mixed = nn.Linear(3, 6), nn.Linear(6, 4), mixed
+        self.weights = nn.ModuleList(nn.Linear(3 * 6, 3 + 3 + 9) for _ in range(2))
+        self.up, self.down = (nn.ModuleList(nn.Linear(*sizes) for _ in range(2)) for sizes in ((6, 10), (10, 6)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        streams = self.embed(x.flatten(2).mT).unsqueeze(2).expand(-1, -1, 3, -1)
+        for weights, up, down in zip(self.weights, self.up, self.down, strict=True):
+            before, after, mixing = weights(streams.flatten(2)).split([3, 3, 9], -1)
+            y = down(up((before.sigmoid().unsqueeze(-1) * streams).sum(2)).relu())
+            kept = mixing.unflatten(-1, (3, 3)).softmax(-1).mT @ streams if self.mixed else streams
+            streams = after.sigmoid().unsqueeze(-1) * y.unsqueeze(-2) + kept
+        return self.last(streams.sum(2).tanh())
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_channels_of_streams_go_whatever_weighs_them(mixed: bool, tmp_path: Path) -> None:
+    check(lambda: Streams(mixed), X, ["embed", "up.0", "up.1"], tmp_path)

@@ -119,8 +119,12 @@ class Nodes(Cuts, tp.DependencyGraph):  # type: ignore[misc]
 
         Returns (each of these views -> the node before it, all nodes whose dimensions are known now)."""
         divided: dict[Any, Any] = {}
-        found, ended = list[Any](), list[tuple[Any, Any]]()
-        while work or ended:
+        found, ended, spread = list[Any](), list[tuple[Any, Any]](), dict[Any, dict[int, Any]]()
+        while work or ended or spread:
+            if not work and spread:  # what comes after it is known, as far as others tell
+                onward = next(iter(spread))
+                work += self._choose(onward, spread.pop(onward))
+                continue
             if not work:  # nobody else has channels there
                 node, onward = ended.pop()
                 if onward not in self._dims:
@@ -140,10 +144,35 @@ class Nodes(Cuts, tp.DependencyGraph):  # type: ignore[misc]
                     ended.append((node, onward))  # what it meets may have others
                 elif (dim := self.dim_after(node, onward)) is None:
                     divided[onward] = node
+                elif self._is_spread(node, onward):
+                    spread.setdefault(onward, {}).setdefault(dim, node)
                 else:
                     self._dims[onward] = dim
                     work.append(onward)
         return divided, found
+
+    def _is_spread(self, source: Any, node: Any) -> bool:
+        """Whether an input of a node is broadcast there, beside others: their channels may lie where it has none, as
+        those of a stream that is weighted do."""
+        before, dims = shape(source, node), range(len(shape(node)))
+        return node.type == OPTYPE.ELEMENTWISE and len(node.inputs) > 1 and any(
+            index_maps.is_broadcast(node.grad_fn, dim, before) for dim in dims)
+
+    def _choose(self, node: Any, sources: Mapping[int, Any]) -> list[Any]:
+        """Take the channels of a node all of whose known inputs are broadcast, as in an outer product, to lie where
+        others do that it is added to, or else where they were found first. sources: dimension -> the input whose
+        channels come to lie along it. Returns [the node], or [] where its channels are known by now."""
+        made: list[Any] = []
+        if node not in self._dims:
+            after = node
+            while after not in self._dims and len(after.outputs) == 1 and shape(after.outputs[0]) == shape(node) and \
+                    after.outputs[0].type == OPTYPE.ELEMENTWISE:
+                after = after.outputs[0]
+            known = self._dims.get(after, -1)
+            self._dims[node] = known if known in sources else next(iter(sources))
+            made.append(node)
+        self._met += [(source, node) for dim, source in sources.items() if dim != self._dims[node]]
+        return made
 
     def _follow_back(self, work: list[Any]) -> None:
         """To parameters that meet channels, through what is made of them before they do."""
