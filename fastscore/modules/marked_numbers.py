@@ -7,9 +7,10 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from fastscore.modules import written_numbers
+from fastscore.modules import config_numbers, written_numbers
 
-Place: TypeAlias = tuple[nn.Module, str]  # whose number, and its name: an attribute, or as written_numbers names it
+# whose number, and its name: an attribute, or as written_numbers or config_numbers names it
+Place: TypeAlias = tuple[nn.Module, str]
 
 
 class Marked(int):
@@ -66,9 +67,11 @@ def marked(places: Iterable[Place]) -> Iterator[None]:
                 number = Marked.at(written_numbers.number(module, name), (module, name))
                 module.__class__ = written_numbers.with_mark(module, name, number)
             else:
-                held = vars(module)[name]
-                before.append((module, name, held))
-                vars(module)[name] = Marked.at(held, (module, name)) if isinstance(held, int) else type(held)(
+                first = name.partition(config_numbers.MARK)[0]
+                before.append((module, first, vars(module)[first]))
+                holder, key = config_numbers.own_holder(module, name)
+                held = vars(holder)[key]
+                vars(holder)[key] = Marked.at(held, (module, name)) if isinstance(held, int) else type(held)(
                     Marked.at(each, (module, name)) for each in held)
         yield
     finally:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from fastscore.modules import written_numbers
+from fastscore.modules import config_numbers, written_numbers
 from fastscore.modules.changed_source import places_of
 from fastscore.modules.lines_run import Line, Parents, are_among, has_run, outwards
 from fastscore.modules.reachable_code import ReachableCode, content, functions_in, is_torchs
@@ -34,7 +34,7 @@ _COMPUTES = {"mul", "multiply", "div", "divide", "true_divide", "add", "sub", "s
 class Uses:
     """The uses of one number.
 
-    code: of the model. module, name: whose it is, as written_numbers names it or an attribute. seen: lines that have
+    code: of the model. module, name: whose it is, and its name, as marked_numbers has it. seen: lines that have
     cut something at numbers that are marked, or made something of such a size. lines: those that have run, where runs
     have shown what becomes of the number there: then only what is decided by it counts, a comparison or a slice, which
     they may have shown one side of, and what is computed with it elsewhere.
@@ -42,14 +42,15 @@ class Uses:
 
     def __init__(self, code: ReachableCode, module: nn.Module, name: str, seen: Collection[Line],
                  lines: Callable[[], Collection[Line]] | None = None) -> None:
-        self._code, self._module, self._seen, self._lines = code, module, seen, lines
+        self._code, self._seen, self._lines = code, seen, lines
+        self._module, attribute = config_numbers.holder(module, name)
         self._work: list[tuple[FunctionType, Seed]] = []
         self._done = set[tuple[int, Seed]]()
         if written_numbers.MARK in name:
             method = getattr(type(module), name.partition(written_numbers.MARK)[0])
             self._add(method, ("number", written_numbers.in_source(module, name)))
         else:
-            self._add_attribute(name)
+            self._add_attribute(attribute)
 
     def other(self) -> str | None:
         """What else than a size it is, in words; None where it is nothing else."""

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastscore.graph.cutting import heads
-from fastscore.modules import frames, written_numbers
+from fastscore.modules import config_numbers, frames, written_numbers
 from fastscore.modules.weights.parameter_layers import ParameterLayer
 
 TIMES = "*"  # between an attribute and how often it is taken
@@ -26,7 +26,7 @@ class Width:
     """A number of channels that a module keeps: of those that lie at `begin` to `end` where its code cuts.
 
     attribute: its name; `name.2` is the third number of a list, `name//2` twice the number, `name*16` a sixteenth of
-        it, and `name*9/2` two ninths.
+        it, and `name*9/2` two ninths; `object:name`, as config_numbers has it, is of an object that the module holds.
     """
 
     attribute: str
@@ -113,6 +113,11 @@ class Cut:
         """All that is kept of so many channels."""
         return [Width(name, 0, size) for name, value in self.kept.items() if value == size]
 
+    def entry_of_size(self, size: int) -> list[Width]:
+        """The number of a list that alone is so many channels there."""
+        return [Width(f"{name}.{value.index(size)}", 0, size) for name, value in self.kept.items()
+                if isinstance(value, list) and value.count(size) == 1]
+
     def _named(self, number: int) -> str:
         return next((name for name, value in self.kept.items() if value == number), "")
 
@@ -175,7 +180,7 @@ def view_of(output: Tensor, asked: tuple[int, Sequence[int]], cut: Cut | None) -
     sizes = asked[1]
     first = asked[0] % max(output.dim() + 1 - len(sizes), 1)
     kept = {at: tuple((cut.keeper(width), width) for width in widths) for at, size in enumerate(sizes, first)
-            if cut is not None and size > 1 and (widths := cut.all_of_size(size))}
+            if cut is not None and size > 1 and (widths := [*cut.all_of_size(size), *cut.entry_of_size(size)])}
     return View(kept, next((at for at, size in enumerate(sizes, first) if size == -1), None), cut,
                 {at: size for at, size in enumerate(sizes, first) if size > 1})
 
@@ -187,7 +192,8 @@ def cut_of(function: Any) -> Cut | None:
         return None
     owner, frame = found
     names = frame.f_code.co_names
-    numbers = {name: _numbers(vars(owner).get(name)) for name in names}
+    held = {name: vars(owner).get(name) for name in names} | dict(config_numbers.lists(owner, names))
+    numbers = {name: _numbers(value) for name, value in held.items()}
     kept = {name: value for name, value in numbers.items() if value is not None}
     children = {name: child for child in map(owner._modules.get, names)
                 if child is not None and not child._parameters  # a layer's own widths follow by themselves
@@ -226,12 +232,14 @@ def narrow(module: nn.Module, attribute: str, gone: int) -> None:
         return written_numbers.take_off(module, attribute, gone)
     name, _, place = attribute.removesuffix("//2").partition(".")
     times = 2 if attribute.endswith("//2") else 1
-    value: Any = vars(module).get(name)
+    holder, key = config_numbers.holder(module, name)
+    value: Any = getattr(holder, "__dict__", {}).get(key)
     if _numbers(value) is None:
         raise ValueError(f"{type(module).__name__} keeps no number of channels in {name}, as the model did that was "
                          "pruned: build the dense model as it was")
-    setattr(module, name, type(value)(number - gone * (at == int(place)) for at, number in enumerate(value)) if place
-            else value - gone * times)
+    holder, key = config_numbers.own_holder(module, name)
+    vars(holder)[key] = type(value)(number - gone * (at == int(place)) for at, number in enumerate(value)) if place \
+        else value - gone * times
 
 
 def _numbers(value: object) -> int | list[int] | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastscore.graph.cutting.cut_widths import TIMES, Cut, Width
-from fastscore.modules import frames, marked_numbers, written_numbers
+from fastscore.modules import config_numbers, frames, marked_numbers, written_numbers
 from fastscore.modules.lines_run import Line
 from fastscore.modules.marked_numbers import Marked, Place
 from fastscore.modules.number_uses import Uses
@@ -138,7 +138,8 @@ def _number(module: nn.Module, name: str) -> int:
     """What a place holds; 0 where that is several numbers."""
     if written_numbers.MARK in name:
         return written_numbers.number(module, name)
-    held: Any = vars(module)[name]
+    holder, key = config_numbers.holder(module, name)
+    held: Any = vars(holder)[key]
     return held if isinstance(held, int) else 0
 
 

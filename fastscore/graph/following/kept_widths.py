@@ -14,7 +14,7 @@ from fastscore.graph.following.cuts import LAYERS, shape
 from fastscore.graph.following.nodes import NORM, PRODUCERS
 from fastscore.graph.groups import Member
 from fastscore.graph.layer_types import OPTYPE
-from fastscore.modules import written_numbers
+from fastscore.modules import config_numbers, written_numbers
 from fastscore.modules.inspection import channel_dim
 from fastscore.modules.returned_part import RETURNED
 from fastscore.modules.weights import recurrent
@@ -66,7 +66,7 @@ def written(graph: Any, positions: Mapping[tuple[Any, Any], np.ndarray], unit: T
         for owner, width in (*_of_cuts(graph, node, function, at, unit), *_of_zeros(graph, node, function)):
             if owner not in makers and graph.asked().holds(owner, width) and \
                     (why := graph.asked().other_use(owner, width)) is not None:
-                name = width.name.rpartition(written_numbers.MARK)[2]
+                name = width.name.rpartition(written_numbers.MARK)[2].replace(config_numbers.MARK, ".")
                 return f"{name} of {type(owner).__name__} is the size of a view, cut or zeros, and something else in " \
                        f"{why}: let this have a number of its own"
     return None
