@@ -19,6 +19,7 @@ from whole_way import check, noisy
 
 import fastscore
 from fastscore.graph.tracing import trace
+from fastscore.modules.evaluation_copy import evaluation_copy
 
 
 class Padding(nn.Conv2d):
@@ -90,6 +91,24 @@ def test_from_data_to_a_file(build: type[Net], names: list[str], tmp_path: Path)
 def test_a_convolution_of_its_own_channels(tmp_path: Path) -> None:
     """Handed on as a matrix."""
     check(Short, inputs()[..., 0].mT, ["expand"], tmp_path)
+
+
+class Conjugate(nn.Module):
+    """Reads what a weight would be turned round, in its own memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4).double(), nn.Linear(4, 5, False, dtype=torch.complex128)
+        self.c = nn.Linear(5, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.linear(self.a(x).to(torch.complex128), self.b.weight.conj()).imag)
+
+
+def test_a_view_that_is_read_otherwise_is_not_the_weight() -> None:
+    model, x = noisy(Conjugate), torch.randn(2, 3).double()
+    trace(model, x)
+    assert torch.equal(evaluation_copy(model)(x), model(x))
 
 
 @pytest.mark.parametrize(("options", "build"), thinned(

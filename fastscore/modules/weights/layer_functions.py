@@ -40,8 +40,13 @@ def bound(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[s
 def _whole(x: Any) -> Any:
     """What a view is of, where that is the same in all: `weight.squeeze(1)`, given another dimension again."""
     base = x._base if isinstance(x, Tensor) else None
-    return x if base is None or x.shape != base.shape or x.storage_offset() != base.storage_offset() or any(
+    return x if base is None or _read_as(x) != _read_as(base) or any(
         size > 1 and own != of for size, own, of in zip(x.shape, x.stride(), base.stride(), strict=True)) else base
+
+
+def _read_as(x: Tensor) -> tuple[object, ...]:
+    """What tells, beside its strides, what a tensor is of its memory, in which `weight.conj()` is the weight."""
+    return x.shape, x.storage_offset(), x.dtype, x.is_conj(), x.is_neg()
 
 
 def computes_the_same(layer: nn.Module, func: Any, given: Mapping[str, Any]) -> bool:
