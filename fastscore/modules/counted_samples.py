@@ -41,7 +41,8 @@ class Ways:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._found: dict[CodeType, dict[int | None, list[_Comparison]]] = {}  # by line
+        # file and name of a function, as copies of models have its code changed -> by line
+        self._found = defaultdict[tuple[str, str], dict[int | None, list[_Comparison]]](dict)
         self._values = set[tuple[_Comparison, Any, Any]]()  # as they were come to
         self._has_run = False
         named = defaultdict[str, set[FunctionType]](set)
@@ -62,7 +63,7 @@ class Ways:
         for each in _comparisons(function):
             lines[None if each.line is None else code.co_firstlineno + each.line - 1].append(each)
         if lines:
-            self._found[code] = dict(lines)
+            self._found[_place(code)].update(lines)
 
     @contextmanager
     def watched(self, around: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
@@ -77,10 +78,10 @@ class Ways:
         self._has_run = True
 
     def _called(self, frame: FrameType, event: str, value: Any) -> Any:
-        return self._noted if frame.f_code in self._found else None
+        return self._noted if _place(frame.f_code) in self._found else None
 
     def _noted(self, frame: FrameType, event: str, value: Any) -> Any:
-        for each in self._found[frame.f_code].get(frame.f_lineno, ()) if event == "line" else ():
+        for each in self._found[_place(frame.f_code)].get(frame.f_lineno, ()) if event == "line" else ():
             size, other = (value if type(value := value_of(side, frame.f_locals, frame.f_globals)) is int else None
                            for side in (each.size, each.other))
             self._values.add((each, size, other))
@@ -91,6 +92,10 @@ class Ways:
         it was. True where no run on one was watched, or it cannot be seen what is compared."""
         return bool(self._found) and (not self._has_run or any(None in lines for lines in self._found.values()) or any(
             each.may_differ(size, other, samples) for each, size, other in self._values))
+
+
+def _place(code: CodeType) -> tuple[str, str]:
+    return code.co_filename, code.co_name
 
 
 @cache

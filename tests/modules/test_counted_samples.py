@@ -8,6 +8,7 @@ from thinned import thinned
 from torch import Tensor, nn
 
 from fastscore.modules.counted_samples import Ways
+from fastscore.modules.evaluation_copy import evaluation_copy
 
 ONE = 2  # rows of x for each sample
 
@@ -94,6 +95,32 @@ def test_a_batch_that_goes_another_way_is_told(kind: type[Counts], of: float) ->
         other = went(model, samples) != one
         assert ways.may_differ(samples) >= other
         assert ways.may_differ(samples) == other or kind not in EXACT
+
+
+class Attention(nn.Module):
+    """Of which a copy has its code changed: how wide its heads are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 2, nn.Linear(8, 24), nn.Linear(8, 8)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, c = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        x = ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(n, t, c)
+        if n > 3:
+            x = x - x.mean(0)
+        return self.proj(x)
+
+
+def test_code_that_copies_change_is_seen() -> None:
+    model = nn.Sequential(Attention())
+    copied, ways = evaluation_copy(model), Ways(model)
+    assert type(copied[0]) is not Attention
+    with ways.watched(nullcontext):
+        copied(torch.zeros(1, 3, 8))
+    assert [ways.may_differ(samples) for samples in (3, 4)] == [False, True]
 
 
 def test_a_run_that_stops_shows_nothing() -> None:
