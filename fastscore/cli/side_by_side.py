@@ -1,6 +1,7 @@
 """Pieces of work that have nothing to do with one another, in processes of their own."""
 
 import multiprocessing
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -82,4 +83,13 @@ def _work(pipe: Connection, work: Work[Any], numbers: Sequence[int]) -> None:
         for number in numbers:
             pipe.send((number, work(number, lambda: pipe.send(None))))
     except Exception as error:  # it is raised where the work was asked for
-        pipe.send(error)
+        pipe.send(_that_travels(error))
+
+
+def _that_travels(error: Exception) -> Exception:
+    """The error, or another that says the same where a pipe does not take it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # of its class, whatever that does
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

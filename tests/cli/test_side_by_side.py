@@ -30,6 +30,17 @@ def wrong(number: int, done: Callable[[], object]) -> int:
     return number
 
 
+class OfTwo(ValueError):
+    """Is not made again of what it says."""
+
+    def __init__(self, what: str, number: int) -> None:
+        super().__init__(f"{what}: {number}")
+
+
+def wrong_twice(number: int, done: Callable[[], object]) -> int:
+    raise OfTwo("work", number) if number == 1 else ValueError(f"work: {number}", lambda: number)
+
+
 @pytest.fixture(autouse=True)
 def _no_process_stays() -> object:
     yield
@@ -50,6 +61,12 @@ def test_in_order_and_told_of_progress(processes: int) -> None:
 def test_an_error_ends_all_processes() -> None:
     with pytest.raises(ValueError, match="2 is wrong"):
         side_by_side.each(wrong, range(1, 3), 2, lambda: None)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_error_that_no_pipe_takes_is_told(number: int) -> None:
+    with pytest.raises(RuntimeError, match=f"^(OfTwo|ValueError): .*work: {number}"):
+        side_by_side.each(wrong_twice, [number, number], 2, lambda: None)
 
 
 def test_a_process_that_ends_early() -> None:
