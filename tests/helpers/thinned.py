@@ -1,13 +1,25 @@
 """What runs each time, and what with FASTSCORE_NIGHTLY=1 alone; what processes do without."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from itertools import product
 from typing import Any
 
 NIGHTLY = "FASTSCORE_NIGHTLY" in os.environ
 # The first line of a process's code: Torch-Pruning imports timm where it is, and all that it takes along, for seconds.
 WITHOUT_TIMM = "import sys; sys.modules['timm'] = None\n"
+
+
+_met: set[tuple[str, Hashable]] = set()
+
+
+def first_of_its_test(what: Hashable = None) -> bool:
+    """Whether the test that runs meets this for the first time of all its examples; with FASTSCORE_NIGHTLY=1, always:
+    for what takes long, and goes the same way for each."""
+    key = os.environ["PYTEST_CURRENT_TEST"].partition("[")[0], what
+    met = key in _met
+    _met.add(key)
+    return NIGHTLY or not met
 
 
 def thinned(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
