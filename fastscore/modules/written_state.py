@@ -23,12 +23,12 @@ def undone(model: nn.Module) -> Iterator[None]:
     """After the block, the buffers and attributes of `model`, and the tensors, tuples, lists, dicts, sets and deques in
     them, hold what they did. Parameters are not looked at, nor statistics of BatchNorms, which evaluation does not
     write, nor what lies in the memory of one: whoever changes those means it. Nor are objects of other classes that
-    attributes hold."""
-    before = [(module, dict(module._buffers), own_attributes(module)) for module in model.modules()]
-    meant = {_storage(tensor) for module, buffers, _ in before for tensor in (
+    attributes hold, nor layers and parameters that are made in the block."""
+    before = [(module, type(module), dict(module._buffers), own_attributes(module)) for module in model.modules()]
+    meant = {_storage(tensor) for module, _, buffers, _ in before for tensor in (
         *dict(module._parameters).values(), *_statistics(module, buffers)) if tensor is not None}
     held = _Held()
-    for module, buffers, own in before:
+    for module, _, buffers, own in before:
         _hold([*buffers.values(), *own.values(), vars(module).get("_non_persistent_buffers_set")], held, meant)
     try:
         yield
@@ -39,7 +39,9 @@ def undone(model: nn.Module) -> Iterator[None]:
                     _write_back(value, was, version)
                 else:
                     _refill(value, was)
-        for module, buffers, own in before:
+        for module, kind, buffers, own in before:
+            if type(module) is not kind:  # nn.LazyLinear, which has become a Linear
+                continue
             if isinstance(module, torch.jit.ScriptModule):  # whose buffers are no dict
                 for name, buffer in buffers.items():
                     module._buffers[name] = buffer
@@ -47,7 +49,8 @@ def undone(model: nn.Module) -> Iterator[None]:
                 _refill(module._buffers, buffers)
             for name in own_attributes(module).keys() - own.keys():
                 del vars(module)[name]
-            vars(module).update(own)
+            made = {*module._parameters.keys(), *module._modules.keys()}
+            vars(module).update({name: value for name, value in own.items() if name not in made})
 
 
 def _statistics(module: nn.Module, buffers: dict[str, Tensor | None]) -> Iterator[Tensor | None]:

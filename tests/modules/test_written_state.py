@@ -102,6 +102,30 @@ def test_statistics_and_what_shows_them_or_a_parameter_stay_as_they_are_written(
     assert model.rows.tolist() == [[4, 4]]
 
 
+class Makes(nn.Module):
+    """A layer and a parameter, when it first runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gain, self.calls = None, None, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.layer is None:
+            self.layer, self.gain = nn.Linear(x.shape[1], 2), nn.Parameter(torch.ones(2))
+        return self.layer(x) * self.gain
+
+
+def test_what_a_first_run_makes_stays() -> None:
+    model, x = nn.Sequential(nn.LazyLinear(3), Makes()), torch.randn(2, 4)
+    with written_state.undone(model):
+        y = model(x)
+    assert torch.equal(model(x), y)
+    assert model[0].in_features == 4
+    assert not hasattr(model[0], "_initialize_hook")
+    assert model[1].calls == 1  # of this run alone
+
+
 class Part(nn.Module):
     def __init__(self) -> None:
         super().__init__()
