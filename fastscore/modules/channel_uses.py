@@ -35,7 +35,8 @@ class Use:
     is where the variables are looked up. steps: assignments that come before. parts: variables that hold a part of a
     size, or count. asked: conditions that constructors chose, and the answer that leads here. within: what is done with
     it, where a function that is called there does it. by: an expression of a module that is called on it, or of a
-    tensor that a module or a variable holds and that meets it.
+    tensor that a module or a variable holds and that meets it. alike: where another loop that is counted alike, as one
+    over heads is, indexes it alike.
     """
 
     node: Any
@@ -48,6 +49,7 @@ class Use:
     asked: tuple[tuple[ast.expr, bool], ...] = ()
     by: ast.expr | None = None
     within: "Use | None" = None
+    alike: tuple[Position, ...] = ()
 
     @property
     def innermost(self) -> "Use":

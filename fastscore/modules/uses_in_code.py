@@ -48,6 +48,8 @@ class _Reader:
             for target in each.targets]
         counts = [each.target for each in ast.walk(tree) if isinstance(each, ast.For | ast.comprehension)]
         self._in_training = 0  # conditions around that ask for it: layers that run then are traced so
+        self._tree = tree
+        self._loops = [each for each in ast.walk(tree) if isinstance(each, ast.For) and _counts_of_self(each)]
         self._parts = frozenset(each.id for each in (*halves, *counts) if isinstance(each, ast.Name))
 
     def read(self, body: ast.FunctionDef) -> Iterator[Use]:
@@ -98,7 +100,9 @@ class _Reader:
               ) -> Iterator[Use]:
         def use(tensor: ast.expr, by: ast.expr | None = None, within: Use | None = None) -> Use:
             inner = () if within is None else within.asked
-            return Use(node, position, tensor, lines, steps, self._parts, self._function, (*asked, *inner), by, within)
+            alike = () if by is not None or within is not None else tuple(self._alike(node))
+            return Use(node, position, tensor, lines, steps, self._parts, self._function, (*asked, *inner), by, within,
+                       alike)
 
         whole = [each for each in tensors_in(node, self._function.__globals__) if held_by(each)]
         side_by_side = len(whole) > 1 and whole[0] not in node.args  # parts of one variable, put together again
@@ -132,6 +136,41 @@ class _Reader:
                         held_by(tensor := substituted(inside, put)):
                     yield use(tensor, None if by is None else substituted(by, put), inner)
 
+    def _alike(self, node: Any) -> Iterator[Position]:
+        """Where another loop over as many indexes the same by its variable, of one that only indexes by it: the same
+        things, and a state that it is given beside them."""
+        for loop in self._loops if isinstance(node, ast.Subscript) else ():
+            own = _indexed(loop)
+            if own is None or (place := next((place for place, nodes in own.items() if node in nodes), None)) is None:
+                continue
+            for other in self._loops:
+                if other is loop or ast.dump(other.iter) != ast.dump(loop.iter) or (others := _indexed(other)) is None:
+                    continue
+                beside = [nodes[0] for key, nodes in own.items() if key not in others]
+                if all(isinstance(each.value, ast.Name) and self._is_given(each.value.id) for each in beside):
+                    yield from (at for each in others.get(place, ()) if (at := _position(each, self._indent)))
+
+    def _is_given(self, name: str) -> bool:
+        """Whether a variable holds nothing but what the function is given, or methods of such a thing return."""
+        code = self._function.__code__
+        given = code.co_varnames[1:code.co_argcount + code.co_kwonlyargcount]
+        values = list[ast.expr]()
+        for each in ast.walk(self._tree):
+            if isinstance(each, ast.Name) and each.id == name and isinstance(each.ctx, ast.Store):
+                found = [value for node in ast.walk(self._tree) if isinstance(node, ast.Assign)
+                         for line, target, value in _assigned(node) if target == name and line == each.lineno]
+                if not found:
+                    return False
+                values += found
+        for value in values:
+            if isinstance(value, ast.Subscript) and isinstance(value.value, ast.Tuple):  # one, two = None, None
+                value = value.value.elts[value.slice.value]  # type: ignore[attr-defined]
+            method = value.func if isinstance(value, ast.Call) else None
+            if not is_none(value) and not (isinstance(method, ast.Attribute) and isinstance(method.value, ast.Name)
+                                           and method.value.id in given):
+                return False
+        return bool(values) or name in given
+
     def _called(self, func: ast.expr) -> FunctionType | None:
         """The function that is called, of the same file, or of the same object."""
         found: Any = None
@@ -141,6 +180,48 @@ class _Reader:
         elif isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name) and func.value.id == "self":
             found = inspect.getattr_static(self._kind, func.attr, None) if self._kind is not None else None
         return found if isinstance(found, FunctionType) and not is_torchs(found) else None
+
+
+def _counts_of_self(loop: ast.For) -> bool:
+    """Whether a loop is over as many as `self` holds a number of: `for head in range(self.num_heads)`."""
+    call = loop.iter
+    if not isinstance(loop.target, ast.Name) or not isinstance(call, ast.Call) or len(call.args) != 1:
+        return False
+    return getattr(call.func, "id", "") == "range" and _of_self(call.args[0]) == call.args
+
+
+def _indexed(loop: ast.For) -> dict[tuple[str, int], list[ast.Subscript]] | None:
+    """(what a loop indexes by its variable, the dimension) -> where; None where the variable is for something else,
+    too, or where one turn tells on the next."""
+    found: dict[tuple[str, int], list[ast.Subscript]] = {}
+    body = [node for statement in loop.body for node in ast.walk(statement)]
+    seen = 0
+    for node in body:
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+            parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+            at = next((number for number, each in enumerate(parts) if not isinstance(each, ast.Slice)), 0)
+            if isinstance(parts[at], ast.Name) and parts[at].id == loop.target.id:  # type: ignore[attr-defined]
+                seen += 1
+                found.setdefault((ast.dump(node.value), at), []).append(node)
+    names = sum(isinstance(node, ast.Name) and node.id == loop.target.id for node in body)  # type: ignore[attr-defined]
+    return found if names == seen and not _carries(body) else None
+
+
+def _carries(body: Sequence[ast.AST]) -> bool:
+    """Whether a loop ends early, or reads in one turn what another has made: lists are appended to alone."""
+    variables = sorted((node for node in body if isinstance(node, ast.Name)), key=lambda node: node.lineno)
+    stored = {node.id for node in variables if isinstance(node.ctx, ast.Store)}
+    first = {node.id: node for node in reversed(variables)}
+    lists = [node.value for node in body if isinstance(node, ast.Attribute) and node.attr == "append"]
+    appended = {each.id for each in lists if isinstance(each, ast.Name)}
+    return any(isinstance(node, ast.AugAssign | ast.Break | ast.Continue | ast.Return | ast.NamedExpr)
+               or (isinstance(node, ast.Assign) and not stored.isdisjoint(
+                   {each.id for each in ast.walk(node.value) if isinstance(each, ast.Name)} & {
+                       each.id for target in node.targets for each in ast.walk(target) if isinstance(each, ast.Name)}))
+               or (isinstance(node, ast.Name) and node.id in appended and node not in lists)
+               for node in body) or any(first[name].lineno < min(
+                   node.lineno for node in variables if node.id == name and isinstance(node.ctx, ast.Store))
+                   for name in stored)
 
 
 def _position(node: ast.AST, indent: int) -> Position | None:

@@ -76,7 +76,7 @@ class PassedBy:
             positions = {each for at, each in enumerate(_POSITIONS(code)) if 2 * at in instructions}
             lines = {each[0] for each in positions}
             passed_by = [(use, [line for line in use.lines if line in lines][-1:])
-                         for use in found[code] if use.position not in positions]
+                         for use in found[code] if use.position not in positions and positions.isdisjoint(use.alike)]
             if places := [(use, line) for use, last in passed_by for line in last if (use, line) in held]:
                 self._left[code] = places
         self._held = {place: held[place] for places in self._left.values() for place in places}
