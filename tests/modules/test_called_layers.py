@@ -94,7 +94,7 @@ def test_a_convolution_of_its_own_channels(tmp_path: Path) -> None:
 
 
 class Conjugate(nn.Module):
-    """Reads what a weight would be turned round, in its own memory."""
+    """Reads the conjugate of a weight, which is a view in its memory."""
 
     def __init__(self) -> None:
         super().__init__()
