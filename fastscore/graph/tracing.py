@@ -165,10 +165,7 @@ def _traced_anew(model: nn.Module, example_inputs: Batch, forward: Forward,
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
-            layer = running.overwritten(eval_model, run)
-            raise ValueError(f"{type(model).__name__}: its code writes in place to what {layer or 'an operation'} has "
-                             "read, so that no gradient can be computed, here or in training: write "
-                             "`x = x + branch(x)`, where it says `x += branch(x)`") from error
+            raise ValueError(f"{type(model).__name__}: {running.overwriting(eval_model, run)}") from error
         if axes.together or chooses or ways.may_differ(among_samples.tried(samples)):
             found = found.less(among_samples.refusals(eval_model, run, found.groups, example_inputs, samples))
     graph = left_alone.named(eval_model, training_only.with_skip_reasons(found, inactive - explained), taken)

@@ -1,9 +1,10 @@
 """The evaluation copy: a model that shares the parameters of the user's, and may be changed at will."""
 
+import ast
 import inspect
 import itertools
 from collections.abc import Iterator
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from fastscore.modules import scripted
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.copying import ATOMS, deepcopy, own_attributes
 from fastscore.modules.modes import enter_evaluation
+from fastscore.modules.reachable_code import names_in, tree_of
 from fastscore.modules.weights import (
     called_layers,
     computed_weights,
@@ -71,7 +73,8 @@ def _is_torchs(thing: Any) -> bool:
 
 def _named_in_forward(kind: type[nn.Module]) -> set[str]:
     """The attributes that a class's forward names, and so do the methods and functions of its file that it calls; with
-    "max_norm" where they hand it on, as F.embedding(x, w, max_norm=1), which scales rows of w in place."""
+    "max_norm" where they hand it on, as F.embedding(x, w, max_norm=1), which scales rows of w in place; or may do so by
+    its place."""
     held: dict[str, Any] = {name: value for base in reversed(kind.__mro__) for name, value in vars(base).items()}
     names, work = set[str](), [inspect.unwrap(held["forward"])]
     seen = set[Any]()
@@ -81,6 +84,7 @@ def _named_in_forward(kind: type[nn.Module]) -> set[str]:
             continue
         seen.add(function)
         codes = [function.__code__]
+        names |= {"max_norm"} if _may_scale(function) else set()
         while codes:
             code = codes.pop()
             codes += [part for part in code.co_consts if inspect.iscode(part)]  # those of lambdas, say
@@ -91,6 +95,19 @@ def _named_in_forward(kind: type[nn.Module]) -> set[str]:
                 found: Any = held.get(name, function.__globals__.get(name))
                 work.append(inspect.unwrap(getattr(found, "fget", getattr(found, "__func__", found))))
     return names
+
+
+def _may_scale(function: FunctionType) -> bool:
+    """Whether a function calls F.embedding or F.embedding_bag with as many arguments as max_norm needs, or with a list
+    of them."""
+    names = {"embedding", "embedding_bag"}
+    if names.isdisjoint(names_in(function.__code__)):
+        return False
+    tree = tree_of(function)
+    return tree is None or any(
+        isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in names and
+        (len(node.args) > 3 or any(isinstance(each, ast.Starred) for each in node.args) or
+         any(each.arg is None for each in node.keywords)) for node in ast.walk(tree))
 
 
 def evaluation_copy(model: nn.Module, plain: bool = True) -> nn.Module:

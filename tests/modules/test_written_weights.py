@@ -65,21 +65,65 @@ def test_a_users_weights_stay(way: str, call: str) -> None:
 
 
 class Scaling(nn.Module):
-    """Looks rows up in a table of its own, by the function, which scales them in place."""
+    """Looks rows up in a table of its own, by a function, which scales them in place."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table, self.first, self.head = nn.Parameter(torch.randn(9, 6)), nn.Linear(6, 10), nn.Linear(10, 3)
 
+    def rows(self, x: Tensor) -> Tensor:
+        return F.embedding(x, self.table, max_norm=0.5)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(self.first(F.embedding(x, self.table, max_norm=0.5)))).mean(1)
+        return self.head(torch.relu(self.first(self.rows(x)))).mean(1)
 
 
-def test_rows_that_a_function_scales_stay() -> None:
-    model, x = Scaling().eval(), torch.randint(9, (4, 5))
+class ScalingByPlace(Scaling):
+    def rows(self, x: Tensor) -> Tensor:
+        return F.embedding(x, self.table, None, 0.5)
+
+
+class ScalingBags(Scaling):
+    def rows(self, x: Tensor) -> Tensor:
+        return F.embedding_bag(x.reshape(-1, 1), self.table, None, 0.5).unflatten(0, x.shape)
+
+
+class ScalingByList(Scaling):
+    def rows(self, x: Tensor) -> Tensor:
+        settings = None, 0.5
+        return F.embedding(x, self.table, *settings)
+
+
+@pytest.mark.parametrize("kind", [Scaling, ScalingByPlace, ScalingBags, ScalingByList])
+def test_rows_that_a_function_scales_stay(kind: type[Scaling]) -> None:
+    model, x = kind().eval(), torch.randint(9, (4, 5))
     with untouched(model):
         scores = fastscore.score(model, [x], progress=False)
         fastscore.prune(model, scores, x, channels=0.8, calibration=[x, x], repair="linear")
+
+
+class TiedScaling(nn.Module):
+    """A head reads the rows that an embedding scales in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.up, self.down = nn.Embedding(9, 6, max_norm=0.5), nn.Linear(6, 10), nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.words(x)
+        return F.linear(h + self.down(torch.relu(self.up(h))), self.words.weight)
+
+
+def test_a_head_that_reads_rows_as_they_are_scaled_has_a_way_out() -> None:
+    model, x = TiedScaling().double().eval(), torch.randint(9, (4, 5))
+    with untouched(model), pytest.raises(ValueError, match="words scales rows of its weight in place") as raised:
+        fastscore.score(model, [x], progress=False)
+    calls, sets = str(raised.value).split("scale all rows once, ")[1].split(", and set ")
+    with torch.no_grad():
+        exec(f"{calls}\n{sets}", {"model": model, "torch": torch})
+        assert model.words.weight.norm(dim=1).max() < 0.5 + 1e-6
+    with untouched(model):
+        assert "up" in fastscore.score(model, [x], progress=False)
 
 
 def test_weights_that_no_code_names_are_shared() -> None:

@@ -44,9 +44,23 @@ def run_between(recording: Recording) -> None:
         recording.run_again(recording.model)
 
 
-def overwritten(model: nn.Module, run: Callable[[nn.Module], object]) -> str | None:
-    """The innermost module of an evaluation copy that reads, first of all, what is written to afterwards though
-    a gradient needs it, as in `x += branch(norm(x))`; None where none does. run: its outputs, on an example."""
+def overwriting(model: nn.Module, run: Callable[[nn.Module], object]) -> str:
+    """What an evaluation copy writes to though a gradient needs it, and the way out. run: its outputs, on an example.
+    """
+    scaled = next((name for name, module in model.named_modules() if getattr(module, "max_norm", None) is not None), "")
+    layer = _overwritten(model, run)
+    if scaled and not layer:
+        return f"{scaled} scales rows of its weight in place whenever it runs (max_norm), and code reads that " \
+               "weight, too, so that gradients of one run are lost in the next, and what it returns depends on what " \
+               f"it was given before: let it scale all rows once, model.{scaled}(torch.arange(model.{scaled}" \
+               f".num_embeddings)), and set model.{scaled}.max_norm = None"
+    return f"its code writes in place to what {layer or 'an operation'} has read, so that no gradient can be " \
+           "computed, here or in training: write `x = x + branch(x)`, where it says `x += branch(x)`"
+
+
+def _overwritten(model: nn.Module, run: Callable[[nn.Module], object]) -> str | None:
+    """The innermost module that reads, first of all, what is written to afterwards though a gradient needs it, as in
+    `x += branch(norm(x))`; None where none does."""
     read: list[tuple[str, Tensor, int]] = []
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
