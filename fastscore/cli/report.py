@@ -22,7 +22,7 @@ from fastscore.cli.parsers import Commands, add_command
 from fastscore.cli.written import check_out, wrote
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.pruning.budgets.costs import Costs, Resource
-from fastscore.pruning.budgets.selection import check_removable, scored_graph
+from fastscore.pruning.budgets.selection import check_removable, scored_graph, totals_along
 from fastscore.pruning.options import Budgets, Ranking, resolve_compensate
 from fastscore.pruning.order.ranking import rank
 from fastscore.pruning.report import PruneReport
@@ -127,11 +127,8 @@ def removal_costs(model: nn.Module, scores: Scores, example_inputs: Batch) -> di
         costs = Costs(copy, graph.groups, example_inputs, compensate=resolve_compensate(None, scores),
                       kept_biases=graph.kept_biases)
         order = rank(copy, graph.groups, scores, costs, Budgets(**{unit: 0.5}), Ranking(), example_inputs, call_model)
-        remains = {name: [total] for name, total in costs.totals.items()}
-        for step in order:
-            costs.remove(step.group, step.channels)
-            for name, total in costs.totals.items():
-                remains[name].append(total)
+        left = totals_along(order, costs)
+        remains = {name: [totals[name] for totals in left] for name in costs.dense}
         found[unit] = {"dense": dict(costs.dense), "remains": remains,
                        "order": [(numbers[step.group], step.channels) for step in order]}
     return found

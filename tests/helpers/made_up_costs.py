@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from fastscore.graph.groups import ChannelGroup
+from fastscore.pruning.budgets.costs import Costs
 from fastscore.pruning.budgets.selection import select
 from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.scoring.scores import Origin, Scores
@@ -16,6 +17,7 @@ class Prices:
     """The costs of independent groups: each channel of a group costs the same."""
 
     sums_hold = False
+    tells = Costs.tells
 
     def __init__(self, **groups: tuple[int, float]) -> None:
         self.price = {name: price for name, (_, price) in groups.items()}

@@ -39,8 +39,7 @@ def with_finer_steps(steps: Sequence[RemovalStep], needed: int, costs: Costs,
             break
         if not stuck.isdisjoint(step.groups):  # of a group, nothing goes before what stays
             continue
-        for group, channels in step.parts:
-            costs.remove(group, channels)
+        step.remove(costs)
         now = above(costs, budgets)
         better = before - now < below
         if over(costs, budgets):
@@ -54,11 +53,11 @@ def with_finer_steps(steps: Sequence[RemovalStep], needed: int, costs: Costs,
             best, below, before = [*taken, step], -now, without
     going, gone = set(best), set(taken)
     for step in taken:
-        for group, channels in step.parts if step not in going else ():
-            costs.restore(group, channels)
+        if step not in going:
+            step.restore(costs)
     for step in best:
-        for group, channels in step.parts if step not in gone else ():
-            costs.remove(group, channels)
+        if step not in gone:
+            step.remove(costs)
     return best
 
 
@@ -91,8 +90,7 @@ def say_coarse(order: Sequence[RemovalStep], removed: Mapping[str, Tensor], cost
         if each or not step.whole or not stuck.isdisjoint(step.groups):
             continue
         stuck.update(step.groups)
-        for group, channels in step.parts:
-            costs.remove(group, channels)
+        step.remove(costs)
         if above(costs, budgets) < min(now, 0) - _COARSE:
             said.append(f"{step.group}{' and what goes with it' if step.beside else ''} ({_remains(costs, budgets)})")
         _undone(step, costs, budgets)
@@ -112,6 +110,5 @@ def _remains(costs: Costs, budgets: Mapping[Resource, float]) -> str:
 
 
 def _undone(step: RemovalStep, costs: Costs, budgets: Mapping[Resource, float]) -> float:
-    for group, channels in step.parts:
-        costs.restore(group, channels)
+    step.restore(costs)
     return above(costs, budgets)

@@ -20,10 +20,10 @@ from fastscore.batches.parts import Batch
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar
 from fastscore.pruning.budgets.clocks import Call, Clock, runner
-from fastscore.pruning.budgets.costs import Costs, MacsWithout, Resource
+from fastscore.pruning.budgets.costs import Costs, MacsWithout
 from fastscore.pruning.budgets.finer_steps import in_place_of_last
 from fastscore.pruning.budgets.layer_times import layer_seconds
-from fastscore.pruning.budgets.selection import channels_of, restore, rounded_up, steps_needed
+from fastscore.pruning.budgets.selection import channels_of, restore, rounded_up, steps_needed, totals_along
 from fastscore.pruning.options import Budgets
 from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.pruning.report import UNSTEADY, Candidate, Timing
@@ -214,8 +214,9 @@ def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Budgets,
                     return measured[steps].share
 
                 steps = search_steps(foreseen, start, share, measure, lambda steps: measured[steps].uncertainty)
-                left = _left_along(order, costs)
-                return order[:steps], [Candidate(left[count]["channels"], left[count]["params"],
+                left = totals_along(order, costs)
+                return order[:steps], [Candidate(left[count]["channels"] / costs.dense["channels"],
+                                                 left[count]["params"] / costs.dense["params"],
                                                  counted[count] / costs.dense["macs"], timing, count == steps)
                                        for count, timing in sorted(measured.items())]
 
@@ -230,8 +231,8 @@ def select_by_latency(order: list[RemovalStep], costs: Costs, budgets: Budgets,
                     with suppress(ValueError):  # they do not reach the budget
                         taken, others = along(finer[:most], times[:most + 1], len(taken) - 1)
                         rows = [*(replace(row, chosen=False) for row in rows), *others]
-    for group, channels in (part for step in taken for part in step.parts):
-        costs.remove(group, channels)
+    for step in taken:
+        step.remove(costs)
     return channels_of(taken), tuple(rows)
 
 
@@ -241,14 +242,3 @@ def say_slower(candidates: Sequence[Candidate]) -> str:
     return f"{len(slower)} of {len(candidates)} smaller models that were timed took longer than the dense one (up to " \
            f"{max(timing.share for timing in slower):.0%} of its time): {slower[0].clock} is slow at such widths; " \
            "round_to=\"auto\" or 8 leaves others, and more channels" if slower else ""
-
-
-def _left_along(order: Sequence[RemovalStep], costs: Costs) -> list[dict[Resource, float]]:
-    """What remains after 0, 1, 2, ... steps, as shares of the dense cost. costs: whole; so again afterwards."""
-    left = [dict(costs.totals)]
-    for step in order:
-        for group, channels in step.parts:
-            costs.remove(group, channels)
-        left.append(dict(costs.totals))
-    restore(order, costs)
-    return [{unit: row[unit] / costs.dense[unit] for unit in costs.dense} for row in left]

@@ -10,7 +10,6 @@ most, for samples drawn as the held-out ones were.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,7 +26,7 @@ from fastscore.modules.inspection import device_of
 from fastscore.progress import bar
 from fastscore.pruning.budgets.costs import Costs
 from fastscore.pruning.budgets.finer_steps import in_place_of_last
-from fastscore.pruning.budgets.selection import MacsLeft
+from fastscore.pruning.budgets.selection import MacsLeft, channels_of, restore
 from fastscore.pruning.options import Budgets
 from fastscore.pruning.order.ranking import RemovalStep
 from fastscore.pruning.report import Judged
@@ -229,16 +228,12 @@ def finer_than_next(order: Sequence[RemovalStep], best: int, macs: MacsLeft,
 def build_after(steps: Sequence[RemovalStep], costs: Costs,
                 build: Callable[[Mapping[str, Tensor]], PruneResult]) -> PruneResult:
     """What `build` makes of the channels that go in `steps`, while they are gone from `costs`."""
-    removed: dict[str, list[int]] = defaultdict(list)
-    parts = [part for step in steps for part in step.parts]
-    for group, channels in parts:
-        costs.remove(group, channels)
-        removed[group] += channels
+    for step in steps:
+        step.remove(costs)
     try:
-        return build({group: torch.tensor(sorted(channels)) for group, channels in removed.items()})
+        return build(channels_of(steps))
     finally:
-        for group, channels in reversed(parts):
-            costs.restore(group, channels)
+        restore(steps, costs)
 
 
 def select_by_quality(macs: MacsLeft, build: Callable[[int], PruneResult], quality: Quality, dense: nn.Module,

@@ -142,20 +142,26 @@ def steps_needed(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resour
     high = left.steps_to(budgets["macs"] * costs.dense["macs"] * (1 + 1e-12), least - 1, len(left))
     if high > len(steps):
         raise OutOfReachError("macs", budgets["macs"], left[len(steps)] / costs.dense["macs"])
-    for group, channels in _by_group(steps[:high]).items():
-        costs.remove(group, channels)
+    for step in steps[:high]:
+        step.remove(costs)
     costs.totals["macs"] = left[high]
     return high
 
 
 def macs_along(steps: Sequence[RemovalStep], costs: Costs, macs_without: MacsWithout) -> MacsLeft:
     """What remains along `steps`; `costs`, whole, are so again afterwards."""
-    foreseen = [costs.totals["macs"]]
-    for step in steps:
-        _remove(step, costs)
-        foreseen.append(costs.totals["macs"])
-    restore(steps, costs)
+    foreseen = [left["macs"] for left in totals_along(steps, costs)]
     return MacsLeft(foreseen, lambda count: macs_without(channels_of(steps[:count])), costs.sums_hold)
+
+
+def totals_along(steps: Sequence[RemovalStep], costs: Costs) -> list[dict[Resource, float]]:
+    """What the costs sum up to after 0, 1, 2, ... `steps`; `costs`, whole, are so again afterwards."""
+    left = [dict(costs.totals)]
+    for step in steps:
+        step.remove(costs)
+        left.append(dict(costs.totals))
+    restore(steps, costs)
+    return left
 
 
 def _foreseen_steps(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, float]) -> int:
@@ -166,7 +172,7 @@ def _foreseen_steps(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Res
             remains = costs.totals[unit] / costs.dense[unit]
             restore(steps, costs)
             raise OutOfReachError(unit, budgets[unit], remains)
-        _remove(steps[count], costs)
+        steps[count].remove(costs)
         count += 1
     return count
 
@@ -219,7 +225,7 @@ def select(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, fl
         if over(costs, budgets) or costs.totals["macs"] < reached:  # the finer ones were foreseen to be others
             restore(taken, costs)
             for step in first:
-                _remove(step, costs)
+                step.remove(costs)
             costs.totals["macs"], taken = reached, first
     reached, foreseen = costs.totals["macs"], _are_foreseen(taken, costs)
     gone = _give_back(taken, costs, budgets)
@@ -228,7 +234,7 @@ def select(steps: list[RemovalStep], costs: Costs, budgets: Mapping[Resource, fl
         if over(costs, budgets):
             for step in taken:
                 if step not in gone:
-                    _remove(step, costs)
+                    step.remove(costs)
             costs.totals["macs"], gone, foreseen = reached, dict.fromkeys(taken), False
     if not foreseen:  # again, each with a count of its own
         gone = _give_back([step for step in taken if step in gone], costs, budgets, macs_without)
@@ -250,11 +256,11 @@ def _are_foreseen(taken: Sequence[RemovalStep], costs: Costs) -> bool:
     counted, gone = costs.totals["macs"], _by_group(taken)
     for group, channels in gone.items():
         costs.restore(group, channels)
-    off = costs.totals["macs"] - costs.dense["macs"]
+    foreseen = costs.tells(costs.dense["macs"], costs.totals["macs"])
     for group, channels in gone.items():
         costs.remove(group, channels)
     costs.totals["macs"] = counted
-    return abs(off) <= max(0.5, 1e-9 * costs.dense["macs"])
+    return foreseen
 
 
 def _give_back(taken: Sequence[RemovalStep], costs: Costs, budgets: Mapping[Resource, float],
@@ -268,8 +274,7 @@ def _give_back(taken: Sequence[RemovalStep], costs: Costs, budgets: Mapping[Reso
         if not stuck.isdisjoint(step.groups):
             continue
         before = costs.totals["macs"]
-        for group, channels in step.parts:
-            costs.restore(group, channels)
+        step.restore(costs)
         del gone[step]
         if macs_without is not None and (counts < RECOUNTS or not over(costs, budgets)):
             try:
@@ -278,7 +283,7 @@ def _give_back(taken: Sequence[RemovalStep], costs: Costs, budgets: Mapping[Reso
                 costs.totals["macs"] = math.inf
             counts += 1
         if over(costs, budgets):
-            _remove(step, costs)
+            step.remove(costs)
             costs.totals["macs"] = before
             stuck.update(step.groups)
             gone[step] = None
@@ -296,8 +301,3 @@ def _by_group(steps: Iterable[RemovalStep]) -> dict[str, list[int]]:
         for group, channels in step.parts:
             removed[group] += channels
     return removed
-
-
-def _remove(step: RemovalStep, costs: Costs) -> None:
-    for group, channels in step.parts:
-        costs.remove(group, channels)

@@ -49,4 +49,4 @@ def better(found: Measured, order: list[RemovalStep], plain: list[RemovalStep],
             f"repaired linearly, {found.measure} {min(measured, alone):.3g} against {max(measured, alone):.3g} by "
             f"{'importances alone' if measured <= alone else 'groups as measured'}, on samples held out"
             + (" that have not measured groups" if found.has_others else ", the same that measured groups"))
-    return replace(result, report=replace(result.report, notes={**result.report.notes, "choice": said}))
+    return replace(result, report=result.report.with_notes(choice=said))

@@ -45,6 +45,16 @@ class RemovalStep:
         """The groups that lose channels."""
         return tuple(group for group, _ in self.parts)
 
+    def remove(self, costs: Costs) -> None:
+        """Take its channels away from what a network costs."""
+        for group, channels in self.parts:
+            costs.remove(group, channels)
+
+    def restore(self, costs: Costs) -> None:
+        """Give its channels back."""
+        for group, channels in self.parts:
+            costs.restore(group, channels)
+
 
 def rank(model: nn.Module, groups: tuple[ChannelGroup, ...], scores: Scores, costs: Costs, budgets: Budgets,
          ranking: Ranking, example_inputs: Batch, forward: Forward) -> list[RemovalStep]:
