@@ -15,6 +15,7 @@ from fastscore.batches.checks import check_example, check_rows
 from fastscore.batches.devices import usable
 from fastscore.batches.outputs import OutputError, checked_forward, floating_tensors
 from fastscore.batches.parts import Batch, map_tensors
+from fastscore.default_device import keeps_own_on_cpu
 from fastscore.graph import (
     blocks,
     cache,
@@ -60,6 +61,7 @@ from fastscore.rng import fork_rng
 _RUNS = 3  # in which a model that counts them does something else than in another
 
 
+@keeps_own_on_cpu
 def trace(model: nn.Module, example_inputs: Batch, forward: Forward = call_model,
           samples: Batch | None = None, units: scored_units.Units = "groups") -> ChannelGraph:
     """Find the channel groups of `model` by running `forward(model, example_inputs)` on a copy of it.

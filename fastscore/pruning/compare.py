@@ -8,6 +8,7 @@ from torch import nn
 
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.parts import Batch
+from fastscore.default_device import keeps_own_on_cpu
 from fastscore.graph.groups import Ignore
 from fastscore.pruning.budgets.quality import HELD_OUT
 from fastscore.pruning.curve import Curve, Drawn, Evaluate, budgets_of, check_options, curve
@@ -75,6 +76,7 @@ class Comparison(Mapping[str, Curve], Drawn):
         return self.curves
 
 
+@keeps_own_on_cpu
 @naming_samples("batches", "held_out")
 def compare(model: nn.Module, batches: Iterable[Batch],
             importances: Importances = ("taylor-sq", "magnitude-l2", "random"),

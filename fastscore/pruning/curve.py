@@ -14,6 +14,7 @@ from torch import nn
 from fastscore.arguments import check_number
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.parts import Batch, few_samples, map_tensors
+from fastscore.default_device import keeps_own_on_cpu
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.progress import bar, shown
@@ -154,6 +155,7 @@ class Curve(Drawn):
         return {"": self}
 
 
+@keeps_own_on_cpu
 @naming_samples("batches", "held_out")
 def curve(model: nn.Module, scores: Scores, batches: Iterable[Batch], macs: Sequence[float] | None = None, *,
           params: Sequence[float] | None = None, channels: Sequence[float] | None = None,

@@ -15,6 +15,7 @@ from fastscore import files, rng
 from fastscore.arguments import check_callable, check_whole
 from fastscore.batches.calls import call_model
 from fastscore.batches.parts import Batch, few_samples, first_tensor, map_tensors
+from fastscore.default_device import keeps_own_on_cpu
 from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.groups import LayerNames, listed, matching_layers
 from fastscore.graph.tracing import trace
@@ -59,6 +60,7 @@ class IterativeResult(PruneResult):
     steps: tuple[PruneReport, ...]
 
 
+@keeps_own_on_cpu
 def prune_iteratively(model: nn.Module, batches: Iterable[Batch], example_inputs: Batch = None, *, steps: int,
                       channels: float | None = None, params: float | None = None, macs: float | None = None,
                       latency: float | None = None, finetune: Finetune | None = None,

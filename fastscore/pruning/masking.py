@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from fastscore.arguments import check_fraction
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.parts import Batch
+from fastscore.default_device import own_on_cpu
 from fastscore.graph import blocks
 from fastscore.graph.groups import ChannelGroup, Ignore
 from fastscore.graph.heads import head_dims
@@ -69,9 +70,20 @@ def mask(model: nn.Module, scores: Scores, fraction: float | PruneResult, exampl
     """
     if not isinstance(fraction, PruneResult):
         check_fraction(fraction)
-    ranking = Ranking(scope)
-    wrapper, model = model, unwrapped(model)
-    compensate = resolve_compensate(compensate, scores)
+    with ExitStack() as attached:
+        with own_on_cpu():
+            removed, handles = _prepared(unwrapped(model), scores, fraction, example_inputs, Ranking(scope),
+                                         resolve_compensate(compensate, scores), ignore, forward)
+            attached.enter_context(uncompiled(model))
+            for handle in handles:
+                attached.enter_context(handle)
+        yield removed
+
+
+def _prepared(model: nn.Module, scores: Scores, fraction: float | PruneResult, example_inputs: Batch,
+              ranking: Ranking, compensate: bool, ignore: Ignore, forward: Forward
+              ) -> tuple[dict[str, Tensor], Iterator[RemovableHandle | Handle]]:
+    """(what goes, the hooks that mask it, which are set one after the other). See mask."""
     graph = scored_graph(model, scores, example_inputs, forward, ignore)
     eval_model = evaluation_copy(model)
     with fork_rng(device_of(eval_model)):
@@ -106,10 +118,7 @@ def mask(model: nn.Module, scores: Scores, fraction: float | PruneResult, exampl
                                       never_chosen(model, graph.groups, removed),
                                       blocks.zero_outputs(model, branches),
                                       head_dims.zero_queries(model, graph.groups, removed))
-    with uncompiled(wrapper), ExitStack() as attached:
-        for handle in handles:
-            attached.enter_context(handle)
-        yield costs.with_others(removed)
+    return costs.with_others(removed), handles
 
 
 def _of_result(result: PruneResult, groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:

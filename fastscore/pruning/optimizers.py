@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastscore.default_device import keeps_own_on_cpu
 from fastscore.graph.cutting.surgery import remove_indices
 from fastscore.modules import scripted
 from fastscore.modules.evaluation_copy import computed_tensors
@@ -17,6 +18,7 @@ from fastscore.pruning.result import PruneResult
 from fastscore.pruning.saved import recipes
 
 
+@keeps_own_on_cpu
 def rebuild_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, result: PruneResult) -> torch.optim.Optimizer:
     """A new optimizer for `result.model`, where `optimizer` would be if it had never seen what was removed.
 

@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.outputs import checked_forward
 from fastscore.batches.parts import Batch
+from fastscore.default_device import keeps_own_on_cpu
 from fastscore.graph.groups import Ignore
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
@@ -59,6 +60,7 @@ from fastscore.rng import fork_rng
 from fastscore.scoring.scores import Scores
 
 
+@keeps_own_on_cpu
 @naming_samples("calibration", "held_out")
 @torch.inference_mode(False)  # whose tensors no one could train
 def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: float | None = None,
@@ -158,7 +160,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
     notes = dict(scores.notes)
     if scores.all_zero:
         notes["importances"] = scores.all_zero
-        warnings.warn(f"scores: {scores.all_zero}", stacklevel=4)
+        warnings.warn(f"scores: {scores.all_zero}", stacklevel=5)
     means = resolve_compensate(compensate, scores)
     notes |= say_unread(scores) if means and calibration is None else {}
     compensation = say_compensation(means, compensate, scores) if calibration is None else ""
@@ -196,7 +198,7 @@ def prune(model: nn.Module, scores: Scores, example_inputs: Batch, *, channels: 
             result = widths.pruned(lambda: pruned(widths.along(plain)), plain)
     few, left_out = quality.few(result.report.judged), str(widths)
     for warning in filter(None, (few and f"agreement: {few}", left_out)):
-        warnings.warn(warning, stacklevel=4)
+        warnings.warn(warning, stacklevel=5)
     result = replace(result, report=result.report.with_notes(agreement=few, widths=left_out))
     if inplace:
         surgery = Surgery(model, result.removed_indices, no_biases(model, result.new_biases))

@@ -14,6 +14,7 @@ from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.devices import rank_and_size
 from fastscore.batches.outputs import checked_forward
 from fastscore.batches.parts import Batch
+from fastscore.default_device import keeps_own_on_cpu
 from fastscore.fingerprints import run_fingerprint
 from fastscore.graph.cutting.surgery import RemovedIndices
 from fastscore.modules.evaluation_copy import evaluation_copy
@@ -40,6 +41,7 @@ class Pruned(Protocol):
     def removed_indices(self) -> RemovedIndices: ...
 
 
+@keeps_own_on_cpu
 @naming_samples("batches", "held_out")
 def distill(model: nn.Module, smaller: nn.Module | Pruned, batches: Iterable[Batch], *, steps: int = 1000,
             temperature: float = 4.0, loss: Loss | None = None, features: Iterable[str] = (),

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.checks import check_iterable
 from fastscore.batches.parts import Batch
+from fastscore.default_device import keeps_own_on_cpu
 from fastscore.modules.inspection import device_of
 from fastscore.modules.modes import evaluating
 from fastscore.recovery.calibration import share_of
@@ -21,6 +22,7 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _SINGLE = "more than 1 value per channel"  # torch says that it expects
 
 
+@keeps_own_on_cpu
 @naming_samples("batches")
 def recalibrate(model: nn.Module, batches: Iterable[Batch], *, forward: Forward = call_model,
                 process_group: distributed.ProcessGroup | None = None) -> nn.Module:

@@ -22,6 +22,7 @@ from torch import Tensor, distributed, nn
 from fastscore.arguments import check_number
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.parts import Batch
+from fastscore.default_device import keeps_own_on_cpu
 from fastscore.graph.cutting.surgery import RemovedIndices, removed_branches
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy, own_copies
@@ -68,6 +69,7 @@ class Pruned(Protocol):
 R = TypeVar("R", bound=Pruned)
 
 
+@keeps_own_on_cpu
 @naming_samples("batches")
 def reconstruct(model: nn.Module, result: R, batches: Iterable[Batch], method: Method = "auto", *,
                 ridges: Iterable[float] = RIDGES, forward: Forward = call_model,
@@ -292,7 +294,7 @@ class _Bench:
         corrections: dict[str, float] = {}
         cut = add("none", None, self._result.cut_again(self._model, {}, {}))
         if kind := of_one_kind(cut, sum(len(next(iter(row.values()))) for row in self._outputs.rows)):
-            warnings.warn(f"calibration: {kind}", stacklevel=4)
+            warnings.warn(f"calibration: {kind}", stacklevel=5)
         if method in ("mean", "auto"):
             add("mean", None, self._linear(math.inf, "fit"))
         if method != "mean":
@@ -315,7 +317,7 @@ class _Bench:
         if chosen.is_far_further(chosen.kl, rows[0].kl):
             warnings.warn(f'repair: "{chosen.name}" leaves a network further from the dense one than the cut alone, '
                           f'{chosen.compared(chosen.kl, rows[0].kl)}: repair="auto" takes what is nearest',
-                          stacklevel=4)
+                          stacklevel=5)
         final, notes = judged, dict[str, str]()
         if chosen.name != "none" or chosen.recalibrated:
             final = self._fitted(chosen, corrections)

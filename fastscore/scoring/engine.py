@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from fastscore.arguments import check_callable
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.parts import MASK, Batch, few_samples, first_input, mappings
+from fastscore.default_device import keeps_own_on_cpu
 from fastscore.fastpath.graphs import Graphs
 from fastscore.fastpath.precision import WRONG, wrong_convolutions
 from fastscore.fastpath.prepare import Prepared, prepare
@@ -48,6 +49,7 @@ from fastscore.scoring.totals import Totals
 from fastscore.scoring.weights import WEIGHT_IMPORTANCES
 
 
+@keeps_own_on_cpu
 def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "taylor-sq",
           gradient: Gradient = "random", normalize: bool = True, units: Units = "groups", reduction: str = "sum",
           ablation: str = "zero", layerwise: str = "none", probes: Probes = 1,
@@ -152,12 +154,12 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         if "experts" in among(origin.units) and not (channels.experts or channels.kept_whole.get("experts")):
             without = named([*among(origin.units) - {"experts"}, "groups"])
             warnings.warn(f"units: {type(model).__name__} has no mixture of experts that is known: these are scores as "
-                          f'with units="{without}"', stacklevel=2)
+                          f'with units="{without}"', stacklevel=3)
         if origin.gradient == "none":
             return _score_weights(eval_model, channels, origin, ignore)
         _check_flat(channels, sampling, execution)
         if drawn := draws.said(model, channels.drawing):
-            warnings.warn(drawn, stacklevel=2)
+            warnings.warn(drawn, stacklevel=3)
         if compile:
             channels = replace(channels, samples=replace(channels.samples, followed=False))
         several = len(first_input(data.first)) > 1 and not channels.samples.one
@@ -165,7 +167,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
         prepared = prepare(eval_model, totals.taps(traceable=True), channels.normalized_by, example, forward, precision,
                            compile)
         if wrong := wrong_convolutions(prepared.copy, prepared.observation.inputs, prepared.dtype):
-            warnings.warn(WRONG.format(", ".join(wrong)), stacklevel=2)
+            warnings.warn(WRONG.format(", ".join(wrong)), stacklevel=3)
         same = run_fingerprint(model, asdict(totals.origin), probes=probes, ignored=sorted(ignore), loss=loss,
                                forward=forward, precision=precision, compile=compile) if persistence.compared else {}
         graphs = Graphs[Measured](device_of(eval_model), _why_eager(prepared, totals, graph, data.first), graph is True)
@@ -181,7 +183,7 @@ def score(model: nn.Module, batches: Iterable[Batch], *, importance: str = "tayl
                     break
             passes.finish()
         if totals.together:
-            warnings.warn(TOGETHER.format(type(model).__name__), stacklevel=2)
+            warnings.warn(TOGETHER.format(type(model).__name__), stacklevel=3)
         return replace(run.totals().scores(), plan=replace(prepared.plan, graph=graphs.outcome))
 
 

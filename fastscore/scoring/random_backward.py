@@ -4,10 +4,12 @@ from torch import Tensor
 
 from fastscore import fingerprints
 from fastscore.batches.parts import Batch, first_input
+from fastscore.default_device import keeps_own_on_cpu
 from fastscore.scoring import gradients
 from fastscore.wording import counted
 
 
+@keeps_own_on_cpu
 def random_backward(output: Tensor, inputs: Batch = None, *, seed: int = 0, probe: int = 0,
                     distribution: str = "normal", normalize: bool = True, center: bool = False,
                     retain_graph: bool = False) -> None:

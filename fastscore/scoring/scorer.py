@@ -16,6 +16,7 @@ from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.devices import with_float64
 from fastscore.batches.outputs import Output, check_same_rows, checked_forward, concat_outputs, output_selector
 from fastscore.batches.parts import Batch, first_tensor
+from fastscore.default_device import keeps_own_on_cpu
 from fastscore.graph.groups import ChannelGraph, Ignore
 from fastscore.graph.samples.sample_axes import ALONE
 from fastscore.graph.scored_units import Units, named
@@ -87,6 +88,7 @@ class Scorer:
     Source: arXiv 2310.20203 (importances, random gradient, normalisation).
     """
 
+    @keeps_own_on_cpu
     def __init__(self, model: nn.Module, example_inputs: Batch | ChannelGraph, *, importance: str = "taylor-sq",
                  gradient: Gradient = "loss", normalize: bool = True, units: Units = "groups", reduction: str = "sum",
                  ablation: str = "zero", layerwise: str = "none", seed: int = 0, distribution: str = "normal",
@@ -110,10 +112,11 @@ class Scorer:
         self._told = self._totals.together
         drawn = "" if model.training else draws.said(model, graph.drawing)
         for warning in filter(None, (TOGETHER.format(type(model).__name__) if self._told else "", drawn)):
-            warnings.warn(warning, stacklevel=2)
+            warnings.warn(warning, stacklevel=3)
         on_pass = partial(_read, self._totals, self._output_dim) if gradient == "loss" else None
         self._taps = self._totals.taps(on_pass, self._outputs)
 
+    @keeps_own_on_cpu
     def attach(self) -> "Scorer":
         """Set the taps.
 
@@ -141,6 +144,7 @@ class Scorer:
         """Backward passes that were left out, because they brought NaN or infinity."""
         return self._totals.left_out
 
+    @keeps_own_on_cpu
     def probe(self, output: Any) -> None:
         """Send one more random gradient back from the latest forward pass, to the taps alone: no `.grad` changes.
 
@@ -161,6 +165,7 @@ class Scorer:
         self._totals.settle()
         self._totals.probe(self._taps, tensor.movedim(self._output_dim, 0))
 
+    @keeps_own_on_cpu
     def propagate(self, output: Tensor, gradient: Tensor) -> None:
         """Send a gradient back to the taps as it stands, and add what they measure.
 
@@ -172,6 +177,7 @@ class Scorer:
         self._totals.settle()
         self._totals.propagate(self._taps, output.movedim(dim, 0), gradient.movedim(dim, 0))
 
+    @keeps_own_on_cpu
     def scores(self) -> Scores:
         """What has been measured up to now; a warning tells of passes that were left out, and of samples that meet.
 
@@ -194,20 +200,22 @@ class Scorer:
         scores = self._totals.scores()
         if self._totals.together and not self._told:
             self._told = True
-            warnings.warn(TOGETHER.format(type(self._taps.model).__name__), stacklevel=2)
+            warnings.warn(TOGETHER.format(type(self._taps.model).__name__), stacklevel=3)
         if mixed:
-            warnings.warn(_MIXED.format(passes=counted(mixed, "forward pass is", "forward passes are")), stacklevel=2)
+            warnings.warn(_MIXED.format(passes=counted(mixed, "forward pass is", "forward passes are")), stacklevel=3)
         if self.left_out:
             where = f", the last at {self._totals.nonfinite}" if self._totals.nonfinite else ""
             passes = counted(self.left_out, "backward pass", "backward passes")
-            warnings.warn(f"{passes} brought NaN or infinity; left out, with the samples{where}", stacklevel=2)
+            warnings.warn(f"{passes} brought NaN or infinity; left out, with the samples{where}", stacklevel=3)
         return scores
 
+    @keeps_own_on_cpu
     def state_dict(self) -> dict[str, Any]:
         """Totals and counts, to go on from later: see load_state_dict."""
         self._taps.flush()
         return self._totals.state_dict()
 
+    @keeps_own_on_cpu
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`.
 
@@ -230,6 +238,7 @@ class Scorer:
         self.load_state_dict(files.read_state(path, FORM, "scorer state", "start over",
                                               device_of(self._taps.model)))
 
+    @keeps_own_on_cpu
     def all_reduce(self, process_group: distributed.ProcessGroup | None = None) -> None:
         """Add up totals and counts over processes, so that every one of them has the sum.
 
@@ -240,6 +249,7 @@ class Scorer:
         self._totals.all_reduce(device_of(self._taps.model), process_group)
 
 
+@keeps_own_on_cpu
 def _read(totals: Totals, output_dim: int, taps: Taps, done: ForwardPass) -> None:
     """Add what an ordinary backward pass left at the gates. output_dim: where the samples lie in the output."""
     gradients = [gradient.movedim(output_dim, 0) for gradient in done.output_gradients.values()]

@@ -126,7 +126,8 @@ class BackwardPasses:
         """`gradient`, of a backward pass through `done` that is recorded, with a mark: what comes back to it is
         noticed, even where it depends on nothing."""
         done.set_apart()
-        marked: Tensor = _Recorded.apply(gradient, torch.empty(0, requires_grad=True), partial(self._notice, done))
+        mark = torch.empty(0, device="cpu", requires_grad=True)  # whatever device is the default one
+        marked: Tensor = _Recorded.apply(gradient, mark, partial(self._notice, done))
         return marked
 
     def _notice(self, done: ForwardPass) -> None:

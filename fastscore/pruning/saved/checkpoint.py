@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import files
+from fastscore.default_device import keeps_own_on_cpu
 from fastscore.modules.evaluation_copy import own_copies
 from fastscore.modules.inspection import held_in
 from fastscore.modules.wrappers import unwrapped
@@ -20,6 +21,7 @@ _FORM = "fastscore-pruned-1"
 _OF_TORCH = (".pt", ".pth", ".th", ".bin", ".pkl", ".ckpt", ".tar")  # by which files are known that torch.load reads
 
 
+@keeps_own_on_cpu
 def save_pruned(pruned: nn.Module | PruneResult, path: str | PathLike[str]) -> None:
     """Write what prune() made, fine-tuned since or not, to a safetensors file, whole or not at all.
 
@@ -46,6 +48,7 @@ def save_pruned(pruned: nn.Module | PruneResult, path: str | PathLike[str]) -> N
     files.write(path, _FORM, {"recipe": recipe, "notes": notes}, state)
 
 
+@keeps_own_on_cpu
 def load_pruned(model: nn.Module | Callable[[], nn.Module], path: str | PathLike[str]) -> nn.Module:
     """The pruned model in a file.
 

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from fastscore import files
 from fastscore.batches.outputs import floating_tensors, output_tensors
+from fastscore.default_device import keeps_own_on_cpu
 from fastscore.modules.modes import evaluating
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.saved.checkpoint import save_pruned
 
 
+@keeps_own_on_cpu
 def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | PathLike[str]) -> None:
     """Write a model, as it is in evaluation mode, in the format that the suffix names.
 
@@ -52,7 +54,7 @@ def save(model: nn.Module | PruneResult, example_inputs: Tensor, path: str | Pat
         warnings.warn(f"{path}: it takes {len(example_inputs)} samples in a call, no other number, since "
                       f"{type(model).__name__} does not leave it free (its code may write a batch size, or take len(x) "
                       "for one): have it use x.shape[0], or give example_inputs of as many samples as a call will have",
-                      stacklevel=2)
+                      stacklevel=3)
 
 
 def read_exported_notes(path: str | PathLike[str]) -> dict[str, str]:
