@@ -12,7 +12,7 @@ T = TypeVar("T", bound=Tensor)
 def staying(size: int, gone: Tensor | Sequence[int]) -> Tensor:
     """The positions of `size` that are not among `gone`, int64, ascending, on the CPU."""
     index = torch.as_tensor(gone, dtype=torch.int64, device="cpu")
-    return torch.ones(size, dtype=torch.bool).index_fill(0, index, False).nonzero()[:, 0]
+    return torch.ones(size, dtype=torch.bool, device="cpu").index_fill(0, index, False).nonzero()[:, 0]
 
 
 def without(x: T, dim: int, gone: Tensor | Sequence[int]) -> T:

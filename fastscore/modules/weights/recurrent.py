@@ -150,7 +150,7 @@ class _Layers(_Recurrence):
                                           for width in (getattr(self, "proj_size", 0) or self.hidden_size,
                                                         self.hidden_size)))
         inside = None if lengths is None else \
-            (torch.arange(x.shape[time])[:, None] < lengths).to(x.device)[..., None].unbind(0)
+            (torch.arange(x.shape[time], device=lengths.device)[:, None] < lengths).to(x.device)[..., None].unbind(0)
         last: list[State] = []
         for layer in range(self.num_layers):
             ways = []
@@ -258,7 +258,7 @@ def _packed(x: Tensor, lengths: Tensor, like: PackedSequence, batch_first: bool)
     x = x.transpose(0, 1) if batch_first else x
     if like.sorted_indices is not None:
         x, lengths = x[:, like.sorted_indices], lengths[like.sorted_indices.cpu()]
-    inside = torch.arange(len(x))[:, None] < lengths
+    inside = torch.arange(len(x), device=lengths.device)[:, None] < lengths
     return PackedSequence(x[inside.to(x.device)], like.batch_sizes, like.sorted_indices, like.unsorted_indices)
 
 
