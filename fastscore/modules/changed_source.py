@@ -2,11 +2,11 @@
 inspect, tracebacks."""
 
 import ast
-import inspect
 import linecache
-import textwrap
 from collections.abc import Iterator, Mapping
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
+
+from fastscore.modules.source import source_of
 
 
 def with_source(function: FunctionType, code: CodeType, numbers: Mapping[int, int]) -> CodeType:
@@ -15,15 +15,11 @@ def with_source(function: FunctionType, code: CodeType, numbers: Mapping[int, in
 
     function: that `code` was made of. numbers: old -> new.
     """
-    try:
-        lines, _ = inspect.getsourcelines(function)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, TypeError, SyntaxError):
+    if (source := source_of(function)) is None:
         return code
-    indent = len(lines[0]) - len(lines[0].lstrip())
-    places = []
+    lines, indent, places = list(source.lines), source.indent, []
     for old, new in numbers.items():
-        found = list(places_of(tree, old))
+        found = list(places_of(source.tree, old))
         if len(found) != 1 or found[0].lineno != found[0].end_lineno:
             return code
         places.append((found[0].lineno - 1, found[0].col_offset + indent, (found[0].end_col_offset or 0) + indent, new))
@@ -33,6 +29,14 @@ def with_source(function: FunctionType, code: CodeType, numbers: Mapping[int, in
     name = f"{code.co_filename}:{'.'.join(f'{old}-{new}' for old, new in numbers.items())}:{code.co_firstlineno}"
     linecache.cache[name] = 0, None, ["\n"] * (code.co_firstlineno - 1) + lines, name
     return code.replace(co_filename=name)
+
+
+def with_code(function: FunctionType, code: CodeType, closure: tuple[CellType, ...] | None) -> FunctionType:
+    """A function, its defaults and attributes among it, with other code, and another closure."""
+    made = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__dict__.update(vars(function))
+    return made
 
 
 def places_of(tree: ast.AST, number: int) -> Iterator[ast.expr]:

@@ -2,10 +2,9 @@
 
 import ast
 import operator
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType, FrameType, FunctionType
@@ -13,7 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from fastscore.modules.reachable_code import functions_in, is_torchs, names_in, tree_of
+from fastscore.modules.lines_run import traced
+from fastscore.modules.reachable_code import functions_in, is_torchs, names_in
+from fastscore.modules.source import tree_of
 from fastscore.modules.tensor_expressions import value_of
 
 
@@ -68,24 +69,16 @@ class Ways:
     @contextmanager
     def watched(self, around: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
         """A block, in a block of `around`, in which the model runs on one sample: what is compared is noted."""
-        before = sys.gettrace()  # a debugger's
-        with around():
-            sys.settrace(self._called if self._found else before)
-            try:
-                yield
-            finally:
-                sys.settrace(before)
+        with around(), traced(lambda code: _place(code) in self._found, self._note_values) if self._found else \
+                nullcontext():
+            yield
         self._has_run = True
 
-    def _called(self, frame: FrameType, event: str, value: Any) -> Any:
-        return self._noted if _place(frame.f_code) in self._found else None
-
-    def _noted(self, frame: FrameType, event: str, value: Any) -> Any:
+    def _note_values(self, frame: FrameType, event: str) -> None:
         for each in self._found[_place(frame.f_code)].get(frame.f_lineno, ()) if event == "line" else ():
             size, other = (value if type(value := value_of(side, frame.f_locals, frame.f_globals)) is int else None
                            for side in (each.size, each.other))
             self._values.add((each, size, other))
-        return self._noted
 
     def may_differ(self, samples: int) -> bool:
         """Whether one of so many samples may go another way than one alone: a size is then, at most, as many times what

@@ -14,7 +14,8 @@ from fastscore.modules import scripted
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.copying import ATOMS, deepcopy, own_attributes
 from fastscore.modules.modes import enter_evaluation
-from fastscore.modules.reachable_code import names_in, tree_of
+from fastscore.modules.reachable_code import names_in
+from fastscore.modules.source import tree_of
 from fastscore.modules.weights import (
     called_layers,
     computed_weights,

@@ -3,8 +3,8 @@
 import ast
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
-from types import FrameType, FunctionType
+from contextlib import contextmanager, suppress
+from types import CodeType, FrameType, FunctionType
 from typing import Any, TypeAlias
 
 Line: TypeAlias = tuple[str, int]  # file, number
@@ -15,22 +15,46 @@ def lines_run(run: Callable[[], object], files: Collection[str]) -> set[Line]:
     """The lines of some files that `run` comes to in this thread, as far as it comes."""
     found = set[Line]()
 
-    def called(frame: FrameType, event: str, value: Any) -> Any:
-        return noted if frame.f_code.co_filename in files else None
-
-    def noted(frame: FrameType, event: str, value: Any) -> Any:
+    def see(frame: FrameType, event: str) -> None:
         if event == "line":
             found.add((frame.f_code.co_filename, frame.f_lineno))
-        return noted
 
+    with traced(lambda code: code.co_filename in files, see), suppress(Exception):
+        run()
+    return found
+
+
+class _Watch:
+    """Sees each line, or instruction, of some code before it runs. An object, as functions that return themselves would
+    keep alive what they see."""
+
+    def __init__(self, looks_at: Callable[[CodeType], object], see: Callable[[FrameType, str], None],
+                 instructions: bool) -> None:
+        self._looks_at, self._see, self._instructions = looks_at, see, instructions
+
+    def called(self, frame: FrameType, event: str, value: Any) -> Any:
+        if not self._looks_at(frame.f_code):
+            return None
+        frame.f_trace_opcodes = self._instructions
+        return self._noted
+
+    def _noted(self, frame: FrameType, event: str, value: Any) -> Any:
+        with suppress(Exception):  # which would be the code's that runs
+            self._see(frame, event)
+        return self._noted
+
+
+@contextmanager
+def traced(looks_at: Callable[[CodeType], object], see: Callable[[FrameType, str], None], instructions: bool = False
+           ) -> Iterator[None]:
+    """A block in which each line, or instruction, of the code that is looked at is seen before it runs, in this thread.
+    """
     before = sys.gettrace()  # a debugger's
-    sys.settrace(called)
+    sys.settrace(_Watch(looks_at, see, instructions).called)
     try:
-        with suppress(Exception):
-            run()
+        yield
     finally:
         sys.settrace(before)
-    return found
 
 
 def are_among(lines: Collection[Line], function: FunctionType, node: Any) -> bool:

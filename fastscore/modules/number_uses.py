@@ -57,10 +57,9 @@ class Uses:
         while self._work:
             function, seed = self._work.pop()
             where = f"the code of {function.__qualname__}"
-            try:
-                tree, parents = self._code.source(function)
-            except (OSError, TypeError, SyntaxError):
+            if (source := self._code.source(function)) is None:
                 return f"{where}, which cannot be read (it stands in no file)"
+            tree, parents = source
             found = list(places_of(tree, seed[1]) if seed[0] == "number" else
                          self._found(function, tree, parents, seed))
             if seed[0] == "number" and len(found) != 1:

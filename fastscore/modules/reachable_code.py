@@ -2,13 +2,14 @@
 
 import ast
 import inspect
-import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
+
+from fastscore.modules.source import tree_of
 
 
 class ReachableCode:
@@ -24,7 +25,7 @@ class ReachableCode:
         self.functions: dict[FunctionType, set[str]] = {}  # -> the names that its code mentions
         self._named = defaultdict[str, set[FunctionType]](set)  # name -> methods of that name, of any module
         above = defaultdict[str, set[FunctionType]](set)  # the same, of those in whose place classes have another
-        self._sources: dict[FunctionType, tuple[ast.AST, Mapping[ast.AST, ast.AST]]] = {}
+        self._sources: dict[FunctionType, tuple[ast.AST, Mapping[ast.AST, ast.AST]] | None] = {}
         self._kinds = defaultdict[FunctionType, set[type]](set)  # method -> the classes that have it
         more_kinds = [type(value) for module in self.modules for value in vars(module).values()]
         for kind in dict.fromkeys((*map(type, self.modules), *more_kinds)):  # diffusers' processors are no modules
@@ -67,22 +68,13 @@ class ReachableCode:
         """A class that a function is a method of, if there is one."""
         return next(iter(self._kinds.get(function, ())), None)
 
-    def source(self, function: FunctionType) -> tuple[ast.AST, Mapping[ast.AST, ast.AST]]:
-        """What a function says, and each part of that -> what it is a part of. Raises OSError, TypeError or SyntaxError
-        where nothing says that."""
+    def source(self, function: FunctionType) -> tuple[ast.AST, Mapping[ast.AST, ast.AST]] | None:
+        """What a function says, and each part of that -> what it is a part of; None where nothing says that."""
         if function not in self._sources:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-            self._sources[function] = tree, {child: node for node in ast.walk(tree)
-                                             for child in ast.iter_child_nodes(node)}
+            tree = tree_of(function)
+            self._sources[function] = None if tree is None else (
+                tree, {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)})
         return self._sources[function]
-
-
-def tree_of(function: Any) -> ast.Module | None:
-    """What a function says; None where nothing says that."""
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # as of one that was not written in a file
-        return None
 
 
 def functions_in(value: Any) -> Iterator[FunctionType]:

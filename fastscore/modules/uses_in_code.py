@@ -10,6 +10,7 @@ from typing import Any
 
 from fastscore.modules.channel_uses import Position, Use, flag_in, is_none, is_size, tensors_in
 from fastscore.modules.reachable_code import is_torchs
+from fastscore.modules.source import source_of
 from fastscore.modules.tensor_expressions import Step, held_by, inlined, substituted
 
 _OF_THEIR_OWN = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)  # code objects
@@ -25,17 +26,12 @@ def uses_in(function: FunctionType, kind: type | None, depth: int = 0) -> tuple[
     whose method it is, if it is one."""
     if not depth and not any("JUMP" in each.opname for each in dis.get_instructions(function.__code__)):
         return ()  # no part of which is passed by
-    try:
-        lines, first = inspect.getsourcelines(function)
-        indent = len(lines[0]) - len(lines[0].lstrip())
-        tree = ast.parse("".join(line[indent:] if line.strip() else "\n" for line in lines))
-    except (OSError, TypeError, SyntaxError):  # of which nothing says what it does
+    source = source_of(function)
+    body = None if source is None else source.tree.body[0]
+    if source is None or not isinstance(body, ast.FunctionDef):
         return ()
-    body = tree.body[0]
-    if not isinstance(body, ast.FunctionDef):
-        return ()
-    ast.increment_lineno(tree, max(first, 1) - 1)
-    return tuple(_Reader(function, kind, tree, indent, depth).read(body))
+    ast.increment_lineno(source.tree, max(source.first, 1) - 1)
+    return tuple(_Reader(function, kind, source.tree, source.indent, depth).read(body))
 
 
 class _Reader:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from fastscore.modules.attention import own_width
-from fastscore.modules.changed_source import with_source
+from fastscore.modules.changed_source import with_code, with_source
 from fastscore.modules.made_classes import Made, made_class, put_together, taken_apart
 from fastscore.modules.weights.parameter_layers import changed
 
@@ -126,10 +126,7 @@ def _function(old: FunctionType, numbers: Mapping[int, int]) -> FunctionType:
     code = old.__code__.replace(co_consts=tuple(_replaced(value, numbers) for value in old.__code__.co_consts))
     if all(type(number) is int for number in numbers.values()):  # no mark
         code = with_source(old, code, numbers)
-    function = FunctionType(code, old.__globals__, old.__name__, old.__defaults__, old.__closure__)
-    function.__kwdefaults__ = old.__kwdefaults__
-    function.__dict__.update(old.__dict__)
-    return function
+    return with_code(old, code, old.__closure__)
 
 
 def _replaced(value: Any, numbers: Mapping[int, int]) -> Any:

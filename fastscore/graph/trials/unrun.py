@@ -6,9 +6,8 @@ was passed by says whether it is channels that the branch means.
 """
 
 import ast
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import CodeType, FrameType
@@ -22,6 +21,7 @@ from fastscore.graph.trials.beside import Beside, Key, Places, places_of, replay
 from fastscore.graph.trials.differences import close
 from fastscore.graph.trials.recording import Recording, unwrapped
 from fastscore.modules.channel_uses import Dims, Use, flag_in, is_none, may_mean, means
+from fastscore.modules.lines_run import traced
 from fastscore.modules.reachable_code import ReachableCode
 from fastscore.modules.tensor_expressions import held_by, value_of
 from fastscore.modules.uses_in_code import uses_in
@@ -70,7 +70,7 @@ class PassedBy:
                     if use.by is not None:
                         self._by[use].add(_name_in(self._names, _by(frame, use)))
 
-        with _traced(found, see, True) if found else nullcontext():
+        with traced(found.__contains__, see, True) if found else nullcontext():
             yield
         for code, instructions in ran.items():
             positions = {each for at, each in enumerate(_POSITIONS(code)) if 2 * at in instructions}
@@ -92,7 +92,7 @@ class PassedBy:
                     if before is not None and use not in self._suspects and _means_some(use, x, before):
                         self._suspects.add(use)
 
-        return _traced(self._left, see, False)
+        return traced(self._left.__contains__, see)
 
     def refusals(self, recording: Recording, groups: Sequence[ChannelGroup]) -> dict[str, str]:
         """Group -> why it stays: what code that no example has run says of its channels."""
@@ -210,7 +210,7 @@ def _meant(recording: Recording, groups: Sequence[ChannelGroup], left: Mapping[C
                         _meets_others(mode, frame, use, key, dims, x.dim()):
                     found.setdefault(key[0], _reason(use.innermost))
 
-    with suppress(Exception), _traced(left, look, False):
+    with suppress(Exception), traced(left.__contains__, look):
         replayed(recording, mode, made)
     return found
 
@@ -246,35 +246,3 @@ def _reason(use: Use) -> str:
     return f"{ast.unparse(use.node)} in {use.function.__qualname__} (line {use.position[0]} of " \
            f"{Path(code.co_filename).name}), which example_inputs do not come to, " \
            f"{'would be something else of fewer' if use.by is None else 'takes all its'} {_WAY_OUT}"
-
-
-class _Watch:
-    """Sees each line, or instruction, of some code before it runs. An object, as functions that return themselves would
-    keep alive what they see."""
-
-    def __init__(self, codes: Mapping[CodeType, object], see: Callable[[FrameType, str], None], instructions: bool
-                 ) -> None:
-        self._codes, self._see, self._instructions = codes, see, instructions
-
-    def called(self, frame: FrameType, event: str, value: Any) -> Any:
-        if frame.f_code not in self._codes:
-            return None
-        frame.f_trace_opcodes = self._instructions
-        return self._noted
-
-    def _noted(self, frame: FrameType, event: str, value: Any) -> Any:
-        with suppress(Exception):  # which would be the code's that runs
-            self._see(frame, event)
-        return self._noted
-
-
-@contextmanager
-def _traced(codes: Mapping[CodeType, object], see: Callable[[FrameType, str], None], instructions: bool
-            ) -> Iterator[None]:
-    """A block in which each line, or instruction, of some code is seen before it runs, in this thread."""
-    before = sys.gettrace()  # a debugger's
-    sys.settrace(_Watch(codes, see, instructions).called)
-    try:
-        yield
-    finally:
-        sys.settrace(before)

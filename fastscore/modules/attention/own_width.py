@@ -15,8 +15,10 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
+from fastscore.modules.changed_source import with_code
 from fastscore.modules.made_classes import Made, made_class
-from fastscore.modules.reachable_code import content, tree_of
+from fastscore.modules.reachable_code import content
+from fastscore.modules.source import tree_of
 
 _QUERIES, _OUTPUTS = ("qkv", "q", "to_q", "query", "q_proj"), ("proj", "o_proj", "out_proj", "to_out")
 _THREE = ("qkv", "to_qkv")
@@ -124,21 +126,20 @@ def with_own_width(cls: type[nn.Module]) -> type[nn.Module] | None:
         codes[name], of_method = _rewritten(cls, name)
         if codes[name] is not None:
             read |= {key: read[key] | of_method[key] for key in ("_divisors", "_asks")}
-    functions = {name: _with_code(getattr(cls, name), code) for name, code in codes.items() if code is not None}
+    functions = {name: _rewrapped(getattr(cls, name), code) for name, code in codes.items() if code is not None}
     return made_class(_OwnWidth, cls, with_own_width, **functions, **read) if functions else None
 
 
-def _with_code(old: Any, code: CodeType) -> FunctionType:
+def _rewrapped(old: Any, code: CodeType) -> FunctionType:
     """The function with other code; of one with decorators, those around the one with other code."""
-    inner, closure = _decorated(old), old.__closure__
-    if inner is not None:
-        made = _with_code(inner, code)
-        closure = tuple(CellType(made) if content(cell) is inner else cell for cell in closure)
-    function = FunctionType(code if inner is None else old.__code__, old.__globals__, old.__name__, old.__defaults__,
-                            closure)
-    function.__kwdefaults__ = old.__kwdefaults__
-    function.__dict__.update(vars(old), **({} if inner is None else {"__wrapped__": made}))
-    return function
+    inner = _decorated(old)
+    if inner is None:
+        return with_code(old, code, old.__closure__)
+    made = _rewrapped(inner, code)
+    around = with_code(old, old.__code__, tuple(CellType(made) if content(cell) is inner else cell
+                                                for cell in old.__closure__))
+    vars(around)["__wrapped__"] = made
+    return around
 
 
 def _decorated(function: Any) -> Any:

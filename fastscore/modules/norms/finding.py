@@ -14,7 +14,7 @@ from fastscore.modules.norms import activations
 from fastscore.modules.norms.channel_norm import ChannelNorm
 from fastscore.modules.norms.response_norms import ResponseNorm
 
-_EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")
+EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")  # what attributes are called that hold it
 _RESPONSE_EPS = 1e-6  # what a global response normalisation adds whose code holds the number
 _LARGE, _LOUD = 1e6, 100.0  # of an input's largest channel, and of parameters: whatever is clamped is clamped then
 _TOLERANCE = 1e-5  # some compute in float32 whatever they are given
@@ -29,7 +29,7 @@ _PLACES: tuple[Literal["inside", "added", "least"], ...] = "inside", "added", "l
 
 def has_eps(module: nn.Module) -> bool:
     """Whether it has an attribute that is called so."""
-    return any(hasattr(module, name) for name in _EPS)
+    return any(hasattr(module, name) for name in EPS)
 
 
 def find(module: nn.Module, size: int | None) -> ChannelNorm | ResponseNorm | None:
@@ -107,7 +107,7 @@ class _Trial:
         """Whether it makes the same of an input twice as large."""
         x = self.inputs(100.0)
         one, two = self.run(x), self.run(2 * x)
-        return one is not None and two is not None and _close(one, two, 1e-3)  # which eps may differ by
+        return one is not None and two is not None and close(one, two, 1e-3)  # which eps may differ by
 
     def computes(self, norm: ChannelNorm | ResponseNorm) -> bool:
         """Whether that is what it computes, of inputs as large as eps lets count, and of larger ones, in training too,
@@ -120,7 +120,7 @@ class _Trial:
             self._alone.training = scale == 1.0
             y = self.run(x)
             self._alone.training = False
-            if y is None or not _close(y, self._made(norm, x)):
+            if y is None or not close(y, self._made(norm, x)):
                 return False
         loud, held = self.inputs(1.0), dict(self._alone._parameters)
         loud.select(self.dim, 0).mul_(_LARGE)
@@ -128,7 +128,7 @@ class _Trial:
                                    for name, parameter in held.items()}
         y, expected = self.run(loud), self._made(norm, loud)
         self._alone._parameters = held
-        return y is not None and _close(y, expected) and self._has_gradients_of(norm) and self._goes_on(norm)
+        return y is not None and close(y, expected) and self._has_gradients_of(norm) and self._goes_on(norm)
 
     def _goes_on(self, norm: ChannelNorm | ResponseNorm) -> bool:
         """Whether what it holds is given what `norm` makes, one after another, and nothing else."""
@@ -138,7 +138,7 @@ class _Trial:
         for training in (False, True):
             self._whole.train(training)
             y, expected = self.run(x, self._whole), activations.made(self._whole, self._made(norm, x))
-            if y is None or not _close(y, expected):
+            if y is None or not close(y, expected):
                 return False
         return True
 
@@ -163,7 +163,7 @@ class _Trial:
                     type(self._alone).forward(self._alone, x), self._made(norm, x)))
         except Exception:  # of code that none come back from
             return False
-        return _close(found, expected, _ROUGH)
+        return close(found, expected, _ROUGH)
 
     def of_little(self, norm: ChannelNorm) -> float | None:
         """What it multiplies small inputs by, where all of `norm` but eps is right: eps alone counts there. None where
@@ -175,7 +175,7 @@ class _Trial:
         gain = self.held(norm.gain)
         factors = y / (centered if gain is None else centered * norm.along_channels(gain + norm.offset)) / norm.factor
         factor = float(factors.median())
-        return factor if 0 < factor < float("inf") and _close(factors, torch.full_like(factors, factor), 1e-4) else None
+        return factor if 0 < factor < float("inf") and close(factors, torch.full_like(factors, factor), 1e-4) else None
 
     def factor(self, norm: ChannelNorm) -> float:
         """What it multiplies large inputs by besides, of which eps does not count."""
@@ -186,7 +186,7 @@ class _Trial:
 
 
 def _epsilons(module: nn.Module) -> list[float]:
-    return [float(value) for name in _EPS if isinstance(value := getattr(module, name, None), (int, float))]
+    return [float(value) for name in EPS if isinstance(value := getattr(module, name, None), (int, float))]
 
 
 def _of_channels(trial: _Trial, module: nn.Module, of_any_size: bool = False) -> Iterator[ChannelNorm]:
@@ -220,6 +220,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _close(one: Tensor, other: Tensor, tolerance: float = _TOLERANCE) -> bool:
+def close(one: Tensor, other: Tensor, tolerance: float = _TOLERANCE) -> bool:
+    """Whether nothing is off by more than a share of the largest of `other`, which is finite."""
     largest = float(other.abs().max())
     return math.isfinite(largest) and torch.allclose(one, other, rtol=0, atol=tolerance * largest)

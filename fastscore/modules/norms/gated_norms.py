@@ -19,12 +19,11 @@ from fastscore.batches.devices import wide
 from fastscore.modules.copying import own_attributes
 from fastscore.modules.hooks import input_of
 from fastscore.modules.narrower import staying, without
+from fastscore.modules.norms.finding import EPS, close
 
-_EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "sigmoid": torch.sigmoid, "nothing": lambda x: x, "relu": F.relu, "gelu": F.gelu,
     "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"), "tanh": torch.tanh}
-_TOLERANCE = 1e-5  # some compute in float32 whatever they are given
 _PLAIN = (bool, int, float, str, tuple, torch.dtype, type(None))
 
 
@@ -155,13 +154,13 @@ def _computed(module: nn.Module) -> Iterator[GatedNorm]:
     random = torch.Generator().manual_seed(0)
     weight, x, gate = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in (
         (size,), (2, 3, size), (2, 3, size)))
-    for eps in (name for name in _EPS if isinstance(getattr(module, name, None), float) and getattr(module, name) > 0):
+    for eps in (name for name in EPS if isinstance(getattr(module, name, None), float) and getattr(module, name) > 0):
         value: float = getattr(module, eps)
         inputs = [(x * scale, gate, training) for scale in (1.0, value ** 0.5) for training in (False, True)]
         made = [_run(module, gain, weight, *each) for each in inputs]
         for before, activation, groups in itertools.product((True, False), _ACTIVATIONS, sorted(counts)):
             norm = GatedNorm(before, activation, groups, gain, eps)
-            if all(y is not None and _close(y, norm(each, by, weight, value))
+            if all(y is not None and close(y, norm(each, by, weight, value))
                    for (each, by, _), y in zip(inputs, made, strict=True)):
                 yield norm
 
@@ -175,7 +174,3 @@ def _run(module: nn.Module, gain: str, weight: Tensor, x: Tensor, gate: Tensor, 
     except Exception:  # whatever code does with what it does not take
         return None
     return y.double() if isinstance(y, Tensor) and y.shape == x.shape else None
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    return bool(torch.allclose(one, other, rtol=0, atol=_TOLERANCE * float(other.abs().max())))
