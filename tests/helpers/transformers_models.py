@@ -78,6 +78,14 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
         "v_head_dim": 8, "num_key_value_heads": 4, "n_shared_experts": 1, "linear_head_dim": 8, "linear_num_heads": 4,
         "layer_types": ["linear_attention", "full_attention"]}, "text"),
     ("HYV3ForCausalLM", "HYV3Config", {**_EXPERTS, "num_shared_experts": 1}, "text"),
+    ("DeepseekV4ForCausalLM", "DeepseekV4Config", {
+        **_EXPERTS, "q_lora_rank": 16, "o_lora_rank": 16, "o_groups": 2, "n_routed_experts": 4,
+        "num_key_value_heads": 1, "qk_rope_head_dim": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
+     "text"),
+    ("ZambaForCausalLM", "ZambaConfig", {
+        **_BERT, "num_hidden_layers": 4, "n_mamba_heads": 2, "mamba_d_state": 4, "num_key_value_heads": 4,
+        "attention_hidden_size": 64, "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]}, "text"),
     ("Gemma3nForCausalLM", "Gemma3nTextConfig", {
         **_LLAMA, "vocab_size_per_layer_input": 60, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
         "num_kv_shared_layers": 0, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0],
@@ -133,6 +141,10 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
         "image_size": 64, **_STAGES, "num_attention_heads": [1, 2, 3, 4]}, "pixels 64"),
     ("SegformerForSemanticSegmentation", "SegformerConfig", {
         **_STAGES, "num_attention_heads": [1, 2, 3, 4], "decoder_hidden_size": 16}, "pixels 64"),
+    ("SegformerForImageClassification", "SegformerConfig", {**_STAGES, "num_attention_heads": [1, 2, 3, 4]},
+     "pixels 64"),
+    ("PvtV2ForImageClassification", "PvtV2Config", {
+        "image_size": 64, **_STAGES, "num_attention_heads": [1, 2, 3, 4]}, "pixels 64"),
     ("DPTForSemanticSegmentation", "DPTConfig", {
         **_HF_VIT, "num_hidden_layers": 4, "is_hybrid": False, "backbone_out_indices": [0, 1, 2, 3],
         "neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 16, "use_auxiliary_head": False}, "pixels"),
