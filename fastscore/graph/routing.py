@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastscore.batches.parts import Batch, tensors_of
 from fastscore.graph.following import operations
+from fastscore.modules.operations_run import OperationsRun
 
 # operations that choose among the elements of their first argument
 _CHOICES = operations.ALONG | {"bucketize", "searchsorted", "aminmax", "nms"}
@@ -30,7 +30,7 @@ _OF_SHAPES = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like",
 _ROWS = {"embedding", "index", "index_select"}
 
 
-class Decisions(TorchDispatchMode):
+class Decisions(OperationsRun):
     """Within the block, `found` says whether an operation decides anything by what `batch` holds; `read` whether a
     Python number was made of it; and `picks` whether integers of it, or answers, were, or came to anything but other
     integers, tables of what the batch does not hold, and casts: then what a sample's rows are may depend on them.
@@ -42,7 +42,7 @@ class Decisions(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, batch: Batch, seed: int | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.found, self.read, self.picks, self._seed = False, False, False, seed
         self._decided = set[int]()
         self._content: dict[int, StorageWeakRef] = {}  # kept, a weak reference keeps its address from being taken again
@@ -67,8 +67,7 @@ class Decisions(TorchDispatchMode):
 
         return noting
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         operation = operations.name_of(func)
         content = [] if not operation or operation in _OF_SHAPES else \
             [tensor for tensor in tensors_of((args, kwargs)) if self._place(tensor) in self._content]

@@ -1,7 +1,10 @@
-"""What `import fastscore` takes along: PyTorch and Torch-Pruning, and no library that few calls need."""
+"""What `import fastscore` takes along: PyTorch and Torch-Pruning, and no library that few calls need; and what a call
+does."""
 
 import subprocess
 import sys
+
+from started import environment
 
 HEAVY = {"torchvision", "transformers", "matplotlib", "pandas", "onnx", "onnxruntime", "openvino", "PIL",
          "torch._dynamo", "torch._inductor", "torch.utils.flop_counter", "triton", "sympy"}
@@ -9,6 +12,24 @@ HEAVY = {"torchvision", "transformers", "matplotlib", "pandas", "onnx", "onnxrun
 
 def test_import_takes_no_library_along_that_few_calls_need() -> None:
     """But for timm, and all that it takes along, which Torch-Pruning imports where it is installed."""
-    code = f"import sys; sys.modules['timm'] = None; import fastscore; print(*{HEAVY} & set(sys.modules))"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
-    assert ran.stdout.split() == []
+    assert heavy_after("import fastscore") == set()
+
+
+def test_a_pruned_network_took_no_compiler_along() -> None:
+    """torch._dynamo, which takes longer to import than a small network to be traced, scored, pruned and repaired."""
+    assert heavy_after("""if True:
+        import fastscore, torch
+        from networks import NETWORKS
+        model, images = NETWORKS["residual"].model(), NETWORKS["residual"].inputs(8)
+        scores = fastscore.score(model, [images], progress=False)
+        fastscore.prune(model, scores, images[:1], macs=0.6, calibration=[images])
+        with fastscore.mask(model, scores, 0.3, images[:1]):
+            model(images)""").isdisjoint({"torch._dynamo", "torch._inductor"})
+
+
+def heavy_after(code: str) -> set[str]:
+    """Those of HEAVY that a process holds that has run it."""
+    code += f"\nimport sys; print(*{HEAVY} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300,
+                         env=environment())
+    return set(ran.stdout.split())

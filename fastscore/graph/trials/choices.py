@@ -13,12 +13,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_map_only
 
 from fastscore.batches.parts import tensors_of
 from fastscore.graph.following.operations import ALIKE, ALONG, name_of, python_numbers
 from fastscore.graph.trials.differences import close
+from fastscore.modules.operations_run import OperationsRun
 
 HELD = -1  # in place of a turn: everything is chosen as it was
 TURNS = 8  # by which all choose otherwise, neighbours unlike each other, and all alike
@@ -42,7 +43,7 @@ _KNOWN = ALONG | ALIKE | _ANSWERS | _STEPS | _NUMBERS | _FLAT | {"nonzero", *_PO
 Noted: TypeAlias = list[tuple[str, list[Tensor] | None]]  # choice by choice; None: of one that nothing depends on
 
 
-class Choices(TorchDispatchMode):
+class Choices(OperationsRun):
     """Within the block, choices that the code makes are noted, or made otherwise.
 
     noted: what the choices of a run were made by; None: `self.noted` is to hold those of this run. Otherwise those
@@ -54,7 +55,7 @@ class Choices(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, noted: Noted | None = None, turn: int | None = 0) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.noted: Noted = [] if noted is None else noted
         self.read = self.differ = False
         self._places: weakref.ref[Tensor] | None = None  # of maxima, which the last choice was noted for
@@ -82,8 +83,7 @@ class Choices(TorchDispatchMode):
         finally:
             self._paused = before
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         self._forget_unused()
         name = _name(func, args, kwargs)
         operands = _operands(func, name, args, kwargs)

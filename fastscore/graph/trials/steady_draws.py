@@ -7,10 +7,10 @@ added. Where every one is the same, what is left is what the channels do.
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastscore.batches.parts import tensors_of
 from fastscore.graph.following.operations import name_of
+from fastscore.modules.operations_run import OperationsRun
 
 _DRAWN = 0.5  # of every distribution; of what is kept or not, all is kept
 # operations whose results are drawn element by element, all alike; but not about means that layers make, by
@@ -18,16 +18,12 @@ _DRAWN = 0.5  # of every distribution; of what is kept or not, all is kept
 _ALIKE = {"rand", "randn", "uniform", "normal", "exponential", "cauchy", "log_normal", "geometric"}
 
 
-class SteadyDraws(TorchDispatchMode):
+class SteadyDraws(OperationsRun):
     """In the block, what is drawn element by element is one number everywhere."""
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
         name = name_of(func).removesuffix("_")
         if name == "native_dropout" and isinstance(out, tuple):

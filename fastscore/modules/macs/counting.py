@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.parts import Batch, first_tensor, tensors_of
 from fastscore.modules.attention import multihead_attention
 from fastscore.modules.macs import mac_formulas
+from fastscore.modules.operations_run import OperationsRun
 from fastscore.modules.weights import recurrent
 from fastscore.modules.weights.computed_weights import computed_weight
 from fastscore.modules.weights.own_layers import own_layer
@@ -155,7 +156,7 @@ def counting(model: nn.Module) -> Iterator[Counting]:
     counted.unknown |= products.unknown
 
 
-class _Products(TorchDispatchMode):
+class _Products(OperationsRun):
     """Counts the products that run, tells whose weights they are with, and names the operations that make
     floating-point tensors by products that no formula knows.
 
@@ -165,14 +166,13 @@ class _Products(TorchDispatchMode):
 
     def __init__(self, known: Mapping[Any, Callable[..., int]], weights: WeightProducts,
                  running: Sequence[str], computing: Container[str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.weights, self._known, self._running, self._computing = weights, known, running, computing
         self.flops = self.last = 0
         self.unknown: dict[str, dict[str, None]] = {}  # operation -> modules, in order
         self._made_of_others: dict[Any, bool] = {}  # operation -> whether it is one that is taken apart
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
         formula, operands = self._known.get(func._overloadpacket), (*args, *kwargs.values())
