@@ -1,11 +1,11 @@
 """What benchmarks measure memory and steps by, and the allocator's settings that they start with."""
 
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from started import environment
 from tasks import wide
 
 import fastscore
@@ -49,9 +49,8 @@ def test_malloc_settings_are_one_set_or_none(monkeypatch):
 def test_settle_starts_again_with_the_settings():
     code = ("import argparse; from benchmarks import machine; parser = argparse.ArgumentParser(); "
             "machine.add_arguments(parser); machine.settle(parser.parse_args()); print(machine.malloc())")
-    environment = {**os.environ, "MALLOC_ARENA_MAX": "3"}
-    done = subprocess.run([sys.executable, "-c", code, "--threads", "1"], env=environment, capture_output=True,
-                          text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, "--threads", "1"], env=environment(MALLOC_ARENA_MAX="3"),
+                          capture_output=True, text=True, check=True)
     assert "MALLOC_MMAP_MAX_=0" in done.stdout
     assert "ARENA" not in done.stdout
 

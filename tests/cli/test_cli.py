@@ -14,6 +14,7 @@ import torch
 import torchvision
 from photographed import MODEL, SCORE
 from PIL import Image
+from started import environment
 
 import fastscore
 from fastscore.cli import images, main, models
@@ -183,7 +184,8 @@ def test_a_file_stays_as_it_was_where_writing_fails(folder, name, monkeypatch):
 
 def test_info_names_versions_and_every_backend():
     """In a process of its own, as `python -m fastscore`."""
-    facts = json.loads(subprocess.check_output([sys.executable, "-m", "fastscore", "info", "--json"]))
+    facts = json.loads(subprocess.check_output([sys.executable, "-m", "fastscore", "info", "--json"],
+                                               env=environment()))
     assert facts["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert facts["backends"].keys() == {row.name for row in backends()}
     assert facts["backends"]["cpu"].startswith("serves cpu")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from interruptible import MODEL, calls, folder, run
+from started import environment
 
 import fastscore
 from fastscore.pruning.budgets import latency
@@ -68,9 +69,8 @@ def test_interrupted_in_the_middle(command: str, capsys: pytest.CaptureFixture[s
 def test_a_process_of_its_own_and_a_signal_from_outside() -> None:
     """In the middle of the repair; by a process, since there is no other way to see Python's own last words."""
     before = files()
-    environment = {**os.environ, "SLEEP": "60", "REACHED": "reached"}
     process = subprocess.Popen([sys.executable, "-m", "fastscore", *COMMANDS["repair"]], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env=environment,
+                               stderr=subprocess.PIPE, text=True, env=environment(SLEEP="60", REACHED="reached"),
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for(Path("reached"), process)
     process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""What runs each time, and what with FASTSCORE_NIGHTLY=1 alone; what processes do without."""
+"""What runs each time, and what with FASTSCORE_NIGHTLY=1 alone."""
 
 import os
 from collections.abc import Hashable, Iterable
@@ -6,9 +6,6 @@ from itertools import product
 from typing import Any
 
 NIGHTLY = "FASTSCORE_NIGHTLY" in os.environ
-# The first line of a process's code: Torch-Pruning imports timm where it is, and all that it takes along, for seconds.
-WITHOUT_TIMM = "import sys; sys.modules['timm'] = None\n"
-
 
 _met: set[tuple[str, Hashable]] = set()
 

@@ -5,6 +5,7 @@ environment, as a launcher would give it; but there is none to end the others wh
 into FOLDER/out RANK and FOLDER/err RANK. Prints their exit codes, in the order of ranks; negative ones are signals.
 """
 
+import importlib
 import json
 import os
 import socket
@@ -237,6 +238,11 @@ def main(folder: Path, size: int, job: str, *arguments: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ.update(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    if job in ("work", "distill"):
+        importlib.import_module("torch.distributed.fsdp")  # slow; and so is what optimizers import:
+        importlib.import_module("torch._dynamo")
+    if job in ("work", "repair"):
+        RESIDUAL.traced()
     jobs: dict[str, Callable[[int], int | None]] = {
         "work": lambda rank: work(rank, str(folder)), "repair": lambda rank: repair(rank, str(folder)),
         "fastidious": lambda rank: fastidious(rank, str(folder)),

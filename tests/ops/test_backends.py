@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from thinned import WITHOUT_TIMM
+from started import environment
 
 from fastscore import ops
 from fastscore.ops import backends, reference, use_backend
@@ -202,8 +202,8 @@ def test_what_serves_gpus_follows_what_can_run(name, serving):
 
 
 def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", WITHOUT_TIMM + code], capture_output=True, text=True,
-                          check=True).stdout
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env=environment()).stdout
 
 
 def test_kernels_are_not_imported_before_they_are_called(serving):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from thinned import WITHOUT_TIMM
+from started import environment
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -256,7 +256,7 @@ def test_a_broken_library_says_why(tmp_path):
 def test_importing_without_the_library_fails(tmp_path):
     package = Path(library.__file__).resolve().parents[1]
     shutil.copytree(package, tmp_path / "fastscore", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
-    run = subprocess.run([sys.executable, "-c", f"{WITHOUT_TIMM}import fastscore.ops"], cwd=tmp_path,
-                         capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, "-c", "import fastscore.ops"], cwd=tmp_path, capture_output=True, text=True,
+                         check=False, env=environment())
     assert run.returncode == 1
     assert "ImportError: fastscore's native library (_C) is not in" in run.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from thinned import WITHOUT_TIMM
+from started import environment
 
 from fastscore import ops
 
@@ -115,7 +115,8 @@ assert min(counts.values()) > calls // 10
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False, cwd=HERE.parents[1])
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False, cwd=HERE.parents[1],
+                          env=environment())
 
 
 def test_no_memory_behind_no_positions():
@@ -128,6 +129,6 @@ def test_no_memory_behind_no_positions():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_nothing_crashes(seed):
-    result = run("-c", WITHOUT_TIMM + FUZZ, str(seed), str(CALLS))
+    result = run("-c", FUZZ, str(seed), str(CALLS))
     assert result.returncode == 0, (result.returncode, result.stdout[-2000:], result.stderr[-3000:])
     assert "computed" in result.stdout

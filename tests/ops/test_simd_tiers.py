@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from started import environment
 
 from fastscore.ops import library
 
@@ -38,7 +39,7 @@ if sys.argv[-1].endswith(".py"):
 
 
 def python(*args: str, tier: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *args], env={**os.environ, "FASTSCORE_SIMD": tier}, cwd=HERE.parents[1],
+    return subprocess.run([sys.executable, *args], env=environment(FASTSCORE_SIMD=tier), cwd=HERE.parents[1],
                           capture_output=True, text=True, check=False)
 
 

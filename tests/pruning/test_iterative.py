@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 import torch
 from networks import NETWORKS
 from oracles import untouched
+from started import environment
 from thinned import thinned
 from torch import Tensor, nn
 
@@ -174,7 +174,7 @@ def test_a_model_pruned_before_goes_on_and_is_saved(tmp_path: Path) -> None:
 
 SCRIPT = """
 import os, signal, sys
-sys.path[:0] = sys.argv[1].split(os.pathsep)
+sys.path.insert(0, sys.argv[1])
 import test_iterative as t, fastscore
 model, batches = t.setting()
 def finetune(smaller):
@@ -187,9 +187,8 @@ fastscore.prune_iteratively(model, batches, steps=3, channels=0.4, scope="layer"
 
 
 def test_killed_by_the_system(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    run = [sys.executable, "-c", SCRIPT, f"{here}{os.pathsep}{here.parent / 'helpers'}", str(tmp_path / "c")]
-    killed = subprocess.run(run, env={**os.environ, "KILL": "1"}, check=False)
+    run = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path / "c")]
+    killed = subprocess.run(run, env=environment(KILL="1"), check=False)
     assert killed.returncode == -signal.SIGKILL
     model, batches = setting()
     arguments = {"steps": 3, "channels": 0.4, "scope": "layer", "finetune": train(batches), "progress": False}

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from distilling import IMAGES, WORKERS, dense, every_pair, smaller, state
+from started import environment
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -88,9 +88,8 @@ def test_other_batches_are_told(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distilling")
-    helper = Path(__file__).parents[1] / "helpers" / "workers.py"
-    done = subprocess.run([sys.executable, helper, folder, str(WORKERS), "distill"], capture_output=True, text=True,
-                          check=True, cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONPATH": "."})
+    done = subprocess.run([sys.executable, "-m", "workers", folder, str(WORKERS), "distill"], capture_output=True,
+                          text=True, check=True, env=environment())
     errors = "\n".join((folder / f"err {rank}").read_text() for rank in range(WORKERS))
     assert json.loads(done.stdout) == [0] * WORKERS, errors
     return folder

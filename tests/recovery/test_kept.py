@@ -1,7 +1,6 @@
 """reconstruct(resume=): a repair that was stopped goes on, and ends with the weights of one that was not."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from networks import NETWORKS
+from started import environment
 from torch import Tensor, nn
 
 import fastscore
@@ -18,7 +18,6 @@ from fastscore.batches.calls import call_model
 from fastscore.recovery.moments import Moments
 from fastscore.scoring import run_file
 
-HELPERS = Path(__file__).parents[1] / "helpers"
 RESIDUAL = NETWORKS["residual"]
 BATCHES = list(RESIDUAL.inputs(24).split(4))
 SCORES = fastscore.score(RESIDUAL.traced(), BATCHES, importance="magnitude-l2", progress=False)
@@ -60,10 +59,8 @@ def assert_same_bits(one: fastscore.PruneResult, other: fastscore.PruneResult) -
 
 def test_killed_twelve_times(tmp_path: Path) -> None:
     """SIGKILL, in a process of its own: at 6 random moments and at 6 in the middle of writing the file."""
-    paths = os.pathsep.join([str(HELPERS.parents[1]), str(HELPERS)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [sys.executable, "-m", "killed", str(tmp_path), "12", "0", "reconstruct"]
-    said = json.loads(subprocess.check_output(command, env=environment, cwd=tmp_path))
+    said = json.loads(subprocess.check_output(command, env=environment(), cwd=tmp_path))
     assert len(said["stood at"]) == 12
     assert len(set(said["stood at"])) > 3
     assert said["ended at"] == 60

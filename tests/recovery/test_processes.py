@@ -1,14 +1,12 @@
 """Repairs by processes that share the work: the same for one, two and four of them."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-HELPERS = Path(__file__).parents[1] / "helpers"
+from started import environment
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +16,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def worked(folder: Path, size: int, job: str) -> Path:
     """The folder, with what so many processes have put there."""
-    path = [str(HELPERS.parents[1]), str(HELPERS), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-m", "workers", str(folder), str(size), job]
-    said = subprocess.check_output(command, cwd=folder, text=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)})
+    said = subprocess.check_output(command, cwd=folder, text=True, env=environment())
     assert said.strip() == str([0] * size), "\n".join((folder / f"err {rank}").read_text() for rank in range(size))
     return folder
 

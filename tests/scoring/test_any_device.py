@@ -1,19 +1,16 @@
 """score() on a device that has no kernel: the path of a GPU with operations of PyTorch in their place."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from networks import NETWORKS
-from thinned import WITHOUT_TIMM, thinned
+from started import environment
+from thinned import thinned
 
 import fastscore
-
-HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 @pytest.mark.parametrize(("name", "importance"), thinned(
@@ -34,8 +31,7 @@ def test_scores_without_kernels(name: str, importance: str, monkeypatch: pytest.
 
 
 CODE = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
+import json
 import other_device, torch
 import torch.nn.functional as F
 from networks import NETWORKS
@@ -74,8 +70,7 @@ print(json.dumps({"worst": worst, "ops": sorted(other_device.OPS_OF_FASTSCORE), 
 
 
 def test_a_device_without_kernels_and_float64() -> None:
-    run = subprocess.run([sys.executable, "-c", WITHOUT_TIMM + CODE, str(HELPERS)], capture_output=True, text=True,
-                         check=False, cwd=HELPERS.parents[1], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    run = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False, env=environment())
     assert run.returncode == 0, run.stderr[-3000:]
     facts = json.loads(run.stdout.splitlines()[-1])
     assert max(facts["worst"].values()) < 1e-4, facts["worst"]

@@ -1,7 +1,6 @@
 """Work shared by real processes: each sees a part of the samples, and all end with the scores of the whole."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from started import environment
 from torch import distributed
 from workers import FOUND, IMAGES, RESIDUAL, WAYS, WORKERS, drop_in, made_smaller
 from working_folder import write_photos
@@ -18,8 +18,6 @@ import fastscore
 from fastscore import cli
 from fastscore.cli.processes import ProcessLostError, group, own_device, rank_and_world_size
 from fastscore.scoring.options import Persistence
-
-HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +199,6 @@ def folder(tmp_path: Path) -> Path:
 
 
 SCORE = ["score", "nets.py:build", "--images", "photos", "--size", "12", "--out", "s.safetensors", "--fixed-order"]
-
-
-def environment(**more: str) -> dict[str, str]:
-    path = [str(HELPERS.parents[1]), str(HELPERS), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path), **more}
 
 
 def exit_codes(folder: Path, size: int, *job: str) -> list[int]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from networks import NETWORKS
 from oracles import untouched
+from started import environment
 from thinned import thinned
 from torch import Tensor, nn
 
@@ -22,7 +23,6 @@ from fastscore.scoring import options as scoring_options
 from fastscore.scoring import run_file, runs
 from fastscore.scoring.options import Checkpoint
 
-HELPERS = Path(__file__).parents[1] / "helpers"
 RESIDUAL = NETWORKS["residual"]
 BATCHES = RESIDUAL.inputs(11).split(3)
 
@@ -61,10 +61,8 @@ def test_killed_time_and_again(tmp_path: Path) -> None:
     """SIGKILL, in a process of its own: at 6 random moments (FASTSCORE_NIGHTLY=1: 14) and at 6 in the middle of writing
     the file."""
     kills = 20 if "FASTSCORE_NIGHTLY" in os.environ else 12
-    paths = os.pathsep.join([str(HELPERS.parents[1]), str(HELPERS)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     said = json.loads(subprocess.check_output([sys.executable, "-m", "killed", str(tmp_path), str(kills), "0",
-                                              "score"], env=environment, cwd=tmp_path))
+                                              "score"], env=environment(), cwd=tmp_path))
     assert len(said["stood at"]) == kills
     assert len(set(said["stood at"])) > 3
     assert said["ended at"] == 8 * kills
