@@ -9,7 +9,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from fastscore.graph.layer_types import OPTYPE, groups_left, type_of
-from fastscore.modules.narrower import without
+from fastscore.modules.narrower import staying, without
 from fastscore.modules.norms import channel_norms, gated_norms
 from fastscore.modules.weights import parameter_layers, transposed_linear
 
@@ -46,6 +46,8 @@ def surgeon(module: nn.Module) -> Any:
         return _STATISTICS
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and not module.transposed:
         return _GROUPED
+    if kind in _WEIGHTS and getattr(module, "groups", 1) == 1:
+        return _WEIGHTS[kind]
     if kind == OPTYPE.GN:
         return _GROUP_NORMS
     return _BUFFERS if width(module) is not None else tp.function.PrunerBox[kind]
@@ -93,6 +95,44 @@ class _Buffers(tp.function.BasePruningFunc):  # type: ignore[misc]
         return width(layer)
 
     get_in_channels = get_out_channels
+
+
+class _Weights(tp.function.BasePruningFunc):  # type: ignore[misc]
+    """Of Linears, BatchNorms and convolutions of one group: what Torch-Pruning makes of them, in half the time.
+
+    outputs, inputs: the attribute that counts them, and the tensors that lose some of their first dimension, or second.
+    """
+
+    def __init__(self, outputs: tuple[str, tuple[str, ...], int], inputs: tuple[str, tuple[str, ...], int]) -> None:
+        self._outputs, self._inputs = outputs, inputs
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        return _less(layer, idxs, *self._outputs)
+
+    def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        return _less(layer, idxs, *self._inputs)
+
+    def get_out_channels(self, layer: nn.Module) -> int:
+        return int(getattr(layer, self._outputs[0]))
+
+    def get_in_channels(self, layer: nn.Module) -> int:
+        return int(getattr(layer, self._inputs[0]))
+
+
+def _less(layer: nn.Module, gone: Sequence[int], count: str, names: Sequence[str], dim: int) -> nn.Module:
+    """A layer whose tensors of these names lose positions of a dimension, if they have several."""
+    stay = staying(getattr(layer, count), gone)
+    setattr(layer, count, len(stay))
+    for name in names:
+        if (old := getattr(layer, name, None)) is not None:
+            at = dim if old.dim() == 1 or not getattr(layer, "transposed", False) else 1 - dim
+            index = stay.to(old.device)
+            new = old.detach().index_select(at, index)
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new)
+                new.grad = None if old.grad is None else old.grad.index_select(at, index)
+            setattr(layer, name, new)
+    return layer
 
 
 class _Statistics(tp.function.InstanceNormPruner):  # type: ignore[misc]
@@ -170,3 +210,7 @@ class _ScaledRows(tp.function.EmbeddingPruner):  # type: ignore[misc]
 
 _BUFFERS, _STATISTICS, NORMS, _TRANSPOSED = _Buffers(), _Statistics(), _Norms(), transposed_linear.Surgeon()
 _GROUPED, _GROUP_NORMS, _SCALED_ROWS = _Grouped(), _GroupNorms(), _ScaledRows()
+_OF_CHANNELS = ("num_features", ("weight", "bias", "running_mean", "running_var"), 0)
+_WEIGHTS = {OPTYPE.CONV: _Weights(("out_channels", ("weight", "bias"), 0), ("in_channels", ("weight",), 1)),
+            OPTYPE.LINEAR: _Weights(("out_features", ("weight", "bias"), 0), ("in_features", ("weight",), 1)),
+            OPTYPE.BN: _Weights(_OF_CHANNELS, _OF_CHANNELS)}
