@@ -214,6 +214,8 @@ class Graph(Nodes):
         are numbered as those of the root that lie at the same place."""
         for (node, function), at in positions.items():
             width, period = self._period(node, function) if parts or node.type != OPTYPE.SPLIT else (0, 0)
+            if not width:
+                continue
             known = np.unique(at >> 32)
             if len(known) >= width or known[-1] >= width:  # all are there; or their number changes on the way
                 continue

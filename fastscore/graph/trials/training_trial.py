@@ -122,7 +122,8 @@ def _shows(recording: Recording, name: str, parameter: Tensor) -> bool:
     """Whether the entries of a parameter show in what a model's layers read, or in what it returns."""
     assert recording.inputs is not None  # of the model as it is, before anything is changed
     every = torch.arange(parameter.numel())
-    with verification.entries_changed([(*held_in(recording.model, name), _dim(parameter) or 0, every)]):
+    other = verification.another(parameter)
+    with verification.entries_changed([(*held_in(recording.model, name), other, _dim(parameter) or 0, every)]):
         return recording.leak({}, {}) is not None
 
 

@@ -59,8 +59,8 @@ def _verify(recording: Recording, groups: Sequence[ChannelGroup], turns: Sequenc
         half = torch.cat([torch.rand(len(group.unit), generator=generator)[group.unit] < 0.5
                           for group, generator in zip(groups, generators, strict=True)])
         for turn, side in zip(pair, (half, ~half), strict=True):
-            with entries_changed((owner, name, dim, index[side[channel]])
-                                  for owner, name, dim, index, channel in held):
+            with entries_changed((owner, name, other, dim, index[side[channel]])
+                                  for owner, name, other, dim, index, channel in held):
                 where = recording.leak({layer: index[side[channel]] for layer, (index, channel) in made.items()},
                                        {layer: index[side[channel]] for layer, (index, channel) in read.items()}, turn)
             if where is not None:
@@ -84,9 +84,10 @@ def _channels_at(groups: Sequence[ChannelGroup], norms: Container[str], *roles: 
             for layer, pairs in found.items() for index, channel in [zip(*pairs, strict=True)]}
 
 
-def _held(model: nn.Module, groups: Sequence[ChannelGroup]) -> Iterator[tuple[nn.Module, str, int, Tensor, Tensor]]:
-    """(module, name there, dimension, positions, the channel at each, counted through all groups) of each parameter and
-    buffer that loses channels, but for those of layers that make or read them."""
+def _held(model: nn.Module, groups: Sequence[ChannelGroup]
+          ) -> Iterator[tuple[nn.Module, str, Tensor, int, Tensor, Tensor]]:
+    """(module, name there, other numbers, dimension, positions, the channel at each, counted through all groups) of
+    each parameter and buffer that loses channels, but for those of layers that make or read them."""
     begin = 0
     for group in groups:
         for member in group.role("tensor", "channelwise"):
@@ -96,21 +97,21 @@ def _held(model: nn.Module, groups: Sequence[ChannelGroup]) -> Iterator[tuple[nn
             for key, tensor in own.items():
                 if tensor is not None and tensor.dim() > member.dim and \
                         tensor.shape[member.dim] > int(member.index.max()):
-                    yield owner, key, member.dim, member.index, member.channel + begin
+                    yield owner, key, another(tensor), member.dim, member.index, member.channel + begin
         begin += len(group.unit)
 
 
 @contextmanager
-def entries_changed(held: Iterable[tuple[nn.Module, str, int, Tensor]]) -> Iterator[None]:
-    """In the block, (module, name there, dimension, positions) hold other numbers."""
+def entries_changed(held: Iterable[tuple[nn.Module, str, Tensor, int, Tensor]]) -> Iterator[None]:
+    """In the block, (module, name there, other numbers, dimension, positions) hold the other numbers there."""
     before: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
-        for owner, name, dim, index in held:
+        for owner, name, other, dim, index in held:
             kept: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
             old: Tensor = kept[name]
             before.append((kept, name, old))
             new, at = old.detach().clone(), index.to(old.device)
-            new.index_copy_(dim, at, _another(new.index_select(dim, at)))
+            new.index_copy_(dim, at, other.index_select(dim, at))
             kept[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         yield
     finally:
@@ -118,10 +119,11 @@ def entries_changed(held: Iterable[tuple[nn.Module, str, int, Tensor]]) -> Itera
             kept[name] = old
 
 
-def _another(part: Tensor) -> Tensor:
+def another(x: Tensor) -> Tensor:
     """Numbers further from zero; of integers, which may be places in a tensor, closer ones."""
-    if part.dtype == torch.bool:
-        return ~part
-    if not part.is_floating_point() and not part.is_complex():
-        return torch.where(part > 0, part - 1, part + 1)
-    return part * 1.5 + torch.where(part < 0, -0.5, 0.5).to(part)
+    x = x.detach()
+    if x.dtype == torch.bool:
+        return ~x
+    if not x.is_floating_point() and not x.is_complex():
+        return torch.where(x > 0, x - 1, x + 1)
+    return x * 1.5 + torch.where(x < 0, -0.5, 0.5).to(x)
