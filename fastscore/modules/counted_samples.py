@@ -21,24 +21,28 @@ from fastscore.modules.tensor_expressions import value_of
 @dataclass(frozen=True)
 class _Comparison:
     """`size` with `other`; `holds` of their values, None where that is not known. line: of the function's source, where
-    it stands; None in code that is written in the function's."""
+    it stands; None in code that is written in the function's. pairs: whether samples may meet in pairs there, so that a
+    size grows as the square of their number."""
 
     size: ast.expr
     other: ast.expr
     holds: Callable[[int, int], bool] | None
     line: int | None
+    pairs: bool
 
     def may_differ(self, size: Any, other: Any, times: int) -> bool:
-        """Whether it comes out otherwise for some size from this one to so many times as much."""
+        """Whether it comes out otherwise for some size from this one to what it is with so many times the samples."""
         if self.holds is None or type(size) is not int or type(other) is not int:
             return True
-        between = {other} if size <= other <= times * size else set()
-        return len({self.holds(each, other) for each in {size, times * size} | between}) > 1
+        most = size * (times * times if self.pairs else times)
+        between = {other} if size <= other <= most else set()
+        return len({self.holds(each, other) for each in {size, most} | between}) > 1
 
 
 class Ways:
-    """Comparisons of the first size of a tensor, or of len(x), with a number of their own, by which methods of a
-    model's modules do one thing or another; whether there is anything, and checks that raise, are no such comparisons.
+    """Comparisons of the first size of a tensor, of len(x), or of what is computed of such, with a number of their own,
+    by which methods of a model's modules do one thing or another; whether there is anything, and checks that raise, are
+    no such comparisons.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -97,17 +101,20 @@ def _comparisons(function: FunctionType) -> Sequence[_Comparison]:
         return ()
     more = {node.arg for at in ast.walk(tree) if isinstance(at, ast.arguments)
             for node in (at.vararg, at.kwarg) if node}
-    names, inner = set(_counts(tree)), {
+    made = _made(tree)
+    names, inner = _counts(tree, made), {
         part for scope in ast.walk(tree) if isinstance(scope, _SCOPES) and scope not in tree.body
         for part in ast.walk(scope)}
     found = list[_Comparison]()
     for node in [node for test in _tests(tree) for node in ast.walk(test) if isinstance(node, ast.Compare)]:
         sides = node.left, node.comparators[0]
         ways = _OPERATORS.get(type(node.ops[0])) if len(node.ops) == 1 else None
-        size = next((at for at in (0, 1) if _counted(sides[at], names, more) and _own(sides[1 - at])), None)
+        size = next((at for at in (0, 1) if _counted(sides[at], names, more) and
+                     _own(sides[1 - at], isinstance(sides[at], ast.BinOp))), None)
         if size is not None:
-            found.append(_Comparison(sides[size], sides[1 - size], ways and ways[size],
-                                     None if node in inner else node.lineno))
+            power = _power(sides[size], names, made)
+            found.append(_Comparison(sides[size], sides[1 - size], ways[size] if ways and power else None,
+                                     None if node in inner else node.lineno, power == 2))
     return found
 
 
@@ -119,9 +126,29 @@ _OPERATORS: Mapping[type[ast.cmpop], tuple[Callable[[int, int], bool], Callable[
     ast.LtE: (operator.le, operator.ge), ast.Gt: (operator.gt, operator.lt), ast.GtE: (operator.ge, operator.le)}
 
 
-def _own(node: ast.expr) -> bool:
-    """A number other than 0, or what a module holds."""
-    return bool(node.value) and isinstance(node.value, int) if isinstance(node, ast.Constant) else \
+def _made(tree: ast.AST) -> Mapping[str, int]:
+    """Of a function by whose code samples may meet in pairs, x[:, None] or torch.cdist(x, x): variable -> the line of
+    its first assignment; of another, nothing."""
+    nodes = list(ast.walk(tree))
+    if not any(_in_pairs(node) for node in nodes):
+        return {}
+    stored = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    return {node.id: node.lineno for node in sorted(stored, key=lambda node: -node.lineno)}
+
+
+def _in_pairs(node: ast.AST) -> bool:
+    if isinstance(node, ast.Subscript):
+        return any(isinstance(each, ast.Constant) and each.value is None for each in ast.walk(node.slice))
+    return isinstance(node, ast.MatMult) or (isinstance(node, ast.Attribute) and node.attr in _PAIRING)
+
+
+_PAIRING = {"unsqueeze", "cdist", "pdist", "matmul", "mm", "einsum", "outer", "repeat_interleave", "meshgrid",
+            "cartesian_prod", "combinations", "triu_indices", "tril_indices"}
+
+
+def _own(node: ast.expr, zero: bool) -> bool:
+    """A number, other than 0 where that is not `zero`, or what a module holds."""
+    return (zero or bool(node.value)) and isinstance(node.value, int) if isinstance(node, ast.Constant) else \
         isinstance(node, ast.Attribute) and node.attr != "shape"
 
 
@@ -136,14 +163,30 @@ def _tests(tree: ast.AST) -> Iterator[ast.expr]:
             yield node.test
 
 
-def _counts(tree: ast.AST) -> Iterator[str]:
-    """Variables that hold the first size of a tensor: n = x.shape[0]; n, c, h, w = x.shape."""
+def _counts(tree: ast.AST, made: Mapping[str, int]) -> Mapping[str, int]:
+    """Variables that hold the first size of a tensor, n = x.shape[0]; n, c, h, w = x.shape, or what is computed of one:
+    see _power."""
+    found = dict[str, int]()
     for node in [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]:
         for target in node.targets:
             first = target.elts[0] if isinstance(target, ast.Tuple) else target
-            if isinstance(first, ast.Name) and (_counted(node.value, (), ()) if first is target else
+            if isinstance(first, ast.Name) and (_counted(node.value, found, ()) if first is target else
                                                 _of_all(node.value)):
-                yield first.id
+                power = _power(node.value, found, made)
+                found[first.id] = max(power, found.get(first.id, 1)) if power and found.get(first.id, 1) else 0
+    return found
+
+
+def _power(node: ast.expr, names: Mapping[str, int], made: Mapping[str, int]) -> int:
+    """How an expression of counts grows with samples: 1 as their number, 2 as its square, as n * n does, 0 where that
+    is not known, as of n % 4. names: of counts, their own. made: see _made."""
+    parts = list(ast.walk(node))
+    steps = [each.op for each in parts if isinstance(each, ast.BinOp)]
+    read = [each.id for each in parts if isinstance(each, ast.Name)]
+    if len(steps) > 1 or not all(isinstance(step, ast.Mult) for step in steps) or 0 in map(names.get, read):
+        return 0
+    return 2 if steps or 2 in map(names.get, read) or any(
+        made.get(name, node.lineno) < node.lineno for name in read if name not in names) else 1
 
 
 def _of_all(node: ast.AST) -> bool:
@@ -154,9 +197,12 @@ def _of_all(node: ast.AST) -> bool:
 
 
 def _counted(node: ast.expr, names: Collection[str], more: Collection[str]) -> bool:
-    """Whether an expression is the first size of a tensor, or one of these variables. more: no tensors, but *args."""
+    """Whether an expression is the first size of a tensor, or one of these variables, or computed of such. more: no
+    tensors, but *args."""
     if isinstance(node, ast.Name):
         return node.id in names
+    if isinstance(node, ast.BinOp):
+        return _counted(node.left, names, more) or _counted(node.right, names, more)
     if isinstance(node, ast.Subscript):
         return _of_all(node.value) and isinstance(node.slice, ast.Constant) and node.slice.value == 0
     if not isinstance(node, ast.Call) or len(node.args) != 1:

@@ -64,6 +64,27 @@ class NotThere(Counts):
         return 0
 
 
+class Pairs(Counts):
+    def way(self, x: Tensor) -> int:
+        pairs = (x[:, None] - x[None]).flatten(0, 1)
+        return 1 if len(pairs) > 60 else 0
+
+
+class Squared(Counts):
+    def way(self, x: Tensor) -> int:
+        n = x.shape[0]
+        return 1 if n * n > 60 else 0
+
+
+class Remaining(Counts):
+    def way(self, x: Tensor) -> int:
+        n, _ = x.shape
+        rest = n % 5
+        if rest == 3:
+            return 1
+        return 2 if (n - 1) // 6 == 0 else 3
+
+
 EXACT = [More, TurnedRound, NotOne, NotThere]
 
 
@@ -84,7 +105,10 @@ def went(model: Counts, samples: int) -> int:
     return model.went
 
 
-@pytest.mark.parametrize(("kind", "of"), thinned([*EXACT, Same, Within, Between], [6, 3, 6.0]))
+MORE = [Same, Within, Between, Pairs, Squared, Remaining]
+
+
+@pytest.mark.parametrize(("kind", "of"), thinned([*EXACT, *MORE], [6, 3, 6.0]))
 def test_a_batch_that_goes_another_way_is_told(kind: type[Counts], of: float) -> None:
     model = kind(of)
     ways = Ways(model)
