@@ -127,23 +127,29 @@ _OPERATORS: Mapping[type[ast.cmpop], tuple[Callable[[int, int], bool], Callable[
 
 
 def _made(tree: ast.AST) -> Mapping[str, int]:
-    """Of a function by whose code samples may meet in pairs, x[:, None] or torch.cdist(x, x): variable -> the line of
-    its first assignment; of another, nothing."""
+    """Of a function by whose code samples may meet in pairs, x[:, None] - x[None] or torch.cdist(x, x): variable -> the
+    line of its first assignment; of another, nothing."""
     nodes = list(ast.walk(tree))
-    if not any(_in_pairs(node) for node in nodes):
+    ways = {_new_dim(node) for node in nodes} - {None}
+    if not (ways >= {0, 1} or any(isinstance(node, ast.Attribute) and node.attr in _PAIRING for node in nodes)):
         return {}
     stored = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     return {node.id: node.lineno for node in sorted(stored, key=lambda node: -node.lineno)}
 
 
-def _in_pairs(node: ast.AST) -> bool:
+_PAIRING = {"cdist", "pdist", "outer", "repeat_interleave", "meshgrid", "cartesian_prod", "combinations",
+            "triu_indices", "tril_indices"}
+
+
+def _new_dim(node: ast.AST) -> int | None:
+    """Where code adds a dimension: x[None], x.unsqueeze(1)."""
     if isinstance(node, ast.Subscript):
-        return any(isinstance(each, ast.Constant) and each.value is None for each in ast.walk(node.slice))
-    return isinstance(node, ast.MatMult) or (isinstance(node, ast.Attribute) and node.attr in _PAIRING)
-
-
-_PAIRING = {"unsqueeze", "cdist", "pdist", "matmul", "mm", "einsum", "outer", "repeat_interleave", "meshgrid",
-            "cartesian_prod", "combinations", "triu_indices", "tril_indices"}
+        parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        return next((at for at, part in enumerate(parts) if isinstance(part, ast.Constant) and part.value is None),
+                    None)
+    given = node.args[-1] if isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Attribute) and \
+        node.func.attr == "unsqueeze" else None
+    return given.value if isinstance(given, ast.Constant) and isinstance(given.value, int) else None
 
 
 def _own(node: ast.expr, zero: bool) -> bool:
