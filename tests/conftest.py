@@ -45,11 +45,14 @@ def _start_over() -> None:
 
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():  # else torch.manual_seed() would keep, each time, where it was called
+        torch.cuda.manual_seed_all(0)
 
 
 def pytest_collection_finish() -> None:
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # a trace makes as many objects as there are, and leaves few in circles
     gc.enable()
 
 

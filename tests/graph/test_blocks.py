@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracles import untouched
 from residual_networks import CASES, Residual, case, run
-from thinned import NIGHTLY, first_of_its_test
+from thinned import NIGHTLY, first_of_its_file
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
@@ -86,7 +86,7 @@ def test_branches_go_with_channels_under_one_budget(name: str, tmp_path: Path) -
     small = result.model
     with torch.no_grad():
         output = run(small, batch)
-    if first_of_its_test(isinstance(batch, dict)):  # of models of images, and of text
+    if first_of_its_file(isinstance(batch, dict)):  # of models of images, and of text
         args, kwargs = ((), {**batch, "use_cache": False}) if isinstance(batch, dict) else ((batch,), {})
         exported = torch.export.export(small, args, kwargs).module()(*args, **kwargs)
         torch.testing.assert_close(exported if isinstance(exported, Tensor) else exported.logits, output)

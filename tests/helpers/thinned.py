@@ -10,10 +10,10 @@ NIGHTLY = "FASTSCORE_NIGHTLY" in os.environ
 _met: set[tuple[str, Hashable]] = set()
 
 
-def first_of_its_test(what: Hashable = None) -> bool:
-    """Whether the test that runs meets this for the first time of all its examples; with FASTSCORE_NIGHTLY=1, always:
-    for what takes long, and goes the same way for each."""
-    key = os.environ["PYTEST_CURRENT_TEST"].partition("[")[0], what
+def first_of_its_file(what: Hashable = None) -> bool:
+    """Whether the tests of the file that runs meet this for the first time; with FASTSCORE_NIGHTLY=1, always: for what
+    takes long, and goes the same way for each."""
+    key = os.environ["PYTEST_CURRENT_TEST"].partition("::")[0], what
     met = key in _met
     _met.add(key)
     return NIGHTLY or not met

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from oracles import untouched
 from state_attentions import Gated
-from thinned import first_of_its_test
+from thinned import first_of_its_file
 from torch import Tensor, nn
 
 import fastscore
@@ -126,7 +126,7 @@ def check(build: Callable[[], nn.Module], batch: Any, groups: Sequence[str], pat
           only: bool = True) -> fastscore.PruneResult:
     """Scores by brute force, budgets by counting, smaller = masked, export, a training step, save and load.
 
-    In a normal run PyTorch exports, of a test's examples, the first, and the first with each set of modules that are
+    In a normal run PyTorch exports, of a file's examples, the first, and the first with each set of modules that are
     fastscore's own.
 
     Args:
@@ -170,7 +170,7 @@ def check(build: Callable[[], nn.Module], batch: Any, groups: Sequence[str], pat
         output = run(small, batch)
         torch.testing.assert_close(output, masked, rtol=1e-9, atol=1e-9 * float(masked.abs().max()))
         own = frozenset(kind for kind in map(type, small.modules()) if kind.__module__.startswith("fastscore."))
-        if first_of_its_test(own):
+        if first_of_its_file(own):
             args, kwargs = ((), batch) if isinstance(batch, Mapping) else ((batch,), {})
             exported = torch.export.export(small, args, kwargs).module()(*args, **kwargs)
             torch.testing.assert_close(_tensor(exported), output)
