@@ -262,6 +262,7 @@ def test_clamps_in_place_stop_the_gradient_where_pytorchs_do(activation) -> None
     x = inputs(4, 3, 8, 8)
     scores = []
     for inplace in (True, False):
+        torch.manual_seed(0)
         model = classifier(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), activation(inplace=inplace))
         scores.append(assert_scored_as_it_is(model, 4 * x))
     for layer in scores[0]:

@@ -102,7 +102,7 @@ def test_many_zeros_are_not_over_pruned() -> None:
 
 def test_a_report_says_where_which_of_several_zeros_went_is_arbitrary() -> None:
     model = nn.Sequential(nn.Conv2d(2, 10, 1), nn.ReLU(), nn.Conv2d(10, 4, 1), nn.Flatten(), nn.Linear(4, 2)).eval()
-    model[0].bias.data[:6] = -100.0  # dead
+    model[0].bias.data = torch.tensor([-100.0] * 6 + [1.0] * 4)  # dead, and alive
     x = torch.randn(8, 2, 1, 1, generator=torch.Generator().manual_seed(0))
     scores = fastscore.score(model, [x], progress=False)
     assert int((scores["0"] == 0).sum()) == 6
