@@ -109,3 +109,15 @@ def checked_forward(run: Forward, outputs: Outputs | None = None) -> Callable[[n
 
     run_and_check.checks = run  # type: ignore[attr-defined]
     return run_and_check
+
+
+class OneTensor(nn.Module):
+    """A model as `run` calls it, of one input, which returns its output alone."""
+
+    def __init__(self, model: nn.Module, run: Forward) -> None:
+        super().__init__()
+        self.model, self._run = model, checked_forward(run)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: what the model is called on."""
+        return self._run(self.model, x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.batches.calls import Forward
-from fastscore.batches.outputs import checked_forward
+from fastscore.batches.outputs import OneTensor
 from fastscore.batches.parts import Batch
 from fastscore.modules.inspection import device_of
 
@@ -45,18 +45,7 @@ def check(clock: str, latency: float | None, model: nn.Module, example_inputs: B
 def runner(clock: Clock, model: nn.Module, example_inputs: Batch, forward: Forward) -> Call:
     """One call of `model`, in evaluation mode, on the example inputs, by this clock's runtime; see `check`."""
     made = partial(forward, model, example_inputs)
-    return made if clock == "torch" else _RUNTIMES[clock](_OneTensor(model, forward).eval(), example_inputs)
-
-
-class _OneTensor(nn.Module):
-    """The model as `forward` calls it, which returns one tensor."""
-
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.model, self._call = model, checked_forward(forward)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._call(self.model, x)
+    return made if clock == "torch" else _RUNTIMES[clock](OneTensor(model, forward).eval(), example_inputs)
 
 
 def _onnxruntime(model: nn.Module, x: Tensor) -> Call:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastscore import files
-from fastscore.batches.outputs import floating_tensors, output_tensors
+from fastscore.batches.calls import call_model
+from fastscore.batches.outputs import OneTensor, floating_tensors
 from fastscore.default_device import keeps_own_on_cpu
 from fastscore.modules.modes import evaluating
 from fastscore.pruning.result import PruneResult
@@ -77,25 +78,13 @@ def read_exported_notes(path: str | PathLike[str]) -> dict[str, str]:
         raise ValueError(f"{path}: it cannot be read ({type(error).__name__}: {error}); write it again") from error
 
 
-class _Plain(nn.Module):
-    """A model whose one tensor comes out of the object that it returns."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        returned: Tensor = output_tensors(self.model(x), type(self.model).__name__)[0]
-        return returned
-
-
 def plain(model: nn.Module, example_inputs: Tensor) -> nn.Module:
     """`model`, in evaluation mode, or one that returns the only tensor of an object that `model` returns."""
     with torch.no_grad():
         returned = model(example_inputs)
     if type(returned) in (Tensor, dict, tuple, list) or len(floating_tensors(returned)) != 1:
         return model
-    return _Plain(model).eval()
+    return OneTensor(model, call_model).eval()
 
 
 # Each returns whether the file takes any batch size.
