@@ -11,7 +11,7 @@ from fastscore.batches.outputs import checked_forward
 from fastscore.batches.parts import Batch
 from fastscore.graph.groups import ChannelGraph
 from fastscore.pruning.budgets.costs import Costs
-from fastscore.pruning.refusal import checked, repaired
+from fastscore.pruning.refusal import checked, does
 from fastscore.pruning.report import Candidate, PruneReport, new_report
 from fastscore.pruning.result import PruneResult
 from fastscore.pruning.surgery import Surgery, macs_without, plan_surgery, verify
@@ -76,7 +76,15 @@ class Builder:
         surgery, smaller, macs = cut or self.cut(removed)
         made = PruneResult(smaller, self._report(surgery, smaller, macs, removed, candidates),
                            self.costs.with_others(removed), surgery.removed_indices, surgery.new_biases)
-        return made if self._repair is None or not removed else repaired(self._repair(made), self.run)
+        if self._repair is None or not removed:
+            return made
+        made = self._repair(made)
+        try:
+            self.run(made.model)
+        except Exception as error:  # of the model's code, which ran before
+            raise RuntimeError(f"the pruned model {does(error)} once it is repaired, and did before: leave "
+                               "calibration= out") from error
+        return made
 
     def _report(self, surgery: Surgery, smaller: nn.Module, macs: int, removed: Mapping[str, Tensor],
                 candidates: tuple[Candidate, ...]) -> PruneReport:

@@ -2,22 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastscore.graph.trials.halving import first_failing
 
 Removed = Mapping[str, Tensor]  # group -> the channels that go, int64 [R]
 _Result = TypeVar("_Result")
-
-
-class _HasModel(Protocol):
-    @property
-    def model(self) -> nn.Module: ...
-
-
-_Pruned = TypeVar("_Pruned", bound=_HasModel)
 
 
 class OtherShape(RuntimeError):
@@ -62,16 +54,6 @@ def checked(attempt: Callable[[Removed], _Result], removed: Removed) -> _Result:
         if names := _culprits(attempt, removed):
             raise FailsNarrowerError(names, removed, partial(_fails, attempt), does(error)) from error
         raise RuntimeError(f"the pruned model {does(error)}; tried again, it did not fail") from error
-
-
-def repaired(result: _Pruned, run: Callable[[nn.Module], object]) -> _Pruned:
-    """A result whose model ran before it was repaired, and does so now. Raises RuntimeError where it does not."""
-    try:
-        run(result.model)
-    except Exception as error:  # likewise
-        raise RuntimeError(f"the pruned model {does(error)} once it is repaired, and did before: leave calibration= out"
-                           ) from error
-    return result
 
 
 def _fails(attempt: Callable[[Removed], object], removed: Removed) -> bool:
