@@ -64,13 +64,10 @@ def of_sampling(name: str) -> Callable[[str], int | str]:
     return convert
 
 
-def positive_or(word: str) -> Callable[[str], int | str]:
-    """An integer of 1 or more, or `word`."""
-    def convert(text: str) -> int | str:
-        if text == word:
-            return word
-        if not text.lstrip("-").isdigit():
-            raise argparse.ArgumentTypeError(f"{text}: it must be {word}, or 1 or more")
-        return positive(text)
-
-    return convert
+def positive_or_auto(text: str) -> int | str:
+    """An integer of 1 or more, or "auto"."""
+    if text == "auto":
+        return text
+    if not text.lstrip("-").isdigit():
+        raise argparse.ArgumentTypeError(f"{text}: it must be auto, or 1 or more")
+    return positive(text)

@@ -27,11 +27,7 @@ def add(commands: Commands) -> None:
                          default=["taylor-sq", "magnitude-l2", "random"],
                          help=f"of {', '.join(IMPORTANCES)} (default: taylor-sq magnitude-l2 random)")
     command.add_argument("--samples", type=positive, metavar="N", help="draw N of the images (default: all)")
-    command.add_argument("--batch-size", type=positive, default=32, metavar="N",
-                         help="images at once (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
-    command.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="LAYER",
-                         help="layers to keep as they are, by name; * and ? are wildcards")
+    options.add_reading(command)
     add_budgets(command)
     options.add_repair(command)
     options.add_pixels(command)

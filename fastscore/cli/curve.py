@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
         "--out curve.json")
     options.add_model(command)
     command.add_argument("--scores", metavar="FILE", help="scores from `fastscore score --out`; otherwise scored now")
-    options.add_scoring(command, command)
+    options.add_scoring(command)
     add_budgets(command)
     options.add_repair(command)
     command.add_argument("--plot", metavar="PNG", help="draw it")

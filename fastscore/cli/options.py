@@ -50,9 +50,9 @@ def add_model(command: argparse.ArgumentParser, optional: bool = False) -> None:
     model.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
 
 
-def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsContainer) -> None:
-    """How to score, and on which images; `folder` gets --images."""
-    folder.add_argument("--images", metavar="FOLDER", help="unlabelled images, subfolders included")
+def add_scoring(command: argparse.ArgumentParser) -> None:
+    """How to score, and on which images."""
+    command.add_argument("--images", metavar="FOLDER", help="unlabelled images, subfolders included")
     scoring = command.add_argument_group("scoring")
     scoring.add_argument("--importance", type=importance, default="taylor-sq", metavar="NAME",
                          help=f"{', '.join(IMPORTANCES)} (default: %(default)s); the signed taylor needs a loss, which "
@@ -76,15 +76,20 @@ def add_scoring(command: argparse.ArgumentParser, folder: argparse._ActionsConta
                          help="leave the gradients' lengths as drawn, instead of 1")
     scoring.add_argument("--samples", type=of_sampling("samples"), metavar="N",
                          help="draw N of the images; auto: as many as it takes for scores to settle (default: all)")
-    scoring.add_argument("--batch-size", type=positive, default=32, metavar="N",
-                         help="images at once (default: %(default)s)")
-    scoring.add_argument("--seed", type=int, default=0, metavar="N",
-                         help="of every random choice (default: %(default)s)")
-    scoring.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="LAYER",
-                         help="layers to keep as they are, by name; * and ? are wildcards")
+    add_reading(scoring)
     scoring.add_argument("--precision", choices=PRECISIONS, help="of the scoring passes (default: the model's)")
     scoring.add_argument("--compile", action="store_true", help="run the passes through torch.compile")
     add_pixels(command)
+
+
+def add_reading(folder: argparse._ActionsContainer) -> None:
+    """How images are read, whatever follows, and what of the model stays as it is."""
+    folder.add_argument("--batch-size", type=positive, default=32, metavar="N",
+                        help="images at once (default: %(default)s)")
+    folder.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="of every random choice (default: %(default)s)")
+    folder.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="LAYER",
+                        help="layers to keep as they are, by name; * and ? are wildcards")
 
 
 def add_repair(command: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastscore
 from fastscore.cli import options, repair_time
-from fastscore.cli.argument_types import positive_or, share
+from fastscore.cli.argument_types import positive_or_auto, share
 from fastscore.cli.options import tell
 from fastscore.cli.parsers import Commands, add_command, add_json
 from fastscore.cli.written import check_out, wrote
@@ -56,7 +56,7 @@ def add(commands: Commands) -> None:
     budget.add_argument("--confidence", type=share, metavar="P",
                         help="such as 0.95: with this probability, --agreement holds beyond the images that judge")
     command.add_argument("--scores", metavar="FILE", help="scores from `fastscore score --out`; otherwise scored now")
-    options.add_scoring(command, command)
+    options.add_scoring(command)
     options.add_repair(command)
     command.add_argument("--scope", choices=("global", "layer", "isomorphic"), default="global",
                          help="global: the least important channels of all layers go; layer: all layers shrink alike; "
@@ -64,7 +64,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--cost-aware", action=argparse.BooleanOptionalAction,
                          help="rank by importance per MAC (or parameter, or second; default: with such a budget, where "
                          "the importance reads gradients)")
-    command.add_argument("--round-to", type=positive_or("auto"), metavar="N",
+    command.add_argument("--round-to", type=positive_or_auto, metavar="N",
                          help="make widths multiples of N; auto: of what this device runs fastest (default: auto where "
                          "--clock is not torch, else 1)")
     command.add_argument("--floor", type=share, default=0.0, metavar="SHARE",

@@ -32,7 +32,7 @@ def add(commands: Commands) -> None:
         "torchrun --nproc-per-node 4 -m fastscore score torchvision:resnet50 --checkpoint resnet.pth --images photos "
         "--out s")
     options.add_model(command)
-    options.add_scoring(command, command)
+    options.add_scoring(command)
     long = command.add_argument_group("long runs")
     long.add_argument("--resume", metavar="FILE", help="keep the run in FILE; the same command goes on from there, "
                       "after whatever stopped it, to the same scores")
