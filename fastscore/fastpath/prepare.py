@@ -19,6 +19,7 @@ from fastscore.fastpath.fusion import FusedLayers
 from fastscore.fastpath.observation import Observation, observe
 from fastscore.fastpath.plan import Plan, planned_tap
 from fastscore.fastpath.precision import PRECISIONS, cast, check_runs, described
+from fastscore.graph.trials.differences import all_close
 from fastscore.modules.hooks import OwnHook
 from fastscore.modules.inspection import device_of
 from fastscore.ops.backends import serving
@@ -183,7 +184,9 @@ def _fault(prepared: Prepared) -> str:
     except Exception:  # of the model's code
         return _STOPS
     before = prepared.observation.output
-    return "" if _close(output.to(before.dtype), before) else "the model's output was another one afterwards"
+    half_the_digits: float = torch.finfo(before.dtype).eps ** 0.5
+    return "" if all_close(output.to(before.dtype), before, rounding=half_the_digits) else \
+        "the model's output was another one afterwards"
 
 
 def _undo_format(prepared: Prepared) -> None:
@@ -233,9 +236,3 @@ def _compile(prepared: Prepared) -> None:
 
 STAGES: tuple[Callable[[Prepared], None], ...] = (
     _observe, _cast_up, _fold, _channels_last, _pack, _verify_or_undo, _cast_down, _mend_gradients, _compile)
-
-
-def _close(x: Tensor, before: Tensor) -> bool:
-    """To what rounding leaves: half the digits of the largest value."""
-    largest = float(before.abs().nan_to_num(0, 0, 0).max()) if before.numel() else 0.0
-    return torch.allclose(x, before, rtol=0, atol=torch.finfo(x.dtype).eps ** 0.5 * largest, equal_nan=True)
