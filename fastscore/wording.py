@@ -1,9 +1,21 @@
-"""Numbers, and exceptions, in sentences."""
+"""Numbers, names and exceptions in sentences."""
+
+from collections.abc import Sequence
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
     """"1 row", "1,024 rows"; many: where it is not `one` with an s, as "passes"."""
     return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
+def and_like_it(names: Sequence[str]) -> str:
+    """"fc", "fc and 2 like it"."""
+    return f"{names[0]} and {len(names) - 1} like it" if names[1:] else names[0]
+
+
+def and_more_layers(names: Sequence[str]) -> str:
+    """"fc", "fc (and 2 more layers)"."""
+    return f"{names[0]} (and {counted(len(names) - 1, 'more layer')})" if names[1:] else names[0]
 
 
 def said(error: Exception) -> str:

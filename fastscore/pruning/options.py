@@ -9,6 +9,7 @@ from fastscore.arguments import check_flag, check_number, check_whole
 from fastscore.pruning.budgets.costs import Resource
 from fastscore.recovery.reconstruct import Method
 from fastscore.scoring.scores import Scores
+from fastscore.wording import and_like_it
 
 Scope = Literal["global", "layer", "isomorphic"]
 
@@ -120,9 +121,8 @@ def resolve_compensate(compensate: bool | None, scores: Scores) -> bool:
 def say_unread(scores: Scores) -> dict[str, str]:
     """A note on layers that have no mean to compensate with; empty where all have."""
     unread = [layer for layer, mean in scores.means.items() if not mean.numel()]
-    more = f" and {len(unread) - 1} like it" if len(unread) > 1 else ""
-    return {"means": f"{unread[0]}{more} read nothing for some samples, and so no mean of what goes: nothing is added "
-                     "to its bias"} if unread else {}
+    return {"means": f"{and_like_it(unread)} read nothing for some samples, and so no mean of what goes: nothing is "
+                     "added to its bias"} if unread else {}
 
 
 def say_compensation(means: bool, compensate: bool | None, scores: Scores) -> str:

@@ -14,7 +14,7 @@ from fastscore.recovery.divergence import Mixed, judged_by, mixed_of, names
 from fastscore.recovery.repairs import Repair
 from fastscore.scoring.row_notes import row_notes
 from fastscore.tables import Table
-from fastscore.wording import counted
+from fastscore.wording import and_like_it, and_more_layers, counted
 
 UNSTEADY = 0.05  # uncertainty of a share of the time, above which the report warns
 FEW = 0.05  # of a group's channels: where fewer are left, the report says so
@@ -274,25 +274,21 @@ def new_report(graph: ChannelGraph, dense: Sequence[tuple[float, float]], costs:
                  for group, was, now in zip(graph.groups, dense, costs.by_group(), strict=True))
     params = sum(parameter.numel() for parameter in pruned.parameters())
     if of_own_class:
-        notes = {**notes, "layers": f"{_first_of(of_own_class)} was of a class of its own that computes what a "
+        notes = {**notes, "layers": f"{and_like_it(of_own_class)} was of a class of its own that computes what a "
                                     "layer of PyTorch does, and lost channels: it is that layer now"}
     if computing := [name for name in made_plain if name not in of_own_class]:
-        notes = {**notes, "weights": f"{_first_of(computing)} computed its weight from its parameters, and lost "
+        notes = {**notes, "weights": f"{and_like_it(computing)} computed its weight from its parameters, and lost "
                                      "channels: it holds that weight now, and training goes on without the computation "
                                      "and what it held the weight to (a mask, a norm)"}
     reads = removed_positions(graph.groups, removed)
     if kept := [name for name in graph.kept_biases if name in reads]:
-        more = f" (and {counted(len(kept) - 1, 'more layer')})" if kept[1:] else ""
-        notes = {**notes, "biases": f"{kept[0]}{more} {graph.kept_biases[kept[0]]}: it stays as it is, and what went "
-                                    "of what is read there is neither compensated nor reconstructed"}
+        why = graph.kept_biases[kept[0]]
+        notes = {**notes, "biases": f"{and_more_layers(kept)} {why}: it stays as it is, and what "
+                                    "went of what is read there is neither compensated nor reconstructed"}
     return PruneReport(rows, (int(costs.dense["channels"]), int(costs.totals["channels"])),
                        (int(costs.dense["macs"]), macs), (int(costs.dense["params"]), params), graph.skipped,
                        candidates, notes=dict(notes), uncounted=costs.uncounted, compensation=compensation,
                        row_notes=row_notes(units, {group.name: group.channels for group in graph.groups}))
-
-
-def _first_of(names: Sequence[str]) -> str:
-    return f"{names[0]} and {len(names) - 1} like it" if names[1:] else names[0]
 
 
 def _heads(group: ChannelGroup, removed: Mapping[str, Tensor]) -> tuple[int, int] | None:

@@ -30,7 +30,7 @@ from fastscore.modules.weights.own_layers import inputs_of, own_layer
 from fastscore.modules.weights.parameter_layers import ParameterLayer, is_part
 from fastscore.modules.weights.recurrent import GateLinear
 from fastscore.modules.weights.transposed_linear import is_transposed, widths
-from fastscore.wording import counted
+from fastscore.wording import and_more_layers, counted
 
 _ADAPTERS = {"lora_A", "lora_B"}  # beside a layer that PEFT calls so:
 _ADAPTED = "base_layer"
@@ -95,8 +95,7 @@ def say_what_takes_no_mean(model: nn.Module, channel_groups: tuple[ChannelGroup,
                         (False, "what went of what is read there is neither compensated nor reconstructed")):
         names = [name for name in bare if weight_alone(model, name) is alone]
         if names:
-            more = f" (and {counted(len(names) - 1, 'more layer')})" if names[1:] else ""
-            said.append(f"{names[0]}{more} has no bias: {what}")
+            said.append(f"{and_more_layers(names)} has no bias: {what}")
     return "; ".join(said)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from fastscore.graph.cutting import heads
 from fastscore.graph.groups import READS, TIED, ChannelGraph
 from fastscore.modules.weights.weight_products import weight_name
+from fastscore.wording import and_like_it
 
 _SHOWN = 3  # of the reasons
 _READERS = {*READS, "norm"}
@@ -43,10 +44,9 @@ class Coverage:
         alike: dict[str, list[str]] = {}  # reason, without the numbers in it -> layers, the greatest first
         for layer in self.kept:
             alike.setdefault(re.sub(r"\d+", "", self.reasons[layer]), []).append(layer)
-        for first, *others in sorted(alike.values(), key=self._share, reverse=True)[:_SHOWN]:
-            more = f" and {len(others)} like it" if others else ""
-            said.append(f"  outputs that stay: {self._share([first, *others]):.1%} {first}{more} "
-                        f"({self.reasons[first]})")
+        for layers in sorted(alike.values(), key=self._share, reverse=True)[:_SHOWN]:
+            said.append(f"  outputs that stay: {self._share(layers):.1%} {and_like_it(layers)} "
+                        f"({self.reasons[layers[0]]})")
         return [*said, *(f"  not counted: {operation}, in {places}" for operation, places in self.uncounted.items())]
 
     def _share(self, layers: Iterable[str]) -> float:
