@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import distributed, nn
@@ -16,7 +16,6 @@ from fastscore.batches.outputs import checked_forward
 from fastscore.batches.parts import Batch
 from fastscore.default_device import keeps_own_on_cpu
 from fastscore.fingerprints import run_fingerprint
-from fastscore.graph.cutting.surgery import RemovedIndices
 from fastscore.modules.evaluation_copy import evaluation_copy
 from fastscore.modules.inspection import device_of
 from fastscore.modules.modes import modes_kept
@@ -27,18 +26,9 @@ from fastscore.recovery.distillation_run import PRECISIONS, DistillationReport, 
 from fastscore.recovery.features import FeatureMaps
 from fastscore.recovery.not_finite import naming_samples
 from fastscore.recovery.optimizers import OptimizerMaker, OptimizerName, make_optimizer
+from fastscore.recovery.pruned import Pruned
 from fastscore.recovery.training_batches import TrainingBatches
 from fastscore.rng import fork_rng
-
-
-@runtime_checkable
-class Pruned(Protocol):
-    """What is read of a PruneResult."""
-
-    @property
-    def model(self) -> nn.Module: ...
-    @property
-    def removed_indices(self) -> RemovedIndices: ...
 
 
 @keeps_own_on_cpu

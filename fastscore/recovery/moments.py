@@ -231,6 +231,12 @@ def rows_of(layer: nn.Module, x: Tensor, valid: Tensor | None = None, limit: int
             x = x[tuple([slice(None), slice(None), *steps])]
         x = x.movedim(1, -1).flatten(1, -2)
     if x.shape[1] > limit:
-        chosen = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(x.shape[1]))[:limit].sort().values
-        x = x[:, chosen.to(x.device)]
+        x = x[:, some_places(x.shape[1], limit).to(x.device)]
     return x.flatten(0, 1)
+
+
+def some_places(count: int, limit: int) -> Tensor:
+    """Of so many places, numbered, at most `limit`, ascending: the same for every sample of that size."""
+    if count <= limit:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(count))[:limit].sort().values

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from os import PathLike
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, distributed, nn
@@ -23,7 +23,7 @@ from fastscore.arguments import check_number
 from fastscore.batches.calls import Forward, call_model
 from fastscore.batches.parts import Batch
 from fastscore.default_device import keeps_own_on_cpu
-from fastscore.graph.cutting.surgery import RemovedIndices, removed_branches
+from fastscore.graph.cutting.surgery import removed_branches
 from fastscore.graph.tracing import trace
 from fastscore.modules.evaluation_copy import evaluation_copy, own_copies
 from fastscore.modules.inspection import device_of, held_by_others
@@ -42,6 +42,7 @@ from fastscore.recovery.kept import KeptPasses
 from fastscore.recovery.linear import InputEstimate, estimate_inputs, rewired
 from fastscore.recovery.moments import InputMoments, Moments, layouts
 from fastscore.recovery.not_finite import naming_samples
+from fastscore.recovery.pruned import Pruned
 from fastscore.recovery.recalibration import NothingToMeasure, recalibrate_on, running_norms
 from fastscore.recovery.remembering_batches import RememberingBatches
 from fastscore.recovery.repairs import Repair
@@ -52,18 +53,6 @@ Method = Literal["mean", "linear", "asymmetric", "auto"]
 RIDGES = (0.1, 0.01, 0.001)
 STIFFNESSES = (1.0, 8.0)
 _PARTS = {"asymmetric": 5}  # so many times as long as the others a repair takes
-
-
-class Pruned(Protocol):
-    """What reconstruct() needs of a PruneResult."""
-
-    @property
-    def model(self) -> nn.Module: ...
-    @property
-    def removed_indices(self) -> RemovedIndices: ...
-    @property
-    def report(self) -> Any: ...
-    def cut_again(self, model: nn.Module, weights: Mapping[str, Tensor], added: Mapping[str, Tensor]) -> Any: ...
 
 
 R = TypeVar("R", bound=Pruned)

@@ -11,7 +11,7 @@ from fastscore.modules.weights.channels_last import channels_first
 from fastscore.modules.weights.computed_weights import PLAIN
 from fastscore.modules.weights.parameter_layers import ParameterLayer
 from fastscore.modules.weights.transposed_linear import is_linear, is_transposed
-from fastscore.recovery.moments import POSITIONS, rows_of
+from fastscore.recovery.moments import POSITIONS, rows_of, some_places
 
 
 def blocks_of(layer: nn.Module) -> int:
@@ -33,7 +33,7 @@ def read_rows(layer: nn.Module, x: Tensor, valid: Tensor | None = None, limit: i
     view = x.as_strided((len(x), *made, x.shape[1], *conv.kernel_size), (  # [N, *made, C, *kernel]
         x.stride(0), *(step * stride for step, stride in zip(steps, conv.stride, strict=True)),
         x.stride(1), *(step * dilation for step, dilation in zip(steps, conv.dilation, strict=True))))
-    at = chosen(made, limit)
+    at = some_places(torch.Size(made).numel(), limit)
     if len(at) < torch.Size(made).numel():
         index: tuple[Any, ...] = slice(None), *(place.to(x.device) for place in torch.unravel_index(at, made))
         view = view[index]
@@ -47,7 +47,8 @@ def made_rows(layer: nn.Module, y: Tensor, valid: Tensor | None = None, limit: i
     if is_linear(layer):
         return rows_of(layer, y, valid, limit)
     y = channels_first(layer, y.detach())
-    flat, at = y.flatten(2), chosen(list(y.shape[2:]), limit)
+    flat = y.flatten(2)
+    at = some_places(flat.shape[2], limit)
     if len(at) < flat.shape[2]:
         flat = flat.index_select(2, at.to(y.device))
     return flat.transpose(1, 2).flatten(0, 1)
@@ -68,14 +69,6 @@ def has_lost_places(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
     """Whether there are fewer outputs for what a layer reads, x, than y holds: where channels that went lie along
     another dimension than that which the layer reads."""
     return made_sizes(layer, x) != list(y.shape[1:-1] if is_linear(layer) else channels_first(layer, y).shape[2:])
-
-
-def chosen(shape: list[int], limit: int) -> Tensor:
-    """Of the places of an output, numbered, at most `limit`: the same for every sample of that size."""
-    count = torch.Size(shape).numel()
-    if count <= limit:
-        return torch.arange(count)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(count))[:limit].sort().values
 
 
 def weight_rows(layer: nn.Module) -> Tensor:
