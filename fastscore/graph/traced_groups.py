@@ -40,22 +40,23 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
     called_otherwise = set[str]().union(*taken.values())  # by an attention's own function
     layers = dict(model.named_modules())
     owners = parameter_owners(model)
-    work = [(name, layer) for name, layer in layers.items() if roots is None or name in roots]
-    for name, module in work:
+    work: list[tuple[str, nn.Module, np.ndarray | None]] = [
+        (name, layer, None) for name, layer in layers.items() if roots is None or name in roots]
+    for name, module, part in work:
         node = graph.module2node.get(module)
         kind = type_of(module)
         if (name in idle and kind in PRODUCERS) or (node is None and kind in PRODUCERS
                                                       and name not in called_otherwise):
             untraced.append(name)
             continue
-        if node is None or node.type not in PRODUCERS or name in seen:
+        if node is None or node.type not in PRODUCERS or (name in seen and part is None):
             continue
-        positions, reason, came = graph.positions_of(node, others=name in partly)
+        positions, reason, came = graph.positions_of(node, others=name in partly, part=part)
         lost = {} if reason is None else lost_ways.lost(graph, came)
         members = _members(graph, lost_ways.sure(positions, lost), layers, unused)
         if reason is None and graph.chunks_others(positions):
             if name not in partly:  # the layer that makes all of them may come yet
-                work.append((name, module))
+                work.append((name, module, None))
             partly[name] = "its channels are cut into equal parts together with others (SplitBackward0)"
             continue
         if reason is None and graph.pads_others(positions):
@@ -88,7 +89,7 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
             (f"its channels run into the heads of {member.layer}" for member in members
              if member.layer in taken.get(member.role, ())), None)
         if reason is None:
-            channels = graph.get_out_channels(module)
+            channels = graph.get_out_channels(module) if part is None else len(part)
             unit = units.units_of(layers, channels, members, graph.chunks(positions))
             if int(unit.max()) > 0:
                 members += kept_widths.of_group(graph, positions, unit)
@@ -100,6 +101,10 @@ def of_graph(model: nn.Module, graph: dependencies.Graph, taken: Mapping[str, se
                     skipped.pop(producer, None)
                 continue
             reason = reasons.ONE if channels == 1 else "all its channels can only be removed together"
+        if part is not None:
+            continue  # the reason of the whole says what keeps it
+        if (free := graph.free_part(node)) is not None:
+            work.append((name, module, free))
         skipped[name] = reason
         kept.update(producers)
         tied.update((producer, name) for producer in producers)

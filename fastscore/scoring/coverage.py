@@ -23,7 +23,7 @@ class Coverage:
 
     Attributes:
         macs: Of all these layers; products of activations, as in attention, are in none.
-        outputs: Share of `macs` in layers whose outputs can go, 0 to 1.
+        outputs: Share of `macs` in layers whose outputs can go, all or a part of them, 0 to 1.
         shrink: Share of `macs` in layers that shrink at all: whose outputs or inputs can go.
         kept: Layer, or parameter, whose outputs stay -> its share of `macs`, the greatest first.
         reasons: Each of these -> why its outputs stay.

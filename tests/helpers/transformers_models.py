@@ -78,6 +78,10 @@ _TRANSFORMERS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
         "v_head_dim": 8, "num_key_value_heads": 4, "n_shared_experts": 1, "linear_head_dim": 8, "linear_num_heads": 4,
         "layer_types": ["linear_attention", "full_attention"]}, "text"),
     ("HYV3ForCausalLM", "HYV3Config", {**_EXPERTS, "num_shared_experts": 1}, "text"),
+    ("DeepseekV3ForCausalLM", "DeepseekV3Config", {
+        **_EXPERTS, "q_lora_rank": 16, "kv_lora_rank": 12, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 8, "num_key_value_heads": 4, "n_shared_experts": 1, "n_routed_experts": 4, "n_group": 1,
+        "topk_group": 1, "first_k_dense_replace": 1}, "text"),
     ("DeepseekV4ForCausalLM", "DeepseekV4Config", {
         **_EXPERTS, "q_lora_rank": 16, "o_lora_rank": 16, "o_groups": 2, "n_routed_experts": 4,
         "num_key_value_heads": 1, "qk_rope_head_dim": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},

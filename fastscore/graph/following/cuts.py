@@ -1,6 +1,7 @@
 """Where a model's code cuts channels: splits and slices, at places that it fixes, that modules keep, or in equal parts.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -66,6 +67,18 @@ class Cuts:
             return cut.of_sizes(sizes, self.asked().split_by(cut, sizes) if cut.may_be_of_several(sizes) else None)
         size = function._saved_split_size
         return cut.of_sizes([size] * (whole // size)) if whole % size == 0 else None
+
+    def parts_of(self, root: Any) -> list[np.ndarray]:
+        """The outputs of a layer, int64, in the parts that code splits or slices them into, at numbers that modules
+        keep; none where it does not."""
+        bounds = set[int]()
+        for cut in root.outputs:
+            if cut.type in (OPTYPE.SPLIT, OPTYPE.SLICE) and self._is_fixed(cut) and self._widths(cut) and \
+                    not self._chunk(cut):
+                whole = cut.grad_fn._saved_self_sym_sizes[self._dims[cut]]
+                part = slice_of(cut.grad_fn, whole) if cut.type == OPTYPE.SLICE else None
+                bounds |= {0, whole, *([part.begin, part.end] if part else np.cumsum(cut.grad_fn._saved_split_sizes))}
+        return [np.arange(*each) for each in itertools.pairwise(sorted(bounds))]
 
     def chunks(self, positions: Mapping[tuple[Any, Any], np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
         """(width of a part, positions) for each split of the channels into equal parts; or 0, and positions of which

@@ -157,15 +157,17 @@ class Graph(Nodes):
         self.unread.clear()
         self.calls.forget()
 
-    def positions_of(self, root: Any, others: bool = False) -> tuple[Positions, str | None, Mapping[Key, Key | None]]:
+    def positions_of(self, root: Any, others: bool = False, part: np.ndarray | None = None
+                     ) -> tuple[Positions, str | None, Mapping[Key, Key | None]]:
         """Where the channels that `root` makes lie, everywhere; or as far as what keeps them from being removed.
-        others: and those of other layers that are cut into equal parts together with them.
+        others: and those of other layers that are cut into equal parts together with them. part: int64, ascending:
+        of these outputs alone, which are numbered from 0.
 
         Returns (positions, what keeps them, the `came` of lost_ways.lost)."""
         pruner = self.get_pruner_of_module(root.module)
-        channels = np.arange(pruner.get_out_channels(root.module))
+        part = np.arange(pruner.get_out_channels(root.module)) if part is None else part
         positions: dict[Key, np.ndarray] = {}
-        work: list[_Arrival] = [(root, pruner.prune_out_channels, channels << 32 | channels, None)]
+        work: list[_Arrival] = [(root, pruner.prune_out_channels, part << 32 | np.arange(len(part)), None)]
         came: dict[Key, Key | None] = {}
         arrivals = Counter[Key]()
         obstacle = endless = None
@@ -207,6 +209,13 @@ class Graph(Nodes):
             last = next(reversed(came))
             obstacle = lost_ways.lost(self, came).get(last) or lost_ways.at_end(self, came, last) or obstacle
         return positions, obstacle, came
+
+    def free_part(self, root: Any) -> np.ndarray | None:
+        """Of a layer whose channels do not go, the outputs that nothing keeps where code splits them at numbers that
+        modules keep, int64; None where there are none."""
+        parts = self.parts_of(root)
+        free = [part for part in parts if self.positions_of(root, part=part)[1] is None]
+        return np.concatenate(free) if 0 < len(free) < len(parts) else None
 
     def _rest_of_grouped(self, positions: Positions, work: list[_Arrival], parts: bool) -> bool:
         """Put to `work` the other channels of what works in groups of them on a concatenation, or, with `parts`, cuts
