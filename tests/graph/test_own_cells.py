@@ -138,6 +138,28 @@ class ConvCell(nn.Module):
         return self.head(self.inner(h).relu().mean((2, 3)))
 
 
+class OfInputs(nn.Module):
+    """A cell that reads the model's input itself, so that no layer has a part in what it reads first.
+
+    kind: "elman"; one whose state comes "first"; with the output before, as "feedback"; "images"; or "detached"."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.hidden, self.outputs = kind, UNITS, 3
+        more = UNITS + (3 if kind == "feedback" else 0)
+        self.cell = nn.Conv2d(4 + more, UNITS, 3, padding=1) if kind == "images" else nn.Linear(5 + more, UNITS)
+        self.inner, self.head = nn.Linear(UNITS, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, y = x.new_zeros(len(x), self.hidden, *x.shape[3:]), x.new_zeros(len(x), self.outputs)
+        for number, step in enumerate(x.unbind(1)):
+            read = {"first": [h, step], "feedback": [y, step, h]}.get(self.kind, [step, h])
+            h = self.cell(torch.cat(read, 1)).tanh()
+            y = self.head(self.inner(h.mean((2, 3)) if self.kind == "images" else h).relu())
+            h = h.detach() if self.kind == "detached" and number == 1 else h
+        return y
+
+
 def _inputs(*shape: int) -> Tensor:
     return torch.randn(*shape or (3, 4, 5), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -162,6 +184,20 @@ def test_states_of_images(kind: str, tmp_path: Path) -> None:
     groups = ["embed", "gates", "inner"]
     small = whole_way.check(lambda: ConvCell(kind), _inputs(2, 3, 3, 5, 6), groups, tmp_path).model
     assert small.hidden_dim == small.inner.in_channels == UNITS // 2
+
+
+@pytest.mark.parametrize("kind", ["elman", "first", "feedback", "images"])
+def test_inputs_that_no_layer_made(kind: str, tmp_path: Path) -> None:
+    """The zeros that the state begins with are worth nothing, whatever lies beside them."""
+    x = _inputs(2, 3, 4, 5, 6) if kind == "images" else _inputs()
+    small = whole_way.check(lambda: OfInputs(kind), x, ["cell", "inner"], tmp_path).model
+    assert small.hidden == small.cell.weight.shape[0] == small.inner.in_features == UNITS // 2
+
+
+def test_a_state_without_gradients_beside_inputs() -> None:
+    graph = trace(whole_way.noisy(lambda: OfInputs("detached")), _inputs())
+    assert [group.name for group in graph.groups] == ["inner"]
+    assert graph.skipped["cell"].startswith("cell is called as well on what no layer makes")
 
 
 @pytest.mark.parametrize("asks", ["written", "global"])

@@ -33,8 +33,8 @@ def factors_of(args: Any, weights: Container[int]) -> list[Tensor]:
 class MetZeros:
     """Zeros that an operation takes together with what layers make.
 
-    shape: of the zeros. code: that made them. dim, begin: of a concatenation, the dimension that it joins, and where
-    they begin in that; dim is None of any other.
+    shape: of the zeros. code: that made them. dim, begin: of a concatenation, or of what was made of one, the dimension
+    that it joins, and where they begin in that; dim is None of any other.
     """
 
     shape: tuple[int, ...]
@@ -91,6 +91,8 @@ class NotedCalls(TorchFunctionMode):
         self.run: Callable[[], object] = list  # of the model, once more
         self._asked: AskedSizes | None = None  # what they are made of
         self._zeros: dict[int, tuple[Tensor, Cut]] = {}  # memory -> zeros there, and the code that made them
+        # memory -> (its shape, the zeros in it) of what zeros were joined to others to make, none of which a layer made
+        self._parts: dict[int, tuple[torch.Size, list[MetZeros]]] = {}
         self._like: dict[int, tuple[Tensor, Tensor]] = {}  # id of zeros that code made like another tensor -> they, it
         self.met: dict[Any, list[MetZeros]] = {}  # autograd's function of an operation, module whose code calls it
         self.tables = MadeTables(model)
@@ -127,7 +129,8 @@ class NotedCalls(TorchFunctionMode):
 
     def forget(self) -> None:
         """Let go what autograd keeps of operations that were noted."""
-        for noted in (self.cuts, self.concatenated, self._zeros, self._like, self.met, self._views, self.products):
+        for noted in (self.cuts, self.concatenated, self._zeros, self._parts, self._like, self.met, self._views,
+                      self.products):
             noted.clear()
         self.tables.forget()
         self.run, self._asked = list, None
@@ -217,16 +220,28 @@ class NotedCalls(TorchFunctionMode):
             if output.is_floating_point() and (code := cut_of(None)) is not None:
                 self._zeros.setdefault(_memory(output), (output, code))
             return
-        found = [(x, code) for x in (tensors_of(args) if self._zeros else ()) if (code := self.zeros_of(x)) is not None]
-        if found and output.grad_fn is None:
-            self._zeros.setdefault(_memory(output), (output, found[0][1]))
-        for x, code in found if output.grad_fn is not None else ():
-            dim, begin = None, 0
-            if joined is not None:
-                tensors, dim = joined[0], joined[1] % output.dim()
-                begin = sum(_widths(tensors[:next(at for at, each in enumerate(tensors) if each is x)], dim))
+        for x in tensors_of(args) if self._zeros else ():
+            if (code := self.zeros_of(x)) is None:
+                continue
+            parts = self._parts_of(x, code, output, joined)
+            if output.grad_fn is None:
+                self._zeros.setdefault(_memory(output), (output, code))
+                if joined is not None or x.shape == output.shape:
+                    self._parts.setdefault(_memory(output), (output.shape, []))[1].extend(parts)
+                continue
             for where in (output.grad_fn, calling_module()):
-                self.met.setdefault(where, []).append(MetZeros(tuple(x.shape), code, dim, begin))
+                self.met.setdefault(where, []).extend(parts)
+
+    def _parts_of(self, x: Tensor, code: Cut, output: Tensor, joined: tuple[list[Tensor], int] | None
+                  ) -> list[MetZeros]:
+        """What is zeros of what an operation takes: all of `x`, or where it joins that to others, or where what was
+        joined to make `x` was zeros."""
+        if joined is not None:
+            tensors, dim = joined[0], joined[1] % output.dim()
+            begin = sum(_widths(tensors[:next(at for at, each in enumerate(tensors) if each is x)], dim))
+            return [MetZeros(tuple(x.shape), code, dim, begin)]
+        shape, parts = self._parts.get(_memory(x), (None, []))
+        return parts.copy() if shape == x.shape else [MetZeros(tuple(x.shape), code)]
 
 
 def _takes_values(func: Any, tensor: Tensor, args: Any) -> bool:

@@ -40,7 +40,8 @@ def of_group(layers: Mapping[str, nn.Module], members: list[Member], owners: Map
         one = any(units.width_of(layers[member.module], member.role) == 1 for member in members
                   if member.role == "producer")
         return ONE if one else UNREAD
-    for layer_name in sorted(consumers.intersection(recording.first_layers)):
+    for layer_name in sorted({member.layer for member in members
+                              if member.role == "consumer" and recording.reads_given(member)}):
         if layer_name in recording.without_gradients:
             return f"{layer_name} runs under torch.no_grad() as well, where nothing can be measured"
         return f"{layer_name}{_FIRST}"

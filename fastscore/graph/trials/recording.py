@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastscore import rng
 from fastscore.batches.parts import version_of
 from fastscore.graph.following.nodes import PRODUCERS
-from fastscore.graph.groups import ChannelGroup
+from fastscore.graph.groups import ChannelGroup, Member
 from fastscore.graph.layer_types import OPTYPE, type_of
 from fastscore.graph.trials.choices import HELD, TURNS, Choices, Noted
 from fastscore.graph.trials.differences import all_close, changed, differ
@@ -53,7 +53,8 @@ class Recording:
         self.lost = set[str]()  # Linears whose output is a view that is written to: autograd's graph lacks their node
         self.swapped: dict[tuple[str, int], dict[str, Any]] = {}  # (layer, call) -> parameters that were put in for it
         self.nested, self.transformed = set[str](), set[str]()  # layers that see nested tensors; run under torch.func
-        self.first_layers, self.from_zeros = set[str](), set[str]()  # that no gradient leaves, in one call; of zeros
+        self.first_layers = dict[str, Tensor | None]()  # that no gradient leaves, in one call -> see `_note_first`
+        self.from_zeros = set[str]()  # those of which a part, or all, that they read in such a call is 0
         self.taken = set[int]()  # ids of parameters that anything is computed from
         self.detached = frozenset[str]()  # those of which no gradient comes back, while something does
         self.tried: tuple[ChannelGroup, ...] = ()  # without some channels of which, all at once, the model has run
@@ -205,12 +206,33 @@ class Recording:
             if x is not None:
                 self._read.append((layer, x, version_of(x)))
                 if not x.requires_grad:
-                    (self.from_zeros if _is_zero(x) else self.first_layers).add(layer)
+                    self._note_first(layer, unwrapped(x.detach()))
             if not torch.is_grad_enabled():
                 self.without_gradients.add(layer)
             return output
 
         return forward
+
+    def _note_first(self, layer: str, x: Tensor) -> None:
+        """Note of a call that no gradient leaves which places of the channels hold anything, bool [C]; None: all may.
+
+        Where all is 0, as in the state that a cell begins with, whatever goes is worth nothing."""
+        if x.is_nested or not x.dim():
+            self.first_layers[layer] = None
+            return
+        held = x.movedim(self._dims[layer], -1).flatten(0, -2).any(0)
+        if not bool(held.all()):
+            self.from_zeros.add(layer)
+        if bool(held.any()):
+            before = self.first_layers.get(layer, torch.zeros_like(held))
+            self.first_layers[layer] = None if before is None or before.shape != held.shape else before | held
+
+    def reads_given(self, member: Member) -> bool:
+        """Whether a layer reads, in one call, what no gradient leaves where it is to read these channels."""
+        if member.layer not in self.first_layers:
+            return False
+        held = self.first_layers[member.layer]
+        return held is None or int(member.index.max()) >= len(held) or bool(held[member.index.to(held.device)].any())
 
     def run_again(self, model: nn.Module, run: Callable[[nn.Module], Tensor] | None = None,
                   see: Callable[[str, int, Tensor | None], None] = lambda layer, call, x: None) -> Tensor:
@@ -317,12 +339,6 @@ def read_by(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """What a layer is called on, by position or by keyword; None where that is no tensor, but a shape, say."""
     x = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
     return x if isinstance(x, Tensor) else None
-
-
-def _is_zero(x: Tensor) -> bool:
-    """Whether all that a layer reads is 0, as the state that a cell begins with: whatever goes is worth nothing."""
-    x = unwrapped(x.detach())
-    return not x.is_nested and not bool(x.any())
 
 
 def unwrapped(x: Tensor) -> Tensor:
