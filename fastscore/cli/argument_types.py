@@ -58,7 +58,7 @@ def of_sampling(name: str) -> Callable[[str], int | str]:
         try:
             Sampling(**{name: value})  # type: ignore[arg-type]
         except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name}: ")) from error
         return value
 
     return convert

@@ -32,8 +32,11 @@ class ResizedError(ValueError):
     """A checkpoint that fits, but for a layer of another number of outputs: `outputs`, in the checkpoint."""
 
     def __init__(self, what: str, outputs: int) -> None:
-        super().__init__(what)
-        self.outputs = outputs
+        super().__init__(what, outputs)
+        self.what, self.outputs = what, outputs
+
+    def __str__(self) -> str:
+        return self.what
 
 
 def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> str:

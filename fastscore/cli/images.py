@@ -197,7 +197,8 @@ def find(folder: str | PathLike[str], samples: int | Literal["auto"] | None = No
     if samples is None:
         return paths
     if samples != "auto" and samples > len(paths):
-        raise ValueError(f"samples: {samples}, but {root} holds {counted(len(paths), 'image')}")
+        raise ValueError(f"samples: {samples}, but {root} holds {counted(len(paths), 'image')}: give "
+                         f"samples={len(paths)} or fewer, or more images")
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))
     if samples == "auto":
         return [paths[i] for i in order.tolist()]

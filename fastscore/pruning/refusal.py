@@ -31,6 +31,9 @@ class FailsNarrowerError(RuntimeError):
         super().__init__(f"the pruned model {what}: its forward depends on the width of {', '.join(groups)}")
         self.groups, self.removed, self.fails, self.what = groups, removed, fails, what
 
+    def __reduce__(self) -> tuple[type[RuntimeError], tuple[str]]:
+        return RuntimeError, (str(self),)  # in another process there is no model to try
+
 
 def does(error: Exception) -> str:
     """What a smaller model does in place of running, in words."""

@@ -161,7 +161,7 @@ def divergence(dense: Iterable[Outputs], smaller: Iterable[Outputs],
         for name, row in (pair for each in gathered for pair in each.items()):
             _add(sums, name, row)
     if not sums or any(not row.count for row in sums.values()):
-        raise ValueError("outputs: there are none to compare: the batches that judge hold no sample")
+        raise ValueError("held_out: the batches that judge hold no sample; give some that do, or leave held_out= out")
     for name, row in sums.items():
         row.samples.check(name, alone=len(sums) == 1)
     found = {name: row.divergence for name, row in sums.items()}

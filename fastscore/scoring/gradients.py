@@ -45,7 +45,8 @@ def random_gradient(output: Tensor, ids: Tensor, seed: int, probe: int, distribu
         raise ValueError(f"distribution: {distribution!r} is none of {', '.join(DISTRIBUTIONS)}")
     if len(ids) != len(output):
         raise ValueError(f"output: it has {counted(len(output), 'row')} for {counted(len(ids), 'sample')}; pass a "
-                         "forward that returns one for each sample")
+                         "forward that returns one for each sample, and put the tensor that has a row for each before "
+                         "others of the batch")
     if classes == 0:
         raise ValueError(f"output: {list(output.shape)} holds no value for a gradient to start from")
     if center and classes == 1:

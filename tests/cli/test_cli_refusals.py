@@ -44,7 +44,7 @@ OWN = ("score", "nets:build", "--size", "48", "--images", "photos")
     (SCORE, "images: taylor-sq needs a folder"),
     ((*SCORE, "--images", "nowhere"), "images: there is no folder nowhere (looked in "),
     ((*SCORE, "--images", "empty"), "images: there is none in empty (looked for .bmp"),
-    ((*SCORE, "--images", "photos", "--samples", "3"), "holds 2 images"),
+    ((*SCORE, "--images", "photos", "--samples", "3"), "holds 2 images: give --samples 2 or fewer"),
     ((*SCORE, "--images", "photos", "--samples", "0"), "1 or more"),
     ((*SCORE, "--images", "photos", "--importance", "taylor"), "for gradients of a loss, fastscore.Scorer"),
     ((*SCORE, "--images", "photos", "--importance", "tailor"), "'tailor' is none of taylor-abs, taylor-sq"),

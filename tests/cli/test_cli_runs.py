@@ -126,7 +126,9 @@ def test_numbers_that_are_none(capsys: pytest.CaptureFixture[str], options: list
     with pytest.raises(SystemExit) as stop:
         run(*SCORE, *options)
     assert stop.value.code == 2
-    assert "it must be" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "it must be" in said
+    assert "argument --" not in said or said.split("argument --")[1].count(options[0][2:]) == 1  # its own name, once
 
 
 def test_a_page_to_look_at(capsys: pytest.CaptureFixture[str]) -> None:

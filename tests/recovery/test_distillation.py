@@ -252,7 +252,7 @@ def test_not_a_number_is_named_and_the_network_comes_back() -> None:
     ({"batches": ["text"]}, TypeError, "batches: one is tuple|batches: one is str"),
     ({"batches": IMAGES[:2].split(1), "held_out": [IMAGES]}, ValueError, "batches: none has 2 samples to train on"),
     ({"held_out": IMAGES}, TypeError, "held_out: one tensor"),
-    ({"held_out": []}, ValueError, "outputs: there are none to compare"),
+    ({"held_out": []}, ValueError, "held_out: the batches that judge hold no sample"),
 ])
 def test_what_cannot_be_is_refused_before_anything_changes(options: dict[str, Any], error: type[Exception],
                                                            message: str) -> None:

@@ -181,9 +181,13 @@ class OutOfReachError(ValueError):
     """A budget that no choice of channels keeps; `least` is the share that remains of it without all of them."""
 
     def __init__(self, unit: Resource, share: float, least: float) -> None:
-        super().__init__(f"{unit}: {share:g} cannot be reached: with every removable channel gone, {rounded_up(least)} "
-                         f"of the {unit} remain; ask for more, lower the floor or round_to, or ignore fewer layers")
-        self.least = least
+        super().__init__(unit, share, least)
+        self.unit, self.share, self.least = unit, share, least
+
+    def __str__(self) -> str:
+        return f"{self.unit}: {self.share:g} cannot be reached: with every removable channel gone, " \
+               f"{rounded_up(self.least)} of the {self.unit} remain; ask for more, lower the floor or round_to, or " \
+               "ignore fewer layers"
 
 
 def rounded_up(share: float) -> str:
